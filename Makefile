@@ -1,0 +1,68 @@
+# `make demo` and `make test` do all set-up themselves; see README.md. Everything else here is for developers.
+SHELL := /bin/bash
+VENV ?= .venv
+OLDEST ?= .venv-oldest
+BIN := $(VENV)/bin
+# The oldest torch declared. Where PyTorch's index is out of reach, give a version whose CPU build pip can find.
+TORCH_OLDEST ?= 2.11.0
+TORCHVISION_OLDEST ?= 0.26.0
+PINNED = $(shell sed -n 's/^$(1)==//p' constraints.txt)
+
+# One thread per process: the tests run as many processes as there are cores. Nothing is fetched from a hub.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PATH="$(CURDIR)/$(BIN):$$PATH"
+SETUP_FILES := pyproject.toml constraints.txt scripts/make-venv.sh
+TEST_EXTRAS := deepspeed,quant,demo,dev
+ALL_EXTRAS := deepspeed,quant,data,metrics,track,serve,web,demo,dev
+
+.PHONY: demo test test-unit test-parity test-integration test-distributed test-docs test-gpu test-oldest lint format \
+	render check-extras clean help
+
+help:            ## this list
+	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+demo: $(VENV)/.installed-demo ## set up, then the whole main job on the tiny model (no GPU, no network after set-up)
+	$(BIN)/cogtune demo $(ARGS)
+
+test: $(VENV)/.installed-test lint ## set up, then lint, types, import contracts and all tests, tier by tier
+	$(TEST_ENV) $(BIN)/python tests/run_tiers.py unit parity integration distributed docs $(ARGS)
+
+test-unit test-parity test-integration test-distributed test-docs test-gpu: test-%: $(VENV)/.installed-test
+	$(TEST_ENV) $(BIN)/python tests/run_tiers.py $* $(ARGS)
+
+lint: $(VENV)/.installed-test ## ruff, formatting, mypy --strict on src, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-test ## let ruff fix and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+render: $(VENV)/.installed-test ## rewrite the tables in the docs from benchmarks/results
+	$(BIN)/python benchmarks/render.py
+
+test-oldest: $(OLDEST)/.installed ## the model's tests with the oldest declared versions; writes benchmarks/results/oldest.json
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" $(OLDEST)/bin/python tests/run_tiers.py \
+		--json benchmarks/results/oldest.json oldest
+
+check-extras: ## all extras together in a fresh environment, then pip check; writes benchmarks/results/extras.json
+	rm -rf .venv-extras
+	scripts/make-venv.sh .venv-extras $(ALL_EXTRAS) constraints.txt $(call PINNED,torch) $(call PINNED,torchvision)
+	.venv-extras/bin/python scripts/check_extras.py benchmarks/results/extras.json
+
+clean: ## remove environments, caches and build products; results and outputs stay
+	rm -rf $(VENV) $(OLDEST) .venv-extras build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.installed-test: $(SETUP_FILES)
+	scripts/make-venv.sh $(VENV) $(TEST_EXTRAS) constraints.txt $(call PINNED,torch) $(call PINNED,torchvision)
+	@touch $@ $(VENV)/.installed-demo
+
+$(VENV)/.installed-demo: $(SETUP_FILES)
+	scripts/make-venv.sh $(VENV) demo constraints.txt $(call PINNED,torch) $(call PINNED,torchvision)
+	@touch $@
+
+$(OLDEST)/.installed: $(SETUP_FILES) constraints-oldest.txt
+	scripts/make-venv.sh $(OLDEST) demo,dev constraints-oldest.txt $(TORCH_OLDEST) $(TORCHVISION_OLDEST)
+	@touch $@
