@@ -1,0 +1,316 @@
+"""Every key of a run: its type, default, allowed range and meaning, written once, at the field.
+
+A run is a `RunConfig`: sections of frozen, checked values. It comes from a YAML file, from ``--section.key value``
+flags, or from both (`load_config`); an unknown key, a wrong type, a value out of range or a contradiction is an error
+before anything is loaded. `RunConfig.to_yaml` writes it back, every key resolved, beside the results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Engine = Literal["auto", "single", "ddp", "zero1", "zero2", "zero3"]
+
+
+class Section(BaseModel):
+    """Base of all sections: values cannot change after the checks, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+def _one_or_many(value: object) -> object:
+    """A single item stands for a list of one, so that ``path: folder`` needs no brackets."""
+    return [value] if isinstance(value, str | Path | Mapping | BaseModel) else value
+
+
+def _as_folder(value: object) -> object:
+    return {"path": str(value)} if isinstance(value, str | Path) else value
+
+
+def _no_repeats(items: tuple[Any, ...]) -> tuple[Any, ...]:
+    repeated = sorted({str(item) for item in items if items.count(item) > 1})
+    if repeated:
+        raise ValueError(f"listed twice: {', '.join(repeated)}")
+    return items
+
+
+class DataFolder(Section):
+    """One source of training data: a folder in the published layout, or a JSONL file."""
+
+    path: Path = Field(description="Folder with images/ and labels/, or a .jsonl file.")
+    weight: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="How often an epoch shows each of its records."
+    )
+
+
+Text = Annotated[str, Field(min_length=1)]
+Names = Annotated[tuple[Text, ...], BeforeValidator(_one_or_many), AfterValidator(_no_repeats)]
+Paths = Annotated[tuple[Path, ...], BeforeValidator(_one_or_many), AfterValidator(_no_repeats)]
+Folders = Annotated[tuple[Annotated[DataFolder, BeforeValidator(_as_folder)], ...], BeforeValidator(_one_or_many)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class ModelSection(Section):
+    """The base model."""
+
+    path: Text = Field(description="Folder of the base model in the published layout, or its name on the hub.")
+    template: Literal["chat", "vqa", "base"] | None = Field(
+        default=None, description="How a question is worded for the model. null: as the checkpoint says (chat)."
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        default="auto",
+        description="Number format of the frozen weights and of the computation. auto: bfloat16 on a GPU, float32 on a"
+        " CPU. LoRA weights are float32 always.",
+    )
+    rope_precision: Literal["checkpoint", "float32"] = Field(
+        default="checkpoint",
+        description="Rotary positions computed as the published code does, in the checkpoint's number format, or in"
+        " float32.",
+    )
+
+
+class DataSection(Section):
+    """What is trained on, and how a record becomes tokens."""
+
+    path: Folders = Field(
+        min_length=1,
+        description="Training data: folders or .jsonl files; several by a list or by repeating the flag; each may be"
+        " {path: ..., weight: ...}.",
+    )
+    labels: Literal["auto", "labels", "labels_en", "labels_zh"] = Field(
+        default="auto", description="Which label folder to read. auto: the only one there is."
+    )
+    validation: Paths = Field(
+        default=(), description="Folders or .jsonl files for validation, instead of a share of the data."
+    )
+    validation_share: Share = Field(
+        default=0.05,
+        description="Share of the pictures kept for validation, chosen by a seeded hash of the picture's key. 0: none.",
+    )
+    turns: Literal["all", "one_random"] = Field(
+        default="all",
+        description="all: every answer of a conversation is trained, each with its whole history. one_random: one"
+        " random round with at most one round of history, as the published demo did.",
+    )
+    caption_question: Text = Field(
+        default="Describe this image in detail.", description="The question put before a caption in `captions` records."
+    )
+    max_input_len: int = Field(
+        default=512,
+        ge=1,
+        description="Tokens of a prompt (question and history); picture, BOS and EOS are not counted.",
+    )
+    max_output_len: int = Field(default=512, ge=1, description="Tokens of an answer; EOS is not counted.")
+    max_row_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most tokens of one row; a picture with more is split over rows. null: no limit.",
+    )
+    long_prompt: Literal["drop", "error"] = Field(
+        default="drop", description="What to do with a question that alone is longer than max_input_len."
+    )
+    long_answer: Literal["drop", "truncate", "error"] = Field(
+        default="drop",
+        description="What to do with an answer longer than max_output_len. truncate trains no end token for it.",
+    )
+    on_bad: Literal["error", "skip"] = Field(
+        default="error",
+        description="What to do with a record or picture that cannot be read. skip: count it and go on.",
+    )
+    max_bad_share: float = Field(
+        default=0.1, ge=0, le=1, description="With on_bad skip: the share of bad records that still stops."
+    )
+    workers: int | None = Field(
+        default=None,
+        ge=0,
+        description="Processes that prepare rows. 0: none, in the training process. null: by the number of cores.",
+    )
+    max_pixels: int = Field(
+        default=178_956_970, ge=1, description="Pictures with more pixels are refused as decompression bombs."
+    )
+
+
+class LoraSection(Section):
+    """What trains."""
+
+    targets: Names = Field(
+        default=("experts",),
+        min_length=1,
+        description="Which linear layers get LoRA: experts, vision-experts, language-experts (each also with -attention"
+        " or -mlp), vision-tower, glu-adapter; or module names and patterns.",
+    )
+    rank: int = Field(default=16, ge=1, description="Rank of the two added matrices.")
+    alpha: float = Field(
+        default=32.0, gt=0, allow_inf_nan=False, description="Scale of the update: it is multiplied by alpha / rank."
+    )
+    dropout: Share = Field(default=0.0, description="Dropout before the added matrices.")
+    rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) instead.")
+    dora: bool = Field(default=False, description="Train magnitude and direction apart (DoRA).")
+    start_from: Path | None = Field(default=None, description="Adapter folder to start from, instead of zero.")
+    extra: dict[str, Any] = Field(
+        default={},
+        description="Other fields of peft's LoraConfig, by their names there: {layers_to_transform: [0, 1]}.",
+    )
+
+
+class TrainSection(Section):
+    """The loop."""
+
+    output: Path = Field(description="Folder for everything the run writes.")
+    epochs: int = Field(default=1, ge=1, description="Passes over the data.")
+    max_steps: int | None = Field(
+        default=None, ge=1, description="Stop after this many optimiser steps. null: epochs decide."
+    )
+    batch_size: int = Field(default=1, ge=1, description="Rows per rank and forward pass.")
+    accumulation: int = Field(default=1, ge=1, description="Forward passes per optimiser step.")
+    lr: float = Field(default=1e-4, gt=0, allow_inf_nan=False, description="Highest learning rate.")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="Course of the learning rate."
+    )
+    warmup_steps: int | None = Field(default=None, ge=0, description="Steps of warm-up, instead of warmup_ratio.")
+    warmup_ratio: float = Field(default=0.03, ge=0, le=1, description="Share of all steps spent on warm-up.")
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="Decoupled weight decay.")
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="AdamW's two averaging factors.")
+    eps: float = Field(default=1e-8, gt=0, allow_inf_nan=False, description="AdamW's guard against division by zero.")
+    optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="Optimiser.")
+    max_grad_norm: float = Field(
+        default=1.0, gt=0, description="Longer gradients are scaled to this norm. .inf: never."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of order, split, dropout and initial LoRA weights.")
+    save_steps: int = Field(default=100, ge=1, description="Optimiser steps between checkpoints.")
+    keep_checkpoints: int = Field(
+        default=2, ge=1, description="How many of the latest checkpoints stay; the best one stays too."
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="Recompute activations in the backward pass: less memory, about a third more time."
+    )
+    compile: bool = Field(default=False, description="Compile the layers with torch.compile.")
+    restart: bool = Field(
+        default=False, description="If the output folder holds a run, start anew in a numbered sibling."
+    )
+    resume: Path | None = Field(default=None, description="Checkpoint folder to start from, in a new output folder.")
+
+
+class EvalSection(Section):
+    """Validation during training."""
+
+    steps: int | None = Field(
+        default=None, ge=1, description="Optimiser steps between validations. null: at every checkpoint and at the end."
+    )
+    batch_size: int | None = Field(default=None, ge=1, description="Rows per rank in validation. null: as in training.")
+    patience: int | None = Field(
+        default=None, ge=1, description="Stop early after this many validations without a better loss. null: never."
+    )
+
+
+class ParallelSection(Section):
+    """How the work is spread over devices."""
+
+    engine: Engine = Field(
+        default="auto",
+        description="auto: what the launcher asks for: one device without a launcher, ddp under torchrun, ZeRO under"
+        " the deepspeed launcher.",
+    )
+    deepspeed: Path | None = Field(
+        default=None, description="A DeepSpeed configuration file (YAML or JSON); it wins over defaults."
+    )
+
+
+class LogSection(Section):
+    """What is written while it runs."""
+
+    steps: int = Field(
+        default=10, ge=1, description="Optimiser steps between lines on the console and in metrics.jsonl."
+    )
+    tensorboard: bool = Field(default=True, description="Write TensorBoard events into the output folder.")
+
+
+class RunConfig(Section):
+    """A whole run. Build it with `load_config`, or from sections in Python."""
+
+    model: ModelSection
+    data: DataSection
+    lora: LoraSection = LoraSection()
+    train: TrainSection
+    eval: EvalSection = EvalSection()
+    parallel: ParallelSection = ParallelSection()
+    log: LogSection = LogSection()
+
+    @model_validator(mode="after")
+    def _check_contradictions(self) -> RunConfig:
+        found = list(_contradictions(self))
+        if found:
+            raise ValueError("\n".join(found))
+        return self
+
+    def to_yaml(self) -> str:
+        """Every key with its value; `load_config` of this text gives an equal configuration."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+    def with_values(self, values: Mapping[str, Any]) -> RunConfig:
+        """A checked copy with some dotted keys replaced; raises ConfigError as `load_config` does."""
+        from cogtune.configuration.load import replace
+
+        return replace(self, values)
+
+
+def load_config(path: str | Path | None, overrides: Mapping[str, str | Sequence[str]] | None = None) -> RunConfig:
+    """Read a run's configuration.
+
+    ``path``: a YAML file with nested sections or dotted keys, or None. ``overrides``: dotted key or alias to its text,
+    as typed after ``--section.key`` (a list of texts where a flag was repeated); they win over the file.
+
+    Raises ConfigError naming the file or flag, what was found and what was expected, and for an unknown key the nearest
+    known one.
+    """
+    from cogtune.configuration.load import build  # it needs the classes above
+
+    return build(path, overrides or {})
+
+
+_OWN_LORA_FIELDS = {
+    "r": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "target_modules": "lora.targets",
+    "use_rslora": "lora.rslora",
+    "use_dora": "lora.dora",
+}
+
+
+def _contradictions(config: RunConfig) -> Iterator[str]:
+    """Pairs of values that cannot both be meant. A default never contradicts anything: only a changed value does."""
+    data, train = config.data, config.train
+    validates = bool(data.validation) or data.validation_share > 0
+
+    if data.validation and data.validation_share not in (0, _default(DataSection, "validation_share")):
+        yield "data.validation and data.validation_share: both say where validation data comes from; keep one"
+    if config.eval.patience is not None and not validates:
+        yield "eval.patience needs validation data, but data.validation_share is 0 and data.validation is empty"
+    if config.eval.steps is not None and not validates:
+        yield "eval.steps needs validation data, but data.validation_share is 0 and data.validation is empty"
+    if data.on_bad == "error" and data.max_bad_share != _default(DataSection, "max_bad_share"):
+        yield "data.max_bad_share has a meaning only with data.on_bad: skip"
+    for name in sorted(_OWN_LORA_FIELDS.keys() & config.lora.extra.keys()):
+        yield f"lora.extra.{name}: this is {_OWN_LORA_FIELDS[name]}; set it there"
+    if train.warmup_steps is not None and train.warmup_ratio != _default(TrainSection, "warmup_ratio"):
+        yield "train.warmup_steps and train.warmup_ratio: both set the warm-up; keep one"
+    if train.warmup_steps and train.max_steps and train.warmup_steps >= train.max_steps:
+        yield f"train.warmup_steps {train.warmup_steps} leaves nothing of train.max_steps {train.max_steps}"
+    for name in ("betas", "eps"):
+        if train.optimizer == "sgd" and getattr(train, name) != _default(TrainSection, name):
+            yield f"train.{name} belongs to adamw, but train.optimizer is sgd"
+    if train.restart and train.resume is not None:
+        yield "train.restart starts from nothing and train.resume from a checkpoint; keep one"
+    if config.parallel.deepspeed is not None and config.parallel.engine in ("single", "ddp"):
+        yield f"parallel.deepspeed names a DeepSpeed file, but parallel.engine is {config.parallel.engine}"
+
+
+def _default(section: type[Section], name: str) -> Any:
+    return section.model_fields[name].default

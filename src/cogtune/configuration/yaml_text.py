@@ -1,0 +1,115 @@
+"""YAML as people mean it: ``1e-4`` is a number, a key given twice is an error, errors name the line."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cogtune.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2's numbers, without dates and base-60 integers, and refusing repeated keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(getattr(key, "value", key))
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key `{name}` is given twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep=deep)
+
+
+_REPLACED = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:int", "tag:yaml.org,2002:timestamp")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"[-+]?(0x[0-9a-fA-F_]+|[0-9][0-9_]*)$"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"[-+]?(([0-9][0-9_]*)?\.[0-9][0-9_]*|[0-9][0-9_]*\.?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+    ),
+    list("-+.0123456789"),
+)
+
+
+def parse_value(text: str) -> Any:
+    """The value that ``text`` would have in a file; raises ValueError where it is not YAML."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(_problem(error)) from error
+
+
+def read_mapping(path: str | Path, what: str = "configuration file") -> dict[str, Any]:
+    """The mapping at the root of a YAML (or, by its suffix, JSON) file; an empty file is an empty mapping.
+
+    Raises ConfigError where the file is missing, unreadable, not YAML, or no mapping.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        near = sorted(p.name for p in path.parent.glob("*.y*ml"))[:5] if path.parent.is_dir() else []
+        hint = f"in {path.parent}/ there is: {', '.join(near)}" if near else "check the path"
+        raise ConfigError(f"{path}: this {what} does not exist", hint=hint, code="config-file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: not UTF-8 text at byte {error.start}", hint="save it as UTF-8", code="config-file"
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read this {what}: {error.strerror}", code="config-file") from error
+    try:
+        value = json.loads(text) if path.suffix == ".json" else yaml.load(text, _Loader)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}:{error.lineno}: not JSON: {error.msg}", code="config-file") from error
+    except yaml.YAMLError as error:
+        hint = "indent with spaces; put text with special characters in quotes"
+        raise ConfigError(f"{path}: not YAML: {_problem(error)}", hint=hint, code="config-file") from error
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: found {describe(value)}, expected `key: value` lines", code="config-file")
+    return value
+
+
+def describe(value: object) -> str:
+    """A value as an error message shows it, with its YAML type."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return f"true/false value {str(value).lower()}"
+        case int():
+            return f"whole number {value}"
+        case float():
+            return f"number {value}"
+        case str():
+            return f"text {_short(value)!r}"
+        case list() | tuple():
+            return f"list {_short(value)}"
+        case dict():
+            return f"mapping {_short(value)}"
+    return f"{type(value).__name__} {_short(value)}"
+
+
+def _short(value: object, limit: int = 60) -> Any:
+    text = str(value)
+    return value if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    if isinstance(error, yaml.MarkedYAMLError):
+        mark = error.problem_mark or error.context_mark
+        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        return f"{error.problem}{place}"
+    return str(error)
