@@ -1,0 +1,127 @@
+"""The model's configuration: every key of the published ``config.json``, each optional with the published default.
+
+The published file has no ``model_type``, lacks ``num_multi_query_heads`` and ``tie_word_embeddings``, holds
+``eos_token_id`` as a list and points at remote code through ``auto_map``; all of that loads here unchanged.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+ROPE_PRECISIONS = ("checkpoint", "float32")
+
+
+@strict
+class CogVLM2VisionConfig(PreTrainedConfig):
+    """The EVA2-CLIP-E tower (63 of its 64 blocks) and the 2x2 convolution behind it."""
+
+    model_type = "cogvlm2_vision"
+    base_config_key = "vision_config"
+
+    image_size: int = 1344
+    patch_size: int = 14
+    in_channels: int = 3
+    hidden_size: int = 1792
+    intermediate_size: int = 15360
+    num_hidden_layers: int = 63
+    num_heads: int = 16
+    num_positions: int = 9217
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-6
+    dropout_prob: float | int = 0.0
+
+    @property
+    def patch_grid(self) -> int:
+        """Patches on one side of the picture (96 at full size)."""
+        return self.image_size // self.patch_size
+
+
+@strict
+class CogVLM2Config(PreTrainedConfig):
+    """CogVLM2 with vision experts (``cogvlm2-llama3-chat-19B``).
+
+    ``rope_precision="checkpoint"`` computes rotary tables in the dtype of the checkpoint's ``inv_freq`` as loaded,
+    which is part of the published model's behaviour; ``"float32"`` computes ordinary float32 tables from
+    ``rope_theta``.
+    """
+
+    model_type = "cogvlm2"
+    sub_configs = {"vision_config": CogVLM2VisionConfig}  # noqa: RUF012  (the base class's own declaration style)
+    attribute_map = {"num_key_value_heads": "num_multi_query_heads"}  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
+
+    vocab_size: int = 128256
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_multi_query_heads: int = 8
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 8192
+    rms_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    rope_theta: float | int = 500000.0
+    rope_precision: str = "checkpoint"
+    template_version: str = "chat"
+    bos_token_id: int | None = 128000
+    eos_token_id: int | list[int] | None = 128001
+    pad_token_id: int | None = 128002
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    vision_config: dict[str, Any] | PreTrainedConfig | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.vision_config is None:
+            self.vision_config = CogVLM2VisionConfig()
+        elif isinstance(self.vision_config, dict):
+            self.vision_config = CogVLM2VisionConfig(**self.vision_config)
+        # The published entry points at remote code; this class is what replaces it, and a folder saved by us must not
+        # send AutoConfig there again.
+        kwargs.pop("auto_map", None)
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Part of the strict dataclass protocol: refuse shapes the model cannot have."""
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        if self.num_attention_heads % self.num_multi_query_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_multi_query_heads {self.num_multi_query_heads}"
+            )
+        if self.rope_precision not in ROPE_PRECISIONS:
+            raise ValueError(f"rope_precision is {self.rope_precision!r}; it is one of {', '.join(ROPE_PRECISIONS)}")
+        if self.tie_word_embeddings:
+            raise ValueError("tie_word_embeddings is true; CogVLM2's head is its own matrix")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square picture the tower takes, in pixels."""
+        return int(self.vision_config.image_size)  # type: ignore[union-attr]
+
+    @property
+    def grid(self) -> int:
+        """Side of the feature grid after the 2x2 convolution (48 at full size)."""
+        return int(self.vision_config.patch_grid) // 2  # type: ignore[union-attr]
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Positions one image takes: the grid plus begin- and end-of-image (2306 at full size)."""
+        return self.grid**2 + 2
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """The end tokens as a list; training always appends the first."""
+        if self.eos_token_id is None:
+            return []
+        return [self.eos_token_id] if isinstance(self.eos_token_id, int) else list(self.eos_token_id)

@@ -1,0 +1,108 @@
+"""Inputs of each decoding step, for transformers' ``generate()``.
+
+This model's positions are not an arange (an image takes three), so each step rebuilds them from the token types of the
+whole sequence, over the range of transformers versions: before 5.24 the cache arrives as ``past_key_values``, since
+then as ``cache``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import GenerationMixin
+from transformers.cache_utils import Cache
+
+from cogtune.model.routing import row_positions
+
+
+class CogVLM2Generation(GenerationMixin):  # type: ignore[misc]
+    """``generate()`` for CogVLM2; images are encoded once, before beams are expanded."""
+
+    config: Any
+    device: torch.device
+
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' ``generate()``, with ``token_type_ids`` and ``pixel_values`` or ``image_features``.
+
+        Raises:
+            ValueError: trees, labels or both kinds of image input; beams or several sequences of a prompt with several
+                images (their features could not be told apart when rows are repeated).
+        """
+        if kwargs.get("segment_ids") is not None or kwargs.get("segment_parents") is not None:
+            raise ValueError("segment_ids and segment_parents are for training; generate() continues plain rows")
+        for name in ("labels", "segment_ids", "segment_parents", "routing"):
+            kwargs.pop(name, None)
+        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        types = kwargs.get("token_type_ids")
+        if types is None and isinstance(input_ids, torch.Tensor):
+            kwargs["token_type_ids"] = torch.zeros_like(input_ids)
+        pixels = kwargs.pop("pixel_values", None)
+        if pixels is not None:
+            if kwargs.get("image_features") is not None:
+                raise ValueError("pixel_values and image_features are two forms of the same images; give one")
+            with torch.no_grad():
+                kwargs["image_features"] = self.model.encode_images(pixels.to(self.device))  # type: ignore[attr-defined]
+        self._refuse_ambiguous_images(kwargs)
+        return super().generate(inputs, *args, **kwargs)
+
+    def _refuse_ambiguous_images(self, kwargs: dict[str, Any]) -> None:
+        """Rows are repeated for beams, and features along with them: right only for at most one image a row."""
+        config = kwargs.get("generation_config") or self.generation_config
+        copies = max(
+            kwargs.get("num_beams") or config.num_beams or 1,
+            kwargs.get("num_return_sequences") or config.num_return_sequences or 1,
+        )
+        types = kwargs.get("token_type_ids")
+        if copies == 1 or kwargs.get("image_features") is None or types is None:
+            return
+        if bool(((types == 1).sum(1) > self.config.num_image_tokens).any()):
+            raise ValueError("beam search and num_return_sequences > 1 take at most one image a row")
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        next_sequence_length: int | None = None,
+        is_first_iteration: bool = False,
+        use_cache: bool | None = True,
+        logits_to_keep: int | torch.Tensor = 1,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The hook ``generate()`` calls before every forward: types, positions and mask of the whole sequence, ids of
+        the new columns only."""
+        past = past_key_values if cache is None else cache
+        device = self.device
+        input_ids = input_ids.to(device)
+        types = self._whole_types(input_ids, token_type_ids)
+        mask = None if attention_mask is None else attention_mask.to(device)
+        new = input_ids.shape[1] if next_sequence_length is None else next_sequence_length
+        whole = new == input_ids.shape[1]
+        inputs: dict[str, Any] = {
+            "input_ids": input_ids[:, -new:].contiguous(),
+            "token_type_ids": types[:, -new:].contiguous(),
+            "attention_mask": mask,
+            "past_key_values": past,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep,
+        }
+        if whole:
+            inputs["image_features"] = image_features
+        else:
+            inputs["position_ids"] = row_positions(types, mask)[:, -new:]
+        return inputs
+
+    def _whole_types(self, input_ids: torch.Tensor, token_type_ids: torch.Tensor | None) -> torch.Tensor:
+        """Types of prompt and answer. ``generate()`` repeats the prompt's last type for every new token; where a prompt
+        ends in its image that would be wrong, so image tokens also have to hold the image's id."""
+        if token_type_ids is None:
+            return torch.zeros_like(input_ids)
+        types = token_type_ids.to(input_ids.device)
+        missing = input_ids.shape[1] - types.shape[1]
+        if missing > 0:
+            types = torch.cat([types, types.new_zeros(types.shape[0], missing)], dim=1)
+        return types * (input_ids == self.config.pad_token_id)

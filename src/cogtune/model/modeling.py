@@ -1,0 +1,347 @@
+"""CogVLM2 in native PyTorch: a Llama-3 decoder in which every image token has expert weights of its own.
+
+Shapes: B rows and L columns of the input, T real tokens in sorted order [vision | language], K kept tokens, D hidden,
+V vocabulary, N images, Q cells of an image's grid. ``model.routing`` explains the orders.
+
+Module names are those of the published checkpoint, so its tensors and anyone's adapters load unchanged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput
+
+from cogtune.configuration.model import CogVLM2Config
+from cogtune.model.attention import ExpertAttention, by_expert, cache_mask, row_mask
+from cogtune.model.generation import CogVLM2Generation
+from cogtune.model.loss import token_loss
+from cogtune.model.pretrained import CogVLM2PreTrainedModel
+from cogtune.model.rope import inverse_frequencies, rotary_tables
+from cogtune.model.routing import Routing, row_positions
+from cogtune.model.vision import VisionModel
+
+
+@dataclass
+class CogVLM2Output(ModelOutput):  # type: ignore[misc]
+    """loss: scalar float32; logits: float32 [B, L, V] (0 at padding); past_key_values: the extended cache."""
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    cache: Cache | None = None
+
+    @property
+    def past_key_values(self) -> Cache | None:
+        """The cache under the name this project's contract uses; transformers renames it from version to version."""
+        return self.cache
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm; the product with the weight is taken in float32, before the cast (spec 4.3)."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (self.weight.float() * normed).to(x.dtype)
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), no biases."""
+
+    def __init__(self, config: CogVLM2Config) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class ExpertMLP(nn.Module):
+    """One gated MLP per expert, each on its slice."""
+
+    def __init__(self, config: CogVLM2Config) -> None:
+        super().__init__()
+        self.language_mlp = GatedMLP(config)
+        self.vision_mlp = GatedMLP(config)
+
+    def forward(self, x_TD: torch.Tensor, num_vision: int) -> torch.Tensor:
+        return by_expert(x_TD, num_vision, self.vision_mlp, self.language_mlp)
+
+
+class DecoderLayer(GradientCheckpointingLayer):  # type: ignore[misc]
+    """Pre-norm attention and MLP. With ``kept``, only those tokens' outputs are computed (the last layer needs no
+    others), while every token still gives its key and value."""
+
+    def __init__(self, config: CogVLM2Config, layer_index: int) -> None:
+        super().__init__()
+        self.self_attn = ExpertAttention(config, layer_index)
+        self.mlp = ExpertMLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        h_TD: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: torch.Tensor | None,
+        routing: Routing,
+        cache: Cache | None = None,
+        kept: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        attended = self.self_attn(self.input_layernorm(h_TD), cos, sin, mask, routing, cache, kept)
+        if kept is not None:
+            h_TD = h_TD.index_select(0, kept)
+        h_TD = h_TD + attended
+        num_vision = routing.num_vision if kept is None else routing.num_vision_kept
+        return h_TD + self.mlp(self.post_attention_layernorm(h_TD), num_vision)
+
+
+class CogVLM2Model(CogVLM2PreTrainedModel):
+    """Embedding, vision model, decoder layers and final norm."""
+
+    def __init__(self, config: CogVLM2Config) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.layers = nn.ModuleList([DecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.vision = VisionModel(config)
+        # A plain attribute, not a buffer: no cast of the model may change the rotary precision it was loaded with.
+        self.rotary_frequencies: torch.Tensor | None = None
+        self.post_init()
+        self.remember_rotary()
+        self.register_load_state_dict_post_hook(lambda module, _keys: module.remember_rotary())
+
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The tower's cacheable output [N, Q, vision hidden] from pixels [N, 3, side, side]."""
+        return self.vision.features(pixel_values)
+
+    def rotary(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine [B, 1, S, E/2] for the layers, in ``dtype`` (float32 when asked for by the configuration)."""
+        if self.config.rope_precision == "float32":
+            table = inverse_frequencies(self.config.head_dim, float(self.config.rope_theta), positions.device)
+            return rotary_tables(table, positions)
+        if self.rotary_frequencies is None:
+            self.remember_rotary()
+        assert self.rotary_frequencies is not None
+        if self.rotary_frequencies.device != positions.device:
+            self.rotary_frequencies = self.rotary_frequencies.to(positions.device)
+        cos, sin = rotary_tables(self.rotary_frequencies, positions)
+        return cos.to(dtype), sin.to(dtype)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        routing: Routing,
+        image_features: torch.Tensor | None,
+        cache: Cache | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Final hidden states of the kept tokens, in sorted order [K, D]."""
+        ids = input_ids.flatten()
+        h = self.embed_tokens(ids if routing.token_index is None else ids.index_select(0, routing.token_index))
+        if image_features is not None:
+            images = self.vision(image_features).to(h.dtype)
+            h = h.index_copy(0, routing.image_slots, images.flatten(0, 1))
+        cos, sin = self.rotary(routing.positions, h.dtype)
+        last = len(self.layers) - 1
+        for index, layer in enumerate(self.layers):
+            h = layer(h, cos, sin, mask, routing, cache=cache, kept=routing.kept if index == last else None)
+        return self.norm(h)
+
+
+class CogVLM2ForCausalLM(CogVLM2PreTrainedModel, CogVLM2Generation, GenerationMixin):
+    """The whole model; see :meth:`forward` for the inputs."""
+
+    def __init__(self, config: CogVLM2Config) -> None:
+        super().__init__(config)
+        self.model = CogVLM2Model(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.model.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head."""
+        return self.lm_head
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        token_type_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+        segment_parents: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        return_logits: bool | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        position_ids: torch.Tensor | None = None,
+        routing: Routing | None = None,
+        cache: Cache | None = None,
+        return_dict: bool | None = True,
+    ) -> CogVLM2Output:
+        """One pass over a batch.
+
+        Args:
+            input_ids: int64 [B, L]; ``config.pad_token_id`` at image positions.
+            token_type_ids: int64 [B, L], 1 on an image's positions; absent: all text.
+            attention_mask: [B, L] (with a cache: [B, past + L]), 1 on real tokens; padding at either end only.
+            pixel_values: float [N, 3, side, side], images in batch order. Or
+            image_features: the tower's cached output [N, grid * grid, vision hidden].
+            labels: int64 [B, L] aligned with ``input_ids``, -100 ignored.
+            segment_ids, segment_parents: the tree; see ``model.routing``.
+            num_items_in_batch: divides the summed loss; absent: the number of labelled tokens.
+            return_logits: None: yes without labels, no with them.
+            past_key_values (or ``cache``): a transformers cache; ``use_cache`` makes one.
+            logits_to_keep: only the last columns' logits (0: all).
+            position_ids: only read behind a non-empty cache; elsewhere positions follow from the types.
+            routing: made by the collator; computed here when absent.
+
+        Returns:
+            CogVLM2Output. Logits are float32, 0 at padding.
+
+        Raises:
+            ValueError: inputs that contradict each other; the message gives both sides.
+        """
+        past = past_key_values if cache is None else cache
+        if past is None and use_cache:
+            past = DynamicCache(config=self.config)
+        wants_logits = labels is None if return_logits is None else return_logits
+        behind = past is not None and not _is_empty(past)
+        if past is not None and (segment_ids is not None or labels is not None):
+            raise ValueError("labels and trees are for training without a cache; leave out past_key_values and use_cache")
+        if behind:
+            _refuse_images_behind_cache(input_ids, token_type_ids)
+            positions = _next_positions(past, input_ids, token_type_ids, attention_mask, position_ids)
+            routing, features = Routing.decode(positions), None
+        else:
+            if routing is None:
+                keep_columns = past is not None or logits_to_keep > 0
+                given = (token_type_ids, attention_mask, segment_ids, segment_parents, labels)
+                routing = _route(input_ids, given, keep_columns)
+            routing = routing.to(input_ids.device)
+            features = self._image_features(routing, pixel_values, image_features)
+        if labels is None:
+            routing = routing.keep_last(logits_to_keep)
+        elif wants_logits:
+            routing = routing.keep_all()
+        if past is None:
+            mask = row_mask(routing)
+        else:
+            mask = cache_mask(past, routing, attention_mask, past.get_seq_length() if behind else 0)
+            past.next_position = routing.positions.amax(1, keepdim=True) + 1
+        logits = self.lm_head(self.model(input_ids, routing, features, past, mask)).float()
+        loss = None if labels is None else _loss(logits, routing, num_items_in_batch)
+        full = routing.scatter(logits, input_ids.shape[1], logits_to_keep) if wants_logits else None
+        return CogVLM2Output(loss=loss, logits=full, cache=past)
+
+    def _image_features(
+        self, routing: Routing, pixel_values: torch.Tensor | None, image_features: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """The tower's output for this batch, counted against the image tokens.
+
+        In training a batch without images still gives zero rows, so that trained and sharded parts run on every rank.
+        """
+        if pixel_values is not None and image_features is not None:
+            raise ValueError("pixel_values and image_features are two forms of the same images; give one")
+        training = self.training and torch.is_grad_enabled()
+        vision = self.model.vision
+        if pixel_values is None and image_features is None and training:
+            weight = vision.conv.weight
+            if vision.tower_trains():
+                side = self.config.image_size
+                pixel_values = weight.new_zeros(0, self.config.vision_config.in_channels, side, side)
+            else:
+                image_features = weight.new_zeros(0, self.config.grid**2, vision.width)
+        if pixel_values is not None:
+            image_features = self.model.encode_images(pixel_values)
+        images = 0 if image_features is None else image_features.shape[0]
+        each, tokens = self.config.num_image_tokens, routing.image_slots.shape[0]
+        if images * each != tokens:
+            raise ValueError(
+                f"{images} images need {images * each} image tokens ({each} each); token_type_ids marks {tokens}"
+            )
+        odd = [run for run in routing.image_runs if run % each]
+        if odd:
+            raise ValueError(f"a run of {odd[0]} image tokens is not whole images of {each}; was a row cut?")
+        return image_features
+
+
+def _route(
+    input_ids: torch.Tensor, given: tuple[torch.Tensor | None, ...], keep_columns: bool
+) -> Routing:
+    """Routing of a batch that came without one; the index arithmetic is done on the CPU."""
+    types, mask, segment_ids, segment_parents, labels = (None if t is None else t.cpu() for t in given)
+    if types is None:
+        types = torch.zeros(input_ids.shape, dtype=torch.long)
+    if types.shape != input_ids.shape:
+        raise ValueError(f"token_type_ids has shape {tuple(types.shape)}; input_ids has {tuple(input_ids.shape)}")
+    return Routing.build(types, mask, segment_ids, segment_parents, labels, keep_columns)
+
+
+def _loss(logits: torch.Tensor, routing: Routing, num_items: torch.Tensor | int | None) -> torch.Tensor:
+    """Loss of the routing's targets from the kept tokens' logits."""
+    if routing.targets is None:
+        raise ValueError("labels were given with a routing that was built without them")
+    predicted = logits if routing.predictors is None else logits.index_select(0, routing.predictors)
+    return token_loss(predicted, routing.targets, num_items)
+
+
+def _is_empty(cache: Cache) -> bool:
+    """Whether nothing is cached yet. A static cache counts in a tensor; a compiled step is never the first."""
+    length = cache.get_seq_length()
+    if isinstance(length, torch.Tensor) and torch.compiler.is_compiling():
+        return False
+    return int(length) == 0
+
+
+def _refuse_images_behind_cache(input_ids: torch.Tensor, token_type_ids: torch.Tensor | None) -> None:
+    """Images are read with the first tokens; behind a cache only text follows."""
+    if token_type_ids is None or torch.compiler.is_compiling():
+        return
+    if bool((token_type_ids[:, -input_ids.shape[1] :] == 1).any()):
+        raise ValueError("new tokens behind a cache must be text (token_type_ids 0); start a new cache for a new image")
+
+
+def _next_positions(
+    cache: Cache,
+    input_ids: torch.Tensor,
+    token_type_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+) -> torch.Tensor:
+    """Positions of new text tokens: as given, from the whole sequence's types, or behind the cache's last one."""
+    new = input_ids.shape[1]
+    if position_ids is not None:
+        return position_ids
+    if token_type_ids is not None and token_type_ids.shape[1] > new:
+        return row_positions(token_type_ids, attention_mask)[:, -new:]
+    start = getattr(cache, "next_position", None)
+    if start is None:
+        raise ValueError("behind a cache this model did not fill, give position_ids or the whole row's token_type_ids")
+    return start + torch.arange(new, device=input_ids.device)
+
+
+AutoConfig.register("cogvlm2", CogVLM2Config)
+AutoModelForCausalLM.register(CogVLM2Config, CogVLM2ForCausalLM)

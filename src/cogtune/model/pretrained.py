@@ -1,0 +1,118 @@
+"""What every CogVLM2 model class inherits: initialisation, strict loading, and the published file layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from cogtune.configuration.model import CogVLM2Config
+from cogtune.errors import CheckpointError
+from cogtune.model.rope import RotaryEmbedding, inverse_frequencies
+
+PUBLISHED_SHARD_SIZE = "5GB"
+NAMES_SHOWN = 8
+
+
+class CogVLM2PreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+    """Base class; loading is strict, because a tensor that is silently missing is a wrong answer later."""
+
+    config_class = CogVLM2Config
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DecoderLayer", "VisionLayer", "PatchEmbedding", "GLUAdapter"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The hook transformers calls for tensors a checkpoint does not hold (and for models built from a config)."""
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            init.normal_(module.weight, mean=0.0, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, RotaryEmbedding):
+            init.copy_(module.inv_freq, inverse_frequencies(module.head_dim, module.theta, module.inv_freq.device))
+        else:
+            self._init_own_parameters(module, std)
+
+    def _init_own_parameters(self, module: nn.Module, std: float) -> None:
+        for name, parameter in module.named_parameters(recurse=False):
+            if name == "weight":  # the RMS norms
+                init.ones_(parameter)
+            else:  # class token, begin- and end-of-image
+                init.normal_(parameter, mean=0.0, std=std)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a folder or hub id; like the base class, but every tensor has to fit.
+
+        Raises:
+            CheckpointError: a tensor is missing, left over or of the wrong shape, or the stored rotary tables of the
+                layers differ; the message names the tensors.
+        """
+        with_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("ignore_mismatched_sizes", True)  # so that all misfits are named at once, below
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        _require_exact(str(pretrained_model_name_or_path), info)
+        model.remember_rotary()
+        return (model, info) if with_info else model
+
+    def remember_rotary(self) -> None:
+        """Take the rotary frequencies as they are now; later casts of the model do not reach them.
+
+        Raises:
+            CheckpointError: the layers' stored copies differ.
+        """
+        copies = {n: m.inv_freq for n, m in self.named_modules() if isinstance(m, RotaryEmbedding)}
+        tensors = list(copies.values())
+        if not tensors or any(tensor.is_meta for tensor in tensors):
+            return
+        different = [name for name, tensor in copies.items() if not torch.equal(tensor.cpu(), tensors[0].cpu())]
+        if different:
+            raise CheckpointError(
+                f"{different[0]}.inv_freq differs from {next(iter(copies))}.inv_freq; all layers share one rotary table",
+                hint="the checkpoint is damaged or was edited; fetch it again",
+                code="checkpoint-rotary",
+            )
+        decoder = getattr(self, self.base_model_prefix, self)
+        decoder.rotary_frequencies = tensors[0].detach().clone()
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Write the published names in shards of the published size."""
+        kwargs.setdefault("max_shard_size", PUBLISHED_SHARD_SIZE)
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def _require_exact(where: str, info: dict[str, Any]) -> None:
+    """Turn transformers' loading report into an error that names what does not fit."""
+    problems = []
+    for kind, keys in (("missing", info["missing_keys"]), ("left over", info["unexpected_keys"])):
+        if keys:
+            problems.append(f"{len(keys)} {kind}: {_some(sorted(keys))}")
+    mismatched = sorted(info["mismatched_keys"])
+    if mismatched:
+        described = [f"{name} has shape {list(found)}, expected {list(wanted)}" for name, found, wanted in mismatched]
+        problems.append(f"{len(mismatched)} of the wrong shape: {_some(described)}")
+    if info.get("error_msgs"):
+        problems.append(_some([str(message) for message in info["error_msgs"]]))
+    if problems:
+        raise CheckpointError(
+            f"{where}: the tensors do not fit the model; " + "; ".join(problems),
+            hint="check that config.json belongs to these shards and that every shard is complete",
+            code="checkpoint-tensors",
+        )
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

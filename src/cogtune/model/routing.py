@@ -1,0 +1,338 @@
+"""Which token goes where: computed once per forward, on the CPU, and handed to every layer.
+
+Shapes: B rows and L columns of the input, T real tokens (padding dropped), S columns of the attention layout,
+G segments per row, K kept tokens (those whose last hidden state is needed), M targets.
+
+Two orders of the T tokens matter. *Packed* order is row by row, as read. *Sorted* order is [vision | language] by
+expert, each in packed order; hidden states live in sorted order, so every norm, projection and MLP works on two
+contiguous slices. Only attention needs rows again: ``to_rows`` and ``from_rows`` are those two gathers.
+
+The expert rule (spec 4.2): a token is the vision expert's iff it and its next token are image tokens, so the last token
+of an image run belongs to the language expert. The position rule (spec 4.5): an image takes three positions. In a tree
+both follow the path from the root, and an image lies wholly inside one segment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = -1
+UNUSED = -2
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Index tensors (int64, no gradient) and sizes; see the module's text for the two orders.
+
+    ``to_rows`` [B*S] and ``from_rows`` [T] may be None: the layout is then the identity (decoding).
+    """
+
+    num_rows: int
+    num_columns: int  # S
+    num_vision: int  # first tokens of sorted order
+    token_index: torch.Tensor | None  # [T] sorted -> b * L + column of the input
+    to_rows: torch.Tensor | None  # [B*S] row layout -> sorted (padding repeats token 0, its result is never read)
+    from_rows: torch.Tensor | None  # [T] sorted -> b * S + column
+    positions: torch.Tensor  # [B, S] rotary positions, 0 at padding
+    image_slots: torch.Tensor  # sorted index of every image token, in row-major order
+    image_runs: tuple[int, ...] = ()  # length of every image run
+    row_segments: torch.Tensor | None = None  # [B, S] segment of every token, G at padding; None: no tree
+    ancestors: torch.Tensor | None = None  # bool [B, G + 1, G + 1]: a segment sees itself and its ancestors
+    row_mask: torch.Tensor | None = None  # bool [B, S] real columns; None unless the layout has padding to hide
+    kept: torch.Tensor | None = None  # [K] sorted indices, ascending: whose last hidden state is needed
+    num_vision_kept: int = 0
+    predictors: torch.Tensor | None = None  # [M] index into kept; None where it would be 0..K-1
+    targets: torch.Tensor | None = None  # [M] labels
+
+    @property
+    def num_targets(self) -> int:
+        """How many labelled tokens this batch trains."""
+        return 0 if self.targets is None else int(self.targets.shape[0])
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Routing:
+        """The same routing with its tensors on ``device``."""
+        moved: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, torch.Tensor):
+                moved[field.name] = value.to(device, non_blocking=non_blocking)
+        return replace(self, **moved)
+
+    def pin_memory(self) -> Routing:
+        """The same routing in pinned host memory (a DataLoader calls this)."""
+        pinned = {f.name: v.pin_memory() for f in fields(self) if isinstance(v := getattr(self, f.name), torch.Tensor)}
+        return replace(self, **pinned)
+
+    @classmethod
+    def build(
+        cls,
+        token_type_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+        segment_parents: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        keep_columns: bool = False,
+    ) -> Routing:
+        """Compute everything a forward needs from integer tensors on the CPU.
+
+        Args:
+            token_type_ids: [B, L], 1 on image tokens.
+            attention_mask: [B, L], 1 on real tokens; padding on either side, no holes. Absent: all real.
+            segment_ids, segment_parents: [B, L] and [B, G], the tree (both or neither).
+            labels: [B, L], -100 ignored; sets ``kept``, ``predictors`` and ``targets``.
+            keep_columns: keep the input's columns (S = L), as a key/value cache expects, instead of left-aligning rows.
+
+        Raises:
+            ValueError: shapes that differ, holes in the mask, a malformed tree, a label at padding.
+        """
+        return _Builder(token_type_ids, attention_mask, segment_ids, segment_parents).routing(labels, keep_columns)
+
+    @classmethod
+    def decode(cls, positions: torch.Tensor) -> Routing:
+        """New text tokens behind a cache: all language, identity layout. ``positions`` [B, S] on any device."""
+        rows, columns = positions.shape
+        empty = positions.new_empty(0)
+        return cls(rows, columns, 0, None, None, None, positions, empty)
+
+    def keep_all(self) -> Routing:
+        """Every token's last hidden state is wanted; targets keep pointing at their predictors."""
+        if self.kept is None:
+            return self
+        predictors = self.kept if self.predictors is None else self.kept.index_select(0, self.predictors)
+        return replace(self, kept=None, num_vision_kept=0, predictors=predictors)
+
+    def keep_last(self, count: int) -> Routing:
+        """Only the last ``count`` columns' hidden states are wanted (0: all), in a layout that keeps the columns."""
+        everything = self.keep_all()
+        if count == 0 or count >= self.num_columns:
+            return everything
+        first = self.num_columns - count
+        if self.from_rows is None:
+            flat = torch.arange(self.num_rows * self.num_columns, device=self.positions.device)
+            return replace(everything, kept=flat.view(self.num_rows, -1)[:, first:].reshape(-1))
+        kept = torch.nonzero(self.from_rows % self.num_columns >= first).flatten()
+        return replace(everything, kept=kept, num_vision_kept=int((kept < self.num_vision).sum()))
+
+    def scatter(self, values: torch.Tensor, width: int, count: int = 0) -> torch.Tensor:
+        """Kept tokens' values [K, V] back into the input's columns: [B, width or count, V], 0 at padding."""
+        columns = count if 0 < count < width else width
+        source = self.token_index
+        if source is None:
+            return values.view(self.num_rows, columns, -1)
+        if self.kept is not None:
+            source = source.index_select(0, self.kept)
+        row, column = source // width, source % width - (width - columns)
+        full = values.new_zeros(self.num_rows * columns, values.shape[-1])
+        return full.index_copy(0, row * columns + column, values).view(self.num_rows, columns, -1)
+
+
+def row_positions(token_type_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Positions of whole rows [B, L] without trees, on any device and without host syncs (decoding uses it).
+
+    Padding is skipped, as if it were not there; its own positions are 0.
+    """
+    image = token_type_ids == 1
+    real = torch.ones_like(image) if attention_mask is None else attention_mask.bool()
+    image = image & real
+    edge = image.new_zeros(image.shape[0], 1)
+    inner = image & torch.cat([edge, image[:, :-1]], 1) & torch.cat([image[:, 1:], edge], 1)
+    stays = inner & torch.cat([edge, inner[:, :-1]], 1)
+    return ((real & ~stays).long().cumsum(1) - 1).clamp(min=0) * real
+
+
+class _Builder:
+    """Numpy working state of :meth:`Routing.build`; arrays over packed tokens unless named otherwise."""
+
+    def __init__(
+        self,
+        token_type_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        segment_ids: torch.Tensor | None,
+        segment_parents: torch.Tensor | None,
+    ) -> None:
+        types = token_type_ids.numpy()
+        self.shape = types.shape
+        mask = np.ones(types.shape, bool) if attention_mask is None else attention_mask.numpy().astype(bool)
+        _require_shape("attention_mask", mask.shape, types.shape)
+        self.rows, self.columns = np.nonzero(mask)
+        self.mask = mask
+        self.lengths = mask.sum(1)
+        _refuse_holes(mask, self.lengths)
+        if self.rows.size == 0:
+            raise ValueError("attention_mask keeps no token at all; a batch needs at least one real token")
+        self.image = types[self.rows, self.columns] == 1
+        self.num_tokens = self.rows.size
+        self.row_start = np.concatenate([[0], np.cumsum(self.lengths)[:-1]])
+        self.tree = segment_ids is not None
+        if (segment_ids is None) != (segment_parents is None):
+            raise ValueError("segment_ids and segment_parents come together; only one of them was given")
+        if segment_ids is not None and segment_parents is not None:
+            self._read_tree(segment_ids.numpy(), segment_parents.numpy())
+        else:
+            self._plain_rows()
+        self._routes()
+
+    def _plain_rows(self) -> None:
+        """Every row is one segment that starts at position 0."""
+        self.starts = np.zeros(self.num_tokens, bool)
+        self.starts[self.row_start[self.lengths > 0]] = True
+        self.previous = np.arange(-1, self.num_tokens - 1)
+        self.previous[self.starts] = -1
+
+    def _read_tree(self, segment_ids: np.ndarray, parents: np.ndarray) -> None:
+        """Check the tree and find every token's predecessor on its path."""
+        _require_shape("segment_ids", segment_ids.shape, self.shape)
+        segments = segment_ids[self.rows, self.columns]
+        if parents.ndim != 2 or parents.shape[0] != self.shape[0]:
+            raise ValueError(f"segment_parents has shape {parents.shape}; expected [{self.shape[0]}, segments]")
+        if (segment_ids[~self.mask] != ROOT).any():
+            raise ValueError("segment_ids must be -1 at padding")
+        first = np.zeros(self.num_tokens, bool)
+        first[self.row_start[self.lengths > 0]] = True
+        step = np.diff(segments, prepend=0)
+        if (segments[first] != 0).any() or ((step != 0) & (step != 1) & ~first).any():
+            raise ValueError("segments must be contiguous and numbered 0, 1, 2, ... in sequence order in every row")
+        self.starts = first | (step == 1)
+        start_index = np.flatnonzero(self.starts)
+        owner, number = self.rows[start_index], segments[start_index]
+        self.segment_of, self.parents = segments, parents
+        counts = np.zeros(self.shape[0], int)
+        np.maximum.at(counts, owner, number + 1)
+        _check_parents(parents, counts)
+        # last token of every segment, so that a child's first token finds its predecessor
+        end_index = np.append(start_index[1:], self.num_tokens) - 1
+        last_of = np.full(parents.shape, -1)
+        last_of[owner, number] = end_index
+        parent = parents[owner, number]
+        self.previous = np.arange(-1, self.num_tokens - 1)
+        self.previous[start_index] = np.where(parent == ROOT, -1, last_of[owner, np.maximum(parent, 0)])
+        behind_image = (self.previous[start_index] >= 0) & self.image[self.previous[start_index]]
+        if (behind_image & self.image[start_index]).any():
+            raise ValueError("an image must lie wholly inside one segment; one starts where its parent ends in an image")
+
+    def _routes(self) -> None:
+        """Experts and positions of every token, along its path."""
+        follows = ~np.append(self.starts[1:], True)  # the next packed token is in the same segment
+        next_image = np.append(self.image[1:], False) & follows
+        has_previous = self.previous >= 0
+        previous_image = has_previous & self.image[self.previous]
+        self.vision = self.image & next_image
+        inner = self.image & previous_image & next_image
+        stays = inner & has_previous & inner[self.previous]
+        steps = np.cumsum(~stays)
+        positions = np.empty(self.num_tokens, int)
+        start_index = np.flatnonzero(self.starts)
+        ends = np.append(start_index[1:], self.num_tokens)
+        for start, end in zip(start_index, ends, strict=True):  # parents come first
+            before = self.previous[start]
+            base = 0 if before < 0 else positions[before] + (0 if stays[start] else 1)
+            positions[start:end] = base + steps[start:end] - steps[start]
+        self.positions = positions
+        self.image_runs = _runs(self.image, self.starts)
+
+    def routing(self, labels: torch.Tensor | None, keep_columns: bool) -> Routing:
+        """Assemble the index tensors."""
+        batch, width = self.shape
+        order = np.argsort(~self.vision, kind="stable")  # sorted -> packed
+        place = np.empty_like(order)
+        place[order] = np.arange(self.num_tokens)  # packed -> sorted
+        within = self.columns if keep_columns else np.arange(self.num_tokens) - np.repeat(self.row_start, self.lengths)
+        columns = width if keep_columns else int(self.lengths.max())
+        cell = self.rows * columns + within
+        to_rows = np.zeros(batch * columns, int)
+        to_rows[cell] = place
+        row_positions_ = np.zeros(batch * columns, int)
+        row_positions_[cell] = self.positions
+        extra: dict[str, Any] = {}
+        if self.tree:
+            extra |= self._tree_tensors(cell, columns)
+        if keep_columns and not self.mask.all():
+            extra["row_mask"] = torch.from_numpy(self.mask.copy())
+        if labels is not None:
+            extra |= self._targets(labels.numpy(), place)
+        return Routing(
+            num_rows=batch,
+            num_columns=columns,
+            num_vision=int(self.vision.sum()),
+            token_index=torch.from_numpy((self.rows * width + self.columns)[order]),
+            to_rows=torch.from_numpy(to_rows),
+            from_rows=torch.from_numpy(cell[order]),
+            positions=torch.from_numpy(row_positions_.reshape(batch, columns)),
+            image_slots=torch.from_numpy(place[self.image]),
+            image_runs=self.image_runs,
+            **extra,
+        )
+
+    def _tree_tensors(self, cell: np.ndarray, columns: int) -> dict[str, Any]:
+        """Segments in row layout and which segment sees which; padding is a segment that sees only itself."""
+        batch, groups = self.parents.shape
+        row_segments = np.full(batch * columns, groups)
+        row_segments[cell] = self.segment_of
+        sees = np.zeros((batch, groups + 1, groups + 1), bool)
+        sees[:, np.arange(groups + 1), np.arange(groups + 1)] = True
+        for group in range(groups):  # a parent's row is complete before its child's
+            for row in np.flatnonzero(self.parents[:, group] >= 0):
+                sees[row, group] |= sees[row, self.parents[row, group]]
+        return {
+            "row_segments": torch.from_numpy(row_segments.reshape(batch, columns)),
+            "ancestors": torch.from_numpy(sees),
+        }
+
+    def _targets(self, labels: np.ndarray, place: np.ndarray) -> dict[str, Any]:
+        """Labelled tokens and the tokens that predict them; a root's first token has no predictor and is ignored."""
+        _require_shape("labels", labels.shape, self.shape)
+        if (labels[~self.mask] != IGNORED_LABEL).any():
+            raise ValueError("labels must be -100 at padding (attention_mask 0)")
+        packed = labels[self.rows, self.columns]
+        labelled = np.flatnonzero((packed != IGNORED_LABEL) & (self.previous >= 0))
+        source = place[self.previous[labelled]]
+        kept, predictors = np.unique(source, return_inverse=True)
+        identity = predictors.size == kept.size and bool((predictors == np.arange(kept.size)).all())
+        return {
+            "kept": torch.from_numpy(kept),
+            "num_vision_kept": int((kept < int(self.vision.sum())).sum()),
+            "predictors": None if identity else torch.from_numpy(predictors),
+            "targets": torch.from_numpy(packed[labelled].astype(np.int64)),
+        }
+
+
+def _runs(image: np.ndarray, starts: np.ndarray) -> tuple[int, ...]:
+    """Lengths of the runs of image tokens; a run never crosses the start of a segment."""
+    begins = image & (starts | ~np.concatenate([[False], image[:-1]]))
+    if not begins.any():
+        return ()
+    run_of = np.cumsum(begins)[image] - 1
+    return tuple(int(length) for length in np.bincount(run_of))
+
+
+def _require_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if tuple(found) != tuple(expected):
+        raise ValueError(f"{name} has shape {tuple(found)}; input_ids has {tuple(expected)}")
+
+
+def _refuse_holes(mask: np.ndarray, lengths: np.ndarray) -> None:
+    """Padding may stand at either end of a row, never inside it."""
+    width = mask.shape[1]
+    first = mask.argmax(1)
+    last = width - 1 - mask[:, ::-1].argmax(1)
+    broken = np.flatnonzero((lengths > 0) & (last - first + 1 != lengths))
+    if broken.size:
+        raise ValueError(f"attention_mask has a hole inside row {int(broken[0])}; padding belongs at a row's ends")
+
+
+def _check_parents(parents: np.ndarray, counts: np.ndarray) -> None:
+    """Parent before child, -1 for roots, -2 for unused entries, and no entry without a segment."""
+    number = np.arange(parents.shape[1])[None]
+    if (counts > parents.shape[1]).any():
+        row = int(np.argmax(counts > parents.shape[1]))
+        raise ValueError(f"row {row} has {int(counts[row])} segments; segment_parents has {parents.shape[1]} entries")
+    used = number < counts[:, None]
+    if (used & ((parents < ROOT) | (parents >= number))).any():
+        raise ValueError("every segment's parent must be -1 or an earlier segment of its row")
+    if (~used & (parents != UNUSED)).any():
+        raise ValueError("segment_parents must be -2 beyond a row's last segment")

@@ -1,0 +1,143 @@
+"""The vision tower: EVA2-CLIP-E without its last block, a 2x2 convolution, and the GLU adapter.
+
+Shapes: N images, P patches + cls, W tower width, Q grid cells after the convolution (2304 at full size), D hidden.
+
+The tower's norms act on each sublayer's output, before the residual; there is no norm before the first block and none
+after the last (spec 3). What the tower computes up to the convolution never changes while it is frozen: that is the
+cacheable output, :meth:`VisionModel.features`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from cogtune.configuration.model import CogVLM2Config, CogVLM2VisionConfig
+
+
+class PatchEmbedding(nn.Module):
+    """Patches, the class token in front of them, and learned positions."""
+
+    def __init__(self, config: CogVLM2VisionConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, stride=config.patch_size)
+        self.cls_embedding = nn.Parameter(torch.zeros(1, config.hidden_size))
+        self.position_embedding = nn.Embedding(config.num_positions, config.hidden_size)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[N, 3, side, side] -> [N, P, W]."""
+        patches = self.proj(pixels).flatten(2).transpose(1, 2)
+        cls = self.cls_embedding.expand(pixels.shape[0], 1, -1)
+        return torch.cat([cls, patches], dim=1) + self.position_embedding.weight[None]
+
+
+class VisionAttention(nn.Module):
+    """Full attention over all patches; the fused projection is ordered (q | k | v, heads, width)."""
+
+    def __init__(self, config: CogVLM2VisionConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x_NPW: torch.Tensor) -> torch.Tensor:
+        images, patches, width = x_NPW.shape
+        qkv = self.query_key_value(x_NPW).view(images, patches, 3, self.num_heads, width // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        context = functional.scaled_dot_product_attention(q, k, v)
+        return self.dense(context.transpose(1, 2).reshape(images, patches, width))
+
+
+class VisionMLP(nn.Module):
+    """fc2(gelu(fc1(x))), exact GELU."""
+
+    def __init__(self, config: CogVLM2VisionConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(functional.gelu(self.fc1(x)))
+
+
+class VisionLayer(GradientCheckpointingLayer):  # type: ignore[misc]
+    """x + LN(attention(x)), then x + LN(MLP(x)); autocast's float32 norms are brought back to x's dtype."""
+
+    def __init__(self, config: CogVLM2VisionConfig) -> None:
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = VisionAttention(config)
+        self.mlp = VisionMLP(config)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x_NPW: torch.Tensor) -> torch.Tensor:
+        x = x_NPW + self.input_layernorm(self.attention(x_NPW)).to(x_NPW.dtype)
+        return x + self.post_attention_layernorm(self.mlp(x)).to(x.dtype)
+
+
+class VisionTransformer(nn.Module):
+    """The tower's blocks."""
+
+    def __init__(self, config: CogVLM2VisionConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([VisionLayer(config) for _ in range(config.num_hidden_layers)])
+
+    def forward(self, x_NPW: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x_NPW = layer(x_NPW)
+        return x_NPW
+
+
+class GLUAdapter(nn.Module):
+    """Tower width to decoder width; its norm uses PyTorch's default eps of 1e-5, not the tower's."""
+
+    def __init__(self, config: CogVLM2Config, vision: CogVLM2VisionConfig) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.linear_proj = nn.Linear(vision.hidden_size, hidden, bias=False)
+        self.norm1 = nn.LayerNorm(hidden)
+        self.dense_h_to_4h = nn.Linear(hidden, inner, bias=False)
+        self.gate_proj = nn.Linear(hidden, inner, bias=False)
+        self.dense_4h_to_h = nn.Linear(inner, hidden, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        projected = self.linear_proj(x)
+        h = functional.gelu(self.norm1(projected).to(projected.dtype))
+        return self.dense_4h_to_h(functional.silu(self.gate_proj(h)) * self.dense_h_to_4h(h))
+
+
+class VisionModel(nn.Module):
+    """Pixels to the tokens the decoder reads: boi, the grid row by row, eoi."""
+
+    def __init__(self, config: CogVLM2Config) -> None:
+        super().__init__()
+        vision = config.vision_config
+        assert isinstance(vision, CogVLM2VisionConfig)
+        self.grid, self.width = config.grid, vision.hidden_size
+        self.patch_embedding = PatchEmbedding(vision)
+        self.transformer = VisionTransformer(vision)
+        self.conv = nn.Conv2d(vision.hidden_size, vision.hidden_size, kernel_size=2, stride=2)
+        self.linear_proj = GLUAdapter(config, vision)
+        self.boi = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.eoi = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+
+    def tower_trains(self) -> bool:
+        """Whether anything in front of the adapter needs a gradient; only then is the tower run with one."""
+        return any(p.requires_grad for m in (self.patch_embedding, self.transformer, self.conv) for p in m.parameters())
+
+    def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The tower's cacheable output [N, Q, W] from pixels [N, 3, side, side]."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.tower_trains()):
+            x = self.transformer(self.patch_embedding(pixel_values.to(self.conv.weight.dtype)))
+            images, patches, width = x.shape
+            side = int((patches - 1) ** 0.5)
+            x = x[:, 1:].transpose(1, 2).reshape(images, width, side, side)
+            return self.conv(x).flatten(2).transpose(1, 2)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Adapter and wrapping: [N, Q, W] -> [N, Q + 2, D]."""
+        x = self.linear_proj(features.to(self.boi.dtype))
+        images = x.shape[0]
+        return torch.cat([self.boi.expand(images, -1, -1), x, self.eoi.expand(images, -1, -1)], dim=1)
