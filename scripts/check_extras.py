@@ -1,4 +1,4 @@
-"""Shows that all extras live together: ``pip check``, then imports per extra, in the environment that runs this file."""
+"""Shows that all extras live together: ``pip check``, then imports per extra, in the environment that runs it."""
 
 from __future__ import annotations
 
