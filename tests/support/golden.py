@@ -55,7 +55,9 @@ def hashed_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 def golden_config() -> CogVLM2Config:
     stored = dict(golden()["config"])
-    kept = {k: v for k, v in stored.items() if k not in ("output_attentions", "output_hidden_states", "use_return_dict")}
+    kept = {
+        k: v for k, v in stored.items() if k not in ("output_attentions", "output_hidden_states", "use_return_dict")
+    }
     return CogVLM2Config(**kept, pad_token_id=127, bos_token_id=3, eos_token_id=126)
 
 

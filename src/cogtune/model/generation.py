@@ -34,9 +34,11 @@ class CogVLM2Generation(GenerationMixin):  # type: ignore[misc]
         for name in ("labels", "segment_ids", "segment_parents", "routing"):
             kwargs.pop(name, None)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        types = kwargs.get("token_type_ids")
-        if types is None and isinstance(input_ids, torch.Tensor):
-            kwargs["token_type_ids"] = torch.zeros_like(input_ids)
+        if isinstance(input_ids, torch.Tensor):
+            # transformers would infer padding from the pad id, which is also the id of every image position
+            for name, fill in (("token_type_ids", torch.zeros_like), ("attention_mask", torch.ones_like)):
+                if kwargs.get(name) is None:
+                    kwargs[name] = fill(input_ids)
         pixels = kwargs.pop("pixel_values", None)
         if pixels is not None:
             if kwargs.get("image_features") is not None:

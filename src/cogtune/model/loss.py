@@ -6,9 +6,7 @@ import torch
 from torch.nn import functional
 
 
-def token_loss(
-    logits_MV: torch.Tensor, targets_M: torch.Tensor, num_items: torch.Tensor | int | None
-) -> torch.Tensor:
+def token_loss(logits_MV: torch.Tensor, targets_M: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
     """Cross entropy in float32: sum over M targets divided by ``num_items``, or by M itself (a token mean).
 
     With no target at all the result is 0 and still carries a graph, so that every rank can run its backward.

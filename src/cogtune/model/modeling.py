@@ -199,6 +199,9 @@ class CogVLM2ForCausalLM(CogVLM2PreTrainedModel, CogVLM2Generation, GenerationMi
         position_ids: torch.Tensor | None = None,
         routing: Routing | None = None,
         cache: Cache | None = None,
+        inputs_embeds: None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         return_dict: bool | None = True,
     ) -> CogVLM2Output:
         """One pass over a batch.
@@ -217,6 +220,8 @@ class CogVLM2ForCausalLM(CogVLM2PreTrainedModel, CogVLM2Generation, GenerationMi
             logits_to_keep: only the last columns' logits (0: all).
             position_ids: only read behind a non-empty cache; elsewhere positions follow from the types.
             routing: made by the collator; computed here when absent.
+            inputs_embeds, output_attentions, output_hidden_states, return_dict: peft and transformers pass these
+                names; this model has no such inputs or outputs and refuses them when set.
 
         Returns:
             CogVLM2Output. Logits are float32, 0 at padding.
@@ -224,13 +229,20 @@ class CogVLM2ForCausalLM(CogVLM2PreTrainedModel, CogVLM2Generation, GenerationMi
         Raises:
             ValueError: inputs that contradict each other; the message gives both sides.
         """
+        if inputs_embeds is not None or output_attentions or output_hidden_states or return_dict is False:
+            raise ValueError(
+                "inputs_embeds, output_attentions, output_hidden_states and return_dict=False are not supported: "
+                "hidden states live in expert order inside the model (use forward hooks and model.routing)"
+            )
         past = past_key_values if cache is None else cache
         if past is None and use_cache:
             past = DynamicCache(config=self.config)
         wants_logits = labels is None if return_logits is None else return_logits
         behind = past is not None and not _is_empty(past)
         if past is not None and (segment_ids is not None or labels is not None):
-            raise ValueError("labels and trees are for training without a cache; leave out past_key_values and use_cache")
+            raise ValueError(
+                "labels and trees are for training without a cache; leave out past_key_values and use_cache"
+            )
         if behind:
             _refuse_images_behind_cache(input_ids, token_type_ids)
             positions = _next_positions(past, input_ids, token_type_ids, attention_mask, position_ids)
@@ -288,9 +300,7 @@ class CogVLM2ForCausalLM(CogVLM2PreTrainedModel, CogVLM2Generation, GenerationMi
         return image_features
 
 
-def _route(
-    input_ids: torch.Tensor, given: tuple[torch.Tensor | None, ...], keep_columns: bool
-) -> Routing:
+def _route(input_ids: torch.Tensor, given: tuple[torch.Tensor | None, ...], keep_columns: bool) -> Routing:
     """Routing of a batch that came without one; the index arithmetic is done on the CPU."""
     types, mask, segment_ids, segment_parents, labels = (None if t is None else t.cpu() for t in given)
     if types is None:

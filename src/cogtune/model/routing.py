@@ -213,7 +213,9 @@ class _Builder:
         self.previous[start_index] = np.where(parent == ROOT, -1, last_of[owner, np.maximum(parent, 0)])
         behind_image = (self.previous[start_index] >= 0) & self.image[self.previous[start_index]]
         if (behind_image & self.image[start_index]).any():
-            raise ValueError("an image must lie wholly inside one segment; one starts where its parent ends in an image")
+            raise ValueError(
+                "an image must lie wholly inside one segment; one starts where its parent ends in an image"
+            )
 
     def _routes(self) -> None:
         """Experts and positions of every token, along its path."""

@@ -1,0 +1,238 @@
+"""Adapters on a base model, through peft: attach new ones, load and save folders, say what trains.
+
+Adapter weights are float32 master weights that compute in the model's dtype. peft's own way is to cast every input to the
+adapter's float32, which doubles the saved activations; its public switch turns that off, and ``ComputeCastLinear`` casts
+the small weights instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.nn import functional
+
+from cogtune.adapters.targets import region, resolve_targets
+from cogtune.errors import AdapterError, ConfigError
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+
+
+class LoraSettings(Protocol):
+    """What :func:`attach` reads of the run configuration's ``lora`` section."""
+
+    @property
+    def targets(self) -> Sequence[str]: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def alpha(self) -> float: ...
+    @property
+    def dropout(self) -> float: ...
+    @property
+    def rslora(self) -> bool: ...
+    @property
+    def dora(self) -> bool: ...
+    @property
+    def start_from(self) -> Any: ...
+    @property
+    def extra(self) -> Any: ...
+
+
+class ComputeCastLinear(nn.Linear):
+    """A linear layer that keeps its weight in float32 and computes in its input's dtype."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return functional.linear(x, self.weight.to(x.dtype), bias)
+
+
+@dataclass(frozen=True)
+class RegionCount:
+    """How much of one region an adapter covers; ``trained`` is False for parts that cannot influence the loss."""
+
+    region: str
+    modules: int
+    parameters: int
+    trained: bool
+
+
+def attach(model: nn.Module, lora: LoraSettings) -> PeftModel:
+    """Put a fresh LoRA adapter on ``model``, or the one in ``lora.start_from``; only the adapter trains.
+
+    Raises:
+        AdapterError: a target matches nothing or hits a container.
+        ConfigError: ``lora.extra`` has a key peft's LoraConfig does not know, or sets one that has its own field.
+    """
+    if lora.start_from is not None:
+        return load_adapter(model, Path(lora.start_from), trainable=True)
+    own = {
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "use_rslora": lora.rslora,
+        "use_dora": lora.dora,
+        "target_modules": resolve_targets(model, lora.targets),
+        "task_type": "CAUSAL_LM",
+    }
+    extra = dict(lora.extra)
+    _check_extra(extra, own)
+    try:
+        config = LoraConfig(**own, **extra)
+        wrapped = get_peft_model(model, config)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ConfigError(f"lora: peft refuses these settings: {error}", code="config-lora") from error
+    return _prepare(wrapped)
+
+
+def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = False) -> PeftModel:
+    """Put the adapter in ``folder`` (PEFT's layout; the published demo's load unchanged) on ``model``.
+
+    Raises:
+        AdapterError: no adapter there, or one made for another base; the message names the first tensor that differs.
+    """
+    folder = Path(folder)
+    shapes = adapter_shapes(folder)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what peft warns of here, _require_loaded turns into an error
+            wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, low_cpu_mem_usage=False)
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise AdapterError(
+            f"{folder}: this adapter does not fit the base model: {_first_line(error)}",
+            hint=f"it was trained on {base_name(folder) or 'an unnamed base'}; pass that model",
+            code="adapter-base",
+        ) from error
+    _require_loaded(wrapped, folder, shapes)
+    return _prepare(wrapped) if trainable else wrapped.eval()
+
+
+def save_adapter(model: PeftModel, folder: str | Path) -> None:
+    """Write the adapter in PEFT's layout (``adapter_config.json``, ``adapter_model.safetensors``)."""
+    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+
+
+def adapter_shapes(folder: Path) -> dict[str, list[int]]:
+    """Names and shapes of the tensors in an adapter folder.
+
+    Raises:
+        AdapterError: the folder holds no readable adapter.
+    """
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            raise AdapterError(
+                f"{folder}: no {name}; expected an adapter folder as PEFT writes it",
+                hint="after `cogtune train` the adapter is in OUTPUT/adapter, and in every OUTPUT/checkpoint-N/adapter",
+                code="adapter-missing",
+            )
+    try:
+        with safe_open(str(folder / WEIGHTS_NAME), framework="pt") as weights:
+            return {name: list(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise AdapterError(
+            f"{folder / WEIGHTS_NAME}: not readable: {error}",
+            hint="the file is damaged; copy it again",
+            code="adapter-read",
+        ) from error
+
+
+def base_name(folder: Path) -> str | None:
+    """The base model an adapter says it was trained on."""
+    name = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    return None if name is None else str(name)
+
+
+def describe(model: PeftModel) -> list[RegionCount]:
+    """What the adapter covers, by region, in the model's order."""
+    counts: dict[tuple[str, bool], list[int]] = {}
+    for name, layer in _lora_layers(model):
+        parameters = [p for n, p in layer.named_parameters() if "lora_" in n]
+        trained = any(p.requires_grad for p in parameters)
+        entry = counts.setdefault((region(name), trained), [0, 0])
+        entry[0] += 1
+        entry[1] += sum(p.numel() for p in parameters)
+    return [RegionCount(where, modules, size, trained) for (where, trained), (modules, size) in counts.items()]
+
+
+def _prepare(model: PeftModel) -> PeftModel:
+    """Float32 masters, compute in the model's dtype, and no training of what cannot influence the loss."""
+    for _, layer in _lora_layers(model):
+        layer.cast_input_dtype_enabled = False
+        for pair in (layer.lora_A, layer.lora_B):
+            for name, linear in pair.items():
+                if type(linear) is nn.Linear:
+                    pair[name] = _cast_at_use(linear)
+    for name in dead_ends(model):
+        for parameter_name, parameter in model.get_submodule(name).named_parameters():
+            if "lora_" in parameter_name:
+                parameter.requires_grad_(False)
+    return model
+
+
+def dead_ends(model: PeftModel) -> list[str]:
+    """Adapted modules behind which no label can be: in the last layer, image tokens need no output projection and no
+    MLP. Their adapter stays in the file as initialised."""
+    last = model.config.num_hidden_layers - 1
+    prefix = f".layers.{last}."
+    ends = ("vision_expert_dense", *(f"vision_mlp.{part}" for part in ("gate_proj", "up_proj", "down_proj")))
+    return [
+        name for name, _ in _lora_layers(model) if prefix in name and ".vision." not in name and name.endswith(ends)
+    ]
+
+
+def _cast_at_use(linear: nn.Linear) -> ComputeCastLinear:
+    replacement = ComputeCastLinear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+    replacement.weight = nn.Parameter(linear.weight.data.float(), requires_grad=linear.weight.requires_grad)
+    if linear.bias is not None:
+        replacement.bias = nn.Parameter(linear.bias.data.float(), requires_grad=linear.bias.requires_grad)
+    return replacement
+
+
+def _lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+
+
+def _check_extra(extra: dict[str, Any], own: dict[str, Any]) -> None:
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    for key in extra:
+        if key in own:
+            raise ConfigError(
+                f"lora.extra.{key} has its own field in the lora section",
+                hint="set that field instead",
+                code="config-lora",
+            )
+        if key not in known:
+            raise ConfigError(
+                f"lora.extra.{key}: peft's LoraConfig has no such field",
+                hint=f"it has {', '.join(sorted(known - set(own)))}",
+                code="config-lora",
+            )
+
+
+def _require_loaded(model: PeftModel, folder: Path, shapes: dict[str, list[int]]) -> None:
+    """Every tensor of the file is in the model, and the other way round."""
+    loaded = {name: list(t.shape) for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    for name in sorted(set(loaded) ^ set(shapes)):
+        where = "the file holds no" if name in loaded else "the base model has no place for"
+        raise AdapterError(
+            f"{folder}: {where} {name}",
+            hint=f"it was trained on {base_name(folder) or 'an unnamed base'}; pass that model",
+            code="adapter-base",
+        )
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    detail = next((line for line in lines if "size mismatch" in line), lines[0] if lines else type(error).__name__)
+    return detail

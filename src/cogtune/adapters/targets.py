@@ -1,0 +1,132 @@
+"""Which modules an adapter goes on: named sets, module names as peft matches them, and patterns.
+
+The published module names invite mistakes: ``gate_proj`` also hits the GLU adapter, ``linear_proj`` also hits a
+container, ``dense`` hits only the tower (spec 2.4). So a name that matches nothing or a container is an error, and the
+named sets spell out suffixes that hit exactly what they say.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from cogtune.errors import AdapterError
+
+_MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def _expert(name: str) -> dict[str, tuple[str, ...]]:
+    attention = (f"{name}_expert_query_key_value", f"{name}_expert_dense")
+    mlp = tuple(f"{name}_mlp.{part}" for part in _MLP)
+    return {"": attention + mlp, "-attention": attention, "-mlp": mlp}
+
+
+def _sets() -> dict[str, tuple[str, ...]]:
+    vision, language = _expert("vision"), _expert("language")
+    named = {f"vision-experts{part}": suffixes for part, suffixes in vision.items()}
+    named |= {f"language-experts{part}": suffixes for part, suffixes in language.items()}
+    named |= {f"experts{part}": vision[part] + language[part] for part in vision}
+    named["vision-tower"] = ("attention.query_key_value", "attention.dense", "mlp.fc1", "mlp.fc2")
+    named["glu-adapter"] = tuple(
+        f"linear_proj.{part}" for part in ("linear_proj", "gate_proj", "dense_h_to_4h", "dense_4h_to_h")
+    )
+    return named
+
+
+TARGET_SETS = _sets()
+_PATTERN_CHARACTERS = set("*?[](){}|\\^$+")
+
+
+def resolve_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """peft's ``target_modules`` for ``targets``: suffixes for sets and names, whole module names for patterns.
+
+    A pattern is a regular expression over whole module names (``.*layers\\.(0|1)\\..*_dense``).
+
+    Raises:
+        AdapterError: a target matches nothing, or something that is not a linear layer.
+    """
+    modules = dict(model.named_modules())
+    chosen: dict[str, None] = {}
+    for target in targets:
+        if target in TARGET_SETS:
+            chosen |= dict.fromkeys(TARGET_SETS[target])
+            continue
+        is_pattern = bool(set(target) & _PATTERN_CHARACTERS)
+        hits = _matching_pattern(target, modules) if is_pattern else [n for n in modules if is_hit(n, target)]
+        if not hits:
+            raise _nothing(target, modules)
+        containers = [name for name in hits if not isinstance(modules[name], nn.Linear)]
+        if containers:
+            raise _container(target, containers[0], modules)
+        chosen |= dict.fromkeys(hits if is_pattern else [target])
+    if not chosen:
+        raise AdapterError("lora.targets is empty; nothing would train", hint=_sets_hint(), code="adapter-targets")
+    return list(chosen)
+
+
+def is_hit(name: str, target: str) -> bool:
+    """peft's rule for lists: the whole name, or its end behind a dot."""
+    return name == target or name.endswith("." + target)
+
+
+def region(name: str) -> str:
+    """The named set a module belongs to, for reports; ``other`` outside all of them."""
+    for known in (
+        "vision-experts-attention",
+        "vision-experts-mlp",
+        "language-experts-attention",
+        "language-experts-mlp",
+    ):
+        if any(is_hit(name, suffix) for suffix in TARGET_SETS[known]):
+            return known
+    if ".vision.linear_proj." in f".{name}":
+        return "glu-adapter"
+    return "vision-tower" if ".vision.transformer." in f".{name}" else "other"
+
+
+def _matching_pattern(pattern: str, modules: dict[str, nn.Module]) -> list[str]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise AdapterError(
+            f"lora.targets: `{pattern}` is not a regular expression: {error}",
+            hint="a target with special characters is matched as a regular expression over whole module names",
+            code="adapter-targets",
+        ) from error
+    return [name for name in modules if compiled.fullmatch(name) and isinstance(modules[name], nn.Linear)]
+
+
+def _nothing(target: str, modules: dict[str, nn.Module]) -> AdapterError:
+    names = {
+        ".".join(name.split(".")[-parts:])
+        for name, m in modules.items()
+        if isinstance(m, nn.Linear)
+        for parts in (1, 2)
+    }
+    near = _nearest(target, [*TARGET_SETS, *sorted(names)])
+    return AdapterError(
+        f"lora.targets: `{target}` matches none of this model's modules",
+        hint=f"did you mean {near}? {_sets_hint()}" if near else _sets_hint(),
+        code="adapter-targets",
+    )
+
+
+def _container(target: str, name: str, modules: dict[str, nn.Module]) -> AdapterError:
+    inside = [n for n in modules if n.startswith(name + ".") and isinstance(modules[n], nn.Linear)][:4]
+    return AdapterError(
+        f"lora.targets: `{target}` hits {name}, a {type(modules[name]).__name__}; an adapter goes on linear layers",
+        hint=f"name the layers inside it ({', '.join(inside) or 'it has none'}). {_sets_hint()}",
+        code="adapter-targets",
+    )
+
+
+def _nearest(target: str, names: Iterable[str]) -> str:
+    found = difflib.get_close_matches(target, list(names), n=3, cutoff=0.5)
+    return " or ".join(f"`{name}`" for name in found)
+
+
+def _sets_hint() -> str:
+    return f"the named sets are {', '.join(TARGET_SETS)}"

@@ -1,0 +1,108 @@
+"""Random checkpoints in the published layout, for tests and dry runs: same names, files and configuration style."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cogtune.configuration.model import CogVLM2Config
+from cogtune.model.modeling import CogVLM2ForCausalLM
+from cogtune.processing.tokenizer import write_byte_tokenizer
+
+TINY: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_multi_query_heads": 2,
+    "max_position_embeddings": 8192,
+    "vocab_size": 264,
+    "bos_token_id": 256,
+    "eos_token_id": [257, 259],
+    "pad_token_id": 258,
+}
+TINY_VISION: dict[str, Any] = {
+    "image_size": 8,
+    "patch_size": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_heads": 2,
+    "num_positions": 17,
+}
+
+
+def tiny_config(**changes: Any) -> CogVLM2Config:
+    """A configuration of about 200,000 parameters; an image takes 6 tokens."""
+    vision = TINY_VISION | changes.pop("vision_config", {})
+    return CogVLM2Config(**(TINY | changes), vision_config=vision)
+
+
+def make_tiny(
+    folder: str | Path, seed: int = 0, *, dtype: torch.dtype = torch.bfloat16, shards: int = 3, **changes: Any
+) -> Path:
+    """Write a tiny random checkpoint with tokenizer into ``folder`` and return it.
+
+    Weights are normal with standard deviation 1/sqrt(fan-in), so that outputs depend visibly on every input.
+    """
+    target = Path(folder)
+    model = random_model(tiny_config(**changes), seed).to(dtype)
+    payload = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    model.save_pretrained(target, max_shard_size=math.ceil(payload / shards))
+    write_published_config(target, model.config)
+    config = model.config
+    write_byte_tokenizer(
+        target, vocab_size=config.vocab_size, bos=config.bos_token_id, eos=config.eos_token_ids[0],
+        eot=config.eos_token_ids[-1], pad=config.pad_token_id,
+    )  # fmt: skip
+    return target
+
+
+def random_model(config: CogVLM2Config, seed: int) -> CogVLM2ForCausalLM:
+    """A float32 model whose weights follow from ``seed`` alone."""
+    model = CogVLM2ForCausalLM(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                values = 1 + 0.1 * torch.randn(parameter.shape, generator=generator)
+            else:
+                fan_in = math.prod(parameter.shape[1:]) if "embed" not in name and parameter.ndim > 1 else 4
+                values = torch.randn(parameter.shape, generator=generator) / math.sqrt(max(fan_in, 1))
+            parameter.copy_(values)
+    return model.eval()
+
+
+def write_published_config(folder: Path, config: CogVLM2Config) -> None:
+    """``config.json`` and ``generation_config.json`` as the published checkpoint writes them: ``auto_map`` and no
+    ``model_type``."""
+    own = config.to_dict()
+    keys = [*TINY, "rms_norm_eps", "hidden_act", "initializer_range", "template_version", "use_cache"]
+    published = {
+        "architectures": ["CogVLMForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_cogvlm.CogVLMConfig",
+            "AutoModelForCausalLM": "modeling_cogvlm.CogVLMForCausalLM",
+        },
+        "vision_config": {
+            key: own["vision_config"][key]
+            for key in [*TINY_VISION, "in_channels", "hidden_act", "layer_norm_eps", "dropout_prob"]
+        },
+    } | {key: own[key] for key in keys}
+    (folder / "config.json").write_text(json.dumps(published, indent=2) + "\n", encoding="utf-8")
+    generation = {
+        "_from_model_config": True,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "max_length": 4096,
+        "transformers_version": "4.40.2",
+    }
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
