@@ -11,6 +11,8 @@ PINNED = $(shell sed -n 's/^$(1)==//p' constraints.txt)
 # One thread per process: the tests run as many processes as there are cores. Nothing is fetched from a hub.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PATH="$(CURDIR)/$(BIN):$$PATH"
 SETUP_FILES := pyproject.toml constraints.txt scripts/make-venv.sh
+# For its Llama-3 tokenizer file alone: its dependencies, and what they would change here, are not wanted.
+LLAMA_TOKENIZER = $(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llama-models==$(call PINNED,llama-models)
 TEST_EXTRAS := deepspeed,quant,demo,dev
 ALL_EXTRAS := deepspeed,quant,data,metrics,track,serve,web,demo,dev
 
@@ -57,6 +59,7 @@ clean: ## remove environments, caches and build products; results and outputs st
 
 $(VENV)/.installed-test: $(SETUP_FILES)
 	scripts/make-venv.sh $(VENV) $(TEST_EXTRAS) constraints.txt $(call PINNED,torch) $(call PINNED,torchvision)
+	$(LLAMA_TOKENIZER)
 	@touch $@ $(VENV)/.installed-demo
 
 $(VENV)/.installed-demo: $(SETUP_FILES)
@@ -65,4 +68,5 @@ $(VENV)/.installed-demo: $(SETUP_FILES)
 
 $(OLDEST)/.installed: $(SETUP_FILES) constraints-oldest.txt
 	scripts/make-venv.sh $(OLDEST) demo,dev constraints-oldest.txt $(TORCH_OLDEST) $(TORCHVISION_OLDEST)
+	$(LLAMA_TOKENIZER)
 	@touch $@

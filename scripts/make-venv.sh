@@ -54,8 +54,4 @@ fi
 
 say "installing cogtune[$extras] under $constraints"
 pip install --quiet --editable ".[$extras]" "${wanted[@]}" --constraint "$constraints"
-if [[ ,$extras, == *,dev,* ]]; then
-    # For its Llama-3 tokenizer file alone. Its dependencies, and what they would change here, are not wanted.
-    pip install --quiet --no-deps "llama-models==0.3.0"
-fi
 say "ready: $("$python" -c "import importlib.metadata as m; print(', '.join(f'{n} {m.version(n)}' for n in ('torch', 'transformers', 'peft')))")"
