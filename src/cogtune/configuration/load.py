@@ -132,11 +132,11 @@ def _override_entries(overrides: Mapping[str, str | Sequence[str]]) -> dict[str,
         key = ALIASES.get(bare, bare)
         if key in entries:
             raise ConfigError(f"{entries[key].source} and {flag} are the same key", hint="give one of them")
-        entries[key] = Entry(_parse(known_keys().get(key), text, flag), flag)
+        entries[key] = Entry(parse_flag(known_keys().get(key), text, flag), flag)
     return entries
 
 
-def _parse(key: Key | None, text: str | Sequence[str], flag: str) -> Any:
+def parse_flag(key: Key | None, text: str | Sequence[str], flag: str) -> Any:
     """A flag's text as a value of its key's type. ``key`` None: a field of lora.extra, plain YAML."""
     texts = [text] if isinstance(text, str) else list(text)
     if key is not None and "list" in key.kinds:

@@ -1,0 +1,9 @@
+"""The published demo's fine-tuning command, on this package: ``deepspeed peft_lora.py --ds_config ds_config.yaml``."""
+
+import sys
+
+from cogtune.cli.main import guarded
+from cogtune.train.published import train_published
+
+if __name__ == "__main__":
+    sys.exit(guarded(lambda: train_published(sys.argv[1:])))

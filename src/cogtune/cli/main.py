@@ -1,0 +1,107 @@
+"""The command ``cogtune``: one short file per command, and one place that turns errors into exit codes.
+
+Nothing here imports torch, transformers or pydantic: help has to answer at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Annotated
+
+import typer
+
+import cogtune
+from cogtune.errors import CogtuneError
+
+COMMANDS = ("train",)
+"""Modules of this package, in the order of the help; each has ``register(app)``."""
+
+_BUG_REPORT = "this is a bug in cogtune; please report it with the lines above"
+# typer brings its own click since 0.27, so its classes are reached through the public one
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"cogtune {cogtune.__version__}")
+        raise typer.Exit
+
+
+def _start(
+    ctx: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Fine-tune CogVLM2 with LoRA and run the result: one GPU, many, or a laptop's CPU."""
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+
+
+def make_app(commands: Sequence[str] = COMMANDS) -> typer.Typer:
+    """The application with every command registered."""
+    app = typer.Typer(
+        name="cogtune",
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["--help", "-h"]},
+    )
+    app.callback(
+        invoke_without_command=True,
+        epilog="`cogtune COMMAND --help` explains one. Exit codes: 0 done, 1 the run failed, 2 the input is wrong.",
+    )(_start)
+    for name in commands:
+        importlib.import_module(f"cogtune.cli.{name}").register(app)
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point: run the command line and return its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return guarded(lambda: make_app()(given, prog_name="cogtune", standalone_mode=False))
+
+
+def guarded(call: Callable[[], object]) -> int:
+    """Run ``call`` as a command: its errors as text on stderr, and the exit code they stand for.
+
+    An int that ``call`` returns is its exit code; anything else is 0.
+    """
+    try:
+        result = call()
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except CogtuneError as error:
+        return _complain(error.render(), error.exit_code)
+    except _UsageError as error:
+        return _complain(_usage_text(error), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        return _complain("stopped by Ctrl-C", 130)
+    except BrokenPipeError:
+        # whoever read our output has gone (`| head`): nothing to tell, and the interpreter must not try to flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        traceback.print_exc()
+        return _complain(f"error[bug]: {type(error).__name__}: {error}\nhint: {_BUG_REPORT}", 1)
+
+
+def _usage_text(error: Exception) -> str:
+    message = getattr(error, "format_message", lambda: str(error))()
+    context = getattr(error, "ctx", None)
+    hint = f"\nhint: `{context.command_path} --help` lists the options" if context is not None else ""
+    return f"error[usage]: {message}{hint}"
+
+
+def _complain(text: str, code: int) -> int:
+    sys.stdout.flush()
+    print(text, file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,256 @@
+"""A user's DeepSpeed file beside our keys: who wins, and what finally reaches DeepSpeed. Plain dictionaries only.
+
+The file wins over defaults. A key that the user gave as well, with another value, is an error naming both. "auto" in
+the file leaves a value to our key. Our loop owns optimiser, schedule and accumulation, so those become our keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Set
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cogtune.configuration.yaml_text import describe, read_mapping
+from cogtune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cogtune.configuration.run import RunConfig
+
+DeepSpeedDict = dict[str, Any]
+
+_OPTIMIZERS = {"adam": "adamw", "adamw": "adamw", "sgd": "sgd"}
+_SCHEDULES = {"warmuplr": "constant", "warmupdecaylr": "linear", "warmupcosinelr": "cosine"}
+_OURS = ("train_batch_size", "optimizer", "scheduler", "activation_checkpointing")
+_ZERO_KEYS = (
+    "stage",
+    "offload_optimizer",
+    "offload_param",
+    "overlap_comm",
+    "contiguous_gradients",
+    "reduce_scatter",
+    "reduce_bucket_size",
+    "allgather_partitions",
+    "allgather_bucket_size",
+    "round_robin_gradients",
+)
+"""Keys of the zero_optimization block. At the top level DeepSpeed ignores them without a word."""
+
+
+def read_deepspeed(path: str | Path) -> DeepSpeedDict:
+    """The content of a DeepSpeed file (YAML, or JSON by its suffix); raises ConfigError where it cannot be one."""
+    content = read_mapping(path, "DeepSpeed file")
+    for name in ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler"):
+        if name in content and not isinstance(content[name], dict):
+            raise ConfigError(f"{path}: `{name}`: found {describe(content[name])}, expected a mapping")
+    return content
+
+
+def merge_deepspeed(
+    user: Mapping[str, Any],
+    config: RunConfig,
+    explicit: Set[str],
+    *,
+    world_size: int = 1,
+    names: Mapping[str, str] = {},
+) -> tuple[DeepSpeedDict, dict[str, Any], list[str]]:
+    """Join a DeepSpeed file's content with a configuration.
+
+    ``explicit``: dotted keys the user gave, which may not contradict the file. ``names``: what to call a key in
+    messages (a flag). Returns the dictionary for ``deepspeed.initialize``, the dotted keys the file changes,
+    and warnings. Raises ConfigError for a contradiction or a setting that this loop cannot follow.
+    """
+    file = str(config.parallel.deepspeed or "the DeepSpeed file")
+    ours: dict[str, Any] = {}
+    said_by: dict[str, str] = {}
+    for key, value, origin in _statements(user, config, world_size, file):
+        given = _value(config, key)
+        if key in explicit and given not in ("auto", None) and not _equal(given, value):
+            raise ConfigError(
+                f"{names.get(key, key)} is {given}, but {file} says `{origin}` and means {value}",
+                hint=f"remove one of the two, or write `auto` in {file}",
+                code="config-contradiction",
+            )
+        if key in ours and not _equal(ours[key], value):
+            raise ConfigError(f"{file}: `{said_by[key]}` means {key} {ours[key]}, but `{origin}` means {value}")
+        ours[key], said_by[key] = value, origin
+    changes = {key: value for key, value in ours.items() if not _equal(_value(config, key), value)}
+    return _final(user, config, ours), changes, list(_warnings(user, file))
+
+
+def apply_deepspeed(
+    config: RunConfig, *, explicit: Set[str] | None = None, world_size: int = 1, names: Mapping[str, str] = {}
+) -> tuple[RunConfig, list[str]]:
+    """The configuration after its DeepSpeed file, if it names one, had its say; and the warnings about that file.
+
+    Applying it again changes nothing. ``explicit`` None: the keys that were given when the configuration was made.
+    """
+    from cogtune.configuration.load import explicit_values
+
+    if config.parallel.deepspeed is None:
+        return config, []
+    given = explicit_values(config).keys() if explicit is None else explicit
+    user = read_deepspeed(config.parallel.deepspeed)
+    _, changes, warnings = merge_deepspeed(user, config, given, world_size=world_size, names=names)
+    return (config.with_values(changes) if changes else config), warnings
+
+
+def deepspeed_settings(config: RunConfig, dtype: str, world_size: int) -> DeepSpeedDict:
+    """The dictionary for ``deepspeed.initialize``, of a configuration that its DeepSpeed file was applied to.
+
+    ``dtype``: the model's, ``bfloat16``, ``float16`` or ``float32``. Raises ConfigError where file and configuration
+    differ: the loop would follow one and DeepSpeed the other.
+    """
+    from cogtune.configuration.keys import known_keys
+
+    user = read_deepspeed(config.parallel.deepspeed) if config.parallel.deepspeed is not None else {}
+    config = config.with_values({"model.dtype": dtype})
+    # accumulation follows the global batch when a run goes on with another number of ranks, whatever the file says
+    settled = known_keys().keys() - {"train.accumulation"}
+    settings, _, _ = merge_deepspeed(user, config, settled, world_size=world_size)
+    return {**settings, "gradient_accumulation_steps": config.train.accumulation}
+
+
+def _statements(
+    user: Mapping[str, Any], config: RunConfig, world_size: int, file: str
+) -> Iterator[tuple[str, Any, str]]:
+    """What the file says about our keys: (key, value, the file's own words)."""
+    stage = (user.get("zero_optimization") or {}).get("stage", 0) if user else "auto"
+    if stage != "auto":
+        if stage not in (1, 2, 3):
+            hint = "set zero_optimization.stage to 1, 2 or 3, or use torchrun for plain data parallel training"
+            raise ConfigError(
+                f"{file}: zero_optimization.stage: found {describe(stage)}, expected 1, 2 or 3", hint=hint
+            )
+        yield "parallel.engine", f"zero{stage}", f"zero_optimization.stage: {stage}"
+    yield from _dtype(user, file)
+    micro = _number(user, "train_micro_batch_size_per_gpu", int, file)
+    accumulation = _number(user, "gradient_accumulation_steps", int, file)
+    total = _number(user, "train_batch_size", int, file)
+    if micro is not None:
+        yield "train.batch_size", micro, f"train_micro_batch_size_per_gpu: {micro}"
+    if accumulation is not None:
+        yield "train.accumulation", accumulation, f"gradient_accumulation_steps: {accumulation}"
+    if total is not None:
+        rows = (micro or config.train.batch_size) * world_size
+        if total % rows:
+            raise ConfigError(f"{file}: train_batch_size {total} is no multiple of {rows} rows on {world_size} ranks")
+        yield "train.accumulation", total // rows, f"train_batch_size: {total}"
+    clipping = _number(user, "gradient_clipping", float, file)
+    if clipping is not None:  # 0 is DeepSpeed's "never"
+        yield "train.max_grad_norm", clipping or float("inf"), f"gradient_clipping: {clipping:g}"
+    yield from _block(user, "optimizer", _OPTIMIZERS, "train.optimizer", _OPTIMIZER_PARAMS, file)
+    yield from _block(user, "scheduler", _SCHEDULES, "train.schedule", _SCHEDULER_PARAMS, file)
+
+
+_OPTIMIZER_PARAMS = {"lr": "train.lr", "betas": "train.betas", "eps": "train.eps", "weight_decay": "train.weight_decay"}
+_SCHEDULER_PARAMS = {"warmup_max_lr": "train.lr", "warmup_num_steps": "train.warmup_steps"}
+_HARMLESS_PARAMS = {
+    "torch_adam": None,
+    "adam_w_mode": True,
+    "warmup_min_lr": 0,
+    "total_num_steps": None,
+    "warmup_type": None,
+}
+"""Parameters that change nothing here, with the only value that does not (None: any)."""
+
+
+def _block(
+    user: Mapping[str, Any], name: str, types: Mapping[str, str], key: str, params: Mapping[str, str], file: str
+) -> Iterator[tuple[str, Any, str]]:
+    block = user.get(name)
+    if not block:
+        return
+    kind = str(block.get("type", ""))
+    if kind.lower() not in types:
+        known = ", ".join(sorted(types))
+        raise ConfigError(f"{file}: {name}.type: found {kind!r}, expected one of {known} (in any case)")
+    yield key, types[kind.lower()], f"{name}.type: {kind}"
+    for param, value in (block.get("params") or {}).items():
+        if value == "auto":
+            continue
+        if param in params:
+            yield params[param], tuple(value) if isinstance(value, list) else value, f"{name}.params.{param}: {value}"
+        elif param not in _HARMLESS_PARAMS or _HARMLESS_PARAMS[param] not in (None, value):
+            hint = "remove it; schedule and optimiser are this program's own, set by train.*"
+            raise ConfigError(f"{file}: {name}.params.{param}: {value} cannot be followed here", hint=hint)
+
+
+def _dtype(user: Mapping[str, Any], file: str) -> Iterator[tuple[str, str, str]]:
+    enabled = {name: user[name].get("enabled", False) for name in ("bf16", "fp16") if user.get(name)}
+    for name, value in enabled.items():
+        if value not in (True, False, "auto"):
+            raise ConfigError(f"{file}: {name}.enabled: found {describe(value)}, expected true, false or auto")
+    on = [name for name, value in enabled.items() if value is True]
+    if len(on) == 2:
+        raise ConfigError(f"{file}: bf16.enabled and fp16.enabled are both true", hint="keep one")
+    if on:
+        yield "model.dtype", {"bf16": "bfloat16", "fp16": "float16"}[on[0]], f"{on[0]}.enabled: true"
+    elif enabled and "auto" not in enabled.values():
+        yield "model.dtype", "float32", " and ".join(f"{name}.enabled: false" for name in enabled)
+
+
+def _number(user: Mapping[str, Any], name: str, kind: Callable[[Any], Any], file: str) -> Any:
+    value = user.get(name)
+    if value is None or value == "auto":
+        return None
+    lowest = 1 if kind is int else 0
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float) or value < lowest:
+        expected = "a whole number of at least 1" if kind is int else "a number of at least 0"
+        raise ConfigError(f"{file}: {name}: found {describe(value)}, expected {expected} or auto")
+    return kind(value)
+
+
+def _final(user: Mapping[str, Any], config: RunConfig, ours: Mapping[str, Any]) -> DeepSpeedDict:
+    def value(key: str) -> Any:
+        return ours.get(key, _value(config, key))
+
+    final = {key: inner for key, inner in user.items() if key not in (*_OURS, *_ZERO_KEYS)}
+    final["train_micro_batch_size_per_gpu"] = value("train.batch_size")
+    final["gradient_accumulation_steps"] = value("train.accumulation")
+    clipping = value("train.max_grad_norm")
+    final["gradient_clipping"] = 0.0 if clipping == float("inf") else clipping
+    engine = value("parallel.engine")
+    stage = int(engine[-1]) if engine.startswith("zero") else 2
+    final["zero_optimization"] = {**_without_auto(user.get("zero_optimization") or {}), "stage": stage}
+    dtype = value("model.dtype")
+    if dtype != "auto":
+        for block, name in (("bf16", "bfloat16"), ("fp16", "float16")):
+            if dtype == name or block in user:
+                final[block] = {**_without_auto(user.get(block) or {}), "enabled": dtype == name}
+    # The optimiser is torch's own, so that every engine takes the same steps.
+    final["zero_allow_untested_optimizer"] = True
+    return _without_auto(final)
+
+
+def _without_auto(block: Mapping[str, Any]) -> dict[str, Any]:
+    """An "auto" that is no key of ours is DeepSpeed's to choose, which it does where the key is absent."""
+    return {key: value for key, value in block.items() if value != "auto"}
+
+
+def _warnings(user: Mapping[str, Any], file: str) -> Iterator[str]:
+    for name in _ZERO_KEYS:
+        if name in user:
+            yield (
+                f"{file}: `{name}` stands at the top level, where DeepSpeed ignores it; it is off. "
+                f"To switch it on, indent it under `zero_optimization`"
+            )
+    if user.get("activation_checkpointing"):
+        yield (
+            f"{file}: `activation_checkpointing` has no effect on this model; "
+            "use --train.gradient_checkpointing to save memory"
+        )
+    if user.get("wall_clock_breakdown") is True:
+        yield f"{file}: `wall_clock_breakdown: true` waits for the device at every stage and slows each step"
+    if ((user.get("scheduler") or {}).get("params") or {}).get("total_num_steps", "auto") != "auto":
+        yield f"{file}: `scheduler.params.total_num_steps` is not used; the length follows from data and epochs"
+
+
+def _value(config: RunConfig, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return list(a) == list(b)
+    return bool(a == b)

@@ -1,0 +1,189 @@
+"""The published demo's training command, ``peft_lora.py``: its flags and defaults, as a configuration of this package.
+
+What differs on purpose: the learning rate's default; budgets that mean what they say; every answer of a conversation is
+trained; the split is the same on every rank and in every run; runs continue where they stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cogtune.configuration.deepspeed import apply_deepspeed
+from cogtune.configuration.keys import known_keys
+from cogtune.configuration.load import Entry, from_entries, parse_flag
+from cogtune.configuration.run import RunConfig
+from cogtune.errors import ConfigError
+
+_DTYPES = {
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float16": "float16",
+    "fp16": "float16",
+    "half": "float16",
+    "float32": "float32",
+    "fp32": "float32",
+    "float": "float32",
+}
+
+
+def _dtype(text: str) -> str:
+    name = text.strip().removeprefix("torch.").lower()
+    if name not in _DTYPES:
+        raise ConfigError(
+            f"--torch_type: found `{text}`, expected torch.bfloat16, torch.float16 or torch.float32",
+            code="config-value",
+        )
+    return _DTYPES[name]
+
+
+def _validation_share(text: str) -> float:
+    rate = parse_flag(None, text, "--train_dataset_rate")
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= 1:
+        raise ConfigError(
+            f"--train_dataset_rate: found `{text}`, expected a number above 0 and at most 1", code="config-value"
+        )
+    return round(1 - rate, 12)  # 0.8 leaves 0.2, not 0.19999999999999996
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag of the original script: its default there, the key it sets, and how its text becomes the key's value."""
+
+    default: str
+    key: str | None
+    help: str
+    convert: Callable[[str], Any] | None = None
+
+
+FLAGS: dict[str, Flag] = {
+    "lr": Flag(
+        "1e-4",
+        "train.lr",
+        "Highest learning rate. The original default, 1e-7, is too small for LoRA: the loss does not move. So here it is "
+        "the usual one for LoRA.",
+    ),
+    "num_epochs": Flag("5", "train.epochs", "Passes over the data."),
+    "batch_size": Flag("2", "train.batch_size", "Rows per device and forward pass."),
+    "torch_type": Flag("torch.bfloat16", "model.dtype", "torch.bfloat16, torch.float16 or torch.float32.", _dtype),
+    "save_step": Flag("100", "train.save_steps", "Optimiser steps between checkpoints."),
+    "train_dataset_rate": Flag(
+        "0.8",
+        "data.validation_share",
+        "Share of the pictures that is trained on; the others validate.",
+        _validation_share,
+    ),
+    "lora_rank": Flag("8", "lora.rank", "Rank of LoRA."),
+    "lora_alpha": Flag("32", "lora.alpha", "Scale of LoRA."),
+    "lora_target": Flag(
+        "vision_expert_query_key_value",
+        "lora.targets",
+        "What gets LoRA: one or several module names, or sets such as experts.",
+    ),
+    "lora_dropout": Flag("0.1", "lora.dropout", "Dropout of LoRA."),
+    "warmup_steps": Flag("0", "train.warmup_steps", "Steps of warm-up."),
+    "max_input_len": Flag("128", "data.max_input_len", "Most tokens of a prompt; the picture is not counted."),
+    "max_output_len": Flag("128", "data.max_output_len", "Most tokens of an answer; longer ones are left out."),
+    "model_path": Flag("THUDM/cogvlm2-llama3-chat-19B", "model.path", "The base model."),
+    "dataset_path": Flag(
+        "CogVLM-SFT-311K/llava_instruction_multi_conversations_formate",
+        "data.path",
+        "Data folder with images/ and labels_en/ (or labels/ or labels_zh/).",
+    ),
+    "save_path": Flag("output", "train.output", "Folder for everything the run writes."),
+    "ds_config": Flag(
+        "ds_config.yaml",
+        "parallel.deepspeed",
+        "DeepSpeed file. It wins over defaults; a flag that is typed and says something else is an error.",
+    ),
+    "local_rank": Flag("-1", None, "Set by the launcher."),
+}
+_SAME_AS_PUBLISHED = {"train.schedule": "linear", "train.weight_decay": 0.01}
+"""What the original script does without a flag: a linear schedule, and torch's default decay in AdamW."""
+
+
+def train_published(arguments: Sequence[str]) -> None:
+    """Train as ``peft_lora.py`` with these arguments does; raises ConfigError for what is wrong with them."""
+    launched = "WORLD_SIZE" in os.environ
+    config, notes = configure(arguments, launched=launched, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    if os.environ.get("RANK", "0") == "0":
+        for note in notes:
+            print(note, file=sys.stderr)
+
+    from cogtune.train.run import train  # after the checks: it imports torch
+
+    train(config)
+
+
+def configure(arguments: Sequence[str], *, launched: bool = False, world_size: int = 1) -> tuple[RunConfig, list[str]]:
+    """The configuration these arguments stand for, and what to tell the user about it.
+
+    ``launched``: whether a launcher started this process; without one the run uses one device and no ZeRO.
+    """
+    typed = _typed(arguments)
+    if int(typed.get("local_rank", ["-1"])[0]) >= 0:
+        os.environ.setdefault("LOCAL_RANK", typed["local_rank"][0])
+    entries = {key: Entry(value, key) for key, value in _SAME_AS_PUBLISHED.items()}
+    for name, flag in FLAGS.items():
+        if flag.key is not None:
+            entries[flag.key] = Entry(_value(name, flag, typed.get(name, [flag.default])), f"--{name}")
+    notes: list[str] = []
+    if "ds_config" not in typed and not Path(FLAGS["ds_config"].default).is_file():
+        del entries["parallel.deepspeed"]
+        if launched:
+            entries["parallel.engine"] = Entry("zero2", "--ds_config")
+            notes.append("note: there is no ds_config.yaml here; using ZeRO stage 2 with DeepSpeed's defaults")
+    entries["data.labels"] = Entry(_labels(Path(entries["data.path"].value[0])), "--dataset_path")
+
+    explicit = {flag.key: f"--{name}" for name, flag in FLAGS.items() if name in typed and flag.key is not None}
+    config = from_entries(entries)
+    config, warnings = apply_deepspeed(config, explicit=explicit.keys(), world_size=world_size, names=explicit)
+    notes += [f"warning: {warning}" for warning in warnings]
+    if not launched:
+        config = config.with_values({"parallel.engine": "single", "parallel.deepspeed": None})
+        notes.append("note: not started by a launcher: one device, no ZeRO; `deepspeed peft_lora.py ...` uses all GPUs")
+    return config, notes
+
+
+def _value(name: str, flag: Flag, texts: list[str]) -> Any:
+    if flag.convert is not None:
+        return flag.convert(texts[0])
+    assert flag.key is not None
+    return parse_flag(known_keys()[flag.key], texts, f"--{name}")
+
+
+def _labels(folder: Path) -> str:
+    """The original reads labels_en and nothing else; a folder without it is read by what there is."""
+    return "labels_en" if (folder / "labels_en").is_dir() else "auto"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        near = difflib.get_close_matches(unknown.split("=")[0].lstrip("-").split(" ")[0], FLAGS, n=1)
+        hint = f"did you mean `--{near[0]}`?" if near and unknown != message else "`--help` lists the flags"
+        raise ConfigError(message, hint=hint, code="usage")
+
+
+def _typed(arguments: Sequence[str]) -> Mapping[str, list[str]]:
+    """The flags that were given, each with its texts."""
+    parser = _Parser(
+        prog="peft_lora.py",
+        description="Fine-tune CogVLM2 with LoRA: the published demo's command. `cogtune train` can do more.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    for name, flag in FLAGS.items():
+        parser.add_argument(
+            f"--{name}",
+            nargs="+" if name == "lora_target" else 1,
+            metavar=name.upper(),
+            help=f"{flag.help} (default: {flag.default})",
+        )
+    return vars(parser.parse_args(list(arguments)))
