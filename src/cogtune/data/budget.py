@@ -1,0 +1,213 @@
+"""Fits every answer and its history into the token budgets, and says what did not fit.
+
+``data.max_input_len`` counts the tokens of a prompt's text, ``data.max_output_len`` those of an answer; picture, BOS
+and EOS are not counted. A prompt over budget loses its oldest turns of history first and is never cut inside; a
+question that alone is too long, and an answer that is too long, are dropped or refused as configured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from cogtune.data.records import Conversation, Picture
+from cogtune.errors import DataError
+from cogtune.processing.prompt import build_prompt
+
+if TYPE_CHECKING:
+    from cogtune.configuration.run import DataSection
+    from cogtune.processing.encode import Encoder
+
+# Conversations whose prompts are tokenised in one call.
+_CHUNK = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One answer to train: which turn of which conversation of a picture, with the history from turn ``first`` on.
+
+    ``cut`` says that the answer is longer than its budget and is trained up to it, without an end token. ``prompt`` and
+    ``answer`` count text tokens, EOS included in ``answer``.
+    """
+
+    conversation: int
+    turn: int
+    first: int
+    cut: bool
+    prompt: int
+    answer: int
+
+
+@dataclass
+class BudgetReport:
+    """What the budgets did. ``trimmed`` counts answers that are trained without their oldest turns."""
+
+    answers: int = 0
+    dropped_long_prompt: int = 0
+    dropped_long_answer: int = 0
+    truncated_answers: int = 0
+    trimmed: int = 0
+    trimmed_turns: int = 0
+
+    @property
+    def trained(self) -> int:
+        """Answers that are trained, whole or truncated."""
+        return self.answers - self.dropped_long_prompt - self.dropped_long_answer
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class FittedPicture:
+    """The samples of one picture and, for counting shared tokens, the text tokens of their prompts."""
+
+    index: int
+    samples: list[Sample]
+    prompts: list[list[int]]
+
+
+class _Tokenizer(Protocol):
+    def __call__(self, text: list[str], *, add_special_tokens: bool, return_attention_mask: bool) -> Any: ...
+
+
+@dataclass
+class _Wanted:
+    """One answer on its way to a :class:`Sample`: ``first`` and ``tokens`` are its history's start and its prompt."""
+
+    picture: int
+    number: int
+    conversation: Conversation
+    turn: int
+    earliest: int
+    first: int = 0
+    tokens: list[int] = field(default_factory=list)
+
+
+class Budget:
+    """Applies ``data``'s budgets to pictures with ``encoder``'s tokens and template; counts go into ``report``."""
+
+    def __init__(self, encoder: Encoder, data: DataSection) -> None:
+        self.encoder = encoder
+        self.data = data
+        self.report = BudgetReport()
+
+    def fit(self, pictures: Sequence[Picture]) -> Iterator[FittedPicture]:
+        """The samples of every picture, in order; a picture may be left with none.
+
+        :raises DataError: for a question or an answer over budget, where the configuration says ``error``.
+        """
+        chunk: list[int] = []
+        size = 0
+        for index, picture in enumerate(pictures):
+            chunk.append(index)
+            size += len(picture.conversations)
+            if size >= _CHUNK:
+                yield from self._fit_chunk(pictures, chunk)
+                chunk, size = [], 0
+        yield from self._fit_chunk(pictures, chunk)
+
+    def _fit_chunk(self, pictures: Sequence[Picture], chunk: list[int]) -> Iterator[FittedPicture]:
+        wanted = [
+            _Wanted(index, number, conversation, turn, self._earliest(turn))
+            for index in chunk
+            for number, conversation in enumerate(pictures[index].conversations)
+            for turn in range(len(conversation.turns))
+        ]
+        if not wanted:
+            return
+        answers = self._tokens([item.conversation.turns[item.turn].answer for item in wanted])
+        self._trim(wanted)
+        fitted = {index: FittedPicture(index, [], []) for index in chunk}
+        for item, answer in zip(wanted, answers, strict=True):
+            sample = self._sample(item, len(answer))
+            if sample is not None:
+                fitted[item.picture].samples.append(sample)
+                fitted[item.picture].prompts.append(item.tokens)
+        yield from fitted.values()
+
+    def _earliest(self, turn: int) -> int:
+        """The first turn that belongs to the history when there is room for all."""
+        return 0 if self.data.turns == "all" else max(0, turn - 1)
+
+    def _trim(self, wanted: list[_Wanted]) -> None:
+        """Give every item the longest history that fits, by bisection over its first turn, all items together."""
+        searches = [(item, longest_history(item.earliest, item.turn, self.data.max_input_len)) for item in wanted]
+        for item, search in searches:
+            item.first = next(search)
+        while searches:
+            unsettled = []
+            tokens = self._tokens([self._prompt(item) for item, _ in searches])
+            for (item, search), ids in zip(searches, tokens, strict=True):
+                try:
+                    item.first = search.send(ids)
+                    unsettled.append((item, search))
+                except StopIteration as result:
+                    item.first, item.tokens = result.value
+            searches = unsettled
+
+    def _sample(self, item: _Wanted, answer: int) -> Sample | None:
+        data, report = self.data, self.report
+        report.answers += 1
+        if len(item.tokens) > data.max_input_len:
+            if data.long_prompt == "error":
+                raise self._too_long(item, "question", len(item.tokens), "max_input_len", data.max_input_len)
+            report.dropped_long_prompt += 1
+            return None
+        cut = answer > data.max_output_len
+        if cut and data.long_answer == "error":
+            raise self._too_long(item, "answer", answer, "max_output_len", data.max_output_len)
+        if cut and data.long_answer == "drop":
+            report.dropped_long_answer += 1
+            return None
+        report.truncated_answers += cut
+        lost = item.first - item.earliest
+        report.trimmed += lost > 0
+        report.trimmed_turns += lost
+        length = data.max_output_len if cut else answer + 1
+        return Sample(item.number, item.turn, item.first, cut, len(item.tokens), length)
+
+    def _too_long(self, item: _Wanted, part: str, found: int, key: str, limit: int) -> DataError:
+        where = f"{item.conversation.source}: the {part} of turn {item.turn + 1}"
+        policy = "long_prompt" if part == "question" else "long_answer"
+        others = "drop" if part == "question" else "drop or truncate"
+        return DataError(
+            f"{where} has {found} tokens, data.{key} allows {limit}",
+            hint=f"raise data.{key}, or set data.{policy} to {others}",
+            code="data-too-long",
+        )
+
+    def _prompt(self, item: _Wanted) -> str:
+        turns = item.conversation.turns
+        history = [(turn.question, turn.answer) for turn in turns[item.first : item.turn]]
+        prompt: str = build_prompt(turns[item.turn].question, history, self.encoder.template)
+        return prompt
+
+    def _tokens(self, texts: list[str]) -> list[list[int]]:
+        tokenizer: _Tokenizer = self.encoder.tokenizer
+        ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        return ids
+
+
+def longest_history(earliest: int, turn: int, limit: int) -> Generator[int, list[int], tuple[int, list[int]]]:
+    """Find the smallest first turn of history, from ``earliest`` on, with which a prompt of ``turn`` fits ``limit``.
+
+    Yields a first turn to try and is sent the tokens of that prompt. Returns the first turn and its tokens; ``turn``
+    (no history) where nothing fits. Dropping turns never lengthens a prompt, so bisection finds it.
+    """
+    tokens = yield earliest
+    if len(tokens) <= limit or earliest == turn:
+        return earliest, tokens
+    low, high = earliest + 1, turn
+    best: list[int] | None = None
+    while low < high:
+        middle = (low + high) // 2
+        tokens = yield middle
+        if len(tokens) <= limit:
+            high, best = middle, tokens
+        else:
+            low = middle + 1
+    if best is None:
+        best = yield high
+    return high, best

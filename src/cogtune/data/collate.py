@@ -1,0 +1,51 @@
+"""Rows to a batch: right-padded tensors, and the routing that every layer uses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from cogtune.data.dataset import RowSample
+from cogtune.model.routing import IGNORED_LABEL, UNUSED, Routing
+
+# Padding is dropped before the first layer (attention_mask 0), so the id that fills it is never looked up.
+_PADDING_ID = 0
+_PADDING_SEGMENT = -1
+
+
+def collate(rows: Sequence[RowSample]) -> dict[str, Any]:
+    """Keyword arguments for the model, plus ``record_ids`` (list) and ``num_labels`` (int), which the loop takes out.
+
+    int64 [B, L]: ``input_ids``, ``token_type_ids``, ``attention_mask``, ``labels``, ``segment_ids``; int64 [B, S]:
+    ``segment_parents``; float32 [N, 3, H, W]: ``pixel_values`` of the rows with a picture, absent when there is none.
+    """
+    input_ids = _padded([sample.row.input_ids for sample in rows], _PADDING_ID)
+    lengths = torch.tensor([len(sample.row.input_ids) for sample in rows])
+    batch: dict[str, Any] = {
+        "input_ids": input_ids,
+        "token_type_ids": _padded([sample.row.token_type_ids for sample in rows], 0),
+        "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
+        "labels": _padded([sample.row.labels for sample in rows], IGNORED_LABEL),
+        "segment_ids": _padded([sample.row.segment_ids for sample in rows], _PADDING_SEGMENT),
+        "segment_parents": _padded([sample.row.segment_parents for sample in rows], UNUSED),
+    }
+    batch["routing"] = Routing.build(
+        batch["token_type_ids"],
+        batch["attention_mask"],
+        segment_ids=batch["segment_ids"],
+        segment_parents=batch["segment_parents"],
+        labels=batch["labels"],
+    )
+    pixels = [sample.pixel_values for sample in rows if sample.pixel_values is not None]
+    if pixels:
+        batch["pixel_values"] = torch.stack(pixels)
+    batch["record_ids"] = [identity for sample in rows for identity in sample.record_ids]
+    batch["num_labels"] = int((batch["labels"] != IGNORED_LABEL).sum())
+    return batch
+
+
+def _padded(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
+    length = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows], dtype=torch.int64)

@@ -1,0 +1,198 @@
+"""Rows for training: planned once from token counts, built from text and picture when a worker asks for one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import Dataset
+
+from cogtune.data.budget import Budget, BudgetReport, Sample
+from cogtune.data.records import Picture
+from cogtune.data.rows import RowPlan, plan_rows
+from cogtune.errors import ConfigError, DataError
+from cogtune.processing.encode import Encoded, Encoder
+from cogtune.processing.image import preprocess, read_image
+from cogtune.processing.tree import Row, build_tree
+
+if TYPE_CHECKING:
+    from cogtune.configuration.run import DataSection
+
+RowIndex = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class RowSample:
+    """One row of a batch. ``pixel_values`` is float32 [3, S, S] or None; ``record_ids`` name its conversations."""
+
+    row: Row
+    pixel_values: torch.Tensor | None
+    record_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RowsReport:
+    """What the planned rows hold: the budgets' counts, and lengths in tokens (BOS and image included)."""
+
+    budget: BudgetReport
+    rows: int
+    tokens: int
+    longest_row: int
+    fingerprint: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        own = {name: getattr(self, name) for name in ("rows", "tokens", "longest_row", "fingerprint")}
+        return {**self.budget.to_dict(), "trained_answers": self.budget.trained, **own}
+
+    def lines(self) -> list[str]:
+        """A few sentences for the console."""
+        budget = self.budget
+        lines = [f"{budget.trained} answers in {self.rows} rows, {self.tokens} tokens, longest row {self.longest_row}"]
+        counts = {
+            "questions longer than data.max_input_len dropped": budget.dropped_long_prompt,
+            "answers longer than data.max_output_len dropped": budget.dropped_long_answer,
+            "answers truncated to data.max_output_len, without an end token": budget.truncated_answers,
+            "answers trained without their oldest turns": budget.trimmed,
+        }
+        return lines + [f"{count} {what}" for what, count in counts.items() if count]
+
+
+class TrainRows(Dataset[RowSample]):
+    """Rows of ``pictures``, indexed by ``(epoch, row)``, or by None for a filler row (BOS, no label).
+
+    Every row has at least one label. Planning tokenises every text once and keeps counts only.
+
+    :param image_size: side of the square that pictures are resized to, in pixels.
+    :param seed: of the rounds that ``data.turns: one_random`` draws.
+    :param required: raise when no row is left; False for validation data.
+    :raises DataError: for a text over budget where ``data`` says ``error``, or when no row is left.
+    :raises ConfigError: when ``data.max_row_tokens`` is too small for one sample.
+    """
+
+    def __init__(
+        self,
+        pictures: Sequence[Picture],
+        encoder: Encoder,
+        data: DataSection,
+        image_size: int,
+        *,
+        seed: int = 0,
+        required: bool = True,
+    ) -> None:
+        self._pictures = list(pictures)
+        self._encoder = encoder
+        self._data = data
+        self._image_size = image_size
+        self._seed = seed
+        budget = Budget(encoder, data)
+        self._plans: list[RowPlan] = []
+        for fitted in budget.fit(self._pictures):
+            image_tokens = 0 if self._pictures[fitted.index].image is None else encoder.num_image_tokens
+            self._plans += plan_rows(
+                fitted, head=1 + image_tokens, limit=data.max_row_tokens, one_random=data.turns == "one_random"
+            )
+        self._refuse_long_rows()
+        self.report = RowsReport(
+            budget=budget.report,
+            rows=len(self._plans),
+            tokens=sum(plan.tokens for plan in self._plans),
+            longest_row=max((plan.tokens for plan in self._plans), default=0),
+            fingerprint=self._fingerprint(),
+        )
+        if required and not self._plans:
+            raise DataError(
+                f"nothing to train on: none of {budget.report.answers} answers fits (too long:"
+                f" {budget.report.dropped_long_prompt} questions, {budget.report.dropped_long_answer} answers)",
+                hint="raise data.max_input_len and data.max_output_len",
+                code="data-nothing-left",
+            )
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    @property
+    def weights(self) -> list[float]:
+        """How often an epoch shows each row."""
+        return [self._pictures[plan.picture].weight for plan in self._plans]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row; with ``one_random`` the most it can take."""
+        return [plan.tokens for plan in self._plans]
+
+    def __getitem__(self, index: RowIndex | None) -> RowSample:
+        return self.filler() if index is None else self.row(*index)
+
+    def filler(self) -> RowSample:
+        """A row that adds 0 to the loss and 0 to the token count."""
+        bos = self._encoder.bos_id
+        return RowSample(Row([bos], token_type_ids=[0], labels=[-100], segment_ids=[0], segment_parents=[-1]), None, ())
+
+    def row(self, epoch: int, index: int) -> RowSample:
+        """Build one row; the epoch matters for ``data.turns: one_random`` only.
+
+        :raises DataError: when the picture cannot be decoded.
+        """
+        plan = self._plans[index]
+        picture = self._pictures[plan.picture]
+        samples = plan.samples if self._data.turns == "all" else self._drawn(picture, plan, epoch)
+        row = build_tree([self._encode(picture, sample) for sample in samples])
+        pixels = None if picture.image is None else preprocess(read_image(picture.image), self._image_size)
+        ids = dict.fromkeys(picture.conversations[sample.conversation].id for sample in samples)
+        return RowSample(row, pixels, tuple(ids))
+
+    def _encode(self, picture: Picture, sample: Sample) -> Encoded:
+        turns = picture.conversations[sample.conversation].turns
+        turn = turns[sample.turn]
+        history = [(past.question, past.answer) for past in turns[sample.first : sample.turn]]
+        encoded = self._encoder.encode(turn.question, history, answer=turn.answer, image=picture.image is not None)
+        if not sample.cut:
+            return encoded
+        end = encoded.prompt_len + self._data.max_output_len
+        return Encoded(encoded.input_ids[:end], encoded.token_type_ids[:end], encoded.labels[:end], encoded.prompt_len)
+
+    def _drawn(self, picture: Picture, plan: RowPlan, epoch: int) -> list[Sample]:
+        """One round per conversation, and with probability 1/2 the round before it as history.
+
+        The draw depends on (seed, epoch, conversation) only, so it is the same on every rank and in every worker.
+        """
+        rounds: dict[int, list[Sample]] = {}
+        for sample in plan.samples:
+            rounds.setdefault(sample.conversation, []).append(sample)
+        drawn = []
+        for number, choices in rounds.items():
+            name = f"{self._seed}\0{epoch}\0{picture.conversations[number].id}"
+            bits = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=16).digest(), "big")
+            sample = choices[(bits >> 1) % len(choices)]
+            first = sample.first if bits & 1 else sample.turn
+            drawn.append(Sample(number, sample.turn, first, sample.cut, sample.prompt, sample.answer))
+        return drawn
+
+    def _refuse_long_rows(self) -> None:
+        limit = self._data.max_row_tokens
+        if limit is None:
+            return
+        longest = max(self._plans, key=lambda plan: plan.tokens, default=None)
+        if longest is not None and longest.tokens > limit:
+            source = self._pictures[longest.picture].conversations[longest.samples[0].conversation].source
+            raise ConfigError(
+                f"data.max_row_tokens is {limit}, but one answer with its prompt and picture takes {longest.tokens}"
+                f" tokens ({source})",
+                hint=f"raise data.max_row_tokens to {longest.tokens} or more, or lower data.max_input_len",
+                code="data-max-row-tokens",
+            )
+
+    def _fingerprint(self) -> str:
+        """SHA-256 over what is trained in which row: changes with data, split, budgets, tokenizer and template."""
+        digest = hashlib.sha256(f"{self._data.turns}\0{self._encoder.template}\0{self._image_size}\n".encode())
+        for plan in self._plans:
+            conversations = self._pictures[plan.picture].conversations
+            for s in plan.samples:
+                counts = (s.turn, s.first, s.cut, s.prompt, s.answer)
+                digest.update(f"{conversations[s.conversation].id}\0{counts}\n".encode())
+            digest.update(b"\n")
+        return digest.hexdigest()

@@ -1,0 +1,181 @@
+"""The published layout: ``DIR/images/*`` and ``DIR/labels/*.json`` (``labels_en``, ``labels_zh``), matched by stem."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cogtune.data.labels import is_unicode, parse_json, record_dialogues
+from cogtune.data.pictures import check_picture, in_threads
+from cogtune.data.problems import BadRecordError, Problem, Problems
+from cogtune.data.records import Conversation, Picture
+from cogtune.data.report import DataReport, SourceReport
+
+LABEL_FOLDERS = ("labels", "labels_en", "labels_zh")
+# What file managers and archivers leave behind; nobody means these as data.
+_LITTER = {"thumbs.db", "desktop.ini", "__macosx"}
+
+
+@dataclass
+class _Pair:
+    """One picture and its label file while they are read: what came of them, and what was wrong."""
+
+    stem: str
+    image: Path
+    label: Path
+    image_bytes: int = 0
+    conversations: list[Conversation] = field(default_factory=list)
+    problems: list[tuple[str, str, str]] = field(default_factory=list)
+    image_ok: bool = False
+    repaired: bool = False
+
+
+@dataclass(frozen=True)
+class FolderReader:
+    """How one data folder is read. ``name`` starts its keys; ``split_name`` is the root folder's own name."""
+
+    root: Path
+    name: str
+    split_name: str
+    weight: float
+    labels: str
+    caption_question: str | None
+    max_pixels: int | None
+
+    def read(self, problems: Problems, report: DataReport) -> list[Picture]:
+        """Pictures in the order of their stems; problems and counts go into the two arguments.
+
+        :raises DataError: for a folder without pictures or labels, or with several label folders and no choice.
+        """
+        label_folder = self._label_folder()
+        images = _by_stem(self.root / "images", problems, labels=False)
+        labels = _by_stem(label_folder, problems, labels=True)
+        if not images:
+            raise Problem("no-images", str(self.root / "images"), "the folder holds no picture").error()
+        if not labels:
+            raise Problem("no-labels", str(label_folder), "the folder holds no .json file").error()
+        _report_unmatched(images, labels, label_folder, self.root / "images", problems)
+        pairs = [
+            _Pair(stem, image, label)
+            for stem in sorted(images.keys() & labels.keys())
+            if (image := images[stem]) is not None and (label := labels[stem]) is not None
+        ]
+        source = SourceReport(str(self.root), label_folder.name, self.weight)
+        report.sources.append(source)
+        pictures = []
+        for pair in in_threads(self._read_pair, pairs):
+            if pair.repaired:
+                report.repaired["trailing-comma"] = report.repaired.get("trailing-comma", 0) + 1
+            for kind, where, what in pair.problems:
+                lost = len(pair.conversations) if kind.startswith("image-") else 1
+                problems.add(kind, where, what, records=max(lost, 1))
+            if pair.image_ok and pair.conversations:
+                picture = self._picture(pair)
+                source.count(picture)
+                pictures.append(picture)
+        return pictures
+
+    def _label_folder(self) -> Path:
+        if not (self.root / "images").is_dir():
+            raise Problem("no-images", str(self.root), "no folder images/ in it").error()
+        present = [name for name in LABEL_FOLDERS if (self.root / name).is_dir()]
+        found = " and ".join(f"{name}/" for name in present) or "none"
+        if self.labels != "auto":
+            if self.labels not in present:
+                raise Problem(
+                    "no-labels", str(self.root), f"data.labels asks for {self.labels}/; label folders here: {found}"
+                ).error()
+            return self.root / self.labels
+        if not present:
+            wanted = "/, ".join(LABEL_FOLDERS)
+            raise Problem("no-labels", str(self.root), f"no label folder in it ({wanted}/)").error()
+        if len(present) > 1:
+            raise Problem("label-choice", str(self.root), f"several label folders: {found}").error()
+        return self.root / present[0]
+
+    def _read_pair(self, pair: _Pair) -> _Pair:
+        try:
+            pair.image_bytes = check_picture(pair.image, self.max_pixels)
+            pair.image_ok = True
+        except BadRecordError as bad:
+            pair.problems.append((bad.kind, str(pair.image), bad.what))
+        try:
+            root, pair.repaired = parse_json(pair.label.read_bytes())
+            records = root if isinstance(root, list) else [root]
+            if not records:
+                raise BadRecordError("no-records", "the list of records is empty")
+        except BadRecordError as bad:
+            pair.problems.append((bad.kind, str(pair.label), bad.what))
+            return pair
+        except OSError as error:
+            pair.problems.append(("bad-json", str(pair.label), f"the label cannot be read ({error})"))
+            return pair
+        number = 0
+        for position, record in enumerate(records, start=1):
+            source = f"{pair.label}, record {position}" if isinstance(root, list) else str(pair.label)
+            try:
+                dialogues = record_dialogues(record, self.caption_question)
+            except BadRecordError as bad:
+                pair.problems.append((bad.kind, source, bad.what))
+                number += 1  # the records after it keep their ids when it is repaired
+                continue
+            for turns in dialogues:
+                identity = f"{self.name}/{pair.stem}#{number}"
+                pair.conversations.append(Conversation(identity, pair.image, turns, source))
+                number += 1
+        return pair
+
+    def _picture(self, pair: _Pair) -> Picture:
+        return Picture(
+            key=f"{self.name}/{pair.stem}",
+            image=pair.image,
+            conversations=tuple(pair.conversations),
+            weight=self.weight,
+            split_key=f"{self.split_name}/{pair.stem}",
+            image_bytes=pair.image_bytes,
+        )
+
+
+def _by_stem(folder: Path, problems: Problems, *, labels: bool) -> dict[str, Path | None]:
+    """The folder's files by stem; None where two have the same.
+
+    Stems are in Unicode's composed form: archives made on macOS decompose accents.
+    """
+    files: dict[str, Path | None] = {}
+    with os.scandir(folder) as scan:
+        entries = sorted(scan, key=lambda entry: entry.name)
+    for entry in entries:
+        path = folder / entry.name
+        if entry.name.startswith(".") or entry.name.lower() in _LITTER:
+            continue
+        if not is_unicode(entry.name):
+            problems.add("name", ascii(str(path)), "the file's name is not UTF-8")
+        elif entry.is_dir():
+            problems.add("not-a-file", str(path), "a folder, a file was expected")
+        elif labels and path.suffix.lower() != ".json":
+            problems.add("extra-file", str(path), "not a .json file")
+        else:
+            stem = unicodedata.normalize("NFC", path.stem)
+            if stem in files:
+                other = files[stem]
+                beside = f" as {other.name}" if other is not None else " as others"
+                problems.add("same-stem", str(path), f"the same name without suffix{beside}")
+                files[stem] = None
+            else:
+                files[stem] = path
+    return files
+
+
+def _report_unmatched(
+    images: dict[str, Path | None],
+    labels: dict[str, Path | None],
+    label_folder: Path,
+    image_folder: Path,
+    problems: Problems,
+) -> None:
+    for stem in sorted(labels.keys() - images.keys()):
+        problems.add("missing-image", str(labels[stem] or stem), f"no picture named {stem!r} in {image_folder}")
+    for stem in sorted(images.keys() - labels.keys()):
+        problems.add("missing-label", str(images[stem] or stem), f"no label named '{stem}.json' in {label_folder}")

@@ -1,0 +1,115 @@
+"""From the text of a label to turns: JSON, the shape of a record, roles and contents. No file is opened here."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from cogtune.data.problems import BadRecordError
+from cogtune.data.records import Turn
+
+# A string literal (kept), or a comma that only closes a list or an object (dropped).
+_TRAILING_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[\]}])', re.DOTALL)
+
+
+def parse_json(data: bytes) -> tuple[Any, bool]:
+    """``(value, repaired)``: UTF-8 JSON, with or without a byte order mark.
+
+    Commas before a closing bracket, as in the sample on the published data set's card, are accepted and reported as a
+    repair.
+
+    :raises BadRecordError: ``bad-json`` with the position.
+    """
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadRecordError("bad-json", f"not UTF-8 (byte {error.start})") from error
+    try:
+        return json.loads(text), False
+    except (ValueError, RecursionError) as error:
+        without_commas = _TRAILING_COMMA.sub(lambda match: match.group(1) or "", text)
+        if without_commas != text:
+            try:
+                return json.loads(without_commas), True
+            except (ValueError, RecursionError):
+                pass  # the message about the text as written is the useful one
+        found = f"not valid JSON ({error})" if text.strip() else "empty, a record was expected"
+        raise BadRecordError("bad-json", found) from error
+
+
+def record_dialogues(record: Any, caption_question: str | None) -> list[tuple[Turn, ...]]:
+    """The independent conversations of one record: one for ``conversations``, one per entry of ``captions``.
+
+    :raises BadRecordError: for a wrong shape, role, order or content; the message says which turn.
+    """
+    if not isinstance(record, dict):
+        raise BadRecordError("wrong-root", f"{_kind(record)} found, an object was expected")
+    keys = [key for key in ("conversations", "captions") if key in record]
+    if len(keys) != 1:
+        found = "both" if keys else "neither"
+        raise BadRecordError("missing-key", f'"conversations" or "captions" was expected, {found} found')
+    entries = record[keys[0]]
+    if not isinstance(entries, list):
+        raise BadRecordError("wrong-root", f'"{keys[0]}" is {_kind(entries)}, a list was expected')
+    if not entries:
+        raise BadRecordError("turns", f'"{keys[0]}" is empty')
+    if keys[0] == "conversations":
+        return [_dialogue(entries)]
+    if not caption_question:
+        raise BadRecordError("caption-question", "a record of captions, and data.caption_question is empty")
+    captions = [_content(entry, number, ("caption",)) for number, entry in enumerate(entries, start=1)]
+    return [(Turn(caption_question, caption),) for caption in captions]
+
+
+def _dialogue(entries: list[Any]) -> tuple[Turn, ...]:
+    contents = []
+    for number, entry in enumerate(entries, start=1):
+        contents.append(_content(entry, number, ("user", "assistant")))
+        expected = "user" if number % 2 else "assistant"
+        if entry["role"] != expected:
+            raise BadRecordError("turns", f'message {number} is from "{entry["role"]}", "{expected}" was expected')
+    if len(contents) % 2:
+        raise BadRecordError("turns", f"{len(contents)} messages, the last question has no answer")
+    return tuple(Turn(*pair) for pair in zip(contents[::2], contents[1::2], strict=True))
+
+
+def _content(entry: Any, number: int, roles: tuple[str, ...]) -> str:
+    """The checked content of the ``number``-th message (from 1)."""
+    if not isinstance(entry, dict):
+        raise BadRecordError("wrong-root", f"message {number} is {_kind(entry)}, an object was expected")
+    for key in ("role", "content"):
+        if key not in entry:
+            raise BadRecordError("missing-key", f'message {number} has no "{key}"')
+    role, content = entry["role"], entry["content"]
+    if role not in roles:
+        expected = " or ".join(f'"{name}"' for name in roles)
+        raise BadRecordError("role", f"message {number} has the role {json.dumps(role)}, {expected} was expected")
+    if not isinstance(content, str):
+        raise BadRecordError("content", f"the content of message {number} is {_kind(content)}, a text was expected")
+    if not content.strip():
+        raise BadRecordError("content", f"the content of message {number} is empty")
+    if not is_unicode(content):
+        raise BadRecordError(
+            "content", f"the content of message {number} has half a surrogate pair, which is no character"
+        )
+    return content
+
+
+def is_unicode(text: str) -> bool:
+    """Whether ``text`` can be written as UTF-8 (JSON escapes and file names can hold lone surrogates)."""
+    if text.isascii():
+        return True
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _kind(value: Any) -> str:
+    """JSON's name of a value's type, with its article."""
+    if value is None:
+        return "null"
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "a text", list: "a list", dict: "an object"}
+    return names[type(value)]

@@ -1,0 +1,80 @@
+"""Batches from worker processes, or from this one; an error in a worker arrives as it was raised."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from cogtune.data.collate import collate
+from cogtune.data.dataset import RowIndex, RowSample, TrainRows
+from cogtune.data.sampler import EpochSampler
+from cogtune.errors import CogtuneError
+
+_MOST_WORKERS = 8
+# One core for the process that trains and one for its backward pass.
+_RESERVED_CORES = 2
+
+
+def worker_count(workers: int | None, local_ranks: int = 1) -> int:
+    """``workers``, or if None what this machine's cores give each of the ``local_ranks`` processes that train on it."""
+    if workers is not None:
+        return workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(_MOST_WORKERS, cores // local_ranks - _RESERVED_CORES))
+
+
+def batches(
+    rows: TrainRows, sampler: EpochSampler, workers: int = 0, *, pin_memory: bool = False
+) -> Iterator[dict[str, Any]]:
+    """One collated batch per item of the sampler, in its order.
+
+    :raises CogtuneError: as raised while a row was built, whichever process built it.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        _Guarded(rows),  # type: ignore[arg-type]
+        batch_sampler=sampler,
+        collate_fn=_collate_or_error,
+        num_workers=workers,
+        worker_init_fn=_start_worker if workers else None,
+        generator=torch.Generator(),  # its own, so that making an iterator leaves the training's random numbers alone
+        pin_memory=pin_memory,
+    )
+    for batch in loader:
+        if isinstance(batch, CogtuneError):
+            raise batch
+        yield batch
+
+
+class _Guarded:
+    """``TrainRows`` that returns an error as a value: raised in a worker, it would come back as a traceback's text."""
+
+    def __init__(self, rows: TrainRows) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: RowIndex | None) -> RowSample | CogtuneError:
+        try:
+            return self._rows[index]
+        except CogtuneError as error:
+            return error
+
+
+def _collate_or_error(items: Sequence[RowSample | CogtuneError]) -> dict[str, Any] | CogtuneError:
+    rows: list[RowSample] = []
+    for item in items:
+        if isinstance(item, CogtuneError):
+            return item
+        rows.append(item)
+    return collate(rows)
+
+
+def _start_worker(_: int) -> None:
+    """Workers are the parallelism: no threads inside them, and no tokenizer threads across the fork."""
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"

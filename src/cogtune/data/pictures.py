@@ -1,0 +1,87 @@
+"""A quick check of a picture file: what its header says, and whether its end is there. Pixels are not decoded.
+
+A header cannot show that a file was cut off. The last bytes of a complete JPEG, PNG or GIF can, so only files whose
+end looks wrong (and formats without an end mark) are decoded here; anything subtler is found when training reads it.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from PIL import Image, UnidentifiedImageError
+
+from cogtune.data.problems import BadRecordError
+
+_END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND", "GIF": b";"}
+_TAIL = 64
+_THREADS = 8
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def check_picture(path: Path, max_pixels: int | None) -> int:
+    """The size of a picture file in bytes, once its header and end look right.
+
+    :raises BadRecordError: ``image-empty``, ``image-unreadable``, ``image-too-large`` or ``image-truncated``.
+    """
+    try:
+        with path.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size == 0:
+                raise BadRecordError("image-empty", "the picture is empty (0 bytes)")
+            with Image.open(stream) as image:
+                width, height = image.size
+                if max_pixels is not None and width * height > max_pixels:
+                    raise BadRecordError(
+                        "image-too-large",
+                        f"{width} x {height} pixels, more than data.max_pixels ({max_pixels})",
+                    )
+                form = image.format or ""
+                stream.seek(max(0, size - _TAIL))
+                complete = form in _END_MARKS and _END_MARKS[form] in stream.read()
+                if not complete:
+                    stream.seek(0)
+                    _decode(path)
+    except UnidentifiedImageError as error:
+        raise BadRecordError("image-unreadable", "not a picture that Pillow can open") from error
+    except Image.DecompressionBombError as error:
+        raise BadRecordError("image-too-large", str(error)) from error
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        # Pillow's plugins answer broken headers with any of these.
+        raise BadRecordError("image-unreadable", f"the picture cannot be read ({error})") from error
+    return size
+
+
+def _decode(path: Path) -> None:
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise BadRecordError("image-truncated", f"the picture is incomplete ({error})") from error
+
+
+@contextmanager
+def _headers_of_any_size() -> Iterator[None]:
+    """Let headers of any size be read: the limit here is ``data.max_pixels``, checked before anything is decoded."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.init()
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """``[work(item) for item in items]`` on a few threads: a data set is many small files, often on a slow disk."""
+    with _headers_of_any_size(), ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(work, items))

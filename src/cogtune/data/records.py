@@ -1,0 +1,67 @@
+"""What a data set is made of: turns, conversations, and the pictures they belong to.
+
+A :class:`Picture` is the unit of splitting, ordering and tree building: all conversations about one image. A text-only
+conversation is a picture without an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One question and its answer, as written in the label (never stripped or rewrapped)."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One dialogue. ``id`` is the record's key in predictions; ``source`` is ``file:record`` for messages."""
+
+    id: str
+    image: Path | None
+    turns: tuple[Turn, ...]
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """All conversations about one image.
+
+    ``key`` is ``folder/stem`` (JSONL: ``folder/relative path``; text-only: the record's id), where ``folder`` is as
+    much of the data root's path as it takes to tell the roots apart. ``split_key`` uses the root's own name only, so
+    that it stays the same when further roots are added. ``image_bytes`` is the file's size, part of the fingerprint.
+    """
+
+    key: str
+    image: Path | None
+    conversations: tuple[Conversation, ...]
+    weight: float = 1.0
+    split_key: str = ""
+    image_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question of a data set with its reference history: what prediction and evaluation ask."""
+
+    id: str
+    turn: int
+    image: Path | None
+    question: str
+    reference: str
+    history: tuple[tuple[str, str], ...]
+
+
+def iter_questions(pictures: Iterable[Picture]) -> Iterator[Question]:
+    """Every question in the order of the data set; ``turn`` counts from 0 and ``history`` holds the turns before it."""
+    for picture in pictures:
+        for conversation in picture.conversations:
+            pairs = tuple((turn.question, turn.answer) for turn in conversation.turns)
+            for number, (question, reference) in enumerate(pairs):
+                yield Question(conversation.id, number, conversation.image, question, reference, pairs[:number])

@@ -1,0 +1,86 @@
+"""What was read: counts, what was left out and why, and a fingerprint. Written into a run's ``data.json``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from cogtune.data.records import Picture
+
+
+@dataclass
+class SourceReport:
+    """One entry of ``data.path``: ``labels`` is the label folder's name, or ``jsonl``."""
+
+    path: str
+    labels: str
+    weight: float
+    pictures: int = 0
+    conversations: int = 0
+    turns: int = 0
+    text_only: int = 0
+
+    def count(self, picture: Picture) -> None:
+        conversations = len(picture.conversations)
+        self.conversations += conversations
+        self.turns += sum(len(conversation.turns) for conversation in picture.conversations)
+        if picture.image is None:
+            self.text_only += conversations
+        else:
+            self.pictures += 1
+
+
+@dataclass
+class DataReport:
+    """Counts over all sources. ``bad``: records left out, by problem; ``repaired``: files, by kind of repair."""
+
+    sources: list[SourceReport] = field(default_factory=list)
+    pictures: int = 0
+    conversations: int = 0
+    turns: int = 0
+    text_only: int = 0
+    bad: dict[str, int] = field(default_factory=dict)
+    bad_examples: list[str] = field(default_factory=list)
+    repaired: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    fingerprint: str = ""
+
+    def close(self, pictures: Iterable[Picture]) -> None:
+        """Sum the sources and take the fingerprint."""
+        for name in ("pictures", "conversations", "turns", "text_only"):
+            setattr(self, name, sum(getattr(source, name) for source in self.sources))
+        self.fingerprint = fingerprint(pictures)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """A few sentences for the console, warnings last."""
+        only = f" ({self.text_only} of them without a picture)" if self.text_only else ""
+        lines = [f"{self.pictures} pictures, {self.conversations} conversations{only}, {self.turns} questions"]
+        if self.repaired:
+            lines.append("repaired: " + ", ".join(f"{count} {kind}" for kind, count in self.repaired.items()))
+        if self.bad:
+            lines.append("left out: " + ", ".join(f"{count} {kind}" for kind, count in self.bad.items()))
+            lines += [f"  {example}" for example in self.bad_examples]
+        return lines + [f"note: {note}" for note in self.notes]
+
+
+def fingerprint(pictures: Iterable[Picture]) -> str:
+    """SHA-256 over keys, picture sizes in bytes, weights and all texts, in order.
+
+    Neither the place of the folders nor modification times count, so a copied or moved data set is the same one.
+    """
+    digest = hashlib.sha256()
+    for picture in pictures:
+        conversations = [
+            [conversation.id, [[turn.question, turn.answer] for turn in conversation.turns]]
+            for conversation in picture.conversations
+        ]
+        line = json.dumps([picture.key, picture.image_bytes, picture.weight, conversations])
+        digest.update(line.encode("ascii") + b"\n")
+    return digest.hexdigest()

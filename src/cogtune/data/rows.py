@@ -1,0 +1,100 @@
+"""Which samples share a row: all of a picture's, or as many as ``data.max_row_tokens`` allows."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from cogtune.data.budget import FittedPicture, Sample
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlan:
+    """One row: samples of one picture, and its length in tokens (BOS and image included).
+
+    With ``data.turns: one_random`` it holds every round that may be drawn, and ``tokens`` is the most it can take.
+    """
+
+    picture: int
+    samples: tuple[Sample, ...]
+    tokens: int
+
+
+def plan_rows(fitted: FittedPicture, *, head: int, limit: int | None, one_random: bool) -> list[RowPlan]:
+    """The rows of one picture, in the order of its samples; none when it has no sample.
+
+    :param head: tokens before the text (BOS, image), shared by all samples of a row.
+    :param limit: most tokens of a row. A single sample longer than that still gets a row (the caller refuses it).
+    """
+    rows: list[RowPlan] = []
+    samples: list[Sample] = []
+    shared, tokens = SharedPrefixes(), head
+    for unit in _conversations(fitted) if one_random else _single_samples(fitted):
+        added = unit.tokens_beside(shared)
+        if samples and limit is not None and tokens + added > limit:
+            rows.append(RowPlan(fitted.index, tuple(samples), tokens))
+            samples, shared, tokens = [], SharedPrefixes(), head
+            added = unit.tokens_beside(shared)
+        if unit.prompt is not None:
+            shared.add(unit.prompt)
+        samples += unit.samples
+        tokens += added
+    if samples:
+        rows.append(RowPlan(fitted.index, tuple(samples), tokens))
+    return rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """Samples that stay in one row. ``prompt``: the tokens of a single one; None: one of several is drawn per epoch."""
+
+    samples: list[Sample]
+    prompt: list[int] | None
+
+    def tokens_beside(self, shared: SharedPrefixes) -> int:
+        """Tokens this adds to a row that has ``shared``; for a drawn one the most it can be."""
+        if self.prompt is None:
+            return max(sample.prompt + sample.answer for sample in self.samples)
+        return shared.added(self.prompt) + self.samples[0].answer
+
+
+def _single_samples(fitted: FittedPicture) -> list[_Unit]:
+    return [_Unit([sample], prompt) for sample, prompt in zip(fitted.samples, fitted.prompts, strict=True)]
+
+
+def _conversations(fitted: FittedPicture) -> list[_Unit]:
+    groups = groupby(fitted.samples, key=lambda sample: sample.conversation)
+    return [_Unit(list(samples), None) for _, samples in groups]
+
+
+class SharedPrefixes:
+    """Counts the tokens of a set of prompts when equal beginnings are stored once."""
+
+    def __init__(self) -> None:
+        self._sorted: list[list[int]] = []
+
+    def added(self, prompt: list[int]) -> int:
+        """Tokens that ``prompt`` would add: those after its longest common beginning with any earlier one.
+
+        In sorted order, that beginning is shared with one of the two neighbours.
+        """
+        place = bisect_left(self._sorted, prompt)
+        neighbours = self._sorted[max(0, place - 1) : place + 1]
+        return len(prompt) - max((common_prefix(prompt, other) for other in neighbours), default=0)
+
+    def add(self, prompt: list[int]) -> None:
+        self._sorted.insert(bisect_left(self._sorted, prompt), prompt)
+
+
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """Length of the longest common beginning."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

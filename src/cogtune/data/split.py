@@ -1,0 +1,108 @@
+"""Training and validation pictures: a seeded hash of each picture's key decides, or the user's own folders do."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cogtune.data.records import Picture
+from cogtune.data.report import DataReport
+from cogtune.data.sources import read_sources
+from cogtune.errors import DataError
+
+if TYPE_CHECKING:
+    from cogtune.configuration.run import DataSection
+
+
+@dataclass(frozen=True)
+class DataSplit:
+    """What a run reads. ``validation_report`` is None unless validation has folders of its own."""
+
+    train: list[Picture]
+    validation: list[Picture]
+    report: DataReport
+    validation_report: DataReport | None = None
+
+    def to_dict(self) -> dict[str, object]:
+        """Counts and fingerprints for ``data.json``."""
+        own = self.validation_report
+        return {
+            **self.report.to_dict(),
+            "train_pictures": len(self.train),
+            "validation_pictures": len(self.validation),
+            "validation": None if own is None else own.to_dict(),
+        }
+
+
+def split(pictures: Sequence[Picture], share: float, seed: int) -> tuple[list[Picture], list[Picture]]:
+    """``(train, validation)``, both in the given order.
+
+    Each picture's side depends on (seed, its own key) only: adding records moves nothing. Pictures that name the same
+    file go the same way, as do text-only records with the same text.
+    """
+    if share <= 0:
+        return list(pictures), []
+    keys = _keys_by_file(pictures)
+    train: list[Picture] = []
+    validation: list[Picture] = []
+    for picture in pictures:
+        key = picture.split_key if picture.image is None else keys[os.path.realpath(picture.image)]
+        (validation if _draw(key, seed) < share else train).append(picture)
+    return train, validation
+
+
+def read_and_split(data: DataSection, seed: int) -> DataSplit:
+    """Everything a training run reads, split as ``data.validation`` or ``data.validation_share`` says.
+
+    :raises DataError: for bad input; when a picture is in both training and validation folders; when nothing is left
+        to train on.
+    """
+    pictures, report = read_sources(data)
+    if data.validation:
+        validation, own_report = read_sources(data, data.validation)
+        _refuse_overlap(pictures, validation)
+        return DataSplit(pictures, validation, report, own_report)
+    train, validation = split(pictures, data.validation_share, seed)
+    if not train:
+        raise DataError(
+            f"data.validation_share {data.validation_share:g} of {len(pictures)} pictures leaves none to train on",
+            hint="add data, or set data.validation_share: 0",
+            code="data-split",
+        )
+    if data.validation_share > 0 and not validation:
+        report.notes.append(
+            f"validation is empty: the share {data.validation_share:g} of {len(pictures)} pictures chose none"
+        )
+    return DataSplit(train, validation, report)
+
+
+def _draw(key: str, seed: int) -> float:
+    """A number in [0, 1) from the key and the seed, the same on every machine."""
+    digest = hashlib.sha256(f"{seed}\0{key}".encode()).digest()
+    return int.from_bytes(digest[:7], "big") / 2.0**56
+
+
+def _keys_by_file(pictures: Iterable[Picture]) -> dict[str, str]:
+    """For each picture file one key: the first in alphabetical order, should several sources name the file."""
+    keys: dict[str, str] = {}
+    for picture in pictures:
+        if picture.image is not None:
+            real = os.path.realpath(picture.image)
+            keys[real] = min(keys.get(real, picture.split_key), picture.split_key)
+    return keys
+
+
+def _refuse_overlap(train: Iterable[Picture], validation: Iterable[Picture]) -> None:
+    trained = {os.path.realpath(p.image) if p.image is not None else p.split_key: p for p in train}
+    for picture in validation:
+        place = os.path.realpath(picture.image) if picture.image is not None else picture.split_key
+        if place in trained:
+            sources = picture.conversations[0].source, trained[place].conversations[0].source
+            raise DataError(
+                f"{sources[0]}: validation has the picture or text that training has in {sources[1]}",
+                hint="leave it out of one of the two, or use data.validation_share instead of data.validation",
+                code="data-overlap",
+            )

@@ -1,0 +1,111 @@
+"""The order of rows: one for any number of ranks, every row as often as its weight says, exact positions."""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from cogtune.data.sampler import EpochSampler, Position
+
+
+def together(num_rows: int, batch: int, ranks: int, **values: Any) -> list[Any]:
+    """What all ranks see, in global order: batch by batch, rank 0 first."""
+    samplers = [EpochSampler(num_rows, batch, rank, ranks, seed=3, **values) for rank in range(ranks)]
+    columns = [list(sampler) for sampler in samplers]
+    assert len({len(column) for column in columns}) == 1
+    assert all(len(sampler) == len(column) for sampler, column in zip(samplers, columns, strict=True))
+    assert all(len(rows) == batch for column in columns for rows in column)
+    return [row for step in zip(*columns, strict=True) for rows in step for row in rows]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_rows", [1, 7, 24, 101])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_every_number_of_ranks_sees_one_order(num_rows: int, batch: int, ranks: int) -> None:
+    reference = [row for row in together(num_rows, 1, 1, epochs=2) if row is not None]
+    seen = together(num_rows, batch, ranks, epochs=2)
+    assert [row for row in seen if row is not None] == reference
+    for epoch in (0, 1):
+        assert sorted(row[1] for row in reference if row[0] == epoch) == list(range(num_rows))
+    size = len(seen) // 2
+    for half in (seen[:size], seen[size:]):
+        rows = [row for row in half if row is not None]
+        assert half == rows + [None] * (len(half) - len(rows))  # fillers only at an epoch's end
+        assert len(half) - len(rows) < ranks * batch
+
+
+def test_order_depends_on_seed_and_epoch_only() -> None:
+    order = EpochSampler(50, 1, seed=3).order(0).tolist()
+    assert EpochSampler(50, 4, 1, 2, seed=3, epochs=9).order(0).tolist() == order
+    assert EpochSampler(50, 1, seed=4).order(0).tolist() != order
+    assert EpochSampler(50, 1, seed=3).order(1).tolist() != order
+
+
+def test_the_order_is_the_same_in_every_version() -> None:
+    assert EpochSampler(8, 1, seed=0).order(0).tolist() == [3, 2, 1, 6, 0, 7, 4, 5]
+    assert EpochSampler(8, 1, seed=5).order(3).tolist() == [4, 1, 5, 3, 2, 0, 6, 7]
+
+
+def test_unshuffled_rows_keep_their_order() -> None:
+    assert together(5, 1, 2, shuffle=False)[:5] == [(0, row) for row in range(5)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_resuming_at_any_position_gives_the_rest(ranks: int) -> None:
+    whole = together(20, 2, ranks, epochs=3, weights=[1.0] * 10 + [1.5] * 10)
+    sampler = EpochSampler(20, 2, 0, ranks, seed=3, epochs=3, weights=[1.0] * 10 + [1.5] * 10)
+    position: Position = (0, 0)
+    for batch in range(len(sampler)):
+        rest = together(20, 2, ranks, epochs=3, weights=[1.0] * 10 + [1.5] * 10, start=position)
+        assert rest == whole[batch * sampler.global_batch :]
+        position = sampler.next_position(position)
+    assert position == (3, 0)
+
+
+def test_resuming_under_another_number_of_ranks() -> None:
+    whole = [row for row in together(20, 1, 4, epochs=2) if row is not None]
+    rest = [row for row in together(20, 2, 3, epochs=2, start=(1, 8)) if row is not None]
+    assert rest == whole[28:]
+
+
+def test_weights_are_floors_and_seeded_draws() -> None:
+    weights = [1.0] * 100 + [2.0] * 100 + [0.25] * 400
+    sampler = EpochSampler(600, 8, seed=1, weights=weights, epochs=4)
+    for epoch in range(4):
+        counts = Counter(sampler.order(epoch).tolist())
+        assert all(counts[row] == 1 for row in range(100))
+        assert all(counts[row] == 2 for row in range(100, 200))
+        assert set(counts[row] for row in range(200, 600)) == {0, 1}
+        assert 70 <= sum(counts[row] for row in range(200, 600)) <= 130  # three and a half standard deviations
+        assert sampler.rows_in_epoch(epoch) == sum(counts.values())
+    drawn = [{row for row in sampler.order(epoch).tolist() if row >= 200} for epoch in (0, 1)]
+    assert drawn[0] != drawn[1]
+    assert [row for row in together(600, 3, 4, weights=weights) if row] == [
+        row for row in together(600, 1, 1, weights=weights) if row
+    ]
+
+
+def test_batches_in_epoch_counts_the_last_partial_one() -> None:
+    sampler = EpochSampler(10, 2, 0, 2)
+    assert [sampler.batches_in_epoch(0, taken) for taken in (0, 4, 8, 10)] == [3, 2, 1, 0]
+
+
+def test_no_rows_no_batches() -> None:
+    assert list(EpochSampler(0, 4)) == []
+
+
+def test_survives_pickling() -> None:
+    sampler = EpochSampler(10, 2, weights=[1.5] * 10)
+    sampler.order(0)
+    assert list(pickle.loads(pickle.dumps(sampler))) == list(sampler)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"), [({"rank": 2, "world_size": 2}, "rank 2"), ({"weights": [1.0]}, "1 weights")]
+)
+def test_impossible_arguments(values: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EpochSampler(4, 1, **values)
