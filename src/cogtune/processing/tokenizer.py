@@ -14,8 +14,6 @@ from typing import Any
 
 from cogtune.errors import ConfigError
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-
 # Splits text into the pieces within which byte pairs may merge.
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -49,17 +47,19 @@ def write_byte_tokenizer(
 
     Ids not taken by the four special tokens hold, in order: the 256 bytes, the products of ``merges`` (best first), and
     reserved special tokens up to ``vocab_size``. With the defaults byte ``b`` has id ``b``.
+    ``eot`` equal to ``eos`` means that there is none.
 
     Raises:
         ConfigError: the ids overlap, lie outside the vocabulary, or leave no room for bytes and merges.
     """
-    special = {bos: BOS, eos: EOS, pad: PAD, eot: EOT}
+    special = {eot: EOT, bos: BOS, eos: EOS, pad: PAD}
     room = vocab_size - len(special) - NUM_BYTES - len(merges)
-    if len(special) < 4 or min(special) < 0 or max(special) >= vocab_size or room < 0:
+    distinct = len(special) == 4 or (len(special) == 3 and eos == eot)
+    if not distinct or min(special) < 0 or max(special) >= vocab_size or room < 0:
         raise ConfigError(
             f"a byte tokenizer of {vocab_size} ids cannot hold 256 bytes, {len(merges)} merges and special tokens at "
             f"bos={bos}, eos={eos}, pad={pad}, eot={eot}",
-            hint=f"give four different ids below a vocab_size of at least {NUM_BYTES + len(merges) + 4}",
+            hint=f"give different ids below a vocab_size of at least {NUM_BYTES + len(merges) + 4}",
         )
     symbols = byte_symbols()
     pairs = [("".join(symbols[b] for b in left), "".join(symbols[b] for b in right)) for left, right in merges]

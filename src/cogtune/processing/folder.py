@@ -1,0 +1,130 @@
+"""What a processor reads from a checkpoint: configuration and tokenizer files of a folder or a hub repository."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from transformers import PreTrainedTokenizerFast
+
+from cogtune.configuration.model import CogVLM2Config
+from cogtune.errors import CheckpointError
+from cogtune.processing.prompt import TEMPLATES
+
+REQUIRED_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
+OPTIONAL_FILES = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+
+
+def find_folder(path_or_id: str | os.PathLike[str], **hub: Any) -> Path:
+    """The folder itself, or the local copy of a hub repository's small files (never weights, never code).
+
+    :param hub: ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``force_download`` of huggingface_hub.
+    :raises CheckpointError: nothing there, or a file of :data:`REQUIRED_FILES` missing.
+    """
+    folder = Path(path_or_id).expanduser()
+    if not folder.is_dir():
+        folder = _download(path_or_id, folder, hub)
+    missing = [name for name in REQUIRED_FILES if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{path_or_id}: no {' and no '.join(missing)}; a checkpoint folder holds {', '.join(REQUIRED_FILES)}",
+            hint="copy the missing files from the published checkpoint, or give the folder that holds them",
+            code="checkpoint-files",
+        )
+    return folder
+
+
+def _download(path_or_id: str | os.PathLike[str], folder: Path, hub: dict[str, Any]) -> Path:
+    name = os.fspath(path_or_id)
+    if folder.exists() or folder.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") != 1:
+        found = "is a file" if folder.exists() else "no such folder"
+        raise CheckpointError(
+            f"{name}: {found}; a checkpoint is a folder or a hub id (owner/name)",
+            hint="check the path",
+            code="checkpoint-missing",
+        )
+    try:
+        return Path(snapshot_download(name, allow_patterns=[*REQUIRED_FILES, *OPTIONAL_FILES], **hub))
+    except (OSError, HFValidationError) as error:  # also what huggingface_hub raises for no network and no such id
+        raise CheckpointError(
+            f"{name}: neither a folder here nor a hub repository that can be read ({str(error).strip():.300})",
+            hint="check the name and the network, or download the checkpoint and give its folder",
+            code="checkpoint-missing",
+        ) from error
+
+
+def read_config(folder: Path) -> CogVLM2Config:
+    """The folder's ``config.json``, with everything a processor needs.
+
+    :raises CheckpointError: not readable, without a special id, or with an unknown template.
+    """
+    try:
+        config = CogVLM2Config.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: not a CogVLM2 configuration ({error})",
+            hint="give the folder of a CogVLM2 checkpoint",
+            code="checkpoint-config",
+        ) from error
+    special_ids(config)
+    if config.template_version not in TEMPLATES:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: template_version {config.template_version!r}, known are {', '.join(TEMPLATES)}",
+            hint="take template_version from the published config.json",
+            code="checkpoint-config",
+        )
+    return config
+
+
+def special_ids(config: CogVLM2Config) -> tuple[int, int, int]:
+    """BOS, the EOS that ends an answer (the first one), and the picture's placeholder, which is also padding.
+
+    :raises CheckpointError: one is not there.
+    """
+    bos, ends, pad = config.bos_token_id, config.eos_token_ids, config.pad_token_id
+    if bos is None or pad is None or not ends:
+        raise CheckpointError(
+            f"config.json: bos_token_id is {bos}, eos_token_id {config.eos_token_id}, pad_token_id {pad}; all are "
+            f"needed",
+            hint="take the ids from the published config.json",
+            code="checkpoint-config",
+        )
+    return bos, ends[0], pad
+
+
+def read_tokenizer(folder: Path, config: CogVLM2Config) -> Any:
+    """The folder's fast tokenizer.
+
+    :raises CheckpointError: not readable, or with ids the model has no embedding for.
+    """
+    try:
+        # Without the flag, transformers takes every large tokenizer beside a config without model_type for a broken
+        # Mistral one, and says so.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, fix_mistral_regex=False)
+    except Exception as error:  # the tokenizers library raises bare Exception for a file it cannot parse
+        raise CheckpointError(
+            f"{folder / 'tokenizer.json'}: the tokenizer cannot be read ({error})",
+            hint="copy tokenizer.json and tokenizer_config.json from the published checkpoint again",
+            code="checkpoint-tokenizer",
+        ) from error
+    if len(tokenizer) > config.vocab_size:
+        raise CheckpointError(
+            f"{folder / 'tokenizer.json'}: {len(tokenizer)} tokens, but config.json has vocab_size {config.vocab_size}",
+            hint="give the tokenizer that the checkpoint was trained with",
+            code="checkpoint-tokenizer",
+        )
+    return tokenizer
+
+
+def copy_files(source: Path, target: Path) -> None:
+    """Copy tokenizer files byte for byte, and ``config.json`` unless the target already has one."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in (*REQUIRED_FILES, *OPTIONAL_FILES):
+        destination = target / name
+        kept = name == "config.json" and destination.exists()  # a model saved there wrote its own
+        if (source / name).is_file() and not kept and source.resolve() != target.resolve():
+            shutil.copyfile(source / name, destination)

@@ -1,0 +1,114 @@
+"""Pictures: reading a file of any format Pillow opens, and the published preprocessing, bit for bit."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from cogtune.errors import DataError
+
+# The statistics CLIP was trained with, per RGB channel.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+_HEADER_LOCK = threading.Lock()
+
+
+def read_image(path: str | Path, *, max_pixels: int | None = None) -> Image.Image:
+    """Decode a picture to RGB as the published code does: ``convert("RGB")``, EXIF orientation not applied.
+
+    The format is told by content, not by suffix. A picture of more than ``max_pixels`` pixels is refused from its
+    header, before anything is decoded; None is Pillow's own limit (178,956,970).
+
+    :raises DataError: codes ``image-missing``, ``image-empty``, ``image-too-large``, ``image-unreadable`` (not a
+        picture) and ``image-truncated`` (cut off or damaged).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such picture", hint="check the path", code="image-missing")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the picture is empty (0 bytes)", hint="copy or download it again", code="image-empty")
+    with _open_header(path, max_pixels) as image:
+        return to_rgb(image, str(path))
+
+
+def to_rgb(image: Image.Image, where: str) -> Image.Image:
+    """Decode an opened picture to mode RGB; ``where`` names it in errors.
+
+    :raises DataError: ``image-truncated``.
+    """
+    try:
+        image.load()
+        return image.convert("RGB")
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders answer damaged data with nearly any exception
+        raise DataError(
+            f"{where}: the picture is incomplete or damaged ({error})",
+            hint="copy or download it again, or remove it together with its label",
+            code="image-truncated",
+        ) from error
+
+
+def preprocess(image: Image.Image, size: int) -> torch.Tensor:
+    """The model's input for one picture: float32 ``[3, size, size]``, normalised.
+
+    Resizes to a square without regard to the aspect ratio: bicubic and antialiased, on 8-bit RGB, before scaling to
+    [0, 1]. Bit-equal to torchvision's Resize on a PIL image, ToTensor and Normalize.
+    """
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    resized = np.array(image.resize((size, size), Image.Resampling.BICUBIC))
+    pixels = torch.from_numpy(resized).permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
+    return pixels.div_(255).sub_(_per_channel(MEAN)).div_(_per_channel(STD))
+
+
+def _per_channel(values: tuple[float, ...]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32).view(3, 1, 1)
+
+
+def _open_header(path: Path, max_pixels: int | None) -> Image.Image:
+    """Read the header only, and refuse too many pixels."""
+    try:
+        image = _open_any_size(path) if max_pixels is not None else Image.open(path)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _too_large(path, str(error)) from error
+    except UnidentifiedImageError as error:
+        raise DataError(
+            f"{path}: not a picture that Pillow can open",
+            hint="check the file; `python -m PIL` lists the formats this installation reads",
+            code="image-unreadable",
+        ) from error
+    except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow's plugins raise for broken headers
+        raise DataError(
+            f"{path}: the picture cannot be read ({error})",
+            hint="check the file's permissions, or copy or download it again",
+            code="image-unreadable",
+        ) from error
+    width, height = image.size
+    if max_pixels is not None and width * height > max_pixels:
+        image.close()
+        raise _too_large(path, f"{width} x {height} pixels, the limit is {max_pixels}")
+    return image
+
+
+def _open_any_size(path: Path) -> Image.Image:
+    """``Image.open`` without Pillow's own pixel limit, which would win over a higher ``max_pixels``."""
+    with _HEADER_LOCK:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(path)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def _too_large(path: Path, found: str) -> DataError:
+    return DataError(
+        f"{path}: the picture is too large ({found})",
+        hint="make the picture smaller, or raise data.max_pixels if you trust where it comes from",
+        code="image-too-large",
+    )

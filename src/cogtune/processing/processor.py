@@ -1,0 +1,191 @@
+"""The processor: picture, question, history and answer in, the model's inputs out; and text back from ids."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoProcessor, BatchFeature
+
+from cogtune.configuration.model import CogVLM2Config
+from cogtune.errors import InputError
+from cogtune.processing.encode import IGNORED, TEXT, Encoded, Encoder
+from cogtune.processing.folder import copy_files, find_folder, read_config, read_tokenizer, special_ids
+from cogtune.processing.image import preprocess, read_image, to_rgb
+from cogtune.processing.prompt import Turns
+
+_HUB_OPTIONS = {"revision", "cache_dir", "token", "local_files_only", "force_download"}
+# transformers' AutoProcessor passes these on; none has a meaning for a class that runs no remote code.
+_AUTO_OPTIONS = {"trust_remote_code", "_from_auto", "_commit_hash", "code_revision"}
+
+
+class CogVLM2Processor:
+    """Tokenizer, templates and picture preprocessing of one checkpoint, for training and for chat alike.
+
+    ``encoder`` builds token sequences without touching pictures; ``tokenizer``, ``config`` and ``image_size`` are the
+    checkpoint's own.
+    """
+
+    def __init__(self, tokenizer: Any, config: CogVLM2Config) -> None:
+        self.tokenizer = tokenizer
+        self.config = config
+        bos, eos, self._pad_id = special_ids(config)
+        self.encoder = Encoder(
+            tokenizer,
+            num_image_tokens=config.num_image_tokens,
+            bos_id=bos,
+            eos_id=eos,
+            image_id=self._pad_id,
+            template=config.template_version,
+        )
+        self._folder: Path | None = None
+
+    @classmethod
+    def from_pretrained(cls, path_or_id: str | os.PathLike[str], **options: Any) -> CogVLM2Processor:
+        """Read a checkpoint's ``config.json`` and tokenizer files: the published folder, one saved here, or a hub id.
+
+        No code from the checkpoint runs.
+
+        :param options: ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``force_download`` for a hub id.
+        :raises CheckpointError: files missing, unreadable, or not fitting together.
+        """
+        unknown = sorted(options.keys() - _HUB_OPTIONS - _AUTO_OPTIONS)
+        if unknown:
+            raise InputError(
+                f"from_pretrained has no option {', '.join(unknown)}",
+                hint=f"its options are {', '.join(sorted(_HUB_OPTIONS))}",
+            )
+        folder = find_folder(path_or_id, **{name: options[name] for name in options.keys() & _HUB_OPTIONS})
+        config = read_config(folder)
+        processor = cls(read_tokenizer(folder, config), config)
+        processor._folder = folder
+        return processor
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write what :meth:`from_pretrained` reads. Files of a checkpoint are copied byte for byte.
+
+        A ``config.json`` that is already there (a model saved to the same folder) stays.
+        """
+        target = Path(folder)
+        if self._folder is not None:
+            copy_files(self._folder, target)
+            return
+        self.tokenizer.save_pretrained(target)
+        if not (target / "config.json").exists():
+            self.config.save_pretrained(target)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square that pictures are resized to, in pixels."""
+        return self.config.image_size
+
+    def encode(
+        self,
+        query: str,
+        history: Turns = (),
+        answer: str | None = None,
+        *,
+        image: bool = False,
+        template: str | None = None,
+    ) -> Encoded:
+        """The tokens alone; ``image`` says whether there is one. For use with image features computed before."""
+        return self.encoder.encode(query, history, answer, image, template)
+
+    def __call__(
+        self,
+        image: Any = None,
+        query: str | None = None,
+        history: Turns | None = (),
+        answer: str | None = None,
+        template: str | None = None,
+    ) -> BatchFeature:
+        """The model's inputs for one question: int64 ``[1, L]`` tensors, and ``pixel_values`` for a picture.
+
+        :param image: a PIL image or a path; None for a text-only question, which uses the same template.
+        :param query: the question; empty text is allowed.
+        :param history: earlier (question, answer) pairs, oldest first.
+        :param answer: with it, the answer and EOS are appended and ``labels`` are added.
+        :param template: ``chat``, ``vqa`` or ``base``; None for the checkpoint's own.
+        :return: ``input_ids, token_type_ids, attention_mask``, ``pixel_values`` float32 [1, 3, S, S] if there is a
+            picture, ``labels`` if there is an answer.
+        :raises InputError: more than one picture, no query, an unknown template, a malformed history.
+        """
+        if query is None:
+            raise InputError("there is no query", hint='pass query="..."; an empty text is allowed')
+        picture = None if image is None else self.pixels(image)
+        encoded = self.encode(query, history or (), answer, image=picture is not None, template=template)
+        data = {
+            "input_ids": torch.tensor([encoded.input_ids]),
+            "token_type_ids": torch.tensor([encoded.token_type_ids]),
+            "attention_mask": torch.ones(1, len(encoded), dtype=torch.int64),
+        }
+        if picture is not None:
+            data["pixel_values"] = picture
+        if answer is not None:
+            data["labels"] = torch.tensor([encoded.labels])
+        return BatchFeature(data)
+
+    def pixels(self, image: Any) -> torch.Tensor:
+        """Preprocess one picture, a PIL image or a path: float32 ``[1, 3, S, S]``.
+
+        :raises InputError: anything else, or more than one.
+        :raises DataError: a file that cannot be read.
+        """
+        if isinstance(image, (list, tuple)):
+            if len(image) != 1:
+                raise InputError(
+                    f"{len(image)} pictures given; CogVLM2 takes one", hint="pass one picture, or None for none"
+                )
+            image = image[0]
+        if isinstance(image, (str, os.PathLike)):
+            picture = read_image(os.fspath(image))
+        elif isinstance(image, Image.Image):
+            picture = to_rgb(image, getattr(image, "filename", "") or "the picture given")
+        else:
+            raise InputError(
+                f"the picture is a {type(image).__name__}, not a PIL image or a path",
+                hint="for an array use PIL.Image.fromarray(array)",
+            )
+        return preprocess(picture, self.image_size).unsqueeze(0)
+
+    def pad_left(self, rows: Sequence[Mapping[str, torch.Tensor]]) -> BatchFeature:
+        """One batch for ``generate`` from several calls' results: padding goes to the left, to the longest row.
+
+        ``pixel_values`` holds the pictures of the rows that have one, in order. ``labels`` must be in all rows or none.
+
+        :return: int64 ``[B, L]`` tensors; ``pixel_values`` [N, 3, S, S], absent without a picture.
+        """
+        if not rows:
+            raise InputError("there are no rows to make a batch of")
+        if len({"labels" in row for row in rows}) > 1:
+            raise InputError("some rows have labels and some have none", hint="pass an answer for all rows or for none")
+        fill = {"input_ids": self._pad_id, "token_type_ids": TEXT, "attention_mask": 0}
+        data = {key: _stack_right(rows, key, value) for key, value in fill.items()}
+        pictures = [row["pixel_values"] for row in rows if "pixel_values" in row]
+        if pictures:
+            data["pixel_values"] = torch.cat(pictures)
+        if "labels" in rows[0]:
+            data["labels"] = _stack_right(rows, "labels", IGNORED)
+        return BatchFeature(data)
+
+    def decode(self, ids: Iterable[int] | torch.Tensor) -> str:
+        """The text of generated ids (a list or a ``[L]`` tensor), special tokens left out, spaces as generated."""
+        plain = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
+        text: str = self.tokenizer.decode(plain, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+
+def _stack_right(rows: Sequence[Mapping[str, torch.Tensor]], key: str, fill: int) -> torch.Tensor:
+    """``[1, L_i]`` tensors to ``[B, max L]``, aligned on the right."""
+    width = max(row[key].shape[1] for row in rows)
+    out = torch.full((len(rows), width), fill, dtype=torch.int64)
+    for place, row in enumerate(rows):
+        out[place, width - row[key].shape[1] :] = row[key][0]
+    return out
+
+
+AutoProcessor.register(CogVLM2Config, CogVLM2Processor, exist_ok=True)

@@ -1,0 +1,57 @@
+"""The text around a question: the three published templates.
+
+There is no system prompt, no token between turns, and no space after the last ``Answer:``: an answer is tokenised on
+its own. Text-only questions use the same templates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cogtune.errors import InputError
+
+TEMPLATES = ("chat", "vqa", "base")
+
+_ANSWER_WORD = {"chat": "Answer:", "vqa": "Short answer:"}
+
+Turns = Sequence[tuple[str, str]]
+
+
+def check_template(template: str) -> str:
+    """``template`` if it is one of :data:`TEMPLATES`, else an InputError that names them."""
+    if template not in TEMPLATES:
+        raise InputError(
+            f"{template!r} is not a template; there are {', '.join(TEMPLATES)}",
+            hint="leave it out to use the checkpoint's own (template_version in its config.json)",
+            code="template",
+        )
+    return template
+
+
+def build_prompt(query: str, history: Turns = (), template: str = "chat") -> str:
+    """The text after BOS and the picture, up to where the answer starts.
+
+    :param history: earlier (question, answer) pairs, oldest first. Template ``base`` has no room for them.
+    :raises InputError: an unknown template, a history that is not pairs of text, a query that is not text.
+    """
+    check_template(template)
+    if not isinstance(query, str):
+        raise InputError(
+            f"the query is {type(query).__name__}, not text", hint='pass query="..."; an empty text is allowed'
+        )
+    _check_history(history)
+    if template == "base":
+        return query
+    word = _ANSWER_WORD[template]
+    past = "".join(f"Question: {question} {word} {answer}\n" for question, answer in history)
+    return f"{past}Question: {query} {word}"
+
+
+def _check_history(history: Turns) -> None:
+    for number, turn in enumerate(history, start=1):
+        pair = isinstance(turn, (tuple, list)) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
+        if not pair:
+            raise InputError(
+                f"history item {number} is {turn!r:.80}, not a (question, answer) pair of texts",
+                hint='pass history=[("first question", "its answer"), ...]',
+            )
