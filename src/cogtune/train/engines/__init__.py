@@ -1,0 +1,60 @@
+"""Engines: how a training step is spread over devices. `start` picks one; one that is not active is an error."""
+
+from __future__ import annotations
+
+from cogtune.configuration.run import RunConfig
+from cogtune.errors import ConfigError
+from cogtune.train.engines.base import Engine
+from cogtune.train.engines.group import Group, is_launched, is_launched_by_deepspeed
+
+__all__ = ["Engine", "Group", "choose", "start"]
+
+_LATER = ("zero3",)
+
+
+def choose(config: RunConfig) -> str:
+    """The engine's name for this process, from ``parallel`` and from what launched it.
+
+    Raises:
+        ConfigError: the engine asked for needs a launcher, or cannot be used with the one that was used.
+    """
+    asked, ranks = config.parallel.engine, Group.launched_ranks()
+    if asked in _LATER:
+        raise ConfigError(
+            f"parallel.engine: {asked} shards the frozen weights too, which this version does not do",
+            hint="use zero2 (optimiser and gradients sharded) or ddp",
+        )
+    if asked == "auto":
+        if not is_launched():
+            return "single"
+        if config.parallel.deepspeed is not None or is_launched_by_deepspeed():
+            return "zero"
+        return "ddp" if ranks > 1 else "single"
+    if asked == "single" and ranks > 1:
+        raise ConfigError(
+            f"parallel.engine is single, but a launcher started {ranks} processes",
+            hint="start without the launcher, or set parallel.engine to ddp",
+        )
+    if asked != "single" and not is_launched():
+        raise ConfigError(
+            f"parallel.engine is {asked}, but no launcher started this process",
+            hint=f"start with: torchrun --nproc_per_node NUMBER_OF_DEVICES -m cogtune.cli.main train ... "
+            f"(parallel.engine {asked})",
+        )
+    return "zero" if asked.startswith("zero") else asked
+
+
+def start(config: RunConfig) -> Engine:
+    """Join the process group, if there is one, and take a device. Call ``close`` on the result at the end."""
+    name = choose(config)
+    if name == "zero":
+        from cogtune.train.engines.zero import ZeroEngine
+
+        return ZeroEngine(Group.join(), config)
+    if name == "ddp":
+        from cogtune.train.engines.ddp import DdpEngine
+
+        return DdpEngine(Group.join(), config)
+    from cogtune.train.engines.single import SingleEngine
+
+    return SingleEngine(Group.alone(), config)

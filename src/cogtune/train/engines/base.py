@@ -1,0 +1,112 @@
+"""What the loop asks of an engine, and what all engines share.
+
+An engine wraps the model, runs backward and steps, and hands out its state by parameter name so that a checkpoint does
+not know which engine wrote it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from cogtune.configuration.run import RunConfig
+from cogtune.errors import CheckpointError
+from cogtune.train.engines.group import Group
+
+MASTER = "master"
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """``grad_norm`` is that of the whole step before clipping; ``applied`` is False when weights were left alone."""
+
+    grad_norm: float
+    applied: bool
+
+
+class Engine(ABC):
+    """One per process, for the whole run."""
+
+    name: ClassVar[str]
+
+    def __init__(self, group: Group, config: RunConfig) -> None:
+        self.group = group
+        self.config = config
+        self.device = group.device
+        self.module: nn.Module  # what the loop calls
+        self.optimizer: torch.optim.Optimizer
+        self.parameters: dict[str, nn.Parameter]  # what trains, by its name in the unwrapped model
+
+    @property
+    def loss_factor(self) -> float:
+        """By what the loop multiplies this rank's share of the loss: engines average gradients over ranks, the loss of
+        a step is a sum over them."""
+        return float(self.group.size)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether losses are scaled (float16), so that a step with overflowing gradients is skipped, not an error."""
+        return False
+
+    def wrap(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Take over ``model`` (on this rank's device) and its optimiser; trainable weights become rank 0's."""
+        self.optimizer = optimizer
+        self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        self.group.broadcast([value.data for value in self.parameters.values()])
+        self.module = self._wrap(model)
+
+    @abstractmethod
+    def _wrap(self, model: nn.Module) -> nn.Module: ...
+
+    def accumulating(self, last: bool) -> AbstractContextManager[Any]:
+        """Encloses forward and backward of one micro-batch; ``last`` is the one whose gradients complete the step."""
+        return nullcontext()
+
+    @abstractmethod
+    def backward(self, loss: torch.Tensor) -> None: ...
+
+    @abstractmethod
+    def step(self) -> StepResult:
+        """Clip the whole step's gradient, update, clear gradients."""
+
+    def counters(self) -> dict[str, Any]:
+        """What of the engine goes into the checkpoint's JSON."""
+        return {"optimizer_steps": optimizer_steps(self.optimizer)}
+
+    @abstractmethod
+    def state(self) -> dict[str, torch.Tensor]:
+        """float32 masters and moments by parameter name, on the CPU; collective, the same on every rank."""
+
+    @abstractmethod
+    def load_state(self, tensors: dict[str, torch.Tensor], counters: dict[str, Any]) -> None:
+        """Put back what `state` and `counters` gave, whatever engine they came from."""
+
+    def check_names(self, tensors: dict[str, torch.Tensor]) -> list[str]:
+        """The kinds of moments in ``tensors``; raises when they are not about exactly the parameters that train."""
+        saved = {key.partition("/")[2]: value for key, value in tensors.items() if key.startswith(f"{MASTER}/")}
+        shapes = {name: tuple(value.shape) for name, value in saved.items()}
+        expected = {name: tuple(value.shape) for name, value in self.parameters.items()}
+        if shapes != expected:
+            name = sorted(set(shapes.items()) ^ set(expected.items()))[0][0]
+            raise CheckpointError(
+                f"the training checkpoint does not fit what trains now: {name} has shape {shapes.get(name, 'none')} "
+                f"there and {expected.get(name, 'none')} here"
+            )
+        return sorted({key.partition("/")[0] for key in tensors} - {MASTER})
+
+
+def optimizer_steps(optimizer: torch.optim.Optimizer) -> int:
+    """How many updates the optimiser counts for itself (AdamW's bias correction); 0 if it does not count."""
+    steps = [int(state["step"]) for state in optimizer.state.values() if "step" in state]
+    return max(steps, default=0)
+
+
+def fresh_state(parameter: torch.Tensor, kinds: list[str], steps: int) -> dict[str, torch.Tensor]:
+    """Optimiser state of one parameter with its moments at zero, to be filled from a checkpoint."""
+    moments = {kind: torch.zeros_like(parameter, memory_format=torch.preserve_format) for kind in kinds}
+    return {"step": torch.tensor(float(steps)), **moments} if kinds else {}

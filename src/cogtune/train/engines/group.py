@@ -1,0 +1,141 @@
+"""The processes that train together: numbers and objects they exchange, apart from gradients.
+
+Counts, flags and errors travel over gloo on the CPU, also on a machine with GPUs, so that agreeing on them never waits
+for a device.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+_TIMEOUT = timedelta(minutes=60)  # rank 0 may write a large checkpoint, or read one, while the others wait
+
+
+def is_launched() -> bool:
+    """Whether torchrun, the deepspeed launcher or anything that speaks their protocol started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def is_launched_by_deepspeed() -> bool:
+    """The deepspeed launcher alone sets CROSS_RANK; torchrun names its run."""
+    return is_launched() and "CROSS_RANK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+
+
+@dataclass(frozen=True)
+class Group:
+    """``device`` is this rank's; ``distributed`` says whether a torch process group stands behind it."""
+
+    rank: int
+    size: int
+    device: torch.device
+    distributed: bool
+
+    @staticmethod
+    def launched_ranks() -> int:
+        return int(os.environ["WORLD_SIZE"]) if is_launched() else 1
+
+    @classmethod
+    def alone(cls) -> Group:
+        """One process, one device."""
+        return cls(0, 1, torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"), False)
+
+    @classmethod
+    def join(cls) -> Group:
+        """Join the group the launcher described, over NCCL between GPUs and gloo between CPUs."""
+        local_rank = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+        if torch.cuda.is_available():
+            device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
+            torch.cuda.set_device(device)
+        else:
+            device, backend = torch.device("cpu"), "gloo"
+        if not dist.is_initialized():
+            dist.init_process_group(backend, timeout=_TIMEOUT)
+        return cls(dist.get_rank(), dist.get_world_size(), device, True)
+
+    @property
+    def local_size(self) -> int:
+        """How many of the group's processes share this machine, as the launcher says."""
+        for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+            if name in os.environ and self.distributed:
+                return int(os.environ[name])
+        return self.size
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Element-wise sum over ranks, in float64."""
+        if self.size == 1:
+            return [float(value) for value in values]
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return [float(value) for value in total]
+
+    def any(self, flag: bool) -> bool:
+        return self.sum([float(flag)])[0] > 0
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's ``value``, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Do ``work`` on rank 0 only; every rank gets its result, or raises the error it raised."""
+        if self.size == 1:
+            return work()
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = work()
+            except Exception as error:  # handed on to every rank, rank 0 included
+                outcome[1] = error
+        cause = outcome[1]
+        message = [outcome[0], _portable(cause)]
+        dist.broadcast_object_list(message, src=0)
+        if message[1] is not None:
+            raise cause if cause is not None else message[1]
+        result: T = message[0]
+        return result
+
+    def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Give every rank the tensors of rank 0, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    def barrier(self) -> None:
+        self.sum([0.0])
+
+    def close(self) -> None:
+        """Leave the group; only after a run that ended well, because it waits for the others."""
+        if self.distributed and dist.is_initialized():
+            self.barrier()
+            dist.destroy_process_group()
+
+
+def _portable(error: Exception | None) -> Exception | None:
+    """The error in a form that pickles: ours with its message, hint and code, any other by its text."""
+    from cogtune.errors import CogtuneError, RunError
+
+    if error is None:
+        return None
+    if isinstance(error, CogtuneError):
+        kind = type(error)
+        try:
+            return kind(error.message, hint=error.hint, code=error.code)
+        except TypeError:
+            return RunError(error.message, hint=error.hint, code=error.code)
+    return RunError(f"rank 0 failed: {type(error).__name__}: {error}")

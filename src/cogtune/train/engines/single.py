@@ -1,0 +1,63 @@
+"""One device; also the base of DDP, which differs only in how gradients meet."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from cogtune.train.engines.base import MASTER, Engine, StepResult, fresh_state
+
+
+class SingleEngine(Engine):
+    """Master weights are the model's own trainable parameters, float32."""
+
+    name: ClassVar[str] = "single"
+
+    def _wrap(self, model: nn.Module) -> nn.Module:
+        computes_in_half = any(value.dtype == torch.float16 for value in model.parameters())
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=computes_in_half)
+        return model
+
+    @property
+    def scaled(self) -> bool:
+        return self._scaler.is_enabled()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self._scaler.scale(loss).backward()
+
+    def step(self) -> StepResult:
+        self._scaler.unscale_(self.optimizer)
+        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.config.train.max_grad_norm))
+        applied = math.isfinite(norm)
+        if applied or self.scaled:  # with scaling, the scaler itself skips the step and lowers the scale
+            self._scaler.step(self.optimizer)
+            self._scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(norm, applied)
+
+    def counters(self) -> dict[str, Any]:
+        return {**super().counters(), **({"scaler": self._scaler.state_dict()} if self.scaled else {})}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        tensors = {}
+        for name, parameter in self.parameters.items():
+            tensors[f"{MASTER}/{name}"] = parameter.detach().float().cpu()
+            for kind, value in self.optimizer.state[parameter].items():
+                if torch.is_tensor(value) and value.shape == parameter.shape and kind != "step":
+                    tensors[f"{kind}/{name}"] = value.detach().float().cpu()
+        return {key: value.contiguous() for key, value in tensors.items()}
+
+    def load_state(self, tensors: dict[str, torch.Tensor], counters: dict[str, Any]) -> None:
+        kinds = self.check_names(tensors)
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(tensors[f"{MASTER}/{name}"])
+            state = fresh_state(parameter, kinds, counters["optimizer_steps"])
+            for kind in kinds:
+                state[kind].copy_(tensors[f"{kind}/{name}"])
+            if state:
+                self.optimizer.state[parameter] = state
+        if self.scaled and "scaler" in counters:
+            self._scaler.load_state_dict(counters["scaler"])

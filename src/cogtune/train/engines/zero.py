@@ -1,0 +1,123 @@
+"""DeepSpeed ZeRO stages 1 and 2: gradients and optimiser state sharded over ranks.
+
+Only public DeepSpeed calls are used, and torch's own optimiser, so that nothing has to be compiled on a GPU. Masters
+and moments leave and enter through the full-tensor calls, by parameter name.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from cogtune.configuration.run import RunConfig
+from cogtune.errors import ConfigError, SetupError
+from cogtune.train.engines.base import MASTER, Engine, StepResult, fresh_state
+from cogtune.train.engines.group import Group
+
+
+class ZeroEngine(Engine):
+    """In bfloat16 or float16 DeepSpeed keeps float32 masters beside the model's rounded copies; in float32 too."""
+
+    name: ClassVar[str] = "zero"
+
+    def __init__(self, group: Group, config: RunConfig) -> None:
+        super().__init__(group, config)
+        try:
+            import deepspeed  # noqa: F401  (fails here, before any weight is read)
+        except ImportError as error:
+            raise SetupError(
+                "parallel.engine zero needs DeepSpeed, which is not installed",
+                hint="pip install 'cogtune[deepspeed]'",
+            ) from error
+
+    @property
+    def scaled(self) -> bool:
+        return bool(self._deepspeed.fp16_enabled())
+
+    def _wrap(self, model: nn.Module) -> nn.Module:
+        import deepspeed
+
+        self._deepspeed, *_ = deepspeed.initialize(
+            model=model, optimizer=self.optimizer, config=self._settings(model), dist_init_required=False
+        )
+        stage = self._deepspeed.zero_optimization_stage()
+        assert stage in (1, 2), f"asked for ZeRO, but DeepSpeed runs stage {stage}"
+        module: nn.Module = self._deepspeed
+        return module
+
+    def _settings(self, model: nn.Module) -> dict[str, Any]:
+        from cogtune.configuration.deepspeed import deepspeed_settings
+
+        dtype = next(value.dtype for value in model.parameters() if not value.requires_grad)
+        settings = deepspeed_settings(self.config, str(dtype).removeprefix("torch."), self.group.size)
+        stage = settings["zero_optimization"]["stage"]
+        if stage not in (1, 2):
+            raise ConfigError(
+                f"{self.config.parallel.deepspeed}: zero_optimization.stage is {stage}; stages 1 and 2 run here",
+                hint="stage 2 shards gradients and optimiser state; without sharding use parallel.engine ddp",
+            )
+        # with offload, torch's AdamW runs on the CPU; DeepSpeed's own would have to be compiled
+        settings.setdefault("zero_force_ds_cpu_optimizer", False)
+        if dtype == torch.bfloat16:  # otherwise a gradient of NaN would reach the weights
+            settings["bf16"].setdefault("check_grad_overflow", True)
+        return settings
+
+    def accumulating(self, last: bool) -> AbstractContextManager[Any]:
+        self._deepspeed.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        # the loop's loss is already the step's; DeepSpeed must not divide it by accumulation steps again
+        self._deepspeed.backward(loss, scale_wrt_gas=False)
+
+    def step(self) -> StepResult:
+        self._deepspeed.step()
+        applied = bool(self._deepspeed.was_step_applied())
+        norm = self._deepspeed.get_global_grad_norm()
+        return StepResult(math.nan if norm is None else float(norm), applied)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        tensors = {}
+        kinds = self._moment_kinds()
+        for name, parameter in self.parameters.items():
+            tensors[f"{MASTER}/{name}"] = safe_get_full_fp32_param(parameter)
+            for kind in kinds:
+                tensors[f"{kind}/{name}"] = safe_get_full_optimizer_state(parameter, kind)
+        return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+
+    def _moment_kinds(self) -> list[str]:
+        return sorted(
+            {
+                kind
+                for shard, state in self.optimizer.state.items()
+                for kind, value in state.items()
+                if torch.is_tensor(value) and value.shape == shard.shape
+            }
+        )
+
+    def load_state(self, tensors: dict[str, torch.Tensor], counters: dict[str, Any]) -> None:
+        from deepspeed.utils import (
+            lazy_init_hp_params_optimizer_state,
+            safe_set_full_fp32_param,
+            safe_set_full_optimizer_state,
+        )
+
+        kinds = self.check_names(tensors)
+        trained = list(self.parameters.values())
+        for group in self.optimizer.param_groups:
+            for shard in group["params"]:  # DeepSpeed has put its flat shards in the place of the parameters
+                if kinds:
+                    self.optimizer.state[shard] = fresh_state(shard, kinds, counters["optimizer_steps"])
+                    lazy_init_hp_params_optimizer_state(trained, shard, self.optimizer.state)
+        for name, parameter in self.parameters.items():
+            value = tensors[f"{MASTER}/{name}"].to(self.device)
+            safe_set_full_fp32_param(parameter, value)
+            parameter.data.copy_(value)
+            for kind in kinds:
+                safe_set_full_optimizer_state(parameter, tensors[f"{kind}/{name}"].to(self.device), kind)

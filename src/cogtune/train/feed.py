@@ -1,0 +1,92 @@
+"""Batches for one rank, grouped into optimiser steps; and how many steps a run has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cogtune.configuration.run import RunConfig
+from cogtune.data.dataset import TrainRows
+from cogtune.data.loader import batches, worker_count
+from cogtune.data.sampler import EpochSampler, Position
+from cogtune.train.engines.group import Group
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """One optimiser step of this rank: up to ``accumulation`` micro-batches, and the position in the data after it."""
+
+    batches: list[Batch]
+    position: Position
+
+
+class Feed:
+    """Training rows in steps. Where it stands is counted here, so prefetching workers do not blur it.
+
+    A step never crosses an epoch: the last step of an epoch may have fewer micro-batches, the same on every rank.
+    """
+
+    def __init__(self, rows: TrainRows, config: RunConfig, group: Group, accumulation: int) -> None:
+        self.rows = rows
+        self.accumulation = accumulation
+        self._config = config
+        self._group = group
+
+    def steps_in_epoch(self, epoch: int) -> int:
+        return -(-self._sampler((0, 0), 1).batches_in_epoch(epoch) // self.accumulation)
+
+    def total_steps(self) -> int:
+        """``train.max_steps``, or the steps of ``train.epochs``; 0 when small weights leave those epochs empty."""
+        train = self._config.train
+        steps = sum(self.steps_in_epoch(epoch) for epoch in range(train.epochs))
+        return min(train.max_steps or steps, steps) if steps == 0 else train.max_steps or steps
+
+    def rows_in_epoch(self, epoch: int) -> int:
+        return self._sampler((0, 0), 1).rows_in_epoch(epoch)
+
+    def steps(self, start: Position) -> Iterator[StepBatches]:
+        """Steps from a position on, epoch after epoch without end."""
+        sampler = self._sampler(start, 2**31)
+        position, step = start, list[Batch]()
+        workers = worker_count(self._config.data.workers, self._group.local_size)
+        pin = self._group.device.type == "cuda"
+        for batch in batches(self.rows, sampler, workers, pin_memory=pin):
+            while sampler.rows_in_epoch(position[0]) == 0:  # small weights can leave an epoch empty
+                position = (position[0] + 1, 0)
+            step.append(batch)
+            epoch, position = position[0], sampler.next_position(position)
+            if len(step) == self.accumulation or position[0] != epoch:
+                yield StepBatches(step, position)
+                step = []
+
+    def _sampler(self, start: Position, epochs: int) -> EpochSampler:
+        train, group = self._config.train, self._group
+        return EpochSampler(
+            len(self.rows),
+            train.batch_size,
+            group.rank,
+            group.size,
+            train.seed,
+            weights=self.rows.weights,
+            epochs=epochs,
+            start=start,
+        )
+
+
+def validation_batches(rows: TrainRows, config: RunConfig, group: Group) -> Iterator[Batch]:
+    """Every validation row once, split over ranks; a rank that runs out gets fillers, so all get as many batches."""
+    size = config.eval.batch_size or config.train.batch_size
+    sampler = EpochSampler(len(rows), size, group.rank, group.size, shuffle=False)
+    workers = worker_count(config.data.workers, group.local_size)
+    return batches(rows, sampler, workers, pin_memory=group.device.type == "cuda")
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The model's arguments on ``device``; what the loop counts stays behind."""
+    arguments = {name: value for name, value in batch.items() if name not in ("record_ids", "num_labels")}
+    return {name: value.to(device, non_blocking=True) for name, value in arguments.items()}

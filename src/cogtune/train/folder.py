@@ -1,0 +1,234 @@
+"""Starting in an output folder: new, going on, finished, or somebody else's.
+
+``run.json`` says what run a folder holds. It is compared with the run that wants to start: everything that decides what
+is learnt has to be equal, logging, saving, evaluation and parallelism may differ, and a longer run continues a shorter
+one (`cogtune.configuration.identity` says which key is which).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from cogtune.checkpoint import training as checkpoints
+from cogtune.configuration.run import RunConfig
+from cogtune.errors import OutputFolderError
+
+RUN_FILE = "run.json"
+
+# Options of a run that starts in a new folder from another run's checkpoint may change these too; the data's order and
+# the meaning of the optimiser's moments do not hang on them.
+_FREE_ON_RESUME = frozenset(
+    f"train.{name}"
+    for name in ("lr", "schedule", "warmup_steps", "warmup_ratio", "weight_decay", "betas", "eps", "max_grad_norm")
+)
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What makes two runs the same one."""
+
+    keys: dict[str, Any]
+    """Configuration values that must be equal."""
+    fingerprints: dict[str, str]
+    """Configuration key of a path -> fingerprint of what lies there."""
+
+    def differences(self, stored: RunIdentity, free: frozenset[str] = frozenset()) -> list[str]:
+        """One line for each key that differs, naming it and both values."""
+        lines = []
+        for key in sorted((self.keys.keys() | stored.keys.keys()) - free):
+            if self.keys.get(key) != stored.keys.get(key):
+                lines.append(f"{key}: {stored.keys.get(key)} there, {self.keys.get(key)} now")
+        for key in sorted(self.fingerprints.keys() | stored.fingerprints.keys()):
+            if self.fingerprints.get(key) != stored.fingerprints.get(key):
+                lines.append(f"{key}: what lies there is not what that run used (its content differs)")
+        return lines
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The content of ``run.json``; also kept in every checkpoint, so that one is enough to go on from."""
+
+    identity: RunIdentity
+    batch_size: int
+    accumulation: int
+    ranks: int
+    total_steps: int
+    resumed_from: str | None = None
+    finished: bool = False
+    result: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def global_batch(self) -> int:
+        return self.batch_size * self.accumulation * self.ranks
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "global_batch": self.global_batch}
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> RunRecord:
+        known = {key: value for key, value in values.items() if key in RunRecord.__dataclass_fields__}
+        return RunRecord(**{**known, "identity": RunIdentity(**values["identity"])})
+
+
+@dataclass(frozen=True)
+class Start:
+    """What was decided: where to write, what to load first, what to tell the user."""
+
+    output: Path
+    checkpoint: Path | None
+    messages: list[str]
+    warnings: list[str]
+    result: dict[str, Any] = field(default_factory=dict)
+    """Of a run that is finished already: its ``result``; then nothing is left to do."""
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.result)
+
+
+def choose_output(config: RunConfig) -> Path:
+    """``train.output``, or with ``train.restart`` its first numbered sibling that does not exist."""
+    output = config.train.output
+    if not config.train.restart or is_empty(output):
+        return output
+    number = 2
+    while (sibling := output.with_name(f"{output.name}-{number}")).exists():
+        number += 1
+    return sibling
+
+
+def is_empty(output: Path) -> bool:
+    """Whether nothing lies there yet; hidden files do not count."""
+    if output.exists() and not output.is_dir():
+        raise OutputFolderError(f"{output}: not a folder", hint="choose another --output")
+    return not output.exists() or all(path.name.startswith(".") for path in output.iterdir())
+
+
+def read_record(output: Path) -> RunRecord | None:
+    """The run that ``output`` holds; None when it is empty.
+
+    Raises:
+        OutputFolderError: there is something else in it.
+    """
+    if is_empty(output):
+        return None
+    try:
+        return RunRecord.from_dict(json.loads((output / RUN_FILE).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise OutputFolderError(
+            f"{output}: not empty, and not the output of a cogtune run ({RUN_FILE} is missing)",
+            hint="choose another --output, or empty this folder",
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        path = output / RUN_FILE
+        raise OutputFolderError(f"{path}: cannot be read: {error}", hint="choose another --output") from error
+
+
+def write_record(output: Path, record: RunRecord) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    checkpoints.write_json(output / RUN_FILE, record.to_dict())
+
+
+def resume_source(path: Path) -> tuple[Path, RunRecord]:
+    """The checkpoint that ``train.resume`` names (or the last one of the output folder it names) and its run."""
+    folder: Path | None = path
+    if (path / RUN_FILE).is_file():
+        folder, _ = checkpoints.find_latest(path)
+        if folder is None:
+            raise OutputFolderError(f"{path}: holds no usable checkpoint", hint="give a checkpoint-N folder")
+    assert folder is not None
+    state = checkpoints.load(folder)
+    return folder, RunRecord.from_dict(state.counters["run"])
+
+
+def derive_accumulation(config: RunConfig, ranks: int, stored: RunRecord | None) -> tuple[int, list[str]]:
+    """Micro-batches per step, so that a continued run keeps its global batch on another number of ranks."""
+    asked, rows = config.train.accumulation, config.train.batch_size * ranks
+    if stored is None or rows * asked == stored.global_batch:
+        return asked, []
+    if ranks == stored.ranks:
+        raise OutputFolderError(
+            f"the global batch differs: {stored.global_batch} rows there (train.batch_size {stored.batch_size} x "
+            f"{stored.ranks} ranks x train.accumulation {stored.accumulation}), {rows * asked} now",
+            hint="keep it, choose another --output, or --train.restart true",
+        )
+    if stored.global_batch % rows:
+        raise OutputFolderError(
+            f"the run's global batch of {stored.global_batch} rows does not divide by {ranks} ranks x "
+            f"train.batch_size {config.train.batch_size}",
+            hint="use another number of ranks or another train.batch_size; the global batch has to stay",
+        )
+    accumulation = stored.global_batch // rows
+    return accumulation, [
+        f"{ranks} ranks instead of {stored.ranks}: train.accumulation is {accumulation}, "
+        f"so that a step keeps its {stored.global_batch} rows"
+    ]
+
+
+def decide(config: RunConfig, output: Path, now: RunRecord, stored: RunRecord | None) -> Start:
+    """Compare the run that wants to start with what ``output`` holds.
+
+    Raises:
+        OutputFolderError: the folder belongs to another run; names the keys that differ.
+    """
+    if stored is None:
+        return _start_new(config, output, now)
+    if config.train.resume is not None and stored.resumed_from != str(config.train.resume):
+        raise OutputFolderError(
+            f"{output}: holds a run already; train.resume starts a new folder from a checkpoint",
+            hint="to continue the run in this folder, leave --resume out; else choose another --output",
+        )
+    lines = now.identity.differences(stored.identity)
+    if now.total_steps < stored.total_steps:
+        lines.append(
+            f"train.epochs or train.max_steps: {stored.total_steps} steps there, {now.total_steps} now (more would do)"
+        )
+    if lines:
+        raise OutputFolderError(
+            f"{output}: holds another run; these keys differ:\n  " + "\n  ".join(lines),
+            hint="choose another --output, or start anew in a numbered sibling with --train.restart true",
+        )
+    if stored.finished and now.total_steps == stored.total_steps:
+        message = f"{output}: this run is finished; its adapter is in {output / 'adapter'}"
+        return Start(output, None, [message], [], stored.result)
+    checkpoint, skipped = checkpoints.find_latest(output)
+    warnings = [f"skipped an unusable checkpoint: {line}" for line in skipped]
+    if skipped:
+        warnings.append(f"{len(skipped)} unusable checkpoints skipped")
+    if checkpoint is None and config.train.resume is not None:
+        checkpoint = resume_source(config.train.resume)[0]
+    where = f"from {checkpoint}" if checkpoint is not None else "from the beginning: it has no checkpoint yet"
+    messages = [f"continuing the run in {output} {where}"]
+    if now.total_steps > stored.total_steps:
+        messages.append(
+            f"{now.total_steps} steps instead of {stored.total_steps}: the learning rate's schedule is recomputed for "
+            "the new total"
+        )
+    return Start(output, checkpoint, messages, warnings)
+
+
+def _start_new(config: RunConfig, output: Path, now: RunRecord) -> Start:
+    if config.train.resume is None:
+        return Start(output, None, [f"starting a new run in {output}"], [])
+    checkpoint, source = resume_source(config.train.resume)
+    if lines := now.identity.differences(source.identity, _FREE_ON_RESUME):
+        raise OutputFolderError(
+            f"{checkpoint}: cannot be resumed with these settings; these keys differ:\n  " + "\n  ".join(lines),
+            hint="use the settings of that run; only the learning rate's, and what only logs or saves, may change",
+        )
+    step = checkpoints.step_of(checkpoint)
+    if now.total_steps <= step:
+        raise OutputFolderError(
+            f"{checkpoint}: is at step {step} already, and this run ends at step {now.total_steps}",
+            hint="raise train.epochs or train.max_steps",
+        )
+    messages = [f"starting a new run in {output} from {checkpoint}"]
+    messages += [f"changed: {line}" for line in now.identity.differences(source.identity)]
+    return Start(output, checkpoint, messages, [])
+
+
+def finished(record: RunRecord, result: dict[str, Any]) -> RunRecord:
+    return replace(record, finished=True, result=result)

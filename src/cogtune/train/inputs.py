@@ -1,0 +1,92 @@
+"""What a run reads before any weight: configuration of the base, tokenizer, data. CPU only, the same on every rank."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cogtune.adapters.targets import resolve_targets
+from cogtune.checkpoint.load import check_folder, load_config
+from cogtune.configuration.run import RunConfig
+from cogtune.data.dataset import TrainRows
+from cogtune.data.split import DataSplit, read_and_split
+from cogtune.model.modeling import CogVLM2ForCausalLM
+from cogtune.processing.processor import CogVLM2Processor
+from cogtune.train.folder import RunIdentity
+from cogtune.train.identity import run_identity
+from cogtune.train.log import log
+
+_LIBRARIES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy", "deepspeed")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Rows to train and, if there are any, to validate on; and what makes this run the same one next time."""
+
+    split: DataSplit
+    rows: TrainRows
+    validation: TrainRows | None
+    identity: RunIdentity
+
+    def data_json(self) -> dict[str, Any]:
+        """The content of ``data.json``."""
+        validation = None if self.validation is None else self.validation.report.to_dict()
+        return {**self.split.to_dict(), "train_rows": self.rows.report.to_dict(), "validation_rows": validation}
+
+    def lines(self) -> list[str]:
+        """The data report for the console."""
+        lines = [f"data: {line}" for line in self.split.report.lines()]
+        lines += [f"training: {line}" for line in self.rows.report.lines()]
+        if self.validation is None:
+            return [*lines, "validation: none"]
+        return lines + [f"validation: {line}" for line in self.validation.report.lines()]
+
+
+def read_inputs(config: RunConfig) -> Inputs:
+    """Check the base folder and the adapter's targets, read and split the data, plan its rows.
+
+    Raises:
+        CheckpointError, AdapterError, DataError, ConfigError: whatever is wrong with them, before a weight is read.
+    """
+    base = Path(config.model.path)
+    model_config = load_config(config.model.path)
+    if base.is_dir():
+        check_folder(base)
+    if config.lora.start_from is None:
+        with torch.device("meta"):
+            resolve_targets(CogVLM2ForCausalLM(model_config), config.lora.targets)
+    processor = CogVLM2Processor.from_pretrained(config.model.path)
+    encoder = processor.encoder
+    if config.model.template is not None:
+        encoder.template = config.model.template
+    split = read_and_split(config.data, config.train.seed)
+
+    def rows(pictures: list[Any], required: bool) -> TrainRows:
+        return TrainRows(
+            pictures, encoder, config.data, processor.image_size, seed=config.train.seed, required=required
+        )
+
+    validation = rows(split.validation, False) if split.validation else None
+    if validation is not None and len(validation) == 0:
+        log.warning("validation is empty: none of its answers fits data.max_input_len and data.max_output_len")
+        validation = None
+    return Inputs(split, rows(split.train, True), validation, run_identity(config, base, split))
+
+
+def versions(device: torch.device) -> dict[str, Any]:
+    """The content of ``versions.json``."""
+    import cogtune
+
+    found: dict[str, Any] = {"cogtune": cogtune.__version__, "python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    cuda = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {**found, "cuda": torch.version.cuda, "device": cuda or platform.machine(), "system": platform.platform()}

@@ -1,0 +1,149 @@
+"""Where a run's words and numbers go.
+
+Words: the console (rank 0) and ``run.log`` (``run.rank1.log`` ... on other ranks), through the logger ``cogtune``.
+Numbers: ``metrics.jsonl``, one JSON object a line, the one record that TensorBoard and reports show.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cogtune.checkpoint.training import sync
+
+METRICS_FILE = "metrics.jsonl"
+log = logging.getLogger("cogtune")
+
+_TAGS = {
+    "train": {
+        "loss": "train/loss",
+        "lr": "train/lr",
+        "grad_norm": "train/grad_norm",
+        "samples_per_second": "speed/samples_per_second",
+        "tokens_per_second": "speed/tokens_per_second",
+        "memory_gib": "memory/peak_gib",
+    },
+    "validation": {"loss": "validation/loss", "perplexity": "validation/perplexity"},
+}
+
+
+class _Console(logging.Handler):
+    """Plain lines on standard output, readable through a pipe; what kind of line it is stands in front of warnings."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        print(prefix + record.getMessage(), file=sys.stdout, flush=True)
+
+
+@contextmanager
+def console(rank: int) -> Iterator[None]:
+    """Show messages on the console, on rank 0 only."""
+    handler: logging.Handler = _Console() if rank == 0 else logging.NullHandler()
+    with _attached(handler):
+        yield
+
+
+@contextmanager
+def log_file(output: Path, rank: int) -> Iterator[None]:
+    """Append messages, with time, to this rank's file."""
+    output.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(output / ("run.log" if rank == 0 else f"run.rank{rank}.log"), encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    with _attached(handler):
+        yield
+
+
+@contextmanager
+def _attached(handler: logging.Handler) -> Iterator[None]:
+    level, propagate = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+        log.setLevel(level)
+        log.propagate = propagate
+
+
+class Metrics:
+    """Writes the record on rank 0; on other ranks every call does nothing.
+
+    :param step: the step the run continues from. Later lines, of a life that was killed, are dropped.
+    """
+
+    def __init__(self, output: Path, *, active: bool, tensorboard: bool, step: int) -> None:
+        self._file = self._writer = None
+        if not active:
+            return
+        path = output / METRICS_FILE
+        _drop_after(path, step)
+        self._file = path.open("a", encoding="utf-8")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(output), purge_step=step + 1 if step else None)
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Append one line ``{"kind", "step", ...}`` and show its numbers in TensorBoard."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, tag in _TAGS.get(kind, {}).items():
+                if values.get(name) is not None:
+                    self._writer.add_scalar(tag, values[name], step)
+            self._writer.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_metrics(output: Path) -> list[dict[str, Any]]:
+    """All lines of a run's record; a last line torn by a kill is left out."""
+    lines = []
+    for line in (output / METRICS_FILE).read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def _drop_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = [json.dumps(line) + "\n" for line in read_metrics(path.parent) if line["step"] <= step]
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    sync(temporary)
+    temporary.replace(path)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The device's peak so far; on a CPU, this process's peak."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib / (2**20 if sys.platform != "darwin" else 2**30)
+
+
+def duration(seconds: float) -> str:
+    """``3725`` -> ``1:02:05``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"

@@ -1,0 +1,193 @@
+"""The loop: one for all engines.
+
+The loss of a step is the sum over the labelled tokens of the global batch, divided by their number: under accumulation
+(each micro-batch's sum is divided by the step's count) and over ranks (``Engine.loss_factor`` undoes their averaging).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cogtune.configuration.run import RunConfig
+from cogtune.data.dataset import TrainRows
+from cogtune.errors import NonFiniteError
+from cogtune.train.engines.base import Engine, StepResult
+from cogtune.train.feed import Batch, Feed, StepBatches, to_device
+from cogtune.train.log import Metrics, log
+from cogtune.train.optim import build_schedule, current_lr
+from cogtune.train.progress import Progress, Reporter
+from cogtune.train.validate import validate
+from cogtune.train.watch import StopSignal, bad_gradient, check_losses, phase
+
+_MOST_SKIPPED_IN_A_ROW = 50  # float16: by then the loss scale has fallen by 2^50
+
+
+@dataclass(frozen=True)
+class StepReport:
+    loss: float
+    labels: int
+    result: StepResult
+
+
+class Loop:
+    """Trains until ``total_steps``, an early stop or a signal.
+
+    :param save: writes a checkpoint of the current progress; ``best`` says that it is the best one so far.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        config: RunConfig,
+        feed: Feed,
+        validation: TrainRows | None,
+        progress: Progress,
+        total_steps: int,
+        metrics: Metrics,
+        stop: StopSignal,
+        save: Callable[[bool], None],
+    ) -> None:
+        self.engine, self.config, self.feed, self.validation = engine, config, feed, validation
+        self.progress, self.total_steps, self.metrics, self.stop, self.save = progress, total_steps, metrics, stop, save
+        self.schedule = build_schedule(engine.optimizer, config.train, total_steps, progress.step)
+        self._saved_step = progress.step if progress.step else None
+        self._skipped_in_a_row = 0
+
+    def run(self) -> None:
+        """Raises Stopped after a signal (the state is saved), NonFiniteError, OutOfMemoryError, DiskFullError."""
+        progress, engine = self.progress, self.engine
+        self.reporter = Reporter(self.metrics, progress, self.total_steps, self.config.log.steps, engine.device)
+        self.stop.wait_for_step()
+        engine.module.train()
+        if progress.step < self.total_steps and not progress.stopped_early:
+            for step in self.feed.steps(progress.position):
+                lr = current_lr(engine.optimizer)
+                report = self._train(step)
+                self._advance(step, report)
+                self.reporter.step(lr, report.result.grad_norm, self._epochs())
+                self._pause()
+                if progress.step == self.total_steps or progress.stopped_early:
+                    break
+
+    def _train(self, step: StepBatches) -> StepReport:
+        """One optimiser step over this rank's micro-batches."""
+        engine = self.engine
+        records = [batch["record_ids"] for batch in step.batches]
+        counted = engine.group.sum([_labels(step.batches), len(_real_rows(step.batches)), _tokens(step.batches)])
+        labels = int(counted[0])
+        self.progress.labels += labels
+        self.progress.samples += int(counted[1])
+        self.progress.tokens += int(counted[2])
+        if labels == 0:  # rows without a label are dropped with the data, so this is an engine's bug, never a batch's
+            raise AssertionError(f"a step without a label: {records}")
+        losses = []
+        with phase("training", self.config, engine.device):
+            for number, batch in enumerate(step.batches):
+                with engine.accumulating(last=number == len(step.batches) - 1):
+                    arguments = to_device(batch, engine.device)
+                    loss = engine.module(**arguments, num_items_in_batch=labels).loss
+                    engine.backward(loss * engine.loss_factor)
+                losses.append(loss.detach())
+            shares = torch.stack(losses).double().cpu()
+        total = check_losses(shares, records, engine.group)
+        with phase("updating the weights", self.config, engine.device):
+            result = engine.step()
+        self._check_step(result, records)
+        return StepReport(total, labels, result)
+
+    def _check_step(self, result: StepResult, records: list[list[str]]) -> None:
+        if result.applied:
+            self._skipped_in_a_row = 0
+            return
+        if not self.engine.scaled:
+            raise bad_gradient(result.grad_norm, records, self.engine.group)
+        self.progress.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        log.warning(
+            f"float16: step {self.progress.step + 1} skipped, its gradients overflowed; the loss scale is lowered "
+            f"({self.progress.skipped_steps} steps so far)"
+        )
+        if self._skipped_in_a_row > _MOST_SKIPPED_IN_A_ROW:
+            raise NonFiniteError(
+                f"{self._skipped_in_a_row} steps in a row had gradients beyond float16 and were skipped",
+                hint="use model.dtype bfloat16 or float32",
+            )
+
+    def _advance(self, step: StepBatches, report: StepReport) -> None:
+        progress = self.progress
+        progress.step += 1
+        progress.epoch, progress.rows_taken = step.position
+        progress.window_loss += report.loss * report.labels
+        progress.window_labels += report.labels
+        self.schedule.step()
+
+    def _pause(self) -> None:
+        """Whatever is due between two steps: validation, a checkpoint, the end after a signal."""
+        began = time.perf_counter()
+        progress, train = self.progress, self.config.train
+        last = progress.step == self.total_steps
+        due = last or progress.step % train.save_steps == 0
+        stopping = self.engine.group.any(self.stop.number is not None)
+        every = self.config.eval.steps
+        validating = last or (progress.step % every == 0 if every is not None else due)
+        better = not stopping and validating and self._validate()
+        stopping = stopping or self.engine.group.any(self.stop.number is not None)
+        if due or better or stopping or progress.stopped_early:
+            self.save(better)
+        if stopping:
+            numbers = self.engine.group.gather(self.stop.number)
+            number = next(number for number in numbers if number is not None)
+            raise self.stop.stopped(number, f"step {progress.step} of {self.total_steps} is saved")
+        self.reporter.away(time.perf_counter() - began)
+
+    def _validate(self) -> bool:
+        """Measure on validation data; whether the loss is the best so far."""
+        if self.validation is None:
+            return False
+        with phase("validation", self.config, self.engine.device):
+            found = validate(self.engine, self.validation, self.config, self.stop)
+        if found is None:
+            return False
+        progress = self.progress
+        progress.last_validation_loss, progress.validated_step = found.loss, progress.step
+        better = progress.best_loss is None or found.loss < progress.best_loss
+        if better:
+            progress.best_loss, progress.best_step, progress.validations_without_better = found.loss, progress.step, 0
+        else:
+            progress.validations_without_better += 1
+        self.metrics.write(
+            "validation", progress.step, loss=found.loss, perplexity=found.perplexity, labels=found.labels, best=better
+        )
+        note = "best so far" if better else f"best {progress.best_loss:.4f} at step {progress.best_step}"
+        log.info(
+            f"step {progress.step}/{self.total_steps}  validation loss {found.loss:.4f}  "
+            f"perplexity {found.perplexity:.3f}  ({note})"
+        )
+        patience = self.config.eval.patience
+        if patience is not None and progress.validations_without_better >= patience:
+            progress.stopped_early = True
+            log.info(f"stopping early: {patience} validations without a better loss")
+        return better
+
+    def _epochs(self) -> float:
+        """Passes over the data so far."""
+        rows = self.feed.rows_in_epoch(self.progress.epoch)
+        return self.progress.epoch + (self.progress.rows_taken / rows if rows else 0.0)
+
+
+def _labels(batches: list[Batch]) -> int:
+    return sum(batch["num_labels"] for batch in batches)
+
+
+def _tokens(batches: list[Batch]) -> int:
+    return sum(int(batch["attention_mask"].sum()) for batch in batches)
+
+
+def _real_rows(batches: list[Batch]) -> list[Any]:
+    """Rows that are not fillers: those with a label."""
+    return [row for batch in batches for row in batch["labels"] if bool((row != -100).any())]

@@ -1,0 +1,197 @@
+"""A training run from beginning to end; each step is a line here and a module beside it."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+
+from cogtune.adapters.attach import attach, describe
+from cogtune.checkpoint import training as checkpoints
+from cogtune.checkpoint.load import load_model
+from cogtune.configuration.deepspeed import apply_deepspeed
+from cogtune.configuration.run import RunConfig
+from cogtune.errors import DataError
+from cogtune.train import engines, folder, saver
+from cogtune.train.engines import Engine, Group
+from cogtune.train.feed import Feed
+from cogtune.train.inputs import Inputs, read_inputs, versions
+from cogtune.train.log import Metrics, console, log, log_file
+from cogtune.train.loop import Loop
+from cogtune.train.optim import build_optimizer
+from cogtune.train.precision import choose_dtype, float16_warning
+from cogtune.train.progress import Progress
+from cogtune.train.watch import StopSignal, phase
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run left behind. ``adapter`` is None after a dry run."""
+
+    output: Path
+    adapter: Path | None
+    steps: int
+    best_step: int | None = None
+    best_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where to write, where to start, how far to go."""
+
+    start: folder.Start
+    record: folder.RunRecord
+    feed: Feed
+
+
+def train(config: RunConfig, *, dry_run: bool = False) -> TrainResult:
+    """Fine-tune as ``config`` says, or go on where an earlier run in the same folder stopped.
+
+    ``dry_run`` stops before weights are loaded and writes nothing.
+
+    Raises:
+        InputError: something about configuration, base, data or output folder is wrong; nothing was changed.
+        RunError: out of memory, disk full, a loss that is not finite; the last checkpoint is intact.
+        Stopped: after SIGTERM or Ctrl-C; the state is saved.
+    """
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
+        stack.enter_context(console(int(os.environ.get("RANK", "0"))))
+        config, _ = apply_deepspeed(config, world_size=Group.launched_ranks())
+        engines.choose(config)
+        inputs = read_inputs(config)
+        engine = engines.start(config)
+        dtype = choose_dtype(config, engine.device)
+        plan = _plan(config, inputs, engine)
+        _announce(config, inputs, engine, dtype, plan)
+        if dry_run or plan.start.finished:
+            engine.group.close()
+            return _nothing_to_do(plan, dry_run)
+        stack.enter_context(log_file(plan.start.output, engine.group.rank))
+        engine.group.on_main(lambda: _write_beside(config, inputs, engine, plan))
+        model, progress = _build(config, engine, dtype, plan)
+        result = _fit(config, inputs, engine, model, plan, progress, stop)
+        engine.group.close()
+        return result
+
+
+def _plan(config: RunConfig, inputs: Inputs, engine: Engine) -> Plan:
+    """Rank 0 looks at the output folder and decides; every rank follows, or raises the same error."""
+
+    def decide() -> tuple[folder.Start, folder.RunRecord, list[str]]:
+        output = folder.choose_output(config)
+        stored = folder.read_record(output)
+        basis = stored
+        if stored is None and config.train.resume is not None:
+            basis = folder.resume_source(config.train.resume)[1]
+        ranks = engine.group.size
+        accumulation, messages = folder.derive_accumulation(config, ranks, basis)
+        total = Feed(inputs.rows, config, engine.group, accumulation).total_steps()
+        if total == 0:
+            raise DataError("no row is left to train on: data.path's weights are below 1 and drew none")
+        resumed = None if config.train.resume is None else str(config.train.resume)
+        now = folder.RunRecord(inputs.identity, config.train.batch_size, accumulation, ranks, total, resumed)
+        return folder.decide(config, output, now, stored), now, messages
+
+    start, record, messages = engine.group.on_main(decide)
+    start = replace(start, messages=[*start.messages, *messages])
+    return Plan(start, record, Feed(inputs.rows, config, engine.group, record.accumulation))
+
+
+def _announce(config: RunConfig, inputs: Inputs, engine: Engine, dtype: torch.dtype, plan: Plan) -> None:
+    """Everything a user may want to stop the run for, before weights are read."""
+    for line in [*inputs.lines(), *plan.start.messages]:
+        log.info(line)
+    for line in [*plan.start.warnings, *filter(None, [float16_warning(dtype)])]:
+        log.warning(line)
+    record, devices = plan.record, torch.cuda.device_count()
+    log.info(
+        f"engine {engine.name} on {record.ranks} x {engine.device.type}, {str(dtype).removeprefix('torch.')}; "
+        f"{record.total_steps} steps of {record.global_batch} rows "
+        f"({record.batch_size} per rank x {record.ranks} ranks x {record.accumulation} accumulated)"
+    )
+    if engine.name == "single" and devices > 1:
+        log.info(f"using one of {devices} GPUs; for all: torchrun --nproc-per-node {devices} -m cogtune train ...")
+
+
+def _nothing_to_do(plan: Plan, dry_run: bool) -> TrainResult:
+    if dry_run:
+        log.info("dry run: stopping before weights are loaded")
+        return TrainResult(plan.start.output, None, 0)
+    result = plan.start.result
+    adapter = plan.start.output / saver.ADAPTER_FOLDER
+    return TrainResult(plan.start.output, adapter, result["step"], result["best_step"], result["best_loss"])
+
+
+def _write_beside(config: RunConfig, inputs: Inputs, engine: Engine, plan: Plan) -> None:
+    """What travels with the results: the run's record first, because it makes the folder ours."""
+    output = plan.start.output
+    folder.write_record(output, plan.record)
+    checkpoints.remove_leftovers(output)
+    checkpoints.write_file(output / "config.yaml", config.to_yaml().encode())
+    checkpoints.write_json(output / "data.json", inputs.data_json())
+    checkpoints.write_json(output / "versions.json", versions(engine.device))
+
+
+def _build(config: RunConfig, engine: Engine, dtype: torch.dtype, plan: Plan) -> tuple[PeftModel, Progress]:
+    """Base, adapter and optimiser in the engine, in the state of the checkpoint to start from if there is one."""
+    checkpoint = plan.start.checkpoint
+    with phase("loading the model", config, engine.device):
+        base = load_model(
+            config.model.path, dtype=dtype, device=engine.device, rope_precision=config.model.rope_precision
+        )
+    torch.manual_seed(config.train.seed)  # the adapter's first weights: the same on every rank
+    with phase("attaching the adapter", config, engine.device):
+        model = attach(base, config.lora)
+        if checkpoint is not None:
+            saver.restore_adapter(model, checkpoint)
+        if config.train.gradient_checkpointing:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if config.train.compile:
+            for layer in [*base.model.layers, *base.model.vision.transformer.layers]:
+                layer.compile()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        engine.wrap(model, build_optimizer(trained, config.train))
+    _say_what_trains(model)
+    if checkpoint is not None:
+        return model, saver.restore(engine, checkpoint, plan.start.output, plan.record.total_steps)
+    saver.seed_dropout(engine, 0)
+    return model, Progress()
+
+
+def _say_what_trains(model: PeftModel) -> None:
+    counts = describe(model)
+    trained = sum(count.parameters for count in counts if count.trained)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    log.info(f"training {trained:,} of {total:,} parameters ({100 * trained / total:.3f} %):")
+    for count in counts:
+        note = "" if count.trained else "  (last layer: cannot influence the loss; kept in the file, not trained)"
+        log.info(f"  {count.region}: {count.modules} modules, {count.parameters:,} parameters{note}")
+
+
+def _fit(
+    config: RunConfig,
+    inputs: Inputs,
+    engine: Engine,
+    model: PeftModel,
+    plan: Plan,
+    progress: Progress,
+    stop: StopSignal,
+) -> TrainResult:
+    """The loop, and the result it leaves in ``adapter/``."""
+    output, total = plan.start.output, plan.record.total_steps
+    save = saver.Saver(engine, model, output, plan.record, progress, config)
+    metrics = Metrics(output, active=engine.group.is_main, tensorboard=config.log.tensorboard, step=progress.step)
+    try:
+        Loop(engine, config, plan.feed, inputs.validation, progress, total, metrics, stop, save).run()
+    finally:
+        metrics.close()
+    adapter, which = engine.group.on_main(lambda: saver.export_adapter(output, progress))
+    result = {"adapter": which, "step": progress.step, "best_step": progress.best_step, "best_loss": progress.best_loss}
+    engine.group.on_main(lambda: folder.write_record(output, folder.finished(plan.record, result)))
+    log.info(f"done: the adapter ({which}) is in {adapter}")
+    return TrainResult(output, adapter, progress.step, progress.best_step, progress.best_loss)

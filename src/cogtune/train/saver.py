@@ -1,0 +1,124 @@
+"""Writes and restores a run's checkpoints, and at the end its adapter."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
+
+from cogtune.adapters.attach import CONFIG_NAME, WEIGHTS_NAME, save_adapter
+from cogtune.checkpoint import training as checkpoints
+from cogtune.checkpoint.training import TrainingState
+from cogtune.configuration.run import RunConfig
+from cogtune.errors import CheckpointError
+from cogtune.train.engines.base import MASTER, Engine
+from cogtune.train.folder import RunRecord
+from cogtune.train.log import log
+from cogtune.train.progress import Progress
+
+ADAPTER_FOLDER = "adapter"
+
+
+class Saver:
+    """Called by the loop when a checkpoint is due; collective, rank 0 writes."""
+
+    def __init__(
+        self, engine: Engine, model: PeftModel, output: Path, record: RunRecord, progress: Progress, config: RunConfig
+    ) -> None:
+        self._engine, self._model, self._output, self._record = engine, model, output, record
+        self._progress, self._config = progress, config
+
+    def __call__(self, better: bool) -> None:
+        """Save ``checkpoint-<step>``; ``better``: it becomes ``best``. Old ones go only after it is whole."""
+        tensors = self._engine.state()
+        counters = {
+            "progress": self._progress.to_dict(),
+            "engine": self._engine.counters(),
+            "run": self._record.to_dict(),
+        }
+        rng = self._engine.group.gather(_rng_state(self._engine.device))
+        state = TrainingState(tensors, counters, rng)
+        self._engine.group.on_main(lambda: self._write(state, better))
+
+    def _write(self, state: TrainingState, better: bool) -> None:
+        def write_adapter(folder: Path) -> None:
+            with _masters(self._engine, state.tensors):
+                save_adapter(self._model, folder)
+
+        folder = checkpoints.save(self._output, self._progress.step, state, write_adapter)
+        if better:
+            checkpoints.link(self._output, "best", folder.name)
+        best = self._progress.best_step
+        protect = None if best is None else checkpoints.checkpoint_path(self._output, best)
+        checkpoints.rotate(self._output, self._progress.step, self._config.train.keep_checkpoints, protect)
+        log.info(f"saved {folder}" + (" (best so far)" if better else ""))
+
+
+def restore_adapter(model: PeftModel, checkpoint: Path) -> None:
+    """Put a checkpoint's adapter into the model, before an engine takes its masters from it."""
+    outcome = set_peft_model_state_dict(model, load_file(checkpoint / WEIGHTS_NAME))
+    if outcome.unexpected_keys:
+        raise CheckpointError(f"{checkpoint}: its adapter has {outcome.unexpected_keys[0]}, which this model has not")
+
+
+def restore(engine: Engine, checkpoint: Path, output: Path, total_steps: int) -> Progress:
+    """Put masters, moments and random numbers back; returns the progress so far."""
+    state = checkpoints.load(checkpoint)
+    engine.load_state(state.tensors, state.counters["engine"])
+    progress = Progress.from_dict(state.counters["progress"])
+    if checkpoint.parent.resolve() != output.resolve():  # the best one so far stays in the other run's folder
+        progress.best_loss = progress.best_step = None
+    if state.counters["run"]["total_steps"] < total_steps:  # the user wants more than the run that stopped early
+        progress.stopped_early, progress.validations_without_better = False, 0
+    seed_dropout(engine, progress.step)
+    if len(state.rng) == engine.group.size:  # on another number of ranks the seed above stands in
+        own = state.rng[engine.group.rank]
+        torch.set_rng_state(own["cpu"])
+        if engine.device.type == "cuda" and "cuda" in own:
+            torch.cuda.set_rng_state(own["cuda"], engine.device)
+    return progress
+
+
+def seed_dropout(engine: Engine, step: int) -> None:
+    """Random numbers of this rank from here on: different on every rank, the same in every run."""
+    text = f"{engine.config.train.seed} {engine.group.rank} {step}"
+    torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") % 2**63)
+
+
+def export_adapter(output: Path, progress: Progress) -> tuple[Path, str]:
+    """Copy the result to ``output/adapter``: the best checkpoint's adapter if there was validation, else the last's."""
+    kind, source = "last", checkpoints.checkpoint_path(output, progress.step)
+    if progress.best_step is not None:
+        best = checkpoints.checkpoint_path(output, progress.best_step)
+        if problem := checkpoints.find_problem(best):
+            log.warning(f"{best}, the best checkpoint, cannot be used ({problem}); taking the last one")
+        else:
+            kind, source = "best", best
+    with checkpoints.partial_folder(output, ADAPTER_FOLDER) as folder:
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            shutil.copyfile(source / name, folder / name)
+    return output / ADAPTER_FOLDER, f"the {kind} checkpoint's, step {checkpoints.step_of(source)}"
+
+
+@contextmanager
+def _masters(engine: Engine, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Let the model hold the float32 masters while its adapter is written; ZeRO leaves rounded copies in it."""
+    copies = {name: parameter.data for name, parameter in engine.parameters.items()}
+    try:
+        for name, parameter in engine.parameters.items():
+            parameter.data = tensors[f"{MASTER}/{name}"]
+        yield
+    finally:
+        for name, parameter in engine.parameters.items():
+            parameter.data = copies[name]
+
+
+def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    return {**states, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states

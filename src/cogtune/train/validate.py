@@ -1,0 +1,45 @@
+"""Validation: the same sums as in training, over every validation row exactly once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from cogtune.configuration.run import RunConfig
+from cogtune.data.dataset import TrainRows
+from cogtune.train.engines.base import Engine
+from cogtune.train.feed import to_device, validation_batches
+from cogtune.train.watch import StopSignal
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Mean loss over all labelled tokens, and their number."""
+
+    loss: float
+    labels: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def validate(engine: Engine, rows: TrainRows, config: RunConfig, stop: StopSignal) -> Validation | None:
+    """The loss over ``rows``, summed over ranks; None when a signal asked to stop before the end."""
+    total = torch.zeros((), dtype=torch.float64)
+    labels = 0
+    engine.module.eval()
+    try:
+        with torch.no_grad():
+            for batch in validation_batches(rows, config, engine.group):
+                if engine.group.any(stop.number is not None):
+                    return None
+                labels += batch["num_labels"]
+                out = engine.module(**to_device(batch, engine.device), num_items_in_batch=1)
+                total += out.loss.detach().double().cpu()
+    finally:
+        engine.module.train()
+    loss, count = engine.group.sum([float(total), labels])
+    return Validation(loss / count, int(count)) if count else None

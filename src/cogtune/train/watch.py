@@ -1,0 +1,126 @@
+"""What can stop a run: a signal, a number that is not finite, memory that is not there."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+
+from cogtune.configuration.run import RunConfig
+from cogtune.errors import NonFiniteError, OutOfMemoryError, Stopped
+from cogtune.train.engines.group import Group
+
+_NAMED_RECORDS = 20
+_CONTINUES = "run the same command again: it continues from there"
+
+
+class StopSignal:
+    """SIGTERM and Ctrl-C. Until `wait_for_step`, there is nothing to save and they stop at once; after it they are
+    noted, and the loop stops at the end of its step, after saving. A second Ctrl-C does not wait."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._waits = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def wait_for_step(self) -> None:
+        self._waits = True
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self._waits:
+            raise Stopped(number, f"stopped by {signal.Signals(number).name} before the first step; nothing to save")
+        if number == signal.SIGINT and self.number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = number
+
+    @staticmethod
+    def stopped(number: int, where: str) -> Stopped:
+        return Stopped(number, f"stopped by {signal.Signals(number).name}; {where}", hint=_CONTINUES)
+
+
+def check_losses(losses: torch.Tensor, records: Sequence[Sequence[str]], group: Group) -> float:
+    """The step's loss: the sum of all ranks' shares.
+
+    :param losses: this rank's shares, one per micro-batch, on the CPU; ``records`` names what was in each.
+    :raises NonFiniteError: on every rank, naming the records of the micro-batches whose loss is not finite.
+    """
+    total = group.sum([float(losses.sum())])[0]
+    if math.isfinite(total):
+        return total
+    bad = [names for loss, names in zip(losses.tolist(), records, strict=True) if not math.isfinite(loss)]
+    mine = [name for names in bad for name in names]
+    raise NonFiniteError(
+        f"the loss is {total}; it comes from {named(group, mine)}; weights were not touched",
+        hint="look at these records; if they are right, lower train.lr"
+        " or, in float16, use model.dtype bfloat16 or float32",
+    )
+
+
+def bad_gradient(norm: float, records: Sequence[Sequence[str]], group: Group) -> NonFiniteError:
+    """The error for a finite loss whose gradient is not; every rank calls it."""
+    mine = [name for names in records for name in names]
+    return NonFiniteError(
+        f"the gradient's norm is {norm} although the loss is finite; the step had {named(group, mine)}; "
+        "weights were not touched",
+        hint="lower train.lr, or use model.dtype float32 to see whether the number format is the cause",
+    )
+
+
+def named(group: Group, records: Sequence[str]) -> str:
+    """All ranks' records as text, a long list cut."""
+    names = [name for mine in group.gather(list(records)) for name in mine]
+    more = f" and {len(names) - _NAMED_RECORDS} more" if len(names) > _NAMED_RECORDS else ""
+    return "record " * (len(names) == 1) + "records " * (len(names) != 1) + ", ".join(names[:_NAMED_RECORDS]) + more
+
+
+@contextmanager
+def phase(name: str, config: RunConfig, device: torch.device) -> Iterator[None]:
+    """Turn a lack of memory inside the block into an OutOfMemoryError that says the phase and what to try next."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        place = "the GPU" if device.type == "cuda" else "this machine"
+        hint = f"try {next_setting(name, config)}"
+        raise OutOfMemoryError(f"out of memory on {place} while {name}", hint=hint) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """The CPU allocator raises a plain RuntimeError; only its text tells."""
+    text = str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text
+
+
+def next_setting(name: str, config: RunConfig) -> str:
+    """The cheapest setting that is not used yet and would help in this phase."""
+    if name == "loading the model":
+        return "a card with more memory: the frozen weights alone do not fit"
+    if name == "validation" and (config.eval.batch_size or config.train.batch_size) > 1:
+        return "--eval.batch_size 1"
+    if not config.train.gradient_checkpointing and name != "validation":
+        return "--train.gradient_checkpointing true"
+    if config.train.batch_size > 1:
+        rows = config.train.batch_size * config.train.accumulation
+        return f"--train.batch_size 1 --train.accumulation {rows} (the same global batch)"
+    if config.data.max_row_tokens is None:
+        return "--data.max_row_tokens 4096 (splits a picture's questions over rows)"
+    return "a smaller data.max_row_tokens, data.max_input_len or lora.rank, or a card with more memory"
