@@ -1,7 +1,7 @@
 """The numeric fixtures of the published modules at a tiny size, and the formula their weights follow.
 
-The fixtures were produced by the published model code (float32, CPU) with weights anyone can rebuild from a hash of each
-tensor's name; so they check this implementation against the original without containing a line of it.
+The fixtures were produced by the published model code (float32, CPU) with weights anyone can rebuild from a hash of
+each tensor's name; so they check this implementation against the original without containing a line of it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Adapters on a base model, through peft: attach new ones, load and save folders, say what trains.
 
-Adapter weights are float32 master weights that compute in the model's dtype. peft's own way is to cast every input to the
-adapter's float32, which doubles the saved activations; its public switch turns that off, and ``ComputeCastLinear`` casts
-the small weights instead.
+Adapter weights are float32 master weights that compute in the model's dtype. peft's own way is to cast every input to
+the adapter's float32, which doubles the saved activations; its public switch turns that off, and
+``ComputeCastLinear`` casts the small weights instead.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def adapter_shapes(folder: Path) -> dict[str, list[int]]:
         if not (folder / name).is_file():
             raise AdapterError(
                 f"{folder}: no {name}; expected an adapter folder as PEFT writes it",
-                hint="after `cogtune train` the adapter is in OUTPUT/adapter, and in every OUTPUT/checkpoint-N/adapter",
+                hint="after `cogtune train` the adapter is in OUTPUT/adapter, and in every OUTPUT/checkpoint-N",
                 code="adapter-missing",
             )
     try:

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 from cogtune.model.routing import row_positions
 
 
-class CogVLM2Generation(GenerationMixin):  # type: ignore[misc]
+class CogVLM2Generation(GenerationMixin):
     """``generate()`` for CogVLM2; images are encoded once, before beams are expanded."""
 
     config: Any
@@ -44,7 +44,7 @@ class CogVLM2Generation(GenerationMixin):  # type: ignore[misc]
             if kwargs.get("image_features") is not None:
                 raise ValueError("pixel_values and image_features are two forms of the same images; give one")
             with torch.no_grad():
-                kwargs["image_features"] = self.model.encode_images(pixels.to(self.device))  # type: ignore[attr-defined]
+                kwargs["image_features"] = self.model.encode_images(pixels.to(self.device))
         self._refuse_ambiguous_images(kwargs)
         return super().generate(inputs, *args, **kwargs)
 

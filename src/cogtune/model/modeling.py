@@ -9,7 +9,6 @@ Module names are those of the published checkpoint, so its tensors and anyone's 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -30,7 +29,7 @@ from cogtune.model.vision import VisionModel
 
 
 @dataclass
-class CogVLM2Output(ModelOutput):  # type: ignore[misc]
+class CogVLM2Output(ModelOutput):
     """loss: scalar float32; logits: float32 [B, L, V] (0 at padding); past_key_values: the extended cache."""
 
     loss: torch.Tensor | None = None
@@ -82,7 +81,7 @@ class ExpertMLP(nn.Module):
         return by_expert(x_TD, num_vision, self.vision_mlp, self.language_mlp)
 
 
-class DecoderLayer(GradientCheckpointingLayer):  # type: ignore[misc]
+class DecoderLayer(GradientCheckpointingLayer):
     """Pre-norm attention and MLP. With ``kept``, only those tokens' outputs are computed (the last layer needs no
     others), while every token still gives its key and value."""
 

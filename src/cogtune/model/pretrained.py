@@ -17,7 +17,7 @@ PUBLISHED_SHARD_SIZE = "5GB"
 NAMES_SHOWN = 8
 
 
-class CogVLM2PreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+class CogVLM2PreTrainedModel(PreTrainedModel):
     """Base class; loading is strict, because a tensor that is silently missing is a wrong answer later."""
 
     config_class = CogVLM2Config
@@ -80,11 +80,11 @@ class CogVLM2PreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         different = [name for name, tensor in copies.items() if not torch.equal(tensor.cpu(), tensors[0].cpu())]
         if different:
             raise CheckpointError(
-                f"{different[0]}.inv_freq differs from {next(iter(copies))}.inv_freq; all layers share one rotary table",
+                f"{different[0]}.inv_freq differs from {next(iter(copies))}.inv_freq; all layers share one table",
                 hint="the checkpoint is damaged or was edited; fetch it again",
                 code="checkpoint-rotary",
             )
-        decoder = getattr(self, self.base_model_prefix, self)
+        decoder: Any = getattr(self, self.base_model_prefix, self)
         decoder.rotary_frequencies = tensors[0].detach().clone()
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:

@@ -19,7 +19,7 @@ def inverse_frequencies(head_dim: int, theta: float, device: torch.device | None
 
 
 class RotaryEmbedding(nn.Module):
-    """Holds one layer's stored copy of ``inv_freq`` under its published name; the tables are computed once per model."""
+    """Holds one layer's stored copy of ``inv_freq`` under its published name; tables are computed once per model."""
 
     inv_freq: torch.Tensor
 

@@ -65,7 +65,11 @@ class Routing:
 
     def pin_memory(self) -> Routing:
         """The same routing in pinned host memory (a DataLoader calls this)."""
-        pinned = {f.name: v.pin_memory() for f in fields(self) if isinstance(v := getattr(self, f.name), torch.Tensor)}
+        pinned: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, torch.Tensor):
+                pinned[field.name] = value.pin_memory()
         return replace(self, **pinned)
 
     @classmethod

@@ -62,7 +62,7 @@ class VisionMLP(nn.Module):
         return self.fc2(functional.gelu(self.fc1(x)))
 
 
-class VisionLayer(GradientCheckpointingLayer):  # type: ignore[misc]
+class VisionLayer(GradientCheckpointingLayer):
     """x + LN(attention(x)), then x + LN(MLP(x)); autocast's float32 norms are brought back to x's dtype."""
 
     def __init__(self, config: CogVLM2VisionConfig) -> None:
