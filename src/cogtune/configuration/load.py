@@ -62,7 +62,7 @@ def _wrong_type(key: str, entry: Entry) -> str | None:
         items = entry.value if kind == "list" else [entry.value]
         if all(_kind(item) in known.item_kinds for item in items):
             return None
-    elif kind in known.kinds:
+    elif kind in known.kinds and entry.value != "":  # an empty path would mean the current folder
         return None
     return f"{entry.source}: found {describe(entry.value)}, expected {known.type}"
 
@@ -196,7 +196,8 @@ def _explain(error: ValidationError, entries: Mapping[str, Entry]) -> ConfigErro
 def _problem(key: str, detail: ErrorDetails, entries: Mapping[str, Entry]) -> str:
     entry = entries.get(key)
     where = entry.source if entry else key
-    inside = "".join(f"[{part}]" for part in detail["loc"][2:3] if isinstance(part, int))
+    whole = detail["type"] == "missing" or detail["type"].startswith("too_")  # a list of the wrong length
+    inside = "".join(f"[{part}]" for part in detail["loc"][2:3] if isinstance(part, int) and not whole)
     if detail["type"] == "value_error":
         return f"{where}{inside}: {detail['ctx']['error']}"
     if detail["type"] == "extra_forbidden":

@@ -66,8 +66,8 @@ FLAGS: dict[str, Flag] = {
     "lr": Flag(
         "1e-4",
         "train.lr",
-        "Highest learning rate. The original default, 1e-7, is too small for LoRA: the loss does not move. So here it is "
-        "the usual one for LoRA.",
+        "Highest learning rate. The original default, 1e-7, is too small for LoRA: the loss does not move. So here "
+        "it is the usual one for LoRA.",
     ),
     "num_epochs": Flag("5", "train.epochs", "Passes over the data."),
     "batch_size": Flag("2", "train.batch_size", "Rows per device and forward pass."),
@@ -110,7 +110,7 @@ _SAME_AS_PUBLISHED = {"train.schedule": "linear", "train.weight_decay": 0.01}
 
 def train_published(arguments: Sequence[str]) -> None:
     """Train as ``peft_lora.py`` with these arguments does; raises ConfigError for what is wrong with them."""
-    launched = "WORLD_SIZE" in os.environ
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     config, notes = configure(arguments, launched=launched, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     if os.environ.get("RANK", "0") == "0":
         for note in notes:
@@ -127,8 +127,7 @@ def configure(arguments: Sequence[str], *, launched: bool = False, world_size: i
     ``launched``: whether a launcher started this process; without one the run uses one device and no ZeRO.
     """
     typed = _typed(arguments)
-    if int(typed.get("local_rank", ["-1"])[0]) >= 0:
-        os.environ.setdefault("LOCAL_RANK", typed["local_rank"][0])
+    _take_local_rank(typed.get("local_rank", [FLAGS["local_rank"].default])[0])
     entries = {key: Entry(value, key) for key, value in _SAME_AS_PUBLISHED.items()}
     for name, flag in FLAGS.items():
         if flag.key is not None:
@@ -149,6 +148,16 @@ def configure(arguments: Sequence[str], *, launched: bool = False, world_size: i
         config = config.with_values({"parallel.engine": "single", "parallel.deepspeed": None})
         notes.append("note: not started by a launcher: one device, no ZeRO; `deepspeed peft_lora.py ...` uses all GPUs")
     return config, notes
+
+
+def _take_local_rank(text: str) -> None:
+    """Launchers that pass the rank as a flag may leave it out of the environment, where the engines look for it."""
+    try:
+        rank = int(text)
+    except ValueError:
+        raise ConfigError(f"--local_rank: found `{text}`, expected a whole number", code="config-value") from None
+    if rank >= 0:
+        os.environ.setdefault("LOCAL_RANK", text)
 
 
 def _value(name: str, flag: Flag, texts: list[str]) -> Any:

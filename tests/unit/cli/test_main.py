@@ -1,0 +1,96 @@
+"""The entry point: fast help, errors as text on stderr, exit codes that mean something."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+import cogtune
+from cogtune.cli.main import guarded, main
+from cogtune.errors import ConfigError, DiskFullError, Stopped
+
+HEAVY = ("torch", "transformers", "peft", "pydantic", "numpy", "PIL")
+
+
+def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "cogtune", *arguments], capture_output=True, text=True, env=env)
+
+
+def test_help_comes_within_a_second() -> None:
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = run("--help")
+        times.append(time.perf_counter() - start)
+        assert done.returncode == 0
+        assert "train" in done.stdout
+        assert done.stderr == ""
+    assert min(times) < 1.0
+
+
+@pytest.mark.parametrize("module", ["cogtune", "cogtune.cli.main", "cogtune.cli.train"])
+def test_help_imports_nothing_heavy(module: str) -> None:
+    code = f"import sys, {module}; from cogtune.cli.main import main; main(['--help']); print(sorted(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not [name for name in HEAVY if f"'{name}'" in loaded]
+
+
+def test_output_is_plain_text_without_a_terminal() -> None:
+    assert "\x1b" not in run("--help").stdout
+    assert "\x1b" not in run("train", "--nonsense", "1").stderr
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"cogtune {cogtune.__version__}\n"
+
+
+def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert "Commands:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["trian"], ["--nonsense"]])
+def test_wrong_usage_is_exit_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error[usage]: No such ")
+    assert "hint: `cogtune --help`" in captured.err
+
+
+def raising(error: BaseException) -> int:
+    def call() -> None:
+        raise error
+
+    return guarded(call)
+
+
+def test_errors_become_text_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert raising(ConfigError("what", hint="do this")) == 2
+    assert raising(DiskFullError("full")) == 1
+    assert raising(Stopped(15, "saved")) == 143
+    assert raising(KeyboardInterrupt()) == 130
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == (
+        "error[config]: what\nhint: do this\nerror[disk-full]: full\nerror[stopped]: saved\nstopped by Ctrl-C\n"
+    )
+
+
+def test_a_bug_shows_its_traceback_and_asks_for_a_report(capsys: pytest.CaptureFixture[str]) -> None:
+    assert raising(ZeroDivisionError("x")) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" in error
+    assert error.rstrip().split("\n")[-2] == "error[bug]: ZeroDivisionError: x"
+    assert "please report" in error
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    shell = f"{sys.executable} -m cogtune train --help | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
+    assert done.stderr == ""
+    assert done.stdout.startswith("usage: cogtune train")

@@ -1,0 +1,224 @@
+"""Files and flags become one checked configuration; what is wrong in them is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from cogtune.configuration.run import RunConfig, load_config
+from cogtune.errors import ConfigError
+
+NEEDED = {"model": "base", "data": "pictures", "output": "out"}
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(path: Path | None = None, **flags: str | list[str]) -> ConfigError:
+    overrides = NEEDED | {name.replace("__", "."): text for name, text in flags.items()}
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    assert caught.value.exit_code == 2
+    return caught.value
+
+
+def test_flags_alone_are_enough() -> None:
+    config = load_config(None, NEEDED)
+    assert config.model.path == "base"
+    assert [folder.path for folder in config.data.path] == [Path("pictures")]
+    assert config.train.output == Path("out")
+
+
+def test_defaults_are_the_ones_that_learn() -> None:
+    config = load_config(None, NEEDED)
+    assert (config.lora.targets, config.lora.rank, config.train.lr, config.train.schedule) == (
+        ("experts",),
+        16,
+        1e-4,
+        "cosine",
+    )
+    assert (config.data.max_input_len, config.data.max_output_len, config.data.validation_share) == (512, 512, 0.05)
+    assert config.data.turns == "all"
+
+
+def test_nested_and_dotted_keys_and_flags_win(tmp_path: Path) -> None:
+    path = written(tmp_path, "lora:\n  rank: 4\n  dropout: 0.1\nlora.alpha: 8\ntrain: {lr: 2e-5}\neval:\n")
+    config = load_config(path, NEEDED | {"lora.rank": "64"})
+    assert (config.lora.rank, config.lora.dropout, config.lora.alpha, config.train.lr) == (64, 0.1, 8.0, 2e-5)
+
+
+def test_what_is_written_reads_back_equal(tmp_path: Path) -> None:
+    flags = {"data.path": ["a", "{path: b, weight: 0.5}"], "train.max_grad_norm": ".inf", "lora.extra": "{bias: all}"}
+    config = load_config(None, {"model": "base", "output": "aus/gäbe", **flags})
+    assert load_config(written(tmp_path, config.to_yaml()), {}) == config
+
+
+def test_lists_by_repeating_by_commas_and_as_yaml() -> None:
+    def targets(*texts: str) -> tuple[str, ...]:
+        return load_config(None, NEEDED | {"lora.targets": list(texts)}).lora.targets
+
+    assert targets("experts", "glu-adapter") == ("experts", "glu-adapter")
+    assert targets("experts, glu-adapter") == ("experts", "glu-adapter")
+    assert targets("[experts, glu-adapter]") == ("experts", "glu-adapter")
+    assert targets(r".*layers\.[0-9]{1,2}\.mlp.*") == (r".*layers\.[0-9]{1,2}\.mlp.*",)
+
+
+def test_folders_carry_weights() -> None:
+    config = load_config(None, {"model": "m", "output": "o", "data": ["a", "{path: b, weight: 2.5}"]})
+    assert [(str(folder.path), folder.weight) for folder in config.data.path] == [("a", 1.0), ("b", 2.5)]
+
+
+def test_text_stays_text_and_null_is_null() -> None:
+    config = load_config(None, {"model": "123", "data": "2024", "output": "1e5", "data.caption_question": "no: why?"})
+    assert (config.model.path, str(config.train.output), config.data.caption_question) == ("123", "1e5", "no: why?")
+    assert load_config(None, NEEDED | {"model.template": "null"}).model.template is None
+
+
+def test_other_fields_of_peft_pass_through() -> None:
+    config = load_config(None, NEEDED | {"lora.extra.layers_to_transform": "[0, 1]", "lora.extra.bias": "none"})
+    assert config.lora.extra == {"layers_to_transform": [0, 1], "bias": "none"}
+
+
+@pytest.mark.parametrize(
+    ("line", "near"),
+    [
+        ("lora: {rnak: 3}", "lora.rank"),
+        ("train: {learning_rate: 1}", "train.lr"),
+        ("lr: 1", "train.lr"),
+        ("data: {image_folder: x}", None),
+        ("optimiser: adamw", "train.optimizer"),
+        ("train: {rank: 1}", "lora.rank"),
+    ],
+)
+def test_an_unknown_key_names_file_and_nearest_key(tmp_path: Path, line: str, near: str | None) -> None:
+    path = written(tmp_path, line)
+    error = refusal(path)
+    assert error.code == "config-unknown-key"
+    assert error.message.startswith(f"{path}: unknown key ")
+    assert near is None or (error.hint is not None and f"`{near}`" in error.hint)
+
+
+def test_an_unknown_flag_names_the_nearest_flag() -> None:
+    error = refusal(lora__rnk="3")
+    assert error.message == "unknown flag `--lora.rnk`"
+    assert error.hint == "did you mean `--lora.rank`?"
+
+
+@pytest.mark.parametrize(
+    ("flag", "text", "found", "expected"),
+    [
+        ("lora.rank", "many", "text 'many'", "whole number >= 1"),
+        ("lora.rank", "1.5", "number 1.5", "whole number >= 1"),
+        ("lora.rank", "true", "true/false value true", "whole number >= 1"),
+        ("lora.rank", "0", "whole number 0", "whole number >= 1"),
+        ("lora.dropout", "1", "whole number 1", "number >= 0 and < 1"),
+        ("train.lr", "-1e-4", "number -0.0001", "number > 0"),
+        ("train.lr", ".nan", "number nan", "number > 0"),
+        ("train.restart", "maybe", "text 'maybe'", "true | false"),
+        ("model.dtype", "int8", "text 'int8'", "auto | bfloat16 | float16 | float32"),
+        ("train.betas", "0.9", "list [0.9]", "list of 2: number >= 0 and < 1"),
+        ("train.output", "", "text ''", "path"),
+    ],
+)
+def test_a_wrong_value_says_what_was_found_and_expected(flag: str, text: str, found: str, expected: str) -> None:
+    error = refusal(**{flag.replace(".", "__"): text} if flag != "train.output" else {"output": text})
+    name = "--output" if flag == "train.output" else f"--{flag}"
+    assert error.message == f"{name}: found {found}, expected {expected}"
+
+
+def test_a_wrong_value_in_a_file_names_file_and_key(tmp_path: Path) -> None:
+    path = written(tmp_path, 'lora:\n  rank: "16"\ntrain:\n  lr: fast\n')
+    message = refusal(path).message
+    assert f"{path}: lora.rank: found text '16', expected whole number >= 1" in message
+    assert f"{path}: train.lr: found text 'fast', expected number > 0" in message
+
+
+def test_a_bad_item_of_a_list_is_named_by_its_place() -> None:
+    assert refusal(data="{path: x, wieght: 2}").message.startswith("--data[0]: unknown key `wieght`")
+    assert "--data[0]: found whole number 0" in refusal(data="{path: x, weight: 0}").message
+
+
+def test_what_is_missing_is_listed_with_its_flags() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, {"lora.rank": "4"})
+    assert caught.value.message == "missing: model.path, data.path, train.output"
+    assert caught.value.hint == "give --model ... --data ... --output ..."
+
+
+def test_a_key_and_its_alias_are_not_both_taken() -> None:
+    assert "--model and --model.path are the same key" in refusal(model__path="other").message
+    assert "--lora.rank is given 2 times" in refusal(lora__rank=["1", "2"]).message
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"eval.patience": "2", "data.validation_share": "0"}, ("eval.patience", "data.validation_share")),
+        ({"eval.steps": "2", "data.validation_share": "0"}, ("eval.steps", "data.validation_share")),
+        ({"data.validation": "v", "data.validation_share": "0.2"}, ("data.validation ", "data.validation_share")),
+        ({"data.max_bad_share": "0.5"}, ("data.max_bad_share", "data.on_bad")),
+        ({"train.warmup_steps": "5", "train.warmup_ratio": "0.1"}, ("train.warmup_steps", "train.warmup_ratio")),
+        ({"train.warmup_steps": "5", "train.max_steps": "5"}, ("train.warmup_steps", "train.max_steps")),
+        ({"train.optimizer": "sgd", "train.betas": "0.8,0.9"}, ("train.betas", "train.optimizer")),
+        ({"train.restart": "true", "resume": "c"}, ("train.restart", "train.resume")),
+        ({"parallel.engine": "ddp", "parallel.deepspeed": "f"}, ("parallel.deepspeed", "parallel.engine")),
+        ({"lora.extra.lora_alpha": "1"}, ("lora.extra.lora_alpha", "lora.alpha")),
+    ],
+)
+def test_contradictions_name_both_sides(flags: dict[str, str], words: tuple[str, str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, NEEDED | flags)
+    assert caught.value.code == "config-contradiction"
+    assert all(word in caught.value.message for word in words)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: [1", "not YAML"),
+        ("lora:\n  rank: 1\n  rank: 2\n", "key `rank` is given twice (line 3"),
+        ("lora: {rank: 1}\nlora.rank: 2\n", "`lora.rank` is given twice"),
+        ("- 1\n- 2\n", "found list [1, 2], expected `key: value` lines"),
+        ("data: pictures\n", "`data` is a section, found text 'pictures'"),
+    ],
+)
+def test_files_that_are_no_configuration(tmp_path: Path, text: str, words: str) -> None:
+    path = written(tmp_path, text)
+    message = refusal(path).message
+    assert message.startswith(str(path))
+    assert words in message
+
+
+def test_a_missing_file_says_what_is_there(tmp_path: Path) -> None:
+    written(tmp_path, "")
+    error = refusal(tmp_path / "rnu.yaml")
+    assert "does not exist" in error.message
+    assert error.hint is not None
+    assert "run.yaml" in error.hint
+    assert "cannot read" in refusal(tmp_path).message
+
+
+def test_a_file_of_another_encoding_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes("model: {path: gr\xfcn}".encode("latin-1"))
+    assert "not UTF-8" in refusal(path).message
+
+
+def test_values_cannot_change_after_the_checks() -> None:
+    config = load_config(None, NEEDED)
+    with pytest.raises(ValidationError):
+        config.train.lr = 1.0  # type: ignore[misc]
+    changed = config.with_values({"train.lr": 0.5})
+    assert (changed.train.lr, config.train.lr) == (0.5, 1e-4)
+    with pytest.raises(ConfigError, match=r"train\.lr"):
+        config.with_values({"train.lr": -1})
+
+
+def test_sections_work_from_python_too() -> None:
+    config = RunConfig.model_validate({"model": {"path": "m"}, "data": {"path": "d"}, "train": {"output": Path("o")}})
+    assert config == load_config(None, {"model": "m", "data": "d", "output": "o"})
