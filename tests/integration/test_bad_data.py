@@ -1,4 +1,4 @@
-"""Every kind of bad data: exit code 2 and a message that says what, where and what to do; skipped and counted by option."""
+"""Every kind of bad data: exit 2, a message that says what, where and what to do; skipped and counted by option."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from tests.support.data_folders import dialogue, section, write_folder, write_image, write_label, write_lines
 
 from cogtune.data.sources import read_sources
 from cogtune.errors import DataError
-from tests.support.data_folders import dialogue, section, write_folder, write_image, write_label, write_lines
 
 GOOD = dialogue("What is it?", "A cat.")
 
@@ -199,15 +199,15 @@ def encoded(form: str, cut: float = 1.0) -> bytes:
 @pytest.mark.parametrize(
     ("data", "code"),
     [
-        (b"", "data-image-empty"),
-        (b"this is no picture", "data-image-unreadable"),
-        (encoded("JPEG", 0.6), "data-image-truncated"),
-        (encoded("PNG", 0.6), "data-image-truncated"),
-        (encoded("GIF", 0.6), "data-image-truncated"),
-        (encoded("BMP", 0.6), "data-image-truncated"),
-        (encoded("TIFF", 0.6), "data-image-truncated"),
-        (encoded("JPEG")[:20], "data-image-unreadable"),
-        (png_header(60_000, 60_000), "data-image-too-large"),
+        (b"", "image-empty"),
+        (b"this is no picture", "image-unreadable"),
+        (encoded("JPEG", 0.6), "image-truncated"),
+        (encoded("PNG", 0.6), "image-truncated"),
+        (encoded("GIF", 0.6), "image-truncated"),
+        (encoded("BMP", 0.6), "image-truncated"),
+        (encoded("TIFF", 0.6), "image-truncated"),
+        (encoded("JPEG")[:20], "image-unreadable"),
+        (png_header(60_000, 60_000), "image-too-large"),
     ],
     ids=["empty", "text", "jpeg", "png", "gif", "bmp", "tiff", "header cut", "bomb"],
 )
@@ -244,13 +244,13 @@ def test_label_without_picture_and_the_reverse(tmp_path: Path) -> None:
     (root / "images" / "004.jpg").unlink()
     (root / "labels" / "009.json").unlink()
     error = refused(root)
-    assert error.code == "data-missing-image"
+    assert error.code == "image-missing"
     assert "004.json" in error.message
     assert "and 1 more:" in error.message
-    assert "missing-label" in error.message
+    assert "label-missing" in error.message
     pictures, report = read_sources(section(root, on_bad="skip"))
     assert len(pictures) == 18
-    assert report.bad == {"missing-image": 1, "missing-label": 1}
+    assert report.bad == {"image-missing": 1, "label-missing": 1}
 
 
 def test_two_pictures_with_one_stem(tmp_path: Path) -> None:
@@ -278,10 +278,10 @@ def test_folders_and_other_files_among_the_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "code", "found"),
     [
-        ({"image": "gone.png", **GOOD}, "data-missing-image", "gone.png"),
-        (GOOD, "data-image-path", '"image"'),
-        ({"image": 3, **GOOD}, "data-image-path", "3"),
-        ({"image": "", **GOOD}, "data-image-path", "''"),
+        ({"image": "gone.png", **GOOD}, "image-missing", "gone.png"),
+        (GOOD, "image-path", '"image"'),
+        ({"image": 3, **GOOD}, "image-path", "3"),
+        ({"image": "", **GOOD}, "image-path", "''"),
         ({"image": None}, "data-missing-key", "neither"),
         ([GOOD], "data-wrong-root", "a list"),
         ({"image": None, "id": ["x"], **GOOD}, "data-id", "['x']"),

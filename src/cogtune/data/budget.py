@@ -69,7 +69,7 @@ class FittedPicture:
 
 
 class _Tokenizer(Protocol):
-    def __call__(self, text: list[str], *, add_special_tokens: bool, return_attention_mask: bool) -> Any: ...
+    def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> Any: ...
 
 
 @dataclass
@@ -181,12 +181,11 @@ class Budget:
     def _prompt(self, item: _Wanted) -> str:
         turns = item.conversation.turns
         history = [(turn.question, turn.answer) for turn in turns[item.first : item.turn]]
-        prompt: str = build_prompt(turns[item.turn].question, history, self.encoder.template)
-        return prompt
+        return build_prompt(turns[item.turn].question, history, self.encoder.template)
 
     def _tokens(self, texts: list[str]) -> list[list[int]]:
         tokenizer: _Tokenizer = self.encoder.tokenizer
-        ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
 

@@ -141,9 +141,13 @@ class TrainRows(Dataset[RowSample]):
         picture = self._pictures[plan.picture]
         samples = plan.samples if self._data.turns == "all" else self._drawn(picture, plan, epoch)
         row = build_tree([self._encode(picture, sample) for sample in samples])
-        pixels = None if picture.image is None else preprocess(read_image(picture.image), self._image_size)
         ids = dict.fromkeys(picture.conversations[sample.conversation].id for sample in samples)
-        return RowSample(row, pixels, tuple(ids))
+        return RowSample(row, self._pixels(picture), tuple(ids))
+
+    def _pixels(self, picture: Picture) -> torch.Tensor | None:
+        if picture.image is None:
+            return None
+        return preprocess(read_image(picture.image, max_pixels=self._data.max_pixels), self._image_size)
 
     def _encode(self, picture: Picture, sample: Sample) -> Encoded:
         turns = picture.conversations[sample.conversation].turns

@@ -176,6 +176,6 @@ def _report_unmatched(
     problems: Problems,
 ) -> None:
     for stem in sorted(labels.keys() - images.keys()):
-        problems.add("missing-image", str(labels[stem] or stem), f"no picture named {stem!r} in {image_folder}")
+        problems.add("image-missing", str(labels[stem] or stem), f"no picture named {stem!r} in {image_folder}")
     for stem in sorted(images.keys() - labels.keys()):
-        problems.add("missing-label", str(images[stem] or stem), f"no label named '{stem}.json' in {label_folder}")
+        problems.add("label-missing", str(images[stem] or stem), f"no label named '{stem}.json' in {label_folder}")

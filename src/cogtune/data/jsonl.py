@@ -92,10 +92,10 @@ class JsonlReader:
             return group
         try:
             if not group.image.is_file():
-                raise BadRecordError("missing-image", f"the picture {group.image} does not exist")
+                raise BadRecordError("image-missing", f"the picture {group.image} does not exist")
             group.image_bytes = check_picture(group.image, self.max_pixels)
         except BadRecordError as bad:
-            named = "" if bad.kind == "missing-image" else f"{group.image}: "
+            named = "" if bad.kind == "image-missing" else f"{group.image}: "
             group.problem = (bad.kind, named + bad.what)
         return group
 

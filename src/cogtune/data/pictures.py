@@ -53,8 +53,9 @@ def check_picture(path: Path, max_pixels: int | None) -> int:
         raise BadRecordError("image-unreadable", "not a picture that Pillow can open") from error
     except Image.DecompressionBombError as error:
         raise BadRecordError("image-too-large", str(error)) from error
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
-        # Pillow's plugins answer broken headers with any of these.
+    except (BadRecordError, MemoryError):
+        raise
+    except Exception as error:  # Pillow's plugins answer broken headers with nearly any exception
         raise BadRecordError("image-unreadable", f"the picture cannot be read ({error})") from error
     return size
 
@@ -63,7 +64,9 @@ def _decode(path: Path) -> None:
     try:
         with Image.open(path) as image:
             image.load()
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # and so do its decoders
         raise BadRecordError("image-truncated", f"the picture is incomplete ({error})") from error
 
 

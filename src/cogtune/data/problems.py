@@ -12,14 +12,15 @@ from typing import Literal
 
 from cogtune.errors import DataError
 
-#: kind of problem -> what the user can do about it. The kind is also the error's code, as ``data-<kind>``.
+#: kind of problem -> what the user can do about it. The kind is also the error's code: ``image-...`` as in
+#: :func:`cogtune.processing.image.read_image`, the others as ``data-<kind>``.
 HINTS: dict[str, str] = {
     "no-images": "a data folder holds images/ and labels/ (or labels_en/, labels_zh/), or *.jsonl files",
     "no-labels": "put one <picture's name>.json per picture into labels/ (or labels_en/, labels_zh/)",
     "label-choice": "choose one with data.labels",
     "no-such-path": "data.path takes a folder with images/ and labels/, or a .jsonl file",
-    "missing-image": "add the picture, or remove the label",
-    "missing-label": "add the label, or remove the picture",
+    "image-missing": "add the picture, or remove the label",
+    "label-missing": "add the label, or remove the picture",
     "same-stem": "pictures and labels are matched by name without suffix: rename one of the two",
     "name": "rename the file in UTF-8",
     "not-a-file": "put the files directly into the folder; folders inside it are not read",
@@ -53,7 +54,8 @@ class Problem:
 
     def error(self, *, more: str = "", skippable: bool = False) -> DataError:
         hint = HINTS[self.kind] + (f"; {SKIP_HINT}" if skippable else "")
-        return DataError(f"{self.where}: {self.what}{more}", hint=hint, code=f"data-{self.kind}")
+        code = self.kind if self.kind.startswith("image-") else f"data-{self.kind}"
+        return DataError(f"{self.where}: {self.what}{more}", hint=hint, code=code)
 
 
 class BadRecordError(Exception):

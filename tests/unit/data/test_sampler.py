@@ -78,7 +78,7 @@ def test_weights_are_floors_and_seeded_draws() -> None:
         counts = Counter(sampler.order(epoch).tolist())
         assert all(counts[row] == 1 for row in range(100))
         assert all(counts[row] == 2 for row in range(100, 200))
-        assert set(counts[row] for row in range(200, 600)) == {0, 1}
+        assert {counts[row] for row in range(200, 600)} == {0, 1}
         assert 70 <= sum(counts[row] for row in range(200, 600)) <= 130  # three and a half standard deviations
         assert sampler.rows_in_epoch(epoch) == sum(counts.values())
     drawn = [{row for row in sampler.order(epoch).tolist() if row >= 200} for epoch in (0, 1)]
