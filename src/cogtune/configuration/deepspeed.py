@@ -6,6 +6,7 @@ the file leaves a value to our key. Our loop owns optimiser, schedule and accumu
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,16 @@ DeepSpeedDict = dict[str, Any]
 _OPTIMIZERS = {"adam": "adamw", "adamw": "adamw", "sgd": "sgd"}
 _SCHEDULES = {"warmuplr": "constant", "warmupdecaylr": "linear", "warmupcosinelr": "cosine"}
 _OURS = ("train_batch_size", "optimizer", "scheduler", "activation_checkpointing")
+_READ = (
+    "train_micro_batch_size_per_gpu",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "zero_optimization",
+    "optimizer",
+    "scheduler",
+)
+"""Keys whose misspelling would go unnoticed: DeepSpeed takes any key at the top level."""
 _ZERO_KEYS = (
     "stage",
     "offload_optimizer",
@@ -39,6 +50,8 @@ _ZERO_KEYS = (
 def read_deepspeed(path: str | Path) -> DeepSpeedDict:
     """The content of a DeepSpeed file (YAML, or JSON by its suffix); raises ConfigError where it cannot be one."""
     content = read_mapping(path, "DeepSpeed file")
+    if "bfloat16" in content and "bf16" not in content:  # DeepSpeed's older name of the block
+        content["bf16"] = content.pop("bfloat16")
     for name in ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler"):
         if name in content and not isinstance(content[name], dict):
             raise ConfigError(f"{path}: `{name}`: found {describe(content[name])}, expected a mapping")
@@ -234,6 +247,9 @@ def _warnings(user: Mapping[str, Any], file: str) -> Iterator[str]:
                 f"{file}: `{name}` stands at the top level, where DeepSpeed ignores it; it is off. "
                 f"To switch it on, indent it under `zero_optimization`"
             )
+    for name in user.keys() - {*_READ, *_ZERO_KEYS}:
+        for near in difflib.get_close_matches(name, _READ, n=1, cutoff=0.85):
+            yield f"{file}: `{name}` is no DeepSpeed key and does nothing; did you mean `{near}`?"
     if user.get("activation_checkpointing"):
         yield (
             f"{file}: `activation_checkpointing` has no effect on this model; "

@@ -5,10 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 import cogtune
+import cogtune.cli.main as commands
 from cogtune.cli.main import guarded, main
 from cogtune.errors import ConfigError, DiskFullError, Stopped
 
@@ -41,6 +43,11 @@ def test_help_imports_nothing_heavy(module: str) -> None:
 def test_output_is_plain_text_without_a_terminal() -> None:
     assert "\x1b" not in run("--help").stdout
     assert "\x1b" not in run("train", "--nonsense", "1").stderr
+
+
+def test_every_command_file_is_registered() -> None:
+    files = Path(commands.__file__).parent.glob("*.py")
+    assert sorted(path.stem for path in files if "def register(" in path.read_text()) == sorted(commands.COMMANDS)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,6 +85,18 @@ def test_the_misplaced_offload_gets_a_named_warning_and_stays_off() -> None:
     assert any("wall_clock_breakdown" in text for text in warnings)
 
 
+def test_a_misspelt_key_gets_a_named_warning() -> None:
+    user = {"zero_optimization": {"stage": 2}, "gradient_acumulation_steps": 4, "prescale_gradients": False}
+    _, _, (warning,) = merge_deepspeed(user, config(), set())
+    assert "`gradient_acumulation_steps`" in warning
+    assert "did you mean `gradient_accumulation_steps`" in warning
+
+
+def test_the_older_name_of_bf16_is_known(tmp_path: Path) -> None:
+    (tmp_path / "ds.yaml").write_text("bfloat16: {enabled: true}\nzero_optimization: {stage: 2}\n")
+    assert changes(read_deepspeed(tmp_path / "ds.yaml"))["model.dtype"] == "bfloat16"
+
+
 def test_a_nested_offload_is_kept() -> None:
     user = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
     final, _, warnings = merge_deepspeed(user, config(), set())
