@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoProcessor, BatchFeature
+from transformers import BatchFeature
 
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.errors import InputError
@@ -188,4 +188,15 @@ def _stack_right(rows: Sequence[Mapping[str, torch.Tensor]], key: str, fill: int
     return out
 
 
-AutoProcessor.register(CogVLM2Config, CogVLM2Processor, exist_ok=True)
+def _register() -> None:
+    """Let ``AutoProcessor`` find this class for folders whose ``config.json`` names the model type."""
+    try:
+        from transformers import AutoProcessor
+    except ImportError:
+        # It needs torchvision to import if one is installed, and fails with one built for another torch. Nothing here
+        # uses torchvision, so only AutoProcessor itself is out of reach then.
+        return
+    AutoProcessor.register(CogVLM2Config, CogVLM2Processor, exist_ok=True)
+
+
+_register()

@@ -99,7 +99,8 @@ def write_tokenizer_files(
         "special_tokens_map.json": ends,
     }
     for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        indent = None if name == "tokenizer.json" else 2  # indented, a large one would take several seconds
+        (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
 
 
 _SPECIAL_FLAGS = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}

@@ -84,23 +84,22 @@ def _append(row: Row, parent: int, ids: list[int], types: list[int], labels: lis
 
 def _insert(top: _Node, sample: Encoded) -> None:
     end = sample.prompt_len
-    left = list(zip(sample.input_ids[:end], sample.token_type_ids[:end], strict=True))
-    node = top
-    while left:
-        child = node.children.get(left[0])
+    prompt = list(zip(sample.input_ids[:end], sample.token_type_ids[:end], strict=True))
+    node, at = top, 0
+    while at < end:
+        child = node.children.get(prompt[at])
         if child is None:
-            child = node.children[left[0]] = _Node(left)
-        shared = _shared(child.tokens, left)
+            child = node.children[prompt[at]] = _Node(prompt[at:])
+        shared = _shared(child.tokens, prompt[at : at + len(child.tokens)])
         if shared < len(child.tokens):
             child.split(shared)
-        node, left = child, left[shared:]
+        node, at = child, at + shared
     if len(sample) > end:
         node.answers.append(sample)
 
 
 def _shared(one: list[_Token], other: list[_Token]) -> int:
-    """Length of the common prefix, at least 1."""
-    if one == other[: len(one)]:
+    """Length of the common prefix; ``other`` is not longer than ``one``."""
+    if one == other:  # the usual case, and the picture is long
         return len(one)
-    length = next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(other))
-    return length
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(other))
