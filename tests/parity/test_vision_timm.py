@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -19,7 +21,7 @@ def test_blocks_equal_timms_post_norm_eva() -> None:
         block = block_class(
             vision.hidden_size, vision.num_heads, qkv_bias=True, qkv_fused=True,
             mlp_ratio=vision.intermediate_size / vision.hidden_size, num_prefix_tokens=1,
-            norm_layer=lambda width: nn.LayerNorm(width, eps=vision.layer_norm_eps),
+            norm_layer=partial(nn.LayerNorm, eps=vision.layer_norm_eps),
         ).eval()  # fmt: skip
         q_bias, k_bias, v_bias = layer.attention.query_key_value.bias.chunk(3)
         state = {

@@ -64,7 +64,7 @@ class ExpertAttention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v, self.layer_index)
         context = functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and routing.num_columns > 1, enable_gqa=True
+            q, k, v, attn_mask=mask, is_causal=mask is None and not routing.decoding, enable_gqa=True
         )
         context = context.transpose(1, 2).reshape(routing.num_rows * routing.num_columns, -1)
         num_vision, take = routing.num_vision, routing.from_rows

@@ -40,6 +40,7 @@ class Routing:
     from_rows: torch.Tensor | None  # [T] sorted -> b * S + column
     positions: torch.Tensor  # [B, S] rotary positions, 0 at padding
     image_slots: torch.Tensor  # sorted index of every image token, in row-major order
+    decoding: bool = False  # one new column behind a cache may see everything, so attention is not causal
     image_runs: tuple[int, ...] = ()  # length of every image run
     row_segments: torch.Tensor | None = None  # [B, S] segment of every token, G at padding; None: no tree
     ancestors: torch.Tensor | None = None  # bool [B, G + 1, G + 1]: a segment sees itself and its ancestors
@@ -101,7 +102,7 @@ class Routing:
         """New text tokens behind a cache: all language, identity layout. ``positions`` [B, S] on any device."""
         rows, columns = positions.shape
         empty = positions.new_empty(0)
-        return cls(rows, columns, 0, None, None, None, positions, empty)
+        return cls(rows, columns, 0, None, None, None, positions, empty, decoding=True)
 
     def keep_all(self) -> Routing:
         """Every token's last hidden state is wanted; targets keep pointing at their predictors."""
