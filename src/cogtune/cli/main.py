@@ -17,7 +17,7 @@ import typer
 import cogtune
 from cogtune.errors import CogtuneError
 
-COMMANDS = ("train",)
+COMMANDS = ("train", "chat", "predict", "merge")
 """Modules of this package, in the order of the help; each has ``register(app)``."""
 
 _BUG_REPORT = "this is a bug in cogtune; please report it with the lines above"

@@ -1,0 +1,231 @@
+"""Merging an adapter into a full model, a block of rows at a time, without a GPU and without loading the model.
+
+Every shard is written with the header of the base's, so names, shapes, formats and layout are the published ones; a
+tensor the adapter does not touch is copied byte for byte, and so is every other file (licences, tokenizer,
+configuration). Memory holds a few blocks of rows and one pair of the adapter's factors.
+
+The result grows in a hidden folder beside ``output``, gets its index last and its name in one rename. What a killed
+merge leaves has neither index nor name, cannot be loaded, and is removed by the next merge.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+
+from cogtune.adapters.attach import WEIGHTS_NAME, base_name
+from cogtune.adapters.change import Changes, read_changes
+from cogtune.adapters.rawfile import CHUNK, DTYPES, Entry, RawFile
+from cogtune.checkpoint.load import INDEX_NAME, check_folder, shard_files
+from cogtune.checkpoint.training import is_disk_full, sync
+from cogtune.errors import AdapterError, CheckpointError, DiskFullError, OutputFolderError
+
+BLOCK_BYTES = 64 * 2**20
+"""Size of a block of rows in float32."""
+
+# Other forms of the unmerged weights; beside merged shards they would be a trap.
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".bin.index.json")
+_NOT_COPIED = {".git", ".cache"}
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did. ``changed`` and ``copied`` count tensors; ``notes`` are sentences for the user."""
+
+    output: Path
+    changed: int
+    copied: int
+    bytes: int
+    notes: tuple[str, ...]
+
+
+def merge(base: Path, adapter: Path, output: Path, progress: Progress = lambda line: None) -> MergeReport:
+    """Write ``base`` with ``adapter`` merged into it to the new folder ``output``.
+
+    Args:
+        base: a model folder with safetensors shards.
+        adapter: a PEFT LoRA or DoRA folder.
+        progress: gets a line per shard.
+
+    Raises:
+        CheckpointError: the base is not a complete model folder.
+        AdapterError: the adapter cannot be merged, is for another base, or makes a tensor that is not finite.
+        OutputFolderError: ``output`` exists.
+        DiskFullError: not enough space, before or while writing; nothing is left behind.
+    """
+    _require_new(output, base)
+    check_folder(base)
+    shards = sorted(shard_files(base))
+    changes = read_changes(adapter, _tensors(base, shards))
+    others, left_out = _other_files(base, shards)
+    notes = _notes(base, adapter, left_out)
+    size = sum((base / name).stat().st_size for name in [*shards, *others])
+    with _partial(output, size, notes) as folder:
+        changed = copied = 0
+        for name in others:
+            if name != INDEX_NAME:
+                _copy(base / name, folder / name)
+        for number, shard in enumerate(shards, start=1):
+            with RawFile(base / shard) as source, RawFile(adapter / WEIGHTS_NAME) as factors:
+                count = _write_shard(source, folder / shard, changes, factors)
+            changed, copied = changed + count, copied + len(source.entries) - count
+            progress(f"{shard} ({number} of {len(shards)}): {count} of {len(source.entries)} tensors changed")
+        if INDEX_NAME in others:
+            _copy(base / INDEX_NAME, folder / INDEX_NAME)
+    return MergeReport(output, changed, copied, size, tuple(notes))
+
+
+def whole_folder(model: str | Path) -> Path:
+    """The model's folder; a hub id is fetched whole, licences included (from the cache, where it is there).
+
+    Raises:
+        CheckpointError: neither.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
+        raise CheckpointError(f"{model}: no such model folder", hint="check the path", code="checkpoint-missing")
+    try:
+        return Path(snapshot_download(str(model)))
+    except (OSError, HFValidationError) as error:
+        raise CheckpointError(
+            f"{model}: neither a folder here nor a hub repository that can be read ({str(error).strip():.300})",
+            hint="check name and network, or download the model and give its folder",
+            code="checkpoint-missing",
+        ) from error
+
+
+def _tensors(base: Path, shards: list[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for shard in shards:
+        with RawFile(base / shard) as source:
+            found |= {name: (entry.dtype, entry.shape) for name, entry in source.entries.items()}
+    return found
+
+
+def _write_shard(source: RawFile, target: Path, changes: Changes, factors: RawFile) -> int:
+    """Write one shard; returns how many of its tensors changed."""
+    changed = 0
+    with target.open("wb") as stream:
+        stream.write(source.prefix())
+        for name, entry in source.entries.items():
+            if name in changes:
+                changed += 1
+                _write_changed(stream, source, entry, changes, factors)
+            else:
+                for chunk in source.chunks(entry):
+                    stream.write(chunk)
+    sync(target)
+    return changed
+
+
+def _write_changed(stream: BinaryIO, source: RawFile, entry: Entry, changes: Changes, factors: RawFile) -> None:
+    step = max(1, BLOCK_BYTES // (4 * max(entry.width, 1)))
+    for first in range(0, entry.rows, step):
+        last = min(first + step, entry.rows)
+        if entry.name in changes.replaced:
+            wide = factors.read(changes.replaced[entry.name], first, last).float()
+        else:
+            rows = source.read(entry.name, first, last)
+            if entry.name in changes.weights:
+                wide = changes.weights[entry.name].apply(rows, first, factors)
+            else:
+                wide = changes.biases[entry.name].apply_bias(rows, first, factors)
+        narrow = wide.to(DTYPES[entry.dtype]).contiguous()
+        if not bool(torch.isfinite(narrow).all()):
+            raise AdapterError(
+                f"{entry.name}: not finite after merging (rows {first} to {last - 1}, stored as {entry.dtype})",
+                hint="the adapter holds NaN or values too large for that format; use an earlier checkpoint of the run",
+                code="adapter-non-finite",
+            )
+        stream.write(narrow.view(torch.uint8).numpy().tobytes())
+
+
+def _other_files(base: Path, shards: list[str]) -> tuple[list[str], list[str]]:
+    """Files to copy, and weight files of other forms that are not; paths relative to ``base``."""
+    copied: list[str] = []
+    left_out: list[str] = []
+    for parent, folders, files in os.walk(base):
+        folders[:] = sorted(name for name in folders if name not in _NOT_COPIED)
+        for file in sorted(files):
+            name = (Path(parent) / file).relative_to(base).as_posix()
+            if name not in shards:
+                (left_out if file.endswith(_WEIGHT_SUFFIXES) else copied).append(name)
+    return copied, left_out
+
+
+def _notes(base: Path, adapter: Path, left_out: list[str]) -> list[str]:
+    notes = []
+    recorded = base_name(adapter)
+    if recorded and Path(recorded).name != base.resolve().name and Path(recorded).resolve() != base.resolve():
+        notes.append(
+            f"the adapter names {recorded} as its base, this base is {base}; "
+            "names and shapes fit, but whether it is the same model is yours to know"
+        )
+    if left_out:
+        notes.append(f"not copied, as they hold weights without the adapter: {', '.join(left_out)}")
+    return notes
+
+
+def _require_new(output: Path, base: Path) -> None:
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise OutputFolderError(f"{output}: exists already", hint="choose another --output; nothing is overwritten")
+    if not base.is_dir():
+        raise CheckpointError(
+            f"{base}: no such model folder", hint="pass the base model's folder", code="checkpoint-missing"
+        )
+    if output.resolve().is_relative_to(base.resolve()):
+        raise OutputFolderError(f"{output}: lies inside the base model", hint="choose an --output outside it")
+
+
+@contextmanager
+def _partial(output: Path, size: int, notes: list[str]) -> Iterator[Path]:
+    """The hidden folder that becomes ``output`` when the block ends well, and vanishes when not."""
+    folder = output.with_name(f".{output.name}.partial")
+    if folder.exists():
+        notes.append(f"removed {folder}, left by an interrupted merge")
+        shutil.rmtree(folder)
+    try:
+        folder.mkdir(parents=True)
+        _require_space(folder, size)
+        yield folder
+        sync(folder)
+        folder.rename(output)
+        sync(output.parent)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if is_disk_full(error):
+            raise DiskFullError(
+                f"{output}: no space left while merging; the unfinished folder was removed",
+                hint=f"free {size / 1e9:.1f} GB, or choose an --output on another disk",
+            ) from error
+        raise
+
+
+def _require_space(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise DiskFullError(
+            f"{folder.parent}: {free / 1e9:.1f} GB free; the merged model needs {size / 1e9:.1f} GB",
+            hint="free some space, or choose an --output on another disk",
+        )
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with source.open("rb") as reader, target.open("wb") as writer:
+        shutil.copyfileobj(reader, writer, CHUNK)
+    shutil.copymode(source, target)
+    sync(target)

@@ -1,0 +1,105 @@
+"""Flags that the commands which answer questions share, and how they show what they do."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from cogtune.generate.decoding import Decoding
+
+_MODEL, _WORDING, _DECODING = "Model", "Prompt", "Decoding"
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "--model.path",
+        help="Base model: folder or hub id. Default: the one the adapter names.",
+        metavar="BASE",
+    ),
+]
+Adapter = Annotated[
+    Path | None,
+    typer.Option("--adapter", help="Adapter folder, or the output folder of a training. Default: none.", metavar="DIR"),
+]
+Template = Annotated[
+    str | None,
+    typer.Option("--model.template", help="chat, vqa or base. Default: the checkpoint's own.", metavar="NAME"),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--model.dtype",
+        help="bfloat16, float16 or float32. auto: bfloat16 on a GPU (float16 on an older one), float32 on a CPU.",
+        metavar="NAME",
+    ),
+]
+RopePrecision = Annotated[
+    str, typer.Option("--model.rope_precision", help="checkpoint or float32, as in training.", metavar="NAME")
+]
+Device = Annotated[
+    str, typer.Option("--device", help="cpu, cuda, cuda:1, ... auto: the first GPU, or the CPU.", metavar="NAME")
+]
+MaxInputLen = Annotated[
+    int | None,
+    typer.Option(
+        "--max-input-len",
+        min=1,
+        help="Most tokens of the prompt's text; the oldest turns go first. Default: what the model's context leaves.",
+    ),
+]
+Temperature = Annotated[float | None, typer.Option("--temperature", help="Sample, this evenly (1: as the model says).")]
+TopP = Annotated[
+    float | None, typer.Option("--top-p", help="Sample from the likeliest tokens that hold this probability.")
+]
+TopK = Annotated[int | None, typer.Option("--top-k", help="Sample from this many likeliest tokens. 0: no limit.")]
+
+
+def changed(
+    decoding: Decoding, *, greedy: bool, temperature: float | None, top_p: float | None, top_k: int | None
+) -> Decoding:
+    """``decoding`` with the flags above."""
+    return decoding.changed(greedy=greedy, temperature=temperature, top_p=top_p, top_k=top_k)
+
+
+def note(text: str) -> None:
+    """Something to know, beside the answers."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """A line on stderr: rewritten in a terminal, one every half minute elsewhere."""
+
+    def __init__(self, unit: str) -> None:
+        self._unit = unit
+        self._start = self._last = time.monotonic()
+        self._first: int | None = None
+        self._terminal = sys.stderr.isatty()
+
+    def __call__(self, done: int, total: int) -> None:
+        """``done`` of ``total`` are finished, with what was finished before this start."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = done
+        if done < total and now - self._last < (0.2 if self._terminal else 30):
+            return
+        self._last = now
+        speed = (done - self._first) / max(now - self._start, 1e-9)
+        left = f", {_duration((total - done) / speed)} left" if speed and done < total else ""
+        text = f"{done}/{total} {self._unit}, {speed:.2f}/s{left}"
+        if self._terminal:
+            end = "\n" if done == total else ""
+            print(f"\r{text:<70}", end=end, file=sys.stderr, flush=True)
+        else:
+            note(text)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"

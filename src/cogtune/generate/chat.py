@@ -1,0 +1,139 @@
+"""A conversation about a picture, or about none, and the loop that reads it line by line.
+
+The prompt is the model's own template around the whole conversation, rebuilt for every question by the functions that
+training uses. Answers go to ``write``; everything else (notes, mistakes, prompts) to ``note``, so that with piped input
+standard output holds the answers alone.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image
+
+from cogtune.errors import CogtuneError, RunError
+from cogtune.generate.decoding import Decoding
+from cogtune.generate.engine import Generator
+from cogtune.generate.history import fit_history, prompt_limit
+from cogtune.processing.image import read_image
+
+HELP = """\
+/image PATH   show a picture; the conversation starts again
+/clear        forget picture and conversation
+/help         this list
+/quit         end (so does the end of input)
+Anything else is a question; one that starts with a slash needs a space before it. Ctrl-C stops an answer."""
+
+Write = Callable[[str], None]
+ReadLine = Callable[[], str | None]
+
+
+class Chat:
+    """Picture, history, and how to answer."""
+
+    def __init__(self, generator: Generator, decoding: Decoding, *, max_input_len: int | None = None) -> None:
+        self.generator = generator
+        self.decoding = decoding
+        self.max_input_len = max_input_len
+        self.image: Image.Image | None = None
+        self.history: list[tuple[str, str]] = []
+
+    def show(self, path: str | Path) -> str:
+        """Take a picture and start again; returns what to tell the user.
+
+        Raises:
+            DataError: not a readable picture; the conversation stays as it was.
+        """
+        image = read_image(Path(path).expanduser())
+        restarted = "; the conversation starts again" if self.history else ""
+        self.image, self.history = image, []
+        return f"picture: {path} ({image.width} x {image.height}){restarted}"
+
+    def clear(self) -> None:
+        """Forget picture and conversation."""
+        self.image, self.history = None, []
+
+    def ask(self, query: str, write: Write, note: Write) -> str:
+        """Stream the answer to ``query`` and remember both. Ctrl-C stops it; what came so far is the answer then.
+
+        Raises:
+            DataError: the question alone does not fit.
+            OutOfMemoryError: the device is too small.
+        """
+        processor = self.generator.processor
+        limit = prompt_limit(
+            processor.config,
+            image=self.image is not None,
+            max_new_tokens=self.decoding.max_new_tokens,
+            max_input_len=self.max_input_len,
+        )
+        kept, dropped = fit_history(processor.encoder, query, self.history, limit, self.generator.template)
+        if dropped:
+            self.history = kept
+            plural = "s" if dropped > 1 else ""
+            note(f"[{dropped} oldest turn{plural} dropped: the conversation has outgrown {limit} tokens]")
+        pieces: list[str] = []
+        try:
+            answer = self.generator.stream(self.image, query, self.history, self.decoding)
+        except KeyboardInterrupt:
+            note("[stopped]")
+            return ""
+        try:
+            for piece in answer:
+                pieces.append(piece)
+                write(piece)
+        except KeyboardInterrupt:
+            note("\n[stopping; Ctrl-C again ends]")
+            answer.stop()
+        text = "".join(pieces)
+        if text:
+            self.history.append((query, text))
+        return text
+
+
+def run_chat(chat: Chat, read_line: ReadLine, write: Write, note: Write) -> None:
+    """Read questions and commands until ``/quit`` or the end of the input (None).
+
+    Mistakes are said and the conversation goes on; KeyboardInterrupt between answers ends it.
+    """
+    while (line := read_line()) is not None:
+        word, _, rest = line.rstrip("\r\n").partition(" ")
+        if word == "/quit":
+            return
+        try:
+            if word.startswith("/") and "/" not in word[1:]:
+                _command(chat, word, rest.strip(), note)
+            elif line.strip():
+                chat.ask(line.strip(), write, note)
+                write("\n")
+        except RunError:
+            raise
+        except CogtuneError as error:
+            note(error.render())
+
+
+def _command(chat: Chat, word: str, rest: str, note: Write) -> None:
+    if word == "/image" and rest:
+        note(chat.show(_path(rest)))
+    elif word == "/clear":
+        chat.clear()
+        note("picture and conversation forgotten")
+    elif word == "/help":
+        note(HELP)
+    elif word == "/image":
+        note("/image needs the path of a picture")
+    else:
+        note(f"{word} is not a command\n{HELP}")
+
+
+def _path(text: str) -> str:
+    """A path as typed or dropped into a terminal, which adds quotes or backslashes before spaces."""
+    if Path(text).expanduser().exists():
+        return text
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        return text
+    return words[0] if len(words) == 1 else text

@@ -1,0 +1,91 @@
+"""How the next token is chosen."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import GenerationConfig
+
+from cogtune.configuration.model import CogVLM2Config
+from cogtune.errors import ConfigError
+
+LIBRARY_TOP_K = 50
+"""What transformers takes where a checkpoint that samples names no ``top_k``, as the published one does not."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Greedy unless ``sample``; then temperature, ``top_p`` and ``top_k`` (0: off) shape the draw."""
+
+    max_new_tokens: int = 512
+    sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning. Raises ConfigError naming the flag."""
+        checks = {
+            "--max-new-tokens": (self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
+            "--temperature": (self.temperature, self.temperature > 0, "above 0; for the likeliest token use --greedy"),
+            "--top-p": (self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            "--top-k": (self.top_k, self.top_k >= 0, "at least 0 (0: no limit)"),
+        }
+        for flag, (value, good, wanted) in checks.items():
+            if not good:
+                raise ConfigError(f"{flag} is {value}; it has to be {wanted}", code="config-value")
+
+    @classmethod
+    def from_checkpoint(cls, published: GenerationConfig, max_new_tokens: int) -> Decoding:
+        """The checkpoint's own way (published: sample at temperature 0.6 with top_p 0.9)."""
+        if not published.do_sample:
+            return cls(max_new_tokens)
+        return cls(
+            max_new_tokens,
+            sample=True,
+            temperature=1.0 if published.temperature is None else float(published.temperature),
+            top_p=1.0 if published.top_p is None else float(published.top_p),
+            top_k=LIBRARY_TOP_K if published.top_k is None else int(published.top_k),
+        )
+
+    def changed(
+        self,
+        *,
+        greedy: bool = False,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+    ) -> Decoding:
+        """A copy with what the user typed; naming a sampling option means sampling.
+
+        Raises:
+            ConfigError: greedy together with a sampling option, or a value out of range.
+        """
+        typed = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+        given = {name: value for name, value in typed.items() if value is not None}
+        if greedy and given:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ConfigError(f"--greedy takes the likeliest token, {flags} draw one", hint="keep one of the two")
+        if greedy:
+            return Decoding(self.max_new_tokens)
+        return Decoding(**{**asdict(self), "sample": self.sample or bool(given), **given})
+
+    def to_generation_config(self, config: CogVLM2Config, published: GenerationConfig) -> GenerationConfig:
+        """transformers' form, with every end token that configuration or checkpoint name."""
+        ends = published.eos_token_id
+        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        sampling: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            do_sample=self.sample,
+            bos_token_id=config.bos_token_id,
+            eos_token_id=sorted({*config.eos_token_ids, *ends}),
+            pad_token_id=config.pad_token_id,
+            **(sampling if self.sample else {}),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that decide the answer: without the sampling options where they are not used."""
+        values = asdict(self)
+        return values if self.sample else {"max_new_tokens": self.max_new_tokens, "sample": False}

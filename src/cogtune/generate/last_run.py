@@ -1,0 +1,74 @@
+"""Remembering the last training, so that its result can be talked to without naming it again.
+
+A small JSON file in the user's state folder (``$XDG_STATE_HOME/cogtune``, by default ``~/.local/state/cogtune``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cogtune.errors import InputError
+
+
+@dataclass(frozen=True)
+class LastRun:
+    """Base model (folder or hub id), adapter folder and output folder of a training; folders are absolute."""
+
+    model: str
+    adapter: str
+    output: str
+    template: str | None = None
+    rope_precision: str = "checkpoint"
+
+
+def state_file() -> Path:
+    """Where it is remembered."""
+    root = os.environ.get("XDG_STATE_HOME")
+    return (Path(root) if root else Path.home() / ".local" / "state") / "cogtune" / "last_run.json"
+
+
+def write_last_run(
+    model: str | Path,
+    adapter: Path,
+    output: Path,
+    *,
+    template: str | None = None,
+    rope_precision: str = "checkpoint",
+) -> bool:
+    """Remember a finished training; whether that was possible (a home that cannot be written is no reason to fail)."""
+    base = str(Path(model).expanduser().resolve()) if Path(model).expanduser().is_dir() else str(model)
+    run = LastRun(base, str(adapter.resolve()), str(output.resolve()), template, rope_precision)
+    try:
+        path = state_file()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        temporary.write_text(json.dumps(asdict(run), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except (OSError, RuntimeError):  # Path.home() raises RuntimeError where there is none
+        return False
+    return True
+
+
+def read_last_run() -> LastRun:
+    """The last training on this machine by this user.
+
+    Raises:
+        InputError: there was none, or its adapter is gone.
+    """
+    hint = "train first, or give --adapter DIR (and --model BASE)"
+    path = state_file()
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        run = LastRun(**{key: values[key] for key in LastRun.__dataclass_fields__ if key in values})
+    except FileNotFoundError:
+        raise InputError("no finished training is remembered", hint=hint, code="no-last-run") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}", hint=hint, code="no-last-run") from error
+    if not Path(run.adapter).is_dir():
+        raise InputError(
+            f"{run.adapter}: the last training's adapter is not there any more", hint=hint, code="no-last-run"
+        )
+    return run

@@ -1,0 +1,164 @@
+"""From what a user names to a model that answers: base, adapter, device and number format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cogtune.adapters.attach import CONFIG_NAME, adapter_shapes, base_name, load_adapter
+from cogtune.checkpoint.load import load_model
+from cogtune.configuration.model import ROPE_PRECISIONS
+from cogtune.errors import AdapterError, ConfigError, SetupError
+from cogtune.generate.engine import Generator
+from cogtune.processing.processor import CogVLM2Processor
+from cogtune.processing.prompt import check_template
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_FIRST_WITH_BFLOAT16 = (8, 0)  # Ampere
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model to talk to. ``device``: ``auto`` is the first GPU, or the CPU."""
+
+    model: str | None = None
+    adapter: Path | None = None
+    template: str | None = None
+    dtype: str = "auto"
+    rope_precision: str = "checkpoint"
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A choice with every default filled in."""
+
+    model: str
+    adapter: Path | None
+    template: str | None
+    dtype: torch.dtype
+    rope_precision: str
+    device: torch.device
+
+    @property
+    def dtype_name(self) -> str:
+        """The number format as ``model.dtype`` spells it."""
+        return str(self.dtype).removeprefix("torch.")
+
+
+def resolve(choice: ModelChoice) -> Resolved:
+    """Fill in defaults, before anything is loaded.
+
+    Without ``model``, the base is the one the adapter names. An output folder of a run stands for its adapter.
+
+    Raises:
+        AdapterError, ConfigError, SetupError: what is missing or does not go together.
+    """
+    adapter = None if choice.adapter is None else find_adapter(choice.adapter)
+    model = choice.model
+    if model is None:
+        if adapter is None:
+            raise ConfigError("no model given", hint="give --model BASE, --adapter DIR, or both", code="config-missing")
+        model = base_name(adapter)
+        if not model:
+            raise AdapterError(
+                f"{adapter}: does not say what base it was trained on", hint="give --model BASE", code="adapter-base"
+            )
+        _require_here(model, adapter)
+    if choice.template is not None:
+        check_template(choice.template)
+    if choice.rope_precision not in ROPE_PRECISIONS:
+        raise ConfigError(
+            f"--model.rope_precision is {choice.rope_precision!r}; it is one of {', '.join(ROPE_PRECISIONS)}",
+            code="config-value",
+        )
+    device = choose_device(choice.device)
+    return Resolved(
+        str(model), adapter, choice.template, choose_dtype(choice.dtype, device), choice.rope_precision, device
+    )
+
+
+def _require_here(model: str, adapter: Path) -> None:
+    """The base an adapter names may be a folder of the machine it was trained on."""
+    path = Path(model).expanduser()
+    if not path.is_dir() and (path.is_absolute() or model.count("/") != 1 or model.startswith(".")):
+        raise AdapterError(
+            f"{adapter}: names {model} as its base, which is not here", hint="give --model BASE", code="adapter-base"
+        )
+
+
+def load_generator(choice: Resolved, progress: Callable[[str], None] = lambda line: None) -> Generator:
+    """Load base and adapter.
+
+    Raises:
+        CheckpointError, AdapterError: a folder that is not whole, or an adapter for another base.
+        ConfigError: an unknown template.
+    """
+    processor = CogVLM2Processor.from_pretrained(choice.model)
+    progress(f"loading {choice.model} ({choice.dtype_name}, {choice.device})")
+    model = load_model(choice.model, dtype=choice.dtype, device=choice.device, rope_precision=choice.rope_precision)
+    if choice.adapter is not None:
+        progress(f"with the adapter in {choice.adapter}")
+        model = load_adapter(model, choice.adapter)
+    return Generator(model, processor, template=choice.template)
+
+
+def find_adapter(folder: Path) -> Path:
+    """The adapter folder that ``folder`` is, or the one in it if it is a run's output.
+
+    Raises:
+        AdapterError: neither.
+    """
+    folder = folder.expanduser()
+    inside = folder / "adapter"
+    if not (folder / CONFIG_NAME).is_file() and (inside / CONFIG_NAME).is_file():
+        folder = inside
+    adapter_shapes(folder)
+    return folder
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto``, ``cpu``, ``cuda``, ``cuda:1``...
+
+    Raises:
+        ConfigError: not a device. SetupError: one that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        hint = "it is auto, cpu, cuda or cuda:N"
+        raise ConfigError(f"--device {name}: not a device", hint=hint, code="config-value") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SetupError(
+            f"--device {name}: {torch.cuda.device_count()} GPUs are visible to PyTorch {torch.__version__}",
+            hint="use --device cpu, or install PyTorch for your GPU",
+            code="no-device",
+        )
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto``: bfloat16 on a GPU that computes in it, float16 on an older one, float32 on a CPU.
+
+    Raises:
+        SetupError: bfloat16 asked of a card without it.
+    """
+    if name not in ("auto", *_DTYPES):
+        raise ConfigError(f"--model.dtype is {name!r}; it is one of auto, {', '.join(_DTYPES)}", code="config-value")
+    if device.type != "cuda":
+        return torch.float32 if name == "auto" else _DTYPES[name]
+    modern = torch.cuda.get_device_capability(device) >= _FIRST_WITH_BFLOAT16
+    if name == "auto":
+        return torch.bfloat16 if modern else torch.float16
+    if name == "bfloat16" and not modern:
+        raise SetupError(
+            f"{torch.cuda.get_device_name(device)} does not compute in bfloat16",
+            hint="use --model.dtype float16 (or leave it out), or float32 (twice the memory)",
+            code="no-bfloat16",
+        )
+    return _DTYPES[name]

@@ -1,0 +1,227 @@
+"""Answering a data set: questions in, JSON lines out, batched, in the data's order, and continued where it stopped.
+
+A question is asked with its reference history (what the data set says was answered before), or, with
+``own_history``, with the model's own earlier answers; then the turns of a conversation wait for each other and a batch
+takes one turn from each of several conversations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from cogtune.configuration.run import DataSection
+from cogtune.data.records import Question
+from cogtune.errors import DataError
+from cogtune.generate.decoding import Decoding
+from cogtune.generate.engine import Generator
+from cogtune.generate.history import fit_history, prompt_limit
+from cogtune.generate.records import PredictionFile
+from cogtune.processing.image import read_image
+
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """How a data set is answered."""
+
+    batch_size: int = 8
+    own_history: bool = False
+    max_input_len: int | None = None
+    seed: int = 0
+
+
+@dataclass
+class PredictReport:
+    """Counts of one call. ``earlier``: answers an interrupted run had left."""
+
+    questions: int = 0
+    answered: int = 0
+    earlier: int = 0
+    skipped: int = 0
+    trimmed: int = 0
+    skipped_examples: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """A few sentences for the console."""
+        lines = [f"{self.answered} of {self.questions} questions answered"]
+        if self.earlier:
+            lines[0] += f", and {self.earlier} by an earlier run"
+        if self.trimmed:
+            lines.append(f"{self.trimmed} asked without their oldest turns: the whole history did not fit")
+        if self.skipped:
+            lines.append(f"{self.skipped} left out:")
+            lines += [f"  {example}" for example in self.skipped_examples]
+        return lines
+
+
+class Predictor:
+    """Answers ``questions`` with ``generator`` into ``file``; ``data`` says what to do with what cannot be read."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        questions: Sequence[Question],
+        file: PredictionFile,
+        data: DataSection,
+        decoding: Decoding,
+        options: PredictOptions,
+        on_progress: OnProgress = lambda done, total: None,
+    ) -> None:
+        self.generator = generator
+        self.questions = questions
+        self.file = file
+        self.data = data
+        self.decoding = decoding
+        self.options = options
+        self.on_progress = on_progress
+        self.report = PredictReport(questions=len(questions), earlier=len(file.done))
+        self.answers: dict[int, str] = file.done | {p: text for p, text in file.pending.items() if p >= file.next}
+        self.bad: set[int] = {place for place in range(file.next) if place not in file.done}
+        self._pictures: dict[Path, Image.Image | DataError] = {}
+
+    def run(self) -> PredictReport:
+        """Answer what the file does not hold yet.
+
+        Whatever ends it early (an error, Ctrl-C), every answer computed is kept.
+
+        Raises:
+            DataError: a picture or question that cannot be used, unless ``data.on_bad`` is ``skip`` and it is one of
+                few. OutOfMemoryError, DiskFullError: with everything before in the file.
+        """
+        with self.file:
+            try:
+                for places in self._windows(self.file.next):
+                    for batch in self._batches(places):
+                        self._answer(batch)
+                        self._flush(places)
+                    self._flush(places)
+            finally:
+                self.file.keep_for_later({p: text for p, text in self.answers.items() if p >= self.file.next})
+            self.file.finish()
+        self.report.skipped = len(self.bad)
+        return self.report
+
+    def _windows(self, start: int) -> Iterator[list[int]]:
+        """Consecutive positions that are answered together: a batch, or with own history a batch of conversations."""
+        window: list[int] = []
+        conversations = 0
+        for place in range(start, len(self.questions)):
+            new = not window or self.questions[place].id != self.questions[place - 1].id
+            full = conversations == self.options.batch_size if self.options.own_history else False
+            if (full and new) or (not self.options.own_history and len(window) == self.options.batch_size):
+                yield window
+                window, conversations = [], 0
+                new = True
+            window.append(place)
+            conversations += new
+        if window:
+            yield window
+
+    def _batches(self, places: list[int]) -> Iterator[list[int]]:
+        """Batches of positions whose history is known; later ones appear as earlier ones are answered."""
+        while True:
+            ready = [place for place in places if self._is_ready(place)][: self.options.batch_size]
+            if not ready:
+                return
+            yield ready
+
+    def _is_ready(self, place: int) -> bool:
+        if place in self.answers or place in self.bad:
+            return False
+        if not self.options.own_history or self.questions[place].turn == 0:
+            return True
+        return place - 1 in self.answers
+
+    def _answer(self, places: list[int]) -> None:
+        asks = []
+        asked = []
+        for place in places:
+            try:
+                asks.append(self._ask(place))
+                asked.append(place)
+            except DataError as error:
+                self._skip(place, error)
+        if self.decoding.sample:
+            torch.manual_seed(self.options.seed + places[0])
+        for place, answer in zip(asked, self.generator.answer_batch(asks, self.decoding), strict=True):
+            self.answers[place] = answer
+        self.report.answered += len(asked)
+
+    def _ask(self, place: int) -> tuple[Image.Image | None, str, list[tuple[str, str]]]:
+        question = self.questions[place]
+        image = None if question.image is None else self._picture(question.image)
+        history = list(question.history)
+        if self.options.own_history:
+            first = place - question.turn
+            history = [(past, self.answers[first + turn]) for turn, (past, _) in enumerate(history)]
+        processor = self.generator.processor
+        limit = prompt_limit(
+            processor.config,
+            image=image is not None,
+            max_new_tokens=self.decoding.max_new_tokens,
+            max_input_len=self.options.max_input_len,
+        )
+        try:
+            kept, dropped = fit_history(processor.encoder, question.question, history, limit, self.generator.template)
+        except DataError as error:
+            where = f"{question.id}, turn {question.turn}"
+            raise DataError(f"{where}: {error.message}", hint=error.hint, code=error.code) from error
+        self.report.trimmed += dropped > 0
+        return image, question.question, kept
+
+    def _picture(self, path: Path) -> Image.Image:
+        """The picture, read once for all its questions: the same object, so that the tower runs once too."""
+        if path not in self._pictures:
+            kept = list(self._pictures)[-self.options.batch_size :]
+            self._pictures = {key: self._pictures[key] for key in kept}
+            try:
+                self._pictures[path] = read_image(path, max_pixels=self.data.max_pixels)
+            except DataError as error:
+                self._pictures[path] = error
+        found = self._pictures[path]
+        if isinstance(found, DataError):
+            raise found
+        return found
+
+    def _skip(self, place: int, error: DataError) -> None:
+        """Count a question that cannot be asked, and the later turns that build on it; or raise."""
+        if self.data.on_bad == "error":
+            hint = f"{error.hint}; or leave it out with --data.on_bad skip"
+            raise DataError(error.message, hint=hint, code=error.code) from error
+        self.bad.add(place)
+        if self.options.own_history:
+            later = place + 1
+            while later < len(self.questions) and self.questions[later].id == self.questions[place].id:
+                self.bad.add(later)
+                later += 1
+        self.report.skipped_examples = [*self.report.skipped_examples, error.message][:5]
+        allowed = self.data.max_bad_share * len(self.questions)
+        if len(self.bad) > allowed:
+            raise DataError(
+                f"{len(self.bad)} of {len(self.questions)} questions cannot be asked "
+                f"(data.max_bad_share allows {self.data.max_bad_share:g}); the last: {error.message}",
+                hint="repair the data, or raise --data.max_bad_share",
+                code="data-bad-share",
+            ) from error
+
+    def _flush(self, places: list[int]) -> None:
+        """Write what is next in the data's order."""
+        before = self.file.next
+        while self.file.next <= places[-1] and (self.file.next in self.answers or self.file.next in self.bad):
+            place = self.file.next
+            if place in self.answers:
+                self.file.append(self.questions[place], self.answers[place])
+            self.file.next = place + 1
+        if self.file.next > before:
+            self.on_progress(self.file.next, len(self.questions))

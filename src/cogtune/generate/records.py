@@ -1,0 +1,179 @@
+"""The file of predictions: one JSON line per question, in the data's order, and a sidecar that says what made them.
+
+A line counts once its newline is written. A file that ends in the middle of a line (a killed run, a full disk) is cut
+back to its last whole line, and the run goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from cogtune.checkpoint.training import is_disk_full, write_json
+from cogtune.data.records import Question
+from cogtune.errors import DiskFullError, OutputFolderError
+
+_ELSE = "give another --output, or remove this file and its .meta.json to start over"
+
+
+def record(question: Question, answer: str) -> dict[str, Any]:
+    """The line of one answered question."""
+    return {
+        "id": question.id,
+        "image": None if question.image is None else str(question.image),
+        "turn": question.turn,
+        "question": question.question,
+        "answer": answer,
+        "reference": question.reference,
+    }
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the answers (compared on continuing) and where it lay (only shown)."""
+
+    decides: dict[str, Any]
+    shown: dict[str, Any]
+
+
+class PredictionFile:
+    """Appends records to ``path``; ``path.meta.json`` holds the settings and answers not yet in their turn.
+
+    Raises:
+        OutputFolderError: the file is not one of ours, or was made with other settings or data.
+    """
+
+    def __init__(self, path: Path, settings: Settings, questions: Sequence[Question]) -> None:
+        self.path = path
+        self.meta = path.with_name(path.name + ".meta.json")
+        self.settings = settings
+        self.done: dict[int, str] = {}
+        """Position in ``questions`` -> answer, of what the file holds already."""
+        self.pending: dict[int, str] = {}
+        self.next = 0
+        """The first position behind the file's last line."""
+        self._stream: BinaryIO | None = None
+        if path.exists() and not path.is_file():
+            raise OutputFolderError(f"{path}: not a file", hint="--output names the .jsonl file to write")
+        if path.is_file() and path.stat().st_size:
+            self._check_meta()
+            self._read_lines(questions)
+
+    def __enter__(self) -> PredictionFile:
+        with _explained_disk_full(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = self.path.open("ab", buffering=0)
+            self.keep_for_later(self.pending)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._stream is not None
+        self._stream.close()
+
+    def append(self, question: Question, answer: str) -> None:
+        """Write one line, whole or not at all.
+
+        Raises:
+            DiskFullError: no space; the lines before stay.
+        """
+        assert self._stream is not None
+        line = json.dumps(record(question, answer), ensure_ascii=False).encode() + b"\n"
+        size = os.fstat(self._stream.fileno()).st_size
+        with _explained_disk_full(self.path):
+            try:
+                written = 0
+                while written < len(line):
+                    written += self._stream.write(line[written:]) or 0
+            except BaseException:
+                self._stream.truncate(size)
+                raise
+
+    def keep_for_later(self, answers: dict[int, str]) -> None:
+        """Answers that are computed but wait for an earlier question: the next run takes them from the sidecar."""
+        later = {str(place): answer for place, answer in answers.items()}
+        write_json(self.meta, {"decides": self.settings.decides, "made_with": self.settings.shown, "pending": later})
+
+    def finish(self) -> None:
+        """Everything to disk."""
+        assert self._stream is not None
+        os.fsync(self._stream.fileno())
+
+    def _check_meta(self) -> None:
+        try:
+            meta = json.loads(self.meta.read_text(encoding="utf-8"))
+            stored, pending = dict(meta["decides"]), dict(meta["pending"])
+        except FileNotFoundError:
+            raise OutputFolderError(
+                f"{self.path}: exists, and {self.meta.name}, which says what made it, does not", hint=_ELSE
+            ) from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise OutputFolderError(f"{self.meta}: cannot be read: {error}", hint=_ELSE) from error
+        now = self.settings.decides
+        lines = [
+            f"{key}: {_shown(stored.get(key))} there, {_shown(now.get(key))} now"
+            for key in sorted(stored.keys() | now.keys())
+            if stored.get(key) != now.get(key)
+        ]
+        if lines:
+            raise OutputFolderError(f"{self.path}: was made with other settings:\n  " + "\n  ".join(lines), hint=_ELSE)
+        self.pending = {int(place): str(answer) for place, answer in pending.items()}
+
+    def _read_lines(self, questions: Sequence[Question]) -> None:
+        """Match the file's lines with the questions; a question without a line was skipped."""
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        place = 0
+        for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
+            try:
+                found = json.loads(line)
+                key = (found["id"], found["turn"], found["question"])
+                answer = str(found["answer"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise OutputFolderError(
+                    f"{self.path}:{number}: not a prediction record: {error}", hint=_ELSE
+                ) from error
+            while place < len(questions) and key != _key(questions[place]):
+                place += 1
+            if place == len(questions):
+                raise OutputFolderError(
+                    f"{self.path}:{number}: {key[0]!r}, turn {key[1]}, is not where the data has it", hint=_ELSE
+                )
+            self.done[place] = answer
+            place += 1
+        self.next = place
+        if len(whole) < len(content):
+            os.truncate(self.path, len(whole))
+
+
+def _key(question: Question) -> tuple[str, int, str]:
+    return question.id, question.turn, question.question
+
+
+def _shown(value: Any) -> str:
+    """Digests are only compared; a dozen characters show that they differ."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return f"{text[:12]}..." if len(text) == 64 and set(text) <= set("0123456789abcdef") else text
+
+
+class _explained_disk_full:  # noqa: N801  (a context manager, used like a function)
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and is_disk_full(error):
+            raise DiskFullError(
+                f"{self.path}: no space left; every answer before is in the file",
+                hint="free some space and run the same command again: it continues",
+            ) from error

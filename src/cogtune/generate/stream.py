@@ -1,0 +1,120 @@
+"""Text of an answer while it is generated: whole characters as soon as their tokens are complete."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+_INCOMPLETE = "\ufffd"
+
+
+class TextPieces:
+    """Turns token ids into text, one at a time.
+
+    A character may be spread over several byte-level tokens; it comes out with its last one. White space at either end
+    of the answer is left out, so the pieces joined are the stripped answer.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+        self._waiting: list[int] = []
+        self._given = 0
+        self._spaces = ""
+        self._begun = False
+
+    def push(self, token: int) -> str:
+        """The text that this token completes, often none."""
+        self._waiting.append(token)
+        text = self._decode(self._waiting)
+        # only the last mark can be a character whose bytes are still to come
+        whole = text.removesuffix(_INCOMPLETE)
+        piece, self._given = whole[self._given :], len(whole)
+        if whole == text:
+            self._waiting, self._given = [], 0
+        return self._trimmed(piece)
+
+    def finish(self) -> str:
+        """What an answer that ends inside a character still holds."""
+        text = self._decode(self._waiting) if self._waiting else ""
+        piece, self._waiting, self._given = text[self._given :], [], 0
+        return self._trimmed(piece)
+
+    def _trimmed(self, text: str) -> str:
+        text = self._spaces + text if self._begun else text.lstrip()
+        self._begun = self._begun or bool(text)
+        kept = text.rstrip()
+        self._spaces = text[len(kept) :]
+        return kept
+
+
+class Answer(Iterator[str]):
+    """An answer being generated in a thread: iterate for its pieces.
+
+    ``stop`` ends it after the token being computed; the pieces so far stay valid.
+    """
+
+    def __init__(self, generate: Callable[[BaseStreamer, StoppingCriteria], Any], pieces: TextPieces) -> None:
+        self._queue: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
+        self._stop = threading.Event()
+        self._done = False
+        self._thread = threading.Thread(target=self._run, args=(generate, pieces), daemon=True)
+        self._thread.start()
+
+    def __next__(self) -> str:
+        while not self._done:
+            item = self._queue.get()
+            if item is None or isinstance(item, BaseException):
+                self._done = True
+                self._thread.join()
+                if item is not None:
+                    raise item
+            elif item:
+                return item
+        raise StopIteration
+
+    def stop(self) -> None:
+        """End it, and wait until the model is free again."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self, generate: Callable[[BaseStreamer, StoppingCriteria], Any], pieces: TextPieces) -> None:
+        end: BaseException | None = None
+        try:
+            generate(_Pushing(pieces, self._queue.put), _StopWhenSet(self._stop))
+            self._queue.put(pieces.finish())
+        except BaseException as error:  # whatever it is, the reader of the pieces has to get it
+            end = error
+        self._queue.put(end)
+
+
+class _Pushing(BaseStreamer):
+    """The streamer ``generate()`` calls: first with the prompt, then with each token."""
+
+    def __init__(self, pieces: TextPieces, put: Callable[[str], None]) -> None:
+        self._pieces = pieces
+        self._put = put
+        self._prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompt:
+            self._prompt = False
+            return
+        for token in value.flatten().tolist():
+            self._put(self._pieces.push(token))
+
+    def end(self) -> None:
+        """Nothing to do: what is left is fetched when ``generate()`` has returned."""
+
+
+class _StopWhenSet(StoppingCriteria):
+    def __init__(self, event: threading.Event) -> None:
+        self._event = event
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self._event.is_set(), dtype=torch.bool, device=input_ids.device)
