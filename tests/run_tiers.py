@@ -99,6 +99,11 @@ def record(rows: list[dict[str, float | int | str]]) -> dict[str, object]:
         "cores": os.cpu_count(),
         "versions": {name: installed(name) for name in LIBRARIES},
         "tiers": rows,
+        "table": {
+            "columns": ["tier", "passed", "skipped", "failed", "seconds"],
+            "columns_zh": ["层", "通过", "跳过", "失败", "秒"],
+            "rows": [[row[key] for key in ("tier", "passed", "skipped", "failed", "seconds")] for row in rows],
+        },
         "seconds": round(sum(float(row["seconds"]) for row in rows), 1),
     }
 

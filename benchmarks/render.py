@@ -1,0 +1,98 @@
+"""Puts measured numbers into the documentation: blocks between ``result`` marks come from ``benchmarks/results``.
+
+A table, from the result file's own ``"table": {"columns": [...], "columns_zh": [...], "rows": [[...], ...]}``:
+
+    <!-- result: demo -->
+    ...
+    <!-- end -->
+
+One value inside a sentence, by its path in the file and a format (Python's, for the value as a number):
+
+    it answers <!-- result: demo.tuned.accuracy .1% -->97.3%<!-- end --> of them
+
+``python benchmarks/render.py`` rewrites the pages; with ``--check`` it only says which ones are not current, and fails.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+MARK = re.compile(
+    r"(<!-- result: (?P<name>[\w-]+)(?P<path>[\w.-]*)(?: (?P<format>[^ ]+))? -->)(?P<body>.*?)(<!-- end -->)", re.S
+)
+
+
+class StaleMarkError(Exception):
+    """A mark names a file, a table or a value that does not exist."""
+
+
+def pages(root: Path = ROOT) -> Iterator[Path]:
+    """Every page that may hold marks."""
+    yield from sorted(root.glob("*.md"))
+    for folder in ("docs", "configs", "benchmarks"):
+        yield from sorted((root / folder).rglob("*.md"))
+
+
+def render(text: str, results: Path = RESULTS, *, chinese: bool = False) -> str:
+    """``text`` with every marked block made anew. Raises StaleMarkError."""
+
+    def fill(match: re.Match[str]) -> str:
+        name, path = match["name"], match["path"].strip(".")
+        file = results / f"{name}.json"
+        if not file.is_file():
+            raise StaleMarkError(f"result {name}: no {file}")
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if path:
+            return f"{match[1]}{_value(content, path, match['format'] or '', name)}{match[6]}"
+        return f"{match[1]}\n{_table(content, name, chinese)}\n{match[6]}"
+
+    return MARK.sub(fill, text)
+
+
+def _value(content: Any, path: str, form: str, name: str) -> str:
+    for part in path.split("."):
+        try:
+            content = content[int(part) if isinstance(content, list) else part]
+        except (KeyError, IndexError, ValueError, TypeError):
+            raise StaleMarkError(f"result {name}: no value {path}") from None
+    return format(content, form) if form else str(content)
+
+
+def _table(content: dict[str, Any], name: str, chinese: bool) -> str:
+    table = content.get("table")
+    if table is None:
+        raise StaleMarkError(f'result {name}: its file has no "table"')
+    columns = table.get("columns_zh", table["columns"]) if chinese else table["columns"]
+    rows = table.get("rows_zh", table["rows"]) if chinese else table["rows"]
+    numeric = [all(isinstance(row[index], int | float) for row in rows) for index in range(len(columns))]
+    lines = [columns, ["---:" if number else "---" for number in numeric], *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def is_chinese(page: Path) -> bool:
+    return page.stem.endswith("_zh") or "zh" in page.relative_to(ROOT).parts
+
+
+def main(arguments: list[str]) -> int:
+    stale = []
+    for page in pages():
+        before = page.read_text(encoding="utf-8")
+        after = render(before, chinese=is_chinese(page))
+        if after != before:
+            stale.append(page)
+            if "--check" not in arguments:
+                page.write_text(after, encoding="utf-8")
+    for page in stale:
+        print(("not current: " if "--check" in arguments else "rendered ") + str(page.relative_to(ROOT)))
+    return 1 if stale and "--check" in arguments else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

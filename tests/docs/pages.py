@@ -1,0 +1,84 @@
+"""The documentation as the tests read it: its pages, their code blocks, headings, links and commands."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[\w-]*)[^\n]*\n(?P<body>.*?)^(?P=indent)```\s*$", re.M | re.S)
+SHELL = ("bash", "sh", "console", "shell")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced code block."""
+
+    language: str
+    body: str
+
+
+def pages() -> list[Path]:
+    """Every Markdown page of the project, as written."""
+    return sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")])
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def chinese_twin(page: Path) -> Path | None:
+    """Where the Chinese version of a page for users stands; None for pages that have none."""
+    place = name(page)
+    if place == "README.md":
+        return ROOT / "README_zh.md"
+    parts = page.relative_to(ROOT).parts
+    if parts[0] == "docs" and parts[1] in ("guides", "concepts", "errors.md"):
+        return ROOT.joinpath("docs", "zh", *parts[1:])
+    return None
+
+
+def blocks(text: str) -> list[Block]:
+    return [Block(match["language"], match["body"]) for match in FENCE.finditer(text)]
+
+
+def without_blocks(text: str) -> str:
+    return FENCE.sub("", text)
+
+
+def headings(text: str) -> list[tuple[int, str]]:
+    """(level, title) of every heading outside code blocks."""
+    found = re.findall(r"^(#{1,6}) +(.+?)\s*$", without_blocks(text), re.M)
+    return [(len(marks), title) for marks, title in found]
+
+
+def links(text: str) -> list[str]:
+    """Targets of links and pictures outside code blocks."""
+    return re.findall(r"\]\(([^)\s]+)\)", without_blocks(text))
+
+
+def anchors(text: str) -> set[str]:
+    """What the headings can be linked to as, by the usual rule of code hosts."""
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for _, title in headings(text)}
+
+
+def shell_lines(text: str) -> Iterator[str]:
+    """Every command line of the shell blocks, continued lines joined, prompts and comments removed."""
+    for block in blocks(text):
+        if block.language in SHELL:
+            for line in block.body.replace("\\\n", " ").splitlines():
+                line = re.sub(r"(^|\s)#.*$", "", line).strip().removeprefix("$ ")
+                if line:
+                    yield line
+
+
+def inline_code(text: str) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", without_blocks(text))
+
+
+def words(line: str) -> list[str]:
+    """A command line as a shell would split it; placeholders such as ``...`` stay words."""
+    return shlex.split(line)
