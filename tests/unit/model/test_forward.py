@@ -122,7 +122,13 @@ def test_the_last_layer_leaves_out_dead_work() -> None:
         module.register_forward_hook(lambda _m, args, _o, name=name: seen.update({name: args[0].shape[0]}))
     model(**batch)
     labelled = int((batch["labels"] != -100).sum())
-    assert seen == {"vision dense": 0, "language dense": labelled, "vision mlp": 0, "language mlp": labelled, "head": labelled}
+    assert seen == {
+        "vision dense": 0,
+        "language dense": labelled,
+        "vision mlp": 0,
+        "language mlp": labelled,
+        "head": labelled,
+    }
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:

@@ -60,7 +60,11 @@ def test_random_trees_follow_every_tokens_own_path(seed: int) -> None:
     ]
     batch = tree_batch(roots, 127)
     routing = Routing.build(
-        batch["token_type_ids"], batch["attention_mask"], batch["segment_ids"], batch["segment_parents"], batch["labels"]
+        batch["token_type_ids"],
+        batch["attention_mask"],
+        batch["segment_ids"],
+        batch["segment_parents"],
+        batch["labels"],
     )
     width = batch["input_ids"].shape[1]
     assert routing.token_index is not None

@@ -1,0 +1,294 @@
+"""A merged model is its base with the adapter, whole or not there at all, and made in little memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cogtune.adapters import merge as merging
+from cogtune.adapters import rawfile
+from cogtune.adapters.attach import load_adapter
+from cogtune.adapters.merge import merge
+from cogtune.checkpoint.load import INDEX_NAME, load_model
+from cogtune.checkpoint.random import make_tiny
+from cogtune.errors import AdapterError, CheckpointError, CogtuneError, DiskFullError, OutputFolderError
+from tests.support.adapters import write_adapter
+
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {"targets": ["experts", "vision-tower", "glu-adapter"]},
+    "rslora with patterns": {
+        "rslora": True,
+        "extra": {"rank_pattern": {"vision_expert_dense": 3}, "alpha_pattern": {"layers.1.*gate_proj": 5}},
+    },
+    "dora": {"targets": ["experts"], "dora": True},
+    "biases": {"targets": ["vision-tower"], "extra": {"bias": "lora_only"}},
+    "lora_bias": {"targets": ["vision_expert_query_key_value"], "extra": {"lora_bias": True}},
+    "modules_to_save": {"targets": ["language_expert_dense"], "extra": {"modules_to_save": ["lm_head"]}},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float32 base with the files a published folder has beside weights, and one of another weight format."""
+    folder = make_tiny(tmp_path_factory.mktemp("merge") / "base", dtype=torch.float32)
+    (folder / "LICENSE").write_bytes(b"licence\r\n\xff")
+    (folder / "assets").mkdir()
+    (folder / "assets" / "picture.png").write_bytes(b"png")
+    (folder / "pytorch_model.bin").write_bytes(b"unmerged")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "config").write_text("not a part of the model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_adapter(base, tmp_path_factory.mktemp("adapters") / "lora", **KINDS["lora"])
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(0, 256, (2, 20), generator=generator)
+    ids[:, 1:7] = 258
+    types = torch.zeros_like(ids)
+    types[:, 1:7] = 1
+    pixels = torch.randn(2, 3, 8, 8, generator=generator)
+    return {"input_ids": ids, "token_type_ids": types, "pixel_values": pixels}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_outputs_equal_adapter_outputs(kind: str, base: Path, tmp_path: Path) -> None:
+    folder = write_adapter(base, tmp_path / "adapter", **KINDS[kind])
+    merge(base, folder, tmp_path / "merged")
+    with torch.no_grad():
+        merged = load_model(tmp_path / "merged")(**inputs()).logits
+        adapted = load_adapter(load_model(base), folder)(**inputs()).logits
+        plain = load_model(base)(**inputs()).logits
+    # float32 rounding: the products are summed in another order; measured 5e-6 at logits of size 4
+    torch.testing.assert_close(merged, adapted, atol=5e-5, rtol=0)
+    assert (merged - plain).abs().max() > 0.1
+
+
+def test_a_bfloat16_base_is_merged_in_float32_and_rounded_once(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = write_adapter(tiny_checkpoint, tmp_path / "adapter", targets=["language_expert_dense"])
+    merge(tiny_checkpoint, folder, tmp_path / "merged")
+    module = "model.layers.0.self_attn.language_expert_dense"
+    factors = load_file(folder / "adapter_model.safetensors")
+    a, b = (factors[f"base_model.model.{module}.lora_{half}.weight"] for half in "AB")
+    weights = {name: t for shard in tiny_checkpoint.glob("*.safetensors") for name, t in load_file(shard).items()}
+    merged = {name: t for shard in (tmp_path / "merged").glob("*.safetensors") for name, t in load_file(shard).items()}
+    assert merged.keys() == weights.keys()
+    assert weights[f"{module}.weight"].dtype == torch.bfloat16
+    # alpha 8 / rank 4; exact: the sum is taken in float32 and rounded to bfloat16 once
+    wanted = (weights[f"{module}.weight"].float() + 2 * (b @ a)).bfloat16()
+    assert torch.equal(merged[f"{module}.weight"], wanted)
+    untouched = "model.layers.0.self_attn.vision_expert_dense.weight"
+    assert torch.equal(merged[untouched], weights[untouched])
+
+
+def test_everything_but_weights_is_the_base_byte_for_byte(base: Path, adapter: Path, tmp_path: Path) -> None:
+    report = merge(base, adapter, tmp_path / "merged")
+    before, after = digests(base), digests(tmp_path / "merged")
+    assert before.keys() - after.keys() == {"pytorch_model.bin", ".git/config"}
+    assert after.keys() <= before.keys()
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed
+    assert changed <= {path.name for path in base.glob("*.safetensors")}
+    assert any("pytorch_model.bin" in line for line in report.notes)
+    for shard in base.glob("*.safetensors"):
+        with rawfile.RawFile(shard) as old, rawfile.RawFile(tmp_path / "merged" / shard.name) as new:
+            assert old.prefix() == new.prefix()
+
+
+def test_merging_twice_gives_the_same_bytes_whatever_the_block_size(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge(base, adapter, tmp_path / "one")
+    merge(base, adapter, tmp_path / "two")
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    monkeypatch.setattr(merging, "BLOCK_BYTES", 5000)
+    merge(base, adapter, tmp_path / "small")
+    for shard in base.glob("*.safetensors"):
+        one, small = load_file(tmp_path / "one" / shard.name), load_file(tmp_path / "small" / shard.name)
+        for name, tensor in one.items():
+            # another block shape may sum the rank-4 products in another order: a last bit
+            torch.testing.assert_close(small[name], tensor, atol=1e-6, rtol=0)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the largest tensor that any operation makes."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (list, tuple)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.bytes = max(self.bytes, tensor.numel() * tensor.element_size())
+        return out
+
+
+def test_memory_holds_blocks_of_rows_not_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = 64 * 1024
+    monkeypatch.setattr(merging, "BLOCK_BYTES", block)
+    monkeypatch.setattr(rawfile, "CHUNK", block)
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    folder.mkdir()
+    names = [f"model.layers.{n}.mlp" for n in range(6)]
+    shards = {f"model-{n:05}-of-00003.safetensors": names[2 * n : 2 * n + 2] for n in range(3)}
+    weight_map = {}
+    for shard, modules in shards.items():
+        save_file({f"{module}.weight": torch.ones(1024, 1024) for module in modules}, base / shard)
+        weight_map |= {f"{module}.weight": shard for module in modules}
+    (base / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    factors = {f"base_model.model.{m}.lora_A.weight": torch.ones(2, 1024) for m in names[::2]}
+    factors |= {f"base_model.model.{m}.lora_B.weight": torch.ones(1024, 2) for m in names[::2]}
+    save_file(factors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+    tracemalloc.start()
+    with LargestTensor() as largest:
+        merge(base, folder, tmp_path / "merged")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert largest.bytes <= block
+    assert peak < 1_000_000  # a shard has 8 MB, a tensor 4
+    merged = load_file(tmp_path / "merged" / next(iter(shards)))
+    assert torch.equal(merged["model.layers.0.mlp.weight"], torch.full((1024, 1024), 5.0))
+    assert torch.equal(merged["model.layers.1.mlp.weight"], torch.ones(1024, 1024))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=["ctrl-c", "full"])
+def test_an_interrupted_merge_leaves_nothing(
+    error: BaseException, base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = merging._write_shard, []
+
+    def fail_at_second(*args: Any) -> int:
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        return real(*args)
+
+    monkeypatch.setattr(merging, "_write_shard", fail_at_second)
+    wanted = DiskFullError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(wanted):
+        merge(base, adapter, tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_merge_cannot_be_loaded_and_the_next_one_clears_it(base: Path, adapter: Path, tmp_path: Path) -> None:
+    class KilledError(Exception):
+        pass
+
+    left = tmp_path / ".merged.partial"
+
+    def kill(line: str) -> None:
+        if "(2 of" in line:  # what a kill would leave at this point
+            shutil.copytree(left, tmp_path / "copy")
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        merge(base, adapter, tmp_path / "merged", kill)
+    (tmp_path / "copy").rename(left)
+    assert len(list(left.glob("*.safetensors"))) == 2
+    with pytest.raises(CheckpointError):
+        load_model(left)
+    report = merge(base, adapter, tmp_path / "merged")
+    assert any("interrupted merge" in line for line in report.notes)
+    assert not left.exists()
+    load_model(tmp_path / "merged")
+
+
+def test_too_little_space_is_said_before_anything_is_written(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merging.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(merging, "_copy", lambda *args: pytest.fail("something was written"))
+    with pytest.raises(DiskFullError, match="the merged model needs"):
+        merge(base, adapter, tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_output_is_not_touched(base: Path, adapter: Path, tmp_path: Path) -> None:
+    output = tmp_path / "merged"
+    output.mkdir()
+    (output / "mine.txt").write_text("mine")
+    with pytest.raises(OutputFolderError, match="exists already"):
+        merge(base, adapter, output)
+    assert [path.name for path in output.iterdir()] == ["mine.txt"]
+    with pytest.raises(OutputFolderError, match="inside the base"):
+        merge(base, adapter, base / "merged")
+
+
+def edited(adapter: Path, target: Path, config: dict[str, Any] | None = None, **tensors: Any) -> Path:
+    """A copy of an adapter with some configuration values and tensors replaced (None: removed)."""
+    shutil.copytree(adapter, target)
+    values = json.loads((target / "adapter_config.json").read_text()) | (config or {})
+    (target / "adapter_config.json").write_text(json.dumps(values))
+    stored = load_file(target / "adapter_model.safetensors") | tensors
+    save_file({k: t for k, t in stored.items() if t is not None}, target / "adapter_model.safetensors")
+    return target
+
+
+QKV = "base_model.model.model.layers.0.self_attn.language_expert_query_key_value"
+BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "not finite": (
+        {},
+        {f"{QKV}.lora_B.weight": torch.full((128, 4), float("nan"))},
+        "query_key_value.weight: not finite",
+    ),
+    "other width": (
+        {},
+        {f"{QKV}.lora_A.weight": torch.zeros(4, 80)},
+        r"language_expert_query_key_value has shape \[128, 80\], expected \[128, 64\]",
+    ),
+    "other rank": ({"r": 5}, {}, "expected rank 5"),
+    "layer too many": (
+        {},
+        {f"{QKV.replace('layers.0', 'layers.9')}.lora_{half}.weight": torch.zeros(4, 4) for half in "AB"},
+        "layers.9.self_attn.language_expert_query_key_value.weight, which the base model does not have",
+    ),
+    "half a pair": ({}, {f"{QKV}.lora_B.weight": None}, "needs both factors"),
+    "unknown tensor": ({}, {f"{QKV}.lora_C.weight": torch.zeros(2)}, "not a tensor of plain LoRA"),
+    "other method": ({"peft_type": "IA3"}, {}, "peft_type is 'IA3'"),
+    "changed base": ({"init_lora_weights": "pissa"}, {}, "'pissa' changes the base's own weights"),
+    "other variant": ({"alora_invocation_tokens": [1]}, {}, "alora_invocation_tokens: it acts only after"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_merged_is_an_error_that_names_it(name: str, base: Path, adapter: Path, tmp_path: Path) -> None:
+    config, tensors, message = BAD[name]
+    bad = edited(adapter, tmp_path / "adapter", config, **tensors)
+    with pytest.raises(AdapterError, match=message) as caught:
+        merge(base, bad, tmp_path / "merged")
+    assert caught.value.hint
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_folders_that_are_not_models_or_adapters(base: Path, adapter: Path, tmp_path: Path) -> None:
+    for one, two, wanted in [(tmp_path / "no", adapter, CheckpointError), (base, tmp_path / "no", AdapterError)]:
+        with pytest.raises(wanted) as caught:
+            merge(one, two, tmp_path / "merged")
+        assert isinstance(caught.value, CogtuneError)
+        assert caught.value.exit_code == 2
+
+
+def test_a_base_of_another_name_is_mentioned(base: Path, adapter: Path, tmp_path: Path) -> None:
+    assert not any("as its base" in line for line in merge(base, adapter, tmp_path / "same").notes)
+    renamed = edited(adapter, tmp_path / "adapter", {"base_model_name_or_path": "somebody/other-model"})
+    assert any("somebody/other-model" in line for line in merge(base, renamed, tmp_path / "other").notes)
