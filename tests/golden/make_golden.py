@@ -1,6 +1,6 @@
-"""Write the checkpoint and adapter of this version that every later version must load: ``python -m tests.golden.make_golden``.
+"""Write this version's checkpoint and adapter, which every later version must load
 
-A folder that exists is never overwritten: it is the promise.
+Run as ``python -m tests.golden.make_golden``. A folder that exists is never overwritten: it is the promise.
 """
 
 from __future__ import annotations

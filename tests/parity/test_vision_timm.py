@@ -26,7 +26,7 @@ def test_blocks_equal_timms_post_norm_eva() -> None:
         q_bias, k_bias, v_bias = layer.attention.query_key_value.bias.chunk(3)
         state = {
             "attn.qkv.weight": layer.attention.query_key_value.weight,
-            "attn.q_bias": q_bias,  # timm has no key bias: it adds the same to every score of a query, so softmax drops it
+            "attn.q_bias": q_bias,  # no key bias in timm: it shifts all scores of a query alike, so softmax drops it
             "attn.v_bias": v_bias,
             "attn.proj.weight": layer.attention.dense.weight,
             "attn.proj.bias": layer.attention.dense.bias,

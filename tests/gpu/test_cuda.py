@@ -1,0 +1,117 @@
+"""The same numbers on a GPU: golden fixtures, rotary tables, caches, trees, compiled layers, training."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cogtune import CogVLM2ForCausalLM
+from cogtune.checkpoint.random import random_model, tiny_config
+from cogtune.model.rope import rotary_tables
+from tests.support.golden import golden, golden_images, golden_model
+from tests.support.trees import random_tree, samples, tree_batch
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture(autouse=True)
+def _exact_matmuls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def _single() -> dict[str, torch.Tensor]:
+    stored = golden()["single"]
+    names = ("input_ids", "token_type_ids", "labels")
+    batch = {name: torch.tensor([stored[name]]).cuda() for name in names}
+    return batch | {"pixel_values": golden_images(1).cuda()}
+
+
+def test_golden_fixtures_on_the_device() -> None:
+    model, stored = golden_model().cuda(), golden()
+    loss = model(**_single()).loss
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(stored["single"]["loss"], abs=2e-5)
+    parameters = dict(model.named_parameters())
+    for name, expected in stored["grad_norms"].items():
+        # float32 kernels of another library: measured within 1e-5
+        assert float(parameters[name].grad.norm()) == pytest.approx(expected, rel=1e-4, abs=1e-9), name
+
+
+def test_rotary_tables_equal_the_cpus_to_the_bit() -> None:
+    table = torch.tensor(golden()["rope_bf16"]["candA"]).bfloat16()
+    positions = torch.arange(0, 4096)[None]
+    for here, there in zip(rotary_tables(table, positions), rotary_tables(table.cuda(), positions.cuda()), strict=True):
+        assert torch.equal(here, there.cpu())
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"num_beams": 3}])
+def test_generation_equals_the_cpus(options: dict[str, Any]) -> None:
+    model = random_model(tiny_config(), seed=1)
+    rows = [[256, *[258] * 6, 70, 71], [258, 258, 256, 80, 81, 82, 83, 84, 85]]
+    ids = torch.tensor(rows)
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    types = ((ids == 258) & (mask == 1)).long()
+    batch = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+    batch["pixel_values"] = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1}
+    plain = {key: value for key, value in options.items() if key != "cache_implementation"}
+    wanted = model.generate(**batch, **settings, **plain)
+    found = model.cuda().generate(**{k: v.cuda() for k, v in batch.items()}, **settings, **options)
+    assert found.cpu().tolist() == wanted.tolist()
+
+
+def test_a_tree_in_bfloat16_equals_its_samples() -> None:
+    model = golden_model().cuda().bfloat16()
+    root = random_tree(random.Random(3), bos=3, image_id=127, num_image_tokens=6, with_image=True)
+    pixels = golden_images(1).cuda()
+    batch = {name: tensor.cuda() for name, tensor in tree_batch([root], 127).items()}
+    with torch.no_grad():
+        tree = model(**batch, pixel_values=pixels, num_items_in_batch=1).loss
+        rows = [{k: torch.tensor([v]).cuda() for k, v in row.items()} for row in samples(root)]
+        alone = sum(model(**row, pixel_values=pixels, num_items_in_batch=1).loss for row in rows)
+    assert float(tree) == pytest.approx(float(alone), rel=2e-2)  # bfloat16 keeps 8 bits, two layers
+
+
+def test_compiled_layers_agree_forward_and_backward() -> None:
+    def run(model: CogVLM2ForCausalLM) -> tuple[torch.Tensor, torch.Tensor]:
+        loss = model(**_single()).loss
+        loss.backward()
+        return loss.detach(), model.model.vision.conv.weight.grad
+
+    wanted = run(golden_model().cuda())
+    model = golden_model().cuda()
+    for layer in [*model.model.layers, *model.model.vision.transformer.layers]:
+        layer.compile(fullgraph=True, dynamic=True)
+    for found, expected in zip(run(model), wanted, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_training_on_the_device_learns(tiny_checkpoint: Path, tmp_path: Path, dtype: str) -> None:
+    from cogtune.configuration.run import load_config
+    from cogtune.train.run import train
+    from tests.support.data_folders import dialogue, write_folder
+
+    data = write_folder(tmp_path / "data", {f"{i:04d}": dialogue("What is it?", f"Number {i % 4}.") for i in range(16)})
+    config = load_config(
+        None,
+        {
+            "model.path": str(tiny_checkpoint), "data.path": [str(data)], "train.output": str(tmp_path / "out"),
+            "model.dtype": dtype, "train.epochs": "6", "train.batch_size": "4", "train.lr": "0.01",
+            "data.validation_share": "0", "data.workers": "0",
+        },
+    )  # fmt: skip
+    train(config)
+    import json
+
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if line.get("kind", line.get("type")) == "train"]
+    assert losses[-1] < losses[0]
+    shutil.rmtree(tmp_path / "out")
