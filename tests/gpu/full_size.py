@@ -1,6 +1,7 @@
 """Full-size training steps and a short answer on one GPU, with random weights.
 
-``python -m tests.gpu.full_size OUT.json``. Not a benchmark (that is ``cogtune bench``'s job): it shows that 19.5 B parameters run, and writes what was seen.
+Run as ``python -m tests.gpu.full_size OUT.json``. Not a benchmark (that is ``cogtune bench``'s job): it shows that
+19.5 B parameters run, and writes what was seen.
 """
 
 from __future__ import annotations
@@ -100,10 +101,7 @@ def main(output: Path) -> None:
     result["build_s"] = time.perf_counter() - start
     batch = s400(model.config)
     pixels = torch.randn(1, 3, 1344, 1344, generator=torch.Generator().manual_seed(2)).cuda()
-    prompt = {
-        "input_ids": batch["input_ids"][:, :2317].cuda(),
-        "token_type_ids": batch["token_type_ids"][:, :2317].cuda(),
-    }
+    prompt = {name: batch[name][:, :2317].cuda() for name in ("input_ids", "token_type_ids")}
     for cache in (None, "static"):
         for tokens in (8, 64):  # the shorter one warms up
             start = time.perf_counter()
@@ -132,9 +130,8 @@ def main(output: Path) -> None:
     output.write_text(json.dumps(result, indent=1) + "\n")
     for name in ("live_tower", "cached_features", "cached_features_checkpointing"):
         entry = result[name]
-        print(
-            f"{name:32} {entry['median_s'] * 1000:8.1f} ms {entry['peak_reserved_gib']:6.1f} GiB reserved {entry['losses'][:2]}"
-        )
+        milliseconds, reserved = entry["median_s"] * 1000, entry["peak_reserved_gib"]
+        print(f"{name:32} {milliseconds:8.1f} ms {reserved:6.1f} GiB reserved {entry['losses'][:2]}")
     print({key: value for key, value in result.items() if not isinstance(value, dict)})
 
 

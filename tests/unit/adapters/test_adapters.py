@@ -144,9 +144,8 @@ def test_dead_ends_are_kept_but_not_trained(base: CogVLM2ForCausalLM) -> None:
         for n, p in model.named_parameters()
         if "lora_" in n and not p.requires_grad
     }
-    assert frozen == {
-        "model.layers.1.self_attn.vision_expert_dense", *(f"model.layers.1.mlp.vision_mlp.{p}_proj" for p in ("gate", "up", "down")),
-    }  # fmt: skip
+    mlp = {f"model.layers.1.mlp.vision_mlp.{part}_proj" for part in ("gate", "up", "down")}
+    assert frozen == {"model.layers.1.self_attn.vision_expert_dense"} | mlp
     trained = sum(entry.parameters for entry in describe(model) if entry.trained)
     assert trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
