@@ -29,7 +29,7 @@ from cogtune.checkpoint.load import INDEX_NAME, check_folder, shard_files
 from cogtune.checkpoint.training import is_disk_full, sync
 from cogtune.errors import AdapterError, CheckpointError, DiskFullError, OutputFolderError
 
-BLOCK_BYTES = 64 * 2**20
+BLOCK_BYTES = 32 * 2**20
 """Size of a block of rows in float32."""
 
 # Other forms of the unmerged weights; beside merged shards they would be a trap.

@@ -256,7 +256,7 @@ class _Builder:
         row_positions_ = np.zeros(batch * columns, int)
         row_positions_[cell] = self.positions
         extra: dict[str, Any] = {}
-        if self.tree:
+        if self.tree and not self._is_chain():
             extra |= self._tree_tensors(cell, columns)
         if keep_columns and not self.mask.all():
             extra["row_mask"] = torch.from_numpy(self.mask.copy())
@@ -274,6 +274,11 @@ class _Builder:
             image_runs=self.image_runs,
             **extra,
         )
+
+    def _is_chain(self) -> bool:
+        """Whether every row is one unbranched path (a single answer, say): then plain causal attention is the tree's."""
+        number = np.arange(self.parents.shape[1])[None]
+        return bool(((self.parents == number - 1) | (self.parents == UNUSED)).all())
 
     def _tree_tensors(self, cell: np.ndarray, columns: int) -> dict[str, Any]:
         """Segments in row layout and which segment sees which; padding is a segment that sees only itself."""

@@ -109,6 +109,14 @@ def test_tree_mask_is_own_segment_and_ancestors(seed: int) -> None:
         assert torch.nonzero(mask[0, 0, token]).flatten().tolist() == seen
 
 
+def test_an_unbranched_path_needs_no_mask() -> None:
+    """One answer per row is the common case, and attention kernels are fastest without a mask."""
+    types, segments = torch.zeros(1, 4, dtype=torch.long), torch.tensor([[0, 0, 1, 2]])
+    assert Routing.build(types, None, segments, torch.tensor([[-1, 0, 1]])).row_segments is None
+    assert Routing.build(types, None, segments, torch.tensor([[-1, 0, 0]])).row_segments is not None
+    assert Routing.build(types, None, segments, torch.tensor([[-1, 0, -1]])).row_segments is not None
+
+
 def test_packed_roots_each_start_at_zero() -> None:
     routing = Routing.build(
         torch.zeros(1, 7, dtype=torch.long),
