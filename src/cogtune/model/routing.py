@@ -276,7 +276,7 @@ class _Builder:
         )
 
     def _is_chain(self) -> bool:
-        """Whether every row is one unbranched path (a single answer, say): then plain causal attention is the tree's."""
+        """Whether every row is one unbranched path (a single answer, say): plain causal attention is right for it."""
         number = np.arange(self.parents.shape[1])[None]
         return bool(((self.parents == number - 1) | (self.parents == UNUSED)).all())
 
