@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from tests.support.data_folders import dialogue, section, write_folder, write_image, write_label, write_lines
 
 from cogtune.data.sources import read_sources
 from cogtune.errors import DataError
+from tests.support.data_folders import dialogue, section, write_folder, write_image, write_label, write_lines
 
 GOOD = dialogue("What is it?", "A cat.")
 

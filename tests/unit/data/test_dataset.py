@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.data_folders import dialogue, section, write_folder, write_image, write_lines
 from transformers import PreTrainedTokenizerFast
 
 from cogtune.data.dataset import TrainRows
@@ -21,6 +20,7 @@ from cogtune.processing.image import preprocess, read_image
 from cogtune.processing.prompt import build_prompt
 from cogtune.processing.tokenizer import write_byte_tokenizer
 from cogtune.processing.tree import build_tree
+from tests.support.data_folders import dialogue, section, write_folder, write_image, write_lines
 
 BOS, EOS, IMAGE_TOKENS, SIZE = 256, 257, 6, 28
 

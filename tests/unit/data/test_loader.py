@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.support.data_folders import dialogue, section, write_folder, write_image, write_lines
 from transformers import PreTrainedTokenizerFast
 
 from cogtune.data.collate import collate
@@ -17,6 +16,7 @@ from cogtune.data.sources import read_sources
 from cogtune.errors import DataError
 from cogtune.processing.encode import Encoder
 from cogtune.processing.tokenizer import write_byte_tokenizer
+from tests.support.data_folders import dialogue, section, write_folder, write_image, write_lines
 
 SIZE = 28
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tests.support.data_folders import dialogue, section, write_folder, write_image, write_label, write_lines
 
 from cogtune.data.records import Turn, iter_questions
 from cogtune.data.sources import read_sources
+from tests.support.data_folders import dialogue, section, write_folder, write_image, write_label, write_lines
 
 
 def test_folder_pictures_come_in_order_of_their_names(tmp_path: Path) -> None:

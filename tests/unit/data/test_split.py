@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.support.data_folders import dialogue, section, write_folder, write_image, write_lines
 
 from cogtune.data.records import Conversation, Picture, Turn
 from cogtune.data.split import read_and_split, split
 from cogtune.errors import DataError
+from tests.support.data_folders import dialogue, section, write_folder, write_image, write_lines
 
 
 def picture(number: int, folder: str = "set") -> Picture:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.tokenizers import tiny_tokenizer
 
 from cogtune import CogVLM2Processor
+from tests.support.tokenizers import tiny_tokenizer
 
 # As published: auto_map to remote code, no model_type, eos a list; small sizes, so that a picture takes 6 tokens.
 CONFIG: dict[str, Any] = {

@@ -3,11 +3,11 @@ from __future__ import annotations
 import pickle
 
 import pytest
-from tests.support.tokenizers import tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from cogtune.errors import InputError
 from cogtune.processing.encode import Encoder
+from tests.support.tokenizers import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

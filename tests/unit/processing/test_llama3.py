@@ -9,12 +9,12 @@ import shutil
 
 import pytest
 from PIL import Image
-from tests.support.tokenizers import llama3_ranks, llama3_special_tokens, llama3_tokenizer_json
-from tests.unit.processing.test_tree import check
 
 from cogtune import CogVLM2Processor
 from cogtune.processing.tokenizer import LLAMA3_SPLIT
 from cogtune.processing.tree import build_tree
+from tests.support.tokenizers import llama3_ranks, llama3_special_tokens, llama3_tokenizer_json
+from tests.unit.processing.test_tree import check
 
 PUBLISHED = {"vocab_size": 128256, "bos_token_id": 128000, "eos_token_id": [128001, 128009], "pad_token_id": 128002}
 FULL_SIZE = {"image_size": 1344, "patch_size": 14, "num_positions": 9217}

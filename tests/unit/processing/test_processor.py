@@ -6,11 +6,11 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from tests.support.tokenizers import tiny_tokenizer
 
 from cogtune import CogVLM2Processor
 from cogtune.errors import CheckpointError, DataError, InputError
 from cogtune.processing.image import preprocess
+from tests.support.tokenizers import tiny_tokenizer
 
 PICTURE = Image.radial_gradient("L").resize((20, 13)).convert("RGB")
 

@@ -5,11 +5,11 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.tokenizers import tiny_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cogtune.errors import ConfigError
 from cogtune.processing.tokenizer import write_byte_tokenizer
+from tests.support.tokenizers import tiny_tokenizer
 
 
 def load(folder):

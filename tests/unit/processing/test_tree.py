@@ -5,11 +5,11 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.tokenizers import tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from cogtune.processing.encode import Encoded, Encoder
 from cogtune.processing.tree import Row, build_tree
+from tests.support.tokenizers import tiny_tokenizer
 
 # Merges over every joint of the templates: what ends an answer or a question merges with what follows it.
 JOINTS = (
