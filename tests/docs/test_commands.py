@@ -7,11 +7,11 @@ import re
 import pytest
 import typer
 import yaml
-from tests.docs.pages import ROOT, blocks, inline_code, name, pages, shell_lines, words
 
 from cogtune.cli.main import make_app
 from cogtune.configuration.keys import ALIASES, known_keys, sections
 from cogtune.train.published import FLAGS as PUBLISHED_FLAGS
+from tests.docs.pages import ROOT, blocks, inline_code, name, pages, shell_lines, words
 
 PAGES = pages()
 LAUNCHERS = r"(?:cogtune|(?:torchrun|deepspeed)\b.*?(?:-m|--module) cogtune|python -m cogtune) "

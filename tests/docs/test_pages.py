@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from tests.docs.pages import ROOT, SHELL, anchors, blocks, chinese_twin, headings, links, name, pages
 
 PAGES = pages()
@@ -46,7 +47,7 @@ def code_of(block):
     """What has to be equal in two languages: code without its comments; of text and Python only that it is there."""
     if block.language in (*SHELL, "yaml"):
         return block.language, [re.sub(r"(^|\s)#.*$", "", line).strip() for line in block.body.splitlines()]
-    return block.language, [] if block.language in ("", "text", "python", "json") else block.body
+    return block.language, [] if block.language in ("", "text", "python", "json", "jsonl") else block.body
 
 
 def tracked_texts() -> list[tuple[Path, str]]:

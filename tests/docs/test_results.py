@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from benchmarks import render as rendering
 from tests.docs.pages import ROOT, name
 
