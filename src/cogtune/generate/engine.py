@@ -30,6 +30,8 @@ GREEDY = Decoding()
 class Generator:
     """Answers with ``model`` (plain, or with a peft adapter) and its ``processor``.
 
+    It remembers the last pictures' features, so after the tower's weights have changed make a new one.
+
     Args:
         template: ``chat``, ``vqa`` or ``base``; None: the checkpoint's own.
     """

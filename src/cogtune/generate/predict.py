@@ -85,8 +85,8 @@ class Predictor:
         self.decoding = decoding
         self.options = options
         self.on_progress = on_progress
-        self.report = PredictReport(questions=len(questions), earlier=len(file.done))
         self.answers: dict[int, str] = file.done | {p: text for p, text in file.pending.items() if p >= file.next}
+        self.report = PredictReport(questions=len(questions), earlier=len(self.answers))
         self.bad: set[int] = {place for place in range(file.next) if place not in file.done}
         self._pictures: dict[Path, Image.Image | DataError] = {}
 

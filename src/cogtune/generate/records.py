@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -98,7 +99,9 @@ class PredictionFile:
     def keep_for_later(self, answers: dict[int, str]) -> None:
         """Answers that are computed but wait for an earlier question: the next run takes them from the sidecar."""
         later = {str(place): answer for place, answer in answers.items()}
-        write_json(self.meta, {"decides": self.settings.decides, "made_with": self.settings.shown, "pending": later})
+        meta = {"decides": self.settings.decides, "made_with": self.settings.shown, "pending": later}
+        with _explained_disk_full(self.meta):
+            write_json(self.meta, meta)
 
     def finish(self) -> None:
         """Everything to disk."""
@@ -162,18 +165,14 @@ def _shown(value: Any) -> str:
     return f"{text[:12]}..." if len(text) == 64 and set(text) <= set("0123456789abcdef") else text
 
 
-class _explained_disk_full:  # noqa: N801  (a context manager, used like a function)
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is not None and is_disk_full(error):
-            raise DiskFullError(
-                f"{self.path}: no space left; every answer before is in the file",
-                hint="free some space and run the same command again: it continues",
-            ) from error
+@contextmanager
+def _explained_disk_full(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        raise DiskFullError(
+            f"{path}: no space left; every answer before is in the file",
+            hint="free some space and run the same command again: it continues",
+        ) from error

@@ -144,7 +144,8 @@ class LargestTensor(TorchDispatchMode):
 def test_memory_holds_blocks_of_rows_not_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     block = 64 * 1024
     monkeypatch.setattr(merging, "BLOCK_BYTES", block)
-    monkeypatch.setattr(rawfile, "CHUNK", block)
+    for module in (rawfile, merging):
+        monkeypatch.setattr(module, "CHUNK", block)
     base, folder = tmp_path / "base", tmp_path / "adapter"
     base.mkdir()
     folder.mkdir()
@@ -152,8 +153,8 @@ def test_memory_holds_blocks_of_rows_not_shards(tmp_path: Path, monkeypatch: pyt
     shards = {f"model-{n:05}-of-00003.safetensors": names[2 * n : 2 * n + 2] for n in range(3)}
     weight_map = {}
     for shard, modules in shards.items():
-        save_file({f"{module}.weight": torch.ones(1024, 1024) for module in modules}, base / shard)
-        weight_map |= {f"{module}.weight": shard for module in modules}
+        save_file({f"{name}.weight": torch.ones(1024, 1024) for name in modules}, base / shard)
+        weight_map |= {f"{name}.weight": shard for name in modules}
     (base / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     factors = {f"base_model.model.{m}.lora_A.weight": torch.ones(2, 1024) for m in names[::2]}
     factors |= {f"base_model.model.{m}.lora_B.weight": torch.ones(1024, 2) for m in names[::2]}

@@ -1,0 +1,51 @@
+"""`cogtune merge` as it is typed: what comes out answers as base and adapter do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cogtune.checkpoint.random import make_tiny
+from cogtune.cli.main import main
+from tests.support.adapters import write_adapter
+from tests.support.data_folders import write_image
+
+
+def test_the_merged_model_answers_as_the_adapter_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = make_tiny(tmp_path / "base", dtype=torch.float32)  # in bfloat16 a near tie could fall the other way
+    run = tmp_path / "run"
+    write_adapter(base, run / "adapter", size=0.1)
+    picture = write_image(tmp_path / "picture.png")
+
+    def ask(*model: object) -> str:
+        flags = ["--image", picture, "--query", "what?", "--greedy", "--max-new-tokens", 12, "--device", "cpu"]
+        capsys.readouterr()
+        assert main([str(word) for word in ["chat", *model, *flags]]) == 0
+        return capsys.readouterr().out
+
+    # without --model: the base that the adapter names
+    assert main(["merge", "--adapter", str(run), "--output", str(tmp_path / "merged")]) == 0
+    assert "tensors merged" in capsys.readouterr().out
+    answer = ask("--model", tmp_path / "merged")
+    assert answer == ask("--model", base, "--adapter", run)
+    assert answer != ask("--model", base)
+
+
+def test_wrong_input_is_exit_2_and_nothing_is_written(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = write_adapter(tiny_checkpoint, tmp_path / "adapter", targets=["language_expert_dense"])
+    other = make_tiny(tmp_path / "other", hidden_size=32, num_attention_heads=2, num_multi_query_heads=1)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for message, model, given, output in [
+        ("error[adapter-base]", other, adapter, "merged"),
+        ("error[adapter-missing]", tiny_checkpoint, other, "merged"),
+        ("error[checkpoint-missing]", tmp_path / "no", adapter, "merged"),
+        ("error[output]", tiny_checkpoint, adapter, "other"),
+    ]:
+        arguments = ["merge", "--model", model, "--adapter", given, "--output", tmp_path / output]
+        assert main([str(word) for word in arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before

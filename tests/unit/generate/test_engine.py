@@ -1,0 +1,139 @@
+"""The generator: batches, streams, pictures seen once, and a model left as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from cogtune.checkpoint.load import load_model
+from cogtune.errors import OutOfMemoryError
+from cogtune.generate.decoding import Decoding
+from cogtune.generate.engine import Ask, Generator
+from cogtune.processing.processor import CogVLM2Processor
+from tests.support.adapters import write_adapter
+
+SHORT = Decoding(max_new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def generator(tiny_checkpoint: Path) -> Generator:
+    return Generator(load_model(tiny_checkpoint), CogVLM2Processor.from_pretrained(tiny_checkpoint))
+
+
+@pytest.fixture(scope="module")
+def red() -> Image.Image:
+    return Image.new("RGB", (10, 7), (220, 10, 10))
+
+
+@pytest.fixture(scope="module")
+def asks(red: Image.Image) -> list[Ask]:
+    blue = Image.new("RGB", (8, 8), (10, 10, 220))
+    return [
+        (red, "What colour?", []),
+        (None, "Hello there, how are you doing today?", [("Hi", "Hello")]),
+        (blue, "And this one?", [("What colour?", "Red."), ("Sure?", "Yes, quite sure.")]),
+        (red, "Why?", []),
+    ]
+
+
+def test_a_batch_answers_as_single_questions_do(generator: Generator, asks: list[Ask]) -> None:
+    single = [generator.answer_batch([ask], SHORT)[0] for ask in asks]
+    assert generator.answer_batch(asks, SHORT) == single
+    assert len(set(single)) == len(single)
+    assert generator.answer_batch([], SHORT) == []
+
+
+def test_an_answer_is_what_generate_gives_for_the_processors_inputs(generator: Generator, asks: list[Ask]) -> None:
+    image, query, history = asks[2]
+    inputs = generator.processor(image=image, query=query, history=history)
+    ids = generator.model.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=[257, 259])
+    new = ids[0, inputs["input_ids"].shape[1] :]
+    assert generator.answer_batch([asks[2]], SHORT) == [generator.processor.decode(new).strip()]
+
+
+def test_a_stream_joins_to_the_batch_answer(generator: Generator, asks: list[Ask]) -> None:
+    for ask, whole in zip(asks, generator.answer_batch(asks, SHORT), strict=True):
+        pieces = list(generator.stream(*ask, decoding=SHORT))
+        assert "".join(pieces) == whole
+        assert all(pieces)
+
+
+@pytest.mark.parametrize("end", [257, 259])
+def test_both_end_tokens_end_an_answer(
+    end: int, generator: Generator, red: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = generator.model.generate(
+        **generator.processor(image=red, query="What colour?"), max_new_tokens=1, do_sample=False
+    )[0, -1]
+    weight = generator.model.lm_head.weight
+    swapped = weight.detach().clone()
+    swapped[[end, int(first)]] = swapped[[int(first), end]]  # the first token of the answer is now an end token
+    monkeypatch.setattr(weight, "data", swapped)
+    assert generator.answer_batch([(red, "What colour?", [])], SHORT) == [""]
+    assert list(generator.stream(red, "What colour?", decoding=SHORT)) == []
+
+
+def test_the_tower_sees_a_picture_once_while_questions_about_it_follow_each_other(
+    generator: Generator, red: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    real = generator.model.model.encode_images
+
+    def counting(pixels: torch.Tensor) -> torch.Tensor:
+        seen.append(len(pixels))
+        return real(pixels)
+
+    monkeypatch.setattr(generator.model.model, "encode_images", counting)
+    first, other = red.copy(), red.copy()
+    generator.answer_batch([(first, "one", []), (first, "two", []), (other, "three", [])], SHORT)
+    generator.answer_batch([(other, "four", []), (None, "five", [])], SHORT)
+    list(generator.stream(other, "six", decoding=SHORT))
+    assert seen == [2]
+
+
+def test_sampling_follows_the_seed_and_differs_from_greedy(generator: Generator, asks: list[Ask]) -> None:
+    sampled = Decoding(12, sample=True, temperature=1.5, top_p=0.95, top_k=0)
+    torch.manual_seed(3)
+    one = generator.answer_batch(asks, sampled)
+    torch.manual_seed(3)
+    assert generator.answer_batch(asks, sampled) == one
+    assert one != generator.answer_batch(asks, SHORT)
+
+
+def test_the_model_is_left_as_it_was(generator: Generator, asks: list[Ask]) -> None:
+    before = generator.model.generation_config
+    generator.model.train()
+    try:
+        generator.answer_batch(asks[:1], SHORT)
+        assert generator.model.training
+    finally:
+        generator.model.eval()
+    assert generator.model.generation_config is before
+    assert before.max_length == 4096
+
+
+def test_an_adapter_changes_the_answers(
+    generator: Generator, asks: list[Ask], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    from cogtune.generate.loading import ModelChoice, load_generator, resolve
+
+    folder = write_adapter(tiny_checkpoint, tmp_path / "run" / "adapter", size=0.3)
+    adapted = load_generator(resolve(ModelChoice(adapter=folder.parent)))
+    assert adapted.answer_batch(asks, SHORT) != generator.answer_batch(asks, SHORT)
+
+
+def test_out_of_memory_says_what_to_try(generator: Generator, asks: list[Ask], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**kwargs: Any) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(generator.model, "generate", fail)
+    with pytest.raises(OutOfMemoryError, match="4 questions at once") as caught:
+        generator.answer_batch(asks, SHORT)
+    assert caught.value.hint is not None
+    assert "--batch-size 2" in caught.value.hint
+    with pytest.raises(OutOfMemoryError, match="1 question at once"):
+        list(generator.stream(*asks[0], decoding=SHORT))

@@ -1,0 +1,105 @@
+"""From what a user names to what is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from cogtune.errors import AdapterError, ConfigError, InputError, SetupError
+from cogtune.generate.last_run import LastRun, read_last_run, state_file, write_last_run
+from cogtune.generate.loading import ModelChoice, choose_device, choose_dtype, load_generator, resolve
+from tests.support.adapters import write_adapter
+
+
+@pytest.fixture(scope="module")
+def run(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training's output folder, as far as its adapter goes."""
+    folder = tmp_path_factory.mktemp("run")
+    write_adapter(tiny_checkpoint, folder / "adapter", targets=["language_expert_dense"])
+    return folder
+
+
+def test_the_base_follows_from_the_adapter_and_the_adapter_from_the_output_folder(
+    run: Path, tiny_checkpoint: Path
+) -> None:
+    resolved = resolve(ModelChoice(adapter=run, device="cpu"))
+    assert resolved.adapter == run / "adapter"
+    assert Path(resolved.model) == tiny_checkpoint
+    assert (resolved.dtype, resolved.device) == (torch.float32, torch.device("cpu"))
+
+
+def test_a_base_that_is_elsewhere_has_to_be_named(run: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "adapter"
+    shutil.copytree(run / "adapter", moved)
+    config = json.loads((moved / "adapter_config.json").read_text())
+    (moved / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/gone/base"}))
+    with pytest.raises(AdapterError, match="names /gone/base as its base, which is not here"):
+        resolve(ModelChoice(adapter=moved))
+    (moved / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    with pytest.raises(AdapterError, match="does not say what base"):
+        resolve(ModelChoice(adapter=moved))
+
+
+@pytest.mark.parametrize(
+    ("choice", "error", "message"),
+    [
+        (ModelChoice(), ConfigError, "no model given"),
+        (ModelChoice("base", dtype="int8"), ConfigError, "--model.dtype is 'int8'"),
+        (ModelChoice("base", rope_precision="f64"), ConfigError, "--model.rope_precision is 'f64'"),
+        (ModelChoice("base", template="alpaca"), InputError, "'alpaca' is not a template"),
+        (ModelChoice("base", device="gpu"), ConfigError, "--device gpu: not a device"),
+        (ModelChoice("base", device="cuda:99"), SetupError, "--device cuda:99: "),
+        (ModelChoice("base", adapter=Path("/no/adapter")), AdapterError, "/no/adapter: no adapter_config.json"),
+    ],
+)
+def test_wrong_choices_are_said_before_anything_loads(
+    choice: ModelChoice, error: type[InputError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        resolve(choice)
+
+
+def test_number_formats_on_old_and_new_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    for capability, automatic in (((7, 0), torch.float16), ((9, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert choose_dtype("auto", card) == automatic
+        assert choose_dtype("float16", card) == torch.float16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    with pytest.raises(SetupError, match="Tesla V100 does not compute in bfloat16"):
+        choose_dtype("bfloat16", card)
+    assert choose_dtype("auto", choose_device("cpu")) == torch.float32
+
+
+def test_an_adapter_for_another_base_is_refused(run: Path, tmp_path: Path) -> None:
+    from cogtune.checkpoint.random import make_tiny
+
+    other = make_tiny(tmp_path / "other", hidden_size=32, num_attention_heads=2, num_multi_query_heads=1)
+    with pytest.raises(AdapterError, match="does not fit the base model"):
+        load_generator(resolve(ModelChoice(str(other), adapter=run)))
+
+
+def test_the_last_run_is_remembered(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    with pytest.raises(InputError, match="no finished training is remembered"):
+        read_last_run()
+    monkeypatch.chdir(run)
+    assert write_last_run("owner/name", Path("adapter"), Path("."), template="vqa")
+    assert read_last_run() == LastRun("owner/name", str(run / "adapter"), str(run), "vqa")
+    assert write_last_run(".", Path("gone"), Path("."))
+    with pytest.raises(InputError, match="not there any more"):
+        read_last_run()
+    state_file().write_text("{")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_last_run()
+
+
+def test_a_home_that_cannot_be_written_fails_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    assert not write_last_run("base", tmp_path, tmp_path)

@@ -1,0 +1,81 @@
+"""Answers as they come: whole characters, stripped, stoppable, with errors delivered."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from cogtune.generate.stream import Answer, TextPieces
+
+
+def decode(ids: list[int]) -> str:
+    """Every token is a byte, as in a byte-level tokenizer."""
+    return bytes(ids).decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize(
+    "text", ["plain words", "\n  héllo wörld \n\n", "北京 你好", "a 👩‍👩‍👧 family", "", "   ", "tail\n\nafter"]
+)
+def test_pieces_are_whole_characters_and_join_to_the_stripped_answer(text: str) -> None:
+    pieces = TextPieces(decode)
+    given = [pieces.push(byte) for byte in text.encode()] + [pieces.finish()]
+    assert "\ufffd" not in "".join(given)
+    assert "".join(given) == text.strip()
+
+
+def test_bytes_that_are_no_text_come_out_as_the_whole_answer_has_them() -> None:
+    content = b"ok \xff\xfe\xe4\xb8 then \xf0\x9f"
+    pieces = TextPieces(decode)
+    given = "".join([pieces.push(byte) for byte in content] + [pieces.finish()])
+    assert given == decode(list(content))
+
+
+def test_tokens_that_end_inside_a_character_again_and_again() -> None:
+    content = "中文字符测试".encode()
+    tokens = [content[start : start + 4] for start in range(0, len(content), 4)]
+    pieces = TextPieces(lambda ids: b"".join(tokens[i] for i in ids).decode("utf-8", "replace"))
+    given = [pieces.push(number) for number in range(len(tokens))]
+    assert given[0] == "中"
+    assert "".join([*given, pieces.finish()]) == "中文字符测试"
+
+
+def test_the_prompt_is_not_part_of_the_answer_and_text_comes_before_the_end() -> None:
+    more = threading.Event()
+
+    def generate(streamer: Any, criterion: Any) -> None:
+        streamer.put(torch.tensor([[1, 2, 3]]))
+        streamer.put(torch.tensor([104]))
+        assert more.wait(5)
+        streamer.put(torch.tensor([105]))
+
+    answer = Answer(generate, TextPieces(decode))
+    assert next(answer) == "h"
+    more.set()
+    assert list(answer) == ["i"]
+    assert list(answer) == []
+
+
+def test_stop_ends_generation_and_waits_for_it() -> None:
+    ended = threading.Event()
+
+    def generate(streamer: Any, criterion: Any) -> None:
+        streamer.put(torch.tensor([[1]]))
+        while not bool(criterion(torch.zeros(1, 1), None)[0]):
+            streamer.put(torch.tensor([97]))
+        ended.set()
+
+    answer = Answer(generate, TextPieces(decode))
+    assert next(answer) == "a"
+    answer.stop()
+    assert ended.is_set()
+
+
+def test_an_error_in_the_thread_reaches_the_reader() -> None:
+    def generate(streamer: Any, criterion: Any) -> None:
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        list(Answer(generate, TextPieces(decode)))
