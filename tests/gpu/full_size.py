@@ -21,6 +21,7 @@ import transformers
 
 from cogtune import CogVLM2Config, CogVLM2ForCausalLM
 from cogtune.adapters.attach import attach
+from cogtune.model.pretrained import enable_checkpointing
 from cogtune.model.routing import Routing
 
 TEXT, LABELLED = 400, 200
@@ -123,8 +124,7 @@ def main(output: Path) -> None:
     with torch.no_grad():
         features = model.model.encode_images(pixels)
     result["cached_features"] = timed_steps(adapted, inputs | {"image_features": features}, 10)
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    enable_checkpointing(model)
     result["cached_features_checkpointing"] = timed_steps(adapted, inputs | {"image_features": features}, 5)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=1) + "\n")

@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -90,7 +91,8 @@ def attach(model: nn.Module, lora: LoraSettings) -> PeftModel:
     _check_extra(extra, own)
     try:
         config = LoraConfig(**own, **extra)
-        wrapped = get_peft_model(model, config)
+        with _quiet():
+            wrapped = get_peft_model(model, config)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ConfigError(f"lora: peft refuses these settings: {error}", code="config-lora") from error
     return _prepare(wrapped)
@@ -105,8 +107,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fals
     folder = Path(folder)
     shapes = adapter_shapes(folder)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what peft warns of here, _require_loaded turns into an error
+        with _quiet():  # that tensors are missing, _require_loaded turns into an error
             wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, low_cpu_mem_usage=False)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise AdapterError(
@@ -163,6 +164,14 @@ def describe(model: PeftModel) -> list[RegionCount]:
         entry[0] += 1
         entry[1] += sum(p.numel() for p in parameters)
     return [RegionCount(where, modules, size, trained) for (where, trained), (modules, size) in counts.items()]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps peft's warnings to itself: deprecations between it and transformers, about which a user can do nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _prepare(model: PeftModel) -> PeftModel:

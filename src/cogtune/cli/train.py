@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
-
 import typer
 
 _USAGE = "usage: cogtune train [CONFIG.yaml] [--section.key value ...]"
@@ -42,14 +39,9 @@ def _train(ctx: typer.Context) -> None:
         return
     arguments = split_arguments(ctx.args, switches=["dry-run"])
 
-    from cogtune.configuration.deepspeed import apply_deepspeed
     from cogtune.configuration.run import load_config
 
     config = load_config(arguments.config, arguments.overrides)
-    config, warnings = apply_deepspeed(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    if os.environ.get("RANK", "0") == "0":
-        for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr)
 
     from cogtune.train.run import train
 

@@ -34,11 +34,14 @@ def build(path: str | Path | None, overrides: Mapping[str, str | Sequence[str]])
     return from_entries(entries)
 
 
+_KEYS_HINT = "`cogtune train --help` lists every key with its type, default and meaning"
+
+
 def from_entries(entries: Mapping[str, Entry]) -> RunConfig:
     """The configuration of dotted keys and their values; raises ConfigError listing every problem."""
     wrong = [text for key, entry in entries.items() if (text := _wrong_type(key, entry))]
     if wrong:
-        raise ConfigError("\n  ".join(wrong), code="config-value")
+        raise ConfigError("\n  ".join(wrong), hint=_KEYS_HINT, code="config-value")
     tree: dict[str, dict[str, Any]] = {name: {} for name in sections()}
     for key, entry in entries.items():
         section, _, name = key.partition(".")
@@ -190,7 +193,7 @@ def _explain(error: ValidationError, entries: Mapping[str, Entry]) -> ConfigErro
     code = (
         "config-contradiction" if "" in problems else "config-missing" if missing and not problems else "config-value"
     )
-    return ConfigError("\n  ".join(lines), hint=hint, code=code)
+    return ConfigError("\n  ".join(lines), hint=hint or _KEYS_HINT, code=code)
 
 
 def _problem(key: str, detail: ErrorDetails, entries: Mapping[str, Entry]) -> str:

@@ -143,8 +143,8 @@ def configure(arguments: Sequence[str], *, launched: bool = False, world_size: i
     explicit = {flag.key: f"--{name}" for name, flag in FLAGS.items() if name in typed and flag.key is not None}
     config = from_entries(entries)
     config, warnings = apply_deepspeed(config, explicit=explicit.keys(), world_size=world_size, names=explicit)
-    notes += [f"warning: {warning}" for warning in warnings]
-    if not launched:
+    if not launched:  # elsewhere train() reads the file again and says it
+        notes += [f"warning: {warning}" for warning in warnings]
         config = config.with_values({"parallel.engine": "single", "parallel.deepspeed": None})
         notes.append("note: not started by a launcher: one device, no ZeRO; `deepspeed peft_lora.py ...` uses all GPUs")
     return config, notes

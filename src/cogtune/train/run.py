@@ -16,6 +16,7 @@ from cogtune.checkpoint.load import load_model
 from cogtune.configuration.deepspeed import apply_deepspeed
 from cogtune.configuration.run import RunConfig
 from cogtune.errors import DataError
+from cogtune.model.pretrained import enable_checkpointing
 from cogtune.train import engines, folder, saver
 from cogtune.train.engines import Engine, Group
 from cogtune.train.feed import Feed
@@ -61,7 +62,9 @@ def train(config: RunConfig, *, dry_run: bool = False) -> TrainResult:
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         stack.enter_context(console(int(os.environ.get("RANK", "0"))))
-        config, _ = apply_deepspeed(config, world_size=Group.launched_ranks())
+        config, warnings = apply_deepspeed(config, world_size=Group.launched_ranks())
+        for line in warnings:
+            log.warning(line)
         engines.choose(config)
         inputs = read_inputs(config)
         engine = engines.start(config)
@@ -150,7 +153,7 @@ def _build(config: RunConfig, engine: Engine, dtype: torch.dtype, plan: Plan) ->
         if checkpoint is not None:
             saver.restore_adapter(model, checkpoint)
         if config.train.gradient_checkpointing:
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable_checkpointing(base)
         if config.train.compile:
             for layer in [*base.model.layers, *base.model.vision.transformer.layers]:
                 layer.compile()

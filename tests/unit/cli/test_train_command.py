@@ -10,6 +10,7 @@ import pytest
 
 from cogtune.cli.main import main
 from cogtune.cli.options import split_arguments
+from cogtune.configuration.deepspeed import apply_deepspeed
 from cogtune.configuration.keys import ALIASES, describe_keys
 from cogtune.configuration.run import RunConfig
 from cogtune.errors import ConfigError
@@ -83,18 +84,19 @@ def test_wrong_input_is_exit_2_before_anything_starts(
     assert not started
 
 
-def test_a_deepspeed_file_has_its_say(
-    started: list[tuple[RunConfig, bool]], capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_a_deepspeed_file_has_its_say(started: list[tuple[RunConfig, bool]], tmp_path: Path) -> None:
+    """The command hands the file on; ``train`` reads it first of all (for Python callers too)."""
     path = tmp_path / "ds.yaml"
     path.write_text(
         "zero_optimization: {stage: 2}\ntrain_micro_batch_size_per_gpu: 3\noffload_optimizer: {device: cpu}\n"
     )
     assert main(["train", *NEEDED, "--parallel.deepspeed", str(path)]) == 0
-    assert started[0][0].train.batch_size == 3
-    assert "warning: " in capsys.readouterr().err
-    assert main(["train", *NEEDED, "--parallel.deepspeed", str(path), "--train.batch_size", "1"]) == 2
-    assert "train.batch_size is 1, but" in capsys.readouterr().err
+    config, warnings = apply_deepspeed(started[0][0], world_size=1)
+    assert config.train.batch_size == 3
+    assert any("offload_optimizer" in warning for warning in warnings)
+    assert main(["train", *NEEDED, "--parallel.deepspeed", str(path), "--train.batch_size", "1"]) == 0
+    with pytest.raises(ConfigError, match=r"train\.batch_size is 1, but"):
+        apply_deepspeed(started[1][0], world_size=1)
 
 
 def test_help_lists_every_key_and_flag(capsys: pytest.CaptureFixture[str]) -> None:

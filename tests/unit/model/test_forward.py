@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 
 from cogtune import CogVLM2ForCausalLM
 from cogtune.checkpoint.random import random_model, tiny_config
+from cogtune.model.pretrained import enable_checkpointing
 from cogtune.model.routing import Routing
 
 BOS, IMAGE = 256, 258
@@ -28,11 +28,6 @@ def _batch(images: int = 2) -> dict[str, torch.Tensor]:
     labels = torch.where((mask == 1) & (torch.arange(11) > 7), ids, -100)
     pixels = torch.randn(images, 3, 8, 8, generator=torch.Generator().manual_seed(3))
     return {"input_ids": ids, "token_type_ids": types, "attention_mask": mask, "labels": labels, "pixel_values": pixels}
-
-
-def _enable_checkpointing(model: CogVLM2ForCausalLM) -> None:
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
 
 
 def _loss_and_gradients(model: CogVLM2ForCausalLM, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,9 +134,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     model.model.layers[0].mlp.language_mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     tower_calls: list[int] = []
     model.model.vision.transformer.layers[0].mlp.register_forward_pre_hook(lambda *_: tower_calls.append(1))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # the old name of the switch, where it is the only one
-        _enable_checkpointing(model)
+    enable_checkpointing(model)
     found = _loss_and_gradients(model, batch)
     assert len(calls) == len(tower_calls) == 2  # once forward, once again in the backward pass
     for one, other in zip(found, wanted, strict=True):

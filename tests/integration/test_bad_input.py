@@ -1,0 +1,25 @@
+"""Bad input at the command line: exit 2, a message that says what, where and what to do, no traceback, nothing lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cogtune.cli.main import main
+from tests.support.bad_inputs import CASES, BadInput, make_place
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_bad_input(case: BadInput, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = make_place(tmp_path, tiny_checkpoint)
+    arguments = case.prepare(place)
+    before = {path: path.read_bytes() for path in place.output.glob("**/*") if path.is_file()}
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    assert "error[" in message
+    assert "hint: " in message
+    for name in case.names:
+        assert name in message, message
+    assert {path: path.read_bytes() for path in before} == before, "something in the output folder was changed"
