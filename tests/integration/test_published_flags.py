@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cogtune.configuration.deepspeed import apply_deepspeed
 from cogtune.configuration.run import load_config
 from cogtune.errors import ConfigError
 from cogtune.train.published import FLAGS, configure
@@ -126,6 +127,10 @@ def published_file(folder: Path) -> Path:
 def test_a_file_wins_over_defaults_and_its_misplaced_offload_is_named(tmp_path: Path) -> None:
     config, notes = configure(["--ds_config", str(published_file(tmp_path))], launched=True, world_size=2)
     assert (config.train.batch_size, config.train.accumulation, config.parallel.engine) == (1, 2, "zero2")
+    _, warnings = apply_deepspeed(config, world_size=2)  # what train() says when it reads the file
+    assert [text for text in warnings if "`offload_optimizer`" in text]
+    assert not any(note.startswith("warning: ") for note in notes), "said twice"
+    _, notes = configure(["--ds_config", str(published_file(tmp_path))])
     assert [note for note in notes if note.startswith("warning: ") and "`offload_optimizer`" in note]
 
 
