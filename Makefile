@@ -13,6 +13,10 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PATH
 SETUP_FILES := pyproject.toml constraints.txt scripts/make-venv.sh
 # For its Llama-3 tokenizer file alone: its dependencies, and what they would change here, are not wanted.
 LLAMA_TOKENIZER = $(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llama-models==$(call PINNED,llama-models)
+# A torchvision of another build than torch cannot be imported, and older transformers import it where it is installed.
+FITTING_TORCHVISION = @$(@D)/bin/python -c 'import torchvision' >/dev/null 2>&1 || { \
+	echo "setup: torchvision does not fit this torch; removed (one test then uses a stand-in)"; \
+	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision; }
 TEST_EXTRAS := deepspeed,quant,demo,dev
 ALL_EXTRAS := deepspeed,quant,data,metrics,track,serve,web,demo,dev
 
@@ -60,6 +64,7 @@ clean: ## remove environments, caches and build products; results and outputs st
 $(VENV)/.installed-test: $(SETUP_FILES)
 	scripts/make-venv.sh $(VENV) $(TEST_EXTRAS) constraints.txt $(call PINNED,torch) $(call PINNED,torchvision)
 	$(LLAMA_TOKENIZER)
+	$(FITTING_TORCHVISION)
 	@touch $@ $(VENV)/.installed-demo
 
 $(VENV)/.installed-demo: $(SETUP_FILES)
@@ -69,4 +74,5 @@ $(VENV)/.installed-demo: $(SETUP_FILES)
 $(OLDEST)/.installed: $(SETUP_FILES) constraints-oldest.txt
 	scripts/make-venv.sh $(OLDEST) demo,dev constraints-oldest.txt $(TORCH_OLDEST) $(TORCHVISION_OLDEST)
 	$(LLAMA_TOKENIZER)
+	$(FITTING_TORCHVISION)
 	@touch $@
