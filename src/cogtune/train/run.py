@@ -16,6 +16,7 @@ from cogtune.checkpoint.load import load_model
 from cogtune.configuration.deepspeed import apply_deepspeed
 from cogtune.configuration.run import RunConfig
 from cogtune.errors import DataError
+from cogtune.generate.last_run import write_last_run
 from cogtune.model.pretrained import enable_checkpointing
 from cogtune.train import engines, folder, saver
 from cogtune.train.engines import Engine, Group
@@ -176,6 +177,12 @@ def _say_what_trains(model: PeftModel) -> None:
         log.info(f"  {count.region}: {count.modules} modules, {count.parameters:,} parameters{note}")
 
 
+def _remember(config: RunConfig, adapter: Path, output: Path) -> None:
+    """So that `cogtune chat --last` and `peft_infer.py` find the result."""
+    choice = config.model
+    write_last_run(choice.path, adapter, output, template=choice.template, rope_precision=choice.rope_precision)
+
+
 def _fit(
     config: RunConfig,
     inputs: Inputs,
@@ -196,5 +203,6 @@ def _fit(
     adapter, which = engine.group.on_main(lambda: saver.export_adapter(output, progress))
     result = {"adapter": which, "step": progress.step, "best_step": progress.best_step, "best_loss": progress.best_loss}
     engine.group.on_main(lambda: folder.write_record(output, folder.finished(plan.record, result)))
+    engine.group.on_main(lambda: _remember(config, adapter, output))
     log.info(f"done: the adapter ({which}) is in {adapter}")
     return TrainResult(output, adapter, progress.step, progress.best_step, progress.best_loss)
