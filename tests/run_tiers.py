@@ -94,7 +94,7 @@ def record(rows: list[dict[str, float | int | str]]) -> dict[str, object]:
         "command": "python tests/run_tiers.py " + " ".join(str(row["tier"]) for row in rows),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain")),
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
         "cores": os.cpu_count(),
         "versions": {name: installed(name) for name in LIBRARIES},
@@ -126,7 +126,7 @@ def main() -> int:
     )
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(record(rows), indent=2) + "\n", encoding="utf-8")
+        arguments.json.write_text(json.dumps(record(rows), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return 1 if any(row["exit"] for row in rows) else 0
 
 
