@@ -1,0 +1,90 @@
+"""What every committed result says about where it came from."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy", "pillow", "easy-vqa")
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def use_all_cores() -> None:
+    """As many threads as cores, unless OMP_NUM_THREADS says otherwise (torch alone takes half on many laptops)."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(cores())
+
+
+def provenance(command: str) -> dict[str, Any]:
+    """Command, commit, date, machine and library versions."""
+    versions = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "command": command,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "HEAD"),
+        "machine": {
+            "system": platform.platform(),
+            "cpu": _cpu_name(),
+            "cores": cores(),
+            "threads": torch.get_num_threads(),
+            "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        },
+        "versions": versions,
+    }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Readable JSON, in one piece."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    growing = path.with_name(f".{path.name}.partial")
+    growing.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(growing, path)
+
+
+class Clock:
+    """Wall and processor seconds (all threads) since it was made."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        """``seconds`` and ``cpu_seconds``, rounded to hundredths."""
+        wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
+        return {"seconds": round(wall, 2), "cpu_seconds": round(cpu, 2)}
+
+
+def _git(*arguments: str) -> str | None:
+    """Of the checkout the package runs from; None for an installed package."""
+    folder = Path(__file__).parent
+    try:
+        found = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return found.stdout.strip() or None
+
+
+def _cpu_name() -> str:
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

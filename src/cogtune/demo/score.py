@@ -1,0 +1,98 @@
+"""Measuring a model on the demo's test questions: exact answers, counted by kind of question.
+
+Answers come from the ordinary generation engine, in large batches. As a word more makes an answer wrong, no more tokens
+are generated than the longest right answer has, with its end.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from cogtune.demo.easyvqa import VqaPicture
+from cogtune.generate.decoding import Decoding
+from cogtune.generate.engine import Ask, Generator
+from cogtune.processing.image import read_image
+
+BATCH = 512
+KINDS = ("yes or no", "shape", "colour")
+
+
+@dataclass(frozen=True)
+class Score:
+    """The answers of one measurement in the order of the questions, and how many are right, in all and by kind."""
+
+    answers: tuple[str, ...]
+    right: int
+    total: int
+    by_kind: dict[str, tuple[int, int]]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers, 0 to 1."""
+        return self.right / self.total
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers for JSON."""
+        kinds = {kind: {"right": right, "total": total, "accuracy": right / total}
+                 for kind, (right, total) in self.by_kind.items()}  # fmt: skip
+        return {"accuracy": self.accuracy, "right": self.right, "total": self.total, "by_kind": kinds}
+
+
+def kind_of(question: str, answer: str) -> str:
+    """What a question asks for."""
+    if answer in ("yes", "no"):
+        return KINDS[0]
+    return KINDS[2] if "color" in question else KINDS[1]
+
+
+def score(answers: Sequence[str], pictures: Sequence[VqaPicture]) -> Score:
+    """Compare answers with the references, letter by letter."""
+    asked = [(question, reference) for picture in pictures for question, reference in picture.questions]
+    total: Counter[str] = Counter()
+    right: Counter[str] = Counter()
+    for answer, (question, reference) in zip(answers, asked, strict=True):
+        kind = kind_of(question, reference)
+        total[kind] += 1
+        right[kind] += answer == reference
+    by_kind = {kind: (right[kind], total[kind]) for kind in KINDS if total[kind]}
+    return Score(tuple(answers), right.total(), total.total(), by_kind)
+
+
+def measure(generator: Generator, pictures: Sequence[VqaPicture], *, blank: bool = False) -> Score:
+    """Ask every question about every picture; ``blank``: with an evenly gray picture in the place of each."""
+    gray = Image.new("RGB", (generator.processor.image_size,) * 2, (128, 128, 128))
+    asks: list[Ask] = []
+    for picture in pictures:
+        image = gray if blank else read_image(picture.file)
+        asks += [(image, question, ()) for question, _ in picture.questions]
+    decoding = Decoding(max_new_tokens=_longest(generator, pictures) + 1)
+    answers: list[str] = []
+    for start in range(0, len(asks), BATCH):
+        answers += generator.answer_batch(asks[start : start + BATCH], decoding)
+    return score(answers, pictures)
+
+
+def _longest(generator: Generator, pictures: Iterable[VqaPicture]) -> int:
+    references = {answer for picture in pictures for _, answer in picture.questions}
+    return max(len(generator.processor.encoder.answer_ids(answer)) for answer in references)
+
+
+def without_pictures(train: Sequence[VqaPicture], test: Sequence[VqaPicture]) -> dict[str, Score]:
+    """What needs no picture at all, learned from the training answers: always the most frequent answer, and the most
+    frequent answer to each question's text."""
+    everything: Counter[str] = Counter()
+    by_text: dict[str, Counter[str]] = {}
+    for picture in train:
+        for question, answer in picture.questions:
+            everything[answer] += 1
+            by_text.setdefault(question, Counter())[answer] += 1
+    top = everything.most_common(1)[0][0]
+    asked = [question for picture in test for question, _ in picture.questions]
+    texts = [by_text[question].most_common(1)[0][0] if question in by_text else top for question in asked]
+    return {f"always “{top}”": score([top] * len(asked), test),
+            "most frequent answer to each question": score(texts, test)}  # fmt: skip
