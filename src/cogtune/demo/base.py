@@ -1,7 +1,10 @@
-"""Where the shipped tiny base lies."""
+"""Where the files lie that the package ships for the demo."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-BASE = Path(__file__).parent / "assets" / "tiny-base"
+_ASSETS = Path(__file__).parent / "assets"
+BASE = _ASSETS / "tiny-base"
+SETTINGS = _ASSETS / "demo.yaml"
+STYLE = _ASSETS / "page.css"

@@ -1,9 +1,10 @@
 """What the demo's tiny base is pretrained on: one drawn form per picture and its description.
 
 The task differs from the demo's own (easy-VQA) on purpose. Here the model describes ("a small red triangle in the top
-left"), says where a form is and how large; it is never asked for a colour, a shape or a yes or no. So the base has
-useful sight and words, and still cannot answer the demo's questions. The style is different too: jittered colours,
-tilted and outlined forms, plain, shaded or speckled backgrounds of any brightness.
+left"), says where a form is and how large, and judges statements about size and place ("Was it not drawn large?"). It
+is never asked for a colour or a shape, nor whether there is one. So the base has useful sight and words, and still
+cannot answer the demo's questions. The style is different too: jittered colours, tilted and outlined forms, plain,
+shaded or speckled backgrounds of any brightness.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ from cogtune.processing.processor import CogVLM2Processor
 from cogtune.processing.tokenizer import BOS, EOS, EOT, PAD
 from cogtune.processing.tree import build_tree
 
-STEPS, BATCH, TEXT_ROWS = 1200, 64, 8
+STEPS, BATCH, TEXT_ROWS = 1000, 64, 8
 LR, WARM_UP, WEIGHT_DECAY, CLIP = 2e-3, 100, 0.05, 1.0
 SEED, TEST_SEED, TEST_DRAWINGS = 0, 1_000_003, 1000
 SHARD_SHARE = 0.6  # of all bytes: two shards

@@ -1,0 +1,230 @@
+"""The demo: the whole main job on the tiny base, with no network and no GPU; each phase is a line of ``run``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cogtune.adapters.merge import merge
+from cogtune.configuration.run import RunConfig
+from cogtune.demo import easyvqa, page
+from cogtune.demo.base import BASE, SETTINGS
+from cogtune.demo.easyvqa import VqaPicture
+from cogtune.demo.examples import Example, choose, fill
+from cogtune.demo.record import Clock, provenance, use_all_cores, write_json
+from cogtune.demo.score import Score, measure, without_pictures
+from cogtune.errors import OutputFolderError
+from cogtune.generate.engine import Generator
+from cogtune.generate.loading import ModelChoice, load_generator, resolve
+from cogtune.train.log import read_metrics
+from cogtune.train.run import train
+
+MARKER = ".cogtune-demo"  # says that the folder is a demo's, so that running again may go on in it
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where the demo writes."""
+
+    output: Path
+
+    @property
+    def train_data(self) -> Path:
+        return self.output / "data" / "train"
+
+    @property
+    def test_data(self) -> Path:
+        return self.output / "data" / "test"
+
+    @property
+    def run(self) -> Path:
+        return self.output / "run"
+
+    @property
+    def merged(self) -> Path:
+        return self.output / "merged"
+
+    @property
+    def page(self) -> Path:
+        return self.output / "demo.html"
+
+    @property
+    def record(self) -> Path:
+        return self.output / "demo.json"
+
+
+@dataclass
+class Results:
+    """What the demo finds out, as it goes."""
+
+    train: list[VqaPicture]
+    test: list[VqaPicture]
+    examples: list[Example]
+    scores: dict[str, Score] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    times: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str, say: Say) -> Iterator[None]:
+        """Say what begins and note how long it took."""
+        say(f"\n== {name}")
+        clock = Clock()
+        yield
+        self.times[name] = clock.read()
+
+
+def run(
+    output: Path,
+    *,
+    command: str = "cogtune demo",
+    started: float | None = None,
+    pictures: tuple[int | None, int | None] = (None, None),
+    changes: Mapping[str, Any] | None = None,
+    say: Say = print,
+) -> dict[str, Any]:
+    """Do everything, write it to ``output``, and return the content of its ``demo.json``.
+
+    Args:
+        started: ``time.perf_counter()`` when the command began, for the total time.
+        pictures: how many training and test pictures to use; None: all.
+        changes: dotted configuration keys that differ from the demo's settings.
+
+    Raises:
+        SetupError: easy-VQA is not installed.
+        OutputFolderError: ``output`` holds something else.
+    """
+    began = time.perf_counter() if started is None else started
+    use_all_cores()
+    source = easyvqa.find_easy_vqa()
+    folders = Folders(output.absolute())
+    continued = _claim(folders.output)
+    record = provenance(command)
+    results = _read(source, pictures)
+    with results.phase("writing easy-VQA as a data folder", say):
+        _write_data(folders, results, say)
+    with results.phase("the untuned base", say):
+        _measure(results, "base", load_generator(resolve(ModelChoice(str(BASE)))), say)
+    with results.phase("fine-tuning", say):
+        config = settings(folders, changes or {})
+        adapter = train(config).adapter
+        results.metrics = read_metrics(folders.run)
+    tuned = load_generator(resolve(ModelChoice(str(BASE), adapter)))
+    with results.phase("the tuned model", say):
+        _measure(results, "tuned", tuned, say)
+    with results.phase("the tuned model, blind", say):
+        results.scores["blind"] = _said(measure(tuned, results.test, blank=True), "with every picture blanked", say)
+    with results.phase("merging", say):
+        if not folders.merged.exists():
+            merge(BASE, folders.run / "adapter", folders.merged, say)
+    with results.phase("three questions to the merged model", say):
+        answers = _ask_merged(folders, results, say)
+    record |= _numbers(results, config, answers)
+    record["total_seconds"] = round(time.perf_counter() - began, 2)
+    record["continued"] = continued
+    page.write(folders.page, record, results.examples, results.metrics)
+    write_json(folders.record, record)
+    _say_where(folders, record, say)
+    return record
+
+
+def settings(folders: Folders, changes: Mapping[str, Any] | None = None) -> RunConfig:
+    """The demo's configuration: the shipped settings with the paths of this run."""
+    given = yaml.safe_load(SETTINGS.read_text(encoding="utf-8"))
+    given["model"] = {"path": str(BASE)}
+    given["data"]["path"] = [str(folders.train_data)]
+    given["train"]["output"] = str(folders.run)
+    return RunConfig.model_validate(given).with_values(changes or {})
+
+
+def _claim(output: Path) -> bool:
+    """Take the folder; True if it is an earlier demo's, in which this one goes on."""
+    if (output / MARKER).is_file():
+        return True
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OutputFolderError(
+            f"{output}: not empty, and not the output of a demo",
+            hint="name a new folder: cogtune demo --output DIR",
+            code="output-not-demo",
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    (output / MARKER).touch()
+    return False
+
+
+def _read(source: Path, limits: tuple[int | None, int | None]) -> Results:
+    training, test = (easyvqa.read_split(source, split, limit)
+                      for split, limit in zip(easyvqa.SPLITS, limits, strict=True))  # fmt: skip
+    results = Results(training, test, choose(test))
+    results.scores |= without_pictures(training, test)
+    return results
+
+
+def _write_data(folders: Folders, results: Results, say: Say) -> None:
+    for pictures, target in ((results.train, folders.train_data), (results.test, folders.test_data)):
+        easyvqa.write_folder(pictures, target)
+        say(f"{target}: {len(pictures):,} pictures, {_questions(pictures):,} questions")
+
+
+def _measure(results: Results, name: str, generator: Generator, say: Say) -> None:
+    results.scores[name] = _said(measure(generator, results.test), "on held-out test pictures", say)
+    fill(results.examples, name, generator)
+
+
+def _said(found: Score, what: str, say: Say) -> Score:
+    kinds = ", ".join(f"{kind} {100 * right / total:.1f} %" for kind, (right, total) in found.by_kind.items())
+    say(f"{100 * found.accuracy:.2f} % of {found.total:,} questions right {what} ({kinds})")
+    return found
+
+
+def _ask_merged(folders: Folders, results: Results, say: Say) -> list[dict[str, str]]:
+    """Talk to the merged folder as ``cogtune chat`` does, about the first three pictures of the page."""
+    generator = load_generator(resolve(ModelChoice(str(folders.merged))))
+    asked = []
+    for number, example in enumerate(results.examples[:3]):
+        question, reference = example.questions[number % len(example.questions)]
+        answer = "".join(generator.stream(example.image, question)).strip()
+        file = folders.test_data / "images" / example.picture.file.name
+        file = file.with_stem(example.picture.name)
+        say(f"{file}\n  {question}  ->  {answer}  (right: {reference})")
+        asked.append({"picture": example.picture.name, "question": question, "answer": answer, "reference": reference})
+    return asked
+
+
+def _numbers(results: Results, config: RunConfig, answers: list[dict[str, str]]) -> dict[str, Any]:
+    losses = [line for line in results.metrics if line["kind"] == "train"]
+    used = config.model_dump(mode="json")
+    return {
+        "data": {
+            "train": {"pictures": len(results.train), "questions": _questions(results.train)},
+            "test": {"pictures": len(results.test), "questions": _questions(results.test)},
+        },
+        "settings": {name: used[name] for name in ("lora", "train", "eval", "data")},
+        "steps": losses[-1]["step"],
+        "loss": {"first": losses[0]["loss"], "last": losses[-1]["loss"]},
+        "scores": {name: found.to_dict() for name, found in results.scores.items()},
+        "merged_answers": answers,
+        "times": results.times,
+    }
+
+
+def _questions(pictures: list[VqaPicture]) -> int:
+    return sum(len(picture.questions) for picture in pictures)
+
+
+def _say_where(folders: Folders, record: dict[str, Any], say: Say) -> None:
+    scores = record["scores"]
+    base, blind, tuned = (100 * scores[name]["accuracy"] for name in ("base", "blind", "tuned"))
+    say(f"\n== done in {record['total_seconds']:.0f} s")
+    say(f"accuracy: base {base:.2f} %, tuned {tuned:.2f} %, tuned but blind {blind:.2f} %")
+    say(f"page          {folders.page}")
+    say(f"adapter       {folders.run / 'adapter'}")
+    say(f"merged model  {folders.merged}")
+    say(f"TensorBoard   tensorboard --logdir={folders.run}")
+    say(f"talk to it    cogtune chat --model {folders.merged}")
