@@ -17,7 +17,7 @@ import typer
 import cogtune
 from cogtune.errors import CogtuneError
 
-COMMANDS = ("train", "chat", "predict", "merge")
+COMMANDS = ("train", "chat", "predict", "merge", "demo")
 """Modules of this package, in the order of the help; each has ``register(app)``."""
 
 _BUG_REPORT = "this is a bug in cogtune; please report it with the lines above"
@@ -69,8 +69,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def guarded(call: Callable[[], object]) -> int:
     """Run ``call`` as a command: its errors as text on stderr, and the exit code they stand for.
 
-    An int that ``call`` returns is its exit code; anything else is 0.
+    An int that ``call`` returns is its exit code; anything else is 0. A process that trained together with others ends
+    here: torch's teardown of a process group can hang or abort after everything is done and saved.
     """
+    code = _run(call)
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _run(call: Callable[[], object]) -> int:
     try:
         result = call()
         sys.stdout.flush()

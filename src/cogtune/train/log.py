@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from cogtune.checkpoint.training import sync
+from cogtune.errors import CogtuneError
 
 METRICS_FILE = "metrics.jsonl"
 log = logging.getLogger("cogtune")
@@ -58,7 +59,12 @@ def log_file(output: Path, rank: int) -> Iterator[None]:
     handler = logging.FileHandler(output / ("run.log" if rank == 0 else f"run.rank{rank}.log"), encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     with _attached(handler):
-        yield
+        try:
+            yield
+        except BaseException as error:  # the console gets it from the command line; the file would not
+            text = error.render() if isinstance(error, CogtuneError) else f"{type(error).__name__}: {error}"
+            handler.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, text, (), None))
+            raise
 
 
 @contextmanager

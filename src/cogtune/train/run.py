@@ -15,7 +15,7 @@ from cogtune.checkpoint import training as checkpoints
 from cogtune.checkpoint.load import load_model
 from cogtune.configuration.deepspeed import apply_deepspeed
 from cogtune.configuration.run import RunConfig
-from cogtune.errors import DataError
+from cogtune.errors import DataError, RunError
 from cogtune.generate.last_run import write_last_run
 from cogtune.model.pretrained import enable_checkpointing
 from cogtune.train import engines, folder, saver
@@ -27,7 +27,7 @@ from cogtune.train.loop import Loop
 from cogtune.train.optim import build_optimizer
 from cogtune.train.precision import choose_dtype, float16_warning
 from cogtune.train.progress import Progress
-from cogtune.train.watch import StopSignal, phase
+from cogtune.train.watch import StopSignal, is_peer_lost, phase
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,18 @@ def train(config: RunConfig, *, dry_run: bool = False) -> TrainResult:
         RunError: out of memory, disk full, a loss that is not finite; the last checkpoint is intact.
         Stopped: after SIGTERM or Ctrl-C; the state is saved.
     """
+    try:
+        return _train(config, dry_run)
+    except RuntimeError as error:
+        if not is_peer_lost(error):
+            raise
+        raise RunError(
+            "another process of this run ended", hint="its own message, above or in run.log or run.rankN.log, says why"
+        ) from error
+
+
+def _train(config: RunConfig, dry_run: bool) -> TrainResult:
+    """The main path."""
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         stack.enter_context(console(int(os.environ.get("RANK", "0"))))

@@ -110,6 +110,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text
 
 
+def is_peer_lost(error: BaseException) -> bool:
+    """Whether ``error`` only says that another process of the run has gone; the cause is in that one's message."""
+    lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in lost)
+
+
 def next_setting(name: str, config: RunConfig) -> str:
     """The cheapest setting that is not used yet and would help in this phase."""
     if name == "loading the model":

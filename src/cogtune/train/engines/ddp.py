@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -21,7 +22,9 @@ class DdpEngine(SingleEngine):
     def _wrap(self, model: nn.Module) -> nn.Module:
         super()._wrap(model)
         assert dist.is_initialized(), "DDP without a process group would train alone"
-        self._ddp = DistributedDataParallel(model, broadcast_buffers=False, init_sync=False)
+        with warnings.catch_warnings():  # torch 2.13 renames broadcast_buffers; 2.11 knows no other name
+            warnings.simplefilter("ignore", FutureWarning)
+            self._ddp = DistributedDataParallel(model, broadcast_buffers=False, init_sync=False)
         return self._ddp
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:

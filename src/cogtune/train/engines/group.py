@@ -120,10 +120,13 @@ class Group:
         self.sum([0.0])
 
     def close(self) -> None:
-        """Leave the group; only after a run that ended well, because it waits for the others."""
-        if self.distributed and dist.is_initialized():
+        """Wait for the others at the end of a run that went well.
+
+        The group itself is left to the end of the process: tearing gloo down beside a live DDP was seen to hang or
+        abort after a finished run (torch 2.13), and the command line ends such a process without teardown.
+        """
+        if self.distributed:
             self.barrier()
-            dist.destroy_process_group()
 
 
 def _portable(error: Exception | None) -> Exception | None:
