@@ -129,11 +129,12 @@ def train(model: CogVLM2ForCausalLM, rows: Rows, steps: int) -> Iterator[tuple[i
     rng = random.Random(SEED)
     steppers = optimizers(model)
     model.train()
+    device = model.device
     for step in range(steps):
         share = min(1.0, (step + 1) / min(WARM_UP, steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in (group for stepper in steppers for group in stepper.param_groups):
             group["lr"] = LR * share
-        loss = model(**rows.batch(rng)).loss
+        loss = model(**{name: value.to(device) for name, value in rows.batch(rng).items()}).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         for stepper in steppers:
@@ -144,7 +145,7 @@ def train(model: CogVLM2ForCausalLM, rows: Rows, steps: int) -> Iterator[tuple[i
 
 def save(model: CogVLM2ForCausalLM, folder: Path) -> None:
     """Write the published layout: bfloat16 shards with an index, configuration and tokenizer files."""
-    model.to(torch.bfloat16)
+    model.to("cpu", torch.bfloat16)
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     model.save_pretrained(folder, max_shard_size=math.ceil(size * SHARD_SHARE))
     for shard in folder.glob("*.safetensors"):
@@ -177,12 +178,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=BASE, help="folder for the base (default: the package's own)")
     parser.add_argument("--results", type=Path, help="JSON file for what was measured")
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--device", default="cpu", help="cpu: about a quarter of an hour on two cores; or cuda")
     given = parser.parse_args(arguments)
     typed = sys.argv[1:] if arguments is None else arguments
     record = provenance(" ".join(["python -m cogtune.demo.pretrain", *typed]))
     torch.manual_seed(SEED)
     model = CogVLM2ForCausalLM(config())
     initialise(model)
+    model.to(given.device)
     words.write(given.output)
     write_published_config(given.output, model.config)
     encoder = CogVLM2Processor.from_pretrained(given.output).encoder
@@ -200,7 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"share of {TEST_DRAWINGS} new drawings: {accuracy}")
     if given.results is not None:
         sizes = {file.name: file.stat().st_size for file in sorted(given.output.iterdir()) if file.is_file()}
-        settings = {"steps": given.steps, "drawings_per_step": BATCH, "text_rows_per_step": TEXT_ROWS, "lr": LR,
+        settings = {"steps": given.steps, "device": given.device, "drawings_per_step": BATCH, "text_rows_per_step": TEXT_ROWS, "lr": LR,
                     "seed": SEED, "test_seed": TEST_SEED, "test_drawings": TEST_DRAWINGS}  # fmt: skip
         parameters = sum(parameter.numel() for parameter in model.parameters())
         measured = {"settings": settings, "parameters": parameters, "bytes": sizes, "time": spent,
