@@ -203,8 +203,16 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"share of {TEST_DRAWINGS} new drawings: {accuracy}")
     if given.results is not None:
         sizes = {file.name: file.stat().st_size for file in sorted(given.output.iterdir()) if file.is_file()}
-        settings = {"steps": given.steps, "device": given.device, "drawings_per_step": BATCH, "text_rows_per_step": TEXT_ROWS, "lr": LR,
-                    "seed": SEED, "test_seed": TEST_SEED, "test_drawings": TEST_DRAWINGS}  # fmt: skip
+        settings = {
+            "steps": given.steps,
+            "device": given.device,
+            "drawings_per_step": BATCH,
+            "text_rows_per_step": TEXT_ROWS,
+            "lr": LR,
+            "seed": SEED,
+            "test_seed": TEST_SEED,
+            "test_drawings": TEST_DRAWINGS,
+        }
         parameters = sum(parameter.numel() for parameter in model.parameters())
         measured = {"settings": settings, "parameters": parameters, "bytes": sizes, "time": spent,
                     "accuracy": accuracy, "curve": curve}  # fmt: skip
