@@ -47,7 +47,17 @@ def run_tier(tier: str, extra: list[str]) -> dict[str, float | int | str]:
     """Run one tier; its row of the table."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", *TIERS[tier], "-q", f"--junitxml={report}", *extra]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            *TIERS[tier],
+            "-q",
+            "--durations=5",
+            "--durations-min=5",
+            f"--junitxml={report}",
+            *extra,
+        ]
         if tier != "gpu":
             command += ["-m", "not gpu"]
         if workers(tier):
