@@ -46,7 +46,7 @@ format: $(VENV)/.installed-test ## let ruff fix and format
 	$(BIN)/ruff format .
 
 render: $(VENV)/.installed-test ## rewrite the tables in the docs from benchmarks/results
-	$(BIN)/python benchmarks/render.py
+	$(BIN)/python -m benchmarks.render
 
 test-oldest: $(OLDEST)/.installed ## the model's tests with the oldest declared versions; writes benchmarks/results/oldest.json
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" $(OLDEST)/bin/python tests/run_tiers.py \

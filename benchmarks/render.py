@@ -10,7 +10,10 @@ One value inside a sentence, by its path in the file and a format (Python's, for
 
     it answers <!-- result: demo.tuned.accuracy .1% -->97.3%<!-- end --> of them
 
-``python benchmarks/render.py`` rewrites the pages; with ``--check`` it only says which ones are not current, and fails.
+A file that holds measurements and no table is laid out by its view in ``benchmarks/views.py``. With ``result?:`` the
+file may be absent, and the page then says so; once it is there, the block has to be current like any other.
+
+``python -m benchmarks.render`` rewrites the pages; with ``--check`` it only says which ones are not current, and fails.
 """
 
 from __future__ import annotations
@@ -22,10 +25,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.views import VIEWS, markdown
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MARK = re.compile(
-    r"(<!-- result: (?P<name>[\w-]+)(?P<path>[\w.-]*)(?: (?P<format>[^ ]+))? -->)(?P<body>.*?)(<!-- end -->)", re.S
+    r"(<!-- result(?P<optional>\??): (?P<name>[\w-]+)(?P<path>[\w.-]*)(?: (?P<format>[^ ]+))? -->)"
+    r"(?P<body>.*?)(?P<end><!-- end -->)",
+    re.S,
 )
 
 
@@ -44,14 +51,17 @@ def render(text: str, results: Path = RESULTS, *, chinese: bool = False) -> str:
     """``text`` with every marked block made anew. Raises StaleMarkError."""
 
     def fill(match: re.Match[str]) -> str:
-        name, path = match["name"], match["path"].strip(".")
+        name, path, end = match["name"], match["path"].strip("."), match["end"]
         file = results / f"{name}.json"
         if not file.is_file():
+            if match["optional"]:
+                absent = "（尚未测量）" if chinese else "(not measured yet)"
+                return f"{match[1]}{absent}{end}" if path else f"{match[1]}\n{absent}\n{end}"
             raise StaleMarkError(f"result {name}: no {file}")
         content = json.loads(file.read_text(encoding="utf-8"))
         if path:
-            return f"{match[1]}{_value(content, path, match['format'] or '', name)}{match[6]}"
-        return f"{match[1]}\n{_table(content, name, chinese)}\n{match[6]}"
+            return f"{match[1]}{_value(content, path, match['format'] or '', name)}{end}"
+        return f"{match[1]}\n{_table(content, name, chinese)}\n{end}"
 
     return MARK.sub(fill, text)
 
@@ -66,14 +76,13 @@ def _value(content: Any, path: str, form: str, name: str) -> str:
 
 
 def _table(content: dict[str, Any], name: str, chinese: bool) -> str:
+    if name in VIEWS:
+        return VIEWS[name](content, chinese)
     table = content.get("table")
     if table is None:
-        raise StaleMarkError(f'result {name}: its file has no "table"')
+        raise StaleMarkError(f'result {name}: its file has no "table", and it has no view')
     columns = table.get("columns_zh", table["columns"]) if chinese else table["columns"]
-    rows = table.get("rows_zh", table["rows"]) if chinese else table["rows"]
-    numeric = [all(isinstance(row[index], int | float) for row in rows) for index in range(len(columns))]
-    lines = [columns, ["---:" if number else "---" for number in numeric], *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return markdown(columns, table.get("rows_zh", table["rows"]) if chinese else table["rows"])
 
 
 def is_chinese(page: Path) -> bool:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.pages import ROOT, SHELL, anchors, blocks, chinese_twin, headings, links, name, pages
+from tests.docs.pages import ROOT, SHELL, anchors, blocks, chinese_twin, headings, inline_code, links, name, pages
 
 PAGES = pages()
+TEST_FILES = sorted((ROOT / "tests").rglob("test_*.py"))
+TEST_FUNCTIONS = {found for file in TEST_FILES for found in re.findall(r"^def (test_\w+)", file.read_text(), re.M)}
 TRANSLATED = [page for page in PAGES if chinese_twin(page) is not None]
 
 
@@ -25,6 +27,17 @@ def test_links_resolve(page):
         assert target.exists(), f"{name(page)}: {link}"
         if anchor and target.suffix == ".md":
             assert anchor in anchors(target.read_text(encoding="utf-8")), f"{name(page)}: {link}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_files_and_tests_named_exist(page):
+    """Paths of the repository in inline code, and the test functions named beside them."""
+    codes = inline_code(page.read_text(encoding="utf-8"))
+    for code in codes:
+        if re.fullmatch(r"(?:src/cogtune|tests|configs|scripts|docs)/[\w/.-]*", code):
+            assert (ROOT / code).exists(), f"{name(page)}: {code}"
+    for function in filter(re.compile(r"test_\w+").fullmatch, codes):
+        assert function in TEST_FUNCTIONS, f"{name(page)}: {function}"
 
 
 @pytest.mark.parametrize("page", TRANSLATED, ids=name)

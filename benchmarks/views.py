@@ -1,0 +1,115 @@
+"""How a result file becomes a table on a page, for files that hold measurements and no table of their own.
+
+A view takes the file's content and the page's language and returns a Markdown block, without the marks around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Cell = str | float | int
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+    """A Markdown table; a column that holds only numbers is right-aligned."""
+    numeric = [all(_is_number(row[index]) for row in rows) for index in range(len(columns))]
+    lines = [columns, ["---:" if number else "---" for number in numeric], *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def demo(content: dict[str, Any], chinese: bool) -> str:
+    """What the demo measured, as shares of right answers, and where it ran."""
+    scores, machine = content["scores"], content["machine"]
+    kinds = list(scores["tuned"]["by_kind"])
+    names = _DEMO_ZH if chinese else _DEMO
+    rows = [
+        [names.get(name, name), _percent(scores[name])]
+        + [_percent(scores[name]["by_kind"][kind]) if kind in scores[name]["by_kind"] else "-" for kind in kinds]
+        for name in sorted(scores, key=lambda name: _ORDER.index(name) if name in _ORDER else 1)
+    ]
+    total = f"{scores['tuned']['total']:,}"
+    columns = ["答对的比例" if chinese else "right answers", ("全部" if chinese else "all")]
+    columns += [_KINDS_ZH.get(kind, kind) if chinese else kind for kind in kinds]
+    seconds, cores = f"{content['total_seconds']:.0f}", machine["cores"]
+    cpu = machine["cpu"]
+    if chinese:
+        caption = f"共 {total} 个测试问题；全程用时 {seconds} 秒，{cores} 个 CPU 核（{cpu}），{content['date'][:10]}。"
+    else:
+        caption = f"Of {total} test questions; {seconds} s in all on {cores} CPU cores ({cpu}), {content['date'][:10]}."
+    return f"{markdown(columns, rows)}\n\n{caption}"
+
+
+def full_size(content: dict[str, Any], chinese: bool) -> str:
+    """Training steps at the full size on one GPU."""
+    names = _STEPS_ZH if chinese else _STEPS
+    rows = [
+        [
+            names[key],
+            f"{content[key]['median_s']:.3f}",
+            f"{content[key]['peak_allocated_gib']:.1f}",
+            f"{content[key]['peak_reserved_gib']:.1f}",
+        ]
+        for key in names
+    ]
+    columns = (
+        ["训练一步", "中位数（秒）", "峰值显存，已分配（GiB）", "已预留（GiB）"]
+        if chinese
+        else ["a training step", "median, s", "peak allocated, GiB", "reserved, GiB"]
+    )
+    return markdown(columns, rows)
+
+
+def published_code(content: dict[str, Any], chinese: bool) -> str:
+    """The published code's steps, measured elsewhere."""
+    columns = ["训练一步", "秒"] if chinese else ["a training step", "s"]
+    return markdown(columns, [[row["name_zh" if chinese else "name"], row["step_s"]] for row in content["steps"]])
+
+
+VIEWS: dict[str, Callable[[dict[str, Any], bool], str]] = {
+    "demo": demo,
+    "full-size-h100": full_size,
+    "published-code-h100": published_code,
+}
+"""Result file -> its view. A file without one brings its own ``"table"``."""
+
+_ORDER = ("base", "between", "blind", "tuned")
+_DEMO = {
+    "base": "the untuned base",
+    "blind": "fine-tuned, every picture blanked",
+    "tuned": "fine-tuned",
+    "most frequent answer to each question": "no model: the most frequent answer to each question",
+    "always “no”": "no model: always “no”",
+    "always “yes”": "no model: always “yes”",
+}
+_DEMO_ZH = {
+    "base": "未微调的底座",
+    "blind": "微调后，图片全部涂白",
+    "tuned": "微调后",
+    "most frequent answer to each question": "不用模型：每个问题取最常见的答案",
+    "always “no”": "不用模型：一律回答 no",
+    "always “yes”": "不用模型：一律回答 yes",
+}
+_KINDS_ZH = {"yes or no": "是非题", "shape": "形状", "colour": "颜色"}
+_STEPS = {
+    "live_tower": "with the vision tower running",
+    "cached_features": "the tower's output given",
+    "cached_features_checkpointing": "the tower's output given, activations recomputed",
+}
+_STEPS_ZH = {
+    "live_tower": "视觉塔参与计算",
+    "cached_features": "直接给出视觉塔的输出",
+    "cached_features_checkpointing": "直接给出视觉塔的输出，并重新计算激活值",
+}
+
+
+def _is_number(cell: Cell) -> bool:
+    try:
+        float(str(cell).rstrip(" %").replace(",", ""))
+    except ValueError:
+        return str(cell) == "-"
+    return True
+
+
+def _percent(score: dict[str, Any]) -> str:
+    return f"{100 * score['accuracy']:.1f} %"
