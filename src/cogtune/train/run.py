@@ -15,7 +15,7 @@ from cogtune.checkpoint import training as checkpoints
 from cogtune.checkpoint.load import load_model
 from cogtune.configuration.deepspeed import apply_deepspeed
 from cogtune.configuration.run import RunConfig
-from cogtune.errors import DataError, RunError
+from cogtune.errors import DataError, DiskFullError, RunError
 from cogtune.generate.last_run import write_last_run
 from cogtune.model.pretrained import enable_checkpointing
 from cogtune.train import engines, folder, saver
@@ -62,6 +62,13 @@ def train(config: RunConfig, *, dry_run: bool = False) -> TrainResult:
     """
     try:
         return _train(config, dry_run)
+    except OSError as error:
+        if not checkpoints.is_disk_full(error):
+            raise
+        raise DiskFullError(
+            f"{config.train.output}: no space left; the last checkpoint is intact",
+            hint="free some space and run the same command again: it continues",
+        ) from error
     except RuntimeError as error:
         if not is_peer_lost(error):
             raise
@@ -83,12 +90,14 @@ def _train(config: RunConfig, dry_run: bool) -> TrainResult:
         engine = engines.start(config)
         dtype = choose_dtype(config, engine.device)
         plan = _plan(config, inputs, engine)
+        idle = dry_run or plan.start.finished
+        if not idle:
+            engine.group.on_main(lambda: _write_beside(config, inputs, engine, plan))
+            stack.enter_context(log_file(plan.start.output, engine.group.rank))
         _announce(config, inputs, engine, dtype, plan)
-        if dry_run or plan.start.finished:
+        if idle:
             engine.group.close()
             return _nothing_to_do(plan, dry_run)
-        stack.enter_context(log_file(plan.start.output, engine.group.rank))
-        engine.group.on_main(lambda: _write_beside(config, inputs, engine, plan))
         model, progress = _build(config, engine, dtype, plan)
         result = _fit(config, inputs, engine, model, plan, progress, stop)
         engine.group.close()

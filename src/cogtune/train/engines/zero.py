@@ -41,9 +41,20 @@ class ZeroEngine(Engine):
     def _wrap(self, model: nn.Module) -> nn.Module:
         import deepspeed
 
+        settings = self._settings(model)
+        # DeepSpeed rounds every parameter to the compute dtype. What trains has its masters; an adapter that does not
+        # (it cannot influence the loss) is put back, so that its file is float32 whatever engine wrote it.
+        unrounded = {
+            name: value.data
+            for name, value in model.named_parameters()
+            if value.dtype == torch.float32 and not value.requires_grad
+        }
         self._deepspeed, *_ = deepspeed.initialize(
-            model=model, optimizer=self.optimizer, config=self._settings(model), dist_init_required=False
+            model=model, optimizer=self.optimizer, config=settings, dist_init_required=False
         )
+        for name, value in model.named_parameters():
+            if name in unrounded:
+                value.data = unrounded[name]
         stage = self._deepspeed.zero_optimization_stage()
         assert stage in (1, 2), f"asked for ZeRO, but DeepSpeed runs stage {stage}"
         module: nn.Module = self._deepspeed

@@ -1,0 +1,62 @@
+"""The learning rate's course: no step is wasted, and continuing gives the same numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cogtune.configuration.run import TrainSection
+from cogtune.train.optim import build_optimizer, build_schedule, current_lr, lr_factor, warmup_steps
+
+
+def section(**values: object) -> TrainSection:
+    return TrainSection(output="out", **values)
+
+
+def test_warmup_rises_to_one_and_never_starts_at_zero() -> None:
+    factor = lr_factor(section(warmup_steps=4, schedule="constant"), 10)
+    assert [factor(step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_schedules_fall_from_one_and_the_last_step_still_learns(schedule: str) -> None:
+    factor = lr_factor(section(schedule=schedule, warmup_ratio=0), 10)
+    values = [factor(step) for step in range(10)]
+    assert values[0] == 1.0
+    assert values == sorted(values, reverse=True)
+    assert values[-1] > 0
+    assert factor(10) == pytest.approx(0, abs=1e-12)
+
+
+def test_linear_without_warmup_is_the_published_demos_schedule() -> None:
+    factor = lr_factor(section(schedule="linear", warmup_ratio=0), 8)
+    assert [factor(step) for step in range(8)] == [1 - step / 8 for step in range(8)]
+
+
+def test_warmup_ratio_counts_steps_of_the_whole_run() -> None:
+    assert warmup_steps(section(warmup_ratio=0.03), 100) == 3
+    assert warmup_steps(section(warmup_ratio=0.03), 20) == 1
+    assert warmup_steps(section(warmup_steps=7), 20) == 7
+
+
+def test_a_continued_schedule_gives_the_same_rates() -> None:
+    train = section(warmup_steps=3)
+
+    def rates(start: int) -> list[float]:
+        optimizer = build_optimizer([torch.nn.Parameter(torch.zeros(2))], train)
+        schedule = build_schedule(optimizer, train, 12, start)
+        found = []
+        for _ in range(start, 12):
+            found.append(current_lr(optimizer))
+            optimizer.step()
+            schedule.step()
+        return found
+
+    assert rates(5) == rates(0)[5:]
+
+
+def test_optimizers_follow_their_settings() -> None:
+    adamw = build_optimizer([torch.nn.Parameter(torch.zeros(2))], section(betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1))
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert (adamw.defaults["betas"], adamw.defaults["eps"], adamw.defaults["weight_decay"]) == ((0.8, 0.9), 1e-6, 0.1)
+    assert isinstance(build_optimizer([torch.nn.Parameter(torch.zeros(2))], section(optimizer="sgd")), torch.optim.SGD)

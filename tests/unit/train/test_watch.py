@@ -1,0 +1,80 @@
+"""Running out of memory, numbers that are not finite, signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from cogtune.errors import NonFiniteError, OutOfMemoryError, Stopped
+from cogtune.train.engines.group import Group
+from cogtune.train.watch import StopSignal, check_losses, is_peer_lost, phase
+from tests.support.training import make_config
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "next_setting"),
+    [
+        ("training", {}, "--train.gradient_checkpointing true"),
+        (
+            "training",
+            {"train__gradient_checkpointing": True, "train__batch_size": 4, "train__accumulation": 2},
+            "--train.batch_size 1 --train.accumulation 8",
+        ),
+        ("training", {"train__gradient_checkpointing": True}, "--data.max_row_tokens"),
+        ("training", {"train__gradient_checkpointing": True, "data__max_row_tokens": 99}, "lora.rank"),
+        ("validation", {"train__batch_size": 4}, "--eval.batch_size 1"),
+        ("loading the model", {}, "more memory"),
+    ],
+)
+def test_out_of_memory_says_the_phase_and_the_next_setting(
+    tmp_path: Path, name: str, values: dict[str, object], next_setting: str
+) -> None:
+    config = make_config(tmp_path, tmp_path, tmp_path / "out", **values)
+    with pytest.raises(OutOfMemoryError, match=f"while {name}") as caught, phase(name, config, CPU):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert next_setting in (caught.value.hint or "")
+    assert caught.value.exit_code == 1
+
+
+def test_the_hosts_allocator_is_understood_and_other_errors_pass(tmp_path: Path) -> None:
+    config = make_config(tmp_path, tmp_path, tmp_path / "out")
+    with pytest.raises(OutOfMemoryError), phase("training", config, CPU):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    with pytest.raises(RuntimeError, match="shape"), phase("training", config, CPU):
+        raise RuntimeError("shape mismatch")
+
+
+def test_a_loss_that_is_not_finite_names_only_its_records() -> None:
+    losses = torch.tensor([0.5, float("nan"), 0.25])
+    with pytest.raises(NonFiniteError, match=r"record data/007;") as caught:
+        check_losses(losses, [["data/001"], ["data/007"], ["data/009"]], Group.alone())
+    assert "data/001" not in caught.value.message
+    assert check_losses(torch.tensor([0.5, 0.25]), [["a"], ["b"]], Group.alone()) == 0.75
+
+
+def test_a_signal_before_the_first_step_stops_at_once() -> None:
+    with StopSignal(), pytest.raises(Stopped) as caught:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert caught.value.exit_code == 143
+
+
+def test_a_signal_later_is_noted_and_a_second_ctrl_c_does_not_wait() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with StopSignal() as stop:
+        stop.wait_for_step()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.number == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_lost_peer_is_told_from_an_error_of_our_own() -> None:
+    assert is_peer_lost(RuntimeError("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"))
+    assert not is_peer_lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
