@@ -1,0 +1,145 @@
+"""Two gloo ranks against one device: the same losses, the same gradients, the same adapters.
+
+Tolerances are the design's. In float32 the engines do the same sums in another order. For SGD that stays rounding; in
+AdamW's first steps an element's update is near its sign times the learning rate, so rounding in a small gradient becomes
+a whole step of that element.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cogtune.checkpoint import training as checkpoints
+from cogtune.train.log import read_metrics
+from cogtune.train.run import train
+from tests.support.engine_cases import LENGTHS, MOVED, make_case
+from tests.support.training import write_data
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_data(folder / "pictures", 8, text_only=5)
+    write_data(folder / "one", 2)
+    write_data(folder / "few", 2, uneven=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def single(tiny_checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("single")
+    for name in LENGTHS:
+        train(make_case(tiny_checkpoint, data, output, name, rows=2))
+    train(make_case(tiny_checkpoint, data, output, "moved", rows=2, train__max_steps=8, **MOVED))
+    return output
+
+
+@pytest.fixture(scope="module", params=["ddp", "zero2"])
+def launched(
+    request: pytest.FixtureRequest, tiny_checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The output folder of one launch of an engine on two ranks, with all its cases."""
+    output = tmp_path_factory.mktemp(request.param)
+    train(make_case(tiny_checkpoint, data, output, "from-single", rows=2, train__max_steps=4, **MOVED))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "tests.support.engine_cases", tiny_checkpoint, data, output, request.param]
+    done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return output
+
+
+def losses(output: Path, kind: str = "train") -> list[float]:
+    return [line["loss"] for line in read_metrics(output) if line["kind"] == kind]
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "last" / "adapter_model.safetensors")
+
+
+def difference(output: Path, reference: Path, name: str, start: str = "start") -> float:
+    """||difference|| / ||movement|| of a case's adapter against the same case on one device."""
+    ours, theirs, before = weights(output / name), weights(reference / name), weights(reference / start)
+    return norm(ours, theirs) / norm(theirs, before)
+
+
+def norm(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    return math.sqrt(sum(float((one[name] - other[name]).double().square().sum()) for name in other))
+
+
+def test_first_loss_and_gradient(launched: Path, single: Path) -> None:
+    """A plain step of size 1 moves the adapter by its gradient, not clipped."""
+    assert losses(launched / "gradient") == pytest.approx(losses(single / "gradient"), rel=1e-6)
+    assert difference(launched, single, "gradient") <= 1e-6
+
+
+def test_twenty_sgd_steps(launched: Path, single: Path) -> None:
+    assert losses(launched / "sgd") == pytest.approx(losses(single / "sgd"), rel=1e-6)
+    assert difference(launched, single, "sgd") <= 1e-5
+
+
+def test_twenty_adamw_steps(launched: Path, single: Path) -> None:
+    assert losses(launched / "adamw") == pytest.approx(losses(single / "adamw"), rel=1e-4)
+    assert difference(launched, single, "adamw") <= 1e-2
+
+
+@pytest.mark.parametrize("name", ["accumulated", "text", "validated"])
+def test_uneven_batches(launched: Path, single: Path, name: str) -> None:
+    """Accumulation; ranks without pictures and with filler rows; a rank without validation rows."""
+    assert losses(launched / name) == pytest.approx(losses(single / name), rel=1e-6)
+    assert difference(launched, single, name) <= 1e-5
+
+
+def test_validation_counts_every_record_once(launched: Path, single: Path) -> None:
+    ours, theirs = (
+        [line for line in read_metrics(output / "validated") if line["kind"] == "validation"]
+        for output in (launched, single)
+    )
+    assert [line["labels"] for line in ours] == [line["labels"] for line in theirs]
+    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resuming_is_bit_equal(launched: Path, dtype: str) -> None:
+    """With dropout: every rank's random numbers are in the checkpoint, and in bfloat16 the float32 masters."""
+    whole, resumed = launched / f"whole-{dtype}" / "last", launched / f"resumed-{dtype}" / "last"
+    for name in ("adapter_model.safetensors", "optimizer.safetensors", "rng.safetensors"):
+        assert (whole / name).read_bytes() == (resumed / name).read_bytes()
+    assert all(value.dtype == torch.float32 for value in checkpoints.load(whole).tensors.values())
+    assert losses(launched / f"resumed-{dtype}") == losses(launched / f"whole-{dtype}")[3:]
+
+
+def test_a_run_moves_between_engines_and_numbers_of_ranks(
+    launched: Path, single: Path, tiny_checkpoint: Path, data: Path
+) -> None:
+    """Half on one device and half on two ranks, in either order, is the run on one device."""
+    train(make_case(tiny_checkpoint, data, launched, "to-single", rows=2, train__max_steps=8, **MOVED))
+    for name in ("from-single", "to-single"):
+        assert losses(launched / name) == pytest.approx(losses(single / "moved"), rel=1e-6)
+        moved = norm(weights(single / "moved"), weights(single / "start"))
+        assert norm(weights(launched / name), weights(single / "moved")) / moved <= 1e-5
+    record = json.loads((launched / "from-single" / "run.json").read_text())
+    assert (record["ranks"], record["accumulation"], record["global_batch"]) == (2, 1, 4)
+    assert "train.accumulation is 1" in (launched / "from-single" / "run.log").read_text()
+
+
+def test_a_bad_loss_on_one_rank_stops_all_and_names_its_record(launched: Path) -> None:
+    record = (launched / "poisoned.record").read_text()
+    for rank in (0, 1):
+        assert f"record {record};" in (launched / f"poisoned.rank{rank}").read_text()
+    assert not list((launched / "poisoned").glob("checkpoint-*"))
+
+
+def test_only_rank_0_speaks_and_every_rank_has_its_log(launched: Path) -> None:
+    folder = launched / "sgd"
+    assert (folder / "run.rank1.log").is_file()
+    assert [line["step"] for line in read_metrics(folder)] == list(range(1, 21))

@@ -1,0 +1,88 @@
+"""The commands as users type them, on two CPU ranks: they end, with the right exit code, and say what went wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from cogtune.train.log import read_metrics
+from tests.distributed.conftest import ROOT, launch, torchrun
+
+SECONDS_TO_FAIL = 60
+
+
+def train_flags(folder: Path, data: Path, output: Path) -> list[str]:
+    """For three steps of two rows."""
+    keys = {
+        "model": folder / "base",
+        "data": data,
+        "output": output,
+        "lora.rank": 4,
+        "data.validation_share": 0,
+        "data.workers": 0,
+        "train.max_steps": 3,
+    }
+    return [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+
+
+def test_torchrun(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    launched = launch(torchrun("-m", "cogtune", "train", *train_flags(folder, folder / "data", output)))
+    assert launched.code == 0, launched.output
+    assert "engine ddp on 2 x cpu, float32; 3 steps of 2 rows" in launched.output
+    assert launched.output.count("done: the adapter") == 1, "every rank speaks"
+    assert "Warning" not in launched.output
+    assert (output / "adapter" / "adapter_model.safetensors").is_file()
+    assert "done: the adapter" in (output / "run.rank1.log").read_text()
+    assert json.loads((output / "run.json").read_text())["finished"]
+
+
+def test_a_rank_that_fails_ends_the_job_and_says_why(folder: Path, tmp_path: Path) -> None:
+    """A picture whose pixels are damaged though header and end look right is found by the one rank that decodes it."""
+    data = tmp_path / "data"
+    shutil.copytree(folder / "data", data)
+    damaged = data / "images" / "002.png"
+    damaged.write_bytes(_with_damaged_pixels(damaged.read_bytes()))
+    launched = launch(torchrun("-m", "cogtune", "train", *train_flags(folder, data, tmp_path / "out")))
+    ended = time.time()
+    assert launched.code != 0
+    last_word = max(path.stat().st_mtime for path in (tmp_path / "out").glob("run*.log"))
+    assert ended - last_word < SECONDS_TO_FAIL
+    assert launched.output.count("error[image-") == 1, launched.output
+    assert "002.png" in launched.output
+    assert "this is a bug" not in launched.output
+
+
+def _with_damaged_pixels(png: bytes) -> bytes:
+    """The same chunks with right checksums, but the compressed pixels replaced by noise."""
+    start = png.index(b"IDAT")
+    length = int.from_bytes(png[start - 4 : start], "big")
+    noise = bytes(range(7, 7 + length % 200)).ljust(length, b"\x55")
+    chunk = b"IDAT" + noise
+    return png[:start] + chunk + zlib.crc32(chunk).to_bytes(4, "big") + png[start + 4 + length + 4 :]
+
+
+def test_the_published_command_runs_zero_2(folder: Path, tmp_path: Path) -> None:
+    """As published, with what has to be said about this machine: two CPU ranks, and where base and data lie."""
+    pytest.importorskip("deepspeed")
+    launcher = str(Path(sys.executable).parent / "deepspeed")
+    command = [launcher, "--num_accelerators", "2"]
+    flags = ["--model_path", str(folder / "base"), "--dataset_path", str(folder / "data")]
+    flags += ["--save_path", str(tmp_path / "output"), "--num_epochs", "2", "--batch_size", "1"]
+    launched = launch([*command, "peft_lora.py", "--ds_config", "ds_config.yaml", *flags], cwd=ROOT)
+    assert launched.code == 0, launched.output
+    assert "engine zero on 2 x cpu, bfloat16" in launched.output
+    assert "mpi4py" not in launched.output
+    assert all(
+        value.isfinite().all()
+        for value in load_file(tmp_path / "output" / "adapter" / "adapter_model.safetensors").values()
+    )
+    assert any(line["kind"] == "validation" for line in read_metrics(tmp_path / "output"))
+    assert list((tmp_path / "output").glob("events.out.tfevents.*"))
