@@ -116,15 +116,8 @@ def test_another_run_in_the_folder_is_refused_by_its_keys(tiny_checkpoint: Path,
 def test_same_rows_in_other_micro_batches_are_the_same_run(tiny_checkpoint: Path, data: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     train(make_config(tiny_checkpoint, data, output, train__batch_size=4, train__max_steps=1))
-    changed = make_config(
-        tiny_checkpoint,
-        data,
-        output,
-        train__batch_size=2,
-        train__accumulation=2,
-        train__max_steps=2,
-        eval__batch_size=3,
-    )
+    shape = {"train__batch_size": 2, "train__accumulation": 2}
+    changed = make_config(tiny_checkpoint, data, output, train__max_steps=2, eval__batch_size=3, **shape)
     assert train(changed).steps == 2
 
 
@@ -171,9 +164,8 @@ def test_resume_starts_a_new_folder_from_a_checkpoint(
     capsys.readouterr()
     train(same)
     assert "finished" in capsys.readouterr().out
-    slower = make_config(
-        tiny_checkpoint, data, tmp_path / "third", train__resume=str(first), train__lr=1e-5, train__epochs=2
-    )
+    values = {"train__resume": str(first), "train__lr": 1e-5, "train__epochs": 2}
+    slower = make_config(tiny_checkpoint, data, tmp_path / "third", **values)
     assert train(slower).steps == 16  # an output folder stands for its last checkpoint
     assert "changed: train.lr" in capsys.readouterr().out
     with pytest.raises(OutputFolderError, match="holds a run already"):

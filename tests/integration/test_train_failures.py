@@ -1,4 +1,4 @@
-"""A run that fails says why, and the last good state is kept: rerunning the same command ends as if nothing happened."""
+"""A run that fails says why and keeps the last good state: the same command again ends as if nothing had happened."""
 
 from __future__ import annotations
 

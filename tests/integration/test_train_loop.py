@@ -105,7 +105,7 @@ def row_sums(config: RunConfig, rows: object) -> tuple[float, int]:
 
 
 def test_validation_sums_every_record_once(tiny_checkpoint: Path, data: list[Path], tmp_path: Path) -> None:
-    """At a learning rate that moves nothing, validation must give the base's own token mean, whatever the batch size."""
+    """At a learning rate that moves nothing, validation gives the base's own token mean, whatever the batch size."""
     for size in (1, 4):
         config = make_config(
             tiny_checkpoint,
