@@ -63,6 +63,8 @@ def make_app(commands: Sequence[str] = COMMANDS) -> typer.Typer:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point: run the command line and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == [f"--local_rank={os.environ.get('LOCAL_RANK')}"]:
+        given.pop(0)  # `deepspeed --module cogtune ...` says it here as well as in the environment, which we read
     return guarded(lambda: make_app()(given, prog_name="cogtune", standalone_mode=False))
 
 
