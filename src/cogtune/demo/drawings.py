@@ -44,6 +44,8 @@ DESCRIBE = ("Describe the drawing.", "Tell me everything about it.", "Write a ca
 WHERE = ("Where was it drawn?", "Say its place.")
 HOW_LARGE = ("How large was it drawn?", "Say its size.")
 CLAIM = "Was it {negation}drawn {what}?"
+CLAIMS_OF_EACH = 1  # statements about the size, and as many about the place
+NEGATED = 0.5  # share of statements with a "not"
 _CONTRAST = 110.0  # least distance in RGB between a form and what lies behind it
 
 
@@ -65,8 +67,9 @@ class Drawing:
     def conversations(self, rng: random.Random) -> list[tuple[str, str]]:
         """Some questions and answers about this picture, each in one of its wordings; the description always."""
         asked = [(rng.choice(DESCRIBE), self.description)]
-        asked.append(self._claim(self.size, list(SIZES), "{}", rng))
-        asked.append(self._claim(self.place, [place for row in PLACES for place in row], "in the {}", rng))
+        for _ in range(CLAIMS_OF_EACH):
+            asked.append(self._claim(self.size, list(SIZES), "{}", rng))
+            asked.append(self._claim(self.place, [place for row in PLACES for place in row], "in the {}", rng))
         if rng.random() < 0.2:
             asked.append((rng.choice(WHERE), self.place))
         if rng.random() < 0.2:
@@ -74,8 +77,8 @@ class Drawing:
         return asked
 
     def _claim(self, truth: str, choices: list[str], wording: str, rng: random.Random) -> tuple[str, str]:
-        """A statement to be judged, about a size or a place: true or false, plain or negated, each half of the time."""
-        true, negated = rng.random() < 0.5, rng.random() < 0.5
+        """A statement to be judged, about a size or a place: half of them true, some negated."""
+        true, negated = rng.random() < 0.5, rng.random() < NEGATED
         said = truth if true else rng.choice([choice for choice in choices if choice != truth])
         question = CLAIM.format(negation="not " if negated else "", what=wording.format(said))
         return question, "yes" if true != negated else "no"

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from cogtune.checkpoint.load import load_model
 from cogtune.checkpoint.random import write_published_config
@@ -39,8 +40,9 @@ from cogtune.processing.processor import CogVLM2Processor
 from cogtune.processing.tokenizer import BOS, EOS, EOT, PAD
 from cogtune.processing.tree import build_tree
 
-STEPS, BATCH, TEXT_ROWS = 1000, 64, 8
-LR, WARM_UP, WEIGHT_DECAY, CLIP = 2e-3, 100, 0.05, 1.0
+STEPS, BATCH, TEXT_ROWS = 1500, 64, 8
+LR, MUON_LR = 2e-3, 2e-3
+WARM_UP, WEIGHT_DECAY, CLIP = 100, 0.05, 1.0
 SEED, TEST_SEED, TEST_DRAWINGS = 0, 1_000_003, 1000
 SHARD_SHARE = 0.6  # of all bytes: two shards
 
@@ -112,6 +114,18 @@ class Rows:
         return RowSample(build_tree([sample]), None, ())
 
 
+class Stream(IterableDataset[dict[str, Any]]):
+    """The batches of a run, one after the other, made in a process of their own while the last one trains."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        rng = random.Random(SEED)
+        while True:
+            yield self.rows.batch(rng)
+
+
 def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of hidden layers, AdamW for everything else."""
     hidden: list[nn.Parameter] = []
@@ -121,20 +135,21 @@ def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
         outer = "embed" in name or "lm_head" in name
         (hidden if parameter.ndim == 2 and not outer else decayed if parameter.ndim > 1 else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}]
-    return [Muon(hidden, LR, WEIGHT_DECAY), torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.98))]
+    return [Muon(hidden, MUON_LR, WEIGHT_DECAY), torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.98))]
 
 
 def train(model: CogVLM2ForCausalLM, rows: Rows, steps: int) -> Iterator[tuple[int, float]]:
     """Train every parameter; yields step and loss. Warm-up, then a cosine to zero."""
-    rng = random.Random(SEED)
+    batches = iter(DataLoader(Stream(rows), batch_size=None, num_workers=1, prefetch_factor=4))
     steppers = optimizers(model)
     model.train()
     device = model.device
     for step in range(steps):
         share = min(1.0, (step + 1) / min(WARM_UP, steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        for group in (group for stepper in steppers for group in stepper.param_groups):
-            group["lr"] = LR * share
-        loss = model(**{name: value.to(device) for name, value in rows.batch(rng).items()}).loss
+        for stepper, highest in zip(steppers, (MUON_LR, LR), strict=True):
+            for group in stepper.param_groups:
+                group["lr"] = highest * share
+        loss = model(**{name: value.to(device) for name, value in next(batches).items()}).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         for stepper in steppers:
@@ -209,6 +224,7 @@ def main(arguments: list[str] | None = None) -> None:
             "drawings_per_step": BATCH,
             "text_rows_per_step": TEXT_ROWS,
             "lr": LR,
+            "muon_lr": MUON_LR,
             "seed": SEED,
             "test_seed": TEST_SEED,
             "test_drawings": TEST_DRAWINGS,
