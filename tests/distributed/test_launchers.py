@@ -13,15 +13,21 @@ import pytest
 from safetensors.torch import load_file
 
 from cogtune.train.log import read_metrics
-from tests.distributed.conftest import ROOT, launch, torchrun
+from tests.support.launching import ROOT, launch, torchrun
+from tests.support.training import write_data
 
 SECONDS_TO_FAIL = 60
 
 
-def train_flags(folder: Path, data: Path, output: Path) -> list[str]:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data") / "pictures", 5)
+
+
+def train_flags(base: Path, data: Path, output: Path) -> list[str]:
     """For three steps of two rows."""
     keys = {
-        "model": folder / "base",
+        "model": base,
         "data": data,
         "output": output,
         "lora.rank": 4,
@@ -32,9 +38,9 @@ def train_flags(folder: Path, data: Path, output: Path) -> list[str]:
     return [word for key, value in keys.items() for word in (f"--{key}", str(value))]
 
 
-def test_torchrun(folder: Path, tmp_path: Path) -> None:
+def test_torchrun(tiny_checkpoint: Path, folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    launched = launch(torchrun("-m", "cogtune", "train", *train_flags(folder, folder / "data", output)))
+    launched = launch(torchrun("-m", "cogtune", "train", *train_flags(tiny_checkpoint, folder, output)))
     assert launched.code == 0, launched.output
     assert "engine ddp on 2 x cpu, float32; 3 steps of 2 rows" in launched.output
     assert launched.output.count("done: the adapter") == 1, "every rank speaks"
@@ -44,13 +50,13 @@ def test_torchrun(folder: Path, tmp_path: Path) -> None:
     assert json.loads((output / "run.json").read_text())["finished"]
 
 
-def test_a_rank_that_fails_ends_the_job_and_says_why(folder: Path, tmp_path: Path) -> None:
+def test_a_rank_that_fails_ends_the_job_and_says_why(tiny_checkpoint: Path, folder: Path, tmp_path: Path) -> None:
     """A picture whose pixels are damaged though header and end look right is found by the one rank that decodes it."""
     data = tmp_path / "data"
-    shutil.copytree(folder / "data", data)
+    shutil.copytree(folder, data)
     damaged = data / "images" / "002.png"
     damaged.write_bytes(_with_damaged_pixels(damaged.read_bytes()))
-    launched = launch(torchrun("-m", "cogtune", "train", *train_flags(folder, data, tmp_path / "out")))
+    launched = launch(torchrun("-m", "cogtune", "train", *train_flags(tiny_checkpoint, data, tmp_path / "out")))
     ended = time.time()
     assert launched.code != 0
     last_word = max(path.stat().st_mtime for path in (tmp_path / "out").glob("run*.log"))
@@ -69,12 +75,12 @@ def _with_damaged_pixels(png: bytes) -> bytes:
     return png[:start] + chunk + zlib.crc32(chunk).to_bytes(4, "big") + png[start + 4 + length + 4 :]
 
 
-def test_the_published_command_runs_zero_2(folder: Path, tmp_path: Path) -> None:
+def test_the_published_command_runs_zero_2(tiny_checkpoint: Path, folder: Path, tmp_path: Path) -> None:
     """As published, with what has to be said about this machine: two CPU ranks, and where base and data lie."""
     pytest.importorskip("deepspeed")
     launcher = str(Path(sys.executable).parent / "deepspeed")
     command = [launcher, "--num_accelerators", "2"]
-    flags = ["--model_path", str(folder / "base"), "--dataset_path", str(folder / "data")]
+    flags = ["--model_path", str(tiny_checkpoint), "--dataset_path", str(folder)]
     flags += ["--save_path", str(tmp_path / "output"), "--num_epochs", "2", "--batch_size", "1"]
     launched = launch([*command, "peft_lora.py", "--ds_config", "ds_config.yaml", *flags], cwd=ROOT)
     assert launched.code == 0, launched.output

@@ -1,0 +1,49 @@
+"""Launchers for tests with two ranks on CPUs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LAUNCH_SECONDS = 240  # DeepSpeed compiles one op at its first start on a machine: about a minute
+
+
+@dataclass(frozen=True)
+class Launched:
+    code: int
+    output: str
+
+
+def launch(command: list[str], cwd: Path = ROOT, timeout: float = LAUNCH_SECONDS, **environment: str) -> Launched:
+    """Run a launcher to its end. Past ``timeout`` seconds it and all it started are killed, and the test fails."""
+    own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{own['PATH']}"  # the environment's ninja and launchers
+    settings = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": path, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        env={**own, **settings, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"still running after {timeout} s:\n{output}")
+    return Launched(process.returncode, output)
+
+
+def torchrun(*arguments: str) -> list[str]:
+    """Two CPU ranks on this machine, on a port that is free."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
