@@ -1,0 +1,103 @@
+"""Runs that every engine must make alike. One launch makes them all in one process group:
+
+    torchrun --standalone --nproc-per-node 2 -m tests.support.engine_cases BASE DATA OUTPUT ENGINE
+
+and the test's own process makes the same runs on one device, with twice the rows per rank.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cogtune.cli.main import guarded
+from cogtune.configuration.run import RunConfig
+from cogtune.errors import NonFiniteError
+from cogtune.train import feed, loop
+from cogtune.train.run import train
+from tests.support.training import make_config
+
+SGD: dict[str, Any] = {"train__optimizer": "sgd", "train__lr": 0.1}
+LENGTHS: dict[str, dict[str, Any]] = {
+    "start": {"train__optimizer": "sgd", "train__lr": 1e-30, "train__max_steps": 1},
+    "gradient": {
+        "train__optimizer": "sgd",
+        "train__lr": 1,
+        "train__schedule": "constant",
+        "train__max_grad_norm": ".inf",
+        "train__max_steps": 1,
+    },
+    "sgd": {**SGD, "train__max_steps": 20},
+    "adamw": {"train__lr": 1e-3, "train__max_steps": 20},
+    "accumulated": {**SGD, "train__accumulation": 2, "train__max_steps": 6},
+    # one rank sees no picture in any step, and the last step of an epoch has a filler row
+    "text": {**SGD, "source": "text", "train__epochs": 2},
+    # two validation rows on two ranks of two rows: rank 1 has nothing to validate
+    "validated": {**SGD, "source": "few", "eval__batch_size": 2, "train__max_steps": 2},
+}
+# two rows twice on one device, or once on two ranks: accumulation is derived anew
+MOVED: dict[str, Any] = {**SGD, "train__accumulation": 2, "train__schedule": "constant"}
+
+
+def make_case(base: Path, data: Path, output: Path, name: str, *, rows: int, **more: Any) -> RunConfig:
+    """The configuration of one case, with ``rows`` per rank."""
+    values = {**LENGTHS.get(name, {}), "train__batch_size": rows, **more}
+    source: list[Path] = [data / "pictures", data / "pictures.jsonl"]
+    kind = values.pop("source", None)
+    if kind == "pictures":
+        source = source[:1]
+    if kind == "text":
+        source = [data / "pictures.jsonl", data / "one"]
+    if kind == "few":
+        values["data__validation"] = [str(data / "few")]
+    return make_config(base, source, output / name, **values)
+
+
+def main(base: Path, data: Path, output: Path, engine: str) -> None:
+    parallel = {"parallel__engine": engine}
+    for name in LENGTHS:
+        train(make_case(base, data, output, name, rows=1, **parallel))
+    for dtype in ("float32", "bfloat16"):
+        values = {
+            "model__dtype": dtype,
+            "lora__dropout": 0.2,
+            "train__max_steps": 6,
+            "train__save_steps": 3,
+            **parallel,
+        }
+        train(make_case(base, data, output, f"whole-{dtype}", rows=1, **values))
+        middle = str(output / f"whole-{dtype}" / "checkpoint-3")
+        train(make_case(base, data, output, f"resumed-{dtype}", rows=1, train__resume=middle, **values))
+    # a run that the test began on one device goes on here, and one that begins here goes on there
+    train(make_case(base, data, output, "from-single", rows=2, train__max_steps=8, **MOVED, **parallel))
+    train(make_case(base, data, output, "to-single", rows=2, train__max_steps=4, **MOVED, **parallel))
+    _poison_rank_1(make_case(base, data, output, "poisoned", rows=1, source="pictures", train__max_steps=2, **parallel))
+
+
+def _poison_rank_1(config: RunConfig) -> None:
+    """A loss that is not finite on one rank must stop both, naming the record of that one."""
+    original, output = feed.to_device, config.train.output
+
+    def poison(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+        arguments = original(batch, device)
+        if os.environ["RANK"] == "1":
+            output.with_suffix(".record").write_text(batch["record_ids"][0])
+            arguments["pixel_values"] = torch.full_like(arguments["pixel_values"], float("nan"))
+        return arguments
+
+    loop.to_device = poison
+    try:
+        train(config)
+    except NonFiniteError as error:
+        output.with_suffix(f".rank{os.environ['RANK']}").write_text(error.message)
+        return
+    raise AssertionError("a loss of nan was trained on")
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    sys.exit(guarded(lambda: main(Path(arguments[0]), Path(arguments[1]), Path(arguments[2]), arguments[3])))
