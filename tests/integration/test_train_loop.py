@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,8 @@ from cogtune.configuration.run import RunConfig
 from cogtune.train.inputs import read_inputs
 from cogtune.train.log import read_metrics
 from cogtune.train.run import train
+from tests.golden.make_losses import FILE, golden_run
 from tests.support.training import make_config, write_data
-
-GOLDEN = Path(__file__).parents[1] / "golden" / "losses" / "tiny.json"
 
 
 @pytest.fixture(scope="module")
@@ -38,36 +38,36 @@ def adapter(output: Path) -> dict[str, torch.Tensor]:
 def test_losses_are_the_committed_ones(tiny_checkpoint: Path, data: list[Path], tmp_path: Path) -> None:
     """float32 sums in another order (other BLAS, thread count or CPU) move a loss of about 6 by some 1e-6; after twelve
     steps of AdamW, whose sign-like update amplifies rounding, by some 1e-4."""
-    config = make_config(
-        tiny_checkpoint, data, tmp_path / "out", train__batch_size=2, train__epochs=2, data__validation_share=0.3
-    )
-    train(config)
-    golden = json.loads(GOLDEN.read_text())
+    train(golden_run(tiny_checkpoint, data, tmp_path / "out"))
+    golden = json.loads(FILE.read_text())
     assert losses(tmp_path / "out")[0] == pytest.approx(golden["train"][0], rel=2e-6)
     assert losses(tmp_path / "out") == pytest.approx(golden["train"], rel=1e-3)
     assert losses(tmp_path / "out", "validation") == pytest.approx(golden["validation"], rel=1e-3)
 
 
-def test_micro_batches_of_any_shape_are_the_same_step(tiny_checkpoint: Path, data: list[Path], tmp_path: Path) -> None:
-    """Same sums in another order: rounding only. SGD, because AdamW's sign-like update amplifies it."""
-    moved = {}
-    for rows, accumulation in ((8, 1), (4, 2), (2, 4)):
-        output = tmp_path / f"{rows}x{accumulation}"
-        config = make_config(
-            tiny_checkpoint,
-            data,
-            output,
-            train__batch_size=rows,
-            train__accumulation=accumulation,
-            train__optimizer="sgd",
-            train__lr=0.1,
-            train__max_steps=4,
-        )
-        train(config)
-        moved[rows] = (losses(output), adapter(output))
-    for rows in (4, 2):
-        assert moved[rows][0] == pytest.approx(moved[8][0], rel=1e-6)
-        assert distance(moved[rows][1], moved[8][1]) <= 1e-6
+@pytest.mark.parametrize(
+    ("optimizer", "lr", "loss", "movement"), [("sgd", 0.1, 1e-6, 1e-5), ("adamw", 1e-3, 1e-4, 1e-2)]
+)
+def test_micro_batches_of_any_shape_are_the_same_step(
+    tiny_checkpoint: Path, data: list[Path], tmp_path: Path, optimizer: str, lr: float, loss: float, movement: float
+) -> None:
+    """Same sums in another order: rounding only, which AdamW's sign-like update amplifies."""
+
+    def run(rows: int, accumulation: int, **values: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
+        output = tmp_path / f"{rows}x{accumulation}{'-'.join(values)}"
+        shape = {"train__batch_size": rows, "train__accumulation": accumulation}
+        keys = {"train__optimizer": optimizer, "train__lr": lr, "train__max_steps": 6, **shape, **values}
+        train(make_config(tiny_checkpoint, data, output, **keys))
+        return losses(output), adapter(output)
+
+    start = run(8, 1, train__optimizer="sgd", train__lr=1e-30, train__max_steps=1)[1]
+    expected, reference = run(8, 1)
+    moved = distance(start, reference)
+    assert moved > 1e-3
+    for rows, accumulation in ((4, 2), (2, 4)):
+        found, weights = run(rows, accumulation)
+        assert found == pytest.approx(expected, rel=loss)
+        assert distance(weights, reference) <= movement * moved
 
 
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
