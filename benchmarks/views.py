@@ -66,9 +66,28 @@ def published_code(content: dict[str, Any], chinese: bool) -> str:
     return markdown(columns, [[row["name_zh" if chinese else "name"], row["step_s"]] for row in content["steps"]])
 
 
+def proofs(content: dict[str, Any], chinese: bool) -> str:
+    """What the tests bound, as measured."""
+    golden, trees = content["golden fixtures, largest difference"], content["trees against separate samples"]
+    rows: list[list[Cell]] = [[f"published fixtures: {name}", _short(value)] for name, value in golden.items()]
+    rows += [
+        [f"{trees['trees']} random trees against separate samples: {name}", _short(value)]
+        for name, value in trees.items()
+        if name != "trees"
+    ]
+    killed = content["killed and resumed"]
+    same = "bit-identical" if killed["bit-identical"] else "different"
+    rows.append([f"run killed {len(killed['killed after s'])} times and repeated, its adapter", same])
+    rows += [[f"`{command}`, seconds", f"{value:.2f}"] for command, value in content["start, seconds"].items()]
+    codes = {case["exit code"] for case in content["bad inputs"]}
+    rows.append([f"{len(content['bad inputs'])} bad inputs, exit codes", ", ".join(map(str, sorted(codes)))])
+    return markdown(["what", "measured"], rows)
+
+
 VIEWS: dict[str, Callable[[dict[str, Any], bool], str]] = {
     "demo": demo,
     "full-size-h100": full_size,
+    "proofs": proofs,
     "published-code-h100": published_code,
 }
 """Result file -> its view. A file without one brings its own ``"table"``."""
@@ -109,6 +128,10 @@ def _is_number(cell: Cell) -> bool:
     except ValueError:
         return str(cell) == "-"
     return True
+
+
+def _short(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.1e}"
 
 
 def _percent(score: dict[str, Any]) -> str:
