@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import time
 import zlib
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from cogtune.train.log import read_metrics
-from tests.support.launching import ROOT, launch, torchrun
+from tests.support.launching import deepspeed, launch, torchrun
 from tests.support.training import write_data
 
 SECONDS_TO_FAIL = 60
@@ -78,17 +77,13 @@ def _with_damaged_pixels(png: bytes) -> bytes:
 def test_the_published_command_runs_zero_2(tiny_checkpoint: Path, folder: Path, tmp_path: Path) -> None:
     """As published, with what has to be said about this machine: two CPU ranks, and where base and data lie."""
     pytest.importorskip("deepspeed")
-    launcher = str(Path(sys.executable).parent / "deepspeed")
-    command = [launcher, "--num_accelerators", "2"]
     flags = ["--model_path", str(tiny_checkpoint), "--dataset_path", str(folder)]
     flags += ["--save_path", str(tmp_path / "output"), "--num_epochs", "2", "--batch_size", "1"]
-    launched = launch([*command, "peft_lora.py", "--ds_config", "ds_config.yaml", *flags], cwd=ROOT)
+    launched = launch(deepspeed("peft_lora.py", "--ds_config", "ds_config.yaml", *flags))
     assert launched.code == 0, launched.output
     assert "engine zero on 2 x cpu, bfloat16" in launched.output
     assert "mpi4py" not in launched.output
-    assert all(
-        value.isfinite().all()
-        for value in load_file(tmp_path / "output" / "adapter" / "adapter_model.safetensors").values()
-    )
+    weights = load_file(tmp_path / "output" / "adapter" / "adapter_model.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
     assert any(line["kind"] == "validation" for line in read_metrics(tmp_path / "output"))
     assert list((tmp_path / "output").glob("events.out.tfevents.*"))

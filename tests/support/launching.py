@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -47,3 +48,12 @@ def launch(command: list[str], cwd: Path = ROOT, timeout: float = LAUNCH_SECONDS
 def torchrun(*arguments: str) -> list[str]:
     """Two CPU ranks on this machine, on a port that is free."""
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+
+
+def deepspeed(*arguments: str) -> list[str]:
+    """Two CPU ranks under DeepSpeed's launcher, on a port that is free (by itself it takes 29500)."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = str(Path(sys.executable).parent / "deepspeed")
+    return [launcher, "--num_accelerators", "2", "--master_port", str(port), *arguments]

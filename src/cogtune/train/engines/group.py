@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from cogtune.errors import SetupError
+
 T = TypeVar("T")
 
 _TIMEOUT = timedelta(minutes=60)  # rank 0 may write a large checkpoint, or read one, while the others wait
@@ -58,7 +60,7 @@ class Group:
         else:
             device, backend = torch.device("cpu"), "gloo"
         if not dist.is_initialized():
-            dist.init_process_group(backend, timeout=_TIMEOUT)
+            _init(backend)
         return cls(dist.get_rank(), dist.get_world_size(), device, True)
 
     @property
@@ -127,6 +129,20 @@ class Group:
         """
         if self.distributed:
             self.barrier()
+
+
+def _init(backend: str) -> None:
+    """Raises SetupError when the port to meet on is taken: the deepspeed launcher takes the same one for every run."""
+    try:
+        dist.init_process_group(backend, timeout=_TIMEOUT)
+    except dist.DistNetworkError as error:
+        if "address already in use" not in str(error).lower():
+            raise
+        raise SetupError(
+            f"port {os.environ.get('MASTER_PORT')}, where the processes of this run meet, is used by another program",
+            hint="another run on this machine? Give this one a port: deepspeed --master_port 29501 ..., or "
+            "torchrun --standalone ..., which finds a free one",
+        ) from error
 
 
 def _portable(error: Exception | None) -> Exception | None:
