@@ -7,7 +7,9 @@ and the test's own process makes the same runs on one device, with twice the row
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import torch
 
 from cogtune.cli.main import guarded
 from cogtune.configuration.run import RunConfig
-from cogtune.errors import NonFiniteError
+from cogtune.errors import NonFiniteError, Stopped
 from cogtune.train import feed, loop
 from cogtune.train.run import train
 from tests.support.training import make_config
@@ -24,9 +26,12 @@ from tests.support.training import make_config
 SGD: dict[str, Any] = {"train__optimizer": "sgd", "train__lr": 0.1}
 LENGTHS: dict[str, dict[str, Any]] = {
     "start": {"train__optimizer": "sgd", "train__lr": 1e-30, "train__max_steps": 1},
+    # from an adapter whose B is not zero, so that every trained weight has a gradient; with a learning rate this high
+    # the weights after the step are the gradient, to float32's precision
     "gradient": {
+        "lora__start_from": "adapter",
         "train__optimizer": "sgd",
-        "train__lr": 1,
+        "train__lr": 1000,
         "train__schedule": "constant",
         "train__max_grad_norm": ".inf",
         "train__max_steps": 1,
@@ -40,7 +45,12 @@ LENGTHS: dict[str, dict[str, Any]] = {
     "validated": {**SGD, "source": "few", "eval__batch_size": 2, "train__max_steps": 2},
 }
 # two rows twice on one device, or once on two ranks: accumulation is derived anew
-MOVED: dict[str, Any] = {**SGD, "train__accumulation": 2, "train__schedule": "constant"}
+MOVED: dict[str, dict[str, Any]] = {
+    "sgd": {**SGD, "train__accumulation": 2, "train__schedule": "constant"},
+    "adamw": {"train__lr": 1e-3, "train__accumulation": 2, "train__schedule": "constant"},
+}
+ONCE = {"train__accumulation": 1}
+STOP_AT = 3
 
 
 def make_case(base: Path, data: Path, output: Path, name: str, *, rows: int, **more: Any) -> RunConfig:
@@ -54,6 +64,8 @@ def make_case(base: Path, data: Path, output: Path, name: str, *, rows: int, **m
         source = [data / "pictures.jsonl", data / "one"]
     if kind == "few":
         values["data__validation"] = [str(data / "few")]
+    if "lora__start_from" in values:
+        values["lora__start_from"] = str(data / values["lora__start_from"])
     return make_config(base, source, output / name, **values)
 
 
@@ -72,10 +84,33 @@ def main(base: Path, data: Path, output: Path, engine: str) -> None:
         train(make_case(base, data, output, f"whole-{dtype}", rows=1, **values))
         middle = str(output / f"whole-{dtype}" / "checkpoint-3")
         train(make_case(base, data, output, f"resumed-{dtype}", rows=1, train__resume=middle, **values))
-    # a run that the test began on one device goes on here, and one that begins here goes on there
-    train(make_case(base, data, output, "from-single", rows=2, train__max_steps=8, **MOVED, **parallel))
-    train(make_case(base, data, output, "to-single", rows=2, train__max_steps=4, **MOVED, **parallel))
+        if dtype == "float32":
+            _stop_and_go_on(make_case(base, data, output, "stopped", rows=1, **values))
+    # runs that the test began on one device go on here, and runs that begin here go on there
+    for name, moved in MOVED.items():
+        first, second = {**moved, **ONCE, "train__max_steps": 4}, {**moved, "train__max_steps": 8}
+        train(make_case(base, data, output, f"from-single-{name}", rows=2, **second, **parallel))
+        train(make_case(base, data, output, f"to-single-{name}", rows=2, **first, **parallel))
     _poison_rank_1(make_case(base, data, output, "poisoned", rows=1, source="pictures", train__max_steps=2, **parallel))
+
+
+def _stop_and_go_on(config: RunConfig) -> None:
+    """SIGTERM reaches rank 1 only, as when a cluster takes one machine: both save and stop, and both go on."""
+
+    class KillMyself(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage().startswith(f"step {STOP_AT}/") and os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    handler = KillMyself()
+    logging.getLogger("cogtune").addHandler(handler)
+    try:
+        train(config)
+    except Stopped as error:
+        config.train.output.with_suffix(f".rank{os.environ['RANK']}").write_text(f"{error.exit_code} {error.message}")
+    finally:
+        logging.getLogger("cogtune").removeHandler(handler)
+    train(config)
 
 
 def _poison_rank_1(config: RunConfig) -> None:
