@@ -44,8 +44,7 @@ DESCRIBE = ("Describe the drawing.", "Tell me everything about it.", "Write a ca
 WHERE = ("Where was it drawn?", "Say its place.")
 HOW_LARGE = ("How large was it drawn?", "Say its size.")
 CLAIM = "Was it {negation}drawn {what}?"
-CLAIMS_OF_EACH = 1  # statements about the size, and as many about the place
-NEGATED = 0.5  # share of statements with a "not"
+NEGATED = 0.25  # share of statements with a "not"
 _CONTRAST = 110.0  # least distance in RGB between a form and what lies behind it
 
 
@@ -67,9 +66,8 @@ class Drawing:
     def conversations(self, rng: random.Random) -> list[tuple[str, str]]:
         """Some questions and answers about this picture, each in one of its wordings; the description always."""
         asked = [(rng.choice(DESCRIBE), self.description)]
-        for _ in range(CLAIMS_OF_EACH):
-            asked.append(self._claim(self.size, list(SIZES), "{}", rng))
-            asked.append(self._claim(self.place, [place for row in PLACES for place in row], "in the {}", rng))
+        asked.append(self._claim(self.size, list(SIZES), "{}", rng))
+        asked.append(self._claim(self.place, [place for row in PLACES for place in row], "in the {}", rng))
         if rng.random() < 0.2:
             asked.append((rng.choice(WHERE), self.place))
         if rng.random() < 0.2:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers.utils.logging import disable_progress_bar
 
 from cogtune.adapters.merge import merge
 from cogtune.configuration.run import RunConfig
@@ -102,6 +103,7 @@ def run(
     """
     began = time.perf_counter() if started is None else started
     use_all_cores()
+    disable_progress_bar()  # every model here loads in a moment
     source = easyvqa.find_easy_vqa()
     folders = Folders(output.absolute())
     continued = _claim(folders.output)

@@ -64,17 +64,21 @@ def score(answers: Sequence[str], pictures: Sequence[VqaPicture]) -> Score:
 
 
 def measure(generator: Generator, pictures: Sequence[VqaPicture], *, blank: bool = False) -> Score:
-    """Ask every question about every picture; ``blank``: with an evenly gray picture in the place of each."""
-    gray = Image.new("RGB", (generator.processor.image_size,) * 2, (128, 128, 128))
+    """Ask every question about every picture; ``blank``: with a white picture in the place of each."""
+    white = Image.new("RGB", (generator.processor.image_size,) * 2, "white")
     asks: list[Ask] = []
     for picture in pictures:
-        image = gray if blank else read_image(picture.file)
+        image = white if blank else read_image(picture.file)
         asks += [(image, question, ()) for question, _ in picture.questions]
     decoding = Decoding(max_new_tokens=_longest(generator, pictures) + 1)
-    answers: list[str] = []
-    for start in range(0, len(asks), BATCH):
-        answers += generator.answer_batch(asks[start : start + BATCH], decoding)
-    return score(answers, pictures)
+    # the same question about the same picture has the same answer: blanked, most questions are repetitions
+    distinct = list({(id(image), question): (image, question, history) for image, question, history in asks}.values())
+    answers: dict[tuple[int, str], str] = {}
+    for start in range(0, len(distinct), BATCH):
+        some = distinct[start : start + BATCH]
+        for (image, question, _), answer in zip(some, generator.answer_batch(some, decoding), strict=True):
+            answers[id(image), question] = answer
+    return score([answers[id(image), question] for image, question, _ in asks], pictures)
 
 
 def _longest(generator: Generator, pictures: Iterable[VqaPicture]) -> int:
