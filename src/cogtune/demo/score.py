@@ -72,13 +72,13 @@ def measure(generator: Generator, pictures: Sequence[VqaPicture], *, blank: bool
         asks += [(image, question, ()) for question, _ in picture.questions]
     decoding = Decoding(max_new_tokens=_longest(generator, pictures) + 1)
     # the same question about the same picture has the same answer: blanked, most questions are repetitions
-    distinct = list({(id(image), question): (image, question, history) for image, question, history in asks}.values())
+    distinct = list({(id(ask[0]), ask[1]): ask for ask in asks}.values())
     answers: dict[tuple[int, str], str] = {}
     for start in range(0, len(distinct), BATCH):
         some = distinct[start : start + BATCH]
-        for (image, question, _), answer in zip(some, generator.answer_batch(some, decoding), strict=True):
-            answers[id(image), question] = answer
-    return score([answers[id(image), question] for image, question, _ in asks], pictures)
+        for (shown, question, _), answer in zip(some, generator.answer_batch(some, decoding), strict=True):
+            answers[id(shown), question] = answer
+    return score([answers[id(shown), question] for shown, question, _ in asks], pictures)
 
 
 def _longest(generator: Generator, pictures: Iterable[VqaPicture]) -> int:
