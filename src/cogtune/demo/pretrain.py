@@ -169,7 +169,7 @@ def save(model: CogVLM2ForCausalLM, folder: Path) -> None:
     words.write(folder)
 
 
-def describe_new(folder: Path, count: int = TEST_DRAWINGS) -> dict[str, float]:
+def describe_new(folder: Path, count: int) -> dict[str, float]:
     """Share of new drawings whose colour, form, size, place, and whole description the saved base gets right."""
     generator = Generator(load_model(folder), CogVLM2Processor.from_pretrained(folder))
     rng = random.Random(TEST_SEED)
@@ -214,7 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"step {step}/{given.steps}  loss {curve[-1]['loss']:.4f}  {passed:.0f} s", flush=True)
     spent = clock.read()
     save(model, given.output)
-    accuracy = describe_new(given.output)
+    accuracy = describe_new(given.output, TEST_DRAWINGS)
     print(f"share of {TEST_DRAWINGS} new drawings: {accuracy}")
     if given.results is not None:
         sizes = {file.name: file.stat().st_size for file in sorted(given.output.iterdir()) if file.is_file()}
