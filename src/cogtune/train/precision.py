@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from cogtune.configuration.run import RunConfig
@@ -13,17 +11,17 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 _FIRST_WITH_BFLOAT16 = (8, 0)  # Ampere
 
 
-def choose_dtype(config: RunConfig, device: torch.device, deepspeed: dict[str, Any] | None = None) -> torch.dtype:
+def choose_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     """The dtype of the frozen weights and of the computation.
 
-    A DeepSpeed file decides when ``model.dtype`` is ``auto``; then bfloat16 on a GPU and float32 on a CPU.
+    ``auto`` is bfloat16 on a GPU and float32 on a CPU; what a DeepSpeed file says of it is in ``config`` already.
 
     Raises:
         SetupError: bfloat16 on a card that cannot compute in it.
     """
     dtype = _DTYPES.get(config.model.dtype)
     if dtype is None:
-        dtype = _from_deepspeed(deepspeed or {}) or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if dtype == torch.bfloat16 and device.type == "cuda":
         check_bfloat16(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
     return dtype
@@ -49,11 +47,3 @@ def float16_warning(dtype: torch.dtype) -> str | None:
         "float16: losses are scaled and steps with overflowing gradients are skipped, but this model was trained in "
         "bfloat16 and its activations can exceed float16's range: the loss can become NaN, and the run then stops"
     )
-
-
-def _from_deepspeed(settings: dict[str, Any]) -> torch.dtype | None:
-    for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        section = settings.get(key)
-        if isinstance(section, dict) and section.get("enabled") is True:
-            return dtype
-    return None
