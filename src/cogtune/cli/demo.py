@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+_OUTPUT = Path("cogtune-demo")
 _HELP = """Fine-tune a tiny CogVLM2 on real pictures and talk to it: the whole main job, with no GPU and no network.
 
   cogtune demo
@@ -34,4 +35,4 @@ def _demo(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from cogtune.demo.run import run
 
-    run(output, command=f"cogtune demo --output {output}", started=started)
+    run(output, command="cogtune demo" if output == _OUTPUT else f"cogtune demo --output {output}", started=started)

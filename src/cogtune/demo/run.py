@@ -202,6 +202,7 @@ def _ask_merged(folders: Folders, results: Results, say: Say) -> list[dict[str, 
 def _numbers(results: Results, config: RunConfig, answers: list[dict[str, str]]) -> dict[str, Any]:
     losses = [line for line in results.metrics if line["kind"] == "train"]
     used = config.model_dump(mode="json")
+    del used["data"]["path"], used["train"]["output"]  # in the demo's own folder, wherever that was
     return {
         "data": {
             "train": {"pictures": len(results.train), "questions": _questions(results.train)},
