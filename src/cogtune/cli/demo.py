@@ -27,7 +27,7 @@ def register(app: typer.Typer) -> None:
 def _demo(
     output: Annotated[
         Path, typer.Option("--output", help="Folder for everything the demo writes.", metavar="DIR")
-    ] = Path("cogtune-demo"),
+    ] = _OUTPUT,
 ) -> None:
     started = time.perf_counter()
     # Threads that wait by spinning stand still together as soon as another program wants a core: measured five times
