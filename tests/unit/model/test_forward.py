@@ -73,10 +73,11 @@ def test_sum_over_a_given_count() -> None:
     torch.testing.assert_close(model(**batch, num_items_in_batch=10).loss * 10, model(**batch).loss * count)
 
 
-def test_no_label_is_zero_not_nan_and_has_a_gradient() -> None:
+@pytest.mark.parametrize("count", [7, None])
+def test_no_label_is_zero_not_nan_and_has_a_gradient(count: int | None) -> None:
     model = _model().train()
     ids = torch.tensor([[BOS]])
-    loss = model(ids, labels=torch.full_like(ids, -100), num_items_in_batch=7).loss
+    loss = model(ids, labels=torch.full_like(ids, -100), num_items_in_batch=count).loss
     loss.backward()
     assert loss == 0
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.parameters())
