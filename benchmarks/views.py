@@ -41,29 +41,22 @@ def demo(content: dict[str, Any], chinese: bool) -> str:
 
 
 def full_size(content: dict[str, Any], chinese: bool) -> str:
-    """Training steps at the full size on one GPU."""
+    """Training steps at the full size on one GPU. What the allocator held is one figure for all rows, so left out."""
     names = _STEPS_ZH if chinese else _STEPS
     rows = [
         [
             names[key],
             f"{content[key]['median_s']:.3f}",
             f"{content[key]['peak_allocated_gib']:.1f}",
-            f"{content[key]['peak_reserved_gib']:.1f}",
         ]
         for key in names
     ]
     columns = (
-        ["训练一步", "中位数（秒）", "峰值显存，已分配（GiB）", "已预留（GiB）"]
+        ["训练一步", "中位数（秒）", "峰值显存，已分配（GiB）"]
         if chinese
-        else ["a training step", "median, s", "peak allocated, GiB", "reserved, GiB"]
+        else ["a training step", "median, s", "peak allocated, GiB"]
     )
     return markdown(columns, rows)
-
-
-def published_code(content: dict[str, Any], chinese: bool) -> str:
-    """The published code's steps, measured elsewhere."""
-    columns = ["训练一步", "秒"] if chinese else ["a training step", "s"]
-    return markdown(columns, [[row["name_zh" if chinese else "name"], row["step_s"]] for row in content["steps"]])
 
 
 def proofs(content: dict[str, Any], chinese: bool) -> str:
@@ -88,7 +81,6 @@ VIEWS: dict[str, Callable[[dict[str, Any], bool], str]] = {
     "demo": demo,
     "full-size-h100": full_size,
     "proofs": proofs,
-    "published-code-h100": published_code,
 }
 """Result file -> its view. A file without one brings its own ``"table"``."""
 

@@ -224,6 +224,12 @@ def _no_adapter(place: Place) -> list[str]:
     return place.train("--lora.start_from", str(place.adapter))
 
 
+@_case("adapter to continue with another rank", "lora.rank is 7", "has 4")
+def _other_rank(place: Place) -> list[str]:
+    arguments = _other_base.prepare(place)
+    return [*arguments, "--lora.rank", "7"]
+
+
 @_case("LoRA target that matches nothing", "vision_expert_qkv", "vision_expert_query_key_value")
 def _no_target(place: Place) -> list[str]:
     return place.train("--lora.targets", "vision_expert_qkv")

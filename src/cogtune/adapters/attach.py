@@ -24,10 +24,19 @@ from torch import nn
 from torch.nn import functional
 
 from cogtune.adapters.targets import region, resolve_targets
+from cogtune.configuration.run import LoraSection
 from cogtune.errors import AdapterError, ConfigError
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
+_CONTINUED = {
+    "rank": "r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "rslora": "use_rslora",
+    "dora": "use_dora",
+}
+"""Fields of the lora section, and what PEFT's configuration file calls them."""
 
 
 class LoraSettings(Protocol):
@@ -74,9 +83,11 @@ def attach(model: nn.Module, lora: LoraSettings) -> PeftModel:
 
     Raises:
         AdapterError: a target matches nothing or hits a container.
-        ConfigError: ``lora.extra`` has a key peft's LoraConfig does not know, or sets one that has its own field.
+        ConfigError: ``lora.extra`` has a key peft's LoraConfig does not know, or sets one that has its own field; or a
+            setting differs from the adapter in ``lora.start_from``, which brings its own.
     """
     if lora.start_from is not None:
+        check_continued(Path(lora.start_from), lora)
         return load_adapter(model, Path(lora.start_from), trainable=True)
     own = {
         "r": lora.rank,
@@ -168,9 +179,11 @@ def describe(model: PeftModel) -> list[RegionCount]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps peft's warnings to itself: deprecations between it and transformers, about which a user can do nothing."""
+    """Leaves out two warnings of peft's: a deprecation between it and transformers, about which a user can do nothing,
+    and missing adapter keys, which :func:`_require_loaded` makes an error."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        warnings.filterwarnings("ignore", "Found missing adapter keys.*", UserWarning)
         yield
 
 
@@ -210,6 +223,35 @@ def _cast_at_use(linear: nn.Linear) -> ComputeCastLinear:
 
 def _lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+
+
+def check_continued(folder: Path, lora: LoraSettings) -> None:
+    """An adapter that is continued has its own rank and targets. A setting that says otherwise would be ignored, so it
+    is an error; one left at its default says nothing.
+
+    Raises:
+        AdapterError: the folder holds no readable adapter.
+        ConfigError: naming the setting and both values.
+    """
+    adapter_shapes(folder)  # the folder is an adapter's, or the error says so
+    stored = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    default = LoraSection()
+    for field, key in _CONTINUED.items():
+        asked, there = getattr(lora, field), stored.get(key, getattr(default, field))
+        if asked not in (getattr(default, field), there):
+            raise ConfigError(
+                f"lora.{field} is {asked}, but the adapter in lora.start_from ({folder}) has {there}",
+                hint=f"leave lora.{field} out to go on with that adapter, or lora.start_from to begin a new one",
+                code="config-contradiction",
+            )
+    given = {"targets": list(lora.targets) != list(default.targets), "extra": dict(lora.extra) != dict(default.extra)}
+    for field, differs in given.items():
+        if differs:
+            raise ConfigError(
+                f"lora.{field} and lora.start_from: the adapter that is continued ({folder}) brings its own",
+                hint=f"leave one of the two out; {folder / CONFIG_NAME} says what it covers",
+                code="config-contradiction",
+            )
 
 
 def _check_extra(extra: dict[str, Any], own: dict[str, Any]) -> None:

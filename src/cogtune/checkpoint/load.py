@@ -11,14 +11,14 @@ import torch
 from safetensors import SafetensorError
 
 from cogtune.configuration.model import CogVLM2Config
+from cogtune.configuration.run import PUBLISHED_MODEL
 from cogtune.errors import CheckpointError
 from cogtune.model.modeling import CogVLM2ForCausalLM
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-PUBLISHED_ID = "zai-org/cogvlm2-llama3-chat-19B"
 ROUTES = (
-    f"fetch it with `hf download {PUBLISHED_ID} --local-dir cogvlm2` or "
+    f"fetch it with `hf download {PUBLISHED_MODEL} --local-dir cogvlm2` or "
     "`modelscope download --model ZhipuAI/cogvlm2-llama3-chat-19B --local_dir cogvlm2`, then pass that folder"
 )
 

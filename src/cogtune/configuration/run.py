@@ -56,6 +56,10 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
+PUBLISHED_MODEL = "THUDM/cogvlm2-llama3-chat-19B"
+"""The published checkpoint's name on the hub, as its own commands use it."""
+
+
 class ModelSection(Section):
     """The base model."""
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from cogtune.adapters.attach import check_continued
 from cogtune.adapters.targets import resolve_targets
 from cogtune.checkpoint.load import check_folder, load_config
 from cogtune.configuration.run import RunConfig
@@ -60,6 +61,8 @@ def read_inputs(config: RunConfig) -> Inputs:
     if config.lora.start_from is None:
         with torch.device("meta"):
             resolve_targets(CogVLM2ForCausalLM(model_config), config.lora.targets)
+    else:
+        check_continued(config.lora.start_from, config.lora)
     processor = CogVLM2Processor.from_pretrained(config.model.path)
     encoder = processor.encoder
     if config.model.template is not None:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from cogtune.configuration.deepspeed import apply_deepspeed
 from cogtune.configuration.keys import known_keys
 from cogtune.configuration.load import Entry, from_entries, parse_flag
-from cogtune.configuration.run import RunConfig
+from cogtune.configuration.run import PUBLISHED_MODEL, RunConfig
 from cogtune.errors import ConfigError
 
 _DTYPES = {
@@ -90,7 +90,7 @@ FLAGS: dict[str, Flag] = {
     "warmup_steps": Flag("0", "train.warmup_steps", "Steps of warm-up."),
     "max_input_len": Flag("128", "data.max_input_len", "Most tokens of a prompt; the picture is not counted."),
     "max_output_len": Flag("128", "data.max_output_len", "Most tokens of an answer; longer ones are left out."),
-    "model_path": Flag("THUDM/cogvlm2-llama3-chat-19B", "model.path", "The base model."),
+    "model_path": Flag(PUBLISHED_MODEL, "model.path", "The base model."),
     "dataset_path": Flag(
         "CogVLM-SFT-311K/llava_instruction_multi_conversations_formate",
         "data.path",

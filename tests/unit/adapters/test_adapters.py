@@ -191,6 +191,25 @@ def test_continuing_from_an_adapter(tiny_checkpoint: Path, tmp_path: Path) -> No
         assert parameter.requires_grad == wanted[name].requires_grad
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rank": 7}, r"lora\.rank is 7, but .* has 4"),
+        ({"alpha": 3.0}, r"lora\.alpha is 3\.0"),
+        ({"dropout": 0.5}, r"lora\.dropout"),
+        ({"dora": True}, r"lora\.dora"),
+        ({"targets": ["glu-adapter"]}, r"lora\.targets and lora\.start_from"),
+        ({"extra": {"layers_to_transform": [0]}}, r"lora\.extra and lora\.start_from"),
+    ],
+)
+def test_a_setting_the_continued_adapter_would_override_is_refused(
+    tiny_checkpoint: Path, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    save_adapter(attach(load_model(tiny_checkpoint), Lora()), tmp_path)
+    with pytest.raises(ConfigError, match=words):
+        attach(load_model(tiny_checkpoint), Lora(start_from=tmp_path, **changes))
+
+
 def test_an_adapter_as_the_published_demo_writes_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Names and configuration as the original script's ``save_pretrained`` leaves them."""
     widths = {"A": (4, 64), "B": (128, 4)}
