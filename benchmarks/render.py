@@ -13,6 +13,12 @@ One value inside a sentence, by its path in the file and a format (Python's, for
 A file that holds measurements and no table is laid out by its view in ``benchmarks/views.py``. With ``result?:`` the
 file may be absent, and the page then says so; once it is there, the block has to be current like any other.
 
+The tables of error codes come from the catalogue ``src/cogtune/errors.toml`` the same way, one per section:
+
+    <!-- errors: data -->
+    ...
+    <!-- end -->
+
 ``python -m benchmarks.render`` rewrites the pages; with ``--check`` it only says which ones are not current, and fails.
 """
 
@@ -26,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.views import VIEWS, markdown
+from cogtune.errors import catalogue
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -34,6 +41,9 @@ MARK = re.compile(
     r"(?P<body>.*?)(?P<end><!-- end -->)",
     re.S,
 )
+
+
+ERRORS_MARK = re.compile(r"(<!-- errors: (?P<section>[\w-]+) -->)\n.*?(?P<end><!-- end -->)", re.S)
 
 
 class StaleMarkError(Exception):
@@ -63,7 +73,20 @@ def render(text: str, results: Path = RESULTS, *, chinese: bool = False) -> str:
             return f"{match[1]}{_value(content, path, match['format'] or '', name)}{end}"
         return f"{match[1]}\n{_table(content, name, chinese)}\n{end}"
 
-    return MARK.sub(fill, text)
+    return ERRORS_MARK.sub(lambda match: _errors(match, chinese), MARK.sub(fill, text))
+
+
+def _errors(match: re.Match[str], chinese: bool) -> str:
+    """A section of the error catalogue."""
+    columns = ("错误码", "含义", "处理办法") if chinese else ("code", "meaning", "what to do")
+    rows = []
+    for code, entry in catalogue().items():
+        cause, fix = (entry.cause_zh, entry.fix_zh) if chinese else (entry.cause, entry.fix)
+        if entry.section == match["section"]:
+            rows.append(f"| `{code}` | {cause} | {fix} |")
+    if not rows:
+        raise StaleMarkError(f"errors {match['section']}: no such section in errors.toml")
+    return "\n".join([match[1], f"| {' | '.join(columns)} |", "| --- | --- | --- |", *rows, match["end"]])
 
 
 def _value(content: Any, path: str, form: str, name: str) -> str:

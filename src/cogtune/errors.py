@@ -3,9 +3,72 @@
 Every error says what was found, what was expected and where (``message``), what to do next (``hint``), and carries a
 stable ``code`` that scripts and search engines can match. The command line prints both lines and exits with
 ``exit_code``: 2 when the input is wrong, 1 when a run failed, 128 + signal when it was stopped.
+
+What a code means and what to do about it stands once, in both languages, in ``errors.toml`` beside this file. With
+``COGTUNE_LANG=zh`` that Chinese text comes first and what was found, in English, after it.
 """
 
 from __future__ import annotations
+
+import os
+from functools import cache
+from importlib import resources
+from typing import NamedTuple
+
+LANGUAGE_VARIABLE = "COGTUNE_LANG"
+LANGUAGES = ("en", "zh")
+
+
+class Entry(NamedTuple):
+    """A code's section of the page, and its cause and remedy in both languages."""
+
+    section: str
+    cause: str
+    fix: str
+    cause_zh: str
+    fix_zh: str
+
+
+@cache
+def catalogue() -> dict[str, Entry]:
+    """Every error code in the order of the page, from ``errors.toml``."""
+    import tomllib  # only an error in Chinese and the documentation need it
+
+    sections = tomllib.loads(resources.files("cogtune").joinpath("errors.toml").read_text(encoding="utf-8"))
+    return {code: Entry(name, **texts) for name, entries in sections.items() for code, texts in entries.items()}
+
+
+def language() -> str:
+    """The language of error messages: ``COGTUNE_LANG``, English when unset (``zh_CN.UTF-8`` counts as zh).
+
+    Raises:
+        InputError: a language there is no catalogue for.
+    """
+    asked = os.environ.get(LANGUAGE_VARIABLE, "") or "en"
+    short = asked.replace("-", "_").split("_")[0].lower()
+    if short not in LANGUAGES:
+        raise InputError(
+            f"{LANGUAGE_VARIABLE} is {asked}; there is {' and '.join(LANGUAGES)}",
+            hint=f"unset {LANGUAGE_VARIABLE} for English",
+            code="language",
+        )
+    return short
+
+
+def render(code: str, message: str, hint: str | None = None) -> str:
+    """What the command line prints of an error: ``error[code]: message`` and, if there is one, ``hint: ...``.
+
+    In Chinese the catalogue's cause and remedy come first, and the message and hint follow as the details.
+    """
+    try:
+        chinese = language() == "zh"
+    except InputError:
+        chinese = False  # the command line refuses the variable before anything else; a library call goes on in English
+    if not chinese:
+        return f"error[{code}]: {message}" + (f"\nhint: {hint}" if hint else "")
+    entry = catalogue().get(code)
+    cause, fix = (entry.cause_zh, entry.fix_zh) if entry else ("没有登记的错误码", "见详情")
+    return f"错误[{code}]：{cause}\n详情：{message}\n处理：{fix}" + (f"\n提示：{hint}" if hint else "")
 
 
 class CogtuneError(Exception):
@@ -24,9 +87,8 @@ class CogtuneError(Exception):
         return self.message if self.hint is None else f"{self.message}\nhint: {self.hint}"
 
     def render(self) -> str:
-        """The text the command line prints: one ``error[code]:`` line and, if there is one, a ``hint:`` line."""
-        text = f"error[{self.code}]: {self.message}"
-        return text if self.hint is None else f"{text}\nhint: {self.hint}"
+        """The text the command line prints; see :func:`render`."""
+        return render(self.code, self.message, self.hint)
 
 
 class InputError(CogtuneError, ValueError):

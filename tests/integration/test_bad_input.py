@@ -7,11 +7,18 @@ from pathlib import Path
 import pytest
 
 from cogtune.cli.main import main
+from cogtune.errors import catalogue
 from tests.support.bad_inputs import CASES, BadInput, make_place
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_bad_input(case: BadInput, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input(
+    case: BadInput,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     place = make_place(tmp_path, tiny_checkpoint)
     arguments = case.prepare(place)
     before = {path: path.read_bytes() for path in place.output.glob("**/*") if path.is_file()}
@@ -23,3 +30,10 @@ def test_bad_input(case: BadInput, tiny_checkpoint: Path, tmp_path: Path, capsys
     for name in case.names:
         assert name in message, message
     assert {path: path.read_bytes() for path in before} == before, "something in the output folder was changed"
+    monkeypatch.setenv("COGTUNE_LANG", "zh")
+    assert main(arguments) == 2
+    chinese = capsys.readouterr().err
+    code = message.split("error[", 1)[1].split("]", 1)[0]
+    entry = catalogue()[code]
+    for expected in (f"错误[{code}]：{entry.cause_zh}", f"处理：{entry.fix_zh}", *case.names):
+        assert expected in chinese, chinese

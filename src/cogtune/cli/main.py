@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 import cogtune
-from cogtune.errors import CogtuneError
+from cogtune.errors import CogtuneError, language, render
 
 COMMANDS = ("train", "chat", "predict", "merge", "demo")
 """Modules of this package, in the order of the help; each has ``register(app)``."""
@@ -85,6 +85,7 @@ def guarded(call: Callable[[], object]) -> int:
 
 def _run(call: Callable[[], object]) -> int:
     try:
+        language()
         result = call()
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
@@ -100,14 +101,14 @@ def _run(call: Callable[[], object]) -> int:
         return 141
     except Exception as error:
         traceback.print_exc()
-        return _complain(f"error[bug]: {type(error).__name__}: {error}\nhint: {_BUG_REPORT}", 1)
+        return _complain(render("bug", f"{type(error).__name__}: {error}", _BUG_REPORT), 1)
 
 
 def _usage_text(error: Exception) -> str:
     message = getattr(error, "format_message", lambda: str(error))()
     context = getattr(error, "ctx", None)
-    hint = f"\nhint: `{context.command_path} --help` lists the options" if context is not None else ""
-    return f"error[usage]: {message}{hint}"
+    hint = f"`{context.command_path} --help` lists the options" if context is not None else None
+    return render("usage", message, hint)
 
 
 def _complain(text: str, code: int) -> int:
