@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ def single(tiny_checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathF
     return output
 
 
-@pytest.fixture(scope="module", params=["ddp", "zero2"])
+@pytest.fixture(scope="module", params=["ddp", "zero2", "fsdp2"])
 def launched(
     request: pytest.FixtureRequest, tiny_checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
@@ -82,6 +83,17 @@ def difference(output: Path, reference: Path, name: str, start: str = "start") -
 
 def norm(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     return math.sqrt(sum(float((one[name] - other[name]).double().square().sum()) for name in other))
+
+
+def test_the_engine_is_really_active(launched: Path) -> None:
+    """Counted on the wrapped model: what one rank holds, against what one device would."""
+    for rank, log in enumerate(("run.log", "run.rank1.log")):
+        said = (launched / "sgd" / log).read_text()
+        found = re.search(rf"(\w+): rank {rank} holds ([\d,]+) of ([\d,]+) (frozen values|masters)", said)
+        assert ("ddp: the whole model on rank" in said) == (found is None), said
+        if found is not None:
+            own, whole = (int(found[number].replace(",", "")) for number in (2, 3))
+            assert 0.45 * whole <= own <= 0.55 * whole
 
 
 def test_first_loss_and_gradient(launched: Path, single: Path, data: Path) -> None:

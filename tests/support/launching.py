@@ -26,7 +26,8 @@ def launch(command: list[str], cwd: Path = ROOT, timeout: float = LAUNCH_SECONDS
     """Run a launcher to its end. Past ``timeout`` seconds it and all it started are killed, and the test fails."""
     own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     path = f"{Path(sys.executable).parent}{os.pathsep}{own['PATH']}"  # the environment's ninja and launchers
-    settings = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": path, "PYTHONPATH": str(ROOT)}
+    sources = f"{ROOT / 'src'}{os.pathsep}{ROOT}"  # this tree's package, whichever is installed
+    settings = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": path, "PYTHONPATH": sources}
     process = subprocess.Popen(
         command,
         cwd=cwd,

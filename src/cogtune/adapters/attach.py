@@ -11,13 +11,13 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -78,8 +78,10 @@ class RegionCount:
     trained: bool
 
 
-def attach(model: nn.Module, lora: LoraSettings) -> PeftModel:
+def attach(model: nn.Module, lora: LoraSettings, *, building: AbstractContextManager[Any] | None = None) -> PeftModel:
     """Put a fresh LoRA adapter on ``model``, or the one in ``lora.start_from``; only the adapter trains.
+
+    ``building`` encloses the moment in which peft looks at the base's weights to shape the adapter's.
 
     Raises:
         AdapterError: a target matches nothing or hits a container.
@@ -88,7 +90,7 @@ def attach(model: nn.Module, lora: LoraSettings) -> PeftModel:
     """
     if lora.start_from is not None:
         check_continued(Path(lora.start_from), lora)
-        return load_adapter(model, Path(lora.start_from), trainable=True)
+        return load_adapter(model, Path(lora.start_from), trainable=True, building=building)
     own = {
         "r": lora.rank,
         "lora_alpha": lora.alpha,
@@ -102,14 +104,20 @@ def attach(model: nn.Module, lora: LoraSettings) -> PeftModel:
     _check_extra(extra, own)
     try:
         config = LoraConfig(**own, **extra)
-        with _quiet():
+        with _quiet(), building or nullcontext():
             wrapped = get_peft_model(model, config)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ConfigError(f"lora: peft refuses these settings: {error}", code="config-lora") from error
     return _prepare(wrapped)
 
 
-def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = False) -> PeftModel:
+def load_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    trainable: bool = False,
+    building: AbstractContextManager[Any] | None = None,
+) -> PeftModel:
     """Put the adapter in ``folder`` (PEFT's layout; the published demo's load unchanged) on ``model``.
 
     Raises:
@@ -119,7 +127,14 @@ def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fals
     shapes = adapter_shapes(folder)
     try:
         with _quiet():  # that tensors are missing, _require_loaded turns into an error
-            wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, low_cpu_mem_usage=False)
+            if building is None:
+                wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, low_cpu_mem_usage=False)
+            else:  # the same in two steps, because only the first is to be enclosed
+                config = PeftConfig.from_pretrained(str(folder))
+                config.inference_mode = not trainable
+                with building:
+                    wrapped = get_peft_model(model, config)
+                wrapped.load_adapter(str(folder), "default", is_trainable=trainable, low_cpu_mem_usage=False)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise AdapterError(
             f"{folder}: this adapter does not fit the base model: {_first_line(error)}",

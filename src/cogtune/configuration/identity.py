@@ -36,6 +36,8 @@ MAY_CHANGE = frozenset(
         "eval.patience",
         "parallel.engine",
         "parallel.deepspeed",
+        "parallel.offload",
+        "parallel.keep_gathered",
         "log.steps",
         "log.tensorboard",
     }

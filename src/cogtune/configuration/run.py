@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-Engine = Literal["auto", "single", "ddp", "zero1", "zero2", "zero3"]
+Engine = Literal["auto", "single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 
 
 class Section(BaseModel):
@@ -221,6 +221,16 @@ class ParallelSection(Section):
         description="auto: what the launcher asks for: one device without a launcher, ddp under torchrun, ZeRO under"
         " the deepspeed launcher.",
     )
+    offload: Literal["none", "weights", "optimizer"] = Field(
+        default="none",
+        description="What waits in host memory: weights (fsdp2, zero3): the frozen shards; optimizer (zero1, zero2,"
+        " zero3): masters and moments. Slower.",
+    )
+    keep_gathered: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
+        default="auto",
+        description="fsdp2: how many layers stay gathered during an optimiser step instead of being gathered for every"
+        " pass. auto: under accumulation as many as the memory left by the first step holds, else none.",
+    )
     deepspeed: Path | None = Field(
         default=None, description="A DeepSpeed configuration file (YAML or JSON); it wins over defaults."
     )
@@ -312,7 +322,7 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
             yield f"train.{name} belongs to adamw, but train.optimizer is sgd"
     if train.restart and train.resume is not None:
         yield "train.restart starts from nothing and train.resume from a checkpoint; keep one"
-    if config.parallel.deepspeed is not None and config.parallel.engine in ("single", "ddp"):
+    if config.parallel.deepspeed is not None and config.parallel.engine in ("single", "ddp", "fsdp2"):
         yield f"parallel.deepspeed names a DeepSpeed file, but parallel.engine is {config.parallel.engine}"
 
 

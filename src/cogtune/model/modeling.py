@@ -272,15 +272,16 @@ class CogVLM2ForCausalLM(CogVLM2PreTrainedModel, CogVLM2Generation, GenerationMi
     ) -> torch.Tensor | None:
         """The tower's output for this batch, counted against the image tokens.
 
-        In training a batch without images still gives zero rows, so that trained and sharded parts run on every rank.
+        In training a batch without images still gives zero rows, so that trained and sharded parts run on every rank;
+        a sharded model does so in validation as well, and runs a frozen tower too.
         """
         if pixel_values is not None and image_features is not None:
             raise ValueError("pixel_values and image_features are two forms of the same images; give one")
         training = self.training and torch.is_grad_enabled()
         vision = self.model.vision
-        if pixel_values is None and image_features is None and training:
+        if pixel_values is None and image_features is None and (training or vision.sharded):
             weight = vision.conv.weight
-            if vision.tower_trains():
+            if vision.tower_trains() or vision.sharded:
                 side = self.config.image_size
                 pixel_values = weight.new_zeros(0, self.config.vision_config.in_channels, side, side)
             else:

@@ -122,6 +122,7 @@ class VisionModel(nn.Module):
         self.linear_proj = GLUAdapter(config, vision)
         self.boi = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.eoi = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.sharded = False  # set by an engine whose ranks gather weights together: all of it runs in every pass then
 
     def tower_trains(self) -> bool:
         """Whether anything in front of the adapter needs a gradient; only then is the tower run with one."""

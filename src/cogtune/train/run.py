@@ -20,6 +20,7 @@ from cogtune.generate.last_run import write_last_run
 from cogtune.model.pretrained import enable_checkpointing
 from cogtune.train import engines, folder, saver
 from cogtune.train.engines import Engine, Group
+from cogtune.train.engines.base import finish_units
 from cogtune.train.feed import Feed
 from cogtune.train.inputs import Inputs, read_inputs, versions
 from cogtune.train.log import Metrics, console, log, log_file
@@ -169,9 +170,11 @@ def _build(config: RunConfig, engine: Engine, dtype: torch.dtype, plan: Plan) ->
         base = load_model(
             config.model.path, dtype=dtype, device=engine.device, rope_precision=config.model.rope_precision
         )
+    if engine.placement is not None:
+        finish_units(base, engine.placement)
     torch.manual_seed(config.train.seed)  # the adapter's first weights: the same on every rank
     with phase("attaching the adapter", config, engine.device):
-        model = attach(base, config.lora)
+        model = attach(base, config.lora, building=engine.attaching(base))
         if checkpoint is not None:
             saver.restore_adapter(model, checkpoint)
         if config.train.gradient_checkpointing:
@@ -181,6 +184,7 @@ def _build(config: RunConfig, engine: Engine, dtype: torch.dtype, plan: Plan) ->
                 layer.compile()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         engine.wrap(model, build_optimizer(trained, config.train))
+    log.info(engine.describe())
     _say_what_trains(model)
     if checkpoint is not None:
         return model, saver.restore(engine, checkpoint, plan.start.output, plan.record.total_steps)
@@ -191,7 +195,7 @@ def _build(config: RunConfig, engine: Engine, dtype: torch.dtype, plan: Plan) ->
 def _say_what_trains(model: PeftModel) -> None:
     counts = describe(model)
     trained = sum(count.parameters for count in counts if count.trained)
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
     log.info(f"training {trained:,} of {total:,} parameters ({100 * trained / total:.3f} %):")
     for count in counts:
         note = "" if count.trained else "  (last layer: cannot influence the loss; kept in the file, not trained)"

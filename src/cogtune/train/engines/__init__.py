@@ -51,6 +51,10 @@ def start(config: RunConfig) -> Engine:
         from cogtune.train.engines.zero import ZeroEngine
 
         return ZeroEngine(Group.join(), config)
+    if name == "fsdp2":
+        from cogtune.train.engines.fsdp2 import Fsdp2Engine
+
+        return Fsdp2Engine(Group.join(), config)
     if name == "ddp":
         from cogtune.train.engines.ddp import DdpEngine
 

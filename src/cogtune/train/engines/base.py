@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -19,6 +19,13 @@ from cogtune.errors import CheckpointError
 from cogtune.train.engines.group import Group
 
 MASTER = "master"
+
+
+class Placement(Protocol):
+    """What a loader asks while it reads a model: where a tensor goes, and what to do with a complete unit."""
+
+    def device_for(self, name: str) -> torch.device: ...
+    def finish(self, unit_name: str, module: nn.Module) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class Engine(ABC):
         self.module: nn.Module  # what the loop calls
         self.optimizer: torch.optim.Optimizer
         self.parameters: dict[str, nn.Parameter]  # what trains, by its name in the unwrapped model
+        self.placement: Placement | None = None  # set by engines that shard while the model loads
 
     @property
     def loss_factor(self) -> float:
@@ -60,8 +68,16 @@ class Engine(ABC):
         self.group.broadcast([value.data for value in self.parameters.values()])
         self.module = self._wrap(model)
 
+    def attaching(self, model: nn.Module) -> AbstractContextManager[Any] | None:
+        """Encloses the moment in which peft reads the shapes of a model that `placement` has sharded."""
+        return None
+
     @abstractmethod
     def _wrap(self, model: nn.Module) -> nn.Module: ...
+
+    def describe(self) -> str:
+        """One line for the log, after `wrap`: what this rank holds of the model, as counted."""
+        return f"{self.name}: the whole model on rank {self.group.rank}"
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
         """Encloses forward and backward of one micro-batch; ``last`` is the one whose gradients complete the step."""
@@ -110,3 +126,11 @@ def fresh_state(parameter: torch.Tensor, kinds: list[str], steps: int) -> dict[s
     """Optimiser state of one parameter with its moments at zero, to be filled from a checkpoint."""
     moments = {kind: torch.zeros_like(parameter, memory_format=torch.preserve_format) for kind in kinds}
     return {"step": torch.tensor(float(steps)), **moments} if kinds else {}
+
+
+def finish_units(model: nn.Module, placement: Placement) -> None:
+    """Hand every unit of a model that is already loaded to ``placement``, in the order in which they run."""
+    units = ("DecoderLayer", "VisionLayer", "PatchEmbedding", "GLUAdapter")
+    for name, module in model.named_modules():
+        if type(module).__name__ in units or name.rpartition(".")[2] in ("embed_tokens", "lm_head"):
+            placement.finish(name, module)

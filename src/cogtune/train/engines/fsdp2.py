@@ -1,0 +1,225 @@
+"""Frozen weights sharded over ranks by torch's ``fully_shard``, one unit at a time; adapters whole on every rank.
+
+A unit (a decoder layer, a tower layer, the embedding, ...) is sharded as soon as its weights are there, so no rank ever
+holds the whole model. Before a unit runs its shards are gathered, and dropped after it. Adapters stay outside: small,
+float32, the same on every rank; their gradients are summed over ranks once per step, so that optimiser, checkpoint and
+loss are those of one device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
+
+from cogtune.configuration.run import RunConfig
+from cogtune.errors import ConfigError
+from cogtune.model.vision import VisionModel
+from cogtune.train.engines.base import StepResult
+from cogtune.train.engines.group import Group
+from cogtune.train.engines.single import SingleEngine
+from cogtune.train.log import log
+
+_BUCKET = 16 * 2**20  # values of one all-reduce: 64 MiB in float32
+_SPARE = 0.8  # of the memory that is free after a step, what gathered layers may take
+_ROOT = ("lm_head",)
+"""Units that stay with the root: the loss may read the head's weight itself, and needs it at the end of the forward and
+at once again in the backward pass."""
+
+
+class Fsdp2Engine(SingleEngine):
+    """Sums of all ranks: the loss is not multiplied by the number of ranks, because gradients are not averaged."""
+
+    name: ClassVar[str] = "fsdp2"
+
+    def __init__(self, group: Group, config: RunConfig) -> None:
+        super().__init__(group, config)
+        self._mesh = init_device_mesh(group.device.type, (group.size,), mesh_dim_names=("shard",))
+        self.placement = self  # what a loader asks; see `device_for` and `finish`
+        self._kept: list[FSDPModule] = []
+        self._keep_decided = config.parallel.keep_gathered != "auto"
+
+    @property
+    def loss_factor(self) -> float:
+        return 1.0
+
+    def device_for(self, name: str) -> torch.device:
+        """Where a loader puts a tensor before `finish` shards its unit."""
+        return self.device
+
+    def finish(self, unit_name: str, module: nn.Module) -> None:
+        """Shard a unit whose weights are complete (and quantised)."""
+        if unit_name.rpartition(".")[2] not in _ROOT:
+            module.requires_grad_(False)
+            self._shard(module, set(), reshard_after_forward=True)
+
+    def _shard(self, module: nn.Module, outside: set[nn.Parameter], *, reshard_after_forward: bool) -> None:
+        """Outputs and inputs keep their number format: a rounded loss is not the single device's."""
+        before = [(layer, _weight(layer)) for layer in module.modules() if _weight(layer) is not None]
+        fully_shard(
+            module,
+            mesh=self._mesh,
+            reshard_after_forward=reshard_after_forward,
+            mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False),
+            offload_policy=self._offload_policy(),
+            ignored_params=outside,
+        )
+        for layer, weight in before:
+            _copy_facts(weight, layer.weight)
+
+    def _offload_policy(self) -> OffloadPolicy:
+        if self.config.parallel.offload != "weights":
+            return OffloadPolicy()
+        return CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+
+    @contextmanager
+    def attaching(self, model: nn.Module) -> Iterator[None]:
+        """peft takes the local part of a sharded weight for its shape (that is right under tensor parallel), so it is
+        shown a stand-in of the whole shape that holds a single value."""
+        sharded = [(layer, _weight(layer)) for layer in model.modules() if isinstance(_weight(layer), DTensor)]
+        for layer, weight in sharded:
+            value = torch.zeros(1, dtype=weight.dtype, device=self.device).expand(weight.shape)
+            layer.weight = nn.Parameter(value, requires_grad=False)
+            _copy_facts(weight, layer.weight)
+        try:
+            yield
+        finally:
+            for layer, weight in sharded:
+                layer.weight = weight
+
+    def _wrap(self, model: nn.Module) -> nn.Module:
+        module = super()._wrap(model)
+        _refuse_trained_shards(self.parameters)
+        outside = {value for name, value in model.named_parameters() if value.requires_grad or "lora_" in name}
+        self._shard(module, outside, reshard_after_forward=False)
+        named = [(n, unit) for n, unit in module.named_modules() if isinstance(unit, FSDPModule) and _is_layer(n)]
+        layers = [unit for _, unit in sorted(named, key=lambda item: ".vision." not in item[0])]  # the tower runs first
+        for unit in module.modules():
+            if isinstance(unit, VisionModel):
+                unit.sharded = True
+        for before, after in pairwise(layers):
+            before.set_modules_to_forward_prefetch([after])
+        self._layers = layers
+        if self.config.parallel.keep_gathered != "auto":
+            self._keep(int(self.config.parallel.keep_gathered))
+        self._frozen = _require_sharded(module, outside, self.group.size)
+        return module
+
+    def describe(self) -> str:
+        own, whole = self._frozen
+        kept = f", {len(self._kept)} layers stay gathered during a step" if self._kept else ""
+        where = ", on the CPU" if self.config.parallel.offload == "weights" else ""
+        return f"fsdp2: rank {self.group.rank} holds {own:,} of {whole:,} frozen values{where}{kept}"
+
+    def accumulating(self, last: bool) -> AbstractContextManager[Any]:
+        for layer in self._kept:
+            layer.set_reshard_after_backward(last, recurse=False)
+        return nullcontext()
+
+    def step(self) -> StepResult:
+        _sum_over_ranks([value.grad for value in self.parameters.values() if value.grad is not None])
+        result = super().step()
+        if not self._keep_decided:
+            self._keep_decided = True
+            self._keep(self._spare_layers())
+        return result
+
+    def _keep(self, count: int) -> None:
+        """Let the first ``count`` layers stay gathered from their first use in a step to their last."""
+        self._kept = self._layers[:count]
+        for layer in self._kept:
+            layer.set_reshard_after_forward(False, recurse=False)
+
+    def _spare_layers(self) -> int:
+        """How many layers fit, gathered, into the memory the first step left free; the same number on every rank."""
+        if self.config.train.accumulation == 1 or self.device.type != "cuda" or not self._layers:
+            return 0
+        free = torch.cuda.mem_get_info(self.device)[0]
+        free += torch.cuda.memory_reserved(self.device) - torch.cuda.max_memory_allocated(self.device)
+        sizes = [sum(p.numel() * p.element_size() for p in _own(layer)) for layer in self._layers]
+        count = min(self.group.gather(int(_SPARE * free // max(sizes))))
+        count = max(0, min(count, len(self._layers)))
+        log.info(f"fsdp2: {count} of {len(self._layers)} layers stay gathered during a step")
+        return count
+
+
+def _is_layer(name: str) -> bool:
+    """Layers are the units with a number."""
+    return name.rpartition(".")[2].isdigit()
+
+
+def _own(module: Any) -> Iterator[DTensor]:
+    return (value for value in module.parameters() if isinstance(value, DTensor))
+
+
+def _weight(layer: nn.Module) -> Any:
+    return dict(layer.named_parameters(recurse=False)).get("weight")
+
+
+def _copy_facts(weight: Any, other: Any) -> None:
+    """How bitsandbytes quantised a weight is written on the parameter itself, and peft asks for it there."""
+    for name in ("compress_statistics", "quant_type", "blocksize", "quant_storage"):
+        if hasattr(weight, name) and not hasattr(other, name):
+            setattr(other, name, getattr(weight, name))
+
+
+def _refuse_trained_shards(parameters: dict[str, nn.Parameter]) -> None:
+    for name, value in parameters.items():
+        if isinstance(value, DTensor):
+            raise ConfigError(
+                f"lora.extra: {name} is a weight of the base and would train, but fsdp2 shards the base",
+                hint="train adapters only, or use parallel.engine ddp or zero2",
+            )
+
+
+def _require_sharded(model: nn.Module, outside: set[nn.Parameter], ranks: int) -> tuple[int, int]:
+    """Values of frozen weights on this rank and altogether; an engine that does not shard is an error."""
+    own = whole = 0
+    for name, value in model.named_parameters():
+        if value in outside:
+            continue
+        if not isinstance(value, DTensor):
+            raise AssertionError(f"fsdp2 left {name} whole")
+        rows = -(-value.shape[0] // ranks)
+        local = value.to_local()
+        if local.shape[0] > rows:
+            raise AssertionError(f"fsdp2: {name} has {local.shape[0]} of {value.shape[0]} rows on one of {ranks} ranks")
+        own, whole = own + local.numel(), whole + value.numel()
+    return own, whole
+
+
+def _sum_over_ranks(gradients: Iterable[torch.Tensor]) -> None:
+    """Add up the ranks' gradients in place, a bucket at a time; float32, as they are."""
+    if dist.get_world_size() == 1:
+        return
+    bucket: list[torch.Tensor] = []
+    size = 0
+    for gradient in gradients:
+        bucket.append(gradient)
+        size += gradient.numel()
+        if size >= _BUCKET:
+            _sum_bucket(bucket)
+            bucket, size = [], 0
+    if bucket:
+        _sum_bucket(bucket)
+
+
+def _sum_bucket(bucket: list[torch.Tensor]) -> None:
+    flat = torch.cat([gradient.flatten() for gradient in bucket])
+    dist.all_reduce(flat)
+    for gradient, total in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+        gradient.copy_(total.view_as(gradient))
