@@ -21,7 +21,7 @@ import transformers
 
 from cogtune import CogVLM2Config, CogVLM2ForCausalLM
 from cogtune.adapters.attach import attach
-from cogtune.model.pretrained import enable_checkpointing
+from cogtune.model.checkpointing import enable_checkpointing
 from cogtune.model.routing import Routing
 
 TEXT, LABELLED = 400, 200

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from cogtune.configuration.run import DataFolder, RunConfig
+from cogtune.configuration.run import DataFolder, RunConfig, Shown
 
 ALIASES = {
     "model": "model.path",
@@ -152,6 +152,9 @@ def _kinds(annotation: Any) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def _type_text(field: FieldInfo) -> str:
+    shown = [item.text for item in field.metadata if isinstance(item, Shown)]
+    if shown:
+        return shown[0]
     return _annotation_text(field.annotation, list(field.metadata))
 
 

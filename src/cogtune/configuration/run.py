@@ -8,11 +8,14 @@ before anything is loaded. `RunConfig.to_yaml` writes it back, every key resolve
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from cogtune.configuration.sizes import parse_size
 
 Engine = Literal["auto", "single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 
@@ -55,6 +58,29 @@ Folders = Annotated[tuple[Annotated[DataFolder, BeforeValidator(_as_folder)], ..
 Share = Annotated[float, Field(ge=0, lt=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
+
+@dataclass(frozen=True)
+class Shown:
+    """In a field's annotation: the type as help and messages show it, where its parts would not say it."""
+
+    text: str
+
+
+def _recompute(value: object) -> object:
+    """A policy in its one spelling: none, all, auto, a whole number, or a size as it was written."""
+    if isinstance(value, bool) or value in ("true", "false"):
+        return "all" if value in (True, "true") else "none"
+    if isinstance(value, str) and value not in ("auto", "none", "all"):
+        if not value.strip().isdigit():
+            parse_size(value)
+            return value.strip()
+        value = int(value)
+    if isinstance(value, int) and value < 1:
+        raise ValueError(f"every {value}-th layer means nothing; 1 is every layer, none is no layer")
+    return value
+
+
+Recompute = Annotated[bool | int | str, BeforeValidator(_recompute), Shown("auto | none | all | every k-th | size")]
 
 PUBLISHED_MODEL = "THUDM/cogvlm2-llama3-chat-19B"
 """The published checkpoint's name on the hub, as its own commands use it."""
@@ -191,8 +217,11 @@ class TrainSection(Section):
     keep_checkpoints: int = Field(
         default=2, ge=1, description="How many of the latest checkpoints stay; the best one stays too."
     )
-    gradient_checkpointing: bool = Field(
-        default=False, description="Recompute activations in the backward pass: less memory, about a third more time."
+    gradient_checkpointing: Recompute = Field(
+        default="auto",
+        description="Which layers keep only their input and compute their activations again in the backward pass: less"
+        " memory, up to a third more time. auto: as few as the free memory needs. A number k: every k-th layer. A size"
+        " such as 30GiB: as few as keep the run under it. true and false mean all and none.",
     )
     compile: bool = Field(default=False, description="Compile the layers with torch.compile.")
     restart: bool = Field(

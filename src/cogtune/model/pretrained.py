@@ -93,15 +93,6 @@ class CogVLM2PreTrainedModel(PreTrainedModel):
         return super().save_pretrained(save_directory, *args, **kwargs)
 
 
-def enable_checkpointing(model: PreTrainedModel) -> None:
-    """Turn on gradient checkpointing of decoder and tower layers by transformers' switch, whatever it is called there
-    (``activation_checkpointing_enable`` since 5.24, ``gradient_checkpointing_enable`` before)."""
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
 def _require_exact(where: str, info: dict[str, Any]) -> None:
     """Turn transformers' loading report into an error that names what does not fit."""
     problems = []

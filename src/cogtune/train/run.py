@@ -17,7 +17,8 @@ from cogtune.configuration.deepspeed import apply_deepspeed
 from cogtune.configuration.run import RunConfig
 from cogtune.errors import DataError, DiskFullError, RunError
 from cogtune.generate.last_run import write_last_run
-from cogtune.model.pretrained import enable_checkpointing
+from cogtune.model.checkpointing import enable_checkpointing, recomputed_layers
+from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.train import engines, folder, saver
 from cogtune.train.engines import Engine, Group
 from cogtune.train.engines.base import finish_units
@@ -177,8 +178,7 @@ def _build(config: RunConfig, engine: Engine, dtype: torch.dtype, plan: Plan) ->
         model = attach(base, config.lora, building=engine.attaching(base))
         if checkpoint is not None:
             saver.restore_adapter(model, checkpoint)
-        if config.train.gradient_checkpointing:
-            enable_checkpointing(base)
+        _recompute(base, config)
         if config.train.compile:
             for layer in [*base.model.layers, *base.model.vision.transformer.layers]:
                 layer.compile()
@@ -190,6 +190,22 @@ def _build(config: RunConfig, engine: Engine, dtype: torch.dtype, plan: Plan) ->
         return model, saver.restore(engine, checkpoint, plan.start.output, plan.record.total_steps)
     saver.seed_dropout(engine, 0)
     return model, Progress()
+
+
+def _recompute(base: CogVLM2ForCausalLM, config: RunConfig) -> None:
+    """Switch on what ``train.gradient_checkpointing`` says, and say it."""
+    policy, layers = config.train.gradient_checkpointing, len(base.model.layers)
+    if policy == "auto":
+        policy = "none"
+    elif isinstance(policy, str) and policy not in ("none", "all"):
+        policy = "all"
+    if policy == "none":
+        return
+    chosen = recomputed_layers(policy, layers)
+    vision = base.config.vision_config
+    counts = enable_checkpointing(base, chosen, recomputed_layers(policy, vision.num_hidden_layers))
+    tower = f" and {counts[1]} of {vision.num_hidden_layers} tower layers" if counts[1] else ""
+    log.info(f"recomputing {counts[0]} of {layers} decoder layers{tower} in the backward pass")
 
 
 def _say_what_trains(model: PeftModel) -> None:

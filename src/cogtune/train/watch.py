@@ -122,8 +122,8 @@ def next_setting(name: str, config: RunConfig) -> str:
         return "a card with more memory: the frozen weights alone do not fit"
     if name == "validation" and (config.eval.batch_size or config.train.batch_size) > 1:
         return "--eval.batch_size 1"
-    if not config.train.gradient_checkpointing and name != "validation":
-        return "--train.gradient_checkpointing true"
+    if config.train.gradient_checkpointing != "all" and name != "validation":
+        return "--train.gradient_checkpointing all"
     if config.train.batch_size > 1:
         rows = config.train.batch_size * config.train.accumulation
         return f"--train.batch_size 1 --train.accumulation {rows} (the same global batch)"

@@ -222,3 +222,33 @@ def test_values_cannot_change_after_the_checks() -> None:
 def test_sections_work_from_python_too() -> None:
     config = RunConfig.model_validate({"model": {"path": "m"}, "data": {"path": "d"}, "train": {"output": Path("o")}})
     assert config == load_config(None, {"model": "m", "data": "d", "output": "o"})
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("auto", "auto"),
+        ("true", "all"),
+        ("false", "none"),
+        ("all", "all"),
+        ("3", 3),
+        ("30GiB", "30GiB"),
+        ("11.5 gb", "11.5 gb"),
+    ],
+)
+def test_gradient_checkpointing_has_one_spelling(tmp_path: Path, text: str, value: object) -> None:
+    flags = {"model": "base", "data": "pictures", "output": "out"}
+    assert load_config(None, flags | {"train.gradient_checkpointing": text}).train.gradient_checkpointing == value
+    file = tmp_path / "run.yaml"
+    file.write_text(f"train:\n  gradient_checkpointing: {text}\n")
+    config = load_config(file, flags)
+    assert config.train.gradient_checkpointing == value
+    file.write_text(config.to_yaml())
+    assert load_config(file) == config
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "some", "3 parsecs", "0GiB"])
+def test_a_bad_checkpointing_policy_is_refused(text: str) -> None:
+    flags = {"model": "base", "data": "pictures", "output": "out", "train.gradient_checkpointing": text}
+    with pytest.raises(ConfigError, match="gradient_checkpointing"):
+        load_config(None, flags)

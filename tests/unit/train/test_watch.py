@@ -20,14 +20,14 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("name", "values", "next_setting"),
     [
-        ("training", {}, "--train.gradient_checkpointing true"),
+        ("training", {}, "--train.gradient_checkpointing all"),
         (
             "training",
-            {"train__gradient_checkpointing": True, "train__batch_size": 4, "train__accumulation": 2},
+            {"train__gradient_checkpointing": "all", "train__batch_size": 4, "train__accumulation": 2},
             "--train.batch_size 1 --train.accumulation 8",
         ),
-        ("training", {"train__gradient_checkpointing": True}, "--data.max_row_tokens"),
-        ("training", {"train__gradient_checkpointing": True, "data__max_row_tokens": 99}, "lora.rank"),
+        ("training", {"train__gradient_checkpointing": "all"}, "--data.max_row_tokens"),
+        ("training", {"train__gradient_checkpointing": "all", "data__max_row_tokens": 99}, "lora.rank"),
         ("validation", {"train__batch_size": 4}, "--eval.batch_size 1"),
         ("loading the model", {}, "more memory"),
     ],

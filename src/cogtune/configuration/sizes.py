@@ -1,0 +1,33 @@
+"""Amounts of memory and disk as people write them."""
+
+from __future__ import annotations
+
+import re
+
+KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
+_UNITS = {"b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "tib": TIB, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]+)\s*")
+
+
+def parse_size(text: str) -> int:
+    """Bytes in ``text``: a number with its unit, such as ``30GiB`` (2^30) or ``30 GB`` (10^9), in any case.
+
+    Raises ValueError where it is no such size, or not more than 0.
+    """
+    match = _SIZE.fullmatch(text)
+    unit = _UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None:
+        raise ValueError(f"`{text}` is no size; write a number and its unit, such as 30GiB or 30GB")
+    size = round(float(match[1]) * unit)
+    if size < 1:
+        raise ValueError(f"`{text}` is nothing; a size is more than 0")
+    return size
+
+
+def format_size(size: float) -> str:
+    """``size`` bytes in the unit that leaves the fewest digits, with one decimal below 100: ``10.3 GiB``."""
+    for name, unit in (("TiB", TIB), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+        if abs(size) >= unit:
+            value = size / unit
+            return f"{value:.1f} {name}" if value < 100 else f"{value:.0f} {name}"
+    return f"{size:.0f} B"
