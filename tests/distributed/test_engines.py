@@ -38,6 +38,8 @@ def data(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         if "lora_B" in name:
             torch.nn.init.normal_(value, std=0.1, generator=generator)
     save_adapter(model, folder / "adapter")
+    zero3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    (folder / "zero3.yaml").write_text(json.dumps(zero3))
     return folder
 
 
@@ -51,7 +53,7 @@ def single(tiny_checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathF
     return output
 
 
-@pytest.fixture(scope="module", params=["ddp", "zero2", "fsdp2"])
+@pytest.fixture(scope="module", params=["ddp", "zero2", "zero3", "fsdp2"])
 def launched(
     request: pytest.FixtureRequest, tiny_checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
@@ -59,7 +61,7 @@ def launched(
     output = tmp_path_factory.mktemp(request.param)
     for name, values in MOVED.items():
         train(make_case(tiny_checkpoint, data, output, f"from-single-{name}", rows=2, train__max_steps=4, **values))
-    if request.param == "zero2":
+    if request.param.startswith("zero"):
         pytest.importorskip("deepspeed")
     arguments = [str(word) for word in (tiny_checkpoint, data, output, request.param)]
     launched = launch(torchrun("-m", "tests.support.engine_cases", *arguments))

@@ -182,10 +182,10 @@ def _build(config: RunConfig, engine: Engine, dtype: torch.dtype, plan: Plan) ->
         if config.train.compile:
             for layer in [*base.model.layers, *base.model.vision.transformer.layers]:
                 layer.compile()
+        _say_what_trains(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         engine.wrap(model, build_optimizer(trained, config.train))
     log.info(engine.describe())
-    _say_what_trains(model)
     if checkpoint is not None:
         return model, saver.restore(engine, checkpoint, plan.start.output, plan.record.total_steps)
     saver.seed_dropout(engine, 0)

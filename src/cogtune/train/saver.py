@@ -48,7 +48,7 @@ class Saver:
 
     def _write(self, state: TrainingState, better: bool) -> None:
         def write_adapter(folder: Path) -> None:
-            with _masters(self._engine, state.tensors):
+            with _masters(self._engine, self._model, state.tensors):
                 save_adapter(self._model, folder)
 
         folder = checkpoints.save(self._output, self._progress.step, state, write_adapter)
@@ -107,15 +107,17 @@ def export_adapter(output: Path, progress: Progress) -> tuple[Path, str]:
 
 
 @contextmanager
-def _masters(engine: Engine, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Let the model hold the float32 masters while its adapter is written; ZeRO leaves rounded copies in it."""
-    copies = {name: parameter.data for name, parameter in engine.parameters.items()}
+def _masters(engine: Engine, model: PeftModel, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Let the model hold the float32 masters while its adapter is written; ZeRO has rounded copies or parts in it."""
+    whole = {name: tensors[f"{MASTER}/{name}"] for name in engine.parameters} | engine.unchanged
+    held = {name: value for name, value in model.named_parameters() if name in whole}
+    copies = {name: parameter.data for name, parameter in held.items()}
     try:
-        for name, parameter in engine.parameters.items():
-            parameter.data = tensors[f"{MASTER}/{name}"]
+        for name, parameter in held.items():
+            parameter.data = whole[name]
         yield
     finally:
-        for name, parameter in engine.parameters.items():
+        for name, parameter in held.items():
             parameter.data = copies[name]
 
 

@@ -9,8 +9,6 @@ from cogtune.train.engines.group import Group, is_launched, is_launched_by_deeps
 
 __all__ = ["Engine", "Group", "choose", "start"]
 
-_LATER = ("zero3",)
-
 
 def choose(config: RunConfig) -> str:
     """The engine's name for this process, from ``parallel`` and from what launched it.
@@ -19,16 +17,11 @@ def choose(config: RunConfig) -> str:
         ConfigError: the engine asked for needs a launcher, or cannot be used with the one that was used.
     """
     asked, ranks = config.parallel.engine, Group.launched_ranks()
-    if asked in _LATER:
-        raise ConfigError(
-            f"parallel.engine: {asked} shards the frozen weights too, which this version does not do",
-            hint="use zero2 (optimiser and gradients sharded) or ddp",
-        )
     if asked == "auto":
         if not is_launched():
             return "single"
         if config.parallel.deepspeed is not None or is_launched_by_deepspeed():
-            return "zero"
+            return "zero2"
         return "ddp" if ranks > 1 else "single"
     if asked == "single" and ranks > 1:
         raise ConfigError(
@@ -41,13 +34,17 @@ def choose(config: RunConfig) -> str:
             hint=f"start with: torchrun --nproc_per_node NUMBER_OF_DEVICES -m cogtune.cli.main train ... "
             f"(parallel.engine {asked})",
         )
-    return "zero" if asked.startswith("zero") else asked
+    return asked
 
 
 def start(config: RunConfig) -> Engine:
     """Join the process group, if there is one, and take a device. Call ``close`` on the result at the end."""
     name = choose(config)
-    if name == "zero":
+    if name == "zero3":
+        from cogtune.train.engines.zero3 import Zero3Engine
+
+        return Zero3Engine(Group.join(), config)
+    if name in ("zero1", "zero2"):
         from cogtune.train.engines.zero import ZeroEngine
 
         return ZeroEngine(Group.join(), config)

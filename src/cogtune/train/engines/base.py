@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -39,7 +39,7 @@ class StepResult:
 class Engine(ABC):
     """One per process, for the whole run."""
 
-    name: ClassVar[str]
+    name: str
 
     def __init__(self, group: Group, config: RunConfig) -> None:
         self.group = group
@@ -48,6 +48,7 @@ class Engine(ABC):
         self.module: nn.Module  # what the loop calls
         self.optimizer: torch.optim.Optimizer
         self.parameters: dict[str, nn.Parameter]  # what trains, by its name in the unwrapped model
+        self.unchanged: dict[str, torch.Tensor] = {}  # float32 adapter weights that do not train, if not in the model
         self.placement: Placement | None = None  # set by engines that shard while the model loads
 
     @property
@@ -106,7 +107,7 @@ class Engine(ABC):
         """The kinds of moments in ``tensors``; raises when they are not about exactly the parameters that train."""
         saved = {key.partition("/")[2]: value for key, value in tensors.items() if key.startswith(f"{MASTER}/")}
         shapes = {name: tuple(value.shape) for name, value in saved.items()}
-        expected = {name: tuple(value.shape) for name, value in self.parameters.items()}
+        expected = {name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in self.parameters.items()}
         if shapes != expected:
             name = sorted(set(shapes.items()) ^ set(expected.items()))[0][0]
             raise CheckpointError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
@@ -17,7 +17,7 @@ class DdpEngine(SingleEngine):
     """Every trainable parameter takes part in every step on every rank (the model sees to it), so nothing is searched
     for unused parameters. Inputs are moved by the loop and rank 0's weights sent by `wrap`, not by DDP."""
 
-    name: ClassVar[str] = "ddp"
+    name = "ddp"
 
     def _wrap(self, model: nn.Module) -> nn.Module:
         super()._wrap(model)

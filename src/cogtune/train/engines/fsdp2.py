@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,7 +44,7 @@ at once again in the backward pass."""
 class Fsdp2Engine(SingleEngine):
     """Sums of all ranks: the loss is not multiplied by the number of ranks, because gradients are not averaged."""
 
-    name: ClassVar[str] = "fsdp2"
+    name = "fsdp2"
 
     def __init__(self, group: Group, config: RunConfig) -> None:
         super().__init__(group, config)

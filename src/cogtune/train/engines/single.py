@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from cogtune.train.engines.base import MASTER, Engine, StepResult, fresh_state
 class SingleEngine(Engine):
     """Master weights are the model's own trainable parameters, float32."""
 
-    name: ClassVar[str] = "single"
+    name = "single"
 
     def _wrap(self, model: nn.Module) -> nn.Module:
         computes_in_half = any(value.dtype == torch.float16 for value in model.parameters())

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO stages 1 and 2: gradients and optimiser state sharded over ranks.
+"""DeepSpeed ZeRO stages 1 and 2: optimiser state, and in stage 2 gradients too, sharded over ranks.
 
 Only public DeepSpeed calls are used, and torch's own optimiser, so that nothing has to be compiled on a GPU. Masters
 and moments leave and enter through the full-tensor calls, by parameter name.
@@ -7,14 +7,15 @@ and moments leave and enter through the full-tensor calls, by parameter name.
 from __future__ import annotations
 
 import math
+import warnings
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
 
 from cogtune.configuration.run import RunConfig
-from cogtune.errors import ConfigError, SetupError
+from cogtune.errors import SetupError
 from cogtune.train.engines.base import MASTER, Engine, StepResult, fresh_state
 from cogtune.train.engines.group import Group
 
@@ -22,10 +23,14 @@ from cogtune.train.engines.group import Group
 class ZeroEngine(Engine):
     """In bfloat16 or float16 DeepSpeed keeps float32 masters beside the model's rounded copies; in float32 too."""
 
-    name: ClassVar[str] = "zero"
+    name = "zero2"
 
     def __init__(self, group: Group, config: RunConfig) -> None:
         super().__init__(group, config)
+        # torch 2.13 renames collectives that DeepSpeed calls in every step; 2.11 knows no other names
+        warnings.filterwarnings("ignore", ".*is deprecated. Please use `torch.distributed.*_single`", FutureWarning)
+        if config.parallel.engine == "zero1":
+            self.name = "zero1"
         try:
             import deepspeed  # noqa: F401  (fails here, before any weight is read)
         except ImportError as error:
@@ -41,7 +46,7 @@ class ZeroEngine(Engine):
     def _wrap(self, model: nn.Module) -> nn.Module:
         import deepspeed
 
-        settings = self._settings(model)
+        settings = self._settings(next(value.dtype for value in model.parameters() if not value.requires_grad))
         # DeepSpeed rounds every parameter to the compute dtype. What trains has its masters; an adapter that does not
         # (it cannot influence the loss) is put back, so that its file is float32 whatever engine wrote it.
         unrounded = {
@@ -56,21 +61,26 @@ class ZeroEngine(Engine):
             if name in unrounded:
                 value.data = unrounded[name]
         stage = self._deepspeed.zero_optimization_stage()
-        assert stage in (1, 2), f"asked for ZeRO, but DeepSpeed runs stage {stage}"
+        assert stage == self._stage, f"asked for ZeRO stage {self._stage}, but DeepSpeed runs stage {stage}"
+        shards = sum(shard.numel() for group in self.optimizer.param_groups for shard in group["params"])
+        self._held = shards, sum(value.numel() for value in self.parameters.values())
         module: nn.Module = self._deepspeed
         return module
 
-    def _settings(self, model: nn.Module) -> dict[str, Any]:
+    def describe(self) -> str:
+        own, whole = self._held
+        return f"zero{self._stage}: rank {self.group.rank} holds {own:,} of {whole:,} masters"
+
+    def _settings(self, dtype: torch.dtype) -> dict[str, Any]:
         from cogtune.configuration.deepspeed import deepspeed_settings
 
-        dtype = next(value.dtype for value in model.parameters() if not value.requires_grad)
         settings = deepspeed_settings(self.config, str(dtype).removeprefix("torch."), self.group.size)
         stage = settings["zero_optimization"]["stage"]
-        if stage not in (1, 2):
-            raise ConfigError(
-                f"{self.config.parallel.deepspeed}: zero_optimization.stage is {stage}; stages 1 and 2 run here",
-                hint="stage 2 shards gradients and optimiser state; without sharding use parallel.engine ddp",
-            )
+        self._stage = stage
+        offload = self.config.parallel.offload
+        for kind, block in (("optimizer", "offload_optimizer"), ("weights", "offload_param")):
+            if offload == kind:
+                settings["zero_optimization"].setdefault(block, {"device": "cpu", "pin_memory": True})
         # with offload, torch's AdamW runs on the CPU; DeepSpeed's own would have to be compiled
         settings.setdefault("zero_force_ds_cpu_optimizer", False)
         if dtype == torch.bfloat16:  # otherwise a gradient of NaN would reach the weights

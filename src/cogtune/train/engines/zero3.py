@@ -1,0 +1,112 @@
+"""DeepSpeed ZeRO stage 3: the frozen weights are sharded too, a unit at a time while the model loads.
+
+``deepspeed.zero.Init(module=...)`` partitions a unit as soon as its weights are there, so no rank ever holds the whole
+model. Before a module runs DeepSpeed gathers its weights, and drops them after it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from cogtune.configuration.run import RunConfig
+from cogtune.errors import ConfigError
+from cogtune.model.vision import VisionModel
+from cogtune.train.engines.base import MASTER, fresh_state
+from cogtune.train.engines.group import Group
+from cogtune.train.engines.zero import ZeroEngine
+
+
+class Zero3Engine(ZeroEngine):
+    """Masters, moments and frozen weights in shards; adapters compute in copies rounded to the model's dtype."""
+
+    name = "zero3"
+
+    def __init__(self, group: Group, config: RunConfig) -> None:
+        super().__init__(group, config)
+        self.placement = self
+        self._dtype: torch.dtype | None = None
+
+    def device_for(self, name: str) -> torch.device:
+        """Where a loader puts a tensor before `finish` shards its unit."""
+        return self.device
+
+    def finish(self, unit_name: str, module: nn.Module) -> None:
+        """Partition a unit whose weights are complete."""
+        import deepspeed
+
+        if self._dtype is None:
+            self._dtype = next(value.dtype for value in module.parameters() if value.is_floating_point())
+            self._shared_settings = self._settings(self._dtype)
+            deepspeed.init_distributed(dist_init_required=False)
+        module.requires_grad_(False)
+        deepspeed.zero.Init(module=module, config_dict_or_path=self._shared_settings, dtype=self._dtype)
+
+    def _wrap(self, model: nn.Module) -> nn.Module:
+        import deepspeed
+
+        assert self._dtype is not None, "the model was loaded without this engine's placement"
+        for name, value in self.parameters.items():
+            if hasattr(value, "ds_id"):
+                raise ConfigError(
+                    f"lora.extra: {name} is a weight of the base and would train, but zero3 shards the base",
+                    hint="train adapters only, or use parallel.engine ddp or zero2",
+                )
+        for unit in model.modules():
+            if isinstance(unit, VisionModel):
+                unit.sharded = True
+        for name, value in model.named_parameters():
+            if "lora_" in name and not value.requires_grad:  # its file is float32 whatever engine wrote it
+                self.unchanged[name] = value.data.clone().cpu()
+            if not hasattr(value, "ds_id"):  # DeepSpeed casts a model only where nothing of it is partitioned yet
+                value.data = value.data.to(self._dtype)
+        self._deepspeed, *_ = deepspeed.initialize(
+            model=model, optimizer=self.optimizer, config=self._shared_settings, dist_init_required=False
+        )
+        stage = self._deepspeed.zero_optimization_stage()
+        assert stage == 3, f"asked for ZeRO stage 3, but DeepSpeed runs stage {stage}"
+        frozen = [value for value in model.parameters() if not value.requires_grad]
+        self._held = sum(_local(value).numel() for value in frozen), sum(_whole_size(value) for value in frozen)
+        module: nn.Module = self._deepspeed
+        return module
+
+    def describe(self) -> str:
+        own, whole = self._held
+        where = ", on the CPU" if self.config.parallel.offload == "weights" else ""
+        return f"zero3: rank {self.group.rank} holds {own:,} of {whole:,} frozen values{where}"
+
+    def load_state(self, tensors: dict[str, torch.Tensor], counters: dict[str, Any]) -> None:
+        import deepspeed
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        kinds = self.check_names(tensors)
+        for shard in self._deepspeed.optimizer.fp32_partitioned_groups_flat:
+            if kinds:
+                self.optimizer.state[shard] = fresh_state(shard, kinds, counters["optimizer_steps"])
+        for name, parameter in self.parameters.items():
+            value = tensors[f"{MASTER}/{name}"].to(self.device)
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                if self.group.is_main:
+                    parameter.data.copy_(value)
+            safe_set_local_fp32_param(parameter, self._part(value, parameter))
+            for kind in kinds:
+                moment = tensors[f"{kind}/{name}"].to(self.device)
+                safe_set_local_optimizer_state(parameter, self._part(moment, parameter), kind)
+
+    def _part(self, value: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+        """This rank's shard of a whole tensor, the last ones padded with zeros as DeepSpeed does."""
+        size = _local(parameter).numel()
+        flat = torch.zeros(size * self.group.size, dtype=value.dtype, device=value.device)
+        flat[: value.numel()] = value.flatten()
+        return flat[size * self.group.rank : size * (self.group.rank + 1)]
+
+
+def _local(parameter: Any) -> torch.Tensor:
+    shard: torch.Tensor = parameter.ds_tensor
+    return shard
+
+
+def _whole_size(parameter: Any) -> int:
+    return int(parameter.ds_numel)
