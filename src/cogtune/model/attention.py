@@ -1,14 +1,20 @@
 """Attention of the decoder: expert projections on slices, one gather into rows, one gather out.
 
+In a tree only the columns behind the first branching need a mask. They are asked apart from the columns before them,
+which see each other causally, so that the long shared beginning (the picture) runs at the speed of plain attention.
+
 Shapes: T tokens in sorted order, B rows, S columns, C cached columns, H query heads, K key/value heads, E head width,
 D hidden, F fused projection ((H + 2K) * E: all of q, then k, then v).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import Cache
 
 from cogtune.configuration.model import CogVLM2Config
@@ -20,6 +26,69 @@ def by_expert(x_TD: torch.Tensor, num_vision: int, vision: nn.Module, language: 
     """Each expert on its own contiguous slice; both are always called, with zero rows if need be, so that sharded or
     trained parts take part in every step on every rank."""
     return torch.cat([vision(x_TD[:num_vision]), language(x_TD[num_vision:])])
+
+
+class _Reorder(torch.autograd.Function):
+    """``x[take]``, whose gradient is ``g[back]``: a gather too, where the gradient of ``index_select`` would be an
+    addition of rows in no fixed order. Right wherever ``back`` says which row of the result each row of ``x`` went to,
+    and no gradient arrives in the others. ``without`` marks rows of ``x`` that went nowhere."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, take: torch.Tensor, back: torch.Tensor, without: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(back, without)
+        return x.index_select(0, take)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        back, without = ctx.saved_tensors
+        reordered = gradient.index_select(0, back)
+        return (reordered if without is None else reordered.masked_fill(without, 0)), None, None, None
+
+
+def into_rows(x_TF: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """Sorted order [T, F] to the row layout [B*S, F]. A column without a token repeats the first token; attention never
+    lets it reach a real one, so it brings no gradient back."""
+    if routing.to_rows is None or routing.from_rows is None:
+        return x_TF
+    return _Reorder.apply(x_TF, routing.to_rows, routing.from_rows, None)  # type: ignore[no-any-return]
+
+
+def out_of_rows(x_RD: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """The row layout [B*S, D] to sorted order [T, D]."""
+    if routing.to_rows is None or routing.from_rows is None:
+        return x_RD
+    return _Reorder.apply(x_RD, routing.from_rows, routing.to_rows, routing.empty)  # type: ignore[no-any-return]
+
+
+# On Hopper cuDNN's kernels are up to twice as fast as the others (docs/log.md), but cuDNN plans anew for every length.
+_FASTEST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def attend(
+    q_BHSE: torch.Tensor,
+    k_BKSE: torch.Tensor,
+    v_BKSE: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    causal: bool = False,
+    lengths_vary: bool = False,
+) -> torch.Tensor:
+    """Scaled dot-product attention by the fastest kernel there is for these inputs [B, H, S, E].
+
+    ``lengths_vary``: every call has another length, as in decoding.
+    """
+    grouped = q_BHSE.shape[1] != k_BKSE.shape[1]
+    if not q_BHSE.is_cuda:
+        return functional.scaled_dot_product_attention(
+            q_BHSE, k_BKSE, v_BKSE, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+        )
+    with sdpa_kernel(_UNPLANNED if lengths_vary else _FASTEST, set_priority=True):
+        return functional.scaled_dot_product_attention(
+            q_BHSE, k_BKSE, v_BKSE, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+        )
 
 
 class ExpertAttention(nn.Module):
@@ -50,50 +119,55 @@ class ExpertAttention(nn.Module):
     ) -> torch.Tensor:
         """Attention output of the T tokens, or of the ``kept`` ones only, in sorted order [T or K, D].
 
-        ``mask`` is bool [B, 1, S, S or C] (True: visible); None means causal over the row, or everything visible where
-        a single new column reads a cache.
+        ``mask`` is bool [B, 1, queries, S or C] (True: visible) for the last columns of the row, all of them without a
+        tree's ``routing.prefix``; None means causal over the row, or everything visible where a single new column
+        reads a cache.
         """
         qkv = by_expert(
             x_TD, routing.num_vision, self.vision_expert_query_key_value, self.language_expert_query_key_value
         )
-        if routing.to_rows is not None:
-            qkv = qkv.index_select(0, routing.to_rows)
-        heads = qkv.view(routing.num_rows, routing.num_columns, -1, self.head_dim).transpose(1, 2)
+        heads = into_rows(qkv, routing).view(routing.num_rows, routing.num_columns, -1, self.head_dim).transpose(1, 2)
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_index)
-        context = functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and not routing.decoding, enable_gqa=True
-        )
+            causal = mask is None and not routing.decoding
+            context = attend(q, k, v, mask, causal=causal, lengths_vary=True)
+        elif routing.prefix:
+            first = routing.prefix
+            before = attend(q[:, :, :first], k[:, :, :first], v[:, :, :first], causal=True)
+            behind = attend(q[:, :, first:], k, v, mask)
+            context = torch.cat([before.transpose(1, 2), behind.transpose(1, 2)], dim=1).transpose(1, 2)
+        else:
+            context = attend(q, k, v, mask, causal=mask is None and not routing.decoding)
         context = context.transpose(1, 2).reshape(routing.num_rows * routing.num_columns, -1)
-        num_vision, take = routing.num_vision, routing.from_rows
-        if kept is not None:
-            num_vision, take = routing.num_vision_kept, kept if take is None else take.index_select(0, kept)
-        if take is not None:
-            context = context.index_select(0, take)
+        if kept is None:
+            context, num_vision = out_of_rows(context, routing), routing.num_vision
+        else:
+            take = kept if routing.from_rows is None else routing.from_rows.index_select(0, kept)
+            context, num_vision = context.index_select(0, take), routing.num_vision_kept
         return by_expert(context, num_vision, self.vision_expert_dense, self.language_expert_dense)
 
 
 def row_mask(routing: Routing) -> torch.Tensor | None:
-    """Which column of a row sees which, bool [B, 1, S, S]; None where plain causal attention is right.
+    """Which column of a row sees which, bool [B, 1, S - prefix, S] for the columns behind ``routing.prefix``; None where
+    plain causal attention is right.
 
     Causal attention is right without a tree wherever padding stands behind every real column. A padding column sees
     itself, because a row of nothing but False has no softmax.
     """
-    columns = routing.num_columns
     if routing.row_segments is None and routing.row_mask is None:
         return None
-    index = torch.arange(columns, device=routing.positions.device)
-    causal = index[:, None] >= index[None, :]
+    index = torch.arange(routing.num_columns, device=routing.positions.device)
+    query = index[routing.prefix :]
+    causal = query[:, None] >= index[None, :]
     if routing.row_segments is not None and routing.ancestors is not None:
         segments = routing.row_segments
         batch = torch.arange(routing.num_rows, device=segments.device)[:, None, None]
-        return (causal & routing.ancestors[batch, segments[:, :, None], segments[:, None, :]])[:, None]
+        visible = routing.ancestors[batch, segments[:, routing.prefix :, None], segments[:, None, :]]
+        return (causal & visible)[:, None]
     assert routing.row_mask is not None
-    return ((causal & routing.row_mask[:, None, :]) | torch.eye(columns, dtype=torch.bool, device=causal.device))[
-        :, None
-    ]
+    return ((causal & routing.row_mask[:, None, :]) | (query[:, None] == index[None, :]))[:, None]
 
 
 def cache_mask(

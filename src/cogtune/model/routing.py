@@ -24,6 +24,10 @@ ROOT = -1
 UNUSED = -2
 IGNORED_LABEL = -100
 
+GPU_COLUMNS = 64
+"""Attention layouts on a GPU have a multiple of this many columns. Its kernels work on blocks of 64 or 128, so the added
+columns cost nothing, and cuDNN plans a kernel per length: real data then meets tens of lengths instead of thousands."""
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -44,7 +48,9 @@ class Routing:
     image_runs: tuple[int, ...] = ()  # length of every image run
     row_segments: torch.Tensor | None = None  # [B, S] segment of every token, G at padding; None: no tree
     ancestors: torch.Tensor | None = None  # bool [B, G + 1, G + 1]: a segment sees itself and its ancestors
+    prefix: int = 0  # in a tree: the first columns, in which no row branches, so that causal attention is right
     row_mask: torch.Tensor | None = None  # bool [B, S] real columns; None unless the layout has padding to hide
+    empty: torch.Tensor | None = None  # bool [B*S, 1] columns without a token; None where every column has one
     kept: torch.Tensor | None = None  # [K] sorted indices, ascending: whose last hidden state is needed
     num_vision_kept: int = 0
     predictors: torch.Tensor | None = None  # [M] index into kept; None where it would be 0..K-1
@@ -82,6 +88,7 @@ class Routing:
         segment_parents: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         keep_columns: bool = False,
+        column_multiple: int = 1,
     ) -> Routing:
         """Compute everything a forward needs from integer tensors on the CPU.
 
@@ -91,11 +98,13 @@ class Routing:
             segment_ids, segment_parents: [B, L] and [B, G], the tree (both or neither).
             labels: [B, L], -100 ignored; sets ``kept``, ``predictors`` and ``targets``.
             keep_columns: keep the input's columns (S = L), as a key/value cache expects, instead of left-aligning rows.
+            column_multiple: round S up to a multiple of it; see :data:`GPU_COLUMNS`.
 
         Raises:
             ValueError: shapes that differ, holes in the mask, a malformed tree, a label at padding.
         """
-        return _Builder(token_type_ids, attention_mask, segment_ids, segment_parents).routing(labels, keep_columns)
+        builder = _Builder(token_type_ids, attention_mask, segment_ids, segment_parents)
+        return builder.routing(labels, keep_columns, column_multiple)
 
     @classmethod
     def decode(cls, positions: torch.Tensor) -> Routing:
@@ -242,14 +251,14 @@ class _Builder:
         self.positions = positions
         self.image_runs = _runs(self.image, self.starts)
 
-    def routing(self, labels: torch.Tensor | None, keep_columns: bool) -> Routing:
+    def routing(self, labels: torch.Tensor | None, keep_columns: bool, column_multiple: int) -> Routing:
         """Assemble the index tensors."""
         batch, width = self.shape
         order = np.argsort(~self.vision, kind="stable")  # sorted -> packed
         place = np.empty_like(order)
         place[order] = np.arange(self.num_tokens)  # packed -> sorted
         within = self.columns if keep_columns else np.arange(self.num_tokens) - np.repeat(self.row_start, self.lengths)
-        columns = width if keep_columns else int(self.lengths.max())
+        columns = width if keep_columns else -(-int(self.lengths.max()) // column_multiple) * column_multiple
         cell = self.rows * columns + within
         to_rows = np.zeros(batch * columns, int)
         to_rows[cell] = place
@@ -258,6 +267,11 @@ class _Builder:
         extra: dict[str, Any] = {}
         if self.tree and not self._is_chain():
             extra |= self._tree_tensors(cell, columns)
+            extra["prefix"] = 0 if keep_columns else self._unbranched() // column_multiple * column_multiple
+        if batch * columns > self.num_tokens:
+            empty = np.ones((batch * columns, 1), bool)
+            empty[cell] = False
+            extra["empty"] = torch.from_numpy(empty)
         if keep_columns and not self.mask.all():
             extra["row_mask"] = torch.from_numpy(self.mask.copy())
         if labels is not None:
@@ -279,6 +293,17 @@ class _Builder:
         """Whether every row is one unbranched path (a single answer, say): plain causal attention is right for it."""
         number = np.arange(self.parents.shape[1])[None]
         return bool(((self.parents == number - 1) | (self.parents == UNUSED)).all())
+
+    def _unbranched(self) -> int:
+        """How many columns, from the first on, are one unbranched path in every row (left-aligned rows)."""
+        found = int(self.lengths.max())
+        for row, parents in enumerate(self.parents):
+            number = np.arange(parents.size)
+            branching = np.flatnonzero((parents != number - 1) & (parents != UNUSED))
+            if branching.size:
+                of_row = self.rows == row
+                found = min(found, int(np.argmax(self.segment_of[of_row] == branching[0])))
+        return found
 
     def _tree_tensors(self, cell: np.ndarray, columns: int) -> dict[str, Any]:
         """Segments in row layout and which segment sees which; padding is a segment that sees only itself."""

@@ -15,6 +15,7 @@ from torch.nn import functional
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cogtune.configuration.model import CogVLM2Config, CogVLM2VisionConfig
+from cogtune.model.attention import attend
 
 
 class PatchEmbedding(nn.Module):
@@ -46,7 +47,7 @@ class VisionAttention(nn.Module):
         images, patches, width = x_NPW.shape
         qkv = self.query_key_value(x_NPW).view(images, patches, 3, self.num_heads, width // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        context = functional.scaled_dot_product_attention(q, k, v)
+        context = attend(q, k, v)
         return self.dense(context.transpose(1, 2).reshape(images, patches, width))
 
 
