@@ -12,6 +12,7 @@ import torch
 
 from cogtune import CogVLM2ForCausalLM
 from cogtune.checkpoint.random import random_model, tiny_config
+from cogtune.model.compile import compile_layers
 from cogtune.model.rope import rotary_tables
 from tests.support.golden import golden, golden_images, golden_model
 from tests.support.trees import random_tree, samples, tree_batch
@@ -87,8 +88,7 @@ def test_compiled_layers_agree_forward_and_backward() -> None:
 
     wanted = run(golden_model().cuda())
     model = golden_model().cuda()
-    for layer in [*model.model.layers, *model.model.vision.transformer.layers]:
-        layer.compile(fullgraph=True, dynamic=True)
+    compile_layers(model, fullgraph=True)
     for found, expected in zip(run(model), wanted, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 

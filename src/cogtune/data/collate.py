@@ -15,7 +15,7 @@ _PADDING_ID = 0
 _PADDING_SEGMENT = -1
 
 
-def collate(rows: Sequence[RowSample]) -> dict[str, Any]:
+def collate(rows: Sequence[RowSample], column_multiple: int = 1) -> dict[str, Any]:
     """Keyword arguments for the model, plus ``record_ids`` (list) and ``num_labels`` (int), which the loop takes out.
 
     int64 [B, L]: ``input_ids``, ``token_type_ids``, ``attention_mask``, ``labels``, ``segment_ids``; int64 [B, S]:
@@ -37,6 +37,7 @@ def collate(rows: Sequence[RowSample]) -> dict[str, Any]:
         segment_ids=batch["segment_ids"],
         segment_parents=batch["segment_parents"],
         labels=batch["labels"],
+        column_multiple=column_multiple,
     )
     pixels = [sample.pixel_values for sample in rows if sample.pixel_values is not None]
     if pixels:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from cogtune.data.collate import collate
 from cogtune.data.dataset import RowIndex, RowSample, TrainRows
 from cogtune.data.sampler import EpochSampler
 from cogtune.errors import CogtuneError
+from cogtune.model.routing import GPU_COLUMNS
 
 _MOST_WORKERS = 8
 # One core for the process that trains and one for its backward pass.
@@ -28,20 +30,20 @@ def worker_count(workers: int | None, local_ranks: int = 1) -> int:
 
 
 def batches(
-    rows: TrainRows, sampler: EpochSampler, workers: int = 0, *, pin_memory: bool = False
+    rows: TrainRows, sampler: EpochSampler, workers: int = 0, *, for_gpu: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """One collated batch per item of the sampler, in its order.
+    """One collated batch per item of the sampler, in its order; ``for_gpu``: in pinned memory and a GPU's layout.
 
     :raises CogtuneError: as raised while a row was built, whichever process built it.
     """
     loader: DataLoader[Any] = DataLoader(
         _Guarded(rows),  # type: ignore[arg-type]
         batch_sampler=sampler,
-        collate_fn=_collate_or_error,
+        collate_fn=functools.partial(_collate_or_error, column_multiple=GPU_COLUMNS if for_gpu else 1),
         num_workers=workers,
         worker_init_fn=_start_worker if workers else None,
         generator=torch.Generator(),  # its own, so that making an iterator leaves the training's random numbers alone
-        pin_memory=pin_memory,
+        pin_memory=for_gpu,
     )
     for batch in loader:
         if isinstance(batch, CogtuneError):
@@ -65,13 +67,13 @@ class _Guarded:
             return error
 
 
-def _collate_or_error(items: Sequence[RowSample | CogtuneError]) -> dict[str, Any] | CogtuneError:
+def _collate_or_error(items: Sequence[RowSample | CogtuneError], column_multiple: int) -> dict[str, Any] | CogtuneError:
     rows: list[RowSample] = []
     for item in items:
         if isinstance(item, CogtuneError):
             return item
         rows.append(item)
-    return collate(rows)
+    return collate(rows, column_multiple)
 
 
 def _start_worker(_: int) -> None:

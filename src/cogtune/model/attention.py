@@ -150,8 +150,8 @@ class ExpertAttention(nn.Module):
 
 
 def row_mask(routing: Routing) -> torch.Tensor | None:
-    """Which column of a row sees which, bool [B, 1, S - prefix, S] for the columns behind ``routing.prefix``; None where
-    plain causal attention is right.
+    """Which column of a row sees which, bool [B, 1, S - prefix, S] for the columns behind ``routing.prefix``; None
+    where plain causal attention is right.
 
     Causal attention is right without a tree wherever padding stands behind every real column. A padding column sees
     itself, because a row of nothing but False has no softmax.

@@ -24,7 +24,7 @@ from cogtune.model.generation import CogVLM2Generation
 from cogtune.model.loss import token_loss
 from cogtune.model.pretrained import CogVLM2PreTrainedModel
 from cogtune.model.rope import inverse_frequencies, rotary_tables
-from cogtune.model.routing import Routing, row_positions
+from cogtune.model.routing import GPU_COLUMNS, Routing, row_positions
 from cogtune.model.vision import VisionModel
 
 
@@ -102,6 +102,19 @@ class DecoderLayer(GradientCheckpointingLayer):
         cache: Cache | None = None,
         kept: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        return self.compute(h_TD, cos, sin, mask, routing, cache, kept)
+
+    def compute(
+        self,
+        h_TD: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: torch.Tensor | None,
+        routing: Routing,
+        cache: Cache | None,
+        kept: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The layer itself, without recomputation: what ``model.compile`` compiles."""
         attended = self.self_attn(self.input_layernorm(h_TD), cos, sin, mask, routing, cache, kept)
         if kept is not None:
             h_TD = h_TD.index_select(0, kept)
@@ -307,7 +320,8 @@ def _route(input_ids: torch.Tensor, given: tuple[torch.Tensor | None, ...], keep
         types = torch.zeros(input_ids.shape, dtype=torch.long)
     if types.shape != input_ids.shape:
         raise ValueError(f"token_type_ids has shape {tuple(types.shape)}; input_ids has {tuple(input_ids.shape)}")
-    return Routing.build(types, mask, segment_ids, segment_parents, labels, keep_columns)
+    multiple = GPU_COLUMNS if input_ids.is_cuda else 1
+    return Routing.build(types, mask, segment_ids, segment_parents, labels, keep_columns, multiple)
 
 
 def _loss(logits: torch.Tensor, routing: Routing, num_items: torch.Tensor | int | None) -> torch.Tensor:

@@ -25,8 +25,8 @@ UNUSED = -2
 IGNORED_LABEL = -100
 
 GPU_COLUMNS = 64
-"""Attention layouts on a GPU have a multiple of this many columns. Its kernels work on blocks of 64 or 128, so the added
-columns cost nothing, and cuDNN plans a kernel per length: real data then meets tens of lengths instead of thousands."""
+"""Attention layouts on a GPU have a multiple of this many columns. Its kernels work on blocks of 64 or 128, so the
+added columns cost nothing, and cuDNN plans a kernel per length: real data then meets tens of lengths, not thousands."""
 
 
 @dataclass(frozen=True)

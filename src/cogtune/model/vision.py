@@ -74,6 +74,10 @@ class VisionLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, x_NPW: torch.Tensor) -> torch.Tensor:
+        return self.compute(x_NPW)
+
+    def compute(self, x_NPW: torch.Tensor) -> torch.Tensor:
+        """The layer itself, without recomputation: what ``model.compile`` compiles."""
         x = x_NPW + self.input_layernorm(self.attention(x_NPW)).to(x_NPW.dtype)
         return x + self.post_attention_layernorm(self.mlp(x)).to(x.dtype)
 

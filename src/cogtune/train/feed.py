@@ -54,8 +54,8 @@ class Feed:
         sampler = self._sampler(start, 2**31)
         position, step = start, list[Batch]()
         workers = worker_count(self._config.data.workers, self._group.local_size)
-        pin = self._group.device.type == "cuda"
-        for batch in batches(self.rows, sampler, workers, pin_memory=pin):
+        on_gpu = self._group.device.type == "cuda"
+        for batch in batches(self.rows, sampler, workers, for_gpu=on_gpu):
             while sampler.rows_in_epoch(position[0]) == 0:  # small weights can leave an epoch empty
                 position = (position[0] + 1, 0)
             step.append(batch)
@@ -83,7 +83,7 @@ def validation_batches(rows: TrainRows, config: RunConfig, group: Group) -> Iter
     size = config.eval.batch_size or config.train.batch_size
     sampler = EpochSampler(len(rows), size, group.rank, group.size, shuffle=False)
     workers = worker_count(config.data.workers, group.local_size)
-    return batches(rows, sampler, workers, pin_memory=group.device.type == "cuda")
+    return batches(rows, sampler, workers, for_gpu=group.device.type == "cuda")
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

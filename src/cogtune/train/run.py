@@ -18,6 +18,7 @@ from cogtune.configuration.run import RunConfig
 from cogtune.errors import DataError, DiskFullError, RunError
 from cogtune.generate.last_run import write_last_run
 from cogtune.model.checkpointing import enable_checkpointing, recomputed_layers
+from cogtune.model.compile import compile_layers
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.train import engines, folder, saver
 from cogtune.train.engines import Engine, Group
@@ -180,8 +181,7 @@ def _build(config: RunConfig, engine: Engine, dtype: torch.dtype, plan: Plan) ->
             saver.restore_adapter(model, checkpoint)
         _recompute(base, config)
         if config.train.compile:
-            for layer in [*base.model.layers, *base.model.vision.transformer.layers]:
-                layer.compile()
+            compile_layers(base)
         _say_what_trains(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         engine.wrap(model, build_optimizer(trained, config.train))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -101,11 +102,16 @@ def test_tree_mask_is_own_segment_and_ancestors(seed: int) -> None:
     root = random_tree(rng, bos=3, image_id=127, num_image_tokens=6, with_image=True)
     batch = tree_batch([root], 127)
     routing = Routing.build(batch["token_type_ids"], None, batch["segment_ids"], batch["segment_parents"])
-    mask = row_mask(routing)
+    prefix, behind = routing.prefix, row_mask(routing)
+    mask = row_mask(replace(routing, prefix=0))
     assert mask is not None
+    assert behind is not None
+    assert torch.equal(mask[:, :, prefix:], behind)
     parents = [p for p in batch["segment_parents"][0].tolist() if p != -2]
     slow = slow_row(batch["token_type_ids"][0].tolist(), batch["segment_ids"][0].tolist(), parents)
+    assert prefix >= 7  # BOS and the image, which every path begins with
     for token, seen in enumerate(slow.sees):
+        assert token >= prefix or seen == list(range(token + 1))
         assert torch.nonzero(mask[0, 0, token]).flatten().tolist() == seen
 
 

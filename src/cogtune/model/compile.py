@@ -1,0 +1,57 @@
+"""torch.compile of the layers: one compiled function for all decoder layers and one for all tower layers.
+
+Sizes are symbols from the start, so other lengths and other numbers of pictures need no new compilation. What does need
+one: the first layer (no gradient goes below it), the last (only labelled tokens), the others; one row or several; with
+or without pictures; a tree or none; training or not. These kinds are few, and each is compiled when it first comes.
+
+The compiled part is a layer's ``compute``: recomputation and an engine's hooks on the layer stay outside it. A forward
+with a key/value cache is not compiled: its lengths change with every token, and its caller may compile it whole.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from cogtune.model.modeling import CogVLM2ForCausalLM, DecoderLayer
+from cogtune.model.vision import VisionLayer
+
+_MOST_KINDS = 64  # torch's own limit of 8 would run further kinds of layers uncompiled
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether compiling pays by default: on a GPU for which torch can generate kernels."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def compile_layers(model: CogVLM2ForCausalLM, backend: str | Any = "inductor", *, fullgraph: bool = False) -> None:
+    """Make every decoder and tower layer of ``model`` run compiled from now on."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_KINDS)
+    kinds: list[tuple[Any, Any]] = [(DecoderLayer, model.model.layers)]
+    if getattr(model.model.vision, "transformer", None) is not None:  # absent where features are cached
+        kinds.append((VisionLayer, model.model.vision.transformer.layers))
+    for kind, layers in kinds:
+        compiled = torch.compile(kind.compute, backend=backend, dynamic=True, fullgraph=fullgraph)
+        for layer in layers:
+            layer.compute = _Compute(kind.compute, compiled, layer)
+
+
+class _Compute:
+    """A layer's ``compute``: compiled, except with a cache."""
+
+    def __init__(self, plain: Any, compiled: Any, layer: nn.Module) -> None:
+        self._plain, self._compiled = MethodType(plain, layer), MethodType(compiled, layer)
+
+    def __call__(self, *arguments: Any) -> torch.Tensor:
+        cached = len(arguments) > 5 and arguments[5] is not None
+        result: torch.Tensor = (self._plain if cached else self._compiled)(*arguments)
+        return result
+
+
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made in this process."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
