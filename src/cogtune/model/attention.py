@@ -52,14 +52,14 @@ def into_rows(x_TF: torch.Tensor, routing: Routing) -> torch.Tensor:
     lets it reach a real one, so it brings no gradient back."""
     if routing.to_rows is None or routing.from_rows is None:
         return x_TF
-    return _Reorder.apply(x_TF, routing.to_rows, routing.from_rows, None)  # type: ignore[no-any-return]
+    return _Reorder.apply(x_TF, routing.to_rows, routing.from_rows, None)
 
 
 def out_of_rows(x_RD: torch.Tensor, routing: Routing) -> torch.Tensor:
     """The row layout [B*S, D] to sorted order [T, D]."""
     if routing.to_rows is None or routing.from_rows is None:
         return x_RD
-    return _Reorder.apply(x_RD, routing.from_rows, routing.to_rows, routing.empty)  # type: ignore[no-any-return]
+    return _Reorder.apply(x_RD, routing.from_rows, routing.to_rows, routing.empty)
 
 
 # On Hopper cuDNN's kernels are up to twice as fast as the others (docs/log.md), but cuDNN plans anew for every length.
