@@ -223,7 +223,11 @@ class TrainSection(Section):
         " memory, up to a third more time. auto: as few as the free memory needs. A number k: every k-th layer. A size"
         " such as 30GiB: as few as keep the run under it. true and false mean all and none.",
     )
-    compile: bool = Field(default=False, description="Compile the layers with torch.compile.")
+    compile: Literal["auto"] | bool = Field(
+        default="auto",
+        description="Compile the layers with torch.compile: faster steps after a slower first one. auto: on a GPU with"
+        " the engines single and ddp.",
+    )
     restart: bool = Field(
         default=False, description="If the output folder holds a run, start anew in a numbered sibling."
     )

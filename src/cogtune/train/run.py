@@ -18,7 +18,7 @@ from cogtune.configuration.run import RunConfig
 from cogtune.errors import DataError, DiskFullError, RunError
 from cogtune.generate.last_run import write_last_run
 from cogtune.model.checkpointing import enable_checkpointing, recomputed_layers
-from cogtune.model.compile import compile_layers
+from cogtune.model.compile import can_compile, compile_layers
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.train import engines, folder, saver
 from cogtune.train.engines import Engine, Group
@@ -180,8 +180,9 @@ def _build(config: RunConfig, engine: Engine, dtype: torch.dtype, plan: Plan) ->
         if checkpoint is not None:
             saver.restore_adapter(model, checkpoint)
         _recompute(base, config)
-        if config.train.compile:
+        if _compiles(config, engine):
             compile_layers(base)
+            log.info("layers are compiled at their first use (train.compile); the first step takes longer")
         _say_what_trains(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         engine.wrap(model, build_optimizer(trained, config.train))
@@ -190,6 +191,12 @@ def _build(config: RunConfig, engine: Engine, dtype: torch.dtype, plan: Plan) ->
         return model, saver.restore(engine, checkpoint, plan.start.output, plan.record.total_steps)
     saver.seed_dropout(engine, 0)
     return model, Progress()
+
+
+def _compiles(config: RunConfig, engine: Engine) -> bool:
+    """What ``train.compile`` comes to. Engines that exchange weights inside a layer would break its graph."""
+    asked = config.train.compile
+    return can_compile(engine.device) and engine.name in ("single", "ddp") if asked == "auto" else asked
 
 
 def _recompute(base: CogVLM2ForCausalLM, config: RunConfig) -> None:
