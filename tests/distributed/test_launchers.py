@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from cogtune.train.log import read_metrics
-from tests.support.launching import deepspeed, launch, torchrun
+from tests.support.launching import cogtune_launch, deepspeed, launch, torchrun
 from tests.support.training import write_data
 
 SECONDS_TO_FAIL = 60
@@ -49,20 +49,36 @@ def test_torchrun(tiny_checkpoint: Path, folder: Path, tmp_path: Path) -> None:
     assert json.loads((output / "run.json").read_text())["finished"]
 
 
-def test_a_rank_that_fails_ends_the_job_and_says_why(tiny_checkpoint: Path, folder: Path, tmp_path: Path) -> None:
+def test_the_first_error_ends_the_job_and_stands_last_with_its_rank(
+    tiny_checkpoint: Path, folder: Path, tmp_path: Path
+) -> None:
     """A picture whose pixels are damaged though header and end look right is found by the one rank that decodes it."""
     data = tmp_path / "data"
     shutil.copytree(folder, data)
     damaged = data / "images" / "002.png"
     damaged.write_bytes(_with_damaged_pixels(damaged.read_bytes()))
-    launched = launch(torchrun("-m", "cogtune", "train", *train_flags(tiny_checkpoint, data, tmp_path / "out")))
+    launched = launch(cogtune_launch(*train_flags(tiny_checkpoint, data, tmp_path / "out")))
     ended = time.time()
-    assert launched.code != 0
+    assert launched.code == 2
     last_word = max(path.stat().st_mtime for path in (tmp_path / "out").glob("run*.log"))
     assert ended - last_word < SECONDS_TO_FAIL
-    assert launched.output.count("error[image-") == 1, launched.output
-    assert "002.png" in launched.output
+    assert launched.output.count("error[") == 1, launched.output
+    last = launched.output[launched.output.index("failed first:") :]
+    assert "002.png" in last
+    assert "error[image-" in last
     assert "this is a bug" not in launched.output
+
+
+def test_sigterm_to_the_command_saves_everywhere(tiny_checkpoint: Path, folder: Path, tmp_path: Path) -> None:
+    """Sent while worker processes prepare rows, which must not die of it; the same command then goes on."""
+    flags = train_flags(tiny_checkpoint, folder, tmp_path / "out")
+    flags[flags.index("--train.max_steps") + 1] = "100000"
+    flags[flags.index("--data.workers") + 1] = "1"
+    launched = launch(cogtune_launch(*flags), stop_at="step 10/")
+    assert launched.code == 143, launched.output
+    assert launched.output.count("error[stopped]") == 1, launched.output
+    assert "is saved" in launched.output.splitlines()[-2]
+    assert (tmp_path / "out" / "last" / "MANIFEST.json").is_file()
 
 
 def _with_damaged_pixels(png: bytes) -> bytes:

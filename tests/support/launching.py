@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +23,17 @@ class Launched:
     output: str
 
 
-def launch(command: list[str], cwd: Path = ROOT, timeout: float = LAUNCH_SECONDS, **environment: str) -> Launched:
-    """Run a launcher to its end. Past ``timeout`` seconds it and all it started are killed, and the test fails."""
+def launch(
+    command: list[str],
+    cwd: Path = ROOT,
+    timeout: float = LAUNCH_SECONDS,
+    stop_at: str | None = None,
+    **environment: str,
+) -> Launched:
+    """Run a launcher to its end. Past ``timeout`` seconds it and all it started are killed, and the test fails.
+
+    ``stop_at``: the launcher gets SIGTERM when a line begins so.
+    """
     own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     path = f"{Path(sys.executable).parent}{os.pathsep}{own['PATH']}"  # the environment's ninja and launchers
     sources = f"{ROOT / 'src'}{os.pathsep}{ROOT}"  # this tree's package, whichever is installed
@@ -37,18 +47,30 @@ def launch(command: list[str], cwd: Path = ROOT, timeout: float = LAUNCH_SECONDS
         text=True,
         start_new_session=True,
     )
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"still running after {timeout} s:\n{output}")
-    return Launched(process.returncode, output)
+    late = threading.Timer(timeout, lambda: os.killpg(process.pid, signal.SIGKILL))
+    late.start()
+    lines = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.append(line)
+        if stop_at is not None and line.startswith(stop_at):
+            process.terminate()
+            stop_at = None
+    code = process.wait()
+    if not late.is_alive():
+        pytest.fail(f"still running after {timeout} s:\n{''.join(lines)}")
+    late.cancel()
+    return Launched(code, "".join(lines))
 
 
 def torchrun(*arguments: str) -> list[str]:
     """Two CPU ranks on this machine, on a port that is free."""
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+
+
+def cogtune_launch(*flags: str) -> list[str]:
+    """Two CPU ranks that `cogtune train` starts itself."""
+    return [sys.executable, "-m", "cogtune", "train", *flags, "--parallel.launch", "2"]
 
 
 def deepspeed(*arguments: str) -> list[str]:

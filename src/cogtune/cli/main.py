@@ -6,8 +6,10 @@ Nothing here imports torch, transformers or pydantic: help has to answer at once
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Annotated
@@ -90,7 +92,11 @@ def _run(call: Callable[[], object]) -> int:
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except CogtuneError as error:
-        return _complain(error.render(), error.exit_code)
+        if error.code == "stopped":  # every rank of a run stops alike; rank 0 says it
+            is_main = os.environ.get("RANK", "0") == "0"
+            return _complain(error.render(), error.exit_code) if is_main else error.exit_code
+        told = _report_to_launcher(error.render(), error.code == "peer-lost")
+        return error.exit_code if told else _complain(error.render(), error.exit_code)
     except _UsageError as error:
         return _complain(_usage_text(error), 2)
     except (KeyboardInterrupt, typer.Abort):
@@ -101,7 +107,26 @@ def _run(call: Callable[[], object]) -> int:
         return 141
     except Exception as error:
         traceback.print_exc()
-        return _complain(render("bug", f"{type(error).__name__}: {error}", _BUG_REPORT), 1)
+        text = render("bug", f"{type(error).__name__}: {error}", _BUG_REPORT)
+        return 1 if _report_to_launcher(text) else _complain(text, 1)
+
+
+def _report_to_launcher(text: str, consequence: bool = False) -> bool:
+    """Leave ``text`` where torchrun looks for a rank's error, in its format; True: our own launcher will print it.
+
+    torchrun takes the earliest error for the cause, so a mere ``consequence`` of another rank's end is dated later.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return False
+    stamp = str(int(time.time()) + (60 if consequence else 0))
+    content = {"message": {"message": text, "extraInfo": {"py_callstack": "", "timestamp": stamp}}}
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(content, file)
+    except OSError:
+        return False
+    return "COGTUNE_LAUNCHED" in os.environ
 
 
 def _usage_text(error: Exception) -> str:

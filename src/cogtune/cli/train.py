@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import typer
 
 _USAGE = "usage: cogtune train [CONFIG.yaml] [--section.key value ...]"
@@ -13,6 +15,7 @@ list, or commas. Run again with the same arguments, it continues where it was in
 
   cogtune train --model BASE --data DIR --output OUT
   cogtune train run.yaml --train.lr 2e-4 --lora.targets vision-experts,glu-adapter
+  cogtune train run.yaml --parallel.launch all
   torchrun --nproc-per-node 8 -m cogtune train run.yaml"""
 _FLAGS = {
     "--config FILE": "The configuration file, as the first argument.",
@@ -31,21 +34,26 @@ def register(app: typer.Typer) -> None:
     )(_train)
 
 
-def _train(ctx: typer.Context) -> None:
+def _train(ctx: typer.Context) -> int:
     from cogtune.cli.options import split_arguments
 
     if {"--help", "-h"} & set(ctx.args):
         _print_help()
-        return
+        return 0
     arguments = split_arguments(ctx.args, switches=["dry-run"])
 
     from cogtune.configuration.run import load_config
 
     config = load_config(arguments.config, arguments.overrides)
+    if config.parallel.launch is not None and "RANK" not in os.environ:
+        from cogtune.train.launch import launch
+
+        return launch(ctx.args, config.parallel.launch)
 
     from cogtune.train.run import train
 
     train(config, dry_run="dry-run" in arguments.switches)
+    return 0
 
 
 def _print_help() -> None:

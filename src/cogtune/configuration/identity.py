@@ -36,6 +36,7 @@ MAY_CHANGE = frozenset(
         "eval.patience",
         "parallel.engine",
         "parallel.deepspeed",
+        "parallel.launch",
         "parallel.offload",
         "parallel.keep_gathered",
         "log.steps",

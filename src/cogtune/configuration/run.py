@@ -254,6 +254,11 @@ class ParallelSection(Section):
         description="auto: what the launcher asks for: one device without a launcher, ddp under torchrun, ZeRO under"
         " the deepspeed launcher.",
     )
+    launch: Literal["all"] | Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="Start this many processes, one per device, with torchrun on a free port. all: one per GPU. null: a"
+        " launcher started this process, or it uses one device.",
+    )
     offload: Literal["none", "weights", "optimizer"] = Field(
         default="none",
         description="What waits in host memory: weights (fsdp2, zero3): the frozen shards; optimizer (zero1, zero2,"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -77,6 +78,9 @@ def _collate_or_error(items: Sequence[RowSample | CogtuneError], column_multiple
 
 
 def _start_worker(_: int) -> None:
-    """Workers are the parallelism: no threads inside them, and no tokenizer threads across the fork."""
+    """Workers are the parallelism: no threads inside them, and no tokenizer threads across the fork. A signal that asks
+    the whole run to stop is for the process that trains: it still needs this step's batches. Workers end with it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

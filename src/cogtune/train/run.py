@@ -15,7 +15,7 @@ from cogtune.checkpoint import training as checkpoints
 from cogtune.checkpoint.load import load_model
 from cogtune.configuration.deepspeed import apply_deepspeed
 from cogtune.configuration.run import RunConfig
-from cogtune.errors import DataError, DiskFullError, RunError
+from cogtune.errors import DataError, DiskFullError
 from cogtune.generate.last_run import write_last_run
 from cogtune.model.checkpointing import enable_checkpointing, recomputed_layers
 from cogtune.model.compile import can_compile, compile_layers
@@ -30,7 +30,7 @@ from cogtune.train.loop import Loop
 from cogtune.train.optim import build_optimizer
 from cogtune.train.precision import choose_dtype, float16_warning
 from cogtune.train.progress import Progress
-from cogtune.train.watch import StopSignal, is_peer_lost, phase
+from cogtune.train.watch import StopSignal, explain_peers, phase
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,7 @@ def train(config: RunConfig, *, dry_run: bool = False) -> TrainResult:
             hint="free some space and run the same command again: it continues",
         ) from error
     except RuntimeError as error:
-        if not is_peer_lost(error):
-            raise
-        raise RunError(
-            "another process of this run ended", hint="its own message, above or in run.log or run.rankN.log, says why"
-        ) from error
+        raise explain_peers(error) or error from error
 
 
 def _train(config: RunConfig, dry_run: bool) -> TrainResult:
@@ -143,7 +139,7 @@ def _announce(config: RunConfig, inputs: Inputs, engine: Engine, dtype: torch.dt
         f"({record.batch_size} per rank x {record.ranks} ranks x {record.accumulation} accumulated)"
     )
     if engine.name == "single" and devices > 1:
-        log.info(f"using one of {devices} GPUs; for all: torchrun --nproc-per-node {devices} -m cogtune train ...")
+        log.info(f"using one of {devices} GPUs; for all: --parallel.launch all")
 
 
 def _nothing_to_do(plan: Plan, dry_run: bool) -> TrainResult:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cogtune.configuration.run import RunConfig
-from cogtune.errors import NonFiniteError, OutOfMemoryError, Stopped
+from cogtune.errors import NonFiniteError, OutOfMemoryError, RunError, Stopped
 from cogtune.train.engines.group import Group
 
 _NAMED_RECORDS = 20
@@ -110,10 +110,29 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text
 
 
-def is_peer_lost(error: BaseException) -> bool:
-    """Whether ``error`` only says that another process of the run has gone; the cause is in that one's message."""
-    lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in lost)
+def explain_peers(error: BaseException) -> RunError | None:
+    """The error to show where ``error`` is about the other processes of the run; None where it is not."""
+    text = str(error)
+    if any(words in text for words in ("Connection closed by peer", "Connection reset by peer", "Broken pipe")):
+        return RunError(
+            "another process of this run ended",
+            hint="its own message, above or in run.log or run.rankN.log, says why",
+            code="peer-lost",
+        )
+    if any(words in text for words in ("Timed out waiting", "collective operation timeout", "Socket Timeout")):
+        return RunError(
+            f"waited too long for the other processes of this run: {text.splitlines()[0]}",
+            hint="the rank whose run.rankN.log ends first is stuck or was lost; over a network check "
+            "NCCL_SOCKET_IFNAME, and NCCL_DEBUG=INFO shows what NCCL does",
+            code="peer-timeout",
+        )
+    if isinstance(error, torch.distributed.DistBackendError):
+        return RunError(
+            f"the GPUs cannot exchange data: {text.splitlines()[0]}",
+            hint="NCCL_DEBUG=INFO shows why; over a network check NCCL_SOCKET_IFNAME and the firewall",
+            code="peer-backend",
+        )
+    return None
 
 
 def next_setting(name: str, config: RunConfig) -> str:

@@ -12,7 +12,7 @@ import pytest
 import cogtune
 import cogtune.cli.main as commands
 from cogtune.cli.main import guarded, main
-from cogtune.errors import ConfigError, DiskFullError, Stopped
+from cogtune.errors import ConfigError, DiskFullError, RunError, Stopped
 
 HEAVY = ("torch", "transformers", "peft", "pydantic", "numpy", "PIL")
 
@@ -115,3 +115,25 @@ def test_a_closed_pipe_is_no_error() -> None:
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
     assert done.stderr == ""
     assert done.stdout.startswith("usage: cogtune train")
+
+
+def test_a_rank_leaves_its_error_where_torchrun_looks_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The cause is dated before its consequences, because torchrun takes the earliest for the cause."""
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    times = {}
+    for code in ("peer-lost", "run"):
+
+        def fail(code: str = code) -> None:
+            raise RunError("it ended", code=code)
+
+        file = tmp_path / f"{code}.json"
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+        assert guarded(fail) == 1
+        failure = ProcessFailure(local_rank=1, pid=7, exitcode=1, error_file=str(file))
+        assert f"error[{code}]: it ended" in str(failure.message)
+        times[code] = failure.timestamp
+    assert times["run"] < times["peer-lost"]
+    assert "error[run]" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import torch
 
 from cogtune.errors import NonFiniteError, OutOfMemoryError, Stopped
 from cogtune.train.engines.group import Group
-from cogtune.train.watch import StopSignal, check_losses, is_peer_lost, phase
+from cogtune.train.watch import StopSignal, check_losses, explain_peers, phase
 from tests.support.training import make_config
 
 CPU = torch.device("cpu")
@@ -75,6 +75,20 @@ def test_a_signal_later_is_noted_and_a_second_ctrl_c_does_not_wait() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_lost_peer_is_told_from_an_error_of_our_own() -> None:
-    assert is_peer_lost(RuntimeError("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"))
-    assert not is_peer_lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1", "peer-lost"),
+        ("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv operation", "peer-timeout"),
+        ("mat1 and mat2 shapes cannot be multiplied", None),
+    ],
+)
+def test_trouble_with_peers_is_told_from_an_error_of_our_own(text: str, code: str | None) -> None:
+    found = explain_peers(RuntimeError(text))
+    assert (found and found.code) == code
+
+
+def test_what_nccl_says_comes_with_a_hint() -> None:
+    found = explain_peers(torch.distributed.DistBackendError("NCCL error: remote process exited or network error"))
+    assert found is not None
+    assert "NCCL_DEBUG" in found.render()

@@ -17,6 +17,12 @@ def choose(config: RunConfig) -> str:
         ConfigError: the engine asked for needs a launcher, or cannot be used with the one that was used.
     """
     asked, ranks = config.parallel.engine, Group.launched_ranks()
+    wanted = config.parallel.launch
+    if is_launched() and isinstance(wanted, int) and wanted != ranks:
+        raise ConfigError(
+            f"parallel.launch is {wanted}, but a launcher has started {ranks} processes already",
+            hint="leave parallel.launch out under a launcher",
+        )
     if asked == "auto":
         if not is_launched():
             return "single"
@@ -31,8 +37,7 @@ def choose(config: RunConfig) -> str:
     if asked != "single" and not is_launched():
         raise ConfigError(
             f"parallel.engine is {asked}, but no launcher started this process",
-            hint=f"start with: torchrun --nproc_per_node NUMBER_OF_DEVICES -m cogtune.cli.main train ... "
-            f"(parallel.engine {asked})",
+            hint="start one process per device: --parallel.launch all, or torchrun --nproc-per-node N -m cogtune ...",
         )
     return asked
 

@@ -1,0 +1,92 @@
+"""``parallel.launch``: one command starts a process per device, through torchrun and on a free port.
+
+torchrun's agent runs in this process, so that a signal to the command reaches every rank, and the ranks' exit codes and
+errors come back here: the first error is the last thing on the screen, with its rank.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from cogtune.errors import ConfigError
+
+_SECONDS_TO_SAVE = "50"  # from a signal to SIGKILL: a step and a checkpoint; torchrun's own 30 can be short
+_PEER_LOST = "error[peer-lost]"
+
+
+def count_ranks(asked: int | str) -> int:
+    """How many processes ``parallel.launch`` means; raises ConfigError where ``all`` finds no GPU."""
+    import torch
+
+    if asked != "all":
+        return int(asked)
+    devices = torch.cuda.device_count()
+    if devices == 0:
+        raise ConfigError(
+            "parallel.launch is all, but this machine has no GPU to count",
+            hint="give the number of processes: --parallel.launch 2",
+        )
+    return devices
+
+
+def launch(arguments: Sequence[str], asked: int | str) -> int:
+    """Run ``cogtune train ARGUMENTS`` once per device of this machine; returns the exit code for the whole."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    ranks = count_ranks(asked)
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SECONDS_TO_SAVE)
+    os.environ["COGTUNE_LAUNCHED"] = "1"  # so that ranks leave their errors to this process
+    words = ["--standalone", "--nproc-per-node", str(ranks), "-m", "cogtune", "train", *arguments]
+    try:
+        with _quiet():
+            run(parse_args(words))
+    except ChildFailedError as error:
+        return _report(error.failures, ranks)
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return 0
+
+
+def _report(failures: Mapping[int, Any], ranks: int) -> int:
+    """Print the cause: the first failure that is not about another rank's end. Returns its exit code."""
+    order = sorted(failures, key=lambda rank: (_PEER_LOST in _text(failures[rank]), failures[rank].timestamp, rank))
+    rank, failure = order[0], failures[order[0]]
+    code = int(failure.exitcode)
+    if code in (128 + signal.SIGTERM, 128 + signal.SIGINT):
+        return code  # stopped and saved; rank 0 has said so
+    print(f"rank {rank} of {ranks} failed first:\n{_text(failure)}", file=sys.stderr, flush=True)
+    return code if code > 0 else 1
+
+
+def _text(failure: Any) -> str:
+    message = failure.message
+    if isinstance(message, dict):
+        return str(message.get("message", ""))
+    if failure.exitcode >= 0:
+        return f"it ended with exit code {failure.exitcode} and left no message"
+    name = failure.signal_name()
+    causes = {
+        "SIGKILL": "somebody killed it, or the machine ran out of memory (dmesg says so)",
+        "SIGABRT": "a library gave up, as NCCL does when a rank has waited too long for the others: see its lines "
+        "above, and run with NCCL_DEBUG=INFO",
+    }
+    return f"it was ended by {name}: {causes.get(name, 'see its lines above')}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torchrun logs a rank's failure in its own words; ours, with the rank's message, come after."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
