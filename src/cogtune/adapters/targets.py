@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
-
-from torch import nn
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from cogtune.errors import AdapterError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _MLP = ("gate_proj", "up_proj", "down_proj")
 
@@ -40,27 +42,41 @@ TARGET_SETS = _sets()
 _PATTERN_CHARACTERS = set("*?[](){}|\\^$+")
 
 
+LINEAR = "Linear"
+
+
 def resolve_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """peft's ``target_modules`` for ``targets`` on this model; see `match_targets`."""
+    from torch import nn
+
+    kinds = {
+        name: LINEAR if isinstance(module, nn.Linear) else type(module).__name__
+        for name, module in model.named_modules()
+    }
+    return match_targets(kinds, targets)
+
+
+def match_targets(kinds: Mapping[str, str], targets: Sequence[str]) -> list[str]:
     """peft's ``target_modules`` for ``targets``: suffixes for sets and names, whole module names for patterns.
 
-    A pattern is a regular expression over whole module names (``.*layers\\.(0|1)\\..*_dense``).
+    ``kinds``: every module's name to the name of its class, `LINEAR` for all linear layers. A pattern is a regular
+    expression over whole module names (``.*layers\\.(0|1)\\..*_dense``).
 
     Raises:
         AdapterError: a target matches nothing, or something that is not a linear layer.
     """
-    modules = dict(model.named_modules())
     chosen: dict[str, None] = {}
     for target in targets:
         if target in TARGET_SETS:
             chosen |= dict.fromkeys(TARGET_SETS[target])
             continue
         is_pattern = bool(set(target) & _PATTERN_CHARACTERS)
-        hits = _matching_pattern(target, modules) if is_pattern else [n for n in modules if is_hit(n, target)]
+        hits = _matching_pattern(target, kinds) if is_pattern else [n for n in kinds if is_hit(n, target)]
         if not hits:
-            raise _nothing(target, modules)
-        containers = [name for name in hits if not isinstance(modules[name], nn.Linear)]
+            raise _nothing(target, kinds)
+        containers = [name for name in hits if kinds[name] != LINEAR]
         if containers:
-            raise _container(target, containers[0], modules)
+            raise _container(target, containers[0], kinds)
         chosen |= dict.fromkeys(hits if is_pattern else [target])
     if not chosen:
         raise AdapterError("lora.targets is empty; nothing would train", hint=_sets_hint(), code="adapter-targets")
@@ -87,7 +103,7 @@ def region(name: str) -> str:
     return "vision-tower" if ".vision.transformer." in f".{name}" else "other"
 
 
-def _matching_pattern(pattern: str, modules: dict[str, nn.Module]) -> list[str]:
+def _matching_pattern(pattern: str, kinds: Mapping[str, str]) -> list[str]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
@@ -96,16 +112,11 @@ def _matching_pattern(pattern: str, modules: dict[str, nn.Module]) -> list[str]:
             hint="a target with special characters is matched as a regular expression over whole module names",
             code="adapter-targets",
         ) from error
-    return [name for name in modules if compiled.fullmatch(name) and isinstance(modules[name], nn.Linear)]
+    return [name for name, kind in kinds.items() if compiled.fullmatch(name) and kind == LINEAR]
 
 
-def _nothing(target: str, modules: dict[str, nn.Module]) -> AdapterError:
-    names = {
-        ".".join(name.split(".")[-parts:])
-        for name, m in modules.items()
-        if isinstance(m, nn.Linear)
-        for parts in (1, 2)
-    }
+def _nothing(target: str, kinds: Mapping[str, str]) -> AdapterError:
+    names = {".".join(name.split(".")[-parts:]) for name, kind in kinds.items() if kind == LINEAR for parts in (1, 2)}
     near = _nearest(target, [*TARGET_SETS, *sorted(names)])
     return AdapterError(
         f"lora.targets: `{target}` matches none of this model's modules",
@@ -114,10 +125,10 @@ def _nothing(target: str, modules: dict[str, nn.Module]) -> AdapterError:
     )
 
 
-def _container(target: str, name: str, modules: dict[str, nn.Module]) -> AdapterError:
-    inside = [n for n in modules if n.startswith(name + ".") and isinstance(modules[n], nn.Linear)][:4]
+def _container(target: str, name: str, kinds: Mapping[str, str]) -> AdapterError:
+    inside = [n for n, kind in kinds.items() if n.startswith(name + ".") and kind == LINEAR][:4]
     return AdapterError(
-        f"lora.targets: `{target}` hits {name}, a {type(modules[name]).__name__}; an adapter goes on linear layers",
+        f"lora.targets: `{target}` hits {name}, a {kinds[name]}; an adapter goes on linear layers",
         hint=f"name the layers inside it ({', '.join(inside) or 'it has none'}). {_sets_hint()}",
         code="adapter-targets",
     )
@@ -129,4 +140,4 @@ def _nearest(target: str, names: Iterable[str]) -> str:
 
 
 def _sets_hint() -> str:
-    return f"the named sets are {', '.join(TARGET_SETS)}"
+    return f"the named sets are {', '.join(TARGET_SETS)}; `cogtune plan --targets` lists every name"

@@ -1,0 +1,221 @@
+"""What each layer keeps for the backward pass: the one table of it, in bytes.
+
+It follows the code in ``cogtune.model`` and the adapters operation by operation. Two tests hold it to that code: one
+counts the tensors autograd saves in a tiny model, one runs the full size on the meta device. Change the code, and they
+say which line here has to follow.
+
+Per token: D hidden, I MLP width, F fused projection, H query heads, K key/value heads, E head width; ``c`` bytes per
+activation (2 in bfloat16); r the adapter's rank. Tower: W width, P patches with the class token, J MLP width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cogtune.plan.setting import Setting, layer_index
+from cogtune.plan.sizes import Linear
+
+FLOAT32 = 4
+MASK = 1  # dropout's mask, bytes per element
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One layer: ``entry`` is kept when it is recomputed, ``saved`` otherwise; ``backward`` is needed on top of
+    ``saved`` while its backward pass runs, ``forward`` on top of what is kept while it runs forward."""
+
+    entry: int = 0
+    saved: int = 0
+    backward: int = 0
+    forward: int = 0
+
+
+def lora_saves(setting: Setting, linear: Linear, tokens: int) -> int:
+    """An adapted linear's own: A's output, dropout's mask and result, and the two weights as they were cast."""
+    adapter, c = setting.adapter, setting.width
+    cast = adapter.rank * (linear.inputs + linear.outputs) * c if c != FLOAT32 else 0
+    dropped = tokens * linear.inputs * (c + MASK) if adapter.dropout else 0
+    return tokens * adapter.rank * c + cast + dropped
+
+
+def _keeps_input(setting: Setting, linears: list[Linear]) -> bool:
+    """Whether the shared input of these linears is kept: A needs it for its gradient, unless dropout made its own
+    copy; bitsandbytes' int8 keeps its input always."""
+    if any(setting.quant.of(linear) == "int8" for linear in linears):
+        return True
+    return not setting.adapter.dropout and any(linear.name in setting.trained for linear in linears)
+
+
+class DecoderTable:
+    """The decoder's layers under one setting."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting, sizes = setting, setting.sizes
+        self.c = setting.width
+        self.vision = setting.batch.vision_tokens(sizes)
+        self.language = setting.batch.language_tokens()
+        self.tokens = self.vision + self.language
+        self.kept = setting.batch.rows * setting.batch.labelled
+        self.layers: list[dict[str, Linear]] = [{} for _ in range(sizes.num_hidden_layers)]
+        for linear in sizes.linears:
+            index = layer_index(linear.name)
+            if linear.part == "experts" and index is not None:
+                self.layers[index][linear.name.split(".", 3)[3]] = linear
+        trained = [layer_index(n) for n, x in setting.trained.items() if x.part == "experts"]
+        self.first = min((i for i in trained if i is not None), default=sizes.num_hidden_layers)
+        if any(x.part != "experts" for x in setting.trained.values()):
+            self.first = -1  # a gradient passes through every layer
+
+    def layer(self, index: int) -> Kept:
+        """What layer ``index`` keeps and needs."""
+        sizes, c = self.setting.sizes, self.c
+        if index < self.first:  # nothing before it trains: no gradient passes
+            return Kept(forward=self._forward(index))
+        last = index == sizes.num_hidden_layers - 1
+        vision, language = (0, self.kept) if last else (self.vision, self.language)
+        saved = self._attention(index, vision, language) + self._mlp(index, vision, language)
+        return Kept(
+            entry=self.tokens * sizes.hidden_size * c,
+            saved=saved,
+            backward=self._backward(index, vision, language),
+            forward=self._forward(index),
+        )
+
+    def _group(self, index: int, *ends: str) -> list[Linear]:
+        return [self.layers[index][end] for end in ends]
+
+    def _norm(self, tokens: int) -> int:
+        """The input as float32 and the reciprocal root; the weight needs no gradient, so the product keeps nothing."""
+        return tokens * (self.setting.sizes.hidden_size + 1) * FLOAT32
+
+    def _reaches(self, index: int, part: str) -> bool:
+        """Whether something in front of this half of the layer trains, so that its norm's input needs a gradient."""
+        if index > self.first:
+            return True
+        attention = [name for name in self.layers[index] if name.startswith("self_attn.")]
+        return part == "mlp" and any(self.layers[index][name].name in self.setting.trained for name in attention)
+
+    def _attention(self, index: int, vision: int, language: int) -> int:
+        sizes, c, n = self.setting.sizes, self.c, self.tokens
+        qkv = self._group(index, *(f"self_attn.{e}_expert_query_key_value" for e in ("vision", "language")))
+        dense = self._group(index, *(f"self_attn.{e}_expert_dense" for e in ("vision", "language")))
+        total = self._norm(n) if self._reaches(index, "attention") else 0
+        total += n * sizes.hidden_size * c * _keeps_input(self.setting, qkv)
+        if index > self.first or any(x.name in self.setting.trained for x in qkv):
+            # v is a view of the whole fused projection, so all of it stays; q and k were rotated into new tensors
+            heads = sizes.num_attention_heads + sizes.num_multi_query_heads
+            total += n * sizes.qkv_width * c + n * heads * sizes.head_dim * c
+            total += n * sizes.hidden_size * c + n * sizes.num_attention_heads * FLOAT32  # output and log-sum-exp
+        total += (vision + language) * sizes.hidden_size * c * _keeps_input(self.setting, dense)
+        total += self._lora(qkv[0], self.vision) + self._lora(qkv[1], self.language)
+        return total + self._lora(dense[0], vision) + self._lora(dense[1], language)
+
+    def _mlp(self, index: int, vision: int, language: int) -> int:
+        sizes, c = self.setting.sizes, self.c
+        into = self._group(
+            index, *(f"mlp.{e}_mlp.{n}" for e in ("vision", "language") for n in ("gate_proj", "up_proj"))
+        )
+        total = self._norm(vision + language) if self._reaches(index, "mlp") else 0
+        total += (vision + language) * sizes.hidden_size * c * _keeps_input(self.setting, into)
+        return total + self._expert(index, "vision", vision) + self._expert(index, "language", language)
+
+    def _expert(self, index: int, expert: str, tokens: int) -> int:
+        """One expert's MLP: gate's output, its silu, up's output; down's input; and its adapters' own."""
+        own = [linear for name, linear in self.layers[index].items() if name.startswith(f"mlp.{expert}_mlp.")]
+        if not self._reaches(index, "mlp") and not any(linear.name in self.setting.trained for linear in own):
+            return 0
+        total = 3 * tokens * self.setting.sizes.intermediate_size * self.c + self._down_input(index, expert, tokens)
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            total += self._lora(self.layers[index][f"mlp.{expert}_mlp.{name}"], tokens)
+        return total
+
+    def _down_input(self, index: int, expert: str, tokens: int) -> int:
+        down = self.layers[index][f"mlp.{expert}_mlp.down_proj"]
+        return tokens * self.setting.sizes.intermediate_size * self.c * _keeps_input(self.setting, [down])
+
+    def _lora(self, linear: Linear, tokens: int) -> int:
+        return lora_saves(self.setting, linear, tokens) if linear.name in self.setting.trained else 0
+
+    def _backward(self, index: int, vision: int, language: int) -> int:
+        """The stream's gradient, and in the MLP of one expert the gradients of its product and of both factors, less
+        what has been freed by then: the language expert's MLP goes first."""
+        sizes, c = self.setting.sizes, self.c
+        first = 3 * language * sizes.intermediate_size * c - self._down_input(index, "language", language)
+        then = 3 * vision * sizes.intermediate_size * c - self._down_input(index, "vision", vision)
+        then -= self._expert(index, "language", language)
+        return max(first, then) + self.tokens * sizes.hidden_size * c + self._workspace()
+
+    def _forward(self, index: int) -> int:
+        """Running a layer without keeping anything: an MLP's three wide tensors, and the stream's copies."""
+        sizes, c = self.setting.sizes, self.c
+        last = index == sizes.num_hidden_layers - 1
+        wide = 3 * (self.kept if last else max(self.vision, self.language)) * sizes.intermediate_size
+        projected = self.tokens * (2 * sizes.qkv_width + sizes.hidden_size)
+        return (max(wide, projected) + 2 * self.tokens * sizes.hidden_size) * c + self._workspace()
+
+    def _workspace(self) -> int:
+        """A quantised weight is unpacked, one linear at a time, for the backward pass."""
+        sizes = self.setting.sizes
+        quantised = self.setting.quant.experts in ("nf4", "int8")
+        return sizes.hidden_size * sizes.intermediate_size * self.c if quantised else 0
+
+
+class TowerTable:
+    """The tower's blocks for the batch's pictures."""
+
+    def __init__(self, setting: Setting, images: float | None = None) -> None:
+        self.setting, self.c = setting, setting.width
+        self.images = setting.batch.rows * setting.batch.images if images is None else images
+        self.patches = round(self.images * setting.sizes.vision.num_positions)
+
+    def block(self) -> Kept:
+        """A block of a tower that trains (one that is frozen keeps nothing)."""
+        vision, c, n = self.setting.sizes.vision, self.c, self.patches
+        width, inner = vision.hidden_size, vision.intermediate_size
+        names = {x.name.split(".", 5)[5]: x for x in self.setting.sizes.linears if ".transformer.layers.0." in x.name}
+        on = {name: _keeps_input(self.setting, [x]) for name, x in names.items()}
+        saved = 2 * n * (width * c + 2 * FLOAT32)  # two layer norms: their input, mean and deviation
+        saved += n * width * c * (on["attention.query_key_value"] + on["attention.dense"] + on["mlp.fc1"])
+        saved += n * 4 * width * c + n * vision.num_heads * FLOAT32  # q, k, v, the output and log-sum-exp
+        saved += n * inner * c * (1 + on["mlp.fc2"])  # GELU's input, and fc2's
+        saved += sum(lora_saves(self.setting, x, n) for x in names.values() if x.name in self.setting.trained)
+        return Kept(
+            entry=n * width * c, saved=saved, backward=2 * n * inner * c + self._unpacked(), forward=self.forward()
+        )
+
+    def forward(self) -> int:
+        """Running one block without keeping anything: fc1's output and its GELU, and four tensors of the stream."""
+        vision, c, n = self.setting.sizes.vision, self.c, self.patches
+        return n * c * (2 * vision.intermediate_size + 4 * vision.hidden_size) + self._unpacked()
+
+    def _unpacked(self) -> int:
+        vision = self.setting.sizes.vision
+        quantised = self.setting.quant.tower in ("nf4", "int8")
+        return vision.hidden_size * vision.intermediate_size * self.c if quantised else 0
+
+
+def glu_adapter(setting: Setting) -> Kept:
+    """Tower width to decoder width; keeps something only where it trains or the tower in front of it does."""
+    sizes, c = setting.sizes, setting.width
+    n = round(setting.batch.rows * setting.batch.images * sizes.grid_tokens)
+    hidden, inner = sizes.hidden_size, sizes.intermediate_size
+    forward = n * c * (3 * inner + 2 * hidden)
+    linears = [x for x in sizes.linears if x.part == "glu_adapter"]
+    if not (setting.tower_trains or any(x.name in setting.trained for x in linears)):
+        return Kept(forward=forward)
+    first, up, gate, down = linears
+    saved = n * sizes.vision.hidden_size * c * _keeps_input(setting, [first])
+    saved += n * (2 * hidden * c + 2 * FLOAT32)  # the norm's input, mean and deviation; GELU's input
+    saved += n * hidden * c * _keeps_input(setting, [up, gate])
+    saved += n * inner * c * (3 + _keeps_input(setting, [down]))
+    saved += sum(lora_saves(setting, x, n) for x in linears if x.name in setting.trained)
+    return Kept(saved=saved, backward=3 * n * inner * c, forward=forward)
+
+
+def head(setting: Setting) -> Kept:
+    """Final norm, head and loss on the labelled tokens alone: the logits in float32 and, on top, their gradients."""
+    sizes = setting.sizes
+    k = setting.batch.rows * setting.batch.labelled
+    logits = k * sizes.vocab_size
+    norm = k * (sizes.hidden_size + 1) * FLOAT32
+    return Kept(saved=norm + logits * FLOAT32, backward=2 * logits * FLOAT32, forward=logits * FLOAT32)

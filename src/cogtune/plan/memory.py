@@ -1,0 +1,256 @@
+"""How much memory a run needs, by phase and part, on each GPU and on the host, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from cogtune.configuration.sizes import GIB
+from cogtune.plan.activations import TowerTable
+from cogtune.plan.calibration import ALLOCATOR, CONTEXT, HOST_PROCESS, HOST_WORKER, LIBRARIES, NCCL
+from cogtune.plan.setting import BYTES, Setting
+from cogtune.plan.sizes import Linear, Part
+from cogtune.plan.step import peak
+
+FLOAT32 = 4
+BLOCK, NESTED = 64, 256  # bitsandbytes: weights that share a scale, scales that share a second one
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Bytes on one GPU by part, at the moment of this phase when most is held; and on the host, per process."""
+
+    name: str
+    parts: Mapping[str, int]
+    passing: int = 0
+    """Of them: made and freed again and again, which leaves gaps in what the allocator holds."""
+    host: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def allocated(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def reserved(self) -> int:
+        """What the caching allocator takes from the card."""
+        return round(self.allocated + ALLOCATOR.share * self.passing + ALLOCATOR.fixed)
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.host.values())
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A prediction: its phases in the order they run, and what lies outside the allocator."""
+
+    phases: tuple[Phase, ...]
+    outside: int
+
+    @property
+    def peak(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.reserved)
+
+    @property
+    def reserved(self) -> int:
+        """Peak of what the allocator reserves, over all phases: what ``torch.cuda.max_memory_reserved`` shows."""
+        return self.peak.reserved
+
+    @property
+    def driver(self) -> int:
+        """What ``nvidia-smi`` shows for the process at that moment; this much has to be free on the card."""
+        return self.reserved + self.outside
+
+    @property
+    def host(self) -> int:
+        return max(phase.host_bytes for phase in self.phases)
+
+    def phase(self, name: str) -> Phase:
+        return next(phase for phase in self.phases if phase.name == name)
+
+
+def predict(setting: Setting) -> Memory:
+    """The memory of a run under ``setting``, per rank."""
+    phases = [_load(setting)]
+    if setting.tower == "cached":
+        phases.insert(0, fill(setting))
+    phases += [_train(setting), _evaluate(setting), _save(setting)]
+    return Memory(tuple(phases), CONTEXT + (NCCL if setting.ranks > 1 else 0))
+
+
+def weight_bytes(linear: Linear, form: str, dtype: str) -> int:
+    """A linear layer's bytes in a number format: ``none`` (the model's), ``nf4``, ``int8``, ``fp8``."""
+    bias = linear.outputs * BYTES[dtype] if linear.bias else 0
+    count = linear.weights
+    if form == "nf4":
+        scales = -(-count // BLOCK)
+        nested = -(-scales // NESTED)
+        # half a byte a weight; a byte a block; their own float32 scales, two code tables and an offset
+        return count // 2 + scales + nested * FLOAT32 + (16 + 256 + 1) * FLOAT32 + bias
+    if form == "int8":
+        return count + linear.outputs * FLOAT32 + bias
+    if form == "fp8":
+        return count + linear.outputs * FLOAT32 + bias
+    return count * BYTES[dtype] + bias
+
+
+def weights(setting: Setting, tower: bool | None = None) -> dict[str, int]:
+    """Bytes of the frozen weights on one rank's GPU, by part. ``tower``: whether it is loaded (default: if live)."""
+    sizes, width = setting.sizes, setting.width
+    with_tower = setting.tower == "live" if tower is None else tower
+    found: dict[Part, int] = {}
+    for linear in sizes.linears:
+        own = weight_bytes(linear, setting.quant.of(linear), setting.dtype)
+        found[linear.part] = found.get(linear.part, 0) + own
+    for part, count in sizes.other_parameters.items():
+        found[part] = found.get(part, 0) + count * width
+    if setting.quant.embedding == "host":
+        found["embedding"] = 0
+    divided = setting.shards * setting.tensor
+    named = {
+        "experts": found["experts"] // divided,
+        "embedding and head": (found["embedding"] + found["head"]) // divided,
+        "GLU adapter and norms": (found["glu_adapter"] + found["other"]) // divided,
+    }
+    if with_tower:
+        named["vision tower"] = (found["tower"] + found["conv"] + found["tower_other"]) // setting.shards
+    return named
+
+
+def optimizer_bytes(setting: Setting) -> int:
+    """AdamW's two moments: float32, or a byte each with a scale a block of 256; SGD has none."""
+    count = setting.adapter_parameters()
+    divided = setting.ranks if setting.engine in ("zero1", "zero2", "zero3") else 1
+    if setting.optimizer == "sgd":
+        return 0
+    if "8bit" in setting.optimizer:
+        held = 0 if setting.optimizer.startswith("paged") else round(count * (2 + 2 * FLOAT32 / 256))
+        return held // divided
+    return 2 * FLOAT32 * count // divided
+
+
+def adapter_bytes(setting: Setting) -> int:
+    """Float32 masters; ZeRO keeps rounded copies beside its share of them."""
+    total = setting.adapter_parameters(trained_only=False)
+    if setting.engine in ("zero1", "zero2", "zero3"):
+        return total * setting.width + FLOAT32 * setting.adapter_parameters() // setting.ranks
+    return FLOAT32 * total
+
+
+def batch_bytes(setting: Setting) -> int:
+    """One micro-batch's pictures or features; the tokens' own numbers are small."""
+    sizes, batch = setting.sizes, setting.batch
+    pictures = batch.rows * batch.images
+    if setting.tower == "live":
+        own = sizes.vision.in_channels * sizes.vision.image_size**2 * (FLOAT32 + setting.width)
+    else:
+        own = sizes.grid_tokens * sizes.vision.hidden_size * setting.width
+    return round(pictures * own) + 64 * batch.tokens(sizes)
+
+
+def communication_bytes(setting: Setting) -> int:
+    """Buffers for what ranks exchange, and under sharding the layers that are gathered: one in use, one ahead."""
+    if setting.ranks == 1:
+        return 0
+    gradients = FLOAT32 * setting.adapter_parameters()
+    if setting.engine == "ddp":
+        return gradients
+    if setting.engine in ("zero1", "zero2"):
+        # the bucket is allocated whole, twice where sending overlaps the backward pass
+        return 2 * setting.bucket * setting.width
+    if setting.engine in ("fsdp2", "zero3"):
+        layer = sum(
+            weight_bytes(x, setting.quant.of(x), setting.dtype)
+            for x in setting.sizes.linears
+            if x.name.startswith("model.layers.0.")
+        )
+        table = setting.sizes.parameters("embedding") * setting.width
+        return max(2 * layer, table) + min(gradients, 2 * 25 * 2**20)
+    return 0
+
+
+def _train(setting: Setting) -> Phase:
+    moment = peak(setting)
+    parts = weights(setting)
+    parts["adapter"] = adapter_bytes(setting)
+    parts["optimizer"] = optimizer_bytes(setting)
+    parts["activations"] = moment.activations
+    parts["adapter gradients"] = moment.gradients
+    parts["logits"] = moment.logits
+    parts["workspace"] = moment.workspace + LIBRARIES
+    parts["batch"] = batch_bytes(setting)
+    parts["communication"] = communication_bytes(setting)
+    passing = moment.total
+    # at the update activations are gone, but the optimiser works on whole lists of tensors at once
+    update = FLOAT32 * setting.adapter_parameters() * (2 if setting.optimizer == "adamw" else 1)
+    spare = update + 4 * setting.adapter_parameters() - moment.total
+    if spare > 0:
+        parts["workspace"] += spare
+    return Phase("train", parts, passing, _host_training(setting))
+
+
+def _load(setting: Setting) -> Phase:
+    """Shard by shard to the device; the largest tensor is there in the checkpoint's format while it is quantised."""
+    parts = weights(setting)
+    staged = max(x.weights for x in setting.sizes.linears if x.part == "experts") * 2
+    parts["workspace"] = 2 * staged + LIBRARIES
+    return Phase("load", parts, 2 * staged, _host_loading(setting))
+
+
+def fill(setting: Setting, images: int = 1) -> Phase:
+    """The tower alone over pictures, ``images`` at a time."""
+    parts = {"vision tower": weights(setting, tower=True)["vision tower"]}
+    vision = setting.sizes.vision
+    pixels = images * vision.in_channels * vision.image_size**2 * (FLOAT32 + setting.width)
+    running = TowerTable(setting, images).forward()
+    parts |= {"activations": running, "batch": pixels, "workspace": LIBRARIES}
+    return Phase("fill", parts, running + pixels, _host_loading(setting))
+
+
+def _evaluate(setting: Setting) -> Phase:
+    """No gradients: one layer's tensors at a time, and the logits of the labelled tokens."""
+    rows = setting.eval_rows or setting.batch.rows
+    own = setting.with_batch(rows=rows)
+    vocabulary = own.batch.rows * own.batch.labelled * own.sizes.vocab_size
+    tokens = own.batch.tokens(own.sizes)
+    wide = 3 * max(own.batch.vision_tokens(own.sizes), own.batch.language_tokens()) * own.sizes.intermediate_size
+    running = (wide + 4 * tokens * own.sizes.hidden_size) * own.width
+    if own.tower == "live":
+        running = max(running, TowerTable(own).forward())
+    parts = weights(own) | {"adapter": adapter_bytes(own), "optimizer": optimizer_bytes(own)}
+    parts["workspace"] = max(running, vocabulary * (2 * FLOAT32 + own.width)) + LIBRARIES
+    parts["batch"] = batch_bytes(own)
+    return Phase("evaluate", parts, parts["workspace"], _host_training(own))
+
+
+def _save(setting: Setting) -> Phase:
+    """Masters and moments are copied to the host one by one; nothing new on the GPU."""
+    parts = weights(setting) | {"adapter": adapter_bytes(setting), "optimizer": optimizer_bytes(setting)}
+    host = dict(_host_training(setting))
+    host["checkpoint"] = 3 * FLOAT32 * setting.adapter_parameters()
+    return Phase("save", parts, 0, host)
+
+
+def merge(setting: Setting) -> Phase:
+    """Merging an adapter into a full model happens shard by shard on the host."""
+    largest = 5 * 10**9
+    host = {"process": HOST_PROCESS, "shard": largest, "adapter": FLOAT32 * setting.adapter_parameters(False)}
+    return Phase("merge", {}, 0, host)
+
+
+def _host_training(setting: Setting) -> dict[str, int]:
+    prefetched = 2 * max(setting.workers, 1)
+    host = {"process": HOST_PROCESS, "workers": setting.workers * HOST_WORKER}
+    host["batches"] = batch_bytes(setting) * (prefetched + 2 * setting.accumulation)
+    if setting.quant.embedding == "host":
+        host["embedding"] = setting.sizes.parameters("embedding") * setting.width
+    if setting.optimizer.startswith("paged"):
+        host["optimizer"] = round(2.03 * setting.adapter_parameters())
+    return host
+
+
+def _host_loading(setting: Setting) -> dict[str, int]:
+    host = {"process": HOST_PROCESS, "staging": GIB}
+    if setting.quant.embedding == "host":
+        host["embedding"] = setting.sizes.parameters("embedding") * setting.width
+    return host

@@ -1,0 +1,168 @@
+"""What a prediction is about: the model's sizes, what trains, what is kept, one batch, and how it is spread."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+from cogtune.adapters.targets import LINEAR, is_hit, match_targets
+from cogtune.plan.sizes import Linear, ModelSizes
+
+Tower = Literal["live", "cached", "none"]
+"""The tower runs in every step; its output comes from the feature cache; there are no pictures."""
+
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank. Per row: pictures, other tokens (BOS and text), and those of them with a label."""
+
+    rows: int = 1
+    images: float = 1
+    text: int = 401
+    labelled: int = 200
+    tree: bool = False
+
+    def vision_tokens(self, sizes: ModelSizes) -> int:
+        """The vision expert's; an image's last token is the language expert's (spec 4.2)."""
+        return round(self.rows * self.images * (sizes.image_tokens - 1))
+
+    def language_tokens(self) -> int:
+        return round(self.rows * (self.text + self.images))
+
+    def tokens(self, sizes: ModelSizes) -> int:
+        return self.vision_tokens(sizes) + self.language_tokens()
+
+
+S400 = Batch()
+"""The sample that this project's measurements use: a picture, 400 text tokens behind BOS, 200 of them with a label."""
+
+
+@dataclass(frozen=True)
+class Quant:
+    """Number formats of the frozen weights; names as in the configuration's ``quant`` section."""
+
+    experts: str = "none"
+    tower: str = "none"
+    glu_adapter: str = "none"
+    head: str = "none"
+    embedding: str = "device"
+
+    def of(self, linear: Linear) -> str:
+        """The format of a linear layer; ``none`` is the model's own."""
+        return str(getattr(self, linear.part, "none"))
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA: which linear layers carry it, and how wide it is. ``names`` is what `adapted_names` found."""
+
+    names: frozenset[str]
+    rank: int
+    dropout: float = 0.0
+    dora: bool = False
+
+
+def adapted_names(sizes: ModelSizes, targets: Sequence[str], extra: Mapping[str, Any] | None = None) -> frozenset[str]:
+    """Names of the linear layers that ``targets`` put an adapter on; raises AdapterError as attaching would.
+
+    ``extra``: of peft's further settings, ``layers_to_transform`` and ``exclude_modules`` are followed.
+    """
+    names = [linear.name for linear in sizes.linears]
+    suffixes = match_targets(module_kinds(sizes), targets)
+    chosen = {name for name in names if any(is_hit(name, suffix) for suffix in suffixes)}
+    only = (extra or {}).get("layers_to_transform")
+    if only is not None:
+        wanted = {only} if isinstance(only, int) else set(only)
+        chosen = {name for name in chosen if (index := layer_index(name)) is not None and index in wanted}
+    excluded = (extra or {}).get("exclude_modules") or ()
+    if isinstance(excluded, str):
+        return frozenset(name for name in chosen if not re.fullmatch(excluded, name))
+    return frozenset(name for name in chosen if not any(is_hit(name, suffix) for suffix in excluded))
+
+
+def module_kinds(sizes: ModelSizes) -> dict[str, str]:
+    """Every linear layer, and the modules around them, as `match_targets` wants them."""
+    kinds: dict[str, str] = {}
+    for linear in sizes.linears:
+        parts = linear.name.split(".")
+        for depth in range(1, len(parts)):
+            kinds.setdefault(".".join(parts[:depth]), "container")
+        kinds[linear.name] = LINEAR
+    return kinds
+
+
+def layer_index(name: str) -> int | None:
+    """The number behind ``layers.`` in a module's name."""
+    found = re.search(r"\.layers\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything that decides memory and time. ``decoder`` and ``blocks``: indices of the decoder and tower layers
+    that are recomputed; ``accumulation`` micro-batches make a step; ``shards`` is how many ranks share the frozen
+    weights (1 where each has them all)."""
+
+    sizes: ModelSizes = field(default_factory=ModelSizes)
+    batch: Batch = S400
+    adapter: Adapter = Adapter(frozenset(), 8)
+    quant: Quant = Quant()
+    tower: Tower = "live"
+    decoder: frozenset[int] = frozenset()
+    blocks: frozenset[int] = frozenset()
+    dtype: str = "bfloat16"
+    optimizer: str = "adamw"
+    accumulation: int = 1
+    engine: str = "single"
+    ranks: int = 1
+    tensor: int = 1
+    compiled: bool = False
+    eval_rows: int | None = None
+    workers: int = 4
+    bucket: int = 500_000_000
+
+    @property
+    def width(self) -> int:
+        """Bytes of one activation."""
+        return BYTES[self.dtype]
+
+    @cached_property
+    def adapted(self) -> dict[str, Linear]:
+        """Linear layers with an adapter, by name."""
+        return {linear.name: linear for linear in self.sizes.linears if linear.name in self.adapter.names}
+
+    @cached_property
+    def trained(self) -> dict[str, Linear]:
+        """Those whose adapter trains: in the last layer, what only image tokens pass through cannot reach the loss."""
+        last = f"model.layers.{self.sizes.num_hidden_layers - 1}."
+        dead = (".vision_expert_dense", ".vision_mlp.gate_proj", ".vision_mlp.up_proj", ".vision_mlp.down_proj")
+        return {n: x for n, x in self.adapted.items() if not (n.startswith(last) and n.endswith(dead))}
+
+    def adapter_parameters(self, trained_only: bool = True) -> int:
+        """Parameters of the adapter; with DoRA a magnitude per output as well."""
+        linears = (self.trained if trained_only else self.adapted).values()
+        rank, dora = self.adapter.rank, self.adapter.dora
+        return sum(rank * (x.inputs + x.outputs) + (x.outputs if dora else 0) for x in linears)
+
+    @cached_property
+    def tower_trains(self) -> bool:
+        return any(name.startswith("model.vision.transformer.") for name in self.trained)
+
+    @property
+    def shards(self) -> int:
+        """Over how many ranks the frozen weights are divided."""
+        return self.ranks // self.tensor if self.engine in ("zero3", "fsdp2") else 1
+
+    def with_batch(self, **changes: Any) -> Setting:
+        return replace(self, batch=replace(self.batch, **changes))
+
+    def with_recomputed(self, decoder: int, blocks: int | None = None) -> Setting:
+        """The first ``decoder`` decoder layers recomputed, and ``blocks`` tower layers (None: in proportion)."""
+        total, layers = self.sizes.vision.num_hidden_layers, self.sizes.num_hidden_layers
+        tower = -(-total * decoder // layers) if blocks is None else blocks
+        return replace(self, decoder=frozenset(range(decoder)), blocks=frozenset(range(tower)))

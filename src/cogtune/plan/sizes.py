@@ -1,0 +1,158 @@
+"""The model by its sizes alone: every linear layer and every other weight, from ``config.json``, without torch.
+
+A test holds this to the model itself on the meta device: the same names, shapes and number of parameters.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+Part = Literal["experts", "tower", "glu_adapter", "head", "embedding", "conv", "other", "tower_other"]
+"""What a run loads, quantises or leaves out together. ``tower_other`` and ``conv`` go with the tower."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear layer: its name in the model, its sizes, and the part it belongs to."""
+
+    name: str
+    inputs: int
+    outputs: int
+    bias: bool
+    part: Part
+
+    @property
+    def weights(self) -> int:
+        return self.inputs * self.outputs
+
+    @property
+    def parameters(self) -> int:
+        return self.weights + (self.outputs if self.bias else 0)
+
+
+@dataclass(frozen=True)
+class VisionSizes:
+    """The tower's part of ``config.json``; names and defaults as published."""
+
+    image_size: int = 1344
+    patch_size: int = 14
+    in_channels: int = 3
+    hidden_size: int = 1792
+    intermediate_size: int = 15360
+    num_hidden_layers: int = 63
+    num_heads: int = 16
+    num_positions: int = 9217
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """``config.json``'s sizes; names and defaults as published."""
+
+    vocab_size: int = 128256
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_multi_query_heads: int = 8
+    vision: VisionSizes = field(default_factory=VisionSizes)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ModelSizes:
+        """The sizes in a parsed ``config.json``; what it leaves out is as published."""
+        vision = config.get("vision_config") or {}
+        own = {f.name: int(config[f.name]) for f in fields(cls) if f.name in config}
+        return cls(
+            **own,
+            vision=VisionSizes(**{f.name: int(vision[f.name]) for f in fields(VisionSizes) if f.name in vision}),
+        )
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> ModelSizes:
+        """The sizes of a model folder; the published ones for a hub name or a folder that is not here yet."""
+        file = Path(folder) / "config.json"
+        return cls.from_config(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else cls()
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def qkv_width(self) -> int:
+        """Outputs of the fused projection: all of q, then k, then v."""
+        return (self.num_attention_heads + 2 * self.num_multi_query_heads) * self.head_dim
+
+    @property
+    def grid_tokens(self) -> int:
+        """Cells of an image's grid after the 2x2 convolution (2304 at full size)."""
+        return (self.vision.image_size // self.vision.patch_size // 2) ** 2
+
+    @property
+    def image_tokens(self) -> int:
+        """Positions of one image in the decoder: the grid, begin and end."""
+        return self.grid_tokens + 2
+
+    @cached_property
+    def linears(self) -> tuple[Linear, ...]:
+        """Every linear layer, in the model's order."""
+        return (*self._decoder_linears(), *self._vision_linears(), self._head())
+
+    def _head(self) -> Linear:
+        return Linear("lm_head", self.hidden_size, self.vocab_size, False, "head")
+
+    def _decoder_linears(self) -> Iterator[Linear]:
+        hidden, inner = self.hidden_size, self.intermediate_size
+        for index in range(self.num_hidden_layers):
+            layer = f"model.layers.{index}"
+            for expert in ("vision", "language"):
+                attention = f"{layer}.self_attn.{expert}_expert"
+                bias = expert == "vision"
+                yield Linear(f"{attention}_query_key_value", hidden, self.qkv_width, bias, "experts")
+                yield Linear(f"{attention}_dense", hidden, hidden, False, "experts")
+            for expert in ("language", "vision"):
+                for name, inputs, outputs in (
+                    ("gate_proj", hidden, inner),
+                    ("up_proj", hidden, inner),
+                    ("down_proj", inner, hidden),
+                ):
+                    yield Linear(f"{layer}.mlp.{expert}_mlp.{name}", inputs, outputs, False, "experts")
+
+    def _vision_linears(self) -> Iterator[Linear]:
+        width, inner = self.vision.hidden_size, self.vision.intermediate_size
+        for index in range(self.vision.num_hidden_layers):
+            layer = f"model.vision.transformer.layers.{index}"
+            yield Linear(f"{layer}.attention.query_key_value", width, 3 * width, True, "tower")
+            yield Linear(f"{layer}.attention.dense", width, width, True, "tower")
+            yield Linear(f"{layer}.mlp.fc1", width, inner, True, "tower")
+            yield Linear(f"{layer}.mlp.fc2", inner, width, True, "tower")
+        adapter, hidden = "model.vision.linear_proj", self.hidden_size
+        yield Linear(f"{adapter}.linear_proj", width, hidden, False, "glu_adapter")
+        yield Linear(f"{adapter}.dense_h_to_4h", hidden, self.intermediate_size, False, "glu_adapter")
+        yield Linear(f"{adapter}.gate_proj", hidden, self.intermediate_size, False, "glu_adapter")
+        yield Linear(f"{adapter}.dense_4h_to_h", self.intermediate_size, hidden, False, "glu_adapter")
+
+    @cached_property
+    def other_parameters(self) -> dict[Part, int]:
+        """Parameters outside linear layers."""
+        vision, hidden = self.vision, self.hidden_size
+        patch = vision.in_channels * vision.patch_size**2 * vision.hidden_size + vision.hidden_size
+        return {
+            "embedding": self.vocab_size * hidden,
+            "conv": vision.hidden_size**2 * 4 + vision.hidden_size,
+            # patch embedding, class token, positions; two layer norms a block
+            "tower_other": patch
+            + (1 + vision.num_positions) * vision.hidden_size
+            + vision.num_hidden_layers * 4 * vision.hidden_size,
+            # norms of the decoder and the GLU adapter, begin and end of image
+            "other": (2 * self.num_hidden_layers + 1) * hidden + 2 * hidden + 2 * hidden,
+        }
+
+    def parameters(self, part: Part | None = None) -> int:
+        """Parameters of a part, or of the whole model."""
+        own = sum(linear.parameters for linear in self.linears if part in (None, linear.part))
+        other = self.other_parameters
+        return own + (sum(other.values()) if part is None else other.get(part, 0))

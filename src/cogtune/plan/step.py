@@ -1,0 +1,93 @@
+"""A training step in time: what is held at the end of the forward pass, and the most that is ever held.
+
+The backward pass frees a layer's activations when it is through with them, so the moments that count are the tower's
+pass at the start, the loss, and every layer's own backward pass with what the layers before it still keep.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cogtune.plan.activations import DecoderTable, Kept, TowerTable, glu_adapter, head
+from cogtune.plan.setting import Setting
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Bytes beyond weights and optimiser at one moment of a step: kept activations, gradients of the adapter so far,
+    the logits with theirs, and what the running operation needs."""
+
+    name: str
+    activations: int
+    gradients: int
+    logits: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        return self.activations + self.gradients + self.logits + self.workspace
+
+
+def moments(setting: Setting) -> list[Moment]:
+    """The moments of one micro-batch at which the peak can be. With accumulation the gradients are there throughout."""
+    table, layers = DecoderTable(setting), setting.sizes.num_hidden_layers
+    decoder = [table.layer(index) for index in range(layers)]
+    kept = [_kept(layer, index in setting.decoder) for index, layer in enumerate(decoder)]
+    gradients = 4 * setting.adapter_parameters()
+    before = gradients if setting.accumulation > 1 else 0
+    ends = head(setting)
+    vision = _vision(setting)
+    held = vision.saved + _inputs(setting)
+    found = [Moment("tower", held, before, 0, vision.forward)] if vision.forward else []
+    running = held
+    for index, layer in enumerate(decoder):
+        found.append(Moment(f"forward {index}", running, before, 0, layer.forward))
+        running += kept[index]
+    found.append(Moment("loss", running, before, ends.saved, max(ends.forward, ends.backward)))
+    for index in reversed(range(layers)):
+        running -= kept[index]
+        layer = decoder[index]
+        own = layer.saved + (layer.entry if index in setting.decoder else 0)
+        share = gradients if setting.accumulation > 1 else round(gradients * (layers - index) / layers)
+        if layer.saved:
+            found.append(Moment(f"backward {index}", running + own, share, 0, layer.backward))
+    if vision.backward:
+        found.append(Moment("vision backward", held, gradients, 0, vision.backward))
+    return found
+
+
+def peak(setting: Setting) -> Moment:
+    """The moment of a step at which most is held."""
+    return max(moments(setting), key=lambda moment: moment.total)
+
+
+def end_of_forward(setting: Setting) -> int:
+    """Bytes of activations and logits held when the forward pass is through."""
+    loss = next(moment for moment in moments(setting) if moment.name == "loss")
+    return loss.activations + loss.logits
+
+
+def _kept(layer: Kept, recomputed: bool) -> int:
+    return layer.entry if recomputed else layer.saved
+
+
+def _vision(setting: Setting) -> Kept:
+    """Tower and GLU adapter together."""
+    if setting.tower == "none" or not setting.batch.images:
+        return Kept()
+    adapter = glu_adapter(setting)
+    if setting.tower == "cached":
+        return adapter
+    table = TowerTable(setting)
+    if not setting.tower_trains:
+        return Kept(adapter.entry, adapter.saved, adapter.backward, max(table.forward(), adapter.forward))
+    block, blocks = table.block(), setting.sizes.vision.num_hidden_layers
+    recomputed = len(setting.blocks)
+    saved = recomputed * block.entry + (blocks - recomputed) * block.saved
+    again = block.saved if recomputed else 0
+    return Kept(0, adapter.saved + saved, again + block.backward, max(block.forward, adapter.forward))
+
+
+def _inputs(setting: Setting) -> int:
+    """The pictures' embeddings in the token stream and the batch itself are small beside them, and counted apart."""
+    return 0

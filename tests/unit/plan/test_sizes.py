@@ -1,0 +1,69 @@
+"""Sizes without the model are the model's sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from cogtune import CogVLM2Config, CogVLM2ForCausalLM
+from cogtune.adapters.targets import TARGET_SETS, is_hit, resolve_targets
+from cogtune.checkpoint.random import TINY, TINY_VISION, make_tiny, tiny_config
+from cogtune.errors import AdapterError
+from cogtune.plan.setting import adapted_names
+from cogtune.plan.sizes import ModelSizes
+
+
+def meta_model(config: CogVLM2Config) -> CogVLM2ForCausalLM:
+    with torch.device("meta"):
+        return CogVLM2ForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        (CogVLM2Config(), ModelSizes()),
+        (tiny_config(), ModelSizes.from_config({**TINY, "vision_config": TINY_VISION})),
+    ],
+    ids=["full", "tiny"],
+)
+def test_linears_and_parameters_are_the_models(config: CogVLM2Config, sizes: ModelSizes) -> None:
+    model = meta_model(config)
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    found = {x.name: (x.inputs, x.outputs, x.bias) for x in sizes.linears}
+    assert found == {n: (m.in_features, m.out_features, m.bias is not None) for n, m in linears.items()}
+    assert sizes.parameters() == sum(p.numel() for p in model.parameters())
+    parts = {"embedding": model.model.embed_tokens, "head": model.lm_head, "conv": model.model.vision.conv}
+    for part, module in parts.items():
+        assert sizes.parameters(part) == sum(p.numel() for p in module.parameters())
+    tower = [model.model.vision.transformer, model.model.vision.patch_embedding]
+    counted = sum(p.numel() for module in tower for p in module.parameters())
+    assert sizes.parameters("tower") + sizes.parameters("tower_other") == counted
+    assert sizes.image_tokens == config.num_image_tokens
+    assert sizes.head_dim == config.head_dim
+
+
+def test_a_folders_config_is_read_and_a_hub_name_has_the_published_sizes(tmp_path) -> None:
+    assert ModelSizes.from_folder(make_tiny(tmp_path / "tiny")).hidden_size == TINY["hidden_size"]
+    assert ModelSizes.from_folder("THUDM/cogvlm2-llama3-chat-19B") == ModelSizes()
+    assert ModelSizes().parameters() == 19_503_105_280
+
+
+@pytest.mark.parametrize(
+    "targets", [*([name] for name in TARGET_SETS), ["vision_expert_query_key_value", r".*layers\.(0|1)\.mlp\..*"]]
+)
+def test_targets_hit_what_attaching_hits(targets: list[str]) -> None:
+    sizes, model = ModelSizes.from_config({**TINY, "vision_config": TINY_VISION}), meta_model(tiny_config())
+    suffixes = resolve_targets(model, targets)
+    linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert adapted_names(sizes, targets) == {n for n in linears if any(is_hit(n, s) for s in suffixes)}
+
+
+def test_a_wrong_target_is_refused_as_attaching_does() -> None:
+    with pytest.raises(AdapterError, match="matches none"):
+        adapted_names(ModelSizes(), ["vision_expert_qkv"])
+    with pytest.raises(AdapterError, match="goes on linear layers"):
+        adapted_names(ModelSizes(), ["vision_mlp"])
+    only = adapted_names(ModelSizes(), ["experts"], {"layers_to_transform": [3]})
+    assert len(only) == 10
+    assert all(".layers.3." in name for name in only)
