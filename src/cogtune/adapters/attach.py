@@ -2,7 +2,7 @@
 
 Adapter weights are float32 master weights that compute in the model's dtype. peft's own way is to cast every input to
 the adapter's float32, which doubles the saved activations; its public switch turns that off, and
-``ComputeCastLinear`` casts the small weights instead.
+``adapters.lowrank`` casts the small weights instead.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from torch.nn import functional
 
+from cogtune.adapters.lowrank import fast_adapter, make_fast
 from cogtune.adapters.targets import region, resolve_targets
 from cogtune.configuration.run import LoraSection
 from cogtune.errors import AdapterError, ConfigError
@@ -58,14 +57,6 @@ class LoraSettings(Protocol):
     def start_from(self) -> Any: ...
     @property
     def extra(self) -> Any: ...
-
-
-class ComputeCastLinear(nn.Linear):
-    """A linear layer that keeps its weight in float32 and computes in its input's dtype."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return functional.linear(x, self.weight.to(x.dtype), bias)
 
 
 @dataclass(frozen=True)
@@ -205,16 +196,17 @@ def _quiet() -> Iterator[None]:
 def _prepare(model: PeftModel) -> PeftModel:
     """Float32 masters, compute in the model's dtype, and no training of what cannot influence the loss."""
     for _, layer in _lora_layers(model):
-        layer.cast_input_dtype_enabled = False
-        for pair in (layer.lora_A, layer.lora_B):
-            for name, linear in pair.items():
-                if type(linear) is nn.Linear:
-                    pair[name] = _cast_at_use(linear)
+        make_fast(layer)
     for name in dead_ends(model):
         for parameter_name, parameter in model.get_submodule(name).named_parameters():
             if "lora_" in parameter_name:
                 parameter.requires_grad_(False)
     return model
+
+
+def computed_by_peft(model: PeftModel) -> list[str]:
+    """Adapted modules whose update peft's own, slower forward computes (DoRA, say)."""
+    return [name for name, layer in _lora_layers(model) if fast_adapter(layer) is None]
 
 
 def dead_ends(model: PeftModel) -> list[str]:
@@ -226,14 +218,6 @@ def dead_ends(model: PeftModel) -> list[str]:
     return [
         name for name, _ in _lora_layers(model) if prefix in name and ".vision." not in name and name.endswith(ends)
     ]
-
-
-def _cast_at_use(linear: nn.Linear) -> ComputeCastLinear:
-    replacement = ComputeCastLinear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-    replacement.weight = nn.Parameter(linear.weight.data.float(), requires_grad=linear.weight.requires_grad)
-    if linear.bias is not None:
-        replacement.bias = nn.Parameter(linear.bias.data.float(), requires_grad=linear.bias.requires_grad)
-    return replacement
 
 
 def _lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:

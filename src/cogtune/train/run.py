@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from cogtune.adapters.attach import attach, describe
+from cogtune.adapters.attach import attach, computed_by_peft, describe
 from cogtune.checkpoint import training as checkpoints
 from cogtune.checkpoint.load import load_model
 from cogtune.configuration.deepspeed import apply_deepspeed
@@ -219,6 +219,8 @@ def _say_what_trains(model: PeftModel) -> None:
     for count in counts:
         note = "" if count.trained else "  (last layer: cannot influence the loss; kept in the file, not trained)"
         log.info(f"  {count.region}: {count.modules} modules, {count.parameters:,} parameters{note}")
+    if by_peft := computed_by_peft(model):
+        log.info(f"  {len(by_peft)} of them are computed by peft's own code, which is slower ({by_peft[0]}, ...)")
 
 
 def _remember(config: RunConfig, adapter: Path, output: Path) -> None:

@@ -1,0 +1,86 @@
+"""How an adapted layer computes: ``base(x) + (x A') (s B)'`` with float32 A and B, in the model's number format.
+
+peft's own forward multiplies the whole update by its scale and casts what it needs; here the scale is taken into the
+small matrix, so neither pass reads and writes an activation for it, and all that is kept for the backward pass is x
+(once for all adapters that share it) and x A'. The base layer is called as a module, whatever it is: quantised, sharded
+or plain. Everything else about the layer stays peft's: its files, merging, switching adapters off.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.nn import functional
+
+
+class ComputeCastLinear(nn.Linear):
+    """A linear layer that keeps its weight in float32 and computes in its input's dtype."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return functional.linear(x, self.weight.to(x.dtype), bias)
+
+
+class AddedLinear(ComputeCastLinear):
+    """The second matrix of an update: given ``onto``, adds ``scale`` times its result to that."""
+
+    def forward(self, x: torch.Tensor, onto: torch.Tensor | None = None, scale: float = 1.0) -> torch.Tensor:
+        if onto is None:
+            return super().forward(x)
+        weight = (self.weight * scale).to(x.dtype)
+        if torch.compiler.is_compiling() or x.dim() != 2:  # a compiler adds in whatever kernel reads the sum
+            return onto + functional.linear(x, weight)
+        return torch.addmm(onto, x, weight.t())
+
+
+class _Fast:
+    """What is mixed into a peft layer class."""
+
+    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As peft's, which also computes whatever this does not know."""
+        name = fast_adapter(self)
+        if name is None or args or kwargs:
+            result: torch.Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            return result
+        onto = self.base_layer(x)
+        small = self.lora_A[name](self.lora_dropout[name](x.to(onto.dtype)))
+        added: torch.Tensor = self.lora_B[name](small, onto=onto, scale=self.scaling[name])
+        return added
+
+
+@cache
+def _fast_class(kind: type[LoraLayer]) -> type[LoraLayer]:
+    return type(f"Fast{kind.__name__}", (_Fast, kind), {"__module__": __name__})
+
+
+def fast_adapter(layer: Any) -> str | None:
+    """The adapter a layer computes as this module does it; None where peft's own forward has to: no adapter or several,
+    merged, switched off, DoRA and other variants, an update with a bias."""
+    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+        return None
+    name: str = layer.active_adapters[0]
+    known = name in layer.lora_A and name not in layer.lora_variant
+    plain = known and isinstance(layer.lora_B[name], AddedLinear) and layer.lora_B[name].bias is None
+    return name if plain else None
+
+
+def make_fast(layer: LoraLayer) -> None:
+    """Replace an adapted linear layer's two small layers and its forward; called once, right after peft made it."""
+    layer.cast_input_dtype_enabled = False
+    for pair, kind in ((layer.lora_A, ComputeCastLinear), (layer.lora_B, AddedLinear)):
+        for name, linear in pair.items():
+            if type(linear) is nn.Linear:
+                pair[name] = _with_masters(linear, kind)
+    layer.__class__ = _fast_class(type(layer))
+
+
+def _with_masters(linear: nn.Linear, kind: type[ComputeCastLinear]) -> ComputeCastLinear:
+    replacement = kind(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+    replacement.weight = nn.Parameter(linear.weight.data.float(), requires_grad=linear.weight.requires_grad)
+    if linear.bias is not None:
+        replacement.bias = nn.Parameter(linear.bias.data.float(), requires_grad=linear.bias.requires_grad)
+    return replacement

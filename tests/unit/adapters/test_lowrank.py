@@ -1,0 +1,100 @@
+"""Our adapted layers against peft's own forward on the same weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+from cogtune.adapters.attach import attach, computed_by_peft
+from cogtune.adapters.lowrank import fast_adapter, make_fast
+from cogtune.checkpoint.random import random_model, tiny_config
+from cogtune.configuration.run import LoraSection
+
+# Both round the update to the number format, peft twice more (update, scaled update): a few units in the last place.
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2}
+
+
+class _Base(nn.Module):
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(24, 40, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.linear(x)
+        return result
+
+
+def _layer(dtype: torch.dtype, *, bias: bool = True, **settings: Any) -> Any:
+    """An adapted layer of peft's, the base in ``dtype``, the adapter in float32 with weights that count."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(**({"r": 4, "lora_alpha": 6.0, "target_modules": ["linear"]} | settings))
+    layer: Any = peft.get_peft_model(_Base(bias).to(dtype), config).base_model.model.linear
+    for matrix in (layer.lora_A, layer.lora_B):
+        matrix["default"].weight = nn.Parameter(torch.randn_like(matrix["default"].weight, dtype=torch.float32))
+    return layer.train()
+
+
+def _run(layer: Any, x: torch.Tensor) -> list[torch.Tensor]:
+    x = x.clone().requires_grad_()
+    torch.manual_seed(1)  # dropout
+    out = layer(x)
+    out.backward(torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape))
+    gradients = [layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad]
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+    return [out.detach(), x.grad, *gradients]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("shape", [(7, 24), (2, 7, 24), (0, 24)])
+def test_output_and_gradients_are_pefts(dtype: torch.dtype, dropout: float, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    wanted = _run(_layer(dtype, lora_dropout=dropout), x)
+    layer = _layer(dtype, lora_dropout=dropout)
+    make_fast(layer)
+    assert fast_adapter(layer) == "default"
+    for found, expected in zip(_run(layer, x), wanted, strict=True):
+        assert found.dtype == expected.dtype
+        error = (found.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-30)
+        assert error <= TOLERANCE[dtype]
+
+
+def test_activations_kept_for_the_backward_pass_are_the_input_once_and_the_small_product() -> None:
+    layer = _layer(torch.bfloat16)
+    make_fast(layer)
+    x = torch.randn(512, 24, dtype=torch.bfloat16).requires_grad_()
+    kept: dict[int, torch.Tensor] = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        layer(x)
+    activations = sorted(tuple(t.shape) for t in kept.values() if 512 in t.shape)
+    assert activations == [(512, 4), (512, 24)]
+
+
+def test_whatever_it_does_not_know_is_left_to_peft() -> None:
+    x = torch.randn(5, 24)
+    for settings in ({"use_dora": True}, {"lora_bias": True}):
+        layer, plain = _layer(torch.float32, **settings), _layer(torch.float32, **settings)
+        make_fast(layer)
+        assert fast_adapter(layer) is None
+        torch.testing.assert_close(layer(x), plain(x))
+    layer = _layer(torch.float32)
+    make_fast(layer)
+    adapted, base = layer(x), layer.base_layer(x)
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x), base)
+    layer.enable_adapters(True)
+    layer.merge()
+    assert fast_adapter(layer) is None
+    torch.testing.assert_close(layer(x), adapted)
+    layer.unmerge()
+    torch.testing.assert_close(layer(x), adapted)
+
+
+def test_a_model_says_which_layers_peft_computes() -> None:
+    assert computed_by_peft(attach(random_model(tiny_config(), seed=1), LoraSection())) == []
+    names = computed_by_peft(attach(random_model(tiny_config(), seed=1), LoraSection(dora=True)))
+    assert len(names) == 2 * 10
