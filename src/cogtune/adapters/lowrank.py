@@ -8,7 +8,6 @@ or plain. Everything else about the layer stays peft's: its files, merging, swit
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -52,9 +51,13 @@ class _Fast:
         return added
 
 
-@cache
-def _fast_class(kind: type[LoraLayer]) -> type[LoraLayer]:
-    return type(f"Fast{kind.__name__}", (_Fast, kind), {"__module__": __name__})
+_classes: dict[Any, Any] = {}
+
+
+def _fast_class(kind: Any) -> Any:
+    if kind not in _classes:
+        _classes[kind] = type(f"Fast{kind.__name__}", (_Fast, kind), {"__module__": __name__})
+    return _classes[kind]
 
 
 def fast_adapter(layer: Any) -> str | None:
