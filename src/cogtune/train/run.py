@@ -164,12 +164,30 @@ def _write_beside(config: RunConfig, inputs: Inputs, engine: Engine, plan: Plan)
 def _build(config: RunConfig, engine: Engine, dtype: torch.dtype, plan: Plan) -> tuple[PeftModel, Progress]:
     """Base, adapter and optimiser in the engine, in the state of the checkpoint to start from if there is one."""
     checkpoint = plan.start.checkpoint
+    model = assemble(load_base(config, engine, dtype), config, engine, checkpoint)
+    log.info(engine.describe())
+    if checkpoint is not None:
+        return model, saver.restore(engine, checkpoint, plan.start.output, plan.record.total_steps)
+    saver.seed_dropout(engine, 0)
+    return model, Progress()
+
+
+def load_base(config: RunConfig, engine: Engine, dtype: torch.dtype) -> CogVLM2ForCausalLM:
+    """The frozen model as ``config`` wants it, on this rank's device or as much of it as the engine leaves there."""
     with phase("loading the model", config, engine.device):
         base = load_model(
             config.model.path, dtype=dtype, device=engine.device, rope_precision=config.model.rope_precision
         )
     if engine.placement is not None:
         finish_units(base, engine.placement)
+    return base
+
+
+def assemble(base: CogVLM2ForCausalLM, config: RunConfig, engine: Engine, checkpoint: Path | None = None) -> PeftModel:
+    """Adapter, recomputation, compilation and optimiser on ``base``, wrapped by ``engine``: ready for its first step.
+
+    ``checkpoint``: a training checkpoint whose adapter is put in place of a fresh one.
+    """
     torch.manual_seed(config.train.seed)  # the adapter's first weights: the same on every rank
     with phase("attaching the adapter", config, engine.device):
         model = attach(base, config.lora, building=engine.attaching(base))
@@ -182,11 +200,7 @@ def _build(config: RunConfig, engine: Engine, dtype: torch.dtype, plan: Plan) ->
         _say_what_trains(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         engine.wrap(model, build_optimizer(trained, config.train))
-    log.info(engine.describe())
-    if checkpoint is not None:
-        return model, saver.restore(engine, checkpoint, plan.start.output, plan.record.total_steps)
-    saver.seed_dropout(engine, 0)
-    return model, Progress()
+    return model
 
 
 def _compiles(config: RunConfig, engine: Engine) -> bool:
