@@ -53,7 +53,7 @@ def single(tiny_checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathF
     return output
 
 
-@pytest.fixture(scope="module", params=["ddp", "zero2", "zero3", "fsdp2"])
+@pytest.fixture(scope="module", params=["ddp", "zero2", "zero3", "fsdp2", "tensor"])
 def launched(
     request: pytest.FixtureRequest, tiny_checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
@@ -104,7 +104,10 @@ def test_first_loss_and_gradient(launched: Path, single: Path, data: Path) -> No
     still = {name for name in before if torch.equal(before[name], theirs[name])}
     assert all(".layers.1." in name and "vision" in name for name in still), "a weight that trains has no gradient"
     assert losses(launched / "gradient") == pytest.approx(losses(single / "gradient"), rel=1e-6)
-    assert norm(ours, theirs) <= 1e-6 * norm(theirs, before)
+    # tensor parallelism rounds every sublayer's output another way, not only the sum of gradients; in float64 the
+    # difference is gone (tests/distributed/test_tensor.py)
+    tolerance = 3e-6 if "engine tensor" in (launched / "gradient" / "run.log").read_text() else 1e-6
+    assert norm(ours, theirs) <= tolerance * norm(theirs, before)
 
 
 def test_twenty_sgd_steps(launched: Path, single: Path) -> None:
@@ -159,6 +162,9 @@ def test_a_run_moves_between_engines_and_numbers_of_ranks(
         steps = [checkpoints.read_counters(path / "last")["engine"] for path in (launched / name, whole)]
         assert steps[0] == steps[1]
     record = json.loads((launched / f"from-single-{optimizer}" / "run.json").read_text())
+    if "engine tensor" in (launched / f"from-single-{optimizer}" / "run.log").read_text():
+        assert (record["ranks"], record["accumulation"], record["global_batch"]) == (1, 2, 4)
+        return
     assert (record["ranks"], record["accumulation"], record["global_batch"]) == (2, 1, 4)
     assert "train.accumulation is 1" in (launched / f"from-single-{optimizer}" / "run.log").read_text()
 
@@ -186,7 +192,7 @@ def test_adapters_are_float32_whatever_a_run_computes_in(launched: Path) -> None
 def test_a_bad_loss_on_one_rank_stops_all_and_names_its_record(launched: Path) -> None:
     record = (launched / "poisoned.record").read_text()
     for rank in (0, 1):
-        assert f"record {record};" in (launched / f"poisoned.rank{rank}").read_text()
+        assert re.search(f"from records? {re.escape(record)}[;,]", (launched / f"poisoned.rank{rank}").read_text())
     assert not list((launched / "poisoned").glob("checkpoint-*"))
 
 

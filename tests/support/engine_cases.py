@@ -70,11 +70,13 @@ def make_case(base: Path, data: Path, output: Path, name: str, *, rows: int, **m
 
 
 def main(base: Path, data: Path, output: Path, engine: str) -> None:
-    parallel: dict[str, Any] = {"parallel__engine": engine}
+    tensor = engine == "tensor"  # both ranks work on the same rows, so there are twice as many
+    rows = 2 if tensor else 1
+    parallel: dict[str, Any] = {"parallel__tensor": 2} if tensor else {"parallel__engine": engine}
     if engine == "zero3":  # so that weights as small as these are not kept whole on every rank
         parallel["parallel__deepspeed"] = str(data / "zero3.yaml")
     for name in LENGTHS:
-        train(make_case(base, data, output, name, rows=1, **parallel))
+        train(make_case(base, data, output, name, rows=rows, **parallel))
     for dtype in ("float32", "bfloat16"):
         values = {
             "model__dtype": dtype,
@@ -83,17 +85,19 @@ def main(base: Path, data: Path, output: Path, engine: str) -> None:
             "train__save_steps": 3,
             **parallel,
         }
-        train(make_case(base, data, output, f"whole-{dtype}", rows=1, **values))
+        train(make_case(base, data, output, f"whole-{dtype}", rows=rows, **values))
         middle = str(output / f"whole-{dtype}" / "checkpoint-3")
-        train(make_case(base, data, output, f"resumed-{dtype}", rows=1, train__resume=middle, **values))
+        train(make_case(base, data, output, f"resumed-{dtype}", rows=rows, train__resume=middle, **values))
         if dtype == "float32":
-            _stop_and_go_on(make_case(base, data, output, "stopped", rows=1, **values))
+            _stop_and_go_on(make_case(base, data, output, "stopped", rows=rows, **values))
     # runs that the test began on one device go on here, and runs that begin here go on there
     for name, moved in MOVED.items():
-        first, second = {**moved, **ONCE, "train__max_steps": 4}, {**moved, "train__max_steps": 8}
+        first = {**moved, **({} if tensor else ONCE), "train__max_steps": 4}
+        second = {**moved, "train__max_steps": 8}
         train(make_case(base, data, output, f"from-single-{name}", rows=2, **second, **parallel))
         train(make_case(base, data, output, f"to-single-{name}", rows=2, **first, **parallel))
-    _poison_rank_1(make_case(base, data, output, "poisoned", rows=1, source="pictures", train__max_steps=2, **parallel))
+    poisoned = {"source": "pictures", "train__max_steps": 2, **parallel}
+    _poison_rank_1(make_case(base, data, output, "poisoned", rows=rows, **poisoned))
 
 
 def _stop_and_go_on(config: RunConfig) -> None:

@@ -35,6 +35,7 @@ MAY_CHANGE = frozenset(
         "eval.batch_size",
         "eval.patience",
         "parallel.engine",
+        "parallel.tensor",
         "parallel.deepspeed",
         "parallel.launch",
         "parallel.offload",

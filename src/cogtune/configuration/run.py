@@ -259,6 +259,13 @@ class ParallelSection(Section):
         description="Start this many processes, one per device, with torchrun on a free port. all: one per GPU. null: a"
         " launcher started this process, or it uses one device.",
     )
+    tensor: int = Field(
+        default=1,
+        ge=1,
+        le=8,
+        description="Ranks that hold one model together, each a part of every layer (tensor parallelism); neighbouring"
+        " ranks. With more ranks, groups of this many share the rows as ddp does.",
+    )
     offload: Literal["none", "weights", "optimizer"] = Field(
         default="none",
         description="What waits in host memory: weights (fsdp2, zero3): the frozen shards; optimizer (zero1, zero2,"

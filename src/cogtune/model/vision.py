@@ -40,15 +40,16 @@ class VisionAttention(nn.Module):
     def __init__(self, config: CogVLM2VisionConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
+        self.head_dim = config.hidden_size // config.num_heads
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x_NPW: torch.Tensor) -> torch.Tensor:
-        images, patches, width = x_NPW.shape
-        qkv = self.query_key_value(x_NPW).view(images, patches, 3, self.num_heads, width // self.num_heads)
+        images, patches, _ = x_NPW.shape
+        qkv = self.query_key_value(x_NPW).view(images, patches, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         context = attend(q, k, v)
-        return self.dense(context.transpose(1, 2).reshape(images, patches, width))
+        return self.dense(context.transpose(1, 2).flatten(2))
 
 
 class VisionMLP(nn.Module):

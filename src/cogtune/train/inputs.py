@@ -17,6 +17,7 @@ from cogtune.configuration.run import RunConfig
 from cogtune.data.dataset import TrainRows
 from cogtune.data.split import DataSplit, read_and_split
 from cogtune.model.modeling import CogVLM2ForCausalLM
+from cogtune.model.tensor import check_sizes
 from cogtune.processing.processor import CogVLM2Processor
 from cogtune.train.folder import RunIdentity
 from cogtune.train.identity import run_identity
@@ -58,6 +59,8 @@ def read_inputs(config: RunConfig) -> Inputs:
     model_config = load_config(config.model.path)
     if base.is_dir():
         check_folder(base)
+    if config.parallel.tensor > 1:
+        check_sizes(model_config, config.parallel.tensor)
     if config.lora.start_from is None:
         with torch.device("meta"):
             resolve_targets(CogVLM2ForCausalLM(model_config), config.lora.targets)

@@ -144,7 +144,7 @@ class Loop:
         if due or better or stopping or progress.stopped_early:
             self.save(better)
         if stopping:
-            numbers = self.engine.group.gather(self.stop.number)
+            numbers = self.engine.group.gather_all(self.stop.number)
             number = next(number for number in numbers if number is not None)
             raise self.stop.stopped(number, f"step {progress.step} of {self.total_steps} is saved")
         self.reporter.away(time.perf_counter() - began)

@@ -92,7 +92,7 @@ def _train(config: RunConfig, dry_run: bool) -> TrainResult:
         idle = dry_run or plan.start.finished
         if not idle:
             engine.group.on_main(lambda: _write_beside(config, inputs, engine, plan))
-            stack.enter_context(log_file(plan.start.output, engine.group.rank))
+            stack.enter_context(log_file(plan.start.output, engine.group.process))
         _announce(config, inputs, engine, dtype, plan)
         if idle:
             engine.group.close()
@@ -228,13 +228,19 @@ def _recompute(base: CogVLM2ForCausalLM, config: RunConfig) -> None:
 def _say_what_trains(model: PeftModel) -> None:
     counts = describe(model)
     trained = sum(count.parameters for count in counts if count.trained)
-    total = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+    total = sum(_whole_size(parameter) for parameter in model.parameters())
     log.info(f"training {trained:,} of {total:,} parameters ({100 * trained / total:.3f} %):")
     for count in counts:
         note = "" if count.trained else "  (last layer: cannot influence the loss; kept in the file, not trained)"
         log.info(f"  {count.region}: {count.modules} modules, {count.parameters:,} parameters{note}")
     if by_peft := computed_by_peft(model):
         log.info(f"  {len(by_peft)} of them are computed by peft's own code, which is slower ({by_peft[0]}, ...)")
+
+
+def _whole_size(parameter: torch.nn.Parameter) -> int:
+    """Values of a parameter on all ranks together; zero3 and tensor parallelism leave a part of it here."""
+    own = parameter.numel()
+    return int(getattr(parameter, "ds_numel", getattr(parameter, "whole_numel", own)))
 
 
 def _remember(config: RunConfig, adapter: Path, output: Path) -> None:

@@ -23,6 +23,9 @@ def choose(config: RunConfig) -> str:
             f"parallel.launch is {wanted}, but a launcher has started {ranks} processes already",
             hint="leave parallel.launch out under a launcher",
         )
+    if config.parallel.tensor > 1:
+        _check_tensor(config, ranks)
+        return "tensor"
     if asked == "auto":
         if not is_launched():
             return "single"
@@ -42,9 +45,31 @@ def choose(config: RunConfig) -> str:
     return asked
 
 
+def _check_tensor(config: RunConfig, ranks: int) -> None:
+    """Raises ConfigError when this many ranks cannot be models of ``parallel.tensor`` ranks each."""
+    size = config.parallel.tensor
+    if config.parallel.engine not in ("auto", "ddp"):
+        raise ConfigError(
+            f"parallel.tensor is {size} and parallel.engine {config.parallel.engine}: only ddp goes with it",
+            hint="leave parallel.engine out; with more ranks than parallel.tensor, the models share the rows (ddp)",
+            code="config-value",
+        )
+    if not is_launched() or ranks % size:
+        raise ConfigError(
+            f"parallel.tensor is {size}, but {ranks} process{'es run' if ranks > 1 else ' runs'}",
+            hint=f"start a multiple of {size}: torchrun --nproc_per_node {size} -m cogtune train ... "
+            f"--parallel.tensor {size}",
+            code="config-value",
+        )
+
+
 def start(config: RunConfig) -> Engine:
     """Join the process group, if there is one, and take a device. Call ``close`` on the result at the end."""
     name = choose(config)
+    if name == "tensor":
+        from cogtune.train.engines.tensor import TensorEngine
+
+        return TensorEngine(Group.join(config.parallel.tensor), config)
     if name == "zero3":
         from cogtune.train.engines.zero3 import Zero3Engine
 

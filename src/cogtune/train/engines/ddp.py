@@ -24,8 +24,14 @@ class DdpEngine(SingleEngine):
         assert dist.is_initialized(), "DDP without a process group would train alone"
         with warnings.catch_warnings():  # torch 2.13 renames broadcast_buffers; 2.11 knows no other name
             warnings.simplefilter("ignore", FutureWarning)
-            self._ddp = DistributedDataParallel(model, broadcast_buffers=False, init_sync=False)
+            self._ddp = DistributedDataParallel(
+                model, broadcast_buffers=False, init_sync=False, process_group=self._ddp_group()
+            )
         return self._ddp
+
+    def _ddp_group(self) -> Any:
+        """The ranks whose gradients are averaged; None: all."""
+        return None
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
         return nullcontext() if last else self._ddp.no_sync()

@@ -34,12 +34,17 @@ def is_launched_by_deepspeed() -> bool:
 
 @dataclass(frozen=True)
 class Group:
-    """``device`` is this rank's; ``distributed`` says whether a torch process group stands behind it."""
+    """``rank`` of ``size`` is which share of the rows this process works on. With tensor parallelism ``copies``
+    neighbouring processes work on the same rows, each (``part``) on its share of every layer; sums and lists are over
+    the shares of the rows, so that nothing counts twice. ``distributed`` says whether a torch process group stands
+    behind it."""
 
     rank: int
     size: int
     device: torch.device
     distributed: bool
+    copies: int = 1
+    part: int = 0
 
     @staticmethod
     def launched_ranks() -> int:
@@ -51,8 +56,11 @@ class Group:
         return cls(0, 1, torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"), False)
 
     @classmethod
-    def join(cls) -> Group:
-        """Join the group the launcher described, over NCCL between GPUs and gloo between CPUs."""
+    def join(cls, copies: int = 1) -> Group:
+        """Join the group the launcher described, over NCCL between GPUs and gloo between CPUs.
+
+        ``copies``: how many neighbouring processes hold one model together (it divides their number).
+        """
         local_rank = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
         if torch.cuda.is_available():
             device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
@@ -61,7 +69,8 @@ class Group:
             device, backend = torch.device("cpu"), "gloo"
         if not dist.is_initialized():
             _init(backend)
-        return cls(dist.get_rank(), dist.get_world_size(), device, True)
+        process, processes = dist.get_rank(), dist.get_world_size()
+        return cls(process // copies, processes // copies, device, True, copies, process % copies)
 
     @property
     def local_size(self) -> int:
@@ -72,31 +81,44 @@ class Group:
         return self.size
 
     @property
+    def process(self) -> int:
+        """This process's number among all, by which its log is named."""
+        return self.rank * self.copies + self.part
+
+    @property
+    def processes(self) -> int:
+        return self.size * self.copies
+
+    @property
     def is_main(self) -> bool:
-        return self.rank == 0
+        return self.process == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum over ranks, in float64."""
-        if self.size == 1:
+        if self.processes == 1:
             return [float(value) for value in values]
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
-        return [float(value) for value in total]
+        return [float(value) / self.copies for value in total]
 
     def any(self, flag: bool) -> bool:
         return self.sum([float(flag)])[0] > 0
 
     def gather(self, value: T) -> list[T]:
         """Every rank's ``value``, in rank order, on every rank."""
-        if self.size == 1:
+        return self.gather_all(value)[:: self.copies]
+
+    def gather_all(self, value: T) -> list[T]:
+        """The same from every process, copies too."""
+        if self.processes == 1:
             return [value]
-        values: list[Any] = [None] * self.size
+        values: list[Any] = [None] * self.processes
         dist.all_gather_object(values, value)
         return values
 
     def on_main(self, work: Callable[[], T]) -> T:
         """Do ``work`` on rank 0 only; every rank gets its result, or raises the error it raised."""
-        if self.size == 1:
+        if self.processes == 1:
             return work()
         outcome: list[Any] = [None, None]
         if self.is_main:
@@ -114,7 +136,7 @@ class Group:
 
     def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
         """Give every rank the tensors of rank 0, in place."""
-        if self.size > 1:
+        if self.processes > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 

@@ -30,13 +30,17 @@ class SingleEngine(Engine):
 
     def step(self) -> StepResult:
         self._scaler.unscale_(self.optimizer)
-        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.config.train.max_grad_norm))
+        norm = self._clip()
         applied = math.isfinite(norm)
         if applied or self.scaled:  # with scaling, the scaler itself skips the step and lowers the scale
             self._scaler.step(self.optimizer)
             self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(norm, applied)
+
+    def _clip(self) -> float:
+        """Scale gradients to ``train.max_grad_norm`` where they are longer; returns their norm before."""
+        return float(nn.utils.clip_grad_norm_(self.parameters.values(), self.config.train.max_grad_norm))
 
     def counters(self) -> dict[str, Any]:
         return {**super().counters(), **({"scaler": self._scaler.state_dict()} if self.scaled else {})}

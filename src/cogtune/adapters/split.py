@@ -1,0 +1,97 @@
+"""An adapter on a model that is cut over ranks: made whole, then cut like the layers it is on.
+
+LoRA adds B·A to a layer's weight W [out, in]. Where a rank has some rows of W it needs those rows of B and all of A;
+where it has some columns, those columns of A and all of B. What every rank has whole must stay equal on all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from cogtune.errors import ConfigError
+from cogtune.model.tensor import Cut, SlicedDropout, SplitModel
+
+ALLOWED_EXTRA = frozenset(
+    {"alpha_pattern", "exclude_modules", "layers_pattern", "layers_to_transform", "rank_pattern", "revision"}
+)
+"""Fields of peft's LoraConfig beyond the ``lora`` section that mean the same on a rank's share of a layer."""
+
+
+@dataclass(frozen=True)
+class AdapterPart:
+    """One adapter tensor. ``cut``: how it is spread, None where every rank has the whole. ``shares``: such a whole
+    tensor gets a share of its gradient on each rank; otherwise every rank computes the same gradient."""
+
+    cut: Cut | None
+    shares: bool
+
+
+def check_adapter(dora: bool, extra: dict[str, Any]) -> None:
+    """Raise ConfigError for settings that look at whole weights, or that train weights of the base."""
+    wrong = sorted(extra.keys() - ALLOWED_EXTRA)
+    found = "lora.dora" if dora else f"lora.extra.{wrong[0]}" if wrong else None
+    if found is not None:
+        raise ConfigError(
+            f"{found} does not go with parallel.tensor: it works on whole layers, and a rank has a part of each",
+            hint=f"leave it out, or spread the model with parallel.engine fsdp2 instead; with parallel.tensor "
+            f"lora.extra takes {', '.join(sorted(ALLOWED_EXTRA))}",
+            code="config-value",
+        )
+
+
+def split_adapter(model: PeftModel, split: SplitModel) -> dict[str, AdapterPart]:
+    """Cut the adapter tensors of ``model``, in place; returns how, by parameter name.
+
+    Raises:
+        ConfigError: the adapter (one that was loaded) is of a kind that cannot be cut.
+    """
+    _check_loaded(model)
+    parts: dict[str, AdapterPart] = {}
+    for path, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        cut = split.cut_of(layer.get_base_layer())
+        for name in layer.lora_A:
+            first, second = layer.lora_A[name], layer.lora_B[name]
+            rows = cut is not None and cut.dim == 0
+            columns = cut is not None and cut.dim == 1
+            parts[f"{path}.lora_A.{name}.weight"] = _part(first, cut if columns else None, cut, split)
+            parts[f"{path}.lora_B.{name}.weight"] = _part(second, cut if rows else None, cut, split)
+            dropout = layer.lora_dropout[name]
+            if columns and cut is not None and isinstance(dropout, nn.Dropout):
+                layer.lora_dropout[name] = SlicedDropout(dropout.p, split.group, cut)
+        if path.rpartition(".")[2] == "lm_head":
+            split.move_head_hooks(layer)
+    return parts
+
+
+def _part(linear: nn.Linear, own: Cut | None, layers: Cut | None, split: SplitModel) -> AdapterPart:
+    """Cut ``linear`` as ``own`` says; ``layers`` is the cut of the layer that the adapter is on."""
+    if own is None:
+        return AdapterPart(None, shares=layers is not None)
+    group = split.group
+    with torch.no_grad():
+        linear.weight.data = own.take(linear.weight.data, group.rank, group.size).clone()
+    linear.out_features, linear.in_features = linear.weight.shape
+    return AdapterPart(own, shares=False)
+
+
+def _check_loaded(model: PeftModel) -> None:
+    """What an adapter's own file asks for; a fresh one was checked with the configuration."""
+    default = LoraConfig()
+    for config in model.peft_config.values():
+        whole = [name for name in ("lora_bias", "modules_to_save", "use_dora") if getattr(config, name, None)]
+        if getattr(config, "bias", "none") != default.bias:
+            whole.append("bias")
+        if whole:
+            raise ConfigError(
+                f"this adapter uses peft's {whole[0]}, which does not go with parallel.tensor",
+                hint="merge it first (cogtune merge), or use one device or parallel.engine ddp",
+                code="config-value",
+            )

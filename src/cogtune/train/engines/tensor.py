@@ -1,0 +1,155 @@
+"""Tensor parallelism: neighbouring ranks hold one model together (``model.tensor``); groups of them share the rows as
+ranks do under DDP.
+
+Each rank trains its share of the adapter. What every rank of a group has whole (LoRA's A before a layer cut by rows, its
+B behind one cut by columns) gets a share of its gradient on each of them, added up once per step. Checkpoints hold whole
+tensors, as every engine's do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from cogtune.adapters.split import AdapterPart, check_adapter, split_adapter
+from cogtune.configuration.run import RunConfig
+from cogtune.model.tensor import SplitModel, TensorGroup
+from cogtune.train.engines.base import StepResult
+from cogtune.train.engines.ddp import DdpEngine
+from cogtune.train.engines.group import Group
+from cogtune.train.engines.single import SingleEngine
+
+_BUCKET = 16 * 2**20  # values of one all-reduce: 64 MiB in float32
+
+
+class TensorEngine(DdpEngine):
+    """``parallel.tensor`` ranks per model; with more ranks than that, DDP over equal parts of the models."""
+
+    name = "tensor"
+
+    def __init__(self, group: Group, config: RunConfig) -> None:
+        super().__init__(group, config)
+        check_adapter(config.lora.dora, dict(config.lora.extra))
+        self._tensor, self._rows = make_groups(group)
+        self._split = SplitModel(self._tensor, self.device)
+        self._parts: dict[str, AdapterPart] = {}
+        self.placement = self._split
+
+    def attaching(self, model: nn.Module) -> AbstractContextManager[Any]:
+        return self._split.whole_sizes()
+
+    def _wrap(self, model: nn.Module) -> nn.Module:
+        still = [(name, value) for name, value in model.named_parameters() if "lora_" in name]
+        self.unchanged = {name: value.detach().cpu() for name, value in still if name not in self.parameters}
+        self._parts = split_adapter(model, self._split)  # type: ignore[arg-type]
+        self._holds = _require_split(model, self._split)
+        if self.group.size > 1:
+            return super()._wrap(model)
+        return SingleEngine._wrap(self, model)
+
+    def _ddp_group(self) -> Any:
+        return self._rows
+
+    def describe(self) -> str:
+        own, whole = self._holds
+        return (
+            f"tensor: rank {self.group.process} holds {own:,} of {whole:,} frozen values; "
+            f"{self.group.copies} ranks hold a model, {self.group.size} models"
+        )
+
+    def accumulating(self, last: bool) -> AbstractContextManager[Any]:
+        return super().accumulating(last) if self.group.size > 1 else nullcontext()
+
+    def step(self) -> StepResult:
+        shares, same = [], []
+        for name, value in self.parameters.items():
+            part = self._parts.get(name)
+            if value.grad is not None and (part is None or part.cut is None):
+                (shares if part is not None and part.shares else same).append(value.grad)
+        self._sum(shares)
+        # equal already, unless a kernel adds in no fixed order; then ranks must not drift apart
+        self._sum(same, factor=1 / self._tensor.size)
+        if self.scaled:
+            self._share_overflow()
+        return super().step()
+
+    def _share_overflow(self) -> None:
+        """A step that overflows on one rank is skipped on all: the scaler looks at its own rank's gradients only."""
+        gradients = [value.grad for value in self.parameters.values() if value.grad is not None]
+        finite = all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+        if self.group.any(not finite) and gradients:
+            gradients[0].fill_(math.inf)
+
+    def _clip(self) -> float:
+        own, common = [], []
+        for name, value in self.parameters.items():
+            if value.grad is not None:
+                part = self._parts.get(name)
+                (own if part is not None and part.cut is not None else common).append(value.grad)
+        squares = [nn.utils.get_total_norm(gradients).square().reshape(1) for gradients in (own, common)]
+        total = (self._tensor.sum(squares[0].to(self.device)) + squares[1].to(self.device)).sqrt().squeeze(0)
+        nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.train.max_grad_norm, total)
+        return float(total)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        tensors = super().state()
+        for key, value in tensors.items():
+            part = self._parts.get(key.partition("/")[2])
+            if part is not None and part.cut is not None:
+                tensors[key] = part.cut.join(self._tensor.gather(value)).contiguous()
+        return tensors
+
+    def load_state(self, tensors: dict[str, torch.Tensor], counters: dict[str, Any]) -> None:
+        own = {}
+        for key, value in tensors.items():
+            part = self._parts.get(key.partition("/")[2])
+            cut = None if part is None else part.cut
+            own[key] = value if cut is None else cut.take(value, self._tensor.rank, self._tensor.size)
+        super().load_state(own, counters)
+
+    def _sum(self, gradients: Iterable[torch.Tensor], factor: float = 1.0) -> None:
+        """Add up the group's gradients in place, a bucket at a time; float32, as they are."""
+        bucket: list[torch.Tensor] = []
+        for gradient in gradients:
+            bucket.append(gradient)
+            if sum(value.numel() for value in bucket) >= _BUCKET:
+                self._sum_bucket(bucket, factor)
+                bucket = []
+        if bucket:
+            self._sum_bucket(bucket, factor)
+
+    def _sum_bucket(self, bucket: list[torch.Tensor], factor: float) -> None:
+        flat = self._tensor.sum(torch.cat([gradient.flatten() for gradient in bucket])) * factor
+        for gradient, total in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+            gradient.copy_(total.view_as(gradient))
+
+
+def make_groups(group: Group) -> tuple[TensorGroup, Any]:
+    """The ranks that hold this rank's model, and those that hold the same part of another one. Collective."""
+    tensor = rows = None
+    for model in range(group.size):
+        made = dist.new_group([model * group.copies + part for part in range(group.copies)])
+        tensor = made if model == group.rank else tensor
+    for part in range(group.copies):
+        made = dist.new_group([model * group.copies + part for model in range(group.size)])
+        rows = made if part == group.part else rows
+    return TensorGroup(group.part, group.copies, tensor), rows
+
+
+def _require_split(model: nn.Module, split: SplitModel) -> tuple[int, int]:
+    """Values of frozen weights on this rank and altogether, as counted; an engine that is not active is an error."""
+    own = whole = 0
+    size = split.group.size
+    for name, value in model.named_parameters():
+        if "lora_" not in name:
+            own += value.numel()
+            whole += getattr(value, "whole_numel", value.numel())
+    if not split.cuts or own > (0.9 if size > 1 else 1.0) * whole:
+        raise AssertionError(f"tensor: rank {split.group.rank} of {size} holds {own:,} of {whole:,} values")
+    return own, whole
