@@ -323,7 +323,7 @@ class SplitModel:
         return (_Copy.apply(args[0], self.group), *args[1:])
 
     def _sum_hook(self, _module: nn.Module, _args: Any, out: torch.Tensor) -> torch.Tensor:
-        return _Sum.apply(out, self.group)  # type: ignore[no-any-return]
+        return _Sum.apply(out, self.group)
 
     def _hook_head(self, head: nn.Module, width: int) -> list[Any]:
         self._head_width = width

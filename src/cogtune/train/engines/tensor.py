@@ -1,9 +1,9 @@
 """Tensor parallelism: neighbouring ranks hold one model together (``model.tensor``); groups of them share the rows as
 ranks do under DDP.
 
-Each rank trains its share of the adapter. What every rank of a group has whole (LoRA's A before a layer cut by rows, its
-B behind one cut by columns) gets a share of its gradient on each of them, added up once per step. Checkpoints hold whole
-tensors, as every engine's do.
+Each rank trains its share of the adapter. What every rank of a group has whole (LoRA's A before a layer cut by rows,
+its B behind one cut by columns) gets a share of its gradient on each of them, added up once per step. Checkpoints hold
+whole tensors, as every engine's do.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class TensorEngine(DdpEngine):
     def _wrap(self, model: nn.Module) -> nn.Module:
         still = [(name, value) for name, value in model.named_parameters() if "lora_" in name]
         self.unchanged = {name: value.detach().cpu() for name, value in still if name not in self.parameters}
-        self._parts = split_adapter(model, self._split)  # type: ignore[arg-type]
+        self._parts = split_adapter(model, self._split)
         self._holds = _require_split(model, self._split)
         if self.group.size > 1:
             return super()._wrap(model)
@@ -67,7 +67,8 @@ class TensorEngine(DdpEngine):
         return super().accumulating(last) if self.group.size > 1 else nullcontext()
 
     def step(self) -> StepResult:
-        shares, same = [], []
+        shares: list[torch.Tensor] = []
+        same: list[torch.Tensor] = []
         for name, value in self.parameters.items():
             part = self._parts.get(name)
             if value.grad is not None and (part is None or part.cut is None):
@@ -87,7 +88,8 @@ class TensorEngine(DdpEngine):
             gradients[0].fill_(math.inf)
 
     def _clip(self) -> float:
-        own, common = [], []
+        own: list[torch.Tensor] = []
+        common: list[torch.Tensor] = []
         for name, value in self.parameters.items():
             if value.grad is not None:
                 part = self._parts.get(name)
