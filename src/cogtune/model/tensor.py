@@ -141,14 +141,16 @@ class _Gather(torch.autograd.Function):
         return gradient[..., ctx.own].contiguous(), None, None
 
 
-class SlicedDropout(nn.Module):
+class SlicedDropout(nn.Dropout):
     """Dropout on a rank's columns with the mask that one device would draw for all of them."""
 
     def __init__(self, p: float, group: TensorGroup, cut: Cut) -> None:
-        super().__init__()
-        self.p, self.group, self.cut = p, group, cut
+        super().__init__(p)
+        self.group, self.cut = group, cut
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., own columns] -> the same shape."""
+        x = input
         if not self.training or self.p == 0:
             return x
         whole = functional.dropout(x.new_ones(*x.shape[:-1], sum(self.cut.sections)), self.p)

@@ -1,0 +1,82 @@
+"""A model cut over two gloo ranks is the model on one device: forward, gradients, answers, adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cogtune.adapters.attach import attach, save_adapter
+from cogtune.checkpoint.load import load_model
+from cogtune.configuration.run import LoraSection
+from tests.support import tensor_cases
+from tests.support.launching import launch, torchrun
+
+Results = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def found(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, list[Results]]:
+    """What one process computed, and what each of two ranks did."""
+    folder = tmp_path_factory.mktemp("tensor")
+    lora = LoraSection(targets=tensor_cases.EVERYWHERE, rank=4, dropout=0.1)
+    model = attach(load_model(tiny_checkpoint, dtype=torch.float32), lora)
+    generator = torch.Generator().manual_seed(1)
+    for name, value in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value, std=0.1, generator=generator)
+    save_adapter(model, folder / "adapter")
+    words = [str(tiny_checkpoint), str(folder / "adapter"), str(folder / "two")]
+    launched = launch(torchrun("-m", "tests.support.tensor_cases", *words))
+    assert launched.code == 0, launched.output
+    tensor_cases.main(tiny_checkpoint, folder / "adapter", folder / "one")
+    ranks = [torch.load(folder / f"two.rank{rank}.pt") for rank in (0, 1)]
+    return torch.load(folder / "one.rank0.pt"), ranks
+
+
+def distance(ours: Results, theirs: Results) -> float:
+    """||difference|| / ||theirs|| over all tensors."""
+    assert ours.keys() == theirs.keys()
+    apart = sum(float((ours[name] - theirs[name]).double().square().sum()) for name in theirs)
+    return float((apart / sum(float(value.double().square().sum()) for value in theirs.values())) ** 0.5)
+
+
+@pytest.mark.parametrize("case", ["gradients", "dropout"])
+def test_loss_and_every_gradient(found: tuple[Results, list[Results]], case: str) -> None:
+    """In float64, so that nothing but the float32 in which adapters keep their gradients is left (6e-8); with the same
+    dropout as one device, and layers computed twice."""
+    single, ranks = found
+    for rank in ranks:
+        assert float(rank[case]["loss"]) == pytest.approx(float(single[case]["loss"]), rel=1e-7)
+        for name, gradient in single[case].items():
+            assert distance({name: rank[case][name]}, {name: gradient}) <= 2e-7, name
+    assert distance(single["dropout"], single["gradients"]) > 1e-3, "there was no dropout"
+
+
+def test_bfloat16_is_as_near_to_the_truth_as_on_one_device(found: tuple[Results, list[Results]]) -> None:
+    single, ranks = found
+    rounding = distance(single["bfloat16"], single["gradients"])
+    for rank in ranks:
+        assert distance(rank["bfloat16"], single["gradients"]) <= 1.5 * rounding
+
+
+def test_answers(found: tuple[Results, list[Results]]) -> None:
+    """Greedy, sampled, from a growing and from a static cache: the same tokens on both ranks."""
+    single, ranks = found
+    for rank in ranks:
+        for kind in ("greedy", "static", "sampled"):
+            assert torch.equal(rank["answers"][kind], single["answers"][kind])
+        assert torch.allclose(rank["answers"]["logits"], single["answers"]["logits"], rtol=1e-5, atol=1e-5)
+        assert torch.equal(rank["answers"]["logits"], ranks[0]["answers"]["logits"])
+
+
+def test_a_fresh_adapter_is_the_one_that_one_device_draws(found: tuple[Results, list[Results]]) -> None:
+    single, ranks = found
+    for rank in ranks:
+        assert all(torch.equal(rank["first"][name], value) for name, value in single["first"].items())
+
+
+def test_parts_read_from_the_files_are_those_cut_from_the_model(found: tuple[Results, list[Results]]) -> None:
+    assert all(rank["read"] for rank in found[1])
