@@ -1,0 +1,315 @@
+"""Training steps at full size on several cards, an engine a row: ``python -m benchmarks.cards OUT.jsonl [ROW ...]``.
+
+Every row is its own launch, so memory and start-up are its own; a row that fails or hangs is recorded and the next
+runs. Weights are random and made unit by unit on each card, as a streaming loader would deliver them, so nothing is
+read from disk; with ``--checkpoint DIR`` they are loaded from there and the time for that is measured.
+
+A sample is S400: one picture (2,306 positions) whose tower output is given, 400 text tokens, 200 of them labelled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+TEXT, LABELLED = 400, 200
+WARM, STEPS = 2, 6
+ROW_SECONDS = 240
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. ``batch`` is rows per card and forward pass."""
+
+    engine: str
+    ranks: int
+    batch: int = 4
+    accumulation: int = 1
+    recompute: str = "all"
+    quantisation: str = "none"
+    keep_gathered: str = "0"
+    offload: str = "none"
+
+
+ROWS = {
+    "single": Row("single", 1),
+    "ddp": Row("ddp", 2),
+    "zero2": Row("zero2", 2),
+    "zero3": Row("zero3", 2),
+    "fsdp2": Row("fsdp2", 2),
+    "fsdp2-nf4": Row("fsdp2", 2, batch=1, quantisation="nf4"),
+    "fsdp2-gathered": Row("fsdp2", 2, keep_gathered="32"),
+    "fsdp2-accumulated": Row("fsdp2", 2, accumulation=4, keep_gathered="auto"),
+    "single-nf4": Row("single", 1, batch=1, quantisation="nf4"),
+    "fsdp2-offload": Row("fsdp2", 2, offload="weights"),
+}
+DEFAULT = ("single", "ddp", "fsdp2", "fsdp2-nf4", "zero2", "zero3", "fsdp2-accumulated")
+
+
+def build(config: Any, small: bool) -> nn.Module:
+    """The model on the meta device, without the tower that cached features replace."""
+    from cogtune import CogVLM2Config, CogVLM2ForCausalLM
+    from cogtune.checkpoint.random import tiny_config
+
+    shapes = tiny_config() if small else CogVLM2Config(eos_token_id=[128001, 128009])
+    with torch.device("meta"):
+        model = CogVLM2ForCausalLM(shapes)
+    model.model.vision.transformer.layers = nn.ModuleList()
+    model.model.vision.patch_embedding = nn.Module()
+    return model.to(torch.bfloat16)
+
+
+def fill(model: Any, device: torch.device, placement: Any, quantisation: str) -> None:
+    """Random weights, a unit at a time: made on the device, quantised, sharded."""
+    generator = torch.Generator(device).manual_seed(0)
+    kinds = ("DecoderLayer", "GLUAdapter")
+    units = [
+        (n, m) for n, m in model.named_modules() if type(m).__name__ in kinds or n.endswith(("embed_tokens", "lm_head"))
+    ]
+    for name, unit in [*units, ("", model)]:
+        for path, module in unit.named_modules():
+            own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            for key, tensor in own:
+                if tensor.is_meta:
+                    _put(module, key, _values(f"{path}.{key}", tensor, device, generator))
+        if quantisation == "nf4" and type(unit).__name__ == "DecoderLayer":
+            _to_nf4(unit, device)
+        if placement is not None and name:
+            placement.finish(name, unit)
+    model.model.remember_rotary()
+
+
+def _put(module: nn.Module, key: str, value: torch.Tensor) -> None:
+    if key in dict(module.named_parameters(recurse=False)):
+        setattr(module, key, nn.Parameter(value, requires_grad=False))
+    else:
+        module.register_buffer(key, value)
+
+
+def _values(name: str, tensor: torch.Tensor, device: torch.device, generator: torch.Generator) -> torch.Tensor:
+    value = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    if name.endswith("inv_freq"):
+        width = 2 * tensor.shape[0]
+        return value.copy_(500000.0 ** (-torch.arange(0, width, 2, device=device) / width))
+    if "norm" in name:
+        return value.fill_(1.0) if name.endswith("weight") else value.zero_()
+    return value.normal_(std=0.02, generator=generator)
+
+
+def _to_nf4(unit: nn.Module, device: torch.device) -> None:
+    import bitsandbytes as bnb
+
+    for name, layer in list(unit.named_modules()):
+        if isinstance(layer, nn.Linear):
+            new = bnb.nn.Linear4bit(
+                layer.in_features, layer.out_features, bias=layer.bias is not None, compute_dtype=torch.bfloat16,
+                quant_type="nf4", quant_storage=torch.bfloat16, device="meta",
+            )  # fmt: skip
+            new.weight = bnb.nn.Params4bit(
+                layer.weight.data, requires_grad=False, quant_type="nf4", quant_storage=torch.bfloat16, module=new
+            )
+            new.bias = layer.bias
+            new.to(device)
+            if not new.weight.bnb_quantized:
+                new.weight = new.weight.to(device)
+            unit.set_submodule(name, new)
+
+
+def sample(config: Any, batch: int, device: torch.device, seed: int) -> dict[str, Any]:
+    """``batch`` rows of S400 with features in place of pixels."""
+    from cogtune.model.routing import Routing
+
+    generator = torch.Generator().manual_seed(seed)
+    image = config.num_image_tokens
+    text = torch.randint(0, min(config.vocab_size, 128000) - 10, (batch, TEXT), generator=generator)
+    start = torch.full((batch, 1), 1)
+    ids = torch.cat([start, torch.full((batch, image), 2), text], 1)
+    types = torch.zeros_like(ids)
+    types[:, 1 : 1 + image] = 1
+    labels = torch.full_like(ids, -100)
+    labels[:, -LABELLED:] = ids[:, -LABELLED:]
+    features = torch.randn(batch, config.grid**2, config.vision_config.hidden_size, generator=generator)
+    return {
+        "input_ids": ids.to(device),
+        "token_type_ids": types.to(device),
+        "labels": labels.to(device),
+        "routing": Routing.build(types, labels=labels).to(device),
+        "image_features": features.to(device, torch.bfloat16),
+    }
+
+
+def measure(row: Row, checkpoint: str | None, small: bool) -> dict[str, Any]:
+    """Run inside one rank of a launch; rank 0's result is the row's."""
+    from cogtune.adapters.attach import attach
+    from cogtune.checkpoint.load import load_model
+    from cogtune.configuration.run import load_config
+    from cogtune.model.checkpointing import enable_checkpointing, recomputed_layers
+    from cogtune.train import engines
+    from cogtune.train.optim import build_optimizer
+
+    began = time.perf_counter()
+    keys = {
+        "model.path": checkpoint or "random", "data.path": ["none"], "train.output": "none",
+        "parallel.engine": row.engine, "model.dtype": "bfloat16",
+        "lora.targets": ["vision_expert_query_key_value"], "lora.rank": "8",
+        "train.batch_size": str(row.batch), "train.accumulation": str(row.accumulation),
+        "parallel.keep_gathered": row.keep_gathered, "parallel.offload": row.offload,
+    }  # fmt: skip
+    config = load_config(None, keys)
+    engine = engines.start(config)
+    device = engine.device
+    if checkpoint is None:
+        base = build(config, small)
+        fill(base, device, engine.placement, row.quantisation)
+    else:
+        base = load_model(checkpoint, dtype=torch.bfloat16, device=device, **_loading(row, engine))
+    torch.manual_seed(0)
+    model = attach(base, config.lora, building=engine.attaching(base))
+    if row.recompute != "none":
+        enable_checkpointing(base, recomputed_layers(row.recompute, len(base.model.layers)))
+    engine.wrap(model, build_optimizer([p for p in model.parameters() if p.requires_grad], config.train))
+    _wait(device)
+    started, loaded_peak = time.perf_counter() - began, _peak(device)
+    print(engine.describe(), flush=True)
+    engine.module.train()
+    inputs = sample(base.config, row.batch, device, engine.group.rank)
+    labels = row.batch * LABELLED * row.accumulation * engine.group.size
+    times, losses, norms = [], [], []
+    _reset(device)
+    for step in range(WARM + STEPS):
+        engine.group.barrier()
+        _wait(device)
+        start = time.perf_counter()
+        for number in range(row.accumulation):
+            with engine.accumulating(last=number == row.accumulation - 1):
+                loss = engine.module(**inputs, num_items_in_batch=labels).loss
+                engine.backward(loss * engine.loss_factor)
+        norms.append(engine.step().grad_norm)
+        _wait(device)
+        times.append(time.perf_counter() - start)
+        losses.append(float(loss.detach()) * labels / (row.batch * LABELLED))
+        if engine.group.is_main:
+            print(f"step {step} {times[-1]:.3f} s  loss {losses[-1]:.4f}  grad {norms[-1]:.4f}", flush=True)
+    start = time.perf_counter()
+    state = engine.state()
+    saved = time.perf_counter() - start
+    median = statistics.median(times[WARM:])
+    mine = {"start_s": started, "peak_gib_loading": loaded_peak, "peak_gib": _peak(device), **_host()}
+    return {
+        "median_s": median,
+        "samples_per_s": row.batch * row.accumulation * engine.group.size / median,
+        "times_s": times,
+        "losses": losses,
+        "grad_norms": norms,
+        "state_s": saved,
+        "state_mib": sum(value.numel() * value.element_size() for value in state.values()) / 2**20,
+        "by_rank": engine.group.gather(mine),
+        "engine": engine.describe(),
+    }
+
+
+def _loading(row: Row, engine: Any) -> dict[str, Any]:
+    from cogtune.checkpoint.quantize import Quantization
+
+    quantisation = Quantization(experts=row.quantisation) if row.quantisation != "none" else None
+    return {"vision_tower": False, "placement": engine.placement, "quantization": quantisation}
+
+
+def _host() -> dict[str, float]:
+    status = Path("/proc/self/status").read_text() if Path("/proc/self/status").exists() else ""
+    lines = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+    found = {key: int(lines[key].split()[0]) / 2**20 for key in ("VmHWM", "RssAnon", "RssFile") if key in lines}
+    return {"host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, **found}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peak(device: torch.device) -> float:
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
+
+
+def _reset(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def run_row(name: str, checkpoint: str | None, small: bool) -> dict[str, Any]:
+    """Launch a row on its ranks; its result, or how it failed."""
+    row = ROWS[name]
+    own = ["-m", "benchmarks.cards", "--inside", name, *(["--checkpoint", checkpoint] if checkpoint else [])]
+    own += ["--small"] if small else []
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(row.ranks), *own]
+    if row.engine == "single":
+        command = [sys.executable, *own]
+    start = time.time()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ROW_SECONDS, check=False)
+        output, code = done.stdout + done.stderr, done.returncode
+    except subprocess.TimeoutExpired as error:
+        output, code = f"{error.stdout or ''}{error.stderr or ''}", 124
+    found = [line for line in output.splitlines() if line.startswith("RESULT ")]
+    result = json.loads(found[-1].removeprefix("RESULT ")) if found else {"failed": code, "tail": _cause(output)}
+    return {"row": name, **asdict(row), **result, "wall_s": time.time() - start}
+
+
+def _cause(output: str) -> str:
+    """The end of the first rank's traceback, or of the output."""
+    first = output.find("Traceback")
+    return output[-2000:] if first < 0 else output[first : first + 5000][-2500:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("output", nargs="?")
+    parser.add_argument("rows", nargs="*")
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--inside")
+    parser.add_argument("--small", action="store_true", help="the tiny shapes, to try the script on a CPU")
+    given = parser.parse_intermixed_args()
+    if given.inside:
+        result = measure(ROWS[given.inside], given.checkpoint, given.small)
+        if os.environ.get("RANK", "0") == "0":
+            print("RESULT " + json.dumps(result), flush=True)
+        sys.stdout.flush()
+        os._exit(0)  # torch's teardown of a process group can hang
+    output = Path(given.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    cards = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    commit = Path("COMMIT").read_text().strip() if Path("COMMIT").exists() else _git()
+    about = {"cards": cards, "torch": torch.__version__, "commit": commit, "date": time.strftime("%Y-%m-%d")}
+    for name in given.rows or DEFAULT:
+        result = {**run_row(name, given.checkpoint, given.small), **about}
+        with output.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(result) + "\n")
+        if "failed" in result:
+            print(f"{name:20} FAILED {result['failed']}: {result['tail']}", flush=True)
+        else:
+            peaks = [round(rank["peak_gib"], 2) for rank in result["by_rank"]]
+            print(
+                f"{name:20} {result['samples_per_s']:8.3f} samples/s  step {result['median_s']:.3f} s  "
+                f"peak {peaks} GiB  start {result['by_rank'][0]['start_s']:.0f} s  loss {result['losses'][-1]:.4f}",
+                flush=True,
+            )
+
+
+def _git() -> str:
+    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+
+
+if __name__ == "__main__":
+    main()
