@@ -10,9 +10,11 @@ import torch
 
 from cogtune.adapters.attach import attach, save_adapter
 from cogtune.checkpoint.load import load_model
+from cogtune.cli.main import main
 from cogtune.configuration.run import LoraSection
 from tests.support import tensor_cases
 from tests.support.launching import launch, torchrun
+from tests.support.training import write_data
 
 Results = dict[str, Any]
 
@@ -80,3 +82,29 @@ def test_a_fresh_adapter_is_the_one_that_one_device_draws(found: tuple[Results, 
 
 def test_parts_read_from_the_files_are_those_cut_from_the_model(found: tuple[Results, list[Results]]) -> None:
     assert all(rank["read"] for rank in found[1])
+
+
+def test_predict_on_two_ranks_writes_what_one_device_writes(
+    found: tuple[Results, list[Results]], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Sampled answers, so that random numbers have to agree; a second call finds nothing to do and ends."""
+    data = write_data(tmp_path / "data", 3)
+    words = ["predict", "--model", str(tiny_checkpoint), "--data", str(data), "--max-new-tokens", "5"]
+    words += ["--temperature", "1", "--batch-size", "4", "--output"]
+    assert main([*words, str(tmp_path / "one.jsonl")]) == 0
+    for end in ("6 of 6 questions answered", "nothing to do"):
+        again = launch(torchrun("-m", "cogtune", *words, str(tmp_path / "two.jsonl"), "--parallel.tensor", "2"))
+        assert again.code == 0, again.output
+        assert again.output.count(end) == 1, again.output
+    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+
+
+def test_a_launcher_without_tensor_is_refused(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert main(["chat", "--model", str(tiny_checkpoint), "--query", "x"]) == 2
+    assert "--parallel.tensor 3" in capsys.readouterr().err
+    assert main(["chat", "--model", str(tiny_checkpoint), "--query", "x", "--parallel.tensor", "3"]) == 2
+    assert "cannot be split over 3 ranks" in capsys.readouterr().err

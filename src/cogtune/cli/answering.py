@@ -45,6 +45,16 @@ RopePrecision = Annotated[
 Device = Annotated[
     str, typer.Option("--device", help="cpu, cuda, cuda:1, ... auto: the first GPU, or the CPU.", metavar="NAME")
 ]
+Tensor = Annotated[
+    int,
+    typer.Option(
+        "--parallel.tensor",
+        min=1,
+        max=8,
+        help="Processes that hold the model together, one GPU each; started by torchrun --nproc-per-node N.",
+        metavar="N",
+    ),
+]
 MaxInputLen = Annotated[
     int | None,
     typer.Option(

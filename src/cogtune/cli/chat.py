@@ -47,6 +47,7 @@ def _chat(
     dtype: answering.Dtype = "auto",
     rope_precision: answering.RopePrecision = "checkpoint",
     device: answering.Device = "auto",
+    tensor: answering.Tensor = 1,
 ) -> None:
     from cogtune.generate.decoding import Decoding
 
@@ -57,11 +58,13 @@ def _chat(
     import torch
 
     from cogtune.generate.chat import Chat, run_chat
-    from cogtune.generate.loading import ModelChoice, load_generator, resolve
+    from cogtune.generate.loading import ModelChoice, follow, load_generator, resolve
     from cogtune.processing.image import read_image
 
-    choice = ModelChoice(model, adapter, template, dtype, rope_precision, device)
+    choice = ModelChoice(model, adapter, template, dtype, rope_precision, device, tensor)
     resolved = resolve(_last(choice) if last else choice)
+    if follow(resolved):
+        return
     if image is not None:
         read_image(image.expanduser())  # a wrong path is an error before minutes of loading
     with contextlib.redirect_stdout(sys.stderr):  # some libraries log to stdout when first imported
@@ -81,12 +84,14 @@ def _chat(
     if query is not None:
         chat.ask(query, _write, answering.note)
         _write("\n")
+        generator.close()
         return
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # not on every system
             importlib.import_module("readline")  # line editing for input(), by being imported
         answering.note("ask a question; /help lists the commands")
     run_chat(chat, _read_line, _write, answering.note)
+    generator.close()
 
 
 def _last(choice: ModelChoice) -> ModelChoice:
@@ -106,6 +111,7 @@ def _last(choice: ModelChoice) -> ModelChoice:
         choice.dtype,
         run.rope_precision if same_base and choice.rope_precision == "checkpoint" else choice.rope_precision,
         choice.device,
+        choice.tensor,
     )
 
 

@@ -67,6 +67,7 @@ def _predict(
     dtype: answering.Dtype = "auto",
     rope_precision: answering.RopePrecision = "checkpoint",
     device: answering.Device = "auto",
+    tensor: answering.Tensor = 1,
 ) -> None:
     keys = {
         "data.path": data,
@@ -81,7 +82,7 @@ def _predict(
     from cogtune.data.records import iter_questions
     from cogtune.data.sources import read_sources
     from cogtune.generate.decoding import Decoding
-    from cogtune.generate.loading import ModelChoice, load_generator, resolve
+    from cogtune.generate.loading import ModelChoice, dismiss, follow, load_generator, resolve
     from cogtune.generate.predict import PredictOptions, Predictor
     from cogtune.generate.records import PredictionFile
 
@@ -89,7 +90,9 @@ def _predict(
         Decoding(max_new_tokens), greedy=False, temperature=temperature, top_p=top_p, top_k=top_k
     )
     options = PredictOptions(batch_size, own_history, max_input_len, seed)
-    resolved = resolve(ModelChoice(model, adapter, template, dtype, rope_precision, device))
+    resolved = resolve(ModelChoice(model, adapter, template, dtype, rope_precision, device, tensor))
+    if follow(resolved):
+        return
     pictures, report = read_sources(section)
     print("\n".join(report.lines()))
     questions = list(iter_questions(pictures))
@@ -97,6 +100,7 @@ def _predict(
     file = PredictionFile(output, settings, questions)
     if file.next == len(questions):
         print(f"{output}: complete, {len(file.done)} answers; nothing to do")
+        dismiss(resolved)
         return
     if file.done:
         print(f"{output}: continuing behind {len(file.done)} answers")
@@ -104,6 +108,7 @@ def _predict(
         generator = load_generator(resolved, answering.note)
     progress = answering.Progress("questions")
     done = Predictor(generator, questions, file, section, decoding, options, progress).run()
+    generator.close()
     print("\n".join([*done.lines(), f"written to {output}"]))
 
 

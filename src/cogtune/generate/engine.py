@@ -50,6 +50,9 @@ class Generator:
         device: torch.device = self.model.device
         return device
 
+    def close(self) -> None:
+        """No more questions: processes that hold the model together may end."""
+
     def answer_batch(self, asks: Sequence[Ask], decoding: Decoding = GREEDY) -> list[str]:
         """One answer per question, white space around it left out.
 
@@ -111,11 +114,16 @@ class Generator:
         new = [picture for key, picture in wanted.items() if key not in kept]
         if new:
             pixels = torch.cat([self.processor.pixels(picture) for picture in new]).to(self.device)
-            with _evaluating(self.model):
-                features = self.model.model.encode_images(pixels)
+            features = self._features_of(pixels)
             kept |= {id(picture): (picture, row) for picture, row in zip(new, features, strict=True)}
         self._features = kept
         return torch.stack([kept[id(picture)][1] for picture in pictures])
+
+    @torch.no_grad()
+    def _features_of(self, pixels: torch.Tensor) -> torch.Tensor:
+        with _evaluating(self.model):
+            features: torch.Tensor = self.model.model.encode_images(pixels)
+        return features
 
     def _generate(self, inputs: dict[str, torch.Tensor], decoding: Decoding, **options: Any) -> torch.Tensor:
         config = self._generation_config(decoding)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,13 @@ from pathlib import Path
 import torch
 
 from cogtune.adapters.attach import CONFIG_NAME, adapter_shapes, base_name, load_adapter
-from cogtune.checkpoint.load import load_model
+from cogtune.adapters.split import split_adapter
+from cogtune.checkpoint.load import load_config, load_model
 from cogtune.configuration.model import ROPE_PRECISIONS
 from cogtune.errors import AdapterError, ConfigError, SetupError
 from cogtune.generate.engine import Generator
+from cogtune.generate.lockstep import LockstepGenerator, check_launched, launched_processes, leads, start
+from cogtune.model.tensor import SplitModel, TensorGroup, check_sizes
 from cogtune.processing.processor import CogVLM2Processor
 from cogtune.processing.prompt import check_template
 
@@ -30,6 +34,8 @@ class ModelChoice:
     dtype: str = "auto"
     rope_precision: str = "checkpoint"
     device: str = "auto"
+    tensor: int = 1
+    """Processes that hold the model together."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class Resolved:
     dtype: torch.dtype
     rope_precision: str
     device: torch.device
+    tensor: int = 1
 
     @property
     def dtype_name(self) -> str:
@@ -75,10 +82,12 @@ def resolve(choice: ModelChoice) -> Resolved:
             f"--model.rope_precision is {choice.rope_precision!r}; it is one of {', '.join(ROPE_PRECISIONS)}",
             code="config-value",
         )
+    check_launched(choice.tensor)
     device = choose_device(choice.device)
-    return Resolved(
-        str(model), adapter, choice.template, choose_dtype(choice.dtype, device), choice.rope_precision, device
-    )
+    if choice.tensor > 1:
+        check_sizes(load_config(str(model)), choice.tensor)
+    dtype = choose_dtype(choice.dtype, device)
+    return Resolved(str(model), adapter, choice.template, dtype, choice.rope_precision, device, choice.tensor)
 
 
 def _require_here(model: str, adapter: Path) -> None:
@@ -97,6 +106,10 @@ def load_generator(choice: Resolved, progress: Callable[[str], None] = lambda li
         CheckpointError, AdapterError: a folder that is not whole, or an adapter for another base.
         ConfigError: an unknown template.
     """
+    if choice.tensor > 1:
+        group = start(choice.device)
+        assert group is not None
+        return _load_part(choice, group, progress)
     processor = CogVLM2Processor.from_pretrained(choice.model)
     progress(f"loading {choice.model} ({choice.dtype_name}, {choice.device})")
     model = load_model(choice.model, dtype=choice.dtype, device=choice.device, rope_precision=choice.rope_precision)
@@ -104,6 +117,37 @@ def load_generator(choice: Resolved, progress: Callable[[str], None] = lambda li
         progress(f"with the adapter in {choice.adapter}")
         model = load_adapter(model, choice.adapter)
     return Generator(model, processor, template=choice.template)
+
+
+def _load_part(choice: Resolved, group: TensorGroup, progress: Callable[[str], None]) -> LockstepGenerator:
+    """This process's part of base and adapter."""
+    processor = CogVLM2Processor.from_pretrained(choice.model)
+    progress(f"loading {choice.model} ({choice.dtype_name}, {choice.tensor} x {choice.device.type})")
+    split = SplitModel(group, choice.device)
+    model = load_model(choice.model, dtype=choice.dtype, device=choice.device, rope_precision=choice.rope_precision)
+    split.split(model)
+    if choice.adapter is not None:
+        progress(f"with the adapter in {choice.adapter}")
+        model = load_adapter(model, choice.adapter, building=split.whole_sizes())
+        split_adapter(model, split)
+    return LockstepGenerator(model, processor, group=group, template=choice.template)
+
+
+def follow(choice: Resolved) -> bool:
+    """The whole work of a process that does not lead: load its part and run what rank 0 runs. False where this process
+    has work of its own: it leads, or is alone."""
+    if choice.tensor == 1 or leads():
+        return False
+    group = start(choice.device)
+    if group is not None:
+        _load_part(choice, group, lambda line: None).follow()
+    return True
+
+
+def dismiss(choice: Resolved) -> None:
+    """Rank 0 has nothing to do: the others need not load either."""
+    if choice.tensor > 1:
+        start(choice.device, needed=False)
 
 
 def find_adapter(folder: Path) -> Path:
@@ -121,13 +165,14 @@ def find_adapter(folder: Path) -> Path:
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto``, ``cpu``, ``cuda``, ``cuda:1``...
+    """``auto`` (the first GPU, or under a launcher this process's), ``cpu``, ``cuda``, ``cuda:1``...
 
     Raises:
         ConfigError: not a device. SetupError: one that is not there.
     """
     if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        own = int(os.environ.get("LOCAL_RANK", "0")) if launched_processes() > 1 else 0
+        return torch.device(f"cuda:{own}" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -1,0 +1,145 @@
+"""Answering with a model that several processes hold together (``parallel.tensor``).
+
+Rank 0 reads, asks and writes as it would alone. Whatever its generator runs on the model it announces first, and the
+other ranks do nothing but run the same: the same inputs, the same random numbers, the same end.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import StoppingCriteria
+
+from cogtune.errors import ConfigError
+from cogtune.generate.decoding import Decoding
+from cogtune.generate.engine import Generator
+from cogtune.model.tensor import TensorGroup
+
+_PATIENCE = timedelta(days=7)  # a chat waits for its user
+
+
+def launched_processes() -> int:
+    """How many processes a launcher started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def check_launched(size: int) -> None:
+    """Raise ConfigError unless exactly ``size`` processes run."""
+    found = launched_processes()
+    if found == size:
+        return
+    if size == 1:
+        raise ConfigError(
+            f"a launcher started {found} processes, but answering takes one",
+            hint=f"start without the launcher, or let the processes hold one model together: --parallel.tensor {found}",
+            code="config-value",
+        )
+    raise ConfigError(
+        f"--parallel.tensor is {size}, but {found} process{'es run' if found > 1 else ' runs'}",
+        hint=f"torchrun --standalone --nproc-per-node {size} -m cogtune ... --parallel.tensor {size}",
+        code="config-value",
+    )
+
+
+def leads() -> bool:
+    """Whether this process is the one that reads and writes."""
+    return launched_processes() == 1 or os.environ["RANK"] == "0"
+
+
+def start(device: torch.device, *, needed: bool = True) -> TensorGroup | None:
+    """Meet the other processes; None when rank 0 says that there is nothing to do (``needed``)."""
+    group = join(device)
+    return group if _announced({} if needed else None) is not None else None
+
+
+def join(device: torch.device) -> TensorGroup:
+    """Meet the other processes: over NCCL between GPUs, over gloo between CPUs and for what is announced."""
+    if not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    return TensorGroup(dist.get_rank(), dist.get_world_size())
+
+
+class LockstepGenerator(Generator):
+    """A generator on every rank; rank 0's is used, the others `follow`."""
+
+    def __init__(self, model: Any, processor: Any, *, group: TensorGroup, template: str | None = None) -> None:
+        super().__init__(model, processor, template=template)
+        self.group = group
+        self._broken = False
+
+    def follow(self) -> None:
+        """Run what rank 0 runs, until it is done."""
+        while (call := _announced(None)) is not None:
+            _set_random(call.pop("random"), self.device)
+            if "pixels" in call:
+                super()._features_of(call["pixels"].to(self.device))
+            else:
+                inputs = {name: value.to(self.device) for name, value in call["inputs"].items()}
+                stops = {"stopping_criteria": [_CommonStop(None)]} if call["stops"] else {}
+                super()._generate(inputs, call["decoding"], **stops)
+
+    def close(self) -> None:
+        """Let the others end. After a call that failed they are left to the launcher, which ends them."""
+        if self.group.rank == 0 and not self._broken:
+            _announced(None)
+
+    def _features_of(self, pixels: torch.Tensor) -> torch.Tensor:
+        with self._together(pixels=pixels.cpu()):
+            return super()._features_of(pixels)
+
+    def _generate(self, inputs: dict[str, torch.Tensor], decoding: Decoding, **options: Any) -> torch.Tensor:
+        criteria = options.pop("stopping_criteria", None)
+        if criteria is not None:
+            options["stopping_criteria"] = [_CommonStop(criteria)]
+        on_cpu = {name: value.cpu() for name, value in inputs.items()}
+        with self._together(inputs=on_cpu, decoding=decoding, stops=criteria is not None):
+            return super()._generate(inputs, decoding, **options)
+
+    @contextmanager
+    def _together(self, **call: Any) -> Iterator[None]:
+        _announced({**call, "random": _get_random(self.device)})
+        try:
+            yield
+        except BaseException:
+            self._broken = True
+            raise
+
+
+class _CommonStop(StoppingCriteria):
+    """Rank 0's wish to stop, asked at every token by all."""
+
+    def __init__(self, criteria: Sequence[StoppingCriteria] | None) -> None:
+        self._criteria = criteria
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        wish = torch.zeros(input_ids.shape[0], dtype=torch.uint8)
+        for criterion in self._criteria or ():
+            wish |= criterion(input_ids, scores, **kwargs).cpu().byte()
+        dist.broadcast(wish, src=0)
+        return wish.bool().to(input_ids.device)
+
+
+def _announced(call: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Rank 0's ``call`` on every rank."""
+    message = [call]
+    dist.broadcast_object_list(message, src=0, device=torch.device("cpu"))
+    return message[0]
+
+
+def _get_random(device: torch.device) -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    return {**states, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
+
+
+def _set_random(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
