@@ -11,7 +11,7 @@ What a code means and what to do about it stands once, in both languages, in ``e
 from __future__ import annotations
 
 import os
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from typing import NamedTuple
 
@@ -164,3 +164,6 @@ class Stopped(CogtuneError):
     def __init__(self, signal_number: int, message: str, *, hint: str | None = None) -> None:
         super().__init__(message, hint=hint, code="stopped")
         self.exit_code = 128 + signal_number
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return partial(Stopped, hint=self.hint), (self.exit_code - 128, self.message)

@@ -57,6 +57,7 @@ def make_config(base: Path, data: Path | list[Path], output: Path, **values: Any
         "train.output": str(output),
         "data.validation_share": "0",
         "data.workers": "0",
+        "data.cache_features": "off",
         "lora.rank": "4",
         "train.lr": "1e-3",
         "train.warmup_ratio": "0",

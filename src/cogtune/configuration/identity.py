@@ -24,6 +24,10 @@ MAY_CHANGE = frozenset(
     {
         "data.workers",
         "data.max_bad_share",
+        "data.cache_features",
+        "data.cache_dir",
+        "data.cache_budget",
+        "data.cache_batch",
         "train.output",
         "train.save_steps",
         "train.keep_checkpoints",

@@ -80,6 +80,29 @@ def _recompute(value: object) -> object:
     return value
 
 
+def _switch(value: object) -> object:
+    """YAML reads a bare ``on`` and ``off`` as true and false."""
+    return (
+        {True: "on", False: "off", "true": "on", "false": "off"}.get(value, value)
+        if isinstance(value, bool | str)
+        else value
+    )
+
+
+def _budget(value: object) -> object:
+    """A size, or a percentage of the disk, as it was written."""
+    if isinstance(value, str):
+        percentage = value.strip().removesuffix("%")
+        if percentage == value.strip():
+            parse_size(value)
+        elif not percentage.strip().replace(".", "", 1).isdigit() or not 0 < float(percentage) <= 100:
+            raise ValueError(f"`{value}` is no share of the disk; write one from 1% to 100%, or a size such as 500GB")
+        return value.strip()
+    return value
+
+
+Switch = Annotated[bool | Literal["auto", "on", "off"], BeforeValidator(_switch), Shown("auto | on | off")]
+Budget = Annotated[str, BeforeValidator(_budget), Shown("size | percentage")]
 Recompute = Annotated[bool | int | str, BeforeValidator(_recompute), Shown("auto | none | all | every k-th | size")]
 
 PUBLISHED_MODEL = "THUDM/cogvlm2-llama3-chat-19B"
@@ -163,6 +186,29 @@ class DataSection(Section):
     )
     max_pixels: int = Field(
         default=178_956_970, ge=1, description="Pictures with more pixels are refused as decompression bombs."
+    )
+    cache_features: Switch = Field(
+        default="auto",
+        description="Keep what the frozen vision tower computes of each picture on disk and train from it, without the"
+        " tower. auto: where that fits the budget and saves work or makes the run fit. off: it runs in every step.",
+    )
+    cache_dir: Path | None = Field(
+        default=None,
+        description="Folder of the feature cache; runs and users may share it. null: cogtune/features in"
+        " $XDG_CACHE_HOME, else in ~/.cache.",
+    )
+    cache_dtype: Literal["auto", "bfloat16", "float8"] = Field(
+        default="auto",
+        description="Number format of cached features. auto: the one the run computes in, so that nothing is lost."
+        " float8: half the disk, with an error that filling measures and prints.",
+    )
+    cache_budget: Budget = Field(
+        default="80%",
+        description="Most disk the feature cache may take: a size such as 500GB, or a share of what is free and what it"
+        " takes already. Where it is not enough, files no run needs are removed, least recently used first.",
+    )
+    cache_batch: int = Field(
+        default=1, ge=1, description="Pictures per forward pass of the tower while the feature cache is filled."
     )
 
 

@@ -19,7 +19,8 @@ def collate(rows: Sequence[RowSample], column_multiple: int = 1) -> dict[str, An
     """Keyword arguments for the model, plus ``record_ids`` (list) and ``num_labels`` (int), which the loop takes out.
 
     int64 [B, L]: ``input_ids``, ``token_type_ids``, ``attention_mask``, ``labels``, ``segment_ids``; int64 [B, S]:
-    ``segment_parents``; float32 [N, 3, H, W]: ``pixel_values`` of the rows with a picture, absent when there is none.
+    ``segment_parents``; float32 [N, 3, H, W]: ``pixel_values`` of the rows with a picture, or [N, Q, W]:
+    ``image_features`` where those come from the cache; both absent when there is none.
     """
     input_ids = _padded([sample.row.input_ids for sample in rows], _PADDING_ID)
     lengths = torch.tensor([len(sample.row.input_ids) for sample in rows])
@@ -42,6 +43,9 @@ def collate(rows: Sequence[RowSample], column_multiple: int = 1) -> dict[str, An
     pixels = [sample.pixel_values for sample in rows if sample.pixel_values is not None]
     if pixels:
         batch["pixel_values"] = torch.stack(pixels)
+    features = [sample.image_features for sample in rows if sample.image_features is not None]
+    if features:
+        batch["image_features"] = torch.stack(features)
     batch["record_ids"] = [identity for sample in rows for identity in sample.record_ids]
     batch["num_labels"] = int((batch["labels"] != IGNORED_LABEL).sum())
     return batch

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,15 +23,22 @@ if TYPE_CHECKING:
     from cogtune.configuration.run import DataSection
 
 RowIndex = tuple[int, int]
+Features = Callable[[Path], torch.Tensor]
+"""A picture's file -> its features [Q, W]: what the vision tower makes of it."""
 
 
 @dataclass(frozen=True)
 class RowSample:
-    """One row of a batch. ``pixel_values`` is float32 [3, S, S] or None; ``record_ids`` name its conversations."""
+    """One row of a batch; ``record_ids`` name its conversations.
+
+    Its picture, if it has one, is either ``pixel_values`` float32 [3, S, S] or ``image_features`` [Q, W], the vision
+    tower's output for them.
+    """
 
     row: Row
     pixel_values: torch.Tensor | None
     record_ids: tuple[str, ...]
+    image_features: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,7 @@ class TrainRows(Dataset[RowSample]):
         self._data = data
         self._image_size = image_size
         self._seed = seed
+        self._features: Features | None = None
         budget = Budget(encoder, data)
         self._plans: list[RowPlan] = []
         for fitted in budget.fit(self._pictures):
@@ -115,6 +124,15 @@ class TrainRows(Dataset[RowSample]):
         return len(self._plans)
 
     @property
+    def images(self) -> list[Path | None]:
+        """The picture file of each row."""
+        return [self._pictures[plan.picture].image for plan in self._plans]
+
+    def use_features(self, features: Features | None) -> None:
+        """From now on rows carry what ``features`` gives for their picture's file, and no picture is decoded."""
+        self._features = features
+
+    @property
     def weights(self) -> list[float]:
         """How often an epoch shows each row."""
         return [self._pictures[plan.picture].weight for plan in self._plans]
@@ -136,13 +154,16 @@ class TrainRows(Dataset[RowSample]):
         """Build one row; the epoch matters for ``data.turns: one_random`` only.
 
         :raises DataError: when the picture cannot be decoded.
+        :raises CogtuneError: when its features cannot be read.
         """
         plan = self._plans[index]
         picture = self._pictures[plan.picture]
         samples = plan.samples if self._data.turns == "all" else self._drawn(picture, plan, epoch)
         row = build_tree([self._encode(picture, sample) for sample in samples])
         ids = dict.fromkeys(picture.conversations[sample.conversation].id for sample in samples)
-        return RowSample(row, self._pixels(picture), tuple(ids))
+        if self._features is None or picture.image is None:
+            return RowSample(row, self._pixels(picture), tuple(ids))
+        return RowSample(row, None, tuple(ids), self._features(picture.image))
 
     def _pixels(self, picture: Picture) -> torch.Tensor | None:
         if picture.image is None:

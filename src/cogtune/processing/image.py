@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image, UnidentifiedImageError
 
@@ -14,6 +15,9 @@ from cogtune.errors import DataError
 # The statistics CLIP was trained with, per RGB channel.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+
+PREPROCESSING = 1
+"""Changes whenever the same picture would give other numbers, so that nothing computed from the old ones is reused."""
 
 _HEADER_LOCK = threading.Lock()
 
@@ -60,9 +64,18 @@ def preprocess(image: Image.Image, size: int) -> torch.Tensor:
     Resizes to a square without regard to the aspect ratio: bicubic and antialiased, on 8-bit RGB, before scaling to
     [0, 1]. Bit-equal to torchvision's Resize on a PIL image, ToTensor and Normalize.
     """
+    return normalise(resize(image, size))
+
+
+def resize(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
+    """The first half of `preprocess`: uint8 ``[size, size, 3]``, which decides everything that follows."""
     if image.mode != "RGB":
         image = image.convert("RGB")
-    resized = np.array(image.resize((size, size), Image.Resampling.BICUBIC))
+    return np.array(image.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def normalise(resized: npt.NDArray[np.uint8]) -> torch.Tensor:
+    """The second half of `preprocess`: float32 ``[3, size, size]`` from uint8 ``[size, size, 3]``."""
     pixels = torch.from_numpy(resized).permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
     return pixels.div_(255).sub_(_per_channel(MEAN)).div_(_per_channel(STD))
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from cogtune.configuration.run import RunConfig
@@ -48,6 +50,18 @@ class Feed:
 
     def rows_in_epoch(self, epoch: int) -> int:
         return self._sampler((0, 0), 1).rows_in_epoch(epoch)
+
+    def shown(self, start: Position, steps: int) -> npt.NDArray[np.int64]:
+        """How often each row is trained on in the next ``steps`` steps, over all ranks."""
+        sampler = self._sampler((0, 0), 1)
+        counts = np.zeros(len(self.rows), dtype=np.int64)
+        (epoch, taken), step_rows = start, sampler.global_batch * self.accumulation
+        while steps > 0:
+            rows = sampler.order(epoch)[taken:][: steps * step_rows]
+            counts += np.bincount(rows, minlength=len(counts))
+            steps -= -(-len(rows) // step_rows)
+            epoch, taken = epoch + 1, 0
+        return counts
 
     def steps(self, start: Position) -> Iterator[StepBatches]:
         """Steps from a position on, epoch after epoch without end."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,11 +17,12 @@ from cogtune.checkpoint.load import load_model
 from cogtune.configuration.deepspeed import apply_deepspeed
 from cogtune.configuration.run import RunConfig
 from cogtune.errors import DataError, DiskFullError
+from cogtune.features.reader import FeatureReader
 from cogtune.generate.last_run import write_last_run
 from cogtune.model.checkpointing import enable_checkpointing, recomputed_layers
 from cogtune.model.compile import can_compile, compile_layers
 from cogtune.model.modeling import CogVLM2ForCausalLM
-from cogtune.train import engines, folder, saver
+from cogtune.train import engines, features, folder, saver
 from cogtune.train.engines import Engine, Group
 from cogtune.train.engines.base import finish_units
 from cogtune.train.feed import Feed
@@ -97,10 +99,29 @@ def _train(config: RunConfig, dry_run: bool) -> TrainResult:
         if idle:
             engine.group.close()
             return _nothing_to_do(plan, dry_run)
-        model, progress = _build(config, engine, dtype, plan)
-        result = _fit(config, inputs, engine, model, plan, progress, stop)
+        with _features(config, inputs, engine, dtype, plan):
+            model, progress = _build(config, engine, dtype, plan)
+            result = _fit(config, inputs, engine, model, plan, progress, stop)
         engine.group.close()
         return result
+
+
+@contextmanager
+def _features(
+    config: RunConfig, inputs: Inputs, engine: Engine, dtype: torch.dtype, plan: Plan
+) -> Iterator[FeatureReader | None]:
+    """Rows carry cached features inside the block, where the run is to be trained from them."""
+    progress, checkpoint = Progress(), plan.start.checkpoint
+    if checkpoint is not None:
+        progress = Progress.from_dict(checkpoints.read_counters(checkpoint)["progress"])
+    reader = features.ensure(config, inputs, plan.feed, engine.group, dtype, progress, plan.record.total_steps)
+    for rows in filter(None, (inputs.rows, inputs.validation)):
+        rows.use_features(reader)
+    try:
+        yield reader
+    finally:
+        if reader is not None:
+            reader.release()
 
 
 def _plan(config: RunConfig, inputs: Inputs, engine: Engine) -> Plan:

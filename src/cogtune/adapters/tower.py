@@ -1,0 +1,43 @@
+"""Whether an adapter would train in the vision tower, found without weights: then its output is not constant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from cogtune.adapters.attach import LoraSettings, adapter_shapes, attach
+from cogtune.adapters.targets import is_hit, resolve_targets
+from cogtune.configuration.model import CogVLM2Config
+from cogtune.model.modeling import CogVLM2ForCausalLM
+
+_PARTS = ("model.vision.patch_embedding", "model.vision.transformer", "model.vision.conv")
+
+
+def tower_trains(config: CogVLM2Config, lora: LoraSettings) -> bool:
+    """Whether anything in front of the GLU adapter would get a gradient under these settings.
+
+    Raises:
+        AdapterError, ConfigError: as `attach` does.
+    """
+    if lora.start_from is not None:
+        return any(part + "." in name for name in adapter_shapes(Path(lora.start_from)) for part in _PARTS)
+    with torch.device("meta"):
+        model = CogVLM2ForCausalLM(config)
+    modules = dict(model.named_modules())
+    extra = lora.extra
+    asked = [*resolve_targets(model, lora.targets), *_texts(extra.get("modules_to_save"))]
+    asked += _texts(extra.get("target_parameters"))
+    names = [*modules, *(name for name, _ in model.named_parameters())]
+    inside = [name for name in names if name.startswith(_PARTS)]
+    if not any(is_hit(name, target) for name in inside for target in asked) and extra.get("bias") != "all":
+        return False
+    if not extra:
+        return True
+    attach(model, lora)  # peft's other fields can narrow the choice again; only peft itself knows how
+    return model.model.vision.tower_trains()
+
+
+def _texts(value: object) -> Iterable[str]:
+    return [str(item) for item in value] if isinstance(value, list | tuple) else []

@@ -1,0 +1,71 @@
+"""How much disk the cache may take, and making room by removing what no run needs."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from cogtune.configuration.sizes import parse_size
+from cogtune.features.lease import leased
+from cogtune.features.store import SUFFIX, Stored, scan
+
+_HEADROOM = 2**30  # left free on the disk whatever the budget says: checkpoints are written while a run goes on
+
+
+@dataclass(frozen=True)
+class Space:
+    """Bytes: what the cache takes, what is free on its disk, how much it may take, what of it may be evicted."""
+
+    taken: int
+    free: int
+    budget: int
+    evictable: int
+    victims: tuple[Stored, ...]
+    """Files that may be evicted, least recently used first."""
+
+    def excess(self, more: int) -> int:
+        """Bytes to evict before ``more`` bytes fit; more than ``evictable`` if they cannot."""
+        return max(self.taken + more - self.budget, more - self.free, 0)
+
+    def fits(self, more: int) -> bool:
+        return self.excess(more) <= self.evictable
+
+
+def measure(root: Path, budget: str, needed: Collection[str]) -> Space:
+    """Look at the cache. ``needed`` files, as ``variant/digest``, and those under lease are no victims."""
+    files = scan(root)
+    taken = sum(file.size for file in files)
+    free = max(0, shutil.disk_usage(_existing(root)).free - _HEADROOM)
+    held = leased(root) | set(needed)
+    victims = sorted((file for file in files if _label(file.path) not in held), key=lambda file: file.used)
+    return Space(taken, free, _limit(budget, taken + free), sum(file.size for file in victims), tuple(victims))
+
+
+def evict(space: Space, more: int) -> tuple[int, int]:
+    """Remove victims until ``more`` bytes fit; returns how many files and bytes that were."""
+    count = size = 0
+    excess = space.excess(more)
+    for file in space.victims:
+        if size >= excess:
+            break
+        with suppress(PermissionError):  # another user's, in a folder that is not ours to write
+            file.path.unlink(missing_ok=True)
+            count, size = count + 1, size + file.size
+    return count, size
+
+
+def _limit(budget: str, available: int) -> int:
+    if budget.endswith("%"):
+        return int(available * float(budget.removesuffix("%")) / 100)
+    return parse_size(budget)
+
+
+def _label(path: Path) -> str:
+    return f"{path.parent.parent.name}/{path.name.removesuffix(SUFFIX)}"
+
+
+def _existing(path: Path) -> Path:
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())

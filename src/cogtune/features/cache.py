@@ -1,0 +1,212 @@
+"""The feature cache of one run: what it needs, what of it is missing, filling it, reading from it."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from cogtune.errors import DataError
+from cogtune.features.budget import Space, evict, measure
+from cogtune.features.fill import Filled, Filler, FillSettings, Tower
+from cogtune.features.index import PictureIndex
+from cogtune.features.lease import Lease
+from cogtune.features.reader import FeatureReader
+from cogtune.features.store import Store, make_folder
+from cogtune.features.survey import Survey, survey
+from cogtune.features.together import Ranks, together
+from cogtune.features.variant import Variant
+
+_ROUND = 4  # batches between two moments at which the processes hear of each other
+_SHOWN = 10
+_SAY_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class FillReport:
+    """Over all processes; ``seconds`` and ``peak_bytes`` (device memory, loading included) are the largest."""
+
+    computed: int
+    found: int
+    seconds: float
+    peak_bytes: int
+    errors: tuple[float, ...]
+
+    @property
+    def rate(self) -> float:
+        """Pictures per second over all processes, reading and writing included."""
+        return self.computed / self.seconds if self.seconds else 0.0
+
+    def lines(self) -> list[str]:
+        """A few sentences for the console."""
+        peak = f", {self.peak_bytes / 2**30:.2f} GiB at most" if self.peak_bytes else ""
+        lines = [f"{self.computed} computed in {self.seconds:.1f} s, {self.rate:.2f} pictures/s{peak}"]
+        if self.found:
+            lines[0] += f"; {self.found} found by their content"
+        if self.errors:
+            mean, most = sum(self.errors) / len(self.errors), max(self.errors)
+            lines.append(f"error of the stored format, norm-wise: mean {100 * mean:.3f} %, largest {100 * most:.3f} %")
+        return lines
+
+
+class FeatureCache:
+    """Made by every process of a run together; ``images`` may name a file twice."""
+
+    def __init__(self, root: Path, variant: Variant, images: Collection[Path], ranks: Ranks) -> None:
+        self.store = Store(root, variant)
+        self._root, self._ranks = root, ranks
+        self._index = PictureIndex(root, int(variant.shape["image_size"]))
+        self.survey: Survey = survey(images, self.store, self._index, ranks)
+        self._digests = dict(self.survey.present)
+
+    @property
+    def picture_bytes(self) -> int:
+        return self.store.layout.file_bytes
+
+    @property
+    def more_bytes(self) -> int:
+        """Disk that filling takes, at most."""
+        return self.survey.to_compute * self.picture_bytes
+
+    def space(self, budget: str) -> Space:
+        """Disk, budget and what could be evicted, as rank 0 sees it. Collective."""
+        needed = [f"{self.store.variant.name}/{d}" for part in self._ranks.gather(self._digests) for d in part.values()]
+        return self._ranks.on_main(lambda: measure(self._root, budget, needed))
+
+    def problem(self) -> str | None:
+        """Why the cache cannot be written, or None. Collective."""
+
+        def attempt() -> str | None:
+            probe = self._root / f".probe-{os.getpid()}"
+            try:
+                make_folder(self._root, self._root)
+                probe.touch()
+                probe.unlink()
+            except OSError as error:
+                return f"{self._root} cannot be written ({error.strerror})"
+            return None
+
+        return next(filter(None, self._ranks.gather(attempt())), None)
+
+    def make_room(self, space: Space) -> str | None:
+        """Evict what has to go before filling; a line about it. Collective."""
+
+        def work() -> str | None:
+            count, size = evict(space, self.more_bytes)
+            return f"{count} files ({size / 1e9:.2f} GB) of other data or models removed to stay in the budget" * (
+                count > 0
+            )
+
+        return self._ranks.on_main(work) or None
+
+    def fill(
+        self,
+        load: Callable[[], Tower],
+        settings: FillSettings,
+        device: torch.device,
+        model: str,
+        say: Callable[[str], None],
+    ) -> FillReport:
+        """Compute what is missing; every process its share, and all end together. ``load`` gives the tower.
+
+        Raises, on every process, the first error of any:
+            DataError: pictures that cannot be read.
+            DiskFullError, FeatureCacheError: files cannot be written.
+        """
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        variant = self.store.variant
+        settings = replace(settings, measure_error=variant.stored != variant.compute.split()[0])
+        together(self._ranks, lambda: self.store.prepare(model) if self._ranks.rank == 0 else None)
+        try:
+            filled = self._compute(load, settings, device, say)
+        finally:
+            peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        self._digests |= filled.digests
+        self._refuse_bad(filled)
+        if self._ranks.rank == 0 and self._index.compactable:
+            self._index.compact()
+        parts = self._ranks.gather((filled.computed, filled.found, filled.seconds, peak, filled.errors))
+        computed, found, seconds, peaks, errors = zip(*parts, strict=True)
+        return FillReport(
+            sum(computed), sum(found), max(seconds), max(peaks), tuple(e for part in errors for e in part)
+        )
+
+    def _compute(
+        self, load: Callable[[], Tower], settings: FillSettings, device: torch.device, say: Callable[[str], None]
+    ) -> Filled:
+        """Rounds of a few batches; between them the processes hear of each other's progress and errors."""
+        missing, total = self.survey.missing, self.survey.to_compute
+        with ExitStack() as stack:
+
+            def start() -> Filler:
+                filler = Filler(missing, load(), self.store, self._index, settings, device)
+                return stack.enter_context(filler)
+
+            started: list[Filler] = []
+            together(self._ranks, lambda: started.append(start()))
+            filler, progress = started[0], _Progress(total, say)
+            left = True
+            while left:
+
+                def work() -> tuple[bool, int]:
+                    more = filler.advance(settings.batch * _ROUND)
+                    return more, filler.filled.computed + filler.filled.found
+
+                states = together(self._ranks, work)
+                left = any(more for more, _ in states)
+                progress.at(sum(count for _, count in states))
+            return filler.filled
+
+    def _refuse_bad(self, filled: Filled) -> None:
+        """All pictures that could not be read, once the others are done. Collective."""
+        bad = [error for part in self._ranks.gather(filled.bad) for error in part]
+        if bad:
+            others = "".join(f"\n  {error.message}" for error in bad[1:_SHOWN])
+            more = f"\n(and {len(bad) - _SHOWN} more)" if len(bad) > _SHOWN else ""
+            raise DataError(
+                f"{len(bad)} pictures cannot be read:\n  {bad[0].message}{others}{more}",
+                hint="repair them, or remove them together with their labels; the features of all others are stored",
+                code=bad[0].code,
+            )
+
+    def reader(self, dtype: torch.dtype) -> FeatureReader:
+        """Reads any picture's features as ``dtype``. Collective: every process learns what the others found."""
+        digests: dict[str, str] = {}
+        for part in self._ranks.gather(self._digests):
+            digests |= part
+
+        def lease() -> Lease:
+            try:
+                return Lease.take(self._root, {f"{self.store.variant.name}/{digest}" for digest in digests.values()})
+            except OSError:  # a cache that others filled and we may only read
+                return Lease(None)
+
+        return FeatureReader(self.store, digests, dtype, lease() if self._ranks.rank == 0 else Lease(None))
+
+
+class _Progress:
+    """A line every ten seconds: how far, how fast, how long still."""
+
+    def __init__(self, total: int, say: Callable[[str], None]) -> None:
+        self._total, self._say = total, say
+        self._began = self._said = time.perf_counter()
+
+    def at(self, done: int) -> None:
+        now = time.perf_counter()
+        if now - self._said < _SAY_SECONDS or done == 0:
+            return
+        self._said = now
+        rate = done / (now - self._began)
+        left = timedelta(seconds=round((self._total - done) / rate))
+        self._say(f"features: {done}/{self._total} pictures, {rate:.2f} pictures/s, {left} left")

@@ -1,0 +1,104 @@
+"""Whether a run trains from the cache: what `data.cache_features: auto` decides, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cogtune.errors import ConfigError
+from cogtune.features.budget import Space
+from cogtune.features.store import FeatureCacheError
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a run would ask of the tower.
+
+    :param showings: how often it would run on a picture without a cache, over the rest of the run.
+    :param pictures, to_compute: different pictures among them, and those without features yet.
+    :param more_bytes: disk that their features take.
+    :param tower_fits: whether the tower fits beside training; None: not known.
+    """
+
+    showings: int
+    pictures: int
+    to_compute: int
+    more_bytes: int
+    tower_fits: bool | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """``reason`` completes "features: cached, because ..." or "features: the tower runs in every step, because ..."."""
+
+    cached: bool
+    reason: str
+
+
+def choose(asked: Literal["auto", "on"], demand: Demand, space: Space, budget: str, unwritable: str | None) -> Choice:
+    """The decision, before anything is computed.
+
+    Raises:
+        ConfigError, FeatureCacheError: ``on`` was asked for and cannot be had.
+    """
+    obstacle = None
+    if demand.to_compute and unwritable is not None:
+        obstacle = Obstacle(f"{unwritable} and {demand.to_compute} pictures are not in it", "cache-unwritable")
+    elif demand.to_compute and not space.fits(demand.more_bytes):
+        obstacle = Obstacle(_too_large(demand, space, budget), "cache-budget")
+    if asked == "on":
+        if obstacle is not None:
+            raise obstacle.error()
+        return Choice(True, "data.cache_features is on")
+    if obstacle is not None:
+        return Choice(False, obstacle.what)
+    if demand.to_compute == 0:
+        return Choice(True, "all features are there")
+    if demand.tower_fits is False:
+        return Choice(True, "the tower does not fit beside training")
+    if demand.showings <= demand.to_compute:
+        return Choice(
+            False,
+            f"it would run {demand.showings} times, and filling the cache would run it {demand.to_compute} times",
+        )
+    return Choice(
+        True, f"the tower would run {demand.showings} times without it, and runs {demand.to_compute} times to fill it"
+    )
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """What stands against the cache."""
+
+    what: str
+    code: str
+
+    def error(self) -> Exception:
+        if self.code == "cache-budget":
+            return ConfigError(
+                f"data.cache_features is on, but {self.what}",
+                hint="raise data.cache_budget, choose a larger disk with data.cache_dir, set data.cache_dtype: float8 "
+                "(half the size), or data.cache_features: auto",
+                code="cache-budget",
+            )
+        return FeatureCacheError(
+            f"data.cache_features is on, but {self.what}",
+            hint="choose a folder you may write with data.cache_dir, or fill it as a user who may",
+            code="cache-unwritable",
+        )
+
+
+def size_text(size: int) -> str:
+    """Bytes as disks are sold: ``1.29 TB``, ``8.3 MB``."""
+    for name, unit in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
+        if size >= unit:
+            return f"{size / unit:.2f} {name}" if size < 10 * unit else f"{size / unit:.1f} {name}"
+    return f"{size / 1000:.1f} kB"
+
+
+def _too_large(demand: Demand, space: Space, budget: str) -> str:
+    return (
+        f"{size_text(demand.more_bytes)} of features do not fit data.cache_budget {budget}: that is "
+        f"{size_text(space.budget)}, it takes {size_text(space.taken)} of which {size_text(space.evictable)} can "
+        f"be removed, and {size_text(space.free)} of its disk are free"
+    )

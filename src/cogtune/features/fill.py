@@ -1,0 +1,224 @@
+"""The tower over the pictures whose features are missing.
+
+Threads decode and preprocess (Pillow, NumPy and hashing leave the interpreter free), the device computes, other threads
+write; at any time only a few pictures are in memory. What is written stays, so a filling that was killed goes on where
+it was.
+
+Shapes: N pictures of a batch, Q grid cells, W tower width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from cogtune.errors import CogtuneError, DataError
+from cogtune.features.files import relative_error
+from cogtune.features.index import PictureIndex, Stamp, content_digest, pixel_digest
+from cogtune.features.store import Store
+from cogtune.processing.image import normalise, read_image, resize
+
+Tower = Callable[[torch.Tensor], torch.Tensor]
+"""Pixels [N, 3, side, side] on the device -> features [N, Q, W]: `VisionModel.features`."""
+_AHEAD = 4  # decoded batches that wait for the device, and written ones that wait for the disk
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A picture on its way: ``pixels`` None where its features turned out to be there already."""
+
+    image: Path
+    stamp: Stamp
+    content: str
+    digest: str
+    pixels: torch.Tensor | None
+
+
+@dataclass
+class Filled:
+    """What was done so far, by this rank. ``digests``: path -> digest of the pixels."""
+
+    digests: dict[str, str] = field(default_factory=dict)
+    computed: int = 0
+    found: int = 0
+    bad: list[DataError] = field(default_factory=list)
+    errors: list[float] = field(default_factory=list)
+    """||stored - features|| / ||features|| of each computed picture, where the stored format is narrower."""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class FillSettings:
+    """``batch``: pictures per forward pass. ``skip_bad``: go on after a picture that cannot be read, and list it."""
+
+    image_size: int
+    max_pixels: int | None
+    batch: int = 1
+    workers: int = 4
+    skip_bad: bool = False
+    measure_error: bool = False
+
+
+class Filler:
+    """Computes and stores the features of ``images``, a few at a time; use it as a context manager.
+
+    :param device: where ``tower`` is; a CUDA device is kept busy while the batch before is copied back and written.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[Path],
+        tower: Tower,
+        store: Store,
+        index: PictureIndex,
+        settings: FillSettings,
+        device: torch.device,
+    ) -> None:
+        self.filled = Filled()
+        self._tower, self._store, self._index, self._settings, self._device = tower, store, index, settings, device
+        self._readers = ThreadPoolExecutor(max(1, settings.workers), "cogtune-decode")
+        self._writers = ThreadPoolExecutor(2, "cogtune-write")
+        self._decoded = self._decode(images)
+        self._waiting: list[Decoded] = []
+        self._underway: deque[tuple[list[Decoded], torch.Tensor, torch.cuda.Event | None]] = deque()
+        self._writing: deque[Future[tuple[str, float | None]]] = deque()
+        self._started: set[str] = set()
+
+    def __enter__(self) -> Filler:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._readers.shutdown(wait=True, cancel_futures=True)
+        self._writers.shutdown(wait=True, cancel_futures=True)
+
+    def advance(self, pictures: int) -> bool:
+        """Take in up to ``pictures`` more; whether any are left.
+
+        Raises:
+            DataError: a picture that cannot be read, unless ``skip_bad``.
+            OSError: a file could not be written; what was written before stays.
+        """
+        began, left = time.perf_counter(), True
+        for _ in range(pictures):
+            decoded = next(self._decoded, None)
+            if decoded is None:
+                left = False
+                break
+            self._take(decoded)
+        if not left:
+            self._launch()
+            self._collect(0)
+            self._settle(0)
+        self._index.flush()
+        self.filled.seconds += time.perf_counter() - began
+        return left
+
+    def _decode(self, images: Sequence[Path]) -> Iterator[Decoded | DataError]:
+        """In order, decoding ahead."""
+        ahead: deque[Future[Decoded | DataError]] = deque()
+        most = self._settings.workers + _AHEAD * self._settings.batch
+        for image in images:
+            ahead.append(self._readers.submit(self._decode_one, image))
+            if len(ahead) > most:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+    def _decode_one(self, image: Path) -> Decoded | DataError:
+        """Runs in a thread."""
+        settings = self._settings
+        try:
+            stamp, content = _identify(image)
+            known = self._index.find_content(content)
+            if known is not None and self._store.has(known):
+                return Decoded(image, stamp, content, known, None)
+            resized = resize(read_image(image, max_pixels=settings.max_pixels), settings.image_size)
+        except DataError as error:
+            return error
+        digest = pixel_digest(resized, settings.image_size)
+        pixels = None if self._store.has(digest) else normalise(resized)
+        if pixels is not None and self._device.type == "cuda":
+            pixels = pixels.pin_memory()
+        return Decoded(image, stamp, content, digest, pixels)
+
+    def _take(self, decoded: Decoded | DataError) -> None:
+        if isinstance(decoded, DataError):
+            if not self._settings.skip_bad:
+                raise decoded
+            self.filled.bad.append(decoded)
+            return
+        self._index.add(decoded.stamp, decoded.content, decoded.digest)
+        self.filled.digests[str(decoded.image)] = decoded.digest
+        # another process may have been faster since it was decoded, and two files may hold the same picture
+        if decoded.pixels is None or decoded.digest in self._started or self._store.has(decoded.digest):
+            self.filled.found += 1
+            return
+        self._started.add(decoded.digest)
+        self._waiting.append(decoded)
+        if len(self._waiting) >= self._settings.batch:
+            self._launch()
+
+    def _launch(self) -> None:
+        """Start the tower on the waiting pictures; the batch before is collected while it runs."""
+        batch, self._waiting = self._waiting, []
+        if not batch:
+            return
+        pixels = [decoded.pixels for decoded in batch if decoded.pixels is not None]
+        with torch.inference_mode():
+            features = self._tower(torch.stack([one.to(self._device, non_blocking=True) for one in pixels]))
+            if self._device.type != "cuda":
+                self._underway.append((batch, features, None))
+            else:
+                host = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
+                host.copy_(features, non_blocking=True)
+                done = torch.cuda.Event()
+                done.record()
+                self._underway.append((batch, host, done))
+        self._collect(1)
+
+    def _collect(self, leave: int) -> None:
+        """Hand finished batches to the writers."""
+        while len(self._underway) > leave:
+            batch, features, done = self._underway.popleft()
+            if done is not None:
+                done.synchronize()
+            for decoded, one in zip(batch, features, strict=True):
+                self._writing.append(self._writers.submit(self._write, decoded.digest, one))
+        self._settle(_AHEAD * self._settings.batch)
+
+    def _write(self, digest: str, features_QW: torch.Tensor) -> tuple[str, float | None]:
+        """Runs in a thread."""
+        if not bool(torch.isfinite(features_QW).all()):
+            raise CogtuneError(
+                f"the tower's output for a picture is not finite (pixels {digest})",
+                hint="the tower's weights may be damaged, or the number format too narrow: try model.dtype bfloat16",
+                code="cache-not-finite",
+            )
+        self._store.write(digest, features_QW)
+        measured = relative_error(features_QW, self._store.layout) if self._settings.measure_error else None
+        return digest, measured
+
+    def _settle(self, leave: int) -> None:
+        """Wait until no more than ``leave`` files are being written; raises what a writer raised."""
+        while len(self._writing) > leave:
+            _, measured = self._writing.popleft().result()
+            self.filled.computed += 1
+            if measured is not None:
+                self.filled.errors.append(measured)
+
+
+def _identify(image: Path) -> tuple[Stamp, str]:
+    try:
+        return Stamp.of(image), content_digest(image)
+    except OSError as error:
+        raise DataError(
+            f"{image}: the picture cannot be read ({error})",
+            hint="check the path and the file's permissions",
+            code="image-missing" if isinstance(error, FileNotFoundError) else "image-unreadable",
+        ) from error

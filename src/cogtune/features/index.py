@@ -1,0 +1,135 @@
+"""Which pixels a picture file holds, remembered, so that a run need not decode a data set to find its features.
+
+Two ways lead to the digest of the pixels: the file's stamp (path, size, times), and where that is new, as after copying
+a data set, the digest of the file's bytes. A stamp is trusted only if the file was last changed well before it was
+read, so that a change within the clock's resolution cannot hide; ``ctime``, which no tool can set back, is part of it.
+
+The index is a text file that processes append to, one line for each picture, each with a checksum: torn lines are
+ignored, and losing the file costs only time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import PIL
+from PIL import features as pillow_features
+
+from cogtune.features.store import make_folder, write_atomically
+from cogtune.processing.image import PREPROCESSING
+
+FOLDER, FILE = "index", "pictures.tsv"
+_SETTLED_NANOSECONDS = 2_000_000_000
+_FIELDS = 5
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """A file's path, size and times, as one short text."""
+
+    text: str
+    settled: bool
+    """Whether the file had been left alone for a while, so that the stamp is sure to change with its content."""
+
+    @staticmethod
+    def of(path: Path) -> Stamp:
+        status = path.stat()
+        named = f"{os.path.realpath(path)}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}"
+        changed = max(status.st_mtime_ns, status.st_ctime_ns)
+        return Stamp(_short(named.encode("utf-8", "surrogateescape")), time.time_ns() - changed > _SETTLED_NANOSECONDS)
+
+
+class PictureIndex:
+    """The index of one cache folder, for pictures preprocessed to ``image_size``."""
+
+    def __init__(self, root: Path, image_size: int) -> None:
+        jpeg = pillow_features.version("libjpeg_turbo") or pillow_features.version("jpg")
+        self._scope = _short(f"{PREPROCESSING} {image_size} {PIL.__version__} {jpeg}".encode())
+        self._root, self._path = root, root / FOLDER / FILE
+        self._by_stamp: dict[str, str] = {}
+        self._by_content: dict[str, str] = {}
+        self._new: list[str] = []
+        lines = 0
+        with suppress(FileNotFoundError), self._path.open(encoding="ascii", errors="replace") as file:
+            for line in file:
+                lines += 1
+                self._take(line)
+        self.compactable = lines > 1000 and lines > 2 * len(self._by_stamp)
+
+    def find(self, stamp: Stamp) -> str | None:
+        """The digest of the pixels of a file that has not changed since it was indexed."""
+        return self._by_stamp.get(stamp.text)
+
+    def find_content(self, content: str) -> str | None:
+        """The digest of the pixels of a file with these bytes (`content_digest`), wherever it lies."""
+        return self._by_content.get(content)
+
+    def add(self, stamp: Stamp, content: str, pixels: str) -> None:
+        """Remember; ``stamp`` was taken before the file was read."""
+        self._by_content[content] = pixels
+        if not stamp.settled:
+            return
+        self._by_stamp[stamp.text] = pixels
+        fields = "\t".join((self._scope, stamp.text, content, pixels))
+        self._new.append(f"{fields}\t{_short(fields.encode())}\n")
+
+    def flush(self) -> None:
+        """Append what is new. OSError as the system raises it."""
+        if not self._new:
+            return
+        make_folder(self._path.parent, self._root)
+        text = "".join(self._new).encode("ascii")
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            with suppress(PermissionError):  # another user's file keeps the permissions that user gave it
+                os.fchmod(descriptor, stat.S_IMODE(self._root.stat().st_mode) & 0o666)
+            # a line of its own first: whoever was killed while appending may have left half a line
+            os.write(descriptor, b"\n" + text)
+        finally:
+            os.close(descriptor)
+        self._new.clear()
+
+    def compact(self) -> None:
+        """Write the file anew without repeated and torn lines, those of other settings kept."""
+        kept: dict[tuple[str, str], str] = {}
+        for line in self._path.read_text(encoding="ascii", errors="replace").splitlines():
+            fields = _fields(line)
+            if fields is not None:
+                kept[fields[0], fields[1]] = line + "\n"
+        write_atomically(self._path, "".join(kept.values()).encode("ascii"), self._root)
+
+    def _take(self, line: str) -> None:
+        fields = _fields(line)
+        if fields is not None and fields[0] == self._scope:
+            self._by_stamp[fields[1]] = self._by_content[fields[2]] = fields[3]
+
+
+def content_digest(path: Path) -> str:
+    """Digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+
+
+def pixel_digest(resized: npt.NDArray[np.uint8], image_size: int) -> str:
+    """Digest of a picture as the tower sees it: uint8 [size, size, 3] after resizing."""
+    digest = hashlib.sha256(f"{image_size}\0".encode())
+    digest.update(np.ascontiguousarray(resized).data)
+    return digest.hexdigest()[:40]
+
+
+def _fields(line: str) -> list[str] | None:
+    body, _, check = line.rstrip("\n").rpartition("\t")
+    fields = body.split("\t")
+    return fields if len(fields) == _FIELDS - 1 and check == _short(body.encode("ascii", "replace")) else None
+
+
+def _short(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=12).hexdigest()

@@ -1,0 +1,215 @@
+"""Files and folders of the feature cache, shared by ranks, runs and users.
+
+    CACHE/<variant>/about.json                     what the variant is
+    CACHE/<variant>/ab/abcdef....safetensors       one picture; the name is the digest of its pixels
+    CACHE/index/pictures.tsv                       which picture files hold which pixels (`features.index`)
+    CACHE/leases/...                               what runs that are going on need (`features.lease`)
+
+A file is written under a hidden name of its own and renamed, so it is whole or absent, and two processes that write the
+same one do no harm. New folders and files take the permissions of the cache's folder: make that one writable for a
+group (and setgid), and the whole cache is the group's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from cogtune.checkpoint.training import sync
+from cogtune.errors import RunError
+from cogtune.features.files import DamagedError, pack, unpack
+from cogtune.features.variant import Variant
+
+SUFFIX = ".safetensors"
+ABOUT = "about.json"
+_REPAIR = "run the same command again: it fills what is missing and continues from the last checkpoint"
+_STALE_SECONDS = 3600.0
+_GRACE_SECONDS = 60.0  # containers may share a host's name and not its processes
+
+
+class FeatureCacheError(RunError):
+    """The feature cache lost or cannot take a file that the run needs."""
+
+    default_code = "cache"
+
+
+def default_folder() -> Path:
+    """``$XDG_CACHE_HOME/cogtune/features``, or below ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cogtune" / "features"
+
+
+class Store:
+    """The files of one variant."""
+
+    def __init__(self, root: Path, variant: Variant) -> None:
+        self.root = root
+        self.variant = variant
+        self.layout = variant.layout
+        self.folder = root / variant.name
+
+    def path(self, digest: str) -> Path:
+        return self.folder / digest[:2] / f"{digest}{SUFFIX}"
+
+    def has(self, digest: str) -> bool:
+        """Whether the picture's file is there and of the right size; its content is checked when it is read."""
+        try:
+            return self.path(digest).stat().st_size == self.layout.file_bytes
+        except OSError:
+            return False
+
+    def write(self, digest: str, features_QW: torch.Tensor) -> None:
+        """Store features [Q, W] (CPU). OSError as the system raises it; nothing is left behind then."""
+        path = self.path(digest)
+        make_folder(path.parent, self.root)
+        write_atomically(path, pack(features_QW, self.layout, self._label(digest)), self.root)
+
+    def read(self, digest: str) -> torch.Tensor:
+        """Features [Q, W] in the stored format; float32 where that is float8.
+
+        Raises:
+            FeatureCacheError: ``cache-missing``, or ``cache-damaged``: the file is then removed, so that the next
+                filling makes it anew.
+        """
+        path = self.path(digest)
+        try:
+            return unpack(_read(path), self.layout, self._label(digest))
+        except FileNotFoundError as error:
+            raise FeatureCacheError(
+                f"{path}: this picture's features are gone from the feature cache", hint=_REPAIR, code="cache-missing"
+            ) from error
+        except DamagedError as error:
+            removed = self.remove(digest)
+            what = "the file was removed" if removed else "it cannot be removed: no permission"
+            raise FeatureCacheError(
+                f"{path}: a damaged file in the feature cache ({error}); {what}",
+                hint=_REPAIR if removed else f"remove the file, then {_REPAIR}",
+                code="cache-damaged",
+            ) from error
+
+    def remove(self, digest: str) -> bool:
+        """Whether the file is gone afterwards."""
+        with suppress(OSError):
+            self.path(digest).unlink(missing_ok=True)
+        return not self.path(digest).exists()
+
+    def touch(self, digest: str) -> None:
+        """Note that the file was used now: what was not used longest is evicted first. A read-only cache keeps none."""
+        with suppress(OSError):
+            os.utime(self.path(digest))
+
+    def prepare(self, model: str) -> None:
+        """Make the variant's folder and describe it; remove what killed writers left behind. OSError as it comes."""
+        make_folder(self.folder, self.root)
+        about = self.folder / ABOUT
+        if not about.is_file():
+            text = json.dumps({**asdict(self.variant), "model": model}, indent=1) + "\n"
+            write_atomically(about, text.encode(), self.root)
+        for leftover in [*self.folder.glob(".*.partial"), *self.folder.glob("*/.*.partial")]:
+            if _is_abandoned(leftover):
+                leftover.unlink(missing_ok=True)
+
+    def _label(self, digest: str) -> str:
+        return f"{self.variant.name}/{digest}"
+
+
+def make_folder(folder: Path, root: Path) -> None:
+    """Make ``folder`` (at or below ``root``) and its parents, with ``root``'s permissions."""
+    missing = [path for path in (folder, *folder.parents) if path.is_relative_to(root) and not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(parents=True, exist_ok=True)
+        if path != root:
+            with suppress(PermissionError):  # another user made it at the same moment
+                path.chmod(stat.S_IMODE(root.stat().st_mode))
+
+
+def write_atomically(path: Path, content: bytes, root: Path) -> None:
+    """Write a file that is whole or absent, with the read and write permissions of ``root``."""
+    temporary = path.with_name(f".{path.stem}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}.partial")
+    try:
+        write_file(temporary, content)
+        temporary.chmod(stat.S_IMODE(root.stat().st_mode) & 0o666)
+        sync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """All bytes of the cache go through here."""
+    with path.open("xb") as file:
+        file.write(content)
+
+
+def feature_files(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """The feature files of one variant's folder."""
+    with suppress(FileNotFoundError), os.scandir(folder) as parts:
+        for part in parts:
+            if part.is_dir():
+                with os.scandir(part.path) as files:
+                    yield from (entry for entry in files if entry.name.endswith(SUFFIX))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A file of the cache: bytes, and when it was last used (seconds since 1970)."""
+
+    path: Path
+    size: int
+    used: float
+
+
+def variants(root: Path) -> list[Path]:
+    """The folders of the cache that hold features."""
+    return sorted(path.parent for path in root.glob(f"*/{ABOUT}"))
+
+
+def scan(root: Path) -> list[Stored]:
+    """Every feature file of the cache."""
+    found = []
+    for folder in variants(root):
+        for entry in feature_files(folder):
+            with suppress(FileNotFoundError):  # removed by another process meanwhile
+                status = entry.stat()
+                found.append(Stored(Path(entry.path), status.st_size, status.st_mtime))
+    return found
+
+
+def _read(path: Path) -> bytearray:
+    with path.open("rb") as file:
+        content = bytearray(os.fstat(file.fileno()).st_size)
+        length = file.readinto(content)
+    return content[:length]
+
+
+def _is_abandoned(partial: Path) -> bool:
+    """No living writer can be behind it: a write takes well under a second."""
+    parts = partial.name.split(".")  # "", stem, host (it may hold dots), process, time, "partial"
+    host, process = ".".join(parts[2:-3]), parts[-3]
+    try:
+        age = time.time() - partial.stat().st_mtime
+    except FileNotFoundError:
+        return False
+    ended = host == socket.gethostname() and process.isdecimal() and not is_running(int(process))
+    return age > (_GRACE_SECONDS if ended else _STALE_SECONDS)
+
+
+def is_running(process: int) -> bool:
+    """Whether a process of this machine is still there."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

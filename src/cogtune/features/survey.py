@@ -1,0 +1,78 @@
+"""Which of a run's pictures have their features already; every process looks at its share."""
+
+from __future__ import annotations
+
+import os
+import socket
+import uuid
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from cogtune.data.pictures import in_threads
+from cogtune.features.index import PictureIndex, Stamp
+from cogtune.features.store import Store, make_folder
+from cogtune.features.together import Ranks
+
+
+@dataclass(frozen=True)
+class Survey:
+    """``present``: path -> digest of this process's pictures that are there; ``missing``: its other ones. ``pictures``
+    and ``to_compute`` count over all processes; a picture never seen before counts as one to compute."""
+
+    present: dict[str, str]
+    missing: list[Path]
+    pictures: int
+    to_compute: int
+
+
+def survey(images: Collection[Path], store: Store, index: PictureIndex, ranks: Ranks) -> Survey:
+    """Look for the features of ``images``; those found are marked as used now."""
+    mine, pictures = _share(sorted(set(images)), store.root, ranks)
+
+    def look(image: Path) -> str | None:
+        with suppress(OSError):  # whoever reads the picture says what is wrong with it
+            digest = index.find(Stamp.of(image))
+            if digest is not None and store.has(digest):
+                store.touch(digest)
+                return digest
+        return None
+
+    found = in_threads(look, mine)
+    present = {os.fspath(image): digest for image, digest in zip(mine, found, strict=True) if digest is not None}
+    missing = [image for image, digest in zip(mine, found, strict=True) if digest is None]
+    return Survey(present, missing, pictures, sum(ranks.gather(len(missing))))
+
+
+def _share(images: Sequence[Path], root: Path, ranks: Ranks) -> tuple[list[Path], int]:
+    """This process's pictures, and how many there are over all: each once where all processes see the same cache, else
+    each once for every machine."""
+    if ranks.size == 1:
+        return list(images), len(images)
+    hosts = ranks.gather(socket.gethostname())
+    if len(set(hosts)) == 1 or _is_shared(root, ranks):
+        return list(images[ranks.rank :: ranks.size]), len(images)
+    host = hosts[ranks.rank]
+    place = hosts[: ranks.rank].count(host)
+    return list(images[place :: hosts.count(host)]), len(images) * len(set(hosts))
+
+
+def _is_shared(root: Path, ranks: Ranks) -> bool:
+    """Whether what rank 0 writes is seen by all."""
+
+    def write() -> Path | None:
+        probe = root / f".probe-{uuid.uuid4().hex}"
+        with suppress(OSError):
+            make_folder(root, root)
+            probe.touch()
+            return probe
+        return None
+
+    probe = ranks.on_main(write)
+    if probe is None:  # read-only: nothing will be filled, so it is shared or complete
+        return True
+    seen = ranks.gather(probe.exists())
+    if ranks.rank == 0:
+        probe.unlink(missing_ok=True)
+    return all(seen)

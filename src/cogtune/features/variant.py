@@ -1,0 +1,45 @@
+"""What, besides the picture, decides features: one folder of the cache holds the files of one such variant."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+from cogtune.configuration.model import CogVLM2Config, CogVLM2VisionConfig
+from cogtune.features.files import Layout
+from cogtune.processing.image import PREPROCESSING
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Equal variants give equal features for equal pixels, up to the rounding of different devices.
+
+    :param tower: `checkpoint.fingerprint.tower_fingerprint` of the weights.
+    :param shape: the configuration's numbers that decide what the tower computes.
+    :param compute: number format the tower ran in, and how its weights were quantised, if they were.
+    """
+
+    tower: str
+    shape: dict[str, int | float | str]
+    compute: str
+    stored: str
+    preprocessing: int = PREPROCESSING
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(int(self.shape["cells"]), int(self.shape["hidden_size"]), self.stored)
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:32]
+
+
+def make_variant(tower: str, config: CogVLM2Config, compute: str, stored: str) -> Variant:
+    """The variant of a base model's tower."""
+    vision = config.vision_config
+    assert isinstance(vision, CogVLM2VisionConfig)
+    names = ("image_size", "patch_size", "in_channels", "hidden_size", "intermediate_size", "num_hidden_layers")
+    shape = {name: getattr(vision, name) for name in (*names, "num_heads", "hidden_act", "layer_norm_eps")}
+    return Variant(tower, {**shape, "cells": config.grid**2}, compute, stored)

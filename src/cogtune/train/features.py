@@ -1,0 +1,155 @@
+"""Step 3 of a run: the features of its pictures, where training from the cache is possible and pays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cogtune.adapters.merge import whole_folder
+from cogtune.adapters.tower import tower_trains
+from cogtune.checkpoint.fingerprint import tower_fingerprint
+from cogtune.checkpoint.load import load_config, load_model
+from cogtune.configuration.model import CogVLM2Config
+from cogtune.configuration.run import RunConfig
+from cogtune.data.loader import worker_count
+from cogtune.errors import ConfigError
+from cogtune.features.cache import FeatureCache, FillReport
+from cogtune.features.choose import Choice, Demand, choose, size_text
+from cogtune.features.estimate import seconds_per_picture
+from cogtune.features.fill import FillSettings, Tower
+from cogtune.features.reader import FeatureReader
+from cogtune.features.store import default_folder
+from cogtune.features.variant import make_variant
+from cogtune.train.engines.group import Group
+from cogtune.train.feed import Feed
+from cogtune.train.inputs import Inputs
+from cogtune.train.log import log
+from cogtune.train.progress import Progress
+from cogtune.train.watch import phase
+
+_NARROW = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+
+
+def ensure(
+    config: RunConfig, inputs: Inputs, feed: Feed, group: Group, dtype: torch.dtype, progress: Progress, total: int
+) -> FeatureReader | None:
+    """Decide as ``data.cache_features`` says, fill what is missing, and give what reads it; None: the tower runs.
+
+    Collective. ``progress`` and ``total`` steps say what of the data is still to be shown.
+
+    Raises:
+        ConfigError, FeatureCacheError: asked for and not possible.
+        DataError: a picture that cannot be read. DiskFullError: no space for the features.
+    """
+    asked = config.data.cache_features
+    assert not isinstance(asked, bool)
+    if asked == "off":
+        return None
+    model_config = load_config(config.model.path)
+    if tower_trains(model_config, config.lora):
+        if asked == "on":
+            raise ConfigError(
+                "data.cache_features is on, but lora.targets train the vision tower: its output changes in every step",
+                hint="set data.cache_features: off, or leave the tower out of lora.targets",
+                code="cache-tower-trains",
+            )
+        _say_live("lora.targets train in it, so its output changes")
+        return None
+    showings, images = _demand(config, inputs, feed, progress, total)
+    if not images:
+        _say_live("no row has a picture")
+        return None
+    cache = open_cache(config, model_config, images, group, dtype)
+    demand = Demand(showings, cache.survey.pictures, cache.survey.to_compute, cache.more_bytes)
+    choice = _choose(config, cache, demand)
+    if not choice.cached:
+        _say_live(choice.reason)
+        return None
+    log.info(f"features: trained from the cache: {choice.reason}")
+    if demand.to_compute:
+        for line in fill(config, cache, group, dtype).lines():
+            log.info(f"features: {line}")
+    return cache.reader(dtype)
+
+
+def open_cache(
+    config: RunConfig, model_config: CogVLM2Config, images: set[Path], group: Group, dtype: torch.dtype
+) -> FeatureCache:
+    """The cache as this run would use it, looked through; says how large it is and will be. Collective."""
+    data = config.data
+    root = (data.cache_dir or default_folder()).expanduser()
+    fingerprint = group.on_main(lambda: tower_fingerprint(whole_folder(config.model.path)))
+    compute = _NARROW[dtype]
+    variant = make_variant(
+        fingerprint, model_config, compute, compute if data.cache_dtype == "auto" else data.cache_dtype
+    )
+    cache = FeatureCache(root, variant, images, group)
+    survey, each = cache.survey, cache.picture_bytes
+    log.info(
+        f"features: {survey.pictures} pictures x {size_text(each)} = {size_text(survey.pictures * each)} in {root}; "
+        f"{survey.pictures - survey.to_compute} there, {survey.to_compute} to compute ({size_text(cache.more_bytes)})"
+    )
+    return cache
+
+
+def fill(config: RunConfig, cache: FeatureCache, group: Group, dtype: torch.dtype) -> FillReport:
+    """Evict what the budget asks for, say how long it will take, load the tower, fill, free the tower. Collective."""
+    device, data, path = group.device, config.data, config.model.path
+    removed = cache.make_room(cache.space(data.cache_budget))
+    if removed:
+        log.info(f"features: {removed}")
+    each = seconds_per_picture(load_config(path), device, dtype)
+    share = -(-cache.survey.to_compute // group.size)
+    log.info(
+        f"features: filling {cache.survey.to_compute} pictures on {group.size} x {device.type}, about "
+        f"{timedelta(seconds=round(each * share))} (an estimate)"
+    )
+    settings = FillSettings(
+        image_size=load_config(path).image_size,
+        max_pixels=data.max_pixels,
+        batch=data.cache_batch,
+        workers=max(1, worker_count(data.workers, group.local_size)),
+        skip_bad=data.on_bad == "skip",
+    )
+    with phase("filling the feature cache", config, device):
+        return cache.fill(_loader(path, dtype, device), settings, device, str(path), log.info)
+
+
+def _loader(path: str, dtype: torch.dtype, device: torch.device) -> Callable[[], Tower]:
+    def load() -> Tower:
+        vision: Any = load_model(path, dtype=dtype, device=device).model.vision
+        tower: Tower = vision.features
+        return tower
+
+    return load
+
+
+def _choose(config: RunConfig, cache: FeatureCache, demand: Demand) -> Choice:
+    asked: Any = config.data.cache_features
+    budget = config.data.cache_budget
+    return choose(asked, demand, cache.space(budget), budget, cache.problem() if demand.to_compute else None)
+
+
+def _demand(config: RunConfig, inputs: Inputs, feed: Feed, progress: Progress, total: int) -> tuple[int, set[Path]]:
+    """How often the tower would run, and on which files, from here to the end of the run, validation included."""
+    steps = max(0, total - progress.step)
+    counts = feed.shown(progress.position, steps)
+    showings, images = 0, set[Path]()
+    for image, count in zip(inputs.rows.images, counts.tolist(), strict=True):
+        if image is not None and count:
+            showings += count
+            images.add(image)
+    if inputs.validation is not None and steps:
+        validations = -(-steps // (config.eval.steps or config.train.save_steps))
+        shown = [image for image in inputs.validation.images if image is not None]
+        showings += validations * len(shown)
+        images.update(shown)
+    return showings, images
+
+
+def _say_live(reason: str) -> None:
+    log.info(f"features: the tower runs in every step: {reason}")
