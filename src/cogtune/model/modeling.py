@@ -9,6 +9,7 @@ Module names are those of the published checkpoint, so its tensors and anyone's 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -293,12 +294,12 @@ class CogVLM2ForCausalLM(CogVLM2PreTrainedModel, CogVLM2Generation, GenerationMi
         training = self.training and torch.is_grad_enabled()
         vision = self.model.vision
         if pixel_values is None and image_features is None and (training or vision.sharded):
-            weight = vision.conv.weight
-            if vision.tower_trains() or vision.sharded:
+            place: dict[str, Any] = {"device": routing.positions.device, "dtype": vision.boi.dtype}
+            if vision.tower_trains() or (vision.sharded and vision.has_tower):
                 side = self.config.image_size
-                pixel_values = weight.new_zeros(0, self.config.vision_config.in_channels, side, side)
+                pixel_values = torch.zeros(0, self.config.vision_config.in_channels, side, side, **place)
             else:
-                image_features = weight.new_zeros(0, self.config.grid**2, vision.width)
+                image_features = torch.zeros(0, self.config.grid**2, vision.width, **place)
         if pixel_values is not None:
             image_features = self.model.encode_images(pixel_values)
         images = 0 if image_features is None else image_features.shape[0]

@@ -17,6 +17,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from cogtune.configuration.model import CogVLM2Config, CogVLM2VisionConfig
 from cogtune.model.attention import attend
 
+TOWER_PARTS = ("patch_embedding", "transformer", "conv")
+"""Modules of `VisionModel` whose output is cached while they are frozen."""
+
 
 class PatchEmbedding(nn.Module):
     """Patches, the class token in front of them, and learned positions."""
@@ -130,12 +133,26 @@ class VisionModel(nn.Module):
         self.eoi = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.sharded = False  # set by an engine whose ranks gather weights together: all of it runs in every pass then
 
+    @property
+    def has_tower(self) -> bool:
+        """Whether pixels can be given; without the tower only its cached output can."""
+        return hasattr(self, "transformer")
+
+    def drop_tower(self) -> None:
+        """Give up everything in front of the adapter."""
+        for name in TOWER_PARTS:
+            if hasattr(self, name):
+                delattr(self, name)
+
     def tower_trains(self) -> bool:
         """Whether anything in front of the adapter needs a gradient; only then is the tower run with one."""
-        return any(p.requires_grad for m in (self.patch_embedding, self.transformer, self.conv) for p in m.parameters())
+        parts = [getattr(self, name) for name in TOWER_PARTS] if self.has_tower else []
+        return any(parameter.requires_grad for part in parts for parameter in part.parameters())
 
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The tower's cacheable output [N, Q, W] from pixels [N, 3, side, side]."""
+        if not self.has_tower:
+            raise ValueError("this model was loaded without its vision tower: give image_features, not pixel_values")
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.tower_trains()):
             x = self.transformer(self.patch_embedding(pixel_values.to(self.conv.weight.dtype)))
             images, patches, width = x.shape

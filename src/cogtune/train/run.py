@@ -99,8 +99,8 @@ def _train(config: RunConfig, dry_run: bool) -> TrainResult:
         if idle:
             engine.group.close()
             return _nothing_to_do(plan, dry_run)
-        with _features(config, inputs, engine, dtype, plan):
-            model, progress = _build(config, engine, dtype, plan)
+        with _features(config, inputs, engine, dtype, plan) as reader:
+            model, progress = _build(config, engine, dtype, plan, cached=reader is not None)
             result = _fit(config, inputs, engine, model, plan, progress, stop)
         engine.group.close()
         return result
@@ -182,10 +182,12 @@ def _write_beside(config: RunConfig, inputs: Inputs, engine: Engine, plan: Plan)
     checkpoints.write_json(output / "versions.json", versions(engine.device))
 
 
-def _build(config: RunConfig, engine: Engine, dtype: torch.dtype, plan: Plan) -> tuple[PeftModel, Progress]:
+def _build(
+    config: RunConfig, engine: Engine, dtype: torch.dtype, plan: Plan, *, cached: bool
+) -> tuple[PeftModel, Progress]:
     """Base, adapter and optimiser in the engine, in the state of the checkpoint to start from if there is one."""
     checkpoint = plan.start.checkpoint
-    model = assemble(load_base(config, engine, dtype), config, engine, checkpoint)
+    model = assemble(load_base(config, engine, dtype, cached=cached), config, engine, checkpoint)
     log.info(engine.describe())
     if checkpoint is not None:
         return model, saver.restore(engine, checkpoint, plan.start.output, plan.record.total_steps)
@@ -193,12 +195,17 @@ def _build(config: RunConfig, engine: Engine, dtype: torch.dtype, plan: Plan) ->
     return model, Progress()
 
 
-def load_base(config: RunConfig, engine: Engine, dtype: torch.dtype) -> CogVLM2ForCausalLM:
-    """The frozen model as ``config`` wants it, on this rank's device or as much of it as the engine leaves there."""
+def load_base(config: RunConfig, engine: Engine, dtype: torch.dtype, *, cached: bool = False) -> CogVLM2ForCausalLM:
+    """The frozen model as ``config`` wants it, on this rank's device or as much of it as the engine leaves there.
+
+    ``cached``: without the vision tower, for batches that carry its output.
+    """
     with phase("loading the model", config, engine.device):
         base = load_model(
             config.model.path, dtype=dtype, device=engine.device, rope_precision=config.model.rope_precision
         )
+    if cached:
+        base.model.vision.drop_tower()
     if engine.placement is not None:
         finish_units(base, engine.placement)
     return base
