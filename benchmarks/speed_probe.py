@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import sys
@@ -24,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cogtune.adapters.attach import attach
 from cogtune.model import attention
 from cogtune.model.compile import compile_layers, compiled_graphs
+from cogtune.model.fp8 import Fp8Linear
 from cogtune.model.routing import GPU_COLUMNS, Routing
 from tests.gpu.full_size import random_full_size
 
@@ -218,7 +220,7 @@ class Trained:
         return {"device_ms": round(sum(line[1] for line in lines), 2), "kernels": lines[:60]}
 
 
-def full(rows: Rows, names: list[str]) -> None:
+def full(rows: Rows) -> None:
     began = time.perf_counter()
     model = random_full_size()
     print("built", round(time.perf_counter() - began, 1), torch.cuda.get_device_name(), torch.__version__, flush=True)
@@ -255,12 +257,128 @@ def full(rows: Rows, names: list[str]) -> None:
     rows.add("compiled tower kernels", lambda: trained.kernels(live))
 
 
+def adapter_gradients(trained: Trained, batch: dict[str, Any]) -> dict[int, torch.Tensor]:
+    """Loss gradients of the adapters, by layer."""
+    trained.model(**batch).loss.backward()
+    found: dict[int, list[torch.Tensor]] = {}
+    for name, parameter in trained.model.named_parameters():
+        if parameter.grad is not None and ".layers." in name:
+            found.setdefault(int(name.split(".layers.")[1].split(".")[0]), []).append(parameter.grad.flatten())
+    trained.optimizer.zero_grad()
+    return {layer: torch.cat(parts) for layer, parts in found.items()}
+
+
+def to_fp8(module: torch.nn.Module, keep_transposed: bool) -> None:
+    """Every frozen linear layer inside, in place; an adapter's stay."""
+    for name, part in list(module.named_modules()):
+        if type(part) is torch.nn.Linear and "lora_" not in name:
+            module.set_submodule(name, Fp8Linear.from_weight(part.weight, part.bias, keep_transposed=keep_transposed))
+
+
+def fp8(rows: Rows) -> None:
+    """Parity by layer, then steps with fp8 experts and an fp8 tower beside bf16 in the same process."""
+    model = random_full_size()
+    pixels = noise(1, 3, 1344, 1344)
+    with torch.no_grad():
+        features = model.model.encode_images(pixels)
+    trained = Trained(model, ["vision_expert_query_key_value"], 8)
+    cached = sample(400, 200) | {"image_features": features}
+    live = sample(400, 200) | {"pixel_values": pixels}
+    four = sample(400, 200, 4) | {"image_features": features.expand(4, -1, -1).contiguous()}
+    inputs: list[tuple[Any, ...]] = []
+    for _ in range(3):
+        trained.step(cached)  # so that the second matrices are no longer zero
+    wanted = adapter_gradients(trained, cached)
+    hooks = [
+        layer.register_forward_hook(lambda _m, args, kwargs, out: inputs.append((args, kwargs, out)), with_kwargs=True)
+        for layer in model.model.layers
+    ]
+    with torch.no_grad():
+        trained.model(**cached)
+    for hook in hooks:
+        hook.remove()
+    compile_layers(model)
+    rows.add("bf16 compiled cached", lambda: trained.steps(cached))
+    rows.add("bf16 compiled live", lambda: trained.steps(live, 6))
+
+    def parity() -> dict[str, Any]:
+        errors = []
+        for layer, (args, kwargs, out) in zip(model.model.layers, inputs, strict=True):
+            to_fp8(layer, keep_transposed=True)
+            with torch.no_grad():
+                kept = kwargs.get("kept")
+                before = args[0] if kept is None else args[0].index_select(0, kept)
+                found = layer(*args, **kwargs)
+            errors.append(round(float((found - out).float().norm() / (out - before).float().norm()), 4))
+        inputs.clear()
+        found = adapter_gradients(trained, cached)
+        gradients = [
+            [round(float((found[i] - wanted[i]).norm() / wanted[i].norm()), 4),
+             round(float(torch.cosine_similarity(found[i], wanted[i], dim=0)), 5)] for i in sorted(wanted)
+        ]  # fmt: skip
+        return {"layer_update_error": errors, "gradient_error_and_cosine": gradients}
+
+    rows.add("fp8 parity", parity)
+    torch.cuda.empty_cache()
+    rows.add("fp8 experts compiled cached, two layouts", lambda: trained.steps(cached))
+    rows.add("fp8 experts compiled cached, batch 4", lambda: trained.steps(four, 6))
+    rows.add("fp8 kernels", lambda: trained.kernels(cached))
+    for layer in model.model.layers:
+        for part in layer.modules():
+            if isinstance(part, Fp8Linear):
+                part.transposed = None
+    rows.add("fp8 experts compiled cached, one layout", lambda: trained.steps(cached))
+    rows.add("fp8 one layout kernels", lambda: trained.kernels(cached))
+    with torch.no_grad():
+        plain = model.model.encode_images(pixels)
+    to_fp8(model.model.vision.transformer, keep_transposed=False)
+
+    def tower() -> dict[str, Any]:
+        with torch.no_grad():
+            found = model.model.encode_images(pixels)
+            return {
+                "ms": gpu_ms(lambda: model.model.encode_images(pixels), 6),
+                "error": float((found - plain).norm() / plain.norm()),
+            }
+
+    rows.add("fp8 tower", tower)
+    rows.add("fp8 experts (one layout) and tower, compiled live", lambda: trained.steps(live, 6))
+    two = pixels.expand(2, -1, -1, -1).contiguous()
+    with torch.no_grad():
+        rows.add("fp8 tower, two pictures", lambda: {"ms": gpu_ms(lambda: model.model.encode_images(two), 6)})
+
+
+def rank16(rows: Rows) -> None:
+    """Rank 16 on all linear layers of both experts beside rank 8 on the vision experts' q, k and v."""
+    model = random_full_size()
+    with torch.no_grad():
+        features = model.model.encode_images(noise(1, 3, 1344, 1344))
+    cached = sample(400, 200) | {"image_features": features}
+    compile_layers(model)
+    small = Trained(model, ["vision_expert_query_key_value"], 8)
+    rows.add("rank 8 q, k, v", lambda: small.steps(cached))
+    model = small.model.unload()
+    del small
+    large = Trained(model, ["experts"], 16)
+    rows.add("rank 16 experts", lambda: large.steps(cached))
+    rows.add("rank 16 kernels", lambda: large.kernels(cached))
+    model = large.model.unload()
+    del large
+    dropped = Trained(model, ["experts"], 16, dropout=0.1)
+    rows.add("rank 16 experts, dropout 0.1", lambda: dropped.steps(cached))
+
+
 def main(output: Path, names: list[str]) -> None:
     rows = Rows(output)
     if not names or "micro" in names:
         micro(rows)
     if not names or "full" in names:
-        full(rows, names)
+        full(rows)
+    for name, part in (("fp8", fp8), ("rank16", rank16)):
+        if not names or name in names:
+            part(rows)
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 from cogtune import CogVLM2ForCausalLM
 from cogtune.checkpoint.random import random_model, tiny_config
 from cogtune.model.compile import compile_layers
+from cogtune.model.fp8 import Fp8Linear
 from cogtune.model.rope import rotary_tables
 from tests.support.golden import golden, golden_images, golden_model
 from tests.support.trees import random_tree, samples, tree_batch
@@ -91,6 +92,31 @@ def test_compiled_layers_agree_forward_and_backward() -> None:
     compile_layers(model, fullgraph=True)
     for found, expected in zip(run(model), wanted, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="needs a card with fp8"
+)
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("keep_transposed", [False, True])
+@pytest.mark.parametrize("rows", [1, 401, 0])
+def test_fp8_layers_agree_with_the_rounded_operands(rows: int, keep_transposed: bool, compiled: bool) -> None:
+    weight, bias = torch.randn(96, 64).cuda(), torch.randn(96).cuda()
+    layer = Fp8Linear.from_weight(weight, bias, keep_transposed=keep_transposed)
+    run = torch.compile(layer, fullgraph=True, dynamic=True) if compiled else layer
+    x = torch.randn(rows, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    upstream = torch.randn(rows, 96, device="cuda", dtype=torch.bfloat16)
+    out = run(x)
+    out.backward(upstream)
+    plain = Fp8Linear.from_weight(weight.cpu(), bias.cpu())
+    y = x.detach().cpu().requires_grad_()
+    expected = plain(y)
+    expected.backward(upstream.cpu())
+    # a value on the edge between two numbers of e4m3 may be rounded either way: 1/8 of one term of a long sum
+    for found, wanted in ((out, expected), (x.grad, y.grad)):
+        assert wanted is not None
+        error = (found.detach().cpu().float() - wanted.detach().float()).norm()
+        assert error <= 1e-2 * wanted.detach().float().norm()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
