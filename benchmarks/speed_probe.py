@@ -355,17 +355,15 @@ def rank16(rows: Rows) -> None:
         features = model.model.encode_images(noise(1, 3, 1344, 1344))
     cached = sample(400, 200) | {"image_features": features}
     compile_layers(model)
-    small = Trained(model, ["vision_expert_query_key_value"], 8)
-    rows.add("rank 8 q, k, v", lambda: small.steps(cached))
-    model = small.model.unload()
-    del small
-    large = Trained(model, ["experts"], 16)
-    rows.add("rank 16 experts", lambda: large.steps(cached))
-    rows.add("rank 16 kernels", lambda: large.kernels(cached))
-    model = large.model.unload()
-    del large
-    dropped = Trained(model, ["experts"], 16, dropout=0.1)
-    rows.add("rank 16 experts, dropout 0.1", lambda: dropped.steps(cached))
+    for name, targets, rank, dropout in (
+        ("rank 8 q, k, v", ["vision_expert_query_key_value"], 8, 0.0),
+        ("rank 16 experts", ["experts"], 16, 0.0),
+        ("rank 16 experts, dropout 0.1", ["experts"], 16, 0.1),
+    ):
+        trained = Trained(model, targets, rank, dropout)
+        rows.add(name, lambda t=trained: t.steps(cached))
+        rows.add(f"{name}: kernels", lambda t=trained: t.kernels(cached))
+        model = trained.model.unload()
 
 
 def main(output: Path, names: list[str]) -> None:
