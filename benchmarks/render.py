@@ -19,6 +19,12 @@ The tables of error codes come from the catalogue ``src/cogtune/errors.toml`` th
     ...
     <!-- end -->
 
+Which engines go with which settings comes from ``cogtune.train.engines.combinations``:
+
+    <!-- combinations -->
+    ...
+    <!-- end -->
+
 ``python -m benchmarks.render`` rewrites the pages; with ``--check`` it only says which ones are not current, and fails.
 """
 
@@ -33,6 +39,7 @@ from typing import Any
 
 from benchmarks.views import VIEWS, markdown
 from cogtune.errors import catalogue
+from cogtune.train.engines.combinations import table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -44,6 +51,8 @@ MARK = re.compile(
 
 
 ERRORS_MARK = re.compile(r"(<!-- errors: (?P<section>[\w-]+) -->)\n.*?(?P<end><!-- end -->)", re.S)
+
+COMBINATIONS_MARK = re.compile(r"(<!-- combinations -->)\n.*?(<!-- end -->)", re.S)
 
 
 class StaleMarkError(Exception):
@@ -73,7 +82,8 @@ def render(text: str, results: Path = RESULTS, *, chinese: bool = False) -> str:
             return f"{match[1]}{_value(content, path, match['format'] or '', name)}{end}"
         return f"{match[1]}\n{_table(content, name, chinese)}\n{end}"
 
-    return ERRORS_MARK.sub(lambda match: _errors(match, chinese), MARK.sub(fill, text))
+    text = COMBINATIONS_MARK.sub(lambda match: f"{match[1]}\n{table(chinese)}\n{match[2]}", MARK.sub(fill, text))
+    return ERRORS_MARK.sub(lambda match: _errors(match, chinese), text)
 
 
 def _errors(match: re.Match[str], chinese: bool) -> str:

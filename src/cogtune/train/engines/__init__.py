@@ -5,6 +5,7 @@ from __future__ import annotations
 from cogtune.configuration.run import RunConfig
 from cogtune.errors import ConfigError
 from cogtune.train.engines.base import Engine
+from cogtune.train.engines.combinations import check
 from cogtune.train.engines.group import Group, is_launched, is_launched_by_deepspeed
 
 __all__ = ["Engine", "Group", "choose", "start"]
@@ -14,8 +15,15 @@ def choose(config: RunConfig) -> str:
     """The engine's name for this process, from ``parallel`` and from what launched it.
 
     Raises:
-        ConfigError: the engine asked for needs a launcher, or cannot be used with the one that was used.
+        ConfigError: the engine asked for needs a launcher, cannot be used with the one that was used, or does not go
+            with another setting.
     """
+    name = _choose(config)
+    check(config, name)
+    return name
+
+
+def _choose(config: RunConfig) -> str:
     asked, ranks = config.parallel.engine, Group.launched_ranks()
     wanted = config.parallel.launch
     if is_launched() and isinstance(wanted, int) and wanted != ranks:

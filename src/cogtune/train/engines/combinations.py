@@ -1,0 +1,184 @@
+"""Which settings go together: one table, from which a run is checked, the documentation written and the tests chosen.
+
+Every rule is about two columns. What no rule refuses works, and the tests run every pair of values at least once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations, product
+
+from cogtune.configuration.run import RunConfig
+from cogtune.errors import ConfigError
+
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "engine": ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2", "tensor"),
+    "offload": ("none", "weights", "optimizer"),
+    "adapter": ("lora", "dora"),
+    "rows": ("all", "one_random"),
+    "tower": ("frozen", "trained"),
+}
+"""Column to its values. ``tensor`` is ``parallel.tensor`` above 1, alone or with ddp."""
+
+KEYS = {
+    "engine": "parallel.engine",
+    "offload": "parallel.offload",
+    "adapter": "lora.dora",
+    "rows": "data.turns",
+    "tower": "lora.targets",
+}
+"""The configuration key behind each column."""
+
+Pair = tuple[tuple[str, str], tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Engines that do not go with a value of another column: why, and what to do instead, in both languages."""
+
+    engines: tuple[str, ...]
+    column: str
+    values: tuple[str, ...]
+    why: str
+    instead: str
+    why_zh: str
+    instead_zh: str
+
+    def pairs(self) -> Iterator[Pair]:
+        for engine in self.engines:
+            for value in self.values:
+                yield ("engine", engine), (self.column, value)
+
+
+RULES = (
+    Rule(
+        ("single", "ddp", "zero1", "zero2", "tensor"),
+        "offload",
+        ("weights",),
+        "it keeps the frozen weights where they are used",
+        "fsdp2 or zero3 with parallel.offload weights",
+        "它把冻结权重放在使用它们的设备上",
+        "用 fsdp2 或 zero3 配合 parallel.offload weights",
+    ),
+    Rule(
+        ("single", "ddp", "fsdp2", "tensor"),
+        "offload",
+        ("optimizer",),
+        "it keeps the adapter's masters and moments, which are small, beside the adapter",
+        "zero1, zero2 or zero3 with parallel.offload optimizer",
+        "适配器的主权重和动量很小，它把它们留在适配器旁边",
+        "用 zero1、zero2 或 zero3 配合 parallel.offload optimizer",
+    ),
+    Rule(
+        ("zero3", "fsdp2", "tensor"),
+        "adapter",
+        ("dora",),
+        "DoRA measures whole weights, and a rank has a part of each",
+        "ddp or zero2 with lora.dora, or leave lora.dora out",
+        "DoRA 需要完整的权重，而每个进程只有其中一部分",
+        "用 ddp 或 zero2 配合 lora.dora，或去掉 lora.dora",
+    ),
+)
+
+
+def check(config: RunConfig, engine: str) -> None:
+    """Raise ConfigError, with what to do instead, where ``engine`` does not go with a setting of ``config``."""
+    chosen = values_of(config, engine)
+    for rule in RULES:
+        value = chosen[rule.column]
+        if engine in rule.engines and value in rule.values:
+            key = KEYS[rule.column]
+            shown = "true" if key == "lora.dora" else value
+            raise ConfigError(
+                f"{key} {shown} does not go with {_engine_name(config, engine)}: {rule.why}",
+                hint=f"use {rule.instead}",
+                code="config-combination",
+            )
+    if engine in ("zero3", "fsdp2"):
+        _refuse_trained_base(config, engine)
+
+
+def _engine_name(config: RunConfig, engine: str) -> str:
+    return f"parallel.tensor {config.parallel.tensor}" if engine == "tensor" else f"the engine {engine}"
+
+
+def _refuse_trained_base(config: RunConfig, engine: str) -> None:
+    """Fields of peft's that make weights of the base train: they are in shards."""
+    extra = config.lora.extra
+    for name in ("modules_to_save", "trainable_token_indices"):
+        if extra.get(name):
+            raise _trains_base(name, engine)
+    if extra.get("bias", "none") != "none":
+        raise _trains_base("bias", engine)
+
+
+def _trains_base(name: str, engine: str) -> ConfigError:
+    return ConfigError(
+        f"lora.extra.{name} makes weights of the base train, and the engine {engine} leaves each rank a part of them",
+        hint="train adapters only, or use ddp or zero2",
+        code="config-combination",
+    )
+
+
+def values_of(config: RunConfig, engine: str) -> dict[str, str]:
+    """Where ``config`` stands in each column."""
+    tower = any("vision-tower" in target or ".vision." in f".{target}." for target in config.lora.targets)
+    return {
+        "engine": engine,
+        "offload": config.parallel.offload,
+        "adapter": "dora" if config.lora.dora else "lora",
+        "rows": config.data.turns,
+        "tower": "trained" if tower else "frozen",
+    }
+
+
+def refused_pairs() -> dict[Pair, Rule]:
+    return {pair: rule for rule in RULES for pair in rule.pairs()}
+
+
+def allowed() -> list[dict[str, str]]:
+    """Every combination of a value per column that no rule refuses."""
+    refused = set(refused_pairs())
+    everything = [dict(zip(COLUMNS, values, strict=True)) for values in product(*COLUMNS.values())]
+    return [found for found in everything if not pairs_in(found) & refused]
+
+
+def pairs_in(combination: dict[str, str]) -> set[Pair]:
+    """Its values two by two, in the order of the columns."""
+    return set(combinations(combination.items(), 2))
+
+
+def allowed_pairs() -> set[Pair]:
+    """Every pair of values that can stand together in a run."""
+    return set().union(*(pairs_in(found) for found in allowed()))
+
+
+def table(chinese: bool = False) -> str:
+    """The combinations as Markdown: an engine a row, and under it what each refusal says."""
+    refused = refused_pairs()
+    columns = [(column, value) for column in list(COLUMNS)[1:] for value in COLUMNS[column]]
+    head = ["引擎" if chinese else "engine", *(f"{KEYS[c]} {_shown(c, v)}" for c, v in columns)]
+    yes, no = ("可以", "拒绝") if chinese else ("yes", "refused")
+    lines = [head, ["---"] * len(head)]
+    for engine in COLUMNS["engine"]:
+        cells = [no if (("engine", engine), column) in refused else yes for column in columns]
+        lines.append([f"`{engine}`" if engine != "tensor" else "`parallel.tensor`", *cells])
+    grid = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    reasons = []
+    for rule in RULES:
+        engines = ", ".join(f"`{name}`" for name in rule.engines)
+        what = f"`{KEYS[rule.column]}` {', '.join(_shown(rule.column, value) for value in rule.values)}"
+        if chinese:
+            reasons.append(f"- {what} 与 {engines}：{rule.why_zh}；{rule.instead_zh}。")
+        else:
+            reasons.append(f"- {what} with {engines}: {rule.why}; use {rule.instead}.")
+    return grid + "\n\n" + "\n".join(reasons)
+
+
+def _shown(column: str, value: str) -> str:
+    if column == "adapter":
+        return "true" if value == "dora" else "false"
+    if column == "tower":
+        return "vision-tower" if value == "trained" else "experts"
+    return value
