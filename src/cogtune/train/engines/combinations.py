@@ -155,15 +155,15 @@ def allowed_pairs() -> set[Pair]:
 
 
 def table(chinese: bool = False) -> str:
-    """The combinations as Markdown: an engine a row, and under it what each refusal says."""
+    """The combinations as Markdown: an engine a column, and under it what each refusal says."""
     refused = refused_pairs()
-    columns = [(column, value) for column in list(COLUMNS)[1:] for value in COLUMNS[column]]
-    head = ["引擎" if chinese else "engine", *(f"{KEYS[c]} {_shown(c, v)}" for c, v in columns)]
+    engines = [f"`{engine}`" if engine != "tensor" else "`parallel.tensor`" for engine in COLUMNS["engine"]]
     yes, no = ("可以", "拒绝") if chinese else ("yes", "refused")
-    lines = [head, ["---"] * len(head)]
-    for engine in COLUMNS["engine"]:
-        cells = [no if (("engine", engine), column) in refused else yes for column in columns]
-        lines.append([f"`{engine}`" if engine != "tensor" else "`parallel.tensor`", *cells])
+    lines = [["设置" if chinese else "setting", *engines], ["---"] * (len(engines) + 1)]
+    for column in list(COLUMNS)[1:]:
+        for value in COLUMNS[column]:
+            cells = [no if (("engine", engine), (column, value)) in refused else yes for engine in COLUMNS["engine"]]
+            lines.append([f"`{KEYS[column]}` {_shown(column, value)}", *cells])
     grid = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     reasons = []
     for rule in RULES:
