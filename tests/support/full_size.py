@@ -11,6 +11,7 @@ from cogtune import CogVLM2Config, CogVLM2ForCausalLM
 from cogtune.adapters.attach import attach
 from cogtune.configuration.run import LoraSection
 from cogtune.model.checkpointing import enable_checkpointing, first_layers
+from cogtune.model.compile import compile_layers
 from cogtune.model.routing import Routing
 from cogtune.plan.setting import Setting
 from tests.support.meta_memory import LiveBytes, gpu_operators
@@ -26,6 +27,23 @@ class Step:
 
 def meta_step(setting: Setting, targets: list[str]) -> Step:
     """Run the real code under ``setting`` (its batch, adapter and recomputed layers)."""
+    model, base, config = _model(setting, targets)
+    if setting.decoder or setting.blocks:
+        layers, blocks = len(base.model.layers), setting.sizes.vision.num_hidden_layers
+        enable_checkpointing(
+            base, first_layers(len(setting.decoder), layers), first_layers(len(setting.blocks), blocks)
+        )
+    inputs = _inputs(setting, config)
+    mode = LiveBytes()
+    mode.ignore(iter([*model.parameters(), *model.buffers(), *_tensors(inputs)]))
+    with gpu_operators(), mode:
+        loss = model(**inputs, num_items_in_batch=setting.batch.labelled).loss
+        held = mode.live
+        loss.backward()
+    return Step(held, mode.peak)
+
+
+def _model(setting: Setting, targets: list[str]) -> tuple[Any, CogVLM2ForCausalLM, CogVLM2Config]:
     sizes = setting.sizes
     own = {key: getattr(sizes, key) for key in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")}
     config = CogVLM2Config(
@@ -38,16 +56,10 @@ def meta_step(setting: Setting, targets: list[str]) -> Step:
         base = CogVLM2ForCausalLM(config).to(getattr(torch, setting.dtype))
         base.model.rotary_frequencies = torch.empty(config.head_dim // 2, dtype=torch.bfloat16)
         lora = LoraSection(targets=targets, rank=setting.adapter.rank, dropout=setting.adapter.dropout)
-        model = attach(base, lora).train()
-    if setting.decoder or setting.blocks:
-        layers, blocks = len(base.model.layers), sizes.vision.num_hidden_layers
-        enable_checkpointing(
-            base, first_layers(len(setting.decoder), layers), first_layers(len(setting.blocks), blocks)
-        )
-    return _step(model, setting, config)
+        return attach(base, lora).train(), base, config
 
 
-def _step(model: Any, setting: Setting, config: CogVLM2Config) -> Step:
+def _inputs(setting: Setting, config: CogVLM2Config) -> dict[str, Any]:
     batch, image = setting.batch, config.num_image_tokens * int(setting.batch.images)
     types = torch.tensor([[0] + [1] * image + [0] * (batch.text - 1)] * batch.rows)
     labels = torch.full_like(types, -100)
@@ -62,16 +74,38 @@ def _step(model: Any, setting: Setting, config: CogVLM2Config) -> Step:
     elif pictures:
         side = vision.image_size
         inputs["pixel_values"] = torch.empty((pictures, 3, side, side), device="meta", dtype=torch.float32)
-    mode = LiveBytes()
-    mode.ignore(iter([*model.parameters(), *model.buffers(), *_tensors(inputs)]))
-    with gpu_operators(), mode:
-        loss = model(**inputs, num_items_in_batch=batch.labelled).loss
-        held = mode.live
-        loss.backward()
-    return Step(held, mode.peak)
+    return inputs
 
 
 def _tensors(inputs: dict[str, Any]) -> list[torch.Tensor]:
     routing = inputs["routing"]
     found = [value for value in vars(routing).values() if isinstance(value, torch.Tensor)]
     return found + [value for value in inputs.values() if isinstance(value, torch.Tensor)]
+
+
+def compiled_layers(setting: Setting, targets: list[str]) -> list[int]:
+    """Bytes each decoder layer keeps when it is compiled, by the tensors that its graph saves for the backward pass.
+
+    The graphs are cut into forward and backward as on a GPU; their operations then run one by one.
+    """
+    model, base, config = _model(setting, targets)
+    compile_layers(base, "aot_eager_decomp_partition")
+    inputs = _inputs(setting, config)
+    ignored = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers(), *_tensors(inputs)]}
+    kept: dict[int, torch.Tensor] = {}
+    sizes = [0] * len(base.model.layers)
+    running = [0]
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in ignored and storage._cdata not in kept:
+            kept[storage._cdata] = tensor  # held, so that no other storage takes its place
+            sizes[running[0]] += storage.nbytes()
+        return tensor
+
+    for index, layer in enumerate(base.model.layers):
+        layer.register_forward_pre_hook(lambda *_, index=index: running.__setitem__(0, index))
+    with gpu_operators(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        hidden = base.model.forward(inputs["input_ids"], inputs["routing"], inputs["image_features"])
+    assert hidden.requires_grad
+    return sizes

@@ -31,9 +31,10 @@ class Kept:
 
 
 def lora_saves(setting: Setting, linear: Linear, tokens: int) -> int:
-    """An adapted linear's own: A's output, dropout's mask and result, and the two weights as they were cast."""
+    """An adapted linear's own: A's output, dropout's mask and result, and the two weights as they were cast (compiled
+    layers cast them again instead)."""
     adapter, c = setting.adapter, setting.width
-    cast = adapter.rank * (linear.inputs + linear.outputs) * c if c != FLOAT32 else 0
+    cast = adapter.rank * (linear.inputs + linear.outputs) * c if c != FLOAT32 and not setting.compiled else 0
     dropped = tokens * linear.inputs * (c + MASK) if adapter.dropout else 0
     return tokens * adapter.rank * c + cast + dropped
 
@@ -73,7 +74,10 @@ class DecoderTable:
             return Kept(forward=self._forward(index))
         last = index == sizes.num_hidden_layers - 1
         vision, language = (0, self.kept) if last else (self.vision, self.language)
-        saved = self._attention(index, vision, language) + self._mlp(index, vision, language)
+        if self.setting.compiled:
+            saved = self._compiled(index, vision, language)
+        else:
+            saved = self._attention(index, vision, language) + self._mlp(index, vision, language)
         return Kept(
             entry=self.tokens * sizes.hidden_size * c,
             saved=saved,
@@ -127,6 +131,29 @@ class DecoderTable:
         total = 3 * tokens * self.setting.sizes.intermediate_size * self.c + self._down_input(index, expert, tokens)
         for name in ("gate_proj", "up_proj", "down_proj"):
             total += self._lora(self.layers[index][f"mlp.{expert}_mlp.{name}"], tokens)
+        return total
+
+    def _compiled(self, index: int, vision: int, language: int) -> int:
+        """A compiled layer keeps what matrix products and attention made and computes the rest again: the stream before
+        and between its halves, gate's and up's outputs, q, k and the fused projection, attention's output; and what
+        each adapted linear read, for each expert by itself."""
+        sizes, c, n, kept = self.setting.sizes, self.c, self.tokens, vision + language
+        hidden, inner = sizes.hidden_size, sizes.intermediate_size
+        heads = sizes.num_attention_heads + sizes.num_multi_query_heads
+        total = n * (hidden * c + FLOAT32) * (index > self.first) + kept * (hidden * c + FLOAT32)
+        total += n * (sizes.qkv_width + heads * sizes.head_dim + hidden) * c + n * sizes.num_attention_heads * FLOAT32
+        total += 2 * kept * inner * c
+        for expert, whole, part in (("vision", self.vision, vision), ("language", self.language, language)):
+            names = {
+                "qkv": (whole, [f"self_attn.{expert}_expert_query_key_value"]),
+                "dense": (part, [f"self_attn.{expert}_expert_dense"]),
+                "mlp": (part, [f"mlp.{expert}_mlp.gate_proj", f"mlp.{expert}_mlp.up_proj"]),
+                "down": (part, [f"mlp.{expert}_mlp.down_proj"]),
+            }
+            for tokens, ends in names.values():
+                group = self._group(index, *ends)
+                total += tokens * group[0].inputs * c * _keeps_input(self.setting, group)
+                total += sum(self._lora(linear, tokens) for linear in group)
         return total
 
     def _down_input(self, index: int, expert: str, tokens: int) -> int:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from cogtune.plan.activations import DecoderTable
 from cogtune.plan.setting import Adapter, Batch, Setting, adapted_names
 from cogtune.plan.sizes import ModelSizes
 from cogtune.plan.step import end_of_forward, peak
-from tests.support.full_size import meta_step
+from tests.support.full_size import compiled_layers, meta_step
 
 FULL, MIB = ModelSizes(), 2**20
 FEW = ModelSizes(num_hidden_layers=4)
@@ -52,3 +53,13 @@ def test_the_published_setting_at_full_size() -> None:
     step = meta_step(case, QKV)
     assert end_of_forward(case) == pytest.approx(step.held, rel=0.002)
     assert peak(case).total == pytest.approx(step.peak, rel=0.005)
+
+
+@pytest.mark.slow
+def test_what_compiled_layers_keep() -> None:
+    """Two kinds of layer: no gradient goes below the first, and the last computes labelled tokens alone."""
+    sizes = ModelSizes(num_hidden_layers=2)
+    case = setting(["experts"], 16, sizes=sizes, compiled=True)
+    table = DecoderTable(case)
+    for index, found in enumerate(compiled_layers(case, ["experts"])):
+        assert table.layer(index).saved == pytest.approx(found, rel=0.01, abs=8 * MIB), index
