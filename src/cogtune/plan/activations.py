@@ -11,9 +11,11 @@ activation (2 in bfloat16); r the adapter's rank. Tower: W width, P patches with
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
-from cogtune.plan.setting import Setting, layer_index
-from cogtune.plan.sizes import Linear
+from cogtune.plan.setting import Adapter, Setting, layer_index
+from cogtune.plan.sizes import Linear, ModelSizes
 
 FLOAT32 = 4
 MASK = 1  # dropout's mask, bytes per element
@@ -57,33 +59,33 @@ class DecoderTable:
         self.language = setting.batch.language_tokens()
         self.tokens = self.vision + self.language
         self.kept = setting.batch.rows * setting.batch.labelled
-        self.layers: list[dict[str, Linear]] = [{} for _ in range(sizes.num_hidden_layers)]
-        for linear in sizes.linears:
-            index = layer_index(linear.name)
-            if linear.part == "experts" and index is not None:
-                self.layers[index][linear.name.split(".", 3)[3]] = linear
-        trained = [layer_index(n) for n, x in setting.trained.items() if x.part == "experts"]
-        self.first = min((i for i in trained if i is not None), default=sizes.num_hidden_layers)
-        if any(x.part != "experts" for x in setting.trained.values()):
-            self.first = -1  # a gradient passes through every layer
+        self.layers = _layers(sizes)
+        self.first, self._kinds = _first_trained(sizes, setting.adapter), dict[tuple[Any, ...], Kept]()
 
     def layer(self, index: int) -> Kept:
-        """What layer ``index`` keeps and needs."""
+        """What layer ``index`` keeps and needs. Layers of one kind are alike."""
+        trained = tuple(linear.name in self.setting.trained for linear in self.layers[index].values())
+        kind = (index < self.first, index == self.first, index == len(self.layers) - 1, trained)
+        if kind not in self._kinds:
+            self._kinds[kind] = self._layer(index)
+        return self._kinds[kind]
+
+    def _layer(self, index: int) -> Kept:
         sizes, c = self.setting.sizes, self.c
         if index < self.first:  # nothing before it trains: no gradient passes
             return Kept(forward=self._forward(index))
         last = index == sizes.num_hidden_layers - 1
         vision, language = (0, self.kept) if last else (self.vision, self.language)
-        if self.setting.compiled:
-            saved = self._compiled(index, vision, language)
-        else:
-            saved = self._attention(index, vision, language) + self._mlp(index, vision, language)
+        keeps = self._compiled if self.setting.compiled else self._eager
         return Kept(
             entry=self.tokens * sizes.hidden_size * c,
-            saved=saved,
+            saved=keeps(index, vision, language),
             backward=self._backward(index, vision, language),
             forward=self._forward(index),
         )
+
+    def _eager(self, index: int, vision: int, language: int) -> int:
+        return self._attention(index, vision, language) + self._mlp(index, vision, language)
 
     def _group(self, index: int, *ends: str) -> list[Linear]:
         return [self.layers[index][end] for end in ends]
@@ -185,6 +187,27 @@ class DecoderTable:
         sizes = self.setting.sizes
         quantised = self.setting.quant.experts in ("nf4", "int8")
         return sizes.hidden_size * sizes.intermediate_size * self.c if quantised else 0
+
+
+@lru_cache(maxsize=16)
+def _layers(sizes: ModelSizes) -> list[dict[str, Linear]]:
+    """Each decoder layer's linears, by their names inside it."""
+    found: list[dict[str, Linear]] = [{} for _ in range(sizes.num_hidden_layers)]
+    for linear in sizes.linears:
+        index = layer_index(linear.name)
+        if linear.part == "experts" and index is not None:
+            found[index][linear.name.split(".", 3)[3]] = linear
+    return found
+
+
+@lru_cache(maxsize=64)
+def _first_trained(sizes: ModelSizes, adapter: Adapter) -> int:
+    """The first decoder layer that trains; -1 where something in front of them all does."""
+    trained = Setting(sizes=sizes, adapter=adapter).trained
+    if any(linear.part != "experts" for linear in trained.values()):
+        return -1
+    indices = [layer_index(name) for name in trained]
+    return min((index for index in indices if index is not None), default=sizes.num_hidden_layers)
 
 
 class TowerTable:

@@ -33,3 +33,52 @@ HOST_PROCESS = round(3.0 * GIB)
 
 HOST_WORKER = round(0.6 * GIB)
 """Anonymous memory of one process that prepares rows."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of an H100, as reached: operations and bytes per second; seconds."""
+
+    matmul: float
+    half_rate_tokens: float
+    """Rows at which a matrix product reaches half its rate."""
+    decoder_attention: float
+    tower_attention: float
+    memory: float
+    eager_bytes: float
+    """Bytes read and written outside matrix products, per token and layer, forward and backward, at width 4096."""
+    compiled_bytes: float
+    tower_bytes: float
+    """The same in the tower, forward alone, at width 1792."""
+    nf4_seconds: float
+    """To unpack one 4-bit weight, once."""
+    int8_seconds: float
+    fixed: float
+    """Per optimiser step: launching, the loop, the loss's way to the host."""
+    read: float
+    """From disk, where nothing better is known."""
+    overlap: float
+    """Share of a micro-batch's computation behind which communication hides."""
+    latency: float
+    """Of one collective operation."""
+
+
+RATES = Rates(
+    matmul=755e12,
+    half_rate_tokens=218,
+    decoder_attention=244e12,
+    tower_attention=532e12,
+    memory=2.97e12,
+    eager_bytes=2.35e6,
+    compiled_bytes=0.3e6,
+    tower_bytes=0.27e6,
+    nf4_seconds=2.4e-12,
+    int8_seconds=2.4e-12,
+    fixed=0.003,
+    read=1.5e9,
+    overlap=0.7,
+    latency=40e-6,
+)
+"""Products, attention and copies: ceilings measured on one H100 80GB HBM3 (torch 2.11): 755 TFLOP/s at 8192^3, 690 at
+2305 rows, 438 at 301; 0.86 ms of decoder attention forward and backward, 1.14 ms of tower attention; 2.97 TB/s. Bytes
+outside them: benchmarks/results/full-size-h100.json (eager)."""

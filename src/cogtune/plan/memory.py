@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from cogtune.configuration.sizes import GIB
 from cogtune.plan.activations import TowerTable
 from cogtune.plan.calibration import ALLOCATOR, CONTEXT, HOST_PROCESS, HOST_WORKER, LIBRARIES, NCCL
-from cogtune.plan.setting import BYTES, Setting
-from cogtune.plan.sizes import Linear, Part
+from cogtune.plan.setting import BYTES, Quant, Setting
+from cogtune.plan.sizes import Linear, ModelSizes, Part
 from cogtune.plan.step import peak
 
 FLOAT32 = 4
@@ -96,25 +97,29 @@ def weight_bytes(linear: Linear, form: str, dtype: str) -> int:
 
 def weights(setting: Setting, tower: bool | None = None) -> dict[str, int]:
     """Bytes of the frozen weights on one rank's GPU, by part. ``tower``: whether it is loaded (default: if live)."""
-    sizes, width = setting.sizes, setting.width
-    with_tower = setting.tower == "live" if tower is None else tower
-    found: dict[Part, int] = {}
-    for linear in sizes.linears:
-        own = weight_bytes(linear, setting.quant.of(linear), setting.dtype)
-        found[linear.part] = found.get(linear.part, 0) + own
-    for part, count in sizes.other_parameters.items():
-        found[part] = found.get(part, 0) + count * width
-    if setting.quant.embedding == "host":
-        found["embedding"] = 0
+    found = dict(_part_bytes(setting.sizes, setting.quant, setting.dtype))
     divided = setting.shards * setting.tensor
     named = {
         "experts": found["experts"] // divided,
         "embedding and head": (found["embedding"] + found["head"]) // divided,
         "GLU adapter and norms": (found["glu_adapter"] + found["other"]) // divided,
     }
-    if with_tower:
+    if setting.tower == "live" if tower is None else tower:
         named["vision tower"] = (found["tower"] + found["conv"] + found["tower_other"]) // setting.shards
     return named
+
+
+@lru_cache(maxsize=64)
+def _part_bytes(sizes: ModelSizes, quant: Quant, dtype: str) -> dict[Part, int]:
+    found: dict[Part, int] = {}
+    for linear in sizes.linears:
+        own = weight_bytes(linear, quant.of(linear), dtype)
+        found[linear.part] = found.get(linear.part, 0) + own
+    for part, count in sizes.other_parameters.items():
+        found[part] = found.get(part, 0) + count * BYTES[dtype]
+    if quant.embedding == "host":
+        found["embedding"] = 0
+    return found
 
 
 def optimizer_bytes(setting: Setting) -> int:

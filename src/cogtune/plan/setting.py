@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import lru_cache
 from typing import Any, Literal
 
 from cogtune.adapters.targets import LINEAR, is_hit, match_targets
@@ -131,27 +131,23 @@ class Setting:
         """Bytes of one activation."""
         return BYTES[self.dtype]
 
-    @cached_property
+    @property
     def adapted(self) -> dict[str, Linear]:
         """Linear layers with an adapter, by name."""
-        return {linear.name: linear for linear in self.sizes.linears if linear.name in self.adapter.names}
+        return _adapted(self.sizes, self.adapter)
 
-    @cached_property
+    @property
     def trained(self) -> dict[str, Linear]:
         """Those whose adapter trains: in the last layer, what only image tokens pass through cannot reach the loss."""
-        last = f"model.layers.{self.sizes.num_hidden_layers - 1}."
-        dead = (".vision_expert_dense", ".vision_mlp.gate_proj", ".vision_mlp.up_proj", ".vision_mlp.down_proj")
-        return {n: x for n, x in self.adapted.items() if not (n.startswith(last) and n.endswith(dead))}
+        return _trained(self.sizes, self.adapter)
 
     def adapter_parameters(self, trained_only: bool = True) -> int:
         """Parameters of the adapter; with DoRA a magnitude per output as well."""
-        linears = (self.trained if trained_only else self.adapted).values()
-        rank, dora = self.adapter.rank, self.adapter.dora
-        return sum(rank * (x.inputs + x.outputs) + (x.outputs if dora else 0) for x in linears)
+        return _adapter_parameters(self.sizes, self.adapter, trained_only)
 
-    @cached_property
+    @property
     def tower_trains(self) -> bool:
-        return any(name.startswith("model.vision.transformer.") for name in self.trained)
+        return _tower_trains(self.sizes, self.adapter)
 
     @property
     def shards(self) -> int:
@@ -166,3 +162,27 @@ class Setting:
         total, layers = self.sizes.vision.num_hidden_layers, self.sizes.num_hidden_layers
         tower = -(-total * decoder // layers) if blocks is None else blocks
         return replace(self, decoder=frozenset(range(decoder)), blocks=frozenset(range(tower)))
+
+
+@lru_cache(maxsize=64)
+def _adapted(sizes: ModelSizes, adapter: Adapter) -> dict[str, Linear]:
+    return {linear.name: linear for linear in sizes.linears if linear.name in adapter.names}
+
+
+@lru_cache(maxsize=64)
+def _trained(sizes: ModelSizes, adapter: Adapter) -> dict[str, Linear]:
+    last = f"model.layers.{sizes.num_hidden_layers - 1}."
+    dead = (".vision_expert_dense", ".vision_mlp.gate_proj", ".vision_mlp.up_proj", ".vision_mlp.down_proj")
+    found = _adapted(sizes, adapter)
+    return {name: x for name, x in found.items() if not (name.startswith(last) and name.endswith(dead))}
+
+
+@lru_cache(maxsize=64)
+def _adapter_parameters(sizes: ModelSizes, adapter: Adapter, trained_only: bool) -> int:
+    linears = (_trained if trained_only else _adapted)(sizes, adapter).values()
+    return sum(adapter.rank * (x.inputs + x.outputs) + (x.outputs if adapter.dora else 0) for x in linears)
+
+
+@lru_cache(maxsize=64)
+def _tower_trains(sizes: ModelSizes, adapter: Adapter) -> bool:
+    return any(name.startswith("model.vision.transformer.") for name in _trained(sizes, adapter))

@@ -1,0 +1,110 @@
+"""Cards that users have: memory as the driver reports it, and how fast they are.
+
+Only the H100's rates are measured. Every other card's follow from its data sheet, at the share of its peaks that the
+H100 reaches, and whatever is predicted with them is called an estimate.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, replace
+
+from cogtune.configuration.sizes import GIB, MIB, format_size, parse_size
+from cogtune.errors import ConfigError
+
+DESKTOP = round(0.45 * GIB)
+"""Of a card's memory: what the driver keeps for itself and a desktop may take, so never free."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """``memory`` and ``free`` in bytes; peaks in operations and bytes per second (dense bfloat16, or float16 where the
+    card has no bfloat16); ``link`` is the bandwidth to a sibling in one direction. ``holders``: what keeps memory of a
+    real card, from `cogtune.plan.device`."""
+
+    name: str
+    memory: int
+    flops: float
+    bandwidth: float
+    link: float
+    measured: bool = False
+    bfloat16: bool = True
+    fp8: bool = False
+    free: int | None = None
+    holders: tuple[str, ...] = ()
+
+    @property
+    def usable(self) -> int:
+        """What one process may take, its context included: the free memory where it is known."""
+        return self.memory - DESKTOP if self.free is None else self.free
+
+
+PCIE3, PCIE4, PCIE5 = 12e9, 24e9, 48e9
+
+
+def _card(name: str, mebibytes: int, tflops: float, gigabytes: float, link: float, **more: bool) -> Card:
+    return Card(name, mebibytes * MIB, tflops * 1e12, gigabytes * 1e9, link, **more)
+
+
+CARDS = (
+    _card("RTX 3060 12GB", 12288, 51, 360, PCIE4),
+    _card("RTX 4070 12GB", 12282, 117, 504, PCIE4, fp8=True),
+    _card("T4 16GB", 15360, 65, 320, PCIE3, bfloat16=False),
+    _card("V100 16GB", 16384, 125, 900, 75e9, bfloat16=False),
+    _card("RTX 4080 16GB", 16376, 195, 717, PCIE4, fp8=True),
+    _card("A10 24GB", 23028, 125, 600, PCIE4),
+    _card("L4 24GB", 23034, 121, 300, PCIE4, fp8=True),
+    _card("RTX 3090 24GB", 24576, 71, 936, PCIE4),
+    _card("RTX 4090 24GB", 24564, 165, 1008, PCIE4, fp8=True),
+    _card("V100 32GB", 32768, 125, 900, 75e9, bfloat16=False),
+    _card("RTX 5090 32GB", 32607, 210, 1792, PCIE5, fp8=True),
+    _card("A100 40GB", 40960, 312, 1555, 250e9),
+    _card("L40S 48GB", 46068, 362, 864, PCIE4, fp8=True),
+    _card("RTX A6000 48GB", 49140, 155, 768, PCIE4),
+    _card("A100 80GB", 81920, 312, 2039, 250e9),
+    _card("H100 80GB", 81559, 989, 3350, 360e9, measured=True, fp8=True),
+    _card("H200 141GB", 143771, 989, 4800, 360e9, fp8=True),
+)
+"""By memory, then speed. Sources: the makers' data sheets (dense rates with float32 accumulation)."""
+
+REFERENCE = next(card for card in CARDS if card.measured)
+
+
+def find_card(text: str) -> Card:
+    """A card by name (``h100``, ``RTX 4090``, ``A100 40GB``) or by memory alone (``24GiB``, ``24 GB``).
+
+    A card of which only the memory is given has the rates of the slowest known card of about that memory. Card makers
+    say GB and mean GiB, so both are read as GiB here.
+    """
+    wanted = _plain(text)
+    try:
+        size = parse_size(text.lower().replace("gib", "gb").replace("gb", "gib"))
+    except ValueError:
+        size = 0
+    if size:
+        near = min((card for card in CARDS if card.bfloat16), key=lambda card: (abs(card.memory - size), card.flops))
+        return replace(near, name=f"{format_size(size)} card", memory=size, measured=False)
+    exact = [card for card in CARDS if _plain(card.name) == wanted]
+    hits = exact or [card for card in CARDS if wanted and wanted in _plain(card.name)]
+    if hits:
+        return max(hits, key=lambda card: card.memory)
+    near_names = difflib.get_close_matches(wanted, [_plain(card.name) for card in CARDS], n=1)
+    known = ", ".join(card.name for card in CARDS)
+    hint = next((f"did you mean `{card.name}`?" for card in CARDS if [_plain(card.name)] == near_names), None)
+    raise ConfigError(
+        f"--card: `{text}` is no card known here and no size",
+        hint=hint or f"give a size such as 24GiB, or one of {known}",
+    )
+
+
+def named_like(driver_name: str) -> Card:
+    """The known card behind a driver's name (``NVIDIA GeForce RTX 4090``), or one with the reference's rates scaled to
+    nothing better than an estimate."""
+    plain = _plain(driver_name)
+    models = {_plain(card.name.rsplit(" ", 1)[0]): card for card in CARDS}
+    hits = [model for model in models if model in plain]
+    return models[max(hits, key=len)] if hits else replace(REFERENCE, name=driver_name, measured=False)
+
+
+def _plain(text: str) -> str:
+    return "".join(character for character in text.lower() if character.isalnum())

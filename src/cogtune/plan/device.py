@@ -1,0 +1,75 @@
+"""The cards of this machine and what is free on them, through ``nvidia-smi``, without loading torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from cogtune.configuration.sizes import MIB
+from cogtune.errors import SetupError
+from cogtune.plan.cards import Card, named_like
+
+
+class Query(Protocol):
+    """Runs ``nvidia-smi`` with these arguments and returns what it prints; raises OSError where that fails."""
+
+    def __call__(self, arguments: Sequence[str]) -> str: ...
+
+
+def nvidia_smi(arguments: Sequence[str]) -> str:
+    """See `Query`."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        raise OSError("nvidia-smi is not installed")
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=20, check=False)
+    if done.returncode:
+        raise OSError((done.stderr or done.stdout).strip() or f"nvidia-smi ended with {done.returncode}")
+    return done.stdout
+
+
+def local_cards(query: Query = nvidia_smi) -> list[Card]:
+    """The cards this process may use, each with its free memory and who holds the rest.
+
+    Raises:
+        SetupError: there is none, or the driver does not answer.
+    """
+    fields = "index,uuid,name,memory.total,memory.free"
+    try:
+        rows = _table(query([f"--query-gpu={fields}", "--format=csv,noheader,nounits"]))
+        apps = _table(
+            query(["--query-compute-apps=gpu_uuid,pid,process_name,used_memory", "--format=csv,noheader,nounits"])
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise SetupError(
+            f"--card auto: no NVIDIA card can be asked here: {error}",
+            hint="name the card to plan for: --card 24GiB, --card h100",
+            code="no-card",
+        ) from error
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    cards = []
+    for index, uuid, name, total, free in rows:
+        if visible is not None and not _is_visible(index, uuid, visible):
+            continue
+        holders = tuple(f"{app[2].rsplit('/', 1)[-1]} (pid {app[1]}): {app[3]} MiB" for app in apps if app[0] == uuid)
+        card = named_like(name)
+        cards.append(replace(card, name=name, memory=int(total) * MIB, free=int(free) * MIB, holders=holders))
+    if not cards:
+        raise SetupError(
+            "--card auto: no NVIDIA card is visible to this process",
+            hint="name the card to plan for: --card 24GiB, --card h100",
+            code="no-card",
+        )
+    return cards
+
+
+def _table(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split(",")] for line in text.splitlines() if line.strip()]
+
+
+def _is_visible(index: str, uuid: str, visible: str) -> bool:
+    names = [name.strip() for name in visible.split(",")]
+    return index in names or any(name and uuid.startswith(name) for name in names if not name.isdigit())

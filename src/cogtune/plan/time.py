@@ -1,0 +1,195 @@
+"""How long a step, an epoch, filling the cache and loading take: operations and bytes over measured rates.
+
+Rates are the H100's, in `Rates`; another card's are scaled by its peaks and give estimates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from cogtune.plan.activations import DecoderTable
+from cogtune.plan.calibration import RATES, Rates
+from cogtune.plan.cards import REFERENCE, Card
+from cogtune.plan.memory import weights
+from cogtune.plan.setting import Batch, Setting
+from cogtune.plan.sizes import Linear
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimiser step of one rank, by part, and what of the communication does not hide behind it."""
+
+    decoder: float
+    tower: float
+    quantisation: float
+    waiting: float
+    update: float
+
+    @property
+    def seconds(self) -> float:
+        return self.decoder + self.tower + self.quantisation + self.waiting + self.update
+
+
+def scaled(card: Card, rates: Rates = RATES) -> Rates:
+    """The reference's rates on ``card``, by the ratio of their peaks."""
+    compute, memory = card.flops / REFERENCE.flops, card.bandwidth / REFERENCE.bandwidth
+    return replace(
+        rates,
+        matmul=rates.matmul * compute,
+        decoder_attention=rates.decoder_attention * compute,
+        tower_attention=rates.tower_attention * compute,
+        memory=rates.memory * memory,
+        nf4_seconds=rates.nf4_seconds / memory,
+        int8_seconds=rates.int8_seconds / memory,
+    )
+
+
+def step_time(setting: Setting, card: Card, *, link: float | None = None) -> StepTime:
+    """One optimiser step, all its micro-batches, on ``setting.ranks`` cards; ``link``: bytes a second between them."""
+    rates = scaled(card)
+    decoder = _decoder(setting, rates)
+    tower = tower_seconds(setting, card) if setting.tower == "live" else 0.0
+    if setting.tower_trains:
+        tower *= 3 + len(setting.blocks) / setting.sizes.vision.num_hidden_layers
+    passes = _passes(setting)
+    unpack = _unpacking(setting, rates, passes)
+    micro = decoder + tower + unpack
+    update = 10 * 4 * setting.adapter_parameters() / rates.memory + rates.fixed
+    waiting = _waiting(setting, rates, micro, card.link if link is None else link)
+    count = setting.accumulation
+    return StepTime(decoder * count, tower * count, unpack * count, waiting, update)
+
+
+def _passes(setting: Setting) -> float:
+    """Forward passes' worth of linear layers: forward, input gradients, and what is recomputed."""
+    return 2 + len(setting.decoder) / setting.sizes.num_hidden_layers
+
+
+def _decoder(setting: Setting, rates: Rates) -> float:
+    table, sizes, batch = DecoderTable(setting), setting.sizes, setting.batch
+    last = sizes.num_hidden_layers - 1
+    seconds = 0.0
+    for index, layer in enumerate(table.layers):
+        again = 1 if index in setting.decoder else 0
+        for name, linear in layer.items():
+            tokens = table.vision if "vision" in name else table.language
+            if index == last and "query_key_value" not in name:
+                tokens = 0 if "vision" in name else table.kept
+            seconds += (2 + again) * _matmul(linear, tokens, rates)
+            if linear.name in setting.trained:  # A and B: forward, input and weight gradients
+                thin = 2 * tokens * setting.adapter.rank * (linear.inputs + linear.outputs)
+                seconds += (3 + again) * thin / rates.matmul
+        columns = batch.text + round(batch.images * sizes.image_tokens)
+        attention = 2 * batch.rows * sizes.num_attention_heads * sizes.head_dim * columns**2
+        seconds += (3.5 + again) * attention / rates.decoder_attention
+    touched = rates.compiled_bytes if setting.compiled else rates.eager_bytes
+    share = 1 + 0.35 * len(setting.decoder) / sizes.num_hidden_layers
+    seconds += share * touched * table.tokens * sizes.num_hidden_layers * sizes.hidden_size / 4096 / rates.memory
+    head = 2 * 2 * table.kept * sizes.hidden_size * sizes.vocab_size / rates.matmul
+    logits = 8 * 4 * table.kept * sizes.vocab_size / rates.memory
+    return seconds + head + logits + _glu(setting, rates)
+
+
+def _matmul(linear: Linear, tokens: int, rates: Rates) -> float:
+    """Few rows fill the card badly: half the rate at ``half_rate_tokens``."""
+    return 2 * linear.weights * (tokens + rates.half_rate_tokens * (tokens > 0)) / rates.matmul
+
+
+def _glu(setting: Setting, rates: Rates) -> float:
+    tokens = round(setting.batch.rows * setting.batch.images * setting.sizes.grid_tokens)
+    linears = [x for x in setting.sizes.linears if x.part == "glu_adapter"]
+    passes = 3 if any(x.name in setting.trained for x in linears) else 1
+    return passes * sum(_matmul(x, tokens, rates) for x in linears)
+
+
+def tower_seconds(setting: Setting, card: Card, images: float | None = None) -> float:
+    """The frozen tower's forward pass over the batch's pictures (or over ``images``)."""
+    rates, vision = scaled(card), setting.sizes.vision
+    count = setting.batch.rows * setting.batch.images if images is None else images
+    patches = count * vision.num_positions
+    linears = [x for x in setting.sizes.linears if x.part == "tower"]
+    matmul = sum(2 * x.weights * patches for x in linears) / rates.matmul
+    attention = vision.num_hidden_layers * 4 * count * vision.hidden_size * vision.num_positions**2
+    stream = rates.tower_bytes * patches * vision.num_hidden_layers * vision.hidden_size / 1792
+    unpack = rates.nf4_seconds * sum(x.weights for x in linears) if setting.quant.tower == "nf4" else 0.0
+    return matmul + attention / rates.tower_attention + stream / rates.memory + unpack
+
+
+def _unpacking(setting: Setting, rates: Rates, passes: float) -> float:
+    each = {"nf4": rates.nf4_seconds, "int8": rates.int8_seconds}.get(setting.quant.experts, 0.0)
+    return passes * each * setting.sizes.parameters("experts") / setting.tensor
+
+
+def traffic(setting: Setting) -> tuple[float, float]:
+    """Bytes one rank sends per micro-batch (gathered weights) and per optimiser step (gradients)."""
+    if setting.ranks == 1:
+        return 0.0, 0.0
+    around = (setting.ranks - 1) / setting.ranks
+    gradients = 4 * setting.adapter_parameters() * 2 * around
+    if setting.engine in ("fsdp2", "zero3"):
+        held = sum(weights(setting).values()) * setting.shards
+        return 2 * held * around, gradients
+    return 0.0, gradients
+
+
+def _waiting(setting: Setting, rates: Rates, micro: float, link: float) -> float:
+    """Communication that computation does not cover: ``overlap`` of a micro-batch's time can hide it."""
+    gathered, reduced = traffic(setting)
+    seconds = 0.0
+    if gathered:
+        exposed = gathered / link - rates.overlap * micro
+        seconds += setting.accumulation * (max(0.0, exposed) + 2 * setting.sizes.num_hidden_layers * rates.latency)
+    if reduced:
+        seconds += max(0.0, reduced / link - rates.overlap * micro / 2) + rates.latency * 10
+    return seconds
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Seconds of a run's phases. ``rows``: in an epoch; ``pictures``: different ones to fill the cache with."""
+
+    load: float
+    fill: float
+    step: StepTime
+    steps: int
+    save: float
+
+    @property
+    def epoch(self) -> float:
+        return self.steps * self.step.seconds
+
+
+def schedule(
+    setting: Setting, card: Card, *, rows: int, pictures: int, mean: Batch | None = None, read: float | None = None
+) -> Schedule:
+    """A run's times. ``mean``: the average batch, where ``setting.batch`` is the largest; ``read``: bytes per second
+    that the disk gives."""
+    own = setting if mean is None else setting.with_batch(images=mean.images, text=mean.text, labelled=mean.labelled)
+    disk = RATES.read if read is None else read
+    stored = 2 * (setting.sizes.parameters() - (0 if setting.tower == "live" else _tower(setting)))
+    per_step = setting.batch.rows * setting.ranks // setting.tensor * setting.accumulation
+    fill = 0.0
+    if setting.tower == "cached":
+        each = tower_seconds(setting, card, 1) + feature_bytes(setting) / disk
+        fill = 2 * _tower(setting) / disk + pictures * each / setting.ranks
+    return Schedule(
+        load=stored / disk,
+        fill=fill,
+        step=step_time(own, card),
+        steps=-(-rows // per_step),
+        save=3 * 4 * setting.adapter_parameters() / disk + 0.2,
+    )
+
+
+def feature_bytes(setting: Setting) -> int:
+    """One picture in the feature cache."""
+    return setting.sizes.grid_tokens * setting.sizes.vision.hidden_size * 2
+
+
+def checkpoint_bytes(setting: Setting) -> int:
+    """One training checkpoint: the adapter's file, masters and two moments in float32."""
+    return 4 * setting.adapter_parameters(trained_only=False) + 12 * setting.adapter_parameters()
+
+
+def _tower(setting: Setting) -> int:
+    return sum(setting.sizes.parameters(part) for part in ("tower", "conv", "tower_other"))
