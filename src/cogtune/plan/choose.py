@@ -1,0 +1,183 @@
+"""What fits, and of what fits the fastest: recomputed layers, cache or live tower, number formats, engine, batch.
+
+Everything here compares `Memory.driver`, what a process takes of a card with its CUDA context, to a budget in bytes:
+the card's free memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+
+from cogtune.configuration.sizes import format_size
+from cogtune.plan.cards import CARDS, DESKTOP, Card
+from cogtune.plan.memory import Memory, predict
+from cogtune.plan.setting import Quant, Setting
+from cogtune.plan.time import StepTime, step_time
+
+MOST_ROWS = 512
+
+
+def fits(setting: Setting, budget: int) -> bool:
+    return predict(setting).driver <= budget
+
+
+def checkpointing(setting: Setting, budget: int) -> Setting | None:
+    """``setting`` with as few decoder layers recomputed as the budget needs (the first ones; of a tower that trains as
+    large a share of its layers); None where not even recomputing all is enough."""
+    layers = setting.sizes.num_hidden_layers
+    if not fits(setting.with_recomputed(layers), budget):
+        return None
+    low, high = 0, layers
+    while low < high:
+        middle = (low + high) // 2
+        if fits(setting.with_recomputed(middle), budget):
+            high = middle
+        else:
+            low = middle + 1
+    return setting.with_recomputed(low)
+
+
+@dataclass(frozen=True)
+class CacheChoice:
+    """Whether to train from cached features, and why, as half a sentence."""
+
+    cached: bool
+    reason: str
+
+
+def cache_features(
+    setting: Setting, budget: int | None, *, pictures: int, uses: float, needed: int, allowed: int
+) -> CacheChoice:
+    """Whether the feature cache should be used.
+
+    Args:
+        setting: its tower field is not read.
+        budget: the card's free memory; None where there is no card to measure.
+        pictures: different pictures the run would cache.
+        uses: how often the run shows each of them on average, validation included.
+        needed, allowed: bytes of disk the cache still needs, and may take.
+    """
+    if setting.tower_trains:
+        return CacheChoice(False, "the tower trains, so what it computes changes")
+    if pictures == 0:
+        return CacheChoice(False, "there are no pictures")
+    space = f"{format_size(needed)} for {pictures} pictures"
+    if needed > allowed:
+        return CacheChoice(False, f"it needs {space}, and {format_size(allowed)} may be used")
+    if uses > 1:
+        return CacheChoice(True, f"each picture is used {uses:.3g} times, and {space} fit")
+    if budget is not None and checkpointing(replace(setting, tower="live"), budget) is None:
+        return CacheChoice(True, f"the tower does not fit beside training; {space} fit")
+    return CacheChoice(False, "each picture is used once, so nothing would be saved")
+
+
+def engine(setting: Setting, budget: int, ranks: int) -> str:
+    """The engine for ``ranks`` cards: the whole model on each where it fits, else sharded over them."""
+    if ranks == 1:
+        return "single"
+    whole = replace(setting, engine="ddp", ranks=ranks)
+    return "ddp" if checkpointing(whole, budget) is not None else "fsdp2"
+
+
+def largest_batch(setting: Setting, budget: int) -> int:
+    """Most rows of a micro-batch that fit with every layer recomputed; 0 where not even one does."""
+    whole = setting.with_recomputed(setting.sizes.num_hidden_layers)
+    if not fits(whole.with_batch(rows=1), budget):
+        return 0
+    low = 1
+    while low < MOST_ROWS and fits(whole.with_batch(rows=2 * low), budget):
+        low *= 2
+    high = min(2 * low, MOST_ROWS)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(whole.with_batch(rows=middle), budget):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting that fits, with its prediction."""
+
+    setting: Setting
+    memory: Memory
+    step: StepTime
+
+    @property
+    def seconds_per_row(self) -> float:
+        batch = self.setting
+        return self.step.seconds / (batch.batch.rows * batch.accumulation * batch.ranks / batch.tensor)
+
+
+def best(setting: Setting, card: Card, fixed: Collection[str] = ()) -> Choice | None:
+    """The fastest setting that fits ``setting.ranks`` such cards; None where none does.
+
+    ``fixed``: dotted keys the user gave, whose values in ``setting`` stay: ``quant.experts``, ``quant.tower``,
+    ``quant.embedding``, ``train.optimizer``, ``data.cache_features``, ``parallel.engine``,
+    ``train.gradient_checkpointing``.
+    """
+    found = [choice for family in _families(setting, fixed) if (choice := _first(family, card, fixed)) is not None]
+    return min(found, key=lambda choice: choice.seconds_per_row, default=None)
+
+
+def _first(family: Iterator[Setting], card: Card, fixed: Collection[str]) -> Choice | None:
+    """Of settings from the plainest to the leanest, the first that fits."""
+    for candidate in family:
+        if "train.gradient_checkpointing" in fixed:
+            fitting = candidate if fits(candidate, card.usable) else None
+        else:
+            fitting = checkpointing(candidate, card.usable)
+        if fitting is not None:
+            return Choice(fitting, predict(fitting), step_time(fitting, card))
+    return None
+
+
+def _families(setting: Setting, fixed: Collection[str]) -> Iterator[Iterator[Setting]]:
+    """Settings of one speed each, as iterators from the plainest to the leanest of that speed."""
+    formats = [setting.quant] if "quant.experts" in fixed else [_format(setting, "none"), _format(setting, "nf4")]
+    towers: list[str] = [setting.tower]
+    if "data.cache_features" not in fixed and setting.tower != "none" and not setting.tower_trains:
+        towers = ["cached", "live"]
+    engines = [setting.engine]
+    if "parallel.engine" not in fixed and setting.ranks > 1:
+        engines = ["ddp", "fsdp2"]
+    for name in engines:
+        for tower in towers:
+            for form in formats:
+                yield _leaner(replace(setting, engine=name, tower=tower, quant=form), fixed)
+
+
+def _format(setting: Setting, name: str) -> Quant:
+    return replace(setting.quant, experts=name)
+
+
+def _leaner(setting: Setting, fixed: Collection[str]) -> Iterator[Setting]:
+    """``setting``, then with the tower in 4 bit too, the embedding on the host, and 8-bit moments."""
+    towers = [setting.quant.tower]
+    if setting.tower == "live" and setting.quant.experts == "nf4" and "quant.tower" not in fixed:
+        towers = ["none", "nf4"]
+    embeddings = [setting.quant.embedding] if "quant.embedding" in fixed else ["device", "host"]
+    optimizers = [setting.optimizer]
+    if "train.optimizer" not in fixed and setting.optimizer == "adamw":
+        optimizers = ["adamw", "adamw8bit"]
+    for tower in towers:
+        for embedding in embeddings:
+            for optimizer in optimizers:
+                quant = replace(setting.quant, tower=tower, embedding=embedding)
+                yield replace(setting, quant=quant, optimizer=optimizer)
+
+
+def smallest_card(setting: Setting, fixed: Collection[str] = ()) -> tuple[int, Card | None]:
+    """Bytes that one card has to have for the leanest setting, and the smallest known card that has them."""
+    layers = setting.sizes.num_hidden_layers
+    keep = "train.gradient_checkpointing" in fixed
+    needed = min(
+        predict(candidate if keep else candidate.with_recomputed(layers)).driver
+        for family in _families(setting, fixed)
+        for candidate in family
+    )
+    able = [card for card in CARDS if card.bfloat16 and card.usable >= needed]
+    return needed + DESKTOP, min(able, key=lambda card: card.memory, default=None)
