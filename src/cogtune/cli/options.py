@@ -21,10 +21,12 @@ class Arguments:
     config: str | None = None
     overrides: dict[str, list[str]] = field(default_factory=dict)
     switches: set[str] = field(default_factory=set)
+    values: dict[str, str] = field(default_factory=dict)
 
 
-def split_arguments(arguments: Sequence[str], switches: Sequence[str] = ()) -> Arguments:
-    """Sort arguments into the configuration file, keys with their texts, and this command's own ``switches``.
+def split_arguments(arguments: Sequence[str], switches: Sequence[str] = (), values: Sequence[str] = ()) -> Arguments:
+    """Sort arguments into the configuration file, keys with their texts, and this command's own ``switches`` and flags
+    that take a value (``values``; the last one counts).
 
     A key of type true/false needs no value. Raises ConfigError for unknown flags, a flag without its value, and a
     second positional argument.
@@ -44,15 +46,20 @@ def split_arguments(arguments: Sequence[str], switches: Sequence[str] = ()) -> A
         if name in switches and not equals:
             found.switches.add(name)
             continue
+        if name in values:
+            found.values[name] = value if equals else _next_value(flag, rest)
+            continue
         if name == "config":
             _take_config(found, value if equals else _next_value(flag, rest))
             continue
         key = ALIASES.get(name, name)
         if not flag.startswith("--") or not (key in known_keys() or key.startswith("lora.extra.")):
-            raise unknown_key(flag.lstrip("-"), f"unknown flag `{flag}`", flag=True, extra=[*switches, "config"])
+            raise unknown_key(
+                flag.lstrip("-"), f"unknown flag `{flag}`", flag=True, extra=[*switches, *values, "config"]
+            )
         if not equals:
-            flips = key in known_keys() and "bool" in known_keys()[key].kinds
-            value = "true" if flips and (not rest or rest[0].lower() not in _BOOLEANS) else _next_value(flag, rest)
+            kinds = known_keys()[key].kinds if key in known_keys() else frozenset()
+            value = "true" if "bool" in kinds and _stands_alone(kinds, rest) else _next_value(flag, rest)
         found.overrides.setdefault(name, []).append(value)
     return found
 
@@ -64,6 +71,14 @@ def _take_config(found: Arguments, word: str) -> None:
             f"unexpected argument `{word}`: the configuration file is already `{found.config}`", hint=hint
         )
     found.config = word
+
+
+def _stands_alone(kinds: frozenset[str], rest: Sequence[str]) -> bool:
+    """Whether a flag that may be true or false has no value behind it. Where it may be a text as well, any word that
+    is no flag is its value."""
+    if not rest or rest[0].startswith("--"):
+        return True
+    return kinds == {"bool"} and rest[0].lower() not in _BOOLEANS
 
 
 def _next_value(flag: str, rest: list[str]) -> str:

@@ -34,6 +34,17 @@ def build(path: str | Path | None, overrides: Mapping[str, str | Sequence[str]])
     return from_entries(entries)
 
 
+def build_with_defaults(
+    path: str | Path | None, overrides: Mapping[str, str | Sequence[str]], defaults: Mapping[str, str]
+) -> tuple[RunConfig, dict[str, str]]:
+    """As `build`, with texts for keys that nobody gave; also returns which of ``defaults`` were used."""
+    entries = dict(_file_entries(Path(path))) if path is not None else {}
+    entries |= _override_entries(overrides)
+    used = {key: text for key, text in defaults.items() if key not in entries}
+    entries |= {key: Entry(parse_flag(known_keys()[key], text, key), key) for key, text in used.items()}
+    return from_entries(entries), used
+
+
 _KEYS_HINT = "`cogtune train --help` lists every key with its type, default and meaning"
 
 

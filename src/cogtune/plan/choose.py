@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
-from cogtune.configuration.sizes import format_size
+from cogtune.configuration.sizes import MIB, format_size
 from cogtune.plan.cards import CARDS, DESKTOP, Card
 from cogtune.plan.memory import Memory, predict
 from cogtune.plan.setting import Quant, Setting
 from cogtune.plan.time import StepTime, step_time
 
 MOST_ROWS = 512
+MARGIN_SHARE, MARGIN = 0.01, 256 * MIB
+"""What a choice leaves free of the budget where it can: predictions are not exact, and rows differ."""
 
 
 def fits(setting: Setting, budget: int) -> bool:
@@ -28,10 +30,11 @@ def checkpointing(setting: Setting, budget: int) -> Setting | None:
     layers = setting.sizes.num_hidden_layers
     if not fits(setting.with_recomputed(layers), budget):
         return None
+    room = budget - round(MARGIN_SHARE * budget) - MARGIN
     low, high = 0, layers
     while low < high:
         middle = (low + high) // 2
-        if fits(setting.with_recomputed(middle), budget):
+        if fits(setting.with_recomputed(middle), room):
             high = middle
         else:
             low = middle + 1

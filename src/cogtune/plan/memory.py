@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from cogtune.configuration.sizes import GIB
@@ -204,7 +204,8 @@ def _load(setting: Setting) -> Phase:
 
 def fill(setting: Setting, images: int = 1) -> Phase:
     """The tower alone over pictures, ``images`` at a time."""
-    parts = {"vision tower": weights(setting, tower=True)["vision tower"]}
+    whole = replace(setting, engine="single", ranks=1, tensor=1)
+    parts = {"vision tower": weights(whole, tower=True)["vision tower"]}
     vision = setting.sizes.vision
     pixels = images * vision.in_channels * vision.image_size**2 * (FLOAT32 + setting.width)
     running = TowerTable(setting, images).forward()

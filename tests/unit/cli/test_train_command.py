@@ -106,3 +106,14 @@ def test_help_lists_every_key_and_flag(capsys: pytest.CaptureFixture[str]) -> No
     assert all(f"--{alias}" in text for alias in ALIASES)
     assert "--dry-run" in text
     assert max(map(len, text.split("\n"))) <= 120
+
+
+def test_a_key_that_is_true_false_or_a_text_takes_the_word_behind_it() -> None:
+    from cogtune.cli.options import split_arguments
+
+    found = split_arguments(["--train.gradient_checkpointing", "all", "--train.restart", "run.yaml"])
+    assert found.overrides == {"train.gradient_checkpointing": ["all"], "train.restart": ["true"]}
+    assert found.config == "run.yaml"
+    assert split_arguments(["--train.gradient_checkpointing"]).overrides == {"train.gradient_checkpointing": ["true"]}
+    alone = split_arguments(["--train.gradient_checkpointing", "--train.lr", "1"])
+    assert alone.overrides == {"train.gradient_checkpointing": ["true"], "train.lr": ["1"]}

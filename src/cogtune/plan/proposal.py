@@ -1,0 +1,195 @@
+"""The plan of a run: what is chosen for the given cards, what it takes, how long it lasts, what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cogtune.configuration.keys import known_keys
+from cogtune.configuration.load import explicit_values
+from cogtune.configuration.run import RunConfig
+from cogtune.configuration.sizes import GIB, format_size
+from cogtune.errors import InputError
+from cogtune.plan.cards import Card
+from cogtune.plan.choose import best, largest_batch, smallest_card
+from cogtune.plan.memory import Memory, predict
+from cogtune.plan.rows import Rows
+from cogtune.plan.run import budget_of, fixed_keys, setting_of
+from cogtune.plan.setting import Setting
+from cogtune.plan.time import Schedule, checkpoint_bytes, feature_bytes, schedule
+
+
+class PlanError(InputError):
+    """Nothing that may be chosen fits the cards; ``nearest`` is the leanest setting that was tried."""
+
+    default_code = "plan-does-not-fit"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``keys``: the configuration keys that make ``setting``, with their values; ``largest``: most rows of a batch that
+    fit with all layers recomputed. ``price``: money per card and hour, or None."""
+
+    setting: Setting
+    card: Card
+    rows: Rows
+    memory: Memory
+    times: Schedule
+    keys: dict[str, Any]
+    largest: int
+    epochs: int
+    keep_checkpoints: int
+    price: float | None = None
+
+    @property
+    def cache(self) -> int:
+        """Disk for the feature cache."""
+        return self.rows.pictures * feature_bytes(self.setting) if self.setting.tower == "cached" else 0
+
+    @property
+    def checkpoints(self) -> int:
+        """Disk for the checkpoints that are kept, the best one and one being written."""
+        return (self.keep_checkpoints + 2) * checkpoint_bytes(self.setting)
+
+    @property
+    def seconds(self) -> float:
+        """The whole run: loading, filling, all epochs."""
+        return self.times.load + self.times.fill + self.epochs * self.times.epoch
+
+    @property
+    def cost(self) -> float | None:
+        return None if self.price is None else self.price * self.setting.ranks * self.seconds / 3600
+
+    @property
+    def estimate(self) -> bool:
+        """Whether the card's rates were not measured."""
+        return not self.card.measured
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; sizes in bytes, times in seconds."""
+        step = self.times.step
+        return {
+            "card": {"name": self.card.name, "memory": self.card.memory, "usable": self.card.usable,
+                     "measured": self.card.measured, "count": self.setting.ranks, "holders": list(self.card.holders)},
+            "rows": {"count": self.rows.count, "pictures": self.rows.pictures, "typical": self.rows.typical,
+                     "largest_text_tokens": self.rows.largest.text, "mean_text_tokens": self.rows.mean.text},
+            "keys": self.keys,
+            "recomputed_layers": len(self.setting.decoder),
+            "phases": {
+                phase.name: {"reserved": phase.reserved, "allocated": phase.allocated, "parts": dict(phase.parts),
+                             "host": phase.host_bytes}
+                for phase in self.memory.phases
+            },
+            "reserved": self.memory.reserved,
+            "driver": self.memory.driver,
+            "largest_batch": self.largest,
+            "seconds": {"load": self.times.load, "fill": self.times.fill, "step": step.seconds,
+                        "epoch": self.times.epoch, "save": self.times.save, "run": self.seconds},
+            "steps_per_epoch": self.times.steps,
+            "disk": {"cache": self.cache, "checkpoints": self.checkpoints},
+            "cost": self.cost,
+        }  # fmt: skip
+
+
+def make_plan(
+    config: RunConfig,
+    card: Card,
+    rows: Rows,
+    *,
+    cards: int = 1,
+    placeholders: Collection[str] = (),
+    price: float | None = None,
+) -> Plan:
+    """The fastest plan for ``config`` on ``cards`` such cards.
+
+    ``placeholders``: keys that were filled in for planning alone, so not the user's.
+
+    Raises:
+        PlanError: nothing fits; the hint names the smallest card that would.
+        AdapterError: a target that matches nothing.
+    """
+    fixed = fixed_keys(config, dict.fromkeys(placeholders))
+    setting = setting_of(config, rows, ranks=cards, card=card)
+    limit = budget_of(config)
+    room = card if limit is None else replace(card, free=min(card.usable, limit))
+    choice = best(setting, room, fixed)
+    if choice is None:
+        raise too_small(setting, room, fixed)
+    return plan_of(config, choice.setting, card, rows, price=price)
+
+
+def plan_of(config: RunConfig, setting: Setting, card: Card, rows: Rows, *, price: float | None = None) -> Plan:
+    """The plan of a setting that is settled."""
+    return Plan(
+        setting=setting,
+        card=card,
+        rows=rows,
+        memory=predict(setting),
+        times=schedule(setting, card, rows=rows.count, pictures=rows.pictures, mean=rows.mean),
+        keys=keys_of(setting) | _as_given(config),
+        largest=largest_batch(setting, card.usable),
+        epochs=config.train.epochs,
+        keep_checkpoints=config.train.keep_checkpoints,
+        price=price,
+    )
+
+
+def _as_given(config: RunConfig) -> dict[str, Any]:
+    """A policy of recomputation other than ``auto`` stays in the user's words."""
+    policy = config.train.gradient_checkpointing
+    return {} if policy == "auto" else {"train.gradient_checkpointing": policy}
+
+
+def keys_of(setting: Setting) -> dict[str, Any]:
+    """The configuration keys that stand for a setting, of those the planner may choose."""
+    layers, recomputed = setting.sizes.num_hidden_layers, len(setting.decoder)
+    policy = "none" if recomputed == 0 else "all" if recomputed == layers else "auto"
+    keys: dict[str, Any] = {
+        "quant.experts": setting.quant.experts,
+        "quant.tower": setting.quant.tower,
+        "quant.embedding": setting.quant.embedding,
+        "train.optimizer": setting.optimizer,
+        "train.gradient_checkpointing": policy,
+    }
+    if setting.tower != "none":
+        keys["data.cache_features"] = "on" if setting.tower == "cached" else "off"
+    if setting.ranks > 1:
+        keys["parallel.engine"] = setting.engine
+    return keys
+
+
+def too_small(setting: Setting, card: Card, fixed: Collection[str]) -> PlanError:
+    """The error when nothing fits, with what would."""
+    needed, able = smallest_card(setting, fixed)
+    have = format_size(card.usable)
+    holders = f" (in use: {', '.join(card.holders)})" if card.holders else ""
+    kept = f" with {', '.join(sorted(fixed))} as given" if fixed else ""
+    hint = f"the leanest setting{kept} needs a card of {needed / GIB:.1f} GiB"
+    hint += f": {able.name} is the smallest known here" if able else "; no card known here has that"
+    if setting.ranks == 1:
+        hint += "; or divide the model over several: --cards 2"
+    if fixed:
+        hint += "; or leave some of these keys to the planner"
+    return PlanError(
+        f"nothing that may be chosen fits {setting.ranks} x {card.name}: {have} of {format_size(card.memory)} can be"
+        f" used{holders}",
+        hint=hint,
+    )
+
+
+_PLAIN = {"quant.experts": "none", "quant.tower": "none", "quant.embedding": "device", "train.optimizer": "adamw"}
+"""Values that a configuration has without saying so."""
+
+
+def ready_config(config: RunConfig, plan: Plan, placeholders: Collection[str] = ()) -> dict[str, dict[str, Any]]:
+    """The user's keys and the chosen ones, as nested sections for a YAML file."""
+    values = {key: value for key, value in explicit_values(config).items() if key not in placeholders}
+    values |= {key: value for key, value in plan.keys.items() if key in values or value != _PLAIN.get(key)}
+    nested: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        if key not in known_keys():
+            continue
+        section, _, name = key.partition(".")
+        nested.setdefault(section, {})[name] = value
+    return nested

@@ -1,0 +1,113 @@
+"""A plan as text for the console."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from cogtune.configuration.sizes import GIB, format_size
+from cogtune.plan.memory import Phase
+from cogtune.plan.proposal import Plan
+
+_SHOWN = 4
+
+
+def lines(plan: Plan) -> Iterator[str]:
+    """The whole plan, a line each."""
+    card, setting, rows = plan.card, plan.setting, plan.rows
+    mark = " (an estimate: this card was not measured)" if plan.estimate else ""
+    count = f"{setting.ranks} x " if setting.ranks > 1 else ""
+    yield f"cards    {count}{card.name}, {format_size(card.usable)} of {format_size(card.memory)} usable each{mark}"
+    for holder in card.holders:
+        yield f"         in use by {holder}"
+    data = f"{rows.count:,} rows on {rows.pictures:,} pictures, longest text {rows.largest.text} tokens"
+    if rows.typical:
+        data = f"not given, so as an example {rows.count:,} pictures with {rows.largest.text - 1} text tokens each"
+    yield f"data     {data}"
+    yield f"chosen   {', '.join(chosen(plan))}"
+    yield ""
+    yield f"{'phase':<9} {'GiB':>6}  of which"
+    for phase in plan.memory.phases:
+        yield f"{phase.name:<9} {phase.reserved / GIB:6.1f}  {parts(phase)}"
+    outside = plan.memory.outside / GIB
+    yield (
+        f"{'peak':<9} {plan.memory.driver / GIB:6.1f}  as nvidia-smi shows it: {plan.memory.reserved / GIB:.1f}"
+        f" reserved and {outside:.1f} of CUDA's own, of {card.usable / GIB:.1f} usable"
+    )
+    yield f"{'host':<9} {plan.memory.host / GIB:6.1f}  per process, besides the files' pages"
+    yield ""
+    yield f"largest batch that fits, all layers recomputed: {plan.largest} rows of that length"
+    yield from _times(plan)
+    yield f"disk     {_disk(plan)}"
+    if plan.cost is not None:
+        yield f"cost     {plan.cost:,.2f} for {duration(plan.seconds)} on {setting.ranks} card(s)"
+
+
+def summary(plan: Plan) -> str:
+    """The plan in one line, for the start of a run."""
+    memory = f"{plan.memory.driver / GIB:.1f} of {plan.card.usable / GIB:.1f} GiB"
+    mark = ", estimated" if plan.estimate else ""
+    step = f"{plan.times.step.seconds:.2f} s a step, {duration(plan.times.epoch)} an epoch{mark}"
+    return f"plan: {memory} ({plan.memory.peak.name}), {', '.join(chosen(plan))}; {step}"
+
+
+def chosen(plan: Plan) -> list[str]:
+    """What was chosen, in words."""
+    setting, layers = plan.setting, plan.setting.sizes.num_hidden_layers
+    form = {"none": setting.dtype, "nf4": "NF4", "int8": "int8", "fp8": "fp8"}
+    words = [f"experts in {form.get(setting.quant.experts, setting.quant.experts)}"]
+    if setting.tower == "cached":
+        words.append("features cached")
+    elif setting.tower == "live":
+        words.append(f"live tower in {form.get(setting.quant.tower, setting.quant.tower)}")
+    recomputed = len(setting.decoder)
+    words.append("nothing recomputed" if not recomputed else f"{recomputed} of {layers} layers recomputed")
+    if setting.quant.embedding == "host":
+        words.append("embedding in host memory")
+    words.append(setting.optimizer)
+    if setting.ranks > 1:
+        words.append(setting.engine)
+    return words
+
+
+def parts(phase: Phase) -> str:
+    """The largest parts of a phase."""
+    largest = sorted(phase.parts.items(), key=lambda item: -item[1])
+    shown = [f"{name} {size / GIB:.1f}" for name, size in largest[:_SHOWN] if size >= 0.05 * GIB]
+    return ", ".join(shown)
+
+
+def compared(planned: Phase, reserved: int) -> str:
+    """Plan against actual, for a run that ran out of memory."""
+    return f"planned {planned.reserved / GIB:.2f} GiB ({parts(planned)}), reserved {reserved / GIB:.2f} GiB"
+
+
+def _times(plan: Plan) -> Iterator[str]:
+    times, setting = plan.times, plan.setting
+    step = times.step
+    shares = {
+        "decoder": step.decoder,
+        "tower": step.tower,
+        "unpacking weights": step.quantisation,
+        "waiting for other cards": step.waiting,
+    }
+    said = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in shares.items() if seconds >= 0.001)
+    rows = setting.batch.rows * setting.ranks // setting.tensor * setting.accumulation
+    yield f"time     a step of {rows} rows {step.seconds:.2f} s ({said})"
+    filling = f", filling the cache {duration(times.fill)} once" if times.fill else ""
+    yield f"         an epoch of {times.steps:,} steps {duration(times.epoch)}{filling}, loading {duration(times.load)}"
+
+
+def _disk(plan: Plan) -> str:
+    found: Mapping[str, int] = {"feature cache": plan.cache, "checkpoints": plan.checkpoints}
+    return ", ".join(f"{name} {format_size(size)}" for name, size in found.items() if size)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86400:.1f} days"

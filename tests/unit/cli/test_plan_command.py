@@ -1,0 +1,98 @@
+"""`cogtune plan` as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cogtune.cli.main import main
+from cogtune.configuration.run import load_config
+from tests.support.training import write_data
+
+
+def test_it_answers_without_torch() -> None:
+    code = (
+        "import sys; from cogtune.cli.main import main; code = main(['plan', '--card', '24GiB']);"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'heavy imports'; sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for word in (
+        "NF4",
+        "fill",
+        "load",
+        "train",
+        "evaluate",
+        "save",
+        "usable",
+        "an epoch of",
+        "feature cache",
+        "estimate",
+    ):
+        assert word in done.stdout
+
+
+def test_json_and_price(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--card", "h100", "--cards", "8", "--price", "2.5/h", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["card"]["count"] == 8
+    assert plan["keys"]["parallel.engine"] == "ddp"
+    assert plan["reserved"] == max(phase["reserved"] for phase in plan["phases"].values())
+    assert plan["cost"] == pytest.approx(8 * 2.5 * plan["seconds"]["run"] / 3600)
+
+
+def test_what_does_not_fit_exits_2_and_names_a_card_that_would(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--card", "8GiB"]) == 2
+    said = capsys.readouterr().err
+    assert "error[plan-does-not-fit]" in said
+    assert "12GB is the smallest" in said
+
+
+def test_the_users_keys_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["plan", "--card", "h100", "--json", "--train.gradient_checkpointing", "all", "--lora.rank", "8"]
+    assert main(flags) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["recomputed_layers"] == 32
+    assert main(["plan", "--card", "h100", "--json", "--train.gradient_checkpointing", "38GiB"]) == 0
+    budget = json.loads(capsys.readouterr().out)
+    assert 0 < budget["recomputed_layers"] < 32
+    assert budget["driver"] <= 38 * 2**30
+
+
+def test_a_config_is_written_that_training_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "fitted.yaml"
+    keys = ["--lora.rank", "8", "--train.gradient_checkpointing", "2"]
+    assert main(["plan", "--card", "h100", *keys, "--write", str(file)]) == 0
+    config = load_config(file, {"model": "base", "data": "pictures", "output": "out"})
+    assert config.lora.rank == 8
+    assert config.train.gradient_checkpointing == 2
+    assert "H100" in file.read_text()
+    assert "placeholder" not in capsys.readouterr().out
+
+
+def test_with_data_its_rows_are_counted(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_data(tmp_path / "data")
+    flags = ["plan", "--card", "12GiB", "--model", str(tiny_checkpoint), "--data", str(data)]
+    assert main([*flags, "--data.validation_share", "0", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert (rows["count"], rows["pictures"], rows["typical"]) == (8, 8, False)
+    assert rows["largest_text_tokens"] > rows["mean_text_tokens"] > 10
+
+
+def test_targets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--targets"]) == 0
+    out = capsys.readouterr().out
+    assert "model.layers.31.mlp.vision_mlp.down_proj" in out
+    assert "vision-experts-attention" in out
+
+
+@pytest.mark.parametrize("flags", [["--cards", "none"], ["--cards", "0"], ["--price", "x"], ["--card", "RTX 9"]])
+def test_wrong_values_are_refused(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--card", "24GiB", *flags]) == 2
+    assert "error[config" in capsys.readouterr().err

@@ -1,0 +1,182 @@
+"""What is chosen fits, is the fastest of what fits, and keeps what the user fixed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from cogtune.configuration.sizes import GIB
+from cogtune.errors import ConfigError, SetupError
+from cogtune.plan.cards import CARDS, REFERENCE, find_card
+from cogtune.plan.choose import best, cache_features, checkpointing, engine, fits, largest_batch, smallest_card
+from cogtune.plan.device import local_cards
+from cogtune.plan.memory import predict
+from cogtune.plan.setting import Adapter, Quant, Setting, adapted_names
+from cogtune.plan.sizes import ModelSizes
+from cogtune.plan.time import step_time
+
+EXPERTS = Adapter(adapted_names(ModelSizes(), ["experts"]), 16)
+CACHED = Setting(adapter=EXPERTS, tower="cached", compiled=True)
+TOWER = Setting(adapter=Adapter(adapted_names(ModelSizes(), ["vision-tower"]), 4))
+
+
+def test_as_few_layers_are_recomputed_as_the_budget_needs() -> None:
+    assert len(checkpointing(CACHED, 80 * GIB).decoder) == 0
+    counts = []
+    for budget in (42, 38, 34, 32):
+        found = checkpointing(CACHED, budget * GIB)
+        assert found is not None
+        assert fits(found, budget * GIB)
+        count = len(found.decoder)
+        assert found.decoder == frozenset(range(count))
+        if 0 < count < 32:  # one fewer would come closer to the budget than a choice should
+            assert not fits(CACHED.with_recomputed(count - 1), round(0.99 * budget * GIB) - 2**28)
+        counts.append(count)
+    assert counts == sorted(counts)
+    assert 0 < counts[0] < counts[-1]
+    assert checkpointing(CACHED, 28 * GIB) is None
+
+
+def test_a_tower_that_trains_is_recomputed_in_proportion() -> None:
+    found = checkpointing(TOWER, 60 * GIB)
+    assert found is not None
+    assert 0 < len(found.blocks) <= 63
+    assert len(found.blocks) >= 63 * len(found.decoder) / 32
+
+
+def test_the_largest_batch_fits_and_one_more_row_does_not() -> None:
+    rows = largest_batch(CACHED, 40 * GIB)
+    whole = CACHED.with_recomputed(32)
+    assert rows >= 2
+    assert fits(whole.with_batch(rows=rows), 40 * GIB)
+    assert not fits(whole.with_batch(rows=rows + 1), 40 * GIB)
+    assert largest_batch(CACHED, 20 * GIB) == 0
+
+
+def test_one_model_a_card_where_it_fits_else_shards() -> None:
+    assert engine(CACHED, 79 * GIB, 1) == "single"
+    assert engine(CACHED, 79 * GIB, 2) == "ddp"
+    assert engine(CACHED, 24 * GIB, 2) == "fsdp2"
+
+
+@pytest.mark.parametrize(
+    ("budget", "values", "cached", "reason"),
+    [
+        (79, {"uses": 3.0}, True, "used 3 times"),
+        (79, {"uses": 1.0}, False, "used once"),
+        (33, {"uses": 1.0}, True, "does not fit beside"),
+        (None, {"uses": 1.0}, False, "used once"),
+        (79, {"uses": 3.0, "needed": 2 * GIB}, False, "may be used"),
+        (79, {"pictures": 0}, False, "no pictures"),
+    ],
+)
+def test_whether_features_are_cached(budget: int | None, values: dict, cached: bool, reason: str) -> None:
+    asked = {"pictures": 10, "uses": 2.0, "needed": GIB // 2, "allowed": GIB} | values
+    found = cache_features(CACHED, None if budget is None else budget * GIB, **asked)
+    assert (found.cached, reason in found.reason) == (cached, True), found
+    assert not cache_features(TOWER, 79 * GIB, pictures=10, uses=2.0, needed=1, allowed=GIB).cached
+
+
+@pytest.mark.parametrize("size", [12, 16, 24, 40, 80])
+def test_the_choice_fits_its_card(size: int) -> None:
+    card = find_card(f"{size}GiB")
+    choice = best(CACHED, card)
+    assert choice is not None
+    assert choice.memory.driver <= card.usable
+    assert (choice.setting.quant.experts == "none") == (size >= 40)
+    assert (len(choice.setting.decoder) == 0) == (size == 80)
+
+
+def test_what_the_user_fixed_stays() -> None:
+    card = find_card("24GiB")
+    assert best(CACHED, card, {"quant.experts"}) is None
+    kept = replace(CACHED, quant=Quant(experts="int8"), tower="live")
+    choice = best(kept, find_card("40GiB"), {"quant.experts", "data.cache_features"})
+    assert choice is not None
+    assert (choice.setting.quant.experts, choice.setting.tower) == ("int8", "live")
+    every = CACHED.with_recomputed(32)
+    fixed = best(every, find_card("h100"), {"train.gradient_checkpointing"})
+    assert fixed is not None
+    assert len(fixed.setting.decoder) == 32
+
+
+def test_the_smallest_card_is_the_smallest() -> None:
+    needed, card = smallest_card(CACHED)
+    assert card is not None
+    assert needed <= card.memory
+    assert best(CACHED, card) is not None
+    smaller = [other for other in CARDS if other.bfloat16 and other.memory < card.memory]
+    assert all(best(CACHED, other) is None for other in smaller)
+    assert smallest_card(replace(CACHED, batch=replace(CACHED.batch, rows=4000)))[1] is None
+
+
+def test_sharding_over_cards_takes_less_of_each() -> None:
+    one, two = (predict(replace(CACHED, engine="fsdp2", ranks=ranks)).reserved for ranks in (1, 2))
+    assert two < one - 8 * GIB
+    card = find_card("24GiB")
+    choice = best(replace(CACHED, ranks=4, engine="ddp"), card, {"quant.experts"})
+    assert choice is not None
+    assert choice.setting.engine == "fsdp2"
+
+
+def test_more_work_takes_longer_and_more_cards_go_faster() -> None:
+    card = REFERENCE
+    base = step_time(CACHED, card).seconds
+    assert step_time(CACHED.with_recomputed(32), card).seconds > 1.3 * base
+    assert step_time(replace(CACHED, tower="live"), card).seconds > 1.8 * base
+    assert step_time(CACHED.with_batch(rows=2), card).seconds > 1.7 * base
+    assert step_time(replace(CACHED, quant=Quant("nf4")), card).seconds > base
+    assert step_time(CACHED, find_card("rtx 4090")).seconds > 3 * base
+    two = replace(CACHED, ranks=2, engine="ddp")
+    assert base < step_time(two, card).seconds < 1.1 * base
+    assert step_time(two, card, link=1e9).seconds > step_time(two, card).seconds
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("h100", "H100 80GB"),
+        ("RTX 4090", "RTX 4090 24GB"),
+        ("a100", "A100 80GB"),
+        ("A100 40GB", "A100 40GB"),
+        ("24GiB", "24.0 GiB card"),
+        ("24 GB", "24.0 GiB card"),
+    ],
+)
+def test_cards_by_name_and_size(text: str, name: str) -> None:
+    assert find_card(text).name == name
+
+
+def test_an_unknown_card_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no card known") as caught:
+        find_card("RTX 4900")
+    assert "RTX" in (caught.value.hint or "")
+
+
+def _smi(arguments: object) -> str:
+    if "compute-apps" in str(arguments):
+        return "GPU-a, 4711, /usr/bin/python3, 9000\n"
+    rows = ["0, GPU-a, NVIDIA GeForce RTX 4090, 24564, 15000", "1, GPU-b, NVIDIA H100 80GB HBM3, 81559, 81000"]
+    return "\n".join(rows) + "\n"
+
+
+def test_free_memory_and_who_holds_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    first, second = local_cards(_smi)
+    assert first.usable == 15000 * 2**20
+    assert first.holders == ("python3 (pid 4711): 9000 MiB",)
+    assert not first.measured
+    assert second.measured
+    assert second.holders == ()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert [card.name for card in local_cards(_smi)] == ["NVIDIA H100 80GB HBM3"]
+
+
+def test_no_card_is_an_error_that_says_what_to_give() -> None:
+    def absent(arguments: object) -> str:
+        raise OSError("nvidia-smi is not installed")
+
+    with pytest.raises(SetupError, match="not installed") as caught:
+        local_cards(absent)
+    assert "--card 24GiB" in (caught.value.hint or "")
