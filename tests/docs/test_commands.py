@@ -34,8 +34,11 @@ def commands() -> dict[str, set[str]]:
 
 
 COMMANDS = commands()
-CONFIGURED = {"train"}
-"""Commands whose flags are configuration keys."""
+CONFIGURED = {
+    "train": ["dry-run", "config"],
+    "plan": ["config", "card", "cards", "price", "write", "targets", "json"],
+}
+"""Commands whose flags are configuration keys, and the flags they have besides."""
 
 
 def cogtune_lines(text: str) -> list[str]:
@@ -68,7 +71,7 @@ def test_flags_exist(page):
             continue
         known = COMMANDS[command] | {"--help", "-h"}
         if command in CONFIGURED:
-            known |= {f"--{key}" for key in [*known_keys(), *ALIASES, "dry-run", "config"]}
+            known |= {f"--{key}" for key in [*known_keys(), *ALIASES, *CONFIGURED[command]]}
         for flag in re.findall(r"(?<!\S)(--?[A-Za-z][\w.-]*)", line):
             assert flag in known or flag.startswith("--lora.extra."), f"{name(page)}: `cogtune {line}`: {flag}"
 

@@ -42,8 +42,18 @@ class Card:
 PCIE3, PCIE4, PCIE5 = 12e9, 24e9, 48e9
 
 
-def _card(name: str, mebibytes: int, tflops: float, gigabytes: float, link: float, **more: bool) -> Card:
-    return Card(name, mebibytes * MIB, tflops * 1e12, gigabytes * 1e9, link, **more)
+def _card(
+    name: str,
+    mebibytes: int,
+    tflops: float,
+    gigabytes: float,
+    link: float,
+    *,
+    measured: bool = False,
+    bfloat16: bool = True,
+    fp8: bool = False,
+) -> Card:
+    return Card(name, mebibytes * MIB, tflops * 1e12, gigabytes * 1e9, link, measured, bfloat16, fp8)
 
 
 CARDS = (

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from cogtune.configuration.sizes import MIB, format_size
 from cogtune.plan.cards import CARDS, DESKTOP, Card
 from cogtune.plan.memory import Memory, predict
-from cogtune.plan.setting import Quant, Setting
+from cogtune.plan.setting import Quant, Setting, Tower
 from cogtune.plan.time import StepTime, step_time
 
 MOST_ROWS = 512
@@ -141,7 +141,7 @@ def _first(family: Iterator[Setting], card: Card, fixed: Collection[str]) -> Cho
 def _families(setting: Setting, fixed: Collection[str]) -> Iterator[Iterator[Setting]]:
     """Settings of one speed each, as iterators from the plainest to the leanest of that speed."""
     formats = [setting.quant] if "quant.experts" in fixed else [_format(setting, "none"), _format(setting, "nf4")]
-    towers: list[str] = [setting.tower]
+    towers: list[Tower] = [setting.tower]
     if "data.cache_features" not in fixed and setting.tower != "none" and not setting.tower_trains:
         towers = ["cached", "live"]
     engines = [setting.engine]

@@ -44,7 +44,7 @@ def test_the_table_is_what_the_code_keeps(name: str) -> None:
     targets, case = CASES[name]
     step = meta_step(case, targets)
     # sizes are rounded up to the allocator's blocks, and small index tensors are left out of the table
-    assert end_of_forward(case) == pytest.approx(step.held, rel=0.005, abs=12 * MIB)
+    assert end_of_forward(case) == pytest.approx(step.held, rel=0.0075, abs=12 * MIB)
     assert peak(case).total == pytest.approx(step.peak, rel=0.03, abs=64 * MIB)
 
 
