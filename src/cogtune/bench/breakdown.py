@@ -1,0 +1,109 @@
+"""Where a step's time goes, from torch.profiler: by the part of the model where the program says so (tower, head,
+optimiser), by the kind of kernel elsewhere, and what is left between kernels."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+PARTS = ("tower", "head", "optimizer")
+KINDS = {
+    "attention": r"flash|fmha|sdpa|attention|softmax",
+    "matmuls": r"gemm|cutlass|xmma|nvjet|cublas|aten::(addmm|mm|bmm|linear|matmul)\b|_scaled_mm|s16816|kgemm|mkldnn",
+    "copies between host and device": r"memcpy|memset",
+}
+"""Kinds of kernels by their names, tried in this order; what matches none is elementwise work."""
+ROWS = ("tower", "attention", "matmuls", "elementwise", "head", "optimizer", *list(KINDS)[2:], "idle")
+_PREFIX = "cogtune."
+
+
+@dataclass(frozen=True)
+class Span:
+    """A kernel, or a part of the program as the device saw it; times in microseconds."""
+
+    name: str
+    start: float
+    end: float
+
+
+def sort_kernels(kernels: Sequence[Span], parts: Sequence[Span], steps: int) -> dict[str, float]:
+    """Milliseconds of a step by row of `ROWS`. ``idle`` is the time in which no kernel ran."""
+    milliseconds = dict.fromkeys(ROWS, 0.0)
+    busy, reached = 0.0, min((kernel.start for kernel in kernels), default=0.0)
+    first = reached
+    for kernel in sorted(kernels, key=lambda span: span.start):
+        middle = (kernel.start + kernel.end) / 2
+        part = next((span.name for span in parts if span.start <= middle <= span.end), None)
+        milliseconds[part or _kind(kernel.name)] += (kernel.end - kernel.start) / 1000 / steps
+        busy += max(0.0, kernel.end - max(reached, kernel.start))
+        reached = max(reached, kernel.end)
+    milliseconds["idle"] = (reached - first - busy) / 1000 / steps
+    return {name: round(value, 3) for name, value in milliseconds.items()}
+
+
+def _kind(name: str) -> str:
+    lowered = name.lower()
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, lowered)), "elementwise")
+
+
+def profile_steps(run: Callable[[], Any], model: Any, optimizer: torch.optim.Optimizer, steps: int) -> dict[str, float]:
+    """Profile ``run`` (``steps`` steps) and sort what it did; ``model`` is the base whose parts get names."""
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with _named_parts(model, optimizer), profile(activities=activities) as profiler:
+        run()
+    events = profiler.events() or []
+    kernels, parts = [], []
+    for event in events:
+        if event.device_type.name != ("CUDA" if on_gpu else "CPU"):
+            continue
+        start, end = event.time_range.start, event.time_range.end
+        if event.name.startswith(_PREFIX):
+            parts.append(Span(event.name.removeprefix(_PREFIX), start, end))
+        elif not on_gpu:  # operators contain each other: only the time of their own counts
+            kernels.append(Span(event.name, start, start + event.self_cpu_time_total))
+        elif not event.is_user_annotation:
+            kernels.append(Span(event.name, start, end))
+    return sort_kernels(kernels, parts, steps)
+
+
+@contextmanager
+def _named_parts(model: Any, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Mark tower (forward), head (forward and backward) and optimiser, so that the device's record names them."""
+    open_marks: dict[str, Any] = {}
+
+    def start(name: str) -> None:
+        open_marks[name] = record_function(_PREFIX + name)
+        open_marks[name].__enter__()
+
+    def stop(name: str) -> None:
+        mark = open_marks.pop(name, None)
+        if mark is not None:
+            mark.__exit__(None, None, None)
+
+    handles: list[Any] = []
+
+    def around(module: nn.Module, name: str) -> None:
+        handles.append(module.register_forward_pre_hook(lambda *_: start(name)))
+        handles.append(module.register_forward_hook(lambda *_: stop(name)))
+
+    around(model.lm_head, "head")
+    handles.append(model.lm_head.register_full_backward_pre_hook(lambda *_: start("head")))
+    handles.append(model.lm_head.register_full_backward_hook(lambda *_: stop("head")))
+    tower = getattr(model.model.vision, "transformer", None)
+    if tower is not None:
+        around(tower, "tower")
+    handles.append(optimizer.register_step_pre_hook(lambda *_: start("optimizer")))
+    handles.append(optimizer.register_step_post_hook(lambda *_: stop("optimizer")))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

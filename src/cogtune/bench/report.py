@@ -1,0 +1,103 @@
+"""What every measurement says beside its numbers, how it is printed, and the file it is written to row by row."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cogtune
+from cogtune.bench.clock import cores
+
+_LIBRARIES = ("transformers", "peft", "bitsandbytes", "triton", "deepspeed", "safetensors", "numpy")
+
+
+def circumstances(command: str) -> dict[str, Any]:
+    """Command, date, commit, card and versions."""
+    found: dict[str, Any] = {"cogtune": cogtune.__version__, "python": platform.python_version()}
+    found |= {"torch": torch.__version__, "cuda": torch.version.cuda}
+    for name in _LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "command": command,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "card": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cards": torch.cuda.device_count(),
+        "machine": f"{platform.machine()}, {cores()} cores",
+        "versions": found,
+    }
+
+
+def commit() -> str | None:
+    """The commit of the checkout this runs from, or of the file COMMIT beside it where git's folder did not travel."""
+    root = Path(cogtune.__file__).resolve().parents[2]
+    marker = root / "COMMIT"
+    if marker.is_file():
+        return marker.read_text(encoding="utf-8").strip()
+    try:
+        asked = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
+    except OSError:
+        return None
+    return asked.stdout.strip() or None
+
+
+class Results:
+    """Rows of one measurement. With a file, it is whole after every row, so a run cut short keeps what it had."""
+
+    def __init__(self, kind: str, command: str, file: Path | None) -> None:
+        self.record: dict[str, Any] = {"kind": kind, **circumstances(command), "rows": []}
+        self._file = file
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = self.record["rows"]
+        return rows
+
+    def add(self, row: dict[str, Any]) -> None:
+        """A new row, or the newer state of the row with the same name."""
+        places = [index for index, other in enumerate(self.rows) if other["name"] == row["name"]]
+        if places:
+            self.rows[places[0]] = row
+        else:
+            self.rows.append(row)
+        self.write()
+
+    def write(self) -> None:
+        if self._file is None:
+            return
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._file.with_name(f".{self._file.name}.partial")
+        partial.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
+        partial.replace(self._file)
+
+    def line(self) -> str:
+        """All of it as one line of JSON."""
+        return json.dumps(self.record)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Plain text in columns: the first to the left, numbers to the right, ``-`` for what there is not."""
+    cells = [
+        [str(column) for column in columns],
+        *[["-" if cell is None else str(cell) for cell in row] for row in rows],
+    ]
+    widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
+    lines = []
+    for row in cells:
+        padded = [
+            row[0].ljust(widths[0]),
+            *[cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)],
+        ]
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)

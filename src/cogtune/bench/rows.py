@@ -1,0 +1,191 @@
+"""Synthetic rows of a known shape, made by the code that makes a user's rows: trees, routing and collation included.
+
+A preset says how many questions a picture has and how many tokens each takes. Text is random characters, each of them
+one token, so lengths are exact and no checkpoint's tokenizer is needed; ids spread over the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from cogtune.configuration.model import CogVLM2Config
+from cogtune.configuration.run import DataFolder, DataSection
+from cogtune.data.collate import collate
+from cogtune.data.dataset import TrainRows
+from cogtune.data.records import Conversation, Picture, Turn
+from cogtune.errors import ConfigError
+from cogtune.model.routing import GPU_COLUMNS
+from cogtune.processing.encode import Encoder
+
+_TEMPLATE = len("Question:  Answer:")
+_FIRST_CHARACTER, _CHARACTERS = 0x4E00, 20_000  # CJK ideographs: none of them is a special token or white space
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The shape of a row: ``conversations`` on one picture (or on none), each of ``rounds`` questions.
+
+    ``question`` counts the tokens of a round's prompt (template included), ``answer`` those with a label (EOS
+    included). Earlier rounds stand before later ones as history.
+    """
+
+    conversations: int
+    rounds: int
+    question: int
+    answer: int
+    picture: bool = True
+
+    @property
+    def answers(self) -> int:
+        return self.conversations * self.rounds
+
+
+PRESETS = {
+    "s400": Preset(1, 1, 200, 200),
+    "sft311k-multi": Preset(1, 3, 20, 80),
+    "vqa10": Preset(10, 1, 20, 10),
+    "vqa1": Preset(1, 1, 20, 10),
+    "caption": Preset(1, 1, 20, 300),
+    "text-only": Preset(1, 1, 200, 200, picture=False),
+    "512+512": Preset(1, 1, 512, 512),
+}
+"""``vqa1`` is one question of ``vqa10`` in a row of its own; ``512+512`` fills the published script's budgets."""
+
+
+def preset(name: str) -> Preset:
+    """A preset by name, or of a given shape: ``text=600``, ``questions=5``, ``rounds=3``, joined by ``/``, on top of
+    ``s400`` (half of the text is the answer) or, with questions, of ``vqa1``.
+
+    Raises:
+        ConfigError: no such preset or shape.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    found = PRESETS["s400"]
+    for part in name.split("/"):
+        key, equals, value = part.partition("=")
+        if not equals or not value.isdigit() or key not in ("text", "questions", "rounds"):
+            raise ConfigError(
+                f"no preset `{name}`",
+                hint=f"one of {', '.join(PRESETS)}, or a shape: text=600, questions=5, rounds=3, joined by /",
+            )
+        number = int(value)
+        if key == "text":
+            found = replace(found, question=number - number // 2, answer=number // 2)
+        elif key == "questions":
+            found = replace(PRESETS["vqa1"], conversations=number)
+        else:
+            found = replace(found, rounds=number)
+    return found
+
+
+class CharacterTokenizer:
+    """One token a character, in the two forms in which processing calls a tokenizer."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self._vocabulary = vocabulary
+
+    def encode(self, text: str, *, add_special_tokens: bool, verbose: bool) -> list[int]:
+        return [ord(character) * 2_654_435_761 % 2**32 % self._vocabulary for character in text]
+
+    def __call__(self, texts: Sequence[str], *, add_special_tokens: bool, verbose: bool) -> dict[str, list[list[int]]]:
+        ids = [self.encode(text, add_special_tokens=add_special_tokens, verbose=verbose) for text in texts]
+        return {"input_ids": ids}
+
+
+def synthetic_rows(shape: Preset, count: int, config: CogVLM2Config, folder: Path, *, side: int) -> TrainRows:
+    """``count`` rows of ``shape``, each about a picture of its own: noise of ``side`` pixels, written into ``folder``.
+
+    Raises:
+        ConfigError: a question too short to hold the prompt's template.
+    """
+    if shape.question <= _TEMPLATE or shape.answer < 1:
+        raise ConfigError(f"a question takes more than {_TEMPLATE} tokens (the template), an answer at least one")
+    specials = (config.bos_token_id, *config.eos_token_ids, config.pad_token_id)
+    encoder = Encoder(
+        CharacterTokenizer(min(token for token in specials if token is not None)),
+        num_image_tokens=config.num_image_tokens,
+        bos_id=int(config.bos_token_id or 0),
+        eos_id=config.eos_token_ids[0],
+        image_id=int(config.pad_token_id or 0),
+        template="chat",
+    )
+    longest = shape.rounds * (shape.question + shape.answer)
+    data = DataSection(path=(DataFolder(path=folder),), max_input_len=longest, max_output_len=longest)
+    pictures = [_picture(shape, number, folder, side) for number in range(count)]
+    return TrainRows(pictures, encoder, data, config.image_size)
+
+
+def _picture(shape: Preset, number: int, folder: Path, side: int) -> Picture:
+    words = random.Random(number)
+
+    def text(length: int) -> str:
+        return "".join(chr(_FIRST_CHARACTER + words.randrange(_CHARACTERS)) for _ in range(length))
+
+    file = _noise(folder / f"{number:04d}.jpg", number, side) if shape.picture else None
+    conversations = []
+    for conversation in range(shape.conversations):
+        turns = tuple(Turn(text(shape.question - _TEMPLATE), text(shape.answer - 1)) for _ in range(shape.rounds))
+        conversations.append(Conversation(f"{number}#{conversation}", file, turns, "synthetic"))
+    return Picture(str(number), file, tuple(conversations))
+
+
+def _noise(file: Path, seed: int, side: int) -> Path:
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(
+            0, 256, (side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+        )
+        Image.fromarray(pixels.numpy()).save(file, quality=90)
+    return file
+
+
+def synthetic_batches(
+    shape: Preset,
+    config: CogVLM2Config,
+    folder: Path,
+    *,
+    batch_size: int,
+    count: int,
+    cached: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """``count`` different batches as the loop receives them, in host memory (pinned for a GPU).
+
+    ``cached``: random numbers stand for the tower's output; timing does not depend on their values.
+    """
+    rows = synthetic_rows(shape, batch_size * count, config, folder, side=64)
+    on_gpu, random_ = device.type == "cuda", torch.Generator().manual_seed(0)
+    batches = []
+    for start in range(0, batch_size * count, batch_size):
+        samples = [rows.row(0, index) for index in range(start, start + batch_size)]
+        batch = collate(samples, column_multiple=GPU_COLUMNS if on_gpu else 1)
+        pixels = batch.pop("pixel_values", None)
+        if pixels is not None and cached:
+            width = config.vision_config.hidden_size  # type: ignore[union-attr]
+            features = torch.randn(len(pixels), config.grid**2, width, generator=random_)
+            batch["image_features"] = features.to(dtype)
+        elif pixels is not None:
+            batch["pixel_values"] = pixels
+        batches.append({name: _pinned(value) for name, value in batch.items()} if on_gpu else batch)
+    return batches
+
+
+def _pinned(value: Any) -> Any:
+    return value.pin_memory() if hasattr(value, "pin_memory") else value
+
+
+def answers_of(batch: dict[str, Any]) -> int:
+    """How many answers a batch trains: runs of labels that end with their row's segment."""
+    count = 0
+    for labels, segments in zip(batch["labels"], batch["segment_ids"], strict=True):
+        count += len(set(segments[labels != -100].tolist()))
+    return count

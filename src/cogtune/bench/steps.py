@@ -1,0 +1,102 @@
+"""Blocks of training steps for one assembled model: the loop itself runs them, on batches made beforehand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from cogtune.adapters.targets import resolve_targets
+from cogtune.bench.baseline import PublishedModel, published_length
+from cogtune.bench.clock import TimedFeed, Timing
+from cogtune.bench.models import build_base
+from cogtune.bench.rows import preset, synthetic_batches
+from cogtune.bench.variants import Variant
+from cogtune.configuration.run import RunConfig
+from cogtune.errors import ConfigError
+from cogtune.model.checkpointing import enable_checkpointing, recomputed_layers
+from cogtune.model.modeling import CogVLM2ForCausalLM
+from cogtune.train import engines
+from cogtune.train.feed import Batch
+from cogtune.train.log import Metrics
+from cogtune.train.loop import Loop
+from cogtune.train.optim import build_optimizer
+from cogtune.train.precision import choose_dtype
+from cogtune.train.progress import Progress
+from cogtune.train.run import assemble
+from cogtune.train.watch import StopSignal
+
+DIFFERENT_BATCHES = 4
+
+
+class Bench:
+    """One base model with one adapter, in one engine; variants that differ in data and recomputation share it."""
+
+    def __init__(self, variant: Variant) -> None:
+        self.config, self.engine = variant.config, engines.start(variant.config)
+        self.dtype = choose_dtype(variant.config, self.engine.device)
+        self.base = build_base(variant.config, self.engine, self.dtype)
+        if variant.baseline:
+            self._wrap_published()
+        else:
+            assemble(self.base, variant.config, self.engine)
+        self.engine.module.train()
+
+    def _wrap_published(self) -> None:
+        """peft with its own defaults, and its own casts, as the published script uses it."""
+        lora = self.config.lora
+        settings = LoraConfig(
+            r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, task_type="CAUSAL_LM",
+            target_modules=resolve_targets(self.base, lora.targets),
+        )  # fmt: skip
+        torch.manual_seed(self.config.train.seed)
+        adapted = get_peft_model(cast(Any, self.base), settings)
+        published = PublishedModel(adapted, self.base, published_length(self.base.config))
+        trained = [parameter for parameter in published.parameters() if parameter.requires_grad]
+        self.engine.wrap(published, build_optimizer(trained, self.config.train))
+
+    def batches(self, variant: Variant, folder: Path) -> list[Batch]:
+        """Batches of the variant's preset. The published computation knows no cache of the tower's output."""
+        if variant.baseline and variant.cached:
+            raise ConfigError("the baseline runs the tower in every step: it has no features=cached")
+        return synthetic_batches(
+            preset(variant.preset), self.base.config, folder, batch_size=variant.config.train.batch_size,
+            count=DIFFERENT_BATCHES, cached=variant.cached, dtype=self.dtype, device=self.engine.device,
+        )  # fmt: skip
+
+    def run(self, variant: Variant, batches: list[Batch], *, warm: int, steps: int) -> Timing:
+        """``warm`` steps that are not measured and ``steps`` that are; the adapter trains on from block to block."""
+        config = variant.config
+        if not variant.baseline:
+            set_recomputed(self.base, config)
+        feed = TimedFeed(batches, self.engine.device, warm=warm, steps=steps, accumulation=config.train.accumulation)
+        losses = _Losses()
+        loop = Loop(
+            self.engine, config, cast(Any, feed), None, Progress(), feed.total, losses, StopSignal(), lambda best: None
+        )
+        loop.run()
+        timing = feed.finish()
+        timing.losses = losses.values
+        return timing
+
+
+class _Losses(Metrics):
+    """Keeps what the loop reports, instead of writing it."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(), active=False, tensorboard=False, step=0)
+        self.values: list[float] = []
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        self.values.append(round(values["loss"], 6))
+
+
+def set_recomputed(base: CogVLM2ForCausalLM, config: RunConfig) -> None:
+    """Which layers recompute from now on, where the policy names them; ``auto`` and sizes stay as assembled."""
+    policy = config.train.gradient_checkpointing
+    if policy not in ("none", "all") and not isinstance(policy, int):
+        return
+    tower = base.config.vision_config.num_hidden_layers
+    enable_checkpointing(base, recomputed_layers(policy, len(base.model.layers)), recomputed_layers(policy, tower))

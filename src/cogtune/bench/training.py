@@ -1,0 +1,159 @@
+"""``cogtune bench train``: variants of a training step, measured in one process on one card, in turns."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cogtune.bench.breakdown import profile_steps
+from cogtune.bench.clock import Timing
+from cogtune.bench.flops import forward_flops, peak_rate, step_flops, trained_extent, work_of
+from cogtune.bench.report import Results, table
+from cogtune.bench.rows import answers_of
+from cogtune.bench.steps import Bench
+from cogtune.bench.variants import Variant
+from cogtune.plan.sizes import ModelSizes
+
+_PROFILED = 2
+
+
+def measure(
+    variants: Sequence[Variant], results: Results, *, warm: int, steps: int, rounds: int, breakdown: bool
+) -> None:
+    """Measure every variant ``rounds`` times, in turns, and print and keep each row as it comes.
+
+    Neighbouring variants that can share an assembled model do; a variant that fails is a row with its error.
+    """
+    joined: dict[str, Timing] = {}
+    with tempfile.TemporaryDirectory() as name:
+        for turn in range(rounds):
+            for _, group in groupby(variants, key=lambda variant: variant.model_key):
+                _measure_group(
+                    list(group), joined, results, Path(name), (warm, steps), breakdown and turn == rounds - 1
+                )
+    print(as_table(results))
+
+
+def _measure_group(
+    group: list[Variant],
+    joined: dict[str, Timing],
+    results: Results,
+    folder: Path,
+    counts: tuple[int, int],
+    breakdown: bool,
+) -> None:
+    bench, began = None, time.perf_counter()
+    for variant in group:
+        try:
+            if bench is None:
+                bench = Bench(variant)
+                print(f"# {variant.name}: model ready after {time.perf_counter() - began:.1f} s", flush=True)
+            row = _measure_one(bench, variant, joined, folder, counts, breakdown)
+        except Exception as error:
+            traceback.print_exc(limit=-6)
+            row = _identity(variant) | {"error": f"{type(error).__name__}: {str(error)[:400]}"}
+        results.add(row)
+        _say(row)
+    del bench
+    _release()
+
+
+def _measure_one(
+    bench: Bench, variant: Variant, joined: dict[str, Timing], folder: Path, counts: tuple[int, int], breakdown: bool
+) -> dict[str, Any]:
+    batches = bench.batches(variant, folder / variant.preset.replace("/", "_"))
+    timing = joined.setdefault(variant.name, Timing())
+    timing.join(bench.run(variant, batches, warm=counts[0], steps=counts[1]))
+    row = _identity(variant) | _rates(bench, variant, batches, timing) | timing.to_dict()
+    if breakdown:
+        row["breakdown_ms"] = profile_steps(
+            lambda: bench.run(variant, batches, warm=0, steps=_PROFILED), bench.base, bench.engine.optimizer, _PROFILED
+        )
+    return row
+
+
+def _identity(variant: Variant) -> dict[str, Any]:
+    features = "cached" if variant.cached else "live"
+    return {"name": variant.name, "preset": variant.preset, "features": features, "changes": dict(variant.changes)}
+
+
+def _rates(bench: Bench, variant: Variant, batches: list[dict[str, Any]], timing: Timing) -> dict[str, Any]:
+    """Samples, answers and tokens a second, and the share of the card's rate that useful work takes."""
+    config, batch = bench.base.config, batches[0]
+    accumulation = variant.config.train.accumulation
+    work = work_of(batch, config.num_image_tokens)
+    first, vision = trained_extent(list(bench.engine.parameters), config.num_hidden_layers)
+    flops = forward_flops(ModelSizes.from_config(config.to_dict()), work)
+    counted = accumulation * step_flops(
+        flops, live_tower=not variant.cached, first_trained_layer=first, vision_trains=vision
+    )
+    card = torch.cuda.get_device_name() if bench.engine.device.type == "cuda" else ""
+    rate = peak_rate(card)
+    return {
+        "batch_size": work.rows,
+        "tokens": work.tokens,
+        "labels": work.labels,
+        "trained_parameters": sum(parameter.numel() for parameter in bench.engine.parameters.values()),
+        "samples_per_second": round(accumulation * work.rows / timing.median, 4),
+        "answers_per_second": round(accumulation * answers_of(batch) / timing.median, 4),
+        "tokens_per_second": round(accumulation * work.tokens / timing.median, 1),
+        "tflop_per_step": round(counted / 1e12, 6),
+        "lora_mfu": None if rate is None else round(counted / timing.median / rate, 4),
+    }
+
+
+def _release() -> None:
+    """Give the model's memory back before the next one is built."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _say(row: dict[str, Any]) -> None:
+    if "error" in row:
+        print(f"{row['name']}: {row['error']}", flush=True)
+        return
+    print(
+        f"{row['name']}: {row['median_ms']:.1f} ms ({row['min_ms']:.1f} to {row['max_ms']:.1f}), "
+        f"{row['samples_per_second']:.2f} samples/s, {row['reserved_gib']:.2f} GiB reserved",
+        flush=True,
+    )
+
+
+def as_table(results: Results) -> str:
+    """The rows as text; ratios are against the baseline where there is one, else against the first row."""
+    whole = [row for row in results.rows if "error" not in row]
+    if not whole:
+        return "nothing was measured"
+    anchor = next((row for row in whole if row["name"] == "baseline"), whole[0])
+    cells = []
+    for row in whole:
+        per_sample = anchor["median_ms"] / anchor["batch_size"] / (row["median_ms"] / row["batch_size"])
+        mfu = None if row["lora_mfu"] is None else f"{100 * row['lora_mfu']:.1f}"
+        cells.append([
+            row["name"], f"{row['median_ms']:.1f}", f"{row['min_ms']:.1f}", f"{row['max_ms']:.1f}",
+            f"{row['samples_per_second']:.2f}", f"{row['tokens_per_second']:.0f}", mfu, f"{per_sample:.2f}x",
+            f"{row['allocated_gib']:.2f}", f"{row['reserved_gib']:.2f}",
+            None if row["driver_gib"] is None else f"{row['driver_gib']:.2f}",
+            f"{100 * row['data_wait_share']:.1f}", f"{row['first_step_s']:.1f}",
+            f"{row['graphs_compiled']}+{row['recompiled_while_measured']}",
+        ])  # fmt: skip
+    columns = [
+        "variant", "ms", "min", "max", "samples/s", "tokens/s", "LoRA-MFU %", f"x {anchor['name']}", "alloc GiB",
+        "reserved", "driver", "wait %", "first s", "graphs",
+    ]  # fmt: skip
+    text = table(columns, cells)
+    broken = [row for row in whole if "breakdown_ms" in row]
+    if broken:
+        kinds = list(broken[0]["breakdown_ms"])
+        rows = [[row["name"], *[f"{row['breakdown_ms'][kind]:.2f}" for kind in kinds]] for row in broken]
+        text += "\n\nmilliseconds of a profiled step:\n" + table(["variant", *kinds], rows)
+    return text

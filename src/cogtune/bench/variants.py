@@ -1,0 +1,95 @@
+"""What is compared: variants of one configuration, each with a name, its changes, and a preset of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from cogtune.configuration.keys import ALIASES
+from cogtune.configuration.run import RunConfig, load_config
+from cogtune.errors import ConfigError
+
+BASELINE = "baseline"
+_OWN = ("preset", "features")
+_SHARED = ("batch_size", "accumulation")
+"""Settings of ``train`` that two variants on one assembled model may differ in; recomputation is one more."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """``cached``: the tower's output is given instead of pixels. ``baseline``: the published computation's stand-in."""
+
+    name: str
+    preset: str
+    cached: bool
+    baseline: bool
+    config: RunConfig
+    changes: Mapping[str, str]
+
+    @property
+    def model_key(self) -> str:
+        """Equal for variants that can run on one assembled model, one after the other."""
+        values = self.config.model_dump(mode="json")
+        train = {key: value for key, value in values.pop("train").items() if key not in _SHARED}
+        policy = train["gradient_checkpointing"]
+        if policy in ("none", "all") or isinstance(policy, int):
+            train["gradient_checkpointing"] = "named"
+        values.pop("data")
+        return repr((self.baseline, values, train))
+
+
+def parse_variants(
+    texts: Sequence[str], overrides: Mapping[str, Sequence[str]], *, preset: str, cached: bool
+) -> list[Variant]:
+    """Variants from the command line: ``NAME key=value key=value``, on top of the command's own ``overrides``.
+
+    A variant called ``baseline`` is the published computation. Without any text there is one variant, called after its
+    preset.
+
+    Raises:
+        ConfigError: a name given twice, a word that is no ``key=value``, an unknown key or a wrong value.
+    """
+    if not texts:
+        return [_variant(preset, {}, overrides, preset, cached)]
+    variants: list[Variant] = []
+    for text in texts:
+        words = text.split()
+        name = words.pop(0) if words and "=" not in words[0] else text
+        changes: dict[str, str] = {}
+        for word in words:
+            key, equals, value = word.partition("=")
+            if not equals:
+                raise ConfigError(f"--variant `{text}`: `{word}` is not key=value")
+            changes[ALIASES.get(key, key)] = value
+        if any(other.name == name for other in variants):
+            raise ConfigError(f"--variant `{name}` is given twice", hint="names tell the rows of the table apart")
+        variants.append(_variant(name, changes, overrides, preset, cached))
+    return variants
+
+
+def _variant(
+    name: str, changes: dict[str, str], overrides: Mapping[str, Sequence[str]], preset: str, cached: bool
+) -> Variant:
+    baseline = name == BASELINE or name.startswith(f"{BASELINE}-")
+    own = {key: changes[key] for key in _OWN if key in changes}
+    keys = {key: [value] for key, value in changes.items() if key not in own}
+    features = own.get("features", "live" if baseline or not cached else "cached")
+    if features not in ("live", "cached"):
+        raise ConfigError(f"features is `{features}`; it is live or cached")
+    given = {ALIASES.get(key, key): value for key, value in overrides.items()}
+    config = load_config(None, {**_DEFAULTS, **given, **keys})
+    return Variant(name, own.get("preset", preset), features == "cached", baseline, config, changes)
+
+
+_DEFAULTS: dict[str, Sequence[str]] = {
+    "model.path": ["random"],
+    "data.path": ["synthetic"],
+    "data.validation_share": ["0"],
+    "train.output": ["not-written"],
+    "train.save_steps": ["1000000000"],
+    "log.steps": ["1"],
+    "lora.targets": ["vision_expert_query_key_value"],
+    "lora.rank": ["8"],
+    "train.gradient_checkpointing": ["none"],
+}
+"""A measurement's starting point: the setting that the published table and its baseline have."""

@@ -1,0 +1,74 @@
+"""``cogtune bench`` on the tiny model: the commands run, and their numbers are about the right thing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cogtune.cli.main import main
+
+
+def _rows(file: Path) -> dict[str, dict[str, Any]]:
+    record = json.loads(file.read_text())
+    assert record["versions"]["torch"]
+    assert record["command"].startswith("cogtune ")
+    return {row["name"]: row for row in record["rows"]}
+
+
+def test_variants_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "result.json"
+    arguments = ["bench", "train", "--tiny", "--preset", "text=40", "--steps", "2", "--warmup", "1", "--rounds", "2"]
+    arguments += [
+        "--variant",
+        "baseline",
+        "--variant",
+        "live",
+        "--variant",
+        "cached features=cached train.batch_size=2",
+    ]
+    arguments += ["--variant", "questions preset=vqa10", "--variant", "broken data.max_row_tokens=1 preset=nothing"]
+    assert main([*arguments, "--breakdown", "--json", str(file)]) == 0
+    rows = _rows(file)
+    assert list(rows) == ["baseline", "live", "cached", "questions", "broken"]
+    assert [len(rows[name]["times_ms"]) for name in ("baseline", "live", "cached")] == [4, 4, 4]
+    assert rows["cached"]["tokens"] == 2 * rows["live"]["tokens"] == 2 * 47
+    assert rows["cached"]["tflop_per_step"] is not None
+    assert rows["questions"]["answers_per_second"] == pytest.approx(
+        10 * rows["questions"]["samples_per_second"], rel=0.01
+    )
+    assert "no preset" in rows["broken"]["error"]
+    # the same weights, adapter and rows: both computations start from the same loss
+    assert rows["baseline"]["losses"][0] == pytest.approx(rows["live"]["losses"][0], rel=1e-5)
+    assert rows["live"]["breakdown_ms"]["matmuls"] > 0
+    said = capsys.readouterr().out
+    assert "x baseline" in said
+    assert json.loads(said.strip().splitlines()[-1])["kind"] == "train"
+
+
+def test_settings_reach_the_model(tmp_path: Path) -> None:
+    def trained(*flags: str) -> int:
+        file = tmp_path / "result.json"
+        small = ["--tiny", "--preset", "text=40", "--steps", "1", "--warmup", "1", "--json", str(file)]
+        assert main(["bench", "train", *small, *flags]) == 0
+        return int(_rows(file)["text=40"]["trained_parameters"])
+
+    assert trained("--lora.rank", "4") * 2 == trained()  # the default is the published table's: rank 8 on one matrix
+    assert trained("--lora.targets", "experts") > trained()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--variant", "a", "--variant", "a"],
+        ["--variant", "a words"],
+        ["--variant", "a features=maybe"],
+        ["--variant", "a lora.rnk=4"],
+        ["--lora.rank", "many"],
+    ],
+)
+def test_wrong_arguments_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "train", "--tiny", *arguments]) == 2
+    assert "error[config" in capsys.readouterr().err
