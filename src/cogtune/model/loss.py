@@ -1,9 +1,20 @@
-"""The loss: the sum over supervised tokens, divided by a count the caller may set to that of the global batch."""
+"""The loss: the sum over supervised tokens, divided by a count the caller may set to that of the global batch.
+
+Shapes: M targets, D hidden, V vocabulary. In training the logits of a few hundred tokens exist at a time, never all: a
+frozen head's gradient is taken where its logits are, in the forward pass, and only its [M, D] result is kept.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 512
+"""Tokens whose logits exist at a time: 263 MB in float32 with the published vocabulary."""
 
 
 def token_loss(logits_MV: torch.Tensor, targets_M: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
@@ -11,7 +22,70 @@ def token_loss(logits_MV: torch.Tensor, targets_M: torch.Tensor, num_items: torc
 
     With no target at all the result is 0 and still carries a graph, so that every rank can run its backward.
     """
-    total = functional.cross_entropy(logits_MV.float(), targets_M, reduction="sum")
-    if num_items is None:
-        return total / max(targets_M.shape[0], 1)
-    return total / num_items
+    return _averaged(_summed(logits_MV, targets_M), targets_M, num_items)
+
+
+def head_loss(
+    head: nn.Module,
+    vocab_size: int,
+    hidden_MD: torch.Tensor,
+    targets_M: torch.Tensor,
+    num_items: torch.Tensor | int | None,
+) -> torch.Tensor:
+    """``token_loss(head(hidden), ...)`` without all logits at once.
+
+    A head that trains, or is adapted, quantised or sharded, is called as the module it is; its logits are computed a
+    second time in the backward pass where there are more than ``CHUNK``.
+    """
+    if isinstance(head, nn.Linear) and _is_plain(head, vocab_size, hidden_MD):
+        total: torch.Tensor = _FrozenHeadLoss.apply(hidden_MD, head.weight, targets_M)
+    elif hidden_MD.shape[0] <= CHUNK:
+        total = _summed(head(hidden_MD), targets_M)
+    else:
+        chunks = zip(hidden_MD.split(CHUNK), targets_M.split(CHUNK), strict=True)
+        total = torch.stack([checkpoint(_chunk, head, h, t, use_reentrant=False) for h, t in chunks]).sum()
+    return _averaged(total, targets_M, num_items)
+
+
+def _averaged(total: torch.Tensor, targets_M: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
+    return total / (max(targets_M.shape[0], 1) if num_items is None else num_items)
+
+
+def _summed(logits_MV: torch.Tensor, targets_M: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy(logits_MV.float(), targets_M, reduction="sum")
+
+
+def _chunk(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return _summed(head(hidden), targets)
+
+
+def _is_plain(head: nn.Linear, vocab_size: int, hidden: torch.Tensor) -> bool:
+    """Whether the head is its weight and nothing else: whole, frozen and in the number format of the computation."""
+    weight, shape = head.weight, (vocab_size, hidden.shape[-1])
+    whole = type(head) is nn.Linear and type(weight) is nn.Parameter and weight.shape == shape
+    return whole and head.bias is None and not weight.requires_grad and weight.dtype == hidden.dtype
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """The summed loss of a frozen head. The gradient for the hidden states is that of the sum; what comes in backward
+    (1 / count, loss scales) multiplies it in float32, so small counts of it underflow no sooner than before."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_MD: torch.Tensor, weight_VD: torch.Tensor, targets_M: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden_MD.device)
+        gradients = []
+        for hidden, targets in zip(hidden_MD.split(CHUNK), targets_M.split(CHUNK), strict=True):
+            logits = functional.linear(hidden, weight_VD).float()
+            total += functional.cross_entropy(logits, targets, reduction="sum")
+            if ctx.needs_input_grad[0]:
+                probabilities = logits.softmax(-1)
+                probabilities[torch.arange(targets.shape[0], device=targets.device), targets] -= 1
+                gradients.append(probabilities.to(hidden.dtype) @ weight_VD)
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient.float() * outer).to(gradient.dtype), None, None

@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.model.attention import ExpertAttention, by_expert, cache_mask, row_mask
 from cogtune.model.generation import CogVLM2Generation
-from cogtune.model.loss import token_loss
+from cogtune.model.loss import head_loss, token_loss
 from cogtune.model.pretrained import CogVLM2PreTrainedModel
 from cogtune.model.rope import inverse_frequencies, rotary_tables
 from cogtune.model.routing import GPU_COLUMNS, Routing, row_positions
@@ -276,10 +276,25 @@ class CogVLM2ForCausalLM(CogVLM2PreTrainedModel, CogVLM2Generation, GenerationMi
         else:
             mask = cache_mask(past, routing, attention_mask, past.get_seq_length() if behind else 0)
             past.next_position = routing.positions.amax(1, keepdim=True) + 1
-        logits = self.lm_head(self.model(input_ids, routing, features, past, mask)).float()
-        loss = None if labels is None else _loss(logits, routing, num_items_in_batch)
-        full = routing.scatter(logits, input_ids.shape[1], logits_to_keep) if wants_logits else None
+        hidden = self.model(input_ids, routing, features, past, mask)
+        if labels is not None and routing.targets is None:
+            raise ValueError("labels were given with a routing that was built without them")
+        if not wants_logits:
+            return CogVLM2Output(loss=self._loss(hidden, routing, num_items_in_batch), cache=past)
+        logits = self.lm_head(hidden).float()
+        full = routing.scatter(logits, input_ids.shape[1], logits_to_keep)
+        loss = None if labels is None else _logits_loss(logits, routing, num_items_in_batch)
         return CogVLM2Output(loss=loss, logits=full, cache=past)
+
+    def _loss(
+        self, hidden_KD: torch.Tensor, routing: Routing, num_items: torch.Tensor | int | None
+    ) -> torch.Tensor | None:
+        """Loss of the routing's targets from the kept tokens' hidden states; None where there are no labels."""
+        if routing.targets is None:
+            return None
+        predictors = routing.predictors
+        hidden = hidden_KD if predictors is None else hidden_KD.index_select(0, predictors)
+        return head_loss(self.lm_head, self.config.vocab_size, hidden, routing.targets, num_items)
 
     def _image_features(
         self, routing: Routing, pixel_values: torch.Tensor | None, image_features: torch.Tensor | None
@@ -325,10 +340,9 @@ def _route(input_ids: torch.Tensor, given: tuple[torch.Tensor | None, ...], keep
     return Routing.build(types, mask, segment_ids, segment_parents, labels, keep_columns, multiple)
 
 
-def _loss(logits: torch.Tensor, routing: Routing, num_items: torch.Tensor | int | None) -> torch.Tensor:
+def _logits_loss(logits: torch.Tensor, routing: Routing, num_items: torch.Tensor | int | None) -> torch.Tensor:
     """Loss of the routing's targets from the kept tokens' logits."""
-    if routing.targets is None:
-        raise ValueError("labels were given with a routing that was built without them")
+    assert routing.targets is not None
     predicted = logits if routing.predictors is None else logits.index_select(0, routing.predictors)
     return token_loss(predicted, routing.targets, num_items)
 
