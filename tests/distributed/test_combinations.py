@@ -9,7 +9,7 @@ import pytest
 
 from cogtune.errors import ConfigError
 from cogtune.train import engines
-from cogtune.train.engines.combinations import COLUMNS, allowed_pairs, pairs_in, refused_pairs
+from cogtune.train.engines.combinations import COLUMNS, KEYS, allowed_pairs, pairs_in, refused_pairs
 from cogtune.train.log import read_metrics
 from cogtune.train.run import train
 from tests.support.combination_cases import covering, make_run, name_of, reference_of
@@ -72,7 +72,9 @@ def test_a_refusal_names_both_settings_and_a_way_out(
         engines.choose(config)
     assert refused.value.code == "config-combination"
     assert refused.value.hint
-    assert {"tensor": "parallel.tensor"}.get(combination["engine"], combination["engine"]) in refused.value.message
+    for column, value in pair:
+        shown = {"engine": {"tensor": "parallel.tensor"}.get(value, value)}.get(column, KEYS[column])
+        assert shown in refused.value.message
 
 
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])

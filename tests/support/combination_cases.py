@@ -48,6 +48,8 @@ def make_run(base: Path, data: Path, output: Path, combination: Combination) -> 
         "lora__dora": combination["adapter"] == "dora",
         "lora__targets": ["experts", "vision-tower"] if combination["tower"] == "trained" else ["experts"],
         "data__turns": combination["rows"],
+        "data__cache_features": combination["features"],
+        "data__cache_dir": str(output / "cache"),
     }
     if engine == "tensor":
         values["parallel__tensor"] = 2

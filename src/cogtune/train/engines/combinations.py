@@ -18,6 +18,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "adapter": ("lora", "dora"),
     "rows": ("all", "one_random"),
     "tower": ("frozen", "trained"),
+    "features": ("off", "on"),
 }
 """Column to its values. ``tensor`` is ``parallel.tensor`` above 1, alone or with ddp."""
 
@@ -27,6 +28,7 @@ KEYS = {
     "adapter": "lora.dora",
     "rows": "data.turns",
     "tower": "lora.targets",
+    "features": "data.cache_features",
 }
 """The configuration key behind each column."""
 
@@ -35,9 +37,11 @@ Pair = tuple[tuple[str, str], tuple[str, str]]
 
 @dataclass(frozen=True)
 class Rule:
-    """Engines that do not go with a value of another column: why, and what to do instead, in both languages."""
+    """Values of one column (the engine's, but for one rule) that do not go with values of another: why, and what to do
+    instead, in both languages."""
 
-    engines: tuple[str, ...]
+    with_column: str
+    with_values: tuple[str, ...]
     column: str
     values: tuple[str, ...]
     why: str
@@ -46,13 +50,13 @@ class Rule:
     instead_zh: str
 
     def pairs(self) -> Iterator[Pair]:
-        for engine in self.engines:
-            for value in self.values:
-                yield ("engine", engine), (self.column, value)
+        for other, value in product(self.with_values, self.values):
+            yield (self.with_column, other), (self.column, value)
 
 
 RULES = (
     Rule(
+        "engine",
         ("single", "ddp", "zero1", "zero2", "tensor"),
         "offload",
         ("weights",),
@@ -62,6 +66,7 @@ RULES = (
         "用 fsdp2 或 zero3 配合 parallel.offload weights",
     ),
     Rule(
+        "engine",
         ("single", "ddp", "fsdp2", "tensor"),
         "offload",
         ("optimizer",),
@@ -71,6 +76,7 @@ RULES = (
         "用 zero1、zero2 或 zero3 配合 parallel.offload optimizer",
     ),
     Rule(
+        "engine",
         ("zero3", "fsdp2", "tensor"),
         "adapter",
         ("dora",),
@@ -79,6 +85,16 @@ RULES = (
         "DoRA 需要完整的权重，而每个进程只有其中一部分",
         "用 ddp 或 zero2 配合 lora.dora，或去掉 lora.dora",
     ),
+    Rule(
+        "tower",
+        ("trained",),
+        "features",
+        ("on",),
+        "a tower that trains gives another output in every step",
+        "data.cache_features off, or leave the tower out of lora.targets",
+        "参与训练的视觉塔每一步输出都不同",
+        "设 data.cache_features 为 off，或从 lora.targets 中去掉视觉塔",
+    ),
 )
 
 
@@ -86,12 +102,11 @@ def check(config: RunConfig, engine: str) -> None:
     """Raise ConfigError, with what to do instead, where ``engine`` does not go with a setting of ``config``."""
     chosen = values_of(config, engine)
     for rule in RULES:
-        value = chosen[rule.column]
-        if engine in rule.engines and value in rule.values:
-            key = KEYS[rule.column]
-            shown = "true" if key == "lora.dora" else value
+        other, value = chosen[rule.with_column], chosen[rule.column]
+        if other in rule.with_values and value in rule.values:
+            first = _engine_name(config, engine) if rule.with_column == "engine" else _named(rule.with_column, other)
             raise ConfigError(
-                f"{key} {shown} does not go with {_engine_name(config, engine)}: {rule.why}",
+                f"{_named(rule.column, value)} does not go with {first}: {rule.why}",
                 hint=f"use {rule.instead}",
                 code="config-combination",
             )
@@ -101,6 +116,10 @@ def check(config: RunConfig, engine: str) -> None:
 
 def _engine_name(config: RunConfig, engine: str) -> str:
     return f"parallel.tensor {config.parallel.tensor}" if engine == "tensor" else f"the engine {engine}"
+
+
+def _named(column: str, value: str) -> str:
+    return f"{KEYS[column]} {_shown(column, value)}"
 
 
 def _refuse_trained_base(config: RunConfig, engine: str) -> None:
@@ -130,6 +149,7 @@ def values_of(config: RunConfig, engine: str) -> dict[str, str]:
         "adapter": "dora" if config.lora.dora else "lora",
         "rows": config.data.turns,
         "tower": "trained" if tower else "frozen",
+        "features": "on" if config.data.cache_features == "on" else "off",  # auto decides by itself what goes
     }
 
 
@@ -159,21 +179,23 @@ def table(chinese: bool = False) -> str:
     refused = refused_pairs()
     engines = [f"`{engine}`" if engine != "tensor" else "`parallel.tensor`" for engine in COLUMNS["engine"]]
     yes, no = ("可以", "拒绝") if chinese else ("yes", "refused")
-    lines = [["设置" if chinese else "setting", *engines], ["---"] * (len(engines) + 1)]
+    lines: list[list[str]] = [["设置" if chinese else "setting", *engines], ["---"] * (len(engines) + 1)]
     for column in list(COLUMNS)[1:]:
         for value in COLUMNS[column]:
             cells = [no if (("engine", engine), (column, value)) in refused else yes for engine in COLUMNS["engine"]]
             lines.append([f"`{KEYS[column]}` {_shown(column, value)}", *cells])
     grid = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    reasons = []
-    for rule in RULES:
-        engines = ", ".join(f"`{name}`" for name in rule.engines)
-        what = f"`{KEYS[rule.column]}` {', '.join(_shown(rule.column, value) for value in rule.values)}"
-        if chinese:
-            reasons.append(f"- {what} 与 {engines}：{rule.why_zh}；{rule.instead_zh}。")
-        else:
-            reasons.append(f"- {what} with {engines}: {rule.why}; use {rule.instead}.")
-    return grid + "\n\n" + "\n".join(reasons)
+    return grid + "\n\n" + "\n".join(_reason(rule, chinese) for rule in RULES)
+
+
+def _reason(rule: Rule, chinese: bool) -> str:
+    names = [f"`{value}`" for value in rule.with_values]
+    if rule.with_column != "engine":
+        names = [f"`{KEYS[rule.with_column]}` {_shown(rule.with_column, value)}" for value in rule.with_values]
+    what = f"`{KEYS[rule.column]}` {', '.join(_shown(rule.column, value) for value in rule.values)}"
+    if chinese:
+        return f"- {what} 与 {'、'.join(names)}：{rule.why_zh}；{rule.instead_zh}。"
+    return f"- {what} with {', '.join(names)}: {rule.why}; use {rule.instead}."
 
 
 def _shown(column: str, value: str) -> str:
