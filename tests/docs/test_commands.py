@@ -37,6 +37,7 @@ COMMANDS = commands()
 CONFIGURED = {
     "train": ["dry-run", "config"],
     "plan": ["config", "card", "cards", "price", "write", "targets", "json"],
+    "data cache": ["config", "stat", "clear", "json"],
 }
 """Commands whose flags are configuration keys, and the flags they have besides."""
 

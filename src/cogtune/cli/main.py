@@ -19,7 +19,7 @@ import typer
 import cogtune
 from cogtune.errors import CogtuneError, language, render
 
-COMMANDS = ("plan", "train", "chat", "predict", "merge", "demo", "bench")
+COMMANDS = ("plan", "train", "chat", "predict", "merge", "data", "demo", "bench")
 """Modules of this package, in the order of the help; each has ``register(app)``."""
 
 _BUG_REPORT = "this is a bug in cogtune; please report it with the lines above"

@@ -87,13 +87,15 @@ def _next_value(flag: str, rest: list[str]) -> str:
     return rest.pop(0)
 
 
-def keys_help(width: int = 100) -> Iterator[str]:
-    """Every key with type, default and meaning, by section, as lines of text."""
+def keys_help(width: int = 100, only: tuple[str, ...] = ("",)) -> Iterator[str]:
+    """Every key with type, default and meaning, by section, as lines of text; or those that begin as ``only`` says."""
     from cogtune.configuration.keys import describe_keys
     from cogtune.configuration.run import RunConfig
 
     section = ""
     for key in describe_keys():
+        if not key.key.startswith(only):
+            continue
         if key.section != section:
             section = key.section
             about = (RunConfig.model_fields[section].annotation.__doc__ or "").strip()

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,6 +44,18 @@ class FillReport:
     def rate(self) -> float:
         """Pictures per second over all processes, reading and writing included."""
         return self.computed / self.seconds if self.seconds else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        mean = sum(self.errors) / len(self.errors) if self.errors else 0.0
+        numbers = {
+            "computed": self.computed,
+            "found": self.found,
+            "seconds": self.seconds,
+            "peak_bytes": self.peak_bytes,
+        }
+        error = {"mean": mean, "max": max(self.errors, default=0.0)}
+        return {**numbers, "pictures_per_second": self.rate, "relative_error": error}
 
     def lines(self) -> list[str]:
         """A few sentences for the console."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -13,9 +14,11 @@ from cogtune.adapters.merge import whole_folder
 from cogtune.adapters.tower import tower_trains
 from cogtune.checkpoint.fingerprint import tower_fingerprint
 from cogtune.checkpoint.load import load_config, load_model
+from cogtune.configuration.deepspeed import apply_deepspeed
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.configuration.run import RunConfig
 from cogtune.data.loader import worker_count
+from cogtune.data.split import read_and_split
 from cogtune.errors import ConfigError
 from cogtune.features.cache import FeatureCache, FillReport
 from cogtune.features.choose import Choice, Demand, choose, size_text
@@ -24,12 +27,13 @@ from cogtune.features.fill import FillSettings, Tower
 from cogtune.features.reader import FeatureReader
 from cogtune.features.store import default_folder
 from cogtune.features.variant import make_variant
-from cogtune.train.engines.group import Group
+from cogtune.train.engines.group import Group, is_launched
 from cogtune.train.feed import Feed
 from cogtune.train.inputs import Inputs
-from cogtune.train.log import log
+from cogtune.train.log import console, log
+from cogtune.train.precision import choose_dtype
 from cogtune.train.progress import Progress
-from cogtune.train.watch import phase
+from cogtune.train.watch import StopSignal, phase
 
 _NARROW = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
@@ -50,13 +54,9 @@ def ensure(
     if asked == "off":
         return None
     model_config = load_config(config.model.path)
-    if tower_trains(model_config, config.lora):
-        if asked == "on":
-            raise ConfigError(
-                "data.cache_features is on, but lora.targets train the vision tower: its output changes in every step",
-                hint="set data.cache_features: off, or leave the tower out of lora.targets",
-                code="cache-tower-trains",
-            )
+    if asked == "on":
+        _refuse_trained_tower(model_config, config)
+    elif tower_trains(model_config, config.lora):
         _say_live("lora.targets train in it, so its output changes")
         return None
     showings, images = _demand(config, inputs, feed, progress, total)
@@ -74,6 +74,43 @@ def ensure(
         for line in fill(config, cache, group, dtype).lines():
             log.info(f"features: {line}")
     return cache.reader(dtype)
+
+
+def fill_cache(config: RunConfig) -> FillReport:
+    """Fill the cache for every picture of the data, validation included, before any run: ``cogtune data cache``.
+
+    Started by torchrun, all processes share the work. Raises what `ensure` raises with ``data.cache_features: on``, and
+    Stopped after a signal; what was computed stays.
+    """
+    with StopSignal(), console(int(os.environ.get("RANK", "0"))):
+        config = apply_deepspeed(config, world_size=Group.launched_ranks())[0].with_values(
+            {"data.cache_features": "on"}
+        )
+        model_config = load_config(config.model.path)
+        _refuse_trained_tower(model_config, config)
+        split = read_and_split(config.data, config.train.seed)
+        for line in split.report.lines():
+            log.info(f"data: {line}")
+        group = Group.join() if is_launched() else Group.alone()
+        images = {picture.image for picture in [*split.train, *split.validation] if picture.image is not None}
+        dtype = choose_dtype(config, group.device)
+        cache = open_cache(config, model_config, images, group, dtype)
+        survey = cache.survey
+        _choose(config, cache, Demand(0, survey.pictures, survey.to_compute, cache.more_bytes))
+        report = fill(config, cache, group, dtype) if survey.to_compute else FillReport(0, 0, 0.0, 0, ())
+        for line in report.lines() if survey.to_compute else ["nothing to compute"]:
+            log.info(f"features: {line}")
+        group.close()
+        return report
+
+
+def _refuse_trained_tower(model_config: CogVLM2Config, config: RunConfig) -> None:
+    if tower_trains(model_config, config.lora):
+        raise ConfigError(
+            "lora.targets train the vision tower: its output changes in every step and cannot be cached",
+            hint="set data.cache_features: off, or leave the tower out of lora.targets",
+            code="cache-tower-trains",
+        )
 
 
 def open_cache(

@@ -35,8 +35,8 @@ def count_ranks(asked: int | str) -> int:
     return devices
 
 
-def launch(arguments: Sequence[str], asked: int | str) -> int:
-    """Run ``cogtune train ARGUMENTS`` once per device of this machine; returns the exit code for the whole."""
+def launch(arguments: Sequence[str], asked: int | str, command: Sequence[str] = ("train",)) -> int:
+    """Run ``cogtune COMMAND ARGUMENTS`` once per device of this machine; returns the exit code for the whole."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
@@ -44,7 +44,7 @@ def launch(arguments: Sequence[str], asked: int | str) -> int:
     ranks = count_ranks(asked)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SECONDS_TO_SAVE)
     os.environ["COGTUNE_LAUNCHED"] = "1"  # so that ranks leave their errors to this process
-    words = ["--standalone", "--nproc-per-node", str(ranks), "-m", "cogtune", "train", *arguments]
+    words = ["--standalone", "--nproc-per-node", str(ranks), "-m", "cogtune", *command, *arguments]
     try:
         with _quiet():
             run(parse_args(words))
