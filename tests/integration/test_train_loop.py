@@ -293,6 +293,18 @@ def test_layers_compile(
     assert not compiled  # on a CPU only where it is asked for
 
 
+def test_how_a_step_is_cut_into_batches_changes_no_loss(
+    tiny_checkpoint: Path, data: list[Path], tmp_path: Path
+) -> None:
+    """A token budget per forward pass, down to a row each, against all of a step's rows at once."""
+    steps = {"train__batch_size": 6, "train__max_steps": 3, "log__steps": 1, "data__group_by_length": True}
+    train(make_config(tiny_checkpoint, data, tmp_path / "rows", **steps))
+    train(make_config(tiny_checkpoint, data, tmp_path / "tokens", data__batch_tokens=60, **steps))
+    found, wanted = losses(tmp_path / "tokens"), losses(tmp_path / "rows")
+    assert len(found) == 3
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
 def test_a_dry_run_writes_nothing_and_reads_no_weights(
     tiny_checkpoint: Path,
     data: list[Path],

@@ -22,6 +22,7 @@ GLOBAL_BATCH = frozenset({"train.batch_size", "train.accumulation"})
 MAY_GROW = frozenset({"train.epochs", "train.max_steps"})
 MAY_CHANGE = frozenset(
     {
+        "data.batch_tokens",
         "data.workers",
         "data.max_bad_share",
         "data.cache_features",

@@ -179,6 +179,17 @@ class DataSection(Section):
     max_bad_share: float = Field(
         default=0.1, ge=0, le=1, description="With on_bad skip: the share of bad records that still stops."
     )
+    group_by_length: bool = Field(
+        default=False,
+        description="Bring rows of similar length together, in windows of 512 rows of the random order: more even steps"
+        " over ranks and less padding inside attention.",
+    )
+    batch_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Cut each rank's rows of a step into forward passes of at most this many tokens, instead of"
+        " train.batch_size rows each. The step's rows stay the same.",
+    )
     workers: int | None = Field(
         default=None,
         ge=0,

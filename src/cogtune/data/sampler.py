@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -11,14 +12,19 @@ import numpy.typing as npt
 RowIndex = tuple[int, int]
 Position = tuple[int, int]
 
-_ORDER, _DRAW = 0, 1
+_ORDER, _DRAW, _BLOCKS = 0, 1, 2
+# Grouping by length: rows are sorted within windows, and runs of a sorted window are put in a new random order. Both
+# numbers are fixed, so that the order depends neither on ranks nor on batch sizes.
+_WINDOW, _BLOCK = 512, 16
 
 
 class EpochSampler:
     """Batches of ``(epoch, row)`` for one rank; None is a filler row. Use it as a DataLoader's ``batch_sampler``.
 
-    A global batch takes the next ``world_size * batch_size`` rows of the epoch's order, rank 0 first. All ranks yield
-    the same number of batches; only an epoch's last global batch can hold fillers.
+    A global batch takes the next ``world_size * batch_size`` rows of the epoch's order, rank 0 first; a step takes the
+    next ``accumulation`` global batches, fewer at an epoch's end. All ranks yield the same number of batches; only an
+    epoch's last global batch can hold fillers. With ``most_tokens`` a rank's rows of a step are the same, but cut into
+    batches of at most that many tokens; a rank with fewer batches than another in a step gets fillers.
 
     A position is ``(epoch, rows of it already taken, over all ranks)``. It means the same under any number of ranks.
 
@@ -26,6 +32,9 @@ class EpochSampler:
     :param epochs: iteration ends before this epoch.
     :param start: the position to begin from, as after a resume.
     :param shuffle: False keeps the rows in their own order, for validation.
+    :param lengths: tokens of every row; needed by the next two.
+    :param by_length: the order brings rows of similar length together.
+    :param most_tokens: of a batch, instead of ``batch_size`` rows; a longer row is a batch of its own.
     """
 
     def __init__(
@@ -40,11 +49,17 @@ class EpochSampler:
         epochs: int = 1,
         start: Position = (0, 0),
         shuffle: bool = True,
+        accumulation: int = 1,
+        lengths: Sequence[int] | None = None,
+        by_length: bool = False,
+        most_tokens: int | None = None,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size} ranks")
         if weights is not None and len(weights) != num_rows:
             raise ValueError(f"{len(weights)} weights for {num_rows} rows")
+        if lengths is None and (by_length or most_tokens is not None):
+            raise ValueError("by_length and most_tokens need the rows' lengths")
         self.num_rows = num_rows
         self.batch_size = batch_size
         self.rank = rank
@@ -53,6 +68,10 @@ class EpochSampler:
         self.epochs = epochs
         self.start = start
         self.shuffle = shuffle
+        self.accumulation = accumulation
+        self.most_tokens = most_tokens
+        self._by_length = by_length
+        self._lengths = np.asarray([] if lengths is None else lengths, dtype=np.int64)
         even = weights is None or all(weight == 1 for weight in weights)
         self._weights = None if even else np.asarray(weights, dtype=np.float64)
         self._order = lru_cache(maxsize=2)(self._make_order)
@@ -70,31 +89,62 @@ class EpochSampler:
         """How many rows an epoch shows; with fractional weights it varies a little between epochs."""
         return len(self._counts(epoch)) if self._weights is None else int(self._counts(epoch).sum())
 
-    def batches_in_epoch(self, epoch: int, rows_taken: int = 0) -> int:
-        """How many batches every rank still gets in an epoch after ``rows_taken`` of its rows."""
-        return -(-max(0, self.rows_in_epoch(epoch) - rows_taken) // self.global_batch)
+    @property
+    def step_rows(self) -> int:
+        """Rows of one step over all ranks."""
+        return self.global_batch * self.accumulation
 
-    def next_position(self, position: Position) -> Position:
-        """Where the sampler stands one global batch after ``position``."""
+    def steps_in_epoch(self, epoch: int, rows_taken: int = 0) -> int:
+        """How many steps an epoch still has after ``rows_taken`` of its rows."""
+        return -(-max(0, self.rows_in_epoch(epoch) - rows_taken) // self.step_rows)
+
+    def step(self, position: Position) -> tuple[int, Position]:
+        """How many batches every rank gets in the step at ``position``, and where the sampler stands after it."""
         epoch, taken = position
-        taken += self.global_batch
-        return (epoch + 1, 0) if taken >= self.rows_in_epoch(epoch) else (epoch, taken)
+        end = min(taken + self.step_rows, self.rows_in_epoch(epoch))
+        batches = -(-(end - taken) // self.global_batch)
+        if self.most_tokens is not None:
+            batches = max(len(self._cut(epoch, taken, rank)) for rank in range(self.world_size))
+        return batches, (epoch + 1, 0) if end == self.rows_in_epoch(epoch) else (epoch, end)
 
     def __len__(self) -> int:
         """Batches of this rank from ``start`` to the end of the last epoch."""
-        epoch, taken = self.start
-        return sum(self.batches_in_epoch(e, taken if e == epoch else 0) for e in range(epoch, self.epochs))
+        position, batches = self.start, 0
+        while position[0] < self.epochs:
+            found, position = self.step(position)
+            batches += found
+        return batches
 
     def __iter__(self) -> Iterator[list[RowIndex | None]]:
-        first, taken = self.start
-        for epoch in range(first, self.epochs):
-            order = self.order(epoch)
-            begin = taken if epoch == first else 0
-            for base in range(begin, len(order), self.global_batch):
-                mine = base + self.rank * self.batch_size
-                rows = order[mine : mine + self.batch_size].tolist()
-                batch: list[RowIndex | None] = [(epoch, row) for row in rows]
-                yield batch + [None] * (self.batch_size - len(batch))
+        position = self.start
+        while position[0] < self.epochs:
+            count, after = self.step(position)
+            batches = self._cut(*position, self.rank)
+            yield from batches + [[None]] * (count - len(batches))
+            position = after
+
+    def _cut(self, epoch: int, taken: int, rank: int) -> list[list[RowIndex | None]]:
+        """The batches of a rank in the step that begins after ``taken`` rows."""
+        order = self.order(epoch)
+        parts = [
+            order[base + rank * self.batch_size :][: self.batch_size].tolist()
+            for base in range(taken, min(taken + self.step_rows, len(order)), self.global_batch)
+        ]
+        batches: list[list[RowIndex | None]] = []
+        if self.most_tokens is None:
+            for part in parts:
+                batches.append([(epoch, row) for row in part])
+                batches[-1] += [None] * (self.batch_size - len(part))
+            return batches
+        room = 0
+        for row in chain.from_iterable(parts):
+            length = int(self._lengths[row])
+            if not batches or length > room:
+                batches.append([])
+                room = self.most_tokens
+            batches[-1].append((epoch, row))
+            room -= length
+        return batches
 
     def _counts(self, epoch: int) -> npt.NDArray[np.int64]:
         """How often each row is shown in an epoch."""
@@ -108,7 +158,17 @@ class EpochSampler:
         rows = np.repeat(np.arange(self.num_rows, dtype=np.int64), self._counts(epoch))
         if not self.shuffle:
             return rows
-        return rows[np.argsort(self._raw(epoch, _ORDER, len(rows)), kind="stable")]
+        rows = rows[np.argsort(self._raw(epoch, _ORDER, len(rows)), kind="stable")]
+        return self._grouped(rows, epoch) if self._by_length else rows
+
+    def _grouped(self, rows: npt.NDArray[np.int64], epoch: int) -> npt.NDArray[np.int64]:
+        """The same rows with similar lengths side by side: blocks of a sorted window, in random order."""
+        windows = [rows[start : start + _WINDOW] for start in range(0, len(rows), _WINDOW)]
+        windows = [window[np.argsort(self._lengths[window], kind="stable")] for window in windows]
+        blocks = [window[start : start + _BLOCK] for window in windows for start in range(0, len(window), _BLOCK)]
+        if not blocks:
+            return rows
+        return np.concatenate([blocks[i] for i in np.argsort(self._raw(epoch, _BLOCKS, len(blocks)), kind="stable")])
 
     def _raw(self, epoch: int, purpose: int, count: int) -> npt.NDArray[np.uint64]:
         """Random 64-bit numbers. Raw bit streams never change between numpy releases; its ``permutation`` may."""

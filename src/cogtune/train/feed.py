@@ -40,7 +40,7 @@ class Feed:
         self._group = group
 
     def steps_in_epoch(self, epoch: int) -> int:
-        return -(-self._sampler((0, 0), 1).batches_in_epoch(epoch) // self.accumulation)
+        return self._sampler((0, 0), 1).steps_in_epoch(epoch)
 
     def total_steps(self) -> int:
         """``train.max_steps``, or the steps of ``train.epochs``; 0 when small weights leave those epochs empty."""
@@ -55,7 +55,7 @@ class Feed:
         """How often each row is trained on in the next ``steps`` steps, over all ranks."""
         sampler = self._sampler((0, 0), 1)
         counts = np.zeros(len(self.rows), dtype=np.int64)
-        (epoch, taken), step_rows = start, sampler.global_batch * self.accumulation
+        (epoch, taken), step_rows = start, sampler.step_rows
         while steps > 0:
             rows = sampler.order(epoch)[taken:][: steps * step_rows]
             counts += np.bincount(rows, minlength=len(counts))
@@ -66,17 +66,17 @@ class Feed:
     def steps(self, start: Position) -> Iterator[StepBatches]:
         """Steps from a position on, epoch after epoch without end."""
         sampler = self._sampler(start, 2**31)
-        position, step = start, list[Batch]()
+        position, step, count, after = start, list[Batch](), 0, start
         workers = worker_count(self._config.data.workers, self._group.local_size)
         on_gpu = self._group.device.type == "cuda"
         for batch in batches(self.rows, sampler, workers, for_gpu=on_gpu):
-            while sampler.rows_in_epoch(position[0]) == 0:  # small weights can leave an epoch empty
-                position = (position[0] + 1, 0)
+            while not step and count == 0:  # small weights can leave an epoch empty: a step without a batch
+                count, after = sampler.step(position)
+                position = after if count == 0 else position
             step.append(batch)
-            epoch, position = position[0], sampler.next_position(position)
-            if len(step) == self.accumulation or position[0] != epoch:
-                yield StepBatches(step, position)
-                step = []
+            if len(step) == count:
+                yield StepBatches(step, after)
+                position, step, count = after, [], 0
 
     def _sampler(self, start: Position, epochs: int) -> EpochSampler:
         train, group = self._config.train, self._group
@@ -89,6 +89,10 @@ class Feed:
             weights=self.rows.weights,
             epochs=epochs,
             start=start,
+            accumulation=self.accumulation,
+            lengths=self.rows.lengths,
+            by_length=self._config.data.group_by_length,
+            most_tokens=self._config.data.batch_tokens,
         )
 
 

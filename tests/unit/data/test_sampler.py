@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
+from itertools import chain, pairwise
 from typing import Any
 
 import pytest
@@ -61,7 +62,7 @@ def test_resuming_at_any_position_gives_the_rest(ranks: int) -> None:
     for batch in range(len(sampler)):
         rest = together(20, 2, ranks, epochs=3, weights=[1.0] * 10 + [1.5] * 10, start=position)
         assert rest == whole[batch * sampler.global_batch :]
-        position = sampler.next_position(position)
+        position = sampler.step(position)[1]
     assert position == (3, 0)
 
 
@@ -88,9 +89,73 @@ def test_weights_are_floors_and_seeded_draws() -> None:
     ]
 
 
-def test_batches_in_epoch_counts_the_last_partial_one() -> None:
+def test_steps_in_epoch_counts_the_last_partial_one() -> None:
     sampler = EpochSampler(10, 2, 0, 2)
-    assert [sampler.batches_in_epoch(0, taken) for taken in (0, 4, 8, 10)] == [3, 2, 1, 0]
+    assert [sampler.steps_in_epoch(0, taken) for taken in (0, 4, 8, 10)] == [3, 2, 1, 0]
+    sampler = EpochSampler(10, 2, 0, 2, accumulation=2)
+    assert [sampler.steps_in_epoch(0, taken) for taken in (0, 8, 10)] == [2, 1, 0]
+    assert [sampler.step((0, taken)) for taken in (0, 8)] == [(2, (0, 8)), (1, (1, 0))]
+
+
+LENGTHS = [10 + 7 * (row * 37 % 100) for row in range(1300)]
+
+
+def test_grouping_keeps_every_row_once_and_depends_on_nothing_else() -> None:
+    order = EpochSampler(1300, 1, seed=3, lengths=LENGTHS, by_length=True).order(1).tolist()
+    assert sorted(order) == list(range(1300))
+    assert (
+        EpochSampler(1300, 8, 1, 2, seed=3, lengths=LENGTHS, by_length=True, accumulation=3).order(1).tolist() == order
+    )
+    plain = EpochSampler(1300, 1, seed=3).order(1).tolist()
+    assert order != plain
+
+    def spread(rows: list[int]) -> float:
+        batches = [[LENGTHS[row] for row in rows[start : start + 8]] for start in range(0, 1296, 8)]
+        return sum(max(batch) - min(batch) for batch in batches) / len(batches)
+
+    assert spread(order) < 0.15 * spread(plain)
+    # and no drift from short to long: neighbouring blocks of 16 are as unlike as any two
+    means = [sum(LENGTHS[row] for row in order[start : start + 16]) / 16 for start in range(0, 1296, 16)]
+    steps = sum(abs(one - other) for one, other in pairwise(means)) / (len(means) - 1)
+    anything = sum(abs(one - other) for one in means for other in means) / len(means) ** 2
+    assert steps > 0.7 * anything
+
+
+@pytest.mark.parametrize(("ranks", "rows", "accumulation"), [(1, 8, 1), (2, 2, 2), (1, 1, 8), (4, 2, 1)])
+def test_a_token_budget_cuts_the_same_steps(ranks: int, rows: int, accumulation: int) -> None:
+    """A step has the same rows, whatever the budget; no batch is over it but for a single long row; every rank gets as
+    many batches; and a run that is resumed between two steps goes on exactly."""
+
+    def samplers(budget: int | None, start: tuple[int, int] = (0, 0)) -> list[EpochSampler]:
+        return [
+            EpochSampler(
+                30, rows, rank, ranks, seed=3, epochs=2, start=start, accumulation=accumulation, lengths=LENGTHS[:30],
+                most_tokens=budget,
+            )
+            for rank in range(ranks)
+        ]  # fmt: skip
+
+    def steps(budget: int | None) -> list[tuple[set[Any], tuple[int, int]]]:
+        feeds = [iter(sampler) for sampler in samplers(budget)]
+        position, found = (0, 0), []
+        while position[0] < 2:
+            count, position = samplers(budget)[0].step(position)
+            taken = [[next(feed) for _ in range(count)] for feed in feeds]
+            for batch in chain.from_iterable(taken):
+                tokens = [LENGTHS[row[1]] for row in batch if row is not None]
+                assert batch
+                assert budget is None or sum(tokens) <= budget or len(tokens) == 1
+            found.append(({row for batch in chain.from_iterable(taken) for row in batch if row}, position))
+        assert all(next(feed, None) is None for feed in feeds)
+        return found
+
+    plain, cut = steps(None), steps(900)
+    assert plain == cut
+    assert [len(rows) for rows, _ in cut] == [8, 8, 8, 6] * 2
+    whole = list(samplers(900)[0])
+    assert len(whole) == len(samplers(900)[0])
+    rest = list(samplers(900, cut[1][1])[0])
+    assert whole[len(whole) - len(rest) :] == rest
 
 
 def test_no_rows_no_batches() -> None:
