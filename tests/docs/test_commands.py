@@ -35,7 +35,7 @@ def commands() -> dict[str, set[str]]:
 
 COMMANDS = commands()
 CONFIGURED = {
-    "train": ["dry-run", "config"],
+    "train": ["dry-run", "config", "force"],
     "plan": ["config", "card", "cards", "price", "write", "targets", "json"],
     "data cache": ["config", "stat", "clear", "json"],
 }

@@ -20,6 +20,7 @@ list, or commas. Run again with the same arguments, it continues where it was in
 _FLAGS = {
     "--config FILE": "The configuration file, as the first argument.",
     "--dry-run": "Check configuration, data and settings, and stop before weights are loaded.",
+    "--force": "Start although the plan says that the memory is not enough.",
     "--help, -h": "This text.",
 }
 
@@ -40,7 +41,7 @@ def _train(ctx: typer.Context) -> int:
     if {"--help", "-h"} & set(ctx.args):
         _print_help()
         return 0
-    arguments = split_arguments(ctx.args, switches=["dry-run"])
+    arguments = split_arguments(ctx.args, switches=["dry-run", "force"])
 
     from cogtune.configuration.run import load_config
 
@@ -52,7 +53,7 @@ def _train(ctx: typer.Context) -> int:
 
     from cogtune.train.run import train
 
-    train(config, dry_run="dry-run" in arguments.switches)
+    train(config, dry_run="dry-run" in arguments.switches, force="force" in arguments.switches)
     return 0
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from cogtune.data.budget import Budget, BudgetReport, Sample
 from cogtune.data.records import Picture
-from cogtune.data.rows import RowPlan, plan_rows
+from cogtune.data.rows import RowPlan, RowShape, plan_rows, shape_of
 from cogtune.errors import ConfigError, DataError
 from cogtune.processing.encode import Encoded, Encoder
 from cogtune.processing.image import preprocess, read_image
@@ -141,6 +141,15 @@ class TrainRows(Dataset[RowSample]):
     def lengths(self) -> list[int]:
         """Tokens of each row; with ``one_random`` the most it can take."""
         return [plan.tokens for plan in self._plans]
+
+    @property
+    def shapes(self) -> list[RowShape]:
+        """What each row weighs, for predicting memory and time."""
+        one_random = self._data.turns == "one_random"
+        return [
+            shape_of(plan, picture=self._pictures[plan.picture].image is not None, one_random=one_random)
+            for plan in self._plans
+        ]
 
     def __getitem__(self, index: RowIndex | None) -> RowSample:
         return self.filler() if index is None else self.row(*index)

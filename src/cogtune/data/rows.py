@@ -22,6 +22,25 @@ class RowPlan:
     tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class RowShape:
+    """What a row weighs: whether it has a picture, all its tokens, those with a label, and the answers it trains."""
+
+    picture: bool
+    tokens: int
+    labelled: int
+    answers: int
+
+
+def shape_of(plan: RowPlan, *, picture: bool, one_random: bool) -> RowShape:
+    """The shape of a planned row; where one of several rounds is drawn, of the longest."""
+    rounds: dict[int, list[int]] = {}
+    for sample in plan.samples:
+        rounds.setdefault(sample.conversation, []).append(sample.answer)
+    labelled = sum(max(answers) if one_random else sum(answers) for answers in rounds.values())
+    return RowShape(picture, plan.tokens, labelled, len(rounds) if one_random else len(plan.samples))
+
+
 def plan_rows(fitted: FittedPicture, *, head: int, limit: int | None, one_random: bool) -> list[RowPlan]:
     """The rows of one picture, in the order of its samples; none when it has no sample.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
-from cogtune.configuration.sizes import MIB, format_size
+from cogtune.configuration.sizes import MIB
 from cogtune.plan.cards import CARDS, DESKTOP, Card
 from cogtune.plan.memory import Memory, predict
 from cogtune.plan.setting import Quant, Setting, Tower
@@ -41,38 +41,9 @@ def checkpointing(setting: Setting, budget: int) -> Setting | None:
     return setting.with_recomputed(low)
 
 
-@dataclass(frozen=True)
-class CacheChoice:
-    """Whether to train from cached features, and why, as half a sentence."""
-
-    cached: bool
-    reason: str
-
-
-def cache_features(
-    setting: Setting, budget: int | None, *, pictures: int, uses: float, needed: int, allowed: int
-) -> CacheChoice:
-    """Whether the feature cache should be used.
-
-    Args:
-        setting: its tower field is not read.
-        budget: the card's free memory; None where there is no card to measure.
-        pictures: different pictures the run would cache.
-        uses: how often the run shows each of them on average, validation included.
-        needed, allowed: bytes of disk the cache still needs, and may take.
-    """
-    if setting.tower_trains:
-        return CacheChoice(False, "the tower trains, so what it computes changes")
-    if pictures == 0:
-        return CacheChoice(False, "there are no pictures")
-    space = f"{format_size(needed)} for {pictures} pictures"
-    if needed > allowed:
-        return CacheChoice(False, f"it needs {space}, and {format_size(allowed)} may be used")
-    if uses > 1:
-        return CacheChoice(True, f"each picture is used {uses:.3g} times, and {space} fit")
-    if budget is not None and checkpointing(replace(setting, tower="live"), budget) is None:
-        return CacheChoice(True, f"the tower does not fit beside training; {space} fit")
-    return CacheChoice(False, "each picture is used once, so nothing would be saved")
+def tower_fits(setting: Setting, budget: int) -> bool:
+    """Whether the tower fits beside training, if need be with all layers recomputed."""
+    return checkpointing(replace(setting, tower="live"), budget) is not None
 
 
 def engine(setting: Setting, budget: int, ranks: int) -> str:

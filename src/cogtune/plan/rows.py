@@ -9,21 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from cogtune.configuration.run import RunConfig
+from cogtune.data.budget import Budget
+from cogtune.data.rows import RowShape, plan_rows, shape_of
 from cogtune.errors import CheckpointError
 from cogtune.plan.setting import S400, Batch
 from cogtune.plan.sizes import ModelSizes
 
 TYPICAL_ROWS = 10_000
-
-
-@dataclass(frozen=True)
-class RowShape:
-    """One row: whether it has a picture, all its tokens, those with a label, and the answers it trains."""
-
-    picture: bool
-    tokens: int
-    labelled: int
-    answers: int
 
 
 @dataclass(frozen=True)
@@ -68,8 +60,6 @@ def read_rows(config: RunConfig, sizes: ModelSizes) -> Rows:
     Raises:
         DataError, CheckpointError: the data or the tokenizer cannot be read.
     """
-    from cogtune.data.budget import Budget
-    from cogtune.data.rows import plan_rows
     from cogtune.data.split import read_and_split
 
     encoder: Any = _Encoder(Path(config.model.path), config.model.template)
@@ -80,9 +70,7 @@ def read_rows(config: RunConfig, sizes: ModelSizes) -> Rows:
         head = 1 + (sizes.image_tokens if picture else 0)
         one_random = config.data.turns == "one_random"
         for row in plan_rows(fitted, head=head, limit=config.data.max_row_tokens, one_random=one_random):
-            labelled = [sample.answer for sample in row.samples]
-            count = max(labelled) if one_random else sum(labelled)
-            shapes.append(RowShape(picture, row.tokens, count, 1 if one_random else len(labelled)))
+            shapes.append(shape_of(row, picture=picture, one_random=one_random))
     return summary(shapes, sum(picture.image is not None for picture in pictures), sizes.image_tokens)
 
 

@@ -39,11 +39,19 @@ _NARROW = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: 
 
 
 def ensure(
-    config: RunConfig, inputs: Inputs, feed: Feed, group: Group, dtype: torch.dtype, progress: Progress, total: int
+    config: RunConfig,
+    inputs: Inputs,
+    feed: Feed,
+    group: Group,
+    dtype: torch.dtype,
+    progress: Progress,
+    total: int,
+    tower_fits: bool | None = None,
 ) -> FeatureReader | None:
     """Decide as ``data.cache_features`` says, fill what is missing, and give what reads it; None: the tower runs.
 
-    Collective. ``progress`` and ``total`` steps say what of the data is still to be shown.
+    Collective. ``progress`` and ``total`` steps say what of the data is still to be shown; ``tower_fits``: whether the
+    tower fits beside training, None where that is not known.
 
     Raises:
         ConfigError, FeatureCacheError: asked for and not possible.
@@ -64,7 +72,7 @@ def ensure(
         _say_live("no row has a picture")
         return None
     cache = open_cache(config, model_config, images, group, dtype)
-    demand = Demand(showings, cache.survey.pictures, cache.survey.to_compute, cache.more_bytes)
+    demand = Demand(showings, cache.survey.pictures, cache.survey.to_compute, cache.more_bytes, tower_fits)
     choice = _choose(config, cache, demand)
     if not choice.cached:
         _say_live(choice.reason)

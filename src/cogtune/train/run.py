@@ -30,6 +30,7 @@ from cogtune.train.inputs import Inputs, read_inputs, versions
 from cogtune.train.log import Metrics, console, log, log_file
 from cogtune.train.loop import Loop
 from cogtune.train.optim import build_optimizer
+from cogtune.train.planning import Layers, plan_run
 from cogtune.train.precision import choose_dtype, float16_warning
 from cogtune.train.progress import Progress
 from cogtune.train.watch import StopSignal, explain_peers, phase
@@ -55,10 +56,10 @@ class Plan:
     feed: Feed
 
 
-def train(config: RunConfig, *, dry_run: bool = False) -> TrainResult:
+def train(config: RunConfig, *, dry_run: bool = False, force: bool = False) -> TrainResult:
     """Fine-tune as ``config`` says, or go on where an earlier run in the same folder stopped.
 
-    ``dry_run`` stops before weights are loaded and writes nothing.
+    ``dry_run`` stops before weights are loaded and writes nothing. ``force`` starts a run whose plan does not fit.
 
     Raises:
         InputError: something about configuration, base, data or output folder is wrong; nothing was changed.
@@ -66,7 +67,7 @@ def train(config: RunConfig, *, dry_run: bool = False) -> TrainResult:
         Stopped: after SIGTERM or Ctrl-C; the state is saved.
     """
     try:
-        return _train(config, dry_run)
+        return _train(config, dry_run, force)
     except OSError as error:
         if not checkpoints.is_disk_full(error):
             raise
@@ -78,7 +79,7 @@ def train(config: RunConfig, *, dry_run: bool = False) -> TrainResult:
         raise explain_peers(error) or error from error
 
 
-def _train(config: RunConfig, dry_run: bool) -> TrainResult:
+def _train(config: RunConfig, dry_run: bool, force: bool) -> TrainResult:
     """The main path."""
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
@@ -91,6 +92,9 @@ def _train(config: RunConfig, dry_run: bool) -> TrainResult:
         engine = engines.start(config)
         dtype = choose_dtype(config, engine.device)
         plan = _plan(config, inputs, engine)
+        planned = plan_run(config, inputs, engine, plan.record.accumulation, force=force)
+        if not plan.start.finished:
+            planned.check()
         idle = dry_run or plan.start.finished
         if not idle:
             engine.group.on_main(lambda: _write_beside(config, inputs, engine, plan))
@@ -99,8 +103,10 @@ def _train(config: RunConfig, dry_run: bool) -> TrainResult:
         if idle:
             engine.group.close()
             return _nothing_to_do(plan, dry_run)
-        with _features(config, inputs, engine, dtype, plan) as reader:
-            model, progress = _build(config, engine, dtype, plan, cached=reader is not None)
+        stack.enter_context(planned.explaining(engine.device))
+        with _features(config, inputs, engine, dtype, plan, planned.tower_fits) as reader:
+            layers = planned.settle(cached=reader is not None)
+            model, progress = _build(config, engine, dtype, plan, layers, cached=reader is not None)
             result = _fit(config, inputs, engine, model, plan, progress, stop)
         engine.group.close()
         return result
@@ -108,13 +114,15 @@ def _train(config: RunConfig, dry_run: bool) -> TrainResult:
 
 @contextmanager
 def _features(
-    config: RunConfig, inputs: Inputs, engine: Engine, dtype: torch.dtype, plan: Plan
+    config: RunConfig, inputs: Inputs, engine: Engine, dtype: torch.dtype, plan: Plan, tower_fits: bool | None
 ) -> Iterator[FeatureReader | None]:
     """Rows carry cached features inside the block, where the run is to be trained from them."""
     progress, checkpoint = Progress(), plan.start.checkpoint
     if checkpoint is not None:
         progress = Progress.from_dict(checkpoints.read_counters(checkpoint)["progress"])
-    reader = features.ensure(config, inputs, plan.feed, engine.group, dtype, progress, plan.record.total_steps)
+    reader = features.ensure(
+        config, inputs, plan.feed, engine.group, dtype, progress, plan.record.total_steps, tower_fits
+    )
     for rows in filter(None, (inputs.rows, inputs.validation)):
         rows.use_features(reader)
     try:
@@ -183,11 +191,11 @@ def _write_beside(config: RunConfig, inputs: Inputs, engine: Engine, plan: Plan)
 
 
 def _build(
-    config: RunConfig, engine: Engine, dtype: torch.dtype, plan: Plan, *, cached: bool
+    config: RunConfig, engine: Engine, dtype: torch.dtype, plan: Plan, layers: Layers, *, cached: bool
 ) -> tuple[PeftModel, Progress]:
     """Base, adapter and optimiser in the engine, in the state of the checkpoint to start from if there is one."""
     checkpoint = plan.start.checkpoint
-    model = assemble(load_base(config, engine, dtype, cached=cached), config, engine, checkpoint)
+    model = assemble(load_base(config, engine, dtype, cached=cached), config, engine, checkpoint, layers)
     log.info(engine.describe())
     if checkpoint is not None:
         return model, saver.restore(engine, checkpoint, plan.start.output, plan.record.total_steps)
@@ -211,17 +219,24 @@ def load_base(config: RunConfig, engine: Engine, dtype: torch.dtype, *, cached: 
     return base
 
 
-def assemble(base: CogVLM2ForCausalLM, config: RunConfig, engine: Engine, checkpoint: Path | None = None) -> PeftModel:
+def assemble(
+    base: CogVLM2ForCausalLM,
+    config: RunConfig,
+    engine: Engine,
+    checkpoint: Path | None = None,
+    layers: Layers | None = None,
+) -> PeftModel:
     """Adapter, recomputation, compilation and optimiser on ``base``, wrapped by ``engine``: ready for its first step.
 
-    ``checkpoint``: a training checkpoint whose adapter is put in place of a fresh one.
+    ``checkpoint``: a training checkpoint whose adapter is put in place of a fresh one. ``layers``: which are
+    recomputed; None: as ``train.gradient_checkpointing`` says, and none where it says auto.
     """
     torch.manual_seed(config.train.seed)  # the adapter's first weights: the same on every rank
     with phase("attaching the adapter", config, engine.device):
         model = attach(base, config.lora, building=engine.attaching(base))
         if checkpoint is not None:
             saver.restore_adapter(model, checkpoint)
-        _recompute(base, config)
+        _recompute(base, config, layers)
         if _compiles(config, engine):
             compile_layers(base)
             log.info("layers are compiled at their first use (train.compile); the first step takes longer")
@@ -237,20 +252,17 @@ def _compiles(config: RunConfig, engine: Engine) -> bool:
     return can_compile(engine.device) and engine.name in ("single", "ddp") if asked == "auto" else asked
 
 
-def _recompute(base: CogVLM2ForCausalLM, config: RunConfig) -> None:
-    """Switch on what ``train.gradient_checkpointing`` says, and say it."""
-    policy, layers = config.train.gradient_checkpointing, len(base.model.layers)
-    if policy == "auto":
-        policy = "none"
-    elif isinstance(policy, str) and policy not in ("none", "all"):
-        policy = "all"
-    if policy == "none":
-        return
-    chosen = recomputed_layers(policy, layers)
-    vision = base.config.vision_config
-    counts = enable_checkpointing(base, chosen, recomputed_layers(policy, vision.num_hidden_layers))
-    tower = f" and {counts[1]} of {vision.num_hidden_layers} tower layers" if counts[1] else ""
-    log.info(f"recomputing {counts[0]} of {layers} decoder layers{tower} in the backward pass")
+def _recompute(base: CogVLM2ForCausalLM, config: RunConfig, layers: Layers | None) -> None:
+    """Switch on the recomputation of ``layers``, and say it."""
+    decoder, tower = len(base.model.layers), base.config.vision_config.num_hidden_layers
+    if layers is None:
+        policy = config.train.gradient_checkpointing
+        policy = "none" if policy == "auto" else policy
+        layers = Layers(frozenset(recomputed_layers(policy, decoder)), frozenset(recomputed_layers(policy, tower)))
+    if layers.decoder or layers.tower:
+        counts = enable_checkpointing(base, layers.decoder, layers.tower)
+        also = f" and {counts[1]} of {tower} tower layers" if counts[1] else ""
+        log.info(f"recomputing {counts[0]} of {decoder} decoder layers{also} in the backward pass")
 
 
 def _say_what_trains(model: PeftModel) -> None:

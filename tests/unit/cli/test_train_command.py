@@ -23,7 +23,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RunConfig, bool]]:
     """Calls of ``train``, which is not run."""
     calls: list[tuple[RunConfig, bool]] = []
     module = types.ModuleType("cogtune.train.run")
-    module.train = lambda config, *, dry_run=False: calls.append((config, dry_run))  # type: ignore[attr-defined]
+    module.train = lambda config, *, dry_run, force: calls.append((config, dry_run))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "cogtune.train.run", module)
     return calls
 

@@ -1,0 +1,207 @@
+"""A run's plan against the memory that is free now: said first, refused where it does not fit, compared at the end.
+
+On a CPU nothing is refused: what a machine without a GPU can spare is not known well enough; a shortage is a warning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from cogtune.configuration.run import RunConfig
+from cogtune.configuration.sizes import format_size
+from cogtune.errors import OutOfMemoryError, SetupError
+from cogtune.plan.calibration import CONTEXT
+from cogtune.plan.cards import Card, named_like
+from cogtune.plan.choose import best, checkpointing, fits, tower_fits
+from cogtune.plan.device import local_cards
+from cogtune.plan.memory import predict, weights
+from cogtune.plan.proposal import PlanError, keys_of, plan_of, too_small
+from cogtune.plan.report import compared, summary
+from cogtune.plan.rows import Rows
+from cogtune.plan.rows import summary as rows_summary
+from cogtune.plan.run import budget_of, setting_of
+from cogtune.plan.setting import Setting
+from cogtune.plan.sizes import ModelSizes
+from cogtune.train.engines import Engine
+from cogtune.train.inputs import Inputs
+from cogtune.train.log import log
+
+_EVERYTHING = frozenset(
+    {"quant.experts", "quant.tower", "quant.embedding", "train.optimizer", "parallel.engine", "data.cache_features"}
+)
+"""Keys a run follows as they are; `cogtune plan` may choose them, a run may not."""
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Which decoder and tower layers are recomputed."""
+
+    decoder: frozenset[int] = frozenset()
+    tower: frozenset[int] = frozenset()
+
+
+class Planned:
+    """A run under planning. ``card`` is None on a CPU; it and every decision are the same on every rank."""
+
+    def __init__(self, config: RunConfig, rows: Rows, setting: Setting, card: Card | None, force: bool) -> None:
+        self.config, self.rows, self.card, self.force = config, rows, card, force
+        self.setting = setting
+
+    @property
+    def tower_fits(self) -> bool | None:
+        """Whether the live tower fits beside training; None where memory is not known."""
+        if self.card is None or self.setting.tower == "none":
+            return None
+        return tower_fits(self.setting, self._budget)
+
+    @property
+    def _budget(self) -> int:
+        assert self.card is not None
+        limit = budget_of(self.config)
+        return self.card.usable if limit is None else min(limit, self.card.usable)
+
+    def check(self) -> None:
+        """Refuse, before anything is filled or loaded, a run that would fit in no way its settings allow.
+
+        Raises:
+            PlanError: it does not fit.
+        """
+        if self.card is None:
+            self._warn_about_host()
+            return
+        asked = self.config.data.cache_features
+        if asked == "auto" and self.setting.tower == "live" and not self.setting.tower_trains:
+            lean = replace(self.setting, tower="cached")
+        else:
+            lean = self.setting
+        self._settle(lean)
+
+    def settle(self, cached: bool) -> Layers:
+        """Which layers are recomputed, now that it is known whether features are cached; says the plan in one line.
+
+        Raises:
+            PlanError: it does not fit.
+        """
+        if self.setting.tower != "none":
+            self.setting = replace(self.setting, tower="cached" if cached else "live")
+        if self.card is not None:
+            self.setting = self._settle(self.setting)
+            log.info(summary(plan_of(self.config, self.setting, self.card, self.rows)))
+        return Layers(self.setting.decoder, self.setting.blocks)
+
+    def _settle(self, setting: Setting) -> Setting:
+        """``setting`` with as many layers recomputed as its policy says or the memory needs."""
+        assert self.card is not None
+        policy = self.config.train.gradient_checkpointing
+        if policy == "auto" or budget_of(self.config) is not None:
+            settled = checkpointing(setting, self._budget)
+            if settled is not None:
+                return settled
+            setting = setting.with_recomputed(setting.sizes.num_hidden_layers)
+        elif fits(setting, self._budget):
+            return setting
+        self._refuse(setting)
+        return setting
+
+    def _refuse(self, setting: Setting) -> None:
+        assert self.card is not None
+        memory = predict(setting)
+        what = (
+            f"the plan for this run takes {format_size(memory.driver)} of the card (in the phase"
+            f" {memory.peak.name!r}), and of its {format_size(self.card.memory)} {format_size(self._budget)} can be used"
+        )
+        if self.card.holders:
+            what += f"; in use by {', '.join(self.card.holders)}"
+        if self.force:
+            log.warning(f"{what}; starting anyway (--force)")
+            return
+        raise PlanError(what, hint=self._nearest(setting))
+
+    def _nearest(self, setting: Setting) -> str:
+        """The flags of the nearest plan that fits, changing as few settings as possible."""
+        assert self.card is not None
+        room = replace(self.card, free=self._budget)
+        fixed = set(_EVERYTHING)
+        for key in ("data.cache_features", "train.optimizer", "quant.embedding", "quant.experts", "quant.tower"):
+            fixed.discard(key)
+            found = best(setting, room, fixed)
+            if found is not None:
+                return f"this fits: {_flags(setting, found.setting)}; --force starts anyway"
+        smaller = setting.with_batch(rows=1)
+        if setting.batch.rows > 1 and (found := best(smaller, room)) is not None:
+            rows = setting.batch.rows * setting.accumulation
+            flags = f"--train.batch_size 1 --train.accumulation {rows} {_flags(smaller, found.setting)}"
+            return f"this fits: {flags.strip()}; --force starts anyway"
+        return f"{too_small(smaller, room, ()).hint}; --force starts anyway"
+
+    def _warn_about_host(self) -> None:
+        free = _free_host_memory()
+        needed = sum(weights(self.setting, tower=self.setting.tower != "none").values())
+        if free is not None and needed > free:
+            log.warning(
+                f"the model's weights take {format_size(needed)} and {format_size(free)} of this machine's memory are "
+                "free; the run may fail or become very slow"
+            )
+
+    @contextmanager
+    def explaining(self, device: torch.device) -> Iterator[None]:
+        """Put plan against actual into an OutOfMemoryError that passes through."""
+        try:
+            yield
+        except OutOfMemoryError as error:
+            if self.card is None or device.type != "cuda":
+                raise
+            actual = torch.cuda.max_memory_reserved(device)
+            planned = predict(self.setting).phase("train")
+            raise OutOfMemoryError(
+                f"{error.message}; {compared(planned, actual)}", hint=error.hint, code=error.code
+            ) from error
+
+
+def plan_run(config: RunConfig, inputs: Inputs, engine: Engine, accumulation: int, *, force: bool = False) -> Planned:
+    """The plan of this run; collective: every rank gets the card with the least free memory."""
+    sizes = ModelSizes.from_folder(config.model.path)
+    shapes = inputs.rows.shapes
+    rows = rows_summary(shapes, sum(shape.picture for shape in shapes), sizes.image_tokens)
+    own = _own_card(engine.device) if engine.device.type == "cuda" else None
+    found = [card for card in engine.group.gather(own) if card is not None]
+    card = min(found, key=lambda card: card.usable, default=None)
+    setting = setting_of(config, rows, ranks=engine.group.size, card=card)
+    name = engine.name if engine.name != "tensor" else ("ddp" if engine.group.size > 1 else "single")
+    setting = replace(setting, engine=name, accumulation=accumulation, ranks=engine.group.size * setting.tensor)
+    return Planned(config, rows, setting, card, force)
+
+
+def _own_card(device: torch.device) -> Card:
+    """This rank's card with what is free on it; what this process has taken already counts as free."""
+    free, total = torch.cuda.mem_get_info(device)
+    name = torch.cuda.get_device_name(device)
+    # the driver reports in its own order of devices, so a card of the same name and free memory stands for this one
+    holders: tuple[str, ...] = ()
+    with suppress(SetupError):
+        same = [card for card in local_cards() if card.name == name and card.holders]
+        holders = same[0].holders if len(same) == 1 or (torch.cuda.device_count() == 1 and same) else ()
+    usable = free + torch.cuda.memory_reserved(device) + CONTEXT
+    return replace(named_like(name), name=name, memory=total, free=usable, holders=holders)
+
+
+def _flags(before: Setting, after: Setting) -> str:
+    old, new = keys_of(before), keys_of(after)
+    changed = {key: value for key, value in new.items() if old.get(key) != value}
+    return " ".join(f"--{key} {value}" for key, value in changed.items())
+
+
+def _free_host_memory() -> int | None:
+    """Bytes that Linux says are available; None elsewhere."""
+    file = Path("/proc/meminfo")
+    if not file.is_file():
+        return None
+    for line in file.read_text(encoding="ascii", errors="ignore").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None

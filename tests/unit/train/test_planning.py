@@ -1,0 +1,120 @@
+"""A run's plan: what it chooses on a card, what it refuses and with which way out, and that a CPU run is left alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cogtune.configuration.run import RunConfig
+from cogtune.configuration.sizes import GIB
+from cogtune.errors import OutOfMemoryError
+from cogtune.plan.cards import find_card
+from cogtune.plan.memory import predict
+from cogtune.plan.proposal import PlanError
+from cogtune.plan.rows import TYPICAL
+from cogtune.plan.run import setting_of
+from cogtune.train import planning
+from cogtune.train.planning import Planned
+from tests.support.training import make_config
+
+
+def planned(
+    tmp_path: Path, card: str | None, *, force: bool = False, free: float | None = None, **values: Any
+) -> Planned:
+    """A run of the published model's size (its folder is not there, so the published sizes are taken)."""
+    config: RunConfig = make_config(tmp_path / "base", tmp_path, tmp_path / "out", **values)
+    found = None if card is None else find_card(card)
+    if found is not None and free is not None:
+        found = replace(found, free=round(free * GIB), holders=("python3 (pid 7): 9000 MiB",))
+    return Planned(config, TYPICAL, setting_of(config, TYPICAL, card=found), found, force)
+
+
+def test_as_few_layers_as_the_card_needs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = planned(tmp_path, "h100")
+    whole.check()
+    assert not whole.settle(cached=False).decoder
+    small = planned(tmp_path, "40GiB")
+    small.check()
+    live = small.settle(cached=False)
+    assert 0 < len(live.decoder) < 32
+    assert small.tower_fits
+    assert len(planned(tmp_path, "40GiB").settle(cached=True).decoder) < len(live.decoder)
+
+
+def test_a_budget_is_kept(tmp_path: Path) -> None:
+    run = planned(tmp_path, "h100", train__gradient_checkpointing="40GiB")
+    layers = run.settle(cached=False)
+    assert 0 < len(layers.decoder) < 32
+    assert predict(run.setting).driver <= 40 * GIB
+
+
+def test_a_policy_is_followed_even_where_more_would_fit(tmp_path: Path) -> None:
+    run = planned(tmp_path, "h100", train__gradient_checkpointing="all")
+    assert len(run.settle(cached=False).decoder) == 32
+    with pytest.raises(PlanError):
+        planned(tmp_path, "40GiB", train__gradient_checkpointing="none").settle(cached=False)
+
+
+def test_what_does_not_fit_is_refused_with_the_nearest_plan(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"takes .* of the card") as caught:
+        planned(tmp_path, "24GiB").check()
+    assert "--quant.experts nf4" in (caught.value.hint or "")
+    assert "--force" in (caught.value.hint or "")
+    assert caught.value.exit_code == 2
+    many = planned(tmp_path, "12GiB", train__batch_size=32)
+    with pytest.raises(PlanError) as caught:
+        many.check()
+    assert "--train.batch_size 1 --train.accumulation 32" in (caught.value.hint or "")
+    with pytest.raises(PlanError) as caught:
+        planned(tmp_path, "8GiB").check()
+    assert "12GB is the smallest" in (caught.value.hint or "")
+
+
+def test_only_free_memory_counts_and_its_holders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"in use by python3 \(pid 7\)"):
+        planned(tmp_path, "h100", free=20).check()
+
+
+def test_force_starts_anyway_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from cogtune.train.log import console
+
+    run = planned(tmp_path, "24GiB", force=True)
+    with console(0):
+        run.check()
+        layers = run.settle(cached=False)
+    assert len(layers.decoder) == 32
+    assert "starting anyway" in capsys.readouterr().out
+
+
+def test_a_cpu_run_is_never_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cogtune.train.log import console
+
+    run = planned(tmp_path, None)
+    monkeypatch.setattr(planning, "_free_host_memory", lambda: 8 * GIB)
+    with console(0):
+        run.check()
+    assert "of this machine's memory are free" in capsys.readouterr().out
+    assert not run.settle(cached=False).decoder
+    assert run.tower_fits is None
+    monkeypatch.setattr(planning, "_free_host_memory", lambda: None)
+    with console(0):
+        run.check()
+    assert capsys.readouterr().out == ""
+
+
+def test_running_out_of_memory_shows_plan_and_actual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = planned(tmp_path, "h100")
+    run.settle(cached=False)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 70 * GIB)
+    found = r"while training; planned .* reserved 70\.00 GiB"
+    with pytest.raises(OutOfMemoryError, match=found) as caught, run.explaining(torch.device("cuda")):
+        raise OutOfMemoryError("out of memory on the GPU while training", hint="try less")
+    assert caught.value.hint == "try less"
+    with pytest.raises(OutOfMemoryError, match=r"training$"), run.explaining(torch.device("cpu")):
+        raise OutOfMemoryError("out of memory while training")
