@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from cogtune.configuration.sizes import GIB
-from cogtune.plan.activations import TowerTable
+from cogtune.plan.activations import CHUNK, TowerTable
 from cogtune.plan.calibration import ALLOCATOR, CONTEXT, HOST_PROCESS, HOST_WORKER, LIBRARIES, NCCL
 from cogtune.plan.setting import BYTES, Quant, Setting
 from cogtune.plan.sizes import Linear, ModelSizes, Part
@@ -217,7 +217,7 @@ def _evaluate(setting: Setting) -> Phase:
     """No gradients: one layer's tensors at a time, and the logits of the labelled tokens."""
     rows = setting.eval_rows or setting.batch.rows
     own = setting.with_batch(rows=rows)
-    vocabulary = own.batch.rows * own.batch.labelled * own.sizes.vocab_size
+    vocabulary = min(own.batch.rows * own.batch.labelled, CHUNK) * own.sizes.vocab_size
     tokens = own.batch.tokens(own.sizes)
     wide = 3 * max(own.batch.vision_tokens(own.sizes), own.batch.language_tokens()) * own.sizes.intermediate_size
     running = (wide + 4 * tokens * own.sizes.hidden_size) * own.width

@@ -113,7 +113,7 @@ class Planned:
         memory = predict(setting)
         what = (
             f"the plan for this run takes {format_size(memory.driver)} of the card (in the phase"
-            f" {memory.peak.name!r}), and of its {format_size(self.card.memory)} {format_size(self._budget)} can be used"
+            f" {memory.peak.name!r}); of its {format_size(self.card.memory)}, {format_size(self._budget)} can be used"
         )
         if self.card.holders:
             what += f"; in use by {', '.join(self.card.holders)}"
