@@ -366,13 +366,75 @@ def rank16(rows: Rows) -> None:
         model = trained.model.unload()
 
 
+def to_nf4(module: torch.nn.Module) -> None:
+    """Every linear layer inside as bitsandbytes' NF4, double quantised."""
+    import bitsandbytes as bnb
+
+    for name, part in list(module.named_modules()):
+        if type(part) is torch.nn.Linear and "lora_" not in name:
+            layer = bnb.nn.Linear4bit(
+                part.in_features, part.out_features, part.bias is not None, compute_dtype=torch.bfloat16,
+                compress_statistics=True, quant_type="nf4", device="meta",
+            )  # fmt: skip
+            layer.weight = bnb.nn.Params4bit(
+                part.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True
+            ).to("cuda")
+            if part.bias is not None:
+                layer.bias = torch.nn.Parameter(part.bias.data, requires_grad=False)
+            module.set_submodule(name, layer)
+
+
+def nf4(rows: Rows) -> None:
+    """Dequantising alone, then steps with NF4 experts, recomputation and cached features."""
+    import bitsandbytes as bnb
+
+    from cogtune.model import nf4 as fast
+    from cogtune.model.checkpointing import enable_checkpointing
+
+    for shape in ((14336, 4096), (6144, 4096), (4096, 14336)):
+        packed, state = bnb.functional.quantize_4bit(noise(*shape), quant_type="nf4", compress_statistics=True)
+        outer = state.state2
+        arguments = (
+            packed, state.absmax, state.code, outer.absmax, outer.code, state.offset, state.blocksize, outer.blocksize,
+            torch.bfloat16,
+        )  # fmt: skip
+        rows.add(f"dequantise {shape} bitsandbytes", lambda p=packed, s=state: {
+            "ms": gpu_ms(lambda: bnb.functional.dequantize_4bit(p, s))})  # fmt: skip
+        rows.add(f"dequantise {shape} generated", lambda a=arguments, s=state: {
+            "ms": gpu_ms(lambda: fast._generated(*a)),
+            "difference": float((fast._generated(*a) - bnb.functional.dequantize_4bit(a[0], s).flatten()).abs().max()),
+        })  # fmt: skip
+    model = random_full_size()
+    with torch.no_grad():
+        features = model.model.encode_images(noise(1, 3, 1344, 1344))
+    cached = sample(400, 200) | {"image_features": features}
+    model.model.vision.transformer = None
+    for layer in model.model.layers:
+        to_nf4(layer)
+    torch.cuda.empty_cache()
+    trained = Trained(model, ["vision_expert_query_key_value"], 8)
+    rows.add("nf4 bitsandbytes, eager", lambda: trained.steps(cached, 5))
+    enable_checkpointing(model)
+    rows.add("nf4 bitsandbytes, recomputed, eager", lambda: trained.steps(cached, 5))
+    for part in list(model.modules()):
+        if isinstance(part, bnb.nn.Linear4bit):
+            fast.make_fast(part)
+    rows.add("nf4 generated, recomputed, eager", lambda: trained.steps(cached, 5))
+    compile_layers(model)
+    rows.add("nf4 generated, recomputed, compiled", lambda: trained.steps(cached, 6))
+    rows.add("nf4 kernels", lambda: trained.kernels(cached))
+    for layer in model.model.layers:
+        layer.gradient_checkpointing = False
+    rows.add("nf4 generated, compiled", lambda: trained.steps(cached, 6))
+
+
 def main(output: Path, names: list[str]) -> None:
     rows = Rows(output)
     if not names or "micro" in names:
         micro(rows)
     if not names or "full" in names:
         full(rows)
-    for name, part in (("fp8", fp8), ("rank16", rank16)):
+    for name, part in (("fp8", fp8), ("rank16", rank16), ("nf4", nf4)):
         if not names or name in names:
             part(rows)
             gc.collect()

@@ -1,0 +1,73 @@
+"""Our product with a bitsandbytes NF4 weight against bitsandbytes' own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+bnb = pytest.importorskip("bitsandbytes")
+
+from cogtune.model.nf4 import dequantize, make_fast  # noqa: E402
+
+
+def _layer(*, bias: bool, nested: bool, dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    layer = bnb.nn.Linear4bit(128, 192, bias=bias, quant_type="nf4", compress_statistics=nested, compute_dtype=dtype)
+    layer.weight = bnb.nn.Params4bit(
+        torch.randn(192, 128, dtype=dtype), requires_grad=False, quant_type="nf4", compress_statistics=nested
+    )
+    return layer.to("cpu").to(dtype)
+
+
+def _run(layer: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    x = x.clone().requires_grad_()
+    out = layer(x)
+    out.backward(torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape))
+    assert x.grad is not None
+    return out.detach(), x.grad
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_values_are_bitsandbytes_own(nested: bool) -> None:
+    layer = _layer(bias=False, nested=nested)
+    state = layer.weight.quant_state
+    outer = state.state2 if nested else None
+    found = dequantize(
+        layer.weight, state.absmax, state.code, outer.absmax if outer else None, outer.code if outer else None,
+        state.offset if nested else None, state.blocksize, outer.blocksize if outer else 1, torch.float32,
+    )  # fmt: skip
+    wanted = bnb.functional.dequantize_4bit(layer.weight, state)
+    torch.testing.assert_close(found.view(192, 128), wanted, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(20, 128), (2, 11, 128), (1, 128), (0, 128)])
+def test_product_and_gradient_are_bitsandbytes_own(
+    shape: tuple[int, ...], bias: bool, nested: bool, dtype: torch.dtype
+) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    layer = _layer(bias=bias, nested=nested, dtype=dtype)
+    wanted = _run(layer, x)
+    make_fast(layer)
+    assert isinstance(layer, bnb.nn.Linear4bit)
+    # bitsandbytes rounds the weight to its stored format first; sums in bfloat16 differ in their last place
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(_run(layer, x), wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_no_dequantised_weight_is_kept_and_a_compiled_layer_is_one_graph() -> None:
+    layer = _layer(bias=True, nested=True)
+    make_fast(layer)
+    kept: list[tuple[int, ...]] = []
+    x = torch.randn(32, 128, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        out = layer(x)
+    assert (192, 128) not in kept
+    assert sum(torch.Size(shape).numel() for shape in kept) < 192 * 128
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    torch.testing.assert_close(compiled(x), out)
+    torch.testing.assert_close(_run(compiled, x.detach()), _run(layer, x.detach()))
