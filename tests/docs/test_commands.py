@@ -36,7 +36,7 @@ def commands() -> dict[str, set[str]]:
 COMMANDS = commands()
 CONFIGURED = {
     "train": ["dry-run", "config", "force"],
-    "plan": ["config", "card", "cards", "price", "write", "targets", "json"],
+    "plan": ["config", "card", "cards", "hosts", "price", "write", "targets", "json"],
     "data cache": ["config", "stat", "clear", "json"],
 }
 """Commands whose flags are configuration keys, and the flags they have besides."""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from cogtune.errors import ConfigError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -31,13 +33,14 @@ _FLAGS = {
     "--config FILE": "The configuration file, as the first argument.",
     "--card CARD": "A size (24GiB), a name (h100, RTX 4090), or auto: this machine's, with what is free on it now.",
     "--cards N": "How many such cards.",
+    "--hosts N": "Over how many machines they are spread, with 400 Gbit/s between them.",
     "--price X": "Money per card and hour; prints what the run costs.",
     "--write FILE": "Write a configuration with the chosen keys.",
     "--targets": "List the linear layers and named sets that lora.targets may name, and stop.",
     "--json": "Print the plan as JSON; sizes in bytes, times in seconds.",
     "--help, -h": "This text.",
 }
-_VALUES = ("card", "cards", "price", "write")
+_VALUES = ("card", "cards", "hosts", "price", "write")
 
 
 def register(app: typer.Typer) -> None:
@@ -65,7 +68,10 @@ def _plan(ctx: typer.Context) -> None:
         print("\n".join(_targets(config)))
         return
     card, count = _cards(arguments.values)
-    plan = _made(config, placeholders, card, count, _number(arguments.values, "price"))
+    hosts = int(_number(arguments.values, "hosts") or 1)
+    if count % hosts:
+        raise ConfigError(f"--cards {count} cannot be spread evenly over --hosts {hosts}", code="config-value")
+    plan = _made(config, placeholders, card, (count, hosts), _number(arguments.values, "price"))
     if "json" in arguments.switches:
         print(json.dumps(plan.to_dict(), indent=1))
     else:
@@ -85,14 +91,18 @@ def _configuration(path: str | None, overrides: Mapping[str, Any]) -> tuple[RunC
     return build_with_defaults(path, overrides, needed)
 
 
-def _made(config: RunConfig, placeholders: Mapping[str, str], card: Card, count: int, price: float | None) -> Plan:
+def _made(
+    config: RunConfig, placeholders: Mapping[str, str], card: Card, spread: tuple[int, int], price: float | None
+) -> Plan:
     from cogtune.plan.proposal import make_plan
     from cogtune.plan.rows import TYPICAL, read_rows
     from cogtune.plan.sizes import ModelSizes
 
     given = "data.path" not in placeholders and (Path(config.model.path) / "tokenizer.json").is_file()
     rows = read_rows(config, ModelSizes.from_folder(config.model.path)) if given else TYPICAL
-    return make_plan(config, card, rows, cards=count, placeholders=placeholders.keys(), price=price)
+    return make_plan(
+        config, card, rows, cards=spread[0], hosts=spread[1], placeholders=placeholders.keys(), price=price
+    )
 
 
 def _cards(values: Mapping[str, str]) -> tuple[Card, int]:
@@ -110,8 +120,6 @@ def _cards(values: Mapping[str, str]) -> tuple[Card, int]:
 
 
 def _number(values: Mapping[str, str], flag: str) -> float | None:
-    from cogtune.errors import ConfigError
-
     text = values.get(flag)
     if text is None:
         return None
@@ -119,7 +127,7 @@ def _number(values: Mapping[str, str], flag: str) -> float | None:
         value = float(text.split("/", 1)[0])
     except ValueError:
         value = -1.0
-    whole = flag != "cards" or (value >= 1 and value == int(value))
+    whole = flag not in ("cards", "hosts") or (value >= 1 and value == int(value))
     if value < 0 or not whole:
         raise ConfigError(f"--{flag}: found `{text}`, expected a number", code="config-value")
     return value

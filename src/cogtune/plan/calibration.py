@@ -61,6 +61,8 @@ class Rates:
     """Share of a micro-batch's computation behind which communication hides."""
     latency: float
     """Of one collective operation."""
+    network: float
+    """Between hosts, per host and direction: an InfiniBand port of 400 Gbit/s."""
 
 
 RATES = Rates(
@@ -78,6 +80,7 @@ RATES = Rates(
     read=1.5e9,
     overlap=0.7,
     latency=40e-6,
+    network=45e9,
 )
 """Products, attention and copies: ceilings measured on one H100 80GB HBM3 (torch 2.11): 755 TFLOP/s at 8192^3, 690 at
 2305 rows, 438 at 301; 0.86 ms of decoder attention forward and backward, 1.14 ms of tower attention; 2.97 TB/s. Bytes

@@ -98,10 +98,11 @@ def make_plan(
     rows: Rows,
     *,
     cards: int = 1,
+    hosts: int = 1,
     placeholders: Collection[str] = (),
     price: float | None = None,
 ) -> Plan:
-    """The fastest plan for ``config`` on ``cards`` such cards.
+    """The fastest plan for ``config`` on ``cards`` such cards, spread evenly over ``hosts``.
 
     ``placeholders``: keys that were filled in for planning alone, so not the user's.
 
@@ -110,7 +111,7 @@ def make_plan(
         AdapterError: a target that matches nothing.
     """
     fixed = fixed_keys(config, dict.fromkeys(placeholders))
-    setting = setting_of(config, rows, ranks=cards, card=card)
+    setting = replace(setting_of(config, rows, ranks=cards, card=card), hosts=hosts)
     limit = budget_of(config)
     room = card if limit is None else replace(card, free=min(card.usable, limit))
     choice = best(setting, room, fixed)

@@ -105,8 +105,7 @@ def layer_index(name: str) -> int | None:
 @dataclass(frozen=True)
 class Setting:
     """Everything that decides memory and time. ``decoder`` and ``blocks``: indices of the decoder and tower layers
-    that are recomputed; ``accumulation`` micro-batches make a step; ``shards`` is how many ranks share the frozen
-    weights (1 where each has them all)."""
+    that are recomputed; ``accumulation`` micro-batches make a step; ``ranks`` are spread evenly over ``hosts``."""
 
     sizes: ModelSizes = field(default_factory=ModelSizes)
     batch: Batch = S400
@@ -121,6 +120,7 @@ class Setting:
     engine: str = "single"
     ranks: int = 1
     tensor: int = 1
+    hosts: int = 1
     compiled: bool = False
     eval_rows: int | None = None
     workers: int = 4

@@ -133,15 +133,29 @@ def traffic(setting: Setting) -> tuple[float, float]:
 
 
 def _waiting(setting: Setting, rates: Rates, micro: float, link: float) -> float:
-    """Communication that computation does not cover: ``overlap`` of a micro-batch's time can hide it."""
+    """Communication that computation does not cover: ``overlap`` of a micro-batch's time can hide it.
+
+    Between hosts everything a host's cards exchange goes through its one port, once: NCCL sums and gathers inside a
+    host first.
+    """
     gathered, reduced = traffic(setting)
     seconds = 0.0
     if gathered:
-        exposed = gathered / link - rates.overlap * micro
+        moved = max(gathered / link, _between_hosts(gathered, setting) / rates.network)
+        exposed = moved - rates.overlap * micro
         seconds += setting.accumulation * (max(0.0, exposed) + 2 * setting.sizes.num_hidden_layers * rates.latency)
     if reduced:
-        seconds += max(0.0, reduced / link - rates.overlap * micro / 2) + rates.latency * 10
+        moved = max(reduced / link, _between_hosts(reduced, setting) / rates.network)
+        seconds += max(0.0, moved - rates.overlap * micro / 2) + rates.latency * 10
     return seconds
+
+
+def _between_hosts(moved: float, setting: Setting) -> float:
+    """Of the bytes that every rank sends, what passes a host's port."""
+    if setting.hosts == 1:
+        return 0.0
+    whole = moved * setting.ranks / (setting.ranks - 1)
+    return whole * (setting.hosts - 1) / setting.hosts
 
 
 @dataclass(frozen=True)

@@ -168,3 +168,10 @@ def test_no_card_is_an_error_that_says_what_to_give() -> None:
     with pytest.raises(SetupError, match="not installed") as caught:
         local_cards(absent)
     assert "--card 24GiB" in (caught.value.hint or "")
+
+
+def test_a_network_between_hosts_costs_more_than_links_inside_one() -> None:
+    sharded = replace(CACHED, ranks=16, engine="fsdp2")
+    near, far = (step_time(replace(sharded, hosts=hosts), REFERENCE) for hosts in (1, 2))
+    assert far.waiting > near.waiting
+    assert far.decoder == near.decoder
