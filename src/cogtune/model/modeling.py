@@ -308,8 +308,9 @@ class CogVLM2ForCausalLM(CogVLM2PreTrainedModel, CogVLM2Generation, GenerationMi
             raise ValueError("pixel_values and image_features are two forms of the same images; give one")
         training = self.training and torch.is_grad_enabled()
         vision = self.model.vision
+        # read whatever the batch holds: ZeRO-3 gathers a weight that is looked at, and all ranks have to take part
+        place: dict[str, Any] = {"device": routing.positions.device, "dtype": vision.boi.dtype}
         if pixel_values is None and image_features is None and (training or vision.sharded):
-            place: dict[str, Any] = {"device": routing.positions.device, "dtype": vision.boi.dtype}
             if vision.tower_trains() or (vision.sharded and vision.has_tower):
                 side = self.config.image_size
                 pixel_values = torch.zeros(0, self.config.vision_config.in_channels, side, side, **place)
