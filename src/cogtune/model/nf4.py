@@ -50,7 +50,7 @@ _generated = torch.compile(dequantize, dynamic=True)
 
 def _weight(x: torch.Tensor, state: tuple[Any, ...], sizes: list[int]) -> torch.Tensor:
     rows, columns, blocksize, outer_blocksize = sizes
-    make = _generated if x.is_cuda else dequantize
+    make: Any = _generated if x.is_cuda else dequantize
     return make(*state, blocksize, outer_blocksize, x.dtype).view(rows, columns)
 
 
