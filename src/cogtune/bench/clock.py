@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
+from cogtune.configuration.sizes import GIB, parse_size
 from cogtune.data.sampler import Position
+from cogtune.errors import ConfigError
 from cogtune.model.compile import compiled_graphs
 from cogtune.train.feed import Batch, StepBatches
-
-GIB = 2**30
 
 
 @dataclass
@@ -90,11 +90,11 @@ class TimedFeed:
         return 0
 
     def steps(self, start: Position) -> Iterator[StepBatches]:
-        _reset_peak(self._device)
+        reset_peak(self._device)
         self._graphs, began = compiled_graphs(), time.perf_counter()
         for number in range(self.total):
             if number == 1:
-                _wait(self._device)
+                wait(self._device)
                 self.timing.first = time.perf_counter() - began
             if number == self._warm:
                 self.timing.warm_graphs = compiled_graphs() - self._graphs
@@ -111,7 +111,7 @@ class TimedFeed:
     def finish(self) -> Timing:
         """Close the books after the loop has returned: it leaves without asking for a batch after its last step."""
         self._marks.append(self._mark())
-        _wait(self._device)
+        wait(self._device)
         timing = self.timing
         timing.steps = [_seconds(earlier, later) for earlier, later in pairwise(self._marks)]
         timing.recompiled = compiled_graphs() - self._graphs
@@ -130,12 +130,14 @@ def _seconds(earlier: Any, later: Any) -> float:
     return float(later - earlier) if isinstance(earlier, float) else float(earlier.elapsed_time(later)) / 1000
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until the device has done all it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _reset_peak(device: torch.device) -> None:
+def reset_peak(device: torch.device) -> None:
+    """Begin a new measurement of device memory, with nothing in the allocator's reserve."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -153,6 +155,24 @@ def memory_gib(device: torch.device) -> tuple[float, float, float | None]:
     free, total = torch.cuda.mem_get_info(device)
     allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
     return allocated / GIB, reserved / GIB, (total - free) / GIB
+
+
+def cap_memory(size: str) -> None:
+    """Let this process's allocator reserve at most ``size`` of the first GPU, as if the card were smaller.
+
+    Raises:
+        ConfigError: no such size, more than the card has, or no GPU.
+    """
+    try:
+        wanted = parse_size(size)
+    except ValueError as error:
+        raise ConfigError(f"--cap: {error}") from error
+    if not torch.cuda.is_available():
+        raise ConfigError("--cap bounds a GPU's memory, and there is no GPU", hint="leave --cap out")
+    total = torch.cuda.mem_get_info()[1]
+    if wanted > total:
+        raise ConfigError(f"--cap is {size}, but the card has {total / GIB:.1f} GiB")
+    torch.cuda.set_per_process_memory_fraction(wanted / total)
 
 
 def cores() -> int:

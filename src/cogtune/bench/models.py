@@ -25,32 +25,35 @@ def model_config(path: str) -> CogVLM2Config:
     return tiny_config() if path == "random-tiny" else load_config(path)
 
 
-def build_base(config: RunConfig, engine: Engine, dtype: torch.dtype) -> CogVLM2ForCausalLM:
-    """The frozen base. Random weights are never read from a disk, so they cannot be quantised while loading.
+def build_base(config: RunConfig, engine: Engine, dtype: torch.dtype, *, cached: bool) -> CogVLM2ForCausalLM:
+    """The frozen base, ``cached``: without its tower. Random weights are not read from a disk, and quantising belongs
+    to reading.
 
     Raises:
         ConfigError: quantised random weights; a checkpoint folder has to be named for them.
     """
     if config.model.path not in RANDOM:
-        return load_base(config, engine, dtype)
+        return load_base(config, engine, dtype, cached=cached)
     quant = getattr(config, "quant", None)
     if quant is not None and quant != type(quant)():
         raise ConfigError(
             "quant: random weights are made in bfloat16; quantisation happens while a checkpoint loads",
             hint="write one with `cogtune bench make-checkpoint DIR` and pass --model DIR",
         )
-    model = random_weights(model_config(config.model.path), dtype, engine.device)
+    model = random_weights(model_config(config.model.path), dtype, engine.device, tower=not cached)
     if engine.placement is not None:
         finish_units(model, engine.placement)
     return model.eval()
 
 
 def random_weights(
-    config: CogVLM2Config, dtype: torch.dtype, device: torch.device, seed: int = 0
+    config: CogVLM2Config, dtype: torch.dtype, device: torch.device, *, tower: bool = True, seed: int = 0
 ) -> CogVLM2ForCausalLM:
     """A model filled on ``device`` itself: normal weights, small enough that 32 layers stay finite."""
     with torch.device("meta"):
         model = CogVLM2ForCausalLM(config)
+    if not tower:
+        model.model.vision.drop_tower()
     model = model.to(dtype).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(seed)
     rotary = inverse_frequencies(config.head_dim, float(config.rope_theta), device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from cogtune.adapters.targets import resolve_targets
 from cogtune.bench.baseline import PublishedModel, published_length
-from cogtune.bench.clock import TimedFeed, Timing
+from cogtune.bench.clock import TimedFeed, Timing, memory_gib, reset_peak, wait
 from cogtune.bench.models import build_base
 from cogtune.bench.rows import preset, synthetic_batches
 from cogtune.bench.variants import Variant
@@ -31,13 +32,34 @@ from cogtune.train.watch import StopSignal
 DIFFERENT_BATCHES = 4
 
 
+class Loading:
+    """What it took to get the base onto its device: seconds, and the peak of device memory."""
+
+    def __init__(self, began: float, device: torch.device, without_tower: bool) -> None:
+        wait(device)
+        self.seconds, self.tower_held = time.perf_counter() - began, not without_tower
+        self.allocated, self.reserved, _ = memory_gib(device)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "load_s": round(self.seconds, 2),
+            "load_allocated_gib": round(self.allocated, 3),
+            "load_reserved_gib": round(self.reserved, 3),
+            "tower_held": self.tower_held,
+        }
+
+
 class Bench:
     """One base model with one adapter, in one engine; variants that differ in data and recomputation share it."""
 
-    def __init__(self, variant: Variant) -> None:
+    def __init__(self, variant: Variant, *, cached: bool = False) -> None:
+        """``cached``: no variant will give pixels, so the tower is left out."""
+        began = time.perf_counter()
         self.config, self.engine = variant.config, engines.start(variant.config)
         self.dtype = choose_dtype(variant.config, self.engine.device)
-        self.base = build_base(variant.config, self.engine, self.dtype)
+        reset_peak(self.engine.device)
+        self.base = build_base(variant.config, self.engine, self.dtype, cached=cached)
+        self.loading = Loading(began, self.engine.device, cached)
         if variant.baseline:
             self._wrap_published()
         else:

@@ -16,6 +16,7 @@ import torch
 from cogtune.bench.breakdown import profile_steps
 from cogtune.bench.clock import Timing
 from cogtune.bench.flops import forward_flops, peak_rate, step_flops, trained_extent, work_of
+from cogtune.bench.prediction import predicted
 from cogtune.bench.report import Results, table
 from cogtune.bench.rows import answers_of
 from cogtune.bench.steps import Bench
@@ -54,7 +55,7 @@ def _measure_group(
     for variant in group:
         try:
             if bench is None:
-                bench = Bench(variant)
+                bench = Bench(variant, cached=all(other.cached for other in group))
                 print(f"# {variant.name}: model ready after {time.perf_counter() - began:.1f} s", flush=True)
             row = _measure_one(bench, variant, joined, folder, counts, breakdown)
         except Exception as error:
@@ -72,7 +73,8 @@ def _measure_one(
     batches = bench.batches(variant, folder / variant.preset.replace("/", "_"))
     timing = joined.setdefault(variant.name, Timing())
     timing.join(bench.run(variant, batches, warm=counts[0], steps=counts[1]))
-    row = _identity(variant) | _rates(bench, variant, batches, timing) | timing.to_dict()
+    row = _identity(variant) | _rates(bench, variant, batches, timing) | timing.to_dict() | bench.loading.to_dict()
+    row["peak_reserved_gib"] = max(row["reserved_gib"], row["load_reserved_gib"])
     if breakdown:
         row["breakdown_ms"] = profile_steps(
             lambda: bench.run(variant, batches, warm=0, steps=_PROFILED), bench.base, bench.engine.optimizer, _PROFILED
@@ -107,6 +109,7 @@ def _rates(bench: Bench, variant: Variant, batches: list[dict[str, Any]], timing
         "tokens_per_second": round(accumulation * work.tokens / timing.median, 1),
         "tflop_per_step": round(counted / 1e12, 6),
         "lora_mfu": None if rate is None else round(counted / timing.median / rate, 4),
+        "plan": predicted(variant, config, work, answers=answers_of(batch), card=card),
     }
 
 

@@ -56,9 +56,16 @@ def _train(
     warmup: _Warmup = 3,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Times to go through all variants.")] = 1,
     breakdown: Annotated[bool, typer.Option("--breakdown", help="Also profile: where a step's time goes.")] = False,
+    cap: Annotated[
+        str | None, typer.Option("--cap", help="Let the GPU's allocator have no more than this.", metavar="SIZE")
+    ] = None,
     tiny: _Tiny = False,
     json: _Json = None,
 ) -> None:
+    if cap is not None:
+        from cogtune.bench.clock import cap_memory
+
+        cap_memory(cap)
     _steps_of(ctx, variant or [], preset, features, (warmup, steps, rounds), breakdown, tiny, json)
 
 

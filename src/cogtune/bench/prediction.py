@@ -1,0 +1,70 @@
+"""What ``cogtune plan`` says of a measured setting, to stand beside the measurement."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from cogtune.bench.flops import Work
+from cogtune.bench.variants import Variant
+from cogtune.configuration.model import CogVLM2Config
+from cogtune.configuration.sizes import GIB
+from cogtune.errors import InputError
+from cogtune.plan.cards import named_like
+from cogtune.plan.memory import predict
+from cogtune.plan.rows import summary
+from cogtune.plan.run import recomputed, setting_of
+from cogtune.plan.setting import Adapter, Batch, Setting, adapted_names
+from cogtune.plan.sizes import ModelSizes
+from cogtune.plan.time import step_time
+
+
+def setting_for(variant: Variant, model: CogVLM2Config, work: Work, *, answers: int, card: str) -> Setting:
+    """The planner's words for a variant and one of its batches; ``card``: the driver's name, empty for a CPU."""
+    config, sizes = variant.config, ModelSizes.from_config(model.to_dict())
+    images = work.images / work.rows
+    batch = Batch(
+        rows=work.rows,
+        images=images,
+        text=round(work.tokens / work.rows - images * model.num_image_tokens),
+        labelled=round(work.labels / work.rows),
+        tree=answers > work.rows,
+    )
+    setting = setting_of(config, summary([], 0, model.num_image_tokens), card=named_like(card) if card else None)
+    names = adapted_names(sizes, config.lora.targets, config.lora.extra)
+    setting = replace(
+        setting,
+        sizes=sizes,
+        batch=batch,
+        adapter=Adapter(names, config.lora.rank, config.lora.dropout, config.lora.dora),
+        tower="none" if not work.images else ("cached" if variant.cached else "live"),
+        decoder=frozenset(),
+        blocks=frozenset(),
+    )
+    return recomputed(setting, config.train.gradient_checkpointing)
+
+
+def predicted(variant: Variant, model: CogVLM2Config, work: Work, *, answers: int, card: str) -> dict[str, Any] | None:
+    """GiB of loading and of training, and milliseconds of a step; None for what the planner does not know: the
+    baseline, and a policy it would choose itself.
+
+    Without a name of a card there are no milliseconds.
+    """
+    policy = variant.config.train.gradient_checkpointing
+    if variant.baseline or (isinstance(policy, str) and policy not in ("none", "all")):
+        return None
+    try:
+        setting = setting_for(variant, model, work, answers=answers, card=card)
+        memory = predict(setting)
+        load, train = memory.phase("load"), memory.phase("train")
+    except (InputError, KeyError, StopIteration) as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    found: dict[str, Any] = {
+        "load_reserved_gib": round(load.reserved / GIB, 3),
+        "allocated_gib": round(train.allocated / GIB, 3),
+        "reserved_gib": round(train.reserved / GIB, 3),
+        "driver_gib": round((train.reserved + memory.outside) / GIB, 3),
+    }
+    if card:
+        found["median_ms"] = round(1000 * step_time(setting, named_like(card)).seconds, 1)
+    return found
