@@ -72,3 +72,43 @@ def test_settings_reach_the_model(tmp_path: Path) -> None:
 def test_wrong_arguments_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "train", "--tiny", *arguments]) == 2
     assert "error[config" in capsys.readouterr().err
+
+
+def test_a_sweep_is_checked_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "sweep.json"
+    assert main(["bench", "sweep", "text", "--tiny", "--steps", "1", "--warmup", "1", "--json", str(file)]) == 0
+    assert list(_rows(file)) == ["text-40", "text-60", "text-80"]
+    assert json.loads(file.read_text())["check"]["series"] == "text"
+    assert "plan" in capsys.readouterr().out
+
+
+def test_fit_runs_each_row_in_its_own_process_and_survives_a_failing_one(tmp_path: Path) -> None:
+    file = tmp_path / "fit.json"
+    rows = "bf16-cached-r8,nf4-cached-r8"
+    # the first has a model to train; NF4 needs a checkpoint, and says so in its row
+    assert main(["bench", "fit", "--tiny", "--rows", rows, "--train.max_grad_norm", "2", "--json", str(file)]) == 0
+    found = _rows(file)
+    assert found["bf16-cached-r8"]["peak_reserved_gib"] > 0
+    assert len(found["bf16-cached-r8"]["times_ms"]) == 18
+    assert "--train.max_grad_norm 2" in found["bf16-cached-r8"]["command"]
+    assert "error[" in found["nf4-cached-r8"]["error"]
+    assert found["nf4-cached-r8"]["target_gib"] == 10.3
+    assert main(["bench", "fit", "--tiny", "--rows", "nothing"]) == 2
+    assert main(["bench", "fit"]) == 2
+
+
+def test_decoding_filling_and_loading(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+
+    def row(*arguments: str) -> dict[str, Any]:
+        assert main(["bench", *arguments, "--tiny", "--json", str(file)]) == 0
+        return list(_rows(file).values())[-1]
+
+    decoded = row("decode", "--context", "30", "--tokens", "16")
+    assert decoded["tokens_per_second"] > 0
+    filled = row("fill", "--pictures", "3", "--side", "16")
+    assert filled["pictures"] == 3
+    assert filled["pictures_per_second"] > 0
+    read = row("loader", "--seconds", "0.3", "--rate", "10", "--pictures", "4", "--side", "16", "--data.workers", "1")
+    assert read["taken"] >= 2
+    assert 0 <= read["wait_share"] <= 1

@@ -163,18 +163,14 @@ def synthetic_batches(
     ``cached``: random numbers stand for the tower's output; timing does not depend on their values.
     """
     rows = synthetic_rows(shape, batch_size * count, config, folder, side=64)
-    on_gpu, random_ = device.type == "cuda", torch.Generator().manual_seed(0)
+    on_gpu, generator = device.type == "cuda", torch.Generator().manual_seed(0)
+    width = config.vision_config.hidden_size  # type: ignore[union-attr]
+    if cached:
+        rows.use_features(lambda image: torch.randn(config.grid**2, width, generator=generator).to(dtype))
     batches = []
     for start in range(0, batch_size * count, batch_size):
         samples = [rows.row(0, index) for index in range(start, start + batch_size)]
         batch = collate(samples, column_multiple=GPU_COLUMNS if on_gpu else 1)
-        pixels = batch.pop("pixel_values", None)
-        if pixels is not None and cached:
-            width = config.vision_config.hidden_size  # type: ignore[union-attr]
-            features = torch.randn(len(pixels), config.grid**2, width, generator=random_)
-            batch["image_features"] = features.to(dtype)
-        elif pixels is not None:
-            batch["pixel_values"] = pixels
         batches.append({name: _pinned(value) for name, value in batch.items()} if on_gpu else batch)
     return batches
 

@@ -40,7 +40,7 @@ def measure(
                 _measure_group(
                     list(group), joined, results, Path(name), (warm, steps), breakdown and turn == rounds - 1
                 )
-    print(as_table(results))
+    print(as_table(results), flush=True)
 
 
 def _measure_group(
@@ -60,6 +60,8 @@ def _measure_group(
             row = _measure_one(bench, variant, joined, folder, counts, breakdown)
         except Exception as error:
             traceback.print_exc(limit=-6)
+            if bench is not None:  # a backward pass that broke off has left gradients
+                bench.engine.optimizer.zero_grad(set_to_none=True)
             row = _identity(variant) | {"error": f"{type(error).__name__}: {str(error)[:400]}"}
         results.add(row)
         _say(row)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from cogtune.bench.report import Results
+    from cogtune.configuration.run import RunConfig
 
 _KEYS = {"ignore_unknown_options": True, "allow_extra_args": True}
 _Json = Annotated[Path | None, typer.Option("--json", help="Write all numbers here, after every row.", metavar="FILE")]
@@ -30,16 +34,42 @@ step.
 
   cogtune bench baseline"""
 
+_SWEEP = """Measure what grows with a setting: memory (batch x text, beside the planner's word), text, batch,
+questions or rank. Each point is held to the straight line between its neighbours.
+
+  cogtune bench sweep text --json text.json
+  cogtune bench sweep memory --model BASE --quant.experts nf4"""
+_FIT = """Measure what each setting needs of a card, loading included: every row a process of its own, twenty steps, the
+allocator capped at 11, 15 or 23 GiB where the row is for a card of 12, 16 or 24 GB.
+
+  cogtune bench fit --model BASE --rows nf4-cached-r8,bf16-cached-r8 --json fit.json
+
+Further keys, such as --train.compile false, hold for every row that trains."""
+_DECODE = """Measure an answer: memory, the time for picture and prompt, tokens a second.
+
+  cogtune bench decode --model BASE"""
+_FILL = """Measure how fast the feature cache fills, decoding and writing included.
+
+  cogtune bench fill --pictures 32 --data.cache_batch 2"""
+_LOADER = """Measure whether preparing rows keeps up: pictures of 1344 pixels decoded, and features read, while samples
+are taken at a steady rate. Needs no GPU.
+
+  cogtune bench loader --rate 20"""
+
 
 def register(app: typer.Typer) -> None:
     """Add the command group."""
     group = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
-    group.command("train", help=_TRAIN, short_help="Training steps, variants side by side.", context_settings=_KEYS)(
-        _train
-    )
-    group.command("baseline", help=_BASELINE, short_help="The published computation.", context_settings=_KEYS)(
-        _baseline
-    )
+    for name, text, short, command in (
+        ("train", _TRAIN, "Training steps, variants side by side.", _train),
+        ("baseline", _BASELINE, "The published computation.", _baseline),
+        ("sweep", _SWEEP, "What a growing setting costs.", _sweep),
+        ("fit", _FIT, "What each setting needs of a card.", _fit),
+        ("decode", _DECODE, "Memory and speed of an answer.", _decode),
+        ("fill", _FILL, "Filling the feature cache.", _fill),
+        ("loader", _LOADER, "Does preparing rows keep up?", _loader),
+    ):
+        group.command(name, help=text, short_help=short, context_settings=_KEYS)(command)
     app.add_typer(group, name="bench", help="Measure this machine.", short_help="Measure this machine.")
 
 
@@ -81,6 +111,108 @@ def _baseline(
     _steps_of(ctx, ["baseline"], preset, "live", (warmup, steps, 1), breakdown, tiny, json)
 
 
+def _sweep(
+    ctx: typer.Context,
+    name: Annotated[str, typer.Argument(help="memory, text, batch, questions or rank.", metavar="NAME")],
+    steps: _Steps = 3,
+    warmup: _Warmup = 2,
+    tiny: _Tiny = False,
+    json: _Json = None,
+) -> None:
+    from cogtune.bench.sweeps import SERIES, against_plan, check_series, sweep_variants
+
+    texts = sweep_variants(name, tiny=tiny)
+    results = _steps_of(ctx, texts, "s400", "cached", (warmup, steps, 1), False, tiny, json, kind=f"sweep-{name}")
+    print(against_plan(results.rows))
+    if name in SERIES:
+        print(check_series(name, results))
+
+
+def _fit(
+    ctx: typer.Context,
+    rows: Annotated[str, typer.Option("--rows", help="Names of rows, joined by commas; all without it.")] = "",
+    tiny: _Tiny = False,
+    json: _Json = None,
+) -> None:
+    from cogtune.bench.fit import run_rows
+    from cogtune.bench.report import Results
+    from cogtune.cli.options import split_arguments
+    from cogtune.errors import ConfigError
+
+    overrides = split_arguments(ctx.args).overrides
+    model = (overrides.pop("model", None) or overrides.pop("model.path", None) or ["random-tiny" if tiny else ""])[0]
+    if not model:
+        raise ConfigError(
+            "bench fit loads a checkpoint in every row, and none is named",
+            hint="--model DIR; `cogtune bench make-checkpoint DIR` writes a random one of the published size",
+            code="config-missing",
+        )
+    extra = [word for key, values in overrides.items() for value in values for word in (f"--{key}", value)]
+    run_rows(
+        [name for name in rows.split(",") if name],
+        Results("fit", _command(), json),
+        model=model,
+        extra=extra,
+        capped=not tiny,
+    )
+
+
+def _decode(
+    ctx: typer.Context,
+    context: Annotated[int, typer.Option("--context", help="Positions of picture and prompt.", metavar="N")] = 2400,
+    tokens: Annotated[int, typer.Option("--tokens", min=8, help="Length of the answer.", metavar="N")] = 64,
+    tiny: _Tiny = False,
+    json: _Json = None,
+) -> None:
+    from cogtune.bench.decoding import measure_decoding
+
+    measure_decoding(_config(ctx, tiny), _results("decode", json), context=context, tokens=tokens)
+
+
+def _fill(
+    ctx: typer.Context,
+    pictures: Annotated[int, typer.Option("--pictures", min=1, help="Pictures to compute.", metavar="N")] = 32,
+    side: Annotated[int, typer.Option("--side", min=8, help="Their size in pixels.", metavar="N")] = 1344,
+    tiny: _Tiny = False,
+    json: _Json = None,
+) -> None:
+    from cogtune.bench.filling import measure_filling
+
+    measure_filling(_config(ctx, tiny), _results("fill", json), pictures=pictures, side=side)
+
+
+def _loader(
+    ctx: typer.Context,
+    rate: Annotated[float, typer.Option("--rate", min=0.1, help="Samples a second to take.", metavar="N")] = 20.0,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="For how long.", metavar="N")] = 10.0,
+    pictures: Annotated[int, typer.Option("--pictures", min=1, help="Different pictures.", metavar="N")] = 64,
+    side: Annotated[int, typer.Option("--side", min=8, help="Their size in pixels.", metavar="N")] = 1344,
+    tiny: _Tiny = False,
+    json: _Json = None,
+) -> None:
+    from cogtune.bench.loading_data import measure_loader
+
+    measure_loader(
+        _config(ctx, tiny), _results("loader", json), rate=rate, seconds=seconds, pictures=pictures, side=side
+    )
+
+
+def _config(ctx: typer.Context, tiny: bool) -> RunConfig:
+    from cogtune.bench.variants import parse_variants
+    from cogtune.cli.options import split_arguments
+
+    overrides = split_arguments(ctx.args).overrides
+    if tiny:
+        overrides.setdefault("model.path", ["random-tiny"])
+    return parse_variants([], overrides, preset="s400", cached=False)[0].config
+
+
+def _results(kind: str, json: Path | None) -> Results:
+    from cogtune.bench.report import Results
+
+    return Results(kind, _command(), json)
+
+
 def _steps_of(
     ctx: typer.Context,
     texts: list[str],
@@ -90,7 +222,8 @@ def _steps_of(
     breakdown: bool,
     tiny: bool,
     json: Path | None,
-) -> None:
+    kind: str = "train",
+) -> Results:
     from cogtune.cli.options import split_arguments
 
     overrides = split_arguments(ctx.args).overrides
@@ -102,9 +235,10 @@ def _steps_of(
     from cogtune.bench.variants import parse_variants
 
     variants = parse_variants(texts, overrides, preset=preset, cached=features == "cached")
-    results = Results("train", _command(), json)
+    results = Results(kind, _command(), json)
     measure(variants, results, warm=counts[0], steps=counts[1], rounds=counts[2], breakdown=breakdown)
     print(results.line())
+    return results
 
 
 def _command() -> str:

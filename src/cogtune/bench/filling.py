@@ -1,0 +1,99 @@
+"""``cogtune bench fill``: how fast the feature cache fills, files read and written included."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cogtune.bench.clock import memory_gib, reset_peak, wait
+from cogtune.bench.models import RANDOM, model_config, random_weights
+from cogtune.bench.report import Results
+from cogtune.bench.rows import preset, synthetic_rows
+from cogtune.configuration.run import RunConfig
+from cogtune.data.loader import worker_count
+from cogtune.features.cache import FeatureCache, FillReport
+from cogtune.features.fill import FillSettings, Tower
+from cogtune.features.variant import make_variant
+from cogtune.model.compile import can_compile, compile_layers
+from cogtune.train import engines
+from cogtune.train.engines.base import Engine
+from cogtune.train.features import fill, open_cache
+from cogtune.train.precision import choose_dtype
+
+
+def measure_filling(config: RunConfig, results: Results, *, pictures: int, side: int) -> None:
+    """Fill a fresh cache with noise of ``side`` pixels, once to warm up (a few pictures) and once measured."""
+    engine = engines.start(config)
+    dtype, model = choose_dtype(config, engine.device), model_config(config.model.path)
+    reset_peak(engine.device)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rows = synthetic_rows(preset("vqa1"), pictures + 4, model, folder / "pictures", side=side)
+        images = sorted({image for image in rows.images if image is not None})
+        if config.model.path in RANDOM:
+            row = _random(config, engine, dtype, images, folder)
+        else:
+            row = _from_checkpoint(config, engine, dtype, images, folder)
+    allocated, reserved, driver = memory_gib(engine.device)
+    row |= {"allocated_gib": round(allocated, 3), "reserved_gib": round(reserved, 3)}
+    row |= {"driver_gib": None if driver is None else round(driver, 3), "batch": config.data.cache_batch, "side": side}
+    results.add({"name": "fill", **row})
+    print(f"{row['pictures_per_second']:.2f} pictures/s, {row['peak_reserved_gib']:.2f} GiB reserved")
+
+
+def _random(config: RunConfig, engine: Engine, dtype: torch.dtype, images: list[Path], folder: Path) -> dict[str, Any]:
+    """Random weights, the tower alone: the decoder's are freed before filling begins."""
+    began = time.perf_counter()
+    base = random_weights(model_config(config.model.path), dtype, engine.device)
+    if config.train.compile is True or (config.train.compile == "auto" and can_compile(engine.device)):
+        compile_layers(base)
+    vision: Any = base.model.vision
+    stored = str(dtype).removeprefix("torch.")
+    variant = make_variant("random", base.config, stored, stored)
+    del base
+    wait(engine.device)
+    load = time.perf_counter() - began
+    reset_peak(engine.device)
+    settings = FillSettings(
+        image_size=model_config(config.model.path).image_size,
+        max_pixels=config.data.max_pixels,
+        batch=config.data.cache_batch,
+        workers=max(1, worker_count(config.data.workers)),
+    )
+
+    def tower() -> Tower:
+        found: Tower = vision.features
+        return found
+
+    reports = []
+    for part in (images[:4], images[4:]):
+        cache = FeatureCache(folder / "features", variant, set(part), engine.group)
+        reports.append(cache.fill(tower, settings, engine.device, "random", print))
+    return _numbers(reports[-1], load)
+
+
+def _from_checkpoint(
+    config: RunConfig, engine: Engine, dtype: torch.dtype, images: list[Path], folder: Path
+) -> dict[str, Any]:
+    """As a run does it; each filling loads the tower, which is in its peak but not in its rate."""
+    config = config.with_values({"data.cache_dir": str(folder / "features")})
+    began, reports = time.perf_counter(), []
+    for part in (images[:4], images[4:]):
+        cache = open_cache(config, model_config(config.model.path), set(part), engine.group, dtype)
+        reports.append(fill(config, cache, engine.group, dtype))
+    load = time.perf_counter() - began - sum(report.seconds for report in reports)
+    return _numbers(reports[-1], load / len(reports))
+
+
+def _numbers(report: FillReport, load: float) -> dict[str, Any]:
+    return {
+        "pictures": report.computed,
+        "seconds": round(report.seconds, 3),
+        "pictures_per_second": round(report.rate, 3),
+        "load_s": round(load, 2),
+        "peak_reserved_gib": round(report.peak_bytes / 2**30, 3),
+    }

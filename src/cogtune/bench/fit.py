@@ -1,0 +1,140 @@
+"""``cogtune bench fit``: what each setting needs of a card, loading included, each row in a process of its own.
+
+Rows for smaller cards run with the allocator capped at what such a card leaves to it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cogtune.bench.report import Results, table
+from cogtune.errors import ConfigError
+
+ROW_SECONDS = 300
+_RANK8 = ("--lora.targets", "vision_expert_query_key_value", "--lora.rank", "8")
+_RANK16 = ("--lora.targets", "experts", "--lora.rank", "16")
+_RECOMPUTE = ("--train.gradient_checkpointing", "all")
+_NF4 = ("--quant.experts", "nf4")
+_TRAIN = ("train", "--preset", "s400", "--steps", "18", "--warmup", "2")
+_CACHED = ("--features", "cached")
+
+
+@dataclass(frozen=True)
+class FitRow:
+    """``words``: behind ``cogtune bench``; ``target``: peak reserved GiB; ``cap``: GiB the allocator may have, or None;
+    ``milliseconds``: a step's target, where there is one."""
+
+    words: tuple[str, ...]
+    target: float
+    cap: int | None = None
+    milliseconds: float | None = None
+
+
+def _pair(
+    name: str, words: Sequence[str], targets: tuple[float, float], cap: int | None = None,
+    extra16: Sequence[str] = (), milliseconds: float | None = None,
+) -> Iterator[tuple[str, FitRow]]:  # fmt: skip
+    yield f"{name}-r8", FitRow((*_TRAIN, *words, *_RANK8), targets[0], cap, milliseconds)
+    yield f"{name}-r16", FitRow((*_TRAIN, *words, *_RANK16, *extra16), targets[1], cap)
+
+
+_HOST = ("--quant.embedding", "host")
+ROWS: dict[str, FitRow] = dict([
+    *_pair("nf4-cached", (*_NF4, *_CACHED, *_RECOMPUTE, *_HOST), (10.3, 10.9), 11,
+           ("--train.optimizer", "adamw8bit"), milliseconds=330),
+    *_pair("nf4-nf4-live", (*_NF4, "--quant.tower", "nf4", *_RECOMPUTE), (14, 15), 15),
+    *_pair("nf4-live", (*_NF4, *_RECOMPUTE), (20, 21.5), 23),
+    *_pair("int8-cached", ("--quant.experts", "int8", *_CACHED, *_RECOMPUTE), (20, 21.5), 23),
+    *_pair("bf16-cached-recompute", (*_CACHED, *_RECOMPUTE), (31, 32)),
+    *_pair("bf16-cached", _CACHED, (41, 46)),
+    *_pair("bf16-live-recompute", _RECOMPUTE, (39, 40.5)),
+    ("fill", FitRow(("fill", "--pictures", "16"), 10.5)),
+    ("inference-bf16", FitRow(("decode",), 40)),
+    ("inference-nf4", FitRow(("decode", *_NF4, "--quant.tower", "nf4"), 13)),
+])  # fmt: skip
+"""The setting's name (its adapter's rank last) -> how it is measured. Small cards first: they matter most."""
+
+
+def run_rows(
+    names: Sequence[str], results: Results, *, model: str, extra: Sequence[str] = (), capped: bool = True
+) -> None:
+    """Run rows by name (all without any), print and keep each as it ends; a row that fails is a row with its error.
+
+    ``model``: a checkpoint folder; ``extra``: further words for every row that trains.
+
+    Raises:
+        ConfigError: no such row.
+    """
+    unknown = [name for name in names if name not in ROWS]
+    if unknown:
+        raise ConfigError(f"no row `{unknown[0]}`", hint=f"one of {', '.join(ROWS)}")
+    for name in names or ROWS:
+        row = ROWS[name]
+        words = [*row.words, "--model.path", model, *(extra if row.words[0] == "train" else ())]
+        if row.cap is not None and capped and row.words[0] == "train":
+            words += ["--cap", f"{row.cap}GiB"]
+        results.add(_run(name, row, words))
+        print(_line(results.rows[-1]), flush=True)
+    print(as_table(results))
+
+
+def _run(name: str, row: FitRow, words: list[str]) -> dict[str, Any]:
+    """One row in its own process."""
+    found: dict[str, Any] = {"name": name, "command": " ".join(["cogtune bench", *words]), "target_gib": row.target,
+                             "cap_gib": row.cap, "target_ms": row.milliseconds}  # fmt: skip
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "row.json"
+        command = [sys.executable, "-m", "cogtune", "bench", *words, "--json", str(file)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=ROW_SECONDS)
+            told = (done.stderr or done.stdout).strip()
+        except subprocess.TimeoutExpired:
+            told = f"not done after {ROW_SECONDS} s"
+        found["wall_s"] = round(time.perf_counter() - began, 1)
+        rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
+    measured = rows[-1] if rows else {"error": _reason(told)}
+    return found | {key: value for key, value in measured.items() if key != "name"}
+
+
+def _reason(text: str) -> str:
+    """From the error's own line on, where there is one."""
+    start = text.rfind("error[")
+    return text[start:][:600] if start >= 0 else text[-600:]
+
+
+def _line(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"{row['name']}: {row['error']} ({row['wall_s']:.0f} s)"
+    return (
+        f"{row['name']}: {row['peak_reserved_gib']:.2f} GiB reserved (target {row['target_gib']}), "
+        f"{row['wall_s']:.0f} s in all"
+    )
+
+
+def as_table(results: Results) -> str:
+    """Measured peaks beside targets and the planner's word."""
+    cells = []
+    for row in results.rows:
+        if "error" in row:
+            cells.append([row["name"], row["target_gib"], *[None] * 6, str(row["error"]).splitlines()[0][:50]])
+            continue
+        plan = row.get("plan") or {}
+        said = plan.get("reserved_gib")
+        driver, speed = row.get("driver_gib"), row.get("median_ms")
+        cells.append([
+            row["name"], row["target_gib"], f"{row['peak_reserved_gib']:.2f}",
+            None if said is None else f"{max(said, plan['load_reserved_gib']):.2f}",
+            None if driver is None else f"{driver:.2f}", row.get("cap_gib"),
+            None if speed is None else f"{speed:.1f}", f"{row['load_s']:.1f}", "",
+        ])  # fmt: skip
+    columns = ["row", "target GiB", "reserved", "plan", "driver", "cap", "ms", "load s", "note"]
+    return table(columns, cells)
