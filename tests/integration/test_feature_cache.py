@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from cogtune.model.vision import VisionModel
 from cogtune.train.run import train
 from tests.support.training import make_config, write_data
 
-STEPS = {"data__validation_share": 0.3, "train__max_steps": 12, "train__save_steps": 6}
+STEPS = {"data__validation_share": 0.3, "train__max_steps": 8, "train__save_steps": 4}
 
 
 @pytest.fixture(scope="module")
@@ -174,17 +173,25 @@ def test_a_full_disk_while_filling_loses_nothing(run: Run, monkeypatch: pytest.M
     assert run.seen == 2
 
 
-def test_a_cache_that_cannot_be_written(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is missing cannot be computed; a complete one is read."""
-    run.cache.mkdir()
-    run.cache.chmod(0o555)
-    if os.access(run.cache, os.W_OK):
-        pytest.skip("this user may write everywhere")
+def test_a_cache_that_may_only_be_read(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A complete one is used; what is missing cannot be computed."""
+    whole = run("whole")
+
+    def forbid(path: Path, content: bytes) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(store, "write_file", forbid)
+    assert same(whole, run("again"))
+    run.files()[0].unlink()
     with pytest.raises(FeatureCacheError) as caught:
         run("on")
     assert caught.value.code == "cache-unwritable"
-    run("auto", "auto", train__max_steps=9)
-    assert "cannot be written" in capsys.readouterr().out
+    assert "pictures are not in it" in caught.value.message
+    assert same(whole, run("auto", "auto"))
+    assert run.seen > 4
+    assert "cannot be written (Permission denied)" in capsys.readouterr().out
 
 
 def test_a_picture_that_cannot_be_decoded_is_found_while_filling(run: Run, data: Path, tmp_path: Path) -> None:

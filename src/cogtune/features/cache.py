@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -20,7 +21,7 @@ from cogtune.features.fill import Filled, Filler, FillSettings, Tower
 from cogtune.features.index import PictureIndex
 from cogtune.features.lease import Lease
 from cogtune.features.reader import FeatureReader
-from cogtune.features.store import Store, make_folder
+from cogtune.features.store import Store, make_folder, write_atomically
 from cogtune.features.survey import Survey, survey
 from cogtune.features.together import Ranks, together
 from cogtune.features.variant import Variant
@@ -78,6 +79,9 @@ class FeatureCache:
         self._index = PictureIndex(root, int(variant.shape["image_size"]))
         self.survey: Survey = survey(images, self.store, self._index, ranks)
         self._digests = dict(self.survey.present)
+        self._lease = Lease(root)
+        if self._digests:
+            self._lease.claim(self._names(self._digests))
 
     @property
     def picture_bytes(self) -> int:
@@ -88,19 +92,22 @@ class FeatureCache:
         """Disk that filling takes, at most."""
         return self.survey.to_compute * self.picture_bytes
 
+    def _names(self, digests: Mapping[str, str]) -> set[str]:
+        return {f"{self.store.variant.name}/{digest}" for digest in digests.values()}
+
     def space(self, budget: str) -> Space:
         """Disk, budget and what could be evicted, as rank 0 sees it. Collective."""
-        needed = [f"{self.store.variant.name}/{d}" for part in self._ranks.gather(self._digests) for d in part.values()]
+        needed = [name for part in self._ranks.gather(self._digests) for name in self._names(part)]
         return self._ranks.on_main(lambda: measure(self._root, budget, needed))
 
     def problem(self) -> str | None:
         """Why the cache cannot be written, or None. Collective."""
 
         def attempt() -> str | None:
-            probe = self._root / f".probe-{os.getpid()}"
+            probe = self._root / f".probe-{socket.gethostname()}-{os.getpid()}"
             try:
                 make_folder(self._root, self._root)
-                probe.touch()
+                write_atomically(probe, b"", self._root)
                 probe.unlink()
             except OSError as error:
                 return f"{self._root} cannot be written ({error.strerror})"
@@ -178,6 +185,8 @@ class FeatureCache:
 
                 states = together(self._ranks, work)
                 left = any(more for more, _ in states)
+                if self._lease.is_due:
+                    self._lease.claim(self._names(self._digests | filler.filled.digests))
                 progress.at(sum(count for _, count in states))
             return filler.filled
 
@@ -199,13 +208,14 @@ class FeatureCache:
         for part in self._ranks.gather(self._digests):
             digests |= part
 
-        def lease() -> Lease:
-            try:
-                return Lease.take(self._root, {f"{self.store.variant.name}/{digest}" for digest in digests.values()})
-            except OSError:  # a cache that others filled and we may only read
-                return Lease(None)
+        self._ranks.on_main(lambda: self._lease.claim(self._names(digests)))
+        if self._ranks.rank != 0:
+            self._lease.remove()
+        return FeatureReader(self.store, digests, dtype, self._lease)
 
-        return FeatureReader(self.store, digests, dtype, lease() if self._ranks.rank == 0 else Lease(None))
+    def release(self) -> None:
+        """What was found is not needed after all, or no more."""
+        self._lease.remove()
 
 
 class _Progress:

@@ -22,32 +22,38 @@ _VALID_SECONDS = 24 * 3600.0
 
 
 class Lease:
-    """This run's claim; ``path`` None where the cache cannot be written, and so nothing can be evicted by us."""
+    """This process's claim. In a cache that it may only read there is none: then nobody of its kind can evict either,
+    and those who may write see to their own.
+    """
 
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._path = root / FOLDER / f"{socket.gethostname()}.{os.getpid()}.{time.time_ns()}{_SUFFIX}"
         self._owner = os.getpid()
-        self._renewed = time.monotonic()
+        self._renewed = 0.0
 
-    @classmethod
-    def take(cls, root: Path, files: Iterable[str]) -> Lease:
-        """Claim feature files, given as ``variant/digest``. OSError as the system raises it."""
-        path = root / FOLDER / f"{socket.gethostname()}.{os.getpid()}.{time.time_ns()}{_SUFFIX}"
-        make_folder(path.parent, root)
-        write_atomically(path, "".join(f"{name}\n" for name in files).encode(), root)
-        return cls(path)
+    def claim(self, files: Iterable[str]) -> None:
+        """Claim these feature files, given as ``variant/digest``, and no others."""
+        self._renewed = time.monotonic()
+        with suppress(OSError):
+            make_folder(self._path.parent, self._root)
+            write_atomically(self._path, "".join(f"{name}\n" for name in files).encode(), self._root)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it was last claimed or renewed a while ago."""
+        return time.monotonic() - self._renewed > _RENEW_SECONDS
 
     def renew(self) -> None:
-        """Called at every read; touches the file once a minute."""
-        now = time.monotonic()
-        if self._path is not None and now - self._renewed > _RENEW_SECONDS:
-            self._renewed = now
-            with suppress(OSError):  # a cache that became read-only cannot be evicted from by us either
+        """Called at every read, by any process of the run; touches the file once a minute."""
+        if self.is_due:
+            self._renewed = time.monotonic()
+            with suppress(OSError):
                 os.utime(self._path)
 
     def remove(self) -> None:
-        """At the end of the run, in the process that took it."""
-        if self._path is not None and os.getpid() == self._owner:
+        """At the end of the run; does something only in the process that claimed."""
+        if os.getpid() == self._owner:
             with suppress(OSError):
                 self._path.unlink(missing_ok=True)
 

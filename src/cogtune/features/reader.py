@@ -25,7 +25,10 @@ class FeatureReader:
         """Raises FeatureCacheError: ``cache-missing``, ``cache-damaged``."""
         self._lease.renew()
         try:
-            return self._store.read(self._digests[os.fspath(image)]).to(self._dtype)
+            digest = self._digests.get(os.fspath(image))
+            if digest is None:  # rows beyond the run's last step may be prepared and are never used
+                raise FeatureCacheError("not among the pictures this run planned for", code="cache-missing")
+            return self._store.read(digest).to(self._dtype)
         except FeatureCacheError as error:
             raise FeatureCacheError(f"{error.message} ({image})", hint=error.hint, code=error.code) from error
 

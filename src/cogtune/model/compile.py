@@ -11,6 +11,7 @@ with a key/value cache is not compiled: its lengths change with every token, and
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 from types import MethodType
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from cogtune.model.modeling import CogVLM2ForCausalLM, DecoderLayer
-from cogtune.model.vision import VisionLayer
+from cogtune.model.vision import VisionLayer, VisionModel
 
 _MOST_KINDS = 64  # torch's own limit of 8 would run further kinds of layers uncompiled
 
@@ -31,13 +32,20 @@ def can_compile(device: torch.device) -> bool:
 def compile_layers(model: CogVLM2ForCausalLM, backend: str | Any = "inductor", *, fullgraph: bool = False) -> None:
     """Make every decoder and tower layer of ``model`` run compiled from now on."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_KINDS)
-    kinds: list[tuple[Any, Any]] = [(DecoderLayer, model.model.layers)]
-    if getattr(model.model.vision, "transformer", None) is not None:  # absent where features are cached
-        kinds.append((VisionLayer, model.model.vision.transformer.layers))
-    for kind, layers in kinds:
-        compiled = torch.compile(kind.compute, backend=backend, dynamic=True, fullgraph=fullgraph)
-        for layer in layers:
-            layer.compute = _Compute(kind.compute, compiled, layer)
+    _compile(DecoderLayer, model.model.layers, backend, fullgraph)
+    if model.model.vision.has_tower:
+        compile_tower(model.model.vision, backend, fullgraph=fullgraph)
+
+
+def compile_tower(vision: VisionModel, backend: str | Any = "inductor", *, fullgraph: bool = False) -> None:
+    """Make every tower layer of ``vision`` run compiled from now on."""
+    _compile(VisionLayer, vision.transformer.layers, backend, fullgraph)
+
+
+def _compile(kind: Any, layers: Iterable[Any], backend: str | Any, fullgraph: bool) -> None:
+    compiled = torch.compile(kind.compute, backend=backend, dynamic=True, fullgraph=fullgraph)
+    for layer in layers:
+        layer.compute = _Compute(kind.compute, compiled, layer)
 
 
 class _Compute:
