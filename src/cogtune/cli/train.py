@@ -47,9 +47,9 @@ def _train(ctx: typer.Context) -> int:
 
     config = load_config(arguments.config, arguments.overrides)
     if config.parallel.launch is not None and "RANK" not in os.environ:
-        from cogtune.train.launch import launch
+        from cogtune.train.launch import launch_until_done
 
-        return launch(ctx.args, config.parallel.launch)
+        return launch_until_done(ctx.args, config)
 
     from cogtune.train.run import train
 

@@ -40,6 +40,7 @@ MAY_CHANGE = frozenset(
         "eval.batch_size",
         "eval.patience",
         "parallel.engine",
+        "parallel.restarts",
         "parallel.tensor",
         "parallel.deepspeed",
         "parallel.launch",

@@ -316,6 +316,12 @@ class ParallelSection(Section):
         description="Start this many processes, one per device, with torchrun on a free port. all: one per GPU. null: a"
         " launcher started this process, or it uses one device.",
     )
+    restarts: int = Field(
+        default=0,
+        ge=0,
+        description="With parallel.launch: how often in a row, without a new checkpoint, a run that failed is started"
+        " again from its last one. Under torchrun: its own --max-restarts.",
+    )
     tensor: int = Field(
         default=1,
         ge=1,
@@ -424,6 +430,8 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
             yield f"train.{name} belongs to adamw, but train.optimizer is sgd"
     if train.restart and train.resume is not None:
         yield "train.restart starts from nothing and train.resume from a checkpoint; keep one"
+    if config.parallel.restarts and config.parallel.launch is None:
+        yield "parallel.restarts needs parallel.launch: who starts the processes starts them again"
     if config.parallel.deepspeed is not None and config.parallel.engine in ("single", "ddp", "fsdp2"):
         yield f"parallel.deepspeed names a DeepSpeed file, but parallel.engine is {config.parallel.engine}"
 

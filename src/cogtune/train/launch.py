@@ -10,14 +10,21 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from cogtune.checkpoint import training as checkpoints
+from cogtune.configuration.run import RunConfig
 from cogtune.errors import ConfigError
 
 _SECONDS_TO_SAVE = "50"  # from a signal to SIGKILL: a step and a checkpoint; torchrun's own 30 can be short
+_SECONDS_BEFORE_RESTART = 1.0
 _PEER_LOST = "error[peer-lost]"
+_FINAL = (0, 2, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+"""Exit codes that a restart would not change: done, wrong input, stopped by the user or the cluster."""
 
 
 def count_ranks(asked: int | str) -> int:
@@ -33,6 +40,32 @@ def count_ranks(asked: int | str) -> int:
             hint="give the number of processes: --parallel.launch 2",
         )
     return devices
+
+
+def launch_until_done(arguments: Sequence[str], config: RunConfig) -> int:
+    """`launch` a training run; one that fails is started again, and goes on from its last checkpoint, until it has
+    failed ``parallel.restarts`` times more without a new checkpoint. Wrong input and a signal end it at once."""
+    asked, failures = config.parallel.launch, 0
+    assert asked is not None
+    newest = _newest_step(config.train.output)
+    while (code := launch(arguments, asked)) not in _FINAL:
+        now = _newest_step(config.train.output)
+        failures, newest = 0 if now > newest else failures, max(now, newest)
+        failures += 1
+        if failures > config.parallel.restarts:
+            return code
+        print(
+            f"restart {failures} of at most {config.parallel.restarts} without a new checkpoint (parallel.restarts)",
+            file=sys.stderr,
+            flush=True,
+        )
+        time.sleep(_SECONDS_BEFORE_RESTART)
+    return code
+
+
+def _newest_step(output: Path) -> int:
+    """The last step of which there is a checkpoint, whole or not; -1 without one."""
+    return max((checkpoints.step_of(folder) for folder in checkpoints.list_checkpoints(output)), default=-1)
 
 
 def launch(arguments: Sequence[str], asked: int | str, command: Sequence[str] = ("train",)) -> int:
