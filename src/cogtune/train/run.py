@@ -121,7 +121,7 @@ def _features(
     if checkpoint is not None:
         progress = Progress.from_dict(checkpoints.read_counters(checkpoint)["progress"])
     reader = features.ensure(
-        config, inputs, plan.feed, engine.group, dtype, progress, plan.record.total_steps, tower_fits
+        config, inputs, plan.feed, engine.group.flat(), dtype, progress, plan.record.total_steps, tower_fits
     )
     for rows in filter(None, (inputs.rows, inputs.validation)):
         rows.use_features(reader)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -88,6 +88,10 @@ class Group:
     @property
     def processes(self) -> int:
         return self.size * self.copies
+
+    def flat(self) -> Group:
+        """The same processes for work that all of them share out, whether or not some hold a model together."""
+        return replace(self, rank=self.process, size=self.processes, copies=1, part=0)
 
     @property
     def is_main(self) -> bool:

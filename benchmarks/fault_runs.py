@@ -1,0 +1,329 @@
+"""Training runs that can be killed at a chosen moment: the machinery of `benchmarks.faults` and of its short version in
+the tests.
+
+Ranks are forked from a process that has imported everything and computed nothing, so that a run of two ranks takes a
+second or two. Each writes what it is doing into memory shared with its parent, which kills it there.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import random
+import shutil
+import signal
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+import cogtune.checkpoint.training as checkpoints
+from cogtune.checkpoint.random import make_tiny
+from cogtune.cli.main import guarded
+from cogtune.configuration.run import load_config
+from cogtune.train import features
+from cogtune.train import run as train_run
+from cogtune.train.loop import Loop
+from cogtune.train.saver import Saver
+
+PHASES = ("start", "cache", "batch", "step", "evaluation", "save", "end")
+SAVE_STEPS, STEPS = 4, 16
+SECONDS_TO_END = 60.0  # all ranks end together, says the contract
+ADAPTER = Path("adapter") / "adapter_model.safetensors"
+_BEFORE = -1  # no step yet
+_FIELDS = 3 + len(PHASES)  # phase, step, step the loop began at, and how often each phase was entered
+
+
+class Board:
+    """Numbers that forked ranks write and their parent reads, also after they were killed."""
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks = ranks
+        self._memory = mmap.mmap(-1, ranks * _FIELDS * 8)
+        for rank in range(ranks):
+            self._put(rank, 1, _BEFORE)
+            self._put(rank, 2, _BEFORE)
+
+    def enter(self, rank: int, phase: int) -> None:
+        self._put(rank, 0, phase)
+        self._put(rank, 3 + phase, self.entries(rank, phase) + 1)
+
+    def back(self, rank: int, phase: int) -> None:
+        """In ``phase`` again, behind another one inside it."""
+        self._put(rank, 0, phase)
+
+    def phase(self, rank: int) -> int:
+        return self._get(rank, 0)
+
+    def entries(self, rank: int, phase: int) -> int:
+        return self._get(rank, 3 + phase)
+
+    def at_step(self, rank: int, step: int, *, first: bool = False) -> None:
+        self._put(rank, 1, step)
+        if first:
+            self._put(rank, 2, step)
+
+    @property
+    def step(self) -> int:
+        """The last step that a rank has finished; -1 before the loop."""
+        return max(self._get(rank, 1) for rank in range(self.ranks))
+
+    @property
+    def began_at(self) -> int:
+        return max(self._get(rank, 2) for rank in range(self.ranks))
+
+    def _put(self, rank: int, place: int, value: int) -> None:
+        struct.pack_into("q", self._memory, (rank * _FIELDS + place) * 8, value)
+
+    def _get(self, rank: int, place: int) -> int:
+        value: int = struct.unpack_from("q", self._memory, (rank * _FIELDS + place) * 8)[0]
+        return value
+
+
+@dataclass
+class Ended:
+    """How a launch ended. ``codes``: of each rank, negative for a signal."""
+
+    codes: list[int]
+    board: Board
+    seconds: float
+    phase: str = ""  # what the victim was doing when it was killed
+    hung: bool = False
+    text: str = ""
+
+    @property
+    def finished(self) -> bool:
+        return all(code == 0 for code in self.codes)
+
+
+@dataclass
+class Place:
+    """Base, data and cache of one campaign, and how its runs are configured."""
+
+    folder: Path
+    engine: str = "ddp"
+    ranks: int = 2
+    cached: bool = False
+    values: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "data"
+
+    def config(self, output: Path) -> dict[str, Any]:
+        rows = "2" if self.engine in ("single", "tensor") else "1"
+        engine = {"parallel.tensor": "2"} if self.engine == "tensor" else {"parallel.engine": self.engine}
+        return {
+            "model.path": str(self.folder / "base"),
+            "data.path": [str(self.data)],
+            "train.output": str(output),
+            "data.validation_share": "0.3",
+            "data.workers": "0",
+            "data.cache_features": "on" if self.cached else "off",
+            "data.cache_dir": str(output.with_name(f"{output.name}-cache")) if self.cached else "null",
+            "lora.rank": "4",
+            "lora.dropout": "0.1",
+            "train.lr": "1e-3",
+            "train.batch_size": rows,
+            "train.max_steps": str(STEPS),
+            "train.save_steps": str(SAVE_STEPS),
+            "train.keep_checkpoints": "2",
+            "log.steps": "1",
+            "log.tensorboard": "false",
+            **engine,
+            **self.values,
+        }
+
+
+def prepare(folder: Path) -> None:
+    """A tiny base and a small data set; made in a child, so that this process computes nothing before it forks."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def make() -> None:
+        make_tiny(folder / "base", seed=0)
+        for kind in ("images", "labels"):
+            (folder / "data" / kind).mkdir(parents=True)
+        for number in range(12):
+            picture = Image.new("RGB", (12, 10), (number * 20, 255 - number * 20, 90))
+            picture.save(folder / "data" / "images" / f"{number:03}.png")
+            turns = []
+            for turn in range(1 + number % 3):
+                turns += [
+                    {"role": "user", "content": f"What is picture {turn}?"},
+                    {"role": "assistant", "content": f"Number {number}" + " indeed" * turn},
+                ]
+            label = folder / "data" / "labels" / f"{number:03}.json"
+            label.write_text(json.dumps({"conversations": turns}), encoding="utf-8")
+
+    if wait([fork(make, folder / "prepare.log")])[0] != 0:
+        raise RuntimeError((folder / "prepare.log").read_text())
+
+
+def fork(work: Callable[[], object], log: Path) -> int:
+    """Run ``work`` as a command in a child whose output goes to ``log``."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(stream, 1)
+        os.dup2(stream, 2)
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+        code = guarded(work)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def wait(children: list[int]) -> list[int]:
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+class Run:
+    """One start of the command on all its ranks."""
+
+    def __init__(self, place: Place, output: Path, before: Callable[[], None] = lambda: None) -> None:
+        self.board, self._began = Board(place.ranks), time.monotonic()
+        self.log = output.with_name(f"{output.name}.log")
+        self.log.unlink(missing_ok=True)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.children = []
+        for rank in range(place.ranks):
+            self.children.append(fork(lambda rank=rank: self._rank(place, output, rank, port, before), self.log))
+
+    def _rank(self, place: Place, output: Path, rank: int, port: int, before: Callable[[], None]) -> None:
+        if place.ranks > 1:
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(place.ranks)}
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(place.ranks), **meeting}
+        _observe(self.board, rank)
+        before()
+        train_run.train(load_config(None, place.config(output)))
+
+    def kill_in(self, rng: random.Random, phase: int, entry: int, typical: float, *, everyone: bool) -> Ended:
+        """SIGKILL one rank, or all, at a random moment behind the ``entry``-th time a rank enters ``phase``; the end of
+        the run comes first if there is no such time."""
+        victim = rng.randrange(len(self.children))
+        while self.board.entries(victim, phase) < entry:
+            if self.any_ended():
+                return self.end()
+            time.sleep(0.0005)
+        time.sleep(rng.random() * typical)
+        name = PHASES[self.board.phase(victim)]
+        for child in self.children if everyone else [self.children[victim]]:
+            os.kill(child, signal.SIGKILL)
+        return self.end(phase=name)
+
+    def signal_in(self, phase: int, entry: int, number: int, ranks: list[int]) -> Ended:
+        """Send a signal to ``ranks`` once the first of them enters ``phase`` for the ``entry``-th time."""
+        while self.board.entries(ranks[0], phase) < entry and not self.any_ended():
+            time.sleep(0.0005)
+        name = PHASES[self.board.phase(ranks[0])]
+        for rank in ranks:
+            os.kill(self.children[rank], number)
+        return self.end(phase=name)
+
+    def end(self, phase: str = "") -> Ended:
+        """Wait for all ranks; what is still there a minute after the first has ended is killed and counts as hung."""
+        codes: dict[int, int] = {}
+        first = None
+        hung = False
+        while len(codes) < len(self.children):
+            for child in self.children:
+                if child not in codes:
+                    pid, status = os.waitpid(child, os.WNOHANG)
+                    if pid:
+                        codes[child] = os.waitstatus_to_exitcode(status)
+                        first = first or time.monotonic()
+            if first is not None and not hung and time.monotonic() - first > SECONDS_TO_END:
+                hung = True
+                for child in self.children:
+                    if child not in codes:
+                        os.kill(child, signal.SIGKILL)
+            time.sleep(0.001)
+        text = self.log.read_text(errors="replace") if self.log.exists() else ""
+        ordered = [codes[child] for child in self.children]
+        return Ended(ordered, self.board, time.monotonic() - self._began, phase, hung, text)
+
+    def any_ended(self) -> bool:
+        """Whether a rank has ended, without taking its status away from `end`."""
+        options = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        return any(os.waitid(os.P_PID, child, options) is not None for child in self.children)
+
+
+def _observe(board: Board, rank: int) -> None:
+    """Let this rank's training write on the board what it does."""
+
+    def around(owner: Any, name: str, phase: str) -> None:
+        original, number = getattr(owner, name), PHASES.index(phase)
+
+        def watched(*args: Any, **options: Any) -> Any:
+            before = board.phase(rank)
+            board.enter(rank, number)
+            result = original(*args, **options)
+            board.back(rank, before)
+            return result
+
+        setattr(owner, name, watched)
+
+    around(Loop, "_train", "step")
+    around(Loop, "_validate", "evaluation")
+    around(Saver, "__call__", "save")
+    around(features, "fill", "cache")
+    run, advance = Loop.run, Loop._advance
+
+    def watched_run(self: Loop) -> None:
+        board.at_step(rank, self.progress.step, first=True)
+        board.enter(rank, PHASES.index("batch"))
+        run(self)
+        board.enter(rank, PHASES.index("end"))
+
+    def watched_advance(self: Loop, *args: Any) -> None:
+        advance(self, *args)
+        board.at_step(rank, self.progress.step)
+
+    setattr(Loop, "run", watched_run)  # noqa: B010
+    setattr(Loop, "_advance", watched_advance)  # noqa: B010
+    board.enter(rank, PHASES.index("start"))
+
+
+def finish(place: Place, output: Path) -> Ended:
+    """The command once more, left alone."""
+    return Run(place, output).end()
+
+
+def differences(output: Path, whole: Path) -> list[str]:
+    """What is not as in the run that nobody disturbed."""
+    found = []
+    if not (output / ADAPTER).is_file() or (output / ADAPTER).read_bytes() != (whole / ADAPTER).read_bytes():
+        found.append("another adapter")
+    if _losses(output) != _losses(whole):
+        found.append("other losses in metrics.jsonl")
+    found += [
+        f"left behind: {path.name}" for path in output.glob(".*") if path.name.endswith((".partial", ".replaced"))
+    ]
+    problems = [checkpoints.find_problem(folder) for folder in checkpoints.list_checkpoints(output)]
+    return found + [f"a broken checkpoint: {problem}" for problem in problems if problem]
+
+
+def _losses(output: Path) -> list[tuple[str, int, float]]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [(line["kind"], line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def clear(output: Path) -> None:
+    for path in (output, output.with_name(f"{output.name}-cache")):
+        shutil.rmtree(path, ignore_errors=True)

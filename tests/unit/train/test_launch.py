@@ -1,0 +1,55 @@
+"""``parallel.restarts``: what is started again, and how often."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cogtune.configuration.run import load_config
+from cogtune.errors import ConfigError
+from cogtune.train import launch
+
+
+def run(monkeypatch: pytest.MonkeyPatch, output: Path, codes: list[int | str], restarts: int) -> tuple[int, int]:
+    """Exit code and number of starts, when these end with ``codes``; "saved": with 1, behind a new checkpoint."""
+    values = {"model.path": "base", "data.path": "data", "train.output": str(output)}
+    config = load_config(None, {**values, "parallel.launch": "2", "parallel.restarts": str(restarts)})
+    left: Iterator[int | str] = iter(codes)
+    starts = 0
+
+    def once(arguments: object, asked: object) -> int:
+        nonlocal starts
+        starts += 1
+        code = next(left)
+        if code == "saved":
+            (output / f"checkpoint-{starts}").mkdir(parents=True)
+        return 1 if isinstance(code, str) else code
+
+    monkeypatch.setattr(launch, "launch", once)
+    monkeypatch.setattr(launch, "_SECONDS_BEFORE_RESTART", 0)
+    return launch.launch_until_done([], config), starts
+
+
+def test_a_failed_run_is_started_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert run(monkeypatch, tmp_path, [1, 1, 0], restarts=2) == (0, 3)
+
+
+def test_so_often_and_no_more(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert run(monkeypatch, tmp_path, [1, 1, 1, 0], restarts=2) == (1, 3)
+    assert run(monkeypatch, tmp_path, [1, 0], restarts=0) == (1, 1)
+
+
+def test_a_new_checkpoint_starts_the_count_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert run(monkeypatch, tmp_path, ["saved", 1, "saved", 1, "saved", 0], restarts=2) == (0, 6)
+
+
+@pytest.mark.parametrize("code", [0, 2, 130, 143])
+def test_what_a_restart_would_not_change_is_final(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int) -> None:
+    assert run(monkeypatch, tmp_path, [code], restarts=5) == (code, 1)
+
+
+def test_restarts_without_a_launcher_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"parallel\.restarts needs parallel\.launch"):
+        load_config(None, {"model.path": "b", "data.path": "d", "train.output": "o", "parallel.restarts": "1"})
