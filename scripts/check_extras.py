@@ -15,7 +15,7 @@ from pathlib import Path
 IMPORTS = {
     "deepspeed": ["deepspeed"],
     "quant": ["bitsandbytes"],
-    "data": ["datasets"],
+    "data": ["pyarrow"],
     "metrics": ["sacrebleu", "rouge_score"],
     "track": ["wandb", "mlflow", "swanlab"],
     "serve": ["fastapi", "uvicorn"],

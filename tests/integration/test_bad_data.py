@@ -88,8 +88,8 @@ def test_unusable_folder(tmp_path: Path, make: Callable[[Path], None], code: str
 
 def test_path_that_does_not_exist(tmp_path: Path) -> None:
     assert "no such file" in refused(tmp_path / "nowhere").message
-    (tmp_path / "data.csv").write_text("a,b")
-    assert ".jsonl" in refused(tmp_path / "data.csv").message
+    (tmp_path / "data.docx").write_text("a,b")
+    assert ".jsonl" in refused(tmp_path / "data.docx").message
 
 
 def test_chosen_label_folder_is_missing(tmp_path: Path) -> None:

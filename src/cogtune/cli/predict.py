@@ -13,6 +13,7 @@ from cogtune.cli import answering
 
 if TYPE_CHECKING:
     from cogtune.configuration.run import DataSection
+    from cogtune.data.report import DataReport
     from cogtune.generate.decoding import Decoding
     from cogtune.generate.loading import Resolved
     from cogtune.generate.predict import PredictOptions
@@ -34,7 +35,7 @@ def register(app: typer.Typer) -> None:
 def _predict(
     data: Annotated[
         list[str],
-        typer.Option("--data", "--data.path", help="Data folder or .jsonl file; may be repeated.", metavar="DIR"),
+        typer.Option("--data", "--data.path", help="Data folder or file; may be repeated.", metavar="DIR"),
     ],
     output: Annotated[Path, typer.Option("--output", help="The .jsonl file to write.", metavar="FILE")],
     model: answering.Model = None,
@@ -63,6 +64,18 @@ def _predict(
         float | None, typer.Option("--data.max_bad_share", help="With skip: the share that still stops. Default: 0.1.")
     ] = None,
     max_pixels: Annotated[int | None, typer.Option("--data.max_pixels", help="Larger pictures are refused.")] = None,
+    data_format: Annotated[
+        str, typer.Option("--data.format", help="As in training. auto: told from the files.")
+    ] = "auto",
+    data_split: Annotated[str | None, typer.Option("--data.split", help="Split of a Hugging Face data set.")] = None,
+    image_root: Annotated[
+        list[str] | None, typer.Option("--data.image_root", help="Folder of the pictures; may be repeated.")
+    ] = None,
+    extract_dir: Annotated[
+        str | None, typer.Option("--data.extract_dir", help="Where pictures inside the data are written.")
+    ] = None,
+    system: Annotated[str, typer.Option("--data.system", help="error, or prepend: system messages.")] = "error",
+    exif: Annotated[str, typer.Option("--data.exif", help="ignore, or apply: turn pictures upright.")] = "ignore",
     template: answering.Template = None,
     dtype: answering.Dtype = "auto",
     rope_precision: answering.RopePrecision = "checkpoint",
@@ -76,6 +89,12 @@ def _predict(
         "data.on_bad": on_bad,
         "data.max_bad_share": None if max_bad_share is None else str(max_bad_share),
         "data.max_pixels": None if max_pixels is None else str(max_pixels),
+        "data.format": data_format,
+        "data.split": data_split,
+        "data.image_root": image_root,
+        "data.extract_dir": extract_dir,
+        "data.system": system,
+        "data.exif": exif,
     }
     section = _data_section(keys, output)
 
@@ -96,7 +115,7 @@ def _predict(
     pictures, report = read_sources(section)
     print("\n".join(report.lines()))
     questions = list(iter_questions(pictures))
-    settings = _settings(resolved, decoding, options, report.fingerprint, data)
+    settings = _settings(resolved, decoding, options, report, data)
     file = PredictionFile(output, settings, questions)
     if file.next == len(questions):
         print(f"{output}: complete, {len(file.done)} answers; nothing to do")
@@ -121,7 +140,9 @@ def _data_section(keys: dict[str, str | list[str] | None], output: Path) -> Data
     return config.data
 
 
-def _settings(resolved: Resolved, decoding: Decoding, options: PredictOptions, data: str, paths: list[str]) -> Settings:
+def _settings(
+    resolved: Resolved, decoding: Decoding, options: PredictOptions, report: DataReport, paths: list[str]
+) -> Settings:
     """What decides the answers, under the names of the flags."""
     from cogtune.checkpoint.fingerprint import adapter_fingerprint, model_fingerprint
     from cogtune.generate.records import Settings
@@ -130,7 +151,7 @@ def _settings(resolved: Resolved, decoding: Decoding, options: PredictOptions, d
     decides = {
         "model": model_fingerprint(resolved.model),
         "adapter": None if resolved.adapter is None else adapter_fingerprint(resolved.adapter),
-        "data": data,
+        "data": report.fingerprint,
         "model.template": resolved.template,
         "model.dtype": resolved.dtype_name,
         "model.rope_precision": resolved.rope_precision,
@@ -139,6 +160,8 @@ def _settings(resolved: Resolved, decoding: Decoding, options: PredictOptions, d
         **{name.replace("_", "-"): value for name, value in decoding.to_dict().items()},
         **sampled,
     }
+    if report.exif != "ignore":
+        decides["data.exif"] = report.exif
     adapter = None if resolved.adapter is None else str(resolved.adapter)
     return Settings(
         decides, {"model": resolved.model, "adapter": adapter, "data": paths, "device": str(resolved.device)}

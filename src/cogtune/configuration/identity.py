@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cogtune.configuration.run import RunConfig
 
-BY_FINGERPRINT = frozenset({"model.path", "data.path", "data.validation", "lora.start_from"})
+BY_FINGERPRINT = frozenset({"model.path", "data.path", "data.validation", "data.image_root", "lora.start_from"})
 GLOBAL_BATCH = frozenset({"train.batch_size", "train.accumulation"})
 MAY_GROW = frozenset({"train.epochs", "train.max_steps"})
 MAY_CHANGE = frozenset(
@@ -25,6 +25,7 @@ MAY_CHANGE = frozenset(
         "data.batch_tokens",
         "data.workers",
         "data.max_bad_share",
+        "data.extract_dir",
         "data.cache_features",
         "data.cache_dir",
         "data.cache_budget",

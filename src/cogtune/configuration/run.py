@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from cogtune.configuration.sizes import parse_size
 
+DataFormat = Literal["auto", "folder", "jsonl", "llava", "sharegpt", "openai", "coco", "vqa", "csv", "parquet", "hf"]
 Engine = Literal["auto", "single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 
 
@@ -43,9 +44,9 @@ def _no_repeats(items: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 class DataFolder(Section):
-    """One source of training data: a folder in the published layout, or a JSONL file."""
+    """One source of training data: a folder or a file in one of the formats of ``data.format``."""
 
-    path: Path = Field(description="Folder with images/ and labels/, or a .jsonl file.")
+    path: Path = Field(description="Folder with images/ and labels/, or a file in a known format.")
     weight: float = Field(
         default=1.0, gt=0, allow_inf_nan=False, description="How often an epoch shows each of its records."
     )
@@ -133,14 +134,43 @@ class DataSection(Section):
 
     path: Folders = Field(
         min_length=1,
-        description="Training data: folders or .jsonl files; several by a list or by repeating the flag; each may be"
+        description="Training data: folders or files; several by a list or by repeating the flag; each may be"
         " {path: ..., weight: ...}.",
+    )
+    format: DataFormat = Field(
+        default="auto",
+        description="What the data is written in. auto: told from the files. folder: images/ and labels/; jsonl: the"
+        " same records one a line; the others are the formats of these names.",
+    )
+    split: Text | None = Field(
+        default=None,
+        description="Which split of a Hugging Face data set to read. null: train, or the only one there is.",
+    )
+    image_root: Paths = Field(
+        default=(),
+        description="Folders that picture paths are relative to, tried in order; pictures outside of them are refused."
+        " Empty: the folder of the file that names the picture.",
+    )
+    extract_dir: Path | None = Field(
+        default=None,
+        description="Where pictures that come inside a file (Parquet, data: URLs) are written, once for all runs. null:"
+        " cogtune/pictures in $XDG_CACHE_HOME, else in ~/.cache.",
+    )
+    system: Literal["error", "prepend"] = Field(
+        default="error",
+        description="What to do with a system message, which the model's prompt has no place for. prepend: put it"
+        " before the conversation's first question.",
+    )
+    exif: Literal["ignore", "apply"] = Field(
+        default="ignore",
+        description="The orientation a camera noted in a picture. ignore: as the published code does. apply: turn the"
+        " picture as a viewer would.",
     )
     labels: Literal["auto", "labels", "labels_en", "labels_zh"] = Field(
         default="auto", description="Which label folder to read. auto: the only one there is."
     )
     validation: Paths = Field(
-        default=(), description="Folders or .jsonl files for validation, instead of a share of the data."
+        default=(), description="Folders or files for validation, instead of a share of the data."
     )
     validation_share: Share = Field(
         default=0.05,

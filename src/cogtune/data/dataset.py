@@ -177,7 +177,8 @@ class TrainRows(Dataset[RowSample]):
     def _pixels(self, picture: Picture) -> torch.Tensor | None:
         if picture.image is None:
             return None
-        return preprocess(read_image(picture.image, max_pixels=self._data.max_pixels), self._image_size)
+        image = read_image(picture.image, max_pixels=self._data.max_pixels, exif=self._data.exif)
+        return preprocess(image, self._image_size)
 
     def _encode(self, picture: Picture, sample: Sample) -> Encoded:
         turns = picture.conversations[sample.conversation].turns

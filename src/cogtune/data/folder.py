@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cogtune.data.formats.detect import LABEL_FOLDERS
 from cogtune.data.labels import is_unicode, parse_json, record_dialogues
-from cogtune.data.pictures import check_picture, in_threads
+from cogtune.data.pictures import PictureHeader, check_picture, in_threads
 from cogtune.data.problems import BadRecordError, Problem, Problems
 from cogtune.data.records import Conversation, Picture
 from cogtune.data.report import DataReport, SourceReport
 
-LABEL_FOLDERS = ("labels", "labels_en", "labels_zh")
 # What file managers and archivers leave behind; nobody means these as data.
 _LITTER = {"thumbs.db", "desktop.ini", "__macosx"}
 
@@ -25,7 +26,7 @@ class _Pair:
     stem: str
     image: Path
     label: Path
-    image_bytes: int = 0
+    header: PictureHeader = field(default_factory=lambda: PictureHeader(0))
     conversations: list[Conversation] = field(default_factory=list)
     problems: list[tuple[str, str, str]] = field(default_factory=list)
     image_ok: bool = False
@@ -44,8 +45,12 @@ class FolderReader:
     caption_question: str | None
     max_pixels: int | None
 
-    def read(self, problems: Problems, report: DataReport) -> list[Picture]:
-        """Pictures in the order of their stems; problems and counts go into the two arguments.
+    def read(
+        self, problems: Problems, report: DataReport, done: Callable[[int, int], None] | None = None
+    ) -> list[Picture]:
+        """Pictures in the order of their stems; problems and counts go into the first two arguments.
+
+        ``done`` is told how many pictures of how many are looked at.
 
         :raises DataError: for a folder without pictures or labels, or with several label folders and no choice.
         """
@@ -65,7 +70,8 @@ class FolderReader:
         source = SourceReport(str(self.root), label_folder.name, self.weight)
         report.sources.append(source)
         pictures = []
-        for pair in in_threads(self._read_pair, pairs):
+        told = None if done is None else lambda count: done(count, len(pairs))
+        for pair in in_threads(self._read_pair, pairs, told):
             if pair.repaired:
                 report.repaired["trailing-comma"] = report.repaired.get("trailing-comma", 0) + 1
             for kind, where, what in pair.problems:
@@ -74,6 +80,7 @@ class FolderReader:
             if pair.image_ok and pair.conversations:
                 picture = self._picture(pair)
                 source.count(picture)
+                report.count_header(pair.header)
                 pictures.append(picture)
         return pictures
 
@@ -97,7 +104,7 @@ class FolderReader:
 
     def _read_pair(self, pair: _Pair) -> _Pair:
         try:
-            pair.image_bytes = check_picture(pair.image, self.max_pixels)
+            pair.header = check_picture(pair.image, self.max_pixels)
             pair.image_ok = True
         except BadRecordError as bad:
             pair.problems.append((bad.kind, str(pair.image), bad.what))
@@ -134,7 +141,7 @@ class FolderReader:
             conversations=tuple(pair.conversations),
             weight=self.weight,
             split_key=f"{self.split_name}/{pair.stem}",
-            image_bytes=pair.image_bytes,
+            image_bytes=pair.header.size,
         )
 
 

@@ -44,14 +44,14 @@ def record_dialogues(record: Any, caption_question: str | None) -> list[tuple[Tu
     :raises BadRecordError: for a wrong shape, role, order or content; the message says which turn.
     """
     if not isinstance(record, dict):
-        raise BadRecordError("wrong-root", f"{_kind(record)} found, an object was expected")
+        raise BadRecordError("wrong-root", f"{kind_of(record)} found, an object was expected")
     keys = [key for key in ("conversations", "captions") if key in record]
     if len(keys) != 1:
         found = "both" if keys else "neither"
         raise BadRecordError("missing-key", f'"conversations" or "captions" was expected, {found} found')
     entries = record[keys[0]]
     if not isinstance(entries, list):
-        raise BadRecordError("wrong-root", f'"{keys[0]}" is {_kind(entries)}, a list was expected')
+        raise BadRecordError("wrong-root", f'"{keys[0]}" is {kind_of(entries)}, a list was expected')
     if not entries:
         raise BadRecordError("turns", f'"{keys[0]}" is empty')
     if keys[0] == "conversations":
@@ -77,7 +77,7 @@ def _dialogue(entries: list[Any]) -> tuple[Turn, ...]:
 def _content(entry: Any, number: int, roles: tuple[str, ...]) -> str:
     """The checked content of the ``number``-th message (from 1)."""
     if not isinstance(entry, dict):
-        raise BadRecordError("wrong-root", f"message {number} is {_kind(entry)}, an object was expected")
+        raise BadRecordError("wrong-root", f"message {number} is {kind_of(entry)}, an object was expected")
     for key in ("role", "content"):
         if key not in entry:
             raise BadRecordError("missing-key", f'message {number} has no "{key}"')
@@ -85,15 +85,36 @@ def _content(entry: Any, number: int, roles: tuple[str, ...]) -> str:
     if role not in roles:
         expected = " or ".join(f'"{name}"' for name in roles)
         raise BadRecordError("role", f"message {number} has the role {json.dumps(role)}, {expected} was expected")
-    if not isinstance(content, str):
-        raise BadRecordError("content", f"the content of message {number} is {_kind(content)}, a text was expected")
-    if not content.strip():
-        raise BadRecordError("content", f"the content of message {number} is empty")
-    if not is_unicode(content):
-        raise BadRecordError(
-            "content", f"the content of message {number} has half a surrogate pair, which is no character"
-        )
-    return content
+    return checked_text(content, f"the content of message {number}")
+
+
+def checked_text(value: Any, what: str) -> str:
+    """``value``, which messages call ``what``, if it is a text that says something.
+
+    :raises BadRecordError: ``content``.
+    """
+    if not isinstance(value, str):
+        raise BadRecordError("content", f"{what} is {kind_of(value)}, a text was expected")
+    if not value.strip():
+        raise BadRecordError("content", f"{what} is empty")
+    if not is_unicode(value):
+        raise BadRecordError("content", f"{what} has half a surrogate pair, which is no character")
+    return value
+
+
+def identity_of(record: dict[str, Any]) -> str | None:
+    """The record's own id, if it has one.
+
+    :raises BadRecordError: ``id``, for one that is neither a text nor a whole number.
+    """
+    if "id" not in record:
+        return None
+    identity = record["id"]
+    if isinstance(identity, bool) or not isinstance(identity, (str, int)) or not is_unicode(str(identity)):
+        raise BadRecordError("id", f'"id" is {identity!r}')
+    if not str(identity).strip():
+        raise BadRecordError("id", '"id" is empty')
+    return str(identity)
 
 
 def is_unicode(text: str) -> bool:
@@ -107,9 +128,9 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     """JSON's name of a value's type, with its article."""
     if value is None:
         return "null"
     names = {bool: "a boolean", int: "a number", float: "a number", str: "a text", list: "a list", dict: "an object"}
-    return names[type(value)]
+    return names.get(type(value), type(value).__name__)

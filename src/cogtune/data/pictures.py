@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,6 +19,9 @@ from PIL import Image, UnidentifiedImageError
 
 from cogtune.data.problems import BadRecordError
 
+_ORIENTATION = 0x0112
+# Formats whose headers say at once whether there is more than one frame.
+_ANIMATED = ("GIF", "PNG", "WEBP")
 _END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND", "GIF": b";"}
 _TAIL = 64
 _THREADS = 8
@@ -26,8 +30,18 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def check_picture(path: Path, max_pixels: int | None) -> int:
-    """The size of a picture file in bytes, once its header and end look right.
+@dataclass(frozen=True, slots=True)
+class PictureHeader:
+    """What a look at a picture file found; ``size`` in bytes. ``turned``: its EXIF orientation is not the upright one;
+    ``animated``: only the first frame will be seen."""
+
+    size: int
+    turned: bool = False
+    animated: bool = False
+
+
+def check_picture(path: Path, max_pixels: int | None) -> PictureHeader:
+    """What the header says, once it and the end of the file look right.
 
     :raises BadRecordError: ``image-empty``, ``image-unreadable``, ``image-too-large`` or ``image-truncated``.
     """
@@ -44,6 +58,7 @@ def check_picture(path: Path, max_pixels: int | None) -> int:
                         f"{width} x {height} pixels, more than data.max_pixels ({max_pixels})",
                     )
                 form = image.format or ""
+                header = PictureHeader(size, _is_turned(image), form in _ANIMATED and image.is_animated)
                 stream.seek(max(0, size - _TAIL))
                 complete = form in _END_MARKS and _END_MARKS[form] in stream.read()
                 if not complete:
@@ -57,7 +72,14 @@ def check_picture(path: Path, max_pixels: int | None) -> int:
         raise
     except Exception as error:  # Pillow's plugins answer broken headers with nearly any exception
         raise BadRecordError("image-unreadable", f"the picture cannot be read ({error})") from error
-    return size
+    return header
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Whether a viewer would turn or mirror the picture. Only what the header has: no pixel is decoded for it."""
+    if "exif" not in image.info and image.format != "TIFF":
+        return False
+    return image.getexif().get(_ORIENTATION, 1) in range(2, 9)
 
 
 def _decode(path: Path) -> None:
@@ -84,7 +106,17 @@ def _headers_of_any_size() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = before
 
 
-def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """``[work(item) for item in items]`` on a few threads: a data set is many small files, often on a slow disk."""
+def in_threads(
+    work: Callable[[Item], Result], items: Iterable[Item], done: Callable[[int], None] | None = None
+) -> list[Result]:
+    """``[work(item) for item in items]`` on a few threads: a data set is many small files, often on a slow disk.
+
+    ``done`` is told after each how many are finished.
+    """
+    results = []
     with _headers_of_any_size(), ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(work, items))
+        for result in pool.map(work, items):
+            results.append(result)
+            if done is not None:
+                done(len(results))
+    return results

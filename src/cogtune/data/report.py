@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from cogtune.data.records import Picture
+from cogtune.data.pictures import PictureHeader
+from cogtune.data.records import Conversation, Picture
+
+# Special tokens of Llama-3's tokenizer, which text that spells them is tokenised to.
+SPECIAL_TOKEN = re.compile(
+    r"<\|(?:begin_of_text|end_of_text|start_header_id|end_header_id|eot_id|eom_id|step_id|python_tag"
+    r"|finetune_right_pad_id|image|reserved_special_token_\d+)\|>"
+)
 
 
 @dataclass
 class SourceReport:
-    """One entry of ``data.path``: ``labels`` is the label folder's name, or ``jsonl``."""
+    """One entry of ``data.path``: ``labels`` is the label folder's name, or the format of a file."""
 
     path: str
     labels: str
@@ -35,7 +43,11 @@ class SourceReport:
 
 @dataclass
 class DataReport:
-    """Counts over all sources. ``bad``: records left out, by problem; ``repaired``: files, by kind of repair."""
+    """Counts over all sources. ``bad``: records left out, by problem; ``repaired``: files, by kind of repair.
+
+    ``turned``: pictures with an EXIF orientation, which ``exif`` says what to do with; ``animated``: pictures of which
+    only the first frame is seen; ``special``: conversations whose text spells a special token.
+    """
 
     sources: list[SourceReport] = field(default_factory=list)
     pictures: int = 0
@@ -47,9 +59,19 @@ class DataReport:
     repaired: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     fingerprint: str = ""
+    exif: str = "ignore"
+    turned: int = 0
+    animated: int = 0
+    special: int = 0
+
+    def count_header(self, header: PictureHeader) -> None:
+        self.turned += header.turned
+        self.animated += header.animated
 
     def close(self, pictures: Iterable[Picture]) -> None:
-        """Sum the sources and take the fingerprint."""
+        """Sum the sources, count special tokens in texts, and take the fingerprint."""
+        pictures = list(pictures)
+        self.special = sum(_has_special(conversation) for picture in pictures for conversation in picture.conversations)
         for name in ("pictures", "conversations", "turns", "text_only"):
             setattr(self, name, sum(getattr(source, name) for source in self.sources))
         self.fingerprint = fingerprint(pictures)
@@ -62,12 +84,27 @@ class DataReport:
         """A few sentences for the console, warnings last."""
         only = f" ({self.text_only} of them without a picture)" if self.text_only else ""
         lines = [f"{self.pictures} pictures, {self.conversations} conversations{only}, {self.turns} questions"]
+        if self.turned:
+            done = "turned upright" if self.exif == "apply" else "left as they are (data.exif: apply turns them)"
+            lines.append(f"{self.turned} pictures have an EXIF orientation: {done}")
+        if self.animated:
+            lines.append(f"{self.animated} pictures are animated: the first frame is used")
+        if self.special:
+            lines.append(
+                f"warning: {self.special} conversations spell special tokens such as <|end_of_text|>, which the"
+                " tokenizer takes for the tokens themselves, as in the published code"
+            )
         if self.repaired:
             lines.append("repaired: " + ", ".join(f"{count} {kind}" for kind, count in self.repaired.items()))
         if self.bad:
             lines.append("left out: " + ", ".join(f"{count} {kind}" for kind, count in self.bad.items()))
             lines += [f"  {example}" for example in self.bad_examples]
         return lines + [f"note: {note}" for note in self.notes]
+
+
+def _has_special(conversation: Conversation) -> bool:
+    texts = (text for turn in conversation.turns for text in (turn.question, turn.answer))
+    return any("<|" in text and SPECIAL_TOKEN.search(text) for text in texts)
 
 
 def fingerprint(pictures: Iterable[Picture]) -> str:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cogtune.data.folder import LABEL_FOLDERS, FolderReader
-from cogtune.data.jsonl import JsonlReader
+from cogtune.data.folder import FolderReader
+from cogtune.data.formats.detect import Source, find_sources
+from cogtune.data.formats.item import Wording
+from cogtune.data.grouped import RecordsReader
+from cogtune.data.places import Places, default_extract_dir
 from cogtune.data.problems import Problem, Problems
 from cogtune.data.records import Picture
 from cogtune.data.report import DataReport
@@ -18,78 +21,94 @@ from cogtune.errors import DataError
 if TYPE_CHECKING:
     from cogtune.configuration.run import DataSection
 
+Done = Callable[[int, int], None]
+"""Told how many pictures of how many of an entry are looked at."""
+
 
 @dataclass(frozen=True)
 class _Entry:
-    """One entry of ``data.path``: its root folder and, for JSON lines, the files."""
+    """One format found in an entry of ``data.path``."""
 
-    root: Path
-    files: tuple[Path, ...]
+    source: Source
     weight: float
 
 
 def read_sources(data: DataSection, paths: Sequence[Any] | None = None) -> tuple[list[Picture], DataReport]:
-    """Read every folder and ``.jsonl`` file of ``data.path`` (or of ``paths``).
+    """Read every folder and file of ``data.path`` (or of ``paths``).
 
-    Folders are read in the given order, their pictures in the order of their names.
+    Entries are read in the given order; a folder's pictures in the order of their names, others in that of the records.
 
     :raises DataError: for bad input, unless ``data.on_bad`` is ``skip`` and no more than ``data.max_bad_share`` is bad.
     """
-    report, problems = DataReport(), Problems()
-    given = list(data.path if paths is None else paths)
-    entries = [_entry(item, report) for item in given]
-    if not entries:
-        raise DataError("data.path is empty", hint="name a folder: --data DIR", code="data-no-such-path")
-    _refuse_repeats(entries)
-    folders = _names([entry.root for entry in entries])
-    files = _names([file for entry in entries for file in entry.files])
-    pictures: list[Picture] = []
-    for entry in entries:
-        common: dict[str, Any] = {
-            "root": entry.root,
-            "name": folders[entry.root],
-            "split_name": _absolute(entry.root).name,
-            "weight": entry.weight,
-            "caption_question": data.caption_question,
-            "max_pixels": data.max_pixels,
-        }
-        reader: FolderReader | JsonlReader = (
-            JsonlReader(files=entry.files, names=files, **common)
-            if entry.files
-            else FolderReader(labels=data.labels, **common)
-        )
-        pictures += reader.read(problems, report)
-    pictures = _without_repeated_ids(_merged(pictures), problems)
+    pictures, report, problems = collect_sources(data, paths)
     good = sum(len(picture.conversations) for picture in pictures)
     problems.settle(good, data.on_bad, data.max_bad_share)
-    report.bad, report.bad_examples = dict(problems.lost), problems.examples()
-    report.close(pictures)
     return pictures, report
 
 
-def _entry(item: Any, report: DataReport) -> _Entry:
+def collect_sources(
+    data: DataSection, paths: Sequence[Any] | None = None, done: Done | None = None
+) -> tuple[list[Picture], DataReport, Problems]:
+    """As `read_sources`, with what is wrong with single records returned instead of raised.
+
+    :raises DataError: for an entry that cannot be read at all.
+    """
+    report, problems = DataReport(), Problems()
+    given = list(data.path if paths is None else paths)
+    entries = [entry for item in given for entry in _entries(item, data, report)]
+    if not entries:
+        raise DataError("data.path is empty", hint="name a folder: --data DIR", code="data-no-such-path")
+    _refuse_repeats(entries)
+    folders = _names([entry.source.root for entry in entries])
+    files = _names([file for entry in entries for file in entry.source.files])
+    places = _places(data)
+    pictures: list[Picture] = []
+    for entry in entries:
+        root = entry.source.root
+        common: dict[str, Any] = {
+            "root": root,
+            "name": folders[root],
+            "split_name": _absolute(root).name,
+            "weight": entry.weight,
+            "max_pixels": data.max_pixels,
+        }
+        wording = Wording(data.caption_question, data.system)
+        reader: FolderReader | RecordsReader = (
+            FolderReader(labels=data.labels, caption_question=data.caption_question, **common)
+            if entry.source.form == "folder"
+            else RecordsReader(
+                entry.source.form, entry.source.files, names=files, wording=wording, places=places, **common
+            )
+        )
+        pictures += reader.read(problems, report, done)
+    if data.image_root and not places.used:
+        raise Problem("image-root", str(data.image_root[0]), "data.image_root is given, and no record uses it").error()
+    pictures = _without_repeated_ids(_merged(pictures), problems)
+    report.bad, report.bad_examples = dict(problems.lost), problems.examples()
+    report.exif = data.exif
+    report.close(pictures)
+    return pictures, report, problems
+
+
+def _places(data: DataSection) -> Places:
+    for root in data.image_root:
+        if not root.expanduser().is_dir():
+            raise Problem("image-root", str(root), "data.image_root names no folder").error()
+    return Places(data.image_root, (data.extract_dir or default_extract_dir()).expanduser())
+
+
+def _entries(item: Any, data: DataSection, report: DataReport) -> list[_Entry]:
     """``item``: a path, or an object with ``path`` and ``weight``."""
     plain = isinstance(item, (str, os.PathLike))
     path, weight = (Path(item), 1.0) if plain else (Path(item.path), float(item.weight))
-    path = path.expanduser()
-    if not path.exists():
-        raise Problem("no-such-path", str(path), "no such file or folder").error()
-    if path.is_file():
-        if path.suffix.lower() != ".jsonl":
-            raise Problem("no-such-path", str(path), "a file that does not end in .jsonl").error()
-        return _Entry(path.parent, (path,), weight)
-    lines = tuple(sorted(file for file in path.iterdir() if file.suffix.lower() == ".jsonl" and file.is_file()))
-    if not lines or any((path / name).is_dir() for name in LABEL_FOLDERS):
-        if lines:
-            report.notes.append(f"{path} has label folders: its .jsonl files are not read ({lines[0].name}, ...)")
-        return _Entry(path, (), weight)
-    return _Entry(path, lines, weight)
+    sources = find_sources(path.expanduser(), data.format, data.split, report.notes)
+    return [_Entry(source, weight) for source in sources]
 
 
 def _refuse_repeats(entries: Iterable[_Entry]) -> None:
     seen: set[str] = set()
     for entry in entries:
-        for path in entry.files or (entry.root,):
+        for path in entry.source.files or (entry.source.root,):
             real = os.path.realpath(path)
             if real in seen:
                 raise DataError(
@@ -118,7 +137,7 @@ def _names(paths: Sequence[Path]) -> dict[Path, str]:
 
 
 def _merged(pictures: list[Picture]) -> list[Picture]:
-    """Join pictures that several ``.jsonl`` files of one folder name with the same weight; the first place counts."""
+    """Join pictures that several files of records name with the same weight; the first place counts."""
     merged: dict[tuple[str, float], Picture] = {}
     for picture in pictures:
         slot = (picture.key, picture.weight)

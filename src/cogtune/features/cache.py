@@ -71,12 +71,14 @@ class FillReport:
 
 
 class FeatureCache:
-    """Made by every process of a run together; ``images`` may name a file twice."""
+    """Made by every process of a run together; ``images`` may name a file twice; ``exif`` as in `read_image`."""
 
-    def __init__(self, root: Path, variant: Variant, images: Collection[Path], ranks: Ranks) -> None:
+    def __init__(
+        self, root: Path, variant: Variant, images: Collection[Path], ranks: Ranks, *, exif: str = "ignore"
+    ) -> None:
         self.store = Store(root, variant)
         self._root, self._ranks = root, ranks
-        self._index = PictureIndex(root, int(variant.shape["image_size"]))
+        self._index = PictureIndex(root, int(variant.shape["image_size"]), exif)
         self.survey: Survey = survey(images, self.store, self._index, ranks)
         self._digests = dict(self.survey.present)
         self._lease = Lease(root)

@@ -59,6 +59,7 @@ class FillSettings:
 
     image_size: int
     max_pixels: int | None
+    exif: str = "ignore"
     batch: int = 1
     workers: int = 4
     skip_bad: bool = False
@@ -138,7 +139,8 @@ class Filler:
             known = self._index.find_content(content)
             if known is not None and self._store.has(known):
                 return Decoded(image, stamp, content, known, None)
-            resized = resize(read_image(image, max_pixels=settings.max_pixels), settings.image_size)
+            picture = read_image(image, max_pixels=settings.max_pixels, exif=settings.exif)
+            resized = resize(picture, settings.image_size)
         except DataError as error:
             return error
         digest = pixel_digest(resized, settings.image_size)

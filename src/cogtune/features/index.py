@@ -48,11 +48,12 @@ class Stamp:
 
 
 class PictureIndex:
-    """The index of one cache folder, for pictures preprocessed to ``image_size``."""
+    """The index of one cache folder, for pictures preprocessed to ``image_size``; ``exif`` as in `read_image`."""
 
-    def __init__(self, root: Path, image_size: int) -> None:
+    def __init__(self, root: Path, image_size: int, exif: str = "ignore") -> None:
         jpeg = pillow_features.version("libjpeg_turbo") or pillow_features.version("jpg")
-        self._scope = _short(f"{PREPROCESSING} {image_size} {PIL.__version__} {jpeg}".encode())
+        turned = "" if exif == "ignore" else f" exif {exif}"
+        self._scope = _short(f"{PREPROCESSING} {image_size} {PIL.__version__} {jpeg}{turned}".encode())
         self._root, self._path = root, root / FOLDER / FILE
         self._by_stamp: dict[str, str] = {}
         self._by_content: dict[str, str] = {}

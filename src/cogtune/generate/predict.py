@@ -186,7 +186,7 @@ class Predictor:
             kept = list(self._pictures)[-self.options.batch_size :]
             self._pictures = {key: self._pictures[key] for key in kept}
             try:
-                self._pictures[path] = read_image(path, max_pixels=self.data.max_pixels)
+                self._pictures[path] = read_image(path, max_pixels=self.data.max_pixels, exif=self.data.exif)
             except DataError as error:
                 self._pictures[path] = error
         found = self._pictures[path]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cogtune.errors import DataError
 
@@ -22,8 +22,10 @@ PREPROCESSING = 1
 _HEADER_LOCK = threading.Lock()
 
 
-def read_image(path: str | Path, *, max_pixels: int | None = None) -> Image.Image:
+def read_image(path: str | Path, *, max_pixels: int | None = None, exif: str = "ignore") -> Image.Image:
     """Decode a picture to RGB as the published code does: ``convert("RGB")``, EXIF orientation not applied.
+
+    With ``exif`` "apply" the picture is turned as its EXIF orientation says.
 
     The format is told by content, not by suffix. A picture of more than ``max_pixels`` pixels is refused from its
     header, before anything is decoded; None is Pillow's own limit (178,956,970).
@@ -37,16 +39,18 @@ def read_image(path: str | Path, *, max_pixels: int | None = None) -> Image.Imag
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the picture is empty (0 bytes)", hint="copy or download it again", code="image-empty")
     with _open_header(path, max_pixels) as image:
-        return to_rgb(image, str(path))
+        return to_rgb(image, str(path), exif=exif)
 
 
-def to_rgb(image: Image.Image, where: str) -> Image.Image:
+def to_rgb(image: Image.Image, where: str, *, exif: str = "ignore") -> Image.Image:
     """Decode an opened picture to mode RGB; ``where`` names it in errors.
 
     :raises DataError: ``image-truncated``.
     """
     try:
         image.load()
+        if exif == "apply":
+            image = ImageOps.exif_transpose(image)
         return image.convert("RGB")
     except MemoryError:
         raise

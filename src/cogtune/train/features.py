@@ -136,7 +136,7 @@ def open_cache(
     variant = make_variant(
         fingerprint, model_config, compute, compute if data.cache_dtype == "auto" else data.cache_dtype
     )
-    cache = FeatureCache(root, variant, images, group)
+    cache = FeatureCache(root, variant, images, group, exif=data.exif)
     survey, each = cache.survey, cache.picture_bytes
     log.info(
         f"features: {survey.pictures} pictures x {size_text(each)} = {size_text(survey.pictures * each)} in {root}; "
@@ -160,6 +160,7 @@ def fill(config: RunConfig, cache: FeatureCache, group: Group, dtype: torch.dtyp
     settings = FillSettings(
         image_size=load_config(path).image_size,
         max_pixels=data.max_pixels,
+        exif=data.exif,
         batch=data.cache_batch,
         workers=max(1, worker_count(data.workers, group.local_size)),
         skip_bad=data.on_bad == "skip",

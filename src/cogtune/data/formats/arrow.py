@@ -1,0 +1,166 @@
+"""Parquet files and Hugging Face data sets on disk: Arrow tables with embedded or referenced pictures.
+
+A row is a conversation (``messages`` or ``conversations``, with ``image`` or ``images``), a question (``image``,
+``question``, ``answer``) or a caption (``image``, ``caption``; or ``text``, as image data sets on the hub call it).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from cogtune.data.formats.item import Content, Item, Wording
+from cogtune.data.formats.messages import picture_source, read_conversation
+from cogtune.data.labels import checked_text, identity_of
+from cogtune.data.problems import BadRecordError, Problem
+from cogtune.data.records import Turn
+from cogtune.errors import SetupError
+
+_SHARD = re.compile(r"(?P<split>.+?)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?$")
+_BATCH = 64  # rows in memory at once; a row may hold a picture of several MB
+
+
+def items(file: Path, wording: Wording) -> Iterator[Item]:
+    """One record per row.
+
+    :raises SetupError: pyarrow is not installed.
+    :raises DataError: a file that cannot be read or lacks the columns.
+    """
+    pyarrow = _pyarrow()
+    number = 0
+    try:
+        for batch in _batches(pyarrow, file):
+            names = [name.lower() for name in batch.schema.names]
+            if not number:
+                _check_columns(names, str(file))
+            for values in batch.to_pylist():
+                number += 1
+                row = {name.lower(): value for name, value in values.items()}
+                yield Item(number, f"{file}, row {number}", _later(row, wording))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise Problem("table", str(file), f"cannot be read ({error})").error() from error
+
+
+def split_files(folder: Path, split: str | None) -> tuple[list[Path], str | None]:
+    """The files of one split of a data set folder, and a note about the splits that are not read.
+
+    Understood are what ``save_to_disk`` writes (``dataset_dict.json`` or ``state.json`` beside ``.arrow`` files) and a
+    repository's ``.parquet`` files, in the folder or in ``data``, split by their names or folders.
+
+    :raises DataError: no such split, or several and none is called train.
+    """
+    splits = _splits(folder)
+    if split is None and len(splits) > 1 and "train" in splits:
+        others = ", ".join(name for name in splits if name != "train")
+        return splits["train"], f"{folder}: the split train is read, not {others} (data.split)"
+    if split is None and len(splits) == 1:
+        return next(iter(splits.values())), None
+    if split not in splits:
+        asked = "no split is chosen" if split is None else f"no split {split}"
+        raise Problem("split-choice", str(folder), f"{asked}; there are: {', '.join(splits)}").error()
+    return splits[split], None
+
+
+def _splits(folder: Path) -> dict[str, list[Path]]:
+    listed = folder / "dataset_dict.json"
+    if listed.is_file():
+        names = json.loads(listed.read_text(encoding="utf-8"))["splits"]
+        return {name: _saved_files(folder / name) for name in names}
+    if (folder / "state.json").is_file():
+        return {"train": _saved_files(folder)}
+    found: dict[str, list[Path]] = {}
+    for pattern in ("*.parquet", "data/*.parquet", "*/*.parquet", "*.arrow"):
+        files = sorted(folder.glob(pattern))
+        for file in files:
+            match = _SHARD.fullmatch(file.stem)
+            inside = file.parent.name if pattern == "*/*.parquet" else None
+            found.setdefault(match["split"] if match else inside or file.stem, []).append(file)
+        if files:
+            break
+    plain = [name for name in found if name not in ("train", "test", "validation", "val", "dev")]
+    if found and len(plain) == len(found):  # names that are no splits: all files are one set
+        return {"train": [file for files in found.values() for file in files]}
+    return found
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    """The files that ``state.json`` lists, in its order."""
+    state = folder / "state.json"
+    try:
+        names = [entry["filename"] for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Problem("table", str(state), f"not what save_to_disk writes ({error})").error() from error
+    return [folder / name for name in names]
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.ipc
+        import pyarrow.parquet
+    except ImportError as error:
+        raise SetupError(
+            f"Parquet files and Hugging Face data sets are read with pyarrow, which cannot be imported ({error})",
+            hint="pip install 'cogtune[data]'",
+            code="no-pyarrow",
+        ) from error
+    return pyarrow
+
+
+def _batches(pyarrow: Any, file: Path) -> Iterator[Any]:
+    if file.suffix.lower() == ".parquet":
+        with pyarrow.parquet.ParquetFile(file) as table:
+            yield from table.iter_batches(batch_size=_BATCH)
+        return
+    with pyarrow.memory_map(str(file)) as source:
+        try:
+            reader: Any = pyarrow.ipc.open_stream(source)  # what `datasets` writes
+        except pyarrow.ArrowInvalid:
+            reader = pyarrow.ipc.open_file(source)
+            reader = (reader.get_batch(index) for index in range(reader.num_record_batches))
+        for batch in reader:
+            for start in range(0, batch.num_rows, _BATCH):
+                yield batch.slice(start, _BATCH)
+
+
+def _check_columns(names: list[str], where: str) -> None:
+    conversation = {"messages", "conversations"} & set(names)
+    picture = {"image", "images"} & set(names)
+    texts = {"question", "answer"} <= set(names) or {"caption", "captions", "text"} & set(names)
+    if not conversation and not (picture and texts):
+        what = "messages, or image with question and answer or with caption, were expected as columns; found: "
+        raise Problem("columns", where, what + (", ".join(names) or "none")).error()
+
+
+def _later(row: dict[str, Any], wording: Wording) -> Callable[[], Content]:
+    def read() -> Content:
+        if "messages" in row or "conversations" in row:
+            # Arrow fills what a part or message does not have with null
+            return read_conversation(_without_nulls(row), wording, "hf")
+        images = row.get("image", row.get("images"))
+        images = images if isinstance(images, list) else [images]
+        if len(images) > 1:
+            raise BadRecordError("several-images", f"{len(images)} pictures, at most one was expected")
+        return Content(_dialogues(row, wording), picture_source(images[0]) if images else None, identity_of(row))
+
+    return read
+
+
+def _dialogues(row: dict[str, Any], wording: Wording) -> list[tuple[Turn, ...]]:
+    if "question" in row:
+        return [(Turn(checked_text(row["question"], "the question"), checked_text(row["answer"], "the answer")),)]
+    captions = row.get("caption", row.get("captions", row.get("text")))
+    if not wording.caption_question:
+        raise BadRecordError("caption-question", "captions, and data.caption_question is empty")
+    question = wording.caption_question
+    texts = captions if isinstance(captions, list) else [captions]
+    return [(Turn(question, checked_text(text, "the caption")),) for text in texts]
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

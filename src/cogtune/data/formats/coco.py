@@ -1,0 +1,48 @@
+"""COCO captions: ``images`` with ``id`` and ``file_name``, ``annotations`` with ``image_id`` and ``caption``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from cogtune.data.formats.item import Content, Item, Wording
+from cogtune.data.formats.jsonfiles import read_json
+from cogtune.data.labels import checked_text, kind_of
+from cogtune.data.problems import BadRecordError, Problem
+from cogtune.data.records import Turn
+
+
+def items(file: Path, wording: Wording) -> Iterator[Item]:
+    """One record per annotation, in the file's order; its question is ``data.caption_question``.
+
+    :raises DataError: a file that is not of this format.
+    """
+    root, repaired = read_json(file)
+    images, annotations = (root.get(key) if isinstance(root, dict) else None for key in ("images", "annotations"))
+    if not isinstance(images, list) or not isinstance(annotations, list):
+        what = f'{kind_of(root)} found, an object with the lists "images" and "annotations" was expected (coco)'
+        raise Problem("wrong-root", str(file), what).error()
+    names = {image.get("id"): image.get("file_name") for image in images if isinstance(image, dict)}
+    for number, annotation in enumerate(annotations, start=1):
+        yield Item(number, f"{file}, annotation {number}", _later(annotation, names, wording, repaired and number == 1))
+
+
+def _later(annotation: Any, names: dict[Any, Any], wording: Wording, repaired: bool) -> Callable[[], Content]:
+    def read() -> Content:
+        if not isinstance(annotation, dict):
+            raise BadRecordError("wrong-root", f"{kind_of(annotation)} found, an object was expected")
+        for key in ("image_id", "caption"):
+            if key not in annotation:
+                raise BadRecordError("missing-key", f'the annotation has no "{key}" (coco captions were expected)')
+        name = names.get(annotation["image_id"])
+        if not isinstance(name, str) or not name:
+            raise BadRecordError("image-path", f'no file_name in "images" for image_id {annotation["image_id"]!r}')
+        if not wording.caption_question:
+            raise BadRecordError("caption-question", "captions, and data.caption_question is empty")
+        caption = checked_text(annotation["caption"], "the caption")
+        own = annotation.get("id")
+        identity = None if own is None else f"caption-{own}"
+        return Content([(Turn(wording.caption_question, caption),)], name, identity, repaired)
+
+    return read

@@ -1,0 +1,87 @@
+"""JSON lines and JSON lists of conversations: our own records, LLaVA, ShareGPT, ms-swift, OpenAI."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from cogtune.data.formats.item import Content, Item, Wording
+from cogtune.data.formats.messages import read_conversation
+from cogtune.data.labels import identity_of, is_unicode, kind_of, parse_json, record_dialogues
+from cogtune.data.problems import BadRecordError, Problem
+
+Parse = Callable[[Any], Content]
+LINES = (".jsonl", ".ndjson")
+
+
+def items(file: Path, form: str, wording: Wording) -> Iterator[Item]:
+    """The records of a ``.jsonl`` file, or of a ``.json`` file with a list of them.
+
+    :raises DataError: a file that cannot be read, or whose root is no list.
+    """
+
+    def parse(record: Any) -> Content:
+        return own_record(record, wording) if form == "jsonl" else read_conversation(record, wording, form)
+
+    if file.suffix.lower() in LINES:
+        for number, line in numbered_lines(file):
+            yield Item(number, f"{file}:{number}", _parsed_later(line, parse))
+        return
+    root, repaired = read_json(file)
+    if not isinstance(root, list):
+        raise Problem("wrong-root", str(file), f"{kind_of(root)} found, a list of records was expected").error()
+    for number, record in enumerate(root, start=1):
+        yield Item(number, f"{file}, record {number}", _later(record, parse, repaired and number == 1))
+
+
+def own_record(record: Any, wording: Wording) -> Content:
+    """A record of ours with its ``image``."""
+    dialogues = record_dialogues(record, wording.caption_question)
+    if "image" not in record:
+        raise BadRecordError("image-path", 'the record has no "image"')
+    image = record["image"]
+    if image is not None and (not isinstance(image, str) or not image or "\0" in image or not is_unicode(image)):
+        raise BadRecordError("image-path", f'"image" is {image!r}, a path or null was expected')
+    return Content(dialogues, image, identity_of(record))
+
+
+def _parsed_later(line: bytes, parse: Parse) -> Callable[[], Content]:
+    def read() -> Content:
+        record, repaired = parse_json(line)
+        content = parse(record)
+        return Content(content.dialogues, content.image, content.identity, repaired)
+
+    return read
+
+
+def _later(record: Any, parse: Parse, repaired: bool) -> Callable[[], Content]:
+    def read() -> Content:
+        content = parse(record)
+        return Content(content.dialogues, content.image, content.identity, repaired)
+
+    return read
+
+
+def read_json(file: Path) -> tuple[Any, bool]:
+    """``(root, repaired)`` of a JSON file.
+
+    :raises DataError: it cannot be read, or is no JSON.
+    """
+    try:
+        return parse_json(file.read_bytes())
+    except BadRecordError as bad:
+        raise Problem(bad.kind, str(file), bad.what).error() from bad
+    except OSError as error:
+        raise Problem("no-such-path", str(file), f"cannot be read ({error})").error() from error
+
+
+def numbered_lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """``(number from 1, line)`` of every line that is not blank."""
+    try:
+        with file.open("rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    yield number, line
+    except OSError as error:
+        raise Problem("no-such-path", str(file), f"cannot be read ({error})").error() from error

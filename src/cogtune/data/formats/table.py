@@ -1,0 +1,89 @@
+"""CSV and TSV with a header: ``image,question,answer``, or ``image,caption``; ``id`` if there is one."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from cogtune.data.formats.item import Content, Item, Wording
+from cogtune.data.labels import checked_text
+from cogtune.data.problems import BadRecordError, Problem
+from cogtune.data.records import Turn
+
+TEXT_ONLY = "null"
+_LARGEST_CELL = 2**27
+
+
+def items(file: Path, wording: Wording) -> Iterator[Item]:
+    """One record per row; rows are counted as lines of the file, the header being line 1.
+
+    :raises DataError: a file that is not UTF-8 or whose header lacks a column.
+    """
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        what = f"not UTF-8 (byte {error.start}); spreadsheets export it as `CSV UTF-8`"
+        raise Problem("table-encoding", str(file), what).error() from error
+    except OSError as error:
+        raise Problem("no-such-path", str(file), f"cannot be read ({error})").error() from error
+    delimiter = _delimiter(file, text)
+    csv.field_size_limit(_LARGEST_CELL)
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        header = [name.strip().lower() for name in next(rows, [])]
+        check_columns(header, str(file))
+        while True:
+            line = rows.line_num + 1
+            row = next(rows, None)
+            if row is None:
+                return
+            if any(cell.strip() for cell in row):
+                yield Item(line, f"{file}:{line}", _later(header, row, wording))
+    except csv.Error as error:
+        raise Problem("table", str(file), f"line {rows.line_num}: {error}").error() from error
+
+
+def check_columns(header: list[str], where: str) -> None:
+    """Refuse a table without the columns that are read.
+
+    :raises DataError: ``data-columns``, with the columns found.
+    """
+    repeated = sorted({name for name in header if name and header.count(name) > 1})
+    if repeated:
+        raise Problem("columns", where, f"the column {', '.join(repeated)} stands there twice").error()
+    if "image" not in header or not ({"question", "answer"} <= set(header) or "caption" in header):
+        found = ", ".join(name for name in header if name) or "none"
+        raise Problem("columns", where, f"the columns image, question, answer were expected; found: {found}").error()
+
+
+def _delimiter(file: Path, text: str) -> str:
+    if file.suffix.lower() == ".tsv":
+        return "\t"
+    header = text.split("\n", 1)[0]
+    return max(",\t;", key=header.count)
+
+
+def _later(header: list[str], row: list[str], wording: Wording) -> Callable[[], Content]:
+    def read() -> Content:
+        if len(row) != len(header):
+            what = f"{len(row)} cells, the header has {len(header)} columns; a cell with the delimiter needs quotes"
+            raise BadRecordError("table", what)
+        return row_content(dict(zip(header, row, strict=True)), wording)
+
+    return read
+
+
+def row_content(row: Mapping[str, str], wording: Wording) -> Content:
+    """The record of one row of texts."""
+    image = row["image"].strip()
+    if not image:
+        raise BadRecordError("image-path", f"the cell image is empty; a text-only row says {TEXT_ONLY}")
+    if "question" in row:
+        turn = Turn(checked_text(row["question"], "the question"), checked_text(row["answer"], "the answer"))
+    elif wording.caption_question:
+        turn = Turn(wording.caption_question, checked_text(row["caption"], "the caption"))
+    else:
+        raise BadRecordError("caption-question", "captions, and data.caption_question is empty")
+    return Content([(turn,)], None if image == TEXT_ONLY else image, row.get("id") or None)

@@ -1,0 +1,113 @@
+"""VQAv2: a questions file and an annotations file, matched by ``question_id``.
+
+The answer that is trained is the annotation's ``multiple_choice_answer``, the most frequent of the ten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from cogtune.data.formats.item import Content, Item
+from cogtune.data.formats.jsonfiles import read_json
+from cogtune.data.labels import checked_text, kind_of
+from cogtune.data.problems import BadRecordError, Problem
+from cogtune.data.records import Turn
+
+
+def pair_files(path: Path) -> list[tuple[Path, Path]]:
+    """``(questions, annotations)`` of a folder, or of one of the two files and its partner beside it.
+
+    Of several pairs, files belong together whose names differ only by what tells the two kinds apart.
+
+    :raises DataError: a file without its partner.
+    """
+    folder = path if path.is_dir() else path.parent
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() == ".json" and file.is_file())
+    questions = [file for file in files if "question" in file.name.lower()]
+    annotations = [file for file in files if "annotation" in file.name.lower()]
+    pairs, alone = [], []
+    for question in questions:
+        same = [file for file in annotations if _common(file) == _common(question)]
+        if len(questions) == len(annotations) == 1:
+            same = annotations
+        pairs += [(question, same[0])] if len(same) == 1 else []
+        alone += [] if len(same) == 1 else [question]
+    alone += [file for file in annotations if file not in {pair[1] for pair in pairs}]
+    wanted = [pair for pair in pairs if path.is_dir() or path in pair]
+    if not wanted or (path.is_dir() and alone):
+        where = path if path.is_file() or not alone else alone[0]
+        raise Problem(
+            "vqa-pair", str(where), "no partner: a questions and an annotations file are read together"
+        ).error()
+    return wanted
+
+
+def _common(file: Path) -> str:
+    name = file.stem.lower()
+    for word in ("openended", "multiplechoice", "questions", "question", "annotations", "annotation"):
+        name = name.replace(word, "")
+    return "_".join(part for part in name.replace("-", "_").split("_") if part)
+
+
+def items(questions: Path, annotations: Path) -> Iterator[Item]:
+    """One record per question, in the file's order.
+
+    :raises DataError: a file that is not of this format, or annotations for questions that are not there.
+    """
+    root, repaired = _read(questions, "questions")
+    answers_root, _ = _read(annotations, "annotations")
+    answers = {entry.get("question_id"): entry for entry in answers_root["annotations"] if isinstance(entry, dict)}
+    subtype = root.get("data_subtype") or answers_root.get("data_subtype")
+    asked = {entry.get("question_id") for entry in root["questions"] if isinstance(entry, dict)}
+    left = [key for key in answers if key not in asked]
+    if left:
+        what = f"{len(left)} annotations without a question in {questions.name} (question_id {left[0]}, ...)"
+        raise Problem("vqa-pair", str(annotations), what).error()
+    for number, entry in enumerate(root["questions"], start=1):
+        where = f"{questions}, question {number}"
+        yield Item(number, where, _later(entry, answers, subtype, annotations, repaired and number == 1))
+
+
+def _read(file: Path, key: str) -> tuple[dict[str, Any], bool]:
+    root, repaired = read_json(file)
+    if not isinstance(root, dict) or not isinstance(root.get(key), list):
+        what = f'{kind_of(root)} found, an object with the list "{key}" was expected (vqa)'
+        raise Problem("wrong-root", str(file), what).error()
+    return root, repaired
+
+
+def _later(
+    entry: Any, answers: dict[Any, Any], subtype: str | None, annotations: Path, repaired: bool
+) -> Callable[[], Content]:
+    def read() -> Content:
+        if not isinstance(entry, dict):
+            raise BadRecordError("wrong-root", f"{kind_of(entry)} found, an object was expected")
+        for key in ("image_id", "question", "question_id"):
+            if key not in entry:
+                raise BadRecordError("missing-key", f'the question has no "{key}"')
+        answer = answers.get(entry["question_id"])
+        if answer is None:
+            raise BadRecordError("vqa-pair", f"no annotation for question_id {entry['question_id']} in {annotations}")
+        if "multiple_choice_answer" not in answer:
+            raise BadRecordError("missing-key", 'its annotation has no "multiple_choice_answer"')
+        question = checked_text(entry["question"], "the question")
+        turn = Turn(question, checked_text(answer["multiple_choice_answer"], "the answer"))
+        return Content([(turn,)], picture_names(entry["image_id"], subtype), str(entry["question_id"]), repaired)
+
+    return read
+
+
+def picture_names(image_id: Any, subtype: str | None) -> tuple[str, ...]:
+    """Where COCO keeps a picture: its name of 2014 (with the subset) and of 2017, alone and in the subset's folder."""
+    if isinstance(image_id, str) and not image_id.isdigit():
+        return (image_id,)
+    try:
+        number = f"{int(image_id):012d}"
+    except (TypeError, ValueError) as error:
+        raise BadRecordError("image-path", f"image_id is {image_id!r}, a number was expected") from error
+    names = [f"COCO_{subtype}_{number}.jpg"] if subtype else []
+    names.append(f"{number}.jpg")
+    folders = [""] + ([f"{subtype}/"] if subtype else []) + ["images/"]
+    return tuple(folder + name for folder in folders for name in names)

@@ -1,0 +1,163 @@
+"""Files of records that name their pictures: records that name the same picture become one picture."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cogtune.data.formats import arrow, coco, jsonfiles, table, vqa
+from cogtune.data.formats.item import Content, Item, Wording
+from cogtune.data.pictures import PictureHeader, check_picture, in_threads
+from cogtune.data.places import Located, Places
+from cogtune.data.problems import BadRecordError, Problem, Problems
+from cogtune.data.records import Conversation, Picture, Turn
+from cogtune.data.report import DataReport, SourceReport
+
+
+@dataclass
+class _Group:
+    """The conversations on one picture file (None: one text-only record), gathered before the file is looked at."""
+
+    image: Located | None
+    conversations: list[Conversation] = field(default_factory=list)
+    header: PictureHeader = field(default_factory=lambda: PictureHeader(0))
+    problem: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class RecordsReader:
+    """How the files of one entry of ``data.path`` are read, all in the same ``form``.
+
+    ``names`` gives each file the name that stands in ids: ``name:number`` for a record without an own id.
+    """
+
+    form: str
+    files: tuple[Path, ...]
+    root: Path
+    names: dict[Path, str]
+    name: str
+    split_name: str
+    weight: float
+    wording: Wording
+    places: Places
+    max_pixels: int | None
+
+    def read(
+        self, problems: Problems, report: DataReport, done: Callable[[int, int], None] | None = None
+    ) -> list[Picture]:
+        """Pictures in the order of their first record; problems and counts go into the first two arguments.
+
+        ``done`` is told how many pictures of how many are looked at.
+
+        :raises DataError: when the files hold no record, or a file is not of this format.
+        """
+        groups: dict[str, _Group] = {}
+        ids: set[str] = set()
+        records = 0
+        for file, item in self._items():
+            records += 1
+            try:
+                content = item.read()
+                self._take(content, file, item, groups, ids)
+                if content.repaired:
+                    report.repaired["trailing-comma"] = report.repaired.get("trailing-comma", 0) + 1
+            except BadRecordError as bad:
+                problems.add(bad.kind, item.where, bad.what)
+        if not records:
+            named = ", ".join(str(file) for file in self.files)
+            raise Problem("no-records", named, "no record in it").error()
+        source = SourceReport(str(self.root), self.form, self.weight)
+        report.sources.append(source)
+        pictures = []
+        total = len(groups)
+        told = None if done is None else lambda count: done(count, total)
+        for group in in_threads(self._check, list(groups.values()), told):
+            if group.problem is not None:
+                kind, what = group.problem
+                problems.add(kind, group.conversations[0].source, what, records=len(group.conversations))
+                continue
+            picture = self._picture(group)
+            source.count(picture)
+            report.count_header(group.header)
+            pictures.append(picture)
+        return pictures
+
+    def _items(self) -> Iterator[tuple[Path, Item]]:
+        if self.form == "vqa":
+            for questions, annotations in zip(self.files[::2], self.files[1::2], strict=True):
+                yield from ((questions, item) for item in vqa.items(questions, annotations))
+            return
+        readers: dict[str, Callable[[Path], Iterator[Item]]] = {
+            "coco": lambda file: coco.items(file, self.wording),
+            "csv": lambda file: table.items(file, self.wording),
+            "parquet": lambda file: arrow.items(file, self.wording),
+            "hf": lambda file: arrow.items(file, self.wording),
+        }
+        for file in self.files:
+            reader = readers.get(self.form, lambda file: jsonfiles.items(file, self.form, self.wording))
+            yield from ((file, item) for item in reader(file))
+
+    def _take(self, content: Content, file: Path, item: Item, groups: dict[str, _Group], ids: set[str]) -> None:
+        """Put one record's conversations into their picture's group."""
+        located = self.places.locate(content.image, file.parent)
+        identity = self._identity(content, file, item, ids)
+        group_key = item.where if located is None else str(located.path)
+        group = groups.setdefault(group_key, _Group(located))
+        image = None if located is None else located.path
+        for position, turns in enumerate(content.dialogues):
+            own = identity if len(content.dialogues) == 1 else f"{identity}#{position}"
+            group.conversations.append(Conversation(own, image, turns, item.where))
+
+    def _identity(self, content: Content, file: Path, item: Item, ids: set[str]) -> str:
+        """Ids of our own records are what their author says; elsewhere they are often repeated, and made unique."""
+        name = self.names[file]
+        if self.form == "jsonl":
+            return content.identity or f"{name}:{item.number}"
+        base = f"{name}:{content.identity or item.number}"
+        identity, count = base, 1
+        while identity in ids:
+            count += 1
+            identity = f"{base}#{count}"
+        ids.add(identity)
+        return identity
+
+    def _check(self, group: _Group) -> _Group:
+        if group.image is None:
+            return group
+        path = group.image.path
+        try:
+            if not path.is_file():
+                raise BadRecordError("image-missing", f"the picture {path} does not exist")
+            group.header = check_picture(path, self.max_pixels)
+        except BadRecordError as bad:
+            named = "" if bad.kind == "image-missing" else f"{path}: "
+            group.problem = (bad.kind, named + bad.what)
+        return group
+
+    def _picture(self, group: _Group) -> Picture:
+        conversations = tuple(group.conversations)
+        if group.image is None:
+            return Picture(conversations[0].id, None, conversations, self.weight, text_key(conversations))
+        return Picture(
+            key=f"{self.name}/{group.image.name}",
+            image=group.image.path,
+            conversations=conversations,
+            weight=self.weight,
+            split_key=f"{self.split_name}/{group.image.name}",
+            image_bytes=group.header.size,
+        )
+
+
+def text_key(conversations: Iterable[Conversation]) -> str:
+    """What a text-only record is split by: its text, wherever it stands."""
+    digest = hashlib.sha256()
+    for conversation in conversations:
+        for turn in conversation.turns:
+            digest.update(_delimited(turn))
+    return f"text:{digest.hexdigest()}"
+
+
+def _delimited(turn: Turn) -> bytes:
+    return b"\x00".join((turn.question.encode(), turn.answer.encode(), b""))

@@ -1,0 +1,148 @@
+"""Where the pictures of a file of records are: below the allowed roots, or written out of the file itself."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cogtune.data.formats.item import Embedded, PictureSource
+from cogtune.data.problems import BadRecordError
+from cogtune.errors import DiskFullError, OutputFolderError
+
+_SUFFIXES = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"GIF8": ".gif", b"RIFF": ".webp", b"BM": ".bmp"}
+_NAME = 32
+
+
+def default_extract_dir() -> Path:
+    """``$XDG_CACHE_HOME/cogtune/pictures``, or below ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cogtune" / "pictures"
+
+
+@dataclass(frozen=True)
+class Root:
+    """A folder that picture paths may lie in: as written, and with its links resolved."""
+
+    path: Path
+    absolute: str
+    real: str
+
+    @staticmethod
+    def of(path: Path) -> Root:
+        return Root(path, os.path.abspath(path), os.path.realpath(path))
+
+    def relative(self, target: str) -> str | None:
+        """``target`` (absolute and normal) below this root, or None. A root that is a link is the folder behind it."""
+        for base in (self.absolute, self.real):
+            if target == base or target.startswith(base.rstrip(os.sep) + os.sep):
+                return os.path.relpath(target, base)
+        return None
+
+
+@dataclass(frozen=True)
+class Located:
+    """A picture's file, and its name in keys: relative to its root, or the digest of its bytes."""
+
+    path: Path
+    name: str
+
+
+@dataclass
+class Places:
+    """Finds the pictures that the records of ``data.path`` name.
+
+    :param image_roots: ``data.image_root``; empty: the folder of each file of records.
+    :param extract_dir: where embedded pictures go.
+    """
+
+    image_roots: tuple[Path, ...]
+    extract_dir: Path
+    used: bool = False
+    _roots: dict[Path, Root] = field(default_factory=dict)
+    _written: set[str] = field(default_factory=set)
+
+    def locate(self, image: PictureSource, folder: Path) -> Located | None:
+        """The file of ``image``, named in a file that lies in ``folder``; it need not exist. None: no picture.
+
+        :raises BadRecordError: ``image-outside``, a path that leaves every root; ``image-empty``.
+        :raises OutputFolderError, DiskFullError: an embedded picture cannot be written.
+        """
+        if image is None:
+            return None
+        if isinstance(image, Embedded):
+            return self._extract(image.data)
+        roots = [self._root(root) for root in self.image_roots or (folder,)]
+        self.used = True
+        names = (image,) if isinstance(image, str) else image
+        found = [
+            Located(located.path, self._prefix(root) + located.name)
+            for root in roots
+            for name in names
+            if (located := _below(root, name)) is not None
+        ]
+        if not found:
+            named = ", ".join(str(root.path) for root in roots)
+            raise BadRecordError("image-outside", f"the picture {names[0]} is outside of {named}")
+        if len(found) == 1:
+            return found[0]
+        return next((located for located in found if located.path.is_file()), found[0])
+
+    def _prefix(self, root: Root) -> str:
+        """What tells equal paths below several roots apart, in keys."""
+        if len(self.image_roots) < 2:
+            return ""
+        name = Path(root.absolute).name
+        alike = [other for other in self.image_roots if Path(os.path.abspath(other.expanduser())).name == name]
+        return f"{name}/" if len(alike) == 1 else f"{root.absolute}/"
+
+    def _root(self, path: Path) -> Root:
+        if path not in self._roots:
+            self._roots[path] = Root.of(path.expanduser())
+        return self._roots[path]
+
+    def _extract(self, data: bytes) -> Located:
+        if not data:
+            raise BadRecordError("image-empty", "the picture inside the record is empty (0 bytes)")
+        digest = hashlib.sha256(data).hexdigest()[:_NAME]
+        suffix = next((suffix for mark, suffix in _SUFFIXES.items() if data.startswith(mark)), ".img")
+        path = self.extract_dir / digest[:2] / f"{digest}{suffix}"
+        if digest not in self._written and not (path.is_file() and path.stat().st_size == len(data)):
+            _write(path, data)
+        self._written.add(digest)
+        return Located(path, digest)
+
+
+def _below(root: Root, name: str) -> Located | None:
+    target = os.path.normpath(os.path.join(root.real, name))
+    relative = root.relative(target)
+    if relative is None and os.path.isabs(name):
+        relative = root.relative(os.path.realpath(name))
+    if relative is None:
+        return None
+    return Located(root.path.expanduser() / relative, Path(relative).as_posix())
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Complete or not at all, however many processes write the same picture."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, growing = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            os.replace(growing, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(growing)
+            raise
+    except OSError as error:
+        if error.errno in (28, 122):  # no space, quota
+            raise DiskFullError(f"{path.parent}: no space for the pictures that come inside the data") from error
+        raise OutputFolderError(
+            f"{path.parent}: the pictures that come inside the data cannot be written there ({error})",
+            hint="name another folder with data.extract_dir",
+            code="extract-dir",
+        ) from error
