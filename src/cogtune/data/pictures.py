@@ -58,7 +58,9 @@ def check_picture(path: Path, max_pixels: int | None) -> PictureHeader:
                         f"{width} x {height} pixels, more than data.max_pixels ({max_pixels})",
                     )
                 form = image.format or ""
-                header = PictureHeader(size, _is_turned(image), form in _ANIMATED and image.is_animated)
+                header = PictureHeader(
+                    size, _is_turned(image), form in _ANIMATED and bool(getattr(image, "is_animated", False))
+                )
                 stream.seek(max(0, size - _TAIL))
                 complete = form in _END_MARKS and _END_MARKS[form] in stream.read()
                 if not complete:
@@ -90,6 +92,10 @@ def _decode(path: Path) -> None:
         raise
     except Exception as error:  # and so do its decoders
         raise BadRecordError("image-truncated", f"the picture is incomplete ({error})") from error
+
+
+def _is_animated(image: Image.Image) -> bool:
+    return bool(getattr(image, "is_animated", False))
 
 
 @contextmanager
