@@ -10,7 +10,9 @@ One value inside a sentence, by its path in the file and a format (Python's, for
 
     it answers <!-- result: demo.tuned.accuracy .1% -->97.3%<!-- end --> of them
 
-A file that holds measurements and no table is laid out by its view in ``benchmarks/views.py``. With ``result?:`` the
+A file that holds measurements and no table is laid out by its view in ``benchmarks/views.py``, one that a
+``cogtune bench`` command wrote by its kind's in ``benchmarks/bench_views.py``; sweeps are drawn into
+``benchmarks/plots``. With ``result?:`` the
 file may be absent, and the page then says so; once it is there, the block has to be current like any other.
 
 The tables of error codes come from the catalogue ``src/cogtune/errors.toml`` the same way, one per section:
@@ -37,12 +39,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bench_views import view_of
+from benchmarks.plot import plot
 from benchmarks.views import VIEWS, markdown
 from cogtune.errors import catalogue
 from cogtune.train.engines.combinations import table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PLOTS = ROOT / "benchmarks" / "plots"
 MARK = re.compile(
     r"(<!-- result(?P<optional>\??): (?P<name>[\w-]+)(?P<path>[\w.-]*)(?: (?P<format>[^ ]+))? -->)"
     r"(?P<body>.*?)(?P<end><!-- end -->)",
@@ -109,13 +114,24 @@ def _value(content: Any, path: str, form: str, name: str) -> str:
 
 
 def _table(content: dict[str, Any], name: str, chinese: bool) -> str:
-    if name in VIEWS:
-        return VIEWS[name](content, chinese)
+    view = VIEWS.get(name) or view_of(content)
+    if view is not None:
+        return view(content | {"file": name}, chinese)
     table = content.get("table")
     if table is None:
         raise StaleMarkError(f'result {name}: its file has no "table", and it has no view')
     columns = table.get("columns_zh", table["columns"]) if chinese else table["columns"]
     return markdown(columns, table.get("rows_zh", table["rows"]) if chinese else table["rows"])
+
+
+def plots(results: Path = RESULTS) -> dict[Path, str]:
+    """The drawings that belong to the results, by the file they are kept in."""
+    found = {}
+    for file in sorted(results.glob("*.json")):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if "series" in content.get("check", {}):
+            found[PLOTS / f"{file.stem}.svg"] = plot(content)
+    return found
 
 
 def is_chinese(page: Path) -> bool:
@@ -131,6 +147,12 @@ def main(arguments: list[str]) -> int:
             stale.append(page)
             if "--check" not in arguments:
                 page.write_text(after, encoding="utf-8")
+    for file, drawing in plots().items():
+        if not file.is_file() or file.read_text(encoding="utf-8") != drawing:
+            stale.append(file)
+            if "--check" not in arguments:
+                file.parent.mkdir(exist_ok=True)
+                file.write_text(drawing, encoding="utf-8")
     for page in stale:
         print(("not current: " if "--check" in arguments else "rendered ") + str(page.relative_to(ROOT)))
     return 1 if stale and "--check" in arguments else 0

@@ -106,3 +106,62 @@ def test_the_demos_record_becomes_a_table_with_the_tuned_model_last(tmp_path):
     assert lines[6].startswith("| fine-tuned |")
     assert lines[8] == "Of 8 test questions; 201 s in all on 2 CPU cores (A CPU), 2026-01-02."
     assert "| 微调后 | 87.5 % |" in rendering.render("<!-- result?: demo --><!-- end -->", tmp_path, chinese=True)
+
+
+def bench_file(folder, name, kind, rows, **more):
+    versions = {"torch": "2.11", "transformers": "5.17", "peft": "0.21"}
+    content = {"kind": kind, "command": "cogtune bench", "date": "2026-11-25T08:00:00", "commit": "abcdef0123456",
+               "card": "NVIDIA H100", "machine": "x86_64", "versions": versions, "rows": rows, **more}  # fmt: skip
+    (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def step_row(name, milliseconds, batch=1, **more):
+    return {"name": name, "median_ms": milliseconds, "min_ms": milliseconds, "max_ms": milliseconds, "changes": {},
+            "batch_size": batch, "samples_per_second": 1000 * batch / milliseconds, "answers_per_second": 1.0,
+            "lora_mfu": 0.5, "allocated_gib": 9.0, "reserved_gib": 10.0, **more}  # fmt: skip
+
+
+def shown(folder, name, *, chinese=False):
+    return rendering.render(f"<!-- result: {name} --><!-- end -->", folder, chinese=chinese)
+
+
+def test_steps_are_compared_per_sample_with_the_baseline(tmp_path):
+    rows = [step_row("other", 400.0), step_row("baseline", 1600.0), step_row("cached", 320.0, batch=2)]
+    rows += [{"name": "broken", "error": "OutOfMemoryError: no room\nmore"}]
+    bench_file(tmp_path, "speed", "train", rows)
+    lines = {line.split(" | ")[0]: line for line in shown(tmp_path, "speed").splitlines()}
+    assert "| 10.00x |" in lines["| `cached`"]  # 1600 for one against 320 for two
+    assert "| 4.00x |" in lines["| `other`"]
+    assert "no room |" in lines["| `broken`"]
+    assert "NVIDIA H100, torch 2.11" in shown(tmp_path, "speed")
+    assert "提交 abcdef0123" in shown(tmp_path, "speed", chinese=True)
+
+
+def test_fit_shows_target_plan_and_cap(tmp_path):
+    plan = {"reserved_gib": 10.0, "load_reserved_gib": 10.4}
+    row = {"name": "nf4", "target_gib": 10.3, "cap_gib": 11, "peak_reserved_gib": 10.2, "driver_gib": 10.9,
+           "plan": plan, "median_ms": 300.0, "load_s": 12.0, "command": "cogtune bench train"}  # fmt: skip
+    bench_file(tmp_path, "fit", "fit", [row, {"name": "fails", "target_gib": 20, "error": "x"}])
+    text = shown(tmp_path, "fit")
+    assert "| `nf4` | 10.3 | 10.20 | 10.40 | 10.90 | 11 | 300.0 | 12.0 | `cogtune bench train` |" in text
+    assert "| `fails` | 20 | - | - | - | - | - | - | x |" in text
+
+
+def test_a_sweep_is_a_table_and_a_drawing(tmp_path):
+    rows = [step_row(f"text-{n}", float(n), plan={"reserved_gib": 11.0}) for n in (100, 200, 400)]
+    check = {"series": "text", "allowed": 1.3, "median_ms": [[200, 1.4]], "median_ms_over": [200],
+             "allocated_gib": [[200, 1.0]], "allocated_gib_over": []}  # fmt: skip
+    bench_file(tmp_path, "sweep-text", "sweep-text", rows, check=check)
+    text = shown(tmp_path, "sweep-text")
+    assert "+10.0 %" in text
+    assert "1.40x the line" in text
+    assert "above: time: 200." in text
+    ((file, drawing),) = rendering.plots(tmp_path).items()
+    assert f"plots/{file.name}" in text
+    assert drawing.count("<circle") == 6
+    assert rendering.plots() == {f: f.read_text(encoding="utf-8") for f in rendering.plots()}  # the committed ones
+
+
+def test_other_measurements_show_their_own_numbers(tmp_path):
+    bench_file(tmp_path, "loader", "loader", [{"name": "jpeg", "wait_share": 0.01}, {"name": "cached", "taken": None}])
+    assert "| jpeg | 0.01 | - |" in shown(tmp_path, "loader")

@@ -1,0 +1,165 @@
+"""Tables for the files that ``cogtune bench ... --json`` writes, by their kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from benchmarks.views import Cell, markdown
+
+TARGETS = {
+    "cached": ("147 ms, 11.2x", 147.0),
+    "live": ("355 ms, 4.6x", 355.0),
+    "cached-4": ("LoRA-MFU 57 %", None),
+    "fp8-cached": ("105 ms, 15.7x", 105.0),
+    "fp8-live": ("275 ms, 6x", 275.0),
+    "rank16": ("1.15x of `cached`", None),
+    "nf4-recompute": ("300 ms", 300.0),
+    "baseline": ("1,646 ms within 10 %", 1646.0),
+}
+"""What a variant of this name aims for on one H100."""
+
+
+def train(content: dict[str, Any], chinese: bool) -> str:
+    """Steps side by side; the ratio is per sample, against the baseline of the same run, else the first row."""
+    rows = [row for row in content["rows"] if "error" not in row]
+    anchor = next((row for row in rows if row["name"] == "baseline"), rows[0] if rows else None)
+    cells: list[list[Cell]] = []
+    for row in content["rows"]:
+        if "error" in row:
+            cells.append([f"`{row['name']}`", *["-"] * 7, _short(row["error"])])
+            continue
+        assert anchor is not None
+        ratio = anchor["median_ms"] / anchor["batch_size"] * row["batch_size"] / row["median_ms"]
+        mfu = "-" if row.get("lora_mfu") is None else f"{100 * row['lora_mfu']:.1f} %"
+        cells.append([
+            f"`{row['name']}`", f"{row['median_ms']:.1f}", f"{row['min_ms']:.1f} - {row['max_ms']:.1f}",
+            f"{ratio:.2f}x", f"{row['samples_per_second']:.2f}", f"{row['answers_per_second']:.2f}", mfu,
+            f"{row['reserved_gib']:.2f}", TARGETS.get(row["name"], ("", None))[0],
+        ])  # fmt: skip
+    name = "" if anchor is None else anchor["name"]
+    columns = (
+        ["变体", "中位数（毫秒）", "最小 - 最大", f"相对 `{name}`", "样本/秒", "回答/秒",
+         "LoRA-MFU", "已保留（GiB）", "目标"]
+        if chinese
+        else ["variant", "median, ms", "min - max", f"against `{name}`", "samples/s", "answers/s", "LoRA-MFU",
+              "reserved, GiB", "target"]
+    )  # fmt: skip
+    return f"{markdown(columns, cells)}\n\n{_details(rows, chinese)}{caption(content, chinese)}"
+
+
+def _details(rows: Sequence[dict[str, Any]], chinese: bool) -> str:
+    """What differs between the variants, and where a step's time goes, as far as it was profiled."""
+    profiled = [row for row in rows if row.get("breakdown_ms")]
+    text = ""
+    if profiled:
+        kinds = list(profiled[0]["breakdown_ms"])
+        cells = [[f"`{r['name']}`", *[f"{r['breakdown_ms'][kind]:.1f}" for kind in kinds]] for r in profiled]
+        text += markdown(["一步的去向，毫秒" if chinese else "where a step goes, ms", *kinds], cells) + "\n\n"
+    changes = [
+        f"`{row['name']}`: `{' '.join(f'{key}={value}' for key, value in row['changes'].items())}`"
+        for row in rows
+        if row["changes"]
+    ]
+    if changes:
+        text += ("变体的设置：" if chinese else "Settings of the variants: ") + "; ".join(changes) + ".\n\n"
+    return text
+
+
+def fit(content: dict[str, Any], chinese: bool) -> str:
+    """Settings and what they need of a card."""
+    cells: list[list[Cell]] = []
+    for row in content["rows"]:
+        if "error" in row:
+            cells.append([f"`{row['name']}`", row["target_gib"], *["-"] * 6, _short(row["error"])])
+            continue
+        plan = row.get("plan") or {}
+        said = max(plan["reserved_gib"], plan["load_reserved_gib"]) if "reserved_gib" in plan else None
+        cells.append([
+            f"`{row['name']}`", row["target_gib"], f"{row['peak_reserved_gib']:.2f}", _number(said),
+            _number(row.get("driver_gib")), row.get("cap_gib") or "-", _number(row.get("median_ms"), 1),
+            _number(row.get("load_s"), 1), f"`{row['command']}`",
+        ])  # fmt: skip
+    columns = (
+        ["设置", "目标（GiB）", "已保留（GiB）", "预测", "驱动显示", "上限", "毫秒/步", "加载（秒）", "命令"]
+        if chinese
+        else ["setting", "target, GiB", "reserved, GiB", "plan", "driver", "cap", "ms/step", "load, s", "command"]
+    )
+    return f"{markdown(columns, cells)}\n\n{caption(content, chinese)}"
+
+
+def sweep(content: dict[str, Any], chinese: bool) -> str:
+    """A growing setting: times and peaks, beside the planner's; and what lies above the line between neighbours."""
+    cells: list[list[Cell]] = []
+    for row in content["rows"]:
+        if "error" in row:
+            cells.append([f"`{row['name']}`", *["-"] * 5, _short(row["error"])])
+            continue
+        plan = row.get("plan") or {}
+        said = plan.get("reserved_gib")
+        off = "-" if said is None else f"{100 * (said / row['reserved_gib'] - 1):+.1f} %"
+        cells.append([f"`{row['name']}`", f"{row['median_ms']:.1f}", f"{row['allocated_gib']:.2f}",
+                      f"{row['reserved_gib']:.2f}", _number(said), off, ""])  # fmt: skip
+    columns = (
+        ["点", "毫秒", "已分配（GiB）", "已保留（GiB）", "预测", "偏差", "备注"]
+        if chinese
+        else ["point", "ms", "allocated, GiB", "reserved, GiB", "plan", "off", "note"]
+    )
+    text = f"{markdown(columns, cells)}\n\n"
+    check = content.get("check")
+    if check:
+        over = {key: check[f"{key}_over"] for key in ("median_ms", "allocated_gib")}
+        named = {"median_ms": "时间" if chinese else "time", "allocated_gib": "内存" if chinese else "memory"}
+        most = max((ratio for key in over for _, ratio in check[key]), default=1.0)
+        found = "; ".join(f"{named[key]}: {', '.join(map(str, values))}" for key, values in over.items() if values)
+        if chinese:
+            text += (
+                f"相对相邻两点连线的最大倍数：{most:.2f}（允许 {check['allowed']}）；超出的点：{found or '无'}。\n\n"
+            )
+        else:
+            text += f"At most {most:.2f}x the line between neighbours ({check['allowed']} allowed); above: "
+            text += f"{found or 'none'}.\n\n"
+    if check:
+        text += f"![{check['series']}](plots/{content['file']}.svg)\n\n"
+    return text + caption(content, chinese)
+
+
+def numbers(content: dict[str, Any], chinese: bool) -> str:
+    """Any other measurement: its rows' own numbers under their own names."""
+    rows = content["rows"]
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[_plain(row.get(key)) for key in keys] for row in rows]
+    return f"{markdown([key.replace('_', ' ') for key in keys], cells)}\n\n{caption(content, chinese)}"
+
+
+def caption(content: dict[str, Any], chinese: bool) -> str:
+    """Card, versions, date, commit and command."""
+    versions = content["versions"]
+    named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft") if name in versions)
+    commit = (content.get("commit") or "")[:10]
+    card = content.get("card") or content["machine"]
+    if chinese:
+        return f"{card}，{named}，{content['date'][:10]}，提交 {commit or '未知'}；`{content['command']}`"
+    return f"{card}, {named}, {content['date'][:10]}, commit {commit or 'unknown'}; `{content['command']}`"
+
+
+def view_of(content: dict[str, Any]) -> Callable[[dict[str, Any], bool], str] | None:
+    """The view for a file by its ``kind``; None for a file that no bench command wrote."""
+    kind = str(content.get("kind", ""))
+    if kind.startswith("sweep-"):
+        return sweep
+    return {"train": train, "fit": fit, "decode": numbers, "fill": numbers, "loader": numbers}.get(kind)
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _plain(value: Any) -> Cell:
+    if value is None:
+        return "-"
+    return value if isinstance(value, str | int | float) else str(value)
+
+
+def _short(error: str) -> str:
+    return error.splitlines()[0][:100]
