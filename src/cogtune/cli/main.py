@@ -19,8 +19,11 @@ import typer
 import cogtune
 from cogtune.errors import CogtuneError, language, render
 
-COMMANDS = ("plan", "train", "chat", "predict", "merge", "data", "demo", "bench")
+COMMANDS = ("doctor", "plan", "train", "chat", "predict", "merge", "data", "demo", "bench")
 """Modules of this package, in the order of the help; each has ``register(app)``."""
+
+WITHOUT_MODEL = ("doctor", "plan")
+"""Commands that work, and are wanted, where a library is broken."""
 
 _BUG_REPORT = "this is a bug in cogtune; please report it with the lines above"
 # typer brings its own click since 0.27, so its classes are reached through the public one
@@ -42,6 +45,10 @@ def _start(
     """Fine-tune CogVLM2 with LoRA and run the result: one GPU, many, or a laptop's CPU."""
     if ctx.invoked_subcommand is None:
         print(ctx.get_help())
+    elif ctx.invoked_subcommand not in WITHOUT_MODEL:
+        from cogtune.configuration.libraries import refuse_broken
+
+        refuse_broken()
 
 
 def make_app(commands: Sequence[str] = COMMANDS) -> typer.Typer:

@@ -137,3 +137,11 @@ def test_a_rank_leaves_its_error_where_torchrun_looks_for_it(
         times[code] = failure.timestamp
     assert times["run"] < times["peer-lost"]
     assert "error[run]" in capsys.readouterr().err
+
+
+def test_a_broken_library_is_refused_before_a_command_that_needs_it(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "5.1.0" if name == "transformers" else "99")
+    assert main(["chat", "--model", "nowhere"]) == 2
+    assert "error[library-version]: transformers 5.1.0" in capsys.readouterr().err
+    assert main(["doctor", "--offline"]) == 2
+    assert "doctor-broken" in capsys.readouterr().out
