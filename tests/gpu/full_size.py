@@ -21,6 +21,7 @@ import transformers
 
 from cogtune import CogVLM2Config, CogVLM2ForCausalLM
 from cogtune.adapters.attach import attach
+from cogtune.bench.models import model_config, random_weights
 from cogtune.model.checkpointing import enable_checkpointing
 from cogtune.model.routing import Routing
 
@@ -29,22 +30,7 @@ TEXT, LABELLED = 400, 200
 
 def random_full_size() -> CogVLM2ForCausalLM:
     """The published shapes in bfloat16 on the device, normal weights."""
-    with torch.device("meta"):
-        model = CogVLM2ForCausalLM(CogVLM2Config(eos_token_id=[128001, 128009]))
-    model = model.to(torch.bfloat16).to_empty(device="cuda")
-    generator = torch.Generator("cuda").manual_seed(0)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if name.endswith("inv_freq"):
-                tensor.copy_(500000.0 ** (-torch.arange(0, 128, 2, device="cuda") / 128))
-            elif "norm" in name and name.endswith("weight"):
-                tensor.fill_(1.0)
-            elif name.endswith("bias"):
-                tensor.zero_()
-            else:
-                tensor.normal_(std=0.02, generator=generator)
-    model.remember_rotary()
-    return model
+    return random_weights(model_config("random"), torch.bfloat16, torch.device("cuda"))
 
 
 def s400(config: CogVLM2Config) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from cogtune.configuration.model import CogVLM2Config
@@ -81,7 +82,7 @@ def _require_chain(parents: torch.Tensor) -> None:
 def _images(vision: Any, pixels: torch.Tensor) -> torch.Tensor:
     """Tower, convolution, GLU adapter and the two learned vectors: [N, Q + 2, D]."""
     x = vision.patch_embedding(pixels.to(vision.conv.weight.dtype))
-    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+    with record_function("cogtune.tower"), sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         for block in vision.transformer.layers:
             x = x + block.input_layernorm(_tower_attention(block.attention, x))
             x = x + block.post_attention_layernorm(block.mlp.fc2(functional.gelu(block.mlp.fc1(x))))

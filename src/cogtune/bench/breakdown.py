@@ -4,6 +4,7 @@ optimiser), by the kind of kernel elsewhere, and what is left between kernels.""
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,17 +77,23 @@ def profile_steps(run: Callable[[], Any], model: Any, optimizer: torch.optim.Opt
 
 @contextmanager
 def _named_parts(model: Any, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Mark tower (forward), head (forward and backward) and optimiser, so that the device's record names them."""
+    """Mark tower (forward), head with loss, and optimiser, so that the device's record names them.
+
+    The head begins where the decoder ends: a frozen one is not always called as a module.
+    """
     open_marks: dict[str, Any] = {}
+    depth: Counter[str] = Counter()
 
     def start(name: str) -> None:
-        open_marks[name] = record_function(_PREFIX + name)
-        open_marks[name].__enter__()
+        depth[name] += 1
+        if depth[name] == 1:
+            open_marks[name] = record_function(_PREFIX + name)
+            open_marks[name].__enter__()
 
     def stop(name: str) -> None:
-        mark = open_marks.pop(name, None)
-        if mark is not None:
-            mark.__exit__(None, None, None)
+        depth[name] -= 1
+        if depth[name] == 0:
+            open_marks.pop(name).__exit__(None, None, None)
 
     handles: list[Any] = []
 
@@ -94,6 +101,8 @@ def _named_parts(model: Any, optimizer: torch.optim.Optimizer) -> Iterator[None]
         handles.append(module.register_forward_pre_hook(lambda *_: start(name)))
         handles.append(module.register_forward_hook(lambda *_: stop(name)))
 
+    handles.append(model.model.register_forward_hook(lambda *_: start("head")))
+    handles.append(model.register_forward_hook(lambda *_: stop("head")))
     around(model.lm_head, "head")
     handles.append(model.lm_head.register_full_backward_pre_hook(lambda *_: start("head")))
     handles.append(model.lm_head.register_full_backward_hook(lambda *_: stop("head")))

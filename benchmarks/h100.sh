@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# The committed measurements of one H100, each a file in OUT; copy them into benchmarks/results and `make render`.
+#
+#   benchmarks/h100.sh OUT BASE PART ...
+#
+# BASE: a checkpoint folder of the published size (`cogtune bench make-checkpoint BASE`); the parts speed, grow and fill
+# make their weights themselves. Every file is whole after every row, and a part that fails does not stop the next.
+set -u
+out=$1 base=$2
+shift 2
+cd "$(dirname "$0")/.." || exit 1
+export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+mkdir -p "$out"
+
+bench() { # FILE COMMAND ...
+    local file=$out/$1.json log=$out/$1.log began=$SECONDS
+    shift
+    echo "== cogtune bench $*"
+    python -m cogtune bench "$@" --json "$file" 2>"$log" | grep -v '^{"kind"' || echo "FAILED: see $log"
+    echo "== $((SECONDS - began)) s"
+}
+
+speed() { # the targets, beside the stand-in of the published computation
+    bench speed-h100 train --steps 10 --warmup 3 --breakdown \
+        --variant baseline \
+        --variant "cached features=cached" --variant live --variant "cached-4 features=cached train.batch_size=4" \
+        --variant "recompute features=cached train.gradient_checkpointing=all" \
+        --variant "vqa1 features=cached preset=vqa1" --variant "vqa10 features=cached preset=vqa10" \
+        --variant "multi features=cached preset=sft311k-multi" --variant "caption features=cached preset=caption" \
+        --variant "rank16 features=cached lora.targets=experts lora.rank=16" \
+        --variant "eager features=cached train.compile=false" \
+        --variant "fp8-cached features=cached quant.experts=fp8 quant.tower=fp8" \
+        --variant "fp8-live quant.experts=fp8 quant.tower=fp8" \
+        --variant "nf4-recompute features=cached quant.experts=nf4 train.gradient_checkpointing=all"
+}
+
+fit() { bench fit-h100 fit --model "$base"; }
+
+plan() { # the planner's word; eager, so that no compilation is waited for
+    bench sweep-memory-bf16-h100 sweep memory --model "$base" --train.compile false
+    bench sweep-memory-nf4-h100 sweep memory --model "$base" --quant.experts nf4 --train.compile false
+}
+
+grow() {
+    bench sweep-text-h100 sweep text --train.gradient_checkpointing all
+    bench sweep-batch-h100 sweep batch --train.gradient_checkpointing all
+    bench sweep-questions-h100 sweep questions
+    bench sweep-rank-h100 sweep rank --train.compile false
+}
+
+fill() { bench fill-h100 fill --pictures 48 --data.cache_batch 1; }
+
+decode() {
+    bench decode-bf16-h100 decode --model "$base"
+    bench decode-nf4-h100 decode --model "$base" --quant.experts nf4 --quant.tower nf4
+}
+
+loader() { bench loader loader --rate 20; }
+
+for part in "$@"; do
+    case $part in
+    speed | fit | plan | grow | fill | decode | loader) "$part" ;;
+    *) echo "no part $part" ;;
+    esac
+done
