@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from cogtune.configuration.deepspeed import read_deepspeed
@@ -12,7 +13,7 @@ from cogtune.configuration.run import RunConfig
 from cogtune.configuration.sizes import parse_size
 from cogtune.plan.cards import Card
 from cogtune.plan.rows import Rows
-from cogtune.plan.setting import Adapter, Quant, Setting, Tower, adapted_names
+from cogtune.plan.setting import Adapter, Batch, Quant, Setting, Tower, adapted_names
 from cogtune.plan.sizes import ModelSizes
 
 CHOSEN = (
@@ -36,10 +37,9 @@ def setting_of(config: RunConfig, rows: Rows, *, ranks: int = 1, card: Card | No
     sizes, train = ModelSizes.from_folder(config.model.path), config.train
     lora, tensor = config.lora, int(getattr(config.parallel, "tensor", 1))
     adapter = Adapter(adapted_names(sizes, lora.targets, lora.extra), lora.rank, lora.dropout, lora.dora)
-    batch = rows.largest
     setting = Setting(
         sizes=sizes,
-        batch=type(batch)(train.batch_size, batch.images, batch.text, batch.labelled, batch.tree),
+        batch=_batch(config, rows, sizes),
         adapter=adapter,
         quant=_quant(config),
         tower=_tower(config, rows),
@@ -76,8 +76,6 @@ def budget_of(config: RunConfig) -> int | None:
 
 def recomputed(setting: Setting, policy: str | int) -> Setting:
     """``setting`` with the layers a plain policy recomputes; ``auto`` and budgets recompute none yet."""
-    from dataclasses import replace
-
     layers, blocks = setting.sizes.num_hidden_layers, setting.sizes.vision.num_hidden_layers
     if policy == "all":
         policy = 1
@@ -85,6 +83,15 @@ def recomputed(setting: Setting, policy: str | int) -> Setting:
         every = frozenset(range(0, layers, policy)), frozenset(range(0, blocks, policy))
         return replace(setting, decoder=every[0], blocks=every[1])
     return setting
+
+
+def _batch(config: RunConfig, rows: Rows, sizes: ModelSizes) -> Batch:
+    """A micro-batch of the longest rows; with a token budget, as many of them as it holds."""
+    train, limit = config.train, config.data.batch_tokens
+    count = train.batch_size
+    if limit is not None:
+        count = min(count * train.accumulation, max(1, limit // rows.largest.tokens(sizes)))
+    return replace(rows.largest, rows=count)
 
 
 def _quant(config: RunConfig) -> Quant:
@@ -115,8 +122,6 @@ def _engine(config: RunConfig, ranks: int) -> str:
 
 
 def _compiled(setting: Setting, config: RunConfig, card: Card | None) -> Setting:
-    from dataclasses import replace
-
     asked = config.train.compile
     compiled = card is not None and setting.engine in ("single", "ddp") if asked == "auto" else bool(asked)
     return replace(setting, compiled=compiled)
