@@ -40,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench_views import view_of
+from benchmarks.card_view import cards
 from benchmarks.plot import plot
 from benchmarks.views import VIEWS, markdown
 from cogtune.errors import catalogue
@@ -85,7 +86,7 @@ def render(text: str, results: Path = RESULTS, *, chinese: bool = False) -> str:
         content = json.loads(file.read_text(encoding="utf-8"))
         if path:
             return f"{match[1]}{_value(content, path, match['format'] or '', name)}{end}"
-        return f"{match[1]}\n{_table(content, name, chinese)}\n{end}"
+        return f"{match[1]}\n{_table(content, match['format'] or name, chinese)}\n{end}"
 
     text = COMBINATIONS_MARK.sub(lambda match: f"{match[1]}\n{table(chinese)}\n{match[2]}", MARK.sub(fill, text))
     return ERRORS_MARK.sub(lambda match: _errors(match, chinese), text)
@@ -114,7 +115,8 @@ def _value(content: Any, path: str, form: str, name: str) -> str:
 
 
 def _table(content: dict[str, Any], name: str, chinese: bool) -> str:
-    view = VIEWS.get(name) or view_of(content)
+    """A file's table; a mark's second word, where there is one, is the name of another view of it."""
+    view = {"cards": cards}.get(name) or VIEWS.get(name) or view_of(content)
     if view is not None:
         return view(content | {"file": name}, chinese)
     table = content.get("table")

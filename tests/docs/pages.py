@@ -23,7 +23,8 @@ class Block:
 
 def pages() -> list[Path]:
     """Every Markdown page of the project, as written."""
-    return sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")])
+    folders = ("docs", "benchmarks", "configs")
+    return sorted([*ROOT.glob("*.md"), *(page for name in folders for page in (ROOT / name).rglob("*.md"))])
 
 
 def name(page: Path) -> str:

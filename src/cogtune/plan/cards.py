@@ -94,10 +94,14 @@ def find_card(text: str) -> Card:
     if size:
         near = min((card for card in CARDS if card.bfloat16), key=lambda card: (abs(card.memory - size), card.flops))
         return replace(near, name=f"{format_size(size)} card", memory=size, measured=False)
-    exact = [card for card in CARDS if _plain(card.name) == wanted]
-    hits = exact or [card for card in CARDS if wanted and wanted in _plain(card.name)]
-    if hits:
-        return max(hits, key=lambda card: card.memory)
+    full, models = ({card: _plain(name) for card, name in names} for names in _names())
+    for hits in (
+        [card for card in CARDS if wanted == full[card]],
+        [card for card in CARDS if wanted == models[card]],
+        [card for card in CARDS if wanted and wanted in full[card]],
+    ):
+        if hits:
+            return max(hits, key=lambda card: card.memory)
     near_names = difflib.get_close_matches(wanted, [_plain(card.name) for card in CARDS], n=1)
     known = ", ".join(card.name for card in CARDS)
     hint = next((f"did you mean `{card.name}`?" for card in CARDS if [_plain(card.name)] == near_names), None)
@@ -105,6 +109,11 @@ def find_card(text: str) -> Card:
         f"--card: `{text}` is no card known here and no size",
         hint=hint or f"give a size such as 24GiB, or one of {known}",
     )
+
+
+def _names() -> tuple[list[tuple[Card, str]], list[tuple[Card, str]]]:
+    """Every card with its whole name, and with its name without the size."""
+    return [(card, card.name) for card in CARDS], [(card, card.name.rsplit(" ", 1)[0]) for card in CARDS]
 
 
 def named_like(driver_name: str) -> Card:

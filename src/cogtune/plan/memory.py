@@ -182,7 +182,8 @@ def _train(setting: Setting) -> Phase:
     parts["activations"] = moment.activations
     parts["adapter gradients"] = moment.gradients
     parts["logits"] = moment.logits
-    parts["workspace"] = moment.workspace + LIBRARIES
+    kept = setting.sizes.num_hidden_layers - len(setting.decoder)
+    parts["workspace"] = moment.workspace + LIBRARIES + ALLOCATOR.per_layer * kept
     parts["batch"] = batch_bytes(setting)
     parts["communication"] = communication_bytes(setting)
     passing = moment.total
