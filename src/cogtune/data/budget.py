@@ -7,7 +7,7 @@ question that alone is too long, and an answer that is too long, are dropped or 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -92,6 +92,8 @@ class Budget:
         self.encoder = encoder
         self.data = data
         self.report = BudgetReport()
+        self.seen: Callable[[Conversation, int, int, int], None] | None = None
+        """Told of every answer: its conversation and turn, and the tokens of its fitted prompt and of the answer."""
 
     def fit(self, pictures: Sequence[Picture]) -> Iterator[FittedPicture]:
         """The samples of every picture, in order; a picture may be left with none.
@@ -150,6 +152,8 @@ class Budget:
     def _sample(self, item: _Wanted, answer: int) -> Sample | None:
         data, report = self.data, self.report
         report.answers += 1
+        if self.seen is not None:
+            self.seen(item.conversation, item.turn, len(item.tokens), answer)
         if len(item.tokens) > data.max_input_len:
             if data.long_prompt == "error":
                 raise self._too_long(item, "question", len(item.tokens), "max_input_len", data.max_input_len)

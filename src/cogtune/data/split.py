@@ -63,7 +63,7 @@ def read_and_split(data: DataSection, seed: int) -> DataSplit:
     pictures, report = read_sources(data)
     if data.validation:
         validation, own_report = read_sources(data, data.validation)
-        _refuse_overlap(pictures, validation)
+        refuse_overlap(pictures, validation)
         return DataSplit(pictures, validation, report, own_report)
     train, validation = split(pictures, data.validation_share, seed)
     if not train:
@@ -95,7 +95,8 @@ def _keys_by_file(pictures: Iterable[Picture]) -> dict[str, str]:
     return keys
 
 
-def _refuse_overlap(train: Iterable[Picture], validation: Iterable[Picture]) -> None:
+def refuse_overlap(train: Iterable[Picture], validation: Iterable[Picture]) -> None:
+    """Raise DataError ``data-overlap`` where both have a picture file, or the text of a text-only record."""
     trained = {os.path.realpath(p.image) if p.image is not None else p.split_key: p for p in train}
     for picture in validation:
         place = os.path.realpath(picture.image) if picture.image is not None else picture.split_key

@@ -1,0 +1,206 @@
+"""``cogtune data check``: look through a data set before anything is trained on it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from rich.console import Console
+
+    from cogtune.cli.options import Arguments
+    from cogtune.configuration.run import RunConfig
+    from cogtune.data.check import CheckReport, Finding
+    from cogtune.data.statistics import Histogram
+
+_USAGE = "usage: cogtune data check [CONFIG.yaml | DATA] [--section.key value ...] [--json]"
+_ABOUT = """\
+Look through a data set as training would read it, without GPU, model or torch: missing partners, pictures that cannot
+be read, roles, empty answers, pictures and questions that come twice or leak into validation, lengths against the
+budgets, languages, the balance of short answers.
+
+Lengths are exact with the model's tokenizer file (--model: its folder is enough, no weights), else estimates.
+
+  cogtune data check my-data --model cogvlm2
+  cogtune data check run.yaml
+  cogtune data check llava.json --data.image_root coco/train2017 --json
+
+Exit code 2: training would stop."""
+_FLAGS = {
+    "--json": "Print everything as JSON on standard output, every finding included.",
+    "--config FILE": "The configuration file, as the first argument.",
+    "--help, -h": "This text.",
+}
+KEYS = ("model.path", "model.template", "data.path", "data.", "train.seed")
+_SHOWN = 5
+_BAR = 30
+
+
+def add_to(group: typer.Typer) -> None:
+    """Add the command. Its flags are configuration keys, so they are split by `cogtune.cli.options`."""
+    group.command(
+        "check",
+        help="Look through a data set before anything is trained on it.",
+        add_help_option=False,
+        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    )(_check)
+
+
+def _check(ctx: typer.Context) -> int:
+    from cogtune.cli.options import split_arguments
+
+    if {"--help", "-h"} & set(ctx.args):
+        print_help(_USAGE, _ABOUT, _FLAGS)
+        return 0
+    arguments = split_arguments(ctx.args, switches=["json"])
+    config, model = data_config(arguments)
+
+    from cogtune.data.check import check
+    from cogtune.processing.tokenfile import find_token_file
+
+    tokens = find_token_file(model, config.model.template)
+    with progress_bar() as progress:
+        report = check(config.data, config.train.seed, tokens, progress)
+    if model is not None and not tokens.exact:
+        report.notes.append(f"no tokenizer.json at {model}: lengths are estimates")
+    if "json" in arguments.switches:
+        print(json.dumps(report.to_dict(), ensure_ascii=False, indent=1))
+    else:
+        _print(report)
+    return 0 if report.ok else 2
+
+
+def print_help(usage: str, about: str, flags: dict[str, str]) -> None:
+    """The help of a command about data."""
+    from cogtune.cli.options import flags_help, keys_help
+
+    print("\n".join([usage, "", about, "", "Flags of this invocation:", *flags_help(flags)]))
+    print("\nConfiguration keys that count here (any other may stand in the file):", end="")
+    print("\n".join(["", *keys_help(only=KEYS)]))
+
+
+def data_config(arguments: Arguments) -> tuple[RunConfig, str | None]:
+    """The configuration of a command about data, and the model if one is named. The positional argument may be data."""
+    from cogtune.configuration.load import build_with_defaults
+
+    path, overrides = arguments.config, dict(arguments.overrides)
+    if path is not None and Path(path).suffix.lower() not in (".yaml", ".yml"):
+        given = overrides.pop("data", []) + overrides.pop("data.path", [])
+        overrides["data"] = [path, *given]
+        path = None
+    needed = {"model.path": "-", "train.output": "-"}
+    config, used = build_with_defaults(path, overrides, needed)
+    return config, None if "model.path" in used else config.model.path
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on standard error, one line per kind of work."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        tasks = {}
+
+        def tell(what: str, done: int, total: int) -> None:
+            if done % 64 and done != total:
+                return
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield tell
+
+
+def _print(report: CheckReport) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    counts = report.counts
+    if counts:
+        only = f", {counts['text_only']} without a picture" if counts["text_only"] else ""
+        console.print(f"{counts['pictures']} pictures, {counts['conversations']} conversations{only}", markup=False)
+        console.print(f"{counts['turns']} questions; {counts['bad']} records cannot be used", markup=False)
+    if "train_pictures" in counts:
+        sides = f"{counts['train_pictures']} for training, {counts['validation_pictures']} for validation"
+        console.print(f"pictures and text-only records: {sides}", markup=False)
+    for source in report.sources:
+        console.print(f"  {source['path']}: {source['labels']}, {source['conversations']} conversations", markup=False)
+    for note in report.notes:
+        console.print(note, markup=False)
+    if report.answers.number:
+        _lengths(console, report)
+        _texts(console, report)
+    _findings(console, "warnings", "yellow", report.warnings)
+    _findings(console, "errors: training would stop", "red", report.errors)
+    verdict = "training would start" if report.ok else "training would stop"
+    console.print(f"checked in {report.seconds:.1f} s: {verdict}", style="bold", markup=False)
+
+
+def _lengths(console: Console, report: CheckReport) -> None:
+    mark = "" if report.exact else " (ESTIMATED: name the model's folder with --model for exact lengths)"
+    for name, histogram in (
+        ("tokens of a prompt", report.prompts),
+        ("tokens of an answer", report.answers),
+        ("tokens of a row, with the picture", report.rows),
+    ):
+        _histogram(console, f"{name}{mark}", histogram)
+    budget, answers = report.budget, max(1, report.budget["answers"])
+    for key, what in {
+        "dropped_long_prompt": "answers dropped: the question is longer than data.max_input_len",
+        "dropped_long_answer": "answers dropped: longer than data.max_output_len",
+        "truncated_answers": "answers truncated to data.max_output_len",
+        "trimmed": "answers trained without their oldest turns",
+    }.items():
+        if budget[key]:
+            console.print(f"{budget[key]} ({100 * budget[key] / answers:.1f} %) {what}", markup=False)
+
+
+def _histogram(console: Console, title: str, histogram: Histogram) -> None:
+    if not histogram.number:
+        return
+    mean = histogram.total / histogram.number
+    console.print(f"\n{title}: mean {mean:.1f}, longest {histogram.most}", markup=False)
+    largest = max(count for _, count in histogram.ranges())
+    for name, count in histogram.ranges():
+        console.print(f"  {name:>10} {count:>8} {'█' * round(_BAR * count / largest)}", markup=False)
+
+
+def _texts(console: Console, report: CheckReport) -> None:
+    total = max(1, sum(report.languages.values()))
+    parts = [f"{name} {100 * count / total:.1f} %" for name, count in report.languages.items()]
+    console.print(f"\nwriting of the texts: {', '.join(parts)}", markup=False)
+    if report.closed.closed:
+        answers = report.closed.to_dict(8)
+        shares = ", ".join(f"{answer} {100 * share:.1f} %" for answer, share in answers["shares"].items())
+        console.print(f"{answers['different']} different short answers: {shares}", markup=False)
+
+
+def _findings(console: Console, title: str, colour: str, findings: Sequence[Finding]) -> None:
+    if not findings:
+        return
+    counts = Counter(finding.code for finding in findings)
+    console.print(f"\n{title}", style=f"bold {colour}", markup=False)
+    for code, count in counts.most_common():
+        console.print(f"{count} x {code}", style=colour, markup=False)
+        chosen = [finding for finding in findings if finding.code == code]
+        for finding in chosen[:_SHOWN]:
+            place = f"{finding.where}: " if finding.where else ""
+            console.print(f"  {place}{finding.what}", markup=False)
+        if count > _SHOWN:
+            console.print(f"  ... and {count - _SHOWN} more (--json lists all)", markup=False)
+
+
+def warn(text: str) -> None:
+    """Something to know, beside the output."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,272 @@
+"""Look through a whole data set as training would read it, and say everything about it; no model, no GPU, no torch.
+
+Headers and labels first, then what is there twice, then lengths. A finding is an error where training would stop, else
+a warning.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from cogtune.data import duplicates
+from cogtune.data.budget import Budget
+from cogtune.data.problems import Problem, Problems
+from cogtune.data.records import Conversation, Picture
+from cogtune.data.report import DataReport
+from cogtune.data.rows import plan_rows
+from cogtune.data.sources import collect_sources
+from cogtune.data.split import refuse_overlap, split
+from cogtune.data.statistics import Answers, Histogram, scripts
+from cogtune.errors import DataError
+from cogtune.processing.tokenfile import TokenFile
+
+if TYPE_CHECKING:
+    from cogtune.configuration.run import DataSection
+
+Progress = Callable[[str, int, int], None]
+"""Told what is going on, how much of it is done, and of how much."""
+_DOMINANT = 0.9
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about the data. ``code`` is an error's code, or the name of a warning; ``where`` file and record."""
+
+    level: str
+    code: str
+    where: str
+    what: str
+
+
+@dataclass
+class CheckReport:
+    """Everything that was found; ``to_dict`` is what ``--json`` prints. ``exact`` False: lengths are estimates."""
+
+    exact: bool
+    findings: list[Finding] = field(default_factory=list)
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    prompts: Histogram = field(default_factory=Histogram)
+    answers: Histogram = field(default_factory=Histogram)
+    rows: Histogram = field(default_factory=Histogram)
+    turns: Histogram = field(default_factory=Histogram)
+    budget: dict[str, int] = field(default_factory=dict)
+    languages: dict[str, int] = field(default_factory=dict)
+    closed: Answers = field(default_factory=Answers)
+    fingerprint: str = ""
+    seconds: float = 0.0
+
+    @property
+    def errors(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.level == "error"]
+
+    @property
+    def warnings(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.level == "warning"]
+
+    @property
+    def ok(self) -> bool:
+        """Whether training would start."""
+        return not self.errors
+
+    def add(self, level: str, code: str, where: str, what: str) -> None:
+        self.findings.append(Finding(level, code, where, what))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "ok": self.ok,
+            "lengths": "exact" if self.exact else "estimated",
+            "counts": self.counts,
+            "sources": self.sources,
+            "errors": [asdict(finding) for finding in self.errors],
+            "warnings": [asdict(finding) for finding in self.warnings],
+            "notes": self.notes,
+            "turns_per_conversation": self.turns.to_dict(),
+            "prompt_tokens": self.prompts.to_dict(),
+            "answer_tokens": self.answers.to_dict(),
+            "row_tokens": self.rows.to_dict(),
+            "budget": self.budget,
+            "languages": self.languages,
+            "answers": self.closed.to_dict(),
+            "fingerprint": self.fingerprint,
+            "seconds": round(self.seconds, 1),
+        }
+
+
+def check(data: DataSection, seed: int, tokens: TokenFile, progress: Progress | None = None) -> CheckReport:
+    """Read everything that ``data`` names and report. Nothing is raised for bad data: it is in the report."""
+    began = time.monotonic()
+    report = CheckReport(tokens.exact)
+    tell = progress or (lambda *_: None)
+    try:
+        pictures, validation, found = _read(data, seed, report, tell)
+    except DataError as error:
+        report.add("error", error.code, "", error.message)
+        report.seconds = time.monotonic() - began
+        return report
+    _describe(report, [*pictures, *validation])
+    contents = duplicates.picture_contents(
+        [*pictures, *validation], lambda done, total: tell("pictures of equal size", done, total)
+    )
+    _repeated(report, pictures, validation, contents, data)
+    _lengths(report, pictures, data, tokens, lambda done, total: tell("texts", done, total))
+    _dominant_answer(report)
+    if not pictures and not found:
+        report.add("error", "data-nothing-left", "", "nothing to train on")
+    report.seconds = time.monotonic() - began
+    return report
+
+
+def _read(
+    data: DataSection, seed: int, report: CheckReport, tell: Progress
+) -> tuple[list[Picture], list[Picture], int]:
+    """Training and validation pictures, and how many problems were found."""
+
+    def done(count: int, total: int) -> None:
+        tell("pictures and labels", count, total)
+
+    pictures, read, problems = collect_sources(data, done=done)
+    _take(report, read, problems, len(pictures), data)
+    report.fingerprint = read.fingerprint
+    found = len(problems.found)
+    if data.validation:
+        validation, own, own_problems = collect_sources(data, data.validation, done)
+        _take(report, own, own_problems, len(validation), data)
+        try:
+            refuse_overlap(pictures, validation)
+        except DataError as error:
+            report.add("error", error.code, "", error.message)
+        return pictures, validation, found + len(own_problems.found)
+    train, validation = split(pictures, data.validation_share, seed)
+    if pictures and not train:
+        what = f"data.validation_share {data.validation_share:g} leaves nothing to train on"
+        report.add("error", "data-split", "", what)
+    return train, validation, found
+
+
+def _take(report: CheckReport, read: DataReport, problems: Problems, pictures: int, data: DataSection) -> None:
+    """Problems are errors where they would stop training."""
+    for key in ("pictures", "conversations", "turns", "text_only", "turned", "animated", "special"):
+        report.counts[key] = report.counts.get(key, 0) + int(getattr(read, key))
+    report.counts["bad"] = report.counts.get("bad", 0) + sum(problems.lost.values())
+    report.sources += [asdict(source) for source in read.sources]
+    report.notes += read.lines()[1:]
+    level = "error" if data.on_bad == "error" else "warning"
+    for problem in problems.found:
+        report.add(level, problem_code(problem), problem.where, problem.what)
+    try:
+        problems.settle(read.conversations, data.on_bad, data.max_bad_share)
+    except DataError as error:
+        if error.code == "data-bad-share":
+            report.add("error", error.code, "", error.message.split("; the first")[0])
+
+
+def problem_code(problem: Problem) -> str:
+    return problem.error().code
+
+
+def _describe(report: CheckReport, pictures: Sequence[Picture]) -> None:
+    languages: Counter[str] = Counter()
+    for picture in pictures:
+        for conversation in picture.conversations:
+            report.turns.add(len(conversation.turns))
+            languages += scripts(text for turn in conversation.turns for text in (turn.question, turn.answer))
+            for turn in conversation.turns:
+                report.closed.add(turn.answer)
+    report.languages = dict(languages.most_common())
+    report.counts["questions"] = report.closed.counts.total() + report.closed.long
+
+
+def _repeated(
+    report: CheckReport,
+    train: Sequence[Picture],
+    validation: Sequence[Picture],
+    contents: dict[Any, str],
+    data: DataSection,
+) -> None:
+    found = duplicates.repeated([*train, *validation], contents, data.caption_question)
+    for first, *others in found.pictures:
+        report.add("warning", "duplicate-picture", others[0], f"the same picture as {first}{_more(others)}")
+    for first, *others in found.records:
+        report.add(
+            "warning", "duplicate-record", others[0], f"the same questions and answers as {first}{_more(others)}"
+        )
+    for first, *others in found.contradictions:
+        what = f"the question of {first} about the same picture, with another answer{_more(others)}"
+        report.add("warning", "other-answer", others[0], what)
+    for held, trained in duplicates.leaks(train, validation, contents):
+        report.add("warning", "validation-leak", held, f"validation shows the picture that training has as {trained}")
+    report.counts["train_pictures"], report.counts["validation_pictures"] = len(train), len(validation)
+
+
+def _more(others: Sequence[str]) -> str:
+    return f" (and {len(others) - 1} more)" if len(others) > 1 else ""
+
+
+def _lengths(
+    report: CheckReport,
+    pictures: Sequence[Picture],
+    data: DataSection,
+    tokens: TokenFile,
+    done: Callable[[int, int], None],
+) -> None:
+    """Histograms, and what the budgets and ``data.max_row_tokens`` would do."""
+    refused = {name for name in ("long_prompt", "long_answer") if getattr(data, name) == "error"}
+    budget = Budget(_Counting(tokens), data.model_copy(update=dict.fromkeys(refused, "drop")))  # type: ignore[arg-type]
+
+    def seen(conversation: Conversation, turn: int, prompt: int, answer: int) -> None:
+        report.prompts.add(prompt)
+        report.answers.add(answer)
+        where = f"{conversation.source}: turn {turn + 1}"
+        for name, length, limit in (
+            ("long_prompt", prompt, data.max_input_len),
+            ("long_answer", answer, data.max_output_len),
+        ):
+            if name in refused and length > limit:
+                key = "max_input_len" if name == "long_prompt" else "max_output_len"
+                level = "error" if report.exact else "warning"
+                report.add(level, "data-too-long", where, f"{length} tokens, data.{key} allows {limit}")
+
+    budget.seen = seen
+    for fitted in budget.fit(pictures):
+        picture = pictures[fitted.index]
+        head = 1 + (0 if picture.image is None else tokens.num_image_tokens)
+        one_random = data.turns == "one_random"
+        for row in plan_rows(fitted, head=head, limit=data.max_row_tokens, one_random=one_random):
+            report.rows.add(row.tokens)
+            if data.max_row_tokens is not None and row.tokens > data.max_row_tokens:
+                where = picture.conversations[row.samples[0].conversation].source
+                what = f"one answer takes {row.tokens} tokens, data.max_row_tokens is {data.max_row_tokens}"
+                report.add("error" if report.exact else "warning", "data-max-row-tokens", where, what)
+        done(fitted.index + 1, len(pictures))
+    report.budget = {**budget.report.to_dict(), "trained": budget.report.trained}
+    if pictures and not budget.report.trained:
+        what = f"none of {budget.report.answers} answers fits data.max_input_len and data.max_output_len"
+        report.add("error" if report.exact else "warning", "data-nothing-left", "", what)
+
+
+@dataclass(frozen=True)
+class _Counting:
+    """What a `Budget` asks of an encoder."""
+
+    tokenizer: TokenFile
+
+    @property
+    def template(self) -> str:
+        return self.tokenizer.template
+
+
+def _dominant_answer(report: CheckReport) -> None:
+    closed = report.closed
+    if not closed.closed:
+        return
+    answer, count = closed.counts.most_common(1)[0]
+    share = count / (closed.counts.total() + closed.long)
+    if share >= _DOMINANT:
+        what = f"{100 * share:.1f} % of the answers are `{answer}`: a model that always says it is right as often"
+        report.add("warning", "one-answer", "", what)

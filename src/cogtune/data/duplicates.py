@@ -1,0 +1,94 @@
+"""Pictures, questions and answers that a data set holds more than once, and what validation shares with training."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cogtune.data.pictures import in_threads
+from cogtune.data.records import Conversation, Picture
+
+Told = Callable[[int, int], None]
+
+
+def picture_contents(pictures: Iterable[Picture], done: Told | None = None) -> dict[Path, str]:
+    """What tells a picture's content from others': path -> digest of the file's bytes, or its place and size.
+
+    Only files of which several have the same size are read: others cannot be equal.
+    """
+    sizes: defaultdict[int, dict[str, list[Path]]] = defaultdict(dict)
+    for picture in pictures:
+        if picture.image is not None:
+            sizes[picture.image_bytes].setdefault(os.path.realpath(picture.image), []).append(picture.image)
+    contents: dict[Path, str] = {}
+    read: list[str] = []
+    for size, places in sizes.items():
+        if len(places) > 1:
+            read += places
+            continue
+        for place, paths in places.items():
+            contents.update(dict.fromkeys(paths, f"{size}:{place}"))
+    told = None if done is None else lambda count: done(count, len(read))
+    digests = dict(zip(read, in_threads(_digest, read, told), strict=True))
+    for places in sizes.values():
+        for place, paths in places.items():
+            if place in digests:
+                contents.update(dict.fromkeys(paths, digests[place]))
+    return contents
+
+
+def _digest(place: str) -> str:
+    with open(place, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+
+
+@dataclass
+class Repeated:
+    """Groups of places (``source`` of the conversations): pictures with the same content under several names; records
+    with the same question and answer; records with the same question and other answers."""
+
+    pictures: list[list[str]] = field(default_factory=list)
+    records: list[list[str]] = field(default_factory=list)
+    contradictions: list[list[str]] = field(default_factory=list)
+
+
+def repeated(pictures: Sequence[Picture], contents: dict[Path, str], caption_question: str | None) -> Repeated:
+    """What stands in ``pictures`` more than once. Several captions of a picture are no contradiction."""
+    files: defaultdict[str, dict[str, str]] = defaultdict(dict)
+    asked: defaultdict[tuple[str, str], list[Conversation]] = defaultdict(list)
+    for picture in pictures:
+        content = "" if picture.image is None else contents[picture.image]
+        if picture.image is not None:
+            files[content].setdefault(str(picture.image), str(picture.image))
+        for conversation in picture.conversations:
+            asked[content, conversation.turns[0].question.strip()].append(conversation)
+    found = Repeated(pictures=[list(names) for names in files.values() if len(names) > 1])
+    for (_, question), conversations in asked.items():
+        if len(conversations) > 1:
+            _compare(question, conversations, caption_question, found)
+    return found
+
+
+def _compare(question: str, conversations: list[Conversation], caption_question: str | None, found: Repeated) -> None:
+    by_text: defaultdict[tuple[tuple[str, str], ...], list[str]] = defaultdict(list)
+    first_answers: dict[str, str] = {}
+    for conversation in conversations:
+        by_text[tuple((t.question, t.answer) for t in conversation.turns)].append(conversation.source)
+        first_answers.setdefault(conversation.turns[0].answer.strip(), conversation.source)
+    found.records += [sources for sources in by_text.values() if len(sources) > 1]
+    if len(first_answers) > 1 and question != (caption_question or "").strip():
+        found.contradictions.append(list(first_answers.values()))
+
+
+def leaks(train: Sequence[Picture], validation: Sequence[Picture], contents: dict[Path, str]) -> list[tuple[str, str]]:
+    """Pairs of files, of validation and of training, that show the same picture."""
+    trained = {contents[picture.image]: str(picture.image) for picture in train if picture.image is not None}
+    return [
+        (str(picture.image), trained[contents[picture.image]])
+        for picture in validation
+        if picture.image is not None and contents[picture.image] in trained
+    ]

@@ -1,0 +1,121 @@
+"""A checkpoint's tokenizer and sizes from two small files, without torch and transformers.
+
+For commands that only look at data. Without the files, lengths are estimated from the text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cogtune.errors import CheckpointError
+
+PUBLISHED_IDS = {"bos": 128000, "eos": 128001, "pad": 128002}
+# What an estimate takes for one token: a word's beginning of up to eight letters, three digits, one CJK character.
+_PIECE = re.compile(r" ?[A-Za-z]{1,8}|\d{1,3}|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\s*\n+|[^\sA-Za-z\d]{1,2}")
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """A tokenizer as `Encoder` and the budgets use it, with the numbers of its model that decide lengths.
+
+    ``exact`` False: there is no tokenizer file, and tokens are estimates. ``image_size`` in pixels.
+    """
+
+    tokenizer: Any
+    exact: bool
+    template: str
+    num_image_tokens: int
+    image_size: int
+    bos_id: int
+    eos_id: int
+    image_id: int
+
+    def __call__(self, texts: list[str], *, add_special_tokens: bool, verbose: bool = False) -> dict[str, Any]:
+        if not self.exact:
+            return {"input_ids": [estimated_tokens(text) for text in texts]}
+        encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        return {"input_ids": [one.ids for one in encoded]}
+
+    def encode(self, text: str, *, add_special_tokens: bool, verbose: bool = False) -> list[int]:
+        ids: list[int] = self([text], add_special_tokens=add_special_tokens)["input_ids"][0]
+        return ids
+
+
+def estimated_tokens(text: str) -> list[int]:
+    """Stand-ins for the tokens of ``text``: about as many, and equal where the text is equal."""
+    return [hash(piece) for piece in _PIECE.findall(text)]
+
+
+def find_token_file(model: str | None, template: str | None = None) -> TokenFile:
+    """The tokenizer of ``model``: a folder, a ``tokenizer.json``, or a hub id whose files are in the local cache.
+
+    Nothing is fetched. Where there is no such file, lengths are estimated and sizes are the published model's.
+
+    :raises CheckpointError: the file is there and cannot be read.
+    """
+    folder = None if model is None else _local_folder(model)
+    config = _config(folder)
+    tokenizer = None if folder is None else _tokenizer(folder / "tokenizer.json")
+    vision = config.get("vision_config") or {}
+    size, patch = int(vision.get("image_size", 1344)), int(vision.get("patch_size", 14))
+    eos = config.get("eos_token_id", PUBLISHED_IDS["eos"])
+    return TokenFile(
+        tokenizer=tokenizer,
+        exact=tokenizer is not None,
+        template=template or str(config.get("template_version", "chat")),
+        num_image_tokens=(size // patch // 2) ** 2 + 2,
+        image_size=size,
+        bos_id=int(config.get("bos_token_id", PUBLISHED_IDS["bos"])),
+        eos_id=int(eos[0] if isinstance(eos, list) else eos),
+        image_id=int(config.get("pad_token_id", PUBLISHED_IDS["pad"])),
+    )
+
+
+def _local_folder(model: str) -> Path | None:
+    path = Path(model).expanduser()
+    if path.name == "tokenizer.json" and path.is_file():
+        return path.parent
+    if path.is_dir():
+        return path
+    if path.is_absolute() or model.count("/") != 1:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(model, "tokenizer.json")
+    except HFValidationError:
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def _config(folder: Path | None) -> dict[str, Any]:
+    file = None if folder is None else folder / "config.json"
+    if file is None or not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{file}: not valid JSON ({error})", hint="copy it from the published checkpoint", code="checkpoint-config"
+        ) from error
+    return found if isinstance(found, dict) else {}
+
+
+def _tokenizer(file: Path) -> Any:
+    if not file.is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise CheckpointError(
+            f"{file}: the tokenizer cannot be read ({error})",
+            hint="copy tokenizer.json from the published checkpoint again",
+            code="checkpoint-tokenizer",
+        ) from error
