@@ -21,7 +21,7 @@ from cogtune.checkpoint import training as checkpoints
 from cogtune.checkpoint.load import load_model
 from cogtune.train.log import read_metrics
 from cogtune.train.run import train
-from tests.support.engine_cases import LENGTHS, MOVED, STOP_AT, make_case
+from tests.support.engine_cases import LEFT_OUT, LENGTHS, MOVED, STOP_AT, make_case
 from tests.support.launching import launch, torchrun
 from tests.support.training import make_config, write_data
 
@@ -63,10 +63,18 @@ def launched(
         train(make_case(tiny_checkpoint, data, output, f"from-single-{name}", rows=2, train__max_steps=4, **values))
     if request.param.startswith("zero"):
         pytest.importorskip("deepspeed")
+    (output / "engine").write_text(request.param)
     arguments = [str(word) for word in (tiny_checkpoint, data, output, request.param)]
     launched = launch(torchrun("-m", "tests.support.engine_cases", *arguments))
     assert launched.code == 0, launched.output
     return output
+
+
+def case(launched: Path, name: str) -> Path:
+    """The folder of a case; the test is skipped where this engine's list leaves it out."""
+    if name in LEFT_OUT.get((launched / "engine").read_text(), ()):
+        pytest.skip("run for zero2: this engine takes about a second for a step on a CPU")
+    return launched / name
 
 
 def losses(output: Path, kind: str = "train") -> list[float]:
@@ -116,7 +124,7 @@ def test_twenty_sgd_steps(launched: Path, single: Path) -> None:
 
 
 def test_twenty_adamw_steps(launched: Path, single: Path) -> None:
-    assert losses(launched / "adamw") == pytest.approx(losses(single / "adamw"), rel=1e-4)
+    assert losses(case(launched, "adamw")) == pytest.approx(losses(single / "adamw"), rel=1e-4)
     assert difference(launched, single, "adamw") <= 1e-2
 
 
@@ -139,7 +147,7 @@ def test_validation_counts_every_record_once(launched: Path, single: Path) -> No
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_resuming_is_bit_equal(launched: Path, dtype: str) -> None:
     """With dropout: every rank's random numbers are in the checkpoint, and in bfloat16 the float32 masters."""
-    whole, resumed = launched / f"whole-{dtype}" / "last", launched / f"resumed-{dtype}" / "last"
+    whole, resumed = case(launched, f"whole-{dtype}") / "last", launched / f"resumed-{dtype}" / "last"
     for name in ("adapter_model.safetensors", "optimizer.safetensors", "rng.safetensors"):
         assert (whole / name).read_bytes() == (resumed / name).read_bytes()
     assert all(value.dtype == torch.float32 for value in checkpoints.load(whole).tensors.values())
@@ -171,11 +179,12 @@ def test_a_run_moves_between_engines_and_numbers_of_ranks(
 
 def test_sigterm_on_one_rank_stops_all_after_saving(launched: Path) -> None:
     """And the same command again ends in the same bits."""
+    stopped = case(launched, "stopped")
     for rank in (0, 1):
         said = (launched / f"stopped.rank{rank}").read_text()
         assert said.startswith("143 stopped by SIGTERM")
         assert f"step {STOP_AT} of 6 is saved" in said
-    whole, stopped = launched / "whole-float32", launched / "stopped"
+    whole = launched / "whole-float32"
     for name in ("adapter_model.safetensors", "optimizer.safetensors", "rng.safetensors"):
         assert (whole / "last" / name).read_bytes() == (stopped / "last" / name).read_bytes()
     assert losses(stopped) == losses(whole)
@@ -190,7 +199,7 @@ def test_adapters_are_float32_whatever_a_run_computes_in(launched: Path) -> None
 
 
 def test_a_bad_loss_on_one_rank_stops_all_and_names_its_record(launched: Path) -> None:
-    record = (launched / "poisoned.record").read_text()
+    record = case(launched, "poisoned").with_suffix(".record").read_text()
     for rank in (0, 1):
         assert re.search(f"from records? {re.escape(record)}[;,]", (launched / f"poisoned.rank{rank}").read_text())
     assert not list((launched / "poisoned").glob("checkpoint-*"))

@@ -338,8 +338,8 @@ class ParallelSection(Section):
 
     engine: Engine = Field(
         default="auto",
-        description="auto: what the launcher asks for: one device without a launcher, ddp under torchrun, ZeRO under"
-        " the deepspeed launcher.",
+        description="auto: one device without a launcher; under torchrun ddp where the whole model fits each card, else"
+        " fsdp2; zero2 under the deepspeed launcher.",
     )
     launch: Literal["all"] | Annotated[int, Field(ge=1)] | None = Field(
         default=None,

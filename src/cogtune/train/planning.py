@@ -18,6 +18,7 @@ from cogtune.errors import OutOfMemoryError, SetupError
 from cogtune.plan.calibration import CONTEXT
 from cogtune.plan.cards import Card, named_like
 from cogtune.plan.choose import best, checkpointing, fits, tower_fits
+from cogtune.plan.choose import engine as engine_for
 from cogtune.plan.device import local_cards
 from cogtune.plan.memory import predict, weights
 from cogtune.plan.proposal import PlanError, keys_of, plan_of, too_small
@@ -27,7 +28,7 @@ from cogtune.plan.rows import summary as rows_summary
 from cogtune.plan.run import budget_of, setting_of
 from cogtune.plan.setting import Setting
 from cogtune.plan.sizes import ModelSizes
-from cogtune.train.engines import Engine
+from cogtune.train.engines import Engine, Group
 from cogtune.train.inputs import Inputs
 from cogtune.train.log import log
 
@@ -165,16 +166,39 @@ class Planned:
 
 def plan_run(config: RunConfig, inputs: Inputs, engine: Engine, accumulation: int, *, force: bool = False) -> Planned:
     """The plan of this run; collective: every rank gets the card with the least free memory."""
-    sizes = ModelSizes.from_folder(config.model.path)
-    shapes = inputs.rows.shapes
-    rows = rows_summary(shapes, sum(shape.picture for shape in shapes), sizes.image_tokens)
-    own = _own_card(engine.device) if engine.device.type == "cuda" else None
-    found = [card for card in engine.group.gather(own) if card is not None]
-    card = min(found, key=lambda card: card.usable, default=None)
+    rows, card = _rows(config, inputs), _least_card(engine.group)
     setting = setting_of(config, rows, ranks=engine.group.size, card=card)
     name = engine.name if engine.name != "tensor" else ("ddp" if engine.group.size > 1 else "single")
     setting = replace(setting, engine=name, accumulation=accumulation, ranks=engine.group.size * setting.tensor)
     return Planned(config, rows, setting, card, force)
+
+
+def auto_engine(config: RunConfig, inputs: Inputs, group: Group) -> str:
+    """What ``parallel.engine: auto`` comes to where torchrun started several processes; collective."""
+    return fitting_engine(config, _rows(config, inputs), _least_card(group), group.size)
+
+
+def fitting_engine(config: RunConfig, rows: Rows, card: Card | None, ranks: int) -> str:
+    """ddp, or fsdp2 where the whole model fits no such card however much is recomputed. Without a GPU: ddp."""
+    if card is None:
+        return "ddp"
+    setting = setting_of(config, rows, ranks=ranks, card=card)
+    if config.data.cache_features == "auto" and setting.tower == "live" and not setting.tower_trains:
+        setting = replace(setting, tower="cached")
+    return engine_for(setting, card.usable, ranks)
+
+
+def _rows(config: RunConfig, inputs: Inputs) -> Rows:
+    shapes = inputs.rows.shapes
+    pictures = sum(shape.picture for shape in shapes)
+    return rows_summary(shapes, pictures, ModelSizes.from_folder(config.model.path).image_tokens)
+
+
+def _least_card(group: Group) -> Card | None:
+    """Of all ranks' cards the one with the least free memory; None on CPUs."""
+    own = _own_card(group.device) if group.device.type == "cuda" else None
+    found = [card for card in group.gather(own) if card is not None]
+    return min(found, key=lambda card: card.usable, default=None)
 
 
 def _own_card(device: torch.device) -> Card:

@@ -30,7 +30,7 @@ from cogtune.train.inputs import Inputs, read_inputs, versions
 from cogtune.train.log import Metrics, console, log, log_file
 from cogtune.train.loop import Loop
 from cogtune.train.optim import build_optimizer
-from cogtune.train.planning import Layers, plan_run
+from cogtune.train.planning import Layers, auto_engine, plan_run
 from cogtune.train.precision import choose_dtype, float16_warning
 from cogtune.train.progress import Progress
 from cogtune.train.watch import StopSignal, explain_peers, phase
@@ -89,7 +89,7 @@ def _train(config: RunConfig, dry_run: bool, force: bool) -> TrainResult:
             log.warning(line)
         engines.choose(config)
         inputs = read_inputs(config)
-        engine = engines.start(config)
+        engine = engines.start(config, lambda group: auto_engine(config, inputs, group))
         dtype = choose_dtype(config, engine.device)
         plan = _plan(config, inputs, engine)
         planned = plan_run(config, inputs, engine, plan.record.accumulation, force=force)

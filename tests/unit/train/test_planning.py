@@ -118,3 +118,9 @@ def test_running_out_of_memory_shows_plan_and_actual(tmp_path: Path, monkeypatch
     assert caught.value.hint == "try less"
     with pytest.raises(OutOfMemoryError, match=r"training$"), run.explaining(torch.device("cpu")):
         raise OutOfMemoryError("out of memory while training")
+
+
+@pytest.mark.parametrize(("card", "engine"), [("h100", "ddp"), ("24GiB", "fsdp2"), (None, "ddp")])
+def test_auto_shards_the_model_only_where_it_fits_no_card(tmp_path: Path, card: str | None, engine: str) -> None:
+    config = make_config(tmp_path / "base", tmp_path, tmp_path / "out")
+    assert planning.fitting_engine(config, TYPICAL, None if card is None else find_card(card), ranks=2) == engine

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from cogtune.configuration.run import RunConfig
 from cogtune.errors import ConfigError
 from cogtune.train.engines.base import Engine
@@ -71,9 +73,15 @@ def _check_tensor(config: RunConfig, ranks: int) -> None:
         )
 
 
-def start(config: RunConfig) -> Engine:
-    """Join the process group, if there is one, and take a device. Call ``close`` on the result at the end."""
+def start(config: RunConfig, planned: Callable[[Group], str] | None = None) -> Engine:
+    """Join the process group, if there is one, and take a device. Call ``close`` on the result at the end.
+
+    ``planned``: asked for the engine where ``parallel.engine`` is auto and torchrun started several processes.
+    """
     name = choose(config)
+    if name == "ddp" and config.parallel.engine == "auto" and planned is not None:
+        name = planned(Group.join())
+        check(config, name)
     if name == "tensor":
         from cogtune.train.engines.tensor import TensorEngine
 
