@@ -16,6 +16,8 @@ from tests.support.combination_cases import covering, make_run, name_of, referen
 from tests.support.launching import launch, torchrun
 from tests.support.training import make_config, write_data
 
+pytestmark = pytest.mark.timeout(900)  # a launch runs many cases, here beside other programs
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:

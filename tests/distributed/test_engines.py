@@ -25,6 +25,8 @@ from tests.support.engine_cases import LEFT_OUT, LENGTHS, MOVED, STOP_AT, make_c
 from tests.support.launching import launch, torchrun
 from tests.support.training import make_config, write_data
 
+pytestmark = pytest.mark.timeout(900)  # a launch runs many cases, here beside other programs
+
 
 @pytest.fixture(scope="module")
 def data(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -17,6 +17,8 @@ from tests.support.training import write_data
 
 SECONDS_TO_FAIL = 60
 
+pytestmark = pytest.mark.timeout(900)  # a launch runs many cases, here beside other programs
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
