@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 
 from cogtune.adapters.attach import WEIGHTS_NAME, base_name
 from cogtune.adapters.change import Changes, read_changes
@@ -84,27 +82,6 @@ def merge(base: Path, adapter: Path, output: Path, progress: Progress = lambda l
         if INDEX_NAME in others:
             _copy(base / INDEX_NAME, folder / INDEX_NAME)
     return MergeReport(output, changed, copied, size, tuple(notes))
-
-
-def whole_folder(model: str | Path) -> Path:
-    """The model's folder; a hub id is fetched whole, licences included (from the cache, where it is there).
-
-    Raises:
-        CheckpointError: neither.
-    """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
-        raise CheckpointError(f"{model}: no such model folder", hint="check the path", code="checkpoint-missing")
-    try:
-        return Path(snapshot_download(str(model)))
-    except (OSError, HFValidationError) as error:
-        raise CheckpointError(
-            f"{model}: neither a folder here nor a hub repository that can be read ({str(error).strip():.300})",
-            hint="check name and network, or download the model and give its folder",
-            code="checkpoint-missing",
-        ) from error
 
 
 def _tensors(base: Path, shards: list[str]) -> dict[str, tuple[str, tuple[int, ...]]]:

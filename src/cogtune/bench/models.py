@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 
 from cogtune.checkpoint.load import load_config
+from cogtune.checkpoint.place import finish_units
 from cogtune.checkpoint.random import tiny_config
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.configuration.run import RunConfig
 from cogtune.errors import ConfigError
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.rope import inverse_frequencies
-from cogtune.train.engines.base import Engine, finish_units
+from cogtune.train.engines.base import Engine
 from cogtune.train.run import load_base
 
 RANDOM = ("random", "random-tiny")

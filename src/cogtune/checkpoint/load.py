@@ -1,19 +1,35 @@
-"""Loading a base model: the folder is checked before any weight is read, so that every mistake has a name."""
+"""Loading a base model: straight to device and number format, a tensor at a time, and only the parts that are used.
+
+The folder is checked before any weight is read, so that every mistake has a name. The model is made on the meta device,
+tensors are put into it as they are read (`checkpoint.stream`), quantised where asked, and handed on unit by unit to an
+engine that shards them (`checkpoint.place`).
+"""
 
 from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from safetensors import safe_open
+from torch import nn
+from transformers import GenerationConfig
 
+from cogtune.checkpoint import packed
+from cogtune.checkpoint.place import Builder, Cutting, Placement, require_filled
+from cogtune.checkpoint.quantize import Quantization, mark_for_adapters
+from cogtune.checkpoint.stream import Stored, find_stored, stream
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.configuration.run import PUBLISHED_MODEL
 from cogtune.errors import CheckpointError
 from cogtune.model.modeling import CogVLM2ForCausalLM
+from cogtune.model.pretrained import require_exact
+from cogtune.model.vision import TOWER_PARTS, VisionModel
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -49,31 +65,182 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     rope_precision: str | None = None,
+    vision_tower: bool = True,
+    quantization: Quantization | None = None,
+    placement: Placement | None = None,
 ) -> CogVLM2ForCausalLM:
     """The base model on ``device`` in ``dtype``, in evaluation mode.
 
     Args:
-        path: a folder in the published layout, or a hub id.
+        path: a folder in the published layout, or a hub id (fetched whole, unless it is in the hub's cache).
         rope_precision: overrides the configuration's ("checkpoint" or "float32").
+        vision_tower: without it patch embedding, transformer and convolution are neither made nor read; the model then
+            takes ``image_features``.
+        quantization: frozen parts to keep in fewer bits; quantised on ``device`` as they arrive.
+        placement: decides each tensor's device instead of ``device``, and gets every unit when it is complete.
 
     Raises:
         CheckpointError: anything about the folder that does not fit; the message names files and tensors.
+        SetupError: a quantisation that needs a package that is missing, or another card.
     """
-    folder = Path(path)
-    config = load_config(path)
+    quantization = quantization or Quantization()
+    quantization.check()
+    folder, config = _folder(path), load_config(path)
     if rope_precision is not None:
         config.rope_precision = rope_precision
-    if folder.is_dir():
-        check_folder(folder)
-    placement: dict[str, Any] = {} if torch.device(device).type == "cpu" else {"device_map": {"": torch.device(device)}}
-    try:
-        model = CogVLM2ForCausalLM.from_pretrained(path, config=config, dtype=dtype, **placement)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path}: the weights cannot be read: {error}", hint=ROUTES, code="checkpoint-read"
-        ) from error
+    vision: Any = config.vision_config
+    config.dtype = vision.dtype = dtype
+    config.name_or_path = str(path)  # adapters name it as their base
+    with torch.device("meta"):
+        model = CogVLM2ForCausalLM(config)
+    if not vision_tower:
+        model.model.vision.drop_tower()
+    _fill(model, "", folder, dtype, torch.device(device), quantization, placement)
+    model.model.remember_rotary()
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    mark_for_adapters(model)
     loaded: CogVLM2ForCausalLM = model.eval()
     return loaded
+
+
+def load_tower(
+    path: str | Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    quantization: Quantization | None = None,
+) -> VisionModel:
+    """Patch embedding, transformer and convolution alone: `VisionModel.features` works, its ``forward`` does not.
+
+    Raises:
+        CheckpointError, SetupError: as `load_model`.
+    """
+    quantization = quantization or Quantization()
+    quantization.check()
+    folder, config = _folder(path), load_config(path)
+    with torch.device("meta"):
+        vision = VisionModel(config)
+    for name in ("linear_proj", "boi", "eoi"):
+        delattr(vision, name)
+    _fill(vision, VISION, folder, dtype, torch.device(device), quantization, None)
+    return vision.eval()
+
+
+VISION = "model.vision."
+
+
+def _folder(path: str | Path) -> Path:
+    """The model's folder, checked."""
+    load_config(path)  # its errors are the first to be shown
+    folder = whole_folder(path)
+    check_folder(folder)
+    return folder
+
+
+def _fill(
+    root: nn.Module,
+    prefix: str,
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization,
+    placement: Placement | None,
+) -> None:
+    """Read what ``root`` (called ``prefix`` in the model) needs from ``folder`` into it."""
+    stored = stored_tensors(folder)
+    wanted = {prefix + name: tuple(value.shape) for name, value in root.state_dict().items()}
+    layers = packed.find(stored)
+    plain = {name: tensor for name, tensor in stored.items() if packed.owner(name, layers) is None}
+    require_exact(str(folder), _compare(wanted, plain, layers, whole=_is_skipped(wanted)))
+    cutting = placement if isinstance(placement, Cutting) else None
+    if cutting is not None:
+        cutting.prepare(root)
+
+    def place(name: str) -> torch.device:
+        return quantization.device_for(name, device if placement is None else placement.device_for(name))
+
+    builder = Builder(root, prefix, dtype, quantization, placement)
+    chosen = [t for name, t in stored.items() if name in wanted or packed.owner(name, layers) in wanted]
+    if cutting is not None:
+        _read_parts(builder, cutting, chosen, place)
+    else:
+        shapes = {name: torch.Size(wanted[name]) for name in layers & wanted.keys()}
+        collector = packed.Collector([tensor.name for tensor in chosen], builder, shapes)
+        for tensor, value in stream(chosen, place):
+            if not collector.take(tensor.name, value):
+                builder.add(tensor.name, value)
+    require_filled(root)
+
+
+def _is_skipped(wanted: dict[str, tuple[int, ...]]) -> Callable[[str], bool]:
+    """Which of the folder's tensors a model with these is allowed not to have: parts that were left out."""
+    tower = any(name.startswith(VISION + TOWER_PARTS[0]) for name in wanted)
+    rest = "lm_head.weight" in wanted
+
+    def is_skipped(name: str) -> bool:
+        in_tower = name.startswith(tuple(f"{VISION}{part}." for part in TOWER_PARTS))
+        return not (tower if in_tower else rest)
+
+    return is_skipped
+
+
+def _compare(
+    wanted: dict[str, tuple[int, ...]], stored: dict[str, Stored], layers: set[str], whole: Callable[[str], bool]
+) -> dict[str, Any]:
+    """What is missing, left over and of another shape, in the form of transformers' report."""
+    return {
+        "missing_keys": wanted.keys() - stored.keys() - layers,
+        "unexpected_keys": [name for name in (stored.keys() | layers) - wanted.keys() if not whole(name)],
+        "mismatched_keys": [
+            (name, stored[name].shape, shape)
+            for name, shape in wanted.items()
+            if name in stored and stored[name].shape != shape
+        ],
+    }
+
+
+def _read_parts(
+    builder: Builder, cutting: Cutting, tensors: list[Stored], place: Callable[[str], torch.device]
+) -> None:
+    """Only the part of each tensor that this process keeps is read."""
+    for file in dict.fromkeys(tensor.file for tensor in tensors):
+        with safe_open(str(file), framework="pt") as source:
+            for tensor in tensors:
+                if tensor.file == file:
+                    part = cutting.read(tensor.name, source.get_slice(tensor.name))
+                    builder.add(tensor.name, part.contiguous().to(place(tensor.name)))
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a folder by name, in the order of its shards and of their bytes."""
+    found: dict[str, Stored] = {}
+    for shard, names in sorted(shard_files(folder).items()):
+        listed = set(names)
+        for tensor in find_stored(folder / shard, read_header(folder / shard)):
+            if tensor.name not in found or tensor.name in listed:
+                found[tensor.name] = tensor
+    return found
+
+
+def whole_folder(model: str | Path) -> Path:
+    """The model's folder; a hub id is fetched whole, licences included (from the cache, where it is there).
+
+    Raises:
+        CheckpointError: neither.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    _require_found(model)
+    try:
+        return Path(snapshot_download(str(model)))
+    except (OSError, HFValidationError) as error:
+        raise CheckpointError(
+            f"{model}: neither a folder here nor a hub repository that can be read ({str(error).strip():.300})",
+            hint="check name and network, or download the model and give its folder",
+            code="checkpoint-missing",
+        ) from error
 
 
 def shard_files(folder: Path) -> dict[str, list[str]]:

@@ -32,7 +32,8 @@ def _merge(
     model: answering.Model = None,
 ) -> None:
     with contextlib.redirect_stdout(sys.stderr):  # some libraries log to stdout when first imported
-        from cogtune.adapters.merge import merge, whole_folder
+        from cogtune.adapters.merge import merge
+        from cogtune.checkpoint.load import whole_folder
         from cogtune.generate.loading import ModelChoice, resolve
 
     resolved = resolve(ModelChoice(model, adapter, device="cpu"))

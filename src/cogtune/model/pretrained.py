@@ -63,7 +63,7 @@ class CogVLM2PreTrainedModel(PreTrainedModel):
         with_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("ignore_mismatched_sizes", True)  # so that all misfits are named at once, below
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        _require_exact(str(pretrained_model_name_or_path), info)
+        require_exact(str(pretrained_model_name_or_path), info)
         model.remember_rotary()
         return (model, info) if with_info else model
 
@@ -93,8 +93,8 @@ class CogVLM2PreTrainedModel(PreTrainedModel):
         return super().save_pretrained(save_directory, *args, **kwargs)
 
 
-def _require_exact(where: str, info: dict[str, Any]) -> None:
-    """Turn transformers' loading report into an error that names what does not fit."""
+def require_exact(where: str, info: dict[str, Any]) -> None:
+    """Turn a loading report, in transformers' form, into an error that names what does not fit."""
     problems = []
     for kind, keys in (("missing", info["missing_keys"]), ("left over", info["unexpected_keys"])):
         if keys:

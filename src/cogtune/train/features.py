@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from cogtune.adapters.merge import whole_folder
 from cogtune.adapters.tower import tower_trains
 from cogtune.checkpoint.fingerprint import tower_fingerprint
-from cogtune.checkpoint.load import load_config, load_model
+from cogtune.checkpoint.load import load_config, load_tower, whole_folder
 from cogtune.configuration.deepspeed import apply_deepspeed
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.configuration.run import RunConfig
@@ -175,11 +174,10 @@ def _loader(config: RunConfig, dtype: torch.dtype, device: torch.device, picture
     compiles = can_compile(device) and pictures >= _WORTH_COMPILING if asked == "auto" else asked
 
     def load() -> Tower:
-        vision: Any = load_model(config.model.path, dtype=dtype, device=device).model.vision
+        vision = load_tower(config.model.path, dtype=dtype, device=device)
         if compiles:
             compile_tower(vision)
-        tower: Tower = vision.features
-        return tower
+        return vision.features
 
     return load
 

@@ -24,7 +24,6 @@ from cogtune.model.compile import can_compile, compile_layers
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.train import engines, features, folder, saver
 from cogtune.train.engines import Engine, Group
-from cogtune.train.engines.base import finish_units
 from cogtune.train.feed import Feed
 from cogtune.train.inputs import Inputs, read_inputs, versions
 from cogtune.train.log import Metrics, console, log, log_file
@@ -209,14 +208,14 @@ def load_base(config: RunConfig, engine: Engine, dtype: torch.dtype, *, cached: 
     ``cached``: without the vision tower, for batches that carry its output.
     """
     with phase("loading the model", config, engine.device):
-        base = load_model(
-            config.model.path, dtype=dtype, device=engine.device, rope_precision=config.model.rope_precision
+        return load_model(
+            config.model.path,
+            dtype=dtype,
+            device=engine.device,
+            rope_precision=config.model.rope_precision,
+            vision_tower=not cached,
+            placement=engine.placement,
         )
-    if cached:
-        base.model.vision.drop_tower()
-    if engine.placement is not None:
-        finish_units(base, engine.placement)
-    return base
 
 
 def assemble(

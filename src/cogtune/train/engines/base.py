@@ -9,23 +9,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
+from cogtune.checkpoint.place import Placement
 from cogtune.configuration.run import RunConfig
 from cogtune.errors import CheckpointError
 from cogtune.train.engines.group import Group
 
 MASTER = "master"
-
-
-class Placement(Protocol):
-    """What a loader asks while it reads a model: where a tensor goes, and what to do with a complete unit."""
-
-    def device_for(self, name: str) -> torch.device: ...
-    def finish(self, unit_name: str, module: nn.Module) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -127,11 +121,3 @@ def fresh_state(parameter: torch.Tensor, kinds: list[str], steps: int) -> dict[s
     """Optimiser state of one parameter with its moments at zero, to be filled from a checkpoint."""
     moments = {kind: torch.zeros_like(parameter, memory_format=torch.preserve_format) for kind in kinds}
     return {"step": torch.tensor(float(steps)), **moments} if kinds else {}
-
-
-def finish_units(model: nn.Module, placement: Placement) -> None:
-    """Hand every unit of a model that is already loaded to ``placement``, in the order in which they run."""
-    units = ("DecoderLayer", "VisionLayer", "PatchEmbedding", "GLUAdapter")
-    for name, module in model.named_modules():
-        if type(module).__name__ in units or name.rpartition(".")[2] in ("embed_tokens", "lm_head"):
-            placement.finish(name, module)

@@ -1,0 +1,139 @@
+"""Tensors into a model on the meta device, as they come: cast, placed, quantised, and unit by unit handed on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from cogtune.checkpoint.quantize import Quantization
+from cogtune.model.embedding import HostEmbedding
+from cogtune.model.modeling import DecoderLayer
+from cogtune.model.vision import GLUAdapter, PatchEmbedding, VisionLayer
+
+UNITS = (DecoderLayer, VisionLayer, PatchEmbedding, GLUAdapter)
+"""Kinds of modules that are handed on when complete; with them the embedding and the head."""
+_NAMED_UNITS = ("embed_tokens", "lm_head")
+
+
+class Placement(Protocol):
+    """Where tensors go, and what happens to a unit once all of it is there (and quantised)."""
+
+    def device_for(self, name: str) -> torch.device:
+        """The device of the model's tensor ``name``."""
+        ...
+
+    def finish(self, unit_name: str, module: nn.Module) -> None:
+        """``module`` is complete."""
+        ...
+
+
+@runtime_checkable
+class Cutting(Protocol):
+    """A placement that keeps a part of each tensor."""
+
+    def prepare(self, model: nn.Module) -> None:
+        """Make the model, on the meta device, as large as the part."""
+        ...
+
+    def read(self, name: str, whole: Any) -> torch.Tensor:
+        """The part of ``whole``, which is sliced like a tensor and reads only what is taken."""
+        ...
+
+
+class Builder:
+    """Fills ``root``, whose tensors are called ``prefix`` + their names in it."""
+
+    def __init__(
+        self,
+        root: nn.Module,
+        prefix: str,
+        dtype: torch.dtype,
+        quantization: Quantization | None,
+        placement: Placement | None,
+    ) -> None:
+        self._root, self._prefix, self._dtype, self._placement = root, prefix, dtype, placement
+        self._quantization = quantization or Quantization()
+        names = list(root.state_dict())
+        self._layers = Counter(name.rpartition(".")[0] for name in names)  # tensors each module still lacks
+        self._units = find_units(root)
+        self._unit_of = {name: unit for name in names if (unit := self._find_unit(name)) is not None}
+        self._left = Counter(self._unit_of.values())
+
+    def add(self, name: str, value: torch.Tensor) -> None:
+        """Put a tensor, already on its device, where it belongs."""
+        name = name.removeprefix(self._prefix)
+        path, _, key = name.rpartition(".")
+        module = self._root.get_submodule(path)
+        put(module, key, value.to(self._dtype) if value.is_floating_point() else value)
+        self.added(name, path)
+
+    def replace(self, path: str, layer: nn.Module) -> None:
+        """Put a layer that was stored quantised in the place of a linear layer; its bias comes by itself."""
+        path = path.removeprefix(self._prefix)
+        layer.bias = self._root.get_submodule(path).bias
+        self._root.set_submodule(path, layer)
+        self.added(f"{path}.weight", path)
+
+    def added(self, name: str, path: str) -> None:
+        """Count a tensor, and finish what it completes."""
+        self._layers[path] -= 1
+        if self._layers[path] == 0:
+            self._complete_layer(path)
+        unit = self._unit_of.get(name)
+        if unit is None:
+            return
+        self._left[unit] -= 1
+        module = self._root.get_submodule(unit)
+        if self._left[unit] == 0 and self._placement is not None and not isinstance(module, HostEmbedding):
+            self._placement.finish(self._prefix + unit, module)
+
+    def _complete_layer(self, path: str) -> None:
+        layer = self._root.get_submodule(path)
+        changed = self._quantization.convert(self._prefix + path, layer)
+        if changed is not layer:
+            self._root.set_submodule(path, changed)
+
+    def _find_unit(self, name: str) -> str | None:
+        parts = name.split(".")
+        paths = (".".join(parts[:depth]) for depth in range(1, len(parts)))
+        return next((path for path in paths if path in self._units), None)
+
+
+def finish_units(model: nn.Module, placement: Placement) -> None:
+    """Hand every unit of a model that is not loaded but made on its device to ``placement``, in the order they run."""
+    units = find_units(model)
+    for name, module in list(model.named_modules()):
+        if name in units:
+            placement.finish(name, module)
+
+
+def find_units(root: nn.Module) -> set[str]:
+    """Names of the units in a model."""
+    return {
+        name
+        for name, module in root.named_modules()
+        if isinstance(module, UNITS) or name.rpartition(".")[2] in _NAMED_UNITS
+    }
+
+
+def put(module: nn.Module, key: str, value: torch.Tensor) -> None:
+    """Replace a parameter or buffer; what an engine noted at a parameter stays with it."""
+    old = getattr(module, key)
+    if not isinstance(old, nn.Parameter):
+        module.register_buffer(key, value)
+        return
+    new = nn.Parameter(value, requires_grad=old.requires_grad and value.is_floating_point())
+    if hasattr(old, "whole_numel"):
+        new.whole_numel = old.whole_numel  # type: ignore[attr-defined]
+    setattr(module, key, new)
+
+
+def require_filled(root: nn.Module) -> None:
+    """Every tensor is there; a bug otherwise, because names were compared before anything was read."""
+    tensors: Iterable[tuple[str, torch.Tensor]] = [*root.named_parameters(), *root.named_buffers()]
+    empty = [name for name, value in tensors if value.is_meta]
+    assert not empty, f"not filled: {empty[:8]}"

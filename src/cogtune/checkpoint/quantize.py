@@ -1,0 +1,94 @@
+"""Which frozen parts are kept in fewer bits, and how a layer gets there once it is loaded.
+
+Quantising happens where the layer is, on the GPU while the model streams in: a layer's weights are there in full
+precision for a moment, so the peak is the quantised model and one layer.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from cogtune.errors import SetupError
+from cogtune.model.embedding import HostEmbedding
+
+FORMATS = ("none", "nf4", "int8", "fp8")
+_FROM_BITSANDBYTES = ("nf4", "int8")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Number formats of the frozen linear layers by part, as in the configuration's ``quant`` section."""
+
+    experts: str = "none"
+    tower: str = "none"
+    glu_adapter: str = "none"
+    head: str = "none"
+    embedding: str = "device"
+
+    @classmethod
+    def of(cls, section: Any) -> Quantization:
+        """From a configuration's ``quant`` section."""
+        return cls(**{field.name: getattr(section, field.name) for field in fields(cls)})
+
+    def check(self) -> None:
+        """Raise SetupError where a format needs a package that is not installed."""
+        asked = {self.experts, self.tower, self.glu_adapter, self.head}
+        needed = [name for name in _FROM_BITSANDBYTES if name in asked]
+        if needed:
+            require_bitsandbytes(f"{needed[0]} weights")
+
+    def format_of(self, path: str) -> str:
+        """The format of the module called ``path`` in the model, if it is a linear layer."""
+        if path == "lm_head":
+            return self.head
+        if path.startswith("model.vision.linear_proj."):
+            return self.glu_adapter
+        if path.startswith("model.vision.transformer."):
+            return self.tower
+        return self.experts if path.startswith("model.layers.") else "none"
+
+    def convert(self, path: str, layer: nn.Module) -> nn.Module:
+        """``layer`` in its format: itself, or a module that computes about the same from fewer bits."""
+        if path == "model.embed_tokens":
+            assert isinstance(layer, nn.Embedding)
+            return HostEmbedding(layer.weight.data) if self.embedding == "host" else layer
+        form = self.format_of(path)
+        return quantize_linear(layer, form) if type(layer) is nn.Linear and form != "none" else layer
+
+    def device_for(self, name: str, device: torch.device) -> torch.device:
+        """Where the tensor ``name`` goes in a model on ``device``."""
+        on_host = self.embedding == "host" and name == "model.embed_tokens.weight"
+        return torch.device("cpu") if on_host else device
+
+
+def quantize_linear(layer: nn.Linear, form: str) -> nn.Module:
+    """A frozen layer in ``form`` (nf4, int8 or fp8), made on the device where ``layer`` is."""
+    if form == "fp8":
+        from cogtune.model.fp8 import Fp8Linear
+
+        return Fp8Linear.from_weight(layer.weight.data, None if layer.bias is None else layer.bias.data)
+    from cogtune.model import lowbit  # it imports bitsandbytes
+
+    return lowbit.to_nf4(layer) if form == "nf4" else lowbit.to_int8(layer)
+
+
+def require_bitsandbytes(what: str) -> None:
+    """Raise SetupError, with the line to type, where bitsandbytes is not installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise SetupError(
+            f"{what} need bitsandbytes, which is not installed",
+            hint='pip install "cogtune[quant]"',
+            code="no-bitsandbytes",
+        )
+
+
+def mark_for_adapters(model: nn.Module) -> None:
+    """Tell peft, which looks for these names, that layers of bitsandbytes are among the model's."""
+    kinds = {type(module).__name__ for module in model.modules()}
+    model.is_loaded_in_4bit = "FourBitLinear" in kinds  # type: ignore[assignment]
+    model.is_loaded_in_8bit = "Int8Linear" in kinds  # type: ignore[assignment]

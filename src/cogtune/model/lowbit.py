@@ -1,0 +1,104 @@
+"""Frozen linear layers in 4 and 8 bits through bitsandbytes. Imported only where such layers are made.
+
+Shapes: M tokens, I input and O output features.
+
+The storage, the rounding and the 4-bit products are bitsandbytes'. Its layers' own forward passes are not used: the
+4-bit one repacks weights for inference on some CPUs, after which gradients are lost; the 8-bit one rounds activations
+to 8 bits through float16, and keeps its input for a gradient that a frozen weight does not have, out of reach of
+recomputation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+class FourBitLinear(bnb.nn.Linear4bit):
+    """Weight in 4 bits with double-quantised scales; computes in its input's number format."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        # the state is taken from the module: engines replace the parameter and do not know what is written on it
+        product: torch.Tensor = bnb.matmul_4bit(x, self.weight, bias=bias, quant_state=self.quant_state)
+        return product
+
+
+def to_nf4(layer: nn.Linear) -> FourBitLinear:
+    """``layer`` in NF4, double quantised, on its device; stored in its own number format, as sharding wants it."""
+    found = _four_bit(layer.in_features, layer.out_features, "nf4", layer.weight.dtype)
+    found.weight = bnb.nn.Params4bit(
+        layer.weight.data, requires_grad=False, quant_type="nf4", quant_storage=layer.weight.dtype, module=found
+    ).to(layer.weight.device)
+    found.weight.whole_numel = layer.weight.numel()
+    found.bias = _frozen(layer.bias)
+    return found
+
+
+def from_stored(parts: dict[str, torch.Tensor], shape: torch.Size, device: torch.device) -> FourBitLinear:
+    """A 4-bit layer without bias from the tensors that bitsandbytes stores of it, named behind ``.weight`` (the weight
+    itself ``""``).
+
+    Raises:
+        ValueError: they are of a layer of another shape.
+    """
+    data, stats = parts[""], {f"weight.{name}": value for name, value in parts.items() if name}
+    kind = next(name for name in parts if name.startswith("quant_state.bitsandbytes__")).rpartition("__")[2]
+    found = _four_bit(shape[1], shape[0], kind, data.dtype)
+    found.weight = bnb.nn.Params4bit.from_prequantized(data, stats, device=device, module=found)
+    if found.quant_state.shape != shape:
+        raise ValueError(f"has shape {list(found.quant_state.shape)}, expected {list(shape)}")
+    found.weight.whole_numel = shape.numel()
+    found.bias = None
+    return found
+
+
+def _four_bit(inputs: int, outputs: int, kind: str, storage: torch.dtype) -> FourBitLinear:
+    return FourBitLinear(inputs, outputs, bias=False, quant_type=kind, quant_storage=storage, device="meta")
+
+
+class _Int8Product(torch.autograd.Function):
+    """``x (W S)' + b`` with integers W and a scale for each output feature, and a gradient for x alone.
+
+    Integers up to 127 are exact in every number format, so a scale is applied to the product, not to the weight.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight_OI: torch.Tensor, scale_O: torch.Tensor, bias_O: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(weight_OI, scale_O)
+        product = functional.linear(x, weight_OI.to(x.dtype)) * scale_O
+        return (product if bias_O is None else product + bias_O).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        weight, scale = ctx.saved_tensors
+        return (gradient * scale).to(gradient.dtype) @ weight.to(gradient.dtype), None, None, None
+
+
+class Int8Linear(bnb.nn.Linear8bitLt):
+    """Weight in 8 bits with a scale for each output feature; computes in its input's number format."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = _Int8Product.apply(x, self.weight, self.state.SCB * (1 / 127), self.bias)
+        return product
+
+
+def to_int8(layer: nn.Linear) -> Int8Linear:
+    """``layer`` in 8 bits, on its device: each output feature's largest weight becomes 127."""
+    rounded, largest, _ = bnb.functional.int8_vectorwise_quant(layer.weight.data.to(torch.float16))
+    found = Int8Linear(layer.in_features, layer.out_features, bias=False, has_fp16_weights=False, device="meta")
+    found.weight = bnb.nn.Int8Params(rounded, requires_grad=False, has_fp16_weights=False)
+    found.weight.CB = found.weight.SCB = None
+    found.state.CB, found.state.SCB = found.weight.data, largest
+    found.bias = _frozen(layer.bias)
+    return found
+
+
+def _frozen(bias: nn.Parameter | None) -> nn.Parameter | None:
+    return None if bias is None else nn.Parameter(bias.data, requires_grad=False)
