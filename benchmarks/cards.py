@@ -27,6 +27,7 @@ from torch import nn
 TEXT, LABELLED = 400, 200
 WARM, STEPS = 2, 6
 ROW_SECONDS = 240
+DECODED = 64  # tokens over which decoding is timed
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,11 @@ class Row:
     quantisation: str = "none"
     keep_gathered: str = "0"
     offload: str = "none"
+    decode: bool = False  # also answer with the trained model, greedily, one row
 
 
 ROWS = {
-    "single": Row("single", 1),
+    "single": Row("single", 1, decode=True),
     "ddp": Row("ddp", 2),
     "zero2": Row("zero2", 2),
     "zero3": Row("zero3", 2),
@@ -54,6 +56,10 @@ ROWS = {
     "fsdp2-accumulated": Row("fsdp2", 2, accumulation=4, keep_gathered="auto"),
     "single-nf4": Row("single", 1, batch=1, quantisation="nf4"),
     "fsdp2-offload": Row("fsdp2", 2, offload="weights"),
+    "tensor": Row("tensor", 2, decode=True),
+    "tensor-batch1": Row("tensor", 2, batch=1, recompute="none"),
+    "tensor-4": Row("tensor", 4, decode=True),
+    "tensor-2-ddp-2": Row("tensor", 4),
 }
 DEFAULT = ("single", "ddp", "fsdp2", "fsdp2-nf4", "zero2", "zero3", "fsdp2-accumulated")
 
@@ -150,7 +156,7 @@ def sample(config: Any, batch: int, device: torch.device, seed: int) -> dict[str
     }
 
 
-def measure(row: Row, checkpoint: str | None, small: bool) -> dict[str, Any]:
+def measure(name: str, checkpoint: str | None, small: bool) -> dict[str, Any]:
     """Run inside one rank of a launch; rank 0's result is the row's."""
     from cogtune.adapters.attach import attach
     from cogtune.checkpoint.load import load_model
@@ -159,10 +165,10 @@ def measure(row: Row, checkpoint: str | None, small: bool) -> dict[str, Any]:
     from cogtune.train import engines
     from cogtune.train.optim import build_optimizer
 
-    began = time.perf_counter()
+    began, row = time.perf_counter(), ROWS[name]
     keys = {
         "model.path": checkpoint or "random", "data.path": ["none"], "train.output": "none",
-        "parallel.engine": row.engine, "model.dtype": "bfloat16",
+        "model.dtype": "bfloat16", **_parallel(name, row),
         "lora.targets": ["vision_expert_query_key_value"], "lora.rank": "8",
         "train.batch_size": str(row.batch), "train.accumulation": str(row.accumulation),
         "parallel.keep_gathered": row.keep_gathered, "parallel.offload": row.offload,
@@ -217,7 +223,35 @@ def measure(row: Row, checkpoint: str | None, small: bool) -> dict[str, Any]:
         "state_mib": sum(value.numel() * value.element_size() for value in state.values()) / 2**20,
         "by_rank": engine.group.gather(mine),
         "engine": engine.describe(),
+        **(decode(base, device) if row.decode else {}),
     }
+
+
+def _parallel(name: str, row: Row) -> dict[str, str]:
+    """Tensor parallelism is no engine of its own: with two models of two ranks, ddp is."""
+    if row.engine != "tensor":
+        return {"parallel.engine": row.engine}
+    return {"parallel.tensor": "2" if "ddp" in name else str(row.ranks)}
+
+
+def decode(model: Any, device: torch.device) -> dict[str, Any]:
+    """Seconds per token of a greedy answer behind one picture and 400 tokens; every rank that holds a part runs it."""
+    model.eval()
+    prompt = {
+        key: value for key, value in sample(model.config, 1, device, 0).items() if key not in ("labels", "routing")
+    }
+    prompt["input_ids"] = prompt["input_ids"].masked_fill(prompt["token_type_ids"] == 1, model.config.pad_token_id)
+
+    def seconds(tokens: int) -> float:
+        start = time.perf_counter()
+        model.generate(**prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+        _wait(device)
+        return time.perf_counter() - start
+
+    seconds(4)
+    first, short, long = seconds(1), seconds(16), seconds(16 + DECODED)
+    per_token = (long - short) / DECODED
+    return {"prompt_s": first, "s_per_token": per_token, "tokens_per_s": 1 / per_token}
 
 
 def _loading(row: Row, engine: Any) -> dict[str, Any]:
@@ -282,7 +316,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="the tiny shapes, to try the script on a CPU")
     given = parser.parse_intermixed_args()
     if given.inside:
-        result = measure(ROWS[given.inside], given.checkpoint, given.small)
+        result = measure(given.inside, given.checkpoint, given.small)
         if os.environ.get("RANK", "0") == "0":
             print("RESULT " + json.dumps(result), flush=True)
         sys.stdout.flush()
@@ -302,7 +336,8 @@ def main() -> None:
             peaks = [round(rank["peak_gib"], 2) for rank in result["by_rank"]]
             print(
                 f"{name:20} {result['samples_per_s']:8.3f} samples/s  step {result['median_s']:.3f} s  "
-                f"peak {peaks} GiB  start {result['by_rank'][0]['start_s']:.0f} s  loss {result['losses'][-1]:.4f}",
+                f"peak {peaks} GiB  start {result['by_rank'][0]['start_s']:.0f} s  loss {result['losses'][-1]:.4f}"
+                + (f"  {result['tokens_per_s']:.1f} tokens/s" if "tokens_per_s" in result else ""),
                 flush=True,
             )
 
