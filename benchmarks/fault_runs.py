@@ -36,6 +36,8 @@ from cogtune.train.saver import Saver
 PHASES = ("start", "cache", "batch", "step", "evaluation", "save", "end")
 SAVE_STEPS, STEPS = 4, 16
 SECONDS_TO_END = 60.0  # all ranks end together, says the contract
+SECONDS_TO_MEET = 10.0
+"""A rank whose partner was killed before they met cannot know; a launcher ends it, and here the campaign does."""
 ADAPTER = Path("adapter") / "adapter_model.safetensors"
 _BEFORE = -1  # no step yet
 _FIELDS = 3 + len(PHASES)  # phase, step, step the loop began at, and how often each phase was entered
@@ -96,6 +98,7 @@ class Ended:
     seconds: float
     phase: str = ""  # what the victim was doing when it was killed
     hung: bool = False
+    by_launcher: bool = False  # a rank was ended as a launcher would
     text: str = ""
 
     @property
@@ -240,7 +243,7 @@ class Run:
         """Wait for all ranks; what is still there a minute after the first has ended is killed and counts as hung."""
         codes: dict[int, int] = {}
         first = None
-        hung = False
+        hung = by_launcher = False
         while len(codes) < len(self.children):
             for child in self.children:
                 if child not in codes:
@@ -248,15 +251,21 @@ class Run:
                     if pid:
                         codes[child] = os.waitstatus_to_exitcode(status)
                         first = first or time.monotonic()
-            if first is not None and not hung and time.monotonic() - first > SECONDS_TO_END:
+            waited = 0.0 if first is None else time.monotonic() - first
+            left = [rank for rank, child in enumerate(self.children) if child not in codes]
+            alone = [rank for rank in left if self.board.step < 0 and PHASES[self.board.phase(rank)] == "start"]
+            if alone and waited > SECONDS_TO_MEET and not by_launcher:
+                by_launcher = True
+                for rank in alone:
+                    os.kill(self.children[rank], signal.SIGKILL)
+            elif left and waited > SECONDS_TO_END and not hung:
                 hung = True
-                for child in self.children:
-                    if child not in codes:
-                        os.kill(child, signal.SIGKILL)
+                for rank in left:
+                    os.kill(self.children[rank], signal.SIGKILL)
             time.sleep(0.001)
         text = self.log.read_text(errors="replace") if self.log.exists() else ""
         ordered = [codes[child] for child in self.children]
-        return Ended(ordered, self.board, time.monotonic() - self._began, phase, hung, text)
+        return Ended(ordered, self.board, time.monotonic() - self._began, phase, hung, by_launcher, text)
 
     def any_ended(self) -> bool:
         """Whether a rank has ended, without taking its status away from `end`."""

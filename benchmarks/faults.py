@@ -55,6 +55,7 @@ class Campaign:
         self.failures: list[str] = []
         self.redone: list[int] = []
         self.kills: Counter[str] = Counter()
+        self.by_launcher = 0
         self.others: dict[str, dict[str, Any]] = {}
         self.wholes: dict[tuple[str, bool], Path] = {}
         prepare(folder)
@@ -103,6 +104,7 @@ class Campaign:
             killed += 1
             self.kills[f"{place.engine} | {ended.phase} | {who}"] += 1
             reached = ended.board.step if ended.board.began_at >= 0 else reached
+            self.by_launcher += ended.by_launcher
             if ended.hung:
                 self.fail(f"{name}: a rank hung after a kill in {ended.phase}", ended)
             if all(code == 0 for code in ended.codes):
@@ -379,6 +381,7 @@ def tally(campaign: Campaign, seconds: float, arguments: list[str]) -> dict[str,
         "kills": sum(campaign.kills.values()),
         "kills by phase": dict(by_phase),
         "kills by engine, phase and who": dict(sorted(campaign.kills.items())),
+        "kills before ranks had met, where the other is ended as a launcher would": campaign.by_launcher,
         "steps done again, most": max(campaign.redone, default=0),
         "steps done again, how often": {str(k): v for k, v in sorted(Counter(campaign.redone).items())},
         "other faults": campaign.others,
