@@ -146,6 +146,12 @@ class DiskFullError(RunError):
     default_code = "disk-full"
 
 
+class DownloadError(RunError):
+    """A hub that does not answer, or a file that arrived wrong; what was fetched stays, and a rerun continues."""
+
+    default_code = "download-network"
+
+
 class NonFiniteError(RunError):
     """The loss or a gradient is not finite; weights were not touched."""
 

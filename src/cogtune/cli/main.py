@@ -19,10 +19,10 @@ import typer
 import cogtune
 from cogtune.errors import CogtuneError, language, render
 
-COMMANDS = ("doctor", "plan", "train", "chat", "predict", "merge", "data", "demo", "bench")
+COMMANDS = ("doctor", "download", "plan", "train", "chat", "predict", "merge", "data", "demo", "bench")
 """Modules of this package, in the order of the help; each has ``register(app)``."""
 
-WITHOUT_MODEL = ("doctor", "plan")
+WITHOUT_MODEL = ("doctor", "download", "plan")
 """Commands that work, and are wanted, where a library is broken."""
 
 _BUG_REPORT = "this is a bug in cogtune; please report it with the lines above"

@@ -1,0 +1,47 @@
+"""Where the published model and data lie: the same files on two hubs, under the organisation's old and new name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cogtune.configuration.run import PUBLISHED_MODEL
+
+Source = Literal["hf", "modelscope"]
+HF_ENDPOINT = "https://huggingface.co"
+MODELSCOPE_ENDPOINT = "https://www.modelscope.cn"
+
+
+@dataclass(frozen=True)
+class Repository:
+    """One repository and its names, tried in order; ``kind`` as the hubs call it."""
+
+    name: str
+    kind: Literal["model", "dataset"]
+    hf: tuple[str, ...]
+    modelscope: tuple[str, ...]
+
+    def names(self, source: Source) -> tuple[str, ...]:
+        return self.hf if source == "hf" else self.modelscope
+
+
+def _model(name: str, repository: str) -> Repository:
+    return Repository(name, "model", (f"THUDM/{repository}", f"zai-org/{repository}"), (f"ZhipuAI/{repository}",))
+
+
+_CHAT = PUBLISHED_MODEL.split("/")[1]
+VARIANTS = {
+    "chat": _model("chat", _CHAT),
+    "chinese-chat": _model("chinese-chat", _CHAT.replace("chat", "chinese-chat")),
+    "int4": _model("int4", f"{_CHAT}-int4"),
+    "chinese-int4": _model("chinese-int4", f"{_CHAT.replace('chat', 'chinese-chat')}-int4"),
+}
+"""Which model: the published chat model, the Chinese one, and their 4-bit copies."""
+
+DATA = Repository(
+    "CogVLM-SFT-311K",
+    "dataset",
+    ("THUDM/CogVLM-SFT-311K", "zai-org/CogVLM-SFT-311K"),
+    ("ZhipuAI/CogVLM-SFT-311K",),
+)
+"""The published training set; CC BY-NC 4.0: no commercial use."""

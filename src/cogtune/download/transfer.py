@@ -1,0 +1,108 @@
+"""One file from a hub to disk: resumed where it stopped, retried when the line breaks, checked before it counts."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import http.client
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from urllib.error import HTTPError
+
+from cogtune.download.http import BROKEN, Client
+from cogtune.download.remote import RemoteFile
+from cogtune.errors import DiskFullError, DownloadError
+
+PART = ".part"
+ATTEMPTS = 8
+_BLOCK = 1 << 20
+
+
+def fetch(
+    client: Client,
+    file: RemoteFile,
+    target: Path,
+    advance: Callable[[int], None],
+    *,
+    pause: Callable[[float], None] = time.sleep,
+) -> None:
+    """``file`` as ``target``. What an earlier call left in ``target.part`` is continued; a line that breaks is taken
+    up again, with growing pauses, as long as something arrives. ``advance`` is told the bytes that count as done.
+
+    Raises:
+        DownloadError: the hub stays silent, or what arrived has another size or digest.
+    """
+    part = target.with_name(target.name + PART)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    done = part.stat().st_size if part.is_file() else 0
+    if done > file.size:  # not a beginning of this file
+        part.unlink()
+        done = 0
+    advance(done)
+    failures = 0
+    while done < file.size or not part.is_file():
+        before = done
+        try:
+            done = _append(client, file, part, done, advance)
+            reason = "the connection ended early"
+        except HTTPError as error:
+            done = part.stat().st_size if part.is_file() else 0
+            reason = f"HTTP {error.code} {error.reason}"
+            failures = failures if error.code >= 500 or error.code == 429 else ATTEMPTS  # it will say the same again
+        except BROKEN as error:
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise DiskFullError(
+                    f"{part}: no space left", hint="free some space and run the same command again: it continues"
+                ) from error
+            done = part.stat().st_size if part.is_file() else 0
+            reason = f"{type(error).__name__}: {error}"
+        if done > file.size:
+            break
+        if done < file.size:
+            failures = 0 if done > before else failures + 1
+            if failures >= ATTEMPTS:
+                raise DownloadError(
+                    f"{file.url}: {done:,} of {file.size:,} bytes, then nothing more: {reason}",
+                    hint="run the same command again: it continues; or use the other --source",
+                    code="download-network",
+                )
+            pause(min(2.0**failures, 30.0))
+    _check(file, part)
+    os.replace(part, target)
+
+
+def _append(client: Client, file: RemoteFile, part: Path, done: int, advance: Callable[[int], None]) -> int:
+    """Ask for the rest and write it behind what is there; the new length."""
+    with client.open(file.url, done) as answer:
+        if done and answer.status != http.client.PARTIAL_CONTENT:  # this server cannot continue
+            advance(-done)
+            done = 0
+        with part.open("ab" if done else "wb") as stream:
+            while block := answer.read(_BLOCK):
+                stream.write(block)
+                done += len(block)
+                advance(len(block))
+    return done
+
+
+def _check(file: RemoteFile, part: Path) -> None:
+    """Size, and the digest where the hub told one. A file that fails is removed, so that a rerun starts it anew."""
+    found = part.stat().st_size
+    wrong = f"{found:,} bytes; the hub's list says {file.size:,}" if found != file.size else None
+    if wrong is None and file.sha256 is not None and digest(part) != file.sha256:
+        wrong = "its sha256 is not the one in the hub's list"
+    if wrong is not None:
+        part.unlink()
+        raise DownloadError(
+            f"{file.path}: {wrong}",
+            hint="it was removed; run the same command again, or use the other --source",
+            code="download-wrong",
+        )
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,103 @@
+"""A model hub on this machine: both hubs' interfaces over a dictionary of files, with every fault a line can have."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+
+@dataclass
+class FakeHub:
+    """``break_after``: bytes after which each answer ends; ``ranges``: whether it can continue; ``lies``: path to the
+    size the list claims; ``missing``: names it does not know; ``status``: an error for every file."""
+
+    files: dict[str, bytes]
+    break_after: int | None = None
+    ranges: bool = True
+    lies: dict[str, int] = field(default_factory=dict)
+    corrupt: bool = False
+    missing: tuple[str, ...] = ()
+    status: int | None = None
+    requests: list[tuple[str, str | None, str | None]] = field(default_factory=list)
+    url: str = ""
+
+
+@contextmanager
+def serving(hub: FakeHub) -> Iterator[FakeHub]:
+    """The hub behind ``hub.url`` for as long as the block lasts."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            path = unquote(urlsplit(self.path).path)
+            hub.requests.append((path, self.headers.get("Range"), self.headers.get("Authorization")))
+            if any(name in path for name in hub.missing):
+                self.send_error(404)
+            elif "/resolve/" in path:
+                self._file(path.split("/resolve/")[1].split("/", 1)[1])
+            elif "/tree/" in path:
+                self._json([_hf_entry(hub, name) for name in hub.files])
+            else:
+                files = [
+                    {"Type": "blob", "Path": name, "Size": _size(hub, name), "Sha256": _sha(hub, name)}
+                    for name in hub.files
+                ]
+                self._json({"Success": True, "Data": {"Files": files}})
+
+        def _json(self, content: object) -> None:
+            body = json.dumps(content).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def _file(self, name: str) -> None:
+            if hub.status is not None:
+                self.send_error(hub.status)
+                return
+            content = hub.files[name]
+            start = 0
+            asked = self.headers.get("Range")
+            if asked and hub.ranges:
+                start = int(asked.removeprefix("bytes=").removesuffix("-"))
+            rest = content[start:]
+            if hub.corrupt:
+                rest = bytes(255 - byte for byte in rest)
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(rest)))
+            self.end_headers()
+            self.wfile.write(rest if hub.break_after is None else rest[: hub.break_after])
+            self.close_connection = True
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def _size(hub: FakeHub, name: str) -> int:
+    return hub.lies.get(name, len(hub.files[name]))
+
+
+def _sha(hub: FakeHub, name: str) -> str:
+    return hashlib.sha256(hub.files[name]).hexdigest()
+
+
+def _hf_entry(hub: FakeHub, name: str) -> dict[str, object]:
+    size = _size(hub, name)
+    large = name.endswith(".safetensors")
+    stored = {"lfs": {"oid": _sha(hub, name), "size": size}} if large else {}
+    return {"type": "file", "path": name, "size": 130 if large else size, **stored}

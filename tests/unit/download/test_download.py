@@ -1,0 +1,171 @@
+"""Downloads against a hub on this machine: broken lines, wrong files, full disks, mirrors, both hubs."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from cogtune.cli.main import main
+from cogtune.download.run import download
+from cogtune.download.sources import DATA, VARIANTS
+from cogtune.errors import CheckpointError, DownloadError, InputError
+from tests.support.fake_hub import FakeHub, serving
+
+CHAT = VARIANTS["chat"]
+
+
+@pytest.fixture
+def hub(tiny_checkpoint, monkeypatch):
+    files = {file.name: file.read_bytes() for file in tiny_checkpoint.iterdir() if file.is_file()}
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with serving(FakeHub(files)) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("MODELSCOPE_ENDPOINT", hub.url)
+        yield hub
+
+
+def fetch(folder, repository=CHAT, source="hf"):
+    said, seen = [], []
+    result = download(
+        repository, folder, source, say=said.append, progress=lambda *one: seen.append(one), pause=lambda _: None
+    )
+    return result, said, seen
+
+
+def same(folder, hub):
+    return {file.name: file.read_bytes() for file in folder.iterdir()} == hub.files
+
+
+@pytest.mark.parametrize("source", ["hf", "modelscope"])
+def test_every_file_arrives_and_progress_ends_at_the_total(hub, tmp_path, source):
+    result, said, seen = fetch(tmp_path / "model", source=source)
+    assert same(tmp_path / "model", hub)
+    assert result.fetched == len(hub.files)
+    assert seen[-1][1] == seen[-1][2] == result.size == sum(map(len, hub.files.values()))
+    assert hub.url in said[0]
+
+
+def test_a_line_that_keeps_breaking_is_taken_up_where_it_stopped(hub, tmp_path):
+    hub.break_after = 40_000
+    fetch(tmp_path / "model")
+    assert same(tmp_path / "model", hub)
+    assert any(asked and asked != "bytes=0-" for _, asked, _ in hub.requests)
+
+
+def test_a_server_that_cannot_continue_is_asked_for_everything_again(hub, tmp_path):
+    name = max(hub.files, key=lambda name: len(hub.files[name]))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / f"{name}.part").write_bytes(b"x" * 100)
+    hub.ranges = False
+    _, _, seen = fetch(folder)
+    assert same(folder, hub)
+    assert seen[-1][1] == seen[-1][2]
+
+
+def test_a_rerun_fetches_only_what_is_missing(hub, tmp_path):
+    folder = tmp_path / "model"
+    fetch(folder)
+    gone = next(name for name in hub.files if name.endswith(".safetensors"))
+    (folder / gone).unlink()
+    (folder / f"{gone}.part").write_bytes(hub.files[gone][:1000])
+    hub.requests.clear()
+    result, _, _ = fetch(folder)
+    assert (result.fetched, result.present) == (1, len(hub.files) - 1)
+    assert [asked for path, asked, _ in hub.requests if gone in path] == ["bytes=1000-"]
+    assert same(folder, hub)
+
+
+def test_a_silent_server_ends_with_what_was_fetched_kept(hub, tmp_path):
+    hub.break_after = 0
+    with pytest.raises(DownloadError, match="then nothing more") as caught:
+        fetch(tmp_path / "model")
+    assert "continues" in caught.value.hint
+
+
+def test_a_refusal_is_not_repeated(hub, tmp_path):
+    hub.status = 403
+    with pytest.raises(DownloadError, match="HTTP 403"):
+        fetch(tmp_path / "model")
+    assert len([1 for path, *_ in hub.requests if "/resolve/" in path]) == 1
+
+
+def test_a_wrong_size_and_a_wrong_digest_are_refused_and_removed(hub, tmp_path):
+    name = next(name for name in hub.files if name.endswith(".safetensors"))
+    hub.lies[name] = len(hub.files[name]) - 7
+    with pytest.raises(DownloadError, match=name) as caught:
+        fetch(tmp_path / "short")
+    assert caught.value.code == "download-wrong"
+    hub.lies.clear()
+    hub.corrupt = True
+    hub.files = {name: hub.files[name]}
+    with pytest.raises(DownloadError, match="sha256"):
+        fetch(tmp_path / "corrupt")
+    assert list((tmp_path / "corrupt").iterdir()) == []
+
+
+def test_shards_the_index_names_have_to_be_in_the_repository(hub, tmp_path):
+    del hub.files[next(name for name in hub.files if name.endswith(".safetensors"))]
+    with pytest.raises(CheckpointError, match="shards are missing"):
+        fetch(tmp_path / "model")
+
+
+def test_the_new_name_is_tried_when_the_old_one_is_gone(hub, tmp_path):
+    hub.missing = ("THUDM/",)
+    fetch(tmp_path / "model")
+    assert any("zai-org/" in path for path, *_ in hub.requests)
+    hub.missing = ("THUDM/", "zai-org/")
+    with pytest.raises(InputError, match=r"THUDM.* or zai-org") as caught:
+        fetch(tmp_path / "other")
+    assert "HF_TOKEN" in caught.value.hint
+
+
+def test_space_is_checked_before_anything_is_fetched(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
+    with pytest.raises(InputError, match="GB free") as caught:
+        fetch(tmp_path / "model")
+    assert caught.value.code == "download-space"
+    assert not any("/resolve/" in path for path, *_ in hub.requests)
+
+
+def test_the_token_goes_to_the_hub(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    _, said, _ = fetch(tmp_path / "model")
+    assert {token for *_, token in hub.requests} == {"Bearer secret"}
+    assert "secret" not in " ".join(said)
+
+
+def test_a_path_that_leaves_the_folder_is_refused(hub, tmp_path):
+    hub.files["../evil"] = b"x"
+    with pytest.raises(DownloadError, match="outside the folder"):
+        fetch(tmp_path / "model")
+
+
+def test_offline_forbids_fetching(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match="HF_HUB_OFFLINE"):
+        fetch(tmp_path / "model")
+    assert hub.requests == []
+
+
+def test_the_command(hub, tmp_path, monkeypatch, capsys):
+    hub.files = {"CogVLM-SFT-311K.zip": b"z" * 5000}
+    monkeypatch.chdir(tmp_path)
+    assert main(["download", "data"]) == 0
+    assert (tmp_path / "CogVLM-SFT-311K" / "CogVLM-SFT-311K.zip").stat().st_size == 5000
+    assert "1 files fetched" in capsys.readouterr().out
+    assert any("/api/datasets/" in path for path, *_ in hub.requests)
+    assert main(["download", "weights"]) == 2
+    assert "model, data" in capsys.readouterr().err
+
+
+def test_no_network_names_the_ways_out(tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(DownloadError, match=r"127\.0\.0\.1") as caught:
+        fetch(tmp_path / "x", repository=DATA)
+    assert "HF_ENDPOINT" in caught.value.hint
