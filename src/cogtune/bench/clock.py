@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -155,6 +156,15 @@ def memory_gib(device: torch.device) -> tuple[float, float, float | None]:
     free, total = torch.cuda.mem_get_info(device)
     allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
     return allocated / GIB, reserved / GIB, (total - free) / GIB
+
+
+def host_memory_gib() -> dict[str, float]:
+    """This process on the host, where the system tells: the most it ever held, and what of it is its own now and what
+    is pages of files, which all processes of a host share."""
+    file = Path("/proc/self/status")
+    lines = dict(line.split(":", 1) for line in file.read_text().splitlines() if ":" in line) if file.exists() else {}
+    names = {"VmHWM": "host_peak_gib", "RssAnon": "host_own_gib", "RssFile": "host_files_gib"}
+    return {name: round(int(lines[key].split()[0]) / 2**20, 3) for key, name in names.items() if key in lines}
 
 
 def cap_memory(size: str) -> None:

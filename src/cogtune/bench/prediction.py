@@ -19,7 +19,9 @@ from cogtune.plan.sizes import ModelSizes
 from cogtune.plan.time import step_time
 
 
-def setting_for(variant: Variant, model: CogVLM2Config, work: Work, *, answers: int, card: str) -> Setting:
+def setting_for(
+    variant: Variant, model: CogVLM2Config, work: Work, *, answers: int, card: str, ranks: int = 1
+) -> Setting:
     """The planner's words for a variant and one of its batches; ``card``: the driver's name, empty for a CPU."""
     config, sizes = variant.config, ModelSizes.from_config(model.to_dict())
     images = work.images / work.rows
@@ -30,7 +32,9 @@ def setting_for(variant: Variant, model: CogVLM2Config, work: Work, *, answers: 
         labelled=round(work.labels / work.rows),
         tree=answers > work.rows,
     )
-    setting = setting_of(config, summary([], 0, model.num_image_tokens), card=named_like(card) if card else None)
+    setting = setting_of(
+        config, summary([], 0, model.num_image_tokens), ranks=ranks, card=named_like(card) if card else None
+    )
     names = adapted_names(sizes, config.lora.targets, config.lora.extra)
     setting = replace(
         setting,
@@ -44,7 +48,9 @@ def setting_for(variant: Variant, model: CogVLM2Config, work: Work, *, answers: 
     return recomputed(setting, config.train.gradient_checkpointing)
 
 
-def predicted(variant: Variant, model: CogVLM2Config, work: Work, *, answers: int, card: str) -> dict[str, Any] | None:
+def predicted(
+    variant: Variant, model: CogVLM2Config, work: Work, *, answers: int, card: str, ranks: int = 1
+) -> dict[str, Any] | None:
     """GiB of loading and of training, and milliseconds of a step; None for what the planner does not know: the
     baseline, and a policy it would choose itself.
 
@@ -54,7 +60,7 @@ def predicted(variant: Variant, model: CogVLM2Config, work: Work, *, answers: in
     if variant.baseline or (isinstance(policy, str) and policy not in ("none", "all")):
         return None
     try:
-        setting = setting_for(variant, model, work, answers=answers, card=card)
+        setting = setting_for(variant, model, work, answers=answers, card=card, ranks=ranks)
         memory = predict(setting)
         load, train = memory.phase("load"), memory.phase("train")
     except (InputError, KeyError, StopIteration) as error:

@@ -101,7 +101,8 @@ class CharacterTokenizer:
 
 
 def synthetic_rows(shape: Preset, count: int, config: CogVLM2Config, folder: Path, *, side: int) -> TrainRows:
-    """``count`` rows of ``shape``, each about a picture of its own: noise of ``side`` pixels, written into ``folder``.
+    """``count`` rows of ``shape``, each about a picture of its own: smooth noise of ``side`` pixels, written into
+    ``folder``.
 
     Raises:
         ConfigError: a question too short to hold the prompt's template.
@@ -140,10 +141,10 @@ def _picture(shape: Preset, number: int, folder: Path, side: int) -> Picture:
 def _noise(file: Path, seed: int, side: int) -> Path:
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        pixels = torch.randint(
-            0, 256, (side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
-        )
-        Image.fromarray(pixels.numpy()).save(file, quality=90)
+        coarse, generator = max(2, side // 8), torch.Generator().manual_seed(seed)
+        pixels = torch.randint(0, 256, (coarse, coarse, 3), dtype=torch.uint8, generator=generator)
+        # enlarged, so that the file is as long, and decoding it as slow, as a photograph's
+        Image.fromarray(pixels.numpy()).resize((side, side), Image.Resampling.BICUBIC).save(file, quality=90)
     return file
 
 
@@ -157,18 +158,21 @@ def synthetic_batches(
     cached: bool,
     dtype: torch.dtype,
     device: torch.device,
+    rank: int = 0,
 ) -> list[dict[str, Any]]:
     """``count`` different batches as the loop receives them, in host memory (pinned for a GPU).
 
-    ``cached``: random numbers stand for the tower's output; timing does not depend on their values.
+    ``cached``: random numbers stand for the tower's output; timing does not depend on their values. Every ``rank`` has
+    rows of its own.
     """
-    rows = synthetic_rows(shape, batch_size * count, config, folder, side=64)
-    on_gpu, generator = device.type == "cuda", torch.Generator().manual_seed(0)
+    each = batch_size * count
+    rows = synthetic_rows(shape, (rank + 1) * each, config, folder / str(rank), side=64)
+    on_gpu, generator = device.type == "cuda", torch.Generator().manual_seed(rank)
     width = config.vision_config.hidden_size  # type: ignore[union-attr]
     if cached:
         rows.use_features(lambda image: torch.randn(config.grid**2, width, generator=generator).to(dtype))
     batches = []
-    for start in range(0, batch_size * count, batch_size):
+    for start in range(rank * each, (rank + 1) * each, batch_size):
         samples = [rows.row(0, index) for index in range(start, start + batch_size)]
         batch = collate(samples, column_multiple=GPU_COLUMNS if on_gpu else 1)
         batches.append({name: _pinned(value) for name, value in batch.items()} if on_gpu else batch)

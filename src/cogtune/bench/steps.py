@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 
 from cogtune.adapters.targets import resolve_targets
 from cogtune.bench.baseline import PublishedModel, published_length
@@ -64,6 +66,7 @@ class Bench:
             self._wrap_published()
         else:
             assemble(self.base, variant.config, self.engine)
+        self.ready = time.perf_counter() - began
         self.engine.module.train()
 
     def _wrap_published(self) -> None:
@@ -86,6 +89,7 @@ class Bench:
         return synthetic_batches(
             preset(variant.preset), self.base.config, folder, batch_size=variant.config.train.batch_size,
             count=DIFFERENT_BATCHES, cached=variant.cached, dtype=self.dtype, device=self.engine.device,
+            rank=self.engine.group.rank,
         )  # fmt: skip
 
     def run(self, variant: Variant, batches: list[Batch], *, warm: int, steps: int) -> Timing:
@@ -102,6 +106,17 @@ class Bench:
         timing = feed.finish()
         timing.losses = losses.values
         return timing
+
+    def save_seconds(self) -> float:
+        """How long the state of a training checkpoint takes to gather and to write. Collective."""
+        wait(self.engine.device)
+        began = time.perf_counter()
+        state = self.engine.state()
+        if self.engine.group.is_main:
+            with tempfile.TemporaryDirectory() as folder:
+                save_file(state, str(Path(folder) / "state.safetensors"))
+        self.engine.group.barrier()
+        return time.perf_counter() - began
 
 
 class _Losses(Metrics):

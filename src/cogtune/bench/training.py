@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import tempfile
 import time
 import traceback
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from cogtune.bench.breakdown import profile_steps
-from cogtune.bench.clock import Timing
+from cogtune.bench.clock import Timing, host_memory_gib
 from cogtune.bench.flops import forward_flops, peak_rate, step_flops, trained_extent, work_of
 from cogtune.bench.prediction import predicted
 from cogtune.bench.report import Results, table
@@ -40,7 +41,8 @@ def measure(
                 _measure_group(
                     list(group), joined, results, Path(name), (warm, steps), breakdown and turn == rounds - 1
                 )
-    print(as_table(results), flush=True)
+    if is_main():
+        print(as_table(results), flush=True)
 
 
 def _measure_group(
@@ -56,15 +58,17 @@ def _measure_group(
         try:
             if bench is None:
                 bench = Bench(variant, cached=all(other.cached for other in group))
-                print(f"# {variant.name}: model ready after {time.perf_counter() - began:.1f} s", flush=True)
+                if is_main():
+                    print(f"# {variant.name}: model ready after {time.perf_counter() - began:.1f} s", flush=True)
             row = _measure_one(bench, variant, joined, folder, counts, breakdown)
         except Exception as error:
             traceback.print_exc(limit=-6)
             if bench is not None:  # a backward pass that broke off has left gradients
                 bench.engine.optimizer.zero_grad(set_to_none=True)
             row = _identity(variant) | {"error": f"{type(error).__name__}: {str(error)[:400]}"}
-        results.add(row)
-        _say(row)
+        if is_main():
+            results.add(row)
+            _say(row)
     del bench
     _release()
 
@@ -77,11 +81,30 @@ def _measure_one(
     timing.join(bench.run(variant, batches, warm=counts[0], steps=counts[1]))
     row = _identity(variant) | _rates(bench, variant, batches, timing) | timing.to_dict() | bench.loading.to_dict()
     row["peak_reserved_gib"] = max(row["reserved_gib"], row["load_reserved_gib"])
+    row |= {"ready_s": round(bench.ready, 2), **_by_rank(bench, row)}
     if breakdown:
         row["breakdown_ms"] = profile_steps(
             lambda: bench.run(variant, batches, warm=0, steps=_PROFILED), bench.base, bench.engine.optimizer, _PROFILED
         )
     return row
+
+
+def _by_rank(bench: Bench, row: dict[str, Any]) -> dict[str, Any]:
+    """What differs between the processes of a launch: memory of each card and of its process on the host."""
+    group = bench.engine.group
+    if group.size == 1:
+        return {}
+    own = {key: row[key] for key in ("peak_reserved_gib", "allocated_gib", "load_reserved_gib")} | host_memory_gib()
+    return {
+        "engine": bench.engine.describe(),
+        "save_s": round(bench.save_seconds(), 2),
+        "by_rank": group.gather(own),
+    }
+
+
+def is_main() -> bool:
+    """Whether this process prints and writes: the only one, or the first of a launch."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _identity(variant: Variant) -> dict[str, Any]:
@@ -92,7 +115,7 @@ def _identity(variant: Variant) -> dict[str, Any]:
 def _rates(bench: Bench, variant: Variant, batches: list[dict[str, Any]], timing: Timing) -> dict[str, Any]:
     """Samples, answers and tokens a second, and the share of the card's rate that useful work takes."""
     config, batch = bench.base.config, batches[0]
-    accumulation = variant.config.train.accumulation
+    ranks, accumulation = bench.engine.group.size, variant.config.train.accumulation
     work = work_of(batch, config.num_image_tokens)
     first, vision = trained_extent(list(bench.engine.parameters), config.num_hidden_layers)
     flops = forward_flops(ModelSizes.from_config(config.to_dict()), work)
@@ -102,16 +125,17 @@ def _rates(bench: Bench, variant: Variant, batches: list[dict[str, Any]], timing
     card = torch.cuda.get_device_name() if bench.engine.device.type == "cuda" else ""
     rate = peak_rate(card)
     return {
+        "ranks": ranks,
         "batch_size": work.rows,
         "tokens": work.tokens,
         "labels": work.labels,
         "trained_parameters": sum(parameter.numel() for parameter in bench.engine.parameters.values()),
-        "samples_per_second": round(accumulation * work.rows / timing.median, 4),
-        "answers_per_second": round(accumulation * answers_of(batch) / timing.median, 4),
-        "tokens_per_second": round(accumulation * work.tokens / timing.median, 1),
+        "samples_per_second": round(ranks * accumulation * work.rows / timing.median, 4),
+        "answers_per_second": round(ranks * accumulation * answers_of(batch) / timing.median, 4),
+        "tokens_per_second": round(ranks * accumulation * work.tokens / timing.median, 1),
         "tflop_per_step": round(counted / 1e12, 6),
         "lora_mfu": None if rate is None else round(counted / timing.median / rate, 4),
-        "plan": predicted(variant, config, work, answers=answers_of(batch), card=card),
+        "plan": predicted(variant, config, work, answers=answers_of(batch), card=card, ranks=ranks),
     }
 
 

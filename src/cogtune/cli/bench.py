@@ -231,13 +231,14 @@ def _steps_of(
         overrides.setdefault("model.path", ["random-tiny"])
 
     from cogtune.bench.report import Results
-    from cogtune.bench.training import measure
+    from cogtune.bench.training import is_main, measure
     from cogtune.bench.variants import parse_variants
 
     variants = parse_variants(texts, overrides, preset=preset, cached=features == "cached")
     results = Results(kind, _command(), json)
     measure(variants, results, warm=counts[0], steps=counts[1], rounds=counts[2], breakdown=breakdown)
-    print(results.line())
+    if is_main():
+        print(results.line())
     return results
 
 
