@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +114,15 @@ def test_decoding_filling_and_loading(tmp_path: Path) -> None:
     read = row("loader", "--seconds", "0.3", "--rate", "10", "--pictures", "4", "--side", "16", "--data.workers", "1")
     assert read["taken"] >= 2
     assert 0 <= read["wait_share"] <= 1
+
+
+def test_two_processes_train_different_rows(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cogtune"]
+    own = ["bench", "train", "--tiny", "--preset", "text=40", "--steps", "2", "--warmup", "1", "--json", str(file)]
+    subprocess.run([*launch, *own, "--parallel.engine", "ddp"], check=True, capture_output=True, timeout=240)
+    row = _rows(file)["text=40"]
+    assert (row["ranks"], len(row["by_rank"])) == (2, 2)
+    assert row["samples_per_second"] == pytest.approx(2000 / row["median_ms"], rel=0.01)
+    assert row["engine"].startswith("ddp")
+    assert row["save_s"] > 0
