@@ -138,9 +138,12 @@ def test_a_damaged_file_is_never_used_and_the_same_command_repairs_it(run: Run, 
 
 
 def test_a_picture_that_changes_is_computed_anew(run: Run, data: Path, tmp_path: Path) -> None:
-    run.data = Path(shutil.copytree(data, tmp_path / "data"))
+    shutil.copytree(data, tmp_path / "data")
     shutil.copy(data.with_suffix(".jsonl"), tmp_path / "data.jsonl")
-    run("before")
+    run("original")
+    run.data = tmp_path / "data"
+    run("copied")
+    assert run.seen == 0, "the copy's pictures are known by their content"
     picture = run.data / "images" / "000.png"
     size = picture.stat().st_size
     Image.new("RGB", (12, 10), (220, 41, 40)).save(picture)

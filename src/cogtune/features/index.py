@@ -16,6 +16,7 @@ import stat
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +42,9 @@ class Stamp:
 
     @staticmethod
     def of(path: Path) -> Stamp:
-        status = path.stat()
-        named = f"{os.path.realpath(path)}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}"
+        status = os.stat(path)
+        folder, name = os.path.split(path)
+        named = f"{_real(folder)}\0{name}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}"
         changed = max(status.st_mtime_ns, status.st_ctime_ns)
         return Stamp(_short(named.encode("utf-8", "surrogateescape")), time.time_ns() - changed > _SETTLED_NANOSECONDS)
 
@@ -111,6 +113,12 @@ class PictureIndex:
         fields = _fields(line)
         if fields is not None and fields[0] == self._scope:
             self._by_stamp[fields[1]] = self._by_content[fields[2]] = fields[3]
+
+
+@lru_cache(maxsize=4096)
+def _real(folder: str) -> str:
+    """The folder's true path: pictures come in few folders, and resolving every file's would take longest of all."""
+    return os.path.realpath(folder)
 
 
 def content_digest(path: Path) -> str:

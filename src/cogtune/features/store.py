@@ -55,14 +55,20 @@ class Store:
         self.variant = variant
         self.layout = variant.layout
         self.folder = root / variant.name
+        self._prefix = f"{self.folder}{os.sep}"
+        self._file_bytes = self.layout.file_bytes
 
     def path(self, digest: str) -> Path:
-        return self.folder / digest[:2] / f"{digest}{SUFFIX}"
+        return Path(self._place(digest))
+
+    def _place(self, digest: str) -> str:
+        """`path` as text: a run asks for every picture's when it starts."""
+        return f"{self._prefix}{digest[:2]}{os.sep}{digest}{SUFFIX}"
 
     def has(self, digest: str) -> bool:
         """Whether the picture's file is there and of the right size; its content is checked when it is read."""
         try:
-            return self.path(digest).stat().st_size == self.layout.file_bytes
+            return os.stat(self._place(digest)).st_size == self._file_bytes
         except OSError:
             return False
 
@@ -104,7 +110,7 @@ class Store:
     def touch(self, digest: str) -> None:
         """Note that the file was used now: what was not used longest is evicted first. A read-only cache keeps none."""
         with suppress(OSError):
-            os.utime(self.path(digest))
+            os.utime(self._place(digest))
 
     def prepare(self, model: str) -> None:
         """Make the variant's folder and describe it; remove what killed writers left behind. OSError as it comes."""
@@ -136,7 +142,8 @@ def write_atomically(path: Path, content: bytes, root: Path) -> None:
     temporary = path.with_name(f".{path.stem}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}.partial")
     try:
         write_file(temporary, content)
-        temporary.chmod(stat.S_IMODE(root.stat().st_mode) & 0o666)
+        with suppress(PermissionError):  # file systems without permissions
+            temporary.chmod(stat.S_IMODE(root.stat().st_mode) & 0o666)
         sync(temporary)
         temporary.replace(path)
     except BaseException:

@@ -16,6 +16,9 @@ from cogtune.features.store import Store, make_folder
 from cogtune.features.together import Ranks
 
 
+_CHUNK = 256
+
+
 @dataclass(frozen=True)
 class Survey:
     """``present``: path -> digest of this process's pictures that are there; ``missing``: its other ones. ``pictures``
@@ -29,20 +32,25 @@ class Survey:
 
 def survey(images: Collection[Path], store: Store, index: PictureIndex, ranks: Ranks) -> Survey:
     """Look for the features of ``images``; those found are marked as used now."""
-    mine, pictures = _share(sorted(set(images)), store.root, ranks)
+    mine, pictures = _share(sorted(set(images), key=os.fspath), store.root, ranks)
 
-    def look(image: Path) -> str | None:
-        with suppress(OSError):  # whoever reads the picture says what is wrong with it
-            digest = index.find(Stamp.of(image))
-            if digest is not None and store.has(digest):
-                store.touch(digest)
-                return digest
-        return None
+    def look(some: Sequence[Path]) -> list[str | None]:
+        return [_look(image, store, index) for image in some]
 
-    found = in_threads(look, mine)
+    chunks = [mine[start : start + _CHUNK] for start in range(0, len(mine), _CHUNK)]
+    found = [digest for part in in_threads(look, chunks) for digest in part]
     present = {os.fspath(image): digest for image, digest in zip(mine, found, strict=True) if digest is not None}
     missing = [image for image, digest in zip(mine, found, strict=True) if digest is None]
     return Survey(present, missing, pictures, sum(ranks.gather(len(missing))))
+
+
+def _look(image: Path, store: Store, index: PictureIndex) -> str | None:
+    with suppress(OSError):  # whoever reads the picture says what is wrong with it
+        digest = index.find(Stamp.of(image))
+        if digest is not None and store.has(digest):
+            store.touch(digest)
+            return digest
+    return None
 
 
 def _share(images: Sequence[Path], root: Path, ranks: Ranks) -> tuple[list[Path], int]:
