@@ -15,7 +15,6 @@ from cogtune.features.index import PictureIndex, Stamp
 from cogtune.features.store import Store, make_folder
 from cogtune.features.together import Ranks
 
-
 _CHUNK = 256
 
 
