@@ -38,8 +38,8 @@ CONFIGURED = {
     "train": ["dry-run", "config", "force"],
     "plan": ["config", "card", "cards", "hosts", "price", "write", "targets", "json"],
     "data check": ["json", "config"],
-    "data preview": ["json", "config", "html", "count", "record", "width"],
-    "data convert": ["config", "copy"],
+    "data preview": ["config", "html", "count", "record", "width"],
+    "data convert": ["link"],
     "data cache": ["config", "stat", "clear", "json"],
 }
 """Commands whose flags are configuration keys, and the flags they have besides."""

@@ -6,7 +6,7 @@ import importlib
 
 import typer
 
-SUBCOMMANDS = ("data_check", "data_cache")
+SUBCOMMANDS = ("data_check", "data_preview", "data_convert", "data_cache")
 """Modules of this package, in the order of the help; each has ``add_to(group)``."""
 
 

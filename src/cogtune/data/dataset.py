@@ -13,9 +13,9 @@ from torch.utils.data import Dataset
 
 from cogtune.data.budget import Budget, BudgetReport, Sample
 from cogtune.data.records import Picture
-from cogtune.data.rows import RowPlan, RowShape, plan_rows, shape_of
+from cogtune.data.rows import RowPlan, RowShape, encode_sample, plan_rows, shape_of
 from cogtune.errors import ConfigError, DataError
-from cogtune.processing.encode import Encoded, Encoder
+from cogtune.processing.encode import Encoder
 from cogtune.processing.image import preprocess, read_image
 from cogtune.processing.tree import Row, build_tree
 
@@ -168,7 +168,8 @@ class TrainRows(Dataset[RowSample]):
         plan = self._plans[index]
         picture = self._pictures[plan.picture]
         samples = plan.samples if self._data.turns == "all" else self._drawn(picture, plan, epoch)
-        row = build_tree([self._encode(picture, sample) for sample in samples])
+        longest = self._data.max_output_len
+        row = build_tree([encode_sample(self._encoder, picture, sample, longest) for sample in samples])
         ids = dict.fromkeys(picture.conversations[sample.conversation].id for sample in samples)
         if self._features is None or picture.image is None:
             return RowSample(row, self._pixels(picture), tuple(ids))
@@ -179,16 +180,6 @@ class TrainRows(Dataset[RowSample]):
             return None
         image = read_image(picture.image, max_pixels=self._data.max_pixels, exif=self._data.exif)
         return preprocess(image, self._image_size)
-
-    def _encode(self, picture: Picture, sample: Sample) -> Encoded:
-        turns = picture.conversations[sample.conversation].turns
-        turn = turns[sample.turn]
-        history = [(past.question, past.answer) for past in turns[sample.first : sample.turn]]
-        encoded = self._encoder.encode(turn.question, history, answer=turn.answer, image=picture.image is not None)
-        if not sample.cut:
-            return encoded
-        end = encoded.prompt_len + self._data.max_output_len
-        return Encoded(encoded.input_ids[:end], encoded.token_type_ids[:end], encoded.labels[:end], encoded.prompt_len)
 
     def _drawn(self, picture: Picture, plan: RowPlan, epoch: int) -> list[Sample]:
         """One round per conversation, and with probability 1/2 the round before it as history.

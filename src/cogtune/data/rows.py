@@ -1,4 +1,4 @@
-"""Which samples share a row: all of a picture's, or as many as ``data.max_row_tokens`` allows."""
+"""Which samples share a row: all of a picture's, or as many as ``data.max_row_tokens`` allows; and their tokens."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from cogtune.data.budget import FittedPicture, Sample
+from cogtune.data.records import Picture
+from cogtune.processing.encode import Encoded, Encoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,18 @@ def shape_of(plan: RowPlan, *, picture: bool, one_random: bool) -> RowShape:
         rounds.setdefault(sample.conversation, []).append(sample.answer)
     labelled = sum(max(answers) if one_random else sum(answers) for answers in rounds.values())
     return RowShape(picture, plan.tokens, labelled, len(rounds) if one_random else len(plan.samples))
+
+
+def encode_sample(encoder: Encoder, picture: Picture, sample: Sample, max_output_len: int) -> Encoded:
+    """The tokens of one sample of ``picture``, as they are trained."""
+    turns = picture.conversations[sample.conversation].turns
+    turn = turns[sample.turn]
+    history = [(past.question, past.answer) for past in turns[sample.first : sample.turn]]
+    encoded = encoder.encode(turn.question, history, answer=turn.answer, image=picture.image is not None)
+    if not sample.cut:
+        return encoded
+    end = encoded.prompt_len + max_output_len
+    return Encoded(encoded.input_ids[:end], encoded.token_type_ids[:end], encoded.labels[:end], encoded.prompt_len)
 
 
 def plan_rows(fitted: FittedPicture, *, head: int, limit: int | None, one_random: bool) -> list[RowPlan]:

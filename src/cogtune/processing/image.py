@@ -1,16 +1,22 @@
-"""Pictures: reading a file of any format Pillow opens, and the published preprocessing, bit for bit."""
+"""Pictures: reading a file of any format Pillow opens, and the published preprocessing, bit for bit.
+
+torch is imported only where a tensor is made: commands that look at data read pictures without it.
+"""
 
 from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cogtune.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
 
 # The statistics CLIP was trained with, per RGB channel.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -80,11 +86,15 @@ def resize(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
 
 def normalise(resized: npt.NDArray[np.uint8]) -> torch.Tensor:
     """The second half of `preprocess`: float32 ``[3, size, size]`` from uint8 ``[size, size, 3]``."""
+    import torch
+
     pixels = torch.from_numpy(resized).permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
     return pixels.div_(255).sub_(_per_channel(MEAN)).div_(_per_channel(STD))
 
 
 def _per_channel(values: tuple[float, ...]) -> torch.Tensor:
+    import torch
+
     return torch.tensor(values, dtype=torch.float32).view(3, 1, 1)
 
 

@@ -1,0 +1,183 @@
+"""What the model will see of a data set: rows as training builds them, token by token."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from cogtune.data.budget import Budget
+from cogtune.data.records import Picture
+from cogtune.data.rows import encode_sample, plan_rows
+from cogtune.errors import DataError
+from cogtune.processing.encode import IGNORED, IMAGE, Encoder
+from cogtune.processing.tokenfile import TokenFile
+from cogtune.processing.tokenizer import byte_symbols
+from cogtune.processing.tree import ROOT, Row, build_tree
+
+if TYPE_CHECKING:
+    from cogtune.configuration.run import DataSection
+
+Kind = Literal["context", "trained", "special", "picture"]
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token, or ``count`` of them: the positions of a picture, or the tokens of one character."""
+
+    text: str
+    kind: Kind
+    trained: bool = False
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of tokens in the tree. ``depth``: how many segments come before it on its path."""
+
+    number: int
+    parent: int
+    depth: int
+    tokens: tuple[Token, ...]
+
+    @property
+    def trained(self) -> int:
+        """How many of its tokens have a label."""
+        return sum(token.count for token in self.tokens if token.trained)
+
+
+@dataclass(frozen=True)
+class RowPreview:
+    """One row. ``dropped``: answers of the picture that training leaves out, over the rows of this picture."""
+
+    key: str
+    image: Path | None
+    sources: tuple[str, ...]
+    segments: tuple[Segment, ...]
+    tokens: int
+    trained: int
+    dropped: int
+
+
+def preview_rows(
+    pictures: Sequence[Picture], data: DataSection, tokens: TokenFile, count: int, record: str | None = None
+) -> Iterator[RowPreview]:
+    """The rows of the first ``count`` pictures, or of the one that ``record`` names: its key, a conversation's id, or
+    the name of its file.
+
+    :raises DataError: no such record, or a text over budget where ``data`` says ``error``.
+    """
+    chosen = list(pictures[:count])
+    if record is not None:
+        chosen = [picture for picture in pictures if _is_named(picture, record)]
+        if not chosen:
+            raise DataError(
+                f"no record is called {record}", hint="give an id as predictions have it, or a picture's file name",
+                code="preview-record",
+            )  # fmt: skip
+    encoder = Encoder(
+        tokens,
+        num_image_tokens=tokens.num_image_tokens,
+        bos_id=tokens.bos_id,
+        eos_id=tokens.eos_id,
+        image_id=tokens.image_id,
+        template=tokens.template,
+    )
+    pieces = _Pieces(tokens)
+    for fitted in Budget(_Counting(tokens), data).fit(chosen):  # type: ignore[arg-type]
+        picture = chosen[fitted.index]
+        head = 1 + (0 if picture.image is None else tokens.num_image_tokens)
+        plans = plan_rows(fitted, head=head, limit=data.max_row_tokens, one_random=data.turns == "one_random")
+        answers = sum(len(conversation.turns) for conversation in picture.conversations)
+        dropped = answers - len(fitted.samples)
+        for plan in plans:
+            row = build_tree([encode_sample(encoder, picture, sample, data.max_output_len) for sample in plan.samples])
+            sources = dict.fromkeys(picture.conversations[sample.conversation].source for sample in plan.samples)
+            labelled = sum(label != IGNORED for label in row.labels)
+            segments = tuple(_segments(row, pieces))
+            yield RowPreview(picture.key, picture.image, tuple(sources), segments, len(row), labelled, dropped)
+        if not plans:
+            yield RowPreview(picture.key, picture.image, (picture.conversations[0].source,), (), 0, 0, dropped)
+
+
+def _is_named(picture: Picture, record: str) -> bool:
+    names = {picture.key, *(conversation.id for conversation in picture.conversations)}
+    return record in names or (picture.image is not None and picture.image.name == record)
+
+
+@dataclass(frozen=True)
+class _Counting:
+    tokenizer: TokenFile
+
+    @property
+    def template(self) -> str:
+        return self.tokenizer.template
+
+
+def _segments(row: Row, pieces: _Pieces) -> Iterator[Segment]:
+    depths: list[int] = []
+    for number, parent in enumerate(row.segment_parents):
+        depths.append(0 if parent == ROOT else depths[parent] + 1)
+        places = [place for place, segment in enumerate(row.segment_ids) if segment == number]
+        yield Segment(number, parent, depths[number], tuple(_tokens(row, places, pieces)))
+
+
+def _tokens(row: Row, places: list[int], pieces: _Pieces) -> Iterator[Token]:
+    """The tokens at ``places``; a picture's positions, and the tokens that make one character, are one of them."""
+    for key, run in groupby(places, key=lambda place: _look(row, place)):
+        ids = [row.input_ids[place] for place in run]
+        if key == "picture":
+            yield Token("", "picture", count=len(ids))
+        else:
+            yield from pieces.split(ids, trained=key == "trained")
+
+
+def _look(row: Row, place: int) -> str:
+    if row.token_type_ids[place] == IMAGE:
+        return "picture"
+    return "context" if row.labels[place] == IGNORED else "trained"
+
+
+class _Pieces:
+    """Texts of tokens. Several that make up one character are shown together; stray bytes as numbers."""
+
+    def __init__(self, tokens: TokenFile) -> None:
+        self._tokenizer: Any = tokens.tokenizer
+        self._bytes = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
+        self._special = {id_ for id_, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+
+    def split(self, ids: Sequence[int], *, trained: bool) -> Iterator[Token]:
+        plain: Kind = "trained" if trained else "context"
+        held, count = b"", 0
+        for id_ in ids:
+            content = self._content(id_)
+            if isinstance(content, str):
+                if held:
+                    yield Token(_numbers(held), plain, trained, count)
+                    held, count = b"", 0
+                yield Token(content, "special", trained)
+                continue
+            held, count = held + content, count + 1
+            with contextlib.suppress(UnicodeDecodeError):
+                yield Token(held.decode("utf-8"), plain, trained, count)
+                held, count = b"", 0
+        if held:
+            yield Token(_numbers(held), plain, trained, count)
+
+    def _content(self, id_: int) -> bytes | str:
+        """The bytes of a token, or the name of a special one."""
+        piece = self._tokenizer.id_to_token(id_)
+        if piece is None:
+            return f"<{id_}>"
+        if id_ in self._special:
+            return str(piece)
+        if not all(symbol in self._bytes for symbol in piece):
+            return str(piece).encode()
+        return bytes(self._bytes[symbol] for symbol in piece)
+
+
+def _numbers(content: bytes) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in content)

@@ -1,0 +1,99 @@
+"""Previewed rows as one page that needs nothing else: no script, no font, no address outside of it."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterable
+
+from PIL import Image
+
+from cogtune.data.preview import RowPreview, Segment, Token
+
+_SIDE = 448
+_STYLE = """
+body { font: 15px/1.6 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #222; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.05rem; margin: 2.5rem 0 .3rem; word-break: break-all; }
+p.about { color: #666; margin: 0 0 .6rem; word-break: break-all; }
+.row { display: flex; gap: 1.2rem; align-items: flex-start; flex-wrap: wrap; } .tree { flex: 1; min-width: 20rem; }
+figure { margin: 0; } figcaption { font-size: .8rem; color: #666; } img { max-width: 16rem; border: 1px solid #ccc; }
+.segment { border-left: 4px solid var(--branch); margin: .35rem 0 .35rem 0; padding: .1rem 0 .1rem .7rem; }
+.name { font-size: .78rem; color: #666; display: block; }
+.t { white-space: pre-wrap; border-radius: 3px; padding: 1px 0; }
+.context { background: #eee; } .context:nth-child(even) { background: #e2e2e2; }
+.trained { background: #b9e8c0; } .trained:nth-child(even) { background: #9fdcaa; }
+.special { background: #d8d3f5; font-family: ui-monospace, monospace; font-size: .85em; }
+.special.trained { background: #9fdcaa; outline: 1px solid #2a8a3e; }
+.picture { background: #fbe3b5; font-size: .85em; padding: 1px 6px; }
+@media (prefers-color-scheme: dark) {
+  body { background: #181818; color: #ddd; } p.about, .name, figcaption { color: #999; }
+  .context { background: #333; } .context:nth-child(even) { background: #3c3c3c; }
+  .trained { background: #1f5a2b; } .trained:nth-child(even) { background: #286b35; } .special { background: #443c78; }
+  .special.trained { background: #286b35; } .picture { background: #6a5320; }
+}
+"""
+_BRANCHES = ("#4878a8", "#c0603a", "#5a9a5a", "#9a5a9a", "#a8892c", "#4a9a9a")
+
+
+def page(rows: Iterable[RowPreview], *, title: str, exif: str = "ignore") -> str:
+    """The page. Pictures are the squares that the model is shown, as small ones; ``exif`` as in `read_image`."""
+    body = "\n".join(_row(row, exif) for row in rows)
+    legend = (
+        '<p><span class="t context">context</span> <span class="t trained">trained</span> '
+        '<span class="t special">special token</span> <span class="t special trained">trained special token</span> '
+        '<span class="picture">the picture\'s positions</span>; every bar on the left is one branch of the tree, and a '
+        "token sees what stands before it on its own branch and on those around it.</p>"
+    )
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n"
+        f"<body><h1>{html.escape(title)}</h1>{legend}\n{body}\n</body></html>\n"
+    )
+
+
+def _row(row: RowPreview, exif: str) -> str:
+    dropped = f"; {row.dropped} answers left out for their length" if row.dropped else ""
+    about = f"{', '.join(row.sources)}: {row.tokens} tokens, {row.trained} trained{dropped}"
+    children: dict[int, list[Segment]] = {}
+    for segment in row.segments:
+        children.setdefault(segment.parent, []).append(segment)
+    tree = "".join(_segment(segment, children) for segment in children.get(-1, []))
+    return (
+        f'<h2>{html.escape(row.key)}</h2><p class="about">{html.escape(about)}</p>'
+        f'<div class="row">{_figure(row, exif)}<div class="tree">{tree}</div></div>'
+    )
+
+
+def _segment(segment: Segment, children: dict[int, list[Segment]]) -> str:
+    colour = _BRANCHES[segment.number % len(_BRANCHES)]
+    what = f"{segment.trained} trained" if segment.trained else "context"
+    inner = "".join(_segment(child, children) for child in children.get(segment.number, []))
+    tokens = "".join(_token(token) for token in segment.tokens)
+    return (
+        f'<div class="segment" style="--branch: {colour}"><span class="name">segment {segment.number}, {what}</span>'
+        f"{tokens}{inner}</div>"
+    )
+
+
+def _token(token: Token) -> str:
+    if token.kind == "picture":
+        return f'<span class="picture">picture: {token.count} positions</span>'
+    kind = token.kind if token.kind != "special" or not token.trained else "special trained"
+    shown = html.escape(token.text).replace("\n", "&#8629;\n")
+    return f'<span class="t {kind}">{shown}</span>'
+
+
+def _figure(row: RowPreview, exif: str) -> str:
+    if row.image is None:
+        return "<figure><figcaption>no picture</figcaption></figure>"
+    from cogtune.processing.image import read_image
+
+    image = read_image(row.image, exif=exif)
+    square = image.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
+    stream = io.BytesIO()
+    square.save(stream, "JPEG", quality=85)
+    data = base64.b64encode(stream.getvalue()).decode()
+    caption = f"{html.escape(row.image.name)}, {image.width} x {image.height}, made square as the model sees it"
+    return f'<figure><img alt="" src="data:image/jpeg;base64,{data}"><figcaption>{caption}</figcaption></figure>'
