@@ -126,6 +126,9 @@ class ExpertAttention(nn.Module):
         qkv = by_expert(
             x_TD, routing.num_vision, self.vision_expert_query_key_value, self.language_expert_query_key_value
         )
+        if kept is not None and cache is None and routing.query_tokens is not None:
+            context = self._context_of_queries(qkv, cos, sin, routing)
+            return by_expert(context, routing.num_vision_kept, self.vision_expert_dense, self.language_expert_dense)
         heads = into_rows(qkv, routing).view(routing.num_rows, routing.num_columns, -1, self.head_dim).transpose(1, 2)
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -148,6 +151,39 @@ class ExpertAttention(nn.Module):
             context, num_vision = context.index_select(0, take), routing.num_vision_kept
         return by_expert(context, num_vision, self.vision_expert_dense, self.language_expert_dense)
 
+    def _context_of_queries(
+        self, qkv_TF: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, routing: Routing
+    ) -> torch.Tensor:
+        """What the kept tokens see, [K, H * E]: only their queries are asked, all tokens' keys and values answer."""
+        assert routing.query_tokens is not None
+        assert routing.query_columns is not None
+        assert routing.from_queries is not None
+        rows, columns = routing.num_rows, routing.query_columns
+        split = self.num_heads * self.head_dim
+        asked = qkv_TF[:, :split].index_select(0, routing.query_tokens)
+        q = asked.view(rows, -1, self.num_heads, self.head_dim).transpose(1, 2)
+        there = into_rows(qkv_TF[:, split:], routing).view(rows, routing.num_columns, -1, self.head_dim).transpose(1, 2)
+        k, v = there.split([self.num_kv_heads, self.num_kv_heads], dim=1)
+        at = columns[:, None, :, None].expand(-1, -1, -1, cos.shape[-1])
+        q, k = rotate(q, cos.gather(2, at), sin.gather(2, at)), rotate(k, cos, sin)
+        context = attend(q, k, v, _visible(routing, columns))
+        return context.transpose(1, 2).reshape(-1, split).index_select(0, routing.from_queries)
+
+
+def _visible(routing: Routing, columns_BQ: torch.Tensor) -> torch.Tensor:
+    """Which columns the queries at ``columns`` ([B, Q] or [1, Q]) see in a left-aligned layout: bool [B or 1, 1, Q, S].
+
+    Earlier ones, and in a tree those of the own segment and its ancestors.
+    """
+    key = torch.arange(routing.num_columns, device=columns_BQ.device)
+    causal = columns_BQ[:, :, None] >= key
+    if routing.row_segments is None or routing.ancestors is None:
+        return causal[:, None]
+    segments = routing.row_segments
+    batch = torch.arange(routing.num_rows, device=segments.device)[:, None, None]
+    own = segments.gather(1, columns_BQ.expand(routing.num_rows, -1))
+    return (causal & routing.ancestors[batch, own[:, :, None], segments[:, None, :]])[:, None]
+
 
 def row_mask(routing: Routing) -> torch.Tensor | None:
     """Which column of a row sees which, bool [B, 1, S - prefix, S] for the columns behind ``routing.prefix``; None
@@ -159,15 +195,11 @@ def row_mask(routing: Routing) -> torch.Tensor | None:
     if routing.row_segments is None and routing.row_mask is None:
         return None
     index = torch.arange(routing.num_columns, device=routing.positions.device)
-    query = index[routing.prefix :]
-    causal = query[:, None] >= index[None, :]
-    if routing.row_segments is not None and routing.ancestors is not None:
-        segments = routing.row_segments
-        batch = torch.arange(routing.num_rows, device=segments.device)[:, None, None]
-        visible = routing.ancestors[batch, segments[:, routing.prefix :, None], segments[:, None, :]]
-        return (causal & visible)[:, None]
+    if routing.row_segments is not None:
+        return _visible(routing, index[None, routing.prefix :])
     assert routing.row_mask is not None
-    return ((causal & routing.row_mask[:, None, :]) | (query[:, None] == index[None, :]))[:, None]
+    causal = index[:, None] >= index[None, :]
+    return ((causal & routing.row_mask[:, None, :]) | (index[:, None] == index[None, :]))[:, None]
 
 
 def cache_mask(

@@ -53,6 +53,10 @@ class Routing:
     empty: torch.Tensor | None = None  # bool [B*S, 1] columns without a token; None where every column has one
     kept: torch.Tensor | None = None  # [K] sorted indices, ascending: whose last hidden state is needed
     num_vision_kept: int = 0
+    # The kept tokens as rows of Q queries, for the last layer's attention; None where they are most of the tokens.
+    query_tokens: torch.Tensor | None = None  # [B*Q] sorted index (a row with fewer repeats token 0, never read)
+    query_columns: torch.Tensor | None = None  # [B, Q] column, 0 where there is none
+    from_queries: torch.Tensor | None = None  # [K] place among the B*Q
     predictors: torch.Tensor | None = None  # [M] index into kept; None where it would be 0..K-1
     targets: torch.Tensor | None = None  # [M] labels
 
@@ -118,7 +122,10 @@ class Routing:
         if self.kept is None:
             return self
         predictors = self.kept if self.predictors is None else self.kept.index_select(0, self.predictors)
-        return replace(self, kept=None, num_vision_kept=0, predictors=predictors)
+        return replace(
+            self, kept=None, num_vision_kept=0, predictors=predictors, query_tokens=None, query_columns=None,
+            from_queries=None,
+        )  # fmt: skip
 
     def keep_last(self, count: int) -> Routing:
         """Only the last ``count`` columns' hidden states are wanted (0: all), in a layout that keeps the columns."""
@@ -276,6 +283,8 @@ class _Builder:
             extra["row_mask"] = torch.from_numpy(self.mask.copy())
         if labels is not None:
             extra |= self._targets(labels.numpy(), place)
+            if not keep_columns:
+                extra |= _queries(extra["kept"].numpy(), cell[order], batch, columns, column_multiple)
         return Routing(
             num_rows=batch,
             num_columns=columns,
@@ -336,6 +345,26 @@ class _Builder:
             "predictors": None if identity else torch.from_numpy(predictors),
             "targets": torch.from_numpy(packed[labelled].astype(np.int64)),
         }
+
+
+def _queries(kept: np.ndarray, cells: np.ndarray, rows: int, columns: int, column_multiple: int) -> dict[str, Any]:
+    """The kept tokens row by row, where they are at most half of the columns. ``cells``: sorted -> b * S + column."""
+    cell = cells[kept]
+    counts = np.bincount(cell // columns, minlength=rows)
+    width = -(-int(counts.max(initial=0)) // column_multiple) * column_multiple
+    if width == 0 or 2 * width > columns:
+        return {}
+    by_cell = np.argsort(cell, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    row = cell[by_cell] // columns
+    place = row * width + np.arange(kept.size) - starts[row]
+    tokens, at, back = np.zeros(rows * width, int), np.zeros(rows * width, int), np.empty(kept.size, int)
+    tokens[place], at[place], back[by_cell] = kept[by_cell], cell[by_cell] % columns, place
+    return {
+        "query_tokens": torch.from_numpy(tokens),
+        "query_columns": torch.from_numpy(at.reshape(rows, width)),
+        "from_queries": torch.from_numpy(back),
+    }
 
 
 def _runs(image: np.ndarray, starts: np.ndarray) -> tuple[int, ...]:

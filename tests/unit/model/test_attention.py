@@ -74,3 +74,35 @@ def test_split_trees_equal_one_mask_over_everything(multiple: int) -> None:
         for one, other in ((found, wanted), (found, exact)):
             torch.testing.assert_close(one[0], other[0], rtol=1e-12, atol=0)
             torch.testing.assert_close(one[1], other[1], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("multiple", [1, 4])
+@pytest.mark.parametrize("tree", [False, True])
+def test_asking_only_the_kept_queries_changes_nothing(multiple: int, tree: bool) -> None:
+    """In the last layer, for rows with different numbers of labels, one of them without any."""
+    model = random_model(tiny_config(), seed=2).double()
+    ids = torch.randint(10, 200, (3, 40), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, 33:] = 0
+    labels = torch.full_like(ids, -100)
+    labels[0, -9:], labels[1, [5, 20, 31]] = ids[0, -9:], ids[1, [5, 20, 31]]
+    batch: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    if tree:
+        segments = torch.zeros_like(ids)
+        segments[:, 12:], segments[:, 25:] = 1, 2
+        batch["segment_ids"] = torch.where(mask == 1, segments, -1)
+        batch["segment_parents"] = torch.tensor([[-1, 0, 0], [-1, 0, 1], [-1, 0, 0]])
+    parts = {name: batch.get(name) for name in ("attention_mask", "segment_ids", "segment_parents", "labels")}
+    routing = Routing.build(torch.zeros_like(ids), **parts, column_multiple=multiple)
+    assert routing.query_columns is not None
+    assert routing.query_columns.shape == (3, 9 if multiple == 1 else 12)
+    found = _gradients(model, batch | {"routing": routing})
+    wanted = _gradients(model, batch | {"routing": replace(routing, query_tokens=None)})
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(found[1], wanted[1], rtol=1e-9, atol=1e-11)
+
+
+def test_where_most_tokens_are_kept_all_are_asked() -> None:
+    ids = torch.arange(20)[None]
+    assert Routing.build(torch.zeros_like(ids), labels=ids).query_tokens is None
+    assert Routing.build(torch.zeros_like(ids), labels=torch.full_like(ids, -100)).query_tokens is None
