@@ -129,7 +129,9 @@ class ExpertAttention(nn.Module):
         if kept is not None and cache is None and routing.query_tokens is not None:
             context = self._context_of_queries(qkv, cos, sin, routing)
             return by_expert(context, routing.num_vision_kept, self.vision_expert_dense, self.language_expert_dense)
-        heads = into_rows(qkv, routing).view(routing.num_rows, routing.num_columns, -1, self.head_dim).transpose(1, 2)
+        rows, columns = routing.num_rows, routing.num_columns
+        count = self.num_heads + 2 * self.num_kv_heads
+        heads = into_rows(qkv, routing).view(rows, columns, count, self.head_dim).transpose(1, 2)
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
@@ -143,7 +145,7 @@ class ExpertAttention(nn.Module):
             context = torch.cat([before.transpose(1, 2), behind.transpose(1, 2)], dim=1).transpose(1, 2)
         else:
             context = attend(q, k, v, mask, causal=mask is None and not routing.decoding)
-        context = context.transpose(1, 2).reshape(routing.num_rows * routing.num_columns, -1)
+        context = context.transpose(1, 2).reshape(rows * columns, self.num_heads * self.head_dim)
         if kept is None:
             context, num_vision = out_of_rows(context, routing), routing.num_vision
         else:
@@ -161,13 +163,15 @@ class ExpertAttention(nn.Module):
         rows, columns = routing.num_rows, routing.query_columns
         split = self.num_heads * self.head_dim
         asked = qkv_TF[:, :split].index_select(0, routing.query_tokens)
-        q = asked.view(rows, -1, self.num_heads, self.head_dim).transpose(1, 2)
-        there = into_rows(qkv_TF[:, split:], routing).view(rows, routing.num_columns, -1, self.head_dim).transpose(1, 2)
+        q = asked.view(rows, columns.shape[1], self.num_heads, self.head_dim).transpose(1, 2)
+        there = into_rows(qkv_TF[:, split:], routing)
+        there = there.view(rows, routing.num_columns, 2 * self.num_kv_heads, self.head_dim).transpose(1, 2)
         k, v = there.split([self.num_kv_heads, self.num_kv_heads], dim=1)
         at = columns[:, None, :, None].expand(-1, -1, -1, cos.shape[-1])
         q, k = rotate(q, cos.gather(2, at), sin.gather(2, at)), rotate(k, cos, sin)
         context = attend(q, k, v, _visible(routing, columns))
-        return context.transpose(1, 2).reshape(-1, split).index_select(0, routing.from_queries)
+        context = context.transpose(1, 2).reshape(rows * columns.shape[1], split)
+        return context.index_select(0, routing.from_queries)
 
 
 def _visible(routing: Routing, columns_BQ: torch.Tensor) -> torch.Tensor:

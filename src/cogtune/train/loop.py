@@ -92,9 +92,9 @@ class Loop:
                 with engine.accumulating(last=number == len(step.batches) - 1):
                     arguments = to_device(batch, engine.device)
                     loss = engine.module(**arguments, num_items_in_batch=labels).loss
+                    losses.append(_Read(loss.detach()))
                     engine.backward(loss * engine.loss_factor)
-                losses.append(loss.detach())
-            shares = torch.stack(losses).double().cpu()
+            shares = torch.tensor([loss.value() for loss in losses], dtype=torch.float64)
         total = check_losses(shares, records, engine.group)
         with phase("updating the weights", self.config, engine.device):
             result = engine.step()
@@ -182,6 +182,24 @@ class Loop:
         """Passes over the data so far."""
         rows = self.feed.rows_in_epoch(self.progress.epoch)
         return self.progress.epoch + (self.progress.rows_taken / rows if rows else 0.0)
+
+
+class _Read:
+    """A number on its way from the device. It is sent as soon as it is there, so that waiting for it does not mean
+    waiting for the backward pass: the device goes on while the host looks at the loss."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self._value, self._arrived = value, None
+        if value.is_cuda:
+            self._value = torch.empty_like(value, device="cpu", pin_memory=True)
+            self._value.copy_(value, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def value(self) -> float:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return float(self._value)
 
 
 def _labels(batches: list[Batch]) -> int:
