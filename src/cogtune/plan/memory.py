@@ -109,6 +109,11 @@ def weights(setting: Setting, tower: bool | None = None) -> dict[str, int]:
     return named
 
 
+def on_card(setting: Setting) -> dict[str, int]:
+    """`weights` of which the shards do not wait in host memory (``parallel.offload: weights``)."""
+    return {} if setting.offload == "weights" else weights(setting)
+
+
 @lru_cache(maxsize=64)
 def _part_bytes(sizes: ModelSizes, quant: Quant, dtype: str) -> dict[Part, int]:
     found: dict[Part, int] = {}
@@ -126,7 +131,7 @@ def optimizer_bytes(setting: Setting) -> int:
     """AdamW's two moments: float32, or a byte each with a scale a block of 256; SGD has none."""
     count = setting.adapter_parameters()
     divided = setting.ranks if setting.engine in ("zero1", "zero2", "zero3") else 1
-    if setting.optimizer == "sgd":
+    if setting.optimizer == "sgd" or setting.offload == "optimizer":
         return 0
     if "8bit" in setting.optimizer:
         held = 0 if setting.optimizer.startswith("paged") else round(count * (2 + 2 * FLOAT32 / 256))
@@ -138,7 +143,8 @@ def adapter_bytes(setting: Setting) -> int:
     """Float32 masters; ZeRO keeps rounded copies beside its share of them."""
     total = setting.adapter_parameters(trained_only=False)
     if setting.engine in ("zero1", "zero2", "zero3"):
-        return total * setting.width + FLOAT32 * setting.adapter_parameters() // setting.ranks
+        masters = 0 if setting.offload == "optimizer" else FLOAT32 * setting.adapter_parameters() // setting.ranks
+        return total * setting.width + masters
     return FLOAT32 * total
 
 
@@ -176,7 +182,7 @@ def communication_bytes(setting: Setting) -> int:
 
 def _train(setting: Setting) -> Phase:
     moment = peak(setting)
-    parts = weights(setting)
+    parts = on_card(setting)
     parts["adapter"] = adapter_bytes(setting)
     parts["optimizer"] = optimizer_bytes(setting)
     parts["activations"] = moment.activations
@@ -197,7 +203,7 @@ def _train(setting: Setting) -> Phase:
 
 def _load(setting: Setting) -> Phase:
     """Shard by shard to the device; the largest tensor is there in the checkpoint's format while it is quantised."""
-    parts = weights(setting)
+    parts = on_card(setting)
     staged = max(x.weights for x in setting.sizes.linears if x.part == "experts") * 2
     parts["workspace"] = 2 * staged + LIBRARIES
     return Phase("load", parts, 2 * staged, _host_loading(setting))
@@ -224,7 +230,7 @@ def _evaluate(setting: Setting) -> Phase:
     running = (wide + 4 * tokens * own.sizes.hidden_size) * own.width
     if own.tower == "live":
         running = max(running, TowerTable(own).forward())
-    parts = weights(own) | {"adapter": adapter_bytes(own), "optimizer": optimizer_bytes(own)}
+    parts = on_card(own) | {"adapter": adapter_bytes(own), "optimizer": optimizer_bytes(own)}
     parts["workspace"] = max(running, vocabulary * (2 * FLOAT32 + own.width)) + LIBRARIES
     parts["batch"] = batch_bytes(own)
     return Phase("evaluate", parts, parts["workspace"], _host_training(own))
@@ -232,7 +238,7 @@ def _evaluate(setting: Setting) -> Phase:
 
 def _save(setting: Setting) -> Phase:
     """Masters and moments are copied to the host one by one; nothing new on the GPU."""
-    parts = weights(setting) | {"adapter": adapter_bytes(setting), "optimizer": optimizer_bytes(setting)}
+    parts = on_card(setting) | {"adapter": adapter_bytes(setting), "optimizer": optimizer_bytes(setting)}
     host = dict(_host_training(setting))
     host["checkpoint"] = 3 * FLOAT32 * setting.adapter_parameters()
     return Phase("save", parts, 0, host)
@@ -253,6 +259,10 @@ def _host_training(setting: Setting) -> dict[str, int]:
         host["embedding"] = setting.sizes.parameters("embedding") * setting.width
     if setting.optimizer.startswith("paged"):
         host["optimizer"] = round(2.03 * setting.adapter_parameters())
+    if setting.offload == "optimizer":
+        host["optimizer"] = 3 * FLOAT32 * setting.adapter_parameters() // setting.ranks
+    if setting.offload == "weights":
+        host["weights"] = sum(weights(setting).values())
     return host
 
 

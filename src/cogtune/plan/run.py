@@ -52,6 +52,7 @@ def setting_of(config: RunConfig, rows: Rows, *, ranks: int = 1, card: Card | No
         eval_rows=config.eval.batch_size,
         workers=_workers(config),
         bucket=_bucket(config),
+        offload=config.parallel.offload,
     )
     setting = _compiled(setting, config, card)
     return recomputed(setting, train.gradient_checkpointing)

@@ -125,6 +125,7 @@ class Setting:
     eval_rows: int | None = None
     workers: int = 4
     bucket: int = 500_000_000
+    offload: str = "none"
 
     @property
     def width(self) -> int:

@@ -90,6 +90,9 @@ def test_what_saves_memory_is_seen_to_save_it() -> None:
     assert peak(**small, quant=Quant("nf4", embedding="host")) < peak(**small, quant=Quant("nf4")) - 0.9
     assert peak(**small, optimizer="adamw8bit") < peak(**small) - 0.3
     assert peak(**small, engine="fsdp2", ranks=2) < peak(**small) - 10
+    waiting = replace(setting(["experts"], 16, **small, engine="fsdp2", ranks=2), offload="weights")
+    assert predict(waiting).reserved / GIB < peak(**small, engine="fsdp2", ranks=2) - 8
+    assert predict(waiting).host > predict(replace(waiting, offload="none")).host + 10 * GIB
 
 
 def test_parts_add_up_and_phases_are_named() -> None:
