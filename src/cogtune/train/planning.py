@@ -5,6 +5,7 @@ On a CPU nothing is refused: what a machine without a GPU can spare is not known
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -205,13 +206,19 @@ def _own_card(device: torch.device) -> Card:
     """This rank's card with what is free on it; what this process has taken already counts as free."""
     free, total = torch.cuda.mem_get_info(device)
     name = torch.cuda.get_device_name(device)
-    # the driver reports in its own order of devices, so a card of the same name and free memory stands for this one
-    holders: tuple[str, ...] = ()
-    with suppress(SetupError):
-        same = [card for card in local_cards() if card.name == name and card.holders]
-        holders = same[0].holders if len(same) == 1 or (torch.cuda.device_count() == 1 and same) else ()
     usable = free + torch.cuda.memory_reserved(device) + CONTEXT
-    return replace(named_like(name), name=name, memory=total, free=usable, holders=holders)
+    return replace(named_like(name), name=name, memory=total, free=usable, holders=_holders(name))
+
+
+def _holders(name: str) -> tuple[str, ...]:
+    """Who holds memory of this card, as far as ``nvidia-smi`` says it. It counts cards in its own order, so where
+    several of this name are visible nobody is named."""
+    with suppress(SetupError):
+        same = [card for card in local_cards() if card.name == name]
+        mine = f"(pid {os.getpid()})"
+        if len(same) == 1:
+            return tuple(holder for holder in same[0].holders if mine not in holder)
+    return ()
 
 
 def _flags(before: Setting, after: Setting) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from cogtune.configuration.run import RunConfig
 from cogtune.configuration.sizes import GIB
 from cogtune.errors import OutOfMemoryError
+from cogtune.plan.calibration import CONTEXT
 from cogtune.plan.cards import find_card
 from cogtune.plan.memory import predict
 from cogtune.plan.proposal import PlanError
@@ -106,6 +108,23 @@ def test_a_cpu_run_is_never_refused(
     with console(0):
         run.check()
     assert capsys.readouterr().out == ""
+
+
+def test_the_card_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, name = torch.device("cuda", 0), "NVIDIA GeForce RTX 4090"
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (20 * GIB, 24 * GIB))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: GIB)
+    holders = ("a (pid 1): 9 MiB", f"b (pid {os.getpid()}): 1 MiB")
+    local = replace(find_card("RTX 4090"), name=name, holders=holders)
+    monkeypatch.setattr(planning, "local_cards", lambda: [local])
+    card = planning._own_card(device)
+    assert card.usable == 21 * GIB + CONTEXT  # what this process holds already counts as free
+    assert card.holders == ("a (pid 1): 9 MiB",)
+    assert not card.measured
+    assert card.bandwidth == local.bandwidth
+    monkeypatch.setattr(planning, "local_cards", lambda: [local, local])
+    assert planning._own_card(device).holders == ()
 
 
 def test_running_out_of_memory_shows_plan_and_actual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
