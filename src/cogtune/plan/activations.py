@@ -43,9 +43,7 @@ def lora_saves(setting: Setting, linear: Linear, tokens: int) -> int:
 
 def _keeps_input(setting: Setting, linears: list[Linear]) -> bool:
     """Whether the shared input of these linears is kept: A needs it for its gradient, unless dropout made its own
-    copy; bitsandbytes' int8 keeps its input always."""
-    if any(setting.quant.of(linear) == "int8" for linear in linears):
-        return True
+    copy."""
     return not setting.adapter.dropout and any(linear.name in setting.trained for linear in linears)
 
 
@@ -183,10 +181,16 @@ class DecoderTable:
         return (max(wide, projected) + 2 * self.tokens * sizes.hidden_size) * c + self._workspace()
 
     def _workspace(self) -> int:
-        """A quantised weight is unpacked, one linear at a time, for the backward pass."""
-        sizes = self.setting.sizes
-        quantised = self.setting.quant.experts in ("nf4", "int8")
-        return sizes.hidden_size * sizes.intermediate_size * self.c if quantised else 0
+        return unpacked(self.setting, self.setting.quant.experts, max(self.vision, self.language))
+
+
+def unpacked(setting: Setting, form: str, tokens: int) -> int:
+    """Of the decoder's largest linear, for a moment: an NF4 weight in the computation's format; an int8 one, and its
+    product in float32; an fp8 one transposed, and its input rounded (uncompiled: by way of float32)."""
+    sizes, c = setting.sizes, setting.width
+    weight, wide = sizes.hidden_size * sizes.intermediate_size, tokens * sizes.intermediate_size
+    rounding = wide if setting.compiled else 2 * FLOAT32 * wide
+    return {"nf4": weight * c, "int8": weight * c + wide * FLOAT32, "fp8": weight + rounding}.get(form, 0)
 
 
 @lru_cache(maxsize=16)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from cogtune.plan.activations import DecoderTable
-from cogtune.plan.calibration import RATES, Rates
+from cogtune.plan.calibration import FP8_SPEEDUP, RATES, Rates
 from cogtune.plan.cards import REFERENCE, Card
 from cogtune.plan.memory import weights
 from cogtune.plan.setting import Batch, Setting
@@ -75,7 +75,7 @@ def _decoder(setting: Setting, rates: Rates) -> float:
             tokens = table.vision if "vision" in name else table.language
             if index == last and "query_key_value" not in name:
                 tokens = 0 if "vision" in name else table.kept
-            seconds += (2 + again) * _matmul(linear, tokens, rates)
+            seconds += (2 + again) * _matmul(linear, tokens, _rate(setting, linear, rates))
             if linear.name in setting.trained:  # A and B: forward, input and weight gradients
                 thin = 2 * tokens * setting.adapter.rank * (linear.inputs + linear.outputs)
                 seconds += (3 + again) * thin / rates.matmul
@@ -88,6 +88,11 @@ def _decoder(setting: Setting, rates: Rates) -> float:
     head = 2 * 2 * table.kept * sizes.hidden_size * sizes.vocab_size / rates.matmul
     logits = 8 * 4 * table.kept * sizes.vocab_size / rates.memory
     return seconds + head + logits + _glu(setting, rates)
+
+
+def _rate(setting: Setting, linear: Linear, rates: Rates) -> Rates:
+    """fp8 products run at a rate of their own, rounding included."""
+    return replace(rates, matmul=rates.matmul * FP8_SPEEDUP) if setting.quant.of(linear) == "fp8" else rates
 
 
 def _matmul(linear: Linear, tokens: int, rates: Rates) -> float:
@@ -108,7 +113,7 @@ def tower_seconds(setting: Setting, card: Card, images: float | None = None) -> 
     count = setting.batch.rows * setting.batch.images if images is None else images
     patches = count * vision.num_positions
     linears = [x for x in setting.sizes.linears if x.part == "tower"]
-    matmul = sum(2 * x.weights * patches for x in linears) / rates.matmul
+    matmul = sum(2 * x.weights * patches / _rate(setting, x, rates).matmul for x in linears)
     attention = vision.num_hidden_layers * 4 * count * vision.hidden_size * vision.num_positions**2
     stream = rates.tower_bytes * patches * vision.num_hidden_layers * vision.hidden_size / 1792
     unpack = rates.nf4_seconds * sum(x.weights for x in linears) if setting.quant.tower == "nf4" else 0.0
