@@ -13,10 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from cogtune.errors import SetupError
+from cogtune.errors import ConfigError, SetupError
 from cogtune.model.embedding import HostEmbedding
 
-FORMATS = ("none", "nf4", "int8", "fp8")
+FORMATS = {
+    "experts": ("none", "nf4", "int8", "fp8"),
+    "tower": ("none", "nf4", "int8", "fp8"),
+    "glu_adapter": ("none", "int8"),
+    "head": ("none", "int8"),
+    "embedding": ("device", "host"),
+}
 _FROM_BITSANDBYTES = ("nf4", "int8")
 
 
@@ -36,7 +42,10 @@ class Quantization:
         return cls(**{field.name: getattr(section, field.name) for field in fields(cls)})
 
     def check(self) -> None:
-        """Raise SetupError where a format needs a package that is not installed."""
+        """Raise ConfigError for a format that a part does not have, SetupError where one needs a missing package."""
+        for part, known in FORMATS.items():
+            if (form := getattr(self, part)) not in known:
+                raise ConfigError(f"quant.{part} is {form!r}; it is one of {', '.join(known)}", code="config-value")
         asked = {self.experts, self.tower, self.glu_adapter, self.head}
         needed = [name for name in _FROM_BITSANDBYTES if name in asked]
         if needed:
@@ -64,6 +73,10 @@ class Quantization:
         """Where the tensor ``name`` goes in a model on ``device``."""
         on_host = self.embedding == "host" and name == "model.embed_tokens.weight"
         return torch.device("cpu") if on_host else device
+
+
+PLAIN = Quantization()
+"""Everything in the number format of the model, on its device."""
 
 
 def quantize_linear(layer: nn.Linear, form: str) -> nn.Module:

@@ -42,6 +42,13 @@ Dtype = Annotated[
 RopePrecision = Annotated[
     str, typer.Option("--model.rope_precision", help="checkpoint or float32, as in training.", metavar="NAME")
 ]
+Experts = Annotated[
+    str, typer.Option("--quant.experts", help="none, nf4, int8 or fp8, as in training.", metavar="FORMAT")
+]
+Tower = Annotated[str, typer.Option("--quant.tower", help="none, nf4, int8 or fp8, as in training.", metavar="FORMAT")]
+GluAdapter = Annotated[str, typer.Option("--quant.glu_adapter", help="none or int8.", metavar="FORMAT")]
+Head = Annotated[str, typer.Option("--quant.head", help="none or int8.", metavar="FORMAT")]
+Embedding = Annotated[str, typer.Option("--quant.embedding", help="device, or host: in host memory.", metavar="PLACE")]
 Device = Annotated[
     str, typer.Option("--device", help="cpu, cuda, cuda:1, ... auto: the first GPU, or the CPU.", metavar="NAME")
 ]

@@ -48,6 +48,11 @@ def _chat(
     rope_precision: answering.RopePrecision = "checkpoint",
     device: answering.Device = "auto",
     tensor: answering.Tensor = 1,
+    experts: answering.Experts = "none",
+    tower: answering.Tower = "none",
+    glu_adapter: answering.GluAdapter = "none",
+    head: answering.Head = "none",
+    embedding: answering.Embedding = "device",
 ) -> None:
     from cogtune.generate.decoding import Decoding
 
@@ -57,11 +62,13 @@ def _chat(
 
     import torch
 
+    from cogtune.checkpoint.quantize import Quantization
     from cogtune.generate.chat import Chat, run_chat
     from cogtune.generate.loading import ModelChoice, follow, load_generator, resolve
     from cogtune.processing.image import read_image
 
-    choice = ModelChoice(model, adapter, template, dtype, rope_precision, device, tensor)
+    quantization = Quantization(experts, tower, glu_adapter, head, embedding)
+    choice = ModelChoice(model, adapter, template, dtype, rope_precision, device, tensor, quantization)
     resolved = resolve(_last(choice) if last else choice)
     if follow(resolved):
         return
@@ -112,6 +119,7 @@ def _last(choice: ModelChoice) -> ModelChoice:
         run.rope_precision if same_base and choice.rope_precision == "checkpoint" else choice.rope_precision,
         choice.device,
         choice.tensor,
+        choice.quantization,
     )
 
 

@@ -37,6 +37,7 @@ MAY_CHANGE = frozenset(
         "train.compile",
         "train.restart",
         "train.resume",
+        "quant.embedding",
         "eval.steps",
         "eval.batch_size",
         "eval.patience",

@@ -295,7 +295,11 @@ class TrainSection(Section):
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="Decoupled weight decay.")
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="AdamW's two averaging factors.")
     eps: float = Field(default=1e-8, gt=0, allow_inf_nan=False, description="AdamW's guard against division by zero.")
-    optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="Optimiser.")
+    optimizer: Literal["adamw", "sgd", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = Field(
+        default="adamw",
+        description="Optimiser. adamw8bit: AdamW with moments in 8 bits; paged_adamw, paged_adamw8bit: in memory that"
+        " moves to the host where the GPU's is short. The last three are bitsandbytes'.",
+    )
     max_grad_norm: float = Field(
         default=1.0, gt=0, description="Longer gradients are scaled to this norm. .inf: never."
     )
@@ -319,6 +323,29 @@ class TrainSection(Section):
         default=False, description="If the output folder holds a run, start anew in a numbered sibling."
     )
     resume: Path | None = Field(default=None, description="Checkpoint folder to start from, in a new output folder.")
+
+
+class QuantSection(Section):
+    """Frozen weights in fewer bits, quantised while the model loads. The published files stay as they are."""
+
+    experts: Literal["none", "nf4", "int8", "fp8"] = Field(
+        default="none",
+        description="Linear layers of both experts. nf4: 4 bits, double quantised; int8: 8 bits, a scale per output"
+        " (both by bitsandbytes); fp8: 8 bits that newer cards also multiply faster. LoRA on top computes in"
+        " model.dtype.",
+    )
+    tower: Literal["none", "nf4", "int8", "fp8"] = Field(
+        default="none", description="Linear layers of the vision tower, live or filling the feature cache."
+    )
+    glu_adapter: Literal["none", "int8"] = Field(
+        default="none", description="Linear layers between the tower and the decoder."
+    )
+    head: Literal["none", "int8"] = Field(default="none", description="The layer that gives the logits.")
+    embedding: Literal["device", "host"] = Field(
+        default="device",
+        description="Where the token embedding stays. host: in host memory, 1.05 GB less on the GPU; rows are sent as"
+        " they are needed.",
+    )
 
 
 class EvalSection(Section):
@@ -390,6 +417,7 @@ class RunConfig(Section):
     data: DataSection
     lora: LoraSection = LoraSection()
     train: TrainSection
+    quant: QuantSection = QuantSection()
     eval: EvalSection = EvalSection()
     parallel: ParallelSection = ParallelSection()
     log: LogSection = LogSection()

@@ -12,6 +12,7 @@ import torch
 from cogtune.adapters.attach import CONFIG_NAME, adapter_shapes, base_name, load_adapter
 from cogtune.adapters.split import split_adapter
 from cogtune.checkpoint.load import load_config, load_model
+from cogtune.checkpoint.quantize import PLAIN, Quantization
 from cogtune.configuration.model import ROPE_PRECISIONS
 from cogtune.errors import AdapterError, ConfigError, SetupError
 from cogtune.generate.engine import Generator
@@ -36,6 +37,7 @@ class ModelChoice:
     device: str = "auto"
     tensor: int = 1
     """Processes that hold the model together."""
+    quantization: Quantization = PLAIN
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Resolved:
     rope_precision: str
     device: torch.device
     tensor: int = 1
+    quantization: Quantization = PLAIN
 
     @property
     def dtype_name(self) -> str:
@@ -82,12 +85,28 @@ def resolve(choice: ModelChoice) -> Resolved:
             f"--model.rope_precision is {choice.rope_precision!r}; it is one of {', '.join(ROPE_PRECISIONS)}",
             code="config-value",
         )
+    choice.quantization.check()
+    if choice.tensor > 1 and choice.quantization != PLAIN:
+        raise ConfigError(
+            "quantised weights do not go with --parallel.tensor, which divides each layer",
+            hint="leave one of the two out",
+            code="config-combination",
+        )
     check_launched(choice.tensor)
     device = choose_device(choice.device)
     if choice.tensor > 1:
         check_sizes(load_config(str(model)), choice.tensor)
     dtype = choose_dtype(choice.dtype, device)
-    return Resolved(str(model), adapter, choice.template, dtype, choice.rope_precision, device, choice.tensor)
+    return Resolved(
+        str(model),
+        adapter,
+        choice.template,
+        dtype,
+        choice.rope_precision,
+        device,
+        choice.tensor,
+        choice.quantization,
+    )
 
 
 def _require_here(model: str, adapter: Path) -> None:
@@ -112,7 +131,13 @@ def load_generator(choice: Resolved, progress: Callable[[str], None] = lambda li
         return _load_part(choice, group, progress)
     processor = CogVLM2Processor.from_pretrained(choice.model)
     progress(f"loading {choice.model} ({choice.dtype_name}, {choice.device})")
-    model = load_model(choice.model, dtype=choice.dtype, device=choice.device, rope_precision=choice.rope_precision)
+    model = load_model(
+        choice.model,
+        dtype=choice.dtype,
+        device=choice.device,
+        rope_precision=choice.rope_precision,
+        quantization=choice.quantization,
+    )
     if choice.adapter is not None:
         progress(f"with the adapter in {choice.adapter}")
         model = load_adapter(model, choice.adapter)

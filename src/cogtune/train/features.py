@@ -13,6 +13,7 @@ import torch
 from cogtune.adapters.tower import tower_trains
 from cogtune.checkpoint.fingerprint import tower_fingerprint
 from cogtune.checkpoint.load import load_config, load_tower, whole_folder
+from cogtune.checkpoint.quantize import Quantization
 from cogtune.configuration.deepspeed import apply_deepspeed
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.configuration.run import RunConfig
@@ -131,9 +132,10 @@ def open_cache(
     data = config.data
     root = (data.cache_dir or default_folder()).expanduser()
     fingerprint = group.on_main(lambda: tower_fingerprint(whole_folder(config.model.path)))
-    compute = _NARROW[dtype]
+    stored = _NARROW[dtype]
+    compute = stored if config.quant.tower == "none" else f"{stored} {config.quant.tower}"
     variant = make_variant(
-        fingerprint, model_config, compute, compute if data.cache_dtype == "auto" else data.cache_dtype
+        fingerprint, model_config, compute, stored if data.cache_dtype == "auto" else data.cache_dtype
     )
     cache = FeatureCache(root, variant, images, group, exif=data.exif)
     survey, each = cache.survey, cache.picture_bytes
@@ -174,7 +176,8 @@ def _loader(config: RunConfig, dtype: torch.dtype, device: torch.device, picture
     compiles = can_compile(device) and pictures >= _WORTH_COMPILING if asked == "auto" else asked
 
     def load() -> Tower:
-        vision = load_tower(config.model.path, dtype=dtype, device=device)
+        quantization = Quantization(tower=config.quant.tower)
+        vision = load_tower(config.model.path, dtype=dtype, device=device, quantization=quantization)
         if compiles:
             compile_tower(vision)
         return vision.features

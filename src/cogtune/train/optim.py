@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from cogtune.checkpoint.quantize import require_bitsandbytes
 from cogtune.configuration.run import TrainSection
 
 
@@ -18,7 +20,51 @@ def build_optimizer(parameters: Iterable[nn.Parameter], train: TrainSection) -> 
     trained = list(parameters)
     if train.optimizer == "sgd":
         return SGD(trained, lr=train.lr, weight_decay=train.weight_decay)
-    return AdamW(trained, lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay)
+    settings: dict[str, Any] = {"betas": train.betas, "eps": train.eps, "weight_decay": train.weight_decay}
+    if train.optimizer == "adamw":
+        return AdamW(trained, lr=train.lr, **settings)
+    require_bitsandbytes(f"the optimiser {train.optimizer}'s states")
+    from bitsandbytes import optim
+
+    kinds = {"adamw8bit": optim.AdamW8bit, "paged_adamw": optim.PagedAdamW, "paged_adamw8bit": optim.PagedAdamW8bit}
+    made: Optimizer = kinds[train.optimizer](trained, lr=train.lr, **settings)
+    return made
+
+
+def moments(optimizer: Any, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+    """What the optimiser remembers of a parameter, on the CPU, exactly: 8-bit moments stay in 8 bits, with the scales
+    of their blocks. Tables that are the same for all (bitsandbytes' ``qmap``) are made anew by `restore_moments`."""
+    found = {}
+    for kind, value in optimizer.state[parameter].items():
+        if torch.is_tensor(value) and (value.shape == parameter.shape or kind in _SCALES) and kind != "step":
+            if value.is_cuda or getattr(value, "is_paged", False):
+                torch.cuda.synchronize()  # paged memory is read by the host itself
+            narrow = value.dtype == torch.uint8
+            found[kind] = (value.detach() if narrow else value.detach().float()).cpu()
+    return found
+
+
+def restore_moments(optimizer: Any, parameter: nn.Parameter, found: dict[str, torch.Tensor], steps: int) -> None:
+    """Put back what `moments` gave, after ``steps`` updates."""
+    if not found:
+        return
+    if "state1" not in found:
+        kept = {kind: torch.zeros_like(parameter).copy_(value) for kind, value in found.items()}
+        optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **kept}
+        return
+    for number, group in enumerate(optimizer.param_groups):
+        for index, other in enumerate(group["params"]):
+            if other is parameter:
+                optimizer.init_state(group, parameter, number, index)
+    state = optimizer.state[parameter]
+    state["step"] = steps
+    if parameter.is_cuda:
+        torch.cuda.synchronize()
+    for kind, value in found.items():
+        state[kind].copy_(value)
+
+
+_SCALES = ("absmax1", "absmax2")
 
 
 def warmup_steps(train: TrainSection, total: int) -> int:

@@ -14,6 +14,7 @@ from peft import PeftModel
 from cogtune.adapters.attach import attach, computed_by_peft, describe
 from cogtune.checkpoint import training as checkpoints
 from cogtune.checkpoint.load import load_model
+from cogtune.checkpoint.quantize import Quantization
 from cogtune.configuration.deepspeed import apply_deepspeed
 from cogtune.configuration.run import RunConfig
 from cogtune.errors import DataError, DiskFullError
@@ -214,6 +215,7 @@ def load_base(config: RunConfig, engine: Engine, dtype: torch.dtype, *, cached: 
             device=engine.device,
             rope_precision=config.model.rope_precision,
             vision_tower=not cached,
+            quantization=Quantization.of(config.quant),
             placement=engine.placement,
         )
 

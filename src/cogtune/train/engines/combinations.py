@@ -112,6 +112,34 @@ def check(config: RunConfig, engine: str) -> None:
             )
     if engine in ("zero3", "fsdp2"):
         _refuse_trained_base(config, engine)
+    _refuse_quantised(config, engine)
+
+
+def _refuse_quantised(config: RunConfig, engine: str) -> None:
+    """Weights in fewer bits cannot be divided by every engine."""
+    quant, able = config.quant, {"fsdp2": ("none", "nf4"), "zero3": ("none",), "tensor": ("none",)}
+    for name in ("experts", "tower", "glu_adapter", "head"):
+        form = getattr(quant, name)
+        if form not in able.get(engine, (form,)):
+            raise ConfigError(
+                f"quant.{name} {form} does not go with {_engine_name(config, engine)}: it divides weights, and can "
+                f"divide only those in {', '.join(able[engine]).replace('none', 'the number format of the model')}",
+                hint="use ddp or zero2 with it, which leave each rank all frozen weights, or fsdp2 with nf4",
+                code="config-combination",
+            )
+    if engine in ("zero1", "zero2", "zero3", "tensor") and config.train.optimizer not in ("adamw", "sgd"):
+        raise ConfigError(
+            f"train.optimizer {config.train.optimizer} does not go with {_engine_name(config, engine)}, which divides "
+            "moments; bitsandbytes' are in blocks that it does not know",
+            hint="use it with single, ddp or fsdp2, or train.optimizer adamw",
+            code="config-combination",
+        )
+    if engine == "tensor" and quant.embedding == "host":
+        raise ConfigError(
+            f"quant.embedding host does not go with {_engine_name(config, engine)}: each rank has some of its columns",
+            hint="leave quant.embedding out",
+            code="config-combination",
+        )
 
 
 def _engine_name(config: RunConfig, engine: str) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from cogtune.train.engines.base import MASTER, Engine, StepResult, fresh_state
+from cogtune.train.engines.base import MASTER, Engine, StepResult
+from cogtune.train.optim import moments, restore_moments
 
 
 class SingleEngine(Engine):
@@ -49,19 +50,14 @@ class SingleEngine(Engine):
         tensors = {}
         for name, parameter in self.parameters.items():
             tensors[f"{MASTER}/{name}"] = parameter.detach().float().cpu()
-            for kind, value in self.optimizer.state[parameter].items():
-                if torch.is_tensor(value) and value.shape == parameter.shape and kind != "step":
-                    tensors[f"{kind}/{name}"] = value.detach().float().cpu()
+            tensors |= {f"{kind}/{name}": value for kind, value in moments(self.optimizer, parameter).items()}
         return {key: value.contiguous() for key, value in tensors.items()}
 
     def load_state(self, tensors: dict[str, torch.Tensor], counters: dict[str, Any]) -> None:
         kinds = self.check_names(tensors)
         for name, parameter in self.parameters.items():
             parameter.data.copy_(tensors[f"{MASTER}/{name}"])
-            state = fresh_state(parameter, kinds, counters["optimizer_steps"])
-            for kind in kinds:
-                state[kind].copy_(tensors[f"{kind}/{name}"])
-            if state:
-                self.optimizer.state[parameter] = state
+            found = {kind: tensors[key] for kind in kinds if (key := f"{kind}/{name}") in tensors}
+            restore_moments(self.optimizer, parameter, found, counters["optimizer_steps"])
         if self.scaled and "scaler" in counters:
             self._scaler.load_state_dict(counters["scaler"])

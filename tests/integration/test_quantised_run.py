@@ -1,0 +1,117 @@
+"""A run on quantised weights, with 8-bit moments: it learns, it continues to the bit, its adapter answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cogtune.cli.main import main
+from cogtune.errors import ConfigError, OutputFolderError
+from cogtune.train import engines
+from cogtune.train.log import read_metrics
+from cogtune.train.run import train
+from tests.support.training import make_config, write_data
+
+pytest.importorskip("bitsandbytes")
+
+QLORA = {
+    "quant__experts": "nf4",
+    "quant__tower": "int8",
+    "quant__head": "int8",
+    "quant__embedding": "host",
+    "lora__rank": 64,  # large enough that moments are kept in 8 bits
+    "train__optimizer": "adamw8bit",
+    "train__gradient_checkpointing": "all",
+    "train__max_steps": 4,
+    "train__save_steps": 2,
+}
+pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data") / "pictures", 8)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "optimizer.safetensors")
+
+
+def equal(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("optimizer", ["paged_adamw", "paged_adamw8bit"])
+def test_a_continued_run_is_the_uninterrupted_one(
+    tiny_checkpoint: Path, data: Path, tmp_path: Path, optimizer: str
+) -> None:
+    values = {**QLORA, "train__optimizer": optimizer}
+    train(make_config(tiny_checkpoint, data, tmp_path / "whole", **values))
+    resumed = make_config(
+        tiny_checkpoint, data, tmp_path / "resumed", **values, train__resume=tmp_path / "whole" / "checkpoint-2"
+    )
+    train(resumed)
+    whole, again = tensors(tmp_path / "whole" / "checkpoint-4"), tensors(tmp_path / "resumed" / "checkpoint-4")
+    assert equal(whole, again)
+    kinds = {name.partition("/")[0]: value.dtype for name, value in whole.items() if value.numel() >= 4096}
+    assert kinds["state1"] == (torch.uint8 if "8bit" in optimizer else torch.float32)
+    assert any(name.startswith("absmax1/") for name in whole) == ("8bit" in optimizer)
+    losses = [line["loss"] for line in read_metrics(tmp_path / "whole") if line["kind"] == "train"]
+    assert losses[-1] < losses[0]
+
+
+def test_another_optimiser_does_not_take_its_moments(tiny_checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    values = {**QLORA, "train__max_steps": 1}
+    train(make_config(tiny_checkpoint, data, tmp_path / "first", **values))
+    values |= {"train__optimizer": "adamw", "train__max_steps": 2}
+    with pytest.raises(OutputFolderError, match=r"train\.optimizer: adamw8bit there, adamw now"):
+        train(
+            make_config(
+                tiny_checkpoint, data, tmp_path / "second", **values, train__resume=tmp_path / "first" / "checkpoint-1"
+            )
+        )
+
+
+def test_what_was_trained_on_four_bits_answers_from_four_bits(
+    tiny_checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cached = {"data__cache_features": "on", "data__cache_dir": tmp_path / "cache"}
+    train(make_config(tiny_checkpoint, data, tmp_path / "run", **QLORA, **cached))
+    command = [
+        "predict",
+        "--adapter",
+        str(tmp_path / "run"),
+        "--data",
+        str(data),
+        "--output",
+        str(tmp_path / "a.jsonl"),
+    ]
+    quant = ["--quant.experts", "nf4", "--quant.tower", "int8", "--quant.head", "int8", "--quant.embedding", "host"]
+    assert main([*command, *quant, "--max-new-tokens", "3"]) == 0
+    assert len(answers.read_text().splitlines()) == 15
+    capsys.readouterr()
+    assert main([*command, "--max-new-tokens", "3"]) == 2, "answers of other weights must not be mixed in"
+    assert "quant.experts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("engine", "values"),
+    [
+        ("fsdp2", {"quant__experts": "int8"}),
+        ("zero3", {"quant__tower": "nf4"}),
+        ("zero2", {"train__optimizer": "adamw8bit"}),
+    ],
+)
+def test_what_an_engine_cannot_divide_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, values: dict[str, str]
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = make_config(tmp_path, tmp_path, tmp_path / "out", parallel__engine=engine, **values)
+    with pytest.raises(ConfigError, match=f"does not go with the engine {engine}") as refused:
+        engines.choose(config)
+    assert refused.value.code == "config-combination"
