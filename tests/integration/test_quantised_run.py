@@ -81,15 +81,8 @@ def test_what_was_trained_on_four_bits_answers_from_four_bits(
 ) -> None:
     cached = {"data__cache_features": "on", "data__cache_dir": tmp_path / "cache"}
     train(make_config(tiny_checkpoint, data, tmp_path / "run", **QLORA, **cached))
-    command = [
-        "predict",
-        "--adapter",
-        str(tmp_path / "run"),
-        "--data",
-        str(data),
-        "--output",
-        str(tmp_path / "a.jsonl"),
-    ]
+    answers = tmp_path / "answers.jsonl"
+    command = ["predict", "--adapter", str(tmp_path / "run"), "--data", str(data), "--output", str(answers)]
     quant = ["--quant.experts", "nf4", "--quant.tower", "int8", "--quant.head", "int8", "--quant.embedding", "host"]
     assert main([*command, *quant, "--max-new-tokens", "3"]) == 0
     assert len(answers.read_text().splitlines()) == 15

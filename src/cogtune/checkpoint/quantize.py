@@ -7,12 +7,12 @@ precision for a moment, so the peak is the quantised model and one layer.
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from cogtune.configuration.run import QuantSection
 from cogtune.errors import ConfigError, SetupError
 from cogtune.model.embedding import HostEmbedding
 
@@ -37,9 +37,9 @@ class Quantization:
     embedding: str = "device"
 
     @classmethod
-    def of(cls, section: Any) -> Quantization:
+    def of(cls, quant: QuantSection) -> Quantization:
         """From a configuration's ``quant`` section."""
-        return cls(**{field.name: getattr(section, field.name) for field in fields(cls)})
+        return cls(quant.experts, quant.tower, quant.glu_adapter, quant.head, quant.embedding)
 
     def check(self) -> None:
         """Raise ConfigError for a format that a part does not have, SetupError where one needs a missing package."""
