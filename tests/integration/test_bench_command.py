@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from cogtune.bench import fit
+from cogtune.bench.fit import FitRow
 from cogtune.cli.main import main
 
 
@@ -84,17 +86,21 @@ def test_a_sweep_is_checked_and_kept(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "plan" in capsys.readouterr().out
 
 
-def test_fit_runs_each_row_in_its_own_process_and_survives_a_failing_one(tmp_path: Path) -> None:
+def test_fit_runs_each_row_in_its_own_process_and_survives_a_failing_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = ("train", "--preset", "text=40", "--steps", "2", "--warmup", "1", "--features", "cached")
+    rows = {"bad": FitRow((*train, "--lora.rank", "0"), 10.3, 11), "good": FitRow(train, 31)}
+    monkeypatch.setattr(fit, "ROWS", rows)
     file = tmp_path / "fit.json"
-    rows = "bf16-cached-r8,nf4-cached-r8"
-    # the first has a model to train; NF4 needs a checkpoint, and says so in its row
-    assert main(["bench", "fit", "--tiny", "--rows", rows, "--train.max_grad_norm", "2", "--json", str(file)]) == 0
+    assert main(["bench", "fit", "--tiny", "--train.max_grad_norm", "2", "--json", str(file)]) == 0
     found = _rows(file)
-    assert found["bf16-cached-r8"]["peak_reserved_gib"] > 0
-    assert len(found["bf16-cached-r8"]["times_ms"]) == 18
-    assert "--train.max_grad_norm 2" in found["bf16-cached-r8"]["command"]
-    assert "error[" in found["nf4-cached-r8"]["error"]
-    assert found["nf4-cached-r8"]["target_gib"] == 10.3
+    assert list(found) == ["bad", "good"]
+    assert "error[config-value]" in found["bad"]["error"]
+    assert (found["bad"]["target_gib"], found["bad"]["cap_gib"]) == (10.3, 11)
+    assert found["good"]["peak_reserved_gib"] > 0
+    assert len(found["good"]["times_ms"]) == 2
+    assert "--train.max_grad_norm 2" in found["good"]["command"]
     assert main(["bench", "fit", "--tiny", "--rows", "nothing"]) == 2
     assert main(["bench", "fit"]) == 2
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from cogtune.checkpoint.load import load_config
-from cogtune.checkpoint.place import finish_units
+from cogtune.checkpoint.place import Builder, Cutting, Placement, require_filled
+from cogtune.checkpoint.quantize import Quantization, mark_for_adapters
 from cogtune.checkpoint.random import tiny_config
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.configuration.run import RunConfig
-from cogtune.errors import ConfigError
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.rope import inverse_frequencies
 from cogtune.train.engines.base import Engine
@@ -27,46 +27,69 @@ def model_config(path: str) -> CogVLM2Config:
 
 
 def build_base(config: RunConfig, engine: Engine, dtype: torch.dtype, *, cached: bool) -> CogVLM2ForCausalLM:
-    """The frozen base, ``cached``: without its tower. Random weights are not read from a disk, and quantising belongs
-    to reading.
-
-    Raises:
-        ConfigError: quantised random weights; a checkpoint folder has to be named for them.
-    """
+    """The frozen base, quantised and sharded as ``config`` and ``engine`` say; ``cached``: without its tower."""
     if config.model.path not in RANDOM:
         return load_base(config, engine, dtype, cached=cached)
-    quant = getattr(config, "quant", None)
-    if quant is not None and quant != type(quant)():
-        raise ConfigError(
-            "quant: random weights are made in bfloat16; quantisation happens while a checkpoint loads",
-            hint="write one with `cogtune bench make-checkpoint DIR` and pass --model DIR",
-        )
-    model = random_weights(model_config(config.model.path), dtype, engine.device, tower=not cached)
-    if engine.placement is not None:
-        finish_units(model, engine.placement)
-    return model.eval()
+    section = getattr(config, "quant", None)
+    quantization = Quantization() if section is None else Quantization.of(section)
+    quantization.check()
+    sizes = model_config(config.model.path)
+    if config.model.rope_precision is not None:
+        sizes.rope_precision = config.model.rope_precision
+    return random_weights(
+        sizes, dtype, engine.device, tower=not cached, quantization=quantization, placement=engine.placement
+    )
 
 
 def random_weights(
-    config: CogVLM2Config, dtype: torch.dtype, device: torch.device, *, tower: bool = True, seed: int = 0
+    config: CogVLM2Config,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    tower: bool = True,
+    quantization: Quantization | None = None,
+    placement: Placement | None = None,
+    seed: int = 0,
 ) -> CogVLM2ForCausalLM:
-    """A model filled on ``device`` itself: normal weights, small enough that 32 layers stay finite."""
+    """A model of normal weights, small enough that 32 layers stay finite, made where they will be.
+
+    As when a checkpoint loads, a tensor comes at a time, layers are quantised when they are complete, and units are
+    handed to ``placement``: at no time is there more than the result and one layer.
+    """
     with torch.device("meta"):
         model = CogVLM2ForCausalLM(config)
     if not tower:
         model.model.vision.drop_tower()
-    model = model.to(dtype).to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(seed)
-    rotary = inverse_frequencies(config.head_dim, float(config.rope_theta), device)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if name.endswith("inv_freq"):
-                tensor.copy_(rotary)
-            elif "norm" in name and name.endswith("weight"):
-                tensor.fill_(1.0)
-            elif name.endswith("bias"):
-                tensor.zero_()
-            else:
-                tensor.normal_(std=0.02, generator=generator)
-    model.remember_rotary()
-    return model
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    cutting = placement if isinstance(placement, Cutting) else None
+    if cutting is not None:
+        cutting.prepare(model)
+    builder = Builder(model, "", dtype, quantization, placement)
+    formats = quantization or Quantization()
+    generators: dict[str, torch.Generator] = {}
+    for name, shape in shapes.items():
+        home = formats.device_for(name, device if placement is None else placement.device_for(name))
+        generator = generators.setdefault(home.type, torch.Generator(home).manual_seed(seed))
+        value = _random(name, shape, dtype, home, generator, config)
+        builder.add(name, value if cutting is None else cutting.read(name, value).contiguous())
+    require_filled(model)
+    model.model.remember_rotary()
+    mark_for_adapters(model)
+    made: CogVLM2ForCausalLM = model.eval()
+    return made
+
+
+def _random(
+    name: str,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    generator: torch.Generator,
+    config: CogVLM2Config,
+) -> torch.Tensor:
+    if name.endswith("inv_freq"):
+        return inverse_frequencies(config.head_dim, float(config.rope_theta), device).to(dtype)
+    value = torch.empty(shape, dtype=dtype, device=device)
+    if "norm" in name and name.endswith("weight"):
+        return value.fill_(1.0)
+    return value.zero_() if name.endswith("bias") else value.normal_(std=0.02, generator=generator)
