@@ -44,7 +44,7 @@ from cogtune.checkpoint import training as checkpoints
 KILLED_IN = ("start", "cache", "step", "evaluation", "save")
 TYPICAL = {"start": 0.6, "cache": 0.1, "step": 0.03, "evaluation": 0.03, "save": 0.03}
 """Seconds, about: a kill falls this long or shorter behind the beginning."""
-MOST_KILLS_IN_A_TRIAL = 5
+MOST_KILLS_IN_A_TRIAL = 8
 
 
 class Campaign:
@@ -341,24 +341,31 @@ def _ranks_of(parent: int) -> list[int]:
     return found
 
 
-def run_campaign(campaign: Campaign, kills: int, others: int) -> None:
-    """``kills`` SIGKILLs, most of them under ddp, and ``others`` trials of every other kind."""
+def run_campaign(campaign: Campaign, kills: int, others: int, write: Callable[[], None]) -> None:
+    """``kills`` SIGKILLs, most of them under ddp, and ``others`` trials of every other kind; ``write`` keeps what is
+    known so far."""
     names = ["ddp", "ddp", "cached", "single", "tensor"]
     done = 0
     while done < kills:
         name = names[done % len(names)] if done < len(names) else campaign.rng.choice(names)
         done += campaign.kill(name, min(campaign.rng.randint(1, MOST_KILLS_IN_A_TRIAL), kills - done))
         print(f"{done} of {kills} kills, {len(campaign.failures)} failures", flush=True)
+        write()
     if not others:
         return
-    campaign.other("SIGTERM to all ranks", others, lambda output: campaign.stopped(signal.SIGTERM, True, output))
-    campaign.other("SIGTERM to one rank", others, lambda output: campaign.stopped(signal.SIGTERM, False, output))
-    campaign.other("latest checkpoint damaged", others, campaign.broken_checkpoint)
-    campaign.other("torn cache file", others, campaign.torn_cache_file)
-    campaign.other("picture gone between two runs", others, campaign.vanished)
-    campaign.other("picture gone during the run", others, campaign.vanishing)
-    campaign.other("disk full while saving", others, campaign.full_disk)
-    campaign.other("rank killed twice, parallel.restarts 2", max(1, others // 5), campaign.restarted)
+    trials: dict[str, Callable[[Path], str]] = {
+        "SIGTERM to all ranks": lambda output: campaign.stopped(signal.SIGTERM, True, output),
+        "SIGTERM to one rank": lambda output: campaign.stopped(signal.SIGTERM, False, output),
+        "latest checkpoint damaged": campaign.broken_checkpoint,
+        "torn cache file": campaign.torn_cache_file,
+        "picture gone between two runs": campaign.vanished,
+        "picture gone during the run": campaign.vanishing,
+        "disk full while saving": campaign.full_disk,
+        "rank killed twice, parallel.restarts 2": campaign.restarted,
+    }
+    for kind, trial in trials.items():
+        campaign.other(kind, max(1, others // 5) if "restarts" in kind else others, trial)
+        write()
 
 
 def tally(campaign: Campaign, seconds: float, arguments: list[str]) -> dict[str, Any]:
@@ -408,16 +415,19 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--output", type=Path, help="the tally's file; printed when absent")
     options = parser.parse_args(arguments)
     began = time.monotonic()
+    shown = [word for word in arguments if word not in ("--work", str(options.work))]
     with tempfile.TemporaryDirectory() as temporary:
         campaign = Campaign((options.work or Path(temporary)) / "faults", options.seed)
-        run_campaign(campaign, options.kills, options.others)
-        shown = [word for word in arguments if word != "--work" and word != str(options.work)]
-        found = tally(campaign, time.monotonic() - began, shown)
-    text = json.dumps(found, indent=1, ensure_ascii=False)
+
+        def write() -> None:
+            found = json.dumps(tally(campaign, time.monotonic() - began, shown), indent=1, ensure_ascii=False)
+            if options.output is not None:
+                options.output.write_text(found + "\n", encoding="utf-8")
+
+        run_campaign(campaign, options.kills, options.others, write)
+        write()
     if options.output is None:
-        print(text)
-    else:
-        options.output.write_text(text + "\n", encoding="utf-8")
+        print(json.dumps(tally(campaign, time.monotonic() - began, shown), indent=1, ensure_ascii=False))
     return 1 if campaign.failures else 0
 
 

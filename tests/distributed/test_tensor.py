@@ -58,10 +58,22 @@ def test_loss_and_every_gradient(found: tuple[Results, list[Results]], case: str
 
 
 def test_bfloat16_is_as_near_to_the_truth_as_on_one_device(found: tuple[Results, list[Results]]) -> None:
+    """Rounding errors of the same size, not the same: at these sizes either was seen to be twice the other."""
     single, ranks = found
     rounding = distance(single["bfloat16"], single["gradients"])
     for rank in ranks:
-        assert distance(rank["bfloat16"], single["gradients"]) <= 1.5 * rounding
+        assert distance(rank["bfloat16"], single["gradients"]) <= 3 * rounding
+
+
+def test_quantised_parts_are_as_near_as_the_quantised_whole(found: tuple[Results, list[Results]]) -> None:
+    """Blocks of a part are not those of the whole, so rounding differs; an adapter or a head that was not cut, or a sum
+    that is missing, would be far off."""
+    pytest.importorskip("bitsandbytes")
+    single, ranks = found
+    rounding = distance(single["nf4"], single["gradients"])
+    for rank in ranks:
+        assert distance(rank["nf4"], single["gradients"]) <= 3 * rounding
+        assert torch.equal(rank["nf4"]["loss"], ranks[0]["nf4"]["loss"])
 
 
 def test_answers(found: tuple[Results, list[Results]]) -> None:

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from cogtune.adapters.attach import attach, load_adapter
 from cogtune.adapters.split import AdapterPart, split_adapter
 from cogtune.checkpoint.load import load_model, shard_files
+from cogtune.checkpoint.quantize import Quantization
 from cogtune.configuration.run import LoraSection
 from cogtune.model.checkpointing import enable_checkpointing
 from cogtune.model.compile import compile_layers
@@ -40,6 +41,7 @@ def main(base: Path, adapter: Path, output: Path, *more: str) -> None:
         "gradients": gradients(base, adapter, group, torch.float64),
         "dropout": gradients(base, adapter, group, torch.float64, recompute=True, dropout=0.4),
         "bfloat16": gradients(base, adapter, group, torch.bfloat16),
+        "nf4": gradients(base, adapter, group, torch.float32, quantization=Quantization(experts="nf4", head="int8")),
         "answers": answers(base, adapter, group),
         "first": first_adapter(base, group),
         "read": read_parts(base, group),
@@ -49,15 +51,17 @@ def main(base: Path, adapter: Path, output: Path, *more: str) -> None:
     torch.save(found, output.with_suffix(f".rank{group.rank}.pt"))
 
 
-def load(base: Path, group: TensorGroup, dtype: torch.dtype) -> tuple[CogVLM2ForCausalLM, SplitModel]:
-    model, split = load_model(base, dtype=dtype), SplitModel(group, torch.device("cpu"))
-    if group.size > 1:
-        split.split(model)
+def load(
+    base: Path, group: TensorGroup, dtype: torch.dtype, quantization: Quantization | None = None
+) -> tuple[CogVLM2ForCausalLM, SplitModel]:
+    split = SplitModel(group, torch.device("cpu"))
+    placement = split if group.size > 1 else None
+    model = load_model(base, dtype=dtype, placement=placement, quantization=quantization)
     return model, split
 
 
 def put_on(model: CogVLM2ForCausalLM, split: SplitModel, adapter: Path, dropout: float) -> tuple[PeftModel, Any]:
-    wrapped = load_adapter(model, adapter, trainable=True, building=split.whole_sizes())
+    wrapped = load_adapter(model, adapter, trainable=True, building=split.whole_sizes(model))
     for module in wrapped.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = dropout
@@ -89,10 +93,11 @@ def gradients(
     *,
     recompute: bool = False,
     compiled: bool = False,
+    quantization: Quantization | None = None,
     dropout: float = 0.0,
 ) -> dict[str, torch.Tensor]:
     """Loss, and the whole gradient of every adapter weight."""
-    model, split = load(base, group, dtype)
+    model, split = load(base, group, dtype, quantization)
     wrapped, parts = put_on(model, split, adapter, dropout)
     if recompute:
         layers = len(model.model.layers)
@@ -137,7 +142,7 @@ def first_adapter(base: Path, group: TensorGroup) -> dict[str, torch.Tensor]:
     """A fresh adapter, joined again: drawn as one device draws it."""
     model, split = load(base, group, torch.float32)
     torch.manual_seed(7)
-    wrapped = attach(model, LoraSection(targets=EVERYWHERE, rank=4), building=split.whole_sizes())
+    wrapped = attach(model, LoraSection(targets=EVERYWHERE, rank=4), building=split.whole_sizes(model))
     parts = split_adapter(wrapped, split) if group.size > 1 else {}
     joined = {}
     for name, value in wrapped.named_parameters():
@@ -152,7 +157,8 @@ def read_parts(base: Path, group: TensorGroup) -> bool:
     """What is read from the files by slices is what is cut from the loaded model."""
     if group.size == 1:
         return True
-    cut, split = load(base, group, torch.float32)
+    cut, split = load_model(base, dtype=torch.float32), SplitModel(group, torch.device("cpu"))
+    split.split(cut)
     values = cut.state_dict()
     for file in shard_files(base):
         with safe_open(str(base / file), framework="pt") as tensors:

@@ -23,6 +23,9 @@ ALLOWED_EXTRA = frozenset(
 """Fields of peft's LoraConfig beyond the ``lora`` section that mean the same on a rank's share of a layer."""
 
 
+_PREFIX = "base_model.model."  # peft's, before a module's name in the base
+
+
 @dataclass(frozen=True)
 class AdapterPart:
     """One adapter tensor. ``cut``: how it is spread, None where every rank has the whole. ``shares``: such a whole
@@ -56,7 +59,7 @@ def split_adapter(model: PeftModel, split: SplitModel) -> dict[str, AdapterPart]
     for path, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
-        cut = split.cut_of(layer.get_base_layer())
+        cut = split.cut_of(path.removeprefix(_PREFIX))
         for name in layer.lora_A:
             first, second = layer.lora_A[name], layer.lora_B[name]
             rows = cut is not None and cut.dim == 0
@@ -66,8 +69,7 @@ def split_adapter(model: PeftModel, split: SplitModel) -> dict[str, AdapterPart]
             dropout = layer.lora_dropout[name]
             if columns and cut is not None and isinstance(dropout, nn.Dropout):
                 layer.lora_dropout[name] = SlicedDropout(dropout.p, split.group, cut)
-        if path.rpartition(".")[2] == "lm_head":
-            split.move_head_hooks(layer)
+    split.connect(model.get_base_model())
     return parts
 
 

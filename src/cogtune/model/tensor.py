@@ -191,13 +191,13 @@ class SplitModel:
         self.group = group
         self.device = device
         self.cuts: dict[str, Cut] = {}
-        self._modules: dict[str, tuple[nn.Module, Cut]] = {}
-        self._head_hooks: list[Any] = []
+        self._layers: dict[str, Cut] = {}  # by module: how its weight is cut
+        self._gathering: dict[str, tuple[nn.Module, list[Any]]] = {}  # embedding and head: the module, its hooks
 
     def split(self, module: nn.Module, name: str = "") -> None:
         """Cut everything in ``module``, which is called ``name`` in the model; what is cut already stays as it is."""
         for path, part in list(module.named_modules(prefix=name)):
-            if path in self._modules or f"{path}.weight" in self.cuts:
+            if f"{path}.weight" in self.cuts or any(known.startswith(f"{path}.") for known in self._layers if path):
                 continue
             if isinstance(part, ExpertAttention):
                 self._attention(path, part)
@@ -216,11 +216,13 @@ class SplitModel:
                 self._linear(f"{path}.fc2", part.fc2, Cut(1, (part.fc2.in_features,)))
                 self._between(part)
             elif path.rpartition(".")[2] == "embed_tokens" and isinstance(part, nn.Embedding):
-                self._embedding(path, part)
+                width = part.embedding_dim
+                self._weight(path, part, Cut(1, (width,)))
+                part.embedding_dim = self._layers[path].length(self.group.rank, self.group.size)
+                self._gather_behind(path, part)
             elif path.rpartition(".")[2] == "lm_head" and isinstance(part, nn.Linear):
-                width = part.out_features
-                self._linear(path, part, Cut(0, (width,)))
-                self._head_hooks = self._hook_head(part, width)
+                self._linear(path, part, Cut(0, (part.out_features,)))
+                self._gather_behind(path, part)
 
     def device_for(self, name: str) -> torch.device:
         """Where a loader puts a tensor."""
@@ -241,29 +243,33 @@ class SplitModel:
         return value
 
     @contextmanager
-    def whole_sizes(self) -> Iterator[None]:
+    def whole_sizes(self, model: nn.Module) -> Iterator[None]:
         """Inside, layers name the sizes of the whole model: adapters are then made, drawn and loaded as on one device,
         and cut afterwards."""
-        local = [(m, m.in_features, m.out_features) for m, _ in self._modules.values() if isinstance(m, nn.Linear)]
-        for module, cut in self._modules.values():
-            if isinstance(module, nn.Linear):
-                setattr(module, "out_features" if cut.dim == 0 else "in_features", sum(cut.sections))
+        layers = [(model.get_submodule(path), cut) for path, cut in self._layers.items()]
+        linear = [(layer, cut) for layer, cut in layers if isinstance(layer, nn.Linear)]
+        local = [(layer, layer.in_features, layer.out_features) for layer, _ in linear]
+        for layer, cut in linear:
+            setattr(layer, "out_features" if cut.dim == 0 else "in_features", sum(cut.sections))
         try:
             yield
         finally:
-            for module, inside, outside in local:
-                module.in_features, module.out_features = inside, outside
+            for layer, inside, outside in local:
+                layer.in_features, layer.out_features = inside, outside
 
-    def cut_of(self, module: nn.Module) -> Cut | None:
-        """How the weight of a linear layer was cut; None: every rank has the whole."""
-        return next((cut for known, cut in self._modules.values() if known is module), None)
+    def cut_of(self, path: str) -> Cut | None:
+        """How the weight of the layer ``path`` was cut; None: every rank has the whole."""
+        return self._layers.get(path)
 
-    def move_head_hooks(self, head: nn.Module) -> None:
-        """An adapter put ``head`` around the model's head: what ranks exchange there has to enclose both."""
-        width = self._head_width
-        for hook in self._head_hooks:
-            hook.remove()
-        self._head_hooks = self._hook_head(head, width)
+    def connect(self, model: nn.Module) -> None:
+        """Where a quantised layer or an adapter has taken the place of the embedding or the head, what ranks exchange
+        there moves to it."""
+        for path, (known, hooks) in list(self._gathering.items()):
+            now = model.get_submodule(path)
+            if now is not known:
+                for hook in hooks:
+                    hook.remove()
+                self._gather_behind(path, now)
 
     def _attention(self, path: str, part: ExpertAttention) -> None:
         width, size = part.head_dim, self.group.size
@@ -290,8 +296,7 @@ class SplitModel:
         self._linear(f"{path}.{last}", layer, Cut(1, (layer.in_features,)))
 
     def _linear(self, path: str, layer: nn.Linear, cut: Cut) -> None:
-        self._modules[path] = (layer, cut)
-        self._cut(path, layer, "weight", cut)
+        self._weight(path, layer, cut)
         if layer.bias is not None:
             self._cut(path, layer, "bias", cut if cut.dim == 0 else Cut(None))
         length = cut.length(self.group.rank, self.group.size)
@@ -300,13 +305,9 @@ class SplitModel:
         else:
             layer.in_features = length
 
-    def _embedding(self, path: str, layer: nn.Embedding) -> None:
-        width = layer.embedding_dim
-        cut = Cut(1, (width,))
-        self._modules[path] = (layer, cut)
+    def _weight(self, path: str, layer: nn.Module, cut: Cut) -> None:
+        self._layers[path] = cut
         self._cut(path, layer, "weight", cut)
-        layer.embedding_dim = cut.length(self.group.rank, self.group.size)
-        layer.register_forward_hook(lambda _module, _args, out: _Gather.apply(out, self.group, width))
 
     def _cut(self, path: str, layer: nn.Module, name: str, cut: Cut) -> None:
         whole: nn.Parameter = getattr(layer, name)
@@ -327,9 +328,11 @@ class SplitModel:
     def _sum_hook(self, _module: nn.Module, _args: Any, out: torch.Tensor) -> torch.Tensor:
         return _Sum.apply(out, self.group)
 
-    def _hook_head(self, head: nn.Module, width: int) -> list[Any]:
-        self._head_width = width
-        return [
-            head.register_forward_pre_hook(self._copy_hook),
-            head.register_forward_hook(lambda _module, _args, out: _Gather.apply(out, self.group, width)),
-        ]
+    def _gather_behind(self, path: str, module: nn.Module) -> None:
+        """All ranks' columns side by side behind the embedding, and behind the head, whose input is like a sublayer's.
+        The embedding is never trained, so no gradient goes through it."""
+        width = sum(self._layers[path].sections)
+        hooks = [module.register_forward_hook(lambda _module, _args, out: _Gather.apply(out, self.group, width))]
+        if path.rpartition(".")[2] == "lm_head":
+            hooks.append(module.register_forward_pre_hook(self._copy_hook))
+        self._gathering[path] = module, hooks

@@ -42,7 +42,7 @@ class TensorEngine(DdpEngine):
         self.placement = self._split
 
     def attaching(self, model: nn.Module) -> AbstractContextManager[Any]:
-        return self._split.whole_sizes()
+        return self._split.whole_sizes(model)
 
     def _wrap(self, model: nn.Module) -> nn.Module:
         still = [(name, value) for name, value in model.named_parameters() if "lora_" in name]
