@@ -149,8 +149,14 @@ def _load_part(choice: Resolved, group: TensorGroup, progress: Callable[[str], N
     processor = CogVLM2Processor.from_pretrained(choice.model)
     progress(f"loading {choice.model} ({choice.dtype_name}, {choice.tensor} x {choice.device.type})")
     split = SplitModel(group, choice.device)
-    rope = choice.rope_precision
-    model = load_model(choice.model, dtype=choice.dtype, device=choice.device, rope_precision=rope, placement=split)
+    model = load_model(
+        choice.model,
+        dtype=choice.dtype,
+        device=choice.device,
+        rope_precision=choice.rope_precision,
+        quantization=choice.quantization,
+        placement=split,
+    )
     if choice.adapter is not None:
         progress(f"with the adapter in {choice.adapter}")
         model = load_adapter(model, choice.adapter, building=split.whole_sizes(model))
