@@ -30,7 +30,7 @@ from cogtune.checkpoint.random import make_tiny
 from tests.support.training import write_data
 
 HOSTS = ("cogtune-host0", "cogtune-host1")
-ADDRESSES = ("10.77.0.1", "10.77.0.2")
+ADDRESSES = ("198.18.0.1", "198.18.0.2")  # RFC 2544: for measurements, used nowhere else
 PORT = 29577
 ADAPTER = Path("adapter") / "adapter_model.safetensors"
 STEPS = 12
