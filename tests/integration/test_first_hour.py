@@ -52,7 +52,8 @@ def test_the_first_hour(tiny_checkpoint, tmp_path, monkeypatch, capsys):
     run("train", *same, "--data.workers", "0", "--train.max_steps", "2", "--train.batch_size", "2")
     assert (tmp_path / "output" / "adapter" / "adapter_model.safetensors").is_file()
     picture = str(tmp_path / "my-data" / "images" / "0000.jpg")
-    answer = run("chat", "--adapter", "output/adapter", "--image", picture, "--query", "What is it?", "--max-new-tokens", "4")
+    asked = ("--image", picture, "--query", "What is it?", "--max-new-tokens", "4")
+    answer = run("chat", "--adapter", "output/adapter", *asked)
     assert answer.strip() or answer == "\n"
 
 

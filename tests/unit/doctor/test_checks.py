@@ -24,7 +24,7 @@ GOOD = Facts(
     shared_memory=64 * GIB,
     memory=128 * GIB,
     memory_available=120 * GIB,
-    disk_free={"/home/user/.cache/huggingface/hub": 500 * GIB},
+    disk_free={"/large": 500 * GIB},
     reachable={"https://huggingface.co": True, "https://www.modelscope.cn": True},
 )
 RTX = Gpu("NVIDIA GeForce RTX 4090", 24 * GIB, 23 * GIB + GIB // 2, (8, 9))
