@@ -22,6 +22,7 @@ FORMATS = {
     "glu_adapter": ("none", "int8"),
     "head": ("none", "int8"),
     "embedding": ("device", "host"),
+    "fp8_layouts": ("one", "two"),
 }
 _FROM_BITSANDBYTES = ("nf4", "int8")
 
@@ -35,11 +36,12 @@ class Quantization:
     glu_adapter: str = "none"
     head: str = "none"
     embedding: str = "device"
+    fp8_layouts: str = "one"
 
     @classmethod
     def of(cls, quant: QuantSection) -> Quantization:
         """From a configuration's ``quant`` section."""
-        return cls(quant.experts, quant.tower, quant.glu_adapter, quant.head, quant.embedding)
+        return cls(quant.experts, quant.tower, quant.glu_adapter, quant.head, quant.embedding, quant.fp8_layouts)
 
     def check(self) -> None:
         """Raise ConfigError for a format that a part does not have, SetupError where one needs a missing package."""
@@ -67,7 +69,10 @@ class Quantization:
             assert isinstance(layer, nn.Embedding)
             return HostEmbedding(layer.weight.data) if self.embedding == "host" else layer
         form = self.format_of(path)
-        return quantize_linear(layer, form) if type(layer) is nn.Linear and form != "none" else layer
+        if type(layer) is not nn.Linear or form == "none":
+            return layer
+        trained_through = path.startswith("model.layers.")
+        return quantize_linear(layer, form, keep_transposed=trained_through and self.fp8_layouts == "two")
 
     def device_for(self, name: str, device: torch.device) -> torch.device:
         """Where the tensor ``name`` goes in a model on ``device``."""
@@ -79,12 +84,14 @@ PLAIN = Quantization()
 """Everything in the number format of the model, on its device."""
 
 
-def quantize_linear(layer: nn.Linear, form: str) -> nn.Module:
-    """A frozen layer in ``form`` (nf4, int8 or fp8), made on the device where ``layer`` is."""
+def quantize_linear(layer: nn.Linear, form: str, *, keep_transposed: bool = False) -> nn.Module:
+    """A frozen layer in ``form`` (nf4, int8 or fp8), made on the device where ``layer`` is. ``keep_transposed`` is
+    fp8's second layout."""
     if form == "fp8":
         from cogtune.model.fp8 import Fp8Linear
 
-        return Fp8Linear.from_weight(layer.weight.data, None if layer.bias is None else layer.bias.data)
+        bias = None if layer.bias is None else layer.bias.data
+        return Fp8Linear.from_weight(layer.weight.data, bias, keep_transposed=keep_transposed)
     from cogtune.model import lowbit  # it imports bitsandbytes
 
     return lowbit.to_nf4(layer) if form == "nf4" else lowbit.to_int8(layer)

@@ -38,6 +38,7 @@ MAY_CHANGE = frozenset(
         "train.restart",
         "train.resume",
         "quant.embedding",
+        "quant.fp8_layouts",
         "eval.steps",
         "eval.batch_size",
         "eval.patience",

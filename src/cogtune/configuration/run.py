@@ -341,6 +341,11 @@ class QuantSection(Section):
         default="none", description="Linear layers between the tower and the decoder."
     )
     head: Literal["none", "int8"] = Field(default="none", description="The layer that gives the logits.")
+    fp8_layouts: Literal["one", "two"] = Field(
+        default="one",
+        description="two: keep the experts' fp8 weights transposed as well, as the backward pass reads them: faster,"
+        " and as much memory again. one: transpose them as they are needed.",
+    )
     embedding: Literal["device", "host"] = Field(
         default="device",
         description="Where the token embedding stays. host: in host memory, 1.05 GB less on the GPU; rows are sent as"
@@ -486,6 +491,8 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
     for name in ("betas", "eps"):
         if train.optimizer == "sgd" and getattr(train, name) != _default(TrainSection, name):
             yield f"train.{name} belongs to adamw, but train.optimizer is sgd"
+    if config.quant.fp8_layouts == "two" and config.quant.experts != "fp8":
+        yield f"quant.fp8_layouts is about fp8 experts, but quant.experts is {config.quant.experts}"
     if train.restart and train.resume is not None:
         yield "train.restart starts from nothing and train.resume from a checkpoint; keep one"
     if config.parallel.restarts and config.parallel.launch is None:

@@ -11,11 +11,13 @@ its state and peft's handling of it do too.
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
 from torch.nn import functional
 
+_HAS_COMPILER = importlib.util.find_spec("triton") is not None
 _FEW = 16  # tokens up to which bitsandbytes' fused kernel reads less (decoding)
 _CODES = 16
 
@@ -109,40 +111,21 @@ _linear.register_autograd(_backward, setup_context=_remember)
 
 
 def nf4_linear(x: torch.Tensor, packed: torch.Tensor, state: Any, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [..., I] times a weight packed by bitsandbytes with its ``QuantState``, plus a bias: [..., O]."""
+    """x [..., I] times a weight packed by bitsandbytes, in storage of any number format, plus a bias: [..., O]."""
     outer = state.state2 if state.nested else None
     rows, columns = state.shape
     sizes = [rows, columns, state.blocksize, 1 if outer is None else outer.blocksize]
     product: torch.Tensor = _linear(
-        x.flatten(0, -2), packed, state.absmax, state.code, None if outer is None else outer.absmax,
+        x.flatten(0, -2), packed.view(torch.uint8), state.absmax, state.code, None if outer is None else outer.absmax,
         None if outer is None else outer.code, state.offset if state.nested else None,
         None if bias is None else bias.to(x.dtype), sizes,
     )  # fmt: skip
     return product.view(*x.shape[:-1], rows)
 
 
-def make_fast(layer: Any) -> None:
-    """Let a bitsandbytes ``Linear4bit`` with an NF4 weight compute as this module does it."""
-    from bitsandbytes.nn import Linear4bit
-
-    assert isinstance(layer, Linear4bit)
-    layer.__class__ = _fast_class(type(layer))
-
-
-_classes: dict[Any, Any] = {}
-
-
-def _fast_class(kind: Any) -> Any:
-    """A subclass of bitsandbytes' layer, by which peft and others still know it."""
-    if kind not in _classes:
-
-        def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-            state = self.weight.quant_state
-            few = x.numel() // x.shape[-1] <= _FEW and not (x.requires_grad and torch.is_grad_enabled())
-            if few or state is None or state.quant_type != "nf4":
-                result: torch.Tensor = kind.forward(self, x)
-                return result
-            return nf4_linear(x, self.weight, state, self.bias)
-
-        _classes[kind] = type(f"Fast{kind.__name__}", (kind,), {"forward": forward, "__module__": __name__})
-    return _classes[kind]
+def generates(x: torch.Tensor, state: Any) -> bool:
+    """Whether the generated kernel is the faster way for this input: on a GPU for which there is a compiler, NF4, and
+    not a few tokens of decoding, for which bitsandbytes reads the packed weight once."""
+    if not (x.is_cuda and _HAS_COMPILER and state.quant_type == "nf4"):
+        return False
+    return (x.requires_grad and torch.is_grad_enabled()) or x.numel() > _FEW * x.shape[-1]

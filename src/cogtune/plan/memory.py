@@ -90,8 +90,8 @@ def weight_bytes(linear: Linear, form: str, dtype: str) -> int:
         return count // 2 + scales + nested * FLOAT32 + (16 + 256 + 1) * FLOAT32 + bias
     if form == "int8":
         return count + linear.outputs * FLOAT32 + bias
-    if form == "fp8":
-        return count + linear.outputs * FLOAT32 + bias
+    if form in ("fp8", "fp8 twice"):
+        return count * (2 if form == "fp8 twice" else 1) + linear.outputs * FLOAT32 + bias
     return count * BYTES[dtype] + bias
 
 

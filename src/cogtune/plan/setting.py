@@ -51,10 +51,12 @@ class Quant:
     glu_adapter: str = "none"
     head: str = "none"
     embedding: str = "device"
+    fp8_layouts: str = "one"
 
     def of(self, linear: Linear) -> str:
-        """The format of a linear layer; ``none`` is the model's own."""
-        return str(getattr(self, linear.part, "none"))
+        """The format of a linear layer; ``none`` is the model's own, ``fp8 twice`` is kept transposed as well."""
+        form = str(getattr(self, linear.part, "none"))
+        return "fp8 twice" if form == "fp8" and linear.part == "experts" and self.fp8_layouts == "two" else form
 
 
 @dataclass(frozen=True)

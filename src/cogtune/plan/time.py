@@ -92,7 +92,7 @@ def _decoder(setting: Setting, rates: Rates) -> float:
 
 def _rate(setting: Setting, linear: Linear, rates: Rates) -> Rates:
     """fp8 products run at a rate of their own, rounding included."""
-    return replace(rates, matmul=rates.matmul * FP8_SPEEDUP) if setting.quant.of(linear) == "fp8" else rates
+    return replace(rates, matmul=rates.matmul * FP8_SPEEDUP) if setting.quant.of(linear).startswith("fp8") else rates
 
 
 def _matmul(linear: Linear, tokens: int, rates: Rates) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 bnb = pytest.importorskip("bitsandbytes")
 
-from cogtune.model.nf4 import dequantize, make_fast  # noqa: E402
+from cogtune.model.nf4 import dequantize, generates, nf4_linear  # noqa: E402
 
 
 def _layer(*, bias: bool, nested: bool, dtype: torch.dtype = torch.float32) -> Any:
@@ -19,6 +20,17 @@ def _layer(*, bias: bool, nested: bool, dtype: torch.dtype = torch.float32) -> A
         torch.randn(192, 128, dtype=dtype), requires_grad=False, quant_type="nf4", compress_statistics=nested
     )
     return layer.to("cpu").to(dtype)
+
+
+class _Ours(torch.nn.Module):
+    """The layer's product by our own way, whatever the storage's number format."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer, self.packed = layer, layer.weight.data.flatten().view(torch.bfloat16)[:, None]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nf4_linear(x, self.packed, self.layer.weight.quant_state, self.layer.bias)
 
 
 def _run(layer: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,16 +64,13 @@ def test_product_and_gradient_are_bitsandbytes_own(
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     layer = _layer(bias=bias, nested=nested, dtype=dtype)
     wanted = _run(layer, x)
-    make_fast(layer)
-    assert isinstance(layer, bnb.nn.Linear4bit)
     # bitsandbytes rounds the weight to its stored format first; sums in bfloat16 differ in their last place
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(_run(layer, x), wanted, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(_run(_Ours(layer), x), wanted, rtol=tolerance, atol=tolerance)
 
 
 def test_no_dequantised_weight_is_kept_and_a_compiled_layer_is_one_graph() -> None:
-    layer = _layer(bias=True, nested=True)
-    make_fast(layer)
+    layer = _Ours(_layer(bias=True, nested=True))
     kept: list[tuple[int, ...]] = []
     x = torch.randn(32, 128, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
@@ -71,3 +80,17 @@ def test_no_dequantised_weight_is_kept_and_a_compiled_layer_is_one_graph() -> No
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
     torch.testing.assert_close(compiled(x), out)
     torch.testing.assert_close(_run(compiled, x.detach()), _run(layer, x.detach()))
+
+
+def test_it_is_chosen_on_a_gpu_for_more_than_a_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cogtune.model.nf4._HAS_COMPILER", True)
+    state = SimpleNamespace(quant_type="nf4")
+
+    def on_gpu(rows: int, gradient: bool = False) -> Any:
+        return SimpleNamespace(is_cuda=True, requires_grad=gradient, shape=(rows, 8), numel=lambda: rows * 8)
+
+    assert not generates(torch.zeros(400, 8), state)
+    assert generates(on_gpu(400), state)
+    assert generates(on_gpu(1, gradient=True), state)
+    assert not generates(on_gpu(1), state)
+    assert not generates(on_gpu(400), SimpleNamespace(quant_type="fp4"))
