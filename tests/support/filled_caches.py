@@ -21,7 +21,6 @@ from tests.support.training import make_config
 
 _OBSERVED: list[tuple[Any, str]] = [
     (store, "write_file"),
-    (store, "sync"),
     (Filler, "_launch"),
     (index.PictureIndex, "flush"),
 ]

@@ -9,6 +9,7 @@ Shapes: N pictures of a batch, Q grid cells, W tower width.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -83,7 +84,9 @@ class Filler:
     ) -> None:
         self.filled = Filled()
         self._tower, self._store, self._index, self._settings, self._device = tower, store, index, settings, device
-        self._readers = ThreadPoolExecutor(max(1, settings.workers), "cogtune-decode")
+        # a thread's CUDA device is the first until it says otherwise, and pinning memory would wake that one up
+        choose = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+        self._readers = ThreadPoolExecutor(max(1, settings.workers), "cogtune-decode", choose)
         self._writers = ThreadPoolExecutor(2, "cogtune-write")
         self._decoded = self._decode(images)
         self._waiting: list[Decoded] = []
@@ -172,7 +175,7 @@ class Filler:
         if not batch:
             return
         pixels = [decoded.pixels for decoded in batch if decoded.pixels is not None]
-        with torch.inference_mode():
+        with torch.no_grad():
             features = self._tower(torch.stack([one.to(self._device, non_blocking=True) for one in pixels]))
             if self._device.type != "cuda":
                 self._underway.append((batch, features, None))

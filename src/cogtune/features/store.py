@@ -24,7 +24,6 @@ from pathlib import Path
 
 import torch
 
-from cogtune.checkpoint.training import sync
 from cogtune.errors import RunError
 from cogtune.features.files import DamagedError, pack, unpack
 from cogtune.features.variant import Variant
@@ -138,13 +137,15 @@ def make_folder(folder: Path, root: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes, root: Path) -> None:
-    """Write a file that is whole or absent, with the read and write permissions of ``root``."""
+    """Write a file that is whole or absent, with the read and write permissions of ``root``.
+
+    It is not flushed to disk: a kill cannot tear it, and what a power failure tears is noticed by size and digest.
+    """
     temporary = path.with_name(f".{path.stem}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}.partial")
     try:
         write_file(temporary, content)
         with suppress(PermissionError):  # file systems without permissions
             temporary.chmod(stat.S_IMODE(root.stat().st_mode) & 0o666)
-        sync(temporary)
         temporary.replace(path)
     except BaseException:
         with suppress(OSError):
