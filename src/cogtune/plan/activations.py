@@ -112,8 +112,8 @@ class DecoderTable:
         return total + self._lora(dense[0], vision) + self._lora(dense[1], language)
 
     def _heads(self, index: int) -> int:
-        """What attention itself keeps: q and k, rotated into new tensors; v, a view of the fused projection, so that all
-        of it stays; the output and its log-sum-exp. In the last layer only the kept tokens ask: their q, and a mask."""
+        """What attention itself keeps: q and k, rotated into new tensors; v, a view of the fused projection, which so
+        stays whole; the output and its log-sum-exp. In the last layer only the kept tokens ask: their q, and a mask."""
         sizes, c, n = self.setting.sizes, self.c, self.tokens
         asked, fused = n, sizes.qkv_width
         total = 0
