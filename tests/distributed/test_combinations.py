@@ -53,10 +53,15 @@ def test_the_list_covers_every_pair() -> None:
 
 @pytest.mark.parametrize("combination", covering(), ids=name_of)
 def test_a_combination_gives_the_single_device_s_losses(output: Path, combination: dict[str, str]) -> None:
-    """Two steps, so that the second depends on the first one's update."""
+    """Two steps, so that the second depends on the first one's update. fp8 rounds inputs to 3 bits after the point: one
+    that lies between two of its numbers, 1/16 apart, goes to either after an update that differs by rounding."""
+    failed = output / f"{name_of(combination)}.failed"
+    assert not failed.exists(), failed.read_text()
     reference = losses(output / name_of(reference_of(combination)))
-    assert len(reference) == 2
-    assert losses(output / name_of(combination)) == pytest.approx(reference, rel=2e-6)
+    found = losses(output / name_of(combination))
+    assert len(reference) == len(found) == 2
+    assert found[0] == pytest.approx(reference[0], rel=2e-6)
+    assert found[1] == pytest.approx(reference[1], rel=1e-3 if combination["weights"] == "fp8" else 2e-6)
 
 
 @pytest.mark.parametrize("pair", refused_pairs(), ids=lambda pair: f"{pair[0][1]}-{pair[1][1]}")

@@ -128,20 +128,15 @@ def _part_bytes(sizes: ModelSizes, quant: Quant, dtype: str) -> dict[Part, int]:
 
 
 def optimizer_bytes(setting: Setting) -> int:
-    """AdamW's two moments on the card: float32, or a byte each with a scale a block of 256. SGD has none; paged ones
-    move to the host where the card is full."""
+    """AdamW's two moments: float32, or a byte each with a scale a block of 256; SGD has none."""
+    count = setting.adapter_parameters()
     divided = setting.ranks if setting.engine in ("zero1", "zero2", "zero3") else 1
     if setting.optimizer == "sgd" or setting.offload == "optimizer":
         return 0
-    if setting.optimizer.startswith("paged"):
-        return 0
-    return _moments(setting) // divided
-
-
-def _moments(setting: Setting) -> int:
-    """AdamW's two moments of everything that trains."""
-    count = setting.adapter_parameters()
-    return round(count * (2 + 2 * FLOAT32 / 256)) if "8bit" in setting.optimizer else 2 * FLOAT32 * count
+    if "8bit" in setting.optimizer:
+        held = 0 if setting.optimizer.startswith("paged") else round(count * (2 + 2 * FLOAT32 / 256))
+        return held // divided
+    return 2 * FLOAT32 * count // divided
 
 
 def adapter_bytes(setting: Setting) -> int:
@@ -263,7 +258,7 @@ def _host_training(setting: Setting) -> dict[str, int]:
     if setting.quant.embedding == "host":
         host["embedding"] = setting.sizes.parameters("embedding") * setting.width
     if setting.optimizer.startswith("paged"):
-        host["optimizer"] = _moments(setting)
+        host["optimizer"] = round(2.03 * setting.adapter_parameters())
     if setting.offload == "optimizer":
         host["optimizer"] = 3 * FLOAT32 * setting.adapter_parameters() // setting.ranks
     if setting.offload == "weights":

@@ -19,6 +19,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "rows": ("all", "one_random"),
     "tower": ("frozen", "trained"),
     "features": ("off", "on"),
+    "weights": ("none", "nf4", "int8", "fp8"),
 }
 """Column to its values. ``tensor`` is ``parallel.tensor`` above 1, alone or with ddp."""
 
@@ -29,6 +30,7 @@ KEYS = {
     "rows": "data.turns",
     "tower": "lora.targets",
     "features": "data.cache_features",
+    "weights": "quant.experts",
 }
 """The configuration key behind each column."""
 
@@ -86,6 +88,26 @@ RULES = (
         "用 ddp 或 zero2 配合 lora.dora，或去掉 lora.dora",
     ),
     Rule(
+        "engine",
+        ("zero3", "tensor"),
+        "weights",
+        ("nf4", "int8", "fp8"),
+        "it divides weights, and can divide only those in the model's number format",
+        "ddp or zero2 with it, which leave each rank all frozen weights, or fsdp2 with nf4",
+        "它要切分权重，而只能切分模型自身数值格式的权重",
+        "用 ddp 或 zero2（每个进程保留全部冻结权重），或用 fsdp2 配合 nf4",
+    ),
+    Rule(
+        "engine",
+        ("fsdp2",),
+        "weights",
+        ("int8", "fp8"),
+        "it divides weights, and can divide only those in the model's number format and in nf4",
+        "ddp or zero2 with it, which leave each rank all frozen weights, or fsdp2 with nf4",
+        "它要切分权重，而只能切分模型自身数值格式和 nf4 的权重",
+        "用 ddp 或 zero2（每个进程保留全部冻结权重），或用 fsdp2 配合 nf4",
+    ),
+    Rule(
         "tower",
         ("trained",),
         "features",
@@ -118,7 +140,7 @@ def check(config: RunConfig, engine: str) -> None:
 def _refuse_quantised(config: RunConfig, engine: str) -> None:
     """Weights in fewer bits cannot be divided by every engine."""
     quant, able = config.quant, {"fsdp2": ("none", "nf4"), "zero3": ("none",), "tensor": ("none",)}
-    for name in ("experts", "tower", "glu_adapter", "head"):
+    for name in ("tower", "glu_adapter", "head"):
         form = getattr(quant, name)
         if form not in able.get(engine, (form,)):
             raise ConfigError(
@@ -177,6 +199,7 @@ def values_of(config: RunConfig, engine: str) -> dict[str, str]:
         "adapter": "dora" if config.lora.dora else "lora",
         "rows": config.data.turns,
         "tower": "trained" if tower else "frozen",
+        "weights": config.quant.experts,
         "features": "on" if config.data.cache_features == "on" else "off",  # auto decides by itself what goes
     }
 
