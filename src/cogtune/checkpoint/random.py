@@ -81,7 +81,9 @@ def write_published_config(folder: Path, config: CogVLM2Config) -> None:
     """``config.json`` and ``generation_config.json`` as the published checkpoint writes them: ``auto_map`` and no
     ``model_type``."""
     own = config.to_dict()
-    keys = [*TINY, "rms_norm_eps", "hidden_act", "initializer_range", "template_version", "use_cache"]
+    # the published file leaves out the number of key/value heads, 8; another number has to be there
+    shapes = [key for key in TINY if key != "num_multi_query_heads" or own[key] != 8]
+    keys = [*shapes, "rms_norm_eps", "hidden_act", "initializer_range", "template_version", "use_cache"]
     published = {
         "architectures": ["CogVLMForCausalLM"],
         "auto_map": {

@@ -56,6 +56,15 @@ are taken at a steady rate. Needs no GPU.
 
   cogtune bench loader --rate 20"""
 
+_LOAD = """Measure loading, each mode in a process of its own: time beside a plain read of the same bytes, host memory,
+GPU memory.
+
+  cogtune bench load --model BASE --modes bf16,nf4 --json load.json"""
+_MAKE = """Write a random checkpoint in the published layout: 39 GB in 8 shards with index, configuration and a tokenizer
+of bytes. Its answers mean nothing; its sizes, names and files are those of the published one.
+
+  cogtune bench make-checkpoint BASE"""
+
 
 def register(app: typer.Typer) -> None:
     """Add the command group."""
@@ -68,6 +77,8 @@ def register(app: typer.Typer) -> None:
         ("decode", _DECODE, "Memory and speed of an answer.", _decode),
         ("fill", _FILL, "Filling the feature cache.", _fill),
         ("loader", _LOADER, "Does preparing rows keep up?", _loader),
+        ("load", _LOAD, "Loading a checkpoint.", _load),
+        ("make-checkpoint", _MAKE, "Write a random checkpoint.", _make_checkpoint),
     ):
         group.command(name, help=text, short_help=short, context_settings=_KEYS)(command)
     app.add_typer(group, name="bench", help="Measure this machine.", short_help="Measure this machine.")
@@ -194,6 +205,45 @@ def _loader(
 
     measure_loader(
         _config(ctx, tiny), _results("loader", json), rate=rate, seconds=seconds, pictures=pictures, side=side
+    )
+
+
+def _load(
+    model: Annotated[str, typer.Option("--model", "--model.path", help="Checkpoint folder.", metavar="BASE")],
+    modes: Annotated[str, typer.Option("--modes", help="Names joined by commas; all without it.")] = "",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...", metavar="NAME")] = "auto",
+    json: _Json = None,
+) -> None:
+    from cogtune.bench.load import run_modes
+    from cogtune.generate.loading import choose_device
+
+    names = [name for name in modes.split(",") if name]
+    run_modes(names, _results("load", json), model=model, device=str(choose_device(device)))
+
+
+def _make_checkpoint(
+    folder: Annotated[Path, typer.Argument(help="The new folder.", metavar="DIR")],
+    preset: Annotated[str, typer.Option("--preset", help="full, or tiny: 400 kB.", metavar="NAME")] = "full",
+    device: Annotated[
+        str, typer.Option("--device", help="Where values are made. auto: the GPU, if there is one.", metavar="NAME")
+    ] = "auto",
+    seed: Annotated[int, typer.Option("--seed", help="Of the values.")] = 0,
+) -> None:
+    from cogtune.errors import ConfigError
+
+    if preset not in ("full", "tiny"):
+        raise ConfigError(f"--preset is {preset}; it is full or tiny", code="config-value")
+
+    from cogtune.bench.checkpoint import make_checkpoint
+    from cogtune.generate.loading import choose_device
+
+    made = make_checkpoint(
+        folder, preset=preset, device=choose_device(device), seed=seed, progress=lambda line: print(line, flush=True)
+    )
+    speed = made.bytes / 1e9 / made.seconds
+    print(
+        f"{folder}: {made.tensors} tensors in {made.shards} shards, {made.bytes:,} bytes, {made.seconds:.1f} s, "
+        f"{speed:.2f} GB/s"
     )
 
 

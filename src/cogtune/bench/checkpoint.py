@@ -1,0 +1,213 @@
+"""``cogtune bench make-checkpoint``: a random checkpoint in the published layout, for measurements at full size.
+
+Names, shapes, number format, shards and their contents, index and configuration are those of the published folder; the
+weights are random, and so are its answers. Values are made on the GPU where there is one and written by threads, piece
+by piece, so neither memory holds more than one tensor. The index is written last: a folder without it does not load.
+
+The tokenizer is one of bytes: it has the published vocabulary's size and ids of special tokens, not its words.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cogtune.checkpoint.load import INDEX_NAME
+from cogtune.checkpoint.random import tiny_config, write_published_config
+from cogtune.checkpoint.training import is_disk_full, sync
+from cogtune.configuration.model import CogVLM2Config
+from cogtune.errors import DiskFullError, OutputFolderError
+from cogtune.model.modeling import CogVLM2ForCausalLM
+from cogtune.model.rope import inverse_frequencies
+from cogtune.processing.tokenizer import write_byte_tokenizer
+
+SHARD_LIMIT = 5 * 10**9
+PIECE = 64 * 2**20
+SLOTS = 6
+STD = 0.02
+"""Of the weights: with it 63 tower and 32 decoder layers stay finite in bfloat16."""
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was made. ``seconds`` includes flushing to disk."""
+
+    folder: Path
+    bytes: int
+    tensors: int
+    shards: int
+    seconds: float
+
+
+def published_config() -> CogVLM2Config:
+    """The published model's sizes."""
+    return CogVLM2Config(eos_token_id=[128001, 128009])
+
+
+def plan_shards(config: CogVLM2Config, limit: int = SHARD_LIMIT) -> list[Shapes]:
+    """Tensors of each shard: in the order of the modules, a new shard where the limit would be passed."""
+    with torch.device("meta"):
+        model = CogVLM2ForCausalLM(config)
+    shards: list[Shapes] = [{}]
+    filled = 0
+    for name, value in model.state_dict().items():
+        size = 2 * value.numel()
+        if filled + size > limit and shards[-1]:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tuple(value.shape)
+        filled += size
+    return shards
+
+
+def make_checkpoint(
+    folder: Path,
+    *,
+    preset: str = "full",
+    device: torch.device,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Written:
+    """Write ``full`` (39 GB) or ``tiny`` (400 kB) into the new folder ``folder``.
+
+    Raises:
+        OutputFolderError: it holds files already. DiskFullError: too little space, before or while writing.
+    """
+    config = published_config() if preset == "full" else tiny_config()
+    shards = plan_shards(config, SHARD_LIMIT if preset == "full" else 150_000)
+    total = sum(2 * math.prod(shape) for shard in shards for shape in shard.values())
+    _require_room(folder, total)
+    began = time.perf_counter()
+    try:
+        weight_map: dict[str, str] = {}
+        with ThreadPoolExecutor(SLOTS, "cogtune-write") as pool:
+            writer = _Writer(pool, config, device, seed)
+            for number, shapes in enumerate(shards, start=1):
+                name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+                size = writer.write(folder / name, shapes)
+                weight_map |= dict.fromkeys(shapes, name)
+                progress(f"{name}: {len(shapes)} tensors, {size:,} bytes, {time.perf_counter() - began:.0f} s")
+        _write_small_files(folder, config, weight_map, total)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        raise DiskFullError(
+            f"{folder}: no space left while writing {total / 1e9:.1f} GB",
+            hint="remove the unfinished folder, free some space, or choose another disk",
+        ) from error
+    return Written(folder, total, len(weight_map), len(shards), time.perf_counter() - began)
+
+
+def _require_room(folder: Path, total: int) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OutputFolderError(f"{folder}: exists and is not an empty folder", hint="choose a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < total + 2**28:
+        raise DiskFullError(
+            f"{folder}: {free / 1e9:.1f} GB free; the checkpoint takes {total / 1e9:.1f} GB",
+            hint="free some space, or choose another disk",
+        )
+
+
+def _write_small_files(folder: Path, config: CogVLM2Config, weight_map: dict[str, str], total: int) -> None:
+    write_published_config(folder, config)
+    write_byte_tokenizer(
+        folder, vocab_size=config.vocab_size, bos=config.bos_token_id, eos=config.eos_token_ids[0],
+        eot=config.eos_token_ids[-1], pad=config.pad_token_id,
+    )  # fmt: skip
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for path in folder.iterdir():
+        sync(path)
+    sync(folder)
+
+
+def header_of(shapes: Shapes) -> bytes:
+    """The beginning of a safetensors file: length, and JSON padded to 8 bytes; the tensors lie sorted by name."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, shape in sorted(shapes.items()):
+        size = 2 * math.prod(shape)
+        entries[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, start + size]}
+        start += size
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+class _Writer:
+    """Makes values on ``device`` and hands them to threads in pieces; a few buffers go round."""
+
+    def __init__(self, pool: ThreadPoolExecutor, config: CogVLM2Config, device: torch.device, seed: int) -> None:
+        self._pool, self._config, self._device = pool, config, device
+        self._generator = torch.Generator(device).manual_seed(seed)
+        self._buffers = torch.empty(SLOTS, PIECE, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._writing: list[Future[None] | None] = [None] * SLOTS
+        self._next = 0
+
+    def write(self, file: Path, shapes: Shapes) -> int:
+        """Write one shard, flushed to disk; returns its size in bytes."""
+        header = header_of(shapes)
+        size = len(header) + sum(2 * math.prod(shape) for shape in shapes.values())
+        with file.open("wb") as stream:
+            stream.write(header)
+            stream.truncate(size)
+        offset = len(header)
+        for name, shape in sorted(shapes.items()):
+            values = self._values(name, shape).view(torch.uint8)
+            for start in range(0, values.numel(), PIECE):
+                part = values[start : start + PIECE]
+                self._hand_over(file, offset + start, part)
+            offset += values.numel()
+        self._wait()
+        with file.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        return size
+
+    def _values(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Random values of a tensor, flat; what norms and rotary tables need to be sane."""
+        values = torch.empty(math.prod(shape), dtype=torch.bfloat16, device=self._device)
+        if name.endswith("inv_freq"):
+            frequencies = inverse_frequencies(self._config.head_dim, float(self._config.rope_theta))
+            return values.copy_(frequencies)
+        if "norm" in name:
+            return values.fill_(1.0) if name.endswith("weight") else values.zero_()
+        return values.normal_(std=STD, generator=self._generator)
+
+    def _hand_over(self, file: Path, offset: int, part: torch.Tensor) -> None:
+        slot, self._next = self._next, (self._next + 1) % SLOTS
+        before = self._writing[slot]
+        if before is not None:
+            before.result()
+        buffer = self._buffers[slot, : part.numel()]
+        buffer.copy_(part)
+        self._writing[slot] = self._pool.submit(_write_at, file, offset, buffer)
+
+    def _wait(self) -> None:
+        for number, writing in enumerate(self._writing):
+            if writing is not None:
+                writing.result()
+            self._writing[number] = None
+
+
+def _write_at(file: Path, offset: int, content: torch.Tensor) -> None:
+    """Runs in a thread."""
+    numbers: Any = content.numpy()
+    view = memoryview(numbers)
+    with file.open("rb+", buffering=0) as stream:
+        stream.seek(offset)
+        while view:
+            view = view[stream.write(view) :]

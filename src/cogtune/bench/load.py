@@ -1,0 +1,186 @@
+"""``cogtune bench load``: how long loading takes beside a plain read of the same bytes, and what it holds meanwhile.
+
+Every mode is a process of its own, so that peaks are its own: ``python -m cogtune.bench.load MODE MODEL DEVICE``.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cogtune.bench.report import Results, table
+from cogtune.checkpoint.load import VISION, load_model, load_tower, stored_tensors
+from cogtune.checkpoint.quantize import Quantization
+from cogtune.checkpoint.stream import PIECE, THREADS
+from cogtune.errors import ConfigError
+from cogtune.model.vision import TOWER_PARTS
+
+MODES: dict[str, dict[str, Any]] = {
+    "bf16": {},
+    "bf16-no-tower": {"vision_tower": False},
+    "nf4": {"quantization": Quantization(experts="nf4")},
+    "nf4-nf4": {"quantization": Quantization(experts="nf4", tower="nf4")},
+    "nf4-no-tower": {"quantization": Quantization(experts="nf4", embedding="host"), "vision_tower": False},
+    "int8-no-tower": {"quantization": Quantization(experts="int8"), "vision_tower": False},
+    "tower": {"tower": True},
+}
+"""Name -> what is passed to the loader; ``tower``: the vision tower alone."""
+
+GB = 10**9
+_RESULT = "RESULT "
+_ROW_SECONDS = 600
+_EVERY = 0.01  # seconds between looks at the process's memory
+_HELD = ("RssAnon", "RssShmem", "VmPin", "VmLck")
+
+
+def run_modes(names: Sequence[str], results: Results, *, model: str, device: str) -> None:
+    """Measure modes by name (all without any); a mode that fails is a row with its error.
+
+    Raises:
+        ConfigError: no such mode.
+    """
+    unknown = [name for name in names if name not in MODES]
+    if unknown:
+        raise ConfigError(f"no mode `{unknown[0]}`", hint=f"one of {', '.join(MODES)}")
+    for name in names or MODES:
+        command = [sys.executable, "-m", "cogtune.bench.load", name, model, device]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_ROW_SECONDS)
+            lines = [line for line in done.stdout.splitlines() if line.startswith(_RESULT)]
+            told = (done.stderr or done.stdout).strip()[-600:]
+        except subprocess.TimeoutExpired:
+            lines, told = [], f"not done after {_ROW_SECONDS} s"
+        found = json.loads(lines[-1].removeprefix(_RESULT)) if lines else {"error": told}
+        results.add({"name": name, **found})
+        print(_line(results.rows[-1]), flush=True)
+    print(as_table(results))
+
+
+def measure(name: str, model: str, device: torch.device) -> dict[str, Any]:
+    """Read the bytes that a mode needs, plainly, then load the mode."""
+    options = dict(MODES[name])
+    tower_only = options.pop("tower", False)
+    dtype = torch.bfloat16
+    if device.type == "cuda":
+        torch.zeros(1, device=device)
+    pieces = list(_pieces(Path(model), tower_only, options.get("vision_tower", True)))
+    size = sum(length for _, _, length in pieces)
+    first, again = _read(pieces), _read(pieces)  # the first may come from the disk
+    with watched() as memory:
+        began = time.perf_counter()
+        if tower_only:
+            loaded: Any = load_tower(model, dtype=dtype, device=device)
+        else:
+            loaded = load_model(model, dtype=dtype, device=device, **options)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - began
+    found = {"read_bytes": size, "load_s": seconds, "first_read_s": first, "read_s": again, "host": memory}
+    found |= {"load_gb_s": size / GB / seconds, "read_gb_s": size / GB / again, "modules": type(loaded).__name__}
+    if device.type == "cuda":
+        peaks = {
+            "allocated": torch.cuda.max_memory_allocated(device),
+            "reserved": torch.cuda.max_memory_reserved(device),
+        }
+        found["device_gib"] = {key: value / 2**30 for key, value in peaks.items()}
+        found["device_gib"]["after"] = torch.cuda.memory_allocated(device) / 2**30
+        if hasattr(torch.cuda, "host_memory_stats"):
+            stats = torch.cuda.host_memory_stats()
+            found["pinned_bytes"] = {key: stats[key] for key in stats if "bytes" in key and key.endswith("peak")}
+    return found
+
+
+def _pieces(folder: Path, tower_only: bool, tower: bool) -> Iterator[tuple[Path, int, int]]:
+    """File, offset and length of what a mode reads."""
+    for stored in stored_tensors(folder).values():
+        inside = stored.name.startswith(tuple(f"{VISION}{part}." for part in TOWER_PARTS))
+        if inside if tower_only else (tower or not inside):
+            for start in range(stored.start, stored.stop, PIECE):
+                yield stored.file, start, min(PIECE, stored.stop - start)
+
+
+def _read(pieces: Sequence[tuple[Path, int, int]]) -> float:
+    """Seconds to read all pieces with as many threads as the loader has, keeping nothing."""
+    local = threading.local()
+
+    def read(piece: tuple[Path, int, int]) -> None:
+        if not hasattr(local, "buffer"):
+            local.buffer = bytearray(PIECE)
+        file, start, length = piece
+        with file.open("rb", buffering=0) as stream:
+            stream.seek(start)
+            view = memoryview(local.buffer)[:length]
+            while view:
+                view = view[stream.readinto(view) :]
+
+    began = time.perf_counter()
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(read, pieces))
+    return time.perf_counter() - began
+
+
+@contextmanager
+def watched() -> Iterator[dict[str, float]]:
+    """GB of host memory before the block and, at most, in it, as the system counts them; empty where it does not."""
+    found: dict[str, float] = {}
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.wait(_EVERY):
+            for key, value in _held().items():
+                found[f"{key}_peak"] = max(found.get(f"{key}_peak", 0.0), value)
+
+    found |= {f"{key}_before": value for key, value in _held().items()}
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _held() -> dict[str, float]:
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return {}
+    lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+    return {key: int(lines[key].split()[0]) * 1024 / GB for key in _HELD if key in lines}
+
+
+def _line(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"{row['name']}: {row['error']}"
+    return (
+        f"{row['name']}: {row['load_s']:.1f} s, {row['load_gb_s']:.2f} GB/s; plain read {row['read_gb_s']:.2f} GB/s "
+        f"(first {row['first_read_s']:.1f} s); host {row['host'].get('RssAnon_peak', 0):.2f} GB anonymous"
+    )
+
+
+def as_table(results: Results) -> str:
+    """The rows beside each other."""
+    cells: list[list[Any]] = []
+    for row in results.rows:
+        if "error" in row:
+            cells.append([row["name"], *[None] * 8])
+            continue
+        device, host = row.get("device_gib", {}), row["host"]
+        numbers = [row["read_bytes"] / GB, row["load_s"], row["load_gb_s"], row["read_gb_s"]]
+        numbers += [host.get("RssAnon_before"), host.get("RssAnon_peak"), device.get("reserved"), device.get("after")]
+        cells.append([row["name"], *[None if number is None else f"{number:.2f}" for number in numbers]])
+    columns = ["mode", "GB", "load s", "GB/s", "plain GB/s", "anon before", "anon peak", "GPU reserved", "GPU after"]
+    return table(columns, cells)
+
+
+if __name__ == "__main__":
+    print(_RESULT + json.dumps(measure(sys.argv[1], sys.argv[2], torch.device(sys.argv[3]))), flush=True)
