@@ -122,7 +122,7 @@ def _require_room(folder: Path, total: int) -> None:
         )
 
 
-def _write_small_files(folder: Path, config: CogVLM2Config, weight_map: dict[str, str], total: int) -> None:
+def _write_small_files(folder: Path, config: Any, weight_map: dict[str, str], total: int) -> None:
     write_published_config(folder, config)
     write_byte_tokenizer(
         folder, vocab_size=config.vocab_size, bos=config.bos_token_id, eos=config.eos_token_ids[0],

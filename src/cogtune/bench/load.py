@@ -5,6 +5,7 @@ Every mode is a process of its own, so that peaks are its own: ``python -m cogtu
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -71,6 +72,8 @@ def measure(name: str, model: str, device: torch.device) -> dict[str, Any]:
     options = dict(MODES[name])
     tower_only = options.pop("tower", False)
     dtype = torch.bfloat16
+    if "quantization" in options:
+        importlib.import_module("bitsandbytes")  # seconds that are not loading
     if device.type == "cuda":
         torch.zeros(1, device=device)
     pieces = list(_pieces(Path(model), tower_only, options.get("vision_tower", True)))
@@ -85,15 +88,18 @@ def measure(name: str, model: str, device: torch.device) -> dict[str, Any]:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - began
-    found = {"read_bytes": size, "load_s": seconds, "first_read_s": first, "read_s": again, "host": memory}
+    found: dict[str, Any] = {
+        "read_bytes": size,
+        "load_s": seconds,
+        "first_read_s": first,
+        "read_s": again,
+        "host": memory,
+    }
     found |= {"load_gb_s": size / GB / seconds, "read_gb_s": size / GB / again, "modules": type(loaded).__name__}
     if device.type == "cuda":
-        peaks = {
-            "allocated": torch.cuda.max_memory_allocated(device),
-            "reserved": torch.cuda.max_memory_reserved(device),
-        }
-        found["device_gib"] = {key: value / 2**30 for key, value in peaks.items()}
-        found["device_gib"]["after"] = torch.cuda.memory_allocated(device) / 2**30
+        peaks = [torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)]
+        held = dict(zip(("allocated", "reserved", "after"), [*peaks, torch.cuda.memory_allocated(device)], strict=True))
+        found["device_gib"] = {key: value / 2**30 for key, value in held.items()}
         if hasattr(torch.cuda, "host_memory_stats"):
             stats = torch.cuda.host_memory_stats()
             found["pinned_bytes"] = {key: stats[key] for key in stats if "bytes" in key and key.endswith("peak")}

@@ -60,8 +60,8 @@ _LOAD = """Measure loading, each mode in a process of its own: time beside a pla
 GPU memory.
 
   cogtune bench load --model BASE --modes bf16,nf4 --json load.json"""
-_MAKE = """Write a random checkpoint in the published layout: 39 GB in 8 shards with index, configuration and a tokenizer
-of bytes. Its answers mean nothing; its sizes, names and files are those of the published one.
+_MAKE = """Write a random checkpoint in the published layout: 39 GB in 8 shards with index, configuration and a byte
+tokenizer. Its answers mean nothing; its sizes, names and files are those of the published one.
 
   cogtune bench make-checkpoint BASE"""
 
@@ -77,10 +77,10 @@ def register(app: typer.Typer) -> None:
         ("decode", _DECODE, "Memory and speed of an answer.", _decode),
         ("fill", _FILL, "Filling the feature cache.", _fill),
         ("loader", _LOADER, "Does preparing rows keep up?", _loader),
-        ("load", _LOAD, "Loading a checkpoint.", _load),
-        ("make-checkpoint", _MAKE, "Write a random checkpoint.", _make_checkpoint),
     ):
         group.command(name, help=text, short_help=short, context_settings=_KEYS)(command)
+    group.command("load", help=_LOAD, short_help="Loading a checkpoint.")(_load)
+    group.command("make-checkpoint", help=_MAKE, short_help="Write a random checkpoint.")(_make_checkpoint)
     app.add_typer(group, name="bench", help="Measure this machine.", short_help="Measure this machine.")
 
 
