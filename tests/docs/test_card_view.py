@@ -7,6 +7,7 @@ import json
 from benchmarks import render as rendering
 from benchmarks.card_view import CARDS, cards, split_name
 from cogtune.bench.fit import ROWS
+from tests.docs.pages import ROOT
 
 CONTENT = {
     "card": "NVIDIA H100 80GB HBM3",
@@ -44,5 +45,6 @@ def test_a_mark_names_the_view(tmp_path):
     assert "| 48 GB | bf16-cached |" in rendering.render(text, tmp_path)
 
 
-def test_every_setting_that_is_measured_has_its_card():
+def test_every_setting_that_is_measured_has_its_card_and_recipes_exist():
     assert {split_name(name)[0] for name in ROWS} == set(CARDS)
+    assert all((ROOT / "configs" / recipe).is_file() for _, recipe in CARDS.values() if recipe)

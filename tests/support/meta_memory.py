@@ -59,11 +59,13 @@ class LiveBytes(TorchDispatchMode):
 
 @contextmanager
 def gpu_operators() -> Iterator[None]:
-    """Within it, attention is flash attention's operator and dropout the fused one with a byte mask, as on a GPU."""
+    """Within it, attention is a fused operator (with a mask cuDNN's) and dropout the one with a byte mask, as on a
+    GPU."""
     attention, dropout = functional.scaled_dot_product_attention, functional.dropout
 
     def flash(q: Any, k: Any, v: Any, attn_mask: Any = None, is_causal: bool = False, **_: Any) -> torch.Tensor:
-        assert attn_mask is None
+        if attn_mask is not None:
+            return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, attn_mask, True, 0.0, is_causal)[0]
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
 
     def fused(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,11 @@ from cogtune.bench.report import Results, table
 from cogtune.errors import ConfigError
 
 ROW_SECONDS = 300
+_SHARED = (
+    "driver_gib", "median_ms", "min_ms", "max_ms", "times_ms", "samples_per_second", "answers_per_second",
+    "tokens_per_second", "lora_mfu", "first_step_s", "prompt_s", "s_per_token", "load_s",
+)  # fmt: skip
+"""What a row that shared its card does not say: times, and the driver's figure."""
 _RANK8 = ("--lora.targets", "vision_expert_query_key_value", "--lora.rank", "8")
 _RANK16 = ("--lora.targets", "experts", "--lora.rank", "16")
 _RECOMPUTE = ("--train.gradient_checkpointing", "all")
@@ -68,22 +74,35 @@ def run_rows(
 ) -> None:
     """Run rows by name (all without any), print and keep each as it ends; a row that fails is a row with its error.
 
+    Rows joined by ``+`` run at the same time on one card: peaks of a process's own memory do not mind, so those are
+    kept, while times and the driver's figure would be of all of them together and are left out.
     ``model``: a checkpoint folder; ``extra``: further words for every row that trains.
 
     Raises:
         ConfigError: no such row.
     """
-    unknown = [name for name in names if name not in ROWS]
+    groups = [name.split("+") for name in names] or [[name] for name in ROWS]
+    unknown = [name for group in groups for name in group if name not in ROWS]
     if unknown:
         raise ConfigError(f"no row `{unknown[0]}`", hint=f"one of {', '.join(ROWS)}")
-    for name in names or ROWS:
-        row = ROWS[name]
-        words = [*row.words, "--model.path", model, *(extra if row.words[0] == "train" else ())]
-        if row.cap is not None and capped and row.words[0] == "train":
-            words += ["--cap", f"{row.cap}GiB"]
-        results.add(_run(name, row, words))
-        print(_line(results.rows[-1]), flush=True)
+    for group in groups:
+        with ThreadPoolExecutor(len(group)) as pool:  # each only waits for its process
+            running = [pool.submit(_run, name, ROWS[name], _words(name, model, extra, capped)) for name in group]
+            for done in as_completed(running):
+                row = done.result()
+                if len(group) > 1:
+                    row = {key: value for key, value in row.items() if key not in _SHARED} | {"together": group}
+                results.add(row)
+                print(_line(row), flush=True)
     print(as_table(results))
+
+
+def _words(name: str, model: str, extra: Sequence[str], capped: bool) -> list[str]:
+    """What stands behind ``cogtune bench`` for this row."""
+    row = ROWS[name]
+    trains = row.words[0] == "train"
+    words = [*row.words, "--model.path", model, *(extra if trains else ())]
+    return [*words, "--cap", f"{row.cap}GiB"] if row.cap is not None and capped and trains else words
 
 
 def _run(name: str, row: FitRow, words: list[str]) -> dict[str, Any]:
@@ -134,7 +153,8 @@ def as_table(results: Results) -> str:
             row["name"], row["target_gib"], f"{row['peak_reserved_gib']:.2f}",
             None if said is None else f"{max(said, plan['load_reserved_gib']):.2f}",
             None if driver is None else f"{driver:.2f}", row.get("cap_gib"),
-            None if speed is None else f"{speed:.1f}", f"{row['load_s']:.1f}", "",
+            None if speed is None else f"{speed:.1f}", None if "load_s" not in row else f"{row['load_s']:.1f}",
+            "beside others" if "together" in row else "",
         ])  # fmt: skip
     columns = ["row", "target GiB", "reserved", "plan", "driver", "cap", "ms", "load s", "note"]
     return table(columns, cells)

@@ -141,7 +141,9 @@ def _sweep(
 
 def _fit(
     ctx: typer.Context,
-    rows: Annotated[str, typer.Option("--rows", help="Names of rows, joined by commas; all without it.")] = "",
+    rows: Annotated[
+        str, typer.Option("--rows", help="Names joined by commas, or by + to run at once; all without it.")
+    ] = "",
     tiny: _Tiny = False,
     json: _Json = None,
 ) -> None:

@@ -106,13 +106,22 @@ class DecoderTable:
         total = self._norm(n) if self._reaches(index, "attention") else 0
         total += n * sizes.hidden_size * c * _keeps_input(self.setting, qkv)
         if index > self.first or any(x.name in self.setting.trained for x in qkv):
-            # v is a view of the whole fused projection, so all of it stays; q and k were rotated into new tensors
-            heads = sizes.num_attention_heads + sizes.num_multi_query_heads
-            total += n * sizes.qkv_width * c + n * heads * sizes.head_dim * c
-            total += n * sizes.hidden_size * c + n * sizes.num_attention_heads * FLOAT32  # output and log-sum-exp
+            total += self._heads(index)
         total += (vision + language) * sizes.hidden_size * c * _keeps_input(self.setting, dense)
         total += self._lora(qkv[0], self.vision) + self._lora(qkv[1], self.language)
         return total + self._lora(dense[0], vision) + self._lora(dense[1], language)
+
+    def _heads(self, index: int) -> int:
+        """What attention itself keeps: q and k, rotated into new tensors; v, a view of the fused projection, which so
+        stays whole; the output and its log-sum-exp. In the last layer only the kept tokens ask: their q, and a mask."""
+        sizes, c, n = self.setting.sizes, self.c, self.tokens
+        asked, fused = n, sizes.qkv_width
+        total = 0
+        if index == sizes.num_hidden_layers - 1:
+            asked, fused = self.kept, 2 * sizes.num_multi_query_heads * sizes.head_dim
+            total += asked * (n // self.setting.batch.rows)
+        total += n * (fused + sizes.num_multi_query_heads * sizes.head_dim) * c
+        return total + asked * (2 * sizes.hidden_size * c + sizes.num_attention_heads * FLOAT32)
 
     def _mlp(self, index: int, vision: int, language: int) -> int:
         sizes, c = self.setting.sizes, self.c
@@ -139,10 +148,8 @@ class DecoderTable:
         each adapted linear read, for each expert by itself."""
         sizes, c, n, kept = self.setting.sizes, self.c, self.tokens, vision + language
         hidden, inner = sizes.hidden_size, sizes.intermediate_size
-        heads = sizes.num_attention_heads + sizes.num_multi_query_heads
         total = n * (hidden * c + FLOAT32) * (index > self.first) + kept * (hidden * c + FLOAT32)
-        total += n * (sizes.qkv_width + heads * sizes.head_dim + hidden) * c + n * sizes.num_attention_heads * FLOAT32
-        total += 2 * kept * inner * c
+        total += self._heads(index) + 2 * kept * inner * c
         for expert, whole, part in (("vision", self.vision, vision), ("language", self.language, language)):
             names = {
                 "qkv": (whole, [f"self_attn.{expert}_expert_query_key_value"]),

@@ -128,15 +128,20 @@ def _part_bytes(sizes: ModelSizes, quant: Quant, dtype: str) -> dict[Part, int]:
 
 
 def optimizer_bytes(setting: Setting) -> int:
-    """AdamW's two moments: float32, or a byte each with a scale a block of 256; SGD has none."""
-    count = setting.adapter_parameters()
+    """AdamW's two moments on the card: float32, or a byte each with a scale a block of 256. SGD has none; paged ones
+    move to the host where the card is full."""
     divided = setting.ranks if setting.engine in ("zero1", "zero2", "zero3") else 1
     if setting.optimizer == "sgd" or setting.offload == "optimizer":
         return 0
-    if "8bit" in setting.optimizer:
-        held = 0 if setting.optimizer.startswith("paged") else round(count * (2 + 2 * FLOAT32 / 256))
-        return held // divided
-    return 2 * FLOAT32 * count // divided
+    if setting.optimizer.startswith("paged"):
+        return 0
+    return _moments(setting) // divided
+
+
+def _moments(setting: Setting) -> int:
+    """AdamW's two moments of everything that trains."""
+    count = setting.adapter_parameters()
+    return round(count * (2 + 2 * FLOAT32 / 256)) if "8bit" in setting.optimizer else 2 * FLOAT32 * count
 
 
 def adapter_bytes(setting: Setting) -> int:
@@ -258,7 +263,7 @@ def _host_training(setting: Setting) -> dict[str, int]:
     if setting.quant.embedding == "host":
         host["embedding"] = setting.sizes.parameters("embedding") * setting.width
     if setting.optimizer.startswith("paged"):
-        host["optimizer"] = round(2.03 * setting.adapter_parameters())
+        host["optimizer"] = _moments(setting)
     if setting.offload == "optimizer":
         host["optimizer"] = 3 * FLOAT32 * setting.adapter_parameters() // setting.ranks
     if setting.offload == "weights":

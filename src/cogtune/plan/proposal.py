@@ -170,6 +170,8 @@ def too_small(setting: Setting, card: Card, fixed: Collection[str]) -> PlanError
     hint += f": {able.name} is the smallest known here" if able else "; no card known here has that"
     if setting.ranks == 1:
         hint += "; or divide the model over several: --cards 2"
+    if setting.batch.rows > 1:
+        hint += "; or lower train.batch_size"
     if fixed:
         hint += "; or leave some of these keys to the planner"
     return PlanError(
