@@ -24,7 +24,7 @@ from cogtune.generate.loading import ModelChoice, load_generator, resolve
 from cogtune.train.run import train
 
 # Questions, and for how many epochs each number of them is trained.
-RUNS = ((200, (3, 10, 30)), (2_000, (1, 3, 10)), (20_000, (1, 3)), (40_000, (1,)))
+RUNS = ((200, (3, 10)), (2_000, (3,)), (20_000, (1,)), (40_000, (1,)))
 TEST_PICTURES = 200
 ROWS, RATE = 16, 2.0e-3
 

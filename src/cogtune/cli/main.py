@@ -19,7 +19,7 @@ import typer
 import cogtune
 from cogtune.errors import CogtuneError, language, render
 
-COMMANDS = ("doctor", "download", "plan", "train", "chat", "predict", "merge", "data", "demo", "bench")
+COMMANDS = ("doctor", "download", "init", "plan", "train", "chat", "predict", "merge", "data", "demo", "bench")
 """Modules of this package, in the order of the help; each has ``register(app)``."""
 
 WITHOUT_MODEL = ("doctor", "download", "plan")

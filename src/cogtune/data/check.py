@@ -17,7 +17,7 @@ from cogtune.data.budget import Budget
 from cogtune.data.problems import Problem, Problems
 from cogtune.data.records import Conversation, Picture
 from cogtune.data.report import DataReport
-from cogtune.data.rows import plan_rows
+from cogtune.data.rows import RowShape, plan_rows, shape_of
 from cogtune.data.sources import collect_sources
 from cogtune.data.split import refuse_overlap, split
 from cogtune.data.statistics import Answers, Histogram, scripts
@@ -44,7 +44,10 @@ class Finding:
 
 @dataclass
 class CheckReport:
-    """Everything that was found; ``to_dict`` is what ``--json`` prints. ``exact`` False: lengths are estimates."""
+    """Everything that was found; ``to_dict`` is what ``--json`` prints. ``exact`` False: lengths are estimates.
+
+    ``shapes``: of every row that would be trained, for the planner.
+    """
 
     exact: bool
     findings: list[Finding] = field(default_factory=list)
@@ -58,6 +61,7 @@ class CheckReport:
     budget: dict[str, int] = field(default_factory=dict)
     languages: dict[str, int] = field(default_factory=dict)
     closed: Answers = field(default_factory=Answers)
+    shapes: list[RowShape] = field(default_factory=list)
     fingerprint: str = ""
     seconds: float = 0.0
 
@@ -239,6 +243,7 @@ def _lengths(
         one_random = data.turns == "one_random"
         for row in plan_rows(fitted, head=head, limit=data.max_row_tokens, one_random=one_random):
             report.rows.add(row.tokens)
+            report.shapes.append(shape_of(row, picture=picture.image is not None, one_random=one_random))
             if data.max_row_tokens is not None and row.tokens > data.max_row_tokens:
                 where = picture.conversations[row.samples[0].conversation].source
                 what = f"one answer takes {row.tokens} tokens, data.max_row_tokens is {data.max_row_tokens}"

@@ -1,0 +1,178 @@
+"""A first configuration for a data set and a card, with the reason for every value: what ``cogtune init`` writes.
+
+The rules are rules of thumb for LoRA on a base that already follows instructions; docs/guides/how-much-data.md says
+what to expect of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import yaml
+
+from cogtune.configuration.keys import known_keys
+from cogtune.configuration.load import explicit_values
+from cogtune.configuration.run import DataSection, RunConfig
+from cogtune.configuration.sizes import format_size
+from cogtune.data.check import CheckReport
+from cogtune.plan.proposal import Plan
+
+_SECTIONS = ("model", "data", "lora", "quant", "train", "eval", "parallel", "log")
+# Answers up to which a number of epochs, and a rank, is proposed.
+_EPOCHS = ((500, 10), (2_000, 5), (10_000, 3), (50_000, 2))
+_RANKS = ((1_000, 8), (20_000, 16))
+_MOST_ROWS, _STEPS_PER_EPOCH = 16, 50
+_HELD_PICTURES, _MOST_HELD = 20, 0.2
+_CHECKPOINTS, _FEWEST_STEPS = 10, 10
+_ROUND, _LONGEST = 64, 4096
+
+
+@dataclass
+class Proposal:
+    """Dotted keys with their values and the reasons; ``about`` says what they were made for."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    about: list[str] = field(default_factory=list)
+
+    def put(self, key: str, value: Any, reason: str) -> None:
+        """Propose a value, unless the user gave one."""
+        if key not in self.values:
+            self.values[key] = value
+            self.reasons[key] = reason
+
+
+def with_room(config: RunConfig) -> DataSection:
+    """The data section with the longest budgets that are ever proposed, where the user has set none."""
+    given = explicit_values(config)
+    names = ("max_input_len", "max_output_len")
+    return config.data.model_copy(update={name: _LONGEST for name in names if f"data.{name}" not in given})
+
+
+def propose(config: RunConfig, placeholders: Mapping[str, str], report: CheckReport, cards: int) -> Proposal:
+    """Values for what ``config`` does not say, from what ``report`` found. ``cards`` share a step's rows."""
+    proposal = Proposal()
+    for key, value in explicit_values(config).items():
+        proposal.values[key] = value
+        proposal.reasons[key] = "a placeholder: change it" if key in placeholders else "as given"
+    proposal.reasons["data.path"] = "what was looked at"
+    if "model.path" in placeholders:
+        proposal.reasons["model.path"] = "the published model; a local folder works as well"
+    if "train.output" in placeholders:
+        proposal.reasons["train.output"] = "everything the run writes; the same command again continues"
+    proposal.about += _about(report)
+    _lengths(proposal, report)
+    _validation(proposal, report)
+    _size(proposal, report, cards)
+    return proposal
+
+
+def _about(report: CheckReport) -> Iterator[str]:
+    counts = report.counts
+    how = "" if report.exact else " (lengths estimated: no tokenizer was at hand)"
+    yield f"Made for {counts['pictures']} pictures, {report.budget['trained']} trained answers{how}."
+    if report.rows.number:
+        mean = report.rows.total / report.rows.number
+        yield f"{report.rows.number} rows of {mean:.0f} tokens on average, {report.rows.most} at most."
+    if report.warnings:
+        yield f"`cogtune data check` has {len(report.warnings)} warnings about this data."
+
+
+def _lengths(proposal: Proposal, report: CheckReport) -> None:
+    for key, histogram, what in (
+        ("data.max_input_len", report.prompts, "prompt"),
+        ("data.max_output_len", report.answers, "answer"),
+    ):
+        default = DataSection.model_fields[key.removeprefix("data.")].default
+        if histogram.most > default:
+            value = min(_LONGEST, -(-histogram.most // _ROUND) * _ROUND)
+            proposal.put(key, value, f"the longest {what} has {histogram.most} tokens; {default}, the default, cuts it")
+
+
+def _validation(proposal: Proposal, report: CheckReport) -> None:
+    if "data.validation" in proposal.values:
+        return
+    pictures = report.counts["train_pictures"] + report.counts["validation_pictures"]
+    default = DataSection.model_fields["validation_share"].default
+    share = min(_MOST_HELD, max(default, round(_HELD_PICTURES / max(1, pictures), 2)))
+    small = f"{100 * default:g} % would be fewer than {_HELD_PICTURES} pictures, which tell little"
+    reason = "enough for a steady loss" if share == default else small
+    proposal.put("data.validation_share", share, f"{reason}: about {round(share * pictures)} of {pictures} pictures")
+
+
+def _size(proposal: Proposal, report: CheckReport, cards: int) -> None:
+    answers, rows = report.budget["trained"], report.rows.number
+    epochs = next((value for limit, value in _EPOCHS if answers <= limit), 1)
+    proposal.put("train.epochs", epochs, f"{answers} answers: the fewer, the more passes; validation says when to stop")
+    rank = next((value for limit, value in _RANKS if answers <= limit), 32)
+    proposal.put("lora.rank", rank, "room in the adapter for this much data; a larger rank on little data overfits")
+    proposal.put("lora.alpha", 2.0 * proposal.values["lora.rank"], "twice the rank keeps the update's scale at 2")
+    per_step = 1
+    while per_step < _MOST_ROWS and 2 * per_step * _STEPS_PER_EPOCH <= rows:
+        per_step *= 2
+    batch = proposal.values.get("train.batch_size", 1)
+    proposal.put("train.batch_size", 1, "rows at once on a card; a row holds all answers about its picture")
+    accumulation = max(1, per_step // (batch * cards))
+    together = batch * cards * accumulation
+    steps = -(-rows // together)
+    proposal.put("train.accumulation", accumulation, f"{together} rows per step: {steps} steps an epoch of {rows} rows")
+    proposal.put("train.lr", 1e-4, "the usual highest rate for LoRA at this scale; halve it if the loss jumps")
+    proposal.put("train.warmup_ratio", 0.03, "a short rise, so that the first steps do no harm")
+    total = steps * proposal.values["train.epochs"]
+    save = max(_FEWEST_STEPS, total // _CHECKPOINTS)
+    proposal.put(
+        "train.save_steps", save, f"about {max(1, total // save)} checkpoints in {total} steps; each validates"
+    )
+    held = bool(proposal.values.get("data.validation")) or proposal.values.get("data.validation_share", 0) > 0
+    if held and proposal.values["train.epochs"] > 1:
+        proposal.put("eval.patience", 3, "stop after three validations without a better loss: the answers are learned")
+
+
+def take_plan(proposal: Proposal, plan: Plan) -> None:
+    """Add what the planner chose for the card."""
+    proposal.about.append(
+        f"Planned for {plan.setting.ranks} x {plan.card.name}: {format_size(plan.memory.driver)} of memory, about"
+        f" {timedelta(seconds=round(plan.seconds))} for the run{' (an estimate)' if plan.estimate else ''}."
+    )
+    plain = {"none", "device", "adamw", False}
+    reasons = {
+        "quant.experts": "chosen by `cogtune plan`: the weights do not fit in 16 bit",
+        "quant.tower": "chosen by `cogtune plan`: so that the tower fits",
+        "quant.embedding": "chosen by `cogtune plan`: frees memory on the card",
+        "train.optimizer": "chosen by `cogtune plan`: 8-bit moments take less memory",
+        "train.gradient_checkpointing": "chosen by `cogtune plan`: recomputes only as many layers as it has to",
+        "data.cache_features": "chosen by `cogtune plan`: the tower runs once per picture instead of in every step",
+        "parallel.engine": "chosen by `cogtune plan` for these cards",
+    }
+    for key, value in plan.keys.items():
+        if value not in plain and key in known_keys():
+            proposal.put(key, value, reasons.get(key, "chosen by `cogtune plan`"))
+
+
+def to_yaml(proposal: Proposal, command: str) -> str:
+    """The commented configuration file."""
+    lines = [f"# Written by `{command}`. Change what you like: every value can stay, none has to."]
+    lines += [f"# {line}" for line in proposal.about]
+    for section in _SECTIONS:
+        keys = [key for key in proposal.values if key.startswith(f"{section}.")]
+        if keys:
+            lines += ["", f"{section}:"]
+        for key in keys:
+            text = yaml.safe_dump(
+                _plain(proposal.values[key]), allow_unicode=True, width=10_000, default_flow_style=True
+            )
+            value = text.removesuffix("...\n").strip()
+            lines += [f"  # {proposal.reasons[key]}", f"  {key.partition('.')[2]}: {value}"]
+    return "\n".join(lines) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """Data folders without a weight of their own as plain paths."""
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict) and set(value) <= {"path", "weight"} and value.get("weight", 1.0) == 1.0:
+        return value["path"]
+    return value
