@@ -77,7 +77,32 @@ def proofs(content: dict[str, Any], chinese: bool) -> str:
     return markdown(["what", "measured"], rows)
 
 
+def data_scaling(content: dict[str, Any], chinese: bool) -> str:
+    """Right answers of the tiny model by number of records."""
+    kinds = list(content["base"]["by_kind"])
+    columns = (
+        ["回答数", "图片数", "epoch 数", "步数", "全部"]
+        if chinese
+        else ["answers", "pictures", "epochs", "steps", "all"]
+    )
+    columns += [_KINDS_ZH.get(kind, kind) if chinese else kind for kind in kinds]
+    rows: list[list[Cell]] = [["0", "0", "-", "-", _percent(content["base"]), *_by_kind(content["base"], kinds)]]
+    for row in content["rows"]:
+        counts = [f"{row['questions']:,}", f"{row['pictures']:,}", row["epochs"], row["steps"]]
+        rows.append([*counts, _percent(row), *_by_kind(row, kinds)])
+    total, date = f"{content['settings']['test_questions']:,}", content["date"][:10]
+    caption = f"{total} 个测试问题中答对的比例；演示用小模型，{date}。"
+    if not chinese:
+        caption = f"Right answers to {total} test questions; the demo's tiny model, {date}."
+    return f"{markdown(columns, rows)}\n\n{caption}"
+
+
+def _by_kind(score: dict[str, Any], kinds: Sequence[str]) -> list[Cell]:
+    return [_percent(score["by_kind"][kind]) for kind in kinds]
+
+
 VIEWS: dict[str, Callable[[dict[str, Any], bool], str]] = {
+    "data-scaling": data_scaling,
     "demo": demo,
     "full-size-h100": full_size,
     "proofs": proofs,

@@ -37,6 +37,7 @@ COMMANDS = commands()
 CONFIGURED = {
     "train": ["dry-run", "config", "force"],
     "plan": ["config", "card", "cards", "hosts", "price", "write", "targets", "json"],
+    "init": ["card", "cards", "output", "force"],
     "data check": ["json", "config"],
     "data preview": ["config", "html", "count", "record", "width"],
     "data convert": ["link"],
