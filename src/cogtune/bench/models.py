@@ -30,12 +30,10 @@ def build_base(config: RunConfig, engine: Engine, dtype: torch.dtype, *, cached:
     """The frozen base, quantised and sharded as ``config`` and ``engine`` say; ``cached``: without its tower."""
     if config.model.path not in RANDOM:
         return load_base(config, engine, dtype, cached=cached)
-    section = getattr(config, "quant", None)
-    quantization = Quantization() if section is None else Quantization.of(section)
+    quantization = Quantization.of(config.quant)
     quantization.check()
     sizes = model_config(config.model.path)
-    if config.model.rope_precision is not None:
-        sizes.rope_precision = config.model.rope_precision
+    sizes.rope_precision = config.model.rope_precision
     return random_weights(
         sizes, dtype, engine.device, tower=not cached, quantization=quantization, placement=engine.placement
     )

@@ -80,6 +80,8 @@ def _measure_one(
     timing = joined.setdefault(variant.name, Timing())
     timing.join(bench.run(variant, batches, warm=counts[0], steps=counts[1]))
     row = _identity(variant) | _rates(bench, variant, batches, timing) | timing.to_dict() | bench.loading.to_dict()
+    if variant.cached and bench.loading.tower_held:
+        row["plan"] = None  # its prediction is for a run that leaves the tower out
     row["peak_reserved_gib"] = max(row["reserved_gib"], row["load_reserved_gib"])
     row |= {"ready_s": round(bench.ready, 2), **_by_rank(bench, row)}
     if breakdown:
