@@ -124,6 +124,43 @@ def sweep(content: dict[str, Any], chinese: bool) -> str:
     return text + caption(content, chinese)
 
 
+def many(content: dict[str, Any], chinese: bool) -> str:
+    """Engines on several cards: samples a second, scaling against one card, memory, start and save."""
+    scaling = content.get("scaling", {})
+    cells: list[list[Cell]] = []
+    for row in content["rows"]:
+        if "error" in row:
+            cells.append([f"`{row['name']}`", *["-"] * 7, _short(row["error"])])
+            continue
+        ranks = row.get("by_rank") or [row]
+        peak = max(rank.get("peak_reserved_gib", rank["allocated_gib"]) for rank in ranks)
+        host = max((rank["host_peak_gib"] for rank in ranks if "host_peak_gib" in rank), default=None)
+        plan = (row.get("plan") or {}).get("reserved_gib")
+        cells.append([
+            f"`{row['name']}`", f"{row['samples_per_second'] / row['ranks']:.2f}", f"{row['samples_per_second']:.2f}",
+            f"{scaling[row['name']]:.2f}x" if row["name"] in scaling else "-", f"{peak:.2f}", _number(plan),
+            _number(host), f"{_number(row.get('ready_s'), 1)} / {_number(row.get('save_s'), 1)}", "",
+        ])  # fmt: skip
+    columns = (
+        ["行", "样本/秒/卡", "样本/秒", "相对一张卡", "每卡峰值（GiB）", "预测", "主机（GiB）",
+         "启动 / 保存（秒）", "备注"]
+        if chinese
+        else ["row", "samples/s a card", "samples/s", "against one card", "peak a card, GiB", "plan", "host, GiB",
+              "start / save, s", "note"]
+    )  # fmt: skip
+    found = content.get("losses", {})
+    text = f"{markdown(columns, cells)}\n\n"
+    if found.get("largest_difference") is not None:
+        names = ", ".join(f"`{name}`" for name in found["compared"])
+        text += (
+            f"{names} 的损失在二十步内最多相差 {found['largest_difference']:.4f}（允许 {found['allowed']}）。\n\n"
+            if chinese
+            else f"Losses of {names} differ by at most {found['largest_difference']:.4f} over twenty steps "
+            f"({found['allowed']} allowed).\n\n"
+        )
+    return text + caption(content, chinese)
+
+
 def numbers(content: dict[str, Any], chinese: bool) -> str:
     """Any other measurement: its rows' own numbers under their own names."""
     rows = content["rows"]
@@ -148,7 +185,7 @@ def view_of(content: dict[str, Any]) -> Callable[[dict[str, Any], bool], str] | 
     kind = str(content.get("kind", ""))
     if kind.startswith("sweep-"):
         return sweep
-    return {"train": train, "fit": fit, "decode": numbers, "fill": numbers, "loader": numbers}.get(kind)
+    return {"train": train, "fit": fit, "cards": many, "decode": numbers, "fill": numbers, "loader": numbers}.get(kind)
 
 
 def _number(value: float | None, digits: int = 2) -> str:
