@@ -57,6 +57,9 @@ class DecoderTable:
         self.language = setting.batch.language_tokens()
         self.tokens = self.vision + self.language
         self.kept = setting.batch.rows * setting.batch.labelled
+        self.inner = sizes.intermediate_size // setting.tensor  # tensor parallelism cuts heads and MLPs
+        self.heads = sizes.num_attention_heads // setting.tensor
+        self.pairs = sizes.num_multi_query_heads // setting.tensor
         self.layers = _layers(sizes)
         self.first, self._kinds = _first_trained(sizes, setting.adapter), dict[tuple[Any, ...], Kept]()
 
@@ -114,14 +117,14 @@ class DecoderTable:
     def _heads(self, index: int) -> int:
         """What attention itself keeps: q and k, rotated into new tensors; v, a view of the fused projection, which so
         stays whole; the output and its log-sum-exp. In the last layer only the kept tokens ask: their q, and a mask."""
-        sizes, c, n = self.setting.sizes, self.c, self.tokens
-        asked, fused = n, sizes.qkv_width
+        width, c, n = self.setting.sizes.head_dim, self.c, self.tokens
+        asked, fused = n, (self.heads + 2 * self.pairs) * width
         total = 0
-        if index == sizes.num_hidden_layers - 1:
-            asked, fused = self.kept, 2 * sizes.num_multi_query_heads * sizes.head_dim
+        if index == len(self.layers) - 1:
+            asked, fused = self.kept, 2 * self.pairs * width
             total += asked * (n // self.setting.batch.rows)
-        total += n * (fused + sizes.num_multi_query_heads * sizes.head_dim) * c
-        return total + asked * (2 * sizes.hidden_size * c + sizes.num_attention_heads * FLOAT32)
+        total += n * (fused + self.pairs * width) * c
+        return total + asked * self.heads * (2 * width * c + FLOAT32)
 
     def _mlp(self, index: int, vision: int, language: int) -> int:
         sizes, c = self.setting.sizes, self.c
@@ -137,7 +140,7 @@ class DecoderTable:
         own = [linear for name, linear in self.layers[index].items() if name.startswith(f"mlp.{expert}_mlp.")]
         if not self._reaches(index, "mlp") and not any(linear.name in self.setting.trained for linear in own):
             return 0
-        total = 3 * tokens * self.setting.sizes.intermediate_size * self.c + self._down_input(index, expert, tokens)
+        total = 3 * tokens * self.inner * self.c + self._down_input(index, expert, tokens)
         for name in ("gate_proj", "up_proj", "down_proj"):
             total += self._lora(self.layers[index][f"mlp.{expert}_mlp.{name}"], tokens)
         return total
@@ -147,7 +150,7 @@ class DecoderTable:
         and between its halves, gate's and up's outputs, q, k and the fused projection, attention's output; and what
         each adapted linear read, for each expert by itself."""
         sizes, c, n, kept = self.setting.sizes, self.c, self.tokens, vision + language
-        hidden, inner = sizes.hidden_size, sizes.intermediate_size
+        hidden, inner = sizes.hidden_size, self.inner
         total = n * (hidden * c + FLOAT32) * (index > self.first) + kept * (hidden * c + FLOAT32)
         total += self._heads(index) + 2 * kept * inner * c
         for expert, whole, part in (("vision", self.vision, vision), ("language", self.language, language)):
@@ -165,7 +168,7 @@ class DecoderTable:
 
     def _down_input(self, index: int, expert: str, tokens: int) -> int:
         down = self.layers[index][f"mlp.{expert}_mlp.down_proj"]
-        return tokens * self.setting.sizes.intermediate_size * self.c * _keeps_input(self.setting, [down])
+        return tokens * self.inner * self.c * _keeps_input(self.setting, [down])
 
     def _lora(self, linear: Linear, tokens: int) -> int:
         return lora_saves(self.setting, linear, tokens) if linear.name in self.setting.trained else 0
@@ -174,8 +177,8 @@ class DecoderTable:
         """The stream's gradient, and in the MLP of one expert the gradients of its product and of both factors, less
         what has been freed by then: the language expert's MLP goes first."""
         sizes, c = self.setting.sizes, self.c
-        first = 3 * language * sizes.intermediate_size * c - self._down_input(index, "language", language)
-        then = 3 * vision * sizes.intermediate_size * c - self._down_input(index, "vision", vision)
+        first = 3 * language * self.inner * c - self._down_input(index, "language", language)
+        then = 3 * vision * self.inner * c - self._down_input(index, "vision", vision)
         then -= self._expert(index, "language", language)
         return max(first, then) + self.tokens * sizes.hidden_size * c + self._workspace()
 
@@ -183,7 +186,7 @@ class DecoderTable:
         """Running a layer without keeping anything: an MLP's three wide tensors, and the stream's copies."""
         sizes, c = self.setting.sizes, self.c
         last = index == sizes.num_hidden_layers - 1
-        wide = 3 * (self.kept if last else max(self.vision, self.language)) * sizes.intermediate_size
+        wide = 3 * (self.kept if last else max(self.vision, self.language)) * self.inner
         projected = self.tokens * (2 * sizes.qkv_width + sizes.hidden_size)
         return (max(wide, projected) + 2 * self.tokens * sizes.hidden_size) * c + self._workspace()
 

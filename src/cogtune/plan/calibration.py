@@ -92,3 +92,13 @@ outside them: S400 in 208 ms eager and 165 to 171 ms compiled, the tower in 222 
 
 FP8_SPEEDUP = 1.6
 """fp8 against bfloat16 products, rounding fused: 112 against 156 ms a step, of which 125 are products (prototype)."""
+
+SHARD_SECONDS = {"fsdp2": 0.004, "zero3": 0.03}
+"""Of a layer and micro-batch, on top of what the link needs: gathering, copying out, launching. benchmarks.cards, two
+H100 over NVLink, batch 4, all layers recomputed: 1.224 s (fsdp2) and 2.043 s (zero3) a step against 1.098 s on one."""
+
+NF4_SHARD_SECONDS = 0.011
+"""The same in addition for an NF4 layer: fsdp2 with NF4, batch 1, 0.87 s against 0.40 s."""
+
+TENSOR_LINK = 190e9
+"""Bytes per second that the sums of tensor parallelism reach between two H100, float32: 0.731 s a step at batch 4."""

@@ -165,23 +165,23 @@ def batch_bytes(setting: Setting) -> int:
 
 
 def communication_bytes(setting: Setting) -> int:
-    """Buffers for what ranks exchange, and under sharding the layers that are gathered: one in use, one ahead."""
+    """Buffers for what ranks exchange, and under sharding what is gathered: one layer in use, one ahead, the head."""
     if setting.ranks == 1:
         return 0
     gradients = FLOAT32 * setting.adapter_parameters()
     if setting.engine == "ddp":
         return gradients
     if setting.engine in ("zero1", "zero2"):
-        # the bucket is allocated whole, twice where sending overlaps the backward pass
-        return 2 * setting.bucket * setting.width
+        return setting.bucket * setting.width  # allocated whole, whatever fills it
     if setting.engine in ("fsdp2", "zero3"):
         layer = sum(
             weight_bytes(x, setting.quant.of(x), setting.dtype)
             for x in setting.sizes.linears
             if x.name.startswith("model.layers.0.")
         )
+        # the head stays gathered through a step; the embedding is gathered, then copied out, before the layers
         table = setting.sizes.parameters("embedding") * setting.width
-        return max(2 * layer, table) + min(gradients, 2 * 25 * 2**20)
+        return table + max(2 * layer, table + table // 2) + min(gradients, 2 * 25 * 2**20)
     return 0
 
 
@@ -209,9 +209,12 @@ def _train(setting: Setting) -> Phase:
 def _load(setting: Setting) -> Phase:
     """Shard by shard to the device; the largest tensor is there in the checkpoint's format while it is quantised."""
     parts = on_card(setting)
-    staged = max(x.weights for x in setting.sizes.linears if x.part == "experts") * 2
-    parts["workspace"] = 2 * staged + LIBRARIES
-    return Phase("load", parts, 2 * staged, _host_loading(setting))
+    experts = [x for x in setting.sizes.linears if x.part == "experts"]
+    staged = 2 * max(x.weights for x in experts)
+    if setting.shards > 1:  # a layer is whole before it is sharded
+        staged += sum(weight_bytes(x, setting.quant.of(x), setting.dtype) for x in experts if ".layers.0." in x.name)
+    parts["workspace"] = staged + LIBRARIES
+    return Phase("load", parts, staged, _host_loading(setting))
 
 
 def fill(setting: Setting, images: int = 1) -> Phase:

@@ -135,10 +135,11 @@ def _workers(config: RunConfig) -> int:
 
 
 def _bucket(config: RunConfig) -> int:
-    """DeepSpeed's reduce bucket, in elements; it is allocated whole."""
+    """DeepSpeed's reduce buckets, in elements: one, or two where sending overlaps the backward pass."""
     default = Setting.bucket
     if config.parallel.deepspeed is None or not config.parallel.deepspeed.is_file():
         return default
     zero = read_deepspeed(config.parallel.deepspeed).get("zero_optimization") or {}
     size = zero.get("reduce_bucket_size", default)
-    return default if size == "auto" else int(float(size))
+    count = 2 if zero.get("overlap_comm") is True else 1
+    return count * (default if size == "auto" else int(float(size)))

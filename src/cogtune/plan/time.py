@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from cogtune.plan.activations import DecoderTable
-from cogtune.plan.calibration import FP8_SPEEDUP, RATES, Rates
+from cogtune.plan.calibration import FP8_SPEEDUP, NF4_SHARD_SECONDS, RATES, SHARD_SECONDS, TENSOR_LINK, Rates
 from cogtune.plan.cards import REFERENCE, Card
 from cogtune.plan.memory import weights
 from cogtune.plan.setting import Batch, Setting
@@ -47,7 +47,7 @@ def scaled(card: Card, rates: Rates = RATES) -> Rates:
 def step_time(setting: Setting, card: Card, *, link: float | None = None) -> StepTime:
     """One optimiser step, all its micro-batches, on ``setting.ranks`` cards; ``link``: bytes a second between them."""
     rates = scaled(card)
-    decoder = _decoder(setting, rates)
+    decoder = _decoder(setting, rates) / setting.tensor
     tower = tower_seconds(setting, card) if setting.tower == "live" else 0.0
     if setting.tower_trains:
         tower *= 3 + len(setting.blocks) / setting.sizes.vision.num_hidden_layers
@@ -127,7 +127,7 @@ def _unpacking(setting: Setting, rates: Rates, passes: float) -> float:
 
 def traffic(setting: Setting) -> tuple[float, float]:
     """Bytes one rank sends per micro-batch (gathered weights) and per optimiser step (gradients)."""
-    if setting.ranks == 1:
+    if setting.ranks == setting.tensor:
         return 0.0, 0.0
     around = (setting.ranks - 1) / setting.ranks
     gradients = 4 * setting.adapter_parameters() * 2 * around
@@ -144,15 +144,27 @@ def _waiting(setting: Setting, rates: Rates, micro: float, link: float) -> float
     host first.
     """
     gathered, reduced = traffic(setting)
-    seconds = 0.0
+    seconds = _sums(setting, link)
     if gathered:
         moved = max(gathered / link, _between_hosts(gathered, setting) / rates.network)
         exposed = moved - rates.overlap * micro
-        seconds += setting.accumulation * (max(0.0, exposed) + 2 * setting.sizes.num_hidden_layers * rates.latency)
+        each = SHARD_SECONDS[setting.engine] + (NF4_SHARD_SECONDS if setting.quant.experts == "nf4" else 0.0)
+        seconds += setting.accumulation * (max(0.0, exposed) + setting.sizes.num_hidden_layers * each)
     if reduced:
         moved = max(reduced / link, _between_hosts(reduced, setting) / rates.network)
         seconds += max(0.0, moved - rates.overlap * micro / 2) + rates.latency * 10
     return seconds
+
+
+def _sums(setting: Setting, link: float) -> float:
+    """Tensor parallelism adds up the stream twice a layer and pass, in float32, and nothing hides it."""
+    if setting.tensor == 1:
+        return 0.0
+    each = (
+        setting.batch.tokens(setting.sizes) * setting.sizes.hidden_size * 4 * 2 * (setting.tensor - 1) / setting.tensor
+    )
+    count = 2 * setting.sizes.num_hidden_layers * _passes(setting)
+    return setting.accumulation * count * each / (TENSOR_LINK * min(1.0, link / REFERENCE.link))
 
 
 def _between_hosts(moved: float, setting: Setting) -> float:

@@ -173,6 +173,36 @@ def test_no_card_is_an_error_that_says_what_to_give() -> None:
     assert "--card 24GiB" in (caught.value.hint or "")
 
 
+def test_tensor_parallelism_cuts_weights_activations_and_time() -> None:
+    whole = CACHED.with_batch(rows=4).with_recomputed(32)
+    cut = replace(whole, ranks=2, tensor=2, engine="ddp")
+    assert predict(cut).phase("load").reserved < 0.55 * predict(whole).phase("load").reserved
+    one, two = (predict(setting).phase("train").parts["activations"] for setting in (whole, cut))
+    assert 0.5 * one < two < 0.95 * one  # the stream itself is whole on both
+    seconds = step_time(whole, REFERENCE).seconds
+    assert 0.5 * seconds < step_time(cut, REFERENCE).seconds < 0.8 * seconds
+
+
+@pytest.mark.parametrize(
+    ("engine", "ranks", "tensor", "seconds", "gib"),
+    [
+        ("single", 1, 1, 1.098, 33.38),
+        ("ddp", 2, 1, 1.094, 33.39),
+        ("zero2", 2, 1, 1.106, 34.30),
+        ("fsdp2", 2, 1, 1.224, 21.85),
+        ("zero3", 2, 1, 2.043, 22.06),
+        ("ddp", 2, 2, 0.731, 18.34),
+    ],
+)
+def test_two_cards_as_measured(engine: str, ranks: int, tensor: int, seconds: float, gib: float) -> None:
+    """benchmarks.cards on two H100: batch 4, cached, all recomputed, eager, LoRA on the vision experts' qkv."""
+    adapter = Adapter(adapted_names(ModelSizes(), ["vision_expert_query_key_value"]), 8)
+    base = Setting(adapter=adapter, tower="cached").with_recomputed(32).with_batch(rows=4)
+    setting = replace(base, engine=engine, ranks=ranks, tensor=tensor)
+    assert step_time(setting, REFERENCE).seconds == pytest.approx(seconds, rel=0.03)
+    assert predict(setting).phase("train").reserved / GIB == pytest.approx(gib, abs=0.5)
+
+
 def test_a_network_between_hosts_costs_more_than_links_inside_one() -> None:
     sharded = replace(CACHED, ranks=16, engine="fsdp2")
     near, far = (step_time(replace(sharded, hosts=hosts), REFERENCE) for hosts in (1, 2))
