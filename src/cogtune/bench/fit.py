@@ -22,7 +22,8 @@ from cogtune.errors import ConfigError
 ROW_SECONDS = 300
 _SHARED = (
     "driver_gib", "median_ms", "min_ms", "max_ms", "times_ms", "samples_per_second", "answers_per_second",
-    "tokens_per_second", "lora_mfu", "first_step_s", "prompt_s", "s_per_token", "load_s",
+    "tokens_per_second", "lora_mfu", "first_step_s", "prefill_ms", "load_s", "ready_s", "pictures_per_second",
+    "seconds",
 )  # fmt: skip
 """What a row that shared its card does not say: times, and the driver's figure."""
 _RANK8 = ("--lora.targets", "vision_expert_query_key_value", "--lora.rank", "8")
