@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,10 @@ from cogtune.checkpoint.quantize import Quantization, mark_for_adapters
 from cogtune.checkpoint.stream import Stored, find_stored, stream
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.configuration.run import PUBLISHED_MODEL
-from cogtune.errors import CheckpointError
+from cogtune.errors import CheckpointError, SetupError
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.pretrained import require_exact
+from cogtune.model.spread import Spread, plan_spread
 from cogtune.model.vision import TOWER_PARTS, VisionModel
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -102,6 +103,41 @@ def load_model(
     mark_for_adapters(model)
     loaded: CogVLM2ForCausalLM = model.eval()
     return loaded
+
+
+def spread_over(
+    path: str | Path,
+    free: Sequence[tuple[torch.device, int]],
+    *,
+    host: bool,
+    dtype: torch.dtype,
+    quantization: Quantization,
+) -> Spread:
+    """A placement for `load_model` over GPUs with their free bytes, in order; ``host``: layers may wait there.
+
+    Raises:
+        SetupError: the devices cannot hold the model, or layers in fewer bits would have to wait on the host.
+    """
+    if quantization.embedding == "host" or (host and quantization.experts != "none"):
+        what = "quant.embedding host" if quantization.embedding == "host" else f"quant.experts {quantization.experts}"
+        raise SetupError(
+            f"{what} does not go with these devices: layers wait in host memory only in the model's own number format, "
+            "and the embedding belongs to the first of several devices",
+            hint="leave it out, or use one device",
+            code="config-combination",
+        )
+    config = load_config(path)
+    with torch.device("meta"):
+        model = CogVLM2ForCausalLM(config)
+    sizes = {}
+    for name, value in model.state_dict().items():
+        form = quantization.format_of(name.rpartition(".")[0]) if value.ndim == 2 else "none"
+        sizes[name] = round(value.numel() * _BYTES.get(form, dtype.itemsize))
+    return plan_spread(sizes, config.num_hidden_layers, free, host=host)
+
+
+_BYTES = {"nf4": 0.53, "int8": 1.01, "fp8": 1.01}
+"""Of a weight with its share of the scales."""
 
 
 def load_tower(

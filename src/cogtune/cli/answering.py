@@ -50,7 +50,13 @@ GluAdapter = Annotated[str, typer.Option("--quant.glu_adapter", help="none or in
 Head = Annotated[str, typer.Option("--quant.head", help="none or int8.", metavar="FORMAT")]
 Embedding = Annotated[str, typer.Option("--quant.embedding", help="device, or host: in host memory.", metavar="PLACE")]
 Device = Annotated[
-    str, typer.Option("--device", help="cpu, cuda, cuda:1, ... auto: the first GPU, or the CPU.", metavar="NAME")
+    str,
+    typer.Option(
+        "--device",
+        help="cpu, cuda, cuda:1, ... auto: the first GPU, or the CPU. Layers are spread over several: cuda:0,cuda:1, "
+        "or all; with cpu as the last, those that do not fit wait in host memory.",
+        metavar="NAME",
+    ),
 ]
 Tensor = Annotated[
     int,

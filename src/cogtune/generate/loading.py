@@ -11,12 +11,13 @@ import torch
 
 from cogtune.adapters.attach import CONFIG_NAME, adapter_shapes, base_name, load_adapter
 from cogtune.adapters.split import split_adapter
-from cogtune.checkpoint.load import load_config, load_model
+from cogtune.checkpoint.load import load_config, load_model, spread_over
 from cogtune.checkpoint.quantize import PLAIN, Quantization
 from cogtune.configuration.model import ROPE_PRECISIONS
 from cogtune.errors import AdapterError, ConfigError, SetupError
 from cogtune.generate.engine import Generator
 from cogtune.generate.lockstep import LockstepGenerator, check_launched, launched_processes, leads, start
+from cogtune.model.spread import Spread
 from cogtune.model.tensor import SplitModel, TensorGroup, check_sizes
 from cogtune.processing.processor import CogVLM2Processor
 from cogtune.processing.prompt import check_template
@@ -52,6 +53,8 @@ class Resolved:
     device: torch.device
     tensor: int = 1
     quantization: Quantization = PLAIN
+    others: tuple[torch.device, ...] = ()
+    """Further devices that decoder layers are spread over; ``cpu``, the last, is where weights wait."""
 
     @property
     def dtype_name(self) -> str:
@@ -93,7 +96,13 @@ def resolve(choice: ModelChoice) -> Resolved:
             code="config-combination",
         )
     check_launched(choice.tensor)
-    device = choose_device(choice.device)
+    device, *others = choose_devices(choice.device)
+    if choice.tensor > 1 and others:
+        raise ConfigError(
+            f"--device {choice.device} spreads whole layers, --parallel.tensor divides each",
+            hint="leave one of the two out",
+            code="config-combination",
+        )
     if choice.tensor > 1:
         check_sizes(load_config(str(model)), choice.tensor)
     dtype = choose_dtype(choice.dtype, device)
@@ -106,6 +115,7 @@ def resolve(choice: ModelChoice) -> Resolved:
         device,
         choice.tensor,
         choice.quantization,
+        tuple(others),
     )
 
 
@@ -131,17 +141,32 @@ def load_generator(choice: Resolved, progress: Callable[[str], None] = lambda li
         return _load_part(choice, group, progress)
     processor = CogVLM2Processor.from_pretrained(choice.model)
     progress(f"loading {choice.model} ({choice.dtype_name}, {choice.device})")
+    spread = _spread(choice)
     model = load_model(
         choice.model,
         dtype=choice.dtype,
         device=choice.device,
         rope_precision=choice.rope_precision,
         quantization=choice.quantization,
+        placement=spread,
     )
+    if spread is not None:
+        progress(spread.describe())
+        spread.connect(model)
     if choice.adapter is not None:
         progress(f"with the adapter in {choice.adapter}")
         model = load_adapter(model, choice.adapter)
     return Generator(model, processor, template=choice.template)
+
+
+def _spread(choice: Resolved) -> Spread | None:
+    """Where layers go when there are several devices, by what is free on them now."""
+    if not choice.others:
+        return None
+    cards = [device for device in (choice.device, *choice.others) if device.type == "cuda"]
+    free = [(card, torch.cuda.mem_get_info(card)[0]) for card in cards]
+    host = len(cards) <= len(choice.others)
+    return spread_over(choice.model, free, host=host, dtype=choice.dtype, quantization=choice.quantization)
 
 
 def _load_part(choice: Resolved, group: TensorGroup, progress: Callable[[str], None]) -> LockstepGenerator:
@@ -195,6 +220,29 @@ def find_adapter(folder: Path) -> Path:
         folder = inside
     adapter_shapes(folder)
     return folder
+
+
+def choose_devices(name: str) -> list[torch.device]:
+    """One device as `choose_device` says; ``all`` GPUs; or GPUs joined by commas, with ``cpu`` as the last where layers
+    may wait in host memory.
+
+    Raises:
+        ConfigError: not such a list. SetupError: a device that is not there.
+    """
+    if name == "all":
+        cards = [torch.device(f"cuda:{number}") for number in range(torch.cuda.device_count())]
+        return cards or [choose_device("cuda")]
+    devices = [choose_device(part.strip()) for part in name.split(",")]
+    if len(devices) > 1:
+        cards = [torch.device("cuda", device.index or 0) for device in devices if device.type == "cuda"]
+        if not cards or len(set(cards)) < len(cards) or any(d.type != "cuda" for d in devices[:-1]):
+            raise ConfigError(
+                f"--device {name}: several devices are different GPUs, and behind them cpu or nothing",
+                hint="for example cuda:0,cuda:1 or cuda:0,cpu",
+                code="config-value",
+            )
+        return [*cards, *devices[len(cards) :]]
+    return devices
 
 
 def choose_device(name: str) -> torch.device:

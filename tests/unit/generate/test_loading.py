@@ -11,7 +11,7 @@ import torch
 
 from cogtune.errors import AdapterError, ConfigError, InputError, SetupError
 from cogtune.generate.last_run import LastRun, read_last_run, state_file, write_last_run
-from cogtune.generate.loading import ModelChoice, choose_device, choose_dtype, load_generator, resolve
+from cogtune.generate.loading import ModelChoice, choose_device, choose_devices, choose_dtype, load_generator, resolve
 from tests.support.adapters import write_adapter
 
 
@@ -103,3 +103,12 @@ def test_a_home_that_cannot_be_written_fails_nothing(tmp_path: Path, monkeypatch
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
     assert not write_last_run("base", tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["cuda:0,cuda:0", "cpu,cuda:0", "cpu,cpu", "cuda:0,cpu,cuda:1"])
+def test_several_devices_are_different_gpus_and_cpu_last(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="several devices are different GPUs"):
+        choose_devices(name)
+    assert [str(device) for device in choose_devices("cuda,cuda:1,cpu")] == ["cuda:0", "cuda:1", "cpu"]
+    assert [str(device) for device in choose_devices("all")] == ["cuda:0", "cuda:1"]

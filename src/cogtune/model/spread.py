@@ -1,0 +1,171 @@
+"""A model over several GPUs, or one and host memory, for answering.
+
+Whole decoder layers are spread, never parts of one; everything in front of them (embedding and the whole image path)
+and behind them (norm and head) is on the first device. So nothing is cut inside a residual block, logits come out where
+the inputs went in, and hidden states cross from device to device only between layers. What all layers read (tables,
+mask, routing) crosses once per device and forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from cogtune.errors import SetupError
+from cogtune.model.routing import Routing
+
+GIB = 2**30
+RESERVE = 2 * GIB
+"""Of each GPU's free memory, what is left for activations, cache and libraries."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Where decoder layers compute, by index, and which of them have their weights in host memory meanwhile."""
+
+    first: torch.device
+    layers: tuple[torch.device, ...]
+    waiting: frozenset[int] = frozenset()
+
+    def device_for(self, name: str) -> torch.device:
+        """Where a loader puts the tensor ``name``."""
+        parts = name.split(".")
+        if parts[:2] != ["model", "layers"]:
+            return self.first
+        index = int(parts[2])
+        return torch.device("cpu") if index in self.waiting else self.layers[index]
+
+    def finish(self, unit_name: str, module: nn.Module) -> None:
+        """Nothing to do for a unit by itself; see :meth:`connect`."""
+
+    def connect(self, model: Any) -> None:
+        """Make a loaded model move what it computes from device to device."""
+        mover = _Mover()
+        for index, layer in enumerate(model.model.layers):
+            layer.register_forward_pre_hook(_Enter(mover, self.layers[index], new_pass=index == 0), with_kwargs=True)
+            if index in self.waiting:
+                guest = _Guest(self.layers[index])
+                layer.register_forward_pre_hook(guest.arrive)
+                layer.register_forward_hook(guest.leave, always_call=True)
+        model.model.norm.register_forward_pre_hook(_Enter(mover, self.first, new_pass=False), with_kwargs=True)
+
+    def describe(self) -> str:
+        """One line for the user."""
+        counts: dict[str, int] = {}
+        for index, device in enumerate(self.layers):
+            place = f"host memory, computed on {device}" if index in self.waiting else str(device)
+            counts[place] = counts.get(place, 0) + 1
+        parts = ", ".join(f"{count} on {place}" if "host" not in place else f"{count} in {place}"
+                          for place, count in counts.items())  # fmt: skip
+        return f"decoder layers: {parts}; the rest on {self.first}"
+
+
+def plan_spread(
+    sizes: Mapping[str, int], num_layers: int, free: Sequence[tuple[torch.device, int]], *, host: bool
+) -> Spread:
+    """Fill the devices in order.
+
+    :param sizes: bytes of each tensor by name.
+    :param free: GPUs in order with their free bytes.
+    :param host: whether layers that fit nowhere may wait in host memory.
+
+    Raises:
+        SetupError: the devices cannot hold the model.
+    """
+    each = [0] * num_layers
+    rest = 0
+    for name, size in sizes.items():
+        parts = name.split(".")
+        if parts[:2] == ["model", "layers"]:
+            each[int(parts[2])] += size
+        else:
+            rest += size
+    room = [available - RESERVE for _, available in free]
+    room[0] -= rest
+    if room[0] < 0:
+        raise _too_small(
+            sum(sizes.values()), free, f"what is not decoder layers takes {rest / GIB:.1f} GiB of the first"
+        )
+    if host:
+        room[-1] -= max(each)  # a layer that waits in host memory is there while it computes
+    layers: list[torch.device] = []
+    waiting: set[int] = set()
+    place = 0
+    for index, size in enumerate(each):
+        while place < len(free) and room[place] < size:
+            place += 1
+        if place == len(free):
+            if not host:
+                raise _too_small(sum(sizes.values()), free, f"decoder layers from {index} on fit nowhere")
+            waiting.add(index)
+            layers.append(free[-1][0])
+            continue
+        room[place] -= size
+        layers.append(free[place][0])
+    return Spread(free[0][0], tuple(layers), frozenset(waiting))
+
+
+def _too_small(total: int, free: Sequence[tuple[torch.device, int]], why: str) -> SetupError:
+    there = ", ".join(f"{device} has {available / GIB:.1f} GiB free" for device, available in free)
+    return SetupError(
+        f"the model takes {total / GIB:.1f} GiB and {RESERVE / GIB:.0f} GiB more on each device; {there}: {why}",
+        hint="add a device, let layers wait in host memory (--device ...,cpu), or use fewer bits (--quant.experts nf4)",
+        code="spread-too-small",
+    )
+
+
+class _Mover:
+    """Remembers what has been sent to a device in this forward pass; the original is kept, so its id stays its own."""
+
+    def __init__(self) -> None:
+        self._sent: dict[tuple[int, torch.device], tuple[Any, Any]] = {}
+
+    def forget(self) -> None:
+        self._sent.clear()
+
+    def send(self, value: Any, device: torch.device, *, once: bool) -> Any:
+        """``value`` on ``device`` if it is a tensor or a routing; anything else (a cache) as it is."""
+        if not isinstance(value, torch.Tensor | Routing):
+            return value
+        if isinstance(value, torch.Tensor) and (value.device == device or not once):
+            return value.to(device)
+        key = (id(value), device)
+        if key not in self._sent:
+            self._sent[key] = (value, value.to(device))
+        return self._sent[key][1]
+
+
+class _Enter:
+    """Before a module: its inputs come to its device."""
+
+    def __init__(self, mover: _Mover, device: torch.device, *, new_pass: bool) -> None:
+        self._mover, self._device, self._new_pass = mover, device, new_pass
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if self._new_pass:
+            self._mover.forget()
+        send, device = self._mover.send, self._device
+        moved = tuple(send(value, device, once=place > 0) for place, value in enumerate(args))
+        return moved, {name: send(value, device, once=True) for name, value in kwargs.items()}
+
+
+class _Guest:
+    """A layer whose weights are on a GPU only while it computes; the host's copies stay where they are."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._home: list[tuple[nn.Parameter, torch.Tensor]] = []
+
+    def arrive(self, layer: nn.Module, args: Any) -> None:
+        for parameter in layer.parameters():
+            self._home.append((parameter, parameter.data))
+            parameter.data = parameter.data.to(self._device, non_blocking=True)
+
+    def leave(self, layer: nn.Module, args: Any, output: Any) -> None:
+        for parameter, home in self._home:
+            parameter.data = home
+        self._home.clear()
