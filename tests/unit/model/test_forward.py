@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from cogtune import CogVLM2ForCausalLM
 from cogtune.checkpoint.random import random_model, tiny_config
@@ -138,6 +140,21 @@ def test_layers_compile_without_a_break_and_agree() -> None:
         found_loss, found = _loss_and_gradients(model, inputs)
         torch.testing.assert_close(found_loss, loss)
         torch.testing.assert_close(found, gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_compiled_layers_train_under_ddp_whatever_its_buckets(tmp_path: Path) -> None:
+    """Buckets smaller than a layer: the compiler must not cut layers at their borders."""
+    model = _model(num_hidden_layers=1)
+    model.model.vision.requires_grad_(False)
+    compile_layers(model, "eager")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.002)
+        ids = torch.tensor([[BOS, 65, 66, 67]])
+        wrapped(input_ids=ids, labels=ids).loss.backward()
+    finally:
+        dist.destroy_process_group()
+    assert model.model.layers[0].mlp.language_mlp.up_proj.weight.grad is not None
 
 
 @pytest.mark.parametrize("name", ["inputs_embeds", "output_attentions", "output_hidden_states"])
