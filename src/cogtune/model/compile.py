@@ -31,8 +31,8 @@ def can_compile(device: torch.device) -> bool:
 
 def compile_layers(model: CogVLM2ForCausalLM, backend: str | Any = "inductor", *, fullgraph: bool = False) -> None:
     """Make every decoder and tower layer of ``model`` run compiled from now on."""
-    # Under DDP the compiler would cut each layer at the borders of gradient buckets, and cannot cut a layer that holds a
-    # function with a gradient of its own. Layers are small: their gradients are sent while others are computed anyway.
+    # Under DDP the compiler would cut each layer at the borders of gradient buckets, and cannot cut one that holds a
+    # function with a gradient of its own. Layers are small: their gradients are sent while others are computed.
     torch._dynamo.config.optimize_ddp = False
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_KINDS)
     _compile(DecoderLayer, model.model.layers, backend, fullgraph)
