@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.support.data_folders import dialogue, write_folder, write_image, write_label
+from tests.support.bad_data import BAD_CONVERSATIONS, BAD_FILES, talk
+from tests.support.data_folders import dialogue, write_folder, write_image, write_label, write_lines
 
 
 @dataclass
@@ -266,3 +267,63 @@ def _foreign_output(place: Place) -> None:
 @_case("nothing fits the budgets", "data.max_input_len")
 def _nothing_left(place: Place) -> list[str]:
     return place.train("--data.max_input_len", "1")
+
+
+def _foreign(name: str, file: str, content: bytes, *names: str) -> None:
+    """A mistake in a file of another tool's format; converting reads as training does, without a model."""
+
+    def prepare(place: Place) -> list[str]:
+        path = place.output.parent / file
+        path.write_bytes(content)
+        extracted = place.output.parent / "pictures"
+        return ["data", "convert", str(path), str(place.output / "new.jsonl"), "--data.extract_dir", str(extracted)]
+
+    CASES.append(BadInput(name, prepare, (file, *names)))
+
+
+for _name, _record, _code, _found in BAD_CONVERSATIONS:
+    _lines = "".join(json.dumps(record) + "\n" for record in (talk("q", "a"), _record))
+    _foreign(f"conversation: {_name}", "set.jsonl", _lines.encode(), _code, _found)
+for _name, _file, _text, _code, _found in BAD_FILES:
+    _foreign(f"file: {_name}", _file, _text.encode() if isinstance(_text, str) else _text, _found)
+
+
+@_case("picture outside of its folder", "../secret.png", "data.image_root")
+def _outside(place: Place) -> list[str]:
+    write_image(place.data.parent / "secret.png")
+    path = write_lines(place.data / "set.jsonl", [{"image": "../secret.png", **dialogue("q", "a")}])
+    place.data = path
+    return place.train()
+
+
+@_case("picture root that is no folder", "nowhere", "data.image_root")
+def _no_root(place: Place) -> list[str]:
+    return place.train("--data.image_root", str(place.data / "nowhere"))
+
+
+@_case("format that the file does not have", "set.jsonl", "csv")
+def _wrong_format(place: Place) -> list[str]:
+    place.data = write_lines(place.data / "set.jsonl", [{"image": None, **dialogue("q", "a")}])
+    return place.train("--data.format", "csv")
+
+
+@_case("preview of a record that is not there", "nobody")
+def _no_record(place: Place) -> list[str]:
+    return ["data", "preview", str(place.data), "--model", str(place.base), "--record", "nobody"]
+
+
+@_case("preview without a tokenizer", "--model")
+def _no_preview(place: Place) -> list[str]:
+    return ["data", "preview", str(place.data)]
+
+
+@_case("conversion to something that is there", "exists already")
+def _target_there(place: Place) -> list[str]:
+    return ["data", "convert", str(place.data), str(place.base)]
+
+
+@_case("first configuration over an old one", "config.yaml", "--force")
+def _old_config(place: Place) -> list[str]:
+    target = place.output.parent / "config.yaml"
+    target.write_text("")
+    return ["init", str(place.data), "--output", str(target)]

@@ -219,16 +219,17 @@ def test_command_agrees_with_training_about_every_mistake_in_the_data(tmp_path: 
         "budgets",
     )
     cases = [case for case in CASES if any(kind in case.name for kind in kinds)]
-    assert len(cases) >= 18
-    for number, case in enumerate(cases):
-        assert _agrees(case, tmp_path / str(number), tiny_checkpoint), case.name
+    compared = [_agrees(case, tmp_path / str(number), tiny_checkpoint) for number, case in enumerate(cases)]
+    assert compared.count(True) >= 18
+    assert [case.name for case, agrees in zip(cases, compared, strict=True) if agrees is False] == []
 
 
-def _agrees(case: BadInput, root: Path, checkpoint: Path) -> bool:
+def _agrees(case: BadInput, root: Path, checkpoint: Path) -> bool | None:
+    """None: the mistake is one of another command."""
     root.mkdir()
     place = make_place(root, checkpoint)
-    _, *arguments = case.prepare(place)
-    return main(["data", "check", *arguments, "--json"]) == 2
+    command, *arguments = case.prepare(place)
+    return main(["data", "check", *arguments, "--json"]) == 2 if command == "train" else None
 
 
 def test_command_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 from cogtune.data.records import Picture
 from cogtune.data.sources import read_sources
 from cogtune.errors import DataError, SetupError
+from tests.support.bad_data import BAD_CONVERSATIONS, BAD_FILES, LATE_SYSTEM, talk
 from tests.support.data_folders import dialogue, section, write_image, write_lines
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "formats"
@@ -350,56 +351,9 @@ def test_image_root_that_nothing_uses_is_refused(tmp_path: Path) -> None:
 # ---- what is wrong with a record
 
 
-def talk(*texts: str, **more: Any) -> dict[str, Any]:
-    roles = ("user", "assistant")
-    return {"messages": [{"role": roles[n % 2], "content": t} for n, t in enumerate(texts)], **more}
-
-
-def parts(*content: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": list(content)}, {"role": "assistant", "content": "a"}]}
-
-
-SYSTEM = {"messages": [{"role": "system", "content": "s"}, *talk("q", "a")["messages"]]}
-LATE_SYSTEM = {"messages": [*talk("q", "a")["messages"], {"role": "system", "content": "s"}]}
-TEXT = {"type": "text", "text": "q"}
-
-BAD: list[tuple[str, Any, str, str]] = [
-    ("two markers", talk("<image><image>q", "a", images=["a.png"]), "image-marker", "2 <image>"),
-    ("marker in an answer", talk("q", "<image>a", images=["a.png"]), "image-marker", "message 2"),
-    ("marker without a picture", talk("<image>q", "a"), "image-marker", "names no picture"),
-    ("only a marker", talk("<image>", "a", images=["a.png"]), "data-content", "message 1"),
-    ("two pictures", talk("q", "a", images=["a.png", "b.png"]), "data-several-images", "2 pictures"),
-    ("two parts with pictures", parts(TEXT, *[{"type": "image_url", "image_url": {"url": "a.png"}}] * 3),
-     "data-several-images", "3 pictures"),
-    ("image and images", talk("q", "a", image="a.png", images=["b.png"]), "data-several-images", "2 pictures"),
-    ("video", talk("q", "a", videos=["a.mp4"]), "data-media", "videos"),
-    ("system message", SYSTEM, "data-system", "no place"),
-    ("web address", talk("q", "a", images=["https://example.org/a.png"]), "image-url", "on the web"),
-    ("damaged data url", talk("q", "a", images=["data:image/png;base64,@@@"]), "image-url", "base64"),
-    ("data url without content", talk("q", "a", images=["data:image/png;base64"]), "image-url", "comma"),
-    ("empty data url", talk("q", "a", images=["data:image/png;base64,"]), "image-empty", "0 bytes"),
-    ("data url of a text", talk("q", "a", images=["data:text/plain,hello"]), "image-unreadable", "not a picture"),
-    ("number as picture", talk("q", "a", images=[3]), "image-path", "3"),
-    ("object without a path", talk("q", "a", images=[{"file": "a.png"}]), "image-path", "file"),
-    ("unknown part", parts(TEXT, {"type": "input_audio"}), "data-content-part", "input_audio"),
-    ("part that is no object", parts("q"), "data-content-part", "a text"),
-    ("parts without text", parts({"type": "image_url", "image_url": {"url": "a.png"}}), "data-content", "no text"),
-    ("unknown role", {"messages": [{"role": "tool", "content": "x"}]}, "data-role", "tool"),
-    ("no value", {"conversations": [{"from": "human"}]}, "data-missing-key", "value"),
-    ("no from", {"conversations": [{"value": "x"}]}, "data-missing-key", "from"),
-    ("number as value", {"conversations": [{"from": "human", "value": 3}]}, "data-content", "a number"),
-    ("odd turns", talk("q", "a", "q2"), "data-turns", "3 messages"),
-    ("assistant first", {"messages": talk("q", "a")["messages"][::-1]}, "data-turns", "message 1"),
-    ("no message", {"messages": []}, "data-turns", "empty"),
-    ("messages no list", {"messages": "q"}, "data-wrong-root", "a text"),
-    ("both keys", {**talk("q", "a"), "conversations": []}, "data-missing-key", "both"),
-    ("neither key", {"text": "q"}, "data-missing-key", "text"),
-    ("record no object", ["q"], "data-wrong-root", "a list"),
-    ("object as id", talk("q", "a", id={}), "data-id", "{}"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("record", "code", "found"), [b[1:] for b in BAD], ids=[b[0] for b in BAD])
+@pytest.mark.parametrize(
+    ("record", "code", "found"), [b[1:] for b in BAD_CONVERSATIONS], ids=[b[0] for b in BAD_CONVERSATIONS]
+)
 def test_bad_conversation(tmp_path: Path, record: Any, code: str, found: str) -> None:
     path = write_lines(tmp_path / "set.jsonl", [*(talk(f"q{n}", "a") for n in range(12)), record])
     error = refused(path, extract_dir=tmp_path / "out")
@@ -410,28 +364,6 @@ def test_bad_conversation(tmp_path: Path, record: Any, code: str, found: str) ->
 def test_a_late_system_message_is_refused_when_prepended(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "set.jsonl", [LATE_SYSTEM])
     assert refused(path, system="prepend").code == "data-turns"
-
-
-def coco(**annotation: Any) -> dict[str, Any]:
-    return {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [annotation]}
-
-
-BAD_FILES: list[tuple[str, str, str | bytes, str, str]] = [
-    ("no JSON", "a.json", "[{", "data-bad-json", "line 1"),
-    ("a JSON of something else", "a.json", '{"name": "x"}', "data-format", "no known format"),
-    ("instances instead of captions", "a.json", json.dumps(coco(image_id=1, bbox=[])), "data-missing-key", "caption"),
-    ("annotation of an unknown picture", "a.json", json.dumps(coco(image_id=2, caption="c")), "image-path", "2"),
-    ("empty caption", "a.json", json.dumps(coco(image_id=1, caption=" ")), "data-content", "annotation 1"),
-    ("questions alone", "questions.json", '{"questions": [{"question_id": 1}]}', "data-vqa-pair", "partner"),
-    ("table without a column", "a.csv", "image,question\na.png,q\n", "data-columns", "image, question"),
-    ("column twice", "a.csv", "image,question,answer,answer\n", "data-columns", "twice"),
-    ("cell too many", "a.csv", "image,question,answer\nnull,q,a, really\n", "data-table", "4 cells"),
-    ("open quote", "a.csv", 'image,question,answer\nnull,"q,a\n', "data-table", "line"),
-    ("GBK", "a.csv", "image,question,answer\nnull,问,答\n".encode("gbk"), "data-table-encoding", "UTF-8"),
-    ("empty image cell", "a.csv", "image,question,answer\n,q,a\n", "image-path", "null"),
-    ("empty answer cell", "a.csv", "image,question,answer\nnull,q,\n", "data-content", "the answer is empty"),
-    ("header alone", "a.csv", "image,question,answer\n", "data-no-records", "no record"),
-]
 
 
 @pytest.mark.parametrize(("name", "text", "code", "found"), [b[1:] for b in BAD_FILES], ids=[b[0] for b in BAD_FILES])
