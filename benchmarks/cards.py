@@ -2,7 +2,8 @@
 
 Every row is its own launch, so memory and start-up are its own; a row that fails or hangs is recorded and the next
 runs. Weights are random and made unit by unit on each card, as a streaming loader would deliver them, so nothing is
-read from disk; with ``--checkpoint DIR`` they are loaded from there and the time for that is measured.
+read from disk; with ``--checkpoint DIR`` they are loaded from there and the time for that is measured. Afterwards
+``--collect benchmarks/results/cards-h100.json`` makes the result file.
 
 A sample is S400: one picture (2,306 positions) whose tower output is given, 400 text tokens, 200 of them labelled.
 """
@@ -301,6 +302,31 @@ def run_row(name: str, checkpoint: str | None, small: bool) -> dict[str, Any]:
     return {"row": name, **asdict(row), **result, "wall_s": time.time() - start}
 
 
+def collect(measured: Path, result: Path) -> None:
+    """The result file of a session's rows: the last whole one of each name, and the table of the page."""
+    rows = {row["row"]: row for row in map(json.loads, measured.read_text(encoding="utf-8").splitlines())}
+    whole = {name: row for name, row in rows.items() if "failed" not in row}
+    alone, first = whole["single"]["samples_per_s"], next(iter(whole.values()))
+    cells = []
+    for name, row in whole.items():
+        peak = max(rank["peak_gib"] for rank in row["by_rank"])
+        loading = max(rank["peak_gib_loading"] for rank in row["by_rank"])
+        speed = row["samples_per_s"]
+        share = f"{speed / alone:.2f}" if row["batch"] == whole["single"]["batch"] else "-"
+        cells.append([name, row["ranks"], row["batch"], f"{speed:.2f}", share, f"{peak:.1f}", f"{loading:.1f}"])
+    record = {
+        "command": f"python -m benchmarks.cards OUT.jsonl {' '.join(whole)}",
+        **{key: first[key] for key in ("date", "commit", "cards", "torch")},
+        "rows": list(whole.values()),
+        "table": {
+            "columns": ["row", "cards", "batch", "samples/s", "of one card", "peak GiB a card", "while loading"],
+            "columns_zh": ["配置", "卡数", "批次", "样本/秒", "相对单卡", "每卡峰值 GiB", "加载时峰值"],
+            "rows": cells,
+        },
+    }
+    result.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
 def _cause(output: str) -> str:
     """The end of the first rank's traceback, or of the output."""
     first = output.find("Traceback")
@@ -313,6 +339,7 @@ def main() -> None:
     parser.add_argument("rows", nargs="*")
     parser.add_argument("--checkpoint")
     parser.add_argument("--inside")
+    parser.add_argument("--collect", help="make this result file of the rows that OUT.jsonl holds, and run nothing")
     parser.add_argument("--small", action="store_true", help="the tiny shapes, to try the script on a CPU")
     given = parser.parse_intermixed_args()
     if given.inside:
@@ -322,6 +349,9 @@ def main() -> None:
         sys.stdout.flush()
         os._exit(0)  # torch's teardown of a process group can hang
     output = Path(given.output)
+    if given.collect:
+        collect(output, Path(given.collect))
+        return
     output.parent.mkdir(parents=True, exist_ok=True)
     cards = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     commit = Path("COMMIT").read_text().strip() if Path("COMMIT").exists() else _git()
