@@ -191,14 +191,16 @@ class SplitModel:
         self.group = group
         self.device = device
         self.cuts: dict[str, Cut] = {}
-        self._layers: dict[str, Cut] = {}  # by module: how its weight is cut
+        self._layers: dict[str, Cut] = {}  # by linear layer, and the embedding: how its weight is cut
+        self._done: set[str] = set()  # sublayers, embedding and head that are cut
         self._gathering: dict[str, tuple[nn.Module, list[Any]]] = {}  # embedding and head: the module, its hooks
 
     def split(self, module: nn.Module, name: str = "") -> None:
         """Cut everything in ``module``, which is called ``name`` in the model; what is cut already stays as it is."""
         for path, part in list(module.named_modules(prefix=name)):
-            if f"{path}.weight" in self.cuts or any(known.startswith(f"{path}.") for known in self._layers if path):
+            if path in self._done:
                 continue
+            before = len(self._layers)
             if isinstance(part, ExpertAttention):
                 self._attention(path, part)
             elif isinstance(part, ExpertMLP):
@@ -223,6 +225,8 @@ class SplitModel:
             elif path.rpartition(".")[2] == "lm_head" and isinstance(part, nn.Linear):
                 self._linear(path, part, Cut(0, (part.out_features,)))
                 self._gather_behind(path, part)
+            if len(self._layers) > before:
+                self._done.add(path)
 
     def device_for(self, name: str) -> torch.device:
         """Where a loader puts a tensor."""
