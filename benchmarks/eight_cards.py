@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from cogtune.bench.report import circumstances
+from cogtune.bench.report import circumstances, shown_command
 
 STEPS, WARM, PUBLISHED_STEPS = 17, 3, 40
 ROW_SECONDS = 420
@@ -54,7 +54,7 @@ def run_row(name: str, cards: int, model: str, small: bool) -> dict[str, Any]:
         output = Path(folder) / "row.json"
         published = name == "published"
         words = _published(Path(folder), cards, model) if published else _own(name, cards, model, small, output)
-        shown = " ".join("python" if word == sys.executable else word.replace(folder, "DIR") for word in words)
+        shown = shown_command([word.replace(folder, "DIR") for word in words])
         started = time.perf_counter()
         try:
             done = subprocess.run(words, capture_output=True, text=True, timeout=ROW_SECONDS)
@@ -141,8 +141,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--small", action="store_true", help="the tiny model, to try the script on a CPU")
     given = parser.parse_args(arguments)
     model = "random-tiny" if given.small else given.model
-    record: dict[str, Any] = {"kind": "cards", **circumstances(" ".join(["python -m benchmarks.eight_cards",
-                              *(arguments or sys.argv[1:])])), "rows": []}  # fmt: skip
+    command = ["python", "-m", "benchmarks.eight_cards", *(arguments or sys.argv[1:])]
+    record: dict[str, Any] = {"kind": "cards", **circumstances(shown_command(command)), "rows": []}
     if given.output.is_file():
         record["rows"] = json.loads(given.output.read_text(encoding="utf-8"))["rows"]
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")

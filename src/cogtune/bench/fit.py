@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cogtune.bench.report import Results, table
+from cogtune.bench.report import Results, shown_command, table
 from cogtune.errors import ConfigError
 
 ROW_SECONDS = 300
@@ -108,7 +108,7 @@ def _words(name: str, model: str, extra: Sequence[str], capped: bool) -> list[st
 
 def _run(name: str, row: FitRow, words: list[str]) -> dict[str, Any]:
     """One row in its own process."""
-    found: dict[str, Any] = {"name": name, "command": " ".join(["cogtune bench", *words]), "target_gib": row.target,
+    found: dict[str, Any] = {"name": name, "command": shown_command(["cogtune", "bench", *words]), "target_gib": row.target,
                              "cap_gib": row.cap, "target_ms": row.milliseconds}  # fmt: skip
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

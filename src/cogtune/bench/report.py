@@ -39,6 +39,20 @@ def circumstances(command: str) -> dict[str, Any]:
     }
 
 
+def shown_command(words: Sequence[str]) -> str:
+    """A command as a result file keeps it: one that anybody can type. The file it writes is left out, and of a folder
+    of this machine only the last name stands."""
+    kept, rest = list[str](), list(words)
+    while rest:
+        word = rest.pop(0)
+        if word == "--json":
+            del rest[:1]
+        elif not word.startswith("--json="):
+            shown = Path(word).name if word.startswith(("/", "~", "./", "../")) else word
+            kept.append(f'"{shown}"' if " " in shown else shown)
+    return " ".join(kept)
+
+
 def commit() -> str | None:
     """The commit of the checkout this runs from, or of the file COMMIT beside it where git's folder did not travel."""
     root = Path(cogtune.__file__).resolve().parents[2]

@@ -295,5 +295,7 @@ def _steps_of(
 
 
 def _command() -> str:
-    shown = (f'"{word}"' if " " in word else word for word in sys.argv[1:])
-    return " ".join(["cogtune", *shown])
+    """The command line, without where its results go; see `shown_command`."""
+    from cogtune.bench.report import shown_command
+
+    return shown_command(["cogtune", *sys.argv[1:]])

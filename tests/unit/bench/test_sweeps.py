@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from cogtune.bench.report import Results
+from cogtune.bench.report import Results, shown_command
 from cogtune.bench.sweeps import NAMES, against_plan, check_series, over_the_line, sweep_variants
 from cogtune.bench.variants import parse_variants
 from cogtune.errors import ConfigError
@@ -41,3 +41,9 @@ def test_every_sweeps_variants_are_whole_and_share_what_they_can(name: str) -> N
 def test_an_unknown_sweep() -> None:
     with pytest.raises(ConfigError, match="no sweep"):
         sweep_variants("colour")
+
+
+def test_a_kept_command_names_no_folder_of_this_machine() -> None:
+    words = ["cogtune", "bench", "train", "--json", "/home/me/x.json", "--model", "/data/base", "--variant", "a b=c"]
+    assert shown_command(words) == 'cogtune bench train --model base --variant "a b=c"'
+    assert shown_command(["cogtune", "--json=/home/me/x.json", "lora.rank=8"]) == "cogtune lora.rank=8"
