@@ -108,8 +108,13 @@ def _words(name: str, model: str, extra: Sequence[str], capped: bool) -> list[st
 
 def _run(name: str, row: FitRow, words: list[str]) -> dict[str, Any]:
     """One row in its own process."""
-    found: dict[str, Any] = {"name": name, "command": shown_command(["cogtune", "bench", *words]), "target_gib": row.target,
-                             "cap_gib": row.cap, "target_ms": row.milliseconds}  # fmt: skip
+    found: dict[str, Any] = {
+        "name": name,
+        "command": shown_command(["cogtune", "bench", *words]),
+        "target_gib": row.target,
+        "cap_gib": row.cap,
+        "target_ms": row.milliseconds,
+    }
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "row.json"
