@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -85,13 +85,21 @@ def run(values: dict[str, str], log: Path, *, lose: int | None = None) -> dict[s
     if lose is not None:
         while not list(Path(values["train.output"]).glob("checkpoint-*")) and hosts[lose].poll() is None:
             time.sleep(0.01)
-        os.killpg(hosts[lose].pid, signal.SIGKILL)
+        _lose(lose)
         lost = time.monotonic()
         hosts[1 - lose].wait(timeout=180)
         found["seconds until the other host ended"] = round(time.monotonic() - lost, 1)
     codes = [host.wait(timeout=300) for host in hosts]
     text = "".join(path.read_text(errors="replace") for path in logs)
     return {**found, "codes": codes, "seconds": round(time.monotonic() - began, 1), "text": text}
+
+
+def _lose(host: int) -> None:
+    """SIGKILL to everything on a host: torchrun's ranks have sessions of their own and would outlive it."""
+    found = subprocess.check_output(["ip", "netns", "pids", HOSTS[host]], text=True).split()
+    for pid in found:
+        with suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
 
 
 def values_for(folder: Path, output: Path, rows: int, **more: str) -> dict[str, str]:
