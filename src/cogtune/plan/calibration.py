@@ -13,7 +13,9 @@ class Allocator:
     fixed remainder of half-used blocks."""
 
     share: float = 0.05
-    fixed: int = 300 * MIB
+    recomputed: float = 0.28
+    """The share where all layers are recomputed: every layer's tensors come and go."""
+    fixed: int = 200 * MIB
     per_layer: int = 9 * MIB
     """Counted as in use: kept tensors lie in blocks that are up to a mebibyte larger, some twenty of them a layer."""
 

@@ -24,7 +24,7 @@ class Phase:
     name: str
     parts: Mapping[str, int]
     passing: int = 0
-    """Of them: made and freed again and again, which leaves gaps in what the allocator holds."""
+    """Of them: made and freed again and again, which leaves gaps in what the allocator holds; weighted by how often."""
     host: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -197,7 +197,8 @@ def _train(setting: Setting) -> Phase:
     parts["workspace"] = moment.workspace + LIBRARIES + ALLOCATOR.per_layer * kept
     parts["batch"] = batch_bytes(setting)
     parts["communication"] = communication_bytes(setting)
-    passing = moment.total
+    recomputed = len(setting.decoder) / setting.sizes.num_hidden_layers
+    passing = round(moment.total * (1 + recomputed * (ALLOCATOR.recomputed / ALLOCATOR.share - 1)))
     # at the update activations are gone, but the optimiser works on whole lists of tensors at once
     update = FLOAT32 * setting.adapter_parameters() * (2 if setting.optimizer == "adamw" else 1)
     spare = update + 4 * setting.adapter_parameters() - moment.total

@@ -200,7 +200,7 @@ def test_two_cards_as_measured(engine: str, ranks: int, tensor: int, seconds: fl
     base = Setting(adapter=adapter, tower="cached").with_recomputed(32).with_batch(rows=4)
     setting = replace(base, engine=engine, ranks=ranks, tensor=tensor)
     assert step_time(setting, REFERENCE).seconds == pytest.approx(seconds, rel=0.03)
-    assert predict(setting).phase("train").reserved / GIB == pytest.approx(gib, abs=0.5)
+    assert predict(setting).phase("train").allocated / GIB == pytest.approx(gib, abs=0.5)
 
 
 def test_a_network_between_hosts_costs_more_than_links_inside_one() -> None:
