@@ -380,22 +380,12 @@ def nf4(rows: Rows) -> None:
     """Dequantising alone, then steps with NF4 experts, recomputation and cached features."""
     import bitsandbytes as bnb
 
-    from cogtune.model import nf4 as fast
     from cogtune.model.checkpointing import enable_checkpointing
 
     for shape in ((14336, 4096), (6144, 4096), (4096, 14336)):
         packed, state = bnb.functional.quantize_4bit(noise(*shape), quant_type="nf4", compress_statistics=True)
-        outer = state.state2
-        arguments = (
-            packed, state.absmax, state.code, outer.absmax, outer.code, state.offset, state.blocksize, outer.blocksize,
-            torch.bfloat16,
-        )  # fmt: skip
         rows.add(f"dequantise {shape} bitsandbytes", lambda p=packed, s=state: {
             "ms": gpu_ms(lambda: bnb.functional.dequantize_4bit(p, s))})  # fmt: skip
-        rows.add(f"dequantise {shape} generated", lambda a=arguments, s=state: {
-            "ms": gpu_ms(lambda: fast._generated(*a)),
-            "difference": float((fast._generated(*a) - bnb.functional.dequantize_4bit(a[0], s).flatten()).abs().max()),
-        })  # fmt: skip
     model = random_full_size()
     with torch.no_grad():
         features = model.model.encode_images(noise(1, 3, 1344, 1344))
@@ -407,16 +397,13 @@ def nf4(rows: Rows) -> None:
     model.is_loaded_in_4bit = True
     trained = Trained(model, ["vision_expert_query_key_value"], 8)
     enable_checkpointing(model)
-    fast._HAS_COMPILER = False
-    rows.add("nf4 bitsandbytes, recomputed, eager", lambda: trained.steps(cached, 4))
-    fast._HAS_COMPILER = True
-    rows.add("nf4 generated, recomputed, eager", lambda: trained.steps(cached, 4))
+    rows.add("nf4 recomputed, eager", lambda: trained.steps(cached, 4))
     compile_layers(model)
-    rows.add("nf4 generated, recomputed, compiled", lambda: trained.steps(cached, 6))
+    rows.add("nf4 recomputed, compiled", lambda: trained.steps(cached, 6))
     rows.add("nf4 kernels", lambda: trained.kernels(cached))
     for layer in model.model.layers:
         layer.gradient_checkpointing = False
-    rows.add("nf4 generated, compiled", lambda: trained.steps(cached, 6))
+    rows.add("nf4 compiled", lambda: trained.steps(cached, 6))
 
 
 def main(output: Path, names: list[str]) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from cogtune.model.nf4 import generates, nf4_linear
+from cogtune.model.nf4 import dequantises, nf4_linear
 
 
 class FourBitLinear(bnb.nn.Linear4bit):
@@ -26,7 +26,7 @@ class FourBitLinear(bnb.nn.Linear4bit):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         # the state is taken from the module: engines replace the parameter and do not know what is written on it
-        if generates(x, self.quant_state):
+        if dequantises(x, self.quant_state):
             return nf4_linear(x, self.weight, self.quant_state, bias)
         product: torch.Tensor = bnb.matmul_4bit(x, self.weight, bias=bias, quant_state=self.quant_state)
         return product

@@ -44,6 +44,6 @@ def test_an_unknown_sweep() -> None:
 
 
 def test_a_kept_command_names_no_folder_of_this_machine() -> None:
-    words = ["cogtune", "bench", "train", "--json", "/home/me/x.json", "--model", "/data/base", "--variant", "a b=c"]
+    words = ["cogtune", "bench", "train", "--json", "/data/me/x.json", "--model", "/data/base", "--variant", "a b=c"]
     assert shown_command(words) == 'cogtune bench train --model base --variant "a b=c"'
-    assert shown_command(["cogtune", "--json=/home/me/x.json", "lora.rank=8"]) == "cogtune lora.rank=8"
+    assert shown_command(["cogtune", "--json=/data/me/x.json", "lora.rank=8"]) == "cogtune lora.rank=8"

@@ -10,7 +10,7 @@ import torch
 
 bnb = pytest.importorskip("bitsandbytes")
 
-from cogtune.model.nf4 import dequantize, generates, nf4_linear  # noqa: E402
+from cogtune.model.nf4 import dequantises, nf4_linear  # noqa: E402
 
 
 def _layer(*, bias: bool, nested: bool, dtype: torch.dtype = torch.float32) -> Any:
@@ -41,17 +41,28 @@ def _run(layer: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return out.detach(), x.grad
 
 
-@pytest.mark.parametrize("nested", [True, False])
-def test_values_are_bitsandbytes_own(nested: bool) -> None:
-    layer = _layer(bias=False, nested=nested)
+def _slowly(layer: Any) -> torch.Tensor:
+    """The weight from its codes and scales, value by value as the format is described."""
     state = layer.weight.quant_state
-    outer = state.state2 if nested else None
-    found = dequantize(
-        layer.weight, state.absmax, state.code, outer.absmax if outer else None, outer.code if outer else None,
-        state.offset if nested else None, state.blocksize, outer.blocksize if outer else 1, torch.float32,
-    )  # fmt: skip
-    wanted = bnb.functional.dequantize_4bit(layer.weight, state)
-    torch.testing.assert_close(found.view(192, 128), wanted, rtol=1e-6, atol=1e-7)
+    scale = state.absmax
+    if state.nested:
+        outer = state.state2
+        block = torch.arange(scale.shape[0]) // outer.blocksize
+        scale = outer.code[scale.int()] * outer.absmax[block] + state.offset
+    flat = layer.weight.data.flatten()
+    values = state.code[torch.stack([flat >> 4, flat & 15], dim=1).flatten().int()]
+    return (values * scale[torch.arange(values.shape[0]) // state.blocksize]).view(state.shape)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_the_product_is_with_the_values_the_codes_stand_for(nested: bool) -> None:
+    layer = _layer(bias=False, nested=nested)
+    x = torch.randn(20, 128)
+    out, gradient = _run(_Ours(layer), x)
+    weight = _slowly(layer)
+    torch.testing.assert_close(out, x @ weight.T, rtol=1e-5, atol=1e-5)
+    wanted = torch.linspace(-1, 1, out.numel()).view(out.shape) @ weight
+    torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -82,15 +93,14 @@ def test_no_dequantised_weight_is_kept_and_a_compiled_layer_is_one_graph() -> No
     torch.testing.assert_close(_run(compiled, x.detach()), _run(layer, x.detach()))
 
 
-def test_it_is_chosen_on_a_gpu_for_more_than_a_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cogtune.model.nf4._HAS_COMPILER", True)
+def test_it_is_chosen_on_a_gpu_for_more_than_a_few_tokens() -> None:
     state = SimpleNamespace(quant_type="nf4")
 
     def on_gpu(rows: int, gradient: bool = False) -> Any:
         return SimpleNamespace(is_cuda=True, requires_grad=gradient, shape=(rows, 8), numel=lambda: rows * 8)
 
-    assert not generates(torch.zeros(400, 8), state)
-    assert generates(on_gpu(400), state)
-    assert generates(on_gpu(1, gradient=True), state)
-    assert not generates(on_gpu(1), state)
-    assert not generates(on_gpu(400), SimpleNamespace(quant_type="fp4"))
+    assert not dequantises(torch.zeros(400, 8), state)
+    assert dequantises(on_gpu(400), state)
+    assert dequantises(on_gpu(1, gradient=True), state)
+    assert not dequantises(on_gpu(1), state)
+    assert not dequantises(on_gpu(400), SimpleNamespace(quant_type="fp4"))
