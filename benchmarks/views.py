@@ -101,10 +101,20 @@ def _by_kind(score: dict[str, Any], kinds: Sequence[str]) -> list[Cell]:
     return [_percent(score["by_kind"][kind]) for kind in kinds]
 
 
+def mistakes(content: dict[str, Any], chinese: bool) -> str:
+    """Every mistake and its message, in both languages beside each other."""
+    rows: list[list[Cell]] = [
+        [row["mistake"], row["exit code"], row["en"].replace("\n", "<br>"), row["zh"].replace("\n", "<br>")]
+        for row in content["rows"]
+    ]
+    return markdown(["mistake", "exit", "English", "中文"], rows)
+
+
 VIEWS: dict[str, Callable[[dict[str, Any], bool], str]] = {
     "data-scaling": data_scaling,
     "demo": demo,
     "full-size-h100": full_size,
+    "mistakes": mistakes,
     "proofs": proofs,
 }
 """Result file -> its view. A file without one brings its own ``"table"``."""

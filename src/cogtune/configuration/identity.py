@@ -49,6 +49,7 @@ MAY_CHANGE = frozenset(
         "parallel.launch",
         "parallel.offload",
         "parallel.keep_gathered",
+        "log.level",
         "log.steps",
         "log.tensorboard",
     }

@@ -412,6 +412,9 @@ class LogSection(Section):
     steps: int = Field(
         default=10, ge=1, description="Optimiser steps between lines on the console and in metrics.jsonl."
     )
+    level: Literal["info", "warning", "error"] = Field(
+        default="info", description="Least important kind of line the console shows; run.log keeps all of them."
+    )
     tensorboard: bool = Field(default=True, description="Write TensorBoard events into the output folder.")
 
 

@@ -93,7 +93,7 @@ def fill_cache(config: RunConfig) -> FillReport:
     Started by torchrun, all processes share the work. Raises what `ensure` raises with ``data.cache_features: on``, and
     Stopped after a signal; what was computed stays.
     """
-    with StopSignal(), console(int(os.environ.get("RANK", "0"))):
+    with StopSignal(), console(int(os.environ.get("RANK", "0")), config.log.level):
         config = apply_deepspeed(config, world_size=Group.launched_ranks())[0].with_values(
             {"data.cache_features": "on"}
         )

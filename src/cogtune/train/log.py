@@ -45,9 +45,10 @@ class _Console(logging.Handler):
 
 
 @contextmanager
-def console(rank: int) -> Iterator[None]:
-    """Show messages on the console, on rank 0 only."""
+def console(rank: int, level: str = "info") -> Iterator[None]:
+    """Show messages from ``level`` on (info, warning, error) on the console, on rank 0 only."""
     handler: logging.Handler = _Console() if rank == 0 else logging.NullHandler()
+    handler.setLevel(level.upper())
     with _attached(handler):
         yield
 

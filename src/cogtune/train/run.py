@@ -83,7 +83,7 @@ def _train(config: RunConfig, dry_run: bool, force: bool) -> TrainResult:
     """The main path."""
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
-        stack.enter_context(console(int(os.environ.get("RANK", "0"))))
+        stack.enter_context(console(int(os.environ.get("RANK", "0")), config.log.level))
         config, warnings = apply_deepspeed(config, world_size=Group.launched_ranks())
         for line in warnings:
             log.warning(line)
