@@ -65,6 +65,8 @@ class Loop:
         self.reporter = Reporter(self.metrics, progress, self.total_steps, self.config.log.steps, engine.device)
         self.stop.wait_for_step()
         engine.module.train()
+        if self.validation is not None and self._validation_due() and progress.validated_step != progress.step:
+            self._pause()  # a signal cut this step's validation short; the best checkpoint may hang on it
         if progress.step < self.total_steps and not progress.stopped_early:
             for step in self.feed.steps(progress.position):
                 lr = current_lr(engine.optimizer)
@@ -137,9 +139,7 @@ class Loop:
         last = progress.step == self.total_steps
         due = last or progress.step % train.save_steps == 0
         stopping = self.engine.group.any(self.stop.number is not None)
-        every = self.config.eval.steps
-        validating = last or (progress.step % every == 0 if every is not None else due)
-        better = not stopping and validating and self._validate()
+        better = not stopping and self._validation_due() and self._validate()
         stopping = stopping or self.engine.group.any(self.stop.number is not None)
         if due or better or stopping or progress.stopped_early:
             self.save(better)
@@ -148,6 +148,11 @@ class Loop:
             number = next(number for number in numbers if number is not None)
             raise self.stop.stopped(number, f"step {progress.step} of {self.total_steps} is saved")
         self.reporter.away(time.perf_counter() - began)
+
+    def _validation_due(self) -> bool:
+        """Whether the step that was done last, if there is one, is followed by a validation."""
+        step, every = self.progress.step, self.config.eval.steps or self.config.train.save_steps
+        return step > 0 and (step == self.total_steps or step % every == 0)
 
     def _validate(self) -> bool:
         """Measure on validation data; whether the loss is the best so far."""
