@@ -11,6 +11,7 @@ What a code means and what to do about it stands once, in both languages, in ``e
 from __future__ import annotations
 
 import os
+import re
 from functools import cache, partial
 from importlib import resources
 from typing import NamedTuple
@@ -68,6 +69,7 @@ def render(code: str, message: str, hint: str | None = None) -> str:
         return f"error[{code}]: {message}" + (f"\nhint: {hint}" if hint else "")
     entry = catalogue().get(code)
     cause, fix = (entry.cause_zh, entry.fix_zh) if entry else ("没有登记的错误码", "见详情")
+    fix = re.sub(r"\[([^]]+)\]\(([^)]+)\)", r"\1（docs/zh/\2）", fix)  # the pages' links, for a terminal
     return f"错误[{code}]：{cause}\n详情：{message}\n处理：{fix}" + (f"\n提示：{hint}" if hint else "")
 
 

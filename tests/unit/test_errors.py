@@ -27,6 +27,11 @@ def test_chinese_says_cause_and_remedy_and_keeps_the_details(monkeypatch, value)
     assert hint == "提示：a conversation ends with the assistant"
 
 
+def test_a_link_of_the_page_is_a_path_on_the_terminal(monkeypatch):
+    monkeypatch.setenv("COGTUNE_LANG", "zh")
+    assert "处理：见数据格式（docs/zh/guides/data.md）" in render("data-no-images", "x")
+
+
 def test_another_language_is_refused_with_the_ones_there_are(monkeypatch):
     monkeypatch.setenv("COGTUNE_LANG", "fr")
     with pytest.raises(InputError, match="fr; there is en and zh"):
