@@ -103,8 +103,9 @@ def _by_kind(score: dict[str, Any], kinds: Sequence[str]) -> list[Cell]:
 
 def mistakes(content: dict[str, Any], chinese: bool) -> str:
     """Every mistake and its message, in both languages beside each other."""
+    # many of these keys and files do not exist, on purpose: they are quoted as words, not as code
     rows: list[list[Cell]] = [
-        [row["mistake"], row["exit code"], row["en"].replace("\n", "<br>"), row["zh"].replace("\n", "<br>")]
+        [row["mistake"], row["exit code"], *(row[name].replace("\n", "<br>").replace("`", "") for name in ("en", "zh"))]
         for row in content["rows"]
     ]
     return markdown(["mistake", "exit", "English", "中文"], rows)
