@@ -169,13 +169,13 @@ def _no_data(place: Place) -> list[str]:
     return place.train()
 
 
-@_case("model folder that does not exist", "nowhere", "hf download", "modelscope")
+@_case("model folder that does not exist", "nowhere", "cogtune download model", "--source modelscope")
 def _no_model(place: Place) -> list[str]:
     place.base = place.base / "nowhere"
     return place.train()
 
 
-@_case("model folder without shards", "model.safetensors.index.json", "hf download", "modelscope")
+@_case("model folder without shards", "model.safetensors.index.json", "cogtune download model", "--source modelscope")
 def _no_shards(place: Place) -> None:
     for file in [*_shards(place), place.base / "model.safetensors.index.json"]:
         file.unlink()

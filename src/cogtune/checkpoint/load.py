@@ -25,7 +25,6 @@ from cogtune.checkpoint.place import Builder, Cutting, Placement, require_filled
 from cogtune.checkpoint.quantize import Quantization, mark_for_adapters
 from cogtune.checkpoint.stream import Stored, find_stored, stream
 from cogtune.configuration.model import CogVLM2Config
-from cogtune.configuration.run import PUBLISHED_MODEL
 from cogtune.errors import CheckpointError, SetupError
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.pretrained import require_exact
@@ -35,8 +34,8 @@ from cogtune.model.vision import TOWER_PARTS, VisionModel
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 ROUTES = (
-    f"fetch it with `hf download {PUBLISHED_MODEL} --local-dir cogvlm2` or "
-    "`modelscope download --model ZhipuAI/cogvlm2-llama3-chat-19B --local_dir cogvlm2`, then pass that folder"
+    "fetch it with `cogtune download model --output cogvlm2` (from Hugging Face) or `cogtune download model --source "
+    "modelscope --output cogvlm2`, then pass that folder"
 )
 
 
