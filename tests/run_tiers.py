@@ -59,7 +59,7 @@ def run_tier(tier: str, extra: list[str]) -> dict[str, float | int | str]:
             *extra,
         ]
         if tier != "gpu":
-            command += ["-m", "not gpu"]
+            command += ["-m", "not gpu and not campaign"]
         if workers(tier):
             command += ["-n", str(workers(tier)), "--dist", "loadfile"]
         print(f"\n== {tier}: pytest {' '.join(TIERS[tier])}", flush=True)

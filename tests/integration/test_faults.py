@@ -30,7 +30,7 @@ def test_a_few_kills(tmp_path: Path) -> None:
     assert found["steps done again, most"] <= found["save_steps"]
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_every_other_fault_once(tmp_path: Path) -> None:
     found = campaign(tmp_path, "--kills", "0", "--others", "1")
     assert all(kind["trials"] == 1 and kind["failed"] == 0 for kind in found["other faults"].values())
