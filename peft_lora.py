@@ -3,7 +3,9 @@
 import sys
 
 from cogtune.cli.main import guarded
+from cogtune.configuration.allocator import prepare_allocator
 from cogtune.train.published import train_published
 
 if __name__ == "__main__":
+    prepare_allocator()  # torch is imported behind it
     sys.exit(guarded(lambda: train_published(sys.argv[1:])))

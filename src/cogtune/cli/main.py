@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 import cogtune
+from cogtune.configuration.allocator import prepare_allocator
 from cogtune.errors import CogtuneError, language, render
 
 COMMANDS = ("doctor", "download", "init", "plan", "train", "chat", "predict", "merge", "data", "demo", "bench")
@@ -71,6 +72,7 @@ def make_app(commands: Sequence[str] = COMMANDS) -> typer.Typer:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point: run the command line and return its exit code."""
+    prepare_allocator()
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == [f"--local_rank={os.environ.get('LOCAL_RANK')}"]:
         given.pop(0)  # `deepspeed --module cogtune ...` says it here as well as in the environment, which we read

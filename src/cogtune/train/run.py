@@ -15,6 +15,7 @@ from cogtune.adapters.attach import attach, computed_by_peft, describe
 from cogtune.checkpoint import training as checkpoints
 from cogtune.checkpoint.load import load_model
 from cogtune.checkpoint.quantize import Quantization
+from cogtune.configuration.allocator import describe_allocator
 from cogtune.configuration.deepspeed import apply_deepspeed
 from cogtune.configuration.run import RunConfig
 from cogtune.errors import DataError, DiskFullError
@@ -167,6 +168,8 @@ def _announce(config: RunConfig, inputs: Inputs, engine: Engine, dtype: torch.dt
         f"{record.total_steps} steps of {record.global_batch} rows "
         f"({record.batch_size} per rank x {record.ranks} ranks x {record.accumulation} accumulated)"
     )
+    if engine.device.type == "cuda":
+        log.info(describe_allocator())
     if engine.name == "single" and devices > 1:
         log.info(f"using one of {devices} GPUs; for all: --parallel.launch all")
 
