@@ -75,11 +75,20 @@ class TimedFeed:
     a wait of the host in between.
     """
 
-    def __init__(self, batches: list[Batch], device: torch.device, *, warm: int, steps: int, accumulation: int) -> None:
+    def __init__(
+        self,
+        batches: list[Batch],
+        device: torch.device,
+        *,
+        warm: int,
+        steps: int,
+        accumulation: int,
+        from_empty: bool = True,
+    ) -> None:
         self._batches, self._device = batches, device
         self._warm, self._steps, self._accumulation = warm, steps, accumulation
         self._marks: list[Any] = []
-        self._graphs = 0
+        self._graphs, self._from_empty = 0, from_empty
         self.timing = Timing()
 
     @property
@@ -91,7 +100,8 @@ class TimedFeed:
         return 0
 
     def steps(self, start: Position) -> Iterator[StepBatches]:
-        reset_peak(self._device)
+        if self._from_empty:
+            reset_peak(self._device)
         self._graphs, began = compiled_graphs(), time.perf_counter()
         for number in range(self.total):
             if number == 1:

@@ -20,6 +20,7 @@ from cogtune.bench.variants import Variant
 from cogtune.configuration.run import RunConfig
 from cogtune.errors import ConfigError
 from cogtune.model.checkpointing import enable_checkpointing, recomputed_layers
+from cogtune.model.compile import prepare_compiling
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.train import engines
 from cogtune.train.feed import Batch
@@ -28,7 +29,7 @@ from cogtune.train.loop import Loop
 from cogtune.train.optim import build_optimizer
 from cogtune.train.precision import choose_dtype
 from cogtune.train.progress import Progress
-from cogtune.train.run import assemble
+from cogtune.train.run import assemble, compiles
 from cogtune.train.watch import StopSignal
 
 DIFFERENT_BATCHES = 4
@@ -60,6 +61,8 @@ class Bench:
         self.config, self.engine = variant.config, engines.start(variant.config)
         self.dtype = choose_dtype(variant.config, self.engine.device)
         reset_peak(self.engine.device)
+        if not variant.baseline and compiles(variant.config, self.engine):
+            prepare_compiling(self.engine.device)
         self.base = build_base(variant.config, self.engine, self.dtype, cached=cached)
         self.loading = Loading(began, self.engine.device, cached)
         if variant.baseline:
@@ -92,12 +95,23 @@ class Bench:
             rank=self.engine.group.rank,
         )  # fmt: skip
 
-    def run(self, variant: Variant, batches: list[Batch], *, warm: int, steps: int) -> Timing:
-        """``warm`` steps that are not measured and ``steps`` that are; the adapter trains on from block to block."""
+    def run(self, variant: Variant, batches: list[Batch], *, warm: int, steps: int, from_empty: bool = True) -> Timing:
+        """``warm`` steps that are not measured and ``steps`` that are; the adapter trains on from block to block.
+
+        ``from_empty``: the allocator begins without reserves, so that the peak is this block's own; its first steps
+        then wait for memory.
+        """
         config = variant.config
         if not variant.baseline:
             set_recomputed(self.base, config)
-        feed = TimedFeed(batches, self.engine.device, warm=warm, steps=steps, accumulation=config.train.accumulation)
+        feed = TimedFeed(
+            batches,
+            self.engine.device,
+            warm=warm,
+            steps=steps,
+            accumulation=config.train.accumulation,
+            from_empty=from_empty,
+        )
         losses = _Losses()
         loop = Loop(
             self.engine, config, cast(Any, feed), None, Progress(), feed.total, losses, StopSignal(), lambda best: None

@@ -86,7 +86,10 @@ def _measure_one(
     row |= {"ready_s": round(bench.ready, 2), **_by_rank(bench, row)}
     if breakdown:
         row["breakdown_ms"] = profile_steps(
-            lambda: bench.run(variant, batches, warm=0, steps=_PROFILED), bench.base, bench.engine.optimizer, _PROFILED
+            lambda: bench.run(variant, batches, warm=0, steps=_PROFILED, from_empty=False),
+            bench.base,
+            bench.engine.optimizer,
+            _PROFILED,
         )
     return row
 

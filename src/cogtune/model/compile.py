@@ -11,7 +11,11 @@ with a key/value cache is not compiled: its lengths change with every token, and
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache
 from types import MethodType
 from typing import Any
 
@@ -22,11 +26,37 @@ from cogtune.model.modeling import CogVLM2ForCausalLM, DecoderLayer
 from cogtune.model.vision import VisionLayer, VisionModel
 
 _MOST_KINDS = 64  # torch's own limit of 8 would run further kinds of layers uncompiled
+_WORKERS_READY = 60  # seconds to wait for them before the first layer is compiled without
 
 
 def can_compile(device: torch.device) -> bool:
     """Whether compiling pays by default: on a GPU for which torch can generate kernels."""
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def prepare_compiling(device: torch.device) -> None:
+    """Start torch's worker processes for generated kernels, in the background; best called before weights load.
+
+    Until they are up torch compiles kernel after kernel in this process, which was two thirds of the first step.
+    """
+    if can_compile(device):
+        _workers()
+
+
+@cache
+def _workers() -> Future[None]:
+    thread = ThreadPoolExecutor(1, thread_name_prefix="compile-workers")
+    started = thread.submit(_start_workers)
+    thread.shutdown(wait=False)
+    return started
+
+
+def _start_workers() -> None:
+    from torch._inductor.async_compile import AsyncCompile
+
+    if os.environ.get("TORCH_WARM_POOL", "1") == "1":  # torch's own switch
+        with suppress(TimeoutError):  # then the first kernels are compiled here, as without workers
+            AsyncCompile.wait_pool_ready(timeout=_WORKERS_READY)
 
 
 def compile_layers(model: CogVLM2ForCausalLM, backend: str | Any = "inductor", *, fullgraph: bool = False) -> None:
@@ -47,6 +77,9 @@ def compile_tower(vision: VisionModel, backend: str | Any = "inductor", *, fullg
 
 def _compile(kind: Any, layers: Iterable[Any], backend: str | Any, fullgraph: bool) -> None:
     compiled = torch.compile(kind.compute, backend=backend, dynamic=True, fullgraph=fullgraph)
+    layers = list(layers)
+    if backend == "inductor" and layers and can_compile(next(layers[0].parameters()).device):
+        _workers().result()
     for layer in layers:
         layer.compute = _Compute(kind.compute, compiled, layer)
 

@@ -12,6 +12,7 @@ faster and costs as much memory again, what bfloat16 costs.
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ FORMAT = torch.float8_e4m3fn
 LARGEST = torch.finfo(FORMAT).max
 _SMALLEST = 1e-12  # of a row's largest element; a row of zeros stays zeros
 _FIRST_CARD = (8, 9)  # Ada and Hopper
+_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def check_fp8(device: torch.device) -> None:
@@ -39,9 +41,14 @@ def check_fp8(device: torch.device) -> None:
         )
 
 
-def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x`` [M, I] in fp8 and the scale of each row, float32 [M, 1]: about ``quantized * scale``."""
-    wide = x.float()
+def quantize_rows(x: torch.Tensor, column_scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x`` [M, I], times ``column_scale`` [I], in fp8, and the scale of each row, float32 [M, 1]: about ``quantized *
+    scale``. On a GPU with Triton in one pass over ``x``."""
+    if _TRITON and x.is_cuda and x.shape[0]:
+        from cogtune.model.fp8_kernel import quantize_on_gpu
+
+        return quantize_on_gpu(x.contiguous(), column_scale, FORMAT, LARGEST, _SMALLEST)
+    wide = x.float() if column_scale is None else x.float() * column_scale
     scale = wide.abs().amax(-1, keepdim=True).clamp(min=_SMALLEST) / LARGEST
     return (wide / scale).clamp(-LARGEST, LARGEST).to(FORMAT), scale
 
@@ -56,12 +63,29 @@ def scaled_product(
 ) -> torch.Tensor:
     """``(a * scale_a) @ (b * scale_b).T + bias`` [M, N] of fp8 operands; scales are [M, 1] and [N, 1]."""
     if a_MK.is_cuda:
-        # The public torch.nn.functional.scaled_mm has no lowering in torch 2.11's compiler (decision 10).
+        # The public torch.nn.functional.scaled_mm cannot be traced by torch 2.11's compiler (decision 10).
         return torch._scaled_mm(
             a_MK, b_NK.t(), scale_a=scale_a, scale_b=scale_b.t(), bias=bias, out_dtype=dtype, use_fast_accum=True
         )
     product = (a_MK.float() @ b_NK.float().t()) * scale_a * scale_b.t()
     return (product if bias is None else product + bias.float()).to(dtype)
+
+
+def _product(
+    x_MI: torch.Tensor, weight_OI: torch.Tensor, scale_O: torch.Tensor, bias_O: torch.Tensor | None
+) -> torch.Tensor:
+    quantized, scale = quantize_rows(x_MI)
+    return scaled_product(quantized, weight_OI.view(FORMAT), scale, scale_O[:, None], bias_O, x_MI.dtype)
+
+
+def _gradient(
+    gradient_MO: torch.Tensor, weight_OI: torch.Tensor, scale_O: torch.Tensor, transposed_IO: torch.Tensor | None
+) -> torch.Tensor:
+    quantized, scale = quantize_rows(gradient_MO, scale_O)
+    if transposed_IO is None:
+        transposed_IO = weight_OI.t().contiguous()
+    ones = torch.ones(transposed_IO.shape[0], 1, dtype=torch.float32, device=scale.device)
+    return scaled_product(quantized, transposed_IO.view(FORMAT), scale, ones, None, gradient_MO.dtype)
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -77,23 +101,51 @@ class _FrozenProduct(torch.autograd.Function):
         bias_O: torch.Tensor | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(weight_OI, scale_O, transposed_IO)
-        quantized, scale = quantize_rows(x_MI)
-        return scaled_product(quantized, weight_OI.view(FORMAT), scale, scale_O[:, None], bias_O, x_MI.dtype)
+        return _product(x_MI, weight_OI, scale_O, bias_O)
 
     @staticmethod
     def backward(ctx: Any, gradient_MO: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
-        weight, scale_O, transposed = ctx.saved_tensors
-        quantized, scale = quantize_rows(gradient_MO.float() * scale_O)
-        if transposed is None:
-            transposed = weight.t().contiguous()
-        ones = torch.ones_like(transposed[:, :1], dtype=torch.float32)
-        return (
-            scaled_product(quantized, transposed.view(FORMAT), scale, ones, None, gradient_MO.dtype),
-            None,
-            None,
-            None,
-            None,
-        )
+        return _gradient(gradient_MO, *ctx.saved_tensors), None, None, None, None
+
+
+# The same for a compiler, in opaque steps: torch 2.11's cannot trace the function above where sizes are symbols.
+@torch.library.custom_op("cogtune::fp8_linear", mutates_args=())
+def _linear(
+    x_MI: torch.Tensor,
+    weight_OI: torch.Tensor,
+    scale_O: torch.Tensor,
+    transposed_IO: torch.Tensor | None,
+    bias_O: torch.Tensor | None,
+) -> torch.Tensor:
+    return _product(x_MI, weight_OI, scale_O, bias_O)
+
+
+@torch.library.custom_op("cogtune::fp8_input_gradient", mutates_args=())
+def _input_gradient(
+    gradient_MO: torch.Tensor, weight_OI: torch.Tensor, scale_O: torch.Tensor, transposed_IO: torch.Tensor | None
+) -> torch.Tensor:
+    return _gradient(gradient_MO, weight_OI, scale_O, transposed_IO)
+
+
+@_linear.register_fake
+def _(x_MI: torch.Tensor, weight_OI: torch.Tensor, *_rest: Any) -> torch.Tensor:
+    return x_MI.new_empty(x_MI.shape[0], weight_OI.shape[0])
+
+
+@_input_gradient.register_fake
+def _(gradient_MO: torch.Tensor, weight_OI: torch.Tensor, *_rest: Any) -> torch.Tensor:
+    return gradient_MO.new_empty(gradient_MO.shape[0], weight_OI.shape[1])
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:4])
+
+
+def _backward(ctx: Any, gradient_MO: torch.Tensor) -> tuple[Any, ...]:
+    return _input_gradient(gradient_MO.contiguous(), *ctx.saved_tensors), None, None, None, None
+
+
+_linear.register_autograd(_backward, setup_context=_remember)
 
 
 class Fp8Linear(nn.Linear):
@@ -136,5 +188,7 @@ class Fp8Linear(nn.Linear):
             return x.new_zeros(*x.shape[:-1], self.out_features) + 0 * x.sum()
         bias = None if self.bias is None else self.bias.to(x.dtype)
         scale = self.scale_bits.view(torch.float32)
-        product: torch.Tensor = _FrozenProduct.apply(flat, self.weight, scale, self.transposed, bias)
+        compiling = torch.compiler.is_compiling()
+        run = _linear if compiling else _FrozenProduct.apply
+        product: torch.Tensor = run(flat, self.weight, scale, self.transposed, bias)
         return product.view(*x.shape[:-1], self.out_features)

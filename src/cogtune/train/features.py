@@ -27,7 +27,7 @@ from cogtune.features.fill import FillSettings, Tower
 from cogtune.features.reader import FeatureReader
 from cogtune.features.store import default_folder
 from cogtune.features.variant import make_variant
-from cogtune.model.compile import can_compile, compile_tower
+from cogtune.model.compile import can_compile, compile_tower, prepare_compiling
 from cogtune.train.engines.group import Group, is_launched
 from cogtune.train.feed import Feed
 from cogtune.train.inputs import Inputs
@@ -176,6 +176,8 @@ def _loader(config: RunConfig, dtype: torch.dtype, device: torch.device, picture
     compiles = can_compile(device) and pictures >= _WORTH_COMPILING if asked == "auto" else asked
 
     def load() -> Tower:
+        if compiles:
+            prepare_compiling(device)
         quantization = Quantization(tower=config.quant.tower)
         vision = load_tower(config.model.path, dtype=dtype, device=device, quantization=quantization)
         if compiles:

@@ -22,7 +22,7 @@ from cogtune.errors import DataError, DiskFullError
 from cogtune.features.reader import FeatureReader
 from cogtune.generate.last_run import write_last_run
 from cogtune.model.checkpointing import enable_checkpointing, recomputed_layers
-from cogtune.model.compile import can_compile, compile_layers
+from cogtune.model.compile import can_compile, compile_layers, prepare_compiling
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.train import engines, features, folder, saver
 from cogtune.train.engines import Engine, Group
@@ -198,6 +198,8 @@ def _build(
 ) -> tuple[PeftModel, Progress]:
     """Base, adapter and optimiser in the engine, in the state of the checkpoint to start from if there is one."""
     checkpoint = plan.start.checkpoint
+    if compiles(config, engine):
+        prepare_compiling(engine.device)  # beside the loading
     model = assemble(load_base(config, engine, dtype, cached=cached), config, engine, checkpoint, layers)
     log.info(engine.describe())
     if checkpoint is not None:
@@ -241,7 +243,7 @@ def assemble(
         if checkpoint is not None:
             saver.restore_adapter(model, checkpoint)
         _recompute(base, config, layers)
-        if _compiles(config, engine):
+        if compiles(config, engine):
             compile_layers(base)
             log.info("layers are compiled at their first use (train.compile); the first step takes longer")
         _say_what_trains(model)
@@ -250,7 +252,7 @@ def assemble(
     return model
 
 
-def _compiles(config: RunConfig, engine: Engine) -> bool:
+def compiles(config: RunConfig, engine: Engine) -> bool:
     """What ``train.compile`` comes to. Engines that exchange weights inside a layer would break its graph."""
     asked = config.train.compile
     return can_compile(engine.device) and engine.name in ("single", "ddp") if asked == "auto" else asked
