@@ -8,7 +8,16 @@ from functools import lru_cache
 
 from cogtune.configuration.sizes import GIB
 from cogtune.plan.activations import CHUNK, TowerTable
-from cogtune.plan.calibration import ALLOCATOR, CONTEXT, HOST_PROCESS, HOST_WORKER, LIBRARIES, NCCL
+from cogtune.plan.calibration import (
+    CONTEXT,
+    EXPANDABLE,
+    HOST_PROCESS,
+    HOST_WORKER,
+    LIBRARIES,
+    NCCL,
+    SEGMENTS,
+    Allocator,
+)
 from cogtune.plan.setting import BYTES, Quant, Setting
 from cogtune.plan.sizes import Linear, ModelSizes, Part
 from cogtune.plan.step import peak
@@ -23,8 +32,8 @@ class Phase:
 
     name: str
     parts: Mapping[str, int]
-    passing: int = 0
-    """Of them: made and freed again and again, which leaves gaps in what the allocator holds; weighted by how often."""
+    slack: int = 0
+    """Gaps between what is made and freed again and again: reserved by the allocator, and not in use."""
     host: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -34,7 +43,7 @@ class Phase:
     @property
     def reserved(self) -> int:
         """What the caching allocator takes from the card."""
-        return round(self.allocated + ALLOCATOR.share * self.passing + ALLOCATOR.fixed)
+        return self.allocated + self.slack
 
     @property
     def host_bytes(self) -> int:
@@ -185,8 +194,13 @@ def communication_bytes(setting: Setting) -> int:
     return 0
 
 
+def allocator(setting: Setting) -> Allocator:
+    """The calibration of the allocator this run uses."""
+    return EXPANDABLE if setting.expandable else SEGMENTS
+
+
 def _train(setting: Setting) -> Phase:
-    moment = peak(setting)
+    moment, gaps = peak(setting), allocator(setting)
     parts = on_card(setting)
     parts["adapter"] = adapter_bytes(setting)
     parts["optimizer"] = optimizer_bytes(setting)
@@ -194,17 +208,16 @@ def _train(setting: Setting) -> Phase:
     parts["adapter gradients"] = moment.gradients
     parts["logits"] = moment.logits
     kept = setting.sizes.num_hidden_layers - len(setting.decoder)
-    parts["workspace"] = moment.workspace + LIBRARIES + ALLOCATOR.per_layer * kept
+    parts["workspace"] = moment.workspace + LIBRARIES + gaps.per_layer * kept
     parts["batch"] = batch_bytes(setting)
     parts["communication"] = communication_bytes(setting)
-    recomputed = len(setting.decoder) / setting.sizes.num_hidden_layers
-    passing = round(moment.total * (1 + recomputed * (ALLOCATOR.recomputed / ALLOCATOR.share - 1)))
     # at the update activations are gone, but the optimiser works on whole lists of tensors at once
     update = FLOAT32 * setting.adapter_parameters() * (2 if setting.optimizer == "adamw" else 1)
     spare = update + 4 * setting.adapter_parameters() - moment.total
     if spare > 0:
         parts["workspace"] += spare
-    return Phase("train", parts, passing, _host_training(setting))
+    slack = gaps.slack(moment.total, moment.again, FLOAT32 * setting.adapter_parameters())
+    return Phase("train", parts, slack, _host_training(setting))
 
 
 def _load(setting: Setting) -> Phase:
@@ -215,7 +228,7 @@ def _load(setting: Setting) -> Phase:
     if setting.shards > 1:  # a layer is whole before it is sharded
         staged += sum(weight_bytes(x, setting.quant.of(x), setting.dtype) for x in experts if ".layers.0." in x.name)
     parts["workspace"] = staged + LIBRARIES
-    return Phase("load", parts, staged, _host_loading(setting))
+    return Phase("load", parts, allocator(setting).slack(staged), _host_loading(setting))
 
 
 def fill(setting: Setting, images: int = 1) -> Phase:
@@ -226,7 +239,7 @@ def fill(setting: Setting, images: int = 1) -> Phase:
     pixels = images * vision.in_channels * vision.image_size**2 * (FLOAT32 + setting.width)
     running = TowerTable(setting, images).forward()
     parts |= {"activations": running, "batch": pixels, "workspace": LIBRARIES}
-    return Phase("fill", parts, running + pixels, _host_loading(setting))
+    return Phase("fill", parts, allocator(setting).slack(running + pixels), _host_loading(setting))
 
 
 def _evaluate(setting: Setting) -> Phase:
@@ -242,7 +255,7 @@ def _evaluate(setting: Setting) -> Phase:
     parts = on_card(own) | {"adapter": adapter_bytes(own), "optimizer": optimizer_bytes(own)}
     parts["workspace"] = max(running, vocabulary * (2 * FLOAT32 + own.width)) + LIBRARIES
     parts["batch"] = batch_bytes(own)
-    return Phase("evaluate", parts, parts["workspace"], _host_training(own))
+    return Phase("evaluate", parts, allocator(own).slack(parts["workspace"]), _host_training(own))
 
 
 def _save(setting: Setting) -> Phase:
@@ -250,7 +263,7 @@ def _save(setting: Setting) -> Phase:
     parts = on_card(setting) | {"adapter": adapter_bytes(setting), "optimizer": optimizer_bytes(setting)}
     host = dict(_host_training(setting))
     host["checkpoint"] = 3 * FLOAT32 * setting.adapter_parameters()
-    return Phase("save", parts, 0, host)
+    return Phase("save", parts, allocator(setting).fixed, host)
 
 
 def merge(setting: Setting) -> Phase:

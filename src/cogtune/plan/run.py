@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from cogtune.configuration.allocator import expandable
 from cogtune.configuration.deepspeed import read_deepspeed
 from cogtune.configuration.load import explicit_values
 from cogtune.configuration.run import RunConfig
@@ -53,6 +54,7 @@ def setting_of(config: RunConfig, rows: Rows, *, ranks: int = 1, card: Card | No
         workers=_workers(config),
         bucket=_bucket(config),
         offload=config.parallel.offload,
+        expandable=expandable(),
     )
     setting = _compiled(setting, config, card)
     return recomputed(setting, train.gradient_checkpointing)

@@ -107,7 +107,8 @@ def layer_index(name: str) -> int | None:
 @dataclass(frozen=True)
 class Setting:
     """Everything that decides memory and time. ``decoder`` and ``blocks``: indices of the decoder and tower layers
-    that are recomputed; ``accumulation`` micro-batches make a step; ``ranks`` are spread evenly over ``hosts``."""
+    that are recomputed; ``accumulation`` micro-batches make a step; ``ranks`` are spread evenly over ``hosts``;
+    ``expandable``: the allocator's segments grow in place."""
 
     sizes: ModelSizes = field(default_factory=ModelSizes)
     batch: Batch = S400
@@ -128,6 +129,7 @@ class Setting:
     workers: int = 4
     bucket: int = 500_000_000
     offload: str = "none"
+    expandable: bool = True
 
     @property
     def width(self) -> int:

@@ -15,13 +15,15 @@ from cogtune.plan.setting import Setting
 @dataclass(frozen=True)
 class Moment:
     """Bytes beyond weights and optimiser at one moment of a step: kept activations, gradients of the adapter so far,
-    the logits with theirs, and what the running operation needs."""
+    the logits with theirs, and what the running operation needs. ``again``: of them, what a recomputed layer has just
+    made anew and needs."""
 
     name: str
     activations: int
     gradients: int
     logits: int
     workspace: int
+    again: int = 0
 
     @property
     def total(self) -> int:
@@ -47,10 +49,12 @@ def moments(setting: Setting) -> list[Moment]:
     for index in reversed(range(layers)):
         running -= kept[index]
         layer = decoder[index]
-        own = layer.saved + (layer.entry if index in setting.decoder else 0)
+        recomputed = index in setting.decoder
+        own = layer.saved + (layer.entry if recomputed else 0)
+        again = layer.saved + layer.backward if recomputed else 0
         share = gradients if setting.accumulation > 1 else round(gradients * (layers - index) / layers)
         if layer.saved:
-            found.append(Moment(f"backward {index}", running + own, share, 0, layer.backward))
+            found.append(Moment(f"backward {index}", running + own, share, 0, layer.backward, again))
     if vision.backward:
         found.append(Moment("vision backward", held, gradients, 0, vision.backward))
     return found

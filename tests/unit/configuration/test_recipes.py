@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,7 @@ def test_the_planner_says_that_a_recipe_fits_its_card(name: str) -> None:
     assert longest >= 2307 + config.data.max_input_len + config.data.max_output_len + 1, "one answer alone is too long"
     row = Batch(images=1, text=longest - 2306, labelled=longest - 2307)
     setting = setting_of(config, Rows(1000, 1000, row, row), ranks=count, card=find_card(card))
+    setting = replace(setting, expandable=True)  # as the command line has it
     room = find_card(card).usable
     if config.train.gradient_checkpointing == "auto":
         assert checkpointing(setting, room) is not None
