@@ -39,6 +39,9 @@ class CogVLM2Generation(GenerationMixin):
             for name, fill in (("token_type_ids", torch.zeros_like), ("attention_mask", torch.ones_like)):
                 if kwargs.get(name) is None:
                     kwargs[name] = fill(input_ids)
+            # known once for the whole answer: rows without padding need no mask, with which attention is slower and
+            # may write out all scores
+            kwargs["padded"] = not bool(kwargs["attention_mask"].all())
         pixels = kwargs.pop("pixel_values", None)
         if pixels is not None:
             if kwargs.get("image_features") is not None:
@@ -73,15 +76,16 @@ class CogVLM2Generation(GenerationMixin):
         is_first_iteration: bool = False,
         use_cache: bool | None = True,
         logits_to_keep: int | torch.Tensor = 1,
+        padded: bool = True,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The hook ``generate()`` calls before every forward: types, positions and mask of the whole sequence, ids of
-        the new columns only."""
+        the new columns only. ``padded``: whether the mask hides anything; one that does not is left out."""
         past = past_key_values if cache is None else cache
         device = self.device
         input_ids = input_ids.to(device)
         types = self._whole_types(input_ids, token_type_ids)
-        mask = None if attention_mask is None else attention_mask.to(device)
+        mask = None if attention_mask is None or not padded else attention_mask.to(device)
         new = input_ids.shape[1] if next_sequence_length is None else next_sequence_length
         whole = new == input_ids.shape[1]
         inputs: dict[str, Any] = {

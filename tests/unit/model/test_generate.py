@@ -182,3 +182,23 @@ def test_what_generate_refuses(model: CogVLM2ForCausalLM) -> None:
     with pytest.raises(ValueError, match="one image a row"):
         model.generate(**two, pixel_values=pixels, num_beams=2)
     assert _greedy(model, two | {"pixel_values": pixels}, 2).shape == (1, 2)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_mask_that_hides_nothing_is_left_out(model: CogVLM2ForCausalLM, given: bool) -> None:
+    """With one, a GPU's attention writes out all scores of the prompt."""
+    masks: list[torch.Tensor | None] = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    try:
+        whole = _batch([_row([70, 71, 72, 73])], images=1)
+        if not given:
+            del whole["attention_mask"]
+        _greedy(model, whole, 3, min_new_tokens=3)
+        assert masks == [None] * 3
+        masks.clear()
+        _greedy(model, _batch([_row([70, 71, 72, 73]), _row([70])], images=2), 3, min_new_tokens=3)
+        assert [None if mask is None else tuple(mask.shape) for mask in masks] == [(2, 11), (2, 12), (2, 13)]
+    finally:
+        hook.remove()
