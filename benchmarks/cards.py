@@ -17,15 +17,16 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-TEXT, LABELLED = 400, 200
+from benchmarks.random_model import LABELLED, build, fill, sample
+
 WARM, STEPS = 2, 6
 ROW_SECONDS = 240
 DECODED = 64  # tokens over which decoding is timed
@@ -44,6 +45,9 @@ class Row:
     keep_gathered: str = "0"
     offload: str = "none"
     decode: bool = False  # also answer with the trained model, greedily, one row
+    zero: dict[str, Any] = field(
+        default_factory=dict
+    )  # keys of DeepSpeed's zero_optimization block, as in a user's file
 
 
 ROWS = {
@@ -51,6 +55,10 @@ ROWS = {
     "ddp": Row("ddp", 2),
     "zero2": Row("zero2", 2),
     "zero3": Row("zero3", 2),
+    # every linear map a unit of its own, as DeepSpeed has it by itself
+    "zero3-modules": Row("zero3", 2, zero={"leaf_module": {"classes": []}}),
+    # a layer's weights gathered one by one, each where it is used: no copy out of a joint buffer
+    "zero3-sequential": Row("zero3", 2, zero={"stage3_allgather_sequential": True}),
     "fsdp2": Row("fsdp2", 2),
     "fsdp2-nf4": Row("fsdp2", 2, batch=1, quantisation="nf4"),
     "fsdp2-gathered": Row("fsdp2", 2, keep_gathered="32"),
@@ -63,98 +71,6 @@ ROWS = {
     "tensor-2-ddp-2": Row("tensor", 4),
 }
 DEFAULT = ("single", "ddp", "fsdp2", "fsdp2-nf4", "zero2", "zero3", "fsdp2-accumulated")
-
-
-def build(config: Any, small: bool) -> nn.Module:
-    """The model on the meta device, without the tower that cached features replace."""
-    from cogtune import CogVLM2Config, CogVLM2ForCausalLM
-    from cogtune.checkpoint.random import tiny_config
-
-    shapes = tiny_config() if small else CogVLM2Config(eos_token_id=[128001, 128009])
-    with torch.device("meta"):
-        model = CogVLM2ForCausalLM(shapes)
-    model.model.vision.transformer.layers = nn.ModuleList()
-    model.model.vision.patch_embedding = nn.Module()
-    return model.to(torch.bfloat16)
-
-
-def fill(model: Any, device: torch.device, placement: Any, quantisation: str) -> None:
-    """Random weights, a unit at a time: made on the device, quantised, sharded."""
-    generator = torch.Generator(device).manual_seed(0)
-    kinds = ("DecoderLayer", "GLUAdapter")
-    units = [
-        (n, m) for n, m in model.named_modules() if type(m).__name__ in kinds or n.endswith(("embed_tokens", "lm_head"))
-    ]
-    for name, unit in [*units, ("", model)]:
-        for path, module in unit.named_modules():
-            own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-            for key, tensor in own:
-                if tensor.is_meta:
-                    _put(module, key, _values(f"{path}.{key}", tensor, device, generator))
-        if quantisation == "nf4" and type(unit).__name__ == "DecoderLayer":
-            _to_nf4(unit, device)
-        if placement is not None and name:
-            placement.finish(name, unit)
-    model.model.remember_rotary()
-
-
-def _put(module: nn.Module, key: str, value: torch.Tensor) -> None:
-    if key in dict(module.named_parameters(recurse=False)):
-        setattr(module, key, nn.Parameter(value, requires_grad=False))
-    else:
-        module.register_buffer(key, value)
-
-
-def _values(name: str, tensor: torch.Tensor, device: torch.device, generator: torch.Generator) -> torch.Tensor:
-    value = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-    if name.endswith("inv_freq"):
-        width = 2 * tensor.shape[0]
-        return value.copy_(500000.0 ** (-torch.arange(0, width, 2, device=device) / width))
-    if "norm" in name:
-        return value.fill_(1.0) if name.endswith("weight") else value.zero_()
-    return value.normal_(std=0.02, generator=generator)
-
-
-def _to_nf4(unit: nn.Module, device: torch.device) -> None:
-    import bitsandbytes as bnb
-
-    for name, layer in list(unit.named_modules()):
-        if isinstance(layer, nn.Linear):
-            new = bnb.nn.Linear4bit(
-                layer.in_features, layer.out_features, bias=layer.bias is not None, compute_dtype=torch.bfloat16,
-                quant_type="nf4", quant_storage=torch.bfloat16, device="meta",
-            )  # fmt: skip
-            new.weight = bnb.nn.Params4bit(
-                layer.weight.data, requires_grad=False, quant_type="nf4", quant_storage=torch.bfloat16, module=new
-            )
-            new.bias = layer.bias
-            new.to(device)
-            if not new.weight.bnb_quantized:
-                new.weight = new.weight.to(device)
-            unit.set_submodule(name, new)
-
-
-def sample(config: Any, batch: int, device: torch.device, seed: int) -> dict[str, Any]:
-    """``batch`` rows of S400 with features in place of pixels."""
-    from cogtune.model.routing import Routing
-
-    generator = torch.Generator().manual_seed(seed)
-    image = config.num_image_tokens
-    text = torch.randint(0, min(config.vocab_size, 128000) - 10, (batch, TEXT), generator=generator)
-    start = torch.full((batch, 1), 1)
-    ids = torch.cat([start, torch.full((batch, image), 2), text], 1)
-    types = torch.zeros_like(ids)
-    types[:, 1 : 1 + image] = 1
-    labels = torch.full_like(ids, -100)
-    labels[:, -LABELLED:] = ids[:, -LABELLED:]
-    features = torch.randn(batch, config.grid**2, config.vision_config.hidden_size, generator=generator)
-    return {
-        "input_ids": ids.to(device),
-        "token_type_ids": types.to(device),
-        "labels": labels.to(device),
-        "routing": Routing.build(types, labels=labels).to(device),
-        "image_features": features.to(device, torch.bfloat16),
-    }
 
 
 def measure(name: str, checkpoint: str | None, small: bool) -> dict[str, Any]:
@@ -174,6 +90,8 @@ def measure(name: str, checkpoint: str | None, small: bool) -> dict[str, Any]:
         "train.batch_size": str(row.batch), "train.accumulation": str(row.accumulation),
         "parallel.keep_gathered": row.keep_gathered, "parallel.offload": row.offload,
     }  # fmt: skip
+    if row.zero:
+        keys["parallel.deepspeed"] = str(_deepspeed_file(row))
     config = load_config(None, keys)
     engine = engines.start(config)
     device = engine.device
@@ -213,7 +131,10 @@ def measure(name: str, checkpoint: str | None, small: bool) -> dict[str, Any]:
     state = engine.state()
     saved = time.perf_counter() - start
     median = statistics.median(times[WARM:])
-    mine = {"start_s": started, "peak_gib_loading": loaded_peak, "peak_gib": _peak(device), **_host()}
+    mine = {
+        "start_s": started, "peak_gib_loading": loaded_peak, "peak_gib": _peak(device),
+        "reserved_gib": _reserved(device), **_host(),
+    }  # fmt: skip
     return {
         "median_s": median,
         "samples_per_s": row.batch * row.accumulation * engine.group.size / median,
@@ -233,6 +154,13 @@ def _parallel(name: str, row: Row) -> dict[str, str]:
     if row.engine != "tensor":
         return {"parallel.engine": row.engine}
     return {"parallel.tensor": "2" if "ddp" in name else str(row.ranks)}
+
+
+def _deepspeed_file(row: Row) -> Path:
+    """Each rank's own, so that none reads what another is writing."""
+    path = Path(tempfile.mkdtemp()) / "deepspeed.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": int(row.engine[-1]), **row.zero}}), encoding="utf-8")
+    return path
 
 
 def decode(model: Any, device: torch.device) -> dict[str, Any]:
@@ -276,6 +204,11 @@ def _wait(device: torch.device) -> None:
 
 def _peak(device: torch.device) -> float:
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
+
+
+def _reserved(device: torch.device) -> float:
+    """What the allocator holds: more than is in use at once, and what the card must have."""
+    return torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else 0.0
 
 
 def _reset(device: torch.device) -> None:
@@ -363,13 +296,15 @@ def main() -> None:
         if "failed" in result:
             print(f"{name:20} FAILED {result['failed']}: {result['tail']}", flush=True)
         else:
-            peaks = [round(rank["peak_gib"], 2) for rank in result["by_rank"]]
-            print(
-                f"{name:20} {result['samples_per_s']:8.3f} samples/s  step {result['median_s']:.3f} s  "
-                f"peak {peaks} GiB  start {result['by_rank'][0]['start_s']:.0f} s  loss {result['losses'][-1]:.4f}"
-                + (f"  {result['tokens_per_s']:.1f} tokens/s" if "tokens_per_s" in result else ""),
-                flush=True,
-            )
+            print(_line(name, result), flush=True)
+
+
+def _line(name: str, result: dict[str, Any]) -> str:
+    ranks = result["by_rank"]
+    peaks, held = [round(rank["peak_gib"], 2) for rank in ranks], max(rank["reserved_gib"] for rank in ranks)
+    line = f"{name:20} {result['samples_per_s']:8.3f} samples/s  step {result['median_s']:.3f} s  peak {peaks} GiB"
+    line += f"  reserved {held:.1f}  start {ranks[0]['start_s']:.0f} s  loss {result['losses'][-1]:.4f}"
+    return line + (f"  {result['tokens_per_s']:.1f} tokens/s" if "tokens_per_s" in result else "")
 
 
 def _git() -> str:

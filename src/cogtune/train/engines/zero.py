@@ -19,6 +19,8 @@ from cogtune.errors import SetupError
 from cogtune.train.engines.base import MASTER, Engine, StepResult, fresh_state
 from cogtune.train.engines.group import Group
 
+_BUCKET = 500_000_000  # DeepSpeed's own
+
 
 class ZeroEngine(Engine):
     """In bfloat16 or float16 DeepSpeed keeps float32 masters beside the model's rounded copies; in float32 too."""
@@ -47,6 +49,7 @@ class ZeroEngine(Engine):
         import deepspeed
 
         settings = self._settings(next(value.dtype for value in model.parameters() if not value.requires_grad))
+        fill_in(settings["zero_optimization"], self._bucket())
         # DeepSpeed rounds every parameter to the compute dtype. What trains has its masters; an adapter that does not
         # (it cannot influence the loss) is put back, so that its file is float32 whatever engine wrote it.
         unrounded = {
@@ -86,6 +89,10 @@ class ZeroEngine(Engine):
         if dtype == torch.bfloat16:  # otherwise a gradient of NaN would reach the weights
             settings["bf16"].setdefault("check_grad_overflow", True)
         return settings
+
+    def _bucket(self) -> dict[str, Any]:
+        """DeepSpeed reserves its bucket for gradients at once; its default of 500 million values is a gigabyte."""
+        return {"reduce_bucket_size": max(1, min(_BUCKET, sum(value.numel() for value in self.parameters.values())))}
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
         self._deepspeed.set_gradient_accumulation_boundary(last)
@@ -142,3 +149,11 @@ class ZeroEngine(Engine):
             parameter.data.copy_(value)
             for kind in kinds:
                 safe_set_full_optimizer_state(parameter, tensors[f"{kind}/{name}"].to(self.device), kind)
+
+
+def fill_in(settings: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Put into the ``zero_optimization`` block what the user's file leaves open; DeepSpeed knows some keys by two
+    names."""
+    for key, value in wanted.items():
+        if key not in settings and key.removeprefix("stage3_") not in settings:
+            settings[key] = value

@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO stage 3: the frozen weights are sharded too, a unit at a time while the model loads.
 
 ``deepspeed.zero.Init(module=...)`` partitions a unit as soon as its weights are there, so no rank ever holds the whole
-model. Before a module runs DeepSpeed gathers its weights, and drops them after it.
+model. Before a layer runs DeepSpeed gathers its weights, and drops them after it; `zero3_units` says what it gathers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from cogtune.errors import ConfigError
 from cogtune.model.vision import VisionModel
 from cogtune.train.engines.base import MASTER, fresh_state
 from cogtune.train.engines.group import Group
-from cogtune.train.engines.zero import ZeroEngine
+from cogtune.train.engines.zero import ZeroEngine, fill_in
+from cogtune.train.engines.zero3_units import chooses_leaves, fetch_settings, hold_back, leaf_units, persistent_values
 
 
 class Zero3Engine(ZeroEngine):
@@ -62,6 +63,7 @@ class Zero3Engine(ZeroEngine):
                 self.unchanged[name] = value.data.clone().cpu()
             if not hasattr(value, "ds_id"):  # DeepSpeed casts a model only where nothing of it is partitioned yet
                 value.data = value.data.to(self._dtype)
+        self._settle_units(model)
         self._deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=self._shared_settings, dist_init_required=False
         )
@@ -72,10 +74,25 @@ class Zero3Engine(ZeroEngine):
         module: nn.Module = self._deepspeed
         return module
 
+    def _settle_units(self, model: nn.Module) -> None:
+        """What is fetched in one piece, and when; the user's DeepSpeed file may say otherwise, key by key."""
+        from deepspeed.utils import set_z3_leaf_module
+
+        zero = self._shared_settings["zero_optimization"]
+        leaves = [] if chooses_leaves(zero) else leaf_units(model)
+        self._leaves = len(leaves)
+        for leaf in leaves:
+            set_z3_leaf_module(leaf, True)
+        if leaves:
+            fill_in(zero, fetch_settings(model, leaves, persistent_values(zero)))
+            hold_back(leaves, self.device)
+        fill_in(zero, self._bucket())
+
     def describe(self) -> str:
         own, whole = self._held
         where = ", on the CPU" if self.config.parallel.offload == "weights" else ""
-        return f"zero3: rank {self.group.rank} holds {own:,} of {whole:,} frozen values{where}"
+        units = f", {self._leaves} layers are fetched as wholes" if self._leaves else ""
+        return f"zero3: rank {self.group.rank} holds {own:,} of {whole:,} frozen values{where}{units}"
 
     def load_state(self, tensors: dict[str, torch.Tensor], counters: dict[str, Any]) -> None:
         import deepspeed
