@@ -25,7 +25,9 @@ from cogtune.model.routing import Routing
 def by_expert(x_TD: torch.Tensor, num_vision: int, vision: nn.Module, language: nn.Module) -> torch.Tensor:
     """Each expert on its own contiguous slice; both are always called, with zero rows if need be, so that sharded or
     trained parts take part in every step on every rank."""
-    return torch.cat([vision(x_TD[:num_vision]), language(x_TD[num_vision:])])
+    # one split, not two slices: its gradient is one cat, theirs two tensors of zeros and a sum
+    x_vision, x_language = x_TD.split([num_vision, x_TD.shape[0] - num_vision])
+    return torch.cat([vision(x_vision), language(x_language)])
 
 
 class _Reorder(torch.autograd.Function):
@@ -85,6 +87,10 @@ def attend(
         return functional.scaled_dot_product_attention(
             q_BHSE, k_BKSE, v_BKSE, attn_mask=mask, is_causal=causal, enable_gqa=grouped
         )
+    if lengths_vary and mask is not None and grouped:
+        # the kernel that takes a mask takes no groups; the one that takes both writes out all scores in float32
+        copies = q_BHSE.shape[1] // k_BKSE.shape[1]
+        k_BKSE, v_BKSE, grouped = k_BKSE.repeat_interleave(copies, 1), v_BKSE.repeat_interleave(copies, 1), False
     with sdpa_kernel(_UNPLANNED if lengths_vary else _FASTEST, set_priority=True):
         return functional.scaled_dot_product_attention(
             q_BHSE, k_BKSE, v_BKSE, attn_mask=mask, is_causal=causal, enable_gqa=grouped
@@ -210,12 +216,14 @@ def cache_mask(
     cache: Cache, routing: Routing, attention_mask: torch.Tensor | None, past: int | torch.Tensor
 ) -> torch.Tensor | None:
     """Which cached and new columns each new column sees, bool [B, 1, S, C]; made before the layers extend the cache.
+    None where plain causal attention is right (an unpadded prompt), or seeing everything (one new column).
 
     ``attention_mask`` [B, past + S] hides padding. A static cache's columns beyond the new ones stay hidden.
     """
     columns = routing.num_columns
     length, _ = cache.get_mask_sizes(columns, 0)
-    if columns == 1 and attention_mask is None and isinstance(past, int) and length == past + 1:
+    unpadded = attention_mask is None and isinstance(past, int) and length == past + columns
+    if unpadded and (columns == 1 or past == 0):
         return None
     device = routing.positions.device
     key = torch.arange(length, device=device)

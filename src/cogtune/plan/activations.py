@@ -180,8 +180,8 @@ class DecoderTable:
         first = 3 * language * self.inner * c - self._down_input(index, "language", language)
         then = 3 * vision * self.inner * c - self._down_input(index, "vision", vision)
         then -= self._expert(index, "language", language)
-        if not self.setting.compiled:  # the language expert's part of the input's gradient, as wide as the whole
-            then += (vision + language) * sizes.hidden_size * c
+        if not self.setting.compiled:  # the language expert's part of the input's gradient
+            then += language * sizes.hidden_size * c
         return max(first, then) + self.tokens * sizes.hidden_size * c + self._workspace()
 
     def _forward(self, index: int) -> int:
