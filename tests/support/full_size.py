@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.cache_utils import DynamicCache
 
 from cogtune import CogVLM2Config, CogVLM2ForCausalLM
 from cogtune.adapters.attach import attach
@@ -41,6 +42,30 @@ def meta_step(setting: Setting, targets: list[str]) -> Step:
         held = mode.live
         loss.backward()
     return Step(held, mode.peak)
+
+
+def meta_answer(setting: Setting) -> tuple[int, int]:
+    """The most that the tower holds over a picture, and that the first pass over a prompt holds with its cache, beyond
+    weights and inputs. The last tokens' logits are all that is computed."""
+    model, base, config = _model(setting, ["experts"])
+    model.eval()
+    inputs = _inputs(setting, config)
+    types = torch.tensor([[0] + [1] * config.num_image_tokens + [0] * (setting.batch.text - 1)] * setting.batch.rows)
+    inputs["routing"] = Routing.build(types, keep_columns=True).keep_last(1).to("meta")
+    pixels, _ = inputs.pop("pixel_values"), inputs.pop("labels")
+    known = [*model.parameters(), *model.buffers(), *_tensors(inputs), pixels]
+    tower, first = LiveBytes(), LiveBytes()
+    with torch.no_grad(), gpu_operators():
+        tower.ignore(iter(known))
+        with tower:
+            features = base.model.encode_images(pixels)
+        first.ignore(iter([*known, features]))
+        with first:
+            cache = DynamicCache(config=config)
+            hidden = base.model(inputs["input_ids"], inputs["routing"], features, cache)
+            logits = base.lm_head(hidden).float()
+    assert logits.shape[0] == setting.batch.rows
+    return tower.peak, first.peak
 
 
 def _model(setting: Setting, targets: list[str]) -> tuple[Any, CogVLM2ForCausalLM, CogVLM2Config]:

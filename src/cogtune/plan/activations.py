@@ -185,12 +185,14 @@ class DecoderTable:
         return max(first, then) + self.tokens * sizes.hidden_size * c + self._workspace()
 
     def _forward(self, index: int) -> int:
-        """Running a layer without keeping anything: an MLP's three wide tensors, and the stream's copies."""
+        """Running a layer without keeping anything: an MLP's three wide tensors; the stream before, between and inside
+        the halves; and the pictures' embeddings or the other expert's result."""
         sizes, c = self.setting.sizes, self.c
         last = index == sizes.num_hidden_layers - 1
         wide = 3 * (self.kept if last else max(self.vision, self.language)) * self.inner
         projected = self.tokens * (2 * sizes.qkv_width + sizes.hidden_size)
-        return (max(wide, projected) + 2 * self.tokens * sizes.hidden_size) * c + self._workspace()
+        stream = (4 * self.tokens + self.vision) * sizes.hidden_size
+        return (max(wide, projected) + stream) * c + self._workspace()
 
     def _workspace(self) -> int:
         return unpacked(self.setting, self.setting.quant.experts, max(self.vision, self.language))

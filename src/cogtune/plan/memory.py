@@ -228,7 +228,7 @@ def _load(setting: Setting) -> Phase:
     if setting.shards > 1:  # a layer is whole before it is sharded
         staged += sum(weight_bytes(x, setting.quant.of(x), setting.dtype) for x in experts if ".layers.0." in x.name)
     parts["workspace"] = staged + LIBRARIES
-    return Phase("load", parts, allocator(setting).slack(staged), _host_loading(setting))
+    return Phase("load", parts, allocator(setting).slack(staged), host_loading(setting))
 
 
 def fill(setting: Setting, images: int = 1) -> Phase:
@@ -239,7 +239,7 @@ def fill(setting: Setting, images: int = 1) -> Phase:
     pixels = images * vision.in_channels * vision.image_size**2 * (FLOAT32 + setting.width)
     running = TowerTable(setting, images).forward()
     parts |= {"activations": running, "batch": pixels, "workspace": LIBRARIES}
-    return Phase("fill", parts, allocator(setting).slack(running + pixels), _host_loading(setting))
+    return Phase("fill", parts, allocator(setting).slack(running + pixels), host_loading(setting))
 
 
 def _evaluate(setting: Setting) -> Phase:
@@ -266,13 +266,6 @@ def _save(setting: Setting) -> Phase:
     return Phase("save", parts, allocator(setting).fixed, host)
 
 
-def merge(setting: Setting) -> Phase:
-    """Merging an adapter into a full model happens shard by shard on the host."""
-    largest = 5 * 10**9
-    host = {"process": HOST_PROCESS, "shard": largest, "adapter": FLOAT32 * setting.adapter_parameters(False)}
-    return Phase("merge", {}, 0, host)
-
-
 def _host_training(setting: Setting) -> dict[str, int]:
     prefetched = 2 * max(setting.workers, 1)
     host = {"process": HOST_PROCESS, "workers": setting.workers * HOST_WORKER}
@@ -288,7 +281,8 @@ def _host_training(setting: Setting) -> dict[str, int]:
     return host
 
 
-def _host_loading(setting: Setting) -> dict[str, int]:
+def host_loading(setting: Setting) -> dict[str, int]:
+    """Of the process that loads a model, by part, in bytes."""
     host = {"process": HOST_PROCESS, "staging": GIB}
     if setting.quant.embedding == "host":
         host["embedding"] = setting.sizes.parameters("embedding") * setting.width

@@ -11,9 +11,10 @@ from cogtune.configuration.load import explicit_values
 from cogtune.configuration.run import RunConfig
 from cogtune.configuration.sizes import GIB, format_size
 from cogtune.errors import InputError
+from cogtune.plan.afterwards import answer, merge
 from cogtune.plan.cards import Card
 from cogtune.plan.choose import best, largest_batch, smallest_card
-from cogtune.plan.memory import Memory, predict
+from cogtune.plan.memory import Memory, Phase, predict
 from cogtune.plan.rows import Rows
 from cogtune.plan.run import budget_of, fixed_keys, setting_of
 from cogtune.plan.setting import Setting
@@ -76,11 +77,8 @@ class Plan:
                      "largest_text_tokens": self.rows.largest.text, "mean_text_tokens": self.rows.mean.text},
             "keys": self.keys,
             "recomputed_layers": len(self.setting.decoder),
-            "phases": {
-                phase.name: {"reserved": phase.reserved, "allocated": phase.allocated, "parts": dict(phase.parts),
-                             "host": phase.host_bytes}
-                for phase in self.memory.phases
-            },
+            "phases": {phase.name: _plain(phase) for phase in self.memory.phases},
+            "afterwards": {phase.name: _plain(phase) for phase in (answer(self.setting), merge(self.setting))},
             "reserved": self.memory.reserved,
             "driver": self.memory.driver,
             "largest_batch": self.largest,
@@ -90,6 +88,11 @@ class Plan:
             "disk": {"cache": self.cache, "checkpoints": self.checkpoints},
             "cost": self.cost,
         }  # fmt: skip
+
+
+def _plain(phase: Phase) -> dict[str, Any]:
+    return {"reserved": phase.reserved, "allocated": phase.allocated, "parts": dict(phase.parts),
+            "host": phase.host_bytes}  # fmt: skip
 
 
 def make_plan(

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from cogtune.configuration.sizes import GIB, format_size
+from cogtune.plan.afterwards import answer, merge
+from cogtune.plan.calibration import CONTEXT
 from cogtune.plan.memory import Phase
 from cogtune.plan.proposal import Plan
+from cogtune.plan.setting import Setting
 
 _SHOWN = 4
 
@@ -37,11 +41,34 @@ def lines(plan: Plan) -> Iterator[str]:
     )
     yield f"{'host':<9} {plan.memory.host / GIB:6.1f}  per process, besides the files' pages"
     yield ""
+    yield from _afterwards(plan)
+    yield ""
     yield f"largest batch that fits, all layers recomputed: {plan.largest} rows of that length"
     yield from _times(plan)
     yield f"disk     {_disk(plan)}"
     if plan.cost is not None:
         yield f"cost     {plan.cost:,.2f} for {duration(plan.seconds)} on {setting.ranks} card(s)"
+
+
+def _afterwards(plan: Plan) -> Iterator[str]:
+    """What the result needs once the run is over: the card for `chat` and `predict`, the host for `merge`."""
+    phase, room = answer(plan.setting), plan.card.usable
+    tokens = plan.setting.batch.tokens(plan.setting.sizes) // plan.setting.batch.rows
+    yield f"{'answer':<9} {phase.reserved / GIB:6.1f}  one prompt of {tokens:,} tokens: {parts(phase)}"
+    if phase.reserved + CONTEXT > room:
+        yield f"{'':<9} {'':6}  more than this card has; {_leaner(plan.setting, room)}"
+    yield f"{'merge':<9} {'-':>6}  on the host, {merge(plan.setting).host_bytes / GIB:.1f} GiB"
+
+
+def _leaner(setting: Setting, room: int) -> str:
+    """How to answer with less: the first flags that are enough, or the leanest there are."""
+    lean = replace(setting.quant, experts="nf4", tower="nf4")
+    flags, reserved = "--quant.experts nf4 --quant.tower nf4", answer(replace(setting, quant=lean)).reserved
+    if reserved + CONTEXT > room:
+        lean = replace(lean, head="int8", glu_adapter="int8", embedding="host")
+        flags += " --quant.head int8 --quant.glu_adapter int8 --quant.embedding host"
+        reserved = answer(replace(setting, quant=lean)).reserved
+    return f"with {flags} it takes {reserved / GIB:.1f}"
 
 
 def summary(plan: Plan) -> str:

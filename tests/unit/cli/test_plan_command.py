@@ -28,6 +28,8 @@ def test_it_answers_without_torch() -> None:
         "train",
         "evaluate",
         "save",
+        "answer",
+        "merge",
         "usable",
         "an epoch of",
         "feature cache",
@@ -43,6 +45,17 @@ def test_json_and_price(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan["keys"]["parallel.engine"] == "ddp"
     assert plan["reserved"] == max(phase["reserved"] for phase in plan["phases"].values())
     assert plan["cost"] == pytest.approx(8 * 2.5 * plan["seconds"]["run"] / 3600)
+
+
+def test_answering_is_planned_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """With the number formats of the run; where that takes more than the card has, with the flags that take less."""
+    assert main(["plan", "--card", "12GB"]) == 0
+    assert "more than this card has; with --quant.experts nf4 --quant.tower nf4" in capsys.readouterr().out
+    assert main(["plan", "--card", "h100", "--json"]) == 0
+    after = json.loads(capsys.readouterr().out)["afterwards"]
+    assert 37 < after["answer"]["reserved"] / 2**30 < 40
+    assert after["merge"]["reserved"] == 0
+    assert after["merge"]["host"] > 2**30
 
 
 def test_what_does_not_fit_exits_2_and_names_a_card_that_would(capsys: pytest.CaptureFixture[str]) -> None:
