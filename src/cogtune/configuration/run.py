@@ -370,8 +370,8 @@ class ParallelSection(Section):
 
     engine: Engine = Field(
         default="auto",
-        description="auto: one device without a launcher; under torchrun ddp where the whole model fits each card, else"
-        " fsdp2; zero2 under the deepspeed launcher.",
+        description="auto: one device without a launcher; with parallel.launch or torchrun the planner's choice, the"
+        " fastest of ddp, zero2 (with deepspeed installed) and fsdp2 that fits; zero2 under the deepspeed launcher.",
     )
     launch: Literal["all"] | Annotated[int, Field(ge=1)] | None = Field(
         default=None,

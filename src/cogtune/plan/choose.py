@@ -46,12 +46,40 @@ def tower_fits(setting: Setting, budget: int) -> bool:
     return checkpointing(replace(setting, tower="live"), budget) is not None
 
 
-def engine(setting: Setting, budget: int, ranks: int) -> str:
-    """The engine for ``ranks`` cards: the whole model on each where it fits, else sharded over them."""
+ENGINES = ("ddp", "zero2", "fsdp2")
+"""What several cards may be used with where the user has not said: of equally fast ones the first is taken. zero3 is
+not among them: fsdp2 needs as little memory and was faster wherever both were measured."""
+
+
+def goes(setting: Setting, name: str) -> bool:
+    """Whether an engine of `ENGINES` takes these settings; a test holds this to `train.engines.combinations`."""
+    quant = setting.quant
+    if name == "fsdp2":
+        divided = {quant.experts, quant.tower, quant.glu_adapter, quant.head}
+        return not setting.adapter.dora and divided <= {"none", "nf4"} and setting.offload != "optimizer"
+    if name == "zero2":
+        return setting.optimizer in ("adamw", "sgd") and setting.offload != "weights"
+    return setting.offload == "none"
+
+
+def spread(setting: Setting, name: str, ranks: int) -> Setting:
+    """``setting`` under an engine; only where whole layers stay on a card are they compiled."""
+    return replace(setting, engine=name, ranks=ranks, compiled=setting.compiled and name in ("single", "ddp"))
+
+
+def engine(setting: Setting, card: Card, ranks: int, candidates: Collection[str] = ENGINES) -> str:
+    """The engine for ``ranks`` such cards: the fastest of ``candidates`` under which the run fits; where it fits under
+    none, the one that needs least."""
     if ranks == 1:
         return "single"
-    whole = replace(setting, engine="ddp", ranks=ranks)
-    return "ddp" if checkpointing(whole, budget) is not None else "fsdp2"
+    able = [spread(setting, name, ranks) for name in candidates if goes(setting, name)]
+    if not able:
+        return "ddp"
+    fitting = [found for each in able if (found := checkpointing(each, card.usable)) is not None]
+    if fitting:
+        return min(fitting, key=lambda each: step_time(each, card).seconds).engine
+    layers = setting.sizes.num_hidden_layers
+    return min(able, key=lambda each: predict(each.with_recomputed(layers)).driver).engine
 
 
 def largest_batch(setting: Setting, budget: int) -> int:
@@ -117,11 +145,12 @@ def _families(setting: Setting, fixed: Collection[str]) -> Iterator[Iterator[Set
         towers = ["cached", "live"]
     engines = [setting.engine]
     if "parallel.engine" not in fixed and setting.ranks > 1:
-        engines = ["ddp", "fsdp2"]
+        engines = list(ENGINES)
     for name in engines:
         for tower in towers:
             for form in formats:
-                yield _leaner(replace(setting, engine=name, tower=tower, quant=form), fixed)
+                own = replace(spread(setting, name, setting.ranks), tower=tower, quant=form)
+                yield (found for found in _leaner(own, fixed) if name not in ENGINES or goes(found, name))
 
 
 def _format(setting: Setting, name: str) -> Quant:

@@ -5,6 +5,7 @@ On a CPU nothing is refused: what a machine without a GPU can spare is not known
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,10 +16,10 @@ import torch
 
 from cogtune.configuration.run import RunConfig
 from cogtune.configuration.sizes import format_size
-from cogtune.errors import OutOfMemoryError, SetupError
+from cogtune.errors import ConfigError, OutOfMemoryError, SetupError
 from cogtune.plan.calibration import CONTEXT
 from cogtune.plan.cards import Card, named_like
-from cogtune.plan.choose import best, checkpointing, fits, tower_fits
+from cogtune.plan.choose import ENGINES, best, checkpointing, fits, tower_fits
 from cogtune.plan.choose import engine as engine_for
 from cogtune.plan.device import local_cards
 from cogtune.plan.memory import predict, weights
@@ -30,6 +31,7 @@ from cogtune.plan.run import budget_of, setting_of
 from cogtune.plan.setting import Setting
 from cogtune.plan.sizes import ModelSizes
 from cogtune.train.engines import Engine, Group
+from cogtune.train.engines.combinations import check
 from cogtune.train.inputs import Inputs
 from cogtune.train.log import log
 
@@ -175,18 +177,35 @@ def plan_run(config: RunConfig, inputs: Inputs, engine: Engine, accumulation: in
 
 
 def auto_engine(config: RunConfig, inputs: Inputs, group: Group) -> str:
-    """What ``parallel.engine: auto`` comes to where torchrun started several processes; collective."""
-    return fitting_engine(config, _rows(config, inputs), _least_card(group), group.size)
+    """What ``parallel.engine: auto`` comes to where torchrun or our own launcher started several processes: the
+    planner's choice for the card with the least free memory. Collective."""
+    card, hosts = _least_card(group), max(1, group.size // int(os.environ.get("LOCAL_WORLD_SIZE", group.size)))
+    name = fitting_engine(config, _rows(config, inputs), card, group.size, hosts)
+    if card is not None:
+        log.info(f"parallel.engine auto: {name}, the planner's choice for {group.size} x {card.name}")
+    return name
 
 
-def fitting_engine(config: RunConfig, rows: Rows, card: Card | None, ranks: int) -> str:
-    """ddp, or fsdp2 where the whole model fits no such card however much is recomputed. Without a GPU: ddp."""
+def fitting_engine(config: RunConfig, rows: Rows, card: Card | None, ranks: int, hosts: int = 1) -> str:
+    """The fastest engine that is installed, goes with the settings and fits such cards; number formats stay as they
+    are. Without a GPU: ddp."""
     if card is None:
         return "ddp"
-    setting = setting_of(config, rows, ranks=ranks, card=card)
+    setting = replace(setting_of(config, rows, ranks=ranks, card=card), hosts=hosts)
     if config.data.cache_features == "auto" and setting.tower == "live" and not setting.tower_trains:
         setting = replace(setting, tower="cached")
-    return engine_for(setting, card.usable, ranks)
+    return engine_for(setting, card, ranks, [name for name in ENGINES if _is_able(config, name)])
+
+
+def _is_able(config: RunConfig, name: str) -> bool:
+    """Whether an engine is installed and no setting speaks against it."""
+    if name == "zero2" and importlib.util.find_spec("deepspeed") is None:
+        return False
+    try:
+        check(config, name)
+    except ConfigError:
+        return False
+    return True
 
 
 def _rows(config: RunConfig, inputs: Inputs) -> Rows:

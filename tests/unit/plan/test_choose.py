@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 
+from cogtune.configuration.run import load_config
 from cogtune.configuration.sizes import GIB
 from cogtune.errors import ConfigError, SetupError
 from cogtune.plan.cards import CARDS, REFERENCE, find_card
-from cogtune.plan.choose import best, checkpointing, engine, fits, largest_batch, smallest_card, tower_fits
+from cogtune.plan.choose import (
+    ENGINES,
+    best,
+    checkpointing,
+    engine,
+    fits,
+    goes,
+    largest_batch,
+    smallest_card,
+    tower_fits,
+)
 from cogtune.plan.device import local_cards
 from cogtune.plan.memory import predict
+from cogtune.plan.rows import TYPICAL
+from cogtune.plan.run import setting_of
 from cogtune.plan.setting import Adapter, Quant, Setting, adapted_names
 from cogtune.plan.sizes import ModelSizes
 from cogtune.plan.time import step_time
+from cogtune.train.engines import combinations
 
 EXPERTS = Adapter(adapted_names(ModelSizes(), ["experts"]), 16)
 CACHED = Setting(adapter=EXPERTS, tower="cached", compiled=True)
@@ -55,9 +70,41 @@ def test_the_largest_batch_fits_and_one_more_row_does_not() -> None:
 
 
 def test_one_model_a_card_where_it_fits_else_shards() -> None:
-    assert engine(CACHED, 79 * GIB, 1) == "single"
-    assert engine(CACHED, 79 * GIB, 2) == "ddp"
-    assert engine(CACHED, 24 * GIB, 2) == "fsdp2"
+    card = find_card("h100")
+    assert engine(CACHED, card, 1) == "single"
+    assert engine(CACHED, card, 2) == "ddp"
+    assert engine(CACHED, find_card("24GiB"), 2) == "fsdp2"
+    # moments of a wide adapter, divided over eight cards, leave room for the whole model
+    wide = replace(CACHED, adapter=replace(EXPERTS, rank=128))
+    assert engine(wide, find_card("48GiB"), 8) == "zero2"
+    assert engine(wide, find_card("48GiB"), 8, ["ddp", "fsdp2"]) == "fsdp2"
+
+
+def test_the_engine_that_needs_least_where_none_fits() -> None:
+    assert engine(CACHED, find_card("12GiB"), 2) == "fsdp2"
+    assert engine(replace(CACHED, quant=Quant("int8")), find_card("12GiB"), 2) in ("ddp", "zero2")
+
+
+def test_what_an_engine_takes_is_what_training_lets_it_take() -> None:
+    values = {
+        "quant.experts": ["none", "nf4", "int8", "fp8"],
+        "quant.tower": ["none", "nf4", "int8"],
+        "quant.head": ["none", "int8"],
+        "lora.dora": ["false", "true"],
+        "train.optimizer": ["adamw", "sgd", "adamw8bit"],
+        "parallel.offload": ["none", "weights", "optimizer"],
+    }
+    for chosen in product(*values.values()):
+        flags = dict(zip(values, chosen, strict=True))
+        config = load_config(None, {"model": "base", "data": "pictures", "output": "out"} | flags)
+        setting = setting_of(config, TYPICAL, ranks=2)
+        for name in ENGINES:
+            try:
+                combinations.check(config, name)
+                taken = True
+            except ConfigError:
+                taken = False
+            assert goes(setting, name) == taken, (name, flags)
 
 
 def test_whether_the_tower_fits() -> None:
