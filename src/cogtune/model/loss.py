@@ -75,15 +75,26 @@ class _FrozenHeadLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden_MD.device)
         gradients = []
         for hidden, targets in zip(hidden_MD.split(CHUNK), targets_M.split(CHUNK), strict=True):
-            logits = functional.linear(hidden, weight_VD).float()
-            total += functional.cross_entropy(logits, targets, reduction="sum")
-            if ctx.needs_input_grad[0]:
-                probabilities = logits.softmax(-1)
-                probabilities[torch.arange(targets.shape[0], device=targets.device), targets] -= 1
-                gradients.append(probabilities.to(hidden.dtype) @ weight_VD)
+            added, gradient = _FrozenHeadLoss._chunk(hidden, weight_VD, targets, ctx.needs_input_grad[0])
+            total += added
+            gradients += gradient
         if gradients:
             ctx.save_for_backward(torch.cat(gradients))
         return total
+
+    @staticmethod
+    def _chunk(
+        hidden: torch.Tensor, weight_VD: torch.Tensor, targets: torch.Tensor, needed: bool
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The summed loss of some tokens and, where needed, its gradient for them; two arrays of logits at most."""
+        logits = functional.linear(hidden, weight_VD).float()
+        total = functional.cross_entropy(logits, targets, reduction="sum")
+        if not needed:
+            return total, []
+        probabilities = logits.softmax(-1)
+        del logits
+        probabilities[torch.arange(targets.shape[0], device=targets.device), targets] -= 1
+        return total, [probabilities.to(hidden.dtype) @ weight_VD]
 
     @staticmethod
     def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:

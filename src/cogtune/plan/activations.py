@@ -288,8 +288,7 @@ def head(setting: Setting) -> Kept:
     """Final norm, head and loss on the labelled tokens alone, a chunk of them at a time.
 
     A head that is only a frozen weight takes the gradient beside the logits, in the forward pass: kept is the norm's
-    input and that gradient. ``forward`` is the chunk's logits in float32, their probabilities and those as they enter
-    the product; from the second chunk on the first one's are still held while the next is made.
+    input and that gradient. ``forward`` is the chunk's logits and their probabilities in float32.
     """
     sizes, c = setting.sizes, setting.width
     k = setting.batch.rows * setting.batch.labelled
@@ -297,8 +296,7 @@ def head(setting: Setting) -> Kept:
     chunk = min(k, CHUNK) * sizes.vocab_size
     narrow = c if c != FLOAT32 else 0
     if setting.quant.head == "none" and "lm_head" not in setting.trained:
-        wide = 2 * FLOAT32 + (narrow if k <= CHUNK else FLOAT32 + narrow)
-        return Kept(saved=norm + k * sizes.hidden_size * c, forward=chunk * wide)
+        return Kept(saved=norm + k * sizes.hidden_size * c, forward=chunk * 2 * FLOAT32)
     if k <= CHUNK:
         return Kept(saved=norm + chunk * FLOAT32, backward=2 * chunk * FLOAT32, forward=chunk * FLOAT32)
     return Kept(saved=norm, backward=chunk * (4 * FLOAT32 + narrow), forward=chunk * (2 * FLOAT32 + narrow))

@@ -10,6 +10,7 @@ from torch import nn
 
 from cogtune.model import loss as module
 from cogtune.model.loss import head_loss, token_loss
+from tests.support.meta_memory import LiveBytes
 
 VOCABULARY, WIDTH = 50, 12
 
@@ -81,3 +82,18 @@ def test_a_cut_head_is_called_as_a_module() -> None:
     part.register_forward_hook(lambda _m, args, out: torch.cat([out, args[0] @ head.weight[VOCABULARY // 2 :].t()], 1))
     found = head_loss(part, VOCABULARY, hidden, targets, None)
     torch.testing.assert_close(found, token_loss(whole, targets, None))
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_two_arrays_of_logits_at_most(trains: bool) -> None:
+    """Counted on the meta device: logits and their probabilities (or log-probabilities) of one chunk in float32; the
+    chunk before has left nothing but its gradient."""
+    vocabulary, count = 100_000, 3 * module.CHUNK
+    head = nn.Linear(64, vocabulary, bias=False, device="meta", dtype=torch.bfloat16).requires_grad_(False)
+    hidden = torch.empty(count, 64, device="meta", dtype=torch.bfloat16, requires_grad=trains)
+    targets = torch.empty(count, device="meta", dtype=torch.int64)
+    live = LiveBytes()
+    live.ignore(iter([head.weight, hidden, targets]))
+    with live:
+        head_loss(head, vocabulary, hidden, targets, count)
+    assert live.peak == pytest.approx(2 * 4 * module.CHUNK * vocabulary, rel=0.02)
