@@ -66,9 +66,9 @@ def launch(
     return Launched(code, "".join(lines))
 
 
-def torchrun(*arguments: str) -> list[str]:
-    """Two CPU ranks on this machine, on a port that is free."""
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+def torchrun(*arguments: str, ranks: int = 2) -> list[str]:
+    """CPU ranks on this machine, on a port that is free."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *arguments]
 
 
 def cogtune_launch(*flags: str) -> list[str]:
