@@ -41,8 +41,10 @@ from benchmarks.fault_runs import (
 )
 from cogtune.checkpoint import training as checkpoints
 
-KILLED_IN = ("start", "cache", "step", "evaluation", "save")
-TYPICAL = {"start": 0.6, "cache": 0.1, "step": 0.03, "evaluation": 0.03, "save": 0.03}
+KILLED_IN = ("start", "step", "evaluation", "save")
+FILLING = ("cache", "fill", "fill", "fill", "start")
+"""Where a run is killed as long as its cache is not whole, which is once a trial; afterwards it never fills again."""
+TYPICAL = {"start": 0.6, "cache": 0.3, "fill": 0.02, "step": 0.03, "evaluation": 0.03, "save": 0.03}
 """Seconds, about: a kill falls this long or shorter behind the beginning."""
 MOST_KILLS_IN_A_TRIAL = 8
 
@@ -86,10 +88,12 @@ class Campaign:
         place, output, killed = self.places[name], self.folder / "killed", 0
         whole = self.whole(place)
         clear(output)
-        reached = -1
+        reached, filled = -1, not place.cached
         while True:
-            phase = self.rng.choice(KILLED_IN if place.cached else [p for p in KILLED_IN if p != "cache"])
-            often = {"step": STEPS, "evaluation": STEPS // SAVE_STEPS, "save": STEPS // SAVE_STEPS}.get(phase, 1)
+            phase = self.rng.choice(KILLED_IN if filled else FILLING)
+            often = {"fill": 4, "step": STEPS, "evaluation": STEPS // SAVE_STEPS, "save": STEPS // SAVE_STEPS}.get(
+                phase, 1
+            )
             run = Run(place, output)
             if killed == most:
                 ended = run.end()
@@ -97,12 +101,13 @@ class Campaign:
                 everyone = place.ranks == 1 or self.rng.random() < 0.5
                 entry = self.rng.randint(1, often)
                 ended = run.kill_in(self.rng, PHASES.index(phase), entry, TYPICAL[phase], everyone=everyone)
+            filled = filled or run.filled
             self._count_redone(reached, ended, f"{name}, killed {killed} times")
             if not ended.phase:
                 break
             who = "alone" if place.ranks == 1 else "all ranks" if everyone else "one rank"
             killed += 1
-            self.kills[f"{place.engine} | {ended.phase} | {who}"] += 1
+            self.kills[f"{name} | {ended.phase} | {who}"] += 1
             reached = ended.board.step if ended.board.began_at >= 0 else reached
             self.by_launcher += ended.by_launcher
             if ended.hung:
@@ -344,7 +349,7 @@ def _ranks_of(parent: int) -> list[int]:
 def run_campaign(campaign: Campaign, kills: int, others: int, write: Callable[[], None]) -> None:
     """``kills`` SIGKILLs, most of them under ddp, and ``others`` trials of every other kind; ``write`` keeps what is
     known so far."""
-    names = ["ddp", "ddp", "cached", "single", "tensor"]
+    names = ["ddp", "cached", "ddp", "cached", "single", "tensor"]
     done = 0
     while done < kills:
         name = names[done % len(names)] if done < len(names) else campaign.rng.choice(names)
