@@ -14,11 +14,13 @@ from urllib.parse import unquote, urlsplit
 
 @dataclass
 class FakeHub:
-    """``break_after``: bytes after which each answer ends; ``ranges``: whether it can continue; ``lies``: path to the
-    size the list claims; ``missing``: names it does not know; ``status``: an error for every file."""
+    """``break_after``: bytes after which each answer ends; ``stall_after``: or falls silent with the line open;
+    ``ranges``: whether it can continue; ``lies``: path to the size the list claims; ``missing``: names it does not
+    know; ``status``: an error for every file."""
 
     files: dict[str, bytes]
     break_after: int | None = None
+    stall_after: int | None = None
     ranges: bool = True
     lies: dict[str, int] = field(default_factory=dict)
     corrupt: bool = False
@@ -26,6 +28,7 @@ class FakeHub:
     status: int | None = None
     requests: list[tuple[str, str | None, str | None]] = field(default_factory=list)
     url: str = ""
+    closing: threading.Event = field(default_factory=threading.Event)
 
 
 @contextmanager
@@ -74,6 +77,11 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
             self.send_response(206 if start else 200)
             self.send_header("Content-Length", str(len(rest)))
             self.end_headers()
+            if hub.stall_after is not None and len(rest) > hub.stall_after:
+                self.wfile.write(rest[: hub.stall_after])
+                self.wfile.flush()
+                hub.closing.wait(30)
+                return
             self.wfile.write(rest if hub.break_after is None else rest[: hub.break_after])
             self.close_connection = True
 
@@ -84,6 +92,7 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
     try:
         yield hub
     finally:
+        hub.closing.set()
         server.shutdown()
         server.server_close()
 

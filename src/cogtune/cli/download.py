@@ -16,7 +16,9 @@ _HELP = """Fetch the published model or its training set; run again, it goes on 
 
 Free space is checked first, every file's size (and digest, where the hub gives it) afterwards. HF_ENDPOINT names a
 mirror, HF_TOKEN opens gated repositories, HF_HUB_OFFLINE forbids fetching. A folder copied by hand works as well: files
-of the right size are kept. The model is under the CogVLM and Llama 3 licences, the data under CC BY-NC 4.0."""
+of the right size are kept. Large files that the hub's own cache holds (HF_HUB_CACHE, HF_HOME) are linked or copied from
+there; nothing is written into it. A line that falls silent is taken up again. The model is under the CogVLM and Llama 3
+licences, the data under CC BY-NC 4.0."""
 
 
 def register(app: typer.Typer) -> None:
@@ -60,6 +62,8 @@ def _download(
             say=lambda line: print(line, file=sys.stderr),
             progress=lambda path, done, total: bar.update(task, description=path, completed=done, total=total),
         )
-    print(f"{result.folder}: {result.fetched} files fetched, {result.present} were there, {result.size / 1e9:.2f} GB")
+    cached = f", {result.cached} from the hub's cache" if result.cached else ""
+    counts = f"{result.fetched} files fetched, {result.present} were there{cached}"
+    print(f"{result.folder}: {counts}, {result.size / 1e9:.2f} GB")
     if what == "data":
         print(f"unpack it: unzip {folder}/CogVLM-SFT-311K.zip -d {folder}", file=sys.stderr)

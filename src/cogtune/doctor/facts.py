@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cogtune.configuration.hubs import hub_cache
 from cogtune.configuration.libraries import TESTED, installed
 
 LIBRARIES = (*TESTED, "torchvision", "pillow", "gradio", "flash-attn", "xformers")
@@ -146,12 +147,6 @@ def _meminfo(name: str) -> int | None:
 
 def _size_of(path: Path) -> int | None:
     return shutil.disk_usage(path).total if path.is_dir() else None
-
-
-def hub_cache() -> Path:
-    """Where the hub's files land, by the hub's own rules."""
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
 
 
 def _disk_free(folder: Path) -> dict[str, int]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from cogtune.checkpoint.load import check_folder
+from cogtune.configuration.hubs import cached_file, hub_cache
 from cogtune.download.http import Client
 from cogtune.download.remote import RemoteFile, list_files
 from cogtune.download.sources import HF_ENDPOINT, MODELSCOPE_ENDPOINT, Repository, Source
 from cogtune.download.transfer import PART, fetch
-from cogtune.errors import InputError
+from cogtune.errors import DiskFullError, InputError
 
 _SPARE = 1 << 30
 _SKIPPED = (".gitattributes",)
@@ -21,11 +24,13 @@ _SKIPPED = (".gitattributes",)
 
 @dataclass(frozen=True)
 class Downloaded:
-    """``fetched`` and ``present`` count files; ``size`` is that of the whole repository in bytes."""
+    """``fetched``, ``present`` and ``cached`` (found in the hub's own cache) count files; ``size`` is that of the whole
+    repository in bytes."""
 
     folder: Path
     fetched: int
     present: int
+    cached: int
     size: int
 
 
@@ -44,8 +49,12 @@ def download(
     say: Callable[[str], None],
     progress: Callable[[str, int, int], None],
     pause: Callable[[float], None] | None = None,
+    timeout: float = Client.timeout,
 ) -> Downloaded:
     """Fetch what is missing of ``repository`` into ``folder``; ``progress(path, done, total)`` counts all files' bytes.
+
+    What the Hugging Face hub's own cache holds is taken from there: as a second name for the same bytes, or copied
+    where it lies on another disk. A line on which nothing comes for ``timeout`` seconds is taken up again.
 
     Raises:
         InputError: offline by HF_HUB_OFFLINE, no such repository, or too little space for what is missing.
@@ -58,11 +67,16 @@ def download(
             code="download-offline",
         )
     endpoint = endpoint_of(source)
-    client = Client(os.environ.get("HF_TOKEN") if source == "hf" else None)
+    client = Client(os.environ.get("HF_TOKEN") if source == "hf" else None, timeout)
     files = [f for f in list_files(client, source, endpoint, repository) if f.path not in _SKIPPED]
     missing = [file for file in files if not _is_there(folder / file.path, file)]
+    present, cached = len(files) - len(missing), _cached(repository, missing)
+    _link(cached, folder)
+    missing = [file for file in missing if not _is_there(folder / file.path, file)]
     size, left = sum(file.size for file in files), _left(folder, missing)
     say(f"{repository.name} from {endpoint}: {len(files)} files, {size / 1e9:.2f} GB; {left / 1e9:.2f} GB to fetch")
+    if cached:
+        say(f"{len(cached)} of them are in the hub's own cache, {hub_cache()}, and are taken from there")
     _require_space(folder, left)
     done = size - sum(file.size for file in missing)
     for file in missing:
@@ -73,10 +87,47 @@ def download(
             progress(path, done, size)
 
         extra = {} if pause is None else {"pause": pause}
-        fetch(client, file, folder / file.path, advance, **extra)
+        if file.path in cached:
+            _copy(cached[file.path], folder / file.path)
+            advance(file.size)
+        else:
+            fetch(client, file, folder / file.path, advance, **extra)
     if repository.kind == "model":
         check_folder(folder)
-    return Downloaded(folder, len(missing), len(files) - len(missing), size)
+    return Downloaded(folder, len(files) - present - len(cached), present, len(cached), size)
+
+
+def _cached(repository: Repository, missing: list[RemoteFile]) -> dict[str, Path]:
+    """Of the files that are missing, those in the hub's own cache, by their path in the repository."""
+    found = {}
+    for file in missing:
+        if file.sha256 is not None:
+            blob = cached_file(repository.kind, repository.hf, file.sha256, file.size)
+            if blob is not None:
+                found[file.path] = blob
+    return found
+
+
+def _link(cached: dict[str, Path], folder: Path) -> None:
+    """Give these files a second name in ``folder`` where they lie on its disk."""
+    for path, blob in cached.items():
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)  # of another size, or it would not be missing
+        target.with_name(target.name + PART).unlink(missing_ok=True)
+        with suppress(OSError):  # another disk, or one without second names: it is copied later
+            os.link(blob, target)
+
+
+def _copy(blob: Path, target: Path) -> None:
+    part = target.with_name(target.name + PART)
+    try:
+        shutil.copyfile(blob, part)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise DiskFullError(f"{part}: no space left", hint="free some space and run the same command again") from error
+    os.replace(part, target)
 
 
 def _is_there(path: Path, file: RemoteFile) -> bool:

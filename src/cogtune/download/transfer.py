@@ -57,7 +57,8 @@ def fetch(
                     f"{part}: no space left", hint="free some space and run the same command again: it continues"
                 ) from error
             done = part.stat().st_size if part.is_file() else 0
-            reason = f"{type(error).__name__}: {error}"
+            silent = isinstance(error, TimeoutError)
+            reason = f"the line was silent for {client.timeout:g} s" if silent else f"{type(error).__name__}: {error}"
         if done > file.size:
             break
         if done < file.size:
@@ -80,7 +81,7 @@ def _append(client: Client, file: RemoteFile, part: Path, done: int, advance: Ca
             advance(-done)
             done = 0
         with part.open("ab" if done else "wb") as stream:
-            while block := answer.read(_BLOCK):
+            while block := answer.read1(_BLOCK):  # what is there: a whole block would be lost to a line gone silent
                 stream.write(block)
                 done += len(block)
                 advance(len(block))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import os
 import shutil
 
 import pytest
@@ -28,10 +31,16 @@ def hub(tiny_checkpoint, monkeypatch):
         yield hub
 
 
-def fetch(folder, repository=CHAT, source="hf"):
+def fetch(folder, repository=CHAT, source="hf", timeout=30.0):
     said, seen = [], []
     result = download(
-        repository, folder, source, say=said.append, progress=lambda *one: seen.append(one), pause=lambda _: None
+        repository,
+        folder,
+        source,
+        say=said.append,
+        progress=lambda *one: seen.append(one),
+        pause=lambda _: None,
+        timeout=timeout,
     )
     return result, said, seen
 
@@ -85,6 +94,60 @@ def test_a_silent_server_ends_with_what_was_fetched_kept(hub, tmp_path):
     with pytest.raises(DownloadError, match="then nothing more") as caught:
         fetch(tmp_path / "model")
     assert "continues" in caught.value.hint
+
+
+def test_a_line_that_falls_silent_is_taken_up_where_it_stopped(hub, tmp_path):
+    name = max(hub.files, key=lambda name: len(hub.files[name]))
+    hub.stall_after = len(hub.files[name]) * 2 // 3
+    fetch(tmp_path / "model", timeout=0.3)
+    assert same(tmp_path / "model", hub)
+    assert [asked for path, asked, _ in hub.requests if name in path] == [None, f"bytes={hub.stall_after}-"]
+
+
+def test_a_hub_that_stays_silent_ends_with_how_long_and_what_to_do(hub, tmp_path):
+    hub.stall_after = 0
+    with pytest.raises(DownloadError, match=r"silent for 0\.1 s") as caught:
+        fetch(tmp_path / "model", timeout=0.1)
+    assert "run the same command again: it continues" in caught.value.hint
+    assert "--source" in caught.value.hint
+    hub.stall_after = None
+    fetch(tmp_path / "model")
+    assert same(tmp_path / "model", hub)
+
+
+@pytest.mark.parametrize("same_disk", [True, False])
+def test_what_the_hubs_own_cache_holds_is_taken_from_there(hub, tmp_path, monkeypatch, same_disk):
+    name = next(name for name in hub.files if name.endswith(".safetensors"))
+    blobs = tmp_path / "home" / "hub" / "models--zai-org--cogvlm2-llama3-chat-19B" / "blobs"
+    blobs.mkdir(parents=True)
+    blob = blobs / hashlib.sha256(hub.files[name]).hexdigest()
+    blob.write_bytes(hub.files[name])
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    if not same_disk:
+
+        def refuse(*_):
+            raise OSError(errno.EXDEV, "another disk")
+
+        monkeypatch.setattr(os, "link", refuse)
+    result, said, seen = fetch(tmp_path / "model")
+    assert same(tmp_path / "model", hub)
+    assert (result.cached, result.fetched) == (1, len(hub.files) - 1)
+    assert not any(name in path for path, *_ in hub.requests if "/resolve/" in path)
+    assert str(tmp_path / "home" / "hub") in said[-1]
+    assert seen[-1][1] == seen[-1][2]
+    assert (tmp_path / "model" / name).samefile(blob) == same_disk
+    assert fetch(tmp_path / "model")[0].present == len(hub.files)
+
+
+def test_a_cached_file_that_is_not_whole_is_fetched(hub, tmp_path, monkeypatch):
+    name = next(name for name in hub.files if name.endswith(".safetensors"))
+    blobs = tmp_path / "models--THUDM--cogvlm2-llama3-chat-19B" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / hashlib.sha256(hub.files[name]).hexdigest()).write_bytes(hub.files[name][:-1])
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert fetch(tmp_path / "model")[0].cached == 0
+    assert same(tmp_path / "model", hub)
 
 
 def test_a_refusal_is_not_repeated(hub, tmp_path):
