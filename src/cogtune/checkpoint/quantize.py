@@ -8,40 +8,29 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import nn
 
+from cogtune.configuration.formats import Formats
 from cogtune.configuration.run import QuantSection
 from cogtune.errors import ConfigError, SetupError
 from cogtune.model.embedding import HostEmbedding
 
-FORMATS = {
-    "experts": ("none", "nf4", "int8", "fp8"),
-    "tower": ("none", "nf4", "int8", "fp8"),
-    "glu_adapter": ("none", "int8"),
-    "head": ("none", "int8"),
-    "embedding": ("device", "host"),
-    "fp8_layouts": ("one", "two"),
-}
+FORMATS = {name: get_args(field.annotation) for name, field in QuantSection.model_fields.items()}
+"""The formats each part has."""
 _FROM_BITSANDBYTES = ("nf4", "int8")
 
 
 @dataclass(frozen=True)
-class Quantization:
-    """Number formats of the frozen linear layers by part, as in the configuration's ``quant`` section."""
-
-    experts: str = "none"
-    tower: str = "none"
-    glu_adapter: str = "none"
-    head: str = "none"
-    embedding: str = "device"
-    fp8_layouts: str = "one"
+class Quantization(Formats):
+    """Number formats of the frozen linear layers by part, and the layers in them."""
 
     @classmethod
     def of(cls, quant: QuantSection) -> Quantization:
         """From a configuration's ``quant`` section."""
-        return cls(quant.experts, quant.tower, quant.glu_adapter, quant.head, quant.embedding, quant.fp8_layouts)
+        return cls.from_section(quant)
 
     def check(self) -> None:
         """Raise ConfigError for a format that a part does not have, SetupError where one needs a missing package."""

@@ -98,7 +98,7 @@ def _made(
     from cogtune.plan.rows import TYPICAL, read_rows
     from cogtune.plan.sizes import ModelSizes
 
-    given = "data.path" not in placeholders and (Path(config.model.path) / "tokenizer.json").is_file()
+    given = "data.path" not in placeholders
     rows = read_rows(config, ModelSizes.from_folder(config.model.path)) if given else TYPICAL
     return make_plan(
         config, card, rows, cards=spread[0], hosts=spread[1], placeholders=placeholders.keys(), price=price

@@ -11,6 +11,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from cogtune.configuration.shapes import BOS_ID, EOS_ID, PAD_ID, Shape, VisionShape
+
 ROPE_PRECISIONS = ("checkpoint", "float32")
 
 
@@ -21,14 +23,14 @@ class CogVLM2VisionConfig(PreTrainedConfig):
     model_type = "cogvlm2_vision"
     base_config_key = "vision_config"
 
-    image_size: int = 1344
-    patch_size: int = 14
-    in_channels: int = 3
-    hidden_size: int = 1792
-    intermediate_size: int = 15360
-    num_hidden_layers: int = 63
-    num_heads: int = 16
-    num_positions: int = 9217
+    image_size: int = VisionShape.image_size
+    patch_size: int = VisionShape.patch_size
+    in_channels: int = VisionShape.in_channels
+    hidden_size: int = VisionShape.hidden_size
+    intermediate_size: int = VisionShape.intermediate_size
+    num_hidden_layers: int = VisionShape.num_hidden_layers
+    num_heads: int = VisionShape.num_heads
+    num_positions: int = VisionShape.num_positions
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-6
     dropout_prob: float | int = 0.0
@@ -53,12 +55,12 @@ class CogVLM2Config(PreTrainedConfig):
     attribute_map = {"num_key_value_heads": "num_multi_query_heads"}  # noqa: RUF012
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
 
-    vocab_size: int = 128256
-    hidden_size: int = 4096
-    intermediate_size: int = 14336
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_multi_query_heads: int = 8
+    vocab_size: int = Shape.vocab_size
+    hidden_size: int = Shape.hidden_size
+    intermediate_size: int = Shape.intermediate_size
+    num_hidden_layers: int = Shape.num_hidden_layers
+    num_attention_heads: int = Shape.num_attention_heads
+    num_multi_query_heads: int = Shape.num_multi_query_heads
     hidden_act: str = "silu"
     max_position_embeddings: int = 8192
     rms_norm_eps: float = 1e-5
@@ -66,9 +68,9 @@ class CogVLM2Config(PreTrainedConfig):
     rope_theta: float | int = 500000.0
     rope_precision: str = "checkpoint"
     template_version: str = "chat"
-    bos_token_id: int | None = 128000
-    eos_token_id: int | list[int] | None = 128001
-    pad_token_id: int | None = 128002
+    bos_token_id: int | None = BOS_ID
+    eos_token_id: int | list[int] | None = EOS_ID
+    pad_token_id: int | None = PAD_ID
     tie_word_embeddings: bool = False
     use_cache: bool = True
     vision_config: dict[str, Any] | PreTrainedConfig | None = None

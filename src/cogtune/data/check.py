@@ -22,7 +22,7 @@ from cogtune.data.sources import collect_sources
 from cogtune.data.split import refuse_overlap, split
 from cogtune.data.statistics import Answers, Histogram, scripts
 from cogtune.errors import DataError
-from cogtune.processing.tokenfile import TokenFile
+from cogtune.processing.tokenfile import Counting, TokenFile
 
 if TYPE_CHECKING:
     from cogtune.configuration.run import DataSection
@@ -221,7 +221,7 @@ def _lengths(
 ) -> None:
     """Histograms, and what the budgets and ``data.max_row_tokens`` would do."""
     refused = {name for name in ("long_prompt", "long_answer") if getattr(data, name) == "error"}
-    budget = Budget(_Counting(tokens), data.model_copy(update=dict.fromkeys(refused, "drop")))  # type: ignore[arg-type]
+    budget = Budget(Counting(tokens), data.model_copy(update=dict.fromkeys(refused, "drop")))  # type: ignore[arg-type]
 
     def seen(conversation: Conversation, turn: int, prompt: int, answer: int) -> None:
         report.prompts.add(prompt)
@@ -253,17 +253,6 @@ def _lengths(
     if pictures and not budget.report.trained:
         what = f"none of {budget.report.answers} answers fits data.max_input_len and data.max_output_len"
         report.add("error" if report.exact else "warning", "data-nothing-left", "", what)
-
-
-@dataclass(frozen=True)
-class _Counting:
-    """What a `Budget` asks of an encoder."""
-
-    tokenizer: TokenFile
-
-    @property
-    def template(self) -> str:
-        return self.tokenizer.template
 
 
 def _dominant_answer(report: CheckReport) -> None:

@@ -14,7 +14,7 @@ from cogtune.data.records import Picture
 from cogtune.data.rows import encode_sample, plan_rows
 from cogtune.errors import DataError
 from cogtune.processing.encode import IGNORED, IMAGE, Encoder
-from cogtune.processing.tokenfile import TokenFile
+from cogtune.processing.tokenfile import Counting, TokenFile
 from cogtune.processing.tokenizer import byte_symbols
 from cogtune.processing.tree import ROOT, Row, build_tree
 
@@ -87,7 +87,7 @@ def preview_rows(
         template=tokens.template,
     )
     pieces = _Pieces(tokens)
-    for fitted in Budget(_Counting(tokens), data).fit(chosen):  # type: ignore[arg-type]
+    for fitted in Budget(Counting(tokens), data).fit(chosen):  # type: ignore[arg-type]
         picture = chosen[fitted.index]
         head = 1 + (0 if picture.image is None else tokens.num_image_tokens)
         plans = plan_rows(fitted, head=head, limit=data.max_row_tokens, one_random=data.turns == "one_random")
@@ -106,15 +106,6 @@ def preview_rows(
 def _is_named(picture: Picture, record: str) -> bool:
     names = {picture.key, *(conversation.id for conversation in picture.conversations)}
     return record in names or (picture.image is not None and picture.image.name == record)
-
-
-@dataclass(frozen=True)
-class _Counting:
-    tokenizer: TokenFile
-
-    @property
-    def template(self) -> str:
-        return self.tokenizer.template
 
 
 def _segments(row: Row, pieces: _Pieces) -> Iterator[Segment]:

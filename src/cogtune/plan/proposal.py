@@ -74,6 +74,7 @@ class Plan:
             "card": {"name": self.card.name, "memory": self.card.memory, "usable": self.card.usable,
                      "measured": self.card.measured, "count": self.setting.ranks, "holders": list(self.card.holders)},
             "rows": {"count": self.rows.count, "pictures": self.rows.pictures, "typical": self.rows.typical,
+                     "exact": self.rows.exact,
                      "largest_text_tokens": self.rows.largest.text, "mean_text_tokens": self.rows.mean.text},
             "keys": self.keys,
             "recomputed_layers": len(self.setting.decoder),

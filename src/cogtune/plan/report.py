@@ -26,6 +26,8 @@ def lines(plan: Plan) -> Iterator[str]:
     for holder in card.holders:
         yield f"         in use by {holder}"
     data = f"{rows.count:,} rows on {rows.pictures:,} pictures, longest text {rows.largest.text} tokens"
+    if not rows.exact:
+        data += " (estimated: the model's tokenizer.json is not here)"
     if rows.typical:
         data = f"not given, so as an example {rows.count:,} pictures with {rows.largest.text - 1} text tokens each"
     yield f"data     {data}"

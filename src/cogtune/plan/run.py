@@ -42,7 +42,7 @@ def setting_of(config: RunConfig, rows: Rows, *, ranks: int = 1, card: Card | No
         sizes=sizes,
         batch=_batch(config, rows, sizes),
         adapter=adapter,
-        quant=_quant(config),
+        quant=Quant.from_section(config.quant),
         tower=_tower(config, rows),
         dtype=_dtype(config, card),
         optimizer=train.optimizer,
@@ -95,12 +95,6 @@ def _batch(config: RunConfig, rows: Rows, sizes: ModelSizes) -> Batch:
     if limit is not None:
         count = min(count * train.accumulation, max(1, limit // rows.largest.tokens(sizes)))
     return replace(rows.largest, rows=count)
-
-
-def _quant(config: RunConfig) -> Quant:
-    section = getattr(config, "quant", None)
-    names = ("experts", "tower", "glu_adapter", "head", "embedding")
-    return Quant(**{name: str(getattr(section, name)) for name in names}) if section is not None else Quant()
 
 
 def _tower(config: RunConfig, rows: Rows) -> Tower:

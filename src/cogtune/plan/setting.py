@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from cogtune.adapters.targets import LINEAR, is_hit, match_targets
+from cogtune.configuration.formats import Formats
 from cogtune.plan.sizes import Linear, ModelSizes
 
 Tower = Literal["live", "cached", "none"]
@@ -43,15 +44,8 @@ S400 = Batch()
 
 
 @dataclass(frozen=True)
-class Quant:
-    """Number formats of the frozen weights; names as in the configuration's ``quant`` section."""
-
-    experts: str = "none"
-    tower: str = "none"
-    glu_adapter: str = "none"
-    head: str = "none"
-    embedding: str = "device"
-    fp8_layouts: str = "one"
+class Quant(Formats):
+    """Number formats of the frozen weights."""
 
     def of(self, linear: Linear) -> str:
         """The format of a linear layer; ``none`` is the model's own, ``fp8 twice`` is kept transposed as well."""

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
+
+from cogtune.configuration.shapes import Shape, VisionShape
 
 Part = Literal["experts", "tower", "glu_adapter", "head", "embedding", "conv", "other", "tower_other"]
 """What a run loads, quantises or leaves out together. ``tower_other`` and ``conv`` go with the tower."""
@@ -36,30 +38,8 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class VisionSizes:
-    """The tower's part of ``config.json``; names and defaults as published."""
-
-    image_size: int = 1344
-    patch_size: int = 14
-    in_channels: int = 3
-    hidden_size: int = 1792
-    intermediate_size: int = 15360
-    num_hidden_layers: int = 63
-    num_heads: int = 16
-    num_positions: int = 9217
-
-
-@dataclass(frozen=True)
-class ModelSizes:
-    """``config.json``'s sizes; names and defaults as published."""
-
-    vocab_size: int = 128256
-    hidden_size: int = 4096
-    intermediate_size: int = 14336
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_multi_query_heads: int = 8
-    vision: VisionSizes = field(default_factory=VisionSizes)
+class ModelSizes(Shape):
+    """The sizes, and what follows from them."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelSizes:
@@ -68,7 +48,7 @@ class ModelSizes:
         own = {f.name: int(config[f.name]) for f in fields(cls) if f.name in config}
         return cls(
             **own,
-            vision=VisionSizes(**{f.name: int(vision[f.name]) for f in fields(VisionSizes) if f.name in vision}),
+            vision=VisionShape(**{f.name: int(vision[f.name]) for f in fields(VisionShape) if f.name in vision}),
         )
 
     @classmethod

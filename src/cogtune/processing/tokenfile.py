@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cogtune.configuration.shapes import BOS_ID, EOS_ID, PAD_ID, VisionShape
 from cogtune.errors import CheckpointError
 
-PUBLISHED_IDS = {"bos": 128000, "eos": 128001, "pad": 128002}
 # What an estimate takes for one token: a word's beginning of up to eight letters, three digits, one CJK character.
 _PIECE = re.compile(r" ?[A-Za-z]{1,8}|\d{1,3}|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\s*\n+|[^\sA-Za-z\d]{1,2}")
 
@@ -45,6 +45,17 @@ class TokenFile:
         return ids
 
 
+@dataclass(frozen=True)
+class Counting:
+    """What `data.budget.Budget` asks of an encoder: the template, and tokens to count."""
+
+    tokenizer: TokenFile
+
+    @property
+    def template(self) -> str:
+        return self.tokenizer.template
+
+
 def estimated_tokens(text: str) -> list[int]:
     """Stand-ins for the tokens of ``text``: about as many, and equal where the text is equal."""
     return [hash(piece) for piece in _PIECE.findall(text)]
@@ -61,17 +72,20 @@ def find_token_file(model: str | None, template: str | None = None) -> TokenFile
     config = _config(folder)
     tokenizer = None if folder is None else _tokenizer(folder / "tokenizer.json")
     vision = config.get("vision_config") or {}
-    size, patch = int(vision.get("image_size", 1344)), int(vision.get("patch_size", 14))
-    eos = config.get("eos_token_id", PUBLISHED_IDS["eos"])
+    size, patch = (
+        int(vision.get("image_size", VisionShape.image_size)),
+        int(vision.get("patch_size", VisionShape.patch_size)),
+    )
+    eos = config.get("eos_token_id", EOS_ID)
     return TokenFile(
         tokenizer=tokenizer,
         exact=tokenizer is not None,
         template=template or str(config.get("template_version", "chat")),
         num_image_tokens=(size // patch // 2) ** 2 + 2,
         image_size=size,
-        bos_id=int(config.get("bos_token_id", PUBLISHED_IDS["bos"])),
+        bos_id=int(config.get("bos_token_id", BOS_ID)),
         eos_id=int(eos[0] if isinstance(eos, list) else eos),
-        image_id=int(config.get("pad_token_id", PUBLISHED_IDS["pad"])),
+        image_id=int(config.get("pad_token_id", PAD_ID)),
     )
 
 

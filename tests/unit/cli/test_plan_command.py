@@ -98,6 +98,16 @@ def test_with_data_its_rows_are_counted(
     assert rows["largest_text_tokens"] > rows["mean_text_tokens"] > 10
 
 
+def test_without_the_models_tokenizer_lengths_are_estimates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_data(tmp_path / "data")
+    flags = ["plan", "--card", "24GiB", "--model", str(tmp_path / "not-here"), "--data", str(data)]
+    assert main([*flags, "--data.validation_share", "0"]) == 0
+    assert "8 rows on 8 pictures" in (said := capsys.readouterr().out)
+    assert "(estimated: the model's tokenizer.json is not here)" in said
+    assert main([*flags, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"]["exact"] is False
+
+
 def test_targets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--targets"]) == 0
     out = capsys.readouterr().out

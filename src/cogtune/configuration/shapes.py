@@ -1,0 +1,34 @@
+"""The published model's sizes and token ids, without torch and transformers: the one place where they stand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+BOS_ID, EOS_ID, PAD_ID = 128000, 128001, 128002
+
+
+@dataclass(frozen=True)
+class VisionShape:
+    """The tower's part of ``config.json``; names and defaults as published."""
+
+    image_size: int = 1344
+    patch_size: int = 14
+    in_channels: int = 3
+    hidden_size: int = 1792
+    intermediate_size: int = 15360
+    num_hidden_layers: int = 63
+    num_heads: int = 16
+    num_positions: int = 9217
+
+
+@dataclass(frozen=True)
+class Shape:
+    """``config.json``'s sizes; names and defaults as published."""
+
+    vocab_size: int = 128256
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_multi_query_heads: int = 8
+    vision: VisionShape = field(default_factory=VisionShape)
