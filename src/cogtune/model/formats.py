@@ -1,4 +1,4 @@
-"""Number formats of the frozen weights: the ``quant`` section's values as plain data, for loading and for planning."""
+"""Number formats of the frozen weights: the ``quant`` section as plain data, to load by and, without torch, to plan."""
 
 from __future__ import annotations
 
