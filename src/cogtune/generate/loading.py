@@ -12,11 +12,13 @@ import torch
 from cogtune.adapters.attach import CONFIG_NAME, adapter_shapes, base_name, load_adapter
 from cogtune.adapters.split import split_adapter
 from cogtune.checkpoint.load import load_config, load_model, spread_over
+from cogtune.checkpoint.place import Placement
 from cogtune.checkpoint.quantize import PLAIN, Quantization
 from cogtune.configuration.model import ROPE_PRECISIONS
 from cogtune.errors import AdapterError, ConfigError, SetupError
 from cogtune.generate.engine import Generator
 from cogtune.generate.lockstep import LockstepGenerator, check_launched, launched_processes, leads, start
+from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.spread import Spread
 from cogtune.model.tensor import SplitModel, TensorGroup, check_sizes
 from cogtune.processing.processor import CogVLM2Processor
@@ -142,14 +144,7 @@ def load_generator(choice: Resolved, progress: Callable[[str], None] = lambda li
     processor = CogVLM2Processor.from_pretrained(choice.model)
     progress(f"loading {choice.model} ({choice.dtype_name}, {choice.device})")
     spread = _spread(choice)
-    model = load_model(
-        choice.model,
-        dtype=choice.dtype,
-        device=choice.device,
-        rope_precision=choice.rope_precision,
-        quantization=choice.quantization,
-        placement=spread,
-    )
+    model = _load_base(choice, spread)
     if spread is not None:
         progress(spread.describe())
         spread.connect(model)
@@ -157,6 +152,18 @@ def load_generator(choice: Resolved, progress: Callable[[str], None] = lambda li
         progress(f"with the adapter in {choice.adapter}")
         model = load_adapter(model, choice.adapter)
     return Generator(model, processor, template=choice.template)
+
+
+def _load_base(choice: Resolved, placement: Placement | None) -> CogVLM2ForCausalLM:
+    """The base in the chosen number formats, where ``placement`` puts it."""
+    return load_model(
+        choice.model,
+        dtype=choice.dtype,
+        device=choice.device,
+        rope_precision=choice.rope_precision,
+        quantization=choice.quantization,
+        placement=placement,
+    )
 
 
 def _spread(choice: Resolved) -> Spread | None:
@@ -174,14 +181,7 @@ def _load_part(choice: Resolved, group: TensorGroup, progress: Callable[[str], N
     processor = CogVLM2Processor.from_pretrained(choice.model)
     progress(f"loading {choice.model} ({choice.dtype_name}, {choice.tensor} x {choice.device.type})")
     split = SplitModel(group, choice.device)
-    model = load_model(
-        choice.model,
-        dtype=choice.dtype,
-        device=choice.device,
-        rope_precision=choice.rope_precision,
-        quantization=choice.quantization,
-        placement=split,
-    )
+    model = _load_base(choice, split)
     if choice.adapter is not None:
         progress(f"with the adapter in {choice.adapter}")
         model = load_adapter(model, choice.adapter, building=split.whole_sizes(model))

@@ -27,8 +27,9 @@ def answer(setting: Setting, rows: int = 1, new_tokens: int = NEW_TOKENS) -> Pha
     )  # fmt: skip
     parts = weights(own, tower=True)
     parts["adapter"] = FLOAT32 * own.adapter_parameters(trained_only=False)
-    parts["keys and values"] = _cache(own, own.batch.tokens(own.sizes) + rows * new_tokens)
-    passing = max(_first_pass(own), _tower(own))
+    cache = _cache(own, own.batch.tokens(own.sizes) + rows * new_tokens)
+    parts["keys and values"] = cache
+    passing = max(_first_pass(own), _tower(own) - cache)  # the tower is through before there is a cache
     parts["workspace"] = passing + LIBRARIES
     return Phase("answer", parts, allocator(own).slack(passing), host_loading(own))
 
