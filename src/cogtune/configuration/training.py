@@ -1,0 +1,175 @@
+"""How a run trains: adapter, optimiser, number formats, validation, devices, and what it writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from cogtune.configuration.values import Beta, Engine, Names, Recompute, Section, Share
+
+
+class LoraSection(Section):
+    """What trains."""
+
+    targets: Names = Field(
+        default=("experts",),
+        min_length=1,
+        description="Which linear layers get LoRA: experts, vision-experts, language-experts (each also with -attention"
+        " or -mlp), vision-tower, glu-adapter; or module names and patterns.",
+    )
+    rank: int = Field(default=16, ge=1, description="Rank of the two added matrices.")
+    alpha: float = Field(
+        default=32.0, gt=0, allow_inf_nan=False, description="Scale of the update: it is multiplied by alpha / rank."
+    )
+    dropout: Share = Field(default=0.0, description="Dropout before the added matrices.")
+    rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) instead.")
+    dora: bool = Field(default=False, description="Train magnitude and direction apart (DoRA).")
+    start_from: Path | None = Field(default=None, description="Adapter folder to start from, instead of zero.")
+    extra: dict[str, Any] = Field(
+        default={},
+        description="Other fields of peft's LoraConfig, by their names there: {layers_to_transform: [0, 1]}.",
+    )
+
+
+class TrainSection(Section):
+    """The loop."""
+
+    output: Path = Field(description="Folder for everything the run writes.")
+    epochs: int = Field(default=1, ge=1, description="Passes over the data.")
+    max_steps: int | None = Field(
+        default=None, ge=1, description="Stop after this many optimiser steps. null: epochs decide."
+    )
+    batch_size: int = Field(default=1, ge=1, description="Rows per rank and forward pass.")
+    accumulation: int = Field(default=1, ge=1, description="Forward passes per optimiser step.")
+    lr: float = Field(default=1e-4, gt=0, allow_inf_nan=False, description="Highest learning rate.")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="Course of the learning rate."
+    )
+    warmup_steps: int | None = Field(default=None, ge=0, description="Steps of warm-up, instead of warmup_ratio.")
+    warmup_ratio: float = Field(default=0.03, ge=0, le=1, description="Share of all steps spent on warm-up.")
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="Decoupled weight decay.")
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="AdamW's two averaging factors.")
+    eps: float = Field(default=1e-8, gt=0, allow_inf_nan=False, description="AdamW's guard against division by zero.")
+    optimizer: Literal["adamw", "sgd", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = Field(
+        default="adamw",
+        description="Optimiser. adamw8bit: AdamW with moments in 8 bits; paged_adamw, paged_adamw8bit: in memory that"
+        " moves to the host where the GPU's is short. The last three are bitsandbytes'.",
+    )
+    max_grad_norm: float = Field(
+        default=1.0, gt=0, description="Longer gradients are scaled to this norm. .inf: never."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of order, split, dropout and initial LoRA weights.")
+    save_steps: int = Field(default=100, ge=1, description="Optimiser steps between checkpoints.")
+    keep_checkpoints: int = Field(
+        default=2, ge=1, description="How many of the latest checkpoints stay; the best one stays too."
+    )
+    gradient_checkpointing: Recompute = Field(
+        default="auto",
+        description="Which layers keep only their input and compute their activations again in the backward pass: less"
+        " memory, up to a third more time. auto: as few as the free memory needs. A number k: every k-th layer. A size"
+        " such as 30GiB: as few as keep the run under it. true and false mean all and none.",
+    )
+    compile: Literal["auto"] | bool = Field(
+        default="auto",
+        description="Compile the layers with torch.compile: faster steps after a slower first one. auto: on a GPU with"
+        " the engines single and ddp.",
+    )
+    restart: bool = Field(
+        default=False, description="If the output folder holds a run, start anew in a numbered sibling."
+    )
+    resume: Path | None = Field(default=None, description="Checkpoint folder to start from, in a new output folder.")
+
+
+class QuantSection(Section):
+    """Frozen weights in fewer bits, quantised while the model loads. The published files stay as they are."""
+
+    experts: Literal["none", "nf4", "int8", "fp8"] = Field(
+        default="none",
+        description="Linear layers of both experts. nf4: 4 bits, double quantised; int8: 8 bits, a scale per output"
+        " (both by bitsandbytes); fp8: 8 bits that newer cards also multiply faster. LoRA on top computes in"
+        " model.dtype.",
+    )
+    tower: Literal["none", "nf4", "int8", "fp8"] = Field(
+        default="none", description="Linear layers of the vision tower, live or filling the feature cache."
+    )
+    glu_adapter: Literal["none", "int8"] = Field(
+        default="none", description="Linear layers between the tower and the decoder."
+    )
+    head: Literal["none", "int8"] = Field(default="none", description="The layer that gives the logits.")
+    fp8_layouts: Literal["one", "two"] = Field(
+        default="one",
+        description="two: keep the experts' fp8 weights transposed as well, as the backward pass reads them: faster,"
+        " and as much memory again. one: transpose them as they are needed.",
+    )
+    embedding: Literal["device", "host"] = Field(
+        default="device",
+        description="Where the token embedding stays. host: in host memory, 1.05 GB less on the GPU; rows are sent as"
+        " they are needed.",
+    )
+
+
+class EvalSection(Section):
+    """Validation during training."""
+
+    steps: int | None = Field(
+        default=None, ge=1, description="Optimiser steps between validations. null: at every checkpoint and at the end."
+    )
+    batch_size: int | None = Field(default=None, ge=1, description="Rows per rank in validation. null: as in training.")
+    patience: int | None = Field(
+        default=None, ge=1, description="Stop early after this many validations without a better loss. null: never."
+    )
+
+
+class ParallelSection(Section):
+    """How the work is spread over devices."""
+
+    engine: Engine = Field(
+        default="auto",
+        description="auto: one device without a launcher; with parallel.launch or torchrun the planner's choice, the"
+        " fastest of ddp, zero2 (with deepspeed installed) and fsdp2 that fits; zero2 under the deepspeed launcher.",
+    )
+    launch: Literal["all"] | Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="Start this many processes, one per device, with torchrun on a free port. all: one per GPU. null: a"
+        " launcher started this process, or it uses one device.",
+    )
+    restarts: int = Field(
+        default=0,
+        ge=0,
+        description="With parallel.launch: how often in a row, without a new checkpoint, a run that failed is started"
+        " again from its last one. Under torchrun: its own --max-restarts.",
+    )
+    tensor: int = Field(
+        default=1,
+        ge=1,
+        le=8,
+        description="Ranks that hold one model together, each a part of every layer (tensor parallelism); neighbouring"
+        " ranks. With more ranks, groups of this many share the rows as ddp does.",
+    )
+    offload: Literal["none", "weights", "optimizer"] = Field(
+        default="none",
+        description="What waits in host memory: weights (fsdp2, zero3): the frozen shards; optimizer (zero1, zero2,"
+        " zero3): masters and moments. Slower.",
+    )
+    keep_gathered: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
+        default="auto",
+        description="fsdp2: how many layers stay gathered during an optimiser step instead of being gathered for every"
+        " pass. auto: under accumulation as many as the memory left by the first step holds, else none.",
+    )
+    deepspeed: Path | None = Field(
+        default=None, description="A DeepSpeed configuration file (YAML or JSON); it wins over defaults."
+    )
+
+
+class LogSection(Section):
+    """What is written while it runs."""
+
+    steps: int = Field(
+        default=10, ge=1, description="Optimiser steps between lines on the console and in metrics.jsonl."
+    )
+    level: Literal["info", "warning", "error"] = Field(
+        default="info", description="Least important kind of line the console shows; run.log keeps all of them."
+    )
+    tensorboard: bool = Field(default=True, description="Write TensorBoard events into the output folder.")

@@ -1,0 +1,101 @@
+"""Types of a run's keys: what a section is, and how its values are read and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from cogtune.configuration.sizes import parse_size
+
+DataFormat = Literal["auto", "folder", "jsonl", "llava", "sharegpt", "openai", "coco", "vqa", "csv", "parquet", "hf"]
+Engine = Literal["auto", "single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
+
+
+class Section(BaseModel):
+    """Base of all sections: values cannot change after the checks, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+def _one_or_many(value: object) -> object:
+    """A single item stands for a list of one, so that ``path: folder`` needs no brackets."""
+    return [value] if isinstance(value, str | Path | Mapping | BaseModel) else value
+
+
+def _as_folder(value: object) -> object:
+    return {"path": str(value)} if isinstance(value, str | Path) else value
+
+
+def _no_repeats(items: tuple[Any, ...]) -> tuple[Any, ...]:
+    repeated = sorted({str(item) for item in items if items.count(item) > 1})
+    if repeated:
+        raise ValueError(f"listed twice: {', '.join(repeated)}")
+    return items
+
+
+class DataFolder(Section):
+    """One source of training data: a folder or a file in one of the formats of ``data.format``."""
+
+    path: Path = Field(description="Folder with images/ and labels/, or a file in a known format.")
+    weight: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="How often an epoch shows each of its records."
+    )
+
+
+Text = Annotated[str, Field(min_length=1)]
+Names = Annotated[tuple[Text, ...], BeforeValidator(_one_or_many), AfterValidator(_no_repeats)]
+Paths = Annotated[tuple[Path, ...], BeforeValidator(_one_or_many), AfterValidator(_no_repeats)]
+Folders = Annotated[tuple[Annotated[DataFolder, BeforeValidator(_as_folder)], ...], BeforeValidator(_one_or_many)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """In a field's annotation: the type as help and messages show it, where its parts would not say it."""
+
+    text: str
+
+
+def _recompute(value: object) -> object:
+    """A policy in its one spelling: none, all, auto, a whole number, or a size as it was written."""
+    if isinstance(value, bool) or value in ("true", "false"):
+        return "all" if value in (True, "true") else "none"
+    if isinstance(value, str) and value not in ("auto", "none", "all"):
+        if not value.strip().isdigit():
+            parse_size(value)
+            return value.strip()
+        value = int(value)
+    if isinstance(value, int) and value < 1:
+        raise ValueError(f"every {value}-th layer means nothing; 1 is every layer, none is no layer")
+    return value
+
+
+def _switch(value: object) -> object:
+    """YAML reads a bare ``on`` and ``off`` as true and false."""
+    return (
+        {True: "on", False: "off", "true": "on", "false": "off"}.get(value, value)
+        if isinstance(value, bool | str)
+        else value
+    )
+
+
+def _budget(value: object) -> object:
+    """A size, or a percentage of the disk, as it was written."""
+    if isinstance(value, str):
+        percentage = value.strip().removesuffix("%")
+        if percentage == value.strip():
+            parse_size(value)
+        elif not percentage.strip().replace(".", "", 1).isdigit() or not 0 < float(percentage) <= 100:
+            raise ValueError(f"`{value}` is no share of the disk; write one from 1% to 100%, or a size such as 500GB")
+        return value.strip()
+    return value
+
+
+Switch = Annotated[bool | Literal["auto", "on", "off"], BeforeValidator(_switch), Shown("auto | on | off")]
+Budget = Annotated[str, BeforeValidator(_budget), Shown("size | percentage")]
+Recompute = Annotated[bool | int | str, BeforeValidator(_recompute), Shown("auto | none | all | every k-th | size")]
