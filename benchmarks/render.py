@@ -41,7 +41,9 @@ from typing import Any
 
 from benchmarks.bench_views import view_of
 from benchmarks.card_view import cards
+from benchmarks.curves import curves
 from benchmarks.plot import plot
+from benchmarks.quality_view import linears, parity, quality
 from benchmarks.views import VIEWS, markdown
 from cogtune.errors import catalogue
 from cogtune.train.engines.combinations import table
@@ -116,7 +118,7 @@ def _value(content: Any, path: str, form: str, name: str) -> str:
 
 def _table(content: dict[str, Any], name: str, chinese: bool) -> str:
     """A file's table; a mark's second word, where there is one, is the name of another view of it."""
-    view = {"cards": cards}.get(name) or VIEWS.get(name) or view_of(content)
+    view = _NAMED.get(name) or VIEWS.get(name) or _BY_KIND.get(content.get("kind", "")) or view_of(content)
     if view is not None:
         return view(content | {"file": name}, chinese)
     table = content.get("table")
@@ -126,6 +128,10 @@ def _table(content: dict[str, Any], name: str, chinese: bool) -> str:
     return markdown(columns, table.get("rows_zh", table["rows"]) if chinese else table["rows"])
 
 
+_NAMED = {"cards": cards, "linears": linears}
+_BY_KIND = {"parity": parity, "quality": quality}
+
+
 def plots(results: Path = RESULTS) -> dict[Path, str]:
     """The drawings that belong to the results, by the file they are kept in."""
     found = {}
@@ -133,6 +139,8 @@ def plots(results: Path = RESULTS) -> dict[Path, str]:
         content = json.loads(file.read_text(encoding="utf-8"))
         if "series" in content.get("check", {}):
             found[PLOTS / f"{file.stem}.svg"] = plot(content)
+        if content.get("kind") == "quality":
+            found[PLOTS / f"{file.stem}.svg"] = curves(content)
     return found
 
 

@@ -37,6 +37,7 @@ def main(target: Path) -> int:
     record = {
         "what": "every extra installed together in a fresh environment",
         "command": "make check-extras",
+        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "python": platform.python_version(),
         "pip_check": check.stdout.strip(),

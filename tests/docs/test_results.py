@@ -176,3 +176,36 @@ def test_many_cards_show_scaling_and_the_worst_card(tmp_path):
     text = shown(tmp_path, "eight-cards")
     assert "| `ddp` | 15.00 | 30.00 | 1.95x | 21.00 | - | 5.00 | 40.0 / 1.5 |  |" in text
     assert "differ by at most 0.0100" in text
+
+
+def quality_row(name, accuracy, **more):
+    curves = {"train": [[10, 1.0], [20, 0.5]], "validation": [[20, 0.6]]}
+    return {"name": name, "changes": {} if name == "plain" else {"quant.experts": name}, "dtype": "bfloat16",
+            "accuracy": accuracy, "on_plain_weights": accuracy, "total": 100, "loss": {"last": 0.5, "validation": 0.6},
+            "curves": curves, "commit": "abcdef0123456", **more}  # fmt: skip
+
+
+def test_right_answers_on_quantised_weights_are_compared_with_the_plain_row(tmp_path):
+    rows = [quality_row("nf4", 0.97), quality_row("plain", 0.98), {"name": "x", "changes": {"a": "b"}, "error": "oh"}]
+    bench_file(tmp_path, "quality", "quality", rows)
+    text = shown(tmp_path, "quality")
+    assert "| `quant.experts=nf4` | bfloat16 | 97.00 % | -1.00 | 97.00 % |" in text
+    assert "| not quantised | bfloat16 | 98.00 % | - |" in text
+    assert "| oh |" in text
+    assert "Commits of the rows" not in text
+    ((_, drawing),) = rendering.plots(tmp_path).items()
+    assert drawing.count("<circle") == 2
+    assert drawing.count("<polyline") == 4
+
+
+def test_errors_are_shown_by_layer_or_by_linear_layer(tmp_path):
+    path = "model.layers.0.mlp.vision_mlp.up_proj"
+    found = {"alone": {"output": 0.04, "input gradient": 0.05}, "whole": {"output": 0.1, "LoRA A gradient": 0.2}}
+    layer = {"worst output": 0.1, "LoRA gradients": 0.3}
+    against = {"bfloat16": {"loss": 0.01, "linears": {path: found}, "layers": {"model.layers.0": layer}}}
+    rows = [{"part": "full-width", "form": "float32", "against": {}}]
+    rows += [{"part": "full-width", "form": "fp8", "against": against}]
+    bench_file(tmp_path, "parity", "parity", rows)
+    assert "| fp8 / bfloat16 | `layers.0` | 4 % | 5 % | 10 % | - | 30 % | 1 % |" in shown(tmp_path, "parity")
+    text = rendering.render("<!-- result: parity linears --><!-- end -->", tmp_path)
+    assert "| `layers.0.mlp.vision_mlp.up_proj` | 4 % | 5 % | 10 % | - | 20 % | - |" in text
