@@ -125,28 +125,29 @@ def sweep(content: dict[str, Any], chinese: bool) -> str:
 
 
 def many(content: dict[str, Any], chinese: bool) -> str:
-    """Engines on several cards: samples a second, scaling against one card, memory, start and save."""
+    """Engines on several cards: samples a second, scaling against one card, memory, start and save; predictions of
+    ``cogtune plan`` in brackets."""
     scaling = content.get("scaling", {})
     cells: list[list[Cell]] = []
     for row in content["rows"]:
+        name, plan = f"`{row['name']}`", row.get("plan") or {}
         if "error" in row:
-            cells.append([f"`{row['name']}`", *["-"] * 7, _short(row["error"])])
-            continue
-        ranks = row.get("by_rank") or [row]
-        peak = max(rank.get("peak_reserved_gib", rank["allocated_gib"]) for rank in ranks)
-        host = max((rank["host_peak_gib"] for rank in ranks if "host_peak_gib" in rank), default=None)
-        plan = (row.get("plan") or {}).get("reserved_gib")
-        cells.append([
-            f"`{row['name']}`", f"{row['samples_per_second'] / row['ranks']:.2f}", f"{row['samples_per_second']:.2f}",
-            f"{scaling[row['name']]:.2f}x" if row["name"] in scaling else "-", f"{peak:.2f}", _number(plan),
-            _number(host), f"{_number(row.get('ready_s'), 1)} / {_number(row.get('save_s'), 1)}", "",
-        ])  # fmt: skip
+            cells.append([name, *["-"] * 7, _short(row["error"])])
+        elif "samples_per_second" in row:
+            peak, predicted = max(row["card_mib"], default=None), plan.get("driver_mib")
+            cells.append([
+                name, f"{row['samples_per_second'] / row['ranks']:.2f}", f"{row['samples_per_second']:.2f}",
+                f"{scaling[row['name']]:.2f}x" if row["name"] in scaling else "-",
+                f"{row['median_ms']:.0f} ({_number(plan.get('median_ms'), 0)})",
+                f"{_number(peak, 0)} ({_number(predicted, 0)})", _number(row["host_anonymous_gib"], 1),
+                f"{_number(row.get('start_s'), 0)} / {_number(row.get('save_s'), 1)}", "",
+            ])  # fmt: skip
     columns = (
-        ["行", "样本/秒/卡", "样本/秒", "相对一张卡", "每卡峰值（GiB）", "预测", "主机（GiB）",
+        ["行", "样本/秒/卡", "样本/秒", "相对一张卡", "一步，毫秒（预测）", "每卡峰值，MiB（预测）", "主机，GiB",
          "启动 / 保存（秒）", "备注"]
         if chinese
-        else ["row", "samples/s a card", "samples/s", "against one card", "peak a card, GiB", "plan", "host, GiB",
-              "start / save, s", "note"]
+        else ["row", "samples/s a card", "samples/s", "against one card", "step, ms (plan)", "peak a card, MiB (plan)",
+              "host, GiB", "start / save, s", "note"]
     )  # fmt: skip
     found = content.get("losses", {})
     text = f"{markdown(columns, cells)}\n\n"

@@ -1,12 +1,14 @@
 """The published table beside ours, on any number of cards of one host:
-``python -m benchmarks.eight_cards OUT.json [--cards N] [--model BASE] [--only ROW ...]``.
+``python -m benchmarks.eight_cards OUT.json --model BASE [--cards N] [--seconds LIMIT] [--only ROW ...]``.
 
-Every row is a launch of its own and is written as it ends; called again, it runs only what OUT lacks or what failed, so
-the rows may be spread over several calls on one machine. Records are S400, the tower's output given, one row a card,
-rank 8 on ``vision_expert_query_key_value``, no dropout, one rate, seed and order; a row's name says where it differs.
-The first row is one card alone, for the scaling of the others. ``published`` is the published script's own command line
-under the deepspeed launcher on records of the same lengths, and needs a checkpoint folder; the other rows make random
-weights where they train.
+Every row is a training run as a user starts it, on the same records, watched from outside (`benchmarks.watched`) and
+written as it ends. Called again, only what OUT lacks or what failed runs, so rows may be spread over several calls on
+one machine; ``--seconds`` ends a call in time. BASE is made (random, at the published sizes) where it does not exist.
+
+Records are S400: a picture whose features are in the cache, a prompt of 200 tokens and an answer of 200; one row a
+card, rank 8 on ``vision_expert_query_key_value``, no dropout, one rate, seed and order; a row's name says where it
+differs. ``published`` is the published script's own command line, with ZeRO-2, on the same records with the same flags.
+``single`` is one card alone, for the scaling of the others; ``cache`` fills the feature cache on all cards.
 """
 
 from __future__ import annotations
@@ -14,156 +16,321 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
+import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import watched
 from cogtune.bench.report import circumstances, shown_command
+from cogtune.train.log import read_metrics
 
-STEPS, WARM, PUBLISHED_STEPS = 17, 3, 40
-ROW_SECONDS = 420
-_COMMON = ("--preset", "s400", "--steps", str(STEPS), "--warmup", str(WARM), "--train.schedule", "constant")
-_CACHED = ("--features", "cached")
-ROWS: dict[str, tuple[str, ...]] = {
-    "single": _CACHED,
-    "published": (),
-    "zero2": (*_CACHED, "--parallel.engine", "zero2"),
-    "ddp": (*_CACHED, "--parallel.engine", "ddp"),
-    "fsdp2": (*_CACHED, "--parallel.engine", "fsdp2"),
-    "zero3": (*_CACHED, "--parallel.engine", "zero3"),
-    "fsdp2-nf4": (*_CACHED, "--parallel.engine", "fsdp2", "--quant.experts", "nf4"),
-    "tensor2": (*_CACHED, "--parallel.tensor", "2"),
-    "512+512": (*_CACHED, "--parallel.engine", "ddp", "--preset", "512+512"),
-    "live": ("--features", "live", "--parallel.engine", "ddp"),
+ROOT = Path(__file__).parents[1]
+STEPS, WARM, COMPARED = 40, 20, 20
+ROW_SECONDS = 240.0
+WINDOW = 10  # steps between two lines of numbers of the published command line
+TEMPLATE = 18  # tokens that the chat template adds to a question, by a tokenizer of one token a byte
+
+
+@dataclass(frozen=True)
+class Row:
+    """``keys``: configuration behind the common ones. ``text``: prompt and answer, in tokens."""
+
+    keys: tuple[str, ...] = ()
+    batch: int = 1
+    text: tuple[int, int] = (200, 200)
+    published: bool = False
+    alone: bool = False  # one card
+    live: bool = False
+
+    @property
+    def data(self) -> str:
+        return f"{self.text[0]}+{self.text[1]}"
+
+
+def _engine(name: str, *more: str, **options: Any) -> Row:
+    return Row(("--parallel.engine", name, *more), **options)
+
+
+ROWS: dict[str, Row] = {
+    "single": Row(alone=True),
+    "published": Row(published=True),
+    "ddp": _engine("ddp"),
+    "fsdp2": _engine("fsdp2"),
+    "zero3": _engine("zero3"),
+    "fsdp2-nf4": _engine("fsdp2", "--quant.experts", "nf4"),
+    "tensor2": Row(("--parallel.tensor", "2"), batch=2),  # two cards hold a model, so it gets two rows
+    "512+512": _engine("ddp", text=(512, 512)),
+    "live": _engine("ddp", live=True),
+    "512+512-live": _engine("zero2", text=(512, 512), live=True),  # what the published figure of memory is for
 }
-"""Words behind ``cogtune bench train``, later ones winning; ``published`` has a command of its own."""
-ALIKE = ("zero2", "ddp", "fsdp2", "zero3")
+ALIKE = ("published", "ddp", "fsdp2", "zero3")
 LOSSES_AGREE = 0.02
 """Twenty steps of bfloat16: each engine sums gradients in another order, AdamW's first steps have the size of their
 sign, and a weight that crosses a rounding boundary of bfloat16 moves activations by 2^-8. Of a loss near 12."""
 
 
-def run_row(name: str, cards: int, model: str, small: bool) -> dict[str, Any]:
-    """Launch a row; its numbers, or how it failed."""
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "row.json"
-        published = name == "published"
-        words = _published(Path(folder), cards, model) if published else _own(name, cards, model, small, output)
-        shown = shown_command([word.replace(folder, "DIR") for word in words])
-        started = time.perf_counter()
-        try:
-            done = subprocess.run(words, capture_output=True, text=True, timeout=ROW_SECONDS)
-            told = done.stdout + done.stderr
-        except subprocess.TimeoutExpired:
-            told = f"not done after {ROW_SECONDS} s"
-        wall = round(time.perf_counter() - started, 1)
-        found = _read_published(Path(folder), cards) if published else _read(output)
-    start = told.rfind("error[")
-    return {"name": name, "command": shown, "wall_s": wall, **(found or {"error": told[start:][:800] if start >= 0
-                                                                        else told[-800:]})}  # fmt: skip
+@dataclass(frozen=True)
+class Machine:
+    """``small``: a tiny model on CPU ranks, to try the script."""
+
+    cards: int
+    model: Path
+    work: Path
+    small: bool
+    deadline: float
+
+    def environment(self) -> dict[str, str]:
+        found = {"XDG_CACHE_HOME": str(self.work / "cache"), "NCCL_NVLS_ENABLE": "0", "HF_HUB_OFFLINE": "1"}
+        sources = f"{ROOT / 'src'}{os.pathsep}{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+        found |= {"PYTHONPATH": sources, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        if self.small:
+            found |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+            compiled = (
+                Path.home() / ".cache/torch_extensions" / f"py{sys.version_info.major}{sys.version_info.minor}_cpu"
+            )
+            found["TORCH_EXTENSIONS_DIR"] = os.environ.get("TORCH_EXTENSIONS_DIR", str(compiled))
+        return found
+
+    def data(self, row: Row) -> Path:
+        """A folder in the published layout: a picture and one conversation for every row of every step."""
+        folder = self.work / row.data
+        if not folder.exists():
+            write_records(folder, STEPS * self.cards, row.text)
+        return folder
 
 
-def _own(name: str, cards: int, model: str, small: bool, output: Path) -> list[str]:
-    ranks = 1 if name == "single" else cards
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    own = ["-m", "cogtune", "bench", "train", *_COMMON, "--model.path", model, *ROWS[name], "--json", str(output)]
-    return [sys.executable, *launcher, *own, *(["--preset", "text=40"] if small else [])]
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
-    return {key: value for key, value in rows[0].items() if key != "name"} if rows else None
-
-
-def _published(folder: Path, cards: int, model: str) -> list[str]:
-    """The published script's command on a data folder in its layout, with texts of S400's lengths in the base's tokens
-    (a random checkpoint's tokenizer has one token a byte)."""
+def write_records(folder: Path, count: int, text: tuple[int, int]) -> None:
+    """Different letters in every record, so that another order gives other losses."""
     from tests.support.data_folders import dialogue, write_folder
 
-    question, answer = "q" * 182, "a" * 199  # 200 tokens with the template, 200 with the end token
-    count = PUBLISHED_STEPS * cards
-    data = write_folder(folder / "data", {f"{i:04d}": dialogue(question, answer) for i in range(count)})
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(cards)]
-    own = ["peft_lora.py", "--ds_config", "ds_config.yaml", "--model_path", model, "--dataset_path", str(data)]
-    own += ["--save_path", str(folder / "out"), "--lora_dropout", "0", "--max_input_len", "512", "--lr", "1e-4"]
-    own += ["--max_output_len", "512", "--batch_size", "1", "--num_epochs", "1", "--train_dataset_rate", "1"]
-    return [*launcher, *own, "--save_step", str(PUBLISHED_STEPS)]
+    draw = random.Random(0)
+
+    def letters(number: int) -> str:
+        return "".join(draw.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(number))
+
+    question, answer = text[0] - TEMPLATE, text[1] - 1  # the end token is the answer's last
+    partial = folder.with_name(f"{folder.name}.partial")
+    write_folder(partial, {f"{i:05d}": dialogue(letters(question), letters(answer)) for i in range(count)})
+    partial.rename(folder)
 
 
-def _read_published(folder: Path, cards: int) -> dict[str, Any] | None:
-    """From the run's own record, a line for every ten steps; the first ten are warm-up."""
-    file = folder / "out" / "metrics.jsonl"
-    if not file.is_file():
-        return None
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    steps = [line for line in lines if line["kind"] == "train"]
-    rates = sorted(line["samples_per_second"] for line in steps[1:])
-    if not rates:
-        return None
-    rate = rates[len(rates) // 2]
+def run_row(name: str, machine: Machine) -> dict[str, Any]:
+    """Launch a row; its numbers, or how it failed."""
+    row = ROWS[name]
+    with tempfile.TemporaryDirectory(dir=machine.work) as folder:
+        output, log = Path(folder) / "out", Path(folder) / "console.log"
+        words = _published(row, machine, output) if row.published else _own(row, machine, output)
+        left = min(ROW_SECONDS, machine.deadline - time.monotonic())
+        plan = _plan(row, machine)
+        seen = watched.run(words, ROOT, machine.environment(), left, log)
+        found = {
+            "name": name,
+            "command": shown_command([word.replace(str(machine.work), "WORK") for word in words]),
+            "wall_s": round(seen.seconds, 1),
+        }
+        if seen.code != 0:
+            return {**found, "error": _cause(seen)}
+        return {**found, **_numbers(row, machine, output, seen), "plan": plan}
+
+
+def _numbers(row: Row, machine: Machine, output: Path, seen: watched.Watched) -> dict[str, Any]:
+    """Rates from the run's own record, behind its warm-up; the first line holds what was compiled."""
+    lines = [line for line in read_metrics(output) if line["kind"] == "train"]
+    cards = 1 if row.alone else machine.cards
+    rate = statistics.median(line["samples_per_second"] for line in lines if line["step"] > WARM)
     return {
         "ranks": cards,
-        "batch_size": 1,
-        "samples_per_second": rate,
+        "samples_per_second": round(rate, 4),
         "median_ms": round(1000 * cards / rate, 3),
-        "allocated_gib": max(line["memory_gib"] for line in steps),
-        "losses": [line["loss"] for line in steps],
+        "card_mib": seen.card_mib[:cards],
+        "allocated_gib": round(max(line["memory_gib"] for line in lines), 3),
+        "host_anonymous_gib": round(seen.host_anonymous_gib, 2),
+        "host_largest_gib": round(seen.host_largest_gib, 2),
+        **watched.moments(output / "run.log", seen.began),
+        "every": WINDOW if row.published else 1,
+        "losses": [line["loss"] for line in lines],
+        "grad_norms": [line["grad_norm"] for line in lines],
     }
 
 
+def _keys(row: Row, machine: Machine) -> list[str]:
+    """What the published script does with the flags of `_published`, as configuration keys."""
+    tokens = [str(number) for number in (max(row.text[0], 512), max(row.text[1], 512))]
+    return [
+        "--model.path", str(machine.model), "--data.path", str(machine.data(row)), "--data.validation_share", "0",
+        "--data.max_input_len", tokens[0], "--data.max_output_len", tokens[1],
+        "--data.cache_features", "off" if row.live else "on",
+        "--lora.targets", "vision_expert_query_key_value", "--lora.rank", "8", "--lora.alpha", "32",
+        "--lora.dropout", "0", "--train.batch_size", str(row.batch), "--train.max_steps", str(STEPS),
+        "--train.lr", "1e-4", "--train.schedule", "linear", "--train.warmup_steps", "0", "--train.weight_decay", "0.01",
+        "--train.max_grad_norm", "1", "--train.save_steps", str(STEPS), "--log.steps", "1", *row.keys,
+    ]  # fmt: skip
+
+
+def _own(row: Row, machine: Machine, output: Path) -> list[str]:
+    launch = [] if row.alone else ["--parallel.launch", str(machine.cards)]
+    keys = [*_keys(row, machine), *launch]
+    return [sys.executable, "-m", "cogtune", "train", *keys, "--train.output", str(output)]
+
+
+def _published(row: Row, machine: Machine, output: Path) -> list[str]:
+    launcher = str(Path(sys.executable).parent / "deepspeed")
+    count = "--num_accelerators" if machine.small else "--num_gpus"
+    words = [launcher, count, str(machine.cards), "--master_port", str(_free_port()), "peft_lora.py"]
+    own = ["--ds_config", "ds_config.yaml", "--model_path", str(machine.model)]
+    own += ["--dataset_path", str(machine.data(row)), "--save_path", str(output), "--lora_dropout", "0"]
+    own += ["--max_input_len", "512", "--max_output_len", "512", "--batch_size", "1", "--num_epochs", "1"]
+    return [*words, *own, "--train_dataset_rate", "1", "--lr", "1e-4", "--save_step", str(STEPS)]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def _plan(row: Row, machine: Machine) -> dict[str, Any]:
+    """What ``cogtune plan`` says of the row, on this machine's kind of card (an H100 where there is none)."""
+    from cogtune.plan.cards import named_like
+
+    card = named_like(torch.cuda.get_device_name()).name if torch.cuda.is_available() else "H100 80GB"
+    engine = ["--parallel.engine", "zero2"] if row.published else []
+    cards = ["--json", "--card", card, "--cards", str(1 if row.alone else machine.cards)]
+    words = [sys.executable, "-m", "cogtune", "plan", *_keys(row, machine), *engine, "--train.output", "OUT", *cards]
+    environment = {**os.environ, **machine.environment()}
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=60)
+    if done.returncode:
+        return {"error": done.stderr[-300:]}
+    plan = json.loads(done.stdout)
+    return {
+        "driver_mib": round(plan["driver"] / 2**20),
+        "median_ms": round(1000 * plan["seconds"]["step"], 1),
+        "load_s": round(plan["seconds"]["load"], 1),
+        "save_s": round(plan["seconds"]["save"], 2),
+        "host_gib": round(max(phase["host"] for phase in plan["phases"].values()) / 2**30, 2),
+    }
+
+
+def fill_cache(machine: Machine) -> dict[str, Any]:
+    """The features of all rows' pictures, by all cards: what every cached row finds there."""
+    began = time.monotonic()
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(machine.cards)]
+    folders = [word for name in ("ddp", "512+512") for word in ("--data.path", str(machine.data(ROWS[name])))]
+    words += ["-m", "cogtune", "data", "cache", "--model.path", str(machine.model), *folders]
+    words += ["--train.output", "OUT", "--train.compile", "false"]
+    seen = watched.run(words, ROOT, machine.environment(), ROW_SECONDS, machine.work / "cache.log")
+    found = {"name": "cache", "ranks": machine.cards, "wall_s": round(time.monotonic() - began, 1)}
+    return {**found, "card_mib": seen.card_mib} if seen.code == 0 else {**found, "error": _cause(seen)}
+
+
+def _cause(seen: watched.Watched) -> str:
+    if seen.code is None:
+        return f"not done after {seen.seconds:.0f} s: {seen.output[-500:]}"
+    start = max(seen.output.find("error["), 0) or max(len(seen.output) - 1500, 0)
+    return f"exit {seen.code}: {seen.output[start:][:1500]}"
+
+
 def compare(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Scaling against one card of the same machine, and whether the engines' losses agree."""
-    by_name = {row["name"]: row for row in rows if "error" not in row}
+    """Scaling against one card of the same machine, and whether the engines' losses agree over the first twenty steps:
+    step by step, and with the published command line over its own windows of ten steps."""
+    by_name = {row["name"]: row for row in rows if "samples_per_second" in row}
     single = by_name.get("single")
     scaling = {
         name: round(row["samples_per_second"] / single["samples_per_second"], 3)
         for name, row in by_name.items()
         if single is not None and name != "single"
     }
-    alike = [by_name[name]["losses"] for name in ALIKE if name in by_name]
-    worst = max((max(step) - min(step) for step in zip(*alike, strict=False)), default=0.0) if len(alike) > 1 else None
+    alike = {name: by_name[name] for name in ALIKE if name in by_name}
+    steps = [row["losses"][:COMPARED] for row in alike.values() if row["every"] == 1]
+    windows = [_windows(row)[: COMPARED // WINDOW] for row in alike.values()]
+    worst = max(_spread(steps), _spread(windows)) if len(alike) > 1 else None
     agree = None if worst is None else worst <= LOSSES_AGREE
-    return {"scaling": scaling, "losses": {"compared": [name for name in ALIKE if name in by_name],
-            "largest_difference": worst, "allowed": LOSSES_AGREE, "agree": agree}}  # fmt: skip
+    return {"scaling": scaling, "losses": {"compared": list(alike), "steps": COMPARED, "largest_difference": worst,
+            "allowed": LOSSES_AGREE, "agree": agree}}  # fmt: skip
+
+
+def _windows(row: dict[str, Any]) -> list[float]:
+    """Means over ten steps; every step has the same number of labels."""
+    size = WINDOW // row["every"]
+    losses = row["losses"]
+    return [statistics.fmean(losses[i : i + size]) for i in range(0, len(losses) - size + 1, size)]
+
+
+def _spread(series: list[list[float]]) -> float:
+    return max((max(values) - min(values) for values in zip(*series, strict=False)), default=0.0)
+
+
+def make_checkpoint(machine: Machine) -> None:
+    if machine.model.exists():
+        return
+    words = [sys.executable, "-m", "cogtune", "bench", "make-checkpoint", str(machine.model)]
+    small = ["--preset", "tiny"] if machine.small else []
+    subprocess.run([*words, *small], check=True, env={**os.environ, **machine.environment()}, cwd=ROOT)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint folder, best on /dev/shm")
     parser.add_argument("--cards", type=int, default=max(1, torch.cuda.device_count()))
-    parser.add_argument("--model", default="random")
-    parser.add_argument("--only", nargs="*", default=[])
-    parser.add_argument("--small", action="store_true", help="the tiny model, to try the script on a CPU")
+    parser.add_argument("--work", type=Path, help="records and cache; kept there for a further call")
+    parser.add_argument("--seconds", type=float, default=86400.0, help="no row runs longer than so far into this call")
+    parser.add_argument("--only", nargs="*", default=[], choices=list(ROWS), metavar="ROW")
+    parser.add_argument("--small", action="store_true", help="a tiny model on CPU ranks, to try the script")
     given = parser.parse_args(arguments)
-    model = "random-tiny" if given.small else given.model
+    work = (given.work or Path(tempfile.mkdtemp())).absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + given.seconds
+    machine = Machine(given.cards, given.model.absolute(), work, given.small, deadline)
     command = ["python", "-m", "benchmarks.eight_cards", *(arguments or sys.argv[1:])]
     record: dict[str, Any] = {"kind": "cards", **circumstances(shown_command(command)), "rows": []}
     if given.output.is_file():
         record["rows"] = json.loads(given.output.read_text(encoding="utf-8"))["rows"]
-    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-    for name in given.only or ROWS:
-        if any(row["name"] == name and "error" not in row for row in record["rows"]):
-            continue
-        row = run_row(name, given.cards, model, given.small)
-        record["rows"] = [*(other for other in record["rows"] if other["name"] != name), row]
-        record |= compare(record["rows"])
+
+    def write(row: dict[str, Any]) -> None:
+        record["rows"] = [*(other for other in record["rows"] if other["name"] != row["name"]), row]
+        order = ["cache", *ROWS]
+        record["rows"].sort(key=lambda row: order.index(row["name"]))
+        record.update(compare(record["rows"]))
         given.output.parent.mkdir(parents=True, exist_ok=True)
         given.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         print(_line(row), flush=True)
+
+    make_checkpoint(machine)
+    filled = fill_cache(machine)  # in a later call it finds all of them, or fills the cache of another machine
+    if not any(row["name"] == "cache" and "error" not in row for row in record["rows"]):
+        write(filled)
+    for name in given.only or ROWS:
+        if any(row["name"] == name and "error" not in row for row in record["rows"]):
+            continue
+        if machine.deadline - time.monotonic() < 20:
+            print(f"{name}: no time left in this call", flush=True)
+            continue
+        write(run_row(name, machine))
     print(json.dumps(compare(record["rows"])))
 
 
 def _line(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{row['name']:12} FAILED after {row['wall_s']:.0f} s: {row['error']}"
+    if "samples_per_second" not in row:
+        return f"{row['name']:12} {row['wall_s']:.0f} s, {row['card_mib']} MiB"
+    plan = row["plan"]
     return (
-        f"{row['name']:12} {row['samples_per_second']:8.2f} samples/s  {row['median_ms']:8.1f} ms  "
-        f"{row.get('peak_reserved_gib', row['allocated_gib']):6.2f} GiB a card  {row['wall_s']:.0f} s in all"
+        f"{row['name']:12} {row['samples_per_second']:8.2f} samples/s  {row['median_ms']:8.1f} ms (plan "
+        f"{plan.get('median_ms')})  {row['card_mib']} MiB (plan {plan.get('driver_mib')})  host "
+        f"{row['host_anonymous_gib']:.1f} GiB  start {row.get('start_s')} s  save {row.get('save_s')} s  "
+        f"loss {row['losses'][-1]:.4f}  {row['wall_s']:.0f} s in all"
     )
 
 

@@ -64,7 +64,8 @@ def leased(root: Path) -> set[str]:
     for path in (root / FOLDER).glob(f"*{_SUFFIX}"):
         with suppress(FileNotFoundError):
             if _is_valid(path):
-                names.update(path.read_text(encoding="ascii").split())
+                # a name that is damaged claims nothing; the others in its file still do
+                names.update(path.read_text(encoding="ascii", errors="replace").split())
             else:
                 path.unlink(missing_ok=True)
     return names

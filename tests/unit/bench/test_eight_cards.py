@@ -1,23 +1,25 @@
-"""What the script for many cards makes of its rows; the launches themselves are `cogtune bench train`'s."""
+"""What the script for many cards makes of its rows; the rows themselves are training runs."""
 
 from __future__ import annotations
 
 import json
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import eight_cards
+from benchmarks import eight_cards, watched
 
 
-def _row(name: str, rate: float, losses: list[float]) -> dict[str, Any]:
-    return {"name": name, "samples_per_second": rate, "losses": losses}
+def _row(name: str, rate: float, losses: list[float], every: int = 1) -> dict[str, Any]:
+    return {"name": name, "samples_per_second": rate, "losses": losses, "every": every}
 
 
 def test_scaling_and_agreement() -> None:
     rows = [_row("single", 5.0, [1.0]), _row("ddp", 39.0, [12.0, 11.5]), _row("fsdp2", 30.0, [12.0, 11.51])]
-    found = eight_cards.compare([*rows, {"name": "zero3", "error": "x"}])
+    found = eight_cards.compare([*rows, {"name": "zero3", "error": "x"}, {"name": "cache", "wall_s": 1.0}])
     assert found["scaling"] == {"ddp": 7.8, "fsdp2": 6.0}
     assert found["losses"]["compared"] == ["ddp", "fsdp2"]
     assert found["losses"]["largest_difference"] == pytest.approx(0.01)
@@ -25,30 +27,80 @@ def test_scaling_and_agreement() -> None:
     assert eight_cards.compare([*rows, _row("zero3", 1.0, [12.0, 11.6])])["losses"]["agree"] is False
 
 
+def test_the_published_command_is_compared_over_its_windows() -> None:
+    """It reports means of ten steps; the others' are formed from their steps. Behind twenty steps nothing counts."""
+    falling = [12.0 - 0.1 * step for step in range(40)]
+    windows = [sum(falling[i : i + 10]) / 10 for i in range(0, 40, 10)]
+    published = _row("published", 1.0, [windows[0], windows[1] + 0.015, windows[2] + 5, windows[3]], every=10)
+    found = eight_cards.compare([_row("ddp", 2.0, falling), published])
+    assert found["losses"]["largest_difference"] == pytest.approx(0.015)
+    published["losses"][0] += 0.03
+    assert eight_cards.compare([_row("ddp", 2.0, falling), published])["losses"]["agree"] is False
+
+
 def test_called_again_it_runs_only_what_lacks_or_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
 
-    def run(name: str, cards: int, model: str, small: bool) -> dict[str, Any]:
+    def run(name: str, machine: eight_cards.Machine) -> dict[str, Any]:
         ran.append(name)
-        failed = {"error": "no room"} if ran.count(name) == 1 and name == "zero3" else {}
-        return {**_row(name, 2.0, [1.0]), "median_ms": 1.0, "allocated_gib": 1.0, "wall_s": 1.0, **failed}
+        if ran.count(name) == 1 and name == "zero3":
+            return {"name": name, "error": "no room", "wall_s": 1.0}
+        more = {"median_ms": 1.0, "wall_s": 1.0, "card_mib": [], "plan": {}, "host_anonymous_gib": 1.0}
+        return {**_row(name, 2.0, [1.0]), **more}
 
     monkeypatch.setattr(eight_cards, "run_row", run)
+    monkeypatch.setattr(eight_cards, "make_checkpoint", lambda machine: None)
+    monkeypatch.setattr(eight_cards, "fill_cache", lambda machine: {"name": "cache", "wall_s": 1.0, "card_mib": []})
     file = tmp_path / "cards.json"
-    eight_cards.main([str(file), "--only", "single", "zero3"])
-    eight_cards.main([str(file), "--only", "single", "zero3", "ddp"])
+    words = [str(file), "--model", "x", "--work", str(tmp_path), "--only", "single", "zero3"]
+    eight_cards.main(words)
+    eight_cards.main([*words, "ddp"])
     assert ran == ["single", "zero3", "zero3", "ddp"]
     rows = json.loads(file.read_text())["rows"]
-    assert [row["name"] for row in rows] == ["single", "zero3", "ddp"]
+    assert [row["name"] for row in rows] == ["cache", "single", "ddp", "zero3"]
     assert not any("error" in row for row in rows)
+    eight_cards.main([*words, "fsdp2", "--seconds", "1"])  # no time: nothing is begun
+    assert ran[4:] == []
 
 
-def test_every_rows_words_are_a_configuration() -> None:
-    from cogtune.bench.variants import parse_variants
+def test_every_rows_words_are_a_configuration_and_the_published_ones_mean_the_same(tmp_path: Path) -> None:
     from cogtune.cli.options import split_arguments
+    from cogtune.configuration.run import load_config
+    from cogtune.train.published import configure
 
-    for name, words in eight_cards.ROWS.items():
-        text = " ".join(words).replace("--features cached", "").replace("--features live", "")
-        keys = text.replace("--preset 512+512", "").split()
-        (variant,) = parse_variants([], split_arguments(keys).overrides, preset="s400", cached=True)
-        assert variant.config.lora.dropout == 0, name
+    machine = eight_cards.Machine(2, tmp_path / "base", tmp_path, False, 0.0)
+    for folder in ("200+200", "512+512"):
+        (tmp_path / folder).mkdir()
+    configs = {
+        name: load_config(None, split_arguments(eight_cards._own(row, machine, tmp_path / "out")[4:]).overrides)
+        for name, row in eight_cards.ROWS.items()
+        if not row.published
+    }
+    words = eight_cards._published(eight_cards.ROWS["published"], machine, tmp_path / "out")
+    published, _ = configure(words[words.index("peft_lora.py") + 1 :], launched=True, world_size=2)
+    ours, theirs = (config.model_dump() for config in (configs["ddp"], published))
+    assert ours["lora"] == theirs["lora"]
+    differ = {key for part in ("data", "train") for key, value in ours[part].items() if value != theirs[part][key]}
+    # 40 steps either way: one says so, the other gives as many records; features are found in the cache
+    assert differ == {"max_steps", "epochs", "cache_features", "labels"} & differ | {"max_steps", "cache_features"}
+    assert {configs[name].train.batch_size for name in configs} == {1, 2}
+
+
+def test_a_command_is_watched_and_ended_in_time(tmp_path: Path) -> None:
+    script = "import time; held = bytearray(80_000_000); print('here', flush=True); time.sleep(60)"
+    began = time.monotonic()
+    seen = watched.run([sys.executable, "-c", script], tmp_path, {}, 2.0, tmp_path / "log")
+    assert seen.code is None
+    assert time.monotonic() - began < 30
+    assert seen.output == "here\n"
+    assert seen.host_anonymous_gib > 0.07
+    done = watched.run([sys.executable, "-c", "raise SystemExit(3)"], tmp_path, {}, 60.0, tmp_path / "log")
+    assert done.code == 3
+
+
+def test_moments_of_a_run(tmp_path: Path) -> None:
+    log = tmp_path / "run.log"
+    lines = ["05,000 INFO data: 8", "09,500 INFO ddp: whole", "21,000 INFO step 1/2  x", "22,000 INFO step 2/2  x"]
+    log.write_text("".join(f"2026-01-02 03:04:{line}\n" for line in [*lines, "22,250 INFO saved out/checkpoint-2"]))
+    began = time.mktime(time.strptime("2026-01-02 03:04:00", "%Y-%m-%d %H:%M:%S"))
+    assert watched.moments(log, began) == {"start_s": 9.5, "first_line_s": 21.0, "save_s": 0.25}

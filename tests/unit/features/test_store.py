@@ -144,6 +144,14 @@ def test_leases_of_runs_that_ended_do_not_count(tmp_path: Path) -> None:
     assert len(list(folder.iterdir())) == 2
 
 
+def test_a_damaged_lease_still_holds_what_can_be_read(tmp_path: Path) -> None:
+    """It is another run's file; a bad byte in it must not end this run."""
+    Lease(tmp_path).claim(["a/1", "a/2", "a/3"])
+    (lease,) = (tmp_path / "leases").iterdir()
+    lease.write_bytes(lease.read_bytes().replace(b"a/2", b"a/\xcb"))
+    assert {"a/1", "a/3"} <= leased(tmp_path)
+
+
 def test_clearing_keeps_what_running_runs_need(tmp_path: Path) -> None:
     store, other = make_store(tmp_path / "cache"), make_store(tmp_path / "cache", "u")
     fill(store, 2)
