@@ -119,6 +119,34 @@ def test_fp8_layers_agree_with_the_rounded_operands(rows: int, keep_transposed: 
         assert error <= 1e-2 * wanted.detach().float().norm()
 
 
+@pytest.mark.parametrize("nested", [True, False])
+def test_the_kernel_for_nf4_makes_what_bitsandbytes_makes(nested: bool) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    from cogtune.model.nf4 import block_sizes
+    from cogtune.model.nf4_kernel import dequantize_nf4
+
+    packed, state = bnb.functional.quantize_4bit(
+        torch.randn(192, 320, device="cuda", dtype=torch.bfloat16), quant_type="nf4", compress_statistics=nested
+    )
+    outer = state.state2 if nested else None
+    stored = (state.absmax, state.code, *((outer.absmax, outer.code, state.offset) if outer else (None, None, None)))
+    found = dequantize_nf4(packed, stored, block_sizes(state), torch.bfloat16)
+    assert torch.equal(found, bnb.functional.dequantize_4bit(packed, state))
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_the_kernel_for_fp8_rounds_as_the_formula_does(scaled: bool) -> None:
+    from cogtune.model.fp8 import quantize_rows
+
+    x, columns = torch.randn(33, 6144).bfloat16(), torch.rand(6144) if scaled else None
+    x[3] = 0
+    wanted, scales = quantize_rows(x, columns)
+    found, found_scales = quantize_rows(x.cuda(), None if columns is None else columns.cuda())
+    torch.testing.assert_close(found_scales.cpu(), scales, rtol=1e-6, atol=0)
+    # on an edge between two numbers of the format the last bit of a division decides
+    assert (found.cpu().float() != wanted.float()).float().mean() < 1e-3
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_training_on_the_device_learns(tiny_checkpoint: Path, tmp_path: Path, dtype: str) -> None:
     from cogtune.configuration.run import load_config

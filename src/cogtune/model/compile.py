@@ -76,6 +76,9 @@ def compile_tower(vision: VisionModel, backend: str | Any = "inductor", *, fullg
 
 
 def _compile(kind: Any, layers: Iterable[Any], backend: str | Any, fullgraph: bool) -> None:
+    # Left alone the compiler takes each number of a layer (an epsilon, an adapter's scale) for an input that varies: a
+    # tensor on the CPU, with kernels of its own, for which it first tries out the host's instruction sets for a minute.
+    torch._dynamo.config.specialize_float = True
     compiled = torch.compile(kind.compute, backend=backend, dynamic=True, fullgraph=fullgraph)
     layers = list(layers)
     if backend == "inductor" and layers and can_compile(next(layers[0].parameters()).device):

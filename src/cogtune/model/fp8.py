@@ -43,8 +43,8 @@ def check_fp8(device: torch.device) -> None:
 
 def quantize_rows(x: torch.Tensor, column_scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """``x`` [M, I], times ``column_scale`` [I], in fp8, and the scale of each row, float32 [M, 1]: about ``quantized *
-    scale``. On a GPU with Triton in one pass over ``x``."""
-    if _TRITON and x.is_cuda and x.shape[0]:
+    scale``. On a GPU with Triton in one pass over ``x``; a compiler fuses it with what makes ``x``."""
+    if _TRITON and x.is_cuda and not torch.compiler.is_compiling() and x.shape[0]:
         from cogtune.model.fp8_kernel import quantize_on_gpu
 
         return quantize_on_gpu(x.contiguous(), column_scale, FORMAT, LARGEST, _SMALLEST)
@@ -108,46 +108,6 @@ class _FrozenProduct(torch.autograd.Function):
         return _gradient(gradient_MO, *ctx.saved_tensors), None, None, None, None
 
 
-# The same for a compiler, in opaque steps: torch 2.11's cannot trace the function above where sizes are symbols.
-@torch.library.custom_op("cogtune::fp8_linear", mutates_args=())
-def _linear(
-    x_MI: torch.Tensor,
-    weight_OI: torch.Tensor,
-    scale_O: torch.Tensor,
-    transposed_IO: torch.Tensor | None,
-    bias_O: torch.Tensor | None,
-) -> torch.Tensor:
-    return _product(x_MI, weight_OI, scale_O, bias_O)
-
-
-@torch.library.custom_op("cogtune::fp8_input_gradient", mutates_args=())
-def _input_gradient(
-    gradient_MO: torch.Tensor, weight_OI: torch.Tensor, scale_O: torch.Tensor, transposed_IO: torch.Tensor | None
-) -> torch.Tensor:
-    return _gradient(gradient_MO, weight_OI, scale_O, transposed_IO)
-
-
-@_linear.register_fake
-def _(x_MI: torch.Tensor, weight_OI: torch.Tensor, *_rest: Any) -> torch.Tensor:
-    return x_MI.new_empty(x_MI.shape[0], weight_OI.shape[0])
-
-
-@_input_gradient.register_fake
-def _(gradient_MO: torch.Tensor, weight_OI: torch.Tensor, *_rest: Any) -> torch.Tensor:
-    return gradient_MO.new_empty(gradient_MO.shape[0], weight_OI.shape[1])
-
-
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:4])
-
-
-def _backward(ctx: Any, gradient_MO: torch.Tensor) -> tuple[Any, ...]:
-    return _input_gradient(gradient_MO.contiguous(), *ctx.saved_tensors), None, None, None, None
-
-
-_linear.register_autograd(_backward, setup_context=_remember)
-
-
 class Fp8Linear(nn.Linear):
     """A frozen linear layer with an fp8 weight.
 
@@ -188,7 +148,5 @@ class Fp8Linear(nn.Linear):
             return x.new_zeros(*x.shape[:-1], self.out_features) + 0 * x.sum()
         bias = None if self.bias is None else self.bias.to(x.dtype)
         scale = self.scale_bits.view(torch.float32)
-        compiling = torch.compiler.is_compiling()
-        run = _linear if compiling else _FrozenProduct.apply
-        product: torch.Tensor = run(flat, self.weight, scale, self.transposed, bias)
+        product: torch.Tensor = _FrozenProduct.apply(flat, self.weight, scale, self.transposed, bias)
         return product.view(*x.shape[:-1], self.out_features)

@@ -17,17 +17,19 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from cogtune.model.nf4 import dequantises, nf4_linear
+from cogtune.model.nf4 import block_sizes, dequantises, nf4_linear
 
 
 class FourBitLinear(bnb.nn.Linear4bit):
     """Weight in 4 bits with double-quantised scales; computes in its input's number format."""
 
+    block_sizes: tuple[int, int, int, int]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         # the state is taken from the module: engines replace the parameter and do not know what is written on it
         if dequantises(x, self.quant_state):
-            return nf4_linear(x, self.weight, self.quant_state, bias)
+            return nf4_linear(x, self.weight, self.quant_state, bias, self.block_sizes)
         product: torch.Tensor = bnb.matmul_4bit(x, self.weight, bias=bias, quant_state=self.quant_state)
         return product
 
@@ -38,6 +40,7 @@ def to_nf4(layer: nn.Linear) -> FourBitLinear:
     found.weight = bnb.nn.Params4bit(
         layer.weight.data, requires_grad=False, quant_type="nf4", quant_storage=layer.weight.dtype, module=found
     ).to(layer.weight.device)
+    found.block_sizes = block_sizes(found.quant_state)
     found.weight.whole_numel = layer.weight.numel()
     found.bias = _frozen(layer.bias)
     return found
@@ -56,6 +59,7 @@ def from_stored(parts: dict[str, torch.Tensor], shape: torch.Size, device: torch
     found.weight = bnb.nn.Params4bit.from_prequantized(data, stats, device=device, module=found)
     if found.quant_state.shape != shape:
         raise ValueError(f"has shape {list(found.quant_state.shape)}, expected {list(shape)}")
+    found.block_sizes = block_sizes(found.quant_state)
     found.weight.whole_numel = shape.numel()
     found.bias = None
     return found

@@ -11,6 +11,7 @@ that bitsandbytes' three take (docs/log.md), to the bit what they make; elsewher
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,16 +19,24 @@ from torch.nn import functional
 
 _FEW = 16  # tokens up to which bitsandbytes' fused kernel reads less (decoding)
 _TRITON = importlib.util.find_spec("triton") is not None
+if _TRITON:
+    from cogtune.model.nf4_kernel import dequantize_nf4
+_FORWARD, _BACKWARD = 0, 1
 
 
-def _weight(x: torch.Tensor, state: tuple[Any, ...], sizes: list[int]) -> torch.Tensor:
+def _has_kernel(x: torch.Tensor, sizes: Sequence[int]) -> bool:
+    return _TRITON and x.is_cuda and sizes[0] * sizes[1] % sizes[2] == 0
+
+
+def _weight(x: torch.Tensor, state: tuple[Any, ...], sizes: Sequence[int], use: int) -> torch.Tensor:
     """The weight [O, I] in x's number format; ``absmax`` is float32 a block, or uint8 with scales of its own."""
     packed, absmax, code, outer_absmax, outer_code, offset = state
     rows, columns, blocksize, outer_blocksize = sizes
-    if _TRITON and x.is_cuda and rows * columns % blocksize == 0:
-        from cogtune.model.nf4_kernel import dequantize_nf4
-
-        return dequantize_nf4(packed, state[1:], rows, columns, blocksize, outer_blocksize, x.dtype)
+    if _has_kernel(x, sizes):
+        made: torch.Tensor = dequantize_nf4(
+            packed, state[1:], (rows, columns, blocksize, outer_blocksize), x.dtype, use
+        )
+        return made
     from bitsandbytes import functional as bnb  # whoever has such a weight has it
 
     if outer_absmax is not None:
@@ -50,19 +59,21 @@ class _Product(torch.autograd.Function):
     """``x W' + b`` with a gradient for x alone; keeps the packed weight."""
 
     @staticmethod
-    def forward(ctx: Any, x_MI: torch.Tensor, bias: torch.Tensor | None, sizes: list[int], *state: Any) -> torch.Tensor:
+    def forward(
+        ctx: Any, x_MI: torch.Tensor, bias: torch.Tensor | None, sizes: tuple[int, ...], *state: Any
+    ) -> torch.Tensor:
         ctx.sizes = sizes
         ctx.save_for_backward(*state)
-        return functional.linear(x_MI, _weight(x_MI, state, sizes), bias)
+        return functional.linear(x_MI, _weight(x_MI, state, sizes, _FORWARD), bias)
 
     @staticmethod
     def backward(ctx: Any, gradient_MO: torch.Tensor) -> tuple[Any, ...]:
-        found = gradient_MO @ _weight(gradient_MO, ctx.saved_tensors, ctx.sizes)
+        found = gradient_MO @ _weight(gradient_MO, ctx.saved_tensors, ctx.sizes, _BACKWARD)
         return found, None, None, None, None, None, None, None, None
 
 
-# The same for a compiler, which sees one opaque step: it would make the weight once, and keep it for the backward pass.
-# Outside of one these operators cost the host several times what the function above does.
+# The same for a compiler where bitsandbytes' kernels make the weight: one opaque step. They cost the host several times
+# what the function above does, whose kernel a compiler can launch itself.
 @torch.library.custom_op("cogtune::nf4_linear", mutates_args=())
 def _linear(
     x_MI: torch.Tensor,
@@ -75,7 +86,7 @@ def _linear(
     bias: torch.Tensor | None,
     sizes: list[int],
 ) -> torch.Tensor:
-    weight = _weight(x_MI, (packed, absmax, code, outer_absmax, outer_code, offset), sizes)
+    weight = _weight(x_MI, (packed, absmax, code, outer_absmax, outer_code, offset), sizes, _FORWARD)
     return functional.linear(x_MI, weight, bias)
 
 
@@ -90,7 +101,8 @@ def _input_gradient(
     offset: torch.Tensor | None,
     sizes: list[int],
 ) -> torch.Tensor:
-    return gradient_MO @ _weight(gradient_MO, (packed, absmax, code, outer_absmax, outer_code, offset), sizes)
+    state = (packed, absmax, code, outer_absmax, outer_code, offset)
+    return gradient_MO @ _weight(gradient_MO, state, sizes, _BACKWARD)
 
 
 @_linear.register_fake
@@ -116,21 +128,31 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
 _linear.register_autograd(_backward, setup_context=_remember)
 
 
-def nf4_linear(x: torch.Tensor, packed: torch.Tensor, state: Any, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [..., I] times a weight packed by bitsandbytes, in storage of any number format, plus a bias: [..., O]."""
-    outer = state.state2 if state.nested else None
+def block_sizes(state: Any) -> tuple[int, int, int, int]:
+    """Rows, columns, values of a block and blocks of an outer one, of a weight that bitsandbytes described."""
     rows, columns = state.shape
-    sizes = [rows, columns, state.blocksize, 1 if outer is None else outer.blocksize]
+    return rows, columns, state.blocksize, state.state2.blocksize if state.nested else 1
+
+
+def nf4_linear(
+    x: torch.Tensor, packed: torch.Tensor, state: Any, bias: torch.Tensor | None, sizes: tuple[int, int, int, int]
+) -> torch.Tensor:
+    """x [..., I] times a weight packed by bitsandbytes, in storage of any number format, plus a bias: [..., O].
+
+    ``sizes`` is `block_sizes` of ``state``, kept by whoever owns the weight: to a compiler a module's numbers are
+    constants, those of any other object are not.
+    """
+    outer = state.state2 if state.nested else None
     stored = (
         packed.view(torch.uint8), state.absmax, state.code, None if outer is None else outer.absmax,
         None if outer is None else outer.code, state.offset if state.nested else None,
     )  # fmt: skip
     flat, bias = x.flatten(0, -2), None if bias is None else bias.to(x.dtype)
-    if torch.compiler.is_compiling():
-        product: torch.Tensor = _linear(flat, *stored, bias, sizes)
+    if torch.compiler.is_compiling() and not _has_kernel(x, sizes):
+        product: torch.Tensor = _linear(flat, *stored, bias, list(sizes))
     else:
         product = _Product.apply(flat, bias, sizes, *stored)
-    return product.view(*x.shape[:-1], rows)
+    return product.view(*x.shape[:-1], sizes[0])
 
 
 def dequantises(x: torch.Tensor, state: Any) -> bool:

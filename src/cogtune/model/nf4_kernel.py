@@ -15,24 +15,17 @@ _GROUPS = 64  # blocks of values a program makes: 64 blocks of 64 are 2 KB of co
 
 
 @triton.jit
-def _nested(packed, absmax, code, outer_absmax, outer_code, offset, out, blocks, outer: tl.constexpr,
-            half: tl.constexpr, groups: tl.constexpr):  # fmt: skip
+def _kernel(packed, absmax, code, outer_absmax, outer_code, offset, out, blocks, outer: tl.constexpr,
+            half: tl.constexpr, groups: tl.constexpr, nested: tl.constexpr, use: tl.constexpr):  # fmt: skip
+    # `use` changes nothing: it keeps a compiler from taking the weight of the forward pass for that of the backward one
     block = tl.program_id(0) * groups + tl.arange(0, groups)
     inside = block < blocks
-    step = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
-    scale = tl.load(outer_code + step) * tl.load(outer_absmax + block // outer, mask=inside, other=0.0)
-    _write(packed, code, out, block, inside, scale + tl.load(offset), half)
-
-
-@triton.jit
-def _plain(packed, absmax, code, out, blocks, half: tl.constexpr, groups: tl.constexpr):
-    block = tl.program_id(0) * groups + tl.arange(0, groups)
-    inside = block < blocks
-    _write(packed, code, out, block, inside, tl.load(absmax + block, mask=inside, other=0.0), half)
-
-
-@triton.jit
-def _write(packed, code, out, block, inside, scale, half: tl.constexpr):
+    if nested:
+        step = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
+        scale = tl.load(outer_code + step) * tl.load(outer_absmax + block // outer, mask=inside, other=0.0)
+        scale += tl.load(offset)
+    else:
+        scale = tl.load(absmax + block, mask=inside, other=0.0)
     start = block.to(tl.int64)[:, None] * half
     both = tl.load(packed + start + tl.arange(0, half)[None, :], mask=inside[:, None], other=0).to(tl.int32)
     upper = tl.load(code + (both >> 4)) * scale[:, None]
@@ -42,21 +35,22 @@ def _write(packed, code, out, block, inside, scale, half: tl.constexpr):
 
 
 def dequantize_nf4(
-    packed: torch.Tensor, state: tuple[Any, ...], rows: int, columns: int, blocksize: int, outer_blocksize: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:  # fmt: skip
+    packed: torch.Tensor, state: tuple[Any, ...], sizes: tuple[int, int, int, int], dtype: torch.dtype, use: int = 0
+) -> torch.Tensor:
     """The weight [rows, columns] in ``dtype``, to the bit what bitsandbytes makes of the same storage.
 
     ``packed``: uint8, rows * columns / 2 of them; ``state``: scales of the blocks (float32, or uint8 with scales of
-    their own), code, and for the latter the outer scales, the outer code and the offset, else None.
+    their own), code, and for the latter the outer scales, the outer code and the offset, else None. ``sizes``: rows,
+    columns, values of a block, blocks of an outer one. Calls of another ``use`` are kept apart by a compiler.
     """
     absmax, code, outer_absmax, outer_code, offset = state
+    rows, columns, blocksize, outer_blocksize = sizes
     out = torch.empty(rows, columns, dtype=dtype, device=packed.device)
     blocks = rows * columns // blocksize
-    grid = (triton.cdiv(blocks, _GROUPS),)
-    if outer_absmax is None:
-        _plain[grid](packed, absmax, code, out, blocks, half=blocksize // 2, groups=_GROUPS)
-    else:
-        _nested[grid](packed, absmax, code, outer_absmax, outer_code, offset, out, blocks, outer=outer_blocksize,
-                      half=blocksize // 2, groups=_GROUPS)  # fmt: skip
+    nested = outer_absmax is not None
+    _kernel[(-(-blocks // _GROUPS),)](
+        packed, absmax, code, outer_absmax if nested else absmax, outer_code if nested else code,
+        offset if nested else code, out, blocks, outer=outer_blocksize, half=blocksize // 2, groups=_GROUPS,
+        nested=nested, use=use,
+    )  # fmt: skip
     return out

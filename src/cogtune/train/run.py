@@ -248,7 +248,7 @@ def assemble(
             log.info("layers are compiled at their first use (train.compile); the first step takes longer")
         _say_what_trains(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        engine.wrap(model, build_optimizer(trained, config.train))
+        engine.wrap(model, build_optimizer(trained, config.train, fused=engine.fuses_optimizer))
     return model
 
 

@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 
 from cogtune import CogVLM2ForCausalLM
+from cogtune.adapters.attach import attach
 from cogtune.checkpoint.random import random_model, tiny_config
+from cogtune.configuration.run import LoraSection
 from cogtune.model.compile import compile_layers
 from cogtune.model.routing import Routing
 
@@ -140,6 +142,22 @@ def test_layers_compile_without_a_break_and_agree() -> None:
         found_loss, found = _loss_and_gradients(model, inputs)
         torch.testing.assert_close(found_loss, loss)
         torch.testing.assert_close(found, gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_to_the_compiler_a_layers_numbers_are_constants() -> None:
+    """As inputs they would be tensors on the CPU, each with kernels of its own to compile and to start."""
+    inputs: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, examples: list[object]) -> object:
+        inputs.extend(examples)
+        return graph.forward
+
+    model = attach(_model(), LoraSection(targets=["experts"]))
+    compile_layers(model.get_base_model(), backend)
+    model(**_batch())
+    tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+    assert tensors
+    assert not [value for value in tensors if value.dim() == 0]
 
 
 def test_compiled_layers_train_under_ddp_whatever_its_buckets(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 bnb = pytest.importorskip("bitsandbytes")
 
-from cogtune.model.nf4 import dequantises, nf4_linear  # noqa: E402
+from cogtune.model.nf4 import block_sizes, dequantises, nf4_linear  # noqa: E402
 
 
 def _layer(*, bias: bool, nested: bool, dtype: torch.dtype = torch.float32) -> Any:
@@ -28,9 +28,10 @@ class _Ours(torch.nn.Module):
     def __init__(self, layer: Any) -> None:
         super().__init__()
         self.layer, self.packed = layer, layer.weight.data.flatten().view(torch.bfloat16)[:, None]
+        self.sizes = block_sizes(layer.weight.quant_state)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nf4_linear(x, self.packed, self.layer.weight.quant_state, self.layer.bias)
+        return nf4_linear(x, self.packed, self.layer.weight.quant_state, self.layer.bias, self.sizes)
 
 
 def _run(layer: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -34,6 +34,8 @@ class Engine(ABC):
     """One per process, for the whole run."""
 
     name: str
+    fuses_optimizer = True
+    """Whether the optimiser's tensors stay the ones it was built with, so that it may be the fused one."""
 
     def __init__(self, group: Group, config: RunConfig) -> None:
         self.group = group

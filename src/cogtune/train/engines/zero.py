@@ -26,6 +26,7 @@ class ZeroEngine(Engine):
     """In bfloat16 or float16 DeepSpeed keeps float32 masters beside the model's rounded copies; in float32 too."""
 
     name = "zero2"
+    fuses_optimizer = False  # DeepSpeed puts flat shards in their place, on the CPU if asked to
 
     def __init__(self, group: Group, config: RunConfig) -> None:
         super().__init__(group, config)
