@@ -25,7 +25,9 @@ class Series:
 
 SERIES = {
     "text": Series((100, 250, 500, 1000, 1500, 2000, 3000, 4000, 6000), lambda n: f"preset=text={n}", (40, 60, 80)),
-    "batch": Series((1, 2, 3, 4, 6, 8, 12, 16), lambda n: f"train.batch_size={n}", (1, 2, 3)),
+    "batch": Series(
+        (1, 2, 3, 4, 6, 8, 12, 16), lambda n: f"train.batch_size={n} train.gradient_checkpointing=all", (1, 2, 3)
+    ),
     "questions": Series((1, 2, 3, 5, 8, 10, 15, 20), lambda n: f"preset=questions={n}", (1, 2, 3)),
     "rank": Series((8, 16, 32, 64, 128, 256), lambda n: f"lora.rank={n}", (2, 4, 8)),
 }
