@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from cogtune.model.checks import refuse_holes, require_shape
+
 ROOT = -1
 UNUSED = -2
 IGNORED_LABEL = -100
@@ -179,11 +181,11 @@ class _Builder:
         types = token_type_ids.numpy()
         self.shape = types.shape
         mask = np.ones(types.shape, bool) if attention_mask is None else attention_mask.numpy().astype(bool)
-        _require_shape("attention_mask", mask.shape, types.shape)
+        require_shape("attention_mask", mask.shape, types.shape)
         self.rows, self.columns = np.nonzero(mask)
         self.mask = mask
         self.lengths = mask.sum(1)
-        _refuse_holes(mask, self.lengths)
+        refuse_holes(mask, self.lengths)
         if self.rows.size == 0:
             raise ValueError("attention_mask keeps no token at all; a batch needs at least one real token")
         self.image = types[self.rows, self.columns] == 1
@@ -207,7 +209,7 @@ class _Builder:
 
     def _read_tree(self, segment_ids: np.ndarray, parents: np.ndarray) -> None:
         """Check the tree and find every token's predecessor on its path."""
-        _require_shape("segment_ids", segment_ids.shape, self.shape)
+        require_shape("segment_ids", segment_ids.shape, self.shape)
         segments = segment_ids[self.rows, self.columns]
         if parents.ndim != 2 or parents.shape[0] != self.shape[0]:
             raise ValueError(f"segment_parents has shape {parents.shape}; expected [{self.shape[0]}, segments]")
@@ -331,7 +333,7 @@ class _Builder:
 
     def _targets(self, labels: np.ndarray, place: np.ndarray) -> dict[str, Any]:
         """Labelled tokens and the tokens that predict them; a root's first token has no predictor and is ignored."""
-        _require_shape("labels", labels.shape, self.shape)
+        require_shape("labels", labels.shape, self.shape)
         if (labels[~self.mask] != IGNORED_LABEL).any():
             raise ValueError("labels must be -100 at padding (attention_mask 0)")
         packed = labels[self.rows, self.columns]
@@ -374,21 +376,6 @@ def _runs(image: np.ndarray, starts: np.ndarray) -> tuple[int, ...]:
         return ()
     run_of = np.cumsum(begins)[image] - 1
     return tuple(int(length) for length in np.bincount(run_of))
-
-
-def _require_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    if tuple(found) != tuple(expected):
-        raise ValueError(f"{name} has shape {tuple(found)}; input_ids has {tuple(expected)}")
-
-
-def _refuse_holes(mask: np.ndarray, lengths: np.ndarray) -> None:
-    """Padding may stand at either end of a row, never inside it."""
-    width = mask.shape[1]
-    first = mask.argmax(1)
-    last = width - 1 - mask[:, ::-1].argmax(1)
-    broken = np.flatnonzero((lengths > 0) & (last - first + 1 != lengths))
-    if broken.size:
-        raise ValueError(f"attention_mask has a hole inside row {int(broken[0])}; padding belongs at a row's ends")
 
 
 def _check_parents(parents: np.ndarray, counts: np.ndarray) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cogtune.configuration.shapes import VisionShape
 from cogtune.configuration.sizes import GIB
 from cogtune.plan.afterwards import answer, merge
 from cogtune.plan.calibration import LIBRARIES
@@ -23,7 +24,7 @@ FOUR_BITS = Quant("nf4", "nf4")
 
 @pytest.mark.parametrize("batch", [DIALOGUE, Batch(rows=2, text=1500, labelled=1)])
 def test_the_first_pass_is_what_the_code_holds(batch: Batch) -> None:
-    few = ModelSizes(num_hidden_layers=4)
+    few = ModelSizes(num_hidden_layers=4, vision=VisionShape(num_hidden_layers=2))
     own = Setting(sizes=few, batch=batch, adapter=Adapter(adapted_names(few, ["experts"]), 16))
     tower, first = meta_answer(own)
     planned = answer(own, rows=batch.rows, new_tokens=0)
