@@ -5,37 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from benchmarks.targets import INFERENCE_GIB, PICTURES_PER_SECOND, STEPS, reached, verdict
 from benchmarks.views import Cell, markdown
-
-TARGETS = {
-    "cached": ("147 ms, 11.2x", 147.0),
-    "live": ("355 ms, 4.6x", 355.0),
-    "cached-4": ("LoRA-MFU 57 %", None),
-    "fp8-cached": ("105 ms, 15.7x", 105.0),
-    "fp8-live": ("275 ms, 6x", 275.0),
-    "rank16": ("1.15x of `cached`", None),
-    "nf4-recompute": ("300 ms", 300.0),
-    "baseline": ("1,646 ms within 10 %", 1646.0),
-}
-"""What a variant of this name aims for on one H100."""
 
 
 def train(content: dict[str, Any], chinese: bool) -> str:
     """Steps side by side; the ratio is per sample, against the baseline of the same run, else the first row."""
     rows = [row for row in content["rows"] if "error" not in row]
     anchor = next((row for row in rows if row["name"] == "baseline"), rows[0] if rows else None)
-    cells: list[list[Cell]] = []
+    by_name, cells = {row["name"]: row for row in rows}, list[list[Cell]]()
     for row in content["rows"]:
+        target = STEPS.get(row["name"])
         if "error" in row:
             cells.append([f"`{row['name']}`", *["-"] * 7, _short(row["error"])])
             continue
         assert anchor is not None
+        met, found = (None, "") if target is None else reached(row, by_name, target)
+        aim = "" if target is None else verdict(met, target.text, chinese, found)
         ratio = anchor["median_ms"] / anchor["batch_size"] * row["batch_size"] / row["median_ms"]
         mfu = "-" if row.get("lora_mfu") is None else f"{100 * row['lora_mfu']:.1f} %"
         cells.append([
             f"`{row['name']}`", f"{row['median_ms']:.1f}", f"{row['min_ms']:.1f} - {row['max_ms']:.1f}",
             f"{ratio:.2f}x", f"{row['samples_per_second']:.2f}", f"{row['answers_per_second']:.2f}", mfu,
-            f"{row['reserved_gib']:.2f}", TARGETS.get(row["name"], ("", None))[0],
+            f"{row['reserved_gib']:.2f}", aim,
         ])  # fmt: skip
     name = "" if anchor is None else anchor["name"]
     columns = (
@@ -75,9 +67,13 @@ def fit(content: dict[str, Any], chinese: bool) -> str:
             continue
         plan = row.get("plan") or {}
         said = max(plan["reserved_gib"], plan["load_reserved_gib"]) if "reserved_gib" in plan else None
+        memory = verdict(row["peak_reserved_gib"] <= row["target_gib"], str(row["target_gib"]), chinese)
+        step = _number(row.get("median_ms"), 1)
+        if row.get("target_ms") and row.get("median_ms"):
+            step += f" ({verdict(row['median_ms'] <= row['target_ms'], str(row['target_ms']), chinese)})"
         cells.append([
-            f"`{row['name']}`", row["target_gib"], f"{row['peak_reserved_gib']:.2f}", _number(said),
-            _number(row.get("driver_gib")), row.get("cap_gib") or "-", _number(row.get("median_ms"), 1),
+            f"`{row['name']}`", memory, f"{row['peak_reserved_gib']:.2f}", _number(said),
+            _number(row.get("driver_gib")), row.get("cap_gib") or "-", step,
             _number(row.get("load_s"), 1), f"`{row['command']}`",
         ])  # fmt: skip
     columns = (
@@ -91,21 +87,31 @@ def fit(content: dict[str, Any], chinese: bool) -> str:
 def sweep(content: dict[str, Any], chinese: bool) -> str:
     """A growing setting: times and peaks, beside the planner's; and what lies above the line between neighbours."""
     cells: list[list[Cell]] = []
+    kept = list[bool]()
     for row in content["rows"]:
         if "error" in row:
             cells.append([f"`{row['name']}`", *["-"] * 5, _short(row["error"])])
             continue
         plan = row.get("plan") or {}
-        said = plan.get("reserved_gib")
+        said, note = plan.get("reserved_gib"), ""
         off = "-" if said is None else f"{100 * (said / row['reserved_gib'] - 1):+.1f} %"
+        if said is not None and content["kind"] == "sweep-memory":
+            kept.append(abs(said - row["reserved_gib"]) <= max(0.05 * row["reserved_gib"], 0.5))
+            note = "" if kept[-1] else ("超出" if chinese else "outside")
         cells.append([f"`{row['name']}`", f"{row['median_ms']:.1f}", f"{row['allocated_gib']:.2f}",
-                      f"{row['reserved_gib']:.2f}", _number(said), off, ""])  # fmt: skip
+                      f"{row['reserved_gib']:.2f}", _number(said), off, note])  # fmt: skip
     columns = (
         ["点", "毫秒", "已分配（GiB）", "已保留（GiB）", "预测", "偏差", "备注"]
         if chinese
         else ["point", "ms", "allocated, GiB", "reserved, GiB", "plan", "off", "note"]
     )
     text = f"{markdown(columns, cells)}\n\n"
+    if kept:
+        text += (
+            f"预测在 5 % 或 0.5 GiB 之内的点：{sum(kept)} / {len(kept)}。\n\n"
+            if chinese
+            else f"The plan is within 5 % or 0.5 GiB at {sum(kept)} of {len(kept)} points.\n\n"
+        )
     check = content.get("check")
     if check:
         over = {key: check[f"{key}_over"] for key in ("median_ms", "allocated_gib")}
@@ -167,7 +173,26 @@ def numbers(content: dict[str, Any], chinese: bool) -> str:
     rows = content["rows"]
     keys = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[_plain(row.get(key)) for key in keys] for row in rows]
-    return f"{markdown([key.replace('_', ' ') for key in keys], cells)}\n\n{caption(content, chinese)}"
+    text = f"{markdown([key.replace('_', ' ') for key in keys], cells)}\n\n"
+    aim = _aim(content, rows[-1], chinese) if rows else ""
+    return f"{text}{aim}{caption(content, chinese)}"
+
+
+def _aim(content: dict[str, Any], row: dict[str, Any], chinese: bool) -> str:
+    """The target of a measurement of answers or of filling, with its outcome; nothing for others."""
+    command, card = content["command"], str(content.get("card"))
+    form = next((form for form in ("nf4", "fp8", "int8") if f"quant.tower {form}" in command), "none")
+    if "H100" not in card or "error" in row:
+        return ""
+    if content["kind"] == "fill" and form in PICTURES_PER_SECOND:
+        least = PICTURES_PER_SECOND[form]
+        said = verdict(row["pictures_per_second"] >= least, f"{least} {'张/秒' if chinese else 'pictures/s'}", chinese)
+    elif content["kind"] == "decode" and form in INFERENCE_GIB:
+        most = INFERENCE_GIB[form]
+        said = verdict(row["peak_reserved_gib"] <= most, f"{most} GiB", chinese)
+    else:
+        return ""
+    return f"目标 {said}。\n\n" if chinese else f"Target {said}.\n\n"
 
 
 def caption(content: dict[str, Any], chinese: bool) -> str:

@@ -87,8 +87,10 @@ def main() -> None:
         *({"name": name, "changes": changes, "batch_size": 1, "error": error} for name, changes in failed.items()),
     ]
     files = {
-        "speed-h100": {"kind": "train", "command": command(SPEED | failed, 10, 3), **COMMON, "rows": speed},
-        "speed-nf4-h100": {"kind": "train", "command": command(NF4, 8, 2), **COMMON, "rows": train_rows(text, NF4)},
+        "speed-second-h100": {"kind": "train", "command": command(SPEED | failed, 10, 3), **COMMON, "rows": speed},
+        "speed-nf4-second-h100": {
+            "kind": "train", "command": command(NF4, 8, 2), **COMMON, "rows": train_rows(text, NF4),
+        },
         "speed-trees-h100": {
             "kind": "train", "command": command(TREES, 8, 2) + " --train.compile false", **COMMON,
             "rows": train_rows(text, TREES),
