@@ -211,13 +211,23 @@ def _train(setting: Setting) -> Phase:
     parts["workspace"] = moment.workspace + LIBRARIES + gaps.per_layer * kept
     parts["batch"] = batch_bytes(setting)
     parts["communication"] = communication_bytes(setting)
-    # at the update activations are gone, but the optimiser works on whole lists of tensors at once
-    update = FLOAT32 * setting.adapter_parameters() * (2 if setting.optimizer == "adamw" else 1)
-    spare = update + 4 * setting.adapter_parameters() - moment.total
+    # at the update activations are gone, but all gradients are there, and what the optimiser makes of them
+    spare = _update_bytes(setting) + FLOAT32 * setting.adapter_parameters() - moment.total
     if spare > 0:
         parts["workspace"] += spare
     slack = gaps.slack(moment.total, moment.again, FLOAT32 * setting.adapter_parameters())
     return Phase("train", parts, slack, _host_training(setting))
+
+
+def _update_bytes(setting: Setting) -> int:
+    """What an optimiser makes for a moment, all parameters at once: DeepSpeed's AdamW two lists, on its share; SGD one,
+    gradients with weight decay. The fused AdamW and 8-bit ones go tensor by tensor."""
+    trained = FLOAT32 * setting.adapter_parameters()
+    if setting.offload == "optimizer":
+        return 0
+    if setting.engine in ("zero1", "zero2", "zero3"):
+        return (2 if setting.optimizer == "adamw" else 1) * trained // setting.ranks
+    return trained if setting.optimizer == "sgd" else 0
 
 
 def _load(setting: Setting) -> Phase:

@@ -75,7 +75,7 @@ def test_one_model_a_card_where_it_fits_else_shards() -> None:
     assert engine(CACHED, card, 2) == "ddp"
     assert engine(CACHED, find_card("24GiB"), 2) == "fsdp2"
     # moments of a wide adapter, divided over eight cards, leave room for the whole model
-    wide = replace(CACHED, adapter=replace(EXPERTS, rank=128))
+    wide = replace(CACHED, adapter=replace(EXPERTS, rank=192))
     assert engine(wide, find_card("48GiB"), 8) == "zero2"
     assert engine(wide, find_card("48GiB"), 8, ["ddp", "fsdp2"]) == "fsdp2"
 

@@ -104,3 +104,18 @@ def test_parts_add_up_and_phases_are_named() -> None:
         assert phase.host_bytes > GIB
     assert isinstance(memory, Memory)
     assert memory.driver > memory.reserved >= memory.phase("train").reserved
+
+
+def test_the_update_is_counted_where_nothing_else_is_larger() -> None:
+    """A wide adapter with every layer recomputed: at the update there are all gradients, and DeepSpeed's lists."""
+    wide = setting(["experts"], 256, 32, tower="cached")
+    gradients = 4 * wide.adapter_parameters()
+    beyond = predict(wide).phase("train").parts
+    held = sum(beyond[name] for name in ("activations", "adapter gradients", "logits", "workspace"))
+    assert held == pytest.approx(gradients, rel=0.4)
+    assert peak_of(replace(wide, optimizer="sgd")) > peak_of(replace(wide, optimizer="adamw8bit"))
+
+
+def peak_of(own: Setting) -> int:
+    parts = predict(own).phase("train").parts
+    return sum(parts[name] for name in ("activations", "adapter gradients", "logits", "workspace"))

@@ -148,15 +148,15 @@ def test_auto_shards_the_model_only_where_it_fits_no_card(tmp_path: Path, card: 
 def test_auto_leaves_out_what_the_settings_or_the_machine_do_not_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A rank-128 adapter whose moments leave no room for the whole model, unless they are divided."""
-    config = make_config(tmp_path / "base", tmp_path, tmp_path / "out", lora__rank=128, data__cache_features="on")
+    """A rank-192 adapter whose moments leave no room for the whole model, unless they are divided."""
+    config = make_config(tmp_path / "base", tmp_path, tmp_path / "out", lora__rank=192, data__cache_features="on")
     card = find_card("48GiB")
     assert planning.fitting_engine(config, TYPICAL, card, ranks=8) == "zero2"
     monkeypatch.setattr(planning.importlib.util, "find_spec", lambda name: None)
     assert planning.fitting_engine(config, TYPICAL, card, ranks=8) == "fsdp2"
     # DoRA does not go with shards: what is left is the whole model on each card, which the plan then refuses
     dora = make_config(
-        tmp_path / "base", tmp_path, tmp_path / "out", lora__rank=128, lora__dora=True, data__cache_features="on"
+        tmp_path / "base", tmp_path, tmp_path / "out", lora__rank=192, lora__dora=True, data__cache_features="on"
     )
     assert planning.fitting_engine(dora, TYPICAL, card, ranks=8) == "ddp"
     assert dora.quant.experts == "none"
