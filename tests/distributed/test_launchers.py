@@ -51,6 +51,16 @@ def test_torchrun(tiny_checkpoint: Path, folder: Path, tmp_path: Path) -> None:
     assert json.loads((output / "run.json").read_text())["finished"]
 
 
+def test_torchrun_starts_a_killed_run_again(tiny_checkpoint: Path, folder: Path, tmp_path: Path) -> None:
+    """`--max-restarts`, with a rank that is killed behind step 2: the run goes on from its checkpoint."""
+    output = tmp_path / "out"
+    flags = [*train_flags(tiny_checkpoint, folder, output), "--train.save_steps", "1", "--log.steps", "1"]
+    launched = launch(torchrun("--max-restarts", "1", "-m", "tests.support.dying_rank", "2", *flags))
+    assert launched.code == 0, launched.output
+    assert "continuing the run" in launched.output
+    assert [line["step"] for line in read_metrics(output) if line["kind"] == "train"] == [1, 2, 3]
+
+
 def test_the_first_error_ends_the_job_and_stands_last_with_its_rank(
     tiny_checkpoint: Path, folder: Path, tmp_path: Path
 ) -> None:

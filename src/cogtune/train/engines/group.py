@@ -160,7 +160,7 @@ class Group:
 def _init(backend: str) -> None:
     """Raises SetupError when the port to meet on is taken: the deepspeed launcher takes the same one for every run."""
     try:
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+        dist.init_process_group(backend, timeout=_TIMEOUT, **_restarted())
     except dist.DistNetworkError as error:
         if "address already in use" not in str(error).lower():
             raise
@@ -169,6 +169,23 @@ def _init(backend: str) -> None:
             hint="another run on this machine? Give this one a port: deepspeed --master_port 29501 ..., or "
             "torchrun --standalone ..., which finds a free one",
         ) from error
+
+
+def _restarted() -> dict[str, Any]:
+    """Where ranks meet that torchrun has started again on one host (``--max-restarts``).
+
+    Its store outlives them, and their predecessors' addresses are still in it: who looks first finds nobody there
+    (torch 2.13). So each life has names of its own. On several hosts lives are not counted alike; there torchrun has to
+    be told to make new stores (docs/guides/faults.md).
+    """
+    ours = os.environ
+    life, shared = ours.get("TORCHELASTIC_RESTART_COUNT", "0"), ours.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if life == "0" or not shared or ours.get("GROUP_WORLD_SIZE") != "1":
+        return {}
+    rank, ranks = int(ours["RANK"]), int(ours["WORLD_SIZE"])
+    public: Any = dist  # documented there, and exported without a type
+    store = public.TCPStore(ours["MASTER_ADDR"], int(ours["MASTER_PORT"]), ranks, is_master=False, timeout=_TIMEOUT)
+    return {"store": public.PrefixStore(f"life {life}", store), "rank": rank, "world_size": ranks}
 
 
 def _portable(error: Exception | None) -> Exception | None:
