@@ -130,6 +130,30 @@ def sweep(content: dict[str, Any], chinese: bool) -> str:
     return text + caption(content, chinese)
 
 
+def launches(content: dict[str, Any], chinese: bool) -> str:
+    """Launches of `cogtune bench train`, an engine each, against one card in the same setting."""
+    rows = content["rows"]
+    alone = {row["name"]: row["samples_per_second"] for row in rows if row["engine_name"] == "single"}
+    cells: list[list[Cell]] = []
+    for row in rows:
+        host = max(row.get("by_rank") or [{}], key=lambda rank: rank.get("host_own_gib", 0.0))
+        cells.append([
+            row["preset"], row["engine_name"], row["ranks"], f"{row['samples_per_second']:.2f}",
+            f"{row['answers_per_second']:.2f}", f"{row['samples_per_second'] / alone[row['name']]:.2f}x",
+            f"{row['peak_reserved_gib']:.2f}", _number(host.get("host_own_gib"), 1),
+            _number(host.get("host_files_gib"), 1),
+            _number(row["load_s"], 1), _number(row.get("save_s"), 2),
+        ])  # fmt: skip
+    columns = (
+        ["数据", "引擎", "卡数", "样本/秒", "回答/秒", "相对一张卡", "每卡已保留（GiB）", "主机，每进程自有（GiB）",
+         "主机，文件页（GiB）", "加载（秒）", "收集并写出状态（秒）"]
+        if chinese
+        else ["rows", "engine", "cards", "samples/s", "answers/s", "against one card", "reserved a card, GiB",
+              "host, a process's own, GiB", "host, files, GiB", "load, s", "state gathered and written, s"]
+    )  # fmt: skip
+    return f"{markdown(columns, cells)}\n\n{caption(content, chinese)}"
+
+
 def many(content: dict[str, Any], chinese: bool) -> str:
     """Engines on several cards: samples a second, scaling against one card, memory, start and save; predictions of
     ``cogtune plan`` in brackets."""
@@ -196,7 +220,9 @@ def _aim(content: dict[str, Any], row: dict[str, Any], chinese: bool) -> str:
 
 
 def caption(content: dict[str, Any], chinese: bool) -> str:
-    """Card, versions, date, commit and command."""
+    """Card, versions, date, commit and command; of each run, where rows are from several."""
+    if len(content.get("runs", [])) > 1:
+        return "\n\n".join(caption(run, chinese) for run in content["runs"])
     versions = content["versions"]
     named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft") if name in versions)
     commit = (content.get("commit") or "")[:10]
@@ -211,7 +237,15 @@ def view_of(content: dict[str, Any]) -> Callable[[dict[str, Any], bool], str] | 
     kind = str(content.get("kind", ""))
     if kind.startswith("sweep-"):
         return sweep
-    return {"train": train, "fit": fit, "cards": many, "decode": numbers, "fill": numbers, "loader": numbers}.get(kind)
+    return {
+        "train": train,
+        "fit": fit,
+        "launches": launches,
+        "cards": many,
+        "decode": numbers,
+        "fill": numbers,
+        "loader": numbers,
+    }.get(kind)
 
 
 def _number(value: float | None, digits: int = 2) -> str:

@@ -64,18 +64,6 @@ def command(variants: dict[str, dict[str, str]], steps: int, warmup: int) -> str
     return TRAIN.format(steps=steps, warmup=warmup, words=words)
 
 
-def memory_table(text: str) -> dict[str, Any]:
-    """Measured and planned peaks of the NF4 sweep."""
-    rows = re.findall(r"^(batch-\d+-text-\d+) +([\d.]+) +([\d.]+) +([-+][\d.]+ %) +(\w+)$", text, re.M)
-    return {
-        "columns": ["point", "reserved, GiB", "plan", "off", "within 5 % or 0.5 GiB"],
-        "columns_zh": ["点", "已保留（GiB）", "预测", "偏差", "在 5 % 或 0.5 GiB 之内"],
-        "rows": [
-            [name, float(measured), float(said), off, within.lower()] for name, measured, said, off, within in rows
-        ],
-    }
-
-
 def main() -> None:
     """Write the files."""
     text = LOG.read_text(encoding="utf-8")
@@ -94,11 +82,6 @@ def main() -> None:
         "speed-trees-h100": {
             "kind": "train", "command": command(TREES, 8, 2) + " --train.compile false", **COMMON,
             "rows": train_rows(text, TREES),
-        },
-        "sweep-memory-nf4-h100": {
-            "kind": "plan",
-            "command": "cogtune bench sweep memory --model BASE --quant.experts nf4 --train.compile false"
-            " --steps 1 --warmup 1", **COMMON, "table": memory_table(text),
         },
     }  # fmt: skip
     for name, record in files.items():
