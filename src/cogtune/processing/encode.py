@@ -15,6 +15,7 @@ from cogtune.processing.prompt import Turns, build_prompt, check_template
 
 IGNORED = -100
 TEXT, IMAGE = 0, 1
+_REMEMBERED, _LONGEST_REMEMBERED = 4096, 256  # texts, and characters of one
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Encoder:
         self.eos_id = eos_id
         self.image_id = image_id
         self.template = check_template(template)
+        # Short questions and answers come back all the time ("yes"), and asking the tokenizer costs more than they do.
+        self._known: dict[str, list[int]] = {}
 
     def encode(
         self,
@@ -96,6 +99,16 @@ class Encoder:
         return self._ids(answer)
 
     def _ids(self, text: str) -> list[int]:
+        known = self._known.get(text)
+        if known is None:
+            known = self._tokenized(text)
+            if len(text) <= _LONGEST_REMEMBERED:
+                if len(self._known) >= _REMEMBERED:
+                    self._known.clear()
+                self._known[text] = known
+        return list(known)
+
+    def _tokenized(self, text: str) -> list[int]:
         try:
             ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
         except TypeError as error:

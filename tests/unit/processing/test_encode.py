@@ -82,3 +82,18 @@ def test_wrong_input(encoder):
         encoder.encode("a\ud83d")
     with pytest.raises(InputError, match="'wrong' is not a template"):
         Encoder(encoder.tokenizer, num_image_tokens=6, bos_id=0, eos_id=1, image_id=2, template="wrong")
+
+
+def test_a_short_text_is_tokenised_once_and_a_long_one_is_not_kept(encoder, monkeypatch):
+    asked = []
+    tokenise = encoder.tokenizer.encode
+    monkeypatch.setattr(encoder.tokenizer, "encode", lambda text, **more: asked.append(text) or tokenise(text, **more))
+    fresh = Encoder(encoder.tokenizer, num_image_tokens=6, bos_id=256, eos_id=257, image_id=258, template="chat")
+    first = fresh.answer_ids("yes")
+    first.append(0)  # what a caller does with it changes nothing
+    assert fresh.answer_ids("yes") == list(b"yes")
+    assert fresh.answer_ids("y" * 300) == fresh.answer_ids("y" * 300)
+    assert asked == ["yes", "y" * 300, "y" * 300]
+    for number in range(5000):
+        fresh.answer_ids(str(number))
+    assert len(fresh._known) < 5000
