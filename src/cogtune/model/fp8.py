@@ -63,7 +63,7 @@ def scaled_product(
 ) -> torch.Tensor:
     """``(a * scale_a) @ (b * scale_b).T + bias`` [M, N] of fp8 operands; scales are [M, 1] and [N, 1]."""
     if a_MK.is_cuda:
-        # The public torch.nn.functional.scaled_mm cannot be traced by torch 2.11's compiler (decision 10).
+        # The public torch.nn.functional.scaled_mm has no lowering in torch 2.11's compiler (decision 10).
         return torch._scaled_mm(
             a_MK, b_NK.t(), scale_a=scale_a, scale_b=scale_b.t(), bias=bias, out_dtype=dtype, use_fast_accum=True
         )
