@@ -183,9 +183,9 @@ def _own(row: Row, machine: Machine, output: Path) -> list[str]:
 
 
 def _published(row: Row, machine: Machine, output: Path) -> list[str]:
-    launcher = str(Path(sys.executable).parent / "deepspeed")
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]  # the command `deepspeed`, wherever it is installed
     count = "--num_accelerators" if machine.small else "--num_gpus"
-    words = [launcher, count, str(machine.cards), "--master_port", str(_free_port()), "peft_lora.py"]
+    words = [*launcher, count, str(machine.cards), "--master_port", str(_free_port()), "peft_lora.py"]
     own = ["--ds_config", "ds_config.yaml", "--model_path", str(machine.model)]
     own += ["--dataset_path", str(machine.data(row)), "--save_path", str(output), "--lora_dropout", "0"]
     own += ["--max_input_len", "512", "--max_output_len", "512", "--batch_size", "1", "--num_epochs", "1"]

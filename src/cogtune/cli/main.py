@@ -83,11 +83,13 @@ def guarded(call: Callable[[], object]) -> int:
     """Run ``call`` as a command: its errors as text on stderr, and the exit code they stand for.
 
     An int that ``call`` returns is its exit code; anything else is 0. A process that trained together with others ends
-    here: torch's teardown of a process group can hang or abort after everything is done and saved.
+    here: torch's teardown of a process group can hang or abort after everything is done and saved. So does one of
+    torchrun's ranks that could not meet the others: gloo's threads were seen to keep such a process for ever.
     """
     code = _run(call)
     distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+    joined = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    if joined or (distributed is not None and "TORCHELASTIC_RUN_ID" in os.environ):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
