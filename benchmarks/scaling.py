@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cogtune.bench.report import commit
 from cogtune.configuration.sizes import GIB
 from cogtune.plan.cards import REFERENCE
 from cogtune.plan.memory import predict
@@ -53,6 +54,7 @@ def main() -> None:
     content = {
         "command": "python -m benchmarks.scaling",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
         "kind": "prediction",
         "predictions": measures,
         "table": {
