@@ -74,7 +74,9 @@ def test_the_first_error_ends_the_job_and_stands_last_with_its_rank(
     assert launched.code == 2
     last_word = max(path.stat().st_mtime for path in (tmp_path / "out").glob("run*.log"))
     assert ended - last_word < SECONDS_TO_FAIL
-    assert launched.output.count("error[") == 1, launched.output
+    # on a busy machine the launcher may end rank 0 while that still starts, and it says so
+    ended_early = launched.output.count("error[stopped]: stopped by SIGTERM before the first step")
+    assert launched.output.count("error[") - ended_early == 1, launched.output
     last = launched.output[launched.output.index("failed first:") :]
     assert "002.png" in last
     assert "error[image-" in last
