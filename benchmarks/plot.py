@@ -30,7 +30,7 @@ def plot(content: dict[str, Any]) -> str:
         f'<text x="{WIDTH / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(_NAMES[name])}; '
         f"{escape(str(content.get('card') or content['machine']))}</text>",
     ]
-    for value in _ticks(last):
+    for value in (tick for tick in _ticks(last) if tick <= last):
         parts.append(f'<text x="{_x(value, last):.1f}" y="{HEIGHT - 26}" text-anchor="middle">{value:g}</text>')
     for key, colour, dash, side in (("median_ms", "#1a5fb4", "", 0), ("allocated_gib", "#a51d2d", "6 4", 1)):
         parts += _line([(value, float(row[key])) for value, row in rows], last, colour, dash, side)
