@@ -132,9 +132,11 @@ def _report_to_launcher(text: str, consequence: bool = False) -> bool:
         return False
     stamp = str(int(time.time()) + (60 if consequence else 0))
     content = {"message": {"message": text, "extraInfo": {"py_callstack": "", "timestamp": stamp}}}
+    partial = f"{path}.{os.getpid()}"
     try:
-        with open(path, "w", encoding="utf-8") as file:
+        with open(partial, "w", encoding="utf-8") as file:
             json.dump(content, file)
+        os.replace(partial, path)  # a rank may be killed here, and torchrun cannot read half a file
     except OSError:
         return False
     return "COGTUNE_LAUNCHED" in os.environ

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
@@ -145,3 +146,20 @@ def test_a_broken_library_is_refused_before_a_command_that_needs_it(monkeypatch,
     assert "error[library-version]: transformers 5.1.0" in capsys.readouterr().err
     assert main(["doctor", "--offline"]) == 2
     assert "doctor-broken" in capsys.readouterr().out
+
+
+def test_a_rank_killed_while_it_leaves_its_error_leaves_no_half_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun reads whatever file is there, and ends with its own error if that is no JSON."""
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+
+    def killed(content: object, stream: TextIO) -> None:
+        stream.write('{"mess')
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands.json, "dump", killed)
+    with pytest.raises(KeyboardInterrupt):
+        commands._report_to_launcher("it broke")
+    assert not file.exists()

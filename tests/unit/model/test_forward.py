@@ -152,7 +152,7 @@ def test_to_the_compiler_a_layers_numbers_are_constants() -> None:
         inputs.extend(examples)
         return graph.forward
 
-    model = attach(_model(), LoraSection(targets=["experts"]))
+    model = attach(_model(num_hidden_layers=1), LoraSection(targets=["experts"]))
     compile_layers(model.get_base_model(), backend)
     model(**_batch())
     tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
