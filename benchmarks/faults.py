@@ -27,6 +27,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.fault_runs import (
     PHASES,
     SAVE_STEPS,
@@ -267,8 +269,10 @@ class Campaign:
         for key, value in values.items():
             words += [f"--{key}", value[0] if isinstance(value, list) else value]
         log = output.with_name(f"{output.name}.log")
+        # torchrun would give each rank one thread, and sums are rounded by how many threads there are
+        environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
         with log.open("w") as stream:
-            command = subprocess.Popen(words, stdout=stream, stderr=subprocess.STDOUT)
+            command = subprocess.Popen(words, stdout=stream, stderr=subprocess.STDOUT, env=environment)
             for saved in (1, 3):
                 _wait_for(lambda saved=saved: len(_steps_saved(output)) and max(_steps_saved(output)) >= saved * 4)
                 ranks = _ranks_of(command.pid)
