@@ -27,7 +27,8 @@ _COLUMNS_ZH = ["显卡", "运行内容", "rank", "峰值（GiB）", "样本/秒"
 
 
 def cards(content: dict[str, Any], chinese: bool) -> str:
-    """Card, what was run, the peak that the allocator reserved, and how fast it was; smallest card first."""
+    """Card, what was run, the peak that the allocator reserved, and how fast it was (``~``: by the plan, where several
+    settings shared the card while their memory was measured); smallest card first."""
     rows = sorted(content["rows"], key=lambda row: (_gigabytes(row), row["name"]))
     table = markdown(_COLUMNS_ZH if chinese else _COLUMNS, [_row(row, chinese) for row in rows])
     return f"{table}\n\n{caption(content, chinese)}"
@@ -40,10 +41,14 @@ def _row(row: dict[str, Any], chinese: bool) -> list[Cell]:
     if "error" in row:
         why = str(row["error"]).splitlines()[0][:80]
         return [card, setting, rank, f"失败：{why}" if chinese else f"failed: {why}", "-", flags]
-    speed = row.get("samples_per_second")
-    return [
-        card, setting, rank, f"{row['peak_reserved_gib']:.2f}", "-" if speed is None else f"{speed:.2f}", flags,
-    ]  # fmt: skip
+    return [card, setting, rank, f"{row['peak_reserved_gib']:.2f}", _speed(row), flags]
+
+
+def _speed(row: dict[str, Any]) -> str:
+    if row.get("samples_per_second") is not None:
+        return f"{row['samples_per_second']:.2f}"
+    planned = (row.get("plan") or {}).get("median_ms")
+    return "-" if planned is None else f"~ {1000 * row.get('batch_size', 1) / planned:.1f}"
 
 
 def split_name(name: str) -> tuple[str, str]:

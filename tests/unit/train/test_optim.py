@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from cogtune.configuration.run import TrainSection
-from cogtune.train.optim import build_optimizer, build_schedule, current_lr, lr_factor, warmup_steps
+from cogtune.train.optim import (
+    build_optimizer,
+    build_schedule,
+    current_lr,
+    lr_factor,
+    moments,
+    restore_moments,
+    warmup_steps,
+)
 
 
 def section(**values: object) -> TrainSection:
@@ -60,3 +68,27 @@ def test_optimizers_follow_their_settings() -> None:
     assert isinstance(adamw, torch.optim.AdamW)
     assert (adamw.defaults["betas"], adamw.defaults["eps"], adamw.defaults["weight_decay"]) == ((0.8, 0.9), 1e-6, 0.1)
     assert isinstance(build_optimizer([torch.nn.Parameter(torch.zeros(2))], section(optimizer="sgd")), torch.optim.SGD)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_going_on_with_restored_moments_is_going_on(fused: bool) -> None:
+    """To the bit, also for AdamW as one kernel, whose count of steps lies where the parameter does."""
+
+    def begin() -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
+        parameter = torch.nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4))
+        return parameter, torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.1, fused=fused)
+
+    def step(parameter: torch.nn.Parameter, optimizer: torch.optim.Optimizer, number: int) -> None:
+        parameter.grad = torch.cos(parameter.detach() * (number + 1))
+        optimizer.step()
+
+    whole, optimizer = begin()
+    for number in range(3):
+        step(whole, optimizer, number)
+    again, restored = begin()
+    again.data.copy_(whole.data)
+    restore_moments(restored, again, moments(optimizer, whole), 3)
+    for number in range(3, 6):
+        step(whole, optimizer, number)
+        step(again, restored, number)
+    assert torch.equal(again, whole)
