@@ -37,7 +37,7 @@ def can_compile(device: torch.device) -> bool:
 def prepare_compiling(device: torch.device) -> None:
     """Start torch's worker processes for generated kernels, in the background; best called before weights load.
 
-    Until they are up torch compiles kernel after kernel in this process, which was two thirds of the first step.
+    Until they are up torch compiles kernel after kernel in this process.
     """
     if can_compile(device):
         _workers()
@@ -62,7 +62,7 @@ def _start_workers() -> None:
 def compile_layers(model: CogVLM2ForCausalLM, backend: str | Any = "inductor", *, fullgraph: bool = False) -> None:
     """Make every decoder and tower layer of ``model`` run compiled from now on."""
     # Under DDP the compiler would cut each layer at the borders of gradient buckets, and cannot cut one that holds a
-    # function with a gradient of its own. Layers are small: their gradients are sent while others are computed.
+    # function with a gradient of its own.
     torch._dynamo.config.optimize_ddp = False
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_KINDS)
     _compile(DecoderLayer, model.model.layers, backend, fullgraph)
