@@ -30,14 +30,19 @@ class AddedLinear(ComputeCastLinear):
     def forward(self, x: torch.Tensor, onto: torch.Tensor | None = None, scale: float = 1.0) -> torch.Tensor:
         if onto is None:
             return super().forward(x)
-        weight = (self.weight * scale).to(x.dtype)
+        weight = self.scaled(scale, x.dtype)
         if torch.compiler.is_compiling() or x.dim() != 2:  # a compiler adds in whatever kernel reads the sum
             return onto + functional.linear(x, weight)
         return torch.addmm(onto, x, weight.t())
 
+    def scaled(self, scale: float, dtype: torch.dtype) -> torch.Tensor:
+        """The weight times ``scale``, in ``dtype``."""
+        return (self.weight * scale).to(dtype)
+
 
 class _Fast:
-    """What is mixed into a peft layer class."""
+    """What is mixed into a peft layer class: its forward, and the parts of it for whoever computes several layers
+    together (`model.gated.Updated`)."""
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As peft's, which also computes whatever this does not know."""
@@ -46,8 +51,38 @@ class _Fast:
             result: torch.Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return result
         onto = self.base_layer(x)
-        small = self.lora_A[name](self.lora_dropout[name](x.to(onto.dtype)))
-        added: torch.Tensor = self.lora_B[name](small, onto=onto, scale=self.scaling[name])
+        added: torch.Tensor = self.lora_B[name](self.small(x.to(onto.dtype)), onto=onto, scale=self.scaling[name])
+        return added
+
+    def update_rank(self: Any) -> int | None:
+        name = fast_adapter(self)
+        return None if name is None else int(self.lora_A[name].out_features)
+
+    def drops_inputs(self: Any) -> bool:
+        dropout = self.lora_dropout[self.active_adapters[0]]
+        return bool(self.training and getattr(dropout, "p", 0.0) > 0)
+
+    def base(self: Any, x: torch.Tensor) -> torch.Tensor:
+        onto: torch.Tensor = self.base_layer(x)
+        return onto
+
+    def small(self: Any, x: torch.Tensor) -> torch.Tensor:
+        name = self.active_adapters[0]
+        found: torch.Tensor = self.lora_A[name](self.lora_dropout[name](x))
+        return found
+
+    def first_matrix(self: Any, dtype: torch.dtype) -> torch.Tensor:
+        weight: torch.Tensor = self.lora_A[self.active_adapters[0]].weight.to(dtype)
+        return weight
+
+    def second_matrix(self: Any, dtype: torch.dtype) -> torch.Tensor:
+        name = self.active_adapters[0]
+        weight: torch.Tensor = self.lora_B[name].scaled(self.scaling[name], dtype)
+        return weight
+
+    def finish(self: Any, x: torch.Tensor, small: torch.Tensor) -> torch.Tensor:
+        name = self.active_adapters[0]
+        added: torch.Tensor = self.lora_B[name](small, onto=self.base_layer(x), scale=self.scaling[name])
         return added
 
 

@@ -8,6 +8,9 @@ The gradient of the input is taken with the same rounded weight: the weight's sc
 because they belong to the features that product sums over. The card reads its second operand along the summed features,
 so the backward pass needs the weight transposed: made for the moment, or kept beside it (``keep_transposed``), which is
 faster and costs as much memory again, what bfloat16 costs.
+
+Between the layers of an MLP nothing but rounded values is needed, so activation and rounding are one step there: in
+`frozen_gated_mlp`, whose gradients are rounded in one step as well, and in `Fp8Linear.of_gelu`.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from cogtune.errors import SetupError
 
@@ -25,6 +29,8 @@ LARGEST = torch.finfo(FORMAT).max
 _SMALLEST = 1e-12  # of a row's largest element; a row of zeros stays zeros
 _FIRST_CARD = (8, 9)  # Ada and Hopper
 _TRITON = importlib.util.find_spec("triton") is not None
+if _TRITON:
+    from cogtune.model import fp8_kernel
 
 
 def check_fp8(device: torch.device) -> None:
@@ -45,12 +51,46 @@ def quantize_rows(x: torch.Tensor, column_scale: torch.Tensor | None = None) -> 
     """``x`` [M, I], times ``column_scale`` [I], in fp8, and the scale of each row, float32 [M, 1]: about ``quantized *
     scale``. On a GPU with Triton in one pass over ``x``; a compiler fuses it with what makes ``x``."""
     if _TRITON and x.is_cuda and not torch.compiler.is_compiling() and x.shape[0]:
-        from cogtune.model.fp8_kernel import quantize_on_gpu
-
-        return quantize_on_gpu(x.contiguous(), column_scale, FORMAT, LARGEST, _SMALLEST)
+        return fp8_kernel.quantize_on_gpu(x.contiguous(), column_scale, FORMAT, LARGEST, _SMALLEST)
     wide = x.float() if column_scale is None else x.float() * column_scale
     scale = wide.abs().amax(-1, keepdim=True).clamp(min=_SMALLEST) / LARGEST
     return (wide / scale).clamp(-LARGEST, LARGEST).to(FORMAT), scale
+
+
+def _has_kernel(x: torch.Tensor) -> bool:
+    return _TRITON and x.is_cuda and x.shape[1] <= fp8_kernel.WIDEST
+
+
+def rounded_gelu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `quantize_rows` of the exact GELU of ``x`` [M, I], which is not rounded to x's format in between."""
+    if _has_kernel(x):
+        quantized, scale = fp8_kernel.gelu_on_gpu(x.contiguous(), FORMAT, LARGEST, _SMALLEST)
+        return quantized, scale
+    return quantize_rows(functional.gelu(x.float()))
+
+
+def rounded_gated(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `quantize_rows` of silu(``gate``) * ``up``, both [M, I]; the product is not rounded to their format before."""
+    if _has_kernel(gate):
+        quantized, scale = fp8_kernel.gated_on_gpu(gate.contiguous(), up.contiguous(), FORMAT, LARGEST, _SMALLEST)
+        return quantized, scale
+    return quantize_rows(functional.silu(gate.float()) * up.float())
+
+
+def rounded_gated_gradients(
+    gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, gate_scale: torch.Tensor, up_scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of ``gate`` and ``up`` [M, I], given that of silu(gate) * up, as `quantize_rows` rounds them with
+    the column scales [I]: rounded gate, its scales, rounded up, its scales."""
+    if _has_kernel(gate):
+        one, two, three, four = fp8_kernel.gated_gradient_on_gpu(
+            gradient.contiguous(), gate, up, gate_scale, up_scale, FORMAT, LARGEST, _SMALLEST
+        )
+        return one, two, three, four
+    wide, sigmoid = gate.float(), torch.sigmoid(gate.float())
+    incoming = gradient.float() * sigmoid
+    to_gate = quantize_rows(incoming * up.float() * (1 + wide * (1 - sigmoid)), gate_scale)
+    return *to_gate, *quantize_rows(incoming * wide, up_scale)
 
 
 def scaled_product(
@@ -82,10 +122,20 @@ def _gradient(
     gradient_MO: torch.Tensor, weight_OI: torch.Tensor, scale_O: torch.Tensor, transposed_IO: torch.Tensor | None
 ) -> torch.Tensor:
     quantized, scale = quantize_rows(gradient_MO, scale_O)
+    return _gradient_of_rounded(quantized, scale, weight_OI, transposed_IO, gradient_MO.dtype)
+
+
+def _gradient_of_rounded(
+    quantized_MO: torch.Tensor,
+    scale_M1: torch.Tensor,
+    weight_OI: torch.Tensor,
+    transposed_IO: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
     if transposed_IO is None:
         transposed_IO = weight_OI.t().contiguous()
-    ones = torch.ones(transposed_IO.shape[0], 1, dtype=torch.float32, device=scale.device)
-    return scaled_product(quantized, transposed_IO.view(FORMAT), scale, ones, None, gradient_MO.dtype)
+    ones = torch.ones(transposed_IO.shape[0], 1, dtype=torch.float32, device=scale_M1.device)
+    return scaled_product(quantized_MO, transposed_IO.view(FORMAT), scale_M1, ones, None, dtype)
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -106,6 +156,40 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient_MO: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         return _gradient(gradient_MO, *ctx.saved_tensors), None, None, None, None
+
+
+class _FrozenGatedMLP(torch.autograd.Function):
+    """down(silu(gate(x)) * up(x)) with a gradient for x alone; keeps gate(x) and up(x). A layer is three arguments:
+    weight, scale, transposed weight or None."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MD: torch.Tensor, *layers: Any) -> torch.Tensor:
+        gate_ID, gate_scale, _, up_ID, up_scale, _, down_DI, down_scale, _ = layers
+        quantized, scale = quantize_rows(x_MD)
+        gate = scaled_product(quantized, gate_ID.view(FORMAT), scale, gate_scale[:, None], None, x_MD.dtype)
+        up = scaled_product(quantized, up_ID.view(FORMAT), scale, up_scale[:, None], None, x_MD.dtype)
+        ctx.save_for_backward(gate, up, *layers)
+        inner, inner_scale = rounded_gated(gate, up)
+        return scaled_product(inner, down_DI.view(FORMAT), inner_scale, down_scale[:, None], None, x_MD.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_MD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate, up, gate_ID, gate_scale, gate_DI, up_ID, up_scale, up_DI, *down = ctx.saved_tensors
+        inner = _gradient(gradient_MD, *down)
+        to_gate, gate_rows, to_up, up_rows = rounded_gated_gradients(inner, gate, up, gate_scale, up_scale)
+        dtype = gradient_MD.dtype
+        through_gate = _gradient_of_rounded(to_gate, gate_rows, gate_ID, gate_DI, dtype)
+        return through_gate + _gradient_of_rounded(to_up, up_rows, up_ID, up_DI, dtype), *([None] * 9)
+
+
+def frozen_gated_mlp(x: torch.Tensor, gate: Fp8Linear, up: Fp8Linear, down: Fp8Linear) -> torch.Tensor:
+    """down(silu(gate(x)) * up(x)) for x [..., D] and layers without biases."""
+    flat = x.flatten(0, -2)
+    if flat.shape[0] == 0:
+        return x.new_zeros(*x.shape[:-1], down.out_features) + 0 * x.sum()
+    parts = [part for layer in (gate, up, down) for part in (layer.weight, layer.scale, layer.transposed)]
+    found: torch.Tensor = _FrozenGatedMLP.apply(flat, *parts)
+    return found.view(*x.shape[:-1], down.out_features)
 
 
 class Fp8Linear(nn.Linear):
@@ -138,15 +222,26 @@ class Fp8Linear(nn.Linear):
         layer.register_buffer("transposed", bits.t().contiguous() if keep_transposed else None)
         return layer
 
+    @property
+    def scale(self) -> torch.Tensor:
+        """The weight's scales, float32 [O]."""
+        return self.scale_bits.view(torch.float32)
+
     def dequantized(self) -> torch.Tensor:
         """The rounded weight as float32 [O, I]."""
-        return self.weight.view(FORMAT).float() * self.scale_bits.view(torch.float32)[:, None]
+        return self.weight.view(FORMAT).float() * self.scale[:, None]
+
+    def of_gelu(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer's output for the exact GELU of x [..., I]; without a gradient."""
+        quantized, scale = rounded_gelu(x.flatten(0, -2))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        product = scaled_product(quantized, self.weight.view(FORMAT), scale, self.scale[:, None], bias, x.dtype)
+        return product.view(*x.shape[:-1], self.out_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.flatten(0, -2)
         if flat.shape[0] == 0:
             return x.new_zeros(*x.shape[:-1], self.out_features) + 0 * x.sum()
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        scale = self.scale_bits.view(torch.float32)
-        product: torch.Tensor = _FrozenProduct.apply(flat, self.weight, scale, self.transposed, bias)
+        product: torch.Tensor = _FrozenProduct.apply(flat, self.weight, self.scale, self.transposed, bias)
         return product.view(*x.shape[:-1], self.out_features)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -21,6 +20,7 @@ from transformers.utils import ModelOutput
 
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.model.attention import ExpertAttention, by_expert, cache_mask, row_mask
+from cogtune.model.gated import gated
 from cogtune.model.generation import CogVLM2Generation
 from cogtune.model.loss import head_loss, token_loss
 from cogtune.model.pretrained import CogVLM2PreTrainedModel
@@ -67,7 +67,7 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return gated(self.gate_proj, self.up_proj, self.down_proj, x)
 
 
 class ExpertMLP(nn.Module):

@@ -15,7 +15,8 @@ from torch.nn import functional
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cogtune.configuration.model import CogVLM2Config, CogVLM2VisionConfig
-from cogtune.model.attention import attend
+from cogtune.model.attention import attend_all
+from cogtune.model.fp8 import Fp8Linear
 
 TOWER_PARTS = ("patch_embedding", "transformer", "conv")
 """Modules of `VisionModel` whose output is cached while they are frozen."""
@@ -51,7 +52,7 @@ class VisionAttention(nn.Module):
         images, patches, _ = x_NPW.shape
         qkv = self.query_key_value(x_NPW).view(images, patches, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        context = attend(q, k, v)
+        context = attend_all(q, k, v)
         return self.dense(context.transpose(1, 2).flatten(2))
 
 
@@ -64,7 +65,10 @@ class VisionMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(functional.gelu(self.fc1(x)))
+        inner = self.fc1(x)
+        if isinstance(self.fc2, Fp8Linear) and not inner.requires_grad:
+            return self.fc2.of_gelu(inner)
+        return self.fc2(functional.gelu(inner))
 
 
 class VisionLayer(GradientCheckpointingLayer):

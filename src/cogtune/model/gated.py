@@ -1,0 +1,135 @@
+"""down(silu(gate(x)) * up(x)), the way that suits what the three layers are.
+
+Plain layers leave it to the compiler. Three fp8 layers round between them (``model.fp8``). Three layers with low-rank
+updates would write every updated activation once more, each three times the size of x; their updates are taken into the
+product instead and its gradient, and those activations are never written.
+
+Shapes: M tokens, D hidden, I inner width, R ranks of the updates.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any, Protocol, cast
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from cogtune.model.fp8 import Fp8Linear, frozen_gated_mlp
+
+_TRITON = importlib.util.find_spec("triton") is not None
+if _TRITON:
+    from cogtune.model import gated_kernel
+
+_WIDEST_RANK = 64  # of an update whose blocks fit beside a tile; wider ones are computed layer by layer
+
+
+class Updated(Protocol):
+    """A linear layer ``base(x) + (x A') (s B)'`` that can be asked for its parts; ``adapters.lowrank`` makes them."""
+
+    def update_rank(self) -> int | None:
+        """R; None where the layer does not compute in this way now (no adapter, several, DoRA, ...)."""
+
+    def drops_inputs(self) -> bool:
+        """Whether A sees another input than the base, because of dropout."""
+
+    def base(self, x: torch.Tensor) -> torch.Tensor:
+        """base(x) [M, O]."""
+
+    def small(self, x: torch.Tensor) -> torch.Tensor:
+        """x A' [M, R], dropout included."""
+
+    def first_matrix(self, dtype: torch.dtype) -> torch.Tensor:
+        """A [R, I]."""
+
+    def second_matrix(self, dtype: torch.dtype) -> torch.Tensor:
+        """s B [O, R]."""
+
+    def finish(self, x: torch.Tensor, small: torch.Tensor) -> torch.Tensor:
+        """The layer's output, given x A' as well."""
+
+
+def gated(gate: nn.Module, up: nn.Module, down: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """down(silu(gate(x)) * up(x)) for x [M, D]."""
+    if isinstance(gate, Fp8Linear) and isinstance(up, Fp8Linear) and isinstance(down, Fp8Linear):
+        return frozen_gated_mlp(x, gate, up, down)
+    if _has_kernel(x) and all(_takes_part(layer) for layer in (gate, up, down)) and x.shape[0] > 0:
+        first, second, last = (cast(Updated, layer) for layer in (gate, up, down))
+        if not last.drops_inputs():
+            return _updated(first, second, last, x)
+    found: torch.Tensor = down(functional.silu(gate(x)) * up(x))
+    return found
+
+
+def _updated(gate: Updated, up: Updated, down: Updated, x: torch.Tensor) -> torch.Tensor:
+    if gate.drops_inputs() or up.drops_inputs():
+        small = torch.cat([gate.small(x), up.small(x)], dim=1)
+    else:  # x is read once for both
+        small = x @ torch.cat([gate.first_matrix(x.dtype), up.first_matrix(x.dtype)]).t()
+    matrices = gate.second_matrix(x.dtype), up.second_matrix(x.dtype)
+    inner, last = GatedProduct.apply(gate.base(x), up.base(x), small, *matrices, down.first_matrix(x.dtype))
+    return down.finish(inner, last)
+
+
+def _takes_part(layer: Any) -> bool:
+    rank = layer.update_rank() if hasattr(layer, "update_rank") else None
+    return rank is not None and rank <= _WIDEST_RANK
+
+
+class GatedProduct(torch.autograd.Function):
+    """``silu(gate + gate_small gate_matrix') * (up + up_small up_matrix')`` [M, I], and that times ``first'`` [M, R],
+    where ``first`` [R, I] is the first matrix of an update of what follows: the gradient that comes back through it
+    joins the other inside the kernel. ``small`` is gate_small's columns, then up_small's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        small: torch.Tensor,
+        gate_matrix: torch.Tensor,
+        up_matrix: torch.Tensor,
+        first: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = (gate, up, small, gate_matrix, up_matrix)
+        inner = gated_kernel.product_on_gpu(*parts) if gate.is_cuda else _product(*parts)
+        ctx.save_for_backward(*parts, first, inner)
+        return inner, inner @ first.t()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        *parts, first, inner = ctx.saved_tensors
+        gate, _, small, gate_matrix, up_matrix = parts
+        incoming, last = gradients[0].contiguous(), gradients[1].contiguous()
+        compute = gated_kernel.gradients_on_gpu if gate.is_cuda else _gradients
+        to_gate, to_up = compute(incoming, last, first, *parts)
+        gate_small, up_small = small.split([gate_matrix.shape[1], up_matrix.shape[1]], dim=1)
+        to_small = torch.cat([to_gate @ gate_matrix, to_up @ up_matrix], dim=1)
+        return to_gate, to_up, to_small, to_gate.t() @ gate_small, to_up.t() @ up_small, last.t() @ inner
+
+
+def _has_kernel(x: torch.Tensor) -> bool:
+    return _TRITON and x.is_cuda
+
+
+def _inputs(
+    gate: torch.Tensor, up: torch.Tensor, small: torch.Tensor, gate_matrix: torch.Tensor, up_matrix: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What silu sees, and what it is multiplied by, float32."""
+    gate_small, up_small = small.float().split([gate_matrix.shape[1], up_matrix.shape[1]], dim=1)
+    return gate.float() + gate_small @ gate_matrix.float().t(), up.float() + up_small @ up_matrix.float().t()
+
+
+def _product(*parts: torch.Tensor) -> torch.Tensor:
+    gate, up = _inputs(*parts)
+    return (functional.silu(gate) * up).to(parts[0].dtype)
+
+
+def _gradients(
+    gradient: torch.Tensor, down_small: torch.Tensor, down_matrix: torch.Tensor, *parts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    gate, up = _inputs(*parts)
+    incoming, sigmoid = gradient.float() + down_small.float() @ down_matrix.float(), torch.sigmoid(gate)
+    to_gate = incoming * up * sigmoid * (1 + gate * (1 - sigmoid))
+    return to_gate.to(gradient.dtype), (incoming * gate * sigmoid).to(gradient.dtype)
