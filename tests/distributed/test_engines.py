@@ -207,6 +207,17 @@ def test_a_bad_loss_on_one_rank_stops_all_and_names_its_record(launched: Path) -
     assert not list((launched / "poisoned").glob("checkpoint-*"))
 
 
+def test_a_bad_gradient_on_one_rank_stops_all_though_nobody_waited_for_its_norm(launched: Path) -> None:
+    """Found in the fourth step's backward pass, said of the third, and on every rank with the same records."""
+    if (launched / "engine").read_text().startswith("zero"):
+        pytest.skip("DeepSpeed looks at every norm itself")
+    said = [(launched / f"spoiled.rank{rank}").read_text() for rank in (0, 1)]
+    assert said[0] == said[1]
+    assert said[0].startswith("4 step 3: the gradient's norm is nan although the loss is finite; the step had record")
+    assert checkpoints.find_latest(launched / "spoiled")[0] == launched / "spoiled" / "checkpoint-2"
+    assert [line["step"] for line in read_metrics(launched / "spoiled")] == [1, 2]
+
+
 def test_only_rank_0_speaks_and_every_rank_has_its_log(launched: Path) -> None:
     folder = launched / "sgd"
     assert (folder / "run.rank1.log").is_file()

@@ -19,9 +19,10 @@ import torch
 from cogtune.cli.main import guarded
 from cogtune.configuration.run import RunConfig
 from cogtune.errors import NonFiniteError, Stopped
-from cogtune.train import feed, loop
+from cogtune.train import feed, loop, run
+from cogtune.train.engines.single import SingleEngine
 from cogtune.train.run import train
-from tests.support.training import make_config
+from tests.support.training import make_config, one_kernel
 
 SGD: dict[str, Any] = {"train__optimizer": "sgd", "train__lr": 0.1}
 LENGTHS: dict[str, dict[str, Any]] = {
@@ -104,6 +105,9 @@ def main(base: Path, data: Path, output: Path, engine: str) -> None:
         second = {**moved, "train__max_steps": 8}
         train(make_case(base, data, output, f"from-single-{name}", rows=2, **second, **parallel))
         train(make_case(base, data, output, f"to-single-{name}", rows=2, **first, **parallel))
+    if not engine.startswith("zero"):  # DeepSpeed looks at every norm itself
+        spoiled = {"train__max_steps": 6, "train__save_steps": 2, **parallel}
+        _spoil_a_gradient_on_rank_1(make_case(base, data, output, "spoiled", rows=rows, **spoiled))
     if "poisoned" in left_out:
         return
     poisoned = {"source": "pictures", "train__max_steps": 2, **parallel}
@@ -127,6 +131,26 @@ def _stop_and_go_on(config: RunConfig) -> None:
     finally:
         logging.getLogger("cogtune").removeHandler(handler)
     train(config)
+
+
+def _spoil_a_gradient_on_rank_1(config: RunConfig) -> None:
+    """In the third step, where the host looks at a norm only during the next step: both ranks must stop."""
+    backward, build = SingleEngine.backward, run.build_optimizer
+    calls: list[int] = []
+
+    def spoil(self: SingleEngine, loss: torch.Tensor) -> None:
+        calls.append(1)
+        backward(self, loss * float("nan") if len(calls) == 3 and os.environ["RANK"] == "1" else loss)
+
+    SingleEngine.backward, run.build_optimizer = spoil, one_kernel  # type: ignore[method-assign, assignment]
+    try:
+        train(config)
+    except NonFiniteError as error:
+        config.train.output.with_suffix(f".rank{os.environ['RANK']}").write_text(f"{len(calls)} {error.message}")
+        return
+    finally:
+        SingleEngine.backward, run.build_optimizer = backward, build  # type: ignore[method-assign]
+    raise AssertionError("a gradient of nan was trained on")
 
 
 def _poison_rank_1(config: RunConfig) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
-from cogtune.configuration.run import RunConfig, load_config
+from cogtune.configuration.run import RunConfig, TrainSection, load_config
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), "white": (240, 240, 240)}
 
@@ -67,6 +69,12 @@ def make_config(base: Path, data: Path | list[Path], output: Path, **values: Any
     given = {key.replace("__", "."): value for key, value in values.items()}
     texts = {key: value if isinstance(value, list) else _text(value) for key, value in (keys | given).items()}
     return load_config(None, texts)
+
+
+def one_kernel(parameters: Iterable[torch.nn.Parameter], train: TrainSection, *, fused: bool) -> torch.optim.Optimizer:
+    """What `build_optimizer` makes on a GPU, here on the CPU: with it the host need not look at a gradient's norm."""
+    settings: dict[str, Any] = {"betas": train.betas, "eps": train.eps, "weight_decay": train.weight_decay}
+    return torch.optim.AdamW(list(parameters), lr=train.lr, fused=True, **settings)
 
 
 def flags(config_values: dict[str, Any]) -> list[str]:

@@ -2,6 +2,10 @@
 
 The loss of a step is the sum over the labelled tokens of the global batch, divided by their number: under accumulation
 (each micro-batch's sum is divided by the step's count) and over ranks (``Engine.loss_factor`` undoes their averaging).
+
+A step may stay *open*: launched, while nobody has looked at its gradient. The device then never waits for the host to
+look; a gradient that is not finite is found one step late, with weights and optimiser as they were before it, because
+the device itself leaves them alone. Nothing is validated, saved or ended behind an open step.
 """
 
 from __future__ import annotations
@@ -16,7 +20,8 @@ import torch
 
 from cogtune.configuration.run import RunConfig
 from cogtune.data.dataset import TrainRows
-from cogtune.errors import NonFiniteError
+from cogtune.errors import CogtuneError, NonFiniteError
+from cogtune.train.engines.arriving import Arriving
 from cogtune.train.engines.base import Engine, StepResult
 from cogtune.train.feed import Batch, Feed, StepBatches, to_device
 from cogtune.train.log import Metrics, log
@@ -33,6 +38,7 @@ class StepReport:
     loss: float
     labels: int
     result: StepResult
+    records: list[list[str]]
 
 
 class Loop:
@@ -58,6 +64,7 @@ class Loop:
         self.schedule = build_schedule(engine.optimizer, config.train, total_steps, progress.step)
         self._saved_step = progress.step if progress.step else None
         self._skipped_in_a_row = 0
+        self._open: StepReport | None = None
 
     def run(self) -> None:
         """Raises Stopped after a signal (the state is saved), NonFiniteError, OutOfMemoryError, DiskFullError."""
@@ -68,17 +75,28 @@ class Loop:
         if self.validation is not None and self._validation_due() and progress.validated_step != progress.step:
             self._pause()  # a signal cut this step's validation short; the best checkpoint may hang on it
         if progress.step < self.total_steps and not progress.stopped_early:
-            for step in self.feed.steps(progress.position):
-                lr = current_lr(engine.optimizer)
-                report = self._train(step)
-                self._advance(step, report)
-                self.reporter.step(lr, report.result.grad_norm, self._epochs())
-                self._pause()
-                if progress.step == self.total_steps or progress.stopped_early:
-                    break
+            try:
+                self._steps()
+            except CogtuneError:
+                self._abandon()
+                raise
+
+    def _steps(self) -> None:
+        progress = self.progress
+        for step in self.feed.steps(progress.position):
+            lr = current_lr(self.engine.optimizer)
+            self._open = self._train(step)
+            self._advance(step, self._open)
+            self.reporter.step(lr, self._epochs())
+            if self._open.result.decided is not None:
+                self._close()
+            self._pause()
+            if progress.step == self.total_steps or progress.stopped_early:
+                break
 
     def _train(self, step: StepBatches) -> StepReport:
-        """One optimiser step over this rank's micro-batches."""
+        """One optimiser step over this rank's micro-batches; closes the one before as soon as the device has this
+        one's work."""
         engine = self.engine
         records = [batch["record_ids"] for batch in step.batches]
         counted = engine.group.sum([_labels(step.batches), len(_real_rows(step.batches)), _tokens(step.batches)])
@@ -94,25 +112,47 @@ class Loop:
                 with engine.accumulating(last=number == len(step.batches) - 1):
                     arguments = to_device(batch, engine.device)
                     loss = engine.module(**arguments, num_items_in_batch=labels).loss
-                    losses.append(_Read(loss.detach()))
+                    losses.append(Arriving(loss))
                     engine.backward(loss * engine.loss_factor)
             shares = torch.tensor([loss.value() for loss in losses], dtype=torch.float64)
+        self._close()
         total = check_losses(shares, records, engine.group)
         with phase("updating the weights", self.config, engine.device):
             result = engine.step()
-        self._check_step(result, records)
-        return StepReport(total, labels, result)
+        return StepReport(total, labels, result, records)
 
-    def _check_step(self, result: StepResult, records: list[list[str]]) -> None:
-        if result.applied:
+    def _close(self) -> None:
+        """Look at the gradient of the step that was done last, if it is open still, and write the step's line.
+
+        Collective where the gradient is not finite; its norm is the same on every rank.
+        """
+        report, self._open = self._open, None
+        if report is not None:
+            self._check_step(report)
+            self.reporter.arrived(report.result.norm)
+
+    def _abandon(self) -> None:
+        """An error ends the run; what there is to say about an open step before it is said. Not collective: the error
+        may be this rank's alone."""
+        report, self._open = self._open, None
+        if report is None:
+            return
+        if report.result.applied:
+            self.reporter.arrived(report.result.norm)
+        else:
+            norm = report.result.grad_norm
+            log.warning(f"step {self.progress.step}: the gradient's norm is {norm}; weights were not touched")
+
+    def _check_step(self, report: StepReport) -> None:
+        if report.result.applied:
             self._skipped_in_a_row = 0
             return
         if not self.engine.scaled:
-            raise bad_gradient(result.grad_norm, records, self.engine.group)
+            raise bad_gradient(report.result.grad_norm, self.progress.step, report.records, self.engine.group)
         self.progress.skipped_steps += 1
         self._skipped_in_a_row += 1
         log.warning(
-            f"float16: step {self.progress.step + 1} skipped, its gradients overflowed; the loss scale is lowered "
+            f"float16: step {self.progress.step} skipped, its gradients overflowed; the loss scale is lowered "
             f"({self.progress.skipped_steps} steps so far)"
         )
         if self._skipped_in_a_row > _MOST_SKIPPED_IN_A_ROW:
@@ -134,12 +174,16 @@ class Loop:
 
     def _pause(self) -> None:
         """Whatever is due between two steps: validation, a checkpoint, the end after a signal."""
-        began = time.perf_counter()
         progress, train = self.progress, self.config.train
         last = progress.step == self.total_steps
         due = last or progress.step % train.save_steps == 0
         stopping = self.engine.group.any(self.stop.number is not None)
-        better = not stopping and self._validation_due() and self._validate()
+        validates = self.validation is not None and self._validation_due() and not stopping
+        if not (due or stopping or validates or progress.stopped_early):
+            return
+        self._close()
+        began = time.perf_counter()
+        better = validates and self._validate()
         stopping = stopping or self.engine.group.any(self.stop.number is not None)
         if due or better or stopping or progress.stopped_early:
             self.save(better)
@@ -187,24 +231,6 @@ class Loop:
         """Passes over the data so far."""
         rows = self.feed.rows_in_epoch(self.progress.epoch)
         return self.progress.epoch + (self.progress.rows_taken / rows if rows else 0.0)
-
-
-class _Read:
-    """A number on its way from the device. It is sent as soon as it is there, so that waiting for it does not mean
-    waiting for the backward pass: the device goes on while the host looks at the loss."""
-
-    def __init__(self, value: torch.Tensor) -> None:
-        self._value, self._arrived = value, None
-        if value.is_cuda:
-            self._value = torch.empty_like(value, device="cpu", pin_memory=True)
-            self._value.copy_(value, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
-
-    def value(self) -> float:
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return float(self._value)
 
 
 def _labels(batches: list[Batch]) -> int:

@@ -33,6 +33,24 @@ def build_optimizer(parameters: Iterable[nn.Parameter], train: TrainSection, *, 
     return made
 
 
+def skips_on_device(optimizer: Optimizer) -> bool:
+    """Whether `step_if_finite` works with this optimiser: torch's AdamW as one kernel does."""
+    return isinstance(optimizer, AdamW) and all(group["fused"] for group in optimizer.param_groups)
+
+
+def step_if_finite(optimizer: Any, norm: torch.Tensor) -> None:
+    """The update, unless ``norm`` is not finite: then weights, moments and the count of steps stay as they are.
+
+    The device decides, so the host neither waits for the norm nor knows it. ``found_inf`` is what torch's GradScaler
+    tells such optimisers; one that is left behind would speak for later steps too.
+    """
+    optimizer.found_inf = torch.isfinite(norm).logical_not().float()
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf
+
+
 def moments(optimizer: Any, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
     """What the optimiser remembers of a parameter, on the CPU, exactly: 8-bit moments stay in 8 bits, with the scales
     of their blocks. Tables that are the same for all (bitsandbytes' ``qmap``) are made anew by `restore_moments`."""

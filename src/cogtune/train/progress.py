@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from cogtune.data.sampler import Position
+from cogtune.train.engines.arriving import Arriving
 from cogtune.train.log import Metrics, duration, log, peak_memory_gib
 
 
@@ -44,47 +45,74 @@ class Progress:
         return Progress(**{field.name: values[field.name] for field in fields(Progress) if field.name in values})
 
 
+@dataclass(frozen=True)
+class _Line:
+    """What is known of a line when its step is launched; its gradient's norm comes later."""
+
+    step: int
+    epoch: float
+    loss: float
+    lr: float
+    labels: int
+    samples: int
+    tokens: int
+    memory_gib: float
+
+
 class Reporter:
-    """Writes a line of numbers every ``log.steps`` steps: averages over the window, so that noise shows less."""
+    """Writes a line of numbers every ``log.steps`` steps: averages over the window, so that noise shows less.
+
+    A window lasts from one norm's arrival to another's, so its speed is right whenever the host looks at them.
+    """
 
     def __init__(self, metrics: Metrics, progress: Progress, total: int, every: int, device: torch.device) -> None:
         self._metrics, self._progress, self._total, self._every, self._device = metrics, progress, total, every, device
         self._start_step = progress.step
-        self._start = self._window_start = time.perf_counter()
+        self._start = time.perf_counter()
+        self._window_start = Arriving(torch.zeros((), device=device))
         self._window = (progress.samples, progress.tokens)
         self._away = 0.0  # seconds since the window began that were not training
+        self._line: _Line | None = None
 
     def away(self, seconds: float) -> None:
-        """Validation and saving do not count into the speed."""
+        """Validation and saving do not count into the speed; they begin when the device has done the last step."""
         self._away += seconds
 
-    def step(self, lr: float, grad_norm: float, epoch: float) -> None:
-        """Call once after every optimiser step."""
+    def step(self, lr: float, epoch: float) -> None:
+        """Call once after every optimiser step, and `arrived` before the next one's."""
         progress = self._progress
         if progress.step % self._every and progress.step != self._total:
             return
-        now = time.perf_counter()
-        seconds = max(now - self._window_start - self._away, 1e-9)
-        samples, tokens = progress.samples - self._window[0], progress.tokens - self._window[1]
         loss = progress.window_loss / max(progress.window_labels, 1)
-        values = {
-            "epoch": round(epoch, 4),
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": grad_norm,
-            "labels": progress.window_labels,
-            "samples_per_second": samples / seconds,
-            "tokens_per_second": tokens / seconds,
-            "memory_gib": peak_memory_gib(self._device),
-        }
-        self._metrics.write("train", progress.step, **values)
-        done = progress.step - self._start_step
-        left = (now - self._start) / done * (self._total - progress.step)
-        log.info(
-            f"step {progress.step}/{self._total}  epoch {epoch:.2f}  "
-            f"loss {loss:.4f}  lr {lr:.2e}  grad {grad_norm:.3f}  "
-            f"{samples / seconds:.2f} samples/s  {tokens / seconds:.0f} tokens/s  "
-            f"{values['memory_gib']:.2f} GiB  ETA {duration(left)}"
-        )
+        samples, tokens = progress.samples - self._window[0], progress.tokens - self._window[1]
+        memory = peak_memory_gib(self._device)
+        self._line = _Line(progress.step, epoch, loss, lr, progress.window_labels, samples, tokens, memory)
         progress.window_loss, progress.window_labels = 0.0, 0
-        self._window, self._window_start, self._away = (progress.samples, progress.tokens), now, 0.0
+        self._window = (progress.samples, progress.tokens)
+
+    def arrived(self, norm: Arriving) -> None:
+        """Write the line of the last step, if it has one; ``norm`` is that of its gradient."""
+        line, self._line = self._line, None
+        if line is None:
+            return
+        grad_norm = norm.value()
+        seconds = max(norm.seconds_since(self._window_start) - self._away, 1e-9)
+        values = {
+            "epoch": round(line.epoch, 4),
+            "loss": line.loss,
+            "lr": line.lr,
+            "grad_norm": grad_norm,
+            "labels": line.labels,
+            "samples_per_second": line.samples / seconds,
+            "tokens_per_second": line.tokens / seconds,
+            "memory_gib": line.memory_gib,
+        }
+        self._metrics.write("train", line.step, **values)
+        left = (time.perf_counter() - self._start) / (line.step - self._start_step) * (self._total - line.step)
+        log.info(
+            f"step {line.step}/{self._total}  epoch {line.epoch:.2f}  "
+            f"loss {line.loss:.4f}  lr {line.lr:.2e}  grad {grad_norm:.3f}  "
+            f"{line.samples / seconds:.2f} samples/s  {line.tokens / seconds:.0f} tokens/s  "
+            f"{line.memory_gib:.2f} GiB  ETA {duration(left)}"
+        )
+        self._window_start, self._away = norm, 0.0

@@ -74,11 +74,11 @@ def check_losses(losses: torch.Tensor, records: Sequence[Sequence[str]], group: 
     )
 
 
-def bad_gradient(norm: float, records: Sequence[Sequence[str]], group: Group) -> NonFiniteError:
-    """The error for a finite loss whose gradient is not; every rank calls it."""
+def bad_gradient(norm: float, step: int, records: Sequence[Sequence[str]], group: Group) -> NonFiniteError:
+    """The error for a finite loss whose gradient is not; every rank calls it. ``step`` counts from 1."""
     mine = [name for names in records for name in names]
     return NonFiniteError(
-        f"the gradient's norm is {norm} although the loss is finite; the step had {named(group, mine)}; "
+        f"step {step}: the gradient's norm is {norm} although the loss is finite; the step had {named(group, mine)}; "
         "weights were not touched",
         hint="lower train.lr, or use model.dtype float32 to see whether the number format is the cause",
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -13,6 +15,8 @@ from cogtune.train.optim import (
     lr_factor,
     moments,
     restore_moments,
+    skips_on_device,
+    step_if_finite,
     warmup_steps,
 )
 
@@ -92,3 +96,53 @@ def test_going_on_with_restored_moments_is_going_on(fused: bool) -> None:
         step(whole, optimizer, number)
         step(again, restored, number)
     assert torch.equal(again, whole)
+
+
+def _train_in_one_kernel(norms: list[float]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A weight and its optimiser's state after a step for each norm; where that is not finite, so is the gradient."""
+    parameter = torch.nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.1, fused=True)
+    number = 0
+    for norm in norms:
+        parameter.grad = torch.full_like(parameter, norm)
+        if math.isfinite(norm):
+            parameter.grad = torch.cos(parameter.detach() * (number + 1))
+            number += 1
+        step_if_finite(optimizer, torch.tensor(norm))
+    assert not hasattr(optimizer, "found_inf")  # it would speak for steps that look at no norm
+    return parameter.detach(), optimizer.state[parameter]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("place", [0, 2, 4])
+def test_a_step_that_the_device_leaves_out_never_was(bad: float, place: int) -> None:
+    """To the bit: the weights, both moments, the count of steps, and whatever comes after it."""
+    weight, state = _train_in_one_kernel([1.0, 1.0, 1.0, 1.0])
+    with_bad = [1.0, 1.0, 1.0, 1.0]
+    with_bad.insert(place, bad)
+    found, found_state = _train_in_one_kernel(with_bad)
+    assert torch.equal(found, weight)
+    assert found_state.keys() == state.keys() == {"step", "exp_avg", "exp_avg_sq"}
+    assert all(torch.equal(found_state[kind], state[kind]) for kind in state)
+    assert float(state["step"]) == 4
+
+
+def test_a_step_under_a_condition_is_the_step_without_one() -> None:
+    weight, state = _train_in_one_kernel([1.0, 1.0, 1.0])
+    parameter = torch.nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.1, fused=True)
+    for number in range(3):
+        parameter.grad = torch.cos(parameter.detach() * (number + 1))
+        optimizer.step()
+    assert torch.equal(parameter, weight)
+    assert all(torch.equal(optimizer.state[parameter][kind], state[kind]) for kind in state)
+
+
+def test_only_adamw_as_one_kernel_leaves_out_a_step_by_itself() -> None:
+    """Others would ignore the condition, or refuse it, and a gradient of NaN would reach the weights."""
+    parameters = [torch.nn.Parameter(torch.zeros(2))]
+    assert skips_on_device(torch.optim.AdamW(parameters, fused=True))
+    assert not skips_on_device(torch.optim.AdamW(parameters))
+    assert not skips_on_device(torch.optim.SGD(parameters, fused=True))
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    assert not skips_on_device(bitsandbytes.optim.AdamW8bit(parameters))

@@ -6,6 +6,7 @@ not know which engine wrote it.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import nn
 from cogtune.checkpoint.place import Placement
 from cogtune.configuration.run import RunConfig
 from cogtune.errors import CheckpointError
+from cogtune.train.engines.arriving import Arriving
 from cogtune.train.engines.group import Group
 
 MASTER = "master"
@@ -24,10 +26,20 @@ MASTER = "master"
 
 @dataclass(frozen=True)
 class StepResult:
-    """``grad_norm`` is that of the whole step before clipping; ``applied`` is False when weights were left alone."""
+    """``norm`` is that of the whole step's gradient before clipping. ``decided`` is whether the step was applied; None:
+    the device applies it if the norm is finite, and the host has not looked. `grad_norm` and `applied` wait for it."""
 
-    grad_norm: float
-    applied: bool
+    norm: Arriving
+    decided: bool | None = None
+
+    @property
+    def grad_norm(self) -> float:
+        return self.norm.value()
+
+    @property
+    def applied(self) -> bool:
+        """False when weights and optimiser state were left alone."""
+        return math.isfinite(self.grad_norm) if self.decided is None else self.decided
 
 
 class Engine(ABC):
@@ -85,7 +97,8 @@ class Engine(ABC):
 
     @abstractmethod
     def step(self) -> StepResult:
-        """Clip the whole step's gradient, update, clear gradients."""
+        """Clip the whole step's gradient, update, clear gradients. A gradient that is not finite changes nothing,
+        whether the host has looked at it or not."""
 
     def counters(self) -> dict[str, Any]:
         """What of the engine goes into the checkpoint's JSON."""

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from cogtune.train.engines.arriving import Arriving
 from cogtune.train.engines.base import MASTER, Engine, StepResult
-from cogtune.train.optim import moments, restore_moments
+from cogtune.train.optim import moments, restore_moments, skips_on_device, step_if_finite
 
 
 class SingleEngine(Engine):
@@ -31,17 +32,23 @@ class SingleEngine(Engine):
 
     def step(self) -> StepResult:
         self._scaler.unscale_(self.optimizer)
-        norm = self._clip()
-        applied = math.isfinite(norm)
-        if applied or self.scaled:  # with scaling, the scaler itself skips the step and lowers the scale
-            self._scaler.step(self.optimizer)
-            self._scaler.update()
+        length = self._clip()
+        norm = Arriving(length)
+        if not self.scaled and skips_on_device(self.optimizer):
+            step_if_finite(self.optimizer, length)
+            result = StepResult(norm)
+        else:
+            result = StepResult(norm, math.isfinite(norm.value()))
+            if result.applied or self.scaled:  # with scaling, the scaler itself skips the step and lowers the scale
+                self._scaler.step(self.optimizer)
+                self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(norm, applied)
+        return result
 
-    def _clip(self) -> float:
-        """Scale gradients to ``train.max_grad_norm`` where they are longer; returns their norm before."""
-        return float(nn.utils.clip_grad_norm_(self.parameters.values(), self.config.train.max_grad_norm))
+    def _clip(self) -> torch.Tensor:
+        """Scale gradients to ``train.max_grad_norm`` where they are longer; returns their norm before, on the device:
+        nothing here may wait for it."""
+        return nn.utils.clip_grad_norm_(self.parameters.values(), self.config.train.max_grad_norm)
 
     def counters(self) -> dict[str, Any]:
         return {**super().counters(), **({"scaler": self._scaler.state_dict()} if self.scaled else {})}

@@ -87,7 +87,7 @@ class TensorEngine(DdpEngine):
         if self.group.any(not finite) and gradients:
             gradients[0].fill_(math.inf)
 
-    def _clip(self) -> float:
+    def _clip(self) -> torch.Tensor:
         own: list[torch.Tensor] = []
         common: list[torch.Tensor] = []
         for name, value in self.parameters.items():
@@ -97,7 +97,7 @@ class TensorEngine(DdpEngine):
         squares = [nn.utils.get_total_norm(gradients).square().reshape(1) for gradients in (own, common)]
         total = (self._tensor.sum(squares[0].to(self.device)) + squares[1].to(self.device)).sqrt().squeeze(0)
         nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.train.max_grad_norm, total)
-        return float(total)
+        return total
 
     def state(self) -> dict[str, torch.Tensor]:
         tensors = super().state()

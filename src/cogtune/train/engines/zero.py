@@ -16,6 +16,7 @@ from torch import nn
 
 from cogtune.configuration.run import RunConfig
 from cogtune.errors import SetupError
+from cogtune.train.engines.arriving import Arriving
 from cogtune.train.engines.base import MASTER, Engine, StepResult, fresh_state
 from cogtune.train.engines.group import Group
 
@@ -107,7 +108,8 @@ class ZeroEngine(Engine):
         self._deepspeed.step()
         applied = bool(self._deepspeed.was_step_applied())
         norm = self._deepspeed.get_global_grad_norm()
-        return StepResult(math.nan if norm is None else float(norm), applied)
+        known = torch.tensor(math.nan if norm is None else float(norm), dtype=torch.float64)
+        return StepResult(Arriving(known), applied)
 
     def state(self) -> dict[str, torch.Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state

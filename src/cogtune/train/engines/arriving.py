@@ -1,0 +1,36 @@
+"""Numbers on their way from the device: whoever makes them need not wait for them."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+
+class Arriving:
+    """A number that is sent to the host as soon as it is there, so that waiting for it does not mean waiting for what
+    the device was given to do behind it. A number that is on the host already has arrived when this is made."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self._value, self._arrival = value.detach(), None
+        if value.is_cuda:
+            self._value = torch.empty_like(value, device="cpu", pin_memory=True)
+            self._value.copy_(value.detach(), non_blocking=True)
+            self._arrival = torch.cuda.Event(enable_timing=True)
+            self._arrival.record()
+        self._made = time.perf_counter()
+
+    def value(self) -> float:
+        """The number; waits until it is there."""
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        return float(self._value)
+
+    def seconds_since(self, earlier: Arriving) -> float:
+        """Between the two arrivals, by the device's clock where both came from there: the host looks at one number
+        early and at another late. Waits until both are there."""
+        if self._arrival is None or earlier._arrival is None:
+            return self._made - earlier._made
+        for arrival in (earlier._arrival, self._arrival):
+            arrival.synchronize()
+        return earlier._arrival.elapsed_time(self._arrival) / 1000

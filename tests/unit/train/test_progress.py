@@ -1,0 +1,72 @@
+"""The log's lines: each about its own step and its own stretch of time, whenever its norm is looked at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cogtune.train import progress as module
+from cogtune.train.engines.arriving import Arriving
+from cogtune.train.log import Metrics, read_metrics
+from cogtune.train.progress import Progress, Reporter
+
+
+class _At:
+    """A norm that arrives at a given second."""
+
+    def __init__(self, second: float, norm: float = 0.0) -> None:
+        self.second, self._norm = second, norm
+
+    def value(self) -> float:
+        return self._norm
+
+    def seconds_since(self, earlier: _At) -> float:
+        return self.second - earlier.second
+
+
+def train_one(progress: Progress, reporter: Reporter, samples: int) -> None:
+    """What the loop counts in a step, up to its launch."""
+    progress.step += 1
+    progress.samples += samples
+    progress.tokens += 10 * samples
+    progress.window_loss, progress.window_labels = progress.window_loss + 6.0 * samples, progress.window_labels + 2
+    reporter.step(0.1 * progress.step, 0.5 * progress.step)
+
+
+def test_a_line_looked_at_during_the_next_step_is_about_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps a line; the next step's rows are counted before the norm is looked at."""
+    monkeypatch.setattr(module, "Arriving", lambda value: _At(100.0))
+    metrics, progress = Metrics(tmp_path, active=True, tensorboard=False, step=0), Progress()
+    reporter = Reporter(metrics, progress, 5, 2, torch.device("cpu"))
+    train_one(progress, reporter, 4)
+    reporter.arrived(_At(103.0, 1.0))  # type: ignore[arg-type]
+    train_one(progress, reporter, 4)
+    progress.samples += 7  # step 3 is on its way
+    progress.tokens += 70
+    reporter.arrived(_At(104.0, 2.0))  # type: ignore[arg-type]
+    train_one(progress, reporter, 0)
+    reporter.arrived(_At(106.0, 3.0))  # type: ignore[arg-type]
+    reporter.away(10.0)
+    train_one(progress, reporter, 5)
+    reporter.arrived(_At(117.0, 4.0))  # type: ignore[arg-type]
+    train_one(progress, reporter, 3)
+    reporter.arrived(_At(118.0, 5.0))  # type: ignore[arg-type]
+    metrics.close()
+    names = ("step", "grad_norm", "lr", "epoch", "loss", "labels", "samples_per_second", "tokens_per_second")
+    found = [[line[name] for name in names] for line in read_metrics(tmp_path)]
+    assert [pytest.approx(values) for values in found] == [
+        [2, 2.0, 0.2, 1.0, 12.0, 4, 8 / 4, 80 / 4],
+        [4, 4.0, 0.4, 2.0, 7.5, 4, 12 / 3, 120 / 3],  # thirteen seconds, ten of them away
+        [5, 5.0, 0.5, 2.5, 9.0, 2, 3 / 1, 30 / 1],
+    ]
+
+
+def test_on_the_host_a_number_has_arrived_when_it_is_made() -> None:
+    first = Arriving(torch.tensor(0.1, dtype=torch.float64))
+    second = Arriving(torch.tensor(2.5, requires_grad=True))
+    assert (first.value(), second.value()) == (0.1, 2.5)
+    assert second.seconds_since(first) == -first.seconds_since(second) > 0
