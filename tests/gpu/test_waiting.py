@@ -13,9 +13,10 @@ import torch
 
 from cogtune.configuration.run import RunConfig
 from cogtune.errors import NonFiniteError
+from cogtune.train import validate
 from cogtune.train.engines.arriving import Arriving
 from cogtune.train.engines.single import SingleEngine
-from cogtune.train.feed import Feed, StepBatches
+from cogtune.train.feed import Batch, Feed, StepBatches
 from cogtune.train.log import read_metrics
 from cogtune.train.optim import step_if_finite
 from cogtune.train.run import train
@@ -67,6 +68,28 @@ def test_a_steady_step_has_no_hidden_wait(
     lines = read_metrics(tmp_path / "out")
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert all(math.isfinite(line["grad_norm"]) and line["grad_norm"] > 0 for line in lines)
+
+
+def test_validation_waits_for_its_sum_only(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, watched = validate.validation_batches, list[int]()
+
+    def batches(*args: Any) -> Iterator[Batch]:
+        for number, batch in enumerate(original(*args), 1):
+            if number == 2:
+                torch.cuda.set_sync_debug_mode("error")
+            watched.append(torch.cuda.get_sync_debug_mode())
+            yield batch
+        torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(validate, "validation_batches", batches)
+    rows = write_data(tmp_path / "validation", 8, uneven=False)
+    try:
+        train(config(tiny_checkpoint, tmp_path, data__validation=[str(rows)], train__max_steps=1))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert watched == [0, 2, 2, 2]
 
 
 @pytest.mark.parametrize(("optimizer", "waits"), [("adamw", False), ("sgd", True)])
