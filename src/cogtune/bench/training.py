@@ -102,7 +102,7 @@ def _by_rank(bench: Bench, row: dict[str, Any]) -> dict[str, Any]:
     own = {key: row[key] for key in ("peak_reserved_gib", "allocated_gib", "load_reserved_gib")} | host_memory_gib()
     return {
         "engine": bench.engine.describe(),
-        "save_s": round(bench.save_seconds(), 2),
+        "save_s": round(bench.save_seconds(), 4),
         "by_rank": group.gather(own),
     }
 
