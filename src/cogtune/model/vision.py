@@ -22,12 +22,27 @@ TOWER_PARTS = ("patch_embedding", "transformer", "conv")
 """Modules of `VisionModel` whose output is cached while they are frozen."""
 
 
+class PatchProjection(nn.Conv2d):
+    """A convolution whose windows do not overlap, computed as the product it is: GPUs have no fast convolution for it
+    (1 ms of the tower's 205, see docs/log.md)."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[N, channels, side, side] -> [N, W, cells, cells]."""
+        images, channels, side, _ = input.shape
+        size = self.kernel_size[0]
+        cells = side // size
+        cut = input.reshape(images, channels, cells, size, cells, size).permute(0, 2, 4, 1, 3, 5)
+        patches = cut.reshape(images, cells * cells, channels * size * size)
+        projected = functional.linear(patches, self.weight.flatten(1), self.bias)
+        return projected.transpose(1, 2).unflatten(2, (cells, cells))
+
+
 class PatchEmbedding(nn.Module):
     """Patches, the class token in front of them, and learned positions."""
 
     def __init__(self, config: CogVLM2VisionConfig) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, stride=config.patch_size)
+        self.proj = PatchProjection(config.in_channels, config.hidden_size, config.patch_size, stride=config.patch_size)
         self.cls_embedding = nn.Parameter(torch.zeros(1, config.hidden_size))
         self.position_embedding = nn.Embedding(config.num_positions, config.hidden_size)
 
