@@ -38,6 +38,7 @@ from cogtune.data.dataset import RowSample
 from cogtune.demo import easyvqa
 from cogtune.demo.base import BASE
 from cogtune.demo.record import use_all_cores
+from cogtune.model.fp8 import Fp8Linear
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.processing.image import preprocess, read_image
 from cogtune.processing.processor import CogVLM2Processor
@@ -111,6 +112,8 @@ def run(model: CogVLM2ForCausalLM, batch: Mapping[str, Any]) -> Pass:
 def _watch(module: nn.Module, path: str, seen: Pass) -> list[RemovableHandle]:
     kept = seen.found.setdefault(path, {})
     seen.linears[path] = module
+    if isinstance(module, Fp8Linear):  # asked as a layer, to be seen; its input is then rounded to bfloat16 once more
+        module.of_gelu = lambda x: module(functional.gelu(x))  # type: ignore[method-assign]
 
     def forward(_module: nn.Module, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
         seen.inputs[path], kept[_OUTPUT] = given[0].detach(), out.detach()
