@@ -15,7 +15,9 @@ def train_plainly(content: dict[str, Any], chinese: bool) -> str:
 
 
 def train(content: dict[str, Any], chinese: bool, aims: bool = True) -> str:
-    """Steps side by side; the ratio is per sample, against the baseline of the same run, else the first row."""
+    """Steps side by side; the ratio is per sample, against the baseline of the same run, else the first row. What is
+    aimed at is an H100's."""
+    aims = aims and "H100" in str(content.get("card"))
     rows = [row for row in content["rows"] if "error" not in row]
     anchor = next((row for row in rows if row["name"] == "baseline"), rows[0] if rows else None)
     by_name, cells = {row["name"]: row for row in rows}, list[list[Cell]]()
@@ -197,7 +199,8 @@ def many(content: dict[str, Any], chinese: bool) -> str:
             else f"Losses of {names} differ by at most {found['largest_difference']:.4f} over twenty steps "
             f"({found['allowed']} allowed).\n\n"
         )
-    return text + caption(content, chinese)
+    note = content.get("host_note", {}).get("zh" if chinese else "en")
+    return f"{text}{note}\n\n{caption(content, chinese)}" if note else text + caption(content, chinese)
 
 
 def numbers(content: dict[str, Any], chinese: bool) -> str:

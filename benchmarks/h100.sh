@@ -20,18 +20,17 @@ bench() { # FILE COMMAND ...
     echo "== $((SECONDS - began)) s"
 }
 
-speed() { # the targets, beside the stand-in of the published computation
-    bench speed-h100 train --steps 10 --warmup 3 --breakdown \
+speed() { # the targets, beside the stand-in of the published computation; nothing else should run on the machine
+    local fp8="quant.experts=fp8 quant.fp8_layouts=two"
+    bench speed-h100 train --steps 10 --warmup 3 \
         --variant baseline \
-        --variant "cached features=cached" --variant live --variant "cached-4 features=cached train.batch_size=4" \
-        --variant "recompute features=cached train.gradient_checkpointing=all" \
-        --variant "vqa1 features=cached preset=vqa1" --variant "vqa10 features=cached preset=vqa10" \
-        --variant "multi features=cached preset=sft311k-multi" --variant "caption features=cached preset=caption" \
-        --variant "rank16 features=cached lora.targets=experts lora.rank=16" \
-        --variant "eager features=cached train.compile=false" \
-        --variant "fp8-cached features=cached quant.experts=fp8 quant.tower=fp8" \
-        --variant "fp8-live quant.experts=fp8 quant.tower=fp8" \
-        --variant "nf4-recompute features=cached quant.experts=nf4 train.gradient_checkpointing=all"
+        --variant "cached features=cached" --variant "rank16 features=cached lora.targets=experts lora.rank=16" \
+        --variant "fp8-cached features=cached $fp8" --variant live --variant "fp8-live $fp8 quant.tower=fp8" \
+        --variant "cached-4 features=cached train.batch_size=4" \
+        --variant "caption features=cached preset=caption" --variant "text-only features=cached preset=text-only" \
+        --variant "multi features=cached preset=sft311k-multi" \
+        --variant "vqa1 features=cached preset=vqa1" --variant "vqa10 features=cached preset=vqa10"
+    bench breakdown-h100 train --breakdown --steps 6 --warmup 3 --variant live
 }
 
 fit() { bench fit-h100 fit --model "$base"; }
@@ -48,7 +47,10 @@ grow() {
     bench sweep-rank-h100 sweep rank --train.compile false
 }
 
-fill() { bench fill-h100 fill --pictures 48 --data.cache_batch 1; }
+fill() {
+    bench fill-h100 fill --pictures 160
+    bench fill-fp8-h100 fill --pictures 160 --quant.tower fp8
+}
 
 decode() {
     bench decode-bf16-h100 decode --model "$base"

@@ -75,8 +75,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 class _Memory:
     """Peaks, looked at again and again. Of a card: everything the driver has given out on it, in MiB, as the published
-    table counts. Of the host: anonymous memory of all processes together (files that are mapped are the page cache's),
-    and the largest process with the files it maps."""
+    table counts. Of the host: anonymous memory of all processes together (files that are mapped are the page cache's,
+    and what forked workers share is counted once), and the largest process with the files it maps."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
@@ -88,7 +88,7 @@ class _Memory:
             for card, used in enumerate(_cards()):
                 self.cards[card] = max(used, self.cards.get(card, 0))
             found = [_status(pid) for pid in _descendants(self._pid)]
-            self.anonymous = max(self.anonymous, sum(status.get("RssAnon", 0) for status in found))
+            self.anonymous = max(self.anonymous, sum(status.get("Pss_Anon", 0) for status in found))
             self.largest = max([self.largest, *(status.get("VmHWM", 0) for status in found)])
 
 
@@ -114,13 +114,14 @@ def _descendants(pid: int) -> list[int]:
 
 
 def _status(pid: int) -> dict[str, int]:
-    """Bytes by name."""
+    """Bytes by name. ``Pss_Anon``: a page that n processes share is 1/n of a page in each."""
     found = {}
-    with suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name in ("RssAnon", "VmHWM"):
-                found[name] = 1024 * int(value.split()[0])
+    for file in ("status", "smaps_rollup"):
+        with suppress(OSError):
+            for line in Path(f"/proc/{pid}/{file}").read_text().splitlines():
+                name, _, value = line.partition(":")
+                if name in ("VmHWM", "Pss_Anon"):
+                    found[name] = 1024 * int(value.split()[0])
     return found
 
 

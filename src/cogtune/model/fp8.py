@@ -119,10 +119,14 @@ def _product(
 
 
 def _gradient(
-    gradient_MO: torch.Tensor, weight_OI: torch.Tensor, scale_O: torch.Tensor, transposed_IO: torch.Tensor | None
+    gradient_MO: torch.Tensor,
+    weight_OI: torch.Tensor,
+    scale_O: torch.Tensor,
+    transposed_IO: torch.Tensor | None,
+    ones_I: torch.Tensor,
 ) -> torch.Tensor:
     quantized, scale = quantize_rows(gradient_MO, scale_O)
-    return _gradient_of_rounded(quantized, scale, weight_OI, transposed_IO, gradient_MO.dtype)
+    return _gradient_of_rounded(quantized, scale, weight_OI, transposed_IO, ones_I, gradient_MO.dtype)
 
 
 def _gradient_of_rounded(
@@ -130,12 +134,12 @@ def _gradient_of_rounded(
     scale_M1: torch.Tensor,
     weight_OI: torch.Tensor,
     transposed_IO: torch.Tensor | None,
+    ones_I: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     if transposed_IO is None:
         transposed_IO = weight_OI.t().contiguous()
-    ones = torch.ones(transposed_IO.shape[0], 1, dtype=torch.float32, device=scale_M1.device)
-    return scaled_product(quantized_MO, transposed_IO.view(FORMAT), scale_M1, ones, None, dtype)
+    return scaled_product(quantized_MO, transposed_IO.view(FORMAT), scale_M1, ones_I[:, None], None, dtype)
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -148,23 +152,24 @@ class _FrozenProduct(torch.autograd.Function):
         weight_OI: torch.Tensor,
         scale_O: torch.Tensor,
         transposed_IO: torch.Tensor | None,
+        ones_I: torch.Tensor,
         bias_O: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(weight_OI, scale_O, transposed_IO)
+        ctx.save_for_backward(weight_OI, scale_O, transposed_IO, ones_I)
         return _product(x_MI, weight_OI, scale_O, bias_O)
 
     @staticmethod
-    def backward(ctx: Any, gradient_MO: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
-        return _gradient(gradient_MO, *ctx.saved_tensors), None, None, None, None
+    def backward(ctx: Any, gradient_MO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _gradient(gradient_MO, *ctx.saved_tensors), *([None] * 5)
 
 
 class _FrozenGatedMLP(torch.autograd.Function):
-    """down(silu(gate(x)) * up(x)) with a gradient for x alone; keeps gate(x) and up(x). A layer is three arguments:
-    weight, scale, transposed weight or None."""
+    """down(silu(gate(x)) * up(x)) with a gradient for x alone; keeps gate(x) and up(x). A layer is four arguments:
+    weight, scale, transposed weight or None, ones."""
 
     @staticmethod
     def forward(ctx: Any, x_MD: torch.Tensor, *layers: Any) -> torch.Tensor:
-        gate_ID, gate_scale, _, up_ID, up_scale, _, down_DI, down_scale, _ = layers
+        gate_ID, gate_scale, _, _, up_ID, up_scale, _, _, down_DI, down_scale, _, _ = layers
         quantized, scale = quantize_rows(x_MD)
         gate = scaled_product(quantized, gate_ID.view(FORMAT), scale, gate_scale[:, None], None, x_MD.dtype)
         up = scaled_product(quantized, up_ID.view(FORMAT), scale, up_scale[:, None], None, x_MD.dtype)
@@ -174,12 +179,12 @@ class _FrozenGatedMLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient_MD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gate, up, gate_ID, gate_scale, gate_DI, up_ID, up_scale, up_DI, *down = ctx.saved_tensors
+        gate, up, gate_ID, gate_scale, gate_DI, gate_ones, up_ID, up_scale, up_DI, up_ones, *down = ctx.saved_tensors
         inner = _gradient(gradient_MD, *down)
         to_gate, gate_rows, to_up, up_rows = rounded_gated_gradients(inner, gate, up, gate_scale, up_scale)
         dtype = gradient_MD.dtype
-        through_gate = _gradient_of_rounded(to_gate, gate_rows, gate_ID, gate_DI, dtype)
-        return through_gate + _gradient_of_rounded(to_up, up_rows, up_ID, up_DI, dtype), *([None] * 9)
+        through_gate = _gradient_of_rounded(to_gate, gate_rows, gate_ID, gate_DI, gate_ones, dtype)
+        return through_gate + _gradient_of_rounded(to_up, up_rows, up_ID, up_DI, up_ones, dtype), *([None] * 12)
 
 
 def frozen_gated_mlp(x: torch.Tensor, gate: Fp8Linear, up: Fp8Linear, down: Fp8Linear) -> torch.Tensor:
@@ -187,7 +192,7 @@ def frozen_gated_mlp(x: torch.Tensor, gate: Fp8Linear, up: Fp8Linear, down: Fp8L
     flat = x.flatten(0, -2)
     if flat.shape[0] == 0:
         return x.new_zeros(*x.shape[:-1], down.out_features) + 0 * x.sum()
-    parts = [part for layer in (gate, up, down) for part in (layer.weight, layer.scale, layer.transposed)]
+    parts = [part for layer in (gate, up, down) for part in layer.parts()]
     found: torch.Tensor = _FrozenGatedMLP.apply(flat, *parts)
     return found.view(*x.shape[:-1], down.out_features)
 
@@ -196,10 +201,12 @@ class Fp8Linear(nn.Linear):
     """A frozen linear layer with an fp8 weight.
 
     Its tensors hold bit patterns in integers, so that no cast of the model, by whomever, reaches them: ``weight`` uint8
-    [O, I], ``scale_bits`` int32 [O] (float32), ``transposed`` uint8 [I, O] or None.
+    [O, I], ``scale_bits`` int32 [O] (float32), ``transposed`` uint8 [I, O] or None. ``ones_bits`` int32 [I] are the
+    second scales of the backward product, kept because making them costs the host a kernel a product.
     """
 
     scale_bits: torch.Tensor
+    ones_bits: torch.Tensor
     transposed: torch.Tensor | None
 
     @classmethod
@@ -219,6 +226,8 @@ class Fp8Linear(nn.Linear):
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
         layer.register_buffer("scale_bits", scale[:, 0].contiguous().view(torch.int32))
+        ones = torch.ones(weight.shape[1], dtype=torch.float32, device=weight.device)
+        layer.register_buffer("ones_bits", ones.view(torch.int32), persistent=False)
         layer.register_buffer("transposed", bits.t().contiguous() if keep_transposed else None)
         return layer
 
@@ -226,6 +235,10 @@ class Fp8Linear(nn.Linear):
     def scale(self) -> torch.Tensor:
         """The weight's scales, float32 [O]."""
         return self.scale_bits.view(torch.float32)
+
+    def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """What a product and its gradient take: weight, scale, transposed weight, ones."""
+        return self.weight, self.scale, self.transposed, self.ones_bits.view(torch.float32)
 
     def dequantized(self) -> torch.Tensor:
         """The rounded weight as float32 [O, I]."""
@@ -243,5 +256,5 @@ class Fp8Linear(nn.Linear):
         if flat.shape[0] == 0:
             return x.new_zeros(*x.shape[:-1], self.out_features) + 0 * x.sum()
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        product: torch.Tensor = _FrozenProduct.apply(flat, self.weight, self.scale, self.transposed, bias)
+        product: torch.Tensor = _FrozenProduct.apply(flat, *self.parts(), bias)
         return product.view(*x.shape[:-1], self.out_features)

@@ -71,6 +71,22 @@ class VisionAttention(nn.Module):
         return self.dense(context.transpose(1, 2).flatten(2))
 
 
+def _gelu(x: torch.Tensor) -> torch.Tensor:
+    """The exact GELU, x (1 + erf(x / sqrt 2)) / 2.
+
+    Compiled, in 16 bits and without a gradient by Abramowitz and Stegun's 7.1.26 for 1 - erf: off by 4e-7 at most, a
+    third of what float32's own formula is off by, and so much less arithmetic that the memory is what one waits for.
+    """
+    if not torch.compiler.is_compiling() or x.dtype == torch.float32 or x.requires_grad:
+        return functional.gelu(x)
+    wide = x.float()
+    size = wide.abs()
+    z = size * 0.7071067811865476
+    t = 1 / (1 + 0.3275911 * z)
+    series = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+    return (wide.clamp(min=0) - 0.5 * size * series * torch.exp(-z * z)).to(x.dtype)
+
+
 class VisionMLP(nn.Module):
     """fc2(gelu(fc1(x))), exact GELU."""
 
@@ -83,7 +99,7 @@ class VisionMLP(nn.Module):
         inner = self.fc1(x)
         if isinstance(self.fc2, Fp8Linear) and not inner.requires_grad:
             return self.fc2.of_gelu(inner)
-        return self.fc2(functional.gelu(inner))
+        return self.fc2(_gelu(inner))
 
 
 class VisionLayer(GradientCheckpointingLayer):
