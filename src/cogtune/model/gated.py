@@ -56,8 +56,7 @@ def gated(gate: nn.Module, up: nn.Module, down: nn.Module, x: torch.Tensor) -> t
         return frozen_gated_mlp(x, gate, up, down)
     if _has_kernel(x) and all(_takes_part(layer) for layer in (gate, up, down)) and x.shape[0] > 0:
         first, second, last = (cast(Updated, layer) for layer in (gate, up, down))
-        if not last.drops_inputs():
-            return _updated(first, second, last, x)
+        return _updated(first, second, last, x)
     found: torch.Tensor = down(functional.silu(gate(x)) * up(x))
     return found
 
@@ -67,8 +66,11 @@ def _updated(gate: Updated, up: Updated, down: Updated, x: torch.Tensor) -> torc
         small = torch.cat([gate.small(x), up.small(x)], dim=1)
     else:  # x is read once for both
         small = x @ torch.cat([gate.first_matrix(x.dtype), up.first_matrix(x.dtype)]).t()
-    matrices = gate.second_matrix(x.dtype), up.second_matrix(x.dtype)
-    inner, last = GatedProduct.apply(gate.base(x), up.base(x), small, *matrices, down.first_matrix(x.dtype))
+    parts = gate.base(x), up.base(x), small, gate.second_matrix(x.dtype), up.second_matrix(x.dtype)
+    if down.drops_inputs():  # its update sees another input than its base, whose gradient is masked on its way back
+        inner, _ = GatedProduct.apply(*parts, None)
+        return down.finish(inner, down.small(inner))
+    inner, last = GatedProduct.apply(*parts, down.first_matrix(x.dtype))
     return down.finish(inner, last)
 
 
@@ -80,7 +82,8 @@ def _takes_part(layer: Any) -> bool:
 class GatedProduct(torch.autograd.Function):
     """``silu(gate + gate_small gate_matrix') * (up + up_small up_matrix')`` [M, I], and that times ``first'`` [M, R],
     where ``first`` [R, I] is the first matrix of an update of what follows: the gradient that comes back through it
-    joins the other inside the kernel. ``small`` is gate_small's columns, then up_small's."""
+    joins the other inside the kernel. Without ``first`` there is no second result. ``small`` is gate_small's columns,
+    then up_small's."""
 
     @staticmethod
     def forward(
@@ -90,23 +93,24 @@ class GatedProduct(torch.autograd.Function):
         small: torch.Tensor,
         gate_matrix: torch.Tensor,
         up_matrix: torch.Tensor,
-        first: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        first: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         parts = (gate, up, small, gate_matrix, up_matrix)
         inner = gated_kernel.product_on_gpu(*parts) if gate.is_cuda else _product(*parts)
-        ctx.save_for_backward(*parts, first, inner)
-        return inner, inner @ first.t()
+        ctx.save_for_backward(*parts, first, None if first is None else inner)
+        return inner, None if first is None else inner @ first.t()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         *parts, first, inner = ctx.saved_tensors
         gate, _, small, gate_matrix, up_matrix = parts
-        incoming, last = gradients[0].contiguous(), gradients[1].contiguous()
+        incoming, last = gradients[0].contiguous(), None if first is None else gradients[1].contiguous()
         compute = gated_kernel.gradients_on_gpu if gate.is_cuda else _gradients
         to_gate, to_up = compute(incoming, last, first, *parts)
         gate_small, up_small = small.split([gate_matrix.shape[1], up_matrix.shape[1]], dim=1)
         to_small = torch.cat([to_gate @ gate_matrix, to_up @ up_matrix], dim=1)
-        return to_gate, to_up, to_small, to_gate.t() @ gate_small, to_up.t() @ up_small, last.t() @ inner
+        to_first = None if last is None else last.t() @ inner
+        return to_gate, to_up, to_small, to_gate.t() @ gate_small, to_up.t() @ up_small, to_first
 
 
 def _has_kernel(x: torch.Tensor) -> bool:
@@ -127,9 +131,11 @@ def _product(*parts: torch.Tensor) -> torch.Tensor:
 
 
 def _gradients(
-    gradient: torch.Tensor, down_small: torch.Tensor, down_matrix: torch.Tensor, *parts: torch.Tensor
+    gradient: torch.Tensor, down_small: torch.Tensor | None, down_matrix: torch.Tensor | None, *parts: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     gate, up = _inputs(*parts)
-    incoming, sigmoid = gradient.float() + down_small.float() @ down_matrix.float(), torch.sigmoid(gate)
+    incoming, sigmoid = gradient.float(), torch.sigmoid(gate)
+    if down_small is not None and down_matrix is not None:
+        incoming = incoming + down_small.float() @ down_matrix.float()
     to_gate = incoming * up * sigmoid * (1 + gate * (1 - sigmoid))
     return to_gate.to(gradient.dtype), (incoming * gate * sigmoid).to(gradient.dtype)

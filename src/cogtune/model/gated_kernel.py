@@ -44,7 +44,7 @@ def _forward(gate, up, small, gate_matrix, up_matrix, out, rows, width, gate_ran
 
 @triton.jit
 def _backward(gradient, down_small, down_matrix, gate, up, small, gate_matrix, up_matrix, gate_out, up_out, rows,
-              width, down_rank: tl.constexpr, down_block: tl.constexpr, gate_rank: tl.constexpr,
+              width, joined: tl.constexpr, down_rank: tl.constexpr, down_block: tl.constexpr, gate_rank: tl.constexpr,
               gate_block: tl.constexpr, up_rank: tl.constexpr, up_block: tl.constexpr, row_block: tl.constexpr,
               column_block: tl.constexpr):  # fmt: skip
     at_row = tl.program_id(0).to(tl.int64) * row_block + tl.arange(0, row_block)
@@ -52,12 +52,14 @@ def _backward(gradient, down_small, down_matrix, gate, up, small, gate_matrix, u
     in_rows, in_columns = at_row < rows, at_column < width
     place = at_row[:, None] * width + at_column[None, :]
     inside = in_rows[:, None] & in_columns[None, :]
-    r = tl.arange(0, down_block)
-    s = tl.load(down_small + at_row[:, None] * down_rank + r[None, :],
-                mask=in_rows[:, None] & (r < down_rank)[None, :], other=0.0)  # fmt: skip
-    m = tl.load(down_matrix + r[:, None] * width + at_column[None, :],
-                mask=(r < down_rank)[:, None] & in_columns[None, :], other=0.0)  # fmt: skip
-    d = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32) + tl.dot(s, m, input_precision="ieee")
+    d = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
+    if joined:
+        r = tl.arange(0, down_block)
+        s = tl.load(down_small + at_row[:, None] * down_rank + r[None, :],
+                    mask=in_rows[:, None] & (r < down_rank)[None, :], other=0.0)  # fmt: skip
+        m = tl.load(down_matrix + r[:, None] * width + at_column[None, :],
+                    mask=(r < down_rank)[:, None] & in_columns[None, :], other=0.0)  # fmt: skip
+        d += tl.dot(s, m, input_precision="ieee")
     g = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
     g += _product(small, gate_matrix, at_row, at_column, in_rows, in_columns, gate_rank + up_rank, gate_rank,
                   gate_block)  # fmt: skip
@@ -93,21 +95,24 @@ def product_on_gpu(
 
 def gradients_on_gpu(
     gradient: torch.Tensor,
-    down_small: torch.Tensor,
-    down_matrix: torch.Tensor,
+    down_small: torch.Tensor | None,
+    down_matrix: torch.Tensor | None,
     gate: torch.Tensor,
     up: torch.Tensor,
     small: torch.Tensor,
     gate_matrix: torch.Tensor,
     up_matrix: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of gate and up [M, I]; that of their product is gradient + down_small [M, R] down_matrix [R, I]."""
+    """Gradients of gate and up [M, I]; that of their product is gradient + down_small [M, R] down_matrix [R, I], or
+    gradient alone."""
     rows, width = gate.shape
     gate_out, up_out = torch.empty_like(gate), torch.empty_like(up)
     down, across = _BACKWARD_TILE
+    joined = down_small is not None and down_matrix is not None
+    rank = down_matrix.shape[0] if down_matrix is not None else 1
     _backward[(-(-rows // down), -(-width // across))](
-        gradient, down_small, down_matrix, gate, up, small, gate_matrix, up_matrix, gate_out, up_out, rows, width,
-        down_rank=down_matrix.shape[0], down_block=_block(down_matrix.shape[0]),
+        gradient, down_small if joined else gradient, down_matrix if joined else gradient, gate, up, small, gate_matrix,
+        up_matrix, gate_out, up_out, rows, width, joined=joined, down_rank=rank, down_block=_block(rank),
         gate_rank=gate_matrix.shape[1], gate_block=_block(gate_matrix.shape[1]),
         up_rank=up_matrix.shape[1], up_block=_block(up_matrix.shape[1]),
         row_block=down, column_block=across, num_warps=8,

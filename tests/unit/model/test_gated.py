@@ -66,8 +66,9 @@ def test_a_frozen_fp8_tower_rounds_behind_its_gelu() -> None:
     assert float(x.grad.norm()) > 0
 
 
+@pytest.mark.parametrize("joined", [True, False])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_updated_product_is_differentiated_like_its_formula(compiled: bool) -> None:
+def test_the_updated_product_is_differentiated_like_its_formula(compiled: bool, joined: bool) -> None:
     torch.manual_seed(0)
     shapes = ((6, 40), (6, 40), (6, 8), (40, 3), (40, 5), (4, 40))
     given = [torch.randn(shape) for shape in shapes]
@@ -81,8 +82,12 @@ def test_the_updated_product_is_differentiated_like_its_formula(compiled: bool) 
         return inner, inner @ first.t()
 
     def fused(*parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        one, two = GatedProduct.apply(*parts)
-        return one, two
+        if joined:
+            one, two = GatedProduct.apply(*parts)
+            return one, two
+        inner, nothing = GatedProduct.apply(*parts[:-1], None)
+        assert nothing is None
+        return inner, inner @ parts[-1].t()
 
     way = torch.compile(fused, backend="aot_eager", fullgraph=True, dynamic=True) if compiled else fused
     upstream = torch.randn(6, 40), torch.randn(6, 4)
@@ -99,7 +104,7 @@ def test_the_updated_product_is_differentiated_like_its_formula(compiled: bool) 
 def test_adapted_layers_in_one_step_are_the_layers_one_after_the_other(
     dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Loss and every gradient of a model whose experts are adapted. With dropout the last layer stays apart."""
+    """Loss and every gradient of a model whose experts are adapted, with the same masks where inputs are dropped."""
     ids = torch.randint(10, 200, (1, 40), generator=torch.Generator().manual_seed(3))
     calls = []
 
@@ -119,7 +124,7 @@ def test_adapted_layers_in_one_step_are_the_layers_one_after_the_other(
     apply = GatedProduct.apply
     monkeypatch.setattr(GatedProduct, "apply", lambda *parts: calls.append(1) or apply(*parts))
     (loss, wanted), (found_loss, found) = run(fused=False), run(fused=True)
-    assert len(calls) == (0 if dropout else tiny_config().num_hidden_layers)  # no picture, so one expert has no rows
+    assert len(calls) == tiny_config().num_hidden_layers  # no picture, so one expert has no rows
     torch.testing.assert_close(found_loss, loss)
     assert found.keys() == wanted.keys()
     for name, gradient in wanted.items():
