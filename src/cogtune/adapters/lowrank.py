@@ -31,9 +31,11 @@ class AddedLinear(ComputeCastLinear):
         if onto is None:
             return super().forward(x)
         weight = self.scaled(scale, x.dtype)
-        if torch.compiler.is_compiling() or x.dim() != 2:  # a compiler adds in whatever kernel reads the sum
-            return onto + functional.linear(x, weight)
-        return torch.addmm(onto, x, weight.t())
+        if torch.compiler.is_compiling():
+            # To be added in whatever kernel reads the sum: without the casts torch's compiler makes one library call of
+            # a product and a sum, which begins with a copy of `onto`.
+            return (onto.float() + functional.linear(x, weight).float()).to(onto.dtype)
+        return torch.addmm(onto, x, weight.t()) if x.dim() == 2 else onto + functional.linear(x, weight)
 
     def scaled(self, scale: float, dtype: torch.dtype) -> torch.Tensor:
         """The weight times ``scale``, in ``dtype``."""
