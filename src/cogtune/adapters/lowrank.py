@@ -15,6 +15,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional
 
+from cogtune.model.fork import fork
+
 
 class ComputeCastLinear(nn.Linear):
     """A linear layer that keeps its weight in float32 and computes in its input's dtype."""
@@ -52,8 +54,10 @@ class _Fast:
         if name is None or args or kwargs:
             result: torch.Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return result
-        onto = self.base_layer(x)
-        added: torch.Tensor = self.lora_B[name](self.small(x.to(onto.dtype)), onto=onto, scale=self.scaling[name])
+        x_base, x_update = fork(x, 2)
+        onto = self.base_layer(x_base)
+        small = self.small(x_update.to(onto.dtype))
+        added: torch.Tensor = self.lora_B[name](small, onto=onto, scale=self.scaling[name])
         return added
 
     def update_rank(self: Any) -> int | None:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from cogtune.model.fork import fork
 from cogtune.model.fp8 import Fp8Linear, frozen_gated_mlp
 
 _TRITON = importlib.util.find_spec("triton") is not None
@@ -57,16 +58,19 @@ def gated(gate: nn.Module, up: nn.Module, down: nn.Module, x: torch.Tensor) -> t
     if _has_kernel(x) and all(_takes_part(layer) for layer in (gate, up, down)) and x.shape[0] > 0:
         first, second, last = (cast(Updated, layer) for layer in (gate, up, down))
         return _updated(first, second, last, x)
-    found: torch.Tensor = down(functional.silu(gate(x)) * up(x))
+    x_gate, x_up = fork(x, 2)
+    found: torch.Tensor = down(functional.silu(gate(x_gate)) * up(x_up))
     return found
 
 
 def _updated(gate: Updated, up: Updated, down: Updated, x: torch.Tensor) -> torch.Tensor:
     if gate.drops_inputs() or up.drops_inputs():
-        small = torch.cat([gate.small(x), up.small(x)], dim=1)
+        x_gate, x_up, *others = fork(x, 4)
+        small = torch.cat([gate.small(others[0]), up.small(others[1])], dim=1)
     else:  # x is read once for both
-        small = x @ torch.cat([gate.first_matrix(x.dtype), up.first_matrix(x.dtype)]).t()
-    parts = gate.base(x), up.base(x), small, gate.second_matrix(x.dtype), up.second_matrix(x.dtype)
+        x_gate, x_up, x_small = fork(x, 3)
+        small = x_small @ torch.cat([gate.first_matrix(x.dtype), up.first_matrix(x.dtype)]).t()
+    parts = gate.base(x_gate), up.base(x_up), small, gate.second_matrix(x.dtype), up.second_matrix(x.dtype)
     if down.drops_inputs():  # its update sees another input than its base, whose gradient is masked on its way back
         inner, _ = GatedProduct.apply(*parts, None)
         return down.finish(inner, down.small(inner))

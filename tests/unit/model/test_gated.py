@@ -13,6 +13,7 @@ from cogtune.adapters.attach import attach
 from cogtune.checkpoint.random import random_model, tiny_config
 from cogtune.configuration.run import LoraSection
 from cogtune.model import gated as module
+from cogtune.model.compile import compile_layers
 from cogtune.model.fp8 import Fp8Linear, frozen_gated_mlp
 from cogtune.model.gated import GatedProduct
 from cogtune.model.vision import VisionMLP
@@ -125,6 +126,31 @@ def test_adapted_layers_in_one_step_are_the_layers_one_after_the_other(
     monkeypatch.setattr(GatedProduct, "apply", lambda *parts: calls.append(1) or apply(*parts))
     (loss, wanted), (found_loss, found) = run(fused=False), run(fused=True)
     assert len(calls) == tiny_config().num_hidden_layers  # no picture, so one expert has no rows
+    torch.testing.assert_close(found_loss, loss)
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_compiled_model_with_adapters_on_everything_has_the_gradients_of_the_plain_one() -> None:
+    """Where several layers read one activation the compiled sum of their gradients is written out."""
+    ids = torch.randint(10, 200, (1, 40), generator=torch.Generator().manual_seed(3))
+
+    def run(compiled: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        torch._dynamo.reset()
+        model = random_model(tiny_config(), seed=1)
+        torch.manual_seed(0)
+        adapted = attach(model, LoraSection(targets=["experts"], rank=4)).train()
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter.data, std=0.02)
+        if compiled:
+            compile_layers(model, "aot_eager", fullgraph=True)
+        loss = adapted(ids, labels=ids).loss
+        loss.backward()
+        return loss.detach(), {n: p.grad for n, p in adapted.named_parameters() if p.grad is not None}
+
+    (loss, wanted), (found_loss, found) = run(compiled=False), run(compiled=True)
     torch.testing.assert_close(found_loss, loss)
     assert found.keys() == wanted.keys()
     for name, gradient in wanted.items():
