@@ -3,8 +3,8 @@
     python -m benchmarks.step_profile "fp8-cached features=cached quant.experts=fp8" [--inductor combo_kernels=true]
 
 The variant is one of ``cogtune bench train --variant``. ``--inductor`` first sets a field of
-``torch._inductor.config``, to try what the compiler offers; run the same command without it on the same machine to compare. For finding out, not
-for quoting: a profiler slows the host.
+``torch._inductor.config``, to try what the compiler offers; run the same command without it on the same machine to
+compare. For finding out, not for quoting: a profiler slows the host.
 """
 
 from __future__ import annotations
