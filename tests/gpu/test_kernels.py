@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from cogtune.model import fp8, gated
+from cogtune.model import fp8, gated, vision
 from cogtune.model.attention import attend, attend_all
 from cogtune.model.fp8 import Fp8Linear, frozen_gated_mlp, rounded_gated, rounded_gated_gradients, rounded_gelu
 
@@ -151,6 +151,26 @@ def test_adapted_experts_compute_the_same_with_the_kernel(dropout: float, monkey
     wanted_loss, wanted = run()
     assert loss == pytest.approx(wanted_loss, rel=1e-5)
     assert _error(found, wanted) < 1e-4
+
+
+@pytest.mark.parametrize("width", [32, 1000, 1792])
+def test_the_norm_that_joins_the_stream_is_the_layers(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    norm = nn.LayerNorm(width, eps=1e-6).cuda().bfloat16().requires_grad_(False)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x, update = _noise(2, 301, width), _noise(2, 301, width) * 3 + 1
+    found = torch.compile(vision._add_norm, fullgraph=True, dynamic=True)(x, update, norm)
+    wanted = x.double() + functional.layer_norm(
+        update.double(), (width,), norm.weight.double(), norm.bias.double(), norm.eps
+    )
+    assert _error(found, wanted) < 3e-3  # one rounding to bfloat16
+    assert torch.equal(found, vision._add_norm(x, update, norm))
+    update.requires_grad_()
+    with monkeypatch.context() as patch:
+        patch.setattr(vision.norm_kernel, "add_norm_on_gpu", None)  # a gradient goes the ordinary way
+        vision._add_norm(x, update, norm).sum().backward()
+    assert update.grad is not None
 
 
 @pytest.mark.parametrize("tokens", [1153, 1152, 9217])

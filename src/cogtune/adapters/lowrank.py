@@ -62,7 +62,9 @@ class _Fast:
 
     def update_rank(self: Any) -> int | None:
         name = fast_adapter(self)
-        return None if name is None else int(self.lora_A[name].out_features)
+        if name is None or 0 in (self.lora_A[name].weight.numel(), self.lora_B[name].weight.numel()):
+            return None  # not here before the layer is called as a module: ZeRO-3 divides what is not small
+        return int(self.lora_A[name].out_features)
 
     def drops_inputs(self: Any) -> bool:
         dropout = self.lora_dropout[self.active_adapters[0]]

@@ -30,7 +30,7 @@ class Updated(Protocol):
     """A linear layer ``base(x) + (x A') (s B)'`` that can be asked for its parts; ``adapters.lowrank`` makes them."""
 
     def update_rank(self) -> int | None:
-        """R; None where the layer does not compute in this way now (no adapter, several, DoRA, ...)."""
+        """R; None where the layer does not compute in this way now (no adapter, several, DoRA, weights elsewhere)."""
 
     def drops_inputs(self) -> bool:
         """Whether A sees another input than the base, because of dropout."""

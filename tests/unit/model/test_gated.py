@@ -170,3 +170,9 @@ def test_adapters_wider_than_a_tile_or_switched_off_go_layer_by_layer(monkeypatc
     assert not calls
     narrow(ids)
     assert calls
+    calls.clear()
+    divided = next(layer for name, layer in narrow.named_modules() if name.endswith("language_mlp.down_proj"))
+    whole = divided.lora_B["default"].weight
+    assert divided.update_rank() == 4
+    divided.lora_B["default"].weight = nn.Parameter(whole.data.new_empty(0))  # as ZeRO-3 leaves it between two uses
+    assert divided.update_rank() is None
