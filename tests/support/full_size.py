@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import DynamicCache
 
 from cogtune import CogVLM2Config, CogVLM2ForCausalLM
 from cogtune.adapters.attach import attach
+from cogtune.adapters.split import split_adapter
 from cogtune.configuration.run import LoraSection
 from cogtune.model.checkpointing import enable_checkpointing, first_layers
 from cogtune.model.compile import compile_layers
 from cogtune.model.routing import Routing
+from cogtune.model.tensor import SplitModel, TensorGroup
 from cogtune.plan.setting import Setting
 from tests.support.meta_memory import LiveBytes, gpu_operators
 
@@ -27,7 +34,8 @@ class Step:
 
 
 def meta_step(setting: Setting, targets: list[str]) -> Step:
-    """Run the real code under ``setting`` (its batch, adapter and recomputed layers)."""
+    """Run the real code under ``setting``: its batch, adapter and recomputed layers, ZeRO-3's linear maps, and what one
+    of ``setting.tensor`` ranks computes."""
     model, base, config = _model(setting, targets)
     if setting.decoder or setting.blocks:
         layers, blocks = len(base.model.layers), setting.sizes.vision.num_hidden_layers
@@ -37,11 +45,64 @@ def meta_step(setting: Setting, targets: list[str]) -> Step:
     inputs = _inputs(setting, config)
     mode = LiveBytes()
     mode.ignore(iter([*model.parameters(), *model.buffers(), *_tensors(inputs)]))
-    with gpu_operators(), mode:
+    with gpu_operators(), _linear_maps(setting), mode:
         loss = model(**inputs, num_items_in_batch=setting.batch.labelled).loss
         held = mode.live
         loss.backward()
     return Step(held, mode.peak)
+
+
+@contextmanager
+def _linear_maps(setting: Setting) -> Iterator[None]:
+    """DeepSpeed's own in the place of torch's, as its ``zero.Init`` leaves them."""
+    if setting.engine != "zero3":
+        yield
+        return
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    plain = functional.linear
+    functional.linear = zero3_linear_wrap
+    try:
+        yield
+    finally:
+        functional.linear = plain
+
+
+class _Unmet(TensorGroup):
+    """The first of the ranks, with nothing from the others."""
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        return x.contiguous().clone()
+
+    def gather(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
+
+
+# Operators that launch nothing: other views of a tensor, and memory without a value.
+_SILENT = """view _unsafe_view t transpose expand slice split split_with_sizes detach unsqueeze squeeze permute alias
+select as_strided unbind _reshape_alias empty empty_like empty_strided new_empty"""
+
+
+class _Kernels(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found, self._silent = Counter[str](), _SILENT.split()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.partition("::")[2]
+        self.found[name] += name not in self._silent
+        return func(*args, **(kwargs or {}))
+
+
+def kernels(setting: Setting, targets: list[str]) -> int:
+    """How many operators a step runs uncompiled that would each launch a kernel."""
+    model, base, config = _model(setting, targets)
+    if setting.decoder:
+        enable_checkpointing(base, sorted(setting.decoder), ())
+    inputs, mode = _inputs(setting, config), _Kernels()
+    with gpu_operators(), mode:
+        model(**inputs, num_items_in_batch=setting.batch.labelled).loss.backward()
+    return mode.found.total()
 
 
 def meta_answer(setting: Setting) -> tuple[int, int]:
@@ -81,7 +142,13 @@ def _model(setting: Setting, targets: list[str]) -> tuple[Any, CogVLM2ForCausalL
         base = CogVLM2ForCausalLM(config).to(getattr(torch, setting.dtype))
         base.model.rotary_frequencies = torch.empty(config.head_dim // 2, dtype=torch.bfloat16)
         lora = LoraSection(targets=targets, rank=setting.adapter.rank, dropout=setting.adapter.dropout)
-        return attach(base, lora).train(), base, config
+        if setting.tensor == 1:
+            return attach(base, lora).train(), base, config
+        split = SplitModel(_Unmet(0, setting.tensor), torch.device("meta"))
+        split.prepare(base)
+        model = attach(base, lora, building=split.whole_sizes(base))
+        split_adapter(model, split)
+        return model.train(), base, config
 
 
 def _inputs(setting: Setting, config: CogVLM2Config) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from cogtune.plan.setting import Adapter, Setting, layer_index
+from cogtune.plan.setting import Adapter, Setting, layer_index, shares
 from cogtune.plan.sizes import Linear, ModelSizes
 
 FLOAT32 = 4
@@ -24,26 +24,32 @@ MASK = 1  # dropout's mask, bytes per element
 @dataclass(frozen=True)
 class Kept:
     """One layer: ``entry`` is kept when it is recomputed, ``saved`` otherwise; ``backward`` is needed on top of
-    ``saved`` while its backward pass runs, ``forward`` on top of what is kept while it runs forward."""
+    ``saved`` while its backward pass runs, ``forward`` on top of what is kept while it runs forward; ``growing`` is the
+    most it has while it runs forward and keeps its tensors, they included."""
 
     entry: int = 0
     saved: int = 0
     backward: int = 0
     forward: int = 0
+    growing: int = 0
 
 
 def lora_saves(setting: Setting, linear: Linear, tokens: int) -> int:
     """An adapted linear's own: A's output, dropout's mask and result, and the two weights as they were cast (compiled
     layers cast them again instead)."""
     adapter, c = setting.adapter, setting.width
-    cast = adapter.rank * (linear.inputs + linear.outputs) * c if c != FLOAT32 and not setting.compiled else 0
-    dropped = tokens * linear.inputs * (c + MASK) if adapter.dropout else 0
+    inputs, outputs = shares(linear, setting.tensor)
+    cast = adapter.rank * (inputs + outputs) * c if c != FLOAT32 and not setting.compiled else 0
+    dropped = tokens * inputs * (c + MASK) if adapter.dropout else 0
     return tokens * adapter.rank * c + cast + dropped
 
 
 def _keeps_input(setting: Setting, linears: list[Linear]) -> bool:
     """Whether the shared input of these linears is kept: A needs it for its gradient, unless dropout made its own
-    copy."""
+    copy. ZeRO-3 puts a function of its own in the place of every linear map, and that keeps the input whatever trains:
+    so that no saved weight outlives its release."""
+    if setting.engine == "zero3":
+        return True
     return not setting.adapter.dropout and any(linear.name in setting.trained for linear in linears)
 
 
@@ -78,12 +84,23 @@ class DecoderTable:
         last = index == sizes.num_hidden_layers - 1
         vision, language = (0, self.kept) if last else (self.vision, self.language)
         keeps = self._compiled if self.setting.compiled else self._eager
+        saved = keeps(index, vision, language)
         return Kept(
             entry=self.tokens * sizes.hidden_size * c,
-            saved=keeps(index, vision, language),
+            saved=saved,
             backward=self._backward(index, vision, language),
             forward=self._forward(index),
+            growing=0 if self.setting.compiled else saved + self._passing(index, vision, language),
         )
+
+    def _passing(self, index: int, vision: int, language: int) -> int:
+        """On top of what a layer keeps, while it runs: the stream before, between and behind its halves, and one
+        expert's result; or what enters the MLP, the vision expert's product and result, before the other expert ran."""
+        stream, c = self.setting.sizes.hidden_size * self.c, self.c
+        behind = (self.tokens + 3 * (vision + language)) * stream
+        inside = (self.tokens + 2 * (vision + language) + vision) * stream
+        inside += vision * self.inner * c - self._down_input(index, "vision", vision)
+        return max(behind, inside - self._expert(index, "language", language)) + self._workspace()
 
     def _eager(self, index: int, vision: int, language: int) -> int:
         return self._attention(index, vision, language) + self._mlp(index, vision, language)
@@ -107,10 +124,12 @@ class DecoderTable:
         qkv = self._group(index, *(f"self_attn.{e}_expert_query_key_value" for e in ("vision", "language")))
         dense = self._group(index, *(f"self_attn.{e}_expert_dense" for e in ("vision", "language")))
         total = self._norm(n) if self._reaches(index, "attention") else 0
-        total += n * sizes.hidden_size * c * _keeps_input(self.setting, qkv)
+        taught = self._reaches(index, "attention") or any(x.name in self.setting.trained for x in qkv)
+        total += n * sizes.hidden_size * c * (taught and _keeps_input(self.setting, qkv))
         if index > self.first or any(x.name in self.setting.trained for x in qkv):
             total += self._heads(index)
-        total += (vision + language) * sizes.hidden_size * c * _keeps_input(self.setting, dense)
+        inputs = sizes.hidden_size // self.setting.tensor
+        total += (vision + language) * inputs * c * (self._reaches(index, "mlp") and _keeps_input(self.setting, dense))
         total += self._lora(qkv[0], self.vision) + self._lora(qkv[1], self.language)
         return total + self._lora(dense[0], vision) + self._lora(dense[1], language)
 
@@ -162,7 +181,8 @@ class DecoderTable:
             }
             for tokens, ends in names.values():
                 group = self._group(index, *ends)
-                total += tokens * group[0].inputs * c * _keeps_input(self.setting, group)
+                inputs, _ = shares(group[0], self.setting.tensor)
+                total += tokens * inputs * c * _keeps_input(self.setting, group)
                 total += sum(self._lora(linear, tokens) for linear in group)
         return total
 
@@ -182,7 +202,8 @@ class DecoderTable:
         then -= self._expert(index, "language", language)
         if not self.setting.compiled:  # the language expert's part of the input's gradient
             then += language * sizes.hidden_size * c
-        return max(first, then) + self.tokens * sizes.hidden_size * c + self._workspace()
+        streams = 1 if self.setting.tensor == 1 else 2  # ranks' shares of it are added up into a new one
+        return max(first, then) + streams * self.tokens * sizes.hidden_size * c + self._workspace()
 
     def _forward(self, index: int) -> int:
         """Running a layer without keeping anything: an MLP's three wide tensors; the stream before, between and inside
@@ -239,12 +260,13 @@ class TowerTable:
     def block(self) -> Kept:
         """A block of a tower that trains (one that is frozen keeps nothing)."""
         vision, c, n = self.setting.sizes.vision, self.c, self.patches
-        width, inner = vision.hidden_size, vision.intermediate_size
+        width, inner, cut = vision.hidden_size, vision.intermediate_size // self.setting.tensor, self.setting.tensor
         names = {x.name.split(".", 5)[5]: x for x in self.setting.sizes.linears if ".transformer.layers.0." in x.name}
         on = {name: _keeps_input(self.setting, [x]) for name, x in names.items()}
         saved = 2 * n * (width * c + 2 * FLOAT32)  # two layer norms: their input, mean and deviation
-        saved += n * width * c * (on["attention.query_key_value"] + on["attention.dense"] + on["mlp.fc1"])
-        saved += n * 4 * width * c + n * vision.num_heads * FLOAT32  # q, k, v, the output and log-sum-exp
+        saved += n * width * c * (on["attention.query_key_value"] + on["mlp.fc1"])
+        saved += n * width // cut * c * on["attention.dense"]
+        saved += n * (4 * width * c + vision.num_heads * FLOAT32) // cut  # q, k, v, the output and log-sum-exp
         saved += n * inner * c * (1 + on["mlp.fc2"])  # GELU's input, and fc2's
         saved += sum(lora_saves(self.setting, x, n) for x in names.values() if x.name in self.setting.trained)
         return Kept(
@@ -254,7 +276,8 @@ class TowerTable:
     def forward(self) -> int:
         """Running one block without keeping anything: fc1's output and its GELU, and four tensors of the stream."""
         vision, c, n = self.setting.sizes.vision, self.c, self.patches
-        return n * c * (2 * vision.intermediate_size + 4 * vision.hidden_size) + self._unpacked()
+        inner = vision.intermediate_size // self.setting.tensor
+        return n * c * (2 * inner + 4 * vision.hidden_size) + self._unpacked()
 
     def _unpacked(self) -> int:
         vision = self.setting.sizes.vision
@@ -287,15 +310,15 @@ CHUNK = 512
 def head(setting: Setting) -> Kept:
     """Final norm, head and loss on the labelled tokens alone, a chunk of them at a time.
 
-    A head that is only a frozen weight takes the gradient beside the logits, in the forward pass: kept is the norm's
-    input and that gradient. ``forward`` is the chunk's logits and their probabilities in float32.
+    A head that is only a frozen weight, whole on this card, takes the gradient beside the logits, in the forward pass:
+    kept is the norm's input and that gradient. ``forward`` is the chunk's logits and their probabilities in float32.
     """
     sizes, c = setting.sizes, setting.width
     k = setting.batch.rows * setting.batch.labelled
     norm = k * (sizes.hidden_size + 1) * FLOAT32
     chunk = min(k, CHUNK) * sizes.vocab_size
     narrow = c if c != FLOAT32 else 0
-    if setting.quant.head == "none" and "lm_head" not in setting.trained:
+    if setting.quant.head == "none" and "lm_head" not in setting.trained and setting.tensor == 1:
         return Kept(saved=norm + k * sizes.hidden_size * c, forward=chunk * 2 * FLOAT32)
     if k <= CHUNK:
         return Kept(saved=norm + chunk * FLOAT32, backward=2 * chunk * FLOAT32, forward=chunk * FLOAT32)

@@ -62,5 +62,6 @@ def _first_pass(setting: Setting) -> int:
 
 def merge(setting: Setting) -> Phase:
     """Merging an adapter into a full model happens on the host, a block of rows at a time."""
-    host = {"process": HOST_PROCESS, "blocks": _BLOCKS, "adapter": FLOAT32 * setting.adapter_parameters(False)}
+    adapter = FLOAT32 * replace(setting, tensor=1).adapter_parameters(trained_only=False)
+    host = {"process": HOST_PROCESS, "blocks": _BLOCKS, "adapter": adapter}
     return Phase("merge", {}, 0, host)

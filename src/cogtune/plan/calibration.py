@@ -44,8 +44,16 @@ train` shows 0.74 to 0.75 GiB; cards with fewer processors need less."""
 LIBRARIES = 40 * MIB
 """Inside the allocator but of no tensor of ours: cuBLAS workspaces (32 MiB a stream on Hopper) and small buffers."""
 
-NCCL = 512 * MIB
-"""Outside the allocator: channels and buffers of one NCCL communicator beside another rank."""
+NCCL = 856 * MIB
+"""Outside the allocator: channels and buffers of NCCL. What ddp has of the driver's figure beyond what one card has
+beside its tensors, 1,844 of 988 MiB, on two H200 (eight-cards.json); fsdp2 on two H100 has as much (launches-h100.json:
+1.585 GiB beyond what is reserved, 0.749 on one card)."""
+
+NCCL_SMALL_SUMS = 530 * MIB
+"""The same in addition where small tensors are summed over ranks as well: DeepSpeed's norms, and those of tensor
+parallelism. eight-cards.json: zero2 and tensor parallelism have 500 and 576 MiB more than the plan otherwise says; two
+H100 under ddp had 524 more than under fsdp2 (launches-h100.json). That NCCL then connects its cards a second way is a
+guess."""
 
 HOST_PROCESS = round(3.0 * GIB)
 """Anonymous memory of one training process: Python, torch, CUDA's host side, tokenizer."""

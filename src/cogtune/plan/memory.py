@@ -15,14 +15,18 @@ from cogtune.plan.calibration import (
     HOST_WORKER,
     LIBRARIES,
     NCCL,
+    NCCL_SMALL_SUMS,
     SEGMENTS,
     Allocator,
 )
+from cogtune.plan.gathered import Gathering
 from cogtune.plan.setting import BYTES, Quant, Setting
 from cogtune.plan.sizes import Linear, ModelSizes, Part
 from cogtune.plan.step import peak
 
 FLOAT32 = 4
+ZERO_BUCKET = 500_000_000  # `cogtune.train.engines.zero._BUCKET`, values
+FSDP2_BUCKET = 64 * 2**20  # `cogtune.train.engines.fsdp2._BUCKET`, bytes
 BLOCK, NESTED = 64, 256  # bitsandbytes: weights that share a scale, scales that share a second one
 
 
@@ -85,23 +89,34 @@ def predict(setting: Setting) -> Memory:
     if setting.tower == "cached":
         phases.insert(0, fill(setting))
     phases += [_train(setting), _evaluate(setting), _save(setting)]
-    return Memory(tuple(phases), CONTEXT + (NCCL if setting.ranks > 1 else 0))
+    return Memory(tuple(phases), outside(setting))
+
+
+def outside(setting: Setting) -> int:
+    """Bytes that the driver shows beyond the allocator's."""
+    if setting.ranks == 1:
+        return CONTEXT
+    sums = setting.tensor > 1 or setting.engine in ("zero1", "zero2", "zero3")
+    return CONTEXT + NCCL + (NCCL_SMALL_SUMS if sums else 0)
 
 
 def weight_bytes(linear: Linear, form: str, dtype: str) -> int:
     """A linear layer's bytes in a number format: ``none`` (the model's), ``nf4``, ``int8``, ``fp8``."""
     bias = linear.outputs * BYTES[dtype] if linear.bias else 0
     count = linear.weights
-    if form == "nf4":
-        scales = -(-count // BLOCK)
-        nested = -(-scales // NESTED)
-        # half a byte a weight; a byte a block; their own float32 scales, two code tables and an offset
-        return count // 2 + scales + nested * FLOAT32 + (16 + 256 + 1) * FLOAT32 + bias
+    if form == "nf4":  # half a byte a weight
+        return count // 2 + scale_bytes(linear, form) + bias
     if form == "int8":
         return count + linear.outputs * FLOAT32 + bias
     if form in ("fp8", "fp8 twice"):
         return count * (2 if form == "fp8 twice" else 1) + linear.outputs * FLOAT32 + bias
     return count * BYTES[dtype] + bias
+
+
+def scale_bytes(linear: Linear, form: str) -> int:
+    """Of an NF4 weight, what is not codes: a byte a block; their own float32 scales, two code tables and an offset."""
+    scales = -(-linear.weights // BLOCK) if form == "nf4" else 0
+    return scales + -(-scales // NESTED) * FLOAT32 + (16 + 256 + 1) * FLOAT32 if scales else 0
 
 
 def weights(setting: Setting, tower: bool | None = None) -> dict[str, int]:
@@ -114,7 +129,13 @@ def weights(setting: Setting, tower: bool | None = None) -> dict[str, int]:
         "GLU adapter and norms": (found["glu_adapter"] + found["other"]) // divided,
     }
     if setting.tower == "live" if tower is None else tower:
-        named["vision tower"] = (found["tower"] + found["conv"] + found["tower_other"]) // setting.shards
+        named["vision tower"] = found["tower"] // divided + (found["conv"] + found["tower_other"]) // setting.shards
+    if setting.shards > 1:  # fsdp2 divides parameters, and bitsandbytes' scales are none
+        parts = {"experts": ("experts",), "embedding and head": ("head",), "GLU adapter and norms": ("glu_adapter",)}
+        parts |= {"vision tower": ("tower",)} if "vision tower" in named else {}
+        for name, whole in parts.items():
+            scales = sum(scale_bytes(x, setting.quant.of(x)) for x in setting.sizes.linears if x.part in whole)
+            named[name] += scales - scales // setting.shards
     return named
 
 
@@ -174,24 +195,15 @@ def batch_bytes(setting: Setting) -> int:
 
 
 def communication_bytes(setting: Setting) -> int:
-    """Buffers for what ranks exchange, and under sharding what is gathered: one layer in use, one ahead, the head."""
+    """Buffers for what ranks exchange; what is gathered under sharding is counted by the moment (`plan.gathered`)."""
     if setting.ranks == 1:
         return 0
-    gradients = FLOAT32 * setting.adapter_parameters()
+    trained = setting.adapter_parameters()
     if setting.engine == "ddp":
-        return gradients
-    if setting.engine in ("zero1", "zero2"):
-        return setting.bucket * setting.width  # allocated whole, whatever fills it
-    if setting.engine in ("fsdp2", "zero3"):
-        layer = sum(
-            weight_bytes(x, setting.quant.of(x), setting.dtype)
-            for x in setting.sizes.linears
-            if x.name.startswith("model.layers.0.")
-        )
-        # the head stays gathered through a step; the embedding is gathered, then copied out, before the layers
-        table = setting.sizes.parameters("embedding") * setting.width
-        return table + max(2 * layer, table + table // 2) + min(gradients, 2 * 25 * 2**20)
-    return 0
+        return FLOAT32 * trained
+    if setting.engine in ("zero1", "zero2", "zero3"):  # allocated whole, whatever fills it
+        return (setting.bucket or min(ZERO_BUCKET, trained)) * setting.width
+    return min(FLOAT32 * trained, FSDP2_BUCKET) if setting.engine == "fsdp2" else 0
 
 
 def allocator(setting: Setting) -> Allocator:
@@ -210,12 +222,13 @@ def _train(setting: Setting) -> Phase:
     kept = setting.sizes.num_hidden_layers - len(setting.decoder)
     parts["workspace"] = moment.workspace + LIBRARIES + gaps.per_layer * kept
     parts["batch"] = batch_bytes(setting)
-    parts["communication"] = communication_bytes(setting)
+    parts["communication"] = communication_bytes(setting) + moment.gathered.whole + moment.gathered.buffers
     # at the update activations are gone, but all gradients are there, and what the optimiser makes of them
     spare = _update_bytes(setting) + FLOAT32 * setting.adapter_parameters() - moment.total
     if spare > 0:
         parts["workspace"] += spare
     slack = gaps.slack(moment.total, moment.again, FLOAT32 * setting.adapter_parameters())
+    slack += max(0, Gathering(setting).pool() - moment.gathered.buffers)
     return Phase("train", parts, slack, _host_training(setting))
 
 
@@ -272,7 +285,7 @@ def _save(setting: Setting) -> Phase:
     """Masters and moments are copied to the host one by one; nothing new on the GPU."""
     parts = on_card(setting) | {"adapter": adapter_bytes(setting), "optimizer": optimizer_bytes(setting)}
     host = dict(_host_training(setting))
-    host["checkpoint"] = 3 * FLOAT32 * setting.adapter_parameters()
+    host["checkpoint"] = 3 * FLOAT32 * replace(setting, tensor=1).adapter_parameters()  # whole on every rank
     return Phase("save", parts, allocator(setting).fixed, host)
 
 

@@ -53,6 +53,7 @@ def setting_of(config: RunConfig, rows: Rows, *, ranks: int = 1, card: Card | No
         eval_rows=config.eval.batch_size,
         workers=_workers(config),
         bucket=_bucket(config),
+        keep_gathered=_keep_gathered(config),
         offload=config.parallel.offload,
         expandable=expandable(),
     )
@@ -120,7 +121,8 @@ def _engine(config: RunConfig, ranks: int) -> str:
 
 def _compiled(setting: Setting, config: RunConfig, card: Card | None) -> Setting:
     asked = config.train.compile
-    compiled = card is not None and setting.engine in ("single", "ddp") if asked == "auto" else bool(asked)
+    able = card is not None and setting.engine in ("single", "ddp") and setting.tensor == 1
+    compiled = able if asked == "auto" else bool(asked)
     return replace(setting, compiled=compiled)
 
 
@@ -131,11 +133,16 @@ def _workers(config: RunConfig) -> int:
 
 
 def _bucket(config: RunConfig) -> int:
-    """DeepSpeed's reduce buckets, in elements: one, or two where sending overlaps the backward pass."""
-    default = Setting.bucket
+    """Values of the buffers for gradients that a DeepSpeed file asks for: one, or two where sending overlaps the
+    backward pass; 0 where it leaves their size to us."""
     if config.parallel.deepspeed is None or not config.parallel.deepspeed.is_file():
-        return default
+        return 0
     zero = read_deepspeed(config.parallel.deepspeed).get("zero_optimization") or {}
-    size = zero.get("reduce_bucket_size", default)
-    count = 2 if zero.get("overlap_comm") is True else 1
-    return count * (default if size == "auto" else int(float(size)))
+    size = zero.get("reduce_bucket_size", 0)
+    return (2 if zero.get("overlap_comm") is True else 1) * (0 if size == "auto" else int(float(size)))
+
+
+def _keep_gathered(config: RunConfig) -> int:
+    """``auto`` takes only memory that is free after the first step."""
+    asked = config.parallel.keep_gathered
+    return 0 if asked == "auto" else int(asked)

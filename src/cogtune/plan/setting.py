@@ -102,7 +102,8 @@ def layer_index(name: str) -> int | None:
 class Setting:
     """Everything that decides memory and time. ``decoder`` and ``blocks``: indices of the decoder and tower layers
     that are recomputed; ``accumulation`` micro-batches make a step; ``ranks`` are spread evenly over ``hosts``;
-    ``expandable``: the allocator's segments grow in place."""
+    ``expandable``: the allocator's segments grow in place; ``bucket``: values of DeepSpeed's buffers for gradients,
+    where its file gives them; ``keep_gathered``: layers that fsdp2 leaves whole from first to last use in a step."""
 
     sizes: ModelSizes = field(default_factory=ModelSizes)
     batch: Batch = S400
@@ -121,7 +122,8 @@ class Setting:
     compiled: bool = False
     eval_rows: int | None = None
     workers: int = 4
-    bucket: int = 500_000_000
+    bucket: int = 0
+    keep_gathered: int = 0
     offload: str = "none"
     expandable: bool = True
 
@@ -141,8 +143,8 @@ class Setting:
         return _trained(self.sizes, self.adapter)
 
     def adapter_parameters(self, trained_only: bool = True) -> int:
-        """Parameters of the adapter; with DoRA a magnitude per output as well."""
-        return _adapter_parameters(self.sizes, self.adapter, trained_only)
+        """Parameters of the adapter that a rank holds; with DoRA a magnitude per output as well."""
+        return _adapter_parameters(self.sizes, self.adapter, trained_only, self.tensor)
 
     @property
     def tower_trains(self) -> bool:
@@ -177,9 +179,26 @@ def _trained(sizes: ModelSizes, adapter: Adapter) -> dict[str, Linear]:
 
 
 @lru_cache(maxsize=64)
-def _adapter_parameters(sizes: ModelSizes, adapter: Adapter, trained_only: bool) -> int:
+def _adapter_parameters(sizes: ModelSizes, adapter: Adapter, trained_only: bool, tensor: int) -> int:
     linears = (_trained if trained_only else _adapted)(sizes, adapter).values()
-    return sum(adapter.rank * (x.inputs + x.outputs) + (x.outputs if adapter.dora else 0) for x in linears)
+    found = 0
+    for linear in linears:
+        inputs, outputs = shares(linear, tensor)
+        found += adapter.rank * (inputs + outputs) + (outputs if adapter.dora else 0)
+    return found
+
+
+_BY_COLUMNS = (".dense", "_expert_dense", ".down_proj", ".dense_4h_to_h", ".fc2")
+
+
+def shares(linear: Linear, tensor: int) -> tuple[int, int]:
+    """Inputs and outputs of what one of ``tensor`` ranks has of a linear layer: a sublayer's last one is cut by
+    columns, the GLU adapter's first not at all, all others by rows."""
+    if linear.name.endswith(".linear_proj.linear_proj"):
+        return linear.inputs, linear.outputs
+    if linear.name.endswith(_BY_COLUMNS):
+        return linear.inputs // tensor, linear.outputs
+    return linear.inputs, linear.outputs // tensor
 
 
 @lru_cache(maxsize=64)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cogtune.plan.activations import DecoderTable, Kept, TowerTable, glu_adapter, head
+from cogtune.plan.gathered import NOTHING, Gathered, Gathering
 from cogtune.plan.setting import Setting
 
 
@@ -16,7 +17,7 @@ from cogtune.plan.setting import Setting
 class Moment:
     """Bytes beyond weights and optimiser at one moment of a step: kept activations, gradients of the adapter so far,
     the logits with theirs, and what the running operation needs. ``again``: of them, what a recomputed layer has just
-    made anew and needs."""
+    made anew and needs. ``gathered``: of a sharded run, besides them."""
 
     name: str
     activations: int
@@ -24,10 +25,15 @@ class Moment:
     logits: int
     workspace: int
     again: int = 0
+    gathered: Gathered = NOTHING
 
     @property
     def total(self) -> int:
         return self.activations + self.gradients + self.logits + self.workspace
+
+    @property
+    def with_gathered(self) -> int:
+        return self.total + self.gathered.whole + self.gathered.buffers
 
 
 def moments(setting: Setting) -> list[Moment]:
@@ -37,15 +43,19 @@ def moments(setting: Setting) -> list[Moment]:
     kept = [_kept(layer, index in setting.decoder) for index, layer in enumerate(decoder)]
     gradients = 4 * setting.adapter_parameters()
     before = gradients if setting.accumulation > 1 else 0
-    ends = head(setting)
+    ends, gathering = head(setting), Gathering(setting)
     vision = _vision(setting)
     held = vision.saved + _inputs(setting)
-    found = [Moment("tower", held, before, 0, vision.forward)] if vision.forward else []
+    found = [Moment("start", 0, before, 0, 0, gathered=gathering.start())]
+    if vision.forward:
+        found.append(Moment("tower", held, before, 0, vision.forward, gathered=gathering.tower()))
     running = held
     for index, layer in enumerate(decoder):
-        found.append(Moment(f"forward {index}", running, before, 0, layer.forward))
+        needs = layer.forward if index in setting.decoder else max(layer.forward, layer.growing)
+        found.append(Moment(f"forward {index}", running, before, 0, needs, gathered=gathering.forward(index)))
         running += kept[index]
-    found.append(Moment("loss", running, before, ends.saved, max(ends.forward, ends.backward)))
+    loss = max(ends.forward, ends.backward)
+    found.append(Moment("loss", running, before, ends.saved, loss, gathered=gathering.loss()))
     for index in reversed(range(layers)):
         running -= kept[index]
         layer = decoder[index]
@@ -54,7 +64,8 @@ def moments(setting: Setting) -> list[Moment]:
         again = layer.saved + layer.backward if recomputed else 0
         share = gradients if setting.accumulation > 1 else round(gradients * (layers - index) / layers)
         if layer.saved:
-            found.append(Moment(f"backward {index}", running + own, share, 0, layer.backward, again))
+            whole = gathering.backward(index)
+            found.append(Moment(f"backward {index}", running + own, share, 0, layer.backward, again, whole))
     if vision.backward:
         found.append(Moment("vision backward", held, gradients, 0, vision.backward))
     return found
@@ -62,7 +73,7 @@ def moments(setting: Setting) -> list[Moment]:
 
 def peak(setting: Setting) -> Moment:
     """The moment of a step at which most is held."""
-    return max(moments(setting), key=lambda moment: moment.total)
+    return max(moments(setting), key=lambda moment: moment.with_gathered)
 
 
 def end_of_forward(setting: Setting) -> int:

@@ -208,7 +208,7 @@ def schedule(
         fill=fill,
         step=step_time(own, card),
         steps=-(-rows // per_step),
-        save=3 * 4 * setting.adapter_parameters() / disk + 0.2,
+        save=3 * 4 * replace(setting, tensor=1).adapter_parameters() / disk + 0.2,
     )
 
 
@@ -219,7 +219,8 @@ def feature_bytes(setting: Setting) -> int:
 
 def checkpoint_bytes(setting: Setting) -> int:
     """One training checkpoint: the adapter's file, masters and two moments in float32."""
-    return 4 * setting.adapter_parameters(trained_only=False) + 12 * setting.adapter_parameters()
+    whole = replace(setting, tensor=1)
+    return 4 * whole.adapter_parameters(trained_only=False) + 12 * whole.adapter_parameters()
 
 
 def _tower(setting: Setting) -> int:

@@ -38,6 +38,12 @@ CASES = {
     "half recomputed": (["experts"], setting(["experts"], 16, recomputed=2)),
     "batch recomputed": (["experts"], setting(["experts"], 16, rows=4, text=400, recomputed=4)),
     "float32": (["experts"], setting(["experts"], 16, dtype="float32")),
+    "zero3": (QKV, setting(QKV, 8, engine="zero3")),
+    "zero3, a language model's MLP": (["language-experts-mlp"], setting(["language-experts-mlp"], 4, engine="zero3")),
+    "zero3 recomputed": (QKV, setting(QKV, 8, rows=2, recomputed=4, engine="zero3")),
+    "tensor": (QKV, setting(QKV, 8, rows=2, tensor=2)),
+    "tensor, all linear layers": (["experts"], setting(["experts"], 16, tensor=2)),
+    "tensor recomputed": (QKV, setting(QKV, 8, rows=4, recomputed=4, tensor=2)),
 }
 
 

@@ -230,26 +230,6 @@ def test_tensor_parallelism_cuts_weights_activations_and_time() -> None:
     assert 0.5 * seconds < step_time(cut, REFERENCE).seconds < 0.8 * seconds
 
 
-@pytest.mark.parametrize(
-    ("engine", "ranks", "tensor", "seconds", "gib"),
-    [
-        ("single", 1, 1, 1.098, 33.38),
-        ("ddp", 2, 1, 1.094, 33.39),
-        ("zero2", 2, 1, 1.106, 34.30),
-        ("fsdp2", 2, 1, 1.224, 21.85),
-        ("zero3", 2, 1, 1.318, 21.92),
-        ("ddp", 2, 2, 0.731, 18.34),
-    ],
-)
-def test_two_cards_as_measured(engine: str, ranks: int, tensor: int, seconds: float, gib: float) -> None:
-    """benchmarks.cards on two H100: batch 4, cached, all recomputed, eager, LoRA on the vision experts' qkv."""
-    adapter = Adapter(adapted_names(ModelSizes(), ["vision_expert_query_key_value"]), 8)
-    base = Setting(adapter=adapter, tower="cached").with_recomputed(32).with_batch(rows=4)
-    setting = replace(base, engine=engine, ranks=ranks, tensor=tensor)
-    assert step_time(setting, REFERENCE).seconds == pytest.approx(seconds, rel=0.03)
-    assert predict(setting).phase("train").allocated / GIB == pytest.approx(gib, abs=0.5)
-
-
 def test_a_network_between_hosts_costs_more_than_links_inside_one() -> None:
     sharded = replace(CACHED, ranks=16, engine="fsdp2")
     near, far = (step_time(replace(sharded, hosts=hosts), REFERENCE) for hosts in (1, 2))

@@ -48,6 +48,25 @@ def test_what_the_keys_say_is_in_the_setting(tmp_path: Path) -> None:
     assert (setting.adapter.dropout, len(setting.adapter.names)) == (0.1, 64)
 
 
+def test_ranks_that_share_a_model_are_not_compiled_by_themselves() -> None:
+    """As their engine has it (`cogtune.train.run.compiles`): a plan said otherwise and was 5 GiB short."""
+    shared = setting_of(load_config(None, NEEDED | {"parallel.tensor": "2"}), TYPICAL, ranks=2, card=REFERENCE)
+    assert (shared.engine, shared.tensor, shared.compiled) == ("ddp", 2, False)
+    asked = NEEDED | {"parallel.tensor": "2", "train.compile": "true"}
+    assert setting_of(load_config(None, asked), TYPICAL, ranks=2, card=REFERENCE).compiled
+
+
+def test_buffers_and_kept_layers_are_as_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "ds.yaml"
+    file.write_text("zero_optimization: {stage: 2, reduce_bucket_size: 1000, overlap_comm: true}\n")
+    buckets = [({"parallel.deepspeed": str(file)}, 2000), ({"parallel.engine": "zero2"}, 0)]
+    for flags, values in buckets:
+        assert setting_of(load_config(None, NEEDED | flags), TYPICAL, ranks=2).bucket == values
+    for asked, kept in (("auto", 0), ("7", 7)):
+        flags = {"parallel.engine": "fsdp2", "parallel.keep_gathered": asked}
+        assert setting_of(load_config(None, NEEDED | flags), TYPICAL, ranks=2).keep_gathered == kept
+
+
 def test_a_token_budget_sets_the_rows_of_a_pass() -> None:
     flags = {"train.batch_size": "8", "data.batch_tokens": "6000"}
     assert setting_of(load_config(None, NEEDED | flags), TYPICAL).batch.rows == 2

@@ -1,0 +1,93 @@
+"""What a sharded run has gathered beside its shards, moment by moment of a step.
+
+Two places hold it. Whole weights that the computation reads lie where everything does; what is on its way comes through
+buffers of a stream of its own, and the allocator keeps a pool a stream: what such a pool once took, nothing else gets.
+
+fsdp2 gathers a unit into a buffer, copies it out, and lets go of the buffer when the next unit has been copied out; in
+the forward pass one layer is fetched ahead, and in the backward pass too, where a buffer goes at once. zero3 gathers
+into a buffer and joins the weights in the same stream. A test holds fsdp2's numbers to `fully_shard` itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from cogtune.plan.setting import BYTES, Quant, Setting
+from cogtune.plan.sizes import Linear, ModelSizes
+
+ZERO3_QUEUED = 2
+"""`cogtune.train.engines.zero3_units._AHEAD` (a test holds them equal): layers whose weights DeepSpeed has let go of
+while the card still computes with them, so that no other layer's can take their place; and one more that runs."""
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Bytes of whole weights, and of the gathering stream's buffers."""
+
+    whole: int = 0
+    buffers: int = 0
+
+
+NOTHING = Gathered()
+
+
+def unit_bytes(linears: Iterable[Linear], quant: Quant, dtype: str) -> int:
+    """What gathering these linears moves: of an NF4 weight its codes (the scales are whole on every rank)."""
+    c, found = BYTES[dtype], 0
+    for linear in linears:
+        form = quant.of(linear)
+        each = linear.weights // 2 if form == "nf4" else linear.weights * (c if form == "none" else 1)
+        found += each + (linear.outputs * c if linear.bias else 0)
+    return found
+
+
+@lru_cache(maxsize=64)
+def _units(sizes: ModelSizes, quant: Quant, dtype: str) -> tuple[int, int, int, int]:
+    """A decoder layer, a tower layer, the head and the embedding."""
+    own = [[x for x in sizes.linears if name in x.name] for name in ("model.layers.0.", ".transformer.layers.0.")]
+    own.append([x for x in sizes.linears if x.part == "head"])
+    layer, block, head = (unit_bytes(linears, quant, dtype) for linears in own)
+    return layer, block, head, 0 if quant.embedding == "host" else sizes.parameters("embedding") * BYTES[dtype]
+
+
+class Gathering:
+    """Of one setting; all zero where nothing is sharded."""
+
+    def __init__(self, setting: Setting) -> None:
+        units = _units(setting.sizes, setting.quant, setting.dtype) if setting.shards > 1 else (0, 0, 0, 0)
+        self.layer, self.block, self.head, self.embedding = units
+        self.layers, self.zero3 = setting.sizes.num_hidden_layers, setting.engine == "zero3"
+        self.kept = min(setting.keep_gathered, self.layers) if setting.engine == "fsdp2" else 0
+
+    def _at(self, unit: int, whole: int, ahead: int) -> Gathered:
+        """The head is whole through a step; beside it ``whole`` units and ``ahead`` buffers."""
+        if self.zero3:
+            return Gathered(0, self.head + (whole + min(ahead, 1)) * unit)
+        return Gathered(self.head + whole * unit, ahead * unit)
+
+    def start(self) -> Gathered:
+        """The embedding is copied out, and the head's buffer is still there."""
+        if self.zero3:
+            return Gathered(0, self.head + self.embedding)
+        return Gathered(self.head + self.embedding, self.head + self.embedding)
+
+    def tower(self) -> Gathered:
+        return self._at(self.block, 1, 2)
+
+    def forward(self, index: int) -> Gathered:
+        return self._at(self.layer, 1 + min(index, self.kept), 2 if index < self.layers - 1 else 1)
+
+    def loss(self) -> Gathered:
+        """The last layer's buffer is still there (fsdp2), or its weights are on their way again (zero3)."""
+        return self._at(self.layer, self.kept, 1)
+
+    def backward(self, index: int) -> Gathered:
+        """Of layers that stayed whole there is nothing to fetch."""
+        return self._at(self.layer, min(index, self.kept) + 1, 1 if index > self.kept else 0)
+
+    def pool(self) -> int:
+        """The most that the gathering stream's buffers ever come to."""
+        most = max(self.start().buffers, *(self.forward(index).buffers for index in range(self.layers)))
+        return most + (ZERO3_QUEUED + 1) * self.layer if self.zero3 else most
