@@ -70,11 +70,15 @@ class Rates:
     half_rate_tokens: float
     """Rows at which a matrix product reaches half its rate."""
     decoder_attention: float
+    half_rate_columns: float
+    """Columns at which causal attention reaches half its rate."""
     tower_attention: float
     memory: float
     eager_bytes: float
     """Bytes read and written outside matrix products, per token and layer, forward and backward, at width 4096."""
     compiled_bytes: float
+    recomputed_bytes: float
+    """What recomputing adds to these bytes, as a share."""
     tower_bytes: float
     """The same in the tower, forward alone, at width 1792."""
     nf4_seconds: float
@@ -94,35 +98,92 @@ class Rates:
 
 RATES = Rates(
     matmul=755e12,
-    half_rate_tokens=218,
-    decoder_attention=244e12,
-    tower_attention=532e12,
+    half_rate_tokens=170,
+    decoder_attention=700e12,
+    half_rate_columns=4400,
+    tower_attention=600e12,
     memory=2.97e12,
-    eager_bytes=2.15e6,
-    compiled_bytes=0.65e6,
-    tower_bytes=0.2e6,
-    nf4_seconds=1.3e-12,
+    eager_bytes=2.4e6,
+    compiled_bytes=0.5e6,
+    recomputed_bytes=0.3,
+    tower_bytes=0.22e6,
+    nf4_seconds=1.7e-12,
     int8_seconds=2.4e-12,
-    fixed=0.003,
+    fixed=0.002,
     read=1.5e9,
     overlap=0.7,
     latency=40e-6,
     network=45e9,
 )
-"""Products, attention and copies: ceilings measured on one H100 80GB HBM3 (torch 2.11): 755 TFLOP/s at 8192^3, 690 at
-2305 rows, 438 at 301; 0.86 ms of decoder attention forward and backward, 1.14 ms of tower attention; 2.97 TB/s. Bytes
-outside them: S400 in 208 ms eager and 165 to 171 ms compiled, the tower in 222 ms (`cogtune bench train`)."""
+"""Products and copies: ceilings measured on one H100 80GB HBM3 (torch 2.11): 755 TFLOP/s at 8192^3, 690 at 2305 rows,
+438 at 301; 2.97 TB/s. Tower attention: 1.0 ms for 9,217 tokens on an H200 (console/h200-2026-11-28-profile-2.log).
+NF4: what nf4-cached-r8 of fit-h100.json and fsdp2-nf4 of eight-cards.json ask for; the kernel alone takes 1.4
+(docs/log.md: 0.08 ms for 59 million values). The others are least squares over the rows of sweep-batch, sweep-text,
+sweep-rank, cards and launches (H100, eager) and of speed and eight-cards (H200, compiled), rounded.
+`tests/unit/plan/test_measured.py` holds the plan to those rows."""
 
-FP8_SPEEDUP = 1.6
-"""fp8 against bfloat16 products, rounding fused: 112 against 156 ms a step, of which 125 are products (prototype)."""
+FP8_SPEEDUP = {"experts": 1.5, "tower": 1.85}
+"""fp8 against bfloat16 products, rounding fused: what the fp8 rows of speed-h200.json ask for. Steps with fp8 experts
+spread from 109 to 128 ms there."""
 
-SHARD_SECONDS = {"fsdp2": 0.004, "zero3": 0.007}
-"""Of a layer and micro-batch, on top of what the link needs: gathering, copying out, launching. benchmarks.cards, two
-H100 over NVLink, batch 4, all layers recomputed: a step of 1.224 s (fsdp2) and 1.318 s (zero3, layers fetched as units)
-against 1.098 s on one."""
 
-NF4_SHARD_SECONDS = 0.0125
-"""The same in addition for an NF4 layer: fsdp2 with NF4, batch 1, 0.87 s against 0.40 s."""
+@dataclass(frozen=True)
+class Launches:
+    """Kernels that the host launches one by one: no step is faster than that."""
 
-TENSOR_LINK = 190e9
-"""Bytes per second that the sums of tensor parallelism reach between two H100, float32: 0.731 s a step at batch 4."""
+    seconds: float
+    """For one kernel."""
+    layer: int
+    """Of an uncompiled decoder layer, forward and backward, without adapters; so many more, ``again``, recomputed."""
+    again: int
+    compiled_layer: int
+    compiled_again: int
+    adapter: int
+    """Of an adapted linear; ``adapter_again`` more where its layer is recomputed."""
+    adapter_again: int
+    block: int
+    """Of a tower layer, forward."""
+    other: int
+    """Embedding, norm, head and loss."""
+
+
+HOST = Launches(
+    seconds=28.5e-6,
+    layer=127,
+    again=52,
+    compiled_layer=53,
+    compiled_again=24,
+    adapter=13,
+    adapter_again=5,
+    block=10,
+    other=54,
+)
+"""``seconds`` is that of the two H200's host, and another host has another: 59.6 ms for a compiled step of text
+alone, of about 2,174 kernels (27 us), and 170.7 ms for 5,800 with rank 16 on every linear layer (29 us); times from
+speed-h200.json, kernels from console/h200-2026-11-28-profile-2.log, the former of a step with a picture. The H100's
+host took 208 ms for 6,500 (32 us, docs/log.md). Uncompiled: the operators of a step on the meta device, which a test
+counts. Compiled: those 2,174 without the head's and the adapters'; recomputing adds the forward pass's share of
+them."""
+
+
+@dataclass(frozen=True)
+class Gatherings:
+    """What gathering a layer's weights costs a step on top of what the link needs."""
+
+    seconds: float
+    """Of a layer and micro-batch: both gatherings, copying out, launching."""
+    hidden: float
+    """Of a micro-batch's computation, the share that covers it."""
+
+
+GATHERINGS = {"fsdp2": Gatherings(0.0036, 0.0), "zero3": Gatherings(0.0118, 0.15)}
+"""Two rows each, one with batch 4 and all layers recomputed on two H100 and one with batch 1 and nothing recomputed on
+two H200: fsdp2 1.224 s against 1.098 s on one card, and 0.299 s (cards-h100.json, eight-cards.json); zero3 1.318 s and
+0.548 s (cards-zero3-h100.json, eight-cards.json), units fetched as wholes."""
+
+DEEPSPEED_SECONDS = 0.008
+"""Of an optimiser step by DeepSpeed: zero2 1.106 s against 1.098 s on one card (cards-h100.json)."""
+
+TENSOR_LINK = 95e9
+"""Bytes per second that the sums of tensor parallelism reach between two H100: 0.731 s a step at batch 4
+(cards-h100.json)."""

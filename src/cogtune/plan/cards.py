@@ -1,7 +1,7 @@
 """Cards that users have: memory as the driver reports it, and how fast they are.
 
-Only the H100's rates are measured. Every other card's follow from its data sheet, at the share of its peaks that the
-H100 reaches, and whatever is predicted with them is called an estimate.
+The H100's rates are measured. Every other card's follow from its data sheet, at the share of its peaks that the H100
+reaches, and whatever is predicted with them is called an estimate; but for the H200, whose steps were measured as well.
 """
 
 from __future__ import annotations
@@ -73,11 +73,12 @@ CARDS = (
     _card("RTX A6000 48GB", 49140, 155, 768, PCIE4),
     _card("A100 80GB", 81920, 312, 2039, 250e9),
     _card("H100 80GB", 81559, 989, 3350, 360e9, measured=True, fp8=True),
-    _card("H200 141GB", 143771, 989, 4800, 360e9, fp8=True),
+    _card("H200 141GB", 143771, 989, 4800, 360e9, measured=True, fp8=True),
 )
 """By memory, then speed. Sources: the makers' data sheets (dense rates with float32 accumulation)."""
 
 REFERENCE = next(card for card in CARDS if card.measured)
+"""The card whose rates `calibration.Rates` gives."""
 
 
 def find_card(text: str) -> Card:

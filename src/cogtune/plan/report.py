@@ -120,6 +120,7 @@ def _times(plan: Plan) -> Iterator[str]:
         "tower": step.tower,
         "unpacking weights": step.quantisation,
         "waiting for other cards": step.waiting,
+        "waiting for the host": step.host,
     }
     said = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in shares.items() if seconds >= 0.001)
     rows = setting.batch.rows * setting.ranks // setting.tensor * setting.accumulation

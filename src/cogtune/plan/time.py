@@ -8,26 +8,42 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from cogtune.plan.activations import DecoderTable
-from cogtune.plan.calibration import FP8_SPEEDUP, NF4_SHARD_SECONDS, RATES, SHARD_SECONDS, TENSOR_LINK, Rates
+from cogtune.plan.calibration import (
+    DEEPSPEED_SECONDS,
+    FP8_SPEEDUP,
+    GATHERINGS,
+    HOST,
+    RATES,
+    TENSOR_LINK,
+    Launches,
+    Rates,
+)
 from cogtune.plan.cards import REFERENCE, Card
 from cogtune.plan.memory import weights
-from cogtune.plan.setting import Batch, Setting
+from cogtune.plan.setting import Batch, Setting, layer_index
 from cogtune.plan.sizes import Linear
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimiser step of one rank, by part, and what of the communication does not hide behind it."""
+    """Seconds of one optimiser step of one rank, by part, and what of the communication does not hide behind it.
+    ``launching``: what the host needs to launch the step's kernels, which goes on beside the rest."""
 
     decoder: float
     tower: float
     quantisation: float
     waiting: float
     update: float
+    launching: float = 0.0
+
+    @property
+    def host(self) -> float:
+        """How long the card waits for the host."""
+        return max(0.0, self.launching - self.decoder - self.tower - self.quantisation - self.update)
 
     @property
     def seconds(self) -> float:
-        return self.decoder + self.tower + self.quantisation + self.waiting + self.update
+        return self.decoder + self.tower + self.quantisation + self.waiting + self.update + self.host
 
 
 def scaled(card: Card, rates: Rates = RATES) -> Rates:
@@ -48,16 +64,34 @@ def step_time(setting: Setting, card: Card, *, link: float | None = None) -> Ste
     """One optimiser step, all its micro-batches, on ``setting.ranks`` cards; ``link``: bytes a second between them."""
     rates = scaled(card)
     decoder = _decoder(setting, rates) / setting.tensor
-    tower = tower_seconds(setting, card) if setting.tower == "live" else 0.0
+    tower = tower_seconds(setting, card) / setting.tensor if setting.tower == "live" else 0.0
     if setting.tower_trains:
         tower *= 3 + len(setting.blocks) / setting.sizes.vision.num_hidden_layers
     passes = _passes(setting)
     unpack = _unpacking(setting, rates, passes)
     micro = decoder + tower + unpack
     update = 10 * 4 * setting.adapter_parameters() / rates.memory + rates.fixed
+    if setting.engine in ("zero1", "zero2", "zero3"):
+        update += DEEPSPEED_SECONDS
     waiting = _waiting(setting, rates, micro, card.link if link is None else link)
     count = setting.accumulation
-    return StepTime(decoder * count, tower * count, unpack * count, waiting, update)
+    launching = count * kernels(setting) * HOST.seconds
+    return StepTime(decoder * count, tower * count, unpack * count, waiting, update, launching)
+
+
+def kernels(setting: Setting, host: Launches = HOST) -> int:
+    """How many a micro-batch launches."""
+    layers, recomputed = setting.sizes.num_hidden_layers, len(setting.decoder)
+    each, again = (host.compiled_layer, host.compiled_again) if setting.compiled else (host.layer, host.again)
+    found = host.other + layers * each + recomputed * again
+    indices = [layer_index(name) for name, x in setting.trained.items() if x.part == "experts"]
+    found += len(setting.trained) * host.adapter
+    found += sum(index in setting.decoder for index in indices) * host.adapter_again
+    if setting.tower == "live":
+        found += setting.sizes.vision.num_hidden_layers * host.block * (3 if setting.tower_trains else 1)
+    if setting.quant.experts in ("nf4", "int8"):
+        found += round(_passes(setting) * sum(x.part == "experts" for x in setting.sizes.linears))
+    return found
 
 
 def _passes(setting: Setting) -> float:
@@ -81,9 +115,10 @@ def _decoder(setting: Setting, rates: Rates) -> float:
                 seconds += (3 + again) * thin / rates.matmul
         columns = batch.text + round(batch.images * sizes.image_tokens)
         attention = 2 * batch.rows * sizes.num_attention_heads * sizes.head_dim * columns**2
-        seconds += (3.5 + again) * attention / rates.decoder_attention
+        rate = rates.decoder_attention / (1 + rates.half_rate_columns / max(columns, 1))
+        seconds += (3.5 + again) * attention / rate
     touched = rates.compiled_bytes if setting.compiled else rates.eager_bytes
-    share = 1 + 0.35 * len(setting.decoder) / sizes.num_hidden_layers
+    share = 1 + rates.recomputed_bytes * len(setting.decoder) / sizes.num_hidden_layers
     seconds += share * touched * table.tokens * sizes.num_hidden_layers * sizes.hidden_size / 4096 / rates.memory
     head = 2 * 2 * table.kept * sizes.hidden_size * sizes.vocab_size / rates.matmul
     logits = 8 * 4 * table.kept * sizes.vocab_size / rates.memory
@@ -92,7 +127,8 @@ def _decoder(setting: Setting, rates: Rates) -> float:
 
 def _rate(setting: Setting, linear: Linear, rates: Rates) -> Rates:
     """fp8 products run at a rate of their own, rounding included."""
-    return replace(rates, matmul=rates.matmul * FP8_SPEEDUP) if setting.quant.of(linear).startswith("fp8") else rates
+    faster = FP8_SPEEDUP.get(linear.part, 1.0) if setting.quant.of(linear).startswith("fp8") else 1.0
+    return replace(rates, matmul=rates.matmul * faster)
 
 
 def _matmul(linear: Linear, tokens: int, rates: Rates) -> float:
@@ -148,8 +184,9 @@ def _waiting(setting: Setting, rates: Rates, micro: float, link: float) -> float
     if gathered:
         moved = max(gathered / link, _between_hosts(gathered, setting) / rates.network)
         exposed = moved - rates.overlap * micro
-        each = SHARD_SECONDS[setting.engine] + (NF4_SHARD_SECONDS if setting.quant.experts == "nf4" else 0.0)
-        seconds += setting.accumulation * (max(0.0, exposed) + setting.sizes.num_hidden_layers * each)
+        layers, own, least = setting.sizes.num_hidden_layers, GATHERINGS[setting.engine], GATHERINGS["fsdp2"]
+        each = max(layers * least.seconds, layers * own.seconds - own.hidden * micro)
+        seconds += setting.accumulation * (max(0.0, exposed) + each)
     if reduced:
         moved = max(reduced / link, _between_hosts(reduced, setting) / rates.network)
         seconds += max(0.0, moved - rates.overlap * micro / 2) + rates.latency * 10
@@ -157,12 +194,11 @@ def _waiting(setting: Setting, rates: Rates, micro: float, link: float) -> float
 
 
 def _sums(setting: Setting, link: float) -> float:
-    """Tensor parallelism adds up the stream twice a layer and pass, in float32, and nothing hides it."""
+    """Tensor parallelism adds up the stream twice a layer and pass, and nothing hides it."""
     if setting.tensor == 1:
         return 0.0
-    each = (
-        setting.batch.tokens(setting.sizes) * setting.sizes.hidden_size * 4 * 2 * (setting.tensor - 1) / setting.tensor
-    )
+    stream = setting.batch.tokens(setting.sizes) * setting.sizes.hidden_size * setting.width
+    each = stream * 2 * (setting.tensor - 1) / setting.tensor
     count = 2 * setting.sizes.num_hidden_layers * _passes(setting)
     return setting.accumulation * count * each / (TENSOR_LINK * min(1.0, link / REFERENCE.link))
 

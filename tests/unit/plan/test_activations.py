@@ -10,6 +10,8 @@ from cogtune.plan.activations import DecoderTable
 from cogtune.plan.setting import Adapter, Batch, Setting, adapted_names
 from cogtune.plan.sizes import ModelSizes
 from cogtune.plan.step import end_of_forward, peak
+from cogtune.plan.time import kernels
+from tests.support import full_size
 from tests.support.full_size import compiled_layers, meta_step
 
 FULL, MIB = ModelSizes(), 2**20
@@ -65,6 +67,13 @@ def test_the_published_setting_at_full_size() -> None:
     step = meta_step(case, QKV)
     assert end_of_forward(case) == pytest.approx(step.held, rel=0.002)
     assert peak(case).total == pytest.approx(step.peak, rel=0.005)
+
+
+@pytest.mark.parametrize("targets", [QKV, ["experts"]])
+@pytest.mark.parametrize("recomputed", [0, 4])
+def test_the_kernels_that_the_host_launches_are_counted(targets: list[str], recomputed: int) -> None:
+    case = setting(targets, 8, recomputed=recomputed)
+    assert kernels(case) == pytest.approx(full_size.kernels(case, targets), rel=0.04)
 
 
 @pytest.mark.slow
