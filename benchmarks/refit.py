@@ -35,12 +35,15 @@ _TERMS = ("share", "working", "update", "fixed")
 
 @dataclass(frozen=True)
 class Row:
-    """A measured setting; sizes in GiB. ``causes``: what `Allocator.slack` multiplies by its numbers."""
+    """A measured setting; sizes in GiB, of which ``driver`` is None where other programs were on the card as well.
+    ``causes``: what `Allocator.slack` multiplies by its numbers."""
 
     name: str
     setting: Setting
     allocated: float
     reserved: float
+    driver: float | None = None
+    ms: float | None = None
 
     @property
     def causes(self) -> tuple[float, float, float, float]:
@@ -59,7 +62,7 @@ def read(file: Path, *, expandable: bool) -> Iterator[Row]:
     for row in record.get("rows", []):
         if "error" in row or "tokens" not in row or row["name"].startswith("baseline"):
             continue
-        words = shlex.split(row.get("command", record["command"]))
+        words = shlex.split(row.get("command", row.get("run", record)["command"]))
         words = words[words.index("bench") + 2 :]
         if words and not words[0].startswith("-"):
             words.pop(0)  # a sweep's name
@@ -76,7 +79,14 @@ def read(file: Path, *, expandable: bool) -> Iterator[Row]:
             variant, model_config("random"), work, answers=answers * work.rows, card=record["card"], ranks=row["ranks"]
         )
         setting = replace(setting, expandable=expandable)
-        yield Row(row["name"], setting, row["allocated_gib"], row["reserved_gib"])
+        yield Row(
+            row["name"],
+            setting,
+            row["allocated_gib"],
+            row["reserved_gib"],
+            row.get("driver_gib"),
+            row.get("median_ms"),
+        )
 
 
 def fit(rows: Sequence[Row]) -> dict[str, float]:

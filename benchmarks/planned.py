@@ -1,0 +1,164 @@
+"""What today's planner says of every row that was measured: ``python -m benchmarks.planned [FILE.json ...]``.
+
+The plan that a results file holds is its commit's; this is that of this checkout, for the same settings: bench rows by
+their variants, training runs by the command that started them, the rows of `benchmarks.cards` by their fields.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks import refit
+from cogtune.bench.report import table
+from cogtune.cli.options import split_arguments
+from cogtune.configuration.run import load_config
+from cogtune.configuration.sizes import GIB, MIB
+from cogtune.data.rows import RowShape
+from cogtune.plan.cards import Card, named_like
+from cogtune.plan.memory import predict
+from cogtune.plan.rows import summary
+from cogtune.plan.run import setting_of
+from cogtune.plan.setting import Adapter, Batch, Quant, Setting, adapted_names
+from cogtune.plan.sizes import ModelSizes
+from cogtune.plan.time import step_time
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+FILES = (
+    "eight-cards", "speed-h200", "cards-h100", "cards-zero3-h100", "launches-h100", "speed-h100", "fit-h100",
+    "sweep-batch-h100", "sweep-text-h100", "sweep-rank-h100", "sweep-questions-h100",
+)  # fmt: skip
+_OLD_BUCKET = 500_000_000  # zero2's buffer for gradients when cards-h100.json was measured: DeepSpeed's own size
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row beside its setting; memory in MiB, None where it was not measured."""
+
+    file: str
+    name: str
+    setting: Setting
+    card: Card
+    allocated: float | None = None
+    reserved: float | None = None
+    driver: float | None = None
+    ms: float | None = None
+
+    @property
+    def plan(self) -> dict[str, float]:
+        """What the planner says of each of them."""
+        memory = predict(self.setting)
+        train = memory.phase("train")
+        return {
+            "allocated": train.allocated / MIB,
+            "reserved": train.reserved / MIB,
+            "driver": (train.reserved + memory.outside) / MIB,
+            "ms": 1000 * step_time(self.setting, self.card).seconds,
+        }
+
+    def off(self) -> dict[str, float]:
+        """By how much of the measurement the plan is too high."""
+        found = {name: getattr(self, name) for name in ("allocated", "reserved", "driver", "ms")}
+        said = self.plan
+        return {name: said[name] / value - 1 for name, value in found.items() if value is not None}
+
+
+def measured(name: str) -> Iterator[Measured]:
+    """The rows of a results file that the planner knows of."""
+    file = RESULTS / f"{name}.json"
+    record = json.loads(file.read_text(encoding="utf-8"))
+    if name.startswith("cards-"):
+        yield from _cards(name, record)
+    elif record.get("kind") == "cards":
+        yield from _runs(name, record)
+    else:
+        yield from _bench(name, file, named_like(record["card"]))
+
+
+def _bench(name: str, file: Path, card: Card) -> Iterator[Measured]:
+    for row in refit.read(file, expandable=True):
+        driver = None if row.driver is None else row.driver * GIB / MIB
+        allocated, reserved = (size * GIB / MIB for size in (row.allocated, row.reserved))
+        yield Measured(name, row.name, row.setting, card, allocated, reserved, driver, row.ms)
+
+
+def _runs(name: str, record: Mapping[str, Any]) -> Iterator[Measured]:
+    """Training runs, each with the command that started it."""
+    card = named_like(record["card"])
+    plain = next(row["command"] for row in record["rows"] if row["name"] == "single")
+    for row in record["rows"]:
+        if "median_ms" not in row:
+            continue
+        words = shlex.split(row["command"])
+        if row["name"] == "published":  # the published script's flags mean these keys
+            words = [*shlex.split(plain), "--parallel.deepspeed", str(ROOT / "ds_config.yaml")]
+        config = load_config(None, split_arguments(words[words.index("train") + 1 :]).overrides)
+        found = re.search(r"WORK/(\d+)\+(\d+)", row["command"])
+        assert found is not None, row["command"]
+        prompt, answer = int(found[1]), int(found[2])
+        tokens = ModelSizes().image_tokens
+        rows = summary([RowShape(True, tokens + 1 + prompt + answer, answer, 1)], 1, tokens)
+        setting = replace(setting_of(config, rows, ranks=row["ranks"], card=card), expandable=True)
+        yield Measured(
+            name,
+            row["name"],
+            setting,
+            card,
+            allocated=row["allocated_gib"] * GIB / MIB,
+            driver=max(row["card_mib"]),
+            ms=row["median_ms"],
+        )
+
+
+def _cards(name: str, record: Mapping[str, Any]) -> Iterator[Measured]:
+    """The rows of `benchmarks.cards`: S400 from the cache, rank 8 on the vision experts' q, k and v, uncompiled."""
+    adapter = Adapter(adapted_names(ModelSizes(), ["vision_expert_query_key_value"]), 8)
+    for row in record["rows"]:
+        tensor, engine = row["ranks"] if row["row"].startswith("tensor") else 1, row["engine"].partition(":")[0]
+        setting = Setting(
+            batch=Batch(rows=row["batch"]),
+            adapter=adapter,
+            quant=Quant(experts=row["quantisation"]),
+            tower="cached",
+            engine="ddp" if tensor > 1 else engine,
+            ranks=row["ranks"],
+            tensor=tensor,
+            bucket=_OLD_BUCKET if engine == "zero2" else 0,
+            keep_gathered=int(row["keep_gathered"]),
+        )
+        setting = setting.with_recomputed(32) if row["recompute"] == "all" else setting
+        most = {key: max(rank.get(key, 0.0) for rank in row["by_rank"]) for key in ("peak_gib", "reserved_gib")}
+        yield Measured(
+            name,
+            row["row"],
+            setting,
+            named_like(record["cards"][0]),
+            allocated=most["peak_gib"] * GIB / MIB,
+            reserved=most["reserved_gib"] * GIB / MIB or None,
+            ms=1000 * row["median_s"],
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE.json", help="under benchmarks/results")
+    given = parser.parse_args(arguments)
+    cells = []
+    for name in [file.stem for file in given.files] or FILES:
+        for row in measured(name):
+            plan, off = row.plan, row.off()
+            pairs = [f"{plan[key]:,.0f} of {getattr(row, key):,.0f} ({100 * off[key]:+.1f} %)" if key in off else "-"
+                     for key in plan]  # fmt: skip
+            cells.append([name, row.name, *pairs])
+    print(table(["file", "row", "allocated MiB", "reserved MiB", "driver MiB", "ms"], cells))
+
+
+if __name__ == "__main__":
+    main()
