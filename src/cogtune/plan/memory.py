@@ -203,7 +203,7 @@ def communication_bytes(setting: Setting) -> int:
         return FLOAT32 * trained
     if setting.engine in ("zero1", "zero2", "zero3"):  # allocated whole, whatever fills it
         return (setting.bucket or min(ZERO_BUCKET, trained)) * setting.width
-    return min(FLOAT32 * trained, FSDP2_BUCKET) if setting.engine == "fsdp2" else 0
+    return 0
 
 
 def allocator(setting: Setting) -> Allocator:
@@ -234,8 +234,10 @@ def _train(setting: Setting) -> Phase:
 
 def _update_bytes(setting: Setting) -> int:
     """What an optimiser makes for a moment, all parameters at once: DeepSpeed's AdamW two lists, on its share; SGD one,
-    gradients with weight decay. The fused AdamW and 8-bit ones go tensor by tensor."""
+    gradients with weight decay. The fused AdamW and 8-bit ones go tensor by tensor. Before it fsdp2 sums gradients."""
     trained = FLOAT32 * setting.adapter_parameters()
+    if setting.engine == "fsdp2" and setting.optimizer != "sgd":
+        return min(trained, FSDP2_BUCKET)
     if setting.offload == "optimizer":
         return 0
     if setting.engine in ("zero1", "zero2", "zero3"):
