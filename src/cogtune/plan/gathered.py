@@ -19,8 +19,8 @@ from cogtune.plan.sizes import Linear, ModelSizes
 
 ZERO3_QUEUED = 2
 """`cogtune.train.engines.zero3_units._AHEAD` (a test holds them equal): layers whose weights DeepSpeed has let go of
-while the card still computes with them, so that no other layer's can take their place; and one more that runs. Three
-layers' weights by that: what is reserved beyond the rest of the plan is 2.9 in eight-cards.json and 2.2, with all layers
+while the card still computes with them, so that no other layer's can take their place; and one more that runs. That
+makes three; what is reserved beyond the rest of the plan comes to 2.9 in eight-cards.json and to 2.2, all layers
 recomputed, in cards-zero3-h100.json."""
 
 
