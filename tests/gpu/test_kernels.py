@@ -160,7 +160,8 @@ def test_the_norm_that_joins_the_stream_is_the_layers(width: int, monkeypatch: p
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     x, update = _noise(2, 301, width), _noise(2, 301, width) * 3 + 1
-    found = torch.compile(vision._add_norm, fullgraph=True, dynamic=True)(x, update, norm)
+    with torch._dynamo.config.patch(specialize_float=True):  # as compile_layers does
+        found = torch.compile(vision._add_norm, fullgraph=True, dynamic=True)(x, update, norm)
     wanted = x.double() + functional.layer_norm(
         update.double(), (width,), norm.weight.double(), norm.bias.double(), norm.eps
     )

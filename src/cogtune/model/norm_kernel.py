@@ -21,7 +21,7 @@ def _add_norm(stream, update, weight, bias, out, width, eps: tl.constexpr, block
     value = tl.load(update + row + place, mask=inside, other=0.0).to(tl.float32)
     mean = tl.sum(value, 0) / width
     centred = tl.where(inside, value - mean, 0.0)
-    scale = 1 / tl.sqrt(tl.sum(centred * centred, 0) / width + eps)
+    scale = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / width + eps)
     normed = centred * scale * tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
     normed += tl.load(bias + place, mask=inside, other=0.0).to(tl.float32)
     total = tl.load(stream + row + place, mask=inside, other=0.0).to(tl.float32) + normed

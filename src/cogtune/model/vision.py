@@ -113,7 +113,7 @@ def _add_norm(x: torch.Tensor, update: torch.Tensor, norm: nn.Module) -> torch.T
     if not _has_kernel(x, update, norm):
         return x + norm(update).to(x.dtype)
     assert isinstance(norm, nn.LayerNorm)
-    rows = x.reshape(-1, x.shape[-1]), update.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1]).contiguous(), update.reshape(-1, x.shape[-1]).contiguous()
     return norm_kernel.add_norm_on_gpu(*rows, norm.weight, norm.bias, norm.eps).view(x.shape)
 
 
