@@ -36,6 +36,7 @@ from cogtune.train.log import log
 
 _BUCKET = 16 * 2**20  # values of one all-reduce: 64 MiB in float32
 _SPARE = 0.8  # of the memory that is free after a step, what gathered layers may take
+_MARK = "_is_fsdp_managed_module"
 _ROOT = ("lm_head",)
 """Units that stay with the root: the loss may read the head's weight itself, and needs it at the end of the forward and
 at once again in the backward pass."""
@@ -80,6 +81,8 @@ class Fsdp2Engine(SingleEngine):
         )
         for layer, weight in before:
             _copy_facts(weight, layer.weight)
+        if self.config.train.compile is True:
+            _as_ordinary_modules(module)
 
     def _offload_policy(self) -> OffloadPolicy:
         if self.config.parallel.offload != "weights":
@@ -175,6 +178,14 @@ def _copy_facts(weight: Any, other: Any) -> None:
     for name in ("compress_statistics", "quant_type", "blocksize", "quant_storage"):
         if hasattr(weight, name) and not hasattr(other, name):
             setattr(other, name, getattr(weight, name))
+
+
+def _as_ordinary_modules(module: nn.Module) -> None:
+    """Of a module marked as sharded torch's compiler takes every number (of heads, say) for an input that varies; it
+    then cannot compile attention, and nothing else well (decision 15)."""
+    for part in module.modules():
+        if hasattr(part, _MARK):
+            setattr(part, _MARK, False)
 
 
 def _refuse_trained_shards(parameters: dict[str, nn.Parameter]) -> None:
