@@ -3,8 +3,9 @@
 #
 #   benchmarks/h100.sh OUT BASE PART ...
 #
-# BASE: a checkpoint folder of the published size (`cogtune bench make-checkpoint BASE`); the parts speed, grow and fill
-# make their weights themselves. Every file is whole after every row, and a part that fails does not stop the next.
+# BASE: a checkpoint folder of the published size (`cogtune bench make-checkpoint BASE`); the parts speed, grow, fill and
+# closer make their weights themselves; pairs wants two cards. Every file is whole after every row, and a part that fails
+# does not stop the next.
 set -u
 out=$1 base=$2
 shift 2
@@ -59,9 +60,31 @@ decode() {
 
 loader() { bench loader loader --rate 20; }
 
+closer() { # what the compiler offers, beside what it does by default: for finding out
+    local rank16="rank16 features=cached lora.targets=experts lora.rank=16"
+    for variant in "cached features=cached" "$rank16" "fp8 features=cached quant.experts=fp8 quant.fp8_layouts=two"; do
+        for option in "" "--inductor combo_kernels=true" "--inductor cpp_wrapper=true"; do
+            # shellcheck disable=SC2086
+            timeout 150 python -m benchmarks.step_profile "$variant" $option --top 12 2>"$out/closer.log" || echo FAILED
+        done
+    done | tee "$out/closer.txt"
+}
+
+pairs() { # two cards: what compiling gains under engines that `auto` leaves uncompiled
+    local each=(--steps 6 --warmup 3 --variant "s400 features=cached" --train.gradient_checkpointing none)
+    for engine in ddp zero2 fsdp2; do
+        for compiled in false true; do
+            echo "== $engine, compiled: $compiled"
+            torchrun --standalone --nproc-per-node 2 -m cogtune bench train --model "$base" --parallel.engine "$engine" \
+                --train.compile "$compiled" "${each[@]}" --json "$out/pair-$engine-$compiled.json" 2>"$out/pairs.log" |
+                grep -v '^{"kind"' || echo "FAILED: see $out/pairs.log"
+        done
+    done
+}
+
 for part in "$@"; do
     case $part in
-    speed | fit | plan | grow | fill | decode | loader) "$part" ;;
+    speed | fit | plan | grow | fill | decode | loader | closer | pairs) "$part" ;;
     *) echo "no part $part" ;;
     esac
 done
