@@ -72,7 +72,7 @@ $(VENV)/.installed-demo: $(SETUP_FILES)
 	@touch $@
 
 $(OLDEST)/.installed: $(SETUP_FILES) constraints-oldest.txt
-	scripts/make-venv.sh $(OLDEST) demo,dev constraints-oldest.txt $(TORCH_OLDEST) $(TORCHVISION_OLDEST)
+	scripts/make-venv.sh $(OLDEST) demo,quant,dev constraints-oldest.txt $(TORCH_OLDEST) $(TORCHVISION_OLDEST)
 	$(LLAMA_TOKENIZER)
 	$(FITTING_TORCHVISION)
 	@touch $@

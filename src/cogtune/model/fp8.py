@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn import functional
 
 from cogtune.errors import SetupError
+from cogtune.model.converted import converted
 
 FORMAT = torch.float8_e4m3fn
 LARGEST = torch.finfo(FORMAT).max
@@ -108,7 +109,7 @@ def scaled_product(
             a_MK, b_NK.t(), scale_a=scale_a, scale_b=scale_b.t(), bias=bias, out_dtype=dtype, use_fast_accum=True
         )
     product = (a_MK.float() @ b_NK.float().t()) * scale_a * scale_b.t()
-    return (product if bias is None else product + bias.float()).to(dtype)
+    return converted(product if bias is None else product + bias.float(), dtype)
 
 
 def _product(

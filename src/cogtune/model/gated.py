@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from cogtune.model.converted import converted
 from cogtune.model.fork import fork
 from cogtune.model.fp8 import Fp8Linear, frozen_gated_mlp
 
@@ -131,7 +132,7 @@ def _inputs(
 
 def _product(*parts: torch.Tensor) -> torch.Tensor:
     gate, up = _inputs(*parts)
-    return (functional.silu(gate) * up).to(parts[0].dtype)
+    return converted(functional.silu(gate) * up, parts[0].dtype)
 
 
 def _gradients(

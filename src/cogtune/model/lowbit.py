@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from cogtune.model.converted import converted
 from cogtune.model.nf4 import block_sizes, dequantises, nf4_linear
 
 
@@ -81,7 +82,7 @@ class _Int8Product(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(weight_OI, scale_O)
         product = functional.linear(x, weight_OI.to(x.dtype)) * scale_O
-        return (product if bias_O is None else product + bias_O).to(x.dtype)
+        return converted(product if bias_O is None else product + bias_O, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:

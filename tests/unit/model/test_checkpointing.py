@@ -88,7 +88,8 @@ def test_the_first_layer_computes_no_gradient_of_its_input() -> None:
     first = model.base_model.model.model.layers[0]
     first.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].requires_grad))
     _run(model, batch)
-    assert seen == [False]
+    assert seen  # once or twice: older transformers call the layer again as a module
+    assert not any(seen)
 
 
 def test_what_a_policy_recomputes() -> None:
