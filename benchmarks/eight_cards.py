@@ -293,9 +293,11 @@ def main(arguments: list[str] | None = None) -> None:
     deadline = time.monotonic() + given.seconds
     machine = Machine(given.cards, given.model.absolute(), work, given.small, deadline)
     command = ["python", "-m", "benchmarks.eight_cards", *(arguments or sys.argv[1:])]
-    record: dict[str, Any] = {"kind": "cards", **circumstances(shown_command(command)), "rows": []}
-    if given.output.is_file():
-        record["rows"] = json.loads(given.output.read_text(encoding="utf-8"))["rows"]
+    now = circumstances(shown_command(command))
+    record: dict[str, Any] = {"kind": "cards", **now, "runs": [now], "rows": []}
+    if given.output.is_file():  # a table made in several calls names them all
+        earlier = json.loads(given.output.read_text(encoding="utf-8"))
+        record |= {"runs": [*earlier["runs"], now], "rows": earlier["rows"]}
 
     def write(row: dict[str, Any]) -> None:
         record["rows"] = [*(other for other in record["rows"] if other["name"] != row["name"]), row]

@@ -10,6 +10,7 @@ from torch.nn import functional
 from cogtune.model import fp8, gated, vision
 from cogtune.model.attention import attend, attend_all
 from cogtune.model.fp8 import Fp8Linear, frozen_gated_mlp, rounded_gated, rounded_gated_gradients, rounded_gelu
+from tests.support.gated_formula import updated_product
 
 pytestmark = [
     pytest.mark.gpu,
@@ -92,14 +93,6 @@ def test_updates_inside_the_product_are_those_of_the_formula(
     torch.manual_seed(0)
     gate_rank, up_rank, down_rank = ranks
 
-    def formula(
-        gate: torch.Tensor, up: torch.Tensor, small: torch.Tensor, gm: torch.Tensor, um: torch.Tensor,
-        first: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        gs, us = small.split([gm.shape[1], um.shape[1]], dim=1)
-        inner = functional.silu(gate + gs @ gm.t()) * (up + us @ um.t())
-        return inner, inner @ first.t()
-
     def kernel(*parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         one, two = gated.GatedProduct.apply(*parts)
         return one, two
@@ -112,7 +105,7 @@ def test_updates_inside_the_product_are_those_of_the_formula(
         given = [_noise(*shape, dtype=dtype) for shape in shapes]
         upstream = [_noise(rows, 200, dtype=dtype), _noise(rows, down_rank, dtype=dtype)]
         results = []
-        for way, form in ((formula, torch.float64), (function, dtype)):
+        for way, form in ((updated_product, torch.float64), (function, dtype)):
             parts = [part.detach().to(form).requires_grad_() for part in given]
             out = way(*parts)
             torch.autograd.backward(out, [part.to(form) for part in upstream])

@@ -110,7 +110,7 @@ _BLOCK = 128  # keys
 
 def _one_token_too_many(q_BHPE: torch.Tensor) -> bool:
     """Whether the keys but for the first fill the blocks of a Hopper card's kernel, and no gradient is asked for. Each
-    block then costs it more: 9,217 tokens take a sixth longer than 9,216 (docs/log.md)."""
+    block then costs it more: 9,217 keys take a tenth longer than 9,216 (docs/log.md)."""
     if not q_BHPE.is_cuda or q_BHPE.requires_grad or q_BHPE.dtype == torch.float32:
         return False
     tokens = q_BHPE.shape[2]

@@ -247,7 +247,10 @@ class Fp8Linear(nn.Linear):
 
     def of_gelu(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output for the exact GELU of x [..., I]; without a gradient."""
-        quantized, scale = rounded_gelu(x.flatten(0, -2))
+        flat = x.flatten(0, -2)
+        if flat.shape[0] == 0:
+            return x.new_zeros(*x.shape[:-1], self.out_features)
+        quantized, scale = rounded_gelu(flat)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         product = scaled_product(quantized, self.weight.view(FORMAT), scale, self.scale[:, None], bias, x.dtype)
         return product.view(*x.shape[:-1], self.out_features)

@@ -25,20 +25,35 @@ def _product(small, matrix, at_row, at_column, in_rows, in_columns, stride: tl.c
 
 
 @triton.jit
-def _forward(gate, up, small, gate_matrix, up_matrix, out, rows, width, gate_rank: tl.constexpr,
-             gate_block: tl.constexpr, up_rank: tl.constexpr, up_block: tl.constexpr, row_block: tl.constexpr,
-             column_block: tl.constexpr):  # fmt: skip
+def _tile(row_block: tl.constexpr, column_block: tl.constexpr):
+    """Rows and columns of this program."""
     at_row = tl.program_id(0).to(tl.int64) * row_block + tl.arange(0, row_block)
-    at_column = tl.program_id(1) * column_block + tl.arange(0, column_block)
+    return at_row, tl.program_id(1) * column_block + tl.arange(0, column_block)
+
+
+@triton.jit
+def _inputs(gate, up, small, gate_matrix, up_matrix, place, inside, at_row, at_column, rows, width,
+            gate_rank: tl.constexpr, gate_block: tl.constexpr, up_rank: tl.constexpr, up_block: tl.constexpr):  # fmt: skip
+    """What silu sees, and what it is multiplied by: a tile of each, float32."""
     in_rows, in_columns = at_row < rows, at_column < width
-    place = at_row[:, None] * width + at_column[None, :]
-    inside = in_rows[:, None] & in_columns[None, :]
     g = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
     g += _product(small, gate_matrix, at_row, at_column, in_rows, in_columns, gate_rank + up_rank, gate_rank,
                   gate_block)  # fmt: skip
     u = tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
     u += _product(small + gate_rank, up_matrix, at_row, at_column, in_rows, in_columns, gate_rank + up_rank, up_rank,
                   up_block)  # fmt: skip
+    return g, u
+
+
+@triton.jit
+def _forward(gate, up, small, gate_matrix, up_matrix, out, rows, width, gate_rank: tl.constexpr,
+             gate_block: tl.constexpr, up_rank: tl.constexpr, up_block: tl.constexpr, row_block: tl.constexpr,
+             column_block: tl.constexpr):  # fmt: skip
+    at_row, at_column = _tile(row_block, column_block)
+    place = at_row[:, None] * width + at_column[None, :]
+    inside = (at_row < rows)[:, None] & (at_column < width)[None, :]
+    g, u = _inputs(gate, up, small, gate_matrix, up_matrix, place, inside, at_row, at_column, rows, width,
+                   gate_rank, gate_block, up_rank, up_block)  # fmt: skip
     tl.store(out + place, (g * tl.sigmoid(g) * u).to(out.dtype.element_ty), mask=inside)
 
 
@@ -47,25 +62,19 @@ def _backward(gradient, down_small, down_matrix, gate, up, small, gate_matrix, u
               width, joined: tl.constexpr, down_rank: tl.constexpr, down_block: tl.constexpr, gate_rank: tl.constexpr,
               gate_block: tl.constexpr, up_rank: tl.constexpr, up_block: tl.constexpr, row_block: tl.constexpr,
               column_block: tl.constexpr):  # fmt: skip
-    at_row = tl.program_id(0).to(tl.int64) * row_block + tl.arange(0, row_block)
-    at_column = tl.program_id(1) * column_block + tl.arange(0, column_block)
-    in_rows, in_columns = at_row < rows, at_column < width
+    at_row, at_column = _tile(row_block, column_block)
     place = at_row[:, None] * width + at_column[None, :]
-    inside = in_rows[:, None] & in_columns[None, :]
+    inside = (at_row < rows)[:, None] & (at_column < width)[None, :]
     d = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
     if joined:
         r = tl.arange(0, down_block)
         s = tl.load(down_small + at_row[:, None] * down_rank + r[None, :],
-                    mask=in_rows[:, None] & (r < down_rank)[None, :], other=0.0)  # fmt: skip
+                    mask=(at_row < rows)[:, None] & (r < down_rank)[None, :], other=0.0)  # fmt: skip
         m = tl.load(down_matrix + r[:, None] * width + at_column[None, :],
-                    mask=(r < down_rank)[:, None] & in_columns[None, :], other=0.0)  # fmt: skip
+                    mask=(r < down_rank)[:, None] & (at_column < width)[None, :], other=0.0)  # fmt: skip
         d += tl.dot(s, m, input_precision="ieee")
-    g = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
-    g += _product(small, gate_matrix, at_row, at_column, in_rows, in_columns, gate_rank + up_rank, gate_rank,
-                  gate_block)  # fmt: skip
-    u = tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
-    u += _product(small + gate_rank, up_matrix, at_row, at_column, in_rows, in_columns, gate_rank + up_rank, up_rank,
-                  up_block)  # fmt: skip
+    g, u = _inputs(gate, up, small, gate_matrix, up_matrix, place, inside, at_row, at_column, rows, width,
+                   gate_rank, gate_block, up_rank, up_block)  # fmt: skip
     sigmoid = tl.sigmoid(g)
     tl.store(up_out + place, (d * g * sigmoid).to(up_out.dtype.element_ty), mask=inside)
     to_gate = d * u * sigmoid * (1 + g * (1 - sigmoid))

@@ -116,7 +116,8 @@ RATES = Rates(
     network=45e9,
 )
 """Products and copies: ceilings measured on one H100 80GB HBM3 (torch 2.11): 755 TFLOP/s at 8192^3, 690 at 2305 rows,
-438 at 301; 2.97 TB/s. Tower attention: 1.0 ms for 9,217 tokens on an H200 (console/h200-2026-11-28-profile-2.log).
+438 at 301; 2.97 TB/s. Tower attention: 1.0 ms for 9,217 queries of 9,216 keys on an H200
+(console/h200-2026-11-28-profile-2.log).
 NF4: what nf4-cached-r8 of fit-h100.json and fsdp2-nf4 of eight-cards.json ask for; the kernel alone takes 1.4
 (docs/log.md: 0.08 ms for 59 million values). The others are least squares over the rows of sweep-batch, sweep-text,
 sweep-rank, cards and launches (H100, eager) and of speed and eight-cards (H200, compiled), rounded.

@@ -104,3 +104,25 @@ def test_moments_of_a_run(tmp_path: Path) -> None:
     log.write_text("".join(f"2026-01-02 03:04:{line}\n" for line in [*lines, "22,250 INFO saved out/checkpoint-2"]))
     began = time.mktime(time.strptime("2026-01-02 03:04:00", "%Y-%m-%d %H:%M:%S"))
     assert watched.moments(log, began) == {"start_s": 9.5, "first_line_s": 21.0, "save_s": 0.25}
+
+
+def test_a_table_of_several_calls_names_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a row that is there already is not run again."""
+    ran: list[str] = []
+
+    def run(name: str, machine: eight_cards.Machine) -> dict[str, Any]:
+        ran.append(name)
+        return {"name": name, "error": "not here", "wall_s": 1.0} if name == "zero3" else {"name": name, "card_mib": [],
+                "wall_s": 1.0}  # fmt: skip
+
+    monkeypatch.setattr(eight_cards, "run_row", run)
+    monkeypatch.setattr(eight_cards, "make_checkpoint", lambda machine: None)
+    monkeypatch.setattr(eight_cards, "fill_cache", lambda machine: {"name": "cache", "card_mib": [], "wall_s": 1.0})
+    output = tmp_path / "table.json"
+    common = [str(output), "--model", str(tmp_path / "base"), "--work", str(tmp_path), "--cards", "2", "--only"]
+    eight_cards.main([*common, "ddp", "zero3"])
+    eight_cards.main([*common, "ddp", "zero3", "fsdp2"])
+    content = json.loads(output.read_text())
+    assert ran == ["ddp", "zero3", "zero3", "fsdp2"]
+    assert [row["name"] for row in content["rows"]] == ["cache", "ddp", "fsdp2", "zero3"]
+    assert [run["command"].rpartition("--only ")[2] for run in content["runs"]] == ["ddp zero3", "ddp zero3 fsdp2"]

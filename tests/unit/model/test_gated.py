@@ -17,6 +17,7 @@ from cogtune.model.compile import compile_layers
 from cogtune.model.fp8 import Fp8Linear, frozen_gated_mlp
 from cogtune.model.gated import GatedProduct
 from cogtune.model.vision import VisionMLP
+from tests.support.gated_formula import updated_product
 
 
 def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -61,6 +62,7 @@ def test_a_frozen_fp8_tower_rounds_behind_its_gelu() -> None:
     x = torch.randn(2, 5, mlp.fc1.in_features)
     wanted = mlp.fc2(functional.gelu(mlp.fc1(x)))
     assert _error(mlp(x), wanted) < 2e-3
+    assert mlp(x[:0]).shape == (0, 5, mlp.fc2.out_features)
     x.requires_grad_()  # an adapter below: the gradient has to pass
     mlp(x).sum().backward()
     assert x.grad is not None
@@ -74,14 +76,6 @@ def test_the_updated_product_is_differentiated_like_its_formula(compiled: bool, 
     shapes = ((6, 40), (6, 40), (6, 8), (40, 3), (40, 5), (4, 40))
     given = [torch.randn(shape) for shape in shapes]
 
-    def plain(
-        gate: torch.Tensor, up: torch.Tensor, small: torch.Tensor, gm: torch.Tensor, um: torch.Tensor,
-        first: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        gs, us = small.split([gm.shape[1], um.shape[1]], dim=1)
-        inner = functional.silu(gate + gs @ gm.t()) * (up + us @ um.t())
-        return inner, inner @ first.t()
-
     def fused(*parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if joined:
             one, two = GatedProduct.apply(*parts)
@@ -93,7 +87,7 @@ def test_the_updated_product_is_differentiated_like_its_formula(compiled: bool, 
     way = torch.compile(fused, backend="aot_eager", fullgraph=True, dynamic=True) if compiled else fused
     upstream = torch.randn(6, 40), torch.randn(6, 4)
     results = []
-    for function in (plain, way):
+    for function in (updated_product, way):
         parts = [part.clone().requires_grad_() for part in given]
         out = function(*parts)
         torch.autograd.backward(out, upstream)
