@@ -33,7 +33,8 @@ def _tile(row_block: tl.constexpr, column_block: tl.constexpr):
 
 @triton.jit
 def _inputs(gate, up, small, gate_matrix, up_matrix, place, inside, at_row, at_column, rows, width,
-            gate_rank: tl.constexpr, gate_block: tl.constexpr, up_rank: tl.constexpr, up_block: tl.constexpr):  # fmt: skip
+            gate_rank: tl.constexpr, gate_block: tl.constexpr, up_rank: tl.constexpr,
+            up_block: tl.constexpr):  # fmt: skip
     """What silu sees, and what it is multiplied by: a tile of each, float32."""
     in_rows, in_columns = at_row < rows, at_column < width
     g = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
