@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
-from cogtune.model import fp8, gated, vision
+from cogtune.model import fp8, gated, heads, vision
 from cogtune.model.attention import attend, attend_all
 from cogtune.model.fp8 import Fp8Linear, frozen_gated_mlp, rounded_gated, rounded_gated_gradients, rounded_gelu
+from cogtune.model.heads import rotated_heads
+from cogtune.model.routing import Routing
 from tests.support.gated_formula import updated_product
 
 pytestmark = [
@@ -165,6 +169,44 @@ def test_the_norm_that_joins_the_stream_is_the_layers(width: int, monkeypatch: p
         patch.setattr(vision.norm_kernel, "add_norm_on_gpu", None)  # a gradient goes the ordinary way
         vision._add_norm(x, update, norm).sum().backward()
     assert update.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(32, 8, 128), (5, 1, 24)])
+def test_heads_and_their_gradients_are_those_of_the_formulas(
+    shape: tuple[int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of different lengths, pictures in two of them; compiled or not, with one kernel or without."""
+    queries, keys, width = shape
+    torch.manual_seed(0)
+    types = torch.tensor([[0, 1, 1, 1, 0, 0, 0], [0] * 7, [0, 1, 1, 0, 0, 0, 0]])
+    mask = torch.tensor([[1] * 6 + [0], [1] * 3 + [0] * 4, [1] * 5 + [0] * 2])
+    routing = Routing.build(types, mask, column_multiple=4).to("cuda")
+    rows, columns = routing.num_rows, routing.num_columns
+    angles = torch.rand(rows, 1, columns, width // 2, device="cuda") * 6
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    assert routing.from_rows is not None
+    x = _noise(routing.from_rows.shape[0], (queries + 2 * keys) * width, dtype=dtype).requires_grad_()
+    real = torch.zeros(rows * columns, 1, device="cuda", dtype=dtype)
+    real[routing.from_rows] = 1
+    real = real.view(rows, 1, columns, 1)
+    upstream = [  # queries as attention hands them back, keys in another layout
+        _noise(rows, columns, queries, width, dtype=dtype).transpose(1, 2) * real,
+        _noise(rows, keys, columns, width, dtype=dtype) * real,
+        _noise(rows, columns, keys, width, dtype=dtype).transpose(1, 2) * real,
+    ]
+
+    def run(function: Any, given: torch.Tensor, *tables: torch.Tensor) -> list[torch.Tensor]:
+        found = function(given, *tables, routing, queries, keys)
+        return [*found, *torch.autograd.grad(found, given, [part.to(given.dtype) for part in upstream])]
+
+    plain = run(rotated_heads, x, cos, sin)
+    compiled = run(torch.compile(rotated_heads, fullgraph=True, dynamic=True), x, cos, sin)
+    monkeypatch.setattr(heads, "_has_kernel", lambda x: False)
+    wanted = run(rotated_heads, x.detach().double().requires_grad_(), cos.double(), sin.double())
+    for found in (plain, compiled):
+        for one, other in zip(found, wanted, strict=True):
+            assert _error(one, other) < (1e-6 if dtype == torch.float32 else 5e-3)  # products rounded, or sums only
 
 
 @pytest.mark.parametrize("tokens", [1153, 1152, 9217])

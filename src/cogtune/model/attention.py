@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import Cache
 
 from cogtune.configuration.model import CogVLM2Config
+from cogtune.model.heads import rotated_heads
 from cogtune.model.rope import RotaryEmbedding, rotate
 from cogtune.model.routing import Routing
 
@@ -185,10 +186,7 @@ class ExpertAttention(nn.Module):
             context = self._context_of_queries(qkv, cos, sin, routing)
             return by_expert(context, routing.num_vision_kept, self.vision_expert_dense, self.language_expert_dense)
         rows, columns = routing.num_rows, routing.num_columns
-        count = self.num_heads + 2 * self.num_kv_heads
-        heads = into_rows(qkv, routing).view(rows, columns, count, self.head_dim).transpose(1, 2)
-        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = rotated_heads(qkv, cos, sin, routing, self.num_heads, self.num_kv_heads)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_index)
             causal = mask is None and not routing.decoding

@@ -14,7 +14,7 @@ WIDEST = 8192  # values of a row
 
 
 @triton.jit
-def _add_norm(stream, update, weight, bias, out, width, eps: tl.constexpr, block: tl.constexpr):
+def _add_norm(x, update, weight, bias, out, width, eps: tl.constexpr, block: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * width
     place = tl.arange(0, block)
     inside = place < width
@@ -24,16 +24,16 @@ def _add_norm(stream, update, weight, bias, out, width, eps: tl.constexpr, block
     scale = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / width + eps)
     normed = centred * scale * tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
     normed += tl.load(bias + place, mask=inside, other=0.0).to(tl.float32)
-    total = tl.load(stream + row + place, mask=inside, other=0.0).to(tl.float32) + normed
+    total = tl.load(x + row + place, mask=inside, other=0.0).to(tl.float32) + normed
     tl.store(out + row + place, total.to(out.dtype.element_ty), mask=inside)
 
 
 def add_norm_on_gpu(
-    stream: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+    x: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    """``stream`` + LayerNorm(``update``), both [M, W] and contiguous."""
-    rows, width = stream.shape
-    out = torch.empty_like(stream)
+    """``x`` + LayerNorm(``update``), both [M, W] and contiguous."""
+    rows, width = x.shape
+    out = torch.empty_like(x)
     block = triton.next_power_of_2(width)
-    _add_norm[(rows,)](stream, update, weight, bias, out, width, eps=eps, block=block, num_warps=max(1, block // 512))
+    _add_norm[(rows,)](x, update, weight, bias, out, width, eps=eps, block=block, num_warps=max(1, block // 512))
     return out

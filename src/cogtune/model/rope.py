@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from cogtune.model.converted import converted
+
 
 def inverse_frequencies(head_dim: int, theta: float, device: torch.device | None = None) -> torch.Tensor:
     """``theta^(-2i/head_dim)`` for i in [0, head_dim/2), float32 [head_dim/2]."""
@@ -45,4 +47,4 @@ def rotate(x_BHSE: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     """
     first, second = x_BHSE.chunk(2, dim=-1)
     rotated = torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
-    return rotated.to(x_BHSE.dtype)
+    return converted(rotated, x_BHSE.dtype)
