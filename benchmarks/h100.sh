@@ -3,8 +3,8 @@
 #
 #   benchmarks/h100.sh OUT BASE PART ...
 #
-# BASE: a checkpoint folder of the published size (`cogtune bench make-checkpoint BASE`); the parts speed, grow, fill and
-# closer make their weights themselves; pairs wants two cards. Every file is whole after every row, and a part that fails
+# BASE: a checkpoint folder of the published size (`cogtune bench make-checkpoint BASE`); the parts speed, breakdown, grow,
+# fill and closer make their weights themselves; pairs wants two cards. Every file is whole after every row, and a part that fails
 # does not stop the next.
 set -u
 out=$1 base=$2
@@ -31,6 +31,9 @@ speed() { # the targets, beside the stand-in of the published computation; nothi
         --variant "caption features=cached preset=caption" --variant "text-only features=cached preset=text-only" \
         --variant "multi features=cached preset=sft311k-multi" \
         --variant "vqa1 features=cached preset=vqa1" --variant "vqa10 features=cached preset=vqa10"
+}
+
+breakdown() { # where a step's time goes; a profiler slows the host
     bench breakdown-h100 train --breakdown --steps 6 --warmup 3 --variant live
 }
 
@@ -63,7 +66,7 @@ loader() { bench loader loader --rate 20; }
 closer() { # what the compiler offers, beside what it does by default: for finding out
     local rank16="rank16 features=cached lora.targets=experts lora.rank=16"
     for variant in "cached features=cached" "$rank16" "fp8 features=cached quant.experts=fp8 quant.fp8_layouts=two"; do
-        for option in "" "--inductor combo_kernels=true" "--inductor cpp_wrapper=true"; do
+        for option in "" "--inductor cpp_wrapper=true"; do
             # shellcheck disable=SC2086
             timeout 150 python -m benchmarks.step_profile "$variant" $option --top 12 2>"$out/closer.log" || echo FAILED
         done
@@ -84,7 +87,7 @@ pairs() { # two cards: what compiling gains under engines that `auto` leaves unc
 
 for part in "$@"; do
     case $part in
-    speed | fit | plan | grow | fill | decode | loader | closer | pairs) "$part" ;;
+    speed | breakdown | fit | plan | grow | fill | decode | loader | closer | pairs) "$part" ;;
     *) echo "no part $part" ;;
     esac
 done

@@ -94,6 +94,53 @@ def test_compiled_layers_agree_forward_and_backward() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("targets", ["vision_expert_query_key_value", "experts"])
+def test_compiled_bfloat16_layers_train_as_float32_ones(targets: str) -> None:
+    """Heads as wide as the published model's, rows of different lengths, with and without a picture: every adapter's
+    gradient, with the kernels and attention that full-size training takes."""
+    from cogtune.adapters.attach import attach
+    from cogtune.configuration.run import LoraSection
+
+    ids = torch.randint(10, 200, (2, 60), generator=torch.Generator().manual_seed(3))
+    ids[0, 1:7] = 258
+    ids[1, 41:] = 256
+    mask = torch.ones_like(ids)
+    mask[1, 41:] = 0
+    batch = {
+        "input_ids": ids, "attention_mask": mask, "token_type_ids": (ids == 258).long(),
+        "labels": ids.masked_fill((ids == 258) | (mask == 0), -100),
+        "pixel_values": torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
+    }  # fmt: skip
+    config = tiny_config(hidden_size=512, num_attention_heads=4, num_multi_query_heads=2, num_hidden_layers=3)
+
+    def run(dtype: torch.dtype, compiled: bool) -> dict[str, torch.Tensor]:
+        model = random_model(config, seed=1).cuda().to(dtype)
+        torch.manual_seed(0)
+        adapted = attach(model, LoraSection(targets=[targets], rank=4, dropout=0.0)).train()
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter.data, std=0.02)
+        if compiled:
+            torch._dynamo.reset()
+            compile_layers(model, fullgraph=True)
+        given = {name: tensor.cuda() for name, tensor in batch.items()}
+        loss = adapted(**given).loss
+        loss.backward()
+        found = {name: p.grad for name, p in adapted.named_parameters() if p.grad is not None}
+        return found | {"loss": loss.detach()}
+
+    wanted, plain, found = run(torch.float32, False), run(torch.bfloat16, False), run(torch.bfloat16, True)
+    assert wanted.keys() == found.keys()
+    assert len(wanted) > 6
+
+    def worst(tried: dict[str, torch.Tensor]) -> float:
+        return max(float((tried[name].float() - w).norm() / w.norm().clamp(min=1e-12)) for name, w in wanted.items())
+
+    # compiled kernels round less often than single operations do; a wrong order of heads or tokens is off by 1
+    assert worst(found) < max(0.05, 1.5 * worst(plain))
+    assert worst(plain) < 0.2
+
+
 @pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="needs a card with fp8"
 )

@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional
 
+from cogtune.model.converted import converted
 from cogtune.model.fork import fork
 
 
@@ -34,14 +35,26 @@ class AddedLinear(ComputeCastLinear):
             return super().forward(x)
         weight = self.scaled(scale, x.dtype)
         if torch.compiler.is_compiling():
-            # To be added in whatever kernel reads the sum: without the casts torch's compiler makes one library call of
-            # a product and a sum, which begins with a copy of `onto`.
-            return (onto.float() + functional.linear(x, weight).float()).to(onto.dtype)
+            added: torch.Tensor = _Sum.apply(onto, functional.linear(x, weight))
+            return added
         return torch.addmm(onto, x, weight.t()) if x.dim() == 2 else onto + functional.linear(x, weight)
 
     def scaled(self, scale: float, dtype: torch.dtype) -> torch.Tensor:
         """The weight times ``scale``, in ``dtype``."""
         return (self.weight * scale).to(dtype)
+
+
+class _Sum(torch.autograd.Function):
+    """A sum to be computed in whatever kernel reads it. Of a plain sum with a product torch's compiler makes one
+    library call that begins with a copy of the other summand; of the casts that prevent it, copies of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, onto: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+        return converted(onto.float() + update.float(), onto.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return gradient, gradient
 
 
 class _Fast:

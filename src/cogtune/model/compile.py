@@ -27,6 +27,9 @@ from cogtune.model.vision import VisionLayer, VisionModel
 
 _MOST_KINDS = 64  # torch's own limit of 8 would run further kinds of layers uncompiled
 _WORKERS_READY = 60  # seconds to wait for them before the first layer is compiled without
+# Elementwise kernels that do not wait for each other become one. With adapters on all linear layers a step has
+# thousands that only cast or scale a small matrix, and the host is what one waits for (docs/log.md).
+_MERGED = {"combo_kernels": True, "combo_kernels_pointwise_only": True}
 
 
 def can_compile(device: torch.device) -> bool:
@@ -79,9 +82,11 @@ def _compile(kind: Any, layers: Iterable[Any], backend: str | Any, fullgraph: bo
     # Left alone the compiler takes each number of a layer (an epsilon, an adapter's scale) for an input that varies: a
     # tensor on the CPU, with kernels of its own, for which it first tries out the host's instruction sets for a minute.
     torch._dynamo.config.specialize_float = True
-    compiled = torch.compile(kind.compute, backend=backend, dynamic=True, fullgraph=fullgraph)
     layers = list(layers)
-    if backend == "inductor" and layers and can_compile(next(layers[0].parameters()).device):
+    for_gpu = backend == "inductor" and bool(layers) and can_compile(next(layers[0].parameters()).device)
+    options: dict[str, Any] | None = dict(_MERGED) if for_gpu else None
+    compiled = torch.compile(kind.compute, backend=backend, dynamic=True, fullgraph=fullgraph, options=options)
+    if for_gpu:
         _workers().result()
     for layer in layers:
         layer.compute = _Compute(kind.compute, compiled, layer)

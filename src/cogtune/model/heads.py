@@ -26,28 +26,28 @@ Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def rotated_heads(
-    qkv_TF: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, routing: Routing, num_heads: int, num_kv_heads: int
+    qkv_TF: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, routing: Routing, sizes: tuple[int, int, int]
 ) -> Heads:
-    """Queries and keys, rotated by their columns' tables [B, 1, S, E/2], and values.
+    """Queries and keys, rotated by their columns' tables [B, 1, S, E/2], and values; ``sizes``: H, K, E.
 
     A column without a token repeats the first token; attention never lets it reach a real one, so it brings no gradient
     back.
     """
     if routing.to_rows is None or routing.from_rows is None:
-        return _rotated(qkv_TF, cos, sin, routing.num_rows, num_heads, num_kv_heads)
-    found: Heads = _Heads.apply(
-        qkv_TF, cos, sin, routing.to_rows, routing.from_rows, routing.num_rows, num_heads, num_kv_heads
-    )
+        return _rotated(qkv_TF, cos, sin, routing.num_rows, sizes)
+    found: Heads = _Heads.apply(qkv_TF, cos, sin, routing.to_rows, routing.from_rows, routing.num_rows, sizes)
     return found
 
 
 def _rotated(
-    qkv_RF: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rows: int, num_heads: int, num_kv_heads: int
+    qkv_RF: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rows: int, sizes: tuple[int, int, int]
 ) -> Heads:
-    count = num_heads + 2 * num_kv_heads
-    heads = qkv_RF.view(rows, qkv_RF.shape[0] // rows, count, qkv_RF.shape[1] // count).transpose(1, 2)
-    q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-    return rotate(q, cos, sin), rotate(k, cos, sin), v
+    queries, keys, width = sizes
+    heads = qkv_RF.view(rows, qkv_RF.shape[0] // rows, queries + 2 * keys, width)
+    q, k, v = heads.split([queries, keys, keys], dim=2)
+    cos, sin = cos.transpose(1, 2), sin.transpose(1, 2)
+    # a token's heads stay beside each other in memory: attention's gradients then lie as the way back reads them
+    return rotate(q, cos, sin).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2), v.transpose(1, 2)
 
 
 class _Heads(torch.autograd.Function):
@@ -60,16 +60,21 @@ class _Heads(torch.autograd.Function):
         to_rows: torch.Tensor,
         from_rows: torch.Tensor,
         rows: int,
-        num_heads: int,
-        num_kv_heads: int,
+        sizes: tuple[int, int, int],
     ) -> Heads:
         ctx.save_for_backward(cos, sin, from_rows)
-        return _rotated(qkv.index_select(0, to_rows), cos, sin, rows, num_heads, num_kv_heads)
+        if not (torch.compiler.is_compiling() and _has_kernel(qkv)):
+            return _rotated(qkv.index_select(0, to_rows), cos, sin, rows, sizes)
+        # rounds once, as the compiler's own kernel would; uncompiled, each product of a bfloat16 table is rounded
+        q, k, v = heads_kernel.spread_on_gpu(qkv.contiguous(), cos, sin, to_rows, rows, sizes)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # Told the order, not asked for strides: a compiler would take them from the results, not from their gradients.
+        by_token = (gradient.transpose(1, 2).contiguous() for gradient in gradients)
         compute = heads_kernel.gathered_on_gpu if _has_kernel(gradients[0]) else _gathered
-        return compute(*gradients, *ctx.saved_tensors), *(None,) * 7
+        return compute(*by_token, *ctx.saved_tensors), *(None,) * 6
 
 
 def _has_kernel(x: torch.Tensor) -> bool:
@@ -79,6 +84,8 @@ def _has_kernel(x: torch.Tensor) -> bool:
 def _gathered(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, from_rows: torch.Tensor
 ) -> torch.Tensor:
-    """Gradients of the heads as the gradient of what they were made of [T, F]: a rotation's is the rotation back."""
-    heads = torch.cat([rotate(q, cos, -sin), rotate(k, cos, -sin), v], dim=1).transpose(1, 2)
-    return heads.reshape(heads.shape[0] * heads.shape[1], -1).index_select(0, from_rows)
+    """Gradients of the heads [B, S, H or K, E] as the gradient of what they were made of [T, F]: a rotation's is the
+    rotation back."""
+    cos, sin = cos.transpose(1, 2), -sin.transpose(1, 2)
+    heads = torch.cat([rotate(q, cos, sin), rotate(k, cos, sin), v], dim=2)
+    return heads.view(heads.shape[0] * heads.shape[1], -1).index_select(0, from_rows)

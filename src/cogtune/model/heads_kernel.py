@@ -1,6 +1,7 @@
-"""The kernel that gathers the gradients of all heads and rotates them back, for GPUs with Triton. Imported only there.
+"""The kernels that take all heads into rows, rotated, and their gradients back, for GPUs with Triton. Imported only
+there.
 
-One program a token: its row of each gradient is read once, and the row of all three is written once.
+One program a token: the row of all three kinds of heads is read once on one side and written once on the other.
 """
 
 from __future__ import annotations
@@ -11,53 +12,88 @@ import triton.language as tl
 
 
 @triton.jit
-def _turned_back(gradient, out, c, s, heads: tl.constexpr, half: tl.constexpr, head_stride,
-                 heads_block: tl.constexpr, half_block: tl.constexpr):  # fmt: skip
-    """Both halves of every head of one token, by minus its angles."""
+def _turned(heads_in, out, c, s, heads: tl.constexpr, half: tl.constexpr, heads_block: tl.constexpr,
+            half_block: tl.constexpr):  # fmt: skip
+    """Both halves of every head of one token, turned by the angles of these cosines and sines."""
     h, e = tl.arange(0, heads_block)[:, None], tl.arange(0, half_block)[None, :]
     inside = (h < heads) & (e < half)
-    first = tl.load(gradient + h * head_stride + e, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(gradient + h * head_stride + half + e, mask=inside, other=0.0).to(tl.float32)
-    place = out + h * (2 * half) + e
-    tl.store(place, (first * c + second * s).to(out.dtype.element_ty), mask=inside)
-    tl.store(place + half, (second * c - first * s).to(out.dtype.element_ty), mask=inside)
+    place = h * (2 * half) + e
+    first = tl.load(heads_in + place, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(heads_in + place + half, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + place, (first * c - second * s).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + place + half, (first * s + second * c).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _gather(q, k, v, cos, sin, from_rows, out, columns, q_row, q_head, q_column, k_row, k_head, k_column, v_row, v_head,
-            v_column, heads: tl.constexpr, kv_heads: tl.constexpr, half: tl.constexpr, heads_block: tl.constexpr,
-            kv_block: tl.constexpr, half_block: tl.constexpr):  # fmt: skip
+def _table(table, at, half: tl.constexpr, half_block: tl.constexpr):
+    e = tl.arange(0, half_block)
+    return tl.load(table + at * half + e, mask=e < half, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _copy(source, out, count: tl.constexpr, block: tl.constexpr):
+    place = tl.arange(0, block)
+    tl.store(out + place, tl.load(source + place, mask=place < count, other=0.0), mask=place < count)
+
+
+@triton.jit
+def _spread(qkv, cos, sin, to_rows, q, k, v, heads: tl.constexpr, kv_heads: tl.constexpr, half: tl.constexpr,
+            heads_block: tl.constexpr, kv_block: tl.constexpr, half_block: tl.constexpr):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64)
+    token = tl.load(to_rows + at)
+    c, s = _table(cos, at, half, half_block), _table(sin, at, half, half_block)
+    queries: tl.constexpr = heads * 2 * half
+    keys: tl.constexpr = kv_heads * 2 * half
+    qkv += token * (queries + 2 * keys)
+    _turned(qkv, q + at * queries, c, s, heads, half, heads_block, half_block)
+    _turned(qkv + queries, k + at * keys, c, s, kv_heads, half, kv_block, half_block)
+    _copy(qkv + queries + keys, v + at * keys, keys, kv_block * 2 * half_block)
+
+
+@triton.jit
+def _gather(q, k, v, cos, sin, from_rows, out, heads: tl.constexpr, kv_heads: tl.constexpr, half: tl.constexpr,
+            heads_block: tl.constexpr, kv_block: tl.constexpr, half_block: tl.constexpr):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     at = tl.load(from_rows + token)
-    row, column = at // columns, at % columns
-    e = tl.arange(0, half_block)
-    c = tl.load(cos + at * half + e, mask=e < half, other=0.0).to(tl.float32)[None, :]
-    s = tl.load(sin + at * half + e, mask=e < half, other=0.0).to(tl.float32)[None, :]
-    out += token * ((heads + 2 * kv_heads) * 2 * half)
-    _turned_back(q + row * q_row + column * q_column, out, c, s, heads, half, q_head, heads_block, half_block)
-    out += heads * 2 * half
-    _turned_back(k + row * k_row + column * k_column, out, c, s, kv_heads, half, k_head, kv_block, half_block)
-    out += kv_heads * 2 * half
-    h, both = tl.arange(0, kv_block)[:, None], tl.arange(0, 2 * half_block)[None, :]
-    inside = (h < kv_heads) & (both < 2 * half)
-    value = tl.load(v + row * v_row + column * v_column + h * v_head + both, mask=inside, other=0.0)
-    tl.store(out + h * (2 * half) + both, value, mask=inside)
+    c, s = _table(cos, at, half, half_block), -_table(sin, at, half, half_block)
+    queries: tl.constexpr = heads * 2 * half
+    keys: tl.constexpr = kv_heads * 2 * half
+    out += token * (queries + 2 * keys)
+    _turned(q + at * queries, out, c, s, heads, half, heads_block, half_block)
+    _turned(k + at * keys, out + queries, c, s, kv_heads, half, kv_block, half_block)
+    _copy(v + at * keys, out + queries + keys, keys, kv_block * 2 * half_block)
+
+
+def spread_on_gpu(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, to_rows: torch.Tensor, rows: int,
+    sizes: tuple[int, int, int],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Rotated queries [B, S, H, E] and keys [B, S, K, E] and values of the tokens' fused projection [T, F], contiguous.
+    Tables [B, 1, S, E/2]; ``to_rows`` [B*S]: the token of every column."""
+    heads, kv_heads, width = sizes
+    columns = to_rows.shape[0] // rows
+    q, k, v = (qkv.new_empty(rows, columns, count, width) for count in (heads, kv_heads, kv_heads))
+    if to_rows.shape[0]:
+        _spread[(to_rows.shape[0],)](qkv, cos.contiguous(), sin.contiguous(), to_rows, q, k, v, **_blocks(sizes))
+    return q, k, v
 
 
 def gathered_on_gpu(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, from_rows: torch.Tensor
 ) -> torch.Tensor:
-    """Gradients of rotated queries [B, H, S, E] and keys [B, K, S, E] and of values as the gradient of the tokens' fused
-    projection [T, F]. Tables [B, 1, S, E/2]; ``from_rows`` [T]: b * S + column of every token."""
-    (_, heads, columns, width), kv_heads = q.shape, k.shape[1]
-    out = q.new_empty(from_rows.shape[0], (heads + 2 * kv_heads) * width)
-    if out.shape[0] == 0:
-        return out
-    q, k, v = (part if part.stride(3) == 1 else part.contiguous() for part in (q, k, v))
-    _gather[(out.shape[0],)](
-        q, k, v, cos.contiguous(), sin.contiguous(), from_rows, out, columns,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], heads=heads, kv_heads=kv_heads, half=width // 2,
-        heads_block=triton.next_power_of_2(heads), kv_block=triton.next_power_of_2(kv_heads),
-        half_block=triton.next_power_of_2(width // 2), num_warps=4,
-    )  # fmt: skip
+    """Gradients of rotated queries [B, S, H, E] and keys [B, S, K, E] and of values as the gradient of the tokens'
+    fused projection [T, F]; all contiguous. Tables [B, 1, S, E/2]; ``from_rows`` [T]: b * S + column of every token."""
+    sizes = q.shape[2], k.shape[2], q.shape[3]
+    out = q.new_empty(from_rows.shape[0], (sizes[0] + 2 * sizes[1]) * sizes[2])
+    if from_rows.shape[0]:
+        _gather[(from_rows.shape[0],)](q, k, v, cos.contiguous(), sin.contiguous(), from_rows, out, **_blocks(sizes))
     return out
+
+
+def _blocks(sizes: tuple[int, int, int]) -> dict[str, int]:
+    heads, kv_heads, width = sizes
+    power = triton.next_power_of_2
+    return {
+        "heads": heads, "kv_heads": kv_heads, "half": width // 2, "heads_block": power(heads),
+        "kv_block": power(kv_heads), "half_block": power(width // 2), "num_warps": 4,
+    }  # fmt: skip

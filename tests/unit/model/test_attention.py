@@ -12,6 +12,8 @@ from torch.nn import functional
 
 from cogtune.checkpoint.random import random_model, tiny_config
 from cogtune.model.attention import attend_first_apart, into_rows, out_of_rows
+from cogtune.model.heads import rotated_heads
+from cogtune.model.rope import rotate
 from cogtune.model.routing import Routing
 from tests.support.trees import random_tree, tree_batch
 
@@ -42,6 +44,26 @@ def test_gathers_and_their_gradients_equal_indexing(multiple: int) -> None:
     upstream = torch.randn(tokens, 5, dtype=torch.double)
     (found,) = torch.autograd.grad(out_of_rows(y, routing), y, upstream)
     assert torch.equal(found, torch.autograd.grad(y[routing.from_rows], y, upstream)[0])
+
+
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_heads_and_their_gradients_equal_indexing_and_rotation(multiple: int) -> None:
+    routing = _padded(multiple)
+    assert routing.to_rows is not None
+    assert routing.from_rows is not None
+    tokens, rows, columns = routing.from_rows.shape[0], routing.num_rows, routing.num_columns
+    x = torch.randn(tokens, 8 * 4, dtype=torch.double, requires_grad=True)
+    cos, sin = (torch.randn(rows, 1, columns, 2, dtype=torch.double) for _ in range(2))
+    found = rotated_heads(x, cos, sin, routing, (4, 2, 4))
+    heads = x[routing.to_rows].view(rows, columns, 8, 4).transpose(1, 2)
+    wanted = rotate(heads[:, :4], cos, sin), rotate(heads[:, 4:6], cos, sin), heads[:, 6:]
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one, other)
+    real = torch.zeros(rows * columns, dtype=torch.bool)
+    real[routing.from_rows] = True  # attention brings a column without a token no gradient
+    upstream = [torch.randn_like(part) * real.view(rows, 1, columns, 1) for part in wanted]
+    (gradient,) = torch.autograd.grad(found, x, upstream)
+    torch.testing.assert_close(gradient, torch.autograd.grad(wanted, x, upstream)[0], rtol=0, atol=1e-14)
 
 
 def _gradients(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
