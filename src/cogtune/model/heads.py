@@ -63,8 +63,11 @@ class _Heads(torch.autograd.Function):
         sizes: tuple[int, int, int],
     ) -> Heads:
         ctx.save_for_backward(cos, sin, from_rows)
-        if not (torch.compiler.is_compiling() and _has_kernel(qkv)):
+        if not torch.compiler.is_compiling():
             return _rotated(qkv.index_select(0, to_rows), cos, sin, rows, sizes)
+        if not _has_kernel(qkv):
+            q, k, v = _rotated(qkv.index_select(0, to_rows), cos, sin, rows, sizes)
+            return q, k, v.clone()  # as a view it would keep the whole projection
         # rounds once, as the compiler's own kernel would; uncompiled, each product of a bfloat16 table is rounded
         q, k, v = heads_kernel.spread_on_gpu(qkv.contiguous(), cos, sin, to_rows, rows, sizes)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

@@ -134,10 +134,11 @@ class DecoderTable:
         return total + self._lora(dense[0], vision) + self._lora(dense[1], language)
 
     def _heads(self, index: int) -> int:
-        """What attention itself keeps: q and k, rotated into new tensors; v, a view of the fused projection, which so
-        stays whole; the output and its log-sum-exp. In the last layer only the kept tokens ask: their q, and a mask."""
+        """What attention itself keeps: q and k, rotated into new tensors; v, compiled one as well, else a view of the
+        fused projection, which so stays whole; the output and its log-sum-exp. In the last layer only the kept tokens
+        ask: their q, and a mask."""
         width, c, n = self.setting.sizes.head_dim, self.c, self.tokens
-        asked, fused = n, (self.heads + 2 * self.pairs) * width
+        asked, fused = n, (self.pairs if self.setting.compiled else self.heads + 2 * self.pairs) * width
         total = 0
         if index == len(self.layers) - 1:
             asked, fused = self.kept, 2 * self.pairs * width
@@ -166,8 +167,8 @@ class DecoderTable:
 
     def _compiled(self, index: int, vision: int, language: int) -> int:
         """A compiled layer keeps what matrix products and attention made and computes the rest again: the stream before
-        and between its halves, gate's and up's outputs, q, k and the fused projection, attention's output; and what
-        each adapted linear read, for each expert by itself."""
+        and between its halves, gate's and up's outputs, q, k and v, attention's output; and what each adapted linear
+        read, for each expert by itself."""
         sizes, c, n, kept = self.setting.sizes, self.c, self.tokens, vision + language
         hidden, inner = sizes.hidden_size, self.inner
         total = n * (hidden * c + FLOAT32) * (index > self.first) + kept * (hidden * c + FLOAT32)

@@ -15,7 +15,6 @@ ROWS += [row for row in measured("fit-h100") if row.name == "nf4-cached-r8"]  # 
 MOST_OFF, MOST_SHORT = 0.05, 0.03
 
 NOT_MET = {
-    ("speed-h100", "rank16"): "that machine's host took 32 us a kernel, and its step waited for it",
     ("cards-h100", "fsdp2-nf4"): "bitsandbytes' three kernels a weight, before there was one of ours",
     ("cards-h100", "tensor-batch1"): "waited for that machine's host, in code of that day",
     ("sweep-batch-h100", "batch-2"): "one of two steps took twice as long as the other",
