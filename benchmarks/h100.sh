@@ -3,9 +3,9 @@
 #
 #   benchmarks/h100.sh OUT BASE PART ...
 #
-# BASE: a checkpoint folder of the published size (`cogtune bench make-checkpoint BASE`); the parts speed, breakdown, grow,
-# fill and closer make their weights themselves; pairs wants two cards. Every file is whole after every row, and a part that fails
-# does not stop the next.
+# BASE: a checkpoint folder of the published size (`cogtune bench make-checkpoint BASE`); the parts speed, breakdown,
+# grow, fill and closer make their weights themselves; pairs wants two cards. Every file is whole after every row, and a
+# part that fails does not stop the next.
 set -u
 out=$1 base=$2
 shift 2

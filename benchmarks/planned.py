@@ -35,10 +35,8 @@ FILES = (
     "eight-cards", "speed-h200", "cards-h100", "cards-zero3-h100", "launches-h100", "speed-h100", "speed-again-h100",
     "fit-h100", "sweep-batch-h100", "sweep-text-h100", "sweep-rank-h100", "sweep-questions-h100",
 )  # fmt: skip
-_WHOLE_PROJECTION = (
-    "eight-cards",
-    "speed-h200",
-)  # of code whose compiled layers kept q, k and v beside each other, too
+_WHOLE_PROJECTION = ("eight-cards", "speed-h200")
+"""Of code whose compiled layers also kept q, k and v as they came from the projection."""
 _OLD_BUCKET = 500_000_000  # zero2's buffer for gradients when cards-h100.json was measured: DeepSpeed's own size
 
 

@@ -236,6 +236,14 @@ def _no_target(place: Place) -> list[str]:
     return place.train("--lora.targets", "vision_expert_qkv")
 
 
+@_case(
+    "text alone for an adapter that only pictures reach", "no training record has a picture", "--lora.targets experts"
+)
+def _idle_adapter(place: Place) -> list[str]:
+    place.data = write_lines(place.data / "set.jsonl", [{"image": None, **dialogue("q", f"a{n}")} for n in range(4)])
+    return place.train("--lora.targets", "vision-experts")
+
+
 @_case("unknown configuration key", "train.learning", "train.lr")
 def _unknown_key(place: Place) -> list[str]:
     return place.train("--train.learning_rate", "1e-4")

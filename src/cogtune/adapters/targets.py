@@ -56,6 +56,12 @@ def resolve_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
     return match_targets(kinds, targets)
 
 
+def adapted_modules(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Names of the modules that ``targets`` hit on this model; see `match_targets` for what is an error."""
+    chosen = resolve_targets(model, targets)
+    return [name for name, _ in model.named_modules() if any(is_hit(name, target) for target in chosen)]
+
+
 def match_targets(kinds: Mapping[str, str], targets: Sequence[str]) -> list[str]:
     """peft's ``target_modules`` for ``targets``: suffixes for sets and names, whole module names for patterns.
 
@@ -88,6 +94,9 @@ def is_hit(name: str, target: str) -> bool:
     return name == target or name.endswith("." + target)
 
 
+_PICTURES_ONLY = {"vision-experts-attention", "vision-experts-mlp", "vision-tower", "glu-adapter"}
+
+
 def region(name: str) -> str:
     """The named set a module belongs to, for reports; ``other`` outside all of them."""
     for known in (
@@ -101,6 +110,23 @@ def region(name: str) -> str:
     if ".vision.linear_proj." in f".{name}":
         return "glu-adapter"
     return "vision-tower" if ".vision.transformer." in f".{name}" else "other"
+
+
+def check_reached(names: Iterable[str]) -> None:
+    """That text alone reaches one of the modules ``names``; asked where no record has a picture.
+
+    Raises:
+        AdapterError: all of them see nothing but pictures, so none of them would train.
+    """
+    regions = {region(name) for name in names}
+    if regions <= _PICTURES_ONLY:
+        raise AdapterError(
+            f"no training record has a picture, and lora.targets covers only what pictures pass through "
+            f"({', '.join(sorted(regions))}): nothing would train",
+            hint="name the text's expert as well, --lora.targets experts, or see with `cogtune data check` why the "
+            "pictures were not found",
+            code="adapter-idle",
+        )
 
 
 def _matching_pattern(pattern: str, kinds: Mapping[str, str]) -> list[str]:

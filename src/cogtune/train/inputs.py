@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from cogtune.adapters.attach import check_continued
-from cogtune.adapters.targets import resolve_targets
+from cogtune.adapters.attach import adapter_shapes, check_continued
+from cogtune.adapters.targets import adapted_modules, check_reached
 from cogtune.checkpoint.load import check_folder, load_config
 from cogtune.configuration.run import RunConfig
 from cogtune.data.dataset import TrainRows
@@ -63,14 +63,17 @@ def read_inputs(config: RunConfig) -> Inputs:
         check_sizes(model_config, config.parallel.tensor)
     if config.lora.start_from is None:
         with torch.device("meta"):
-            resolve_targets(CogVLM2ForCausalLM(model_config), config.lora.targets)
+            adapted = adapted_modules(CogVLM2ForCausalLM(model_config), config.lora.targets)
     else:
         check_continued(config.lora.start_from, config.lora)
+        adapted = [name.split(".lora_")[0] for name in adapter_shapes(config.lora.start_from)]
     processor = CogVLM2Processor.from_pretrained(config.model.path)
     encoder = processor.encoder
     if config.model.template is not None:
         encoder.template = config.model.template
     split = read_and_split(config.data, config.train.seed)
+    if split.train and all(picture.image is None for picture in split.train) and not config.lora.extra:
+        check_reached(adapted)  # `extra` may let other parts of the model train
 
     def rows(pictures: list[Any], required: bool) -> TrainRows:
         return TrainRows(
