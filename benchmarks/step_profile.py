@@ -1,6 +1,6 @@
 """One variant of a training step, looked at closely: its time, the host's share, and the device's kernels by name.
 
-    python -m benchmarks.step_profile "fp8-cached features=cached quant.experts=fp8" [--inductor combo_kernels=true]
+    python -m benchmarks.step_profile "fp8-cached features=cached quant.experts=fp8" [--inductor cpp_wrapper=true]
 
 The variant is one of ``cogtune bench train --variant``. ``--inductor`` first sets a field of
 ``torch._inductor.config``, to try what the compiler offers; run the same command without it on the same machine to
