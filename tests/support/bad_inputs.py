@@ -236,9 +236,7 @@ def _no_target(place: Place) -> list[str]:
     return place.train("--lora.targets", "vision_expert_qkv")
 
 
-@_case(
-    "text alone for an adapter that only pictures reach", "no training record has a picture", "--lora.targets experts"
-)
+@_case("adapter that text alone does not reach", "no training record has a picture", "--lora.targets experts")
 def _idle_adapter(place: Place) -> list[str]:
     place.data = write_lines(place.data / "set.jsonl", [{"image": None, **dialogue("q", f"a{n}")} for n in range(4)])
     return place.train("--lora.targets", "vision-experts")
