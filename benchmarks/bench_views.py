@@ -15,8 +15,8 @@ def train_plainly(content: dict[str, Any], chinese: bool) -> str:
 
 
 def train(content: dict[str, Any], chinese: bool, aims: bool = True) -> str:
-    """Steps side by side; the ratio is per sample, against the baseline of the same run, else the first row. What is
-    aimed at is an H100's."""
+    """Steps side by side; the ratio is per sample, against the baseline of the same run, else the first row, where both
+    take the same preset. What is aimed at is an H100's."""
     aims = aims and "H100" in str(content.get("card"))
     rows = [row for row in content["rows"] if "error" not in row]
     anchor = next((row for row in rows if row["name"] == "baseline"), rows[0] if rows else None)
@@ -31,11 +31,12 @@ def train(content: dict[str, Any], chinese: bool, aims: bool = True) -> str:
         met, found = (None, "") if target is None else reached(row, by_name, target)
         aim = "" if target is None else verdict(met, target.text, chinese, found)
         ratio = anchor["median_ms"] / anchor["batch_size"] * row["batch_size"] / row["median_ms"]
+        alike = row["preset"] == anchor["preset"]  # another kind of row is other work
         mfu = "-" if row.get("lora_mfu") is None else f"{100 * row['lora_mfu']:.1f} %"
         cells.append([
             f"`{row['name']}`", f"{row['median_ms']:.1f}", f"{row['min_ms']:.1f} - {row['max_ms']:.1f}",
-            f"{ratio:.2f}x", f"{row['samples_per_second']:.2f}", f"{row['answers_per_second']:.2f}", mfu,
-            f"{row['reserved_gib']:.2f}", aim,
+            f"{ratio:.2f}x" if alike else "-", f"{row['samples_per_second']:.2f}",
+            f"{row['answers_per_second']:.2f}", mfu, f"{row['reserved_gib']:.2f}", aim,
         ])  # fmt: skip
     name = "" if anchor is None else anchor["name"]
     columns = (

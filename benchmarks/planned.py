@@ -40,28 +40,22 @@ _WHOLE_PROJECTION = ("eight-cards", "speed-h200")
 _OLD_BUCKET = 500_000_000  # zero2's buffer for gradients when cards-h100.json was measured: DeepSpeed's own size
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A row beside its setting; memory in MiB, None where it was not measured."""
+@dataclass(frozen=True, kw_only=True)
+class Measured(refit.Row):
+    """A row beside its setting, its file and its card."""
 
     file: str
-    name: str
-    setting: Setting
     card: Card
-    allocated: float | None = None
-    reserved: float | None = None
-    driver: float | None = None
-    ms: float | None = None
 
     @property
     def kept_then(self) -> float:
-        """MiB that the code of that day kept and today's does not: q and k unrotated beside v, in every layer but the
+        """GiB that the code of that day kept and today's does not: q and k unrotated beside v, in every layer but the
         last, whose attention is its own."""
         setting, sizes = self.setting, self.setting.sizes
         if self.file not in _WHOLE_PROJECTION or not setting.compiled:
             return 0.0
         width = sizes.hidden_size + sizes.num_multi_query_heads * sizes.head_dim
-        return (sizes.num_hidden_layers - 1) * setting.batch.tokens(sizes) * width * setting.width / MIB
+        return (sizes.num_hidden_layers - 1) * setting.batch.tokens(sizes) * width * setting.width / GIB
 
     @property
     def plan(self) -> dict[str, float]:
@@ -69,9 +63,9 @@ class Measured:
         memory = predict(self.setting)
         train = memory.phase("train")
         return {
-            "allocated": train.allocated / MIB + self.kept_then,
-            "reserved": train.reserved / MIB + self.kept_then,
-            "driver": (train.reserved + memory.outside) / MIB + self.kept_then,
+            "allocated": train.allocated / GIB + self.kept_then,
+            "reserved": train.reserved / GIB + self.kept_then,
+            "driver": (train.reserved + memory.outside) / GIB + self.kept_then,
             "ms": 1000 * step_time(self.setting, self.card).seconds,
         }
 
@@ -96,9 +90,7 @@ def measured(name: str) -> Iterator[Measured]:
 
 def _bench(name: str, file: Path, card: Card) -> Iterator[Measured]:
     for row in refit.read(file, expandable=True):
-        driver = None if row.driver is None else row.driver * GIB / MIB
-        allocated, reserved = (size * GIB / MIB for size in (row.allocated, row.reserved))
-        yield Measured(name, row.name, row.setting, card, allocated, reserved, driver, row.ms)
+        yield Measured(**vars(row), file=name, card=card)
 
 
 def _runs(name: str, record: Mapping[str, Any]) -> Iterator[Measured]:
@@ -119,13 +111,14 @@ def _runs(name: str, record: Mapping[str, Any]) -> Iterator[Measured]:
         rows = summary([RowShape(True, tokens + 1 + prompt + answer, answer, 1)], 1, tokens)
         setting = replace(setting_of(config, rows, ranks=row["ranks"], card=card), expandable=True)
         yield Measured(
-            name,
-            row["name"],
-            setting,
-            card,
-            allocated=row["allocated_gib"] * GIB / MIB,
-            driver=max(row["card_mib"]),
+            name=row["name"],
+            setting=setting,
+            allocated=row["allocated_gib"],
+            reserved=None,
+            driver=max(row["card_mib"]) * MIB / GIB,
             ms=row["median_ms"],
+            file=name,
+            card=card,
         )
 
 
@@ -148,13 +141,13 @@ def _cards(name: str, record: Mapping[str, Any]) -> Iterator[Measured]:
         setting = setting.with_recomputed(32) if row["recompute"] == "all" else setting
         most = {key: max(rank.get(key, 0.0) for rank in row["by_rank"]) for key in ("peak_gib", "reserved_gib")}
         yield Measured(
-            name,
-            row["row"],
-            setting,
-            named_like(record["cards"][0]),
-            allocated=most["peak_gib"] * GIB / MIB,
-            reserved=most["reserved_gib"] * GIB / MIB or None,
+            name=row["row"],
+            setting=setting,
+            allocated=most["peak_gib"],
+            reserved=most["reserved_gib"] or None,
             ms=1000 * row["median_s"],
+            file=name,
+            card=named_like(record["cards"][0]),
         )
 
 
@@ -166,10 +159,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in [file.stem for file in given.files] or FILES:
         for row in measured(name):
             plan, off = row.plan, row.off()
-            pairs = [f"{plan[key]:,.0f} of {getattr(row, key):,.0f} ({100 * off[key]:+.1f} %)" if key in off else "-"
-                     for key in plan]  # fmt: skip
+            pairs = [f"{plan[key]:,.{2 * (key != 'ms')}f} of {getattr(row, key):,.{2 * (key != 'ms')}f} "
+                     f"({100 * off[key]:+.1f} %)" if key in off else "-" for key in plan]  # fmt: skip
             cells.append([name, row.name, *pairs])
-    print(table(["file", "row", "allocated MiB", "reserved MiB", "driver MiB", "ms"], cells))
+    print(table(["file", "row", "allocated GiB", "reserved GiB", "driver GiB", "ms"], cells))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,8 @@ def test_variants_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert rows["live"]["breakdown_ms"]["matmuls"] > 0
     said = capsys.readouterr().out
     assert "x baseline" in said
+    assert re.search(r"^cached .* \d+\.\d\dx ", said, re.M)
+    assert not re.search(r"^questions .* \d+\.\d\dx ", said, re.M)  # another preset is other work
     assert json.loads(said.strip().splitlines()[-1])["kind"] == "train"
 
 

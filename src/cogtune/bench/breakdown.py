@@ -15,8 +15,10 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 PARTS = ("tower", "head", "optimizer")
+GENERATED = r"triton_(poi|red|per|for)_"
+"""Kernels that torch generates, elementwise work and sums, and names after every operator they touch."""
 KINDS = {
-    "attention": r"flash|fmha|sdpa|attention|softmax",
+    "attention": r"flash|fmha|sdpa|attention|softmax|cudnn::fusion",
     "matmuls": r"gemm|cutlass|xmma|nvjet|cublas|aten::(addmm|mm|bmm|linear|matmul)\b|_scaled_mm|s16816|kgemm|mkldnn",
     "copies between host and device": r"memcpy|memset",
 }
@@ -42,15 +44,18 @@ def sort_kernels(kernels: Sequence[Span], parts: Sequence[Span], steps: int) -> 
     for kernel in sorted(kernels, key=lambda span: span.start):
         middle = (kernel.start + kernel.end) / 2
         part = next((span.name for span in parts if span.start <= middle <= span.end), None)
-        milliseconds[part or _kind(kernel.name)] += (kernel.end - kernel.start) / 1000 / steps
+        milliseconds[part or kind_of(kernel.name)] += (kernel.end - kernel.start) / 1000 / steps
         busy += max(0.0, kernel.end - max(reached, kernel.start))
         reached = max(reached, kernel.end)
     milliseconds["idle"] = (reached - first - busy) / 1000 / steps
     return {name: round(value, 3) for name, value in milliseconds.items()}
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
+    """The kind of a kernel by its name."""
     lowered = name.lower()
+    if re.match(GENERATED, lowered):
+        return "elementwise"
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, lowered)), "elementwise")
 
 

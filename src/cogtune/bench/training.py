@@ -163,7 +163,8 @@ def _say(row: dict[str, Any]) -> None:
 
 
 def as_table(results: Results) -> str:
-    """The rows as text; ratios are against the baseline where there is one, else against the first row."""
+    """The rows as text; ratios are against the baseline where there is one, else against the first row, and only for
+    rows of its preset: another is other work."""
     whole = [row for row in results.rows if "error" not in row]
     if not whole:
         return "nothing was measured"
@@ -174,7 +175,8 @@ def as_table(results: Results) -> str:
         mfu = None if row["lora_mfu"] is None else f"{100 * row['lora_mfu']:.1f}"
         cells.append([
             row["name"], f"{row['median_ms']:.1f}", f"{row['min_ms']:.1f}", f"{row['max_ms']:.1f}",
-            f"{row['samples_per_second']:.2f}", f"{row['tokens_per_second']:.0f}", mfu, f"{per_sample:.2f}x",
+            f"{row['samples_per_second']:.2f}", f"{row['tokens_per_second']:.0f}", mfu,
+            f"{per_sample:.2f}x" if row["preset"] == anchor["preset"] else None,
             f"{row['allocated_gib']:.2f}", f"{row['reserved_gib']:.2f}",
             None if row["driver_gib"] is None else f"{row['driver_gib']:.2f}",
             f"{100 * row['data_wait_share']:.1f}", f"{row['first_step_s']:.1f}",

@@ -1,7 +1,7 @@
 """The heads of every token, from sorted order into rows and rotated, and their gradients on the way back.
 
-Each direction is one pass over memory. Left to the compiler, the gradients of the three kinds of heads are rotated and
-put beside each other in one kernel, slowly, and gathered in the next.
+In a layer compiled for a GPU each direction is one pass over memory. Left to the compiler, the way there takes three
+kernels, and on the way back gradients are rotated and put beside each other in one kernel and gathered in the next.
 
 Shapes: T tokens in sorted order, B rows, S columns, H query heads, K key/value heads, E head width, F fused projection
 ((H + 2K) * E: all of q, then k, then v).

@@ -23,6 +23,11 @@ from cogtune.train.folder import RunIdentity
 from cogtune.train.identity import run_identity
 from cogtune.train.log import log
 
+_OTHER_PARTS = (
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+)  # of peft's, trained beside the targets
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy", "deepspeed")
 
 
@@ -72,8 +77,9 @@ def read_inputs(config: RunConfig) -> Inputs:
     if config.model.template is not None:
         encoder.template = config.model.template
     split = read_and_split(config.data, config.train.seed)
-    if split.train and all(picture.image is None for picture in split.train) and not config.lora.extra:
-        check_reached(adapted)  # `extra` may let other parts of the model train
+    more_trains = any(config.lora.extra.get(key) for key in _OTHER_PARTS)
+    if split.train and all(picture.image is None for picture in split.train) and not more_trains:
+        check_reached(adapted)
 
     def rows(pictures: list[Any], required: bool) -> TrainRows:
         return TrainRows(

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from cogtune import CogVLM2ForCausalLM
 from cogtune.adapters.attach import attach, describe, load_adapter, save_adapter
-from cogtune.adapters.targets import TARGET_SETS, resolve_targets
+from cogtune.adapters.targets import TARGET_SETS, check_reached, resolve_targets
 from cogtune.checkpoint.load import load_model
 from cogtune.checkpoint.random import make_tiny
 from cogtune.errors import AdapterError, ConfigError
@@ -93,6 +93,24 @@ def test_raw_names_and_patterns(base: CogVLM2ForCausalLM) -> None:
         "model.layers.1.self_attn.language_expert_dense",
     ]
     assert resolve_targets(base, ["lm_head", "lm_head"]) == ["lm_head"]
+
+
+@pytest.mark.parametrize("name", sorted(TARGET_SETS))
+def test_what_text_alone_reaches(base: CogVLM2ForCausalLM, name: str) -> None:
+    """A row without a picture gives gradients where `check_reached` says so, and nowhere else."""
+    adapted = attach(base, Lora(targets=[name]))
+    ids = torch.tensor([[256, 70, 71, 72, 73]])
+    loss = adapted(ids, labels=ids).loss
+    if loss.requires_grad:
+        loss.backward()
+    trained = [p for n, p in adapted.named_parameters() if "lora_B" in n and p.grad is not None and p.grad.any()]
+    try:
+        check_reached(_adapted(adapted))
+    except AdapterError as error:
+        assert error.code == "adapter-idle"
+        assert not trained
+    else:
+        assert trained
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,23 @@ def test_kernels_are_sorted_by_part_first_then_by_kind() -> None:
     assert found["idle"] == pytest.approx(0.3)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("triton_red_fused__scaled_mm__to_copy_abs_amax_clamp_div_t_view_1", "elementwise"),
+        ("triton_poi_fused__scaled_dot_product_cudnn_attention_backward_index_select_view_3", "elementwise"),
+        ("void cudnn::fusion::compute_dot_do_o_specialized<true, 128>(void const*)", "attention"),
+        ("void cudnn::fusion::convert_dq_to_16bits<true>(void const*)", "attention"),
+        ("void cudnn::fusion::fmha_reduce_head<true>(void const*)", "attention"),
+        ("void cublasLt::splitKreduce_kernel<32, 16, int>(int)", "matmuls"),
+        ("_gather", "elementwise"),
+    ],
+)
+def test_a_generated_kernel_is_elementwise_whatever_its_neighbours_are_called(name: str, kind: str) -> None:
+    """torch names a kernel it generates after all operators around it."""
+    assert sort_kernels([Span(name, 0, 1000)], [], steps=1)[kind] == pytest.approx(1.0)
+
+
 def test_kernels_that_overlap_leave_no_idle_time() -> None:
     found = sort_kernels([Span("a", 0, 1000), Span("b", 500, 900), Span("c", 1200, 2000)], [], steps=2)
     assert found["idle"] == pytest.approx(0.1)
