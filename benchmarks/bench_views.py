@@ -31,7 +31,7 @@ def train(content: dict[str, Any], chinese: bool, aims: bool = True) -> str:
         met, found = (None, "") if target is None else reached(row, by_name, target)
         aim = "" if target is None else verdict(met, target.text, chinese, found)
         ratio = anchor["median_ms"] / anchor["batch_size"] * row["batch_size"] / row["median_ms"]
-        alike = row["preset"] == anchor["preset"]  # another kind of row is other work
+        alike = row.get("preset") == anchor.get("preset")  # another kind of row is other work
         mfu = "-" if row.get("lora_mfu") is None else f"{100 * row['lora_mfu']:.1f} %"
         cells.append([
             f"`{row['name']}`", f"{row['median_ms']:.1f}", f"{row['min_ms']:.1f} - {row['max_ms']:.1f}",
@@ -49,6 +49,20 @@ def train(content: dict[str, Any], chinese: bool, aims: bool = True) -> str:
     if not aims:
         columns, cells = columns[:-1], [row[:-1] for row in cells]
     return f"{markdown(columns, cells)}\n\n{_details(rows, chinese)}{caption(content, chinese)}"
+
+
+def profile(content: dict[str, Any], chinese: bool) -> str:
+    """Where the device's time of a step goes by kind of kernel."""
+    kinds = list(content["rows"][0]["kinds_ms"])
+    ends = ["其余核函数", "核函数之间"] if chinese else ["kernels not listed", "between kernels"]
+    front = ["变体", "一步，毫秒", "核函数"] if chinese else ["variant", "a step, ms", "kernels"]
+    cells: list[list[Cell]] = [
+        [f"`{row['name']}`", f"{row['median_ms']:.1f}", row["kernels"],
+         *[f"{row['kinds_ms'][kind]:.1f}" for kind in kinds],
+         f"{row['not_listed_ms']:.1f}", f"{row['between_kernels_ms']:.1f}"]
+        for row in content["rows"]
+    ]  # fmt: skip
+    return f"{markdown([*front, *kinds, *ends], cells)}\n\n{caption(content, chinese)}"
 
 
 def _details(rows: Sequence[dict[str, Any]], chinese: bool) -> str:
@@ -251,6 +265,7 @@ def view_of(content: dict[str, Any]) -> Callable[[dict[str, Any], bool], str] | 
         return sweep
     return {
         "train": train,
+        "profile": profile,
         "fit": fit,
         "launches": launches,
         "cards": many,

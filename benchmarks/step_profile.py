@@ -4,13 +4,16 @@
 
 The variant is one of ``cogtune bench train --variant``. ``--inductor`` first sets a field of
 ``torch._inductor.config``, to try what the compiler offers; run the same command without it on the same machine to
-compare. For finding out, not for quoting: a profiler slows the host.
+compare. For finding out, not for quoting: a profiler slows the host. ``python -m benchmarks.profiled`` sums up what it
+printed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -20,6 +23,8 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.profiled import RUN
+from cogtune.bench.report import circumstances, shown_command
 from cogtune.bench.steps import Bench
 from cogtune.bench.variants import parse_variants
 
@@ -77,6 +82,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--top", type=int, default=40, help="how many kinds of kernels are listed")
     given = parser.parse_args(arguments)
     set_inductor(given.inductor)
+    command = ["python", "-m", "benchmarks.step_profile", *(sys.argv[1:] if arguments is None else arguments)]
+    print(RUN + json.dumps(circumstances(shown_command(command))), flush=True)
     (variant,) = parse_variants([given.variant], {}, preset="s400", cached=False)
     bench = Bench(variant, cached=variant.cached)
     with tempfile.TemporaryDirectory() as folder:
