@@ -3,7 +3,7 @@
 import sys
 
 from cogtune.cli.main import guarded
-from cogtune.configuration.allocator import prepare_allocator
+from cogtune.system.allocator import prepare_allocator
 from cogtune.train.published import train_published
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cogtune.configuration.run import load_config
+from cogtune.configuration.run_config import load_config
 from cogtune.demo import easyvqa
 from cogtune.demo.base import BASE
 from cogtune.demo.easyvqa import VqaPicture

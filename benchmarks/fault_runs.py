@@ -27,7 +27,7 @@ from PIL import Image
 import cogtune.checkpoint.training as checkpoints
 from cogtune.checkpoint.random import make_tiny
 from cogtune.cli.main import guarded
-from cogtune.configuration.run import load_config
+from cogtune.configuration.run_config import load_config
 from cogtune.features.fill import Filler
 from cogtune.train import features
 from cogtune.train import run as train_run

@@ -32,7 +32,7 @@ from cogtune.bench.report import Results, shown_command
 from cogtune.checkpoint.load import load_model
 from cogtune.checkpoint.quantize import PLAIN, Quantization
 from cogtune.configuration.model import CogVLM2Config
-from cogtune.configuration.run import LoraSection
+from cogtune.configuration.run_config import LoraSection
 from cogtune.data.collate import collate
 from cogtune.data.dataset import RowSample
 from cogtune.demo import easyvqa

@@ -18,8 +18,7 @@ from typing import Any
 from benchmarks import refit
 from cogtune.bench.report import table
 from cogtune.cli.options import split_arguments
-from cogtune.configuration.run import load_config
-from cogtune.configuration.sizes import GIB, MIB
+from cogtune.configuration.run_config import load_config
 from cogtune.data.rows import RowShape
 from cogtune.plan.cards import Card, named_like
 from cogtune.plan.memory import predict
@@ -28,6 +27,7 @@ from cogtune.plan.run import setting_of
 from cogtune.plan.setting import Adapter, Batch, Quant, Setting, adapted_names
 from cogtune.plan.sizes import ModelSizes
 from cogtune.plan.time import step_time
+from cogtune.system.byte_sizes import GIB, MIB
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -27,7 +27,7 @@ import torch
 
 from cogtune.bench.report import Results, circumstances, shown_command
 from cogtune.checkpoint.quantize import PLAIN, Quantization
-from cogtune.configuration.run import RunConfig
+from cogtune.configuration.run_config import RunConfig
 from cogtune.demo import easyvqa
 from cogtune.demo.base import BASE
 from cogtune.demo.record import Clock, use_all_cores, write_json

@@ -23,10 +23,10 @@ from cogtune.bench.prediction import setting_for
 from cogtune.bench.report import table
 from cogtune.bench.variants import parse_variants
 from cogtune.cli.options import split_arguments
-from cogtune.configuration.sizes import GIB, MIB
 from cogtune.plan.memory import FLOAT32, predict
 from cogtune.plan.setting import Setting
 from cogtune.plan.step import peak
+from cogtune.system.byte_sizes import GIB, MIB
 
 _SWITCHES = ("breakdown", "tiny")
 _VALUES = ("preset", "features", "variant", "steps", "warmup", "rounds", "cap", "json", "rows")

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from cogtune.bench.report import commit
-from cogtune.configuration.sizes import GIB
 from cogtune.plan.cards import REFERENCE
 from cogtune.plan.memory import predict
 from cogtune.plan.setting import Adapter, Setting, adapted_names
 from cogtune.plan.sizes import ModelSizes
 from cogtune.plan.time import step_time
+from cogtune.system.byte_sizes import GIB
 
 OUTPUT = Path(__file__).parent / "results" / "scaling.json"
 SPREADS = {"1": (1, 1), "2": (2, 1), "4": (4, 1), "8": (8, 1), "2 x 8": (16, 2)}

@@ -11,7 +11,7 @@ import torch
 from cogtune.adapters.attach import attach, save_adapter
 from cogtune.checkpoint.load import load_model
 from cogtune.cli.main import main
-from cogtune.configuration.run import LoraSection
+from cogtune.configuration.run_config import LoraSection
 from tests.support import tensor_cases
 from tests.support.launching import launch, torchrun
 from tests.support.training import write_data

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from cogtune.checkpoint.random import make_tiny
-from cogtune.configuration.run import RunConfig
+from cogtune.configuration.run_config import RunConfig
 from cogtune.train.log import read_metrics
 from cogtune.train.run import train
 from tests.support.training import make_config, write_data

@@ -99,7 +99,7 @@ def test_compiled_bfloat16_layers_train_as_float32_ones(targets: str) -> None:
     """Heads as wide as the published model's, rows of different lengths, with and without a picture: every adapter's
     gradient, with the kernels and attention that full-size training takes."""
     from cogtune.adapters.attach import attach
-    from cogtune.configuration.run import LoraSection
+    from cogtune.configuration.run_config import LoraSection
 
     ids = torch.randint(10, 200, (2, 60), generator=torch.Generator().manual_seed(3))
     ids[0, 1:7] = 258
@@ -196,7 +196,7 @@ def test_the_kernel_for_fp8_rounds_as_the_formula_does(scaled: bool) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_training_on_the_device_learns(tiny_checkpoint: Path, tmp_path: Path, dtype: str) -> None:
-    from cogtune.configuration.run import load_config
+    from cogtune.configuration.run_config import load_config
     from cogtune.train.run import train
     from tests.support.data_folders import dialogue, write_folder
 

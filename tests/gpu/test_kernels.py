@@ -123,7 +123,7 @@ def test_adapted_experts_compute_the_same_with_the_kernel(dropout: float, monkey
     """A whole model on the device, with the updates inside the product and layer by layer."""
     from cogtune.adapters.attach import attach
     from cogtune.checkpoint.random import random_model, tiny_config
-    from cogtune.configuration.run import LoraSection
+    from cogtune.configuration.run_config import LoraSection
     from cogtune.model.compile import compile_layers
 
     ids = torch.randint(10, 200, (1, 40), generator=torch.Generator().manual_seed(3)).cuda()

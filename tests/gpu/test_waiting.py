@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from cogtune.configuration.run import RunConfig
+from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import NonFiniteError
 from cogtune.train import validate
 from cogtune.train.engines.arriving import Arriving

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cogtune.configuration.deepspeed import apply_deepspeed
-from cogtune.configuration.run import load_config
+from cogtune.configuration.run_config import load_config
 from cogtune.errors import ConfigError
 from cogtune.train.published import FLAGS, configure
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from cogtune.checkpoint import training as checkpoints
 from cogtune.checkpoint.load import load_model
-from cogtune.configuration.run import RunConfig
+from cogtune.configuration.run_config import RunConfig
 from cogtune.model.modeling import DecoderLayer
 from cogtune.model.vision import VisionLayer
 from cogtune.train.inputs import read_inputs

@@ -9,7 +9,7 @@ import torch
 
 from cogtune.adapters.attach import attach, save_adapter
 from cogtune.checkpoint.load import load_model
-from cogtune.configuration.run import LoraSection
+from cogtune.configuration.run_config import LoraSection
 
 
 def write_adapter(base: Path, folder: Path, *, seed: int = 1, size: float = 0.05, **lora: Any) -> Path:

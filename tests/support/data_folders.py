@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from cogtune.configuration.run import DataSection
+from cogtune.configuration.run_config import DataSection
 
 
 def section(*paths: Any, **values: Any) -> DataSection:

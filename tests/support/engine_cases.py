@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from cogtune.cli.main import guarded
-from cogtune.configuration.run import RunConfig
+from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import NonFiniteError, Stopped
 from cogtune.train import feed, loop, run
 from cogtune.train.engines.single import SingleEngine

@@ -22,7 +22,7 @@ from cogtune.adapters.attach import attach, load_adapter
 from cogtune.adapters.split import AdapterPart, split_adapter
 from cogtune.checkpoint.load import load_model, shard_files
 from cogtune.checkpoint.quantize import Quantization
-from cogtune.configuration.run import LoraSection
+from cogtune.configuration.run_config import LoraSection
 from cogtune.model.checkpointing import enable_checkpointing
 from cogtune.model.compile import compile_layers
 from cogtune.model.modeling import CogVLM2ForCausalLM

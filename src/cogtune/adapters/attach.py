@@ -23,7 +23,7 @@ from torch import nn
 
 from cogtune.adapters.lowrank import fast_adapter, make_fast
 from cogtune.adapters.targets import region, resolve_targets
-from cogtune.configuration.run import LoraSection
+from cogtune.configuration.run_config import LoraSection
 from cogtune.errors import AdapterError, ConfigError
 
 WEIGHTS_NAME = "adapter_model.safetensors"

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from cogtune.configuration.sizes import GIB, parse_size
 from cogtune.data.sampler import Position
 from cogtune.errors import ConfigError
 from cogtune.model.compile import compiled_graphs
+from cogtune.system.byte_sizes import GIB, parse_size
 from cogtune.train.feed import Batch, StepBatches
 
 

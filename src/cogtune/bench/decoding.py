@@ -10,7 +10,7 @@ import torch
 from cogtune.bench.clock import memory_gib, reset_peak, wait
 from cogtune.bench.models import build_base
 from cogtune.bench.report import Results
-from cogtune.configuration.run import RunConfig
+from cogtune.configuration.run_config import RunConfig
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.train import engines
 from cogtune.train.precision import choose_dtype

@@ -14,7 +14,7 @@ from cogtune.bench.models import RANDOM, model_config, random_weights
 from cogtune.bench.report import Results
 from cogtune.bench.rows import preset, synthetic_rows
 from cogtune.checkpoint.quantize import Quantization
-from cogtune.configuration.run import RunConfig
+from cogtune.configuration.run_config import RunConfig
 from cogtune.data.loader import worker_count
 from cogtune.features.cache import FeatureCache, FillReport
 from cogtune.features.fill import FillSettings, Tower

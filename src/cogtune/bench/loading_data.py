@@ -12,7 +12,7 @@ import torch
 from cogtune.bench.models import model_config
 from cogtune.bench.report import Results
 from cogtune.bench.rows import PRESETS, synthetic_rows
-from cogtune.configuration.run import RunConfig
+from cogtune.configuration.run_config import RunConfig
 from cogtune.data.loader import batches, worker_count
 from cogtune.data.sampler import EpochSampler
 from cogtune.features.files import Layout

@@ -9,7 +9,7 @@ from cogtune.checkpoint.place import Builder, Cutting, Placement, require_filled
 from cogtune.checkpoint.quantize import Quantization, mark_for_adapters
 from cogtune.checkpoint.random import tiny_config
 from cogtune.configuration.model import CogVLM2Config
-from cogtune.configuration.run import RunConfig
+from cogtune.configuration.run_config import RunConfig
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.rope import inverse_frequencies
 from cogtune.train.engines.base import Engine

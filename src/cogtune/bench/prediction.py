@@ -8,7 +8,6 @@ from typing import Any
 from cogtune.bench.flops import Work
 from cogtune.bench.variants import Variant
 from cogtune.configuration.model import CogVLM2Config
-from cogtune.configuration.sizes import GIB
 from cogtune.errors import InputError
 from cogtune.plan.cards import named_like
 from cogtune.plan.memory import predict
@@ -17,6 +16,7 @@ from cogtune.plan.run import recomputed, setting_of
 from cogtune.plan.setting import Adapter, Batch, Setting, adapted_names
 from cogtune.plan.sizes import ModelSizes
 from cogtune.plan.time import step_time
+from cogtune.system.byte_sizes import GIB
 
 
 def setting_for(

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from cogtune.configuration.model import CogVLM2Config
-from cogtune.configuration.run import DataFolder, DataSection
+from cogtune.configuration.run_config import DataFolder, DataSection
 from cogtune.data.collate import collate
 from cogtune.data.dataset import TrainRows
 from cogtune.data.records import Conversation, Picture, Turn

@@ -17,7 +17,7 @@ from cogtune.bench.clock import TimedFeed, Timing, memory_gib, reset_peak, wait
 from cogtune.bench.models import build_base
 from cogtune.bench.rows import preset, synthetic_batches
 from cogtune.bench.variants import Variant
-from cogtune.configuration.run import RunConfig
+from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import ConfigError
 from cogtune.model.checkpointing import enable_checkpointing, recomputed_layers
 from cogtune.model.compile import prepare_compiling

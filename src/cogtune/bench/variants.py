@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cogtune.configuration.keys import ALIASES
-from cogtune.configuration.run import RunConfig, load_config
+from cogtune.configuration.run_config import RunConfig, load_config
 from cogtune.errors import ConfigError
 
 BASELINE = "baseline"

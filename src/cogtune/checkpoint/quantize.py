@@ -13,10 +13,10 @@ from typing import get_args
 import torch
 from torch import nn
 
-from cogtune.configuration.run import QuantSection
+from cogtune.configuration.quantization import Formats
+from cogtune.configuration.run_config import QuantSection
 from cogtune.errors import ConfigError, SetupError
 from cogtune.model.embedding import HostEmbedding
-from cogtune.model.formats import Formats
 
 FORMATS = {name: get_args(field.annotation) for name, field in QuantSection.model_fields.items()}
 """The formats each part has."""

@@ -10,7 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from cogtune.bench.report import Results
-    from cogtune.configuration.run import RunConfig
+    from cogtune.configuration.run_config import RunConfig
 
 _KEYS = {"ignore_unknown_options": True, "allow_extra_args": True}
 _Json = Annotated[Path | None, typer.Option("--json", help="Write all numbers here, after every row.", metavar="FILE")]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from cogtune.cli.options import Arguments
-    from cogtune.configuration.run import RunConfig
+    from cogtune.configuration.run_config import RunConfig
     from cogtune.data.check import CheckReport, Finding
     from cogtune.data.statistics import Histogram
 

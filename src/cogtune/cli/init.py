@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from cogtune.cli.options import Arguments
-    from cogtune.configuration.run import RunConfig
+    from cogtune.configuration.run_config import RunConfig
     from cogtune.data.check import CheckReport
     from cogtune.plan.beginning import Proposal
     from cogtune.plan.cards import Card
@@ -67,7 +67,7 @@ def _init(ctx: typer.Context) -> None:
     config, used = _configuration(arguments)
     card, cards = _card(arguments.values)
 
-    from cogtune.configuration.run import load_config
+    from cogtune.configuration.run_config import load_config
     from cogtune.data.check import check
     from cogtune.plan.beginning import propose, take_plan, to_yaml, with_room
     from cogtune.processing.tokenfile import find_token_file
@@ -94,7 +94,7 @@ def _init(ctx: typer.Context) -> None:
 def _configuration(arguments: Arguments) -> tuple[RunConfig, dict[str, str]]:
     """The configuration that flags give, and the required keys that were filled in."""
     from cogtune.configuration.load import build_with_defaults
-    from cogtune.configuration.run import PUBLISHED_MODEL
+    from cogtune.configuration.run_config import PUBLISHED_MODEL
 
     overrides = dict(arguments.overrides)
     if arguments.config is not None:

@@ -17,8 +17,8 @@ from typing import Annotated
 import typer
 
 import cogtune
-from cogtune.configuration.allocator import prepare_allocator
 from cogtune.errors import CogtuneError, language, render
+from cogtune.system.allocator import prepare_allocator
 
 COMMANDS = ("doctor", "download", "init", "plan", "train", "chat", "predict", "merge", "data", "demo", "bench")
 """Modules of this package, in the order of the help; each has ``register(app)``."""
@@ -47,7 +47,7 @@ def _start(
     if ctx.invoked_subcommand is None:
         print(ctx.get_help())
     elif ctx.invoked_subcommand not in WITHOUT_MODEL:
-        from cogtune.configuration.libraries import refuse_broken
+        from cogtune.system.libraries import refuse_broken
 
         refuse_broken()
 

@@ -90,7 +90,7 @@ def _next_value(flag: str, rest: list[str]) -> str:
 def keys_help(width: int = 100, only: tuple[str, ...] = ("",)) -> Iterator[str]:
     """Every key with type, default and meaning, by section, as lines of text; or those that begin as ``only`` says."""
     from cogtune.configuration.keys import describe_keys
-    from cogtune.configuration.run import RunConfig
+    from cogtune.configuration.run_config import RunConfig
 
     section = ""
     for key in describe_keys():

@@ -13,7 +13,7 @@ from cogtune.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from cogtune.configuration.run import RunConfig
+    from cogtune.configuration.run_config import RunConfig
     from cogtune.plan.cards import Card
     from cogtune.plan.proposal import Plan
 
@@ -85,7 +85,7 @@ def _plan(ctx: typer.Context) -> None:
 def _configuration(path: str | None, overrides: Mapping[str, Any]) -> tuple[RunConfig, dict[str, str]]:
     """The configuration, and the required keys that were missing and filled in for planning."""
     from cogtune.configuration.load import build_with_defaults
-    from cogtune.configuration.run import PUBLISHED_MODEL
+    from cogtune.configuration.run_config import PUBLISHED_MODEL
 
     needed = {"model.path": PUBLISHED_MODEL, "data.path": "data", "train.output": "output"}
     return build_with_defaults(path, overrides, needed)
@@ -145,8 +145,8 @@ def _targets(config: RunConfig) -> list[str]:
 def _write(file: Path, config: RunConfig, plan: Plan, placeholders: Mapping[str, str]) -> None:
     import yaml
 
-    from cogtune.configuration.sizes import format_size
     from cogtune.plan.proposal import ready_config
+    from cogtune.system.byte_sizes import format_size
 
     nested = ready_config(config, plan, placeholders)
     about = f"{plan.setting.ranks} x {plan.card.name}: {format_size(plan.memory.driver)} planned"

@@ -12,7 +12,7 @@ import typer
 from cogtune.cli import answering
 
 if TYPE_CHECKING:
-    from cogtune.configuration.run import DataSection
+    from cogtune.configuration.run_config import DataSection
     from cogtune.data.report import DataReport
     from cogtune.generate.decoding import Decoding
     from cogtune.generate.loading import Resolved
@@ -140,7 +140,7 @@ def _predict(
 
 def _data_section(keys: dict[str, str | list[str] | None], output: Path) -> DataSection:
     """The data keys, checked by the same code and with the same errors as in training."""
-    from cogtune.configuration.run import load_config
+    from cogtune.configuration.run_config import load_config
 
     given = {name: value for name, value in keys.items() if value is not None}
     config = load_config(None, {**given, "model.path": "-", "train.output": str(output)})

@@ -43,7 +43,7 @@ def _train(ctx: typer.Context) -> int:
         return 0
     arguments = split_arguments(ctx.args, switches=["dry-run", "force"])
 
-    from cogtune.configuration.run import load_config
+    from cogtune.configuration.run_config import load_config
 
     config = load_config(arguments.config, arguments.overrides)
     if config.parallel.launch is not None and "RANK" not in os.environ:

@@ -15,7 +15,7 @@ from cogtune.configuration.yaml_text import describe, read_mapping
 from cogtune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from cogtune.configuration.run import RunConfig
+    from cogtune.configuration.run_config import RunConfig
 
 DeepSpeedDict = dict[str, Any]
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cogtune.configuration.run import RunConfig
+    from cogtune.configuration.run_config import RunConfig
 
 BY_FINGERPRINT = frozenset({"model.path", "data.path", "data.validation", "data.image_root", "lora.start_from"})
 GLOBAL_BATCH = frozenset({"train.batch_size", "train.accumulation"})

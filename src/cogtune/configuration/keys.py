@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from cogtune.configuration.run import DataFolder, RunConfig, Shown
+from cogtune.configuration.run_config import DataFolder, RunConfig, Shown
 
 ALIASES = {
     "model": "model.path",

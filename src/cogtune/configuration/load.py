@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from cogtune.configuration.keys import ALIASES, Key, known_keys, nearest_key, sections
-from cogtune.configuration.run import RunConfig
+from cogtune.configuration.run_config import RunConfig
 from cogtune.configuration.yaml_text import describe, parse_value, read_mapping
 from cogtune.errors import ConfigError
 
@@ -28,7 +28,7 @@ class Entry:
 
 
 def build(path: str | Path | None, overrides: Mapping[str, str | Sequence[str]]) -> RunConfig:
-    """See `cogtune.configuration.run.load_config`."""
+    """See `cogtune.configuration.run_config.load_config`."""
     entries = dict(_file_entries(Path(path))) if path is not None else {}
     entries |= _override_entries(overrides)
     return from_entries(entries)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from cogtune.configuration.sizes import parse_size
+from cogtune.system.byte_sizes import parse_size
 
 DataFormat = Literal["auto", "folder", "jsonl", "llava", "sharegpt", "openai", "coco", "vqa", "csv", "parquet", "hf"]
 Engine = Literal["auto", "single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]

@@ -16,7 +16,7 @@ from cogtune.errors import DataError
 from cogtune.processing.prompt import build_prompt
 
 if TYPE_CHECKING:
-    from cogtune.configuration.run import DataSection
+    from cogtune.configuration.run_config import DataSection
     from cogtune.processing.encode import Encoder
 
 # Conversations whose prompts are tokenised in one call.

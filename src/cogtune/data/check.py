@@ -25,7 +25,7 @@ from cogtune.errors import DataError
 from cogtune.processing.tokenfile import Counting, TokenFile
 
 if TYPE_CHECKING:
-    from cogtune.configuration.run import DataSection
+    from cogtune.configuration.run_config import DataSection
 
 Progress = Callable[[str, int, int], None]
 """Told what is going on, how much of it is done, and of how much."""

@@ -20,7 +20,7 @@ from cogtune.processing.image import preprocess, read_image
 from cogtune.processing.tree import Row, build_tree
 
 if TYPE_CHECKING:
-    from cogtune.configuration.run import DataSection
+    from cogtune.configuration.run_config import DataSection
 
 RowIndex = tuple[int, int]
 Features = Callable[[Path], torch.Tensor]

@@ -19,7 +19,7 @@ from cogtune.processing.tokenizer import byte_symbols
 from cogtune.processing.tree import ROOT, Row, build_tree
 
 if TYPE_CHECKING:
-    from cogtune.configuration.run import DataSection
+    from cogtune.configuration.run_config import DataSection
 
 Kind = Literal["context", "trained", "special", "picture"]
 

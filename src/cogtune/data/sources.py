@@ -19,7 +19,7 @@ from cogtune.data.report import DataReport
 from cogtune.errors import DataError
 
 if TYPE_CHECKING:
-    from cogtune.configuration.run import DataSection
+    from cogtune.configuration.run_config import DataSection
 
 Done = Callable[[int, int], None]
 """Told how many pictures of how many of an entry are looked at."""

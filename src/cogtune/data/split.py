@@ -14,7 +14,7 @@ from cogtune.data.sources import read_sources
 from cogtune.errors import DataError
 
 if TYPE_CHECKING:
-    from cogtune.configuration.run import DataSection
+    from cogtune.configuration.run_config import DataSection
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import yaml
 from transformers.utils.logging import disable_progress_bar
 
 from cogtune.adapters.merge import merge
-from cogtune.configuration.run import RunConfig
+from cogtune.configuration.run_config import RunConfig
 from cogtune.demo import easyvqa, page
 from cogtune.demo.base import BASE, SETTINGS
 from cogtune.demo.easyvqa import VqaPicture

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from cogtune.configuration.libraries import TESTED, broken, outside_tested, parse
 from cogtune.doctor.facts import GIB, Facts, Gpu
+from cogtune.system.libraries import TESTED, broken, outside_tested, parse
 
 Level = Literal["error", "warning", "note"]
 MODEL_BYTES = 39_006_214_656

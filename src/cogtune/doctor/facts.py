@@ -13,8 +13,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cogtune.configuration.hubs import hub_cache
-from cogtune.configuration.libraries import TESTED, installed
+from cogtune.system.hub_cache import hub_cache
+from cogtune.system.libraries import TESTED, installed
 
 LIBRARIES = (*TESTED, "torchvision", "pillow", "gradio", "flash-attn", "xformers")
 GIB = 1024**3

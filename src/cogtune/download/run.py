@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cogtune.checkpoint.load import check_folder
-from cogtune.configuration.hubs import cached_file, hub_cache
 from cogtune.download.http import Client
 from cogtune.download.remote import RemoteFile, list_files
 from cogtune.download.sources import HF_ENDPOINT, MODELSCOPE_ENDPOINT, Repository, Source
 from cogtune.download.transfer import PART, fetch
 from cogtune.errors import DiskFullError, InputError
+from cogtune.system.hub_cache import cached_file, hub_cache
 
 _SPARE = 1 << 30
 _SKIPPED = (".gitattributes",)

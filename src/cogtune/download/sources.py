@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from cogtune.configuration.run import PUBLISHED_MODEL
+from cogtune.configuration.run_config import PUBLISHED_MODEL
 
 Source = Literal["hf", "modelscope"]
 HF_ENDPOINT = "https://huggingface.co"

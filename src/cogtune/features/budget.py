@@ -8,9 +8,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cogtune.configuration.sizes import parse_size
 from cogtune.features.lease import leased
 from cogtune.features.store import SUFFIX, Stored, scan
+from cogtune.system.byte_sizes import parse_size
 
 _HEADROOM = 2**30  # left free on the disk whatever the budget says: checkpoints are written while a run goes on
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from cogtune.configuration.run import DataSection
+from cogtune.configuration.run_config import DataSection
 from cogtune.data.records import Question
 from cogtune.errors import DataError
 from cogtune.generate.decoding import Decoding

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cogtune.configuration.sizes import MIB
 from cogtune.plan.activations import DecoderTable, TowerTable, glu_adapter
 from cogtune.plan.calibration import HOST_PROCESS, LIBRARIES
 from cogtune.plan.memory import FLOAT32, Phase, allocator, host_loading, weights
 from cogtune.plan.setting import Setting
+from cogtune.system.byte_sizes import MIB
 
 NEW_TOKENS = 512
 """Length of an answer unless `cogtune chat` is told otherwise."""

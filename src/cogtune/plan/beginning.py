@@ -15,10 +15,10 @@ import yaml
 
 from cogtune.configuration.keys import known_keys
 from cogtune.configuration.load import explicit_values
-from cogtune.configuration.run import DataSection, RunConfig
-from cogtune.configuration.sizes import format_size
+from cogtune.configuration.run_config import DataSection, RunConfig
 from cogtune.data.check import CheckReport
 from cogtune.plan.proposal import Plan
+from cogtune.system.byte_sizes import format_size
 
 _SECTIONS = ("model", "data", "lora", "quant", "train", "eval", "parallel", "log")
 # Answers up to which a number of epochs, and a rank, is proposed.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cogtune.configuration.sizes import GIB, MIB
+from cogtune.system.byte_sizes import GIB, MIB
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, replace
 
-from cogtune.configuration.sizes import GIB, MIB, format_size, parse_size
 from cogtune.errors import ConfigError
+from cogtune.system.byte_sizes import GIB, MIB, format_size, parse_size
 
 DESKTOP = round(0.45 * GIB)
 """Of a card's memory: what the driver keeps for itself and a desktop may take, so never free."""

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
-from cogtune.configuration.sizes import MIB
 from cogtune.plan.cards import CARDS, DESKTOP, Card
 from cogtune.plan.memory import Memory, predict
 from cogtune.plan.setting import Quant, Setting, Tower
 from cogtune.plan.time import StepTime, step_time
+from cogtune.system.byte_sizes import MIB
 
 MOST_ROWS = 512
 MARGIN_SHARE, MARGIN = 0.01, 256 * MIB

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from cogtune.configuration.sizes import MIB
 from cogtune.errors import SetupError
 from cogtune.plan.cards import Card, named_like
+from cogtune.system.byte_sizes import MIB
 
 
 class Query(Protocol):

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
-from cogtune.configuration.sizes import GIB
 from cogtune.plan.activations import CHUNK, TowerTable
 from cogtune.plan.calibration import (
     CONTEXT,
@@ -23,6 +22,7 @@ from cogtune.plan.gathered import Gathering
 from cogtune.plan.setting import BYTES, Quant, Setting
 from cogtune.plan.sizes import Linear, ModelSizes, Part
 from cogtune.plan.step import peak
+from cogtune.system.byte_sizes import GIB
 
 FLOAT32 = 4
 ZERO_BUCKET = 500_000_000  # `cogtune.train.engines.zero._BUCKET`, values

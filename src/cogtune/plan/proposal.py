@@ -8,8 +8,7 @@ from typing import Any
 
 from cogtune.configuration.keys import known_keys
 from cogtune.configuration.load import explicit_values
-from cogtune.configuration.run import RunConfig
-from cogtune.configuration.sizes import GIB, format_size
+from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import InputError
 from cogtune.plan.afterwards import answer, merge
 from cogtune.plan.cards import Card
@@ -19,6 +18,7 @@ from cogtune.plan.rows import Rows
 from cogtune.plan.run import budget_of, fixed_keys, setting_of
 from cogtune.plan.setting import Setting
 from cogtune.plan.time import Schedule, checkpoint_bytes, feature_bytes, schedule
+from cogtune.system.byte_sizes import GIB, format_size
 
 
 class PlanError(InputError):

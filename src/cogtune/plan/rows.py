@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cogtune.configuration.run import RunConfig
+from cogtune.configuration.run_config import RunConfig
 from cogtune.data.budget import Budget
 from cogtune.data.rows import RowShape, plan_rows, shape_of
 from cogtune.plan.setting import S400, Batch

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from cogtune.configuration.allocator import expandable
 from cogtune.configuration.deepspeed import read_deepspeed
 from cogtune.configuration.load import explicit_values
-from cogtune.configuration.run import RunConfig
-from cogtune.configuration.sizes import parse_size
+from cogtune.configuration.run_config import RunConfig
 from cogtune.plan.cards import Card
 from cogtune.plan.rows import Rows
 from cogtune.plan.setting import Adapter, Batch, Quant, Setting, Tower, adapted_names
 from cogtune.plan.sizes import ModelSizes
+from cogtune.system.allocator import expandable
+from cogtune.system.byte_sizes import parse_size
 
 CHOSEN = (
     "quant.experts",

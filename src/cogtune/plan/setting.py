@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from cogtune.adapters.targets import LINEAR, is_hit, match_targets
-from cogtune.model.formats import Formats
+from cogtune.configuration.quantization import Formats
 from cogtune.plan.sizes import Linear, ModelSizes
 
 Tower = Literal["live", "cached", "none"]

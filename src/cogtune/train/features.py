@@ -16,7 +16,7 @@ from cogtune.checkpoint.load import load_config, load_tower, whole_folder
 from cogtune.checkpoint.quantize import Quantization
 from cogtune.configuration.deepspeed import apply_deepspeed
 from cogtune.configuration.model import CogVLM2Config
-from cogtune.configuration.run import RunConfig
+from cogtune.configuration.run_config import RunConfig
 from cogtune.data.loader import worker_count
 from cogtune.data.split import read_and_split
 from cogtune.errors import ConfigError

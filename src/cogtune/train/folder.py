@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cogtune.checkpoint import training as checkpoints
-from cogtune.configuration.run import RunConfig
+from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import OutputFolderError
 
 RUN_FILE = "run.json"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cogtune.checkpoint.fingerprint import adapter_fingerprint, model_fingerprint
 from cogtune.configuration.identity import identity
-from cogtune.configuration.run import RunConfig
+from cogtune.configuration.run_config import RunConfig
 from cogtune.data.split import DataSplit
 from cogtune.train.folder import RunIdentity
 

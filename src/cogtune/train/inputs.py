@@ -13,7 +13,7 @@ import torch
 from cogtune.adapters.attach import adapter_shapes, check_continued
 from cogtune.adapters.targets import adapted_modules, check_reached
 from cogtune.checkpoint.load import check_folder, load_config
-from cogtune.configuration.run import RunConfig
+from cogtune.configuration.run_config import RunConfig
 from cogtune.data.dataset import TrainRows
 from cogtune.data.split import DataSplit, read_and_split
 from cogtune.model.modeling import CogVLM2ForCausalLM

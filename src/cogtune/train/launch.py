@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cogtune.checkpoint import training as checkpoints
-from cogtune.configuration.run import RunConfig
+from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import ConfigError
 
 _SECONDS_TO_SAVE = "50"  # from a signal to SIGKILL: a step and a checkpoint; torchrun's own 30 can be short

@@ -12,7 +12,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from cogtune.checkpoint.quantize import require_bitsandbytes
-from cogtune.configuration.run import TrainSection
+from cogtune.configuration.run_config import TrainSection
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], train: TrainSection, *, fused: bool = False) -> Optimizer:

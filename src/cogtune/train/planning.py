@@ -14,8 +14,7 @@ from pathlib import Path
 
 import torch
 
-from cogtune.configuration.run import RunConfig
-from cogtune.configuration.sizes import format_size
+from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import ConfigError, OutOfMemoryError, SetupError
 from cogtune.plan.calibration import CONTEXT
 from cogtune.plan.cards import Card, named_like
@@ -30,6 +29,7 @@ from cogtune.plan.rows import summary as rows_summary
 from cogtune.plan.run import budget_of, setting_of
 from cogtune.plan.setting import Setting
 from cogtune.plan.sizes import ModelSizes
+from cogtune.system.byte_sizes import format_size
 from cogtune.train.engines import Engine, Group
 from cogtune.train.engines.combinations import check
 from cogtune.train.inputs import Inputs

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from cogtune.configuration.deepspeed import apply_deepspeed
 from cogtune.configuration.keys import known_keys
 from cogtune.configuration.load import Entry, from_entries, parse_flag
-from cogtune.configuration.run import PUBLISHED_MODEL, RunConfig
+from cogtune.configuration.run_config import PUBLISHED_MODEL, RunConfig
 from cogtune.errors import ConfigError
 
 _DTYPES = {

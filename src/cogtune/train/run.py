@@ -15,15 +15,15 @@ from cogtune.adapters.attach import attach, computed_by_peft, describe
 from cogtune.checkpoint import training as checkpoints
 from cogtune.checkpoint.load import load_model
 from cogtune.checkpoint.quantize import Quantization
-from cogtune.configuration.allocator import describe_allocator
 from cogtune.configuration.deepspeed import apply_deepspeed
-from cogtune.configuration.run import RunConfig
+from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import DataError, DiskFullError
 from cogtune.features.reader import FeatureReader
 from cogtune.generate.last_run import write_last_run
 from cogtune.model.checkpointing import enable_checkpointing, recomputed_layers
 from cogtune.model.compile import can_compile, compile_layers, prepare_compiling
 from cogtune.model.modeling import CogVLM2ForCausalLM
+from cogtune.system.allocator import describe_allocator
 from cogtune.train import engines, features, folder, saver
 from cogtune.train.engines import Engine, Group
 from cogtune.train.feed import Feed

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from cogtune.adapters.attach import CONFIG_NAME, WEIGHTS_NAME, save_adapter
 from cogtune.checkpoint import training as checkpoints
 from cogtune.checkpoint.training import TrainingState
-from cogtune.configuration.run import RunConfig
+from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import CheckpointError
 from cogtune.train.engines.base import MASTER, Engine
 from cogtune.train.folder import RunRecord

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cogtune.configuration.run import RunConfig
+from cogtune.configuration.run_config import RunConfig
 from cogtune.data.dataset import TrainRows
 from cogtune.train.engines.base import Engine
 from cogtune.train.feed import to_device, validation_batches

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cogtune.configuration.run import RunConfig
+from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import NonFiniteError, OutOfMemoryError, RunError, Stopped
 from cogtune.train.engines.group import Group
 

@@ -12,7 +12,7 @@ from torch import nn
 from cogtune.adapters.attach import attach, computed_by_peft
 from cogtune.adapters.lowrank import fast_adapter, make_fast
 from cogtune.checkpoint.random import random_model, tiny_config
-from cogtune.configuration.run import LoraSection
+from cogtune.configuration.run_config import LoraSection
 
 # Both round the update to the number format, peft twice more (update, scaled update): a few units in the last place.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2}

@@ -12,7 +12,7 @@ from cogtune.adapters.attach import attach
 from cogtune.bench.baseline import PublishedModel, published_length
 from cogtune.bench.rows import preset, synthetic_batches
 from cogtune.checkpoint.random import random_model, tiny_config
-from cogtune.configuration.run import LoraSection
+from cogtune.configuration.run_config import LoraSection
 from cogtune.errors import ConfigError
 from cogtune.train.feed import to_device
 

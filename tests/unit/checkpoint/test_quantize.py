@@ -14,7 +14,7 @@ from cogtune import CogVLM2ForCausalLM
 from cogtune.adapters.attach import attach, load_adapter, save_adapter
 from cogtune.checkpoint.load import load_model, load_tower
 from cogtune.checkpoint.quantize import Quantization
-from cogtune.configuration.run import LoraSection
+from cogtune.configuration.run_config import LoraSection
 from cogtune.errors import CheckpointError, ConfigError, SetupError
 from cogtune.model.embedding import HostEmbedding
 from tests.support.batches import picture_batch

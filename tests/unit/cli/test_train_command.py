@@ -12,7 +12,7 @@ from cogtune.cli.main import main
 from cogtune.cli.options import split_arguments
 from cogtune.configuration.deepspeed import apply_deepspeed
 from cogtune.configuration.keys import ALIASES, describe_keys
-from cogtune.configuration.run import RunConfig
+from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import ConfigError
 
 NEEDED = ["--model", "base", "--data", "pictures", "--output", "out"]

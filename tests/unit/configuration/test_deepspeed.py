@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from cogtune.configuration.deepspeed import apply_deepspeed, deepspeed_settings, merge_deepspeed, read_deepspeed
-from cogtune.configuration.run import RunConfig, load_config
+from cogtune.configuration.run_config import RunConfig, load_config
 from cogtune.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]

@@ -10,7 +10,7 @@ import pytest
 import cogtune
 from cogtune.configuration import identity as rules
 from cogtune.configuration.keys import ALIASES, describe_keys, known_keys
-from cogtune.configuration.run import load_config
+from cogtune.configuration.run_config import load_config
 
 NEEDED = {"model": "base", "data": "pictures", "output": "out"}
 SOURCE = Path(cogtune.__file__).parent

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from cogtune.configuration.run import RunConfig, load_config
+from cogtune.configuration.run_config import RunConfig, load_config
 from cogtune.errors import ConfigError
 
 NEEDED = {"model": "base", "data": "pictures", "output": "out"}

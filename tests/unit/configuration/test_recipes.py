@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cogtune.configuration.run import RunConfig, load_config
+from cogtune.configuration.run_config import RunConfig, load_config
 from cogtune.plan.calibration import CONTEXT
 from cogtune.plan.cards import find_card
 from cogtune.plan.choose import checkpointing, fits

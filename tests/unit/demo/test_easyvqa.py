@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cogtune.configuration.run import DataSection
+from cogtune.configuration.run_config import DataSection
 from cogtune.data.records import iter_questions
 from cogtune.data.sources import read_sources
 from cogtune.demo.easyvqa import find_easy_vqa, read_split, write_folder

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from cogtune.configuration.libraries import TESTED
 from cogtune.doctor.checks import check
 from cogtune.doctor.facts import GIB, Facts, Gpu
 from cogtune.doctor.report import lines
 from cogtune.errors import catalogue
+from cogtune.system.libraries import TESTED
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", 80 * GIB, 79 * GIB, (9, 0))
 GOOD = Facts(

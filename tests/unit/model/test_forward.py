@@ -12,7 +12,7 @@ import torch.distributed as dist
 from cogtune import CogVLM2ForCausalLM
 from cogtune.adapters.attach import attach
 from cogtune.checkpoint.random import random_model, tiny_config
-from cogtune.configuration.run import LoraSection
+from cogtune.configuration.run_config import LoraSection
 from cogtune.model.compile import compile_layers
 from cogtune.model.routing import Routing
 

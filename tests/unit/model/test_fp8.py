@@ -71,7 +71,7 @@ def test_no_cast_reaches_the_weight() -> None:
 
 def test_a_model_in_fp8_stays_near_and_has_the_gradients_of_its_adapters() -> None:
     from cogtune.adapters.attach import attach
-    from cogtune.configuration.run import LoraSection
+    from cogtune.configuration.run_config import LoraSection
 
     ids = torch.randint(10, 200, (1, 40), generator=torch.Generator().manual_seed(3))
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from cogtune.adapters.attach import attach
 from cogtune.checkpoint.random import random_model, tiny_config
-from cogtune.configuration.run import LoraSection
+from cogtune.configuration.run_config import LoraSection
 from cogtune.model import gated as module
 from cogtune.model.compile import compile_layers
 from cogtune.model.fp8 import Fp8Linear, frozen_gated_mlp

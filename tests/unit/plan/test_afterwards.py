@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from cogtune.configuration.shapes import VisionShape
-from cogtune.configuration.sizes import GIB
 from cogtune.plan.afterwards import answer, merge
 from cogtune.plan.calibration import LIBRARIES
 from cogtune.plan.setting import Adapter, Batch, Quant, Setting, adapted_names
 from cogtune.plan.sizes import ModelSizes
+from cogtune.system.byte_sizes import GIB
 from tests.support.full_size import meta_answer
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"

@@ -7,8 +7,7 @@ from itertools import product
 
 import pytest
 
-from cogtune.configuration.run import load_config
-from cogtune.configuration.sizes import GIB
+from cogtune.configuration.run_config import load_config
 from cogtune.errors import ConfigError, SetupError
 from cogtune.plan.cards import CARDS, REFERENCE, find_card
 from cogtune.plan.choose import (
@@ -29,6 +28,7 @@ from cogtune.plan.run import setting_of
 from cogtune.plan.setting import Adapter, Quant, Setting, adapted_names
 from cogtune.plan.sizes import ModelSizes
 from cogtune.plan.time import step_time
+from cogtune.system.byte_sizes import GIB
 from cogtune.train.engines import combinations
 
 EXPERTS = Adapter(adapted_names(ModelSizes(), ["experts"]), 16)

@@ -15,7 +15,7 @@ from benchmarks.random_model import build, fill, sample
 from cogtune.adapters.attach import attach
 from cogtune.checkpoint import random
 from cogtune.checkpoint.random import tiny_config
-from cogtune.configuration.run import load_config
+from cogtune.configuration.run_config import load_config
 from cogtune.plan import gathered, memory
 from cogtune.plan.gathered import Gathering
 from cogtune.plan.memory import predict, weights

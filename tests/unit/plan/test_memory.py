@@ -11,11 +11,11 @@ import torch
 
 from cogtune.adapters.attach import attach
 from cogtune.checkpoint.random import TINY, TINY_VISION, random_model, tiny_config
-from cogtune.configuration.run import LoraSection
-from cogtune.configuration.sizes import GIB
+from cogtune.configuration.run_config import LoraSection
 from cogtune.plan.memory import Memory, predict, weight_bytes
 from cogtune.plan.setting import Adapter, Quant, Setting, adapted_names
 from cogtune.plan.sizes import Linear, ModelSizes
+from cogtune.system.byte_sizes import GIB
 
 FULL = ModelSizes()
 TINY_SIZES = ModelSizes.from_config({**TINY, "vision_config": TINY_VISION})

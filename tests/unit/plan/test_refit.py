@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import refit
-from cogtune.configuration.sizes import GIB, MIB
 from cogtune.plan.calibration import Allocator
 from cogtune.plan.memory import predict
+from cogtune.system.byte_sizes import GIB, MIB
 
 
 def result(folder: Path) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from cogtune.configuration.run import RunConfig
+from cogtune.configuration.run_config import RunConfig
 from cogtune.data.sampler import Position
 from cogtune.train.engines.group import Group
 from cogtune.train.feed import Feed, StepBatches, validation_batches

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cogtune.configuration.run import load_config
+from cogtune.configuration.run_config import load_config
 from cogtune.errors import ConfigError
 from cogtune.train import launch
 

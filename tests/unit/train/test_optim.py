@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from cogtune.configuration.run import TrainSection
+from cogtune.configuration.run_config import TrainSection
 from cogtune.train.optim import (
     build_optimizer,
     build_schedule,

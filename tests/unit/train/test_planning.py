@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from cogtune.configuration.run import RunConfig
-from cogtune.configuration.sizes import GIB
+from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import OutOfMemoryError
 from cogtune.plan.calibration import CONTEXT
 from cogtune.plan.cards import find_card
@@ -19,6 +18,7 @@ from cogtune.plan.memory import predict
 from cogtune.plan.proposal import PlanError
 from cogtune.plan.rows import TYPICAL
 from cogtune.plan.run import setting_of
+from cogtune.system.byte_sizes import GIB
 from cogtune.train import planning
 from cogtune.train.planning import Planned
 from tests.support.training import make_config

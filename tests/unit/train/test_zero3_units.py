@@ -10,7 +10,7 @@ from torch import nn
 
 from cogtune.adapters.attach import attach
 from cogtune.checkpoint.random import random_model, tiny_config
-from cogtune.configuration.run import LoraSection
+from cogtune.configuration.run_config import LoraSection
 from cogtune.train.engines.zero import fill_in
 from cogtune.train.engines.zero3_units import chooses_leaves, fetch_settings, hold_back, leaf_units, persistent_values
 

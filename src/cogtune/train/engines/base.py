@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from cogtune.checkpoint.place import Placement
-from cogtune.configuration.run import RunConfig
+from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import CheckpointError
 from cogtune.train.engines.arriving import Arriving
 from cogtune.train.engines.group import Group

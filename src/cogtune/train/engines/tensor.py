@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from cogtune.adapters.split import AdapterPart, check_adapter, split_adapter
-from cogtune.configuration.run import RunConfig
+from cogtune.configuration.run_config import RunConfig
 from cogtune.model.tensor import SplitModel, TensorGroup
 from cogtune.train.engines.base import StepResult
 from cogtune.train.engines.ddp import DdpEngine

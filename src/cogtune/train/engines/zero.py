@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cogtune.configuration.run import RunConfig
+from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import SetupError
 from cogtune.train.engines.arriving import Arriving
 from cogtune.train.engines.base import MASTER, Engine, StepResult, fresh_state

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cogtune.configuration.run import RunConfig
+from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import ConfigError
 from cogtune.model.vision import VisionModel
 from cogtune.train.engines.base import MASTER, fresh_state

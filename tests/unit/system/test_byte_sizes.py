@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cogtune.configuration.sizes import format_size, parse_size
+from cogtune.system.byte_sizes import format_size, parse_size
 
 
 @pytest.mark.parametrize(

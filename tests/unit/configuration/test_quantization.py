@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 
 from cogtune.checkpoint.quantize import FORMATS, Quantization
-from cogtune.configuration.run import QuantSection, load_config
-from cogtune.model.formats import Formats
+from cogtune.configuration.quantization import Formats
+from cogtune.configuration.run_config import QuantSection, load_config
 from cogtune.plan.rows import TYPICAL
 from cogtune.plan.run import setting_of
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from cogtune.configuration.allocator import describe_allocator, expandable, prepare_allocator
+from cogtune.system.allocator import describe_allocator, expandable, prepare_allocator
 
 NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cogtune.configuration.libraries import TESTED, broken, outside_tested, refuse_broken
 from cogtune.errors import SetupError
+from cogtune.system.libraries import TESTED, broken, outside_tested, refuse_broken
 
 PROJECT = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
-    from cogtune.configuration.run import QuantSection
+    from cogtune.configuration.run_config import QuantSection
 
 
 @dataclass(frozen=True)
