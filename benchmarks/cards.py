@@ -78,7 +78,7 @@ def measure(name: str, checkpoint: str | None, small: bool) -> dict[str, Any]:
     from cogtune.adapters.attach import attach
     from cogtune.checkpoint.load import load_model
     from cogtune.configuration.run_config import load_config
-    from cogtune.model.checkpointing import enable_checkpointing, recomputed_layers
+    from cogtune.model.activation_checkpointing import enable_checkpointing, recomputed_layers
     from cogtune.train import engines
     from cogtune.train.optim import build_optimizer
 

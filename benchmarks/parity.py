@@ -38,8 +38,8 @@ from cogtune.data.dataset import RowSample
 from cogtune.demo import easyvqa
 from cogtune.demo.base import BASE
 from cogtune.demo.record import use_all_cores
-from cogtune.model.fp8 import Fp8Linear
 from cogtune.model.modeling import CogVLM2ForCausalLM
+from cogtune.model.quantized.fp8 import Fp8Linear
 from cogtune.processing.image import preprocess, read_image
 from cogtune.processing.processor import CogVLM2Processor
 from cogtune.processing.tree import build_tree

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cogtune.adapters.attach import attach
 from cogtune.model import attention
 from cogtune.model.compile import compile_layers, compiled_graphs
-from cogtune.model.fp8 import Fp8Linear
+from cogtune.model.quantized.fp8 import Fp8Linear
 from cogtune.model.routing import GPU_COLUMNS, Routing
 from tests.gpu.full_size import random_full_size
 
@@ -369,18 +369,18 @@ def rank16(rows: Rows) -> None:
 
 def to_nf4(module: torch.nn.Module) -> None:
     """Every linear layer inside as NF4, double quantised."""
-    from cogtune.model import lowbit
+    from cogtune.model.quantized import bnb_linear
 
     for name, part in list(module.named_modules()):
         if type(part) is torch.nn.Linear and "lora_" not in name:
-            module.set_submodule(name, lowbit.to_nf4(part))
+            module.set_submodule(name, bnb_linear.to_nf4(part))
 
 
 def nf4(rows: Rows) -> None:
     """Dequantising alone, then steps with NF4 experts, recomputation and cached features."""
     import bitsandbytes as bnb
 
-    from cogtune.model.checkpointing import enable_checkpointing
+    from cogtune.model.activation_checkpointing import enable_checkpointing
 
     for shape in ((14336, 4096), (6144, 4096), (4096, 14336)):
         packed, state = bnb.functional.quantize_4bit(noise(*shape), quant_type="nf4", compress_statistics=True)

@@ -22,7 +22,7 @@ import transformers
 from cogtune import CogVLM2Config, CogVLM2ForCausalLM
 from cogtune.adapters.attach import attach
 from cogtune.bench.models import model_config, random_weights
-from cogtune.model.checkpointing import enable_checkpointing
+from cogtune.model.activation_checkpointing import enable_checkpointing
 from cogtune.model.routing import Routing
 
 TEXT, LABELLED = 400, 200

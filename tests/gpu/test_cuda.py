@@ -13,7 +13,7 @@ import torch
 from cogtune import CogVLM2ForCausalLM
 from cogtune.checkpoint.random import random_model, tiny_config
 from cogtune.model.compile import compile_layers
-from cogtune.model.fp8 import Fp8Linear
+from cogtune.model.quantized.fp8 import Fp8Linear
 from cogtune.model.rope import rotary_tables
 from tests.support.golden import golden, golden_images, golden_model
 from tests.support.trees import random_tree, samples, tree_batch
@@ -169,8 +169,8 @@ def test_fp8_layers_agree_with_the_rounded_operands(rows: int, keep_transposed: 
 @pytest.mark.parametrize("nested", [True, False])
 def test_the_kernel_for_nf4_makes_what_bitsandbytes_makes(nested: bool) -> None:
     bnb = pytest.importorskip("bitsandbytes")
-    from cogtune.model.nf4 import block_sizes
-    from cogtune.model.nf4_kernel import dequantize_nf4
+    from cogtune.model.kernels.nf4 import dequantize_nf4
+    from cogtune.model.quantized.nf4 import block_sizes
 
     packed, state = bnb.functional.quantize_4bit(
         torch.randn(192, 320, device="cuda", dtype=torch.bfloat16), quant_type="nf4", compress_statistics=nested
@@ -183,7 +183,7 @@ def test_the_kernel_for_nf4_makes_what_bitsandbytes_makes(nested: bool) -> None:
 
 @pytest.mark.parametrize("scaled", [True, False])
 def test_the_kernel_for_fp8_rounds_as_the_formula_does(scaled: bool) -> None:
-    from cogtune.model.fp8 import quantize_rows
+    from cogtune.model.quantized.fp8 import quantize_rows
 
     x, columns = torch.randn(33, 6144).bfloat16(), torch.rand(6144) if scaled else None
     x[3] = 0

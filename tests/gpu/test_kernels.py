@@ -9,10 +9,17 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from cogtune.model import fp8, gated, heads, vision
+from cogtune.model import qkv_rope, swiglu, vision
 from cogtune.model.attention import attend, attend_all
-from cogtune.model.fp8 import Fp8Linear, frozen_gated_mlp, rounded_gated, rounded_gated_gradients, rounded_gelu
-from cogtune.model.heads import rotated_heads
+from cogtune.model.qkv_rope import rotated_heads
+from cogtune.model.quantized import fp8
+from cogtune.model.quantized.fp8 import (
+    Fp8Linear,
+    frozen_gated_mlp,
+    rounded_gated,
+    rounded_gated_gradients,
+    rounded_gelu,
+)
 from cogtune.model.routing import Routing
 from tests.support.gated_formula import updated_product
 
@@ -98,7 +105,7 @@ def test_updates_inside_the_product_are_those_of_the_formula(
     gate_rank, up_rank, down_rank = ranks
 
     def kernel(*parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        one, two = gated.GatedProduct.apply(*parts)
+        one, two = swiglu.GatedProduct.apply(*parts)
         return one, two
 
     function = torch.compile(kernel, fullgraph=True, dynamic=True) if compiled else kernel
@@ -197,7 +204,7 @@ def test_heads_and_their_gradients_are_those_of_the_formulas(shape: tuple[int, i
     class Layer(nn.Module):  # whose numbers are constants to the compiler, as a decoder layer's are
         sizes = shape
 
-        def forward(self, given: torch.Tensor, *tables: torch.Tensor) -> heads.Heads:
+        def forward(self, given: torch.Tensor, *tables: torch.Tensor) -> qkv_rope.Heads:
             return rotated_heads(given, *tables, routing, self.sizes)
 
     def run(function: Any, given: torch.Tensor, *tables: torch.Tensor) -> list[torch.Tensor]:

@@ -14,7 +14,7 @@ def updated_product(
     up_matrix: torch.Tensor,
     first: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `cogtune.model.gated.GatedProduct`, for autograd to differentiate."""
+    """As `cogtune.model.swiglu.GatedProduct`, for autograd to differentiate."""
     gate_small, up_small = small.split([gate_matrix.shape[1], up_matrix.shape[1]], dim=1)
     inner = functional.silu(gate + gate_small @ gate_matrix.t()) * (up + up_small @ up_matrix.t())
     return inner, inner @ first.t()

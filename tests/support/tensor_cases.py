@@ -23,10 +23,10 @@ from cogtune.adapters.split import AdapterPart, split_adapter
 from cogtune.checkpoint.load import load_model, shard_files
 from cogtune.checkpoint.quantize import Quantization
 from cogtune.configuration.run_config import LoraSection
-from cogtune.model.checkpointing import enable_checkpointing
+from cogtune.model.activation_checkpointing import enable_checkpointing
 from cogtune.model.compile import compile_layers
 from cogtune.model.modeling import CogVLM2ForCausalLM
-from cogtune.model.tensor import SplitModel, TensorGroup
+from cogtune.model.tensor_parallel import SplitModel, TensorGroup
 
 EVERYWHERE = ("experts", "glu-adapter", "vision-tower", "lm_head")
 

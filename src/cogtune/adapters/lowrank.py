@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional
 
-from cogtune.model.converted import converted
+from cogtune.model.casting import converted
 from cogtune.model.fork import fork
 
 
@@ -59,7 +59,7 @@ class _Sum(torch.autograd.Function):
 
 class _Fast:
     """What is mixed into a peft layer class: its forward, and the parts of it for whoever computes several layers
-    together (`model.gated.Updated`)."""
+    together (`model.swiglu.Updated`)."""
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As peft's, which also computes whatever this does not know."""

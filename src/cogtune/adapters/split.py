@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from cogtune.errors import ConfigError
-from cogtune.model.tensor import Cut, SlicedDropout, SplitModel
+from cogtune.model.tensor_parallel import Cut, SlicedDropout, SplitModel
 
 ALLOWED_EXTRA = frozenset(
     {"alpha_pattern", "exclude_modules", "layers_pattern", "layers_to_transform", "rank_pattern", "revision"}

@@ -19,7 +19,7 @@ from cogtune.bench.rows import preset, synthetic_batches
 from cogtune.bench.variants import Variant
 from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import ConfigError
-from cogtune.model.checkpointing import enable_checkpointing, recomputed_layers
+from cogtune.model.activation_checkpointing import enable_checkpointing, recomputed_layers
 from cogtune.model.compile import prepare_compiling
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.train import engines

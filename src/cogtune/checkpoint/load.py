@@ -26,9 +26,9 @@ from cogtune.checkpoint.quantize import Quantization, mark_for_adapters
 from cogtune.checkpoint.stream import Stored, find_stored, stream
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.errors import CheckpointError, SetupError
+from cogtune.model.device_map import Spread, plan_spread
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.pretrained import require_exact
-from cogtune.model.spread import Spread, plan_spread
 from cogtune.model.vision import TOWER_PARTS, VisionModel
 
 INDEX_NAME = "model.safetensors.index.json"

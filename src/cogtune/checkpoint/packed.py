@@ -58,7 +58,7 @@ class Collector:
         return True
 
     def _make(self, weight: str, parts: dict[str, torch.Tensor]) -> None:
-        from cogtune.model.lowbit import from_stored
+        from cogtune.model.quantized.bnb_linear import from_stored
 
         try:
             layer = from_stored(parts, self._shapes[weight], parts[""].device)

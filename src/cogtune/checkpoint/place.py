@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from cogtune.checkpoint.quantize import Quantization
-from cogtune.model.embedding import HostEmbedding
 from cogtune.model.modeling import DecoderLayer
+from cogtune.model.quantized.host_embedding import HostEmbedding
 from cogtune.model.vision import GLUAdapter, PatchEmbedding, VisionLayer
 
 UNITS = (DecoderLayer, VisionLayer, PatchEmbedding, GLUAdapter)

@@ -16,7 +16,7 @@ from torch import nn
 from cogtune.configuration.quantization import Formats
 from cogtune.configuration.run_config import QuantSection
 from cogtune.errors import ConfigError, SetupError
-from cogtune.model.embedding import HostEmbedding
+from cogtune.model.quantized.host_embedding import HostEmbedding
 
 FORMATS = {name: get_args(field.annotation) for name, field in QuantSection.model_fields.items()}
 """The formats each part has."""
@@ -77,13 +77,13 @@ def quantize_linear(layer: nn.Linear, form: str, *, keep_transposed: bool = Fals
     """A frozen layer in ``form`` (nf4, int8 or fp8), made on the device where ``layer`` is. ``keep_transposed`` is
     fp8's second layout."""
     if form == "fp8":
-        from cogtune.model.fp8 import Fp8Linear
+        from cogtune.model.quantized.fp8 import Fp8Linear
 
         bias = None if layer.bias is None else layer.bias.data
         return Fp8Linear.from_weight(layer.weight.data, bias, keep_transposed=keep_transposed)
-    from cogtune.model import lowbit  # it imports bitsandbytes
+    from cogtune.model.quantized import bnb_linear  # it imports bitsandbytes
 
-    return lowbit.to_nf4(layer) if form == "nf4" else lowbit.to_int8(layer)
+    return bnb_linear.to_nf4(layer) if form == "nf4" else bnb_linear.to_int8(layer)
 
 
 def require_bitsandbytes(what: str) -> None:

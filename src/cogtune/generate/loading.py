@@ -18,9 +18,9 @@ from cogtune.configuration.model import ROPE_PRECISIONS
 from cogtune.errors import AdapterError, ConfigError, SetupError
 from cogtune.generate.engine import Generator
 from cogtune.generate.lockstep import LockstepGenerator, check_launched, launched_processes, leads, start
+from cogtune.model.device_map import Spread
 from cogtune.model.modeling import CogVLM2ForCausalLM
-from cogtune.model.spread import Spread
-from cogtune.model.tensor import SplitModel, TensorGroup, check_sizes
+from cogtune.model.tensor_parallel import SplitModel, TensorGroup, check_sizes
 from cogtune.processing.processor import CogVLM2Processor
 from cogtune.processing.prompt import check_template
 

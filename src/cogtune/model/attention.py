@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import Cache
 
 from cogtune.configuration.model import CogVLM2Config
-from cogtune.model.heads import rotated_heads
+from cogtune.model.qkv_rope import rotated_heads
 from cogtune.model.rope import RotaryEmbedding, rotate
 from cogtune.model.routing import Routing
 

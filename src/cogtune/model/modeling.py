@@ -20,12 +20,12 @@ from transformers.utils import ModelOutput
 
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.model.attention import ExpertAttention, by_expert, cache_mask, row_mask
-from cogtune.model.gated import gated
 from cogtune.model.generation import CogVLM2Generation
 from cogtune.model.loss import head_loss, token_loss
 from cogtune.model.pretrained import CogVLM2PreTrainedModel
 from cogtune.model.rope import inverse_frequencies, rotary_tables
 from cogtune.model.routing import GPU_COLUMNS, Routing, row_positions
+from cogtune.model.swiglu import gated
 from cogtune.model.vision import VisionModel
 
 

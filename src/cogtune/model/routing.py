@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cogtune.model.checks import refuse_holes, require_shape
+from cogtune.model.routing_checks import refuse_holes, require_shape
 
 ROOT = -1
 UNUSED = -2

@@ -18,11 +18,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cogtune.configuration.model import CogVLM2Config, CogVLM2VisionConfig
 from cogtune.model.attention import attend_all
-from cogtune.model.fp8 import Fp8Linear
+from cogtune.model.quantized.fp8 import Fp8Linear
 
 _TRITON = importlib.util.find_spec("triton") is not None
 if _TRITON:
-    from cogtune.model import norm_kernel
+    from cogtune.model.kernels import add_norm
 
 TOWER_PARTS = ("patch_embedding", "transformer", "conv")
 """Modules of `VisionModel` whose output is cached while they are frozen."""
@@ -114,7 +114,7 @@ def _add_norm(x: torch.Tensor, update: torch.Tensor, norm: nn.Module) -> torch.T
         return x + norm(update).to(x.dtype)
     assert isinstance(norm, nn.LayerNorm)
     rows = x.reshape(-1, x.shape[-1]).contiguous(), update.reshape(-1, x.shape[-1]).contiguous()
-    return norm_kernel.add_norm_on_gpu(*rows, norm.weight, norm.bias, norm.eps).view(x.shape)
+    return add_norm.add_norm_on_gpu(*rows, norm.weight, norm.bias, norm.eps).view(x.shape)
 
 
 def _has_kernel(x: torch.Tensor, update: torch.Tensor, norm: nn.Module) -> bool:
@@ -124,7 +124,7 @@ def _has_kernel(x: torch.Tensor, update: torch.Tensor, norm: nn.Module) -> bool:
     whole = norm.weight.numel() == width  # ZeRO-3 may have given it away
     given = (x, update, norm.weight, norm.bias)
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
-    return whole and not trains and width <= norm_kernel.WIDEST and x.dtype == update.dtype
+    return whole and not trains and width <= add_norm.WIDEST and x.dtype == update.dtype
 
 
 class VisionLayer(GradientCheckpointingLayer):

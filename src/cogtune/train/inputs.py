@@ -17,7 +17,7 @@ from cogtune.configuration.run_config import RunConfig
 from cogtune.data.dataset import TrainRows
 from cogtune.data.split import DataSplit, read_and_split
 from cogtune.model.modeling import CogVLM2ForCausalLM
-from cogtune.model.tensor import check_sizes
+from cogtune.model.tensor_parallel import check_sizes
 from cogtune.processing.processor import CogVLM2Processor
 from cogtune.train.folder import RunIdentity
 from cogtune.train.identity import run_identity

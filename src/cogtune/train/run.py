@@ -20,7 +20,7 @@ from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import DataError, DiskFullError
 from cogtune.features.reader import FeatureReader
 from cogtune.generate.last_run import write_last_run
-from cogtune.model.checkpointing import enable_checkpointing, recomputed_layers
+from cogtune.model.activation_checkpointing import enable_checkpointing, recomputed_layers
 from cogtune.model.compile import can_compile, compile_layers, prepare_compiling
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.system.allocator import describe_allocator

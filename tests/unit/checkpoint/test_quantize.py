@@ -16,7 +16,7 @@ from cogtune.checkpoint.load import load_model, load_tower
 from cogtune.checkpoint.quantize import Quantization
 from cogtune.configuration.run_config import LoraSection
 from cogtune.errors import CheckpointError, ConfigError, SetupError
-from cogtune.model.embedding import HostEmbedding
+from cogtune.model.quantized.host_embedding import HostEmbedding
 from tests.support.batches import picture_batch
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -158,7 +158,7 @@ def test_a_tower_alone_can_be_quantised(tiny_checkpoint: Path) -> None:
 
 
 def test_fp8_is_made_by_its_own_layer(tiny_checkpoint: Path) -> None:
-    from cogtune.model.fp8 import Fp8Linear
+    from cogtune.model.quantized.fp8 import Fp8Linear
 
     model = load_model(tiny_checkpoint, quantization=Quantization(experts="fp8", tower="fp8"))
     assert isinstance(model.model.layers[0].mlp.language_mlp.up_proj, Fp8Linear)

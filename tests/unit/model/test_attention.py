@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from cogtune.checkpoint.random import random_model, tiny_config
 from cogtune.model.attention import attend_first_apart, into_rows, out_of_rows
-from cogtune.model.heads import rotated_heads
+from cogtune.model.qkv_rope import rotated_heads
 from cogtune.model.rope import rotate
 from cogtune.model.routing import Routing
 from tests.support.trees import random_tree, tree_batch

@@ -1,4 +1,4 @@
-"""Tensor parallelism: neighbouring ranks hold one model together (``model.tensor``); groups of them share the rows as
+"""Tensor parallelism: neighbouring ranks hold one model together (``model.tensor_parallel``); groups of them share the rows as
 ranks do under DDP.
 
 Each rank trains its share of the adapter. What every rank of a group has whole (LoRA's A before a layer cut by rows,
@@ -19,7 +19,7 @@ from torch import nn
 
 from cogtune.adapters.split import AdapterPart, check_adapter, split_adapter
 from cogtune.configuration.run_config import RunConfig
-from cogtune.model.tensor import SplitModel, TensorGroup
+from cogtune.model.tensor_parallel import SplitModel, TensorGroup
 from cogtune.train.engines.base import StepResult
 from cogtune.train.engines.ddp import DdpEngine
 from cogtune.train.engines.group import Group

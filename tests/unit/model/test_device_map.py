@@ -10,9 +10,9 @@ import torch
 from cogtune.checkpoint.load import load_model, spread_over
 from cogtune.checkpoint.quantize import PLAIN, Quantization
 from cogtune.errors import SetupError
+from cogtune.model.device_map import GIB, RESERVE, Spread, _Mover, plan_spread
+from cogtune.model.device_map import _Guest as Guest
 from cogtune.model.routing import Routing
-from cogtune.model.spread import GIB, RESERVE, Spread, _Mover, plan_spread
-from cogtune.model.spread import _Guest as Guest
 from tests.support.batches import picture_batch
 
 CUDA = [torch.device(f"cuda:{number}") for number in range(3)]

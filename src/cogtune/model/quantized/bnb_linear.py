@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from cogtune.model.converted import converted
-from cogtune.model.nf4 import block_sizes, dequantises, nf4_linear
+from cogtune.model.casting import converted
+from cogtune.model.quantized.nf4 import block_sizes, dequantises, nf4_linear
 
 
 class FourBitLinear(bnb.nn.Linear4bit):

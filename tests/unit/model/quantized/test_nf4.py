@@ -10,7 +10,7 @@ import torch
 
 bnb = pytest.importorskip("bitsandbytes")
 
-from cogtune.model.nf4 import block_sizes, dequantises, nf4_linear  # noqa: E402
+from cogtune.model.quantized.nf4 import block_sizes, dequantises, nf4_linear  # noqa: E402
 
 
 def _layer(*, bias: bool, nested: bool, dtype: torch.dtype = torch.float32) -> Any:

@@ -1,6 +1,6 @@
 """down(silu(gate(x)) * up(x)), the way that suits what the three layers are.
 
-Plain layers leave it to the compiler. Three fp8 layers round between them (``model.fp8``). Three layers with low-rank
+Plain layers leave it to the compiler. Three fp8 layers round between them (``model.quantized.fp8``). Three layers with low-rank
 updates would write every updated activation once more, each three times the size of x; their updates are taken into the
 product instead and its gradient, and those activations are never written.
 
@@ -16,13 +16,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from cogtune.model.converted import converted
+from cogtune.model.casting import converted
 from cogtune.model.fork import fork
-from cogtune.model.fp8 import Fp8Linear, frozen_gated_mlp
+from cogtune.model.quantized.fp8 import Fp8Linear, frozen_gated_mlp
 
 _TRITON = importlib.util.find_spec("triton") is not None
 if _TRITON:
-    from cogtune.model import gated_kernel
+    from cogtune.model.kernels import swiglu
 
 _WIDEST_RANK = 64  # of an update whose blocks fit beside a tile; wider ones are computed layer by layer
 
@@ -101,7 +101,7 @@ class GatedProduct(torch.autograd.Function):
         first: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         parts = (gate, up, small, gate_matrix, up_matrix)
-        inner = gated_kernel.product_on_gpu(*parts) if gate.is_cuda else _product(*parts)
+        inner = swiglu.product_on_gpu(*parts) if gate.is_cuda else _product(*parts)
         ctx.save_for_backward(*parts, first, None if first is None else inner)
         return inner, None if first is None else inner @ first.t()
 
@@ -110,7 +110,7 @@ class GatedProduct(torch.autograd.Function):
         *parts, first, inner = ctx.saved_tensors
         gate, _, small, gate_matrix, up_matrix = parts
         incoming, last = gradients[0].contiguous(), None if first is None else gradients[1].contiguous()
-        compute = gated_kernel.gradients_on_gpu if gate.is_cuda else _gradients
+        compute = swiglu.gradients_on_gpu if gate.is_cuda else _gradients
         to_gate, to_up = compute(incoming, last, first, *parts)
         gate_small, up_small = small.split([gate_matrix.shape[1], up_matrix.shape[1]], dim=1)
         to_small = torch.cat([to_gate @ gate_matrix, to_up @ up_matrix], dim=1)

@@ -8,7 +8,7 @@ import torch
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.errors import ConfigError
 from cogtune.model.modeling import CogVLM2ForCausalLM
-from cogtune.model.tensor import Cut, SplitModel, TensorGroup, check_sizes
+from cogtune.model.tensor_parallel import Cut, SplitModel, TensorGroup, check_sizes
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])

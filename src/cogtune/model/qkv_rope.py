@@ -19,7 +19,7 @@ from cogtune.model.routing import Routing
 
 _TRITON = importlib.util.find_spec("triton") is not None
 if _TRITON:
-    from cogtune.model import heads_kernel
+    from cogtune.model.kernels import qkv_rope
 
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Queries [B, H, S, E], keys and values [B, K, S, E]."""
@@ -69,14 +69,14 @@ class _Heads(torch.autograd.Function):
             q, k, v = _rotated(qkv.index_select(0, to_rows), cos, sin, rows, sizes)
             return q, k, v.clone()  # as a view it would keep the whole projection
         # rounds once, as the compiler's own kernel would; uncompiled, each product of a bfloat16 table is rounded
-        q, k, v = heads_kernel.spread_on_gpu(qkv.contiguous(), cos, sin, to_rows, rows, sizes)
+        q, k, v = qkv_rope.spread_on_gpu(qkv.contiguous(), cos, sin, to_rows, rows, sizes)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # Told the order, not asked for strides: a compiler would take them from the results, not from their gradients.
         by_token = (gradient.transpose(1, 2).contiguous() for gradient in gradients)
-        compute = heads_kernel.gathered_on_gpu if _has_kernel(gradients[0]) else _gathered
+        compute = qkv_rope.gathered_on_gpu if _has_kernel(gradients[0]) else _gathered
         return compute(*by_token, *ctx.saved_tensors), *(None,) * 6
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 pytest.importorskip("bitsandbytes")
 
-from cogtune.model.lowbit import to_int8, to_nf4
+from cogtune.model.quantized.bnb_linear import to_int8, to_nf4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,7 +8,7 @@ from torch import nn
 
 from cogtune.checkpoint.random import random_model, tiny_config
 from cogtune.errors import SetupError
-from cogtune.model.fp8 import FORMAT, Fp8Linear, check_fp8, quantize_rows
+from cogtune.model.quantized.fp8 import FORMAT, Fp8Linear, check_fp8, quantize_rows
 
 
 def _rounded(x: torch.Tensor) -> torch.Tensor:

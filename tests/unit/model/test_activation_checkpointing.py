@@ -8,7 +8,7 @@ import torch
 from cogtune.adapters.attach import attach
 from cogtune.checkpoint.random import random_model, tiny_config
 from cogtune.configuration.run_config import LoraSection
-from cogtune.model.checkpointing import enable_checkpointing, first_layers, recomputed_layers
+from cogtune.model.activation_checkpointing import enable_checkpointing, first_layers, recomputed_layers
 from cogtune.model.routing import Routing
 
 LAYERS = 5

@@ -20,7 +20,7 @@ from torch.nn import functional
 _FEW = 16  # tokens up to which bitsandbytes' fused kernel reads less (decoding)
 _TRITON = importlib.util.find_spec("triton") is not None
 if _TRITON:
-    from cogtune.model.nf4_kernel import dequantize_nf4
+    from cogtune.model.kernels.nf4 import dequantize_nf4
 _FORWARD, _BACKWARD = 0, 1
 
 

@@ -12,10 +12,10 @@ from torch.nn import functional
 from cogtune.adapters.attach import attach
 from cogtune.checkpoint.random import random_model, tiny_config
 from cogtune.configuration.run_config import LoraSection
-from cogtune.model import gated as module
+from cogtune.model import swiglu as module
 from cogtune.model.compile import compile_layers
-from cogtune.model.fp8 import Fp8Linear, frozen_gated_mlp
-from cogtune.model.gated import GatedProduct
+from cogtune.model.quantized.fp8 import Fp8Linear, frozen_gated_mlp
+from cogtune.model.swiglu import GatedProduct
 from cogtune.model.vision import VisionMLP
 from tests.support.gated_formula import updated_product
 
