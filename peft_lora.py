@@ -3,8 +3,8 @@
 import sys
 
 from cogtune.cli.main import guarded
+from cogtune.cli.published import train_published
 from cogtune.system.allocator import prepare_allocator
-from cogtune.train.published import train_published
 
 if __name__ == "__main__":
     prepare_allocator()  # torch is imported behind it

@@ -29,7 +29,7 @@ from cogtune.checkpoint.random import make_tiny
 from cogtune.cli.main import guarded
 from cogtune.configuration.run_config import load_config
 from cogtune.features.fill import Filler
-from cogtune.train import features
+from cogtune.train import feature_cache
 from cogtune.train import run as train_run
 from cogtune.train.loop import Loop
 from cogtune.train.saver import Saver

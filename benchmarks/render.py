@@ -21,7 +21,7 @@ The tables of error codes come from the catalogue ``src/cogtune/errors.toml`` th
     ...
     <!-- end -->
 
-Which engines go with which settings comes from ``cogtune.train.engines.combinations``:
+Which engines go with which settings comes from ``cogtune.train.engines.rules``:
 
     <!-- combinations -->
     ...
@@ -46,7 +46,7 @@ from benchmarks.plot import plot
 from benchmarks.quality_view import linears, parity, quality
 from benchmarks.views import VIEWS, markdown
 from cogtune.errors import catalogue
-from cogtune.train.engines.combinations import table
+from cogtune.train.engines.rules import table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

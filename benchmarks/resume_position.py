@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from cogtune.checkpoint.random import make_tiny
+from cogtune.train.batches import Feed
 from cogtune.train.engines.group import Group
-from cogtune.train.feed import Feed
-from cogtune.train.inputs import read_inputs
+from cogtune.train.run_inputs import read_inputs
 from tests.support.training import make_config
 
 RECORDS = 300_000

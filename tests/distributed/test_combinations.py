@@ -9,7 +9,7 @@ import pytest
 
 from cogtune.errors import ConfigError
 from cogtune.train import engines
-from cogtune.train.engines.combinations import COLUMNS, KEYS, allowed_pairs, pairs_in, refused_pairs
+from cogtune.train.engines.rules import COLUMNS, KEYS, allowed_pairs, pairs_in, refused_pairs
 from cogtune.train.log import read_metrics
 from cogtune.train.run import train
 from tests.support.combination_cases import covering, make_run, name_of, reference_of

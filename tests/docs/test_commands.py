@@ -9,8 +9,8 @@ import typer
 import yaml
 
 from cogtune.cli.main import make_app
+from cogtune.cli.published import FLAGS as PUBLISHED_FLAGS
 from cogtune.configuration.keys import ALIASES, known_keys, sections
-from cogtune.train.published import FLAGS as PUBLISHED_FLAGS
 from tests.docs.pages import ROOT, blocks, inline_code, name, pages, shell_lines, words
 
 PAGES = pages()

@@ -13,10 +13,10 @@ import torch
 
 from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import NonFiniteError
-from cogtune.train import validate
-from cogtune.train.engines.arriving import Arriving
+from cogtune.train import validation
+from cogtune.train.batches import Batch, Feed, StepBatches
+from cogtune.train.engines.async_scalar import Arriving
 from cogtune.train.engines.single import SingleEngine
-from cogtune.train.feed import Batch, Feed, StepBatches
 from cogtune.train.log import read_metrics
 from cogtune.train.optim import step_if_finite
 from cogtune.train.run import train
@@ -73,7 +73,7 @@ def test_a_steady_step_has_no_hidden_wait(
 def test_validation_waits_for_its_sum_only(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, watched = validate.validation_batches, list[int]()
+    original, watched = validation.validation_batches, list[int]()
 
     def batches(*args: Any) -> Iterator[Batch]:
         for number, batch in enumerate(original(*args), 1):

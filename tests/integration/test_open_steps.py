@@ -16,7 +16,7 @@ import torch
 
 from cogtune.checkpoint import training as checkpoints
 from cogtune.errors import NonFiniteError, OutOfMemoryError, Stopped
-from cogtune.train import feed, loop
+from cogtune.train import batches, loop
 from cogtune.train.engines import single
 from cogtune.train.engines.single import SingleEngine
 from cogtune.train.log import Metrics, read_metrics
@@ -70,7 +70,7 @@ class Spoilt:
         self.passes, self.numbers, self.records = 0, numbers, list[list[str]]()
         self.weights: list[list[torch.Tensor]] = []
         self.counts: list[int] = []
-        backward, step, to_device = SingleEngine.backward, SingleEngine.step, feed.to_device
+        backward, step, to_device = SingleEngine.backward, SingleEngine.step, batches.to_device
 
         def spoil(engine: SingleEngine, scaled: torch.Tensor) -> None:
             backward(engine, scaled)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from cogtune.cli.published import FLAGS, configure
 from cogtune.configuration.deepspeed import apply_deepspeed
 from cogtune.configuration.run_config import load_config
 from cogtune.errors import ConfigError
-from cogtune.train.published import FLAGS, configure
 
 ROOT = Path(__file__).parents[2]
 

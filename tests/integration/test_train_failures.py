@@ -11,7 +11,7 @@ import torch
 
 from cogtune.checkpoint import training as checkpoints
 from cogtune.errors import DiskFullError, NonFiniteError, OutOfMemoryError
-from cogtune.train import feed, loop
+from cogtune.train import batches, loop
 from cogtune.train.engines.single import SingleEngine
 from cogtune.train.run import train
 from tests.support.training import make_config, write_data
@@ -45,7 +45,7 @@ def rerun_ends_well(tiny_checkpoint: Path, data: Path, output: Path, whole: byte
 def test_a_loss_that_is_not_finite_stops_before_weights_are_touched(
     tiny_checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bytes
 ) -> None:
-    original, weights, poisoned = feed.to_device, [], []
+    original, weights, poisoned = batches.to_device, [], []
 
     def poison(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
         arguments = original(batch, device)

@@ -16,9 +16,9 @@ from cogtune.checkpoint.load import load_model
 from cogtune.configuration.run_config import RunConfig
 from cogtune.model.modeling import DecoderLayer
 from cogtune.model.vision import VisionLayer
-from cogtune.train.inputs import read_inputs
 from cogtune.train.log import read_metrics
 from cogtune.train.run import train
+from cogtune.train.run_inputs import read_inputs
 from tests.golden.make_losses import FILE, golden_run
 from tests.support.training import make_config, write_data
 

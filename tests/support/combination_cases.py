@@ -12,7 +12,7 @@ from typing import Any
 
 from cogtune.cli.main import guarded
 from cogtune.configuration.run_config import RunConfig
-from cogtune.train.engines.combinations import allowed, allowed_pairs, pairs_in
+from cogtune.train.engines.rules import allowed, allowed_pairs, pairs_in
 from cogtune.train.run import train
 from tests.support.training import make_config
 

@@ -19,7 +19,7 @@ import torch
 from cogtune.cli.main import guarded
 from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import NonFiniteError, Stopped
-from cogtune.train import feed, loop, run
+from cogtune.train import batches, loop, run
 from cogtune.train.engines.single import SingleEngine
 from cogtune.train.run import train
 from tests.support.training import make_config, one_kernel
@@ -155,7 +155,7 @@ def _spoil_a_gradient_on_rank_1(config: RunConfig) -> None:
 
 def _poison_rank_1(config: RunConfig) -> None:
     """A loss that is not finite on one rank must stop both, naming the record of that one."""
-    original, output = feed.to_device, config.train.output
+    original, output = batches.to_device, config.train.output
 
     def poison(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
         arguments = original(batch, device)

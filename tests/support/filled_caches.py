@@ -16,7 +16,7 @@ from typing import Any
 
 from cogtune.features import index, store
 from cogtune.features.fill import Filler
-from cogtune.train.features import fill_cache
+from cogtune.train.feature_cache import fill_cache
 from tests.support.training import make_config
 
 _OBSERVED: list[tuple[Any, str]] = [

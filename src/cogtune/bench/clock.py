@@ -19,7 +19,7 @@ from cogtune.data.sampler import Position
 from cogtune.errors import ConfigError
 from cogtune.model.compile import compiled_graphs
 from cogtune.system.byte_sizes import GIB, parse_size
-from cogtune.train.feed import Batch, StepBatches
+from cogtune.train.batches import Batch, StepBatches
 
 
 @dataclass

@@ -22,7 +22,7 @@ from cogtune.features.variant import make_variant
 from cogtune.model.compile import can_compile, compile_layers
 from cogtune.train import engines
 from cogtune.train.engines.base import Engine
-from cogtune.train.features import fill, open_cache
+from cogtune.train.feature_cache import fill, open_cache
 from cogtune.train.precision import choose_dtype
 
 

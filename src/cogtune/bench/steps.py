@@ -23,14 +23,14 @@ from cogtune.model.activation_checkpointing import enable_checkpointing, recompu
 from cogtune.model.compile import prepare_compiling
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.train import engines
-from cogtune.train.feed import Batch
+from cogtune.train.batches import Batch
+from cogtune.train.failures import StopSignal
 from cogtune.train.log import Metrics
 from cogtune.train.loop import Loop
 from cogtune.train.optim import build_optimizer
 from cogtune.train.precision import choose_dtype
 from cogtune.train.progress import Progress
 from cogtune.train.run import assemble, compiles
-from cogtune.train.watch import StopSignal
 
 DIFFERENT_BATCHES = 4
 

@@ -69,7 +69,7 @@ def _cache(ctx: typer.Context) -> int:
         return _look(_config(arguments, "model", "data", "output"), arguments.switches)
     config = _config(arguments, "output")
     if config.parallel.launch is not None and "RANK" not in os.environ:
-        from cogtune.train.launch import launch
+        from cogtune.cli.launch import launch
 
         return launch(ctx.args, config.parallel.launch, command=("data", "cache"))
     return _fill(config, as_json="json" in arguments.switches)
@@ -109,7 +109,7 @@ def _look(config: RunConfig, switches: set[str]) -> int:
 
 def _fill(config: RunConfig, *, as_json: bool) -> int:
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        from cogtune.train.features import fill_cache
+        from cogtune.train.feature_cache import fill_cache
 
         report = fill_cache(config)
     if as_json and os.environ.get("RANK", "0") == "0":

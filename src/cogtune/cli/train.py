@@ -47,7 +47,7 @@ def _train(ctx: typer.Context) -> int:
 
     config = load_config(arguments.config, arguments.overrides)
     if config.parallel.launch is not None and "RANK" not in os.environ:
-        from cogtune.train.launch import launch_until_done
+        from cogtune.cli.launch import launch_until_done
 
         return launch_until_done(ctx.args, config)
 

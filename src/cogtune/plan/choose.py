@@ -52,7 +52,7 @@ not among them: fsdp2 needs as little memory and was faster wherever both were m
 
 
 def goes(setting: Setting, name: str) -> bool:
-    """Whether an engine of `ENGINES` takes these settings; a test holds this to `train.engines.combinations`."""
+    """Whether an engine of `ENGINES` takes these settings; a test holds this to `train.engines.rules`."""
     quant = setting.quant
     if name == "fsdp2":
         divided = {quant.experts, quant.tower, quant.glu_adapter, quant.head}

@@ -8,7 +8,7 @@ from cogtune.checkpoint.fingerprint import adapter_fingerprint, model_fingerprin
 from cogtune.configuration.identity import identity
 from cogtune.configuration.run_config import RunConfig
 from cogtune.data.split import DataSplit
-from cogtune.train.folder import RunIdentity
+from cogtune.train.output_folder import RunIdentity
 
 
 def run_identity(config: RunConfig, base: Path, data: DataSplit) -> RunIdentity:

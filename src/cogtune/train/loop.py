@@ -21,14 +21,14 @@ import torch
 from cogtune.configuration.run_config import RunConfig
 from cogtune.data.dataset import TrainRows
 from cogtune.errors import CogtuneError, NonFiniteError
-from cogtune.train.engines.arriving import Arriving
+from cogtune.train.batches import Batch, Feed, StepBatches, to_device
+from cogtune.train.engines.async_scalar import Arriving
 from cogtune.train.engines.base import Engine, StepResult
-from cogtune.train.feed import Batch, Feed, StepBatches, to_device
+from cogtune.train.failures import StopSignal, bad_gradient, check_losses, phase
 from cogtune.train.log import Metrics, log
 from cogtune.train.optim import build_schedule, current_lr
 from cogtune.train.progress import Progress, Reporter
-from cogtune.train.validate import validate
-from cogtune.train.watch import StopSignal, bad_gradient, check_losses, phase
+from cogtune.train.validation import validate
 
 _MOST_SKIPPED_IN_A_ROW = 50  # float16: by then the loss scale has fallen by 2^50
 

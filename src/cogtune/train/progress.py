@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from cogtune.data.sampler import Position
-from cogtune.train.engines.arriving import Arriving
+from cogtune.train.engines.async_scalar import Arriving
 from cogtune.train.log import Metrics, duration, log, peak_memory_gib
 
 

@@ -24,17 +24,17 @@ from cogtune.model.activation_checkpointing import enable_checkpointing, recompu
 from cogtune.model.compile import can_compile, compile_layers, prepare_compiling
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.system.allocator import describe_allocator
-from cogtune.train import engines, features, folder, saver
+from cogtune.train import engines, feature_cache, output_folder, saver
+from cogtune.train.batches import Feed
 from cogtune.train.engines import Engine, Group
-from cogtune.train.feed import Feed
-from cogtune.train.inputs import Inputs, read_inputs, versions
+from cogtune.train.failures import StopSignal, explain_peers, phase
 from cogtune.train.log import Metrics, console, log, log_file
 from cogtune.train.loop import Loop
+from cogtune.train.memory_plan import Layers, auto_engine, plan_run
 from cogtune.train.optim import build_optimizer
-from cogtune.train.planning import Layers, auto_engine, plan_run
 from cogtune.train.precision import choose_dtype, float16_warning
 from cogtune.train.progress import Progress
-from cogtune.train.watch import StopSignal, explain_peers, phase
+from cogtune.train.run_inputs import Inputs, read_inputs, versions
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class TrainResult:
 class Plan:
     """Where to write, where to start, how far to go."""
 
-    start: folder.Start
-    record: folder.RunRecord
+    start: output_folder.Start
+    record: output_folder.RunRecord
     feed: Feed
 
 
@@ -121,7 +121,7 @@ def _features(
     progress, checkpoint = Progress(), plan.start.checkpoint
     if checkpoint is not None:
         progress = Progress.from_dict(checkpoints.read_counters(checkpoint)["progress"])
-    reader = features.ensure(
+    reader = feature_cache.ensure(
         config, inputs, plan.feed, engine.group.flat(), dtype, progress, plan.record.total_steps, tower_fits
     )
     for rows in filter(None, (inputs.rows, inputs.validation)):
@@ -136,20 +136,20 @@ def _features(
 def _plan(config: RunConfig, inputs: Inputs, engine: Engine) -> Plan:
     """Rank 0 looks at the output folder and decides; every rank follows, or raises the same error."""
 
-    def decide() -> tuple[folder.Start, folder.RunRecord, list[str]]:
-        output = folder.choose_output(config)
-        stored = folder.read_record(output)
+    def decide() -> tuple[output_folder.Start, output_folder.RunRecord, list[str]]:
+        output = output_folder.choose_output(config)
+        stored = output_folder.read_record(output)
         basis = stored
         if stored is None and config.train.resume is not None:
-            basis = folder.resume_source(config.train.resume)[1]
+            basis = output_folder.resume_source(config.train.resume)[1]
         ranks = engine.group.size
-        accumulation, messages = folder.derive_accumulation(config, ranks, basis)
+        accumulation, messages = output_folder.derive_accumulation(config, ranks, basis)
         total = Feed(inputs.rows, config, engine.group, accumulation).total_steps()
         if total == 0:
             raise DataError("no row is left to train on: data.path's weights are below 1 and drew none")
         resumed = None if config.train.resume is None else str(config.train.resume)
-        now = folder.RunRecord(inputs.identity, config.train.batch_size, accumulation, ranks, total, resumed)
-        return folder.decide(config, output, now, stored), now, messages
+        now = output_folder.RunRecord(inputs.identity, config.train.batch_size, accumulation, ranks, total, resumed)
+        return output_folder.decide(config, output, now, stored), now, messages
 
     start, record, messages = engine.group.on_main(decide)
     start = replace(start, messages=[*start.messages, *messages])
@@ -186,7 +186,7 @@ def _nothing_to_do(plan: Plan, dry_run: bool) -> TrainResult:
 def _write_beside(config: RunConfig, inputs: Inputs, engine: Engine, plan: Plan) -> None:
     """What travels with the results: the run's record first, because it makes the folder ours."""
     output = plan.start.output
-    folder.write_record(output, plan.record)
+    output_folder.write_record(output, plan.record)
     checkpoints.remove_leftovers(output)
     checkpoints.write_file(output / "config.yaml", config.to_yaml().encode())
     checkpoints.write_json(output / "data.json", inputs.data_json())
@@ -314,7 +314,7 @@ def _fit(
         metrics.close()
     adapter, which = engine.group.on_main(lambda: saver.export_adapter(output, progress))
     result = {"adapter": which, "step": progress.step, "best_step": progress.best_step, "best_loss": progress.best_loss}
-    engine.group.on_main(lambda: folder.write_record(output, folder.finished(plan.record, result)))
+    engine.group.on_main(lambda: output_folder.write_record(output, output_folder.finished(plan.record, result)))
     engine.group.on_main(lambda: _remember(config, adapter, output))
     log.info(f"done: the adapter ({which}) is in {adapter}")
     return TrainResult(output, adapter, progress.step, progress.best_step, progress.best_loss)

@@ -18,8 +18,8 @@ from cogtune.checkpoint.training import TrainingState
 from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import CheckpointError
 from cogtune.train.engines.base import MASTER, Engine
-from cogtune.train.folder import RunRecord
 from cogtune.train.log import log
+from cogtune.train.output_folder import RunRecord
 from cogtune.train.progress import Progress
 
 ADAPTER_FOLDER = "adapter"

@@ -14,7 +14,7 @@ from cogtune.bench.rows import preset, synthetic_batches
 from cogtune.checkpoint.random import random_model, tiny_config
 from cogtune.configuration.run_config import LoraSection
 from cogtune.errors import ConfigError
-from cogtune.train.feed import to_device
+from cogtune.train.batches import to_device
 
 TARGETS = ("experts", "glu-adapter")
 

@@ -14,7 +14,7 @@ from cogtune.bench.flops import Work, forward_flops, step_flops, trained_extent,
 from cogtune.bench.rows import preset, synthetic_batches
 from cogtune.checkpoint.random import random_model, tiny_config
 from cogtune.plan.sizes import ModelSizes
-from cogtune.train.feed import to_device
+from cogtune.train.batches import to_device
 
 SIZES = ModelSizes.from_config(tiny_config().to_dict())
 

@@ -29,7 +29,7 @@ from cogtune.plan.setting import Adapter, Quant, Setting, adapted_names
 from cogtune.plan.sizes import ModelSizes
 from cogtune.plan.time import step_time
 from cogtune.system.byte_sizes import GIB
-from cogtune.train.engines import combinations
+from cogtune.train.engines import rules
 
 EXPERTS = Adapter(adapted_names(ModelSizes(), ["experts"]), 16)
 CACHED = Setting(adapter=EXPERTS, tower="cached", compiled=True)
@@ -100,7 +100,7 @@ def test_what_an_engine_takes_is_what_training_lets_it_take() -> None:
         setting = setting_of(config, TYPICAL, ranks=2)
         for name in ENGINES:
             try:
-                combinations.check(config, name)
+                rules.check(config, name)
                 taken = True
             except ConfigError:
                 taken = False

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cogtune.train import progress as module
-from cogtune.train.engines.arriving import Arriving
+from cogtune.train.engines.async_scalar import Arriving
 from cogtune.train.log import Metrics, read_metrics
 from cogtune.train.progress import Progress, Reporter
 

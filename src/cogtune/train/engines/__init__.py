@@ -7,8 +7,8 @@ from collections.abc import Callable
 from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import ConfigError
 from cogtune.train.engines.base import Engine
-from cogtune.train.engines.combinations import check
 from cogtune.train.engines.group import Group, is_launched, is_launched_by_deepspeed
+from cogtune.train.engines.rules import check
 
 __all__ = ["Engine", "Group", "choose", "start"]
 
@@ -83,7 +83,7 @@ def start(config: RunConfig, planned: Callable[[Group], str] | None = None) -> E
         name = planned(Group.join())
         check(config, name)
     if name == "tensor":
-        from cogtune.train.engines.tensor import TensorEngine
+        from cogtune.train.engines.tensor_parallel import TensorEngine
 
         return TensorEngine(Group.join(config.parallel.tensor), config)
     if name == "zero3":

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cogtune.train.engines.arriving import Arriving
+from cogtune.train.engines.async_scalar import Arriving
 from cogtune.train.engines.base import MASTER, Engine, StepResult
 from cogtune.train.optim import moments, restore_moments, skips_on_device, step_if_finite
 

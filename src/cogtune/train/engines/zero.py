@@ -16,7 +16,7 @@ from torch import nn
 
 from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import SetupError
-from cogtune.train.engines.arriving import Arriving
+from cogtune.train.engines.async_scalar import Arriving
 from cogtune.train.engines.base import MASTER, Engine, StepResult, fresh_state
 from cogtune.train.engines.group import Group
 

@@ -31,9 +31,9 @@ from cogtune.plan.setting import Setting
 from cogtune.plan.sizes import ModelSizes
 from cogtune.system.byte_sizes import format_size
 from cogtune.train.engines import Engine, Group
-from cogtune.train.engines.combinations import check
-from cogtune.train.inputs import Inputs
+from cogtune.train.engines.rules import check
 from cogtune.train.log import log
+from cogtune.train.run_inputs import Inputs
 
 _EVERYTHING = frozenset(
     {"quant.experts", "quant.tower", "quant.embedding", "train.optimizer", "parallel.engine", "data.cache_features"}

@@ -19,9 +19,9 @@ from cogtune.data.split import DataSplit, read_and_split
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.tensor_parallel import check_sizes
 from cogtune.processing.processor import CogVLM2Processor
-from cogtune.train.folder import RunIdentity
 from cogtune.train.identity import run_identity
 from cogtune.train.log import log
+from cogtune.train.output_folder import RunIdentity
 
 _OTHER_PARTS = (
     "modules_to_save",

@@ -19,8 +19,8 @@ from cogtune.plan.proposal import PlanError
 from cogtune.plan.rows import TYPICAL
 from cogtune.plan.run import setting_of
 from cogtune.system.byte_sizes import GIB
-from cogtune.train import planning
-from cogtune.train.planning import Planned
+from cogtune.train import memory_plan
+from cogtune.train.memory_plan import Planned
 from tests.support.training import make_config
 
 
@@ -118,13 +118,13 @@ def test_the_card_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     holders = ("a (pid 1): 9 MiB", f"b (pid {os.getpid()}): 1 MiB")
     local = replace(find_card("RTX 4090"), name=name, holders=holders)
     monkeypatch.setattr(planning, "local_cards", lambda: [local])
-    card = planning._own_card(device)
+    card = memory_plan._own_card(device)
     assert card.usable == 21 * GIB + CONTEXT  # what this process holds already counts as free
     assert card.holders == ("a (pid 1): 9 MiB",)
     assert not card.measured
     assert card.bandwidth == local.bandwidth
     monkeypatch.setattr(planning, "local_cards", lambda: [local, local])
-    assert planning._own_card(device).holders == ()
+    assert memory_plan._own_card(device).holders == ()
 
 
 def test_running_out_of_memory_shows_plan_and_actual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +142,7 @@ def test_running_out_of_memory_shows_plan_and_actual(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(("card", "engine"), [("h100", "ddp"), ("24GiB", "fsdp2"), (None, "ddp")])
 def test_auto_shards_the_model_only_where_it_fits_no_card(tmp_path: Path, card: str | None, engine: str) -> None:
     config = make_config(tmp_path / "base", tmp_path, tmp_path / "out")
-    assert planning.fitting_engine(config, TYPICAL, None if card is None else find_card(card), ranks=2) == engine
+    assert memory_plan.fitting_engine(config, TYPICAL, None if card is None else find_card(card), ranks=2) == engine
 
 
 def test_auto_leaves_out_what_the_settings_or_the_machine_do_not_take(
@@ -151,12 +151,12 @@ def test_auto_leaves_out_what_the_settings_or_the_machine_do_not_take(
     """A rank-192 adapter whose moments leave no room for the whole model, unless they are divided."""
     config = make_config(tmp_path / "base", tmp_path, tmp_path / "out", lora__rank=192, data__cache_features="on")
     card = find_card("48GiB")
-    assert planning.fitting_engine(config, TYPICAL, card, ranks=8) == "zero2"
-    monkeypatch.setattr(planning.importlib.util, "find_spec", lambda name: None)
-    assert planning.fitting_engine(config, TYPICAL, card, ranks=8) == "fsdp2"
+    assert memory_plan.fitting_engine(config, TYPICAL, card, ranks=8) == "zero2"
+    monkeypatch.setattr(memory_plan.importlib.util, "find_spec", lambda name: None)
+    assert memory_plan.fitting_engine(config, TYPICAL, card, ranks=8) == "fsdp2"
     # DoRA does not go with shards: what is left is the whole model on each card, which the plan then refuses
     dora = make_config(
         tmp_path / "base", tmp_path, tmp_path / "out", lora__rank=192, lora__dora=True, data__cache_features="on"
     )
-    assert planning.fitting_engine(dora, TYPICAL, card, ranks=8) == "ddp"
+    assert memory_plan.fitting_engine(dora, TYPICAL, card, ranks=8) == "ddp"
     assert dora.quant.experts == "none"

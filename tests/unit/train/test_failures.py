@@ -11,7 +11,7 @@ import torch
 
 from cogtune.errors import NonFiniteError, OutOfMemoryError, Stopped
 from cogtune.train.engines.group import Group
-from cogtune.train.watch import StopSignal, check_losses, explain_peers, phase
+from cogtune.train.failures import StopSignal, check_losses, explain_peers, phase
 from tests.support.training import make_config
 
 CPU = torch.device("cpu")

@@ -9,9 +9,9 @@ import torch
 
 from cogtune.configuration.run_config import RunConfig
 from cogtune.data.dataset import TrainRows
+from cogtune.train.batches import to_device, validation_batches
 from cogtune.train.engines.base import Engine
-from cogtune.train.feed import to_device, validation_batches
-from cogtune.train.watch import StopSignal
+from cogtune.train.failures import StopSignal
 
 
 @dataclass(frozen=True)

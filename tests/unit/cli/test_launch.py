@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from cogtune.cli import launch
 from cogtune.configuration.run_config import load_config
 from cogtune.errors import ConfigError
-from cogtune.train import launch
 
 
 def run(monkeypatch: pytest.MonkeyPatch, output: Path, codes: list[int | str], restarts: int) -> tuple[int, int]:

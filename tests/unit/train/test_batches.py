@@ -12,9 +12,9 @@ import torch
 
 from cogtune.configuration.run_config import RunConfig
 from cogtune.data.sampler import Position
+from cogtune.train.batches import Feed, StepBatches, validation_batches
 from cogtune.train.engines.group import Group
-from cogtune.train.feed import Feed, StepBatches, validation_batches
-from cogtune.train.inputs import read_inputs
+from cogtune.train.run_inputs import read_inputs
 from tests.support.training import make_config, write_data
 
 EPOCHS = 3
