@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from cogtune.data.labels import parse_json, record_dialogues
+from cogtune.data.record_json import parse_json, record_dialogues
 from tests.docs.pages import ROOT, blocks, name
 
 PAGES = [ROOT / place for place in ("README.md", "README_zh.md", "docs/guides/data.md", "docs/zh/guides/data.md")]

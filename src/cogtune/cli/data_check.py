@@ -64,7 +64,7 @@ def _check(ctx: typer.Context) -> int:
     config, model = data_config(arguments)
 
     from cogtune.data.check import check
-    from cogtune.processing.tokenfile import find_token_file
+    from cogtune.processing.token_file import find_token_file
 
     tokens = find_token_file(model, config.model.template)
     with progress_bar() as progress:

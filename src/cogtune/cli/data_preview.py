@@ -61,7 +61,7 @@ def _preview(ctx: typer.Context) -> None:
 
     from cogtune.data.preview import preview_rows
     from cogtune.data.sources import read_sources
-    from cogtune.processing.tokenfile import find_token_file
+    from cogtune.processing.token_file import find_token_file
 
     tokens = find_token_file(model, config.model.template)
     if not tokens.exact:

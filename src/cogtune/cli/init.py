@@ -70,7 +70,7 @@ def _init(ctx: typer.Context) -> None:
     from cogtune.configuration.run_config import load_config
     from cogtune.data.check import check
     from cogtune.plan.beginning import propose, take_plan, to_yaml, with_room
-    from cogtune.processing.tokenfile import find_token_file
+    from cogtune.processing.token_file import find_token_file
 
     tokens = find_token_file(config.model.path, config.model.template)
     with progress_bar() as progress:

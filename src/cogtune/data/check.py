@@ -22,7 +22,7 @@ from cogtune.data.sources import collect_sources
 from cogtune.data.split import refuse_overlap, split
 from cogtune.data.statistics import Answers, Histogram, scripts
 from cogtune.errors import DataError
-from cogtune.processing.tokenfile import Counting, TokenFile
+from cogtune.processing.token_file import Counting, TokenFile
 
 if TYPE_CHECKING:
     from cogtune.configuration.run_config import DataSection

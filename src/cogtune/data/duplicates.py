@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cogtune.data.pictures import in_threads
+from cogtune.data.picture_headers import in_threads
 from cogtune.data.records import Conversation, Picture
 
 Told = Callable[[int, int], None]

@@ -14,7 +14,7 @@ from cogtune.data.records import Picture
 from cogtune.data.rows import encode_sample, plan_rows
 from cogtune.errors import DataError
 from cogtune.processing.encode import IGNORED, IMAGE, Encoder
-from cogtune.processing.tokenfile import Counting, TokenFile
+from cogtune.processing.token_file import Counting, TokenFile
 from cogtune.processing.tokenizer import byte_symbols
 from cogtune.processing.tree import ROOT, Row, build_tree
 

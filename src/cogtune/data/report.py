@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from cogtune.data.pictures import PictureHeader
+from cogtune.data.picture_headers import PictureHeader
 from cogtune.data.records import Conversation, Picture
 
 # Special tokens of Llama-3's tokenizer, which text that spells them is tokenised to.

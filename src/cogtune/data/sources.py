@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cogtune.data.folder import FolderReader
 from cogtune.data.formats.detect import Source, find_sources
 from cogtune.data.formats.item import Wording
-from cogtune.data.grouped import RecordsReader
-from cogtune.data.places import Places, default_extract_dir
+from cogtune.data.picture_paths import Places, default_extract_dir
 from cogtune.data.problems import Problem, Problems
+from cogtune.data.published_layout import FolderReader
+from cogtune.data.record_files import RecordsReader
 from cogtune.data.records import Picture
 from cogtune.data.report import DataReport
 from cogtune.errors import DataError

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cogtune.data.pictures import in_threads
+from cogtune.data.picture_headers import in_threads
 from cogtune.features.index import PictureIndex, Stamp
 from cogtune.features.store import Store, make_folder
 from cogtune.features.together import Ranks

@@ -11,7 +11,7 @@ from cogtune.data.budget import Budget
 from cogtune.data.rows import RowShape, plan_rows, shape_of
 from cogtune.plan.setting import S400, Batch
 from cogtune.plan.sizes import ModelSizes
-from cogtune.processing.tokenfile import Counting, find_token_file
+from cogtune.processing.token_file import Counting, find_token_file
 
 TYPICAL_ROWS = 10_000
 

@@ -14,8 +14,8 @@ from transformers import BatchFeature
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.errors import InputError
 from cogtune.processing.encode import IGNORED, TEXT, Encoded, Encoder
-from cogtune.processing.folder import copy_files, find_folder, read_config, read_tokenizer, special_ids
 from cogtune.processing.image import preprocess, read_image, to_rgb
+from cogtune.processing.model_folder import copy_files, find_folder, read_config, read_tokenizer, special_ids
 from cogtune.processing.prompt import Turns
 
 _HUB_OPTIONS = {"revision", "cache_dir", "token", "local_files_only", "force_download"}

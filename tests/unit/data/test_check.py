@@ -19,7 +19,7 @@ from cogtune.data.split import read_and_split
 from cogtune.data.statistics import Answers, Histogram, script_of
 from cogtune.errors import CheckpointError, DataError
 from cogtune.processing.processor import CogVLM2Processor
-from cogtune.processing.tokenfile import find_token_file
+from cogtune.processing.token_file import find_token_file
 from tests.support.bad_inputs import CASES, BadInput, make_place
 from tests.support.data_folders import dialogue, section, write_folder, write_image, write_label, write_lines
 

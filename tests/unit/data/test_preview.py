@@ -14,7 +14,7 @@ from cogtune.data.preview import RowPreview, preview_rows
 from cogtune.data.sources import read_sources
 from cogtune.errors import DataError
 from cogtune.processing.processor import CogVLM2Processor
-from cogtune.processing.tokenfile import find_token_file
+from cogtune.processing.token_file import find_token_file
 from tests.support.data_folders import dialogue, section, write_folder, write_image, write_lines
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "formats"

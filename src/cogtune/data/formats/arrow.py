@@ -14,8 +14,8 @@ from typing import Any
 
 from cogtune.data.formats.item import Content, Item, Wording
 from cogtune.data.formats.messages import picture_source, read_conversation
-from cogtune.data.labels import checked_text, identity_of
 from cogtune.data.problems import BadRecordError, Problem
+from cogtune.data.record_json import checked_text, identity_of
 from cogtune.data.records import Turn
 from cogtune.errors import SetupError
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from cogtune.data.formats.item import Content, Item, Wording
 from cogtune.data.formats.jsonfiles import read_json
-from cogtune.data.labels import checked_text, kind_of
 from cogtune.data.problems import BadRecordError, Problem
+from cogtune.data.record_json import checked_text, kind_of
 from cogtune.data.records import Turn
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from cogtune.data.formats import arrow, vqa
 from cogtune.data.formats.jsonfiles import LINES, numbered_lines, read_json
-from cogtune.data.labels import parse_json
 from cogtune.data.problems import BadRecordError, Problem
+from cogtune.data.record_json import parse_json
 
 LABEL_FOLDERS = ("labels", "labels_en", "labels_zh")
 CONVERSATIONS = ("jsonl", "llava", "sharegpt", "openai")

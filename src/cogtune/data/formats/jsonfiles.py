@@ -8,8 +8,8 @@ from typing import Any
 
 from cogtune.data.formats.item import Content, Item, Wording
 from cogtune.data.formats.messages import read_conversation
-from cogtune.data.labels import identity_of, is_unicode, kind_of, parse_json, record_dialogues
 from cogtune.data.problems import BadRecordError, Problem
+from cogtune.data.record_json import identity_of, is_unicode, kind_of, parse_json, record_dialogues
 
 Parse = Callable[[Any], Content]
 LINES = (".jsonl", ".ndjson")

@@ -15,8 +15,8 @@ from typing import Any
 from urllib.parse import unquote, unquote_to_bytes, urlparse
 
 from cogtune.data.formats.item import Content, Embedded, Wording
-from cogtune.data.labels import identity_of, is_unicode, kind_of
 from cogtune.data.problems import BadRecordError
+from cogtune.data.record_json import identity_of, is_unicode, kind_of
 from cogtune.data.records import Turn
 
 MARKER = "<image>"

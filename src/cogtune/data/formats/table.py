@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from cogtune.data.formats.item import Content, Item, Wording
-from cogtune.data.labels import checked_text
 from cogtune.data.problems import BadRecordError, Problem
+from cogtune.data.record_json import checked_text
 from cogtune.data.records import Turn
 
 TEXT_ONLY = "null"

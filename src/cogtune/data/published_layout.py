@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cogtune.data.formats.detect import LABEL_FOLDERS
-from cogtune.data.labels import is_unicode, parse_json, record_dialogues
-from cogtune.data.pictures import PictureHeader, check_picture, in_threads
+from cogtune.data.picture_headers import PictureHeader, check_picture, in_threads
 from cogtune.data.problems import BadRecordError, Problem, Problems
+from cogtune.data.record_json import is_unicode, parse_json, record_dialogues
 from cogtune.data.records import Conversation, Picture
 from cogtune.data.report import DataReport, SourceReport
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from cogtune.data.formats import arrow, coco, jsonfiles, table, vqa
 from cogtune.data.formats.item import Content, Item, Wording
-from cogtune.data.pictures import PictureHeader, check_picture, in_threads
-from cogtune.data.places import Located, Places
+from cogtune.data.picture_headers import PictureHeader, check_picture, in_threads
+from cogtune.data.picture_paths import Located, Places
 from cogtune.data.problems import BadRecordError, Problem, Problems
 from cogtune.data.records import Conversation, Picture, Turn
 from cogtune.data.report import DataReport, SourceReport
