@@ -24,7 +24,7 @@ from typing import Any
 
 from PIL import Image
 
-import cogtune.checkpoint.training as checkpoints
+import cogtune.checkpoint.resume_state as checkpoints
 from cogtune.checkpoint.random import make_tiny
 from cogtune.cli.main import guarded
 from cogtune.configuration.run_config import load_config

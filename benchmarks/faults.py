@@ -41,7 +41,7 @@ from benchmarks.fault_runs import (
     finish,
     prepare,
 )
-from cogtune.checkpoint import training as checkpoints
+from cogtune.checkpoint import resume_state as checkpoints
 
 KILLED_IN = ("start", "step", "evaluation", "save")
 FILLING = ("cache", "fill", "fill", "fill", "start")

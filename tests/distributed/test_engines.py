@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from cogtune.adapters.attach import attach, save_adapter
-from cogtune.checkpoint import training as checkpoints
+from cogtune.checkpoint import resume_state as checkpoints
 from cogtune.checkpoint.load import load_model
 from cogtune.train.log import read_metrics
 from cogtune.train.run import train

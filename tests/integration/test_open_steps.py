@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from cogtune.checkpoint import training as checkpoints
+from cogtune.checkpoint import resume_state as checkpoints
 from cogtune.errors import NonFiniteError, OutOfMemoryError, Stopped
 from cogtune.train import batches, loop
 from cogtune.train.engines import single

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cogtune.checkpoint import training as checkpoints
+from cogtune.checkpoint import resume_state as checkpoints
 from cogtune.errors import OutputFolderError, Stopped
 from cogtune.train.log import read_metrics
 from cogtune.train.loop import Loop

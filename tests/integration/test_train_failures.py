@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from cogtune.checkpoint import training as checkpoints
+from cogtune.checkpoint import resume_state as checkpoints
 from cogtune.errors import DiskFullError, NonFiniteError, OutOfMemoryError
 from cogtune.train import batches, loop
 from cogtune.train.engines.single import SingleEngine

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cogtune.checkpoint import training as checkpoints
+from cogtune.checkpoint import resume_state as checkpoints
 from cogtune.checkpoint.load import load_model
 from cogtune.configuration.run_config import RunConfig
 from cogtune.model.modeling import DecoderLayer

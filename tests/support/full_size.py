@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache
 
 from cogtune import CogVLM2Config, CogVLM2ForCausalLM
 from cogtune.adapters.attach import attach
-from cogtune.adapters.split import split_adapter
+from cogtune.adapters.tensor_parallel import split_adapter
 from cogtune.configuration.run_config import LoraSection
 from cogtune.model.activation_checkpointing import enable_checkpointing, first_layers
 from cogtune.model.compile import compile_layers

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import cogtune.checkpoint.training as checkpoints
+import cogtune.checkpoint.resume_state as checkpoints
 from cogtune.train.loop import Loop
 from cogtune.train.run import train
 from tests.support.training import make_config

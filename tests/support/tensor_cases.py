@@ -19,7 +19,7 @@ from peft import PeftModel
 from safetensors import safe_open
 
 from cogtune.adapters.attach import attach, load_adapter
-from cogtune.adapters.split import AdapterPart, split_adapter
+from cogtune.adapters.tensor_parallel import AdapterPart, split_adapter
 from cogtune.checkpoint.load import load_model, shard_files
 from cogtune.checkpoint.quantize import Quantization
 from cogtune.configuration.run_config import LoraSection

@@ -2,7 +2,7 @@
 
 Adapter weights are float32 master weights that compute in the model's dtype. peft's own way is to cast every input to
 the adapter's float32, which doubles the saved activations; its public switch turns that off, and
-``adapters.lowrank`` casts the small weights instead.
+``adapters.lora_layers`` casts the small weights instead.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from cogtune.adapters.lowrank import fast_adapter, make_fast
+from cogtune.adapters.lora_layers import fast_adapter, make_fast
 from cogtune.adapters.targets import region, resolve_targets
 from cogtune.configuration.run_config import LoraSection
 from cogtune.errors import AdapterError, ConfigError

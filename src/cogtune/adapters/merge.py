@@ -21,10 +21,10 @@ from typing import BinaryIO
 import torch
 
 from cogtune.adapters.attach import WEIGHTS_NAME, base_name
-from cogtune.adapters.change import Changes, read_changes
-from cogtune.adapters.rawfile import CHUNK, DTYPES, Entry, RawFile
+from cogtune.adapters.merge_arithmetic import Changes, read_changes
+from cogtune.adapters.safetensors_rows import CHUNK, DTYPES, Entry, RawFile
 from cogtune.checkpoint.load import INDEX_NAME, check_folder, shard_files
-from cogtune.checkpoint.training import is_disk_full, sync
+from cogtune.checkpoint.resume_state import is_disk_full, sync
 from cogtune.errors import AdapterError, CheckpointError, DiskFullError, OutputFolderError
 
 BLOCK_BYTES = 32 * 2**20

@@ -24,7 +24,7 @@ import torch
 
 from cogtune.checkpoint.load import INDEX_NAME
 from cogtune.checkpoint.random import tiny_config, write_published_config
-from cogtune.checkpoint.training import is_disk_full, sync
+from cogtune.checkpoint.resume_state import is_disk_full, sync
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.errors import DiskFullError, OutputFolderError
 from cogtune.model.modeling import CogVLM2ForCausalLM

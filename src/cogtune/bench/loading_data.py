@@ -15,7 +15,7 @@ from cogtune.bench.rows import PRESETS, synthetic_rows
 from cogtune.configuration.run_config import RunConfig
 from cogtune.data.loader import batches, worker_count
 from cogtune.data.sampler import EpochSampler
-from cogtune.features.files import Layout
+from cogtune.features.file_format import Layout
 from cogtune.features.store import Store
 from cogtune.features.variant import make_variant
 

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import GenerationConfig
 
-from cogtune.checkpoint import packed
+from cogtune.checkpoint import stored_4bit
 from cogtune.checkpoint.place import Builder, Cutting, Placement, require_filled
 from cogtune.checkpoint.quantize import Quantization, mark_for_adapters
 from cogtune.checkpoint.stream import Stored, find_stored, stream
@@ -185,8 +185,8 @@ def _fill(
     """Read what ``root`` (called ``prefix`` in the model) needs from ``folder`` into it."""
     stored = stored_tensors(folder)
     wanted = {prefix + name: tuple(value.shape) for name, value in root.state_dict().items()}
-    layers = packed.find(stored)
-    plain = {name: tensor for name, tensor in stored.items() if packed.owner(name, layers) is None}
+    layers = stored_4bit.find(stored)
+    plain = {name: tensor for name, tensor in stored.items() if stored_4bit.owner(name, layers) is None}
     require_exact(str(folder), _compare(wanted, plain, layers, whole=_is_skipped(wanted)))
     cutting = placement if isinstance(placement, Cutting) else None
     if cutting is not None:
@@ -196,12 +196,12 @@ def _fill(
         return quantization.device_for(name, device if placement is None else placement.device_for(name))
 
     builder = Builder(root, prefix, dtype, quantization, placement)
-    chosen = [t for name, t in stored.items() if name in wanted or packed.owner(name, layers) in wanted]
+    chosen = [t for name, t in stored.items() if name in wanted or stored_4bit.owner(name, layers) in wanted]
     if cutting is not None:
         _read_parts(builder, cutting, chosen, place)
     else:
         shapes = {name: torch.Size(wanted[name]) for name in layers & wanted.keys()}
-        collector = packed.Collector([tensor.name for tensor in chosen], builder, shapes)
+        collector = stored_4bit.Collector([tensor.name for tensor in chosen], builder, shapes)
         for tensor, value in stream(chosen, place):
             if not collector.take(tensor.name, value):
                 builder.add(tensor.name, value)

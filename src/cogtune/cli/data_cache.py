@@ -88,17 +88,17 @@ def _config(arguments: Arguments, *unneeded: str) -> RunConfig:
 
 
 def _look(config: RunConfig, switches: set[str]) -> int:
-    from cogtune.features import inspect
+    from cogtune.features import contents
     from cogtune.features.choose import size_text
     from cogtune.features.store import default_folder
 
     data = config.data
     root = Path(data.cache_dir or default_folder()).expanduser()
     if "stat" in switches:
-        found = inspect.stat(root, data.cache_budget)
-        print(json.dumps(found, indent=1) if "json" in switches else "\n".join(inspect.lines(found)))
+        found = contents.stat(root, data.cache_budget)
+        print(json.dumps(found, indent=1) if "json" in switches else "\n".join(contents.lines(found)))
         return 0
-    count, size, kept = inspect.clear(root)
+    count, size, kept = contents.clear(root)
     if "json" in switches:
         print(json.dumps({"folder": str(root), "removed": count, "removed_bytes": size, "kept": kept}))
     else:

@@ -17,13 +17,13 @@ import torch
 
 from cogtune.errors import DataError
 from cogtune.features.budget import Space, evict, measure
+from cogtune.features.collective import Ranks, together
 from cogtune.features.fill import Filled, Filler, FillSettings, Tower
 from cogtune.features.index import PictureIndex
 from cogtune.features.lease import Lease
+from cogtune.features.missing import Survey, survey
 from cogtune.features.reader import FeatureReader
 from cogtune.features.store import Store, make_folder, write_atomically
-from cogtune.features.survey import Survey, survey
-from cogtune.features.together import Ranks, together
 from cogtune.features.variant import Variant
 
 _ROUND = 4  # batches between two moments at which the processes hear of each other

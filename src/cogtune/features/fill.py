@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from cogtune.errors import CogtuneError, DataError
-from cogtune.features.files import relative_error
+from cogtune.features.file_format import relative_error
 from cogtune.features.index import PictureIndex, Stamp, content_digest, pixel_digest
 from cogtune.features.store import Store
 from cogtune.processing.image import normalise, read_image, resize

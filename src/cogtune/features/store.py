@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from cogtune.errors import RunError
-from cogtune.features.files import DamagedError, pack, unpack
+from cogtune.features.file_format import DamagedError, pack, unpack
 from cogtune.features.variant import Variant
 
 SUFFIX = ".safetensors"

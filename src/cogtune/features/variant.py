@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from cogtune.configuration.model import CogVLM2Config, CogVLM2VisionConfig
-from cogtune.features.files import Layout
+from cogtune.features.file_format import Layout
 from cogtune.processing.image import PREPROCESSING
 
 

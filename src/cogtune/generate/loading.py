@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from cogtune.adapters.attach import CONFIG_NAME, adapter_shapes, base_name, load_adapter
-from cogtune.adapters.split import split_adapter
+from cogtune.adapters.tensor_parallel import split_adapter
 from cogtune.checkpoint.load import load_config, load_model, spread_over
 from cogtune.checkpoint.place import Placement
 from cogtune.checkpoint.quantize import PLAIN, Quantization

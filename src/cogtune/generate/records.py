@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from cogtune.checkpoint.training import is_disk_full, write_json
+from cogtune.checkpoint.resume_state import is_disk_full, write_json
 from cogtune.data.records import Question
 from cogtune.errors import DiskFullError, OutputFolderError
 

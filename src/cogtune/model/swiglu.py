@@ -28,7 +28,7 @@ _WIDEST_RANK = 64  # of an update whose blocks fit beside a tile; wider ones are
 
 
 class Updated(Protocol):
-    """A linear layer ``base(x) + (x A') (s B)'`` that can be asked for its parts; ``adapters.lowrank`` makes them."""
+    """A linear layer ``base(x) + (x A') (s B)'`` that can be asked for its parts; ``adapters.lora_layers`` makes them."""
 
     def update_rank(self) -> int | None:
         """R; None where the layer does not compute in this way now (no adapter, several, DoRA, weights elsewhere)."""

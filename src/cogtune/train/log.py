@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from cogtune.checkpoint.training import sync
+from cogtune.checkpoint.resume_state import sync
 from cogtune.errors import CogtuneError
 
 METRICS_FILE = "metrics.jsonl"

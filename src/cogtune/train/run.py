@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 
 from cogtune.adapters.attach import attach, computed_by_peft, describe
-from cogtune.checkpoint import training as checkpoints
+from cogtune.checkpoint import resume_state as checkpoints
 from cogtune.checkpoint.load import load_model
 from cogtune.checkpoint.quantize import Quantization
 from cogtune.configuration.deepspeed import apply_deepspeed

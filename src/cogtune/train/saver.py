@@ -13,8 +13,8 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from cogtune.adapters.attach import CONFIG_NAME, WEIGHTS_NAME, save_adapter
-from cogtune.checkpoint import training as checkpoints
-from cogtune.checkpoint.training import TrainingState
+from cogtune.checkpoint import resume_state as checkpoints
+from cogtune.checkpoint.resume_state import TrainingState
 from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import CheckpointError
 from cogtune.train.engines.base import MASTER, Engine

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogtune.adapters import merge as merging
-from cogtune.adapters import rawfile
+from cogtune.adapters import safetensors_rows
 from cogtune.adapters.attach import load_adapter
 from cogtune.adapters.merge import merge
 from cogtune.checkpoint.load import INDEX_NAME, load_model
@@ -109,7 +109,7 @@ def test_everything_but_weights_is_the_base_byte_for_byte(base: Path, adapter: P
     assert changed <= {path.name for path in base.glob("*.safetensors")}
     assert any("pytorch_model.bin" in line for line in report.notes)
     for shard in base.glob("*.safetensors"):
-        with rawfile.RawFile(shard) as old, rawfile.RawFile(tmp_path / "merged" / shard.name) as new:
+        with safetensors_rows.RawFile(shard) as old, safetensors_rows.RawFile(tmp_path / "merged" / shard.name) as new:
             assert old.prefix() == new.prefix()
 
 

@@ -12,8 +12,8 @@ import torch
 
 from cogtune.features import lease as leases
 from cogtune.features.budget import evict, measure
+from cogtune.features.contents import clear
 from cogtune.features.index import PictureIndex, Stamp, content_digest
-from cogtune.features.inspect import clear
 from cogtune.features.lease import Lease, leased
 from cogtune.features.store import FeatureCacheError, Store, default_folder, scan
 from cogtune.features.variant import Variant

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cogtune.checkpoint import training as checkpoints
-from cogtune.checkpoint.training import TrainingState
+from cogtune.checkpoint import resume_state as checkpoints
+from cogtune.checkpoint.resume_state import TrainingState
 from cogtune.errors import CheckpointError, DiskFullError
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cogtune.adapters.split import AdapterPart, check_adapter, split_adapter
+from cogtune.adapters.tensor_parallel import AdapterPart, check_adapter, split_adapter
 from cogtune.configuration.run_config import RunConfig
 from cogtune.model.tensor_parallel import SplitModel, TensorGroup
 from cogtune.train.engines.base import StepResult

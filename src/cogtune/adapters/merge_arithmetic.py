@@ -21,7 +21,7 @@ import torch
 from peft.utils.other import get_pattern_key
 
 from cogtune.adapters.attach import CONFIG_NAME, WEIGHTS_NAME, adapter_shapes, base_name
-from cogtune.adapters.rawfile import DTYPES, RawFile
+from cogtune.adapters.safetensors_rows import DTYPES, RawFile
 from cogtune.errors import AdapterError
 
 PREFIX = "base_model.model."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-from cogtune.checkpoint.training import is_disk_full
+from cogtune.checkpoint.resume_state import is_disk_full
 from cogtune.errors import CogtuneError, DiskFullError, RunError, Stopped
 from cogtune.features.store import FeatureCacheError
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cogtune.data.picture_headers import in_threads
+from cogtune.features.collective import Ranks
 from cogtune.features.index import PictureIndex, Stamp
 from cogtune.features.store import Store, make_folder
-from cogtune.features.together import Ranks
 
 _CHUNK = 256
 

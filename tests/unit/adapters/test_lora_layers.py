@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cogtune.adapters.attach import attach, computed_by_peft
-from cogtune.adapters.lowrank import fast_adapter, make_fast
+from cogtune.adapters.lora_layers import fast_adapter, make_fast
 from cogtune.checkpoint.random import random_model, tiny_config
 from cogtune.configuration.run_config import LoraSection
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cogtune.features.files import DamagedError, Layout, pack, relative_error, unpack
+from cogtune.features.file_format import DamagedError, Layout, pack, relative_error, unpack
 
 FORMATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 NAME = "variant/picture"
