@@ -21,9 +21,9 @@ from cogtune.cli.options import split_arguments
 from cogtune.configuration.run_config import load_config
 from cogtune.data.rows import RowShape
 from cogtune.plan.cards import Card, named_like
+from cogtune.plan.data_rows import summary
+from cogtune.plan.from_config import setting_of
 from cogtune.plan.memory import predict
-from cogtune.plan.rows import summary
-from cogtune.plan.run import setting_of
 from cogtune.plan.setting import Adapter, Batch, Quant, Setting, adapted_names
 from cogtune.plan.sizes import ModelSizes
 from cogtune.plan.time import step_time

@@ -10,9 +10,9 @@ from cogtune.bench.variants import Variant
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.errors import InputError
 from cogtune.plan.cards import named_like
+from cogtune.plan.data_rows import summary
+from cogtune.plan.from_config import recomputed, setting_of
 from cogtune.plan.memory import predict
-from cogtune.plan.rows import summary
-from cogtune.plan.run import recomputed, setting_of
 from cogtune.plan.setting import Adapter, Batch, Setting, adapted_names
 from cogtune.plan.sizes import ModelSizes
 from cogtune.plan.time import step_time

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from cogtune.cli.options import Arguments
     from cogtune.configuration.run_config import RunConfig
     from cogtune.data.check import CheckReport
-    from cogtune.plan.beginning import Proposal
     from cogtune.plan.cards import Card
-    from cogtune.plan.proposal import Plan
+    from cogtune.plan.init_config import Proposal
+    from cogtune.plan.plan import Plan
 
 _USAGE = "usage: cogtune init DATA [--model BASE] [--card CARD] [--output FILE.yaml] [--section.key value ...]"
 _ABOUT = """\
@@ -69,7 +69,7 @@ def _init(ctx: typer.Context) -> None:
 
     from cogtune.configuration.run_config import load_config
     from cogtune.data.check import check
-    from cogtune.plan.beginning import propose, take_plan, to_yaml, with_room
+    from cogtune.plan.init_config import propose, take_plan, to_yaml, with_room
     from cogtune.processing.token_file import find_token_file
 
     tokens = find_token_file(config.model.path, config.model.template)
@@ -111,7 +111,7 @@ def _configuration(arguments: Arguments) -> tuple[RunConfig, dict[str, str]]:
 def _card(values: Mapping[str, str]) -> tuple[Card | None, int]:
     """The card to plan for, if there is one, and how many."""
     from cogtune.plan.cards import find_card
-    from cogtune.plan.device import local_cards
+    from cogtune.plan.local_cards import local_cards
 
     text = values.get("cards", "1")
     if not text.isdigit() or not int(text):
@@ -143,8 +143,8 @@ def _refuse_bad(report: CheckReport) -> None:
 def _planned(proposal: Proposal, report: CheckReport, card: Card, cards: int, image_tokens: int) -> Plan:
     """The plan of the proposed configuration on these cards."""
     from cogtune.configuration.load import Entry, from_entries
-    from cogtune.plan.proposal import make_plan
-    from cogtune.plan.rows import summary
+    from cogtune.plan.data_rows import summary
+    from cogtune.plan.plan import make_plan
 
     config = from_entries({key: Entry(value, key) for key, value in proposal.values.items()})
     rows = summary(report.shapes, report.counts["train_pictures"], image_tokens)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from cogtune.configuration.run_config import RunConfig
     from cogtune.plan.cards import Card
-    from cogtune.plan.proposal import Plan
+    from cogtune.plan.plan import Plan
 
 _USAGE = "usage: cogtune plan [CONFIG.yaml] [--section.key value ...] [--card CARD] [--cards N] [--price X] [--json]"
 _ABOUT = """\
@@ -94,8 +94,8 @@ def _configuration(path: str | None, overrides: Mapping[str, Any]) -> tuple[RunC
 def _made(
     config: RunConfig, placeholders: Mapping[str, str], card: Card, spread: tuple[int, int], price: float | None
 ) -> Plan:
-    from cogtune.plan.proposal import make_plan
-    from cogtune.plan.rows import TYPICAL, read_rows
+    from cogtune.plan.data_rows import TYPICAL, read_rows
+    from cogtune.plan.plan import make_plan
     from cogtune.plan.sizes import ModelSizes
 
     given = "data.path" not in placeholders
@@ -108,7 +108,7 @@ def _made(
 def _cards(values: Mapping[str, str]) -> tuple[Card, int]:
     """The card to plan for and how many. ``auto``: the one with the least free memory of this machine's."""
     from cogtune.plan.cards import find_card
-    from cogtune.plan.device import local_cards
+    from cogtune.plan.local_cards import local_cards
 
     count = _number(values, "cards")
     name = values.get("card", "auto")
@@ -145,7 +145,7 @@ def _targets(config: RunConfig) -> list[str]:
 def _write(file: Path, config: RunConfig, plan: Plan, placeholders: Mapping[str, str]) -> None:
     import yaml
 
-    from cogtune.plan.proposal import ready_config
+    from cogtune.plan.plan import ready_config
     from cogtune.system.byte_sizes import format_size
 
     nested = ready_config(config, plan, placeholders)

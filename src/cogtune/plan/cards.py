@@ -20,7 +20,7 @@ DESKTOP = round(0.45 * GIB)
 class Card:
     """``memory`` and ``free`` in bytes; peaks in operations and bytes per second (dense bfloat16, or float16 where the
     card has no bfloat16); ``link`` is the bandwidth to a sibling in one direction. ``holders``: what keeps memory of a
-    real card, from `cogtune.plan.device`."""
+    real card, from `cogtune.plan.local_cards`."""
 
     name: str
     memory: int

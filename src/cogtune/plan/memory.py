@@ -18,8 +18,8 @@ from cogtune.plan.calibration import (
     SEGMENTS,
     Allocator,
 )
-from cogtune.plan.gathered import Gathering
 from cogtune.plan.setting import BYTES, Quant, Setting
+from cogtune.plan.sharding import Gathering
 from cogtune.plan.sizes import Linear, ModelSizes, Part
 from cogtune.plan.step import peak
 from cogtune.system.byte_sizes import GIB
@@ -195,7 +195,7 @@ def batch_bytes(setting: Setting) -> int:
 
 
 def communication_bytes(setting: Setting) -> int:
-    """Buffers for what ranks exchange; what is gathered under sharding is counted by the moment (`plan.gathered`)."""
+    """Buffers for what ranks exchange; what is gathered under sharding is counted by the moment (`plan.sharding`)."""
     if setting.ranks == 1:
         return 0
     trained = setting.adapter_parameters()

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from cogtune.plan.afterwards import answer, merge
 from cogtune.plan.calibration import CONTEXT
+from cogtune.plan.inference import answer, merge
 from cogtune.plan.memory import Phase
-from cogtune.plan.proposal import Plan
+from cogtune.plan.plan import Plan
 from cogtune.plan.setting import Setting
 from cogtune.system.byte_sizes import GIB, format_size
 

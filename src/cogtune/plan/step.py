@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cogtune.plan.activations import DecoderTable, Kept, TowerTable, glu_adapter, head
-from cogtune.plan.gathered import NOTHING, Gathered, Gathering
 from cogtune.plan.setting import Setting
+from cogtune.plan.sharding import NOTHING, Gathered, Gathering
 
 
 @dataclass(frozen=True)

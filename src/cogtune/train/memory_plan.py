@@ -20,13 +20,13 @@ from cogtune.plan.calibration import CONTEXT
 from cogtune.plan.cards import Card, named_like
 from cogtune.plan.choose import ENGINES, best, checkpointing, fits, tower_fits
 from cogtune.plan.choose import engine as engine_for
-from cogtune.plan.device import local_cards
+from cogtune.plan.data_rows import Rows
+from cogtune.plan.data_rows import summary as rows_summary
+from cogtune.plan.from_config import budget_of, setting_of
+from cogtune.plan.local_cards import local_cards
 from cogtune.plan.memory import predict, weights
-from cogtune.plan.proposal import PlanError, keys_of, plan_of, too_small
+from cogtune.plan.plan import PlanError, keys_of, plan_of, too_small
 from cogtune.plan.report import compared, summary
-from cogtune.plan.rows import Rows
-from cogtune.plan.rows import summary as rows_summary
-from cogtune.plan.run import budget_of, setting_of
 from cogtune.plan.setting import Setting
 from cogtune.plan.sizes import ModelSizes
 from cogtune.system.byte_sizes import format_size

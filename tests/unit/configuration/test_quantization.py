@@ -7,8 +7,8 @@ from dataclasses import fields
 from cogtune.checkpoint.quantize import FORMATS, Quantization
 from cogtune.configuration.quantization import Formats
 from cogtune.configuration.run_config import QuantSection, load_config
-from cogtune.plan.rows import TYPICAL
-from cogtune.plan.run import setting_of
+from cogtune.plan.data_rows import TYPICAL
+from cogtune.plan.from_config import setting_of
 
 
 def test_names_and_defaults_are_the_sections() -> None:

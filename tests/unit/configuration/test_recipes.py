@@ -11,9 +11,9 @@ from cogtune.configuration.run_config import RunConfig, load_config
 from cogtune.plan.calibration import CONTEXT
 from cogtune.plan.cards import find_card
 from cogtune.plan.choose import checkpointing, fits
+from cogtune.plan.data_rows import Rows
+from cogtune.plan.from_config import setting_of
 from cogtune.plan.memory import fill
-from cogtune.plan.rows import Rows
-from cogtune.plan.run import setting_of
 from cogtune.plan.setting import Batch
 
 CONFIGS = Path(__file__).parents[3] / "configs"

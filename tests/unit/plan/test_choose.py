@@ -21,10 +21,10 @@ from cogtune.plan.choose import (
     smallest_card,
     tower_fits,
 )
-from cogtune.plan.device import local_cards
+from cogtune.plan.data_rows import TYPICAL
+from cogtune.plan.from_config import setting_of
+from cogtune.plan.local_cards import local_cards
 from cogtune.plan.memory import predict
-from cogtune.plan.rows import TYPICAL
-from cogtune.plan.run import setting_of
 from cogtune.plan.setting import Adapter, Quant, Setting, adapted_names
 from cogtune.plan.sizes import ModelSizes
 from cogtune.plan.time import step_time

@@ -14,10 +14,10 @@ from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import OutOfMemoryError
 from cogtune.plan.calibration import CONTEXT
 from cogtune.plan.cards import find_card
+from cogtune.plan.data_rows import TYPICAL
+from cogtune.plan.from_config import setting_of
 from cogtune.plan.memory import predict
-from cogtune.plan.proposal import PlanError
-from cogtune.plan.rows import TYPICAL
-from cogtune.plan.run import setting_of
+from cogtune.plan.plan import PlanError
 from cogtune.system.byte_sizes import GIB
 from cogtune.train import memory_plan
 from cogtune.train.memory_plan import Planned

@@ -7,8 +7,8 @@ from pathlib import Path
 from cogtune.configuration.run_config import load_config
 from cogtune.data.rows import RowShape
 from cogtune.plan.cards import REFERENCE, find_card
-from cogtune.plan.rows import TYPICAL, summary
-from cogtune.plan.run import budget_of, fixed_keys, setting_of
+from cogtune.plan.data_rows import TYPICAL, summary
+from cogtune.plan.from_config import budget_of, fixed_keys, setting_of
 
 NEEDED = {"model": "base", "data": "pictures", "output": "out"}
 

@@ -11,7 +11,7 @@ from cogtune.configuration.deepspeed import read_deepspeed
 from cogtune.configuration.load import explicit_values
 from cogtune.configuration.run_config import RunConfig
 from cogtune.plan.cards import Card
-from cogtune.plan.rows import Rows
+from cogtune.plan.data_rows import Rows
 from cogtune.plan.setting import Adapter, Batch, Quant, Setting, Tower, adapted_names
 from cogtune.plan.sizes import ModelSizes
 from cogtune.system.allocator import expandable

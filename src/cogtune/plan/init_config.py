@@ -17,7 +17,7 @@ from cogtune.configuration.keys import known_keys
 from cogtune.configuration.load import explicit_values
 from cogtune.configuration.run_config import DataSection, RunConfig
 from cogtune.data.check import CheckReport
-from cogtune.plan.proposal import Plan
+from cogtune.plan.plan import Plan
 from cogtune.system.byte_sizes import format_size
 
 _SECTIONS = ("model", "data", "lora", "quant", "train", "eval", "parallel", "log")

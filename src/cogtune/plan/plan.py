@@ -10,12 +10,12 @@ from cogtune.configuration.keys import known_keys
 from cogtune.configuration.load import explicit_values
 from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import InputError
-from cogtune.plan.afterwards import answer, merge
 from cogtune.plan.cards import Card
 from cogtune.plan.choose import best, largest_batch, smallest_card
+from cogtune.plan.data_rows import Rows
+from cogtune.plan.from_config import budget_of, fixed_keys, setting_of
+from cogtune.plan.inference import answer, merge
 from cogtune.plan.memory import Memory, Phase, predict
-from cogtune.plan.rows import Rows
-from cogtune.plan.run import budget_of, fixed_keys, setting_of
 from cogtune.plan.setting import Setting
 from cogtune.plan.time import Schedule, checkpoint_bytes, feature_bytes, schedule
 from cogtune.system.byte_sizes import GIB, format_size

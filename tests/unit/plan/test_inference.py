@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from cogtune.configuration.shapes import VisionShape
-from cogtune.plan.afterwards import answer, merge
 from cogtune.plan.calibration import LIBRARIES
+from cogtune.plan.inference import answer, merge
 from cogtune.plan.setting import Adapter, Batch, Quant, Setting, adapted_names
 from cogtune.plan.sizes import ModelSizes
 from cogtune.system.byte_sizes import GIB

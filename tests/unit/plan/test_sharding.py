@@ -16,10 +16,10 @@ from cogtune.adapters.attach import attach
 from cogtune.checkpoint import random
 from cogtune.checkpoint.random import tiny_config
 from cogtune.configuration.run_config import load_config
-from cogtune.plan import gathered, memory
-from cogtune.plan.gathered import Gathering
+from cogtune.plan import memory, sharding
 from cogtune.plan.memory import predict, weights
 from cogtune.plan.setting import Adapter, Quant, Setting, adapted_names
+from cogtune.plan.sharding import Gathering
 from cogtune.plan.sizes import ModelSizes
 from cogtune.train.engines import fsdp2, zero, zero3_units
 from cogtune.train.engines.fsdp2 import Fsdp2Engine
@@ -97,12 +97,12 @@ def test_nothing_is_gathered_where_nothing_is_sharded() -> None:
     for whole in (Setting(), Setting(engine="ddp", ranks=2), Setting(engine="ddp", ranks=2, tensor=2)):
         gathering = Gathering(whole)
         moments = [gathering.start(), gathering.tower(), gathering.forward(3), gathering.loss(), gathering.backward(3)]
-        assert set(moments) == {gathered.Gathered()}
+        assert set(moments) == {sharding.Gathered()}
         assert gathering.pool() == 0
 
 
 def test_constants_are_the_engines() -> None:
-    assert gathered.ZERO3_QUEUED == zero3_units._AHEAD
+    assert sharding.ZERO3_QUEUED == zero3_units._AHEAD
     assert memory.ZERO_BUCKET == zero._BUCKET
     assert memory.FSDP2_BUCKET == 4 * fsdp2._BUCKET
 
@@ -111,7 +111,7 @@ def test_an_nf4_weights_scales_are_whole_on_every_rank() -> None:
     sharded = Setting(engine="fsdp2", ranks=2, tower="cached", quant=Quant("nf4"))
     experts = [x for x in sharded.sizes.linears if x.part == "experts"]
     scales = sum(memory.scale_bytes(linear, "nf4") for linear in experts)
-    codes = gathered.unit_bytes(experts, sharded.quant, sharded.dtype)
+    codes = sharding.unit_bytes(experts, sharded.quant, sharded.dtype)
     assert weights(sharded)["experts"] == pytest.approx(scales + codes / 2, rel=1e-6)
 
 
