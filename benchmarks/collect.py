@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cogtune.bench.fit import ROWS
+from cogtune.bench.card_memory import ROWS
 
 _RUN = ("date", "commit", "command", "card", "cards", "machine", "versions")
 

@@ -6,7 +6,7 @@ import json
 
 from benchmarks import render as rendering
 from benchmarks.card_view import CARDS, cards, split_name
-from cogtune.bench.fit import ROWS
+from cogtune.bench.card_memory import ROWS
 from tests.docs.pages import ROOT
 
 CONTENT = {

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from cogtune.bench import fit
-from cogtune.bench.fit import FitRow
+from cogtune.bench import card_memory
+from cogtune.bench.card_memory import FitRow
 from cogtune.cli.main import main
 
 

@@ -15,7 +15,7 @@ from cogtune.checkpoint.load import load_model
 from cogtune.demo.base import BASE
 from cogtune.demo.run import run
 from cogtune.errors import OutputFolderError
-from cogtune.generate.engine import Generator
+from cogtune.generate.generator import Generator
 from cogtune.processing.processor import CogVLM2Processor
 
 CHANGES = {"train.epochs": 1, "train.max_steps": 4, "data.workers": 0, "eval.steps": 2, "log.steps": 1}

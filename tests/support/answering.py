@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cogtune.generate.decoding import Decoding
-from cogtune.generate.engine import Ask
+from cogtune.generate.generator import Ask
 from cogtune.generate.stream import Answer, TextPieces
 from cogtune.processing.processor import CogVLM2Processor
 

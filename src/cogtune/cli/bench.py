@@ -147,7 +147,7 @@ def _fit(
     tiny: _Tiny = False,
     json: _Json = None,
 ) -> None:
-    from cogtune.bench.fit import run_rows
+    from cogtune.bench.card_memory import run_rows
     from cogtune.bench.report import Results
     from cogtune.cli.options import split_arguments
     from cogtune.errors import ConfigError
@@ -203,7 +203,7 @@ def _loader(
     tiny: _Tiny = False,
     json: _Json = None,
 ) -> None:
-    from cogtune.bench.loading_data import measure_loader
+    from cogtune.bench.data_loading import measure_loader
 
     measure_loader(
         _config(ctx, tiny), _results("loader", json), rate=rate, seconds=seconds, pictures=pictures, side=side
@@ -216,7 +216,7 @@ def _load(
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...", metavar="NAME")] = "auto",
     json: _Json = None,
 ) -> None:
-    from cogtune.bench.load import run_modes
+    from cogtune.bench.model_loading import run_modes
     from cogtune.generate.loading import choose_device
 
     names = [name for name in modes.split(",") if name]
@@ -283,7 +283,7 @@ def _steps_of(
         overrides.setdefault("model.path", ["random-tiny"])
 
     from cogtune.bench.report import Results
-    from cogtune.bench.training import is_main, measure
+    from cogtune.bench.train import is_main, measure
     from cogtune.bench.variants import parse_variants
 
     variants = parse_variants(texts, overrides, preset=preset, cached=features == "cached")

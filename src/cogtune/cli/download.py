@@ -38,7 +38,7 @@ def _download(
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    from cogtune.download.run import download
+    from cogtune.download.fetch import download
     from cogtune.download.sources import DATA, VARIANTS
     from cogtune.errors import ConfigError
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from cogtune.generate.decoding import Decoding
     from cogtune.generate.loading import Resolved
     from cogtune.generate.predict import PredictOptions
-    from cogtune.generate.records import Settings
+    from cogtune.generate.predictions_file import Settings
 
 _HELP = """Answer every question of a data set: JSON lines in the data's order.
 
@@ -109,7 +109,7 @@ def _predict(
     from cogtune.generate.decoding import Decoding
     from cogtune.generate.loading import ModelChoice, dismiss, follow, load_generator, resolve
     from cogtune.generate.predict import PredictOptions, Predictor
-    from cogtune.generate.records import PredictionFile
+    from cogtune.generate.predictions_file import PredictionFile
 
     decoding = answering.changed(
         Decoding(max_new_tokens), greedy=False, temperature=temperature, top_p=top_p, top_k=top_k
@@ -153,7 +153,7 @@ def _settings(
     """What decides the answers, under the names of the flags."""
     from cogtune.checkpoint.fingerprint import adapter_fingerprint, model_fingerprint
     from cogtune.checkpoint.quantize import Quantization
-    from cogtune.generate.records import Settings
+    from cogtune.generate.predictions_file import Settings
 
     sampled = {"seed": options.seed, "batch-size": options.batch_size} if decoding.sample else {}
     decides = {

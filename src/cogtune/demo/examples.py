@@ -10,7 +10,7 @@ from PIL import Image
 from cogtune.demo.easyvqa import VqaPicture
 from cogtune.demo.score import kind_of
 from cogtune.generate.decoding import Decoding
-from cogtune.generate.engine import Generator
+from cogtune.generate.generator import Generator
 from cogtune.processing.image import read_image
 
 PICTURES = 12

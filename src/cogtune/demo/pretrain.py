@@ -32,7 +32,7 @@ from cogtune.demo.drawings import DESCRIBE, Drawing, draw
 from cogtune.demo.muon import Muon
 from cogtune.demo.record import Clock, provenance, write_json
 from cogtune.generate.decoding import Decoding
-from cogtune.generate.engine import Generator
+from cogtune.generate.generator import Generator
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.processing.encode import Encoder
 from cogtune.processing.image import preprocess

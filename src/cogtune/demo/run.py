@@ -21,7 +21,7 @@ from cogtune.demo.examples import Example, choose, fill
 from cogtune.demo.record import Clock, provenance, use_all_cores, write_json
 from cogtune.demo.score import Score, measure, without_pictures
 from cogtune.errors import OutputFolderError
-from cogtune.generate.engine import Generator
+from cogtune.generate.generator import Generator
 from cogtune.generate.loading import ModelChoice, load_generator, resolve
 from cogtune.train.log import read_metrics
 from cogtune.train.run import train

@@ -15,7 +15,7 @@ from PIL import Image
 
 from cogtune.demo.easyvqa import VqaPicture
 from cogtune.generate.decoding import Decoding
-from cogtune.generate.engine import Ask, Generator
+from cogtune.generate.generator import Ask, Generator
 from cogtune.processing.image import read_image
 
 BATCH = 512

@@ -15,7 +15,7 @@ from PIL import Image
 
 from cogtune.errors import CogtuneError, RunError
 from cogtune.generate.decoding import Decoding
-from cogtune.generate.engine import Generator
+from cogtune.generate.generator import Generator
 from cogtune.generate.history import fit_history, prompt_limit
 from cogtune.processing.image import read_image
 

@@ -16,8 +16,8 @@ from cogtune.checkpoint.place import Placement
 from cogtune.checkpoint.quantize import PLAIN, Quantization
 from cogtune.configuration.model import ROPE_PRECISIONS
 from cogtune.errors import AdapterError, ConfigError, SetupError
-from cogtune.generate.engine import Generator
-from cogtune.generate.lockstep import LockstepGenerator, check_launched, launched_processes, leads, start
+from cogtune.generate.generator import Generator
+from cogtune.generate.tensor_parallel import LockstepGenerator, check_launched, launched_processes, leads, start
 from cogtune.model.device_map import Spread
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.tensor_parallel import SplitModel, TensorGroup, check_sizes

@@ -19,9 +19,9 @@ from cogtune.configuration.run_config import DataSection
 from cogtune.data.records import Question
 from cogtune.errors import DataError
 from cogtune.generate.decoding import Decoding
-from cogtune.generate.engine import Generator
+from cogtune.generate.generator import Generator
 from cogtune.generate.history import fit_history, prompt_limit
-from cogtune.generate.records import PredictionFile
+from cogtune.generate.predictions_file import PredictionFile
 from cogtune.processing.image import read_image
 
 OnProgress = Callable[[int, int], None]

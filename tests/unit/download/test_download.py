@@ -10,7 +10,7 @@ import shutil
 import pytest
 
 from cogtune.cli.main import main
-from cogtune.download.run import download
+from cogtune.download.fetch import download
 from cogtune.download.sources import DATA, VARIANTS
 from cogtune.errors import CheckpointError, DownloadError, InputError
 from tests.support.fake_hub import FakeHub, serving

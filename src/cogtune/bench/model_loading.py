@@ -1,6 +1,6 @@
 """``cogtune bench load``: how long loading takes beside a plain read of the same bytes, and what it holds meanwhile.
 
-Every mode is a process of its own, so that peaks are its own: ``python -m cogtune.bench.load MODE MODEL DEVICE``.
+Every mode is a process of its own, so that peaks are its own: ``python -m cogtune.bench.model_loading MODE MODEL DEVICE``.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def run_modes(names: Sequence[str], results: Results, *, model: str, device: str
     if unknown:
         raise ConfigError(f"no mode `{unknown[0]}`", hint=f"one of {', '.join(MODES)}")
     for name in names or MODES:
-        command = [sys.executable, "-m", "cogtune.bench.load", name, model, device]
+        command = [sys.executable, "-m", "cogtune.bench.model_loading", name, model, device]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_ROW_SECONDS)
             lines = [line for line in done.stdout.splitlines() if line.startswith(_RESULT)]

@@ -18,7 +18,7 @@ from transformers import StoppingCriteria
 
 from cogtune.errors import ConfigError
 from cogtune.generate.decoding import Decoding
-from cogtune.generate.engine import Generator
+from cogtune.generate.generator import Generator
 from cogtune.model.tensor_parallel import TensorGroup
 
 _PATIENCE = timedelta(days=7)  # a chat waits for its user

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from cogtune.bench import load
+from cogtune.bench import model_loading
 from cogtune.bench.report import Results
 
 
 def test_modes_read_what_they_need(tiny_checkpoint: Path) -> None:
     cpu = torch.device("cpu")
     whole, without, tower = (
-        load.measure(mode, str(tiny_checkpoint), cpu) for mode in ("bf16", "bf16-no-tower", "tower")
+        model_loading.measure(mode, str(tiny_checkpoint), cpu) for mode in ("bf16", "bf16-no-tower", "tower")
     )
     assert whole["read_bytes"] == without["read_bytes"] + tower["read_bytes"]
     assert tower["read_bytes"] > 0
@@ -25,7 +25,7 @@ def test_modes_read_what_they_need(tiny_checkpoint: Path) -> None:
 
 def test_a_failing_mode_is_a_row_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = Results("load", "test", tmp_path / "load.json")
-    load.run_modes(["bf16"], results, model=str(tmp_path / "nowhere"), device="cpu")
+    model_loading.run_modes(["bf16"], results, model=str(tmp_path / "nowhere"), device="cpu")
     (row,) = json.loads((tmp_path / "load.json").read_text())["rows"]
     assert "nowhere" in row["error"]
     assert "bf16" in capsys.readouterr().out

@@ -12,7 +12,7 @@ from PIL import Image
 from cogtune.checkpoint.load import load_model
 from cogtune.errors import OutOfMemoryError
 from cogtune.generate.decoding import Decoding
-from cogtune.generate.engine import Ask, Generator
+from cogtune.generate.generator import Ask, Generator
 from cogtune.processing.processor import CogVLM2Processor
 from tests.support.adapters import write_adapter
 
