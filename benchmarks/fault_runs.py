@@ -304,7 +304,7 @@ def _observe(board: Board, rank: int) -> None:
     around(Loop, "_train", "step")
     around(Loop, "_validate", "evaluation")
     around(Saver, "__call__", "save")
-    around(features, "fill", "cache")  # loading the tower and meeting the others are in it too
+    around(feature_cache, "fill", "cache")  # loading the tower and meeting the others are in it too
     around(Filler, "advance", "fill")
     run, advance = Loop.run, Loop._advance
 

@@ -151,7 +151,7 @@ def test_adapted_experts_compute_the_same_with_the_kernel(dropout: float, monkey
         return float(loss.detach()), torch.cat([p.grad.flatten() for p in adapted.parameters() if p.grad is not None])
 
     loss, found = run()
-    monkeypatch.setattr(gated, "_has_kernel", lambda x: False)
+    monkeypatch.setattr(swiglu, "_has_kernel", lambda x: False)
     wanted_loss, wanted = run()
     assert loss == pytest.approx(wanted_loss, rel=1e-5)
     assert _error(found, wanted) < 1e-4
@@ -173,7 +173,7 @@ def test_the_norm_that_joins_the_stream_is_the_layers(width: int, monkeypatch: p
     assert torch.equal(found, vision._add_norm(x, update, norm))
     update.requires_grad_()
     with monkeypatch.context() as patch:
-        patch.setattr(vision.norm_kernel, "add_norm_on_gpu", None)  # a gradient goes the ordinary way
+        patch.setattr(vision.add_norm, "add_norm_on_gpu", None)  # a gradient goes the ordinary way
         vision._add_norm(x, update, norm).sum().backward()
     assert update.grad is not None
 

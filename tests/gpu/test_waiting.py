@@ -83,7 +83,7 @@ def test_validation_waits_for_its_sum_only(
             yield batch
         torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(validate, "validation_batches", batches)
+    monkeypatch.setattr(validation, "validation_batches", batches)
     rows = write_data(tmp_path / "validation", 8, uneven=False)
     try:
         train(config(tiny_checkpoint, tmp_path, data__validation=[str(rows)], train__max_steps=1))

@@ -94,7 +94,7 @@ def test_fit_runs_each_row_in_its_own_process_and_survives_a_failing_one(
 ) -> None:
     train = ("train", "--preset", "text=40", "--steps", "2", "--warmup", "1", "--features", "cached")
     rows = {"bad": FitRow((*train, "--lora.rank", "0"), 10.3, 11), "good": FitRow(train, 31)}
-    monkeypatch.setattr(fit, "ROWS", rows)
+    monkeypatch.setattr(card_memory, "ROWS", rows)
     file = tmp_path / "fit.json"
     assert main(["bench", "fit", "--tiny", "--train.max_grad_norm", "2", "--json", str(file)]) == 0
     found = _rows(file)

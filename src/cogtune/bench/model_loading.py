@@ -1,6 +1,7 @@
 """``cogtune bench load``: how long loading takes beside a plain read of the same bytes, and what it holds meanwhile.
 
-Every mode is a process of its own, so that peaks are its own: ``python -m cogtune.bench.model_loading MODE MODEL DEVICE``.
+Every mode is a process of its own, so that peaks are its own:
+``python -m cogtune.bench.model_loading MODE MODEL DEVICE``.
 """
 
 from __future__ import annotations

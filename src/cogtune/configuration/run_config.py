@@ -1,9 +1,9 @@
 """A run: every key's type, default, allowed range and meaning are written once, at the field of its section.
 
-The sections stand in `configuration.input_sections` (model, data) and `configuration.training_sections` (all others). A run is a
-`RunConfig`: sections of frozen, checked values. It comes from a YAML file, from ``--section.key value`` flags, or from
-both (`load_config`); an unknown key, a wrong type, a value out of range or a contradiction is an error before anything
-is loaded. `RunConfig.to_yaml` writes it back, every key resolved, beside the results.
+The sections stand in `configuration.input_sections` (model, data) and `configuration.training_sections` (all others).
+A run is a `RunConfig`: sections of frozen, checked values. It comes from a YAML file, from ``--section.key value``
+flags, or from both (`load_config`); an unknown key, a wrong type, a value out of range or a contradiction is an error
+before anything is loaded. `RunConfig.to_yaml` writes it back, every key resolved, beside the results.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """down(silu(gate(x)) * up(x)), the way that suits what the three layers are.
 
-Plain layers leave it to the compiler. Three fp8 layers round between them (``model.quantized.fp8``). Three layers with low-rank
-updates would write every updated activation once more, each three times the size of x; their updates are taken into the
-product instead and its gradient, and those activations are never written.
+Plain layers leave it to the compiler. Three fp8 layers round between them (``model.quantized.fp8``). Three layers with
+low-rank updates would write every updated activation once more, each three times the size of x; their updates are taken
+into the product instead and its gradient, and those activations are never written.
 
 Shapes: M tokens, D hidden, I inner width, R ranks of the updates.
 """
@@ -28,7 +28,7 @@ _WIDEST_RANK = 64  # of an update whose blocks fit beside a tile; wider ones are
 
 
 class Updated(Protocol):
-    """A linear layer ``base(x) + (x A') (s B)'`` that can be asked for its parts; ``adapters.lora_layers`` makes them."""
+    """A linear layer ``base(x) + (x A') (s B)'`` that can be asked for its parts (``adapters.lora_layers``)."""
 
     def update_rank(self) -> int | None:
         """R; None where the layer does not compute in this way now (no adapter, several, DoRA, weights elsewhere)."""

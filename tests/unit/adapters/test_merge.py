@@ -144,7 +144,7 @@ class LargestTensor(TorchDispatchMode):
 def test_memory_holds_blocks_of_rows_not_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     block = 64 * 1024
     monkeypatch.setattr(merging, "BLOCK_BYTES", block)
-    for module in (rawfile, merging):
+    for module in (safetensors_rows, merging):
         monkeypatch.setattr(module, "CHUNK", block)
     base, folder = tmp_path / "base", tmp_path / "adapter"
     base.mkdir()

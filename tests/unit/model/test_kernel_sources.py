@@ -9,7 +9,8 @@ import pytest
 
 import cogtune.model
 
-KERNELS = sorted(Path(cogtune.model.__file__).parent.glob("*_kernel.py"))
+KERNELS = sorted(Path(cogtune.model.__file__).parent.glob("kernels/[!_]*.py"))
+assert KERNELS
 
 
 @pytest.mark.parametrize("file", KERNELS, ids=lambda file: file.stem)

@@ -98,13 +98,13 @@ def test_a_cpu_run_is_never_refused(
     from cogtune.train.log import console
 
     run = planned(tmp_path, None)
-    monkeypatch.setattr(planning, "_free_host_memory", lambda: 8 * GIB)
+    monkeypatch.setattr(memory_plan, "_free_host_memory", lambda: 8 * GIB)
     with console(0):
         run.check()
     assert "of this machine's memory are free" in capsys.readouterr().out
     assert not run.settle(cached=False).decoder
     assert run.tower_fits is None
-    monkeypatch.setattr(planning, "_free_host_memory", lambda: None)
+    monkeypatch.setattr(memory_plan, "_free_host_memory", lambda: None)
     with console(0):
         run.check()
     assert capsys.readouterr().out == ""
@@ -117,13 +117,13 @@ def test_the_card_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: GIB)
     holders = ("a (pid 1): 9 MiB", f"b (pid {os.getpid()}): 1 MiB")
     local = replace(find_card("RTX 4090"), name=name, holders=holders)
-    monkeypatch.setattr(planning, "local_cards", lambda: [local])
+    monkeypatch.setattr(memory_plan, "local_cards", lambda: [local])
     card = memory_plan._own_card(device)
     assert card.usable == 21 * GIB + CONTEXT  # what this process holds already counts as free
     assert card.holders == ("a (pid 1): 9 MiB",)
     assert not card.measured
     assert card.bandwidth == local.bandwidth
-    monkeypatch.setattr(planning, "local_cards", lambda: [local, local])
+    monkeypatch.setattr(memory_plan, "local_cards", lambda: [local, local])
     assert memory_plan._own_card(device).holders == ()
 
 

@@ -1,5 +1,5 @@
-"""Tensor parallelism: neighbouring ranks hold one model together (``model.tensor_parallel``); groups of them share the rows as
-ranks do under DDP.
+"""Tensor parallelism: neighbouring ranks hold one model together (``model.tensor_parallel``); groups of them share the
+rows as ranks do under DDP.
 
 Each rank trains its share of the adapter. What every rank of a group has whole (LoRA's A before a layer cut by rows,
 its B behind one cut by columns) gets a share of its gradient on each of them, added up once per step. Checkpoints hold
