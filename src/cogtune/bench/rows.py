@@ -19,7 +19,7 @@ from cogtune.configuration.model import CogVLM2Config
 from cogtune.configuration.run_config import DataFolder, DataSection
 from cogtune.data.collate import collate
 from cogtune.data.dataset import TrainRows
-from cogtune.data.records import Conversation, Picture, Turn
+from cogtune.data.records import Conversation, Example, Turn
 from cogtune.errors import ConfigError
 from cogtune.model.routing import GPU_COLUMNS
 from cogtune.processing.encode import Encoder
@@ -120,11 +120,11 @@ def synthetic_rows(shape: Preset, count: int, config: CogVLM2Config, folder: Pat
     )
     longest = shape.rounds * (shape.question + shape.answer)
     data = DataSection(path=(DataFolder(path=folder),), max_input_len=longest, max_output_len=longest)
-    pictures = [_picture(shape, number, folder, side) for number in range(count)]
-    return TrainRows(pictures, encoder, data, config.image_size)
+    examples = [_example(shape, number, folder, side) for number in range(count)]
+    return TrainRows(examples, encoder, data, config.image_size)
 
 
-def _picture(shape: Preset, number: int, folder: Path, side: int) -> Picture:
+def _example(shape: Preset, number: int, folder: Path, side: int) -> Example:
     words = random.Random(number)
 
     def text(length: int) -> str:
@@ -135,7 +135,7 @@ def _picture(shape: Preset, number: int, folder: Path, side: int) -> Picture:
     for conversation in range(shape.conversations):
         turns = tuple(Turn(text(shape.question - _TEMPLATE), text(shape.answer - 1)) for _ in range(shape.rounds))
         conversations.append(Conversation(f"{number}#{conversation}", file, turns, "synthetic"))
-    return Picture(str(number), file, tuple(conversations))
+    return Example(str(number), file, tuple(conversations))
 
 
 def _noise(file: Path, seed: int, side: int) -> Path:

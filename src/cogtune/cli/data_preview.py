@@ -70,8 +70,8 @@ def _preview(ctx: typer.Context) -> None:
             hint="name the model's folder with --model; tokenizer.json and config.json are enough",
             code="checkpoint-tokenizer",
         )
-    pictures, _ = read_sources(config.data)
-    rows = preview_rows(pictures, config.data, tokens, count, arguments.values.get("record"))
+    examples, _ = read_sources(config.data)
+    rows = preview_rows(examples, config.data, tokens, count, arguments.values.get("record"))
     if target is None:
         _print(rows, width, config.data.exif)
         return

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from cogtune.data.records import Conversation, Picture
+from cogtune.data.records import Conversation, Example
 from cogtune.errors import DataError
 from cogtune.processing.prompt import build_prompt
 
@@ -25,7 +25,7 @@ _CHUNK = 256
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One answer to train: which turn of which conversation of a picture, with the history from turn ``first`` on.
+    """One answer to train: which turn of which conversation of an example, with the history from turn ``first`` on.
 
     ``cut`` says that the answer is longer than its budget and is trained up to it, without an end token. ``prompt`` and
     ``answer`` count text tokens, EOS included in ``answer``.
@@ -60,8 +60,8 @@ class BudgetReport:
 
 
 @dataclass(frozen=True)
-class FittedPicture:
-    """The samples of one picture and, for counting shared tokens, the text tokens of their prompts."""
+class FittedExample:
+    """The samples of one example and, for counting shared tokens, the text tokens of their prompts."""
 
     index: int
     samples: list[Sample]
@@ -76,7 +76,7 @@ class _Tokenizer(Protocol):
 class _Wanted:
     """One answer on its way to a :class:`Sample`: ``first`` and ``tokens`` are its history's start and its prompt."""
 
-    picture: int
+    example: int
     number: int
     conversation: Conversation
     turn: int
@@ -86,7 +86,7 @@ class _Wanted:
 
 
 class Budget:
-    """Applies ``data``'s budgets to pictures with ``encoder``'s tokens and template; counts go into ``report``."""
+    """Applies ``data``'s budgets to examples with ``encoder``'s tokens and template; counts go into ``report``."""
 
     def __init__(self, encoder: Encoder, data: DataSection) -> None:
         self.encoder = encoder
@@ -95,38 +95,38 @@ class Budget:
         self.seen: Callable[[Conversation, int, int, int], None] | None = None
         """Told of every answer: its conversation and turn, and the tokens of its fitted prompt and of the answer."""
 
-    def fit(self, pictures: Sequence[Picture]) -> Iterator[FittedPicture]:
-        """The samples of every picture, in order; a picture may be left with none.
+    def fit(self, examples: Sequence[Example]) -> Iterator[FittedExample]:
+        """The samples of every example, in order; an example may be left with none.
 
         :raises DataError: for a question or an answer over budget, where the configuration says ``error``.
         """
         chunk: list[int] = []
         size = 0
-        for index, picture in enumerate(pictures):
+        for index, example in enumerate(examples):
             chunk.append(index)
-            size += len(picture.conversations)
+            size += len(example.conversations)
             if size >= _CHUNK:
-                yield from self._fit_chunk(pictures, chunk)
+                yield from self._fit_chunk(examples, chunk)
                 chunk, size = [], 0
-        yield from self._fit_chunk(pictures, chunk)
+        yield from self._fit_chunk(examples, chunk)
 
-    def _fit_chunk(self, pictures: Sequence[Picture], chunk: list[int]) -> Iterator[FittedPicture]:
+    def _fit_chunk(self, examples: Sequence[Example], chunk: list[int]) -> Iterator[FittedExample]:
         wanted = [
             _Wanted(index, number, conversation, turn, self._earliest(turn))
             for index in chunk
-            for number, conversation in enumerate(pictures[index].conversations)
+            for number, conversation in enumerate(examples[index].conversations)
             for turn in range(len(conversation.turns))
         ]
         if not wanted:
             return
         answers = self._tokens([item.conversation.turns[item.turn].answer for item in wanted])
         self._trim(wanted)
-        fitted = {index: FittedPicture(index, [], []) for index in chunk}
+        fitted = {index: FittedExample(index, [], []) for index in chunk}
         for item, answer in zip(wanted, answers, strict=True):
             sample = self._sample(item, len(answer))
             if sample is not None:
-                fitted[item.picture].samples.append(sample)
-                fitted[item.picture].prompts.append(item.tokens)
+                fitted[item.example].samples.append(sample)
+                fitted[item.example].prompts.append(item.tokens)
         yield from fitted.values()
 
     def _earliest(self, turn: int) -> int:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cogtune.data import duplicates
 from cogtune.data.budget import Budget
 from cogtune.data.problems import Problem, Problems
-from cogtune.data.records import Conversation, Picture
+from cogtune.data.records import Conversation, Example
 from cogtune.data.report import DataReport
 from cogtune.data.rows import RowShape, plan_rows, shape_of
 from cogtune.data.sources import collect_sources
@@ -108,19 +108,19 @@ def check(data: DataSection, seed: int, tokens: TokenFile, progress: Progress | 
     report = CheckReport(tokens.exact)
     tell = progress or (lambda *_: None)
     try:
-        pictures, validation, found = _read(data, seed, report, tell)
+        examples, validation, found = _read(data, seed, report, tell)
     except DataError as error:
         report.add("error", error.code, "", error.message)
         report.seconds = time.monotonic() - began
         return report
-    _describe(report, [*pictures, *validation])
+    _describe(report, [*examples, *validation])
     contents = duplicates.picture_contents(
-        [*pictures, *validation], lambda done, total: tell("pictures of equal size", done, total)
+        [*examples, *validation], lambda done, total: tell("pictures of equal size", done, total)
     )
-    _repeated(report, pictures, validation, contents, data)
-    _lengths(report, pictures, data, tokens, lambda done, total: tell("texts", done, total))
+    _repeated(report, examples, validation, contents, data)
+    _lengths(report, examples, data, tokens, lambda done, total: tell("texts", done, total))
     _dominant_answer(report)
-    if not pictures and not found:
+    if not examples and not found:
         report.add("error", "data-nothing-left", "", "nothing to train on")
     report.seconds = time.monotonic() - began
     return report
@@ -128,32 +128,32 @@ def check(data: DataSection, seed: int, tokens: TokenFile, progress: Progress | 
 
 def _read(
     data: DataSection, seed: int, report: CheckReport, tell: Progress
-) -> tuple[list[Picture], list[Picture], int]:
-    """Training and validation pictures, and how many problems were found."""
+) -> tuple[list[Example], list[Example], int]:
+    """Training and validation examples, and how many problems were found."""
 
     def done(count: int, total: int) -> None:
         tell("pictures and labels", count, total)
 
-    pictures, read, problems = collect_sources(data, done=done)
-    _take(report, read, problems, len(pictures), data)
+    examples, read, problems = collect_sources(data, done=done)
+    _take(report, read, problems, len(examples), data)
     report.fingerprint = read.fingerprint
     found = len(problems.found)
     if data.validation:
         validation, own, own_problems = collect_sources(data, data.validation, done)
         _take(report, own, own_problems, len(validation), data)
         try:
-            refuse_overlap(pictures, validation)
+            refuse_overlap(examples, validation)
         except DataError as error:
             report.add("error", error.code, "", error.message)
-        return pictures, validation, found + len(own_problems.found)
-    train, validation = split(pictures, data.validation_share, seed)
-    if pictures and not train:
+        return examples, validation, found + len(own_problems.found)
+    train, validation = split(examples, data.validation_share, seed)
+    if examples and not train:
         what = f"data.validation_share {data.validation_share:g} leaves nothing to train on"
         report.add("error", "data-split", "", what)
     return train, validation, found
 
 
-def _take(report: CheckReport, read: DataReport, problems: Problems, pictures: int, data: DataSection) -> None:
+def _take(report: CheckReport, read: DataReport, problems: Problems, examples: int, data: DataSection) -> None:
     """Problems are errors where they would stop training."""
     for key in ("pictures", "conversations", "turns", "text_only", "turned", "animated", "special"):
         report.counts[key] = report.counts.get(key, 0) + int(getattr(read, key))
@@ -174,10 +174,10 @@ def problem_code(problem: Problem) -> str:
     return problem.error().code
 
 
-def _describe(report: CheckReport, pictures: Sequence[Picture]) -> None:
+def _describe(report: CheckReport, examples: Sequence[Example]) -> None:
     languages: Counter[str] = Counter()
-    for picture in pictures:
-        for conversation in picture.conversations:
+    for example in examples:
+        for conversation in example.conversations:
             report.turns.add(len(conversation.turns))
             languages += scripts(text for turn in conversation.turns for text in (turn.question, turn.answer))
             for turn in conversation.turns:
@@ -188,8 +188,8 @@ def _describe(report: CheckReport, pictures: Sequence[Picture]) -> None:
 
 def _repeated(
     report: CheckReport,
-    train: Sequence[Picture],
-    validation: Sequence[Picture],
+    train: Sequence[Example],
+    validation: Sequence[Example],
     contents: dict[Any, str],
     data: DataSection,
 ) -> None:
@@ -214,7 +214,7 @@ def _more(others: Sequence[str]) -> str:
 
 def _lengths(
     report: CheckReport,
-    pictures: Sequence[Picture],
+    examples: Sequence[Example],
     data: DataSection,
     tokens: TokenFile,
     done: Callable[[int, int], None],
@@ -237,20 +237,20 @@ def _lengths(
                 report.add(level, "data-too-long", where, f"{length} tokens, data.{key} allows {limit}")
 
     budget.seen = seen
-    for fitted in budget.fit(pictures):
-        picture = pictures[fitted.index]
-        head = 1 + (0 if picture.image is None else tokens.num_image_tokens)
+    for fitted in budget.fit(examples):
+        example = examples[fitted.index]
+        head = 1 + (0 if example.image is None else tokens.num_image_tokens)
         one_random = data.turns == "one_random"
         for row in plan_rows(fitted, head=head, limit=data.max_row_tokens, one_random=one_random):
             report.rows.add(row.tokens)
-            report.shapes.append(shape_of(row, picture=picture.image is not None, one_random=one_random))
+            report.shapes.append(shape_of(row, picture=example.image is not None, one_random=one_random))
             if data.max_row_tokens is not None and row.tokens > data.max_row_tokens:
-                where = picture.conversations[row.samples[0].conversation].source
+                where = example.conversations[row.samples[0].conversation].source
                 what = f"one answer takes {row.tokens} tokens, data.max_row_tokens is {data.max_row_tokens}"
                 report.add("error" if report.exact else "warning", "data-max-row-tokens", where, what)
-        done(fitted.index + 1, len(pictures))
+        done(fitted.index + 1, len(examples))
     report.budget = {**budget.report.to_dict(), "trained": budget.report.trained}
-    if pictures and not budget.report.trained:
+    if examples and not budget.report.trained:
         what = f"none of {budget.report.answers} answers fits data.max_input_len and data.max_output_len"
         report.add("error" if report.exact else "warning", "data-nothing-left", "", what)
 

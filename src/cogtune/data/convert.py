@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cogtune.data.records import Conversation, Picture
+from cogtune.data.records import Conversation, Example
 from cogtune.errors import DataError, OutputFolderError
 
 Told = Callable[[int, int], None]
@@ -27,8 +27,8 @@ class Converted:
     copied: int
 
 
-def write(pictures: Sequence[Picture], target: Path, *, link: bool = False, done: Told | None = None) -> Converted:
-    """Write ``pictures`` to ``target``: JSON lines where it ends in ``.jsonl``, else a folder in the published layout.
+def write(examples: Sequence[Example], target: Path, *, link: bool = False, done: Told | None = None) -> Converted:
+    """Write ``examples`` to ``target``: JSON lines where it ends in ``.jsonl``, else a folder in the published layout.
 
     A folder gets copies of the pictures, with ``link`` symbolic links to them. Lines name pictures that lie below the
     file's folder by their path, and others by their copies in a folder beside the file. ``target`` appears when it is
@@ -40,12 +40,12 @@ def write(pictures: Sequence[Picture], target: Path, *, link: bool = False, done
     if target.exists():
         raise OutputFolderError(f"{target}: exists already", hint="name a new one", code="convert-target")
     if target.suffix.lower() == ".jsonl":
-        return _write_lines(pictures, target, link, done)
-    return _write_folder(pictures, target, link, done)
+        return _write_lines(examples, target, link, done)
+    return _write_folder(examples, target, link, done)
 
 
-def _write_folder(pictures: Sequence[Picture], target: Path, link: bool, done: Told | None) -> Converted:
-    lonely = [picture for picture in pictures if picture.image is None]
+def _write_folder(examples: Sequence[Example], target: Path, link: bool, done: Told | None) -> Converted:
+    lonely = [example for example in examples if example.image is None]
     if lonely:
         raise DataError(
             f"{lonely[0].conversations[0].source}: a text-only record ({len(lonely)} in all); a folder matches labels"
@@ -57,20 +57,20 @@ def _write_folder(pictures: Sequence[Picture], target: Path, link: bool, done: T
     for name in ("images", "labels"):
         (growing / name).mkdir(parents=True)
     names = _Names()
-    for number, picture in enumerate(pictures, start=1):
-        assert picture.image is not None
-        name = names.take(picture.image)
-        _place(picture.image, growing / "images" / name, link)
-        records = [{"conversations": _messages(conversation)} for conversation in picture.conversations]
+    for number, example in enumerate(examples, start=1):
+        assert example.image is not None
+        name = names.take(example.image)
+        _place(example.image, growing / "images" / name, link)
+        records = [{"conversations": _messages(conversation)} for conversation in example.conversations]
         text = json.dumps(records[0] if len(records) == 1 else records, ensure_ascii=False, indent=1) + "\n"
         (growing / "labels" / f"{Path(name).stem}.json").write_text(text, encoding="utf-8")
         if done is not None:
-            done(number, len(pictures))
+            done(number, len(examples))
     os.replace(growing, target)
-    return Converted(target, len(pictures), _conversations(pictures), len(pictures))
+    return Converted(target, len(examples), _conversations(examples), len(examples))
 
 
-def _write_lines(pictures: Sequence[Picture], target: Path, link: bool, done: Told | None) -> Converted:
+def _write_lines(examples: Sequence[Example], target: Path, link: bool, done: Told | None) -> Converted:
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f"{target.stem}-images")
     if beside.exists():
@@ -80,23 +80,23 @@ def _write_lines(pictures: Sequence[Picture], target: Path, link: bool, done: To
     growing = target.with_name(f".{target.name}.partial")
     names, copied, with_picture = _Names(), 0, 0
     with growing.open("w", encoding="utf-8") as file:
-        for number, picture in enumerate(pictures, start=1):
+        for number, example in enumerate(examples, start=1):
             image = None
-            if picture.image is not None:
+            if example.image is not None:
                 with_picture += 1
-                image = _relative(picture.image, target.parent)
+                image = _relative(example.image, target.parent)
                 if image is None:
                     beside.mkdir(exist_ok=True)
-                    name = names.take(picture.image)
-                    _place(picture.image, beside / name, link)
+                    name = names.take(example.image)
+                    _place(example.image, beside / name, link)
                     image, copied = f"{beside.name}/{name}", copied + 1
-            for conversation in picture.conversations:
+            for conversation in example.conversations:
                 record = {"id": conversation.id, "image": image, "conversations": _messages(conversation)}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
             if done is not None:
-                done(number, len(pictures))
+                done(number, len(examples))
     os.replace(growing, target)
-    return Converted(target, with_picture, _conversations(pictures), copied)
+    return Converted(target, with_picture, _conversations(examples), copied)
 
 
 def _growing(target: Path) -> Path:
@@ -110,8 +110,8 @@ def _messages(conversation: Conversation) -> list[dict[str, Any]]:
     return [{"role": role, "content": getattr(turn, part)} for turn in conversation.turns for role, part in pairs]
 
 
-def _conversations(pictures: Iterable[Picture]) -> int:
-    return sum(len(picture.conversations) for picture in pictures)
+def _conversations(examples: Iterable[Example]) -> int:
+    return sum(len(example.conversations) for example in examples)
 
 
 def _relative(image: Path, folder: Path) -> str | None:

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from cogtune.data.budget import Budget, BudgetReport, Sample
-from cogtune.data.records import Picture
+from cogtune.data.records import Example
 from cogtune.data.rows import RowPlan, RowShape, encode_sample, plan_rows, shape_of
 from cogtune.errors import ConfigError, DataError
 from cogtune.processing.encode import Encoder
@@ -70,7 +70,7 @@ class RowsReport:
 
 
 class TrainRows(Dataset[RowSample]):
-    """Rows of ``pictures``, indexed by ``(epoch, row)``, or by None for a filler row (BOS, no label).
+    """Rows of ``examples``, indexed by ``(epoch, row)``, or by None for a filler row (BOS, no label).
 
     Every row has at least one label. Planning tokenises every text once and keeps counts only.
 
@@ -83,7 +83,7 @@ class TrainRows(Dataset[RowSample]):
 
     def __init__(
         self,
-        pictures: Sequence[Picture],
+        examples: Sequence[Example],
         encoder: Encoder,
         data: DataSection,
         image_size: int,
@@ -91,7 +91,7 @@ class TrainRows(Dataset[RowSample]):
         seed: int = 0,
         required: bool = True,
     ) -> None:
-        self._pictures = list(pictures)
+        self._examples = list(examples)
         self._encoder = encoder
         self._data = data
         self._image_size = image_size
@@ -99,8 +99,8 @@ class TrainRows(Dataset[RowSample]):
         self._features: Features | None = None
         budget = Budget(encoder, data)
         self._plans: list[RowPlan] = []
-        for fitted in budget.fit(self._pictures):
-            image_tokens = 0 if self._pictures[fitted.index].image is None else encoder.num_image_tokens
+        for fitted in budget.fit(self._examples):
+            image_tokens = 0 if self._examples[fitted.index].image is None else encoder.num_image_tokens
             self._plans += plan_rows(
                 fitted, head=1 + image_tokens, limit=data.max_row_tokens, one_random=data.turns == "one_random"
             )
@@ -126,7 +126,7 @@ class TrainRows(Dataset[RowSample]):
     @property
     def images(self) -> list[Path | None]:
         """The picture file of each row."""
-        return [self._pictures[plan.picture].image for plan in self._plans]
+        return [self._examples[plan.example].image for plan in self._plans]
 
     def use_features(self, features: Features | None) -> None:
         """From now on rows carry what ``features`` gives for their picture's file, and no picture is decoded."""
@@ -135,7 +135,7 @@ class TrainRows(Dataset[RowSample]):
     @property
     def weights(self) -> list[float]:
         """How often an epoch shows each row."""
-        return [self._pictures[plan.picture].weight for plan in self._plans]
+        return [self._examples[plan.example].weight for plan in self._plans]
 
     @property
     def lengths(self) -> list[int]:
@@ -147,7 +147,7 @@ class TrainRows(Dataset[RowSample]):
         """What each row weighs, for predicting memory and time."""
         one_random = self._data.turns == "one_random"
         return [
-            shape_of(plan, picture=self._pictures[plan.picture].image is not None, one_random=one_random)
+            shape_of(plan, picture=self._examples[plan.example].image is not None, one_random=one_random)
             for plan in self._plans
         ]
 
@@ -166,22 +166,22 @@ class TrainRows(Dataset[RowSample]):
         :raises CogtuneError: when its features cannot be read.
         """
         plan = self._plans[index]
-        picture = self._pictures[plan.picture]
-        samples = plan.samples if self._data.turns == "all" else self._drawn(picture, plan, epoch)
+        example = self._examples[plan.example]
+        samples = plan.samples if self._data.turns == "all" else self._drawn(example, plan, epoch)
         longest = self._data.max_output_len
-        row = build_tree([encode_sample(self._encoder, picture, sample, longest) for sample in samples])
-        ids = dict.fromkeys(picture.conversations[sample.conversation].id for sample in samples)
-        if self._features is None or picture.image is None:
-            return RowSample(row, self._pixels(picture), tuple(ids))
-        return RowSample(row, None, tuple(ids), self._features(picture.image))
+        row = build_tree([encode_sample(self._encoder, example, sample, longest) for sample in samples])
+        ids = dict.fromkeys(example.conversations[sample.conversation].id for sample in samples)
+        if self._features is None or example.image is None:
+            return RowSample(row, self._pixels(example), tuple(ids))
+        return RowSample(row, None, tuple(ids), self._features(example.image))
 
-    def _pixels(self, picture: Picture) -> torch.Tensor | None:
-        if picture.image is None:
+    def _pixels(self, example: Example) -> torch.Tensor | None:
+        if example.image is None:
             return None
-        image = read_image(picture.image, max_pixels=self._data.max_pixels, exif=self._data.exif)
+        image = read_image(example.image, max_pixels=self._data.max_pixels, exif=self._data.exif)
         return preprocess(image, self._image_size)
 
-    def _drawn(self, picture: Picture, plan: RowPlan, epoch: int) -> list[Sample]:
+    def _drawn(self, example: Example, plan: RowPlan, epoch: int) -> list[Sample]:
         """One round per conversation, and with probability 1/2 the round before it as history.
 
         The draw depends on (seed, epoch, conversation) only, so it is the same on every rank and in every worker.
@@ -191,7 +191,7 @@ class TrainRows(Dataset[RowSample]):
             rounds.setdefault(sample.conversation, []).append(sample)
         drawn = []
         for number, choices in rounds.items():
-            name = f"{self._seed}\0{epoch}\0{picture.conversations[number].id}"
+            name = f"{self._seed}\0{epoch}\0{example.conversations[number].id}"
             bits = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=16).digest(), "big")
             sample = choices[(bits >> 1) % len(choices)]
             first = sample.first if bits & 1 else sample.turn
@@ -204,7 +204,7 @@ class TrainRows(Dataset[RowSample]):
             return
         longest = max(self._plans, key=lambda plan: plan.tokens, default=None)
         if longest is not None and longest.tokens > limit:
-            source = self._pictures[longest.picture].conversations[longest.samples[0].conversation].source
+            source = self._examples[longest.example].conversations[longest.samples[0].conversation].source
             raise ConfigError(
                 f"data.max_row_tokens is {limit}, but one answer with its prompt and picture takes {longest.tokens}"
                 f" tokens ({source})",
@@ -216,7 +216,7 @@ class TrainRows(Dataset[RowSample]):
         """SHA-256 over what is trained in which row: changes with data, split, budgets, tokenizer and template."""
         digest = hashlib.sha256(f"{self._data.turns}\0{self._encoder.template}\0{self._image_size}\n".encode())
         for plan in self._plans:
-            conversations = self._pictures[plan.picture].conversations
+            conversations = self._examples[plan.example].conversations
             for s in plan.samples:
                 counts = (s.turn, s.first, s.cut, s.prompt, s.answer)
                 digest.update(f"{conversations[s.conversation].id}\0{counts}\n".encode())

@@ -10,20 +10,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cogtune.data.picture_headers import in_threads
-from cogtune.data.records import Conversation, Picture
+from cogtune.data.records import Conversation, Example
 
 Told = Callable[[int, int], None]
 
 
-def picture_contents(pictures: Iterable[Picture], done: Told | None = None) -> dict[Path, str]:
+def picture_contents(examples: Iterable[Example], done: Told | None = None) -> dict[Path, str]:
     """What tells a picture's content from others': path -> digest of the file's bytes, or its place and size.
 
     Only files of which several have the same size are read: others cannot be equal.
     """
     sizes: defaultdict[int, dict[str, list[Path]]] = defaultdict(dict)
-    for picture in pictures:
-        if picture.image is not None:
-            sizes[picture.image_bytes].setdefault(os.path.realpath(picture.image), []).append(picture.image)
+    for example in examples:
+        if example.image is not None:
+            sizes[example.image_bytes].setdefault(os.path.realpath(example.image), []).append(example.image)
     contents: dict[Path, str] = {}
     read: list[str] = []
     for size, places in sizes.items():
@@ -56,15 +56,15 @@ class Repeated:
     contradictions: list[list[str]] = field(default_factory=list)
 
 
-def repeated(pictures: Sequence[Picture], contents: dict[Path, str], caption_question: str | None) -> Repeated:
-    """What stands in ``pictures`` more than once. Several captions of a picture are no contradiction."""
+def repeated(examples: Sequence[Example], contents: dict[Path, str], caption_question: str | None) -> Repeated:
+    """What stands in ``examples`` more than once. Several captions of a picture are no contradiction."""
     files: defaultdict[str, dict[str, str]] = defaultdict(dict)
     asked: defaultdict[tuple[str, str], list[Conversation]] = defaultdict(list)
-    for picture in pictures:
-        content = "" if picture.image is None else contents[picture.image]
-        if picture.image is not None:
-            files[content].setdefault(str(picture.image), str(picture.image))
-        for conversation in picture.conversations:
+    for example in examples:
+        content = "" if example.image is None else contents[example.image]
+        if example.image is not None:
+            files[content].setdefault(str(example.image), str(example.image))
+        for conversation in example.conversations:
             asked[content, conversation.turns[0].question.strip()].append(conversation)
     found = Repeated(pictures=[list(names) for names in files.values() if len(names) > 1])
     for (_, question), conversations in asked.items():
@@ -84,11 +84,11 @@ def _compare(question: str, conversations: list[Conversation], caption_question:
         found.contradictions.append(list(first_answers.values()))
 
 
-def leaks(train: Sequence[Picture], validation: Sequence[Picture], contents: dict[Path, str]) -> list[tuple[str, str]]:
+def leaks(train: Sequence[Example], validation: Sequence[Example], contents: dict[Path, str]) -> list[tuple[str, str]]:
     """Pairs of files, of validation and of training, that show the same picture."""
-    trained = {contents[picture.image]: str(picture.image) for picture in train if picture.image is not None}
+    trained = {contents[example.image]: str(example.image) for example in train if example.image is not None}
     return [
-        (str(picture.image), trained[contents[picture.image]])
-        for picture in validation
-        if picture.image is not None and contents[picture.image] in trained
+        (str(example.image), trained[contents[example.image]])
+        for example in validation
+        if example.image is not None and contents[example.image] in trained
     ]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cogtune.data.budget import Budget
-from cogtune.data.records import Picture
+from cogtune.data.records import Example
 from cogtune.data.rows import encode_sample, plan_rows
 from cogtune.errors import DataError
 from cogtune.processing.encode import IGNORED, IMAGE, Encoder
@@ -51,7 +51,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class RowPreview:
-    """One row. ``dropped``: answers of the picture that training leaves out, over the rows of this picture."""
+    """One row. ``dropped``: answers of the example that training leaves out, over the rows of this example."""
 
     key: str
     image: Path | None
@@ -63,16 +63,16 @@ class RowPreview:
 
 
 def preview_rows(
-    pictures: Sequence[Picture], data: DataSection, tokens: TokenFile, count: int, record: str | None = None
+    examples: Sequence[Example], data: DataSection, tokens: TokenFile, count: int, record: str | None = None
 ) -> Iterator[RowPreview]:
-    """The rows of the first ``count`` pictures, or of the one that ``record`` names: its key, a conversation's id, or
+    """The rows of the first ``count`` examples, or of the one that ``record`` names: its key, a conversation's id, or
     the name of its file.
 
     :raises DataError: no such record, or a text over budget where ``data`` says ``error``.
     """
-    chosen = list(pictures[:count])
+    chosen = list(examples[:count])
     if record is not None:
-        chosen = [picture for picture in pictures if _is_named(picture, record)]
+        chosen = [example for example in examples if _is_named(example, record)]
         if not chosen:
             raise DataError(
                 f"no record is called {record}", hint="give an id as predictions have it, or a picture's file name",
@@ -88,24 +88,24 @@ def preview_rows(
     )
     pieces = _Pieces(tokens)
     for fitted in Budget(Counting(tokens), data).fit(chosen):  # type: ignore[arg-type]
-        picture = chosen[fitted.index]
-        head = 1 + (0 if picture.image is None else tokens.num_image_tokens)
+        example = chosen[fitted.index]
+        head = 1 + (0 if example.image is None else tokens.num_image_tokens)
         plans = plan_rows(fitted, head=head, limit=data.max_row_tokens, one_random=data.turns == "one_random")
-        answers = sum(len(conversation.turns) for conversation in picture.conversations)
+        answers = sum(len(conversation.turns) for conversation in example.conversations)
         dropped = answers - len(fitted.samples)
         for plan in plans:
-            row = build_tree([encode_sample(encoder, picture, sample, data.max_output_len) for sample in plan.samples])
-            sources = dict.fromkeys(picture.conversations[sample.conversation].source for sample in plan.samples)
+            row = build_tree([encode_sample(encoder, example, sample, data.max_output_len) for sample in plan.samples])
+            sources = dict.fromkeys(example.conversations[sample.conversation].source for sample in plan.samples)
             labelled = sum(label != IGNORED for label in row.labels)
             segments = tuple(_segments(row, pieces))
-            yield RowPreview(picture.key, picture.image, tuple(sources), segments, len(row), labelled, dropped)
+            yield RowPreview(example.key, example.image, tuple(sources), segments, len(row), labelled, dropped)
         if not plans:
-            yield RowPreview(picture.key, picture.image, (picture.conversations[0].source,), (), 0, 0, dropped)
+            yield RowPreview(example.key, example.image, (example.conversations[0].source,), (), 0, 0, dropped)
 
 
-def _is_named(picture: Picture, record: str) -> bool:
-    names = {picture.key, *(conversation.id for conversation in picture.conversations)}
-    return record in names or (picture.image is not None and picture.image.name == record)
+def _is_named(example: Example, record: str) -> bool:
+    names = {example.key, *(conversation.id for conversation in example.conversations)}
+    return record in names or (example.image is not None and example.image.name == record)
 
 
 def _segments(row: Row, pieces: _Pieces) -> Iterator[Segment]:

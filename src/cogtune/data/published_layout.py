@@ -12,7 +12,7 @@ from cogtune.data.formats.detect import LABEL_FOLDERS
 from cogtune.data.picture_headers import PictureHeader, check_picture, in_threads
 from cogtune.data.problems import BadRecordError, Problem, Problems
 from cogtune.data.record_json import is_unicode, parse_json, record_dialogues
-from cogtune.data.records import Conversation, Picture
+from cogtune.data.records import Conversation, Example
 from cogtune.data.report import DataReport, SourceReport
 
 # What file managers and archivers leave behind; nobody means these as data.
@@ -47,8 +47,8 @@ class FolderReader:
 
     def read(
         self, problems: Problems, report: DataReport, done: Callable[[int, int], None] | None = None
-    ) -> list[Picture]:
-        """Pictures in the order of their stems; problems and counts go into the first two arguments.
+    ) -> list[Example]:
+        """Examples in the order of their stems; problems and counts go into the first two arguments.
 
         ``done`` is told how many pictures of how many are looked at.
 
@@ -69,7 +69,7 @@ class FolderReader:
         ]
         source = SourceReport(str(self.root), label_folder.name, self.weight)
         report.sources.append(source)
-        pictures = []
+        examples = []
         told = None if done is None else lambda count: done(count, len(pairs))
         for pair in in_threads(self._read_pair, pairs, told):
             if pair.repaired:
@@ -78,11 +78,11 @@ class FolderReader:
                 lost = len(pair.conversations) if kind.startswith("image-") else 1
                 problems.add(kind, where, what, records=max(lost, 1))
             if pair.image_ok and pair.conversations:
-                picture = self._picture(pair)
-                source.count(picture)
+                example = self._example(pair)
+                source.count(example)
                 report.count_header(pair.header)
-                pictures.append(picture)
-        return pictures
+                examples.append(example)
+        return examples
 
     def _label_folder(self) -> Path:
         if not (self.root / "images").is_dir():
@@ -134,8 +134,8 @@ class FolderReader:
                 number += 1
         return pair
 
-    def _picture(self, pair: _Pair) -> Picture:
-        return Picture(
+    def _example(self, pair: _Pair) -> Example:
+        return Example(
             key=f"{self.name}/{pair.stem}",
             image=pair.image,
             conversations=tuple(pair.conversations),

@@ -1,4 +1,4 @@
-"""Files of records that name their pictures: records that name the same picture become one picture."""
+"""Files of records that name their pictures: records that name the same picture become one example."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cogtune.data.formats.item import Content, Item, Wording
 from cogtune.data.picture_headers import PictureHeader, check_picture, in_threads
 from cogtune.data.picture_paths import Located, Places
 from cogtune.data.problems import BadRecordError, Problem, Problems
-from cogtune.data.records import Conversation, Picture, Turn
+from cogtune.data.records import Conversation, Example, Turn
 from cogtune.data.report import DataReport, SourceReport
 
 
@@ -46,8 +46,8 @@ class RecordsReader:
 
     def read(
         self, problems: Problems, report: DataReport, done: Callable[[int, int], None] | None = None
-    ) -> list[Picture]:
-        """Pictures in the order of their first record; problems and counts go into the first two arguments.
+    ) -> list[Example]:
+        """Examples in the order of their first record; problems and counts go into the first two arguments.
 
         ``done`` is told how many pictures of how many are looked at.
 
@@ -70,7 +70,7 @@ class RecordsReader:
             raise Problem("no-records", named, "no record in it").error()
         source = SourceReport(str(self.root), self.form, self.weight)
         report.sources.append(source)
-        pictures = []
+        examples = []
         total = len(groups)
         told = None if done is None else lambda count: done(count, total)
         for group in in_threads(self._check, list(groups.values()), told):
@@ -78,11 +78,11 @@ class RecordsReader:
                 kind, what = group.problem
                 problems.add(kind, group.conversations[0].source, what, records=len(group.conversations))
                 continue
-            picture = self._picture(group)
-            source.count(picture)
+            example = self._example(group)
+            source.count(example)
             report.count_header(group.header)
-            pictures.append(picture)
-        return pictures
+            examples.append(example)
+        return examples
 
     def _items(self) -> Iterator[tuple[Path, Item]]:
         if self.form == "vqa":
@@ -100,7 +100,7 @@ class RecordsReader:
             yield from ((file, item) for item in reader(file))
 
     def _take(self, content: Content, file: Path, item: Item, groups: dict[str, _Group], ids: set[str]) -> None:
-        """Put one record's conversations into their picture's group."""
+        """Put one record's conversations into their example's group."""
         located = self.places.locate(content.image, file.parent)
         identity = self._identity(content, file, item, ids)
         group_key = item.where if located is None else str(located.path)
@@ -136,11 +136,11 @@ class RecordsReader:
             group.problem = (bad.kind, named + bad.what)
         return group
 
-    def _picture(self, group: _Group) -> Picture:
+    def _example(self, group: _Group) -> Example:
         conversations = tuple(group.conversations)
         if group.image is None:
-            return Picture(conversations[0].id, None, conversations, self.weight, text_key(conversations))
-        return Picture(
+            return Example(conversations[0].id, None, conversations, self.weight, text_key(conversations))
+        return Example(
             key=f"{self.name}/{group.image.name}",
             image=group.image.path,
             conversations=conversations,

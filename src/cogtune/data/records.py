@@ -1,7 +1,7 @@
-"""What a data set is made of: turns, conversations, and the pictures they belong to.
+"""What a data set is made of: turns, conversations, and examples.
 
-A :class:`Picture` is the unit of splitting, ordering and tree building: all conversations about one image. A text-only
-conversation is a picture without an image.
+An :class:`Example` is the unit of splitting, ordering and tree building: an image and all conversations about it, or a
+text-only record. Each answer in it is trained as a sample of its own (`data.budget.Sample`).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Conversation:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """All conversations about one image.
+class Example:
+    """An image and all conversations about it; without an image, one text-only record.
 
     ``key`` is ``folder/stem`` (JSONL: ``folder/relative path``; text-only: the record's id), where ``folder`` is as
     much of the data root's path as it takes to tell the roots apart. ``split_key`` uses the root's own name only, so
@@ -58,10 +58,10 @@ class Question:
     history: tuple[tuple[str, str], ...]
 
 
-def iter_questions(pictures: Iterable[Picture]) -> Iterator[Question]:
+def iter_questions(examples: Iterable[Example]) -> Iterator[Question]:
     """Every question in the order of the data set; ``turn`` counts from 0 and ``history`` holds the turns before it."""
-    for picture in pictures:
-        for conversation in picture.conversations:
+    for example in examples:
+        for conversation in example.conversations:
             pairs = tuple((turn.question, turn.answer) for turn in conversation.turns)
             for number, (question, reference) in enumerate(pairs):
                 yield Question(conversation.id, number, conversation.image, question, reference, pairs[:number])

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from cogtune.data.picture_headers import PictureHeader
-from cogtune.data.records import Conversation, Picture
+from cogtune.data.records import Conversation, Example
 
 # Special tokens of Llama-3's tokenizer, which text that spells them is tokenised to.
 SPECIAL_TOKEN = re.compile(
@@ -31,11 +31,11 @@ class SourceReport:
     turns: int = 0
     text_only: int = 0
 
-    def count(self, picture: Picture) -> None:
-        conversations = len(picture.conversations)
+    def count(self, example: Example) -> None:
+        conversations = len(example.conversations)
         self.conversations += conversations
-        self.turns += sum(len(conversation.turns) for conversation in picture.conversations)
-        if picture.image is None:
+        self.turns += sum(len(conversation.turns) for conversation in example.conversations)
+        if example.image is None:
             self.text_only += conversations
         else:
             self.pictures += 1
@@ -68,13 +68,13 @@ class DataReport:
         self.turned += header.turned
         self.animated += header.animated
 
-    def close(self, pictures: Iterable[Picture]) -> None:
+    def close(self, examples: Iterable[Example]) -> None:
         """Sum the sources, count special tokens in texts, and take the fingerprint."""
-        pictures = list(pictures)
-        self.special = sum(_has_special(conversation) for picture in pictures for conversation in picture.conversations)
+        examples = list(examples)
+        self.special = sum(_has_special(conversation) for example in examples for conversation in example.conversations)
         for name in ("pictures", "conversations", "turns", "text_only"):
             setattr(self, name, sum(getattr(source, name) for source in self.sources))
-        self.fingerprint = fingerprint(pictures)
+        self.fingerprint = fingerprint(examples)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -107,17 +107,17 @@ def _has_special(conversation: Conversation) -> bool:
     return any("<|" in text and SPECIAL_TOKEN.search(text) for text in texts)
 
 
-def fingerprint(pictures: Iterable[Picture]) -> str:
+def fingerprint(examples: Iterable[Example]) -> str:
     """SHA-256 over keys, picture sizes in bytes, weights and all texts, in order.
 
     Neither the place of the folders nor modification times count, so a copied or moved data set is the same one.
     """
     digest = hashlib.sha256()
-    for picture in pictures:
+    for example in examples:
         conversations = [
             [conversation.id, [[turn.question, turn.answer] for turn in conversation.turns]]
-            for conversation in picture.conversations
+            for conversation in example.conversations
         ]
-        line = json.dumps([picture.key, picture.image_bytes, picture.weight, conversations])
+        line = json.dumps([example.key, example.image_bytes, example.weight, conversations])
         digest.update(line.encode("ascii") + b"\n")
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Which samples share a row: all of a picture's, or as many as ``data.max_row_tokens`` allows; and their tokens."""
+"""Which samples share a row: all of an example's, or as many as ``data.max_row_tokens`` allows; and their tokens."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from cogtune.data.budget import FittedPicture, Sample
-from cogtune.data.records import Picture
+from cogtune.data.budget import FittedExample, Sample
+from cogtune.data.records import Example
 from cogtune.processing.encode import Encoded, Encoder
 
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:
-    """One row: samples of one picture, and its length in tokens (BOS and image included).
+    """One row: samples of one example, and its length in tokens (BOS and image included).
 
     With ``data.turns: one_random`` it holds every round that may be drawn, and ``tokens`` is the most it can take.
     """
 
-    picture: int
+    example: int
     samples: tuple[Sample, ...]
     tokens: int
 
@@ -43,20 +43,20 @@ def shape_of(plan: RowPlan, *, picture: bool, one_random: bool) -> RowShape:
     return RowShape(picture, plan.tokens, labelled, len(rounds) if one_random else len(plan.samples))
 
 
-def encode_sample(encoder: Encoder, picture: Picture, sample: Sample, max_output_len: int) -> Encoded:
-    """The tokens of one sample of ``picture``, as they are trained."""
-    turns = picture.conversations[sample.conversation].turns
+def encode_sample(encoder: Encoder, example: Example, sample: Sample, max_output_len: int) -> Encoded:
+    """The tokens of one sample of ``example``, as they are trained."""
+    turns = example.conversations[sample.conversation].turns
     turn = turns[sample.turn]
     history = [(past.question, past.answer) for past in turns[sample.first : sample.turn]]
-    encoded = encoder.encode(turn.question, history, answer=turn.answer, image=picture.image is not None)
+    encoded = encoder.encode(turn.question, history, answer=turn.answer, image=example.image is not None)
     if not sample.cut:
         return encoded
     end = encoded.prompt_len + max_output_len
     return Encoded(encoded.input_ids[:end], encoded.token_type_ids[:end], encoded.labels[:end], encoded.prompt_len)
 
 
-def plan_rows(fitted: FittedPicture, *, head: int, limit: int | None, one_random: bool) -> list[RowPlan]:
-    """The rows of one picture, in the order of its samples; none when it has no sample.
+def plan_rows(fitted: FittedExample, *, head: int, limit: int | None, one_random: bool) -> list[RowPlan]:
+    """The rows of one example, in the order of its samples; none when it has no sample.
 
     :param head: tokens before the text (BOS, image), shared by all samples of a row.
     :param limit: most tokens of a row. A single sample longer than that still gets a row (the caller refuses it).
@@ -93,11 +93,11 @@ class _Unit:
         return shared.added(self.prompt) + self.samples[0].answer
 
 
-def _single_samples(fitted: FittedPicture) -> list[_Unit]:
+def _single_samples(fitted: FittedExample) -> list[_Unit]:
     return [_Unit([sample], prompt) for sample, prompt in zip(fitted.samples, fitted.prompts, strict=True)]
 
 
-def _conversations(fitted: FittedPicture) -> list[_Unit]:
+def _conversations(fitted: FittedExample) -> list[_Unit]:
     groups = groupby(fitted.samples, key=lambda sample: sample.conversation)
     return [_Unit(list(samples), None) for _, samples in groups]
 

@@ -1,4 +1,4 @@
-"""From ``data.path`` to pictures: finds each entry's format, names it, reads it and settles what was wrong."""
+"""From ``data.path`` to examples: finds each entry's format, names it, reads it and settles what was wrong."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cogtune.data.picture_paths import Places, default_extract_dir
 from cogtune.data.problems import Problem, Problems
 from cogtune.data.published_layout import FolderReader
 from cogtune.data.record_files import RecordsReader
-from cogtune.data.records import Picture
+from cogtune.data.records import Example
 from cogtune.data.report import DataReport
 from cogtune.errors import DataError
 
@@ -33,22 +33,22 @@ class _Entry:
     weight: float
 
 
-def read_sources(data: DataSection, paths: Sequence[Any] | None = None) -> tuple[list[Picture], DataReport]:
+def read_sources(data: DataSection, paths: Sequence[Any] | None = None) -> tuple[list[Example], DataReport]:
     """Read every folder and file of ``data.path`` (or of ``paths``).
 
-    Entries are read in the given order; a folder's pictures in the order of their names, others in that of the records.
+    Entries are read in the given order; a folder's examples in the order of their names, others in that of the records.
 
     :raises DataError: for bad input, unless ``data.on_bad`` is ``skip`` and no more than ``data.max_bad_share`` is bad.
     """
-    pictures, report, problems = collect_sources(data, paths)
-    good = sum(len(picture.conversations) for picture in pictures)
+    examples, report, problems = collect_sources(data, paths)
+    good = sum(len(example.conversations) for example in examples)
     problems.settle(good, data.on_bad, data.max_bad_share)
-    return pictures, report
+    return examples, report
 
 
 def collect_sources(
     data: DataSection, paths: Sequence[Any] | None = None, done: Done | None = None
-) -> tuple[list[Picture], DataReport, Problems]:
+) -> tuple[list[Example], DataReport, Problems]:
     """As `read_sources`, with what is wrong with single records returned instead of raised.
 
     :raises DataError: for an entry that cannot be read at all.
@@ -62,7 +62,7 @@ def collect_sources(
     folders = _names([entry.source.root for entry in entries])
     files = _names([file for entry in entries for file in entry.source.files])
     places = _places(data)
-    pictures: list[Picture] = []
+    examples: list[Example] = []
     for entry in entries:
         root = entry.source.root
         common: dict[str, Any] = {
@@ -80,14 +80,14 @@ def collect_sources(
                 entry.source.form, entry.source.files, names=files, wording=wording, places=places, **common
             )
         )
-        pictures += reader.read(problems, report, done)
+        examples += reader.read(problems, report, done)
     if data.image_root and not places.used:
         raise Problem("image-root", str(data.image_root[0]), "data.image_root is given, and no record uses it").error()
-    pictures = _without_repeated_ids(_merged(pictures), problems)
+    examples = _without_repeated_ids(_merged(examples), problems)
     report.bad, report.bad_examples = dict(problems.lost), problems.examples()
     report.exif = data.exif
-    report.close(pictures)
-    return pictures, report, problems
+    report.close(examples)
+    return examples, report, problems
 
 
 def _places(data: DataSection) -> Places:
@@ -136,35 +136,35 @@ def _names(paths: Sequence[Path]) -> dict[Path, str]:
     return names
 
 
-def _merged(pictures: list[Picture]) -> list[Picture]:
-    """Join pictures that several files of records name with the same weight; the first place counts."""
-    merged: dict[tuple[str, float], Picture] = {}
-    for picture in pictures:
-        slot = (picture.key, picture.weight)
-        if slot in merged and picture.image is not None:
+def _merged(examples: list[Example]) -> list[Example]:
+    """Join examples whose picture several files of records name with the same weight; the first place counts."""
+    merged: dict[tuple[str, float], Example] = {}
+    for example in examples:
+        slot = (example.key, example.weight)
+        if slot in merged and example.image is not None:
             first = merged[slot]
-            picture = replace(first, conversations=first.conversations + picture.conversations)
+            example = replace(first, conversations=first.conversations + example.conversations)
         elif slot in merged:
-            slot = (f"{picture.key}\0{len(merged)}", picture.weight)
-        merged[slot] = picture
+            slot = (f"{example.key}\0{len(merged)}", example.weight)
+        merged[slot] = example
     return list(merged.values())
 
 
-def _without_repeated_ids(pictures: list[Picture], problems: Problems) -> list[Picture]:
+def _without_repeated_ids(examples: list[Example], problems: Problems) -> list[Example]:
     """Drop and report every conversation whose id was used before: predictions are found by their ids."""
     seen: dict[str, str] = {}
-    kept: list[Picture] = []
-    for picture in pictures:
+    kept: list[Example] = []
+    for example in examples:
         conversations = []
-        for conversation in picture.conversations:
+        for conversation in example.conversations:
             if conversation.id in seen:
                 what = f"the id {conversation.id!r} was already used in {seen[conversation.id]}"
                 problems.add("duplicate-id", conversation.source, what)
             else:
                 seen[conversation.id] = conversation.source
                 conversations.append(conversation)
-        if len(conversations) == len(picture.conversations):
-            kept.append(picture)
+        if len(conversations) == len(example.conversations):
+            kept.append(example)
         elif conversations:
-            kept.append(replace(picture, conversations=tuple(conversations)))
+            kept.append(replace(example, conversations=tuple(conversations)))
     return kept

@@ -1,4 +1,4 @@
-"""Training and validation pictures: a seeded hash of each picture's key decides, or the user's own folders do."""
+"""Training and validation examples: a seeded hash of each example's key decides, or the user's own folders do."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cogtune.data.records import Picture
+from cogtune.data.records import Example
 from cogtune.data.report import DataReport
 from cogtune.data.sources import read_sources
 from cogtune.errors import DataError
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class DataSplit:
     """What a run reads. ``validation_report`` is None unless validation has folders of its own."""
 
-    train: list[Picture]
-    validation: list[Picture]
+    train: list[Example]
+    validation: list[Example]
     report: DataReport
     validation_report: DataReport | None = None
 
@@ -37,20 +37,20 @@ class DataSplit:
         }
 
 
-def split(pictures: Sequence[Picture], share: float, seed: int) -> tuple[list[Picture], list[Picture]]:
+def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
     """``(train, validation)``, both in the given order.
 
-    Each picture's side depends on (seed, its own key) only: adding records moves nothing. Pictures that name the same
+    Each example's side depends on (seed, its own key) only: adding records moves nothing. Examples that name the same
     file go the same way, as do text-only records with the same text.
     """
     if share <= 0:
-        return list(pictures), []
-    keys = _keys_by_file(pictures)
-    train: list[Picture] = []
-    validation: list[Picture] = []
-    for picture in pictures:
-        key = picture.split_key if picture.image is None else keys[os.path.realpath(picture.image)]
-        (validation if _draw(key, seed) < share else train).append(picture)
+        return list(examples), []
+    keys = _keys_by_file(examples)
+    train: list[Example] = []
+    validation: list[Example] = []
+    for example in examples:
+        key = example.split_key if example.image is None else keys[os.path.realpath(example.image)]
+        (validation if _draw(key, seed) < share else train).append(example)
     return train, validation
 
 
@@ -60,21 +60,21 @@ def read_and_split(data: DataSection, seed: int) -> DataSplit:
     :raises DataError: for bad input; when a picture is in both training and validation folders; when nothing is left
         to train on.
     """
-    pictures, report = read_sources(data)
+    examples, report = read_sources(data)
     if data.validation:
         validation, own_report = read_sources(data, data.validation)
-        refuse_overlap(pictures, validation)
-        return DataSplit(pictures, validation, report, own_report)
-    train, validation = split(pictures, data.validation_share, seed)
+        refuse_overlap(examples, validation)
+        return DataSplit(examples, validation, report, own_report)
+    train, validation = split(examples, data.validation_share, seed)
     if not train:
         raise DataError(
-            f"data.validation_share {data.validation_share:g} of {len(pictures)} pictures leaves none to train on",
+            f"data.validation_share {data.validation_share:g} of {len(examples)} pictures leaves none to train on",
             hint="add data, or set data.validation_share: 0",
             code="data-split",
         )
     if data.validation_share > 0 and not validation:
         report.notes.append(
-            f"validation is empty: the share {data.validation_share:g} of {len(pictures)} pictures chose none"
+            f"validation is empty: the share {data.validation_share:g} of {len(examples)} pictures chose none"
         )
     return DataSplit(train, validation, report)
 
@@ -85,23 +85,23 @@ def _draw(key: str, seed: int) -> float:
     return int.from_bytes(digest[:7], "big") / 2.0**56
 
 
-def _keys_by_file(pictures: Iterable[Picture]) -> dict[str, str]:
-    """For each picture file one key: the first in alphabetical order, should several sources name the file."""
+def _keys_by_file(examples: Iterable[Example]) -> dict[str, str]:
+    """For each image file one key: the first in alphabetical order, should several sources name the file."""
     keys: dict[str, str] = {}
-    for picture in pictures:
-        if picture.image is not None:
-            real = os.path.realpath(picture.image)
-            keys[real] = min(keys.get(real, picture.split_key), picture.split_key)
+    for example in examples:
+        if example.image is not None:
+            real = os.path.realpath(example.image)
+            keys[real] = min(keys.get(real, example.split_key), example.split_key)
     return keys
 
 
-def refuse_overlap(train: Iterable[Picture], validation: Iterable[Picture]) -> None:
+def refuse_overlap(train: Iterable[Example], validation: Iterable[Example]) -> None:
     """Raise DataError ``data-overlap`` where both have a picture file, or the text of a text-only record."""
     trained = {os.path.realpath(p.image) if p.image is not None else p.split_key: p for p in train}
-    for picture in validation:
-        place = os.path.realpath(picture.image) if picture.image is not None else picture.split_key
+    for example in validation:
+        place = os.path.realpath(example.image) if example.image is not None else example.split_key
         if place in trained:
-            sources = picture.conversations[0].source, trained[place].conversations[0].source
+            sources = example.conversations[0].source, trained[place].conversations[0].source
             raise DataError(
                 f"{sources[0]}: validation has the picture or text that training has in {sources[1]}",
                 hint="leave it out of one of the two, or use data.validation_share instead of data.validation",

@@ -64,13 +64,13 @@ def read_rows(config: RunConfig, sizes: ModelSizes) -> Rows:
 
     tokens = find_token_file(config.model.path, config.model.template)
     counting: Any = Counting(tokens)
-    pictures = read_and_split(config.data, config.train.seed).train
+    examples = read_and_split(config.data, config.train.seed).train
     shapes = []
-    for fitted in Budget(counting, config.data).fit(pictures):
-        picture = pictures[fitted.index].image is not None
+    for fitted in Budget(counting, config.data).fit(examples):
+        picture = examples[fitted.index].image is not None
         head = 1 + (sizes.image_tokens if picture else 0)
         one_random = config.data.turns == "one_random"
         for row in plan_rows(fitted, head=head, limit=config.data.max_row_tokens, one_random=one_random):
             shapes.append(shape_of(row, picture=picture, one_random=one_random))
-    found = summary(shapes, sum(picture.image is not None for picture in pictures), sizes.image_tokens)
+    found = summary(shapes, sum(example.image is not None for example in examples), sizes.image_tokens)
     return replace(found, exact=tokens.exact)

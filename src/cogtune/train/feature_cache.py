@@ -103,7 +103,7 @@ def fill_cache(config: RunConfig) -> FillReport:
         for line in split.report.lines():
             log.info(f"data: {line}")
         group = Group.join() if is_launched() else Group.alone()
-        images = {picture.image for picture in [*split.train, *split.validation] if picture.image is not None}
+        images = {example.image for example in [*split.train, *split.validation] if example.image is not None}
         dtype = choose_dtype(config, group.device)
         cache = open_cache(config, model_config, images, group, dtype)
         survey = cache.survey

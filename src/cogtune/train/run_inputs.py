@@ -78,12 +78,12 @@ def read_inputs(config: RunConfig) -> Inputs:
         encoder.template = config.model.template
     split = read_and_split(config.data, config.train.seed)
     more_trains = any(config.lora.extra.get(key) for key in _OTHER_PARTS)
-    if split.train and all(picture.image is None for picture in split.train) and not more_trains:
+    if split.train and all(example.image is None for example in split.train) and not more_trains:
         check_reached(adapted)
 
-    def rows(pictures: list[Any], required: bool) -> TrainRows:
+    def rows(examples: list[Any], required: bool) -> TrainRows:
         return TrainRows(
-            pictures, encoder, config.data, processor.image_size, seed=config.train.seed, required=required
+            examples, encoder, config.data, processor.image_size, seed=config.train.seed, required=required
         )
 
     validation = rows(split.validation, False) if split.validation else None

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from cogtune.data.records import Picture
+from cogtune.data.records import Example
 from cogtune.data.sources import read_sources
 from cogtune.errors import DataError, SetupError
 from tests.support.bad_data import BAD_CONVERSATIONS, BAD_FILES, LATE_SYSTEM, talk
@@ -22,11 +22,11 @@ from tests.support.data_folders import dialogue, section, write_image, write_lin
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "formats"
 
 
-def read(path: Path, **values: Any) -> list[Picture]:
+def read(path: Path, **values: Any) -> list[Example]:
     return read_sources(section(path, **values))[0]
 
 
-def texts(pictures: list[Picture]) -> list[tuple[str | None, list[tuple[str, str]]]]:
+def texts(pictures: list[Example]) -> list[tuple[str | None, list[tuple[str, str]]]]:
     """Per picture its file's name and every question with its answer."""
     return [
         (

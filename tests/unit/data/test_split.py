@@ -6,22 +6,22 @@ from pathlib import Path
 
 import pytest
 
-from cogtune.data.records import Conversation, Picture, Turn
+from cogtune.data.records import Conversation, Example, Turn
 from cogtune.data.split import read_and_split, split
 from cogtune.errors import DataError
 from tests.support.data_folders import dialogue, section, write_folder, write_image, write_lines
 
 
-def picture(number: int, folder: str = "set") -> Picture:
+def picture(number: int, folder: str = "set") -> Example:
     image = Path(f"/data/{folder}/images/{number}.jpg")
     talk = Conversation(f"{folder}/{number}#0", image, (Turn("q", "a"),), "here")
-    return Picture(f"{folder}/{number}", image, (talk,), 1.0, f"{folder}/{number}")
+    return Example(f"{folder}/{number}", image, (talk,), 1.0, f"{folder}/{number}")
 
 
 PICTURES = [picture(number) for number in range(4000)]
 
 
-def keys(pictures: list[Picture]) -> set[str]:
+def keys(pictures: list[Example]) -> set[str]:
     return {item.key for item in pictures}
 
 
