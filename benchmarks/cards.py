@@ -184,9 +184,9 @@ def decode(model: Any, device: torch.device) -> dict[str, Any]:
 
 
 def _loading(row: Row, engine: Any) -> dict[str, Any]:
-    from cogtune.checkpoint.quantize import Quantization
+    from cogtune.configuration.quantization import QuantSection
 
-    quantisation = Quantization(experts=row.quantisation) if row.quantisation != "none" else None
+    quantisation = QuantSection(experts=row.quantisation) if row.quantisation != "none" else None
     return {"vision_tower": False, "placement": engine.placement, "quantization": quantisation}
 
 

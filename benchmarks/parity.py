@@ -30,8 +30,8 @@ from cogtune.adapters.attach import attach
 from cogtune.bench.models import random_weights
 from cogtune.bench.report import Results, shown_command
 from cogtune.checkpoint.load import load_model
-from cogtune.checkpoint.quantize import PLAIN, Quantization
 from cogtune.configuration.model import CogVLM2Config
+from cogtune.configuration.quantization import PLAIN, QuantSection
 from cogtune.configuration.run_config import LoraSection
 from cogtune.data.collate import collate
 from cogtune.data.dataset import RowSample
@@ -47,9 +47,9 @@ from cogtune.processing.tree import build_tree
 FORMS = {
     "float32": (torch.float32, PLAIN),
     "bfloat16": (torch.bfloat16, PLAIN),
-    "fp8": (torch.bfloat16, Quantization(experts="fp8", tower="fp8")),
-    "int8": (torch.bfloat16, Quantization(experts="int8", tower="int8")),
-    "nf4": (torch.bfloat16, Quantization(experts="nf4", tower="nf4")),
+    "fp8": (torch.bfloat16, QuantSection(experts="fp8", tower="fp8")),
+    "int8": (torch.bfloat16, QuantSection(experts="int8", tower="int8")),
+    "nf4": (torch.bfloat16, QuantSection(experts="nf4", tower="nf4")),
 }
 """Number format of the computation, and what is quantised. The first two are what the others are compared with."""
 RANK, SECOND = 16, 0.02  # of the adapter; standard deviation of its second matrix
@@ -57,7 +57,7 @@ ROWS = 16
 _OUTPUT, _INPUT_GRADIENT, _ARRIVING = "output", "input gradient", "arriving gradient"
 _LINEAR = re.compile(r"model\.(?:vision\.transformer\.)?layers\.(\d+)\.(.+)")
 
-Make = Callable[[torch.dtype, Quantization], CogVLM2ForCausalLM]
+Make = Callable[[torch.dtype, QuantSection], CogVLM2ForCausalLM]
 
 
 @dataclass
@@ -247,11 +247,11 @@ def full_width_batch(config: CogVLM2Config, device: torch.device, text: int) -> 
     return {name: value.to(device) for name, value in given.items()}
 
 
-def _tiny(device: torch.device, dtype: torch.dtype, quantization: Quantization) -> CogVLM2ForCausalLM:
+def _tiny(device: torch.device, dtype: torch.dtype, quantization: QuantSection) -> CogVLM2ForCausalLM:
     return load_model(BASE, dtype=dtype, device=device, quantization=quantization).train()
 
 
-def _full_width(device: torch.device, dtype: torch.dtype, quantization: Quantization) -> CogVLM2ForCausalLM:
+def _full_width(device: torch.device, dtype: torch.dtype, quantization: QuantSection) -> CogVLM2ForCausalLM:
     model = random_weights(full_width_config(), torch.bfloat16, device, quantization=quantization)
     return (model.float() if dtype == torch.float32 else model).train()
 

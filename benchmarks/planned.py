@@ -18,13 +18,14 @@ from typing import Any
 from benchmarks import refit
 from cogtune.bench.report import table
 from cogtune.cli.options import split_arguments
+from cogtune.configuration.quantization import QuantSection
 from cogtune.configuration.run_config import load_config
 from cogtune.data.rows import RowShape
 from cogtune.plan.cards import Card, named_like
 from cogtune.plan.data_rows import summary
 from cogtune.plan.from_config import setting_of
 from cogtune.plan.memory import predict
-from cogtune.plan.setting import Adapter, Batch, Quant, Setting, adapted_names
+from cogtune.plan.setting import Adapter, Batch, Setting, adapted_names
 from cogtune.plan.sizes import ModelSizes
 from cogtune.plan.time import step_time
 from cogtune.system.byte_sizes import GIB, MIB
@@ -130,7 +131,7 @@ def _cards(name: str, record: Mapping[str, Any]) -> Iterator[Measured]:
         setting = Setting(
             batch=Batch(rows=row["batch"]),
             adapter=adapter,
-            quant=Quant(experts=row["quantisation"]),
+            quant=QuantSection(experts=row["quantisation"]),
             tower="cached",
             engine="ddp" if tensor > 1 else engine,
             ranks=row["ranks"],

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from cogtune.bench.report import Results, circumstances, shown_command
-from cogtune.checkpoint.quantize import PLAIN, Quantization
+from cogtune.configuration.quantization import PLAIN
 from cogtune.configuration.run_config import RunConfig
 from cogtune.demo import easyvqa
 from cogtune.demo.base import BASE
@@ -65,7 +65,7 @@ def run_row(name: str, folder: Path, dtype: str, limits: tuple[int | None, int |
     result = train(config)
     assert result.adapter is not None
     times = {"training": clock.read()}
-    quantization, clock = Quantization.of(config.quant), Clock()
+    quantization, clock = config.quant, Clock()
     choice = {"adapter": result.adapter, "dtype": dtype}
     generator = load_generator(resolve(ModelChoice(str(BASE), **choice, quantization=quantization)))
     row: dict[str, Any] = {"name": name, "changes": VARIANTS[name], **_where(generator.model)}

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from cogtune.adapters.attach import attach, load_adapter
 from cogtune.adapters.tensor_parallel import AdapterPart, split_adapter
 from cogtune.checkpoint.load import load_model, shard_files
-from cogtune.checkpoint.quantize import Quantization
+from cogtune.configuration.quantization import QuantSection
 from cogtune.configuration.run_config import LoraSection
 from cogtune.model.activation_checkpointing import enable_checkpointing
 from cogtune.model.compile import compile_layers
@@ -41,7 +41,7 @@ def main(base: Path, adapter: Path, output: Path, *more: str) -> None:
         "gradients": gradients(base, adapter, group, torch.float64),
         "dropout": gradients(base, adapter, group, torch.float64, recompute=True, dropout=0.4),
         "bfloat16": gradients(base, adapter, group, torch.bfloat16),
-        "nf4": gradients(base, adapter, group, torch.float32, quantization=Quantization(experts="nf4", head="int8")),
+        "nf4": gradients(base, adapter, group, torch.float32, quantization=QuantSection(experts="nf4", head="int8")),
         "answers": answers(base, adapter, group),
         "first": first_adapter(base, group),
         "read": read_parts(base, group),
@@ -52,7 +52,7 @@ def main(base: Path, adapter: Path, output: Path, *more: str) -> None:
 
 
 def load(
-    base: Path, group: TensorGroup, dtype: torch.dtype, quantization: Quantization | None = None
+    base: Path, group: TensorGroup, dtype: torch.dtype, quantization: QuantSection | None = None
 ) -> tuple[CogVLM2ForCausalLM, SplitModel]:
     split = SplitModel(group, torch.device("cpu"))
     placement = split if group.size > 1 else None
@@ -93,7 +93,7 @@ def gradients(
     *,
     recompute: bool = False,
     compiled: bool = False,
-    quantization: Quantization | None = None,
+    quantization: QuantSection | None = None,
     dropout: float = 0.0,
 ) -> dict[str, torch.Tensor]:
     """Loss, and the whole gradient of every adapter weight."""

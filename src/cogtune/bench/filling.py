@@ -13,7 +13,7 @@ from cogtune.bench.clock import memory_gib, reset_peak, wait
 from cogtune.bench.models import RANDOM, model_config, random_weights
 from cogtune.bench.report import Results
 from cogtune.bench.rows import preset, synthetic_rows
-from cogtune.checkpoint.quantize import Quantization
+from cogtune.checkpoint.quantize import require_packages
 from cogtune.configuration.run_config import RunConfig
 from cogtune.data.loader import worker_count
 from cogtune.features.cache import FeatureCache, FillReport
@@ -49,8 +49,8 @@ def measure_filling(config: RunConfig, results: Results, *, pictures: int, side:
 def _random(config: RunConfig, engine: Engine, dtype: torch.dtype, images: list[Path], folder: Path) -> dict[str, Any]:
     """Random weights, the tower alone: the decoder's are freed before filling begins."""
     began = time.perf_counter()
-    quantization = Quantization.of(config.quant)
-    quantization.check()
+    quantization = config.quant
+    require_packages(quantization)
     base = random_weights(model_config(config.model.path), dtype, engine.device, quantization=quantization)
     if config.train.compile is True or (config.train.compile == "auto" and can_compile(engine.device)):
         compile_layers(base)

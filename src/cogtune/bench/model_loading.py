@@ -22,18 +22,18 @@ import torch
 
 from cogtune.bench.report import Results, table
 from cogtune.checkpoint.load import VISION, load_model, load_tower, stored_tensors
-from cogtune.checkpoint.quantize import Quantization
 from cogtune.checkpoint.stream import PIECE, THREADS
+from cogtune.configuration.quantization import QuantSection
 from cogtune.errors import ConfigError
 from cogtune.model.vision import TOWER_PARTS
 
 MODES: dict[str, dict[str, Any]] = {
     "bf16": {},
     "bf16-no-tower": {"vision_tower": False},
-    "nf4": {"quantization": Quantization(experts="nf4")},
-    "nf4-nf4": {"quantization": Quantization(experts="nf4", tower="nf4")},
-    "nf4-no-tower": {"quantization": Quantization(experts="nf4", embedding="host"), "vision_tower": False},
-    "int8-no-tower": {"quantization": Quantization(experts="int8"), "vision_tower": False},
+    "nf4": {"quantization": QuantSection(experts="nf4")},
+    "nf4-nf4": {"quantization": QuantSection(experts="nf4", tower="nf4")},
+    "nf4-no-tower": {"quantization": QuantSection(experts="nf4", embedding="host"), "vision_tower": False},
+    "int8-no-tower": {"quantization": QuantSection(experts="int8"), "vision_tower": False},
     "tower": {"tower": True},
 }
 """Name -> what is passed to the loader; ``tower``: the vision tower alone."""

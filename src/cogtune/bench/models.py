@@ -6,9 +6,10 @@ import torch
 
 from cogtune.checkpoint.load import load_config
 from cogtune.checkpoint.place import Builder, Cutting, Placement, require_filled
-from cogtune.checkpoint.quantize import Quantization, mark_for_adapters
+from cogtune.checkpoint.quantize import device_for, mark_for_adapters, require_packages
 from cogtune.checkpoint.random import tiny_config
 from cogtune.configuration.model import CogVLM2Config
+from cogtune.configuration.quantization import PLAIN, QuantSection
 from cogtune.configuration.run_config import RunConfig
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.rope import inverse_frequencies
@@ -30,8 +31,8 @@ def build_base(config: RunConfig, engine: Engine, dtype: torch.dtype, *, cached:
     """The frozen base, quantised and sharded as ``config`` and ``engine`` say; ``cached``: without its tower."""
     if config.model.path not in RANDOM:
         return load_base(config, engine, dtype, cached=cached)
-    quantization = Quantization.of(config.quant)
-    quantization.check()
+    quantization = config.quant
+    require_packages(quantization)
     sizes = model_config(config.model.path)
     sizes.rope_precision = config.model.rope_precision
     return random_weights(
@@ -45,7 +46,7 @@ def random_weights(
     device: torch.device,
     *,
     tower: bool = True,
-    quantization: Quantization | None = None,
+    quantization: QuantSection | None = None,
     placement: Placement | None = None,
     seed: int = 0,
 ) -> CogVLM2ForCausalLM:
@@ -63,10 +64,10 @@ def random_weights(
     if cutting is not None:
         cutting.prepare(model)
     builder = Builder(model, "", dtype, quantization, placement)
-    formats = quantization or Quantization()
+    formats = quantization or PLAIN
     generators: dict[str, torch.Generator] = {}
     for name, shape in shapes.items():
-        home = formats.device_for(name, device if placement is None else placement.device_for(name))
+        home = device_for(formats, name, device if placement is None else placement.device_for(name))
         generator = generators.setdefault(home.type, torch.Generator(home).manual_seed(seed))
         value = _random(name, shape, dtype, home, generator, config)
         builder.add(name, value if cutting is None else cutting.read(name, value).contiguous())

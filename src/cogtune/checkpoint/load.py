@@ -22,9 +22,10 @@ from transformers import GenerationConfig
 
 from cogtune.checkpoint import stored_4bit
 from cogtune.checkpoint.place import Builder, Cutting, Placement, require_filled
-from cogtune.checkpoint.quantize import Quantization, mark_for_adapters
+from cogtune.checkpoint.quantize import device_for, mark_for_adapters, require_packages
 from cogtune.checkpoint.stream import Stored, find_stored, stream
 from cogtune.configuration.model import CogVLM2Config
+from cogtune.configuration.quantization import PLAIN, QuantSection
 from cogtune.errors import CheckpointError, SetupError
 from cogtune.model.device_map import Spread, plan_spread
 from cogtune.model.modeling import CogVLM2ForCausalLM
@@ -66,7 +67,7 @@ def load_model(
     device: torch.device | str = "cpu",
     rope_precision: str | None = None,
     vision_tower: bool = True,
-    quantization: Quantization | None = None,
+    quantization: QuantSection | None = None,
     placement: Placement | None = None,
 ) -> CogVLM2ForCausalLM:
     """The base model on ``device`` in ``dtype``, in evaluation mode.
@@ -83,8 +84,8 @@ def load_model(
         CheckpointError: anything about the folder that does not fit; the message names files and tensors.
         SetupError: a quantisation that needs a package that is missing, or another card.
     """
-    quantization = quantization or Quantization()
-    quantization.check()
+    quantization = quantization or PLAIN
+    require_packages(quantization)
     folder, config = _folder(path), load_config(path)
     if rope_precision is not None:
         config.rope_precision = rope_precision
@@ -110,7 +111,7 @@ def spread_over(
     *,
     host: bool,
     dtype: torch.dtype,
-    quantization: Quantization,
+    quantization: QuantSection,
 ) -> Spread:
     """A placement for `load_model` over GPUs with their free bytes, in order; ``host``: layers may wait there.
 
@@ -144,15 +145,15 @@ def load_tower(
     *,
     dtype: torch.dtype,
     device: torch.device | str,
-    quantization: Quantization | None = None,
+    quantization: QuantSection | None = None,
 ) -> VisionModel:
     """Patch embedding, transformer and convolution alone: `VisionModel.features` works, its ``forward`` does not.
 
     Raises:
         CheckpointError, SetupError: as `load_model`.
     """
-    quantization = quantization or Quantization()
-    quantization.check()
+    quantization = quantization or PLAIN
+    require_packages(quantization)
     folder, config = _folder(path), load_config(path)
     with torch.device("meta"):
         vision = VisionModel(config)
@@ -179,7 +180,7 @@ def _fill(
     folder: Path,
     dtype: torch.dtype,
     device: torch.device,
-    quantization: Quantization,
+    quantization: QuantSection,
     placement: Placement | None,
 ) -> None:
     """Read what ``root`` (called ``prefix`` in the model) needs from ``folder`` into it."""
@@ -193,7 +194,7 @@ def _fill(
         cutting.prepare(root)
 
     def place(name: str) -> torch.device:
-        return quantization.device_for(name, device if placement is None else placement.device_for(name))
+        return device_for(quantization, name, device if placement is None else placement.device_for(name))
 
     builder = Builder(root, prefix, dtype, quantization, placement)
     chosen = [t for name, t in stored.items() if name in wanted or stored_4bit.owner(name, layers) in wanted]

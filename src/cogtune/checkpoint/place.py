@@ -9,7 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from cogtune.checkpoint.quantize import Quantization
+from cogtune.checkpoint.quantize import convert
+from cogtune.configuration.quantization import PLAIN, QuantSection
 from cogtune.model.modeling import DecoderLayer
 from cogtune.model.quantized.host_embedding import HostEmbedding
 from cogtune.model.vision import GLUAdapter, PatchEmbedding, VisionLayer
@@ -52,11 +53,11 @@ class Builder:
         root: nn.Module,
         prefix: str,
         dtype: torch.dtype,
-        quantization: Quantization | None,
+        quantization: QuantSection | None,
         placement: Placement | None,
     ) -> None:
         self._root, self._prefix, self._dtype, self._placement = root, prefix, dtype, placement
-        self._quantization = quantization or Quantization()
+        self._quantization = quantization or PLAIN
         names = list(root.state_dict())
         self._layers = Counter(name.rpartition(".")[0] for name in names)  # tensors each module still lacks
         self._units = find_units(root)
@@ -93,7 +94,7 @@ class Builder:
 
     def _complete_layer(self, path: str) -> None:
         layer = self._root.get_submodule(path)
-        changed = self._quantization.convert(self._prefix + path, layer)
+        changed = convert(self._quantization, self._prefix + path, layer)
         if changed is not layer:
             self._root.set_submodule(path, changed)
 

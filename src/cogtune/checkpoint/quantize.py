@@ -7,70 +7,40 @@ precision for a moment, so the peak is the quantised model and one layer.
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
-from typing import get_args
 
 import torch
 from torch import nn
 
-from cogtune.configuration.quantization import Formats
-from cogtune.configuration.run_config import QuantSection
-from cogtune.errors import ConfigError, SetupError
+from cogtune.configuration.quantization import QuantSection
+from cogtune.errors import SetupError
 from cogtune.model.quantized.host_embedding import HostEmbedding
 
-FORMATS = {name: get_args(field.annotation) for name, field in QuantSection.model_fields.items()}
-"""The formats each part has."""
 _FROM_BITSANDBYTES = ("nf4", "int8")
 
 
-@dataclass(frozen=True)
-class Quantization(Formats):
-    """Number formats of the frozen linear layers by part, and the layers in them."""
-
-    @classmethod
-    def of(cls, quant: QuantSection) -> Quantization:
-        """From a configuration's ``quant`` section."""
-        return cls.from_section(quant)
-
-    def check(self) -> None:
-        """Raise ConfigError for a format that a part does not have, SetupError where one needs a missing package."""
-        for part, known in FORMATS.items():
-            if (form := getattr(self, part)) not in known:
-                raise ConfigError(f"quant.{part} is {form!r}; it is one of {', '.join(known)}", code="config-value")
-        asked = {self.experts, self.tower, self.glu_adapter, self.head}
-        needed = [name for name in _FROM_BITSANDBYTES if name in asked]
-        if needed:
-            require_bitsandbytes(f"{needed[0]} weights")
-
-    def format_of(self, path: str) -> str:
-        """The format of the module called ``path`` in the model, if it is a linear layer."""
-        if path == "lm_head":
-            return self.head
-        if path.startswith("model.vision.linear_proj."):
-            return self.glu_adapter
-        if path.startswith("model.vision.transformer."):
-            return self.tower
-        return self.experts if path.startswith("model.layers.") else "none"
-
-    def convert(self, path: str, layer: nn.Module) -> nn.Module:
-        """``layer`` in its format: itself, or a module that computes about the same from fewer bits."""
-        if path == "model.embed_tokens":
-            assert isinstance(layer, nn.Embedding)
-            return HostEmbedding(layer.weight.data) if self.embedding == "host" else layer
-        form = self.format_of(path)
-        if type(layer) is not nn.Linear or form == "none":
-            return layer
-        trained_through = path.startswith("model.layers.")
-        return quantize_linear(layer, form, keep_transposed=trained_through and self.fp8_layouts == "two")
-
-    def device_for(self, name: str, device: torch.device) -> torch.device:
-        """Where the tensor ``name`` goes in a model on ``device``."""
-        on_host = self.embedding == "host" and name == "model.embed_tokens.weight"
-        return torch.device("cpu") if on_host else device
+def require_packages(quant: QuantSection) -> None:
+    """Raise SetupError where a format needs a package that is not installed."""
+    needed = [form for form in _FROM_BITSANDBYTES if form in quant.formats.values()]
+    if needed:
+        require_bitsandbytes(f"{needed[0]} weights")
 
 
-PLAIN = Quantization()
-"""Everything in the number format of the model, on its device."""
+def convert(quant: QuantSection, name: str, layer: nn.Module) -> nn.Module:
+    """The complete layer called ``name`` in the model in its format: itself, or a module that computes about the same
+    from fewer bits."""
+    if name == "model.embed_tokens":
+        assert isinstance(layer, nn.Embedding)
+        return HostEmbedding(layer.weight.data) if quant.embedding == "host" else layer
+    form = quant.format_of(name)
+    if type(layer) is not nn.Linear or form == "none":
+        return layer
+    return quantize_linear(layer, form, keep_transposed=quant.keeps_transposed(name))
+
+
+def device_for(quant: QuantSection, name: str, device: torch.device) -> torch.device:
+    """Where the tensor ``name`` goes in a model on ``device``."""
+    on_host = quant.embedding == "host" and name == "model.embed_tokens.weight"
+    return torch.device("cpu") if on_host else device
 
 
 def quantize_linear(layer: nn.Linear, form: str, *, keep_transposed: bool = False) -> nn.Module:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from cogtune.configuration.quantization import QuantSection
     from cogtune.generate.decoding import Decoding
 
 _MODEL, _WORDING, _DECODING = "Model", "Prompt", "Decoding"
@@ -81,6 +82,15 @@ TopP = Annotated[
     float | None, typer.Option("--top-p", help="Sample from the likeliest tokens that hold this probability.")
 ]
 TopK = Annotated[int | None, typer.Option("--top-k", help="Sample from this many likeliest tokens. 0: no limit.")]
+
+
+def quantisation(experts: str, tower: str, glu_adapter: str, head: str, embedding: str) -> QuantSection:
+    """The ``quant`` section of the flags above; raises ConfigError as in training."""
+    from cogtune.configuration.run_config import load_config
+
+    parts = {"experts": experts, "tower": tower, "glu_adapter": glu_adapter, "head": head, "embedding": embedding}
+    needed = {"model.path": "-", "data.path": "-", "train.output": "-"}
+    return load_config(None, needed | {f"quant.{name}": form for name, form in parts.items()}).quant
 
 
 def changed(

@@ -62,12 +62,11 @@ def _chat(
 
     import torch
 
-    from cogtune.checkpoint.quantize import Quantization
     from cogtune.generate.chat import Chat, run_chat
     from cogtune.generate.loading import ModelChoice, follow, load_generator, resolve
     from cogtune.processing.image import read_image
 
-    quantization = Quantization(experts, tower, glu_adapter, head, embedding)
+    quantization = answering.quantisation(experts, tower, glu_adapter, head, embedding)
     choice = ModelChoice(model, adapter, template, dtype, rope_precision, device, tensor, quantization)
     resolved = resolve(_last(choice) if last else choice)
     if follow(resolved):

@@ -103,7 +103,6 @@ def _predict(
     }
     section = _data_section(keys, output)
 
-    from cogtune.checkpoint.quantize import Quantization
     from cogtune.data.records import iter_questions
     from cogtune.data.sources import read_sources
     from cogtune.generate.decoding import Decoding
@@ -115,7 +114,7 @@ def _predict(
         Decoding(max_new_tokens), greedy=False, temperature=temperature, top_p=top_p, top_k=top_k
     )
     options = PredictOptions(batch_size, own_history, max_input_len, seed)
-    quantization = Quantization(experts, tower, glu_adapter, head, embedding)
+    quantization = answering.quantisation(experts, tower, glu_adapter, head, embedding)
     resolved = resolve(ModelChoice(model, adapter, template, dtype, rope_precision, device, tensor, quantization))
     if follow(resolved):
         return
@@ -152,7 +151,6 @@ def _settings(
 ) -> Settings:
     """What decides the answers, under the names of the flags."""
     from cogtune.checkpoint.fingerprint import adapter_fingerprint, model_fingerprint
-    from cogtune.checkpoint.quantize import Quantization
     from cogtune.generate.predictions_file import Settings
 
     sampled = {"seed": options.seed, "batch-size": options.batch_size} if decoding.sample else {}
@@ -168,11 +166,7 @@ def _settings(
         **{name.replace("_", "-"): value for name, value in decoding.to_dict().items()},
         **sampled,
     }
-    plain = Quantization()
-    for part in ("experts", "tower", "glu_adapter", "head"):
-        form = getattr(resolved.quantization, part)
-        if form != getattr(plain, part):
-            decides[f"quant.{part}"] = form
+    decides |= {f"quant.{part}": form for part, form in resolved.quantization.formats.items() if form != "none"}
     if report.exif != "ignore":
         decides["data.exif"] = report.exif
     adapter = None if resolved.adapter is None else str(resolved.adapter)

@@ -1,26 +1,75 @@
-"""Number formats of the frozen weights: the ``quant`` section as plain data, to load by and, without torch, to plan."""
+"""Number formats of the frozen weights: the ``quant`` section, by which a model is loaded, planned and asked.
+
+It needs no torch. A new quantised part is a field here and the names of its layers in `PARTS`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import Literal
 
-if TYPE_CHECKING:
-    from cogtune.configuration.run_config import QuantSection
+from pydantic import Field
+
+from cogtune.configuration.values import Section
+
+PARTS = {
+    "experts": "model.layers.",
+    "tower": "model.vision.transformer.",
+    "glu_adapter": "model.vision.linear_proj.",
+    "head": "lm_head",
+}
+"""Keys of the section that name a part of the model with linear layers, and how the names of these layers begin."""
 
 
-@dataclass(frozen=True)
-class Formats:
-    """Names, values and defaults are those of the configuration's ``quant`` section; a test compares them."""
+def part_of(name: str) -> str | None:
+    """The part of `PARTS` that a linear layer belongs to, by its name in the model; None: it is never quantised."""
+    return next((part for part, prefix in PARTS.items() if name.startswith(prefix)), None)
 
-    experts: str = "none"
-    tower: str = "none"
-    glu_adapter: str = "none"
-    head: str = "none"
-    embedding: str = "device"
-    fp8_layouts: str = "one"
 
-    @classmethod
-    def from_section(cls, quant: QuantSection) -> Self:
-        """From a configuration's ``quant`` section."""
-        return cls(quant.experts, quant.tower, quant.glu_adapter, quant.head, quant.embedding, quant.fp8_layouts)
+class QuantSection(Section):
+    """Frozen weights in fewer bits, quantised while the model loads. The published files stay as they are."""
+
+    experts: Literal["none", "nf4", "int8", "fp8"] = Field(
+        default="none",
+        description="Linear layers of both experts. nf4: 4 bits, double quantised; int8: 8 bits, a scale per output"
+        " (both by bitsandbytes); fp8: 8 bits that newer cards also multiply faster. LoRA on top computes in"
+        " model.dtype.",
+    )
+    tower: Literal["none", "nf4", "int8", "fp8"] = Field(
+        default="none", description="Linear layers of the vision tower, live or filling the feature cache."
+    )
+    glu_adapter: Literal["none", "int8"] = Field(
+        default="none", description="Linear layers between the tower and the decoder."
+    )
+    head: Literal["none", "int8"] = Field(default="none", description="The layer that gives the logits.")
+    fp8_layouts: Literal["one", "two"] = Field(
+        default="one",
+        description="two: keep the experts' fp8 weights transposed as well, as the backward pass reads them: faster,"
+        " and as much memory again. one: transpose them as they are needed.",
+    )
+    embedding: Literal["device", "host"] = Field(
+        default="device",
+        description="Where the token embedding stays. host: in host memory, 1.05 GB less on the GPU; rows are sent as"
+        " they are needed.",
+    )
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """Each part of `PARTS` with its number format."""
+        return {part: str(getattr(self, part)) for part in PARTS}
+
+    def changed(self, **values: str) -> QuantSection:
+        """The same with other values of some keys."""
+        return QuantSection.model_validate(self.model_dump() | values)
+
+    def format_of(self, name: str) -> str:
+        """The format of the linear layer called ``name`` in the model."""
+        part = part_of(name)
+        return "none" if part is None else str(getattr(self, part))
+
+    def keeps_transposed(self, name: str) -> bool:
+        """Whether the fp8 weight of the layer ``name`` is kept in both layouts."""
+        return self.fp8_layouts == "two" and part_of(name) == "experts" and self.experts == "fp8"
+
+
+PLAIN = QuantSection()
+"""Everything in the number format of the model, on its device."""

@@ -1,6 +1,7 @@
 """A run: every key's type, default, allowed range and meaning are written once, at the field of its section.
 
-The sections stand in `configuration.input_sections` (model, data) and `configuration.training_sections` (all others).
+The sections stand in `configuration.input_sections` (model, data), `configuration.quantization` (quant) and
+`configuration.training_sections` (all others).
 A run is a `RunConfig`: sections of frozen, checked values. It comes from a YAML file, from ``--section.key value``
 flags, or from both (`load_config`); an unknown key, a wrong type, a value out of range or a contradiction is an error
 before anything is loaded. `RunConfig.to_yaml` writes it back, every key resolved, beside the results.
@@ -16,12 +17,12 @@ import yaml
 from pydantic import model_validator
 
 from cogtune.configuration.input_sections import PUBLISHED_MODEL, DataSection, ModelSection
+from cogtune.configuration.quantization import QuantSection
 from cogtune.configuration.training_sections import (
     EvalSection,
     LogSection,
     LoraSection,
     ParallelSection,
-    QuantSection,
     TrainSection,
 )
 from cogtune.configuration.values import DataFolder, DataFormat, Engine, Section, Shown

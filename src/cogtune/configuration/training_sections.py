@@ -1,4 +1,4 @@
-"""How a run trains: adapter, optimiser, number formats, validation, devices, and what it writes."""
+"""How a run trains: adapter, optimiser, validation, devices, and what it writes."""
 
 from __future__ import annotations
 
@@ -80,34 +80,6 @@ class TrainSection(Section):
         default=False, description="If the output folder holds a run, start anew in a numbered sibling."
     )
     resume: Path | None = Field(default=None, description="Checkpoint folder to start from, in a new output folder.")
-
-
-class QuantSection(Section):
-    """Frozen weights in fewer bits, quantised while the model loads. The published files stay as they are."""
-
-    experts: Literal["none", "nf4", "int8", "fp8"] = Field(
-        default="none",
-        description="Linear layers of both experts. nf4: 4 bits, double quantised; int8: 8 bits, a scale per output"
-        " (both by bitsandbytes); fp8: 8 bits that newer cards also multiply faster. LoRA on top computes in"
-        " model.dtype.",
-    )
-    tower: Literal["none", "nf4", "int8", "fp8"] = Field(
-        default="none", description="Linear layers of the vision tower, live or filling the feature cache."
-    )
-    glu_adapter: Literal["none", "int8"] = Field(
-        default="none", description="Linear layers between the tower and the decoder."
-    )
-    head: Literal["none", "int8"] = Field(default="none", description="The layer that gives the logits.")
-    fp8_layouts: Literal["one", "two"] = Field(
-        default="one",
-        description="two: keep the experts' fp8 weights transposed as well, as the backward pass reads them: faster,"
-        " and as much memory again. one: transpose them as they are needed.",
-    )
-    embedding: Literal["device", "host"] = Field(
-        default="device",
-        description="Where the token embedding stays. host: in host memory, 1.05 GB less on the GPU; rows are sent as"
-        " they are needed.",
-    )
 
 
 class EvalSection(Section):

@@ -13,8 +13,9 @@ from cogtune.adapters.attach import CONFIG_NAME, adapter_shapes, base_name, load
 from cogtune.adapters.tensor_parallel import split_adapter
 from cogtune.checkpoint.load import load_config, load_model, spread_over
 from cogtune.checkpoint.place import Placement
-from cogtune.checkpoint.quantize import PLAIN, Quantization
+from cogtune.checkpoint.quantize import require_packages
 from cogtune.configuration.model import ROPE_PRECISIONS
+from cogtune.configuration.quantization import PLAIN, QuantSection
 from cogtune.errors import AdapterError, ConfigError, SetupError
 from cogtune.generate.generator import Generator
 from cogtune.generate.tensor_parallel import LockstepGenerator, check_launched, launched_processes, leads, start
@@ -40,7 +41,7 @@ class ModelChoice:
     device: str = "auto"
     tensor: int = 1
     """Processes that hold the model together."""
-    quantization: Quantization = PLAIN
+    quantization: QuantSection = PLAIN
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Resolved:
     rope_precision: str
     device: torch.device
     tensor: int = 1
-    quantization: Quantization = PLAIN
+    quantization: QuantSection = PLAIN
     others: tuple[torch.device, ...] = ()
     """Further devices that decoder layers are spread over; ``cpu``, the last, is where weights wait."""
 
@@ -90,7 +91,7 @@ def resolve(choice: ModelChoice) -> Resolved:
             f"--model.rope_precision is {choice.rope_precision!r}; it is one of {', '.join(ROPE_PRECISIONS)}",
             code="config-value",
         )
-    choice.quantization.check()
+    require_packages(choice.quantization)
     if choice.tensor > 1 and choice.quantization != PLAIN:
         raise ConfigError(
             "quantised weights do not go with --parallel.tensor, which divides each layer",

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
+from cogtune.configuration.quantization import QuantSection
 from cogtune.plan.cards import CARDS, DESKTOP, Card
 from cogtune.plan.memory import Memory, predict
-from cogtune.plan.setting import Quant, Setting, Tower
+from cogtune.plan.setting import Setting, Tower
 from cogtune.plan.time import StepTime, step_time
 from cogtune.system.byte_sizes import MIB
 
@@ -153,8 +154,8 @@ def _families(setting: Setting, fixed: Collection[str]) -> Iterator[Iterator[Set
                 yield (found for found in _leaner(own, fixed) if name not in ENGINES or goes(found, name))
 
 
-def _format(setting: Setting, name: str) -> Quant:
-    return replace(setting.quant, experts=name)
+def _format(setting: Setting, name: str) -> QuantSection:
+    return setting.quant.changed(experts=name)
 
 
 def _leaner(setting: Setting, fixed: Collection[str]) -> Iterator[Setting]:
@@ -169,7 +170,7 @@ def _leaner(setting: Setting, fixed: Collection[str]) -> Iterator[Setting]:
     for tower in towers:
         for embedding in embeddings:
             for optimizer in optimizers:
-                quant = replace(setting.quant, tower=tower, embedding=embedding)
+                quant = setting.quant.changed(tower=tower, embedding=embedding)
                 yield replace(setting, quant=quant, optimizer=optimizer)
 
 

@@ -12,7 +12,7 @@ from cogtune.configuration.load import explicit_values
 from cogtune.configuration.run_config import RunConfig
 from cogtune.plan.cards import Card
 from cogtune.plan.data_rows import Rows
-from cogtune.plan.setting import Adapter, Batch, Quant, Setting, Tower, adapted_names
+from cogtune.plan.setting import Adapter, Batch, Setting, Tower, adapted_names
 from cogtune.plan.sizes import ModelSizes
 from cogtune.system.allocator import expandable
 from cogtune.system.byte_sizes import parse_size
@@ -42,7 +42,7 @@ def setting_of(config: RunConfig, rows: Rows, *, ranks: int = 1, card: Card | No
         sizes=sizes,
         batch=_batch(config, rows, sizes),
         adapter=adapter,
-        quant=Quant.from_section(config.quant),
+        quant=config.quant,
         tower=_tower(config, rows),
         dtype=_dtype(config, card),
         optimizer=train.optimizer,

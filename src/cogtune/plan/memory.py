@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
+from cogtune.configuration.quantization import QuantSection
 from cogtune.plan.activations import CHUNK, TowerTable
 from cogtune.plan.calibration import (
     CONTEXT,
@@ -18,7 +19,7 @@ from cogtune.plan.calibration import (
     SEGMENTS,
     Allocator,
 )
-from cogtune.plan.setting import BYTES, Quant, Setting
+from cogtune.plan.setting import BYTES, Setting, format_of
 from cogtune.plan.sharding import Gathering
 from cogtune.plan.sizes import Linear, ModelSizes, Part
 from cogtune.plan.step import peak
@@ -134,7 +135,7 @@ def weights(setting: Setting, tower: bool | None = None) -> dict[str, int]:
         parts = {"experts": ("experts",), "embedding and head": ("head",), "GLU adapter and norms": ("glu_adapter",)}
         parts |= {"vision tower": ("tower",)} if "vision tower" in named else {}
         for name, whole in parts.items():
-            scales = sum(scale_bytes(x, setting.quant.of(x)) for x in setting.sizes.linears if x.part in whole)
+            scales = sum(scale_bytes(x, format_of(x, setting.quant)) for x in setting.sizes.linears if x.part in whole)
             named[name] += scales - scales // setting.shards
     return named
 
@@ -145,10 +146,10 @@ def on_card(setting: Setting) -> dict[str, int]:
 
 
 @lru_cache(maxsize=64)
-def _part_bytes(sizes: ModelSizes, quant: Quant, dtype: str) -> dict[Part, int]:
+def _part_bytes(sizes: ModelSizes, quant: QuantSection, dtype: str) -> dict[Part, int]:
     found: dict[Part, int] = {}
     for linear in sizes.linears:
-        own = weight_bytes(linear, quant.of(linear), dtype)
+        own = weight_bytes(linear, format_of(linear, quant), dtype)
         found[linear.part] = found.get(linear.part, 0) + own
     for part, count in sizes.other_parameters.items():
         found[part] = found.get(part, 0) + count * BYTES[dtype]
@@ -251,7 +252,9 @@ def _load(setting: Setting) -> Phase:
     experts = [x for x in setting.sizes.linears if x.part == "experts"]
     staged = 2 * max(x.weights for x in experts)
     if setting.shards > 1:  # a layer is whole before it is sharded
-        staged += sum(weight_bytes(x, setting.quant.of(x), setting.dtype) for x in experts if ".layers.0." in x.name)
+        staged += sum(
+            weight_bytes(x, format_of(x, setting.quant), setting.dtype) for x in experts if ".layers.0." in x.name
+        )
     parts["workspace"] = staged + LIBRARIES
     return Phase("load", parts, allocator(setting).slack(staged), host_loading(setting))
 

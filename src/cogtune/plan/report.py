@@ -64,10 +64,10 @@ def _afterwards(plan: Plan) -> Iterator[str]:
 
 def _leaner(setting: Setting, room: int) -> str:
     """How to answer with less: the first flags that are enough, or the leanest there are."""
-    lean = replace(setting.quant, experts="nf4", tower="nf4")
+    lean = setting.quant.changed(experts="nf4", tower="nf4")
     flags, reserved = "--quant.experts nf4 --quant.tower nf4", answer(replace(setting, quant=lean)).reserved
     if reserved + CONTEXT > room:
-        lean = replace(lean, head="int8", glu_adapter="int8", embedding="host")
+        lean = lean.changed(head="int8", glu_adapter="int8", embedding="host")
         flags += " --quant.head int8 --quant.glu_adapter int8 --quant.embedding host"
         reserved = answer(replace(setting, quant=lean)).reserved
     return f"with {flags} it takes {reserved / GIB:.1f}"

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from cogtune.adapters.targets import LINEAR, is_hit, match_targets
-from cogtune.configuration.quantization import Formats
+from cogtune.configuration.quantization import PLAIN, QuantSection
 from cogtune.plan.sizes import Linear, ModelSizes
 
 Tower = Literal["live", "cached", "none"]
@@ -43,14 +43,9 @@ S400 = Batch()
 """The sample that this project's measurements use: a picture, 400 text tokens behind BOS, 200 of them with a label."""
 
 
-@dataclass(frozen=True)
-class Quant(Formats):
-    """Number formats of the frozen weights."""
-
-    def of(self, linear: Linear) -> str:
-        """The format of a linear layer; ``none`` is the model's own, ``fp8 twice`` is kept transposed as well."""
-        form = str(getattr(self, linear.part, "none"))
-        return "fp8 twice" if form == "fp8" and linear.part == "experts" and self.fp8_layouts == "two" else form
+def format_of(linear: Linear, quant: QuantSection) -> str:
+    """The number format of a linear layer; ``none`` is the model's own, ``fp8 twice`` is kept transposed as well."""
+    return "fp8 twice" if quant.keeps_transposed(linear.name) else quant.format_of(linear.name)
 
 
 @dataclass(frozen=True)
@@ -108,7 +103,7 @@ class Setting:
     sizes: ModelSizes = field(default_factory=ModelSizes)
     batch: Batch = S400
     adapter: Adapter = Adapter(frozenset(), 8)
-    quant: Quant = Quant()
+    quant: QuantSection = PLAIN
     tower: Tower = "live"
     decoder: frozenset[int] = frozenset()
     blocks: frozenset[int] = frozenset()

@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from cogtune.plan.setting import BYTES, Quant, Setting
+from cogtune.configuration.quantization import QuantSection
+from cogtune.plan.setting import BYTES, Setting, format_of
 from cogtune.plan.sizes import Linear, ModelSizes
 
 ZERO3_QUEUED = 2
@@ -35,18 +36,18 @@ class Gathered:
 NOTHING = Gathered()
 
 
-def unit_bytes(linears: Iterable[Linear], quant: Quant, dtype: str) -> int:
+def unit_bytes(linears: Iterable[Linear], quant: QuantSection, dtype: str) -> int:
     """What gathering these linears moves: of an NF4 weight its codes (the scales are whole on every rank)."""
     c, found = BYTES[dtype], 0
     for linear in linears:
-        form = quant.of(linear)
+        form = format_of(linear, quant)
         each = linear.weights // 2 if form == "nf4" else linear.weights * (c if form == "none" else 1)
         found += each + (linear.outputs * c if linear.bias else 0)
     return found
 
 
 @lru_cache(maxsize=64)
-def _units(sizes: ModelSizes, quant: Quant, dtype: str) -> tuple[int, int, int, int]:
+def _units(sizes: ModelSizes, quant: QuantSection, dtype: str) -> tuple[int, int, int, int]:
     """A decoder layer, a tower layer, the head and the embedding."""
     own = [[x for x in sizes.linears if name in x.name] for name in ("model.layers.0.", ".transformer.layers.0.")]
     own.append([x for x in sizes.linears if x.part == "head"])

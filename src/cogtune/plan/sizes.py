@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+from cogtune.configuration.quantization import part_of
 from cogtune.configuration.shapes import Shape, VisionShape
 
 Part = Literal["experts", "tower", "glu_adapter", "head", "embedding", "conv", "other", "tower_other"]
@@ -20,13 +21,17 @@ Part = Literal["experts", "tower", "glu_adapter", "head", "embedding", "conv", "
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear layer: its name in the model, its sizes, and the part it belongs to."""
+    """One linear layer: its name in the model and its sizes."""
 
     name: str
     inputs: int
     outputs: int
     bias: bool
-    part: Part
+
+    @cached_property
+    def part(self) -> Part:
+        """The part it belongs to."""
+        return cast(Part, part_of(self.name))
 
     @property
     def weights(self) -> int:
@@ -82,7 +87,7 @@ class ModelSizes(Shape):
         return (*self._decoder_linears(), *self._vision_linears(), self._head())
 
     def _head(self) -> Linear:
-        return Linear("lm_head", self.hidden_size, self.vocab_size, False, "head")
+        return Linear("lm_head", self.hidden_size, self.vocab_size, False)
 
     def _decoder_linears(self) -> Iterator[Linear]:
         hidden, inner = self.hidden_size, self.intermediate_size
@@ -91,29 +96,29 @@ class ModelSizes(Shape):
             for expert in ("vision", "language"):
                 attention = f"{layer}.self_attn.{expert}_expert"
                 bias = expert == "vision"
-                yield Linear(f"{attention}_query_key_value", hidden, self.qkv_width, bias, "experts")
-                yield Linear(f"{attention}_dense", hidden, hidden, False, "experts")
+                yield Linear(f"{attention}_query_key_value", hidden, self.qkv_width, bias)
+                yield Linear(f"{attention}_dense", hidden, hidden, False)
             for expert in ("language", "vision"):
                 for name, inputs, outputs in (
                     ("gate_proj", hidden, inner),
                     ("up_proj", hidden, inner),
                     ("down_proj", inner, hidden),
                 ):
-                    yield Linear(f"{layer}.mlp.{expert}_mlp.{name}", inputs, outputs, False, "experts")
+                    yield Linear(f"{layer}.mlp.{expert}_mlp.{name}", inputs, outputs, False)
 
     def _vision_linears(self) -> Iterator[Linear]:
         width, inner = self.vision.hidden_size, self.vision.intermediate_size
         for index in range(self.vision.num_hidden_layers):
             layer = f"model.vision.transformer.layers.{index}"
-            yield Linear(f"{layer}.attention.query_key_value", width, 3 * width, True, "tower")
-            yield Linear(f"{layer}.attention.dense", width, width, True, "tower")
-            yield Linear(f"{layer}.mlp.fc1", width, inner, True, "tower")
-            yield Linear(f"{layer}.mlp.fc2", inner, width, True, "tower")
+            yield Linear(f"{layer}.attention.query_key_value", width, 3 * width, True)
+            yield Linear(f"{layer}.attention.dense", width, width, True)
+            yield Linear(f"{layer}.mlp.fc1", width, inner, True)
+            yield Linear(f"{layer}.mlp.fc2", inner, width, True)
         adapter, hidden = "model.vision.linear_proj", self.hidden_size
-        yield Linear(f"{adapter}.linear_proj", width, hidden, False, "glu_adapter")
-        yield Linear(f"{adapter}.dense_h_to_4h", hidden, self.intermediate_size, False, "glu_adapter")
-        yield Linear(f"{adapter}.gate_proj", hidden, self.intermediate_size, False, "glu_adapter")
-        yield Linear(f"{adapter}.dense_4h_to_h", self.intermediate_size, hidden, False, "glu_adapter")
+        yield Linear(f"{adapter}.linear_proj", width, hidden, False)
+        yield Linear(f"{adapter}.dense_h_to_4h", hidden, self.intermediate_size, False)
+        yield Linear(f"{adapter}.gate_proj", hidden, self.intermediate_size, False)
+        yield Linear(f"{adapter}.dense_4h_to_h", self.intermediate_size, hidden, False)
 
     @cached_property
     def other_parameters(self) -> dict[Part, int]:

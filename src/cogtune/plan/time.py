@@ -20,7 +20,7 @@ from cogtune.plan.calibration import (
 )
 from cogtune.plan.cards import REFERENCE, Card
 from cogtune.plan.memory import weights
-from cogtune.plan.setting import Batch, Setting, layer_index
+from cogtune.plan.setting import Batch, Setting, format_of, layer_index
 from cogtune.plan.sizes import Linear
 
 
@@ -127,7 +127,7 @@ def _decoder(setting: Setting, rates: Rates) -> float:
 
 def _rate(setting: Setting, linear: Linear, rates: Rates) -> Rates:
     """fp8 products run at a rate of their own, rounding included."""
-    faster = FP8_SPEEDUP.get(linear.part, 1.0) if setting.quant.of(linear).startswith("fp8") else 1.0
+    faster = FP8_SPEEDUP.get(linear.part, 1.0) if format_of(linear, setting.quant).startswith("fp8") else 1.0
     return replace(rates, matmul=rates.matmul * faster)
 
 

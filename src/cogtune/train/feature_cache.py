@@ -13,9 +13,9 @@ import torch
 from cogtune.adapters.tower import tower_trains
 from cogtune.checkpoint.fingerprint import tower_fingerprint
 from cogtune.checkpoint.load import load_config, load_tower, whole_folder
-from cogtune.checkpoint.quantize import Quantization
 from cogtune.configuration.deepspeed import apply_deepspeed
 from cogtune.configuration.model import CogVLM2Config
+from cogtune.configuration.quantization import QuantSection
 from cogtune.configuration.run_config import RunConfig
 from cogtune.data.loader import worker_count
 from cogtune.data.split import read_and_split
@@ -178,7 +178,7 @@ def _loader(config: RunConfig, dtype: torch.dtype, device: torch.device, picture
     def load() -> Tower:
         if compiles:
             prepare_compiling(device)
-        quantization = Quantization(tower=config.quant.tower)
+        quantization = QuantSection(tower=config.quant.tower)
         vision = load_tower(config.model.path, dtype=dtype, device=device, quantization=quantization)
         if compiles:
             compile_tower(vision)

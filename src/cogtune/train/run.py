@@ -14,7 +14,6 @@ from peft import PeftModel
 from cogtune.adapters.attach import attach, computed_by_peft, describe
 from cogtune.checkpoint import resume_state as checkpoints
 from cogtune.checkpoint.load import load_model
-from cogtune.checkpoint.quantize import Quantization
 from cogtune.configuration.deepspeed import apply_deepspeed
 from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import DataError, DiskFullError
@@ -220,7 +219,7 @@ def load_base(config: RunConfig, engine: Engine, dtype: torch.dtype, *, cached: 
             device=engine.device,
             rope_precision=config.model.rope_precision,
             vision_tower=not cached,
-            quantization=Quantization.of(config.quant),
+            quantization=config.quant,
             placement=engine.placement,
         )
 

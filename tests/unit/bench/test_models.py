@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cogtune.bench.models import model_config, random_weights
-from cogtune.checkpoint.quantize import Quantization
+from cogtune.configuration.quantization import QuantSection
 
 CPU = torch.device("cpu")
 
@@ -23,7 +23,7 @@ def test_the_same_seed_gives_the_same_finite_model() -> None:
 
 def test_without_a_tower_and_quantised() -> None:
     pytest.importorskip("bitsandbytes")
-    quantization = Quantization(experts="nf4", embedding="host")
+    quantization = QuantSection(experts="nf4", embedding="host")
     model = random_weights(model_config("random-tiny"), torch.float32, CPU, tower=False, quantization=quantization)
     assert not model.model.vision.has_tower
     layer = model.model.layers[0]

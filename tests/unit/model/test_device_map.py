@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cogtune.checkpoint.load import load_model, spread_over
-from cogtune.checkpoint.quantize import PLAIN, Quantization
+from cogtune.configuration.quantization import PLAIN, QuantSection
 from cogtune.errors import SetupError
 from cogtune.model.device_map import GIB, RESERVE, Spread, _Mover, plan_spread
 from cogtune.model.device_map import _Guest as Guest
@@ -106,4 +106,4 @@ def test_sizes_follow_the_number_formats(tiny_checkpoint: Path) -> None:
     plain = spread_over(tiny_checkpoint, free, host=False, dtype=torch.bfloat16, quantization=PLAIN)
     assert plain.layers == (CUDA[0], CUDA[0])
     with pytest.raises(SetupError, match="wait in host memory only in"):
-        spread_over(tiny_checkpoint, free, host=True, dtype=torch.bfloat16, quantization=Quantization(experts="nf4"))
+        spread_over(tiny_checkpoint, free, host=True, dtype=torch.bfloat16, quantization=QuantSection(experts="nf4"))

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from benchmarks.parity import FORMS, compare, error
-from cogtune.checkpoint.quantize import Quantization
+from cogtune.checkpoint.quantize import convert
 from cogtune.checkpoint.random import random_model, tiny_config
+from cogtune.configuration.quantization import QuantSection
 from cogtune.model.modeling import CogVLM2ForCausalLM
 
 # e4m3 keeps three bits: an element errs by 1/16 at most and by 0.026 in the mean, and both operands of a product are
@@ -24,11 +25,11 @@ UNUSED = ("self_attn.vision_expert_dense", *(f"mlp.vision_mlp.{part}_proj" for p
 ADAPTERS = {"fp8": 0.22, "bfloat16": 0.032}
 
 
-def _make(dtype: torch.dtype, quantization: Quantization) -> CogVLM2ForCausalLM:
+def _make(dtype: torch.dtype, quantization: QuantSection) -> CogVLM2ForCausalLM:
     model = random_model(tiny_config(num_hidden_layers=3), seed=1).to(dtype)
     for path, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear):
-            model.set_submodule(path, quantization.convert(path, layer))
+            model.set_submodule(path, convert(quantization, path, layer))
     return model.train()
 
 

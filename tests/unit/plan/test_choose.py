@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 
+from cogtune.configuration.quantization import QuantSection
 from cogtune.configuration.run_config import load_config
 from cogtune.errors import ConfigError, SetupError
 from cogtune.plan.cards import CARDS, REFERENCE, find_card
@@ -25,7 +26,7 @@ from cogtune.plan.data_rows import TYPICAL
 from cogtune.plan.from_config import setting_of
 from cogtune.plan.local_cards import local_cards
 from cogtune.plan.memory import predict
-from cogtune.plan.setting import Adapter, Quant, Setting, adapted_names
+from cogtune.plan.setting import Adapter, Setting, adapted_names
 from cogtune.plan.sizes import ModelSizes
 from cogtune.plan.time import step_time
 from cogtune.system.byte_sizes import GIB
@@ -82,7 +83,7 @@ def test_one_model_a_card_where_it_fits_else_shards() -> None:
 
 def test_the_engine_that_needs_least_where_none_fits() -> None:
     assert engine(CACHED, find_card("12GiB"), 2) == "fsdp2"
-    assert engine(replace(CACHED, quant=Quant("int8")), find_card("12GiB"), 2) in ("ddp", "zero2")
+    assert engine(replace(CACHED, quant=QuantSection(experts="int8")), find_card("12GiB"), 2) in ("ddp", "zero2")
 
 
 def test_what_an_engine_takes_is_what_training_lets_it_take() -> None:
@@ -126,7 +127,7 @@ def test_the_choice_fits_its_card(size: int) -> None:
 def test_what_the_user_fixed_stays() -> None:
     card = find_card("24GiB")
     assert best(CACHED, card, {"quant.experts"}) is None
-    kept = replace(CACHED, quant=Quant(experts="int8"), tower="live")
+    kept = replace(CACHED, quant=QuantSection(experts="int8"), tower="live")
     choice = best(kept, find_card("40GiB"), {"quant.experts", "data.cache_features"})
     assert choice is not None
     assert (choice.setting.quant.experts, choice.setting.tower) == ("int8", "live")
@@ -161,7 +162,7 @@ def test_more_work_takes_longer_and_more_cards_go_faster() -> None:
     assert step_time(CACHED.with_recomputed(32), card).seconds > 1.3 * base
     assert step_time(replace(CACHED, tower="live"), card).seconds > 1.8 * base
     assert step_time(CACHED.with_batch(rows=2), card).seconds > 1.7 * base
-    assert step_time(replace(CACHED, quant=Quant("nf4")), card).seconds > base
+    assert step_time(replace(CACHED, quant=QuantSection(experts="nf4")), card).seconds > base
     assert step_time(CACHED, find_card("rtx 4090")).seconds > 3 * base
     two = replace(CACHED, ranks=2, engine="ddp")
     assert base < step_time(two, card).seconds < 1.1 * base

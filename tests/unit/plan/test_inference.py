@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from cogtune.configuration.quantization import QuantSection
 from cogtune.configuration.shapes import VisionShape
 from cogtune.plan.calibration import LIBRARIES
 from cogtune.plan.inference import answer, merge
-from cogtune.plan.setting import Adapter, Batch, Quant, Setting, adapted_names
+from cogtune.plan.setting import Adapter, Batch, Setting, adapted_names
 from cogtune.plan.sizes import ModelSizes
 from cogtune.system.byte_sizes import GIB
 from tests.support.full_size import meta_answer
@@ -19,7 +20,7 @@ from tests.support.full_size import meta_answer
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 DIALOGUE = Batch(text=94, labelled=1)
 """2,400 positions, as `cogtune bench decode` has them."""
-FOUR_BITS = Quant("nf4", "nf4")
+FOUR_BITS = QuantSection(experts="nf4", tower="nf4")
 
 
 @pytest.mark.parametrize("batch", [DIALOGUE, Batch(rows=2, text=1500, labelled=1)])
@@ -53,9 +54,9 @@ def test_the_weights_are_those_that_were_measured() -> None:
 
 
 def test_answering_loads_the_tower_of_a_cached_run_and_needs_one_card() -> None:
-    trained = Setting(tower="cached", quant=Quant("nf4"), engine="fsdp2", ranks=4).with_recomputed(32)
+    trained = Setting(tower="cached", quant=QuantSection(experts="nf4"), engine="fsdp2", ranks=4).with_recomputed(32)
     assert answer(trained).parts["vision tower"] == pytest.approx(8.03 * GIB, rel=0.01)
-    assert answer(trained).parts == answer(Setting(quant=Quant("nf4"))).parts
+    assert answer(trained).parts == answer(Setting(quant=QuantSection(experts="nf4"))).parts
     text = Setting(tower="none", batch=Batch(images=0, text=900))
     assert answer(text).parts["keys and values"] < answer(Setting()).parts["keys and values"]
 
@@ -65,7 +66,7 @@ def test_more_rows_and_longer_answers_take_more() -> None:
     assert answer(Setting(quant=FOUR_BITS), rows=4).reserved > one.reserved + 2 * GIB
     longer = answer(Setting(quant=FOUR_BITS), new_tokens=1024).parts["keys and values"]
     assert longer - one.parts["keys and values"] == 33 * 512 * 4096
-    assert answer(Setting(quant=Quant(embedding="host"))).host_bytes > one.host_bytes + 0.9 * GIB
+    assert answer(Setting(quant=QuantSection(embedding="host"))).host_bytes > one.host_bytes + 0.9 * GIB
 
 
 def test_merging_needs_no_card() -> None:

@@ -11,9 +11,10 @@ import torch
 
 from cogtune.adapters.attach import attach
 from cogtune.checkpoint.random import TINY, TINY_VISION, random_model, tiny_config
+from cogtune.configuration.quantization import QuantSection
 from cogtune.configuration.run_config import LoraSection
 from cogtune.plan.memory import Memory, predict, weight_bytes
-from cogtune.plan.setting import Adapter, Quant, Setting, adapted_names
+from cogtune.plan.setting import Adapter, Setting, adapted_names
 from cogtune.plan.sizes import Linear, ModelSizes
 from cogtune.system.byte_sizes import GIB
 
@@ -32,7 +33,7 @@ def setting(targets: list[str], rank: int, recomputed: int = 0, **values: object
 def test_a_quantised_linear_has_the_librarys_own_size(shape: tuple[int, int]) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     outputs, inputs = shape
-    linear = Linear("x", inputs, outputs, False, "experts")
+    linear = Linear("model.layers.0.x", inputs, outputs, False)
     packed = bitsandbytes.functional.quantize_4bit(
         torch.randn(shape).bfloat16(), quant_type="nf4", compress_statistics=True
     )
@@ -86,8 +87,15 @@ def test_what_saves_memory_is_seen_to_save_it() -> None:
     assert peak(tower="live", recomputed=32) < whole - 10
     assert peak(tower="live", recomputed=32) < peak(tower="live", recomputed=16) < whole
     small = {"tower": "cached", "recomputed": 32}
-    assert peak(**small, quant=Quant(experts="nf4")) < peak(**small, quant=Quant(experts="int8")) < peak(**small)
-    assert peak(**small, quant=Quant("nf4", embedding="host")) < peak(**small, quant=Quant("nf4")) - 0.9
+    assert (
+        peak(**small, quant=QuantSection(experts="nf4"))
+        < peak(**small, quant=QuantSection(experts="int8"))
+        < peak(**small)
+    )
+    assert (
+        peak(**small, quant=QuantSection(experts="nf4", embedding="host"))
+        < peak(**small, quant=QuantSection(experts="nf4")) - 0.9
+    )
     assert peak(**small, optimizer="adamw8bit") < peak(**small) - 0.3
     assert peak(**small, engine="fsdp2", ranks=2) < peak(**small) - 10
     waiting = replace(setting(["experts"], 16, **small, engine="fsdp2", ranks=2), offload="weights")

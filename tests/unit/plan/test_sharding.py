@@ -15,10 +15,11 @@ from benchmarks.random_model import build, fill, sample
 from cogtune.adapters.attach import attach
 from cogtune.checkpoint import random
 from cogtune.checkpoint.random import tiny_config
+from cogtune.configuration.quantization import QuantSection
 from cogtune.configuration.run_config import load_config
 from cogtune.plan import memory, sharding
 from cogtune.plan.memory import predict, weights
-from cogtune.plan.setting import Adapter, Quant, Setting, adapted_names
+from cogtune.plan.setting import Adapter, Setting, adapted_names
 from cogtune.plan.sharding import Gathering
 from cogtune.plan.sizes import ModelSizes
 from cogtune.train.engines import fsdp2, zero, zero3_units
@@ -108,7 +109,7 @@ def test_constants_are_the_engines() -> None:
 
 
 def test_an_nf4_weights_scales_are_whole_on_every_rank() -> None:
-    sharded = Setting(engine="fsdp2", ranks=2, tower="cached", quant=Quant("nf4"))
+    sharded = Setting(engine="fsdp2", ranks=2, tower="cached", quant=QuantSection(experts="nf4"))
     experts = [x for x in sharded.sizes.linears if x.part == "experts"]
     scales = sum(memory.scale_bytes(linear, "nf4") for linear in experts)
     codes = sharding.unit_bytes(experts, sharded.quant, sharded.dtype)
@@ -117,7 +118,7 @@ def test_an_nf4_weights_scales_are_whole_on_every_rank() -> None:
 
 def test_the_most_that_is_gathered_counts_where_activations_are_few() -> None:
     """At the start of a step whose layers are recomputed the embedding and the head lie there twice, as measured."""
-    small = Setting(engine="fsdp2", ranks=2, tower="cached", quant=Quant("nf4")).with_recomputed(32)
+    small = Setting(engine="fsdp2", ranks=2, tower="cached", quant=QuantSection(experts="nf4")).with_recomputed(32)
     parts, gathering = predict(small).phase("train").parts, Gathering(small)
     assert parts["communication"] >= 2 * (gathering.head + gathering.embedding)
     assert parts["activations"] == 0
