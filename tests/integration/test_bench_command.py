@@ -6,6 +6,8 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ import pytest
 
 from cogtune.bench import card_memory
 from cogtune.bench.card_memory import FitRow
+from cogtune.bench.clock import Timing
+from cogtune.bench.steps import Bench
+from cogtune.bench.variants import parse_variants
 from cogtune.cli.main import main
 
 
@@ -125,13 +130,42 @@ def test_decoding_filling_and_loading(tmp_path: Path) -> None:
     assert 0 <= read["wait_share"] <= 1
 
 
-def test_two_processes_train_different_rows(tmp_path: Path) -> None:
-    file = tmp_path / "result.json"
+def _two_ranks(file: Path, *words: str) -> dict[str, Any]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cogtune"]
     own = ["bench", "train", "--tiny", "--preset", "text=40", "--steps", "2", "--warmup", "1", "--json", str(file)]
-    subprocess.run([*launch, *own, "--parallel.engine", "ddp"], check=True, capture_output=True, timeout=240)
+    subprocess.run([*launch, *own, *words], check=True, capture_output=True, timeout=240)
     row = _rows(file)["text=40"]
     assert (row["ranks"], len(row["by_rank"])) == (2, 2)
+    assert row["save_s"] > 0
+    return row
+
+
+def test_two_processes_train_different_rows(tmp_path: Path) -> None:
+    row = _two_ranks(tmp_path / "result.json", "--parallel.engine", "ddp")
     assert row["samples_per_second"] == pytest.approx(2000 / row["median_ms"], rel=0.01)
     assert row["engine"].startswith("ddp")
-    assert row["save_s"] > 0
+
+
+def test_two_processes_that_hold_one_model_train_one_row(tmp_path: Path) -> None:
+    """It counts once, and both cards' rates are what its work is held to."""
+    row = _two_ranks(tmp_path / "result.json", "--parallel.tensor", "2")
+    assert row["samples_per_second"] == pytest.approx(1000 / row["median_ms"], rel=0.01)
+    assert row["engine"].startswith("tensor")
+
+
+def test_work_of_cards_that_hold_one_model_is_held_to_all_their_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cogtune.bench import train
+
+    monkeypatch.setattr(train, "peak_rate", lambda card: 1e9)
+    variant = parse_variants([], {"model.path": ["random-tiny"]}, preset="text=40", cached=False)[0]
+    bench = Bench(variant)
+    with tempfile.TemporaryDirectory() as folder:
+        batches = bench.batches(variant, Path(folder))
+    timing = Timing(steps=[0.5])
+    alone = train._rates(bench, variant, batches, timing)
+    bench.engine.group = replace(bench.engine.group, copies=2, distributed=False)
+    monkeypatch.setattr(train, "predicted", lambda *words, **options: None)
+    both = train._rates(bench, variant, batches, timing)
+    assert both["ranks"] == 2
+    assert both["samples_per_second"] == alone["samples_per_second"] == 2.0
+    assert both["lora_mfu"] == pytest.approx(alone["lora_mfu"] / 2, abs=1e-4)  # kept to four places

@@ -97,13 +97,13 @@ def _measure_one(
 def _by_rank(bench: Bench, row: dict[str, Any]) -> dict[str, Any]:
     """What differs between the processes of a launch: memory of each card and of its process on the host."""
     group = bench.engine.group
-    if group.size == 1:
+    if group.processes == 1:
         return {}
     own = {key: row[key] for key in ("peak_reserved_gib", "allocated_gib", "load_reserved_gib")} | host_memory_gib()
     return {
         "engine": bench.engine.describe(),
         "save_s": round(bench.save_seconds(), 4),
-        "by_rank": group.gather(own),
+        "by_rank": group.gather_all(own),
     }
 
 
@@ -118,9 +118,12 @@ def _identity(variant: Variant) -> dict[str, Any]:
 
 
 def _rates(bench: Bench, variant: Variant, batches: list[dict[str, Any]], timing: Timing) -> dict[str, Any]:
-    """Samples, answers and tokens a second, and the share of the card's rate that useful work takes."""
-    config, batch = bench.base.config, batches[0]
-    ranks, accumulation = bench.engine.group.size, variant.config.train.accumulation
+    """Samples, answers and tokens a second, and the share of the cards' rate that useful work takes.
+
+    Under tensor parallelism the cards of a group hold one model: its rows count once, and its work is shared out.
+    """
+    config, batch, group = bench.base.config, batches[0], bench.engine.group
+    accumulation = variant.config.train.accumulation
     work = work_of(batch, config.num_image_tokens)
     first, vision = trained_extent(list(bench.engine.parameters), config.num_hidden_layers)
     flops = forward_flops(ModelSizes.from_config(config.to_dict()), work)
@@ -128,19 +131,19 @@ def _rates(bench: Bench, variant: Variant, batches: list[dict[str, Any]], timing
         flops, live_tower=not variant.cached, first_trained_layer=first, vision_trains=vision
     )
     card = torch.cuda.get_device_name() if bench.engine.device.type == "cuda" else ""
-    rate = peak_rate(card)
+    rate, steps = peak_rate(card), group.size * accumulation / timing.median
     return {
-        "ranks": ranks,
+        "ranks": group.processes,
         "batch_size": work.rows,
         "tokens": work.tokens,
         "labels": work.labels,
         "trained_parameters": sum(parameter.numel() for parameter in bench.engine.parameters.values()),
-        "samples_per_second": round(ranks * accumulation * work.rows / timing.median, 4),
-        "answers_per_second": round(ranks * accumulation * answers_of(batch) / timing.median, 4),
-        "tokens_per_second": round(ranks * accumulation * work.tokens / timing.median, 1),
+        "samples_per_second": round(steps * work.rows, 4),
+        "answers_per_second": round(steps * answers_of(batch), 4),
+        "tokens_per_second": round(steps * work.tokens, 1),
         "tflop_per_step": round(counted / 1e12, 6),
-        "lora_mfu": None if rate is None else round(counted / timing.median / rate, 4),
-        "plan": predicted(variant, config, work, answers=answers_of(batch), card=card, ranks=ranks),
+        "lora_mfu": None if rate is None else round(counted / timing.median / (group.copies * rate), 4),
+        "plan": predicted(variant, config, work, answers=answers_of(batch), card=card, ranks=group.processes),
     }
 
 
