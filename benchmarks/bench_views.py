@@ -187,35 +187,38 @@ def many(content: dict[str, Any], chinese: bool) -> str:
     for row in content["rows"]:
         name, plan = f"`{row['name']}`", row.get("plan") or {}
         if "error" in row:
-            cells.append([name, *["-"] * 7, _short(row["error"])])
+            cells.append([name, *["-"] * 8, _short(row["error"])])
         elif "samples_per_second" in row:
             peak, predicted = max(row["card_mib"], default=None), plan.get("driver_mib")
             cells.append([
-                name, f"{row['samples_per_second'] / row['ranks']:.2f}", f"{row['samples_per_second']:.2f}",
+                name, row["ranks"], row["rows_per_step"], f"{row['samples_per_second']:.2f}",
                 f"{scaling[row['name']]:.2f}x" if row["name"] in scaling else "-",
                 f"{row['median_ms']:.0f} ({_number(plan.get('median_ms'), 0)})",
                 f"{_number(peak, 0)} ({_number(predicted, 0)})", _number(row["host_anonymous_gib"], 1),
                 f"{_number(row.get('start_s'), 0)} / {_number(row.get('save_s'), 1)}", "",
             ])  # fmt: skip
     columns = (
-        ["行", "样本/秒/卡", "样本/秒", "相对一张卡", "一步，毫秒（预测）", "每卡峰值，MiB（预测）", "主机，GiB",
+        ["行", "卡数", "每步行数", "样本/秒", "相对一张卡", "一步，毫秒（预测）", "每卡峰值，MiB（预测）", "主机，GiB",
          "启动 / 保存（秒）", "备注"]
         if chinese
-        else ["row", "samples/s a card", "samples/s", "against one card", "step, ms (plan)", "peak a card, MiB (plan)",
-              "host, GiB", "start / save, s", "note"]
+        else ["row", "cards", "rows a step", "samples/s", "against one card", "step, ms (plan)",
+              "peak a card, MiB (plan)", "host, GiB", "start / save, s", "note"]
     )  # fmt: skip
+    if all(row[-1] == "" for row in cells):
+        columns, cells = columns[:-1], [row[:-1] for row in cells]
     found = content.get("losses", {})
-    text = f"{markdown(columns, cells)}\n\n"
+    parts = [markdown(columns, cells)]
     if found.get("largest_difference") is not None:
         names = ", ".join(f"`{name}`" for name in found["compared"])
-        text += (
-            f"{names} 的损失在二十步内最多相差 {found['largest_difference']:.4f}（允许 {found['allowed']}）。\n\n"
+        parts.append(
+            f"{names} 的损失在二十步内最多相差 {found['largest_difference']:.4f}（允许 {found['allowed']}）。"
             if chinese
             else f"Losses of {names} differ by at most {found['largest_difference']:.4f} over twenty steps "
-            f"({found['allowed']} allowed).\n\n"
+            f"({found['allowed']} allowed)."
         )
-    note = content.get("host_note", {}).get("zh" if chinese else "en")
-    return f"{text}{note}\n\n{caption(content, chinese)}" if note else text + caption(content, chinese)
+    return "\n\n".join(
+        [*parts, *content.get("notes", {}).get("zh" if chinese else "en", []), caption(content, chinese)]
+    )
 
 
 def numbers(content: dict[str, Any], chinese: bool) -> str:

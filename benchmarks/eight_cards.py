@@ -77,6 +77,9 @@ LOSSES_AGREE = 0.02
 """Twenty steps of bfloat16: each engine sums gradients in another order, AdamW's first steps have the size of their
 sign, and a weight that crosses a rounding boundary of bfloat16 moves activations by 2^-8. Of a loss near 12."""
 
+RATES_AGREE = 1.25
+"""A median beside a mean over twenty steps; a sample that is counted twice is off by 2."""
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -143,19 +146,28 @@ def run_row(name: str, machine: Machine) -> dict[str, Any]:
 
 
 def _numbers(row: Row, machine: Machine, output: Path, seen: watched.Watched) -> dict[str, Any]:
-    """Rates from the run's own record, behind its warm-up; the first line holds what was compiled."""
+    """Rates from the run's own record, behind its warm-up; the first line holds what was compiled.
+
+    What the run counts is held to the clock of its log: rows of a step over the seconds between two of its lines.
+    """
     lines = [line for line in read_metrics(output) if line["kind"] == "train"]
     cards = 1 if row.alone else machine.cards
     rate = statistics.median(line["samples_per_second"] for line in lines if line["step"] > WARM)
+    rows = json.loads((output / "run.json").read_text(encoding="utf-8"))["global_batch"]
+    moments = watched.moments(output / "run.log", seen.began, warm=WARM)
+    by_clock = rows / moments["step_s"] if moments.get("step_s") else 0.0
+    if not by_clock / RATES_AGREE <= rate <= by_clock * RATES_AGREE:
+        return {"error": f"{rate:.2f} samples/s by the run's record, {by_clock:.2f} by the clock of its log"}
     return {
         "ranks": cards,
+        "rows_per_step": rows,
         "samples_per_second": round(rate, 4),
-        "median_ms": round(1000 * cards / rate, 3),
+        "median_ms": round(1000 * rows / rate, 3),
         "card_mib": seen.card_mib[:cards],
         "allocated_gib": round(max(line["memory_gib"] for line in lines), 3),
         "host_anonymous_gib": round(seen.host_anonymous_gib, 2),
         "host_largest_gib": round(seen.host_largest_gib, 2),
-        **watched.moments(output / "run.log", seen.began),
+        **moments,
         "every": WINDOW if row.published else 1,
         "losses": [line["loss"] for line in lines],
         "grad_norms": [line["grad_norm"] for line in lines],

@@ -129,9 +129,9 @@ _LINE = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) \w+ (.*)$")
 _STEP = re.compile(r"^step (\d+)/(\d+) ")
 
 
-def moments(log: Path, began: float) -> dict[str, Any]:
-    """From a run's ``run.log``: seconds from the command to the loop, to its first line of numbers, and of the save
-    behind its last step."""
+def moments(log: Path, began: float, *, warm: int = 0) -> dict[str, Any]:
+    """From a run's ``run.log``: seconds from the command to the loop, to its first line of numbers, of a step behind
+    the ``warm`` first ones (the mean), and of the save behind its last step."""
     lines = [match.groups() for match in map(_LINE.match, log.read_text(encoding="utf-8").splitlines()) if match]
     times = [datetime.strptime(when, "%Y-%m-%d %H:%M:%S,%f").timestamp() for when, _ in lines]
     steps = [index for index, (_, text) in enumerate(lines) if _STEP.match(text)]
@@ -139,6 +139,10 @@ def moments(log: Path, began: float) -> dict[str, Any]:
     if not steps or steps[0] == 0:
         return {}
     found = {"start_s": round(times[steps[0] - 1] - began, 2), "first_line_s": round(times[steps[0]] - began, 2)}
+    at = {int(match[1]): times[index] for index in steps if (match := _STEP.match(lines[index][1]))}
+    first, last = min((step for step in at if step >= warm), default=0), max(at)
+    if last > first:
+        found["step_s"] = round((at[last] - at[first]) / (last - first), 4)
     if saved and saved[-1] > steps[-1]:
         found["save_s"] = round(times[saved[-1]] - times[steps[-1]], 3)
     return found

@@ -205,13 +205,20 @@ def test_other_measurements_show_their_own_numbers(tmp_path):
 
 
 def test_many_cards_show_scaling_and_the_worst_card(tmp_path):
-    own = {"ranks": 2, "samples_per_second": 30.0, "median_ms": 66.7, "start_s": 40.0, "save_s": 1.5}
+    own = {
+        "ranks": 2,
+        "rows_per_step": 2,
+        "samples_per_second": 30.0,
+        "median_ms": 66.7,
+        "start_s": 40.0,
+        "save_s": 1.5,
+    }
     own |= {"card_mib": [20000, 21000], "host_anonymous_gib": 5.0, "plan": {"median_ms": 70.0, "driver_mib": 22000}}
     rows = [{"name": "cache", "wall_s": 9.0}, {"name": "ddp", **own}, {"name": "zero3", "error": "x"}]
     losses = {"compared": ["ddp", "fsdp2"], "largest_difference": 0.01, "allowed": 0.02}
     bench_file(tmp_path, "eight-cards", "cards", rows, scaling={"ddp": 1.95}, losses=losses)
     text = shown(tmp_path, "eight-cards")
-    assert "| `ddp` | 15.00 | 30.00 | 1.95x | 67 (70) | 21000 (22000) | 5.0 | 40 / 1.5 |  |" in text
+    assert "| `ddp` | 2 | 2 | 30.00 | 1.95x | 67 (70) | 21000 (22000) | 5.0 | 40 / 1.5 |  |" in text
     assert "differ by at most 0.0100" in text
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -98,12 +99,58 @@ def test_a_command_is_watched_and_ended_in_time(tmp_path: Path) -> None:
     assert done.code == 3
 
 
+def _finished_run(output: Path, rows: int, rate: float, seconds: float) -> None:
+    """What a run of ``rows`` a step leaves that took ``seconds`` for one and says ``rate`` samples a second."""
+    output.mkdir()
+    (output / "run.json").write_text(json.dumps({"global_batch": rows}))
+    steps = range(1, eight_cards.STEPS + 1)
+    line = {"kind": "train", "samples_per_second": rate, "memory_gib": 1.0, "loss": 1.0, "grad_norm": 1.0}
+    (output / "metrics.jsonl").write_text("".join(json.dumps(line | {"step": step}) + "\n" for step in steps))
+    times = [datetime(2026, 1, 2) + timedelta(seconds=seconds * step) for step in range(eight_cards.STEPS + 1)]
+    texts = ["tensor: a model", *(f"step {step}/{eight_cards.STEPS} x" for step in steps)]
+    said = [
+        f"{when:%Y-%m-%d %H:%M:%S},{when.microsecond // 1000:03} INFO {text}"
+        for when, text in zip(times, texts, strict=True)
+    ]
+    (output / "run.log").write_text("\n".join(said) + "\n")
+
+
+def test_two_cards_that_hold_one_model_count_its_rows_once(tmp_path: Path) -> None:
+    """Two rows in 0.25 s are 8 samples a second, whatever ranks took part; 16 is one of them counted twice."""
+    machine = eight_cards.Machine(2, tmp_path, tmp_path, False, 0.0)
+    seen = watched.Watched(0, "", datetime(2026, 1, 2).timestamp(), 12.0, [1, 1])
+    _finished_run(tmp_path / "right", 2, 8.0, 0.25)
+    row = eight_cards._numbers(eight_cards.ROWS["tensor2"], machine, tmp_path / "right", seen)
+    assert (row["rows_per_step"], row["samples_per_second"], row["median_ms"]) == (2, 8.0, 250.0)
+    for name, rate in (("twice", 16.0), ("half", 4.0)):
+        _finished_run(tmp_path / name, 2, rate, 0.25)
+        found = eight_cards._numbers(eight_cards.ROWS["tensor2"], machine, tmp_path / name, seen)
+        assert "8.00 by the clock of its log" in found["error"]
+
+
+RESULT = Path(eight_cards.__file__).parent / "results" / "eight-cards.json"
+
+
+@pytest.mark.parametrize("row", [row for row in json.loads(RESULT.read_text())["rows"] if "median_ms" in row],
+                         ids=lambda row: row["name"])  # fmt: skip
+def test_the_stored_rows_agree_with_their_commands_and_their_clocks(row: dict[str, Any]) -> None:
+    words = row["command"].split()
+    published = "peft_lora.py" in words  # its batch is a rank's
+    batch = 1 if published else int(words[words.index("--train.batch_size") + 1])
+    models = row["ranks"] // (int(words[words.index("--parallel.tensor") + 1]) if "--parallel.tensor" in words else 1)
+    assert row["rows_per_step"] == batch * models
+    assert row["samples_per_second"] * row["median_ms"] == pytest.approx(1000 * row["rows_per_step"], rel=1e-3)
+    steps_behind_the_first_line = eight_cards.STEPS - row["every"]
+    assert steps_behind_the_first_line * row["median_ms"] / 1000 < row["wall_s"] - row["first_line_s"]
+
+
 def test_moments_of_a_run(tmp_path: Path) -> None:
     log = tmp_path / "run.log"
     lines = ["05,000 INFO data: 8", "09,500 INFO ddp: whole", "21,000 INFO step 1/2  x", "22,000 INFO step 2/2  x"]
     log.write_text("".join(f"2026-01-02 03:04:{line}\n" for line in [*lines, "22,250 INFO saved out/checkpoint-2"]))
     began = time.mktime(time.strptime("2026-01-02 03:04:00", "%Y-%m-%d %H:%M:%S"))
-    assert watched.moments(log, began) == {"start_s": 9.5, "first_line_s": 21.0, "save_s": 0.25}
+    assert watched.moments(log, began) == {"start_s": 9.5, "first_line_s": 21.0, "step_s": 1.0, "save_s": 0.25}
+    assert "step_s" not in watched.moments(log, began, warm=2)  # one line is no interval
 
 
 def test_a_table_of_several_calls_names_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
