@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from cogtune.checkpoint.random import make_tiny
+from cogtune.distributed.group import Group
 from cogtune.train.batches import Feed
-from cogtune.train.engines.group import Group
 from cogtune.train.run_inputs import read_inputs
 from tests.support.training import make_config
 

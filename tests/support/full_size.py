@@ -17,10 +17,11 @@ from cogtune import CogVLM2Config, CogVLM2ForCausalLM
 from cogtune.adapters.attach import attach
 from cogtune.adapters.tensor_parallel import split_adapter
 from cogtune.configuration.run_config import LoraSection
+from cogtune.distributed.group import TensorGroup
 from cogtune.model.activation_checkpointing import enable_checkpointing, first_layers
 from cogtune.model.compile import compile_layers
 from cogtune.model.routing import Routing
-from cogtune.model.tensor_parallel import SplitModel, TensorGroup
+from cogtune.model.tensor_parallel import SplitModel
 from cogtune.plan.setting import Setting
 from tests.support.meta_memory import LiveBytes, gpu_operators
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from cogtune.cli.main import guarded
+from cogtune.distributed.group import Group
 from cogtune.errors import CogtuneError
 from cogtune.features import store
 from cogtune.model.vision import VisionModel
-from cogtune.train.engines.group import Group
 from cogtune.train.run import train
 from tests.support.training import make_config
 

@@ -23,10 +23,11 @@ from cogtune.adapters.tensor_parallel import AdapterPart, split_adapter
 from cogtune.checkpoint.load import load_model, shard_files
 from cogtune.configuration.quantization import QuantSection
 from cogtune.configuration.run_config import LoraSection
+from cogtune.distributed.group import TensorGroup
 from cogtune.model.activation_checkpointing import enable_checkpointing
 from cogtune.model.compile import compile_layers
 from cogtune.model.modeling import CogVLM2ForCausalLM
-from cogtune.model.tensor_parallel import SplitModel, TensorGroup
+from cogtune.model.tensor_parallel import SplitModel
 
 EVERYWHERE = ("experts", "glu-adapter", "vision-tower", "lm_head")
 

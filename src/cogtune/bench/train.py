@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import tempfile
 import time
 import traceback
@@ -22,6 +21,7 @@ from cogtune.bench.report import Results, table
 from cogtune.bench.rows import answers_of
 from cogtune.bench.steps import Bench
 from cogtune.bench.variants import Variant
+from cogtune.distributed.environment import is_main
 from cogtune.plan.sizes import ModelSizes
 
 _PROFILED = 2
@@ -105,11 +105,6 @@ def _by_rank(bench: Bench, row: dict[str, Any]) -> dict[str, Any]:
         "save_s": round(bench.save_seconds(), 4),
         "by_rank": group.gather_all(own),
     }
-
-
-def is_main() -> bool:
-    """Whether this process prints and writes: the only one, or the first of a launch."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _identity(variant: Variant) -> dict[str, Any]:

@@ -283,8 +283,9 @@ def _steps_of(
         overrides.setdefault("model.path", ["random-tiny"])
 
     from cogtune.bench.report import Results
-    from cogtune.bench.train import is_main, measure
+    from cogtune.bench.train import measure
     from cogtune.bench.variants import parse_variants
+    from cogtune.distributed.environment import is_main
 
     variants = parse_variants(texts, overrides, preset=preset, cached=features == "cached")
     results = Results(kind, _command(), json)

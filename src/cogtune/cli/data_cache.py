@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
+from cogtune.distributed import environment
 from cogtune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def _cache(ctx: typer.Context) -> int:
     if arguments.switches & {"stat", "clear"}:
         return _look(_config(arguments, "model", "data", "output"), arguments.switches)
     config = _config(arguments, "output")
-    if config.parallel.launch is not None and "RANK" not in os.environ:
+    if config.parallel.launch is not None and not environment.is_launched():
         from cogtune.cli.launch import launch
 
         return launch(ctx.args, config.parallel.launch, command=("data", "cache"))
@@ -112,7 +112,7 @@ def _fill(config: RunConfig, *, as_json: bool) -> int:
         from cogtune.train.feature_cache import fill_cache
 
         report = fill_cache(config)
-    if as_json and os.environ.get("RANK", "0") == "0":
+    if as_json and environment.is_main():
         print(json.dumps(report.to_dict()))
     return 0
 

@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 import cogtune
+from cogtune.distributed import environment
 from cogtune.errors import CogtuneError, language, render
 from cogtune.system.allocator import prepare_allocator
 
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point: run the command line and return its exit code."""
     prepare_allocator()
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] == [f"--local_rank={os.environ.get('LOCAL_RANK')}"]:
+    if given and environment.is_local_rank_flag(given[0]):
         given.pop(0)  # `deepspeed --module cogtune ...` says it here as well as in the environment, which we read
     return guarded(lambda: make_app()(given, prog_name="cogtune", standalone_mode=False))
 
@@ -89,7 +90,7 @@ def guarded(call: Callable[[], object]) -> int:
     code = _run(call)
     distributed = sys.modules.get("torch.distributed")
     joined = distributed is not None and distributed.is_available() and distributed.is_initialized()
-    if joined or (distributed is not None and "TORCHELASTIC_RUN_ID" in os.environ):
+    if joined or (distributed is not None and environment.is_launched_by_torchrun()):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -104,7 +105,7 @@ def _run(call: Callable[[], object]) -> int:
         return result if isinstance(result, int) else 0
     except CogtuneError as error:
         if error.code == "stopped":  # every rank of a run stops alike; rank 0 says it
-            is_main = os.environ.get("RANK", "0") == "0"
+            is_main = environment.is_main()
             return _complain(error.render(), error.exit_code) if is_main else error.exit_code
         told = _report_to_launcher(error.render(), error.code == "peer-lost")
         return error.exit_code if told else _complain(error.render(), error.exit_code)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from cogtune.configuration.deepspeed import apply_deepspeed
 from cogtune.configuration.keys import known_keys
 from cogtune.configuration.load import Entry, from_entries, parse_flag
 from cogtune.configuration.run_config import PUBLISHED_MODEL, RunConfig
+from cogtune.distributed import environment
 from cogtune.errors import ConfigError
 
 _DTYPES = {
@@ -110,9 +110,8 @@ _SAME_AS_PUBLISHED = {"train.schedule": "linear", "train.weight_decay": 0.01}
 
 def train_published(arguments: Sequence[str]) -> None:
     """Train as ``peft_lora.py`` with these arguments does; raises ConfigError for what is wrong with them."""
-    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    config, notes = configure(arguments, launched=launched, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    if os.environ.get("RANK", "0") == "0":
+    config, notes = configure(arguments, launched=environment.is_launched(), world_size=environment.world_size())
+    if environment.is_main():
         for note in notes:
             print(note, file=sys.stderr)
 
@@ -157,7 +156,7 @@ def _take_local_rank(text: str) -> None:
     except ValueError:
         raise ConfigError(f"--local_rank: found `{text}`, expected a whole number", code="config-value") from None
     if rank >= 0:
-        os.environ.setdefault("LOCAL_RANK", text)
+        environment.take_local_rank(rank)
 
 
 def _value(name: str, flag: Flag, texts: list[str]) -> Any:

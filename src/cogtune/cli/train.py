@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import typer
 
 _USAGE = "usage: cogtune train [CONFIG.yaml] [--section.key value ...]"
@@ -44,9 +42,10 @@ def _train(ctx: typer.Context) -> int:
     arguments = split_arguments(ctx.args, switches=["dry-run", "force"])
 
     from cogtune.configuration.run_config import load_config
+    from cogtune.distributed.environment import is_launched
 
     config = load_config(arguments.config, arguments.overrides)
-    if config.parallel.launch is not None and "RANK" not in os.environ:
+    if config.parallel.launch is not None and not is_launched():
         from cogtune.cli.launch import launch_until_done
 
         return launch_until_done(ctx.args, config)

@@ -6,29 +6,33 @@ import gc
 import os
 import socket
 import time
-from collections.abc import Callable, Collection, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from cogtune.errors import DataError
+from cogtune.checkpoint.resume_state import is_disk_full
+from cogtune.distributed.group import Group
+from cogtune.errors import DataError, DiskFullError, Stopped
 from cogtune.features.budget import Space, evict, measure
-from cogtune.features.collective import Ranks, together
 from cogtune.features.fill import Filled, Filler, FillSettings, Tower
 from cogtune.features.index import PictureIndex
 from cogtune.features.lease import Lease
 from cogtune.features.missing import Survey, survey
 from cogtune.features.reader import FeatureReader
-from cogtune.features.store import Store, make_folder, write_atomically
+from cogtune.features.store import FeatureCacheError, Store, make_folder, write_atomically
 from cogtune.features.variant import Variant
 
 _ROUND = 4  # batches between two moments at which the processes hear of each other
 _SHOWN = 10
 _SAY_SECONDS = 10.0
+_CONTINUES = "what was computed stays: run the same command again and it goes on from there"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class FeatureCache:
     """Made by every process of a run together; ``images`` may name a file twice; ``exif`` as in `read_image`."""
 
     def __init__(
-        self, root: Path, variant: Variant, images: Collection[Path], ranks: Ranks, *, exif: str = "ignore"
+        self, root: Path, variant: Variant, images: Collection[Path], ranks: Group, *, exif: str = "ignore"
     ) -> None:
         self.store = Store(root, variant)
         self._root, self._ranks = root, ranks
@@ -146,7 +150,7 @@ class FeatureCache:
             torch.cuda.reset_peak_memory_stats(device)
         variant = self.store.variant
         settings = replace(settings, measure_error=variant.stored != variant.compute.split()[0])
-        together(self._ranks, lambda: self.store.prepare(model) if self._ranks.rank == 0 else None)
+        self._on_all(lambda: self.store.prepare(model) if self._ranks.rank == 0 else None)
         try:
             filled = self._compute(load, settings, device, say)
         finally:
@@ -176,7 +180,7 @@ class FeatureCache:
                 return stack.enter_context(filler)
 
             started: list[Filler] = []
-            together(self._ranks, lambda: started.append(start()))
+            self._on_all(lambda: started.append(start()))
             filler, progress = started[0], _Progress(total, say)
             left = True
             while left:
@@ -185,12 +189,21 @@ class FeatureCache:
                     more = filler.advance(settings.batch * _ROUND)
                     return more, filler.filled.computed + filler.filled.found
 
-                states = together(self._ranks, work)
+                states = self._on_all(work)
                 left = any(more for more, _ in states)
                 if self._lease.is_due:
                     self._lease.claim(self._names(self._digests | filler.filled.digests))
                 progress.at(sum(count for _, count in states))
             return filler.filled
+
+    def _on_all(self, work: Callable[[], T]) -> list[T]:
+        """`Group.on_all` with the system's errors about files as ours."""
+
+        def guarded() -> T:
+            with _naming_errors():
+                return work()
+
+        return self._ranks.on_all(guarded)
 
     def _refuse_bad(self, filled: Filled) -> None:
         """All pictures that could not be read, once the others are done. Collective."""
@@ -218,6 +231,30 @@ class FeatureCache:
     def release(self) -> None:
         """What was found is not needed after all, or no more."""
         self._lease.remove()
+
+
+@contextmanager
+def _naming_errors() -> Iterator[None]:
+    """Turn the system's errors about files into ours; a signal's message says what is left."""
+    try:
+        yield
+    except Stopped as error:
+        message = f"{error.message}; the feature cache is half filled"
+        raise Stopped(error.exit_code - 128, message, hint=_CONTINUES) from error
+    except Exception as error:
+        if is_disk_full(error):
+            raise DiskFullError(
+                f"no space left while filling the feature cache ({error}); what was computed before is stored",
+                hint="free some space, or lower data.cache_budget so that less is kept, or set data.cache_features: "
+                f"off; {_CONTINUES}",
+            ) from error
+        if isinstance(error, OSError):
+            raise FeatureCacheError(
+                f"the feature cache cannot be written: {error}",
+                hint="choose a folder you may write with data.cache_dir, or set data.cache_features: off",
+                code="cache-unwritable",
+            ) from error
+        raise
 
 
 class _Progress:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cogtune.data.picture_headers import in_threads
-from cogtune.features.collective import Ranks
+from cogtune.distributed.group import Group
 from cogtune.features.index import PictureIndex, Stamp
 from cogtune.features.store import Store, make_folder
 
@@ -29,7 +29,7 @@ class Survey:
     to_compute: int
 
 
-def survey(images: Collection[Path], store: Store, index: PictureIndex, ranks: Ranks) -> Survey:
+def survey(images: Collection[Path], store: Store, index: PictureIndex, ranks: Group) -> Survey:
     """Look for the features of ``images``; those found are marked as used now."""
     mine, pictures = _share(sorted(set(images), key=os.fspath), store.root, ranks)
 
@@ -52,7 +52,7 @@ def _look(image: Path, store: Store, index: PictureIndex) -> str | None:
     return None
 
 
-def _share(images: Sequence[Path], root: Path, ranks: Ranks) -> tuple[list[Path], int]:
+def _share(images: Sequence[Path], root: Path, ranks: Group) -> tuple[list[Path], int]:
     """This process's pictures, and how many there are over all: each once where all processes see the same cache, else
     each once for every machine."""
     if ranks.size == 1:
@@ -65,7 +65,7 @@ def _share(images: Sequence[Path], root: Path, ranks: Ranks) -> tuple[list[Path]
     return list(images[place :: hosts.count(host)]), len(images) * len(set(hosts))
 
 
-def _is_shared(root: Path, ranks: Ranks) -> bool:
+def _is_shared(root: Path, ranks: Group) -> bool:
     """Whether what rank 0 writes is seen by all."""
 
     def write() -> Path | None:

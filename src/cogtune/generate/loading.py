@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,14 @@ from cogtune.checkpoint.place import Placement
 from cogtune.checkpoint.quantize import require_packages
 from cogtune.configuration.model import ROPE_PRECISIONS
 from cogtune.configuration.quantization import PLAIN, QuantSection
+from cogtune.distributed import environment
+from cogtune.distributed.group import TensorGroup
 from cogtune.errors import AdapterError, ConfigError, SetupError
 from cogtune.generate.generator import Generator
-from cogtune.generate.tensor_parallel import LockstepGenerator, check_launched, launched_processes, leads, start
+from cogtune.generate.tensor_parallel import LockstepGenerator, check_launched, start
 from cogtune.model.device_map import Spread
 from cogtune.model.modeling import CogVLM2ForCausalLM
-from cogtune.model.tensor_parallel import SplitModel, TensorGroup, check_sizes
+from cogtune.model.tensor_parallel import SplitModel, check_sizes
 from cogtune.processing.processor import CogVLM2Processor
 from cogtune.processing.prompt import check_template
 
@@ -195,7 +196,7 @@ def _load_part(choice: Resolved, group: TensorGroup, progress: Callable[[str], N
 def follow(choice: Resolved) -> bool:
     """The whole work of a process that does not lead: load its part and run what rank 0 runs. False where this process
     has work of its own: it leads, or is alone."""
-    if choice.tensor == 1 or leads():
+    if choice.tensor == 1 or environment.is_main():
         return False
     group = start(choice.device)
     if group is not None:
@@ -253,7 +254,7 @@ def choose_device(name: str) -> torch.device:
         ConfigError: not a device. SetupError: one that is not there.
     """
     if name == "auto":
-        own = int(os.environ.get("LOCAL_RANK", "0")) if launched_processes() > 1 else 0
+        own = environment.local_rank() if environment.world_size() > 1 else 0
         return torch.device(f"cuda:{own}" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)

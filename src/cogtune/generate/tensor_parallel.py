@@ -6,7 +6,6 @@ other ranks do nothing but run the same: the same inputs, the same random number
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,22 +15,18 @@ import torch
 import torch.distributed as dist
 from transformers import StoppingCriteria
 
+from cogtune.distributed.environment import world_size
+from cogtune.distributed.group import TensorGroup, connect
 from cogtune.errors import ConfigError
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.generator import Generator
-from cogtune.model.tensor_parallel import TensorGroup
 
 _PATIENCE = timedelta(days=7)  # a chat waits for its user
 
 
-def launched_processes() -> int:
-    """How many processes a launcher started; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
-
-
 def check_launched(size: int) -> None:
     """Raise ConfigError unless exactly ``size`` processes run."""
-    found = launched_processes()
+    found = world_size()
     if found == size:
         return
     if size == 1:
@@ -47,11 +42,6 @@ def check_launched(size: int) -> None:
     )
 
 
-def leads() -> bool:
-    """Whether this process is the one that reads and writes."""
-    return launched_processes() == 1 or os.environ["RANK"] == "0"
-
-
 def start(device: torch.device, *, needed: bool = True) -> TensorGroup | None:
     """Meet the other processes; None when rank 0 says that there is nothing to do (``needed``)."""
     group = join(device)
@@ -59,11 +49,8 @@ def start(device: torch.device, *, needed: bool = True) -> TensorGroup | None:
 
 
 def join(device: torch.device) -> TensorGroup:
-    """Meet the other processes: over NCCL between GPUs, over gloo between CPUs and for what is announced."""
-    if not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    """Meet the other processes."""
+    connect(device, _PATIENCE)
     return TensorGroup(dist.get_rank(), dist.get_world_size())
 
 

@@ -19,40 +19,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
 from cogtune.configuration.model import CogVLM2Config, CogVLM2VisionConfig
+from cogtune.distributed.group import TensorGroup
 from cogtune.errors import ConfigError
 from cogtune.model.attention import ExpertAttention
 from cogtune.model.modeling import ExpertMLP
 from cogtune.model.vision import GLUAdapter, VisionAttention, VisionMLP
 
 MOST_RANKS = 8
-
-
-@dataclass(frozen=True)
-class TensorGroup:
-    """The ranks that hold one model together; ``process_group`` carries their activations."""
-
-    rank: int
-    size: int
-    process_group: Any = None
-
-    def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """The ranks' tensors added up, as a new tensor; the same bits on every rank."""
-        total = x.contiguous().clone()
-        if total.numel():
-            dist.all_reduce(total, group=self.process_group)
-        return total
-
-    def gather(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Every rank's tensor (all of one shape), in rank order."""
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        if x.numel():
-            dist.all_gather(parts, x.contiguous(), group=self.process_group)
-        return parts
 
 
 @dataclass(frozen=True)

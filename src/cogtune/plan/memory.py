@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from cogtune.configuration.quantization import QuantSection
+from cogtune.distributed.buffers import SUM_BUCKET, ZERO_BUCKET
 from cogtune.plan.activations import CHUNK, TowerTable
 from cogtune.plan.calibration import (
     CONTEXT,
@@ -26,8 +27,6 @@ from cogtune.plan.step import peak
 from cogtune.system.byte_sizes import GIB
 
 FLOAT32 = 4
-ZERO_BUCKET = 500_000_000  # `cogtune.train.engines.zero._BUCKET`, values
-FSDP2_BUCKET = 64 * 2**20  # `cogtune.train.engines.fsdp2._BUCKET`, bytes
 BLOCK, NESTED = 64, 256  # bitsandbytes: weights that share a scale, scales that share a second one
 
 
@@ -238,7 +237,7 @@ def _update_bytes(setting: Setting) -> int:
     gradients with weight decay. The fused AdamW and 8-bit ones go tensor by tensor. Before it fsdp2 sums gradients."""
     trained = FLOAT32 * setting.adapter_parameters()
     if setting.engine == "fsdp2" and setting.optimizer != "sgd":
-        return min(trained, FSDP2_BUCKET)
+        return min(trained, FLOAT32 * SUM_BUCKET)
     if setting.offload == "optimizer":
         return 0
     if setting.engine in ("zero1", "zero2", "zero3"):

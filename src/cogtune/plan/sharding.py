@@ -15,14 +15,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from cogtune.configuration.quantization import QuantSection
+from cogtune.distributed.buffers import ZERO3_LAYERS_AHEAD
 from cogtune.plan.setting import BYTES, Setting, format_of
 from cogtune.plan.sizes import Linear, ModelSizes
-
-ZERO3_QUEUED = 2
-"""`cogtune.train.engines.zero3_units._AHEAD` (a test holds them equal): layers whose weights DeepSpeed has let go of
-while the card still computes with them, so that no other layer's can take their place; and one more that runs. That
-makes three; what is reserved beyond the rest of the plan comes to 2.9 in eight-cards.json and to 2.2, all layers
-recomputed, in cards-zero3-h100.json."""
 
 
 @dataclass(frozen=True)
@@ -93,4 +88,6 @@ class Gathering:
     def pool(self) -> int:
         """The most that the gathering stream's buffers ever come to."""
         most = max(self.start().buffers, *(self.forward(index).buffers for index in range(self.layers)))
-        return most + (ZERO3_QUEUED + 1) * self.layer if self.zero3 else most
+        # Layers that wait in the device's queue hold their weights, and so does the one that runs: three. Measured
+        # beyond the rest of the plan: 2.9 layers in eight-cards.json, 2.2 (all recomputed) in cards-zero3-h100.json.
+        return most + (ZERO3_LAYERS_AHEAD + 1) * self.layer if self.zero3 else most

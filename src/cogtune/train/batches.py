@@ -14,7 +14,7 @@ from cogtune.configuration.run_config import RunConfig
 from cogtune.data.dataset import TrainRows
 from cogtune.data.loader import batches, worker_count
 from cogtune.data.sampler import EpochSampler, Position
-from cogtune.train.engines.group import Group
+from cogtune.distributed.group import Group
 
 Batch = dict[str, Any]
 

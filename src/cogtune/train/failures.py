@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from cogtune.configuration.run_config import RunConfig
+from cogtune.distributed.group import Group
 from cogtune.errors import NonFiniteError, OutOfMemoryError, RunError, Stopped
-from cogtune.train.engines.group import Group
 
 _NAMED_RECORDS = 20
 _CONTINUES = "run the same command again: it continues from there"

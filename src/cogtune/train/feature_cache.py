@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +18,8 @@ from cogtune.configuration.quantization import QuantSection
 from cogtune.configuration.run_config import RunConfig
 from cogtune.data.loader import worker_count
 from cogtune.data.split import read_and_split
+from cogtune.distributed import environment
+from cogtune.distributed.group import Group
 from cogtune.errors import ConfigError
 from cogtune.features.cache import FeatureCache, FillReport
 from cogtune.features.choose import Choice, Demand, choose, size_text
@@ -29,7 +30,6 @@ from cogtune.features.store import default_folder
 from cogtune.features.variant import make_variant
 from cogtune.model.compile import can_compile, compile_tower, prepare_compiling
 from cogtune.train.batches import Feed
-from cogtune.train.engines.group import Group, is_launched
 from cogtune.train.failures import StopSignal, phase
 from cogtune.train.log import console, log
 from cogtune.train.precision import choose_dtype
@@ -93,8 +93,8 @@ def fill_cache(config: RunConfig) -> FillReport:
     Started by torchrun, all processes share the work. Raises what `ensure` raises with ``data.cache_features: on``, and
     Stopped after a signal; what was computed stays.
     """
-    with StopSignal(), console(int(os.environ.get("RANK", "0")), config.log.level):
-        config = apply_deepspeed(config, world_size=Group.launched_ranks())[0].with_values(
+    with StopSignal(), console(environment.rank(), config.log.level):
+        config = apply_deepspeed(config, world_size=environment.world_size())[0].with_values(
             {"data.cache_features": "on"}
         )
         model_config = load_config(config.model.path)
@@ -102,8 +102,8 @@ def fill_cache(config: RunConfig) -> FillReport:
         split = read_and_split(config.data, config.train.seed)
         for line in split.report.lines():
             log.info(f"data: {line}")
-        group = Group.join() if is_launched() else Group.alone()
         images = {example.image for example in [*split.train, *split.validation] if example.image is not None}
+        group = Group.join() if environment.is_launched() else Group.alone()
         dtype = choose_dtype(config, group.device)
         cache = open_cache(config, model_config, images, group, dtype)
         survey = cache.survey

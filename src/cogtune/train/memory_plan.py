@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from cogtune.configuration.run_config import RunConfig
+from cogtune.distributed.group import Group
 from cogtune.errors import ConfigError, OutOfMemoryError, SetupError
 from cogtune.plan.calibration import CONTEXT
 from cogtune.plan.cards import Card, named_like
@@ -30,7 +31,7 @@ from cogtune.plan.report import compared, summary
 from cogtune.plan.setting import Setting
 from cogtune.plan.sizes import ModelSizes
 from cogtune.system.byte_sizes import format_size
-from cogtune.train.engines import Engine, Group
+from cogtune.train.engines import Engine
 from cogtune.train.engines.rules import check
 from cogtune.train.log import log
 from cogtune.train.run_inputs import Inputs
@@ -179,7 +180,7 @@ def plan_run(config: RunConfig, inputs: Inputs, engine: Engine, accumulation: in
 def auto_engine(config: RunConfig, inputs: Inputs, group: Group) -> str:
     """What ``parallel.engine: auto`` comes to where torchrun or our own launcher started several processes: the
     planner's choice for the card with the least free memory. Collective."""
-    card, hosts = _least_card(group), max(1, group.size // int(os.environ.get("LOCAL_WORLD_SIZE", group.size)))
+    card, hosts = _least_card(group), max(1, group.size // group.local_size)
     name = fitting_engine(config, _rows(config, inputs), card, group.size, hosts)
     if card is not None:
         log.info(f"parallel.engine auto: {name}, the planner's choice for {group.size} x {card.name}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from cogtune.checkpoint import resume_state as checkpoints
 from cogtune.checkpoint.load import load_model
 from cogtune.configuration.deepspeed import apply_deepspeed
 from cogtune.configuration.run_config import RunConfig
+from cogtune.distributed import environment
 from cogtune.errors import DataError, DiskFullError
 from cogtune.features.reader import FeatureReader
 from cogtune.generate.last_run import write_last_run
@@ -25,7 +25,7 @@ from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.system.allocator import describe_allocator
 from cogtune.train import engines, feature_cache, output_folder, saver
 from cogtune.train.batches import Feed
-from cogtune.train.engines import Engine, Group
+from cogtune.train.engines import Engine
 from cogtune.train.failures import StopSignal, explain_peers, phase
 from cogtune.train.log import Metrics, console, log, log_file
 from cogtune.train.loop import Loop
@@ -83,8 +83,8 @@ def _train(config: RunConfig, dry_run: bool, force: bool) -> TrainResult:
     """The main path."""
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
-        stack.enter_context(console(int(os.environ.get("RANK", "0")), config.log.level))
-        config, warnings = apply_deepspeed(config, world_size=Group.launched_ranks())
+        stack.enter_context(console(environment.rank(), config.log.level))
+        config, warnings = apply_deepspeed(config, world_size=environment.world_size())
         for line in warnings:
             log.warning(line)
         engines.choose(config)

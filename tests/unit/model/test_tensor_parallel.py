@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from cogtune.configuration.model import CogVLM2Config
+from cogtune.distributed.group import TensorGroup
 from cogtune.errors import ConfigError
 from cogtune.model.modeling import CogVLM2ForCausalLM
-from cogtune.model.tensor_parallel import Cut, SplitModel, TensorGroup, check_sizes
+from cogtune.model.tensor_parallel import Cut, SplitModel, check_sizes
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])

@@ -1,5 +1,4 @@
-"""What the planner says is gathered, held to `fully_shard` itself on a group that sends nothing, and to the engines'
-constants."""
+"""What the planner says is gathered, held to `fully_shard` itself on a group that sends nothing."""
 
 from __future__ import annotations
 
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.random_model import build, fill, sample
@@ -17,14 +17,13 @@ from cogtune.checkpoint import random
 from cogtune.checkpoint.random import tiny_config
 from cogtune.configuration.quantization import QuantSection
 from cogtune.configuration.run_config import load_config
+from cogtune.distributed.group import Group
 from cogtune.plan import memory, sharding
 from cogtune.plan.memory import predict, weights
 from cogtune.plan.setting import Adapter, Setting, adapted_names
 from cogtune.plan.sharding import Gathering
 from cogtune.plan.sizes import ModelSizes
-from cogtune.train.engines import fsdp2, zero, zero3_units
 from cogtune.train.engines.fsdp2 import Fsdp2Engine
-from cogtune.train.engines.group import Group
 from cogtune.train.optim import build_optimizer
 
 KEYS = {
@@ -44,7 +43,7 @@ def _whole_and_buffers(model: Any) -> tuple[int, int]:
     """Bytes that torch's units have gathered, and that its collectives' outputs hold."""
     whole, buffers = 0, {}
     for module in model.modules():
-        state = module._get_fsdp_state() if isinstance(module, fsdp2.FSDPModule) else None
+        state = module._get_fsdp_state() if isinstance(module, FSDPModule) else None
         for group in [] if state is None or state._fsdp_param_group is None else [state._fsdp_param_group]:
             for parameter in group.fsdp_params:
                 whole += sum(out.untyped_storage().nbytes() for out in parameter.all_gather_outputs)
@@ -100,12 +99,6 @@ def test_nothing_is_gathered_where_nothing_is_sharded() -> None:
         moments = [gathering.start(), gathering.tower(), gathering.forward(3), gathering.loss(), gathering.backward(3)]
         assert set(moments) == {sharding.Gathered()}
         assert gathering.pool() == 0
-
-
-def test_constants_are_the_engines() -> None:
-    assert sharding.ZERO3_QUEUED == zero3_units._AHEAD
-    assert memory.ZERO_BUCKET == zero._BUCKET
-    assert memory.FSDP2_BUCKET == 4 * fsdp2._BUCKET
 
 
 def test_an_nf4_weights_scales_are_whole_on_every_rank() -> None:

@@ -12,8 +12,8 @@ import torch
 
 from cogtune.configuration.run_config import RunConfig
 from cogtune.data.sampler import Position
+from cogtune.distributed.group import Group
 from cogtune.train.batches import Feed, StepBatches, validation_batches
-from cogtune.train.engines.group import Group
 from cogtune.train.run_inputs import read_inputs
 from tests.support.training import make_config, write_data
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from cogtune.distributed.group import Group
 from cogtune.errors import NonFiniteError, OutOfMemoryError, Stopped
-from cogtune.train.engines.group import Group
 from cogtune.train.failures import StopSignal, check_losses, explain_peers, phase
 from tests.support.training import make_config
 

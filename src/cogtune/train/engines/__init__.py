@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cogtune.configuration.run_config import RunConfig
+from cogtune.distributed.environment import is_launched, is_launched_by_deepspeed, world_size
+from cogtune.distributed.group import Group
 from cogtune.errors import ConfigError
 from cogtune.train.engines.base import Engine
-from cogtune.train.engines.group import Group, is_launched, is_launched_by_deepspeed
 from cogtune.train.engines.rules import check
 
-__all__ = ["Engine", "Group", "choose", "start"]
+__all__ = ["Engine", "choose", "start"]
 
 
 def choose(config: RunConfig) -> str:
@@ -26,7 +27,7 @@ def choose(config: RunConfig) -> str:
 
 
 def _choose(config: RunConfig) -> str:
-    asked, ranks = config.parallel.engine, Group.launched_ranks()
+    asked, ranks = config.parallel.engine, world_size()
     wanted = config.parallel.launch
     if is_launched() and isinstance(wanted, int) and wanted != ranks:
         raise ConfigError(

@@ -17,9 +17,9 @@ from torch import nn
 
 from cogtune.checkpoint.place import Placement
 from cogtune.configuration.run_config import RunConfig
+from cogtune.distributed.group import Group
 from cogtune.errors import CheckpointError
 from cogtune.train.engines.async_scalar import Arriving
-from cogtune.train.engines.group import Group
 
 MASTER = "master"
 

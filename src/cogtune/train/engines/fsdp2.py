@@ -8,13 +8,12 @@ loss are those of one device.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -27,14 +26,14 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from cogtune.configuration.run_config import RunConfig
+from cogtune.distributed.buckets import sum_in_buckets
+from cogtune.distributed.group import Group
 from cogtune.errors import ConfigError
 from cogtune.model.vision import VisionModel
 from cogtune.train.engines.base import StepResult
-from cogtune.train.engines.group import Group
 from cogtune.train.engines.single import SingleEngine
 from cogtune.train.log import log
 
-_BUCKET = 16 * 2**20  # values of one all-reduce: 64 MiB in float32
 _SPARE = 0.8  # of the memory that is free after a step, what gathered layers may take
 _MARK = "_is_fsdp_managed_module"
 _ROOT = ("lm_head",)
@@ -134,7 +133,7 @@ class Fsdp2Engine(SingleEngine):
         return nullcontext()
 
     def step(self) -> StepResult:
-        _sum_over_ranks([value.grad for value in self.parameters.values() if value.grad is not None])
+        sum_in_buckets(value.grad for value in self.parameters.values() if value.grad is not None)
         result = super().step()
         if not self._keep_decided:
             self._keep_decided = True
@@ -211,26 +210,3 @@ def _require_sharded(model: nn.Module, outside: set[nn.Parameter], ranks: int) -
             raise AssertionError(f"fsdp2: {name} has {local.shape[0]} of {value.shape[0]} rows on one of {ranks} ranks")
         own, whole = own + local.numel(), whole + value.numel()
     return own, whole
-
-
-def _sum_over_ranks(gradients: Iterable[torch.Tensor]) -> None:
-    """Add up the ranks' gradients in place, a bucket at a time; float32, as they are."""
-    if dist.get_world_size() == 1:
-        return
-    bucket: list[torch.Tensor] = []
-    size = 0
-    for gradient in gradients:
-        bucket.append(gradient)
-        size += gradient.numel()
-        if size >= _BUCKET:
-            _sum_bucket(bucket)
-            bucket, size = [], 0
-    if bucket:
-        _sum_bucket(bucket)
-
-
-def _sum_bucket(bucket: list[torch.Tensor]) -> None:
-    flat = torch.cat([gradient.flatten() for gradient in bucket])
-    dist.all_reduce(flat)
-    for gradient, total in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
-        gradient.copy_(total.view_as(gradient))

@@ -9,7 +9,6 @@ whole tensors, as every engine's do.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,13 +18,12 @@ from torch import nn
 
 from cogtune.adapters.tensor_parallel import AdapterPart, check_adapter, split_adapter
 from cogtune.configuration.run_config import RunConfig
-from cogtune.model.tensor_parallel import SplitModel, TensorGroup
+from cogtune.distributed.buckets import sum_in_buckets
+from cogtune.distributed.group import Group, TensorGroup
+from cogtune.model.tensor_parallel import SplitModel
 from cogtune.train.engines.base import StepResult
 from cogtune.train.engines.ddp import DdpEngine
-from cogtune.train.engines.group import Group
 from cogtune.train.engines.single import SingleEngine
-
-_BUCKET = 16 * 2**20  # values of one all-reduce: 64 MiB in float32
 
 
 class TensorEngine(DdpEngine):
@@ -73,9 +71,9 @@ class TensorEngine(DdpEngine):
             part = self._parts.get(name)
             if value.grad is not None and (part is None or part.cut is None):
                 (shares if part is not None and part.shares else same).append(value.grad)
-        self._sum(shares)
+        sum_in_buckets(shares, self._tensor.process_group)
         # equal already, unless a kernel adds in no fixed order; then ranks must not drift apart
-        self._sum(same, factor=1 / self._tensor.size)
+        sum_in_buckets(same, self._tensor.process_group, factor=1 / self._tensor.size)
         if self.scaled:
             self._share_overflow()
         return super().step()
@@ -114,22 +112,6 @@ class TensorEngine(DdpEngine):
             cut = None if part is None else part.cut
             own[key] = value if cut is None else cut.take(value, self._tensor.rank, self._tensor.size)
         super().load_state(own, counters)
-
-    def _sum(self, gradients: Iterable[torch.Tensor], factor: float = 1.0) -> None:
-        """Add up the group's gradients in place, a bucket at a time; float32, as they are."""
-        bucket: list[torch.Tensor] = []
-        for gradient in gradients:
-            bucket.append(gradient)
-            if sum(value.numel() for value in bucket) >= _BUCKET:
-                self._sum_bucket(bucket, factor)
-                bucket = []
-        if bucket:
-            self._sum_bucket(bucket, factor)
-
-    def _sum_bucket(self, bucket: list[torch.Tensor], factor: float) -> None:
-        flat = self._tensor.sum(torch.cat([gradient.flatten() for gradient in bucket])) * factor
-        for gradient, total in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
-            gradient.copy_(total.view_as(gradient))
 
 
 def make_groups(group: Group) -> tuple[TensorGroup, Any]:

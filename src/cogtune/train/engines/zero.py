@@ -15,12 +15,11 @@ import torch
 from torch import nn
 
 from cogtune.configuration.run_config import RunConfig
+from cogtune.distributed.buffers import ZERO_BUCKET
+from cogtune.distributed.group import Group
 from cogtune.errors import SetupError
 from cogtune.train.engines.async_scalar import Arriving
 from cogtune.train.engines.base import MASTER, Engine, StepResult, fresh_state
-from cogtune.train.engines.group import Group
-
-_BUCKET = 500_000_000  # DeepSpeed's own
 
 
 class ZeroEngine(Engine):
@@ -94,7 +93,9 @@ class ZeroEngine(Engine):
 
     def _bucket(self) -> dict[str, Any]:
         """DeepSpeed reserves its bucket for gradients at once; its default of 500 million values is a gigabyte."""
-        return {"reduce_bucket_size": max(1, min(_BUCKET, sum(value.numel() for value in self.parameters.values())))}
+        return {
+            "reduce_bucket_size": max(1, min(ZERO_BUCKET, sum(value.numel() for value in self.parameters.values())))
+        }
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
         self._deepspeed.set_gradient_accumulation_boundary(last)

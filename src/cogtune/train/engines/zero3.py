@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from cogtune.configuration.run_config import RunConfig
+from cogtune.distributed.group import Group
 from cogtune.errors import ConfigError
 from cogtune.model.vision import VisionModel
 from cogtune.train.engines.base import MASTER, fresh_state
-from cogtune.train.engines.group import Group
 from cogtune.train.engines.zero import ZeroEngine, fill_in
 from cogtune.train.engines.zero3_units import chooses_leaves, fetch_settings, hold_back, leaf_units, persistent_values
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from cogtune.distributed.buffers import ZERO3_LAYERS_AHEAD
 from cogtune.model.modeling import DecoderLayer
 from cogtune.model.vision import GLUAdapter, PatchEmbedding, VisionLayer
 
 _PERSISTENT = 2**20
 """Values up to which a weight stays whole on every rank: norms, biases and most adapters. DeepSpeed's own limit of
 100,000 lies in the middle of the adapters' sizes, and each one above it would be a gathering of its own."""
-_AHEAD = 2  # layers that may wait in the device's queue
 
 
 def leaf_units(model: nn.Module) -> list[nn.Module]:
@@ -81,7 +81,7 @@ def hold_back(leaves: Iterable[nn.Module], device: torch.device) -> None:
         event = torch.cuda.Event()
         event.record()
         queued.append(event)
-        if len(queued) > _AHEAD:
+        if len(queued) > ZERO3_LAYERS_AHEAD:
             queued.popleft().synchronize()
 
     for leaf in leaves:

@@ -1,4 +1,4 @@
-"""The processes that train together: numbers and objects they exchange, apart from gradients.
+"""The processes of a launch: what they exchange, apart from gradients.
 
 Counts, flags and errors travel over gloo on the CPU, also on a machine with GPUs, so that agreeing on them never waits
 for a device.
@@ -15,21 +15,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from cogtune.errors import SetupError
+from cogtune.distributed import environment
+from cogtune.errors import CogtuneError, RunError, SetupError
 
 T = TypeVar("T")
 
 _TIMEOUT = timedelta(minutes=60)  # rank 0 may write a large checkpoint, or read one, while the others wait
-
-
-def is_launched() -> bool:
-    """Whether torchrun, the deepspeed launcher or anything that speaks their protocol started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def is_launched_by_deepspeed() -> bool:
-    """The deepspeed launcher alone sets CROSS_RANK; torchrun names its run."""
-    return is_launched() and "CROSS_RANK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 @dataclass(frozen=True)
@@ -46,10 +37,6 @@ class Group:
     copies: int = 1
     part: int = 0
 
-    @staticmethod
-    def launched_ranks() -> int:
-        return int(os.environ["WORLD_SIZE"]) if is_launched() else 1
-
     @classmethod
     def alone(cls) -> Group:
         """One process, one device."""
@@ -61,24 +48,15 @@ class Group:
 
         ``copies``: how many neighbouring processes hold one model together (it divides their number).
         """
-        local_rank = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
-        if torch.cuda.is_available():
-            device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
-            torch.cuda.set_device(device)
-        else:
-            device, backend = torch.device("cpu"), "gloo"
-        if not dist.is_initialized():
-            _init(backend)
+        device = torch.device("cuda", environment.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+        connect(device)
         process, processes = dist.get_rank(), dist.get_world_size()
         return cls(process // copies, processes // copies, device, True, copies, process % copies)
 
     @property
     def local_size(self) -> int:
         """How many of the group's processes share this machine, as the launcher says."""
-        for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
-            if name in os.environ and self.distributed:
-                return int(os.environ[name])
-        return self.size
+        return environment.local_world_size() if self.distributed else self.size
 
     @property
     def process(self) -> int:
@@ -131,12 +109,31 @@ class Group:
             except Exception as error:  # handed on to every rank, rank 0 included
                 outcome[1] = error
         cause = outcome[1]
-        message = [outcome[0], _portable(cause)]
+        message = [outcome[0], None if cause is None else portable(cause, 0)]
         dist.broadcast_object_list(message, src=0)
         if message[1] is not None:
             raise cause if cause is not None else message[1]
         result: T = message[0]
         return result
+
+    def on_all(self, work: Callable[[], T]) -> list[T]:
+        """Do ``work`` on every rank; every rank gets all results in rank order. Where it failed, a rank raises its own
+        error, and the others raise the first of them."""
+        if self.processes == 1:
+            return [work()]
+        mine: Exception | None = None
+        value: T | None = None
+        try:
+            value = work()
+        except Exception as error:  # handed on to every rank
+            mine = error
+        outcomes = self.gather_all((value, None if mine is None else portable(mine, self.process)))
+        if mine is not None:
+            raise mine
+        for _, theirs in outcomes:
+            if theirs is not None:
+                raise theirs
+        return [value for value, _ in outcomes[:: self.copies]]  # type: ignore[misc]
 
     def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
         """Give every rank the tensors of rank 0, in place."""
@@ -157,10 +154,46 @@ class Group:
             self.barrier()
 
 
-def _init(backend: str) -> None:
-    """Raises SetupError when the port to meet on is taken: the deepspeed launcher takes the same one for every run."""
+@dataclass(frozen=True)
+class TensorGroup:
+    """The ranks that hold one model together; ``process_group`` carries their activations."""
+
+    rank: int
+    size: int
+    process_group: Any = None
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """The ranks' tensors added up, as a new tensor; the same bits on every rank."""
+        total = x.contiguous().clone()
+        if total.numel():
+            dist.all_reduce(total, group=self.process_group)
+        return total
+
+    def gather(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's tensor (all of one shape), in rank order."""
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        if x.numel():
+            dist.all_gather(parts, x.contiguous(), group=self.process_group)
+        return parts
+
+
+def connect(device: torch.device, timeout: timedelta = _TIMEOUT) -> None:
+    """Meet the other processes of the launch, unless that is done: over NCCL between GPUs, over gloo between CPUs.
+
+    Args:
+        device: this process's; a GPU becomes the current one.
+        timeout: how long a collective waits for the others.
+
+    Raises:
+        SetupError: the port to meet on is taken (the deepspeed launcher takes the same one for every run).
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if dist.is_initialized():
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=_TIMEOUT, **_restarted())
+        dist.init_process_group(backend, timeout=timeout, **_restarted())
     except dist.DistNetworkError as error:
         if "address already in use" not in str(error).lower():
             raise
@@ -182,22 +215,14 @@ def _restarted() -> dict[str, Any]:
     life, shared = ours.get("TORCHELASTIC_RESTART_COUNT", "0"), ours.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if life == "0" or not shared or ours.get("GROUP_WORLD_SIZE") != "1":
         return {}
-    rank, ranks = int(ours["RANK"]), int(ours["WORLD_SIZE"])
+    rank, ranks = environment.rank(), environment.world_size()
     public: Any = dist  # documented there, and exported without a type
     store = public.TCPStore(ours["MASTER_ADDR"], int(ours["MASTER_PORT"]), ranks, is_master=False, timeout=_TIMEOUT)
     return {"store": public.PrefixStore(f"life {life}", store), "rank": rank, "world_size": ranks}
 
 
-def _portable(error: Exception | None) -> Exception | None:
-    """The error in a form that pickles: ours with its message, hint and code, any other by its text."""
-    from cogtune.errors import CogtuneError, RunError
-
-    if error is None:
-        return None
+def portable(error: Exception, rank: int) -> CogtuneError:
+    """``error`` in a form that pickles, for the other ranks: ours as it is, any other by its text."""
     if isinstance(error, CogtuneError):
-        kind = type(error)
-        try:
-            return kind(error.message, hint=error.hint, code=error.code)
-        except TypeError:
-            return RunError(error.message, hint=error.hint, code=error.code)
-    return RunError(f"rank 0 failed: {type(error).__name__}: {error}")
+        return error
+    return RunError(f"rank {rank} failed: {type(error).__name__}: {error}")
