@@ -122,6 +122,16 @@ class CogVLM2Config(PreTrainedConfig):
         return self.grid**2 + 2
 
     @property
+    def max_images(self) -> int:
+        """Most images of one prompt."""
+        return 1
+
+    @property
+    def numbered_images(self) -> bool:
+        """Whether the chat template puts an image's number behind it, as a model of video frames reads it."""
+        return False
+
+    @property
     def eos_token_ids(self) -> list[int]:
         """The end tokens as a list; training always appends the first."""
         if self.eos_token_id is None:

@@ -20,6 +20,16 @@ class VisionShape:
     num_heads: int = 16
     num_positions: int = 9217
 
+    @property
+    def grid_tokens(self) -> int:
+        """Cells of an image's grid after the 2x2 convolution (2304 at full size)."""
+        return (self.image_size // self.patch_size // 2) ** 2
+
+    @property
+    def image_tokens(self) -> int:
+        """Positions of one image in the decoder: the grid, begin and end (2306 at full size)."""
+        return self.grid_tokens + 2
+
 
 @dataclass(frozen=True)
 class Shape:

@@ -22,7 +22,7 @@ from cogtune.data.sources import collect_sources
 from cogtune.data.split import refuse_overlap, split
 from cogtune.data.statistics import Answers, Histogram, scripts
 from cogtune.errors import DataError
-from cogtune.processing.token_file import Counting, TokenFile
+from cogtune.processing.token_file import TokenFile
 
 if TYPE_CHECKING:
     from cogtune.configuration.run_config import DataSection
@@ -221,7 +221,8 @@ def _lengths(
 ) -> None:
     """Histograms, and what the budgets and ``data.max_row_tokens`` would do."""
     refused = {name for name in ("long_prompt", "long_answer") if getattr(data, name) == "error"}
-    budget = Budget(Counting(tokens), data.model_copy(update=dict.fromkeys(refused, "drop")))  # type: ignore[arg-type]
+    encoder = tokens.encoder()
+    budget = Budget(encoder, data.model_copy(update=dict.fromkeys(refused, "drop")))
 
     def seen(conversation: Conversation, turn: int, prompt: int, answer: int) -> None:
         report.prompts.add(prompt)
@@ -239,7 +240,7 @@ def _lengths(
     budget.seen = seen
     for fitted in budget.fit(examples):
         example = examples[fitted.index]
-        head = 1 + (0 if example.image is None else tokens.num_image_tokens)
+        head = encoder.head_tokens(int(example.image is not None))
         one_random = data.turns == "one_random"
         for row in plan_rows(fitted, head=head, limit=data.max_row_tokens, one_random=one_random):
             report.rows.add(row.tokens)

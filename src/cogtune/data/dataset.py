@@ -100,9 +100,9 @@ class TrainRows(Dataset[RowSample]):
         budget = Budget(encoder, data)
         self._plans: list[RowPlan] = []
         for fitted in budget.fit(self._examples):
-            image_tokens = 0 if self._examples[fitted.index].image is None else encoder.num_image_tokens
+            head = encoder.head_tokens(int(self._examples[fitted.index].image is not None))
             self._plans += plan_rows(
-                fitted, head=1 + image_tokens, limit=data.max_row_tokens, one_random=data.turns == "one_random"
+                fitted, head=head, limit=data.max_row_tokens, one_random=data.turns == "one_random"
             )
         self._refuse_long_rows()
         self.report = RowsReport(

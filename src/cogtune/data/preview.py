@@ -13,8 +13,8 @@ from cogtune.data.budget import Budget
 from cogtune.data.records import Example
 from cogtune.data.rows import encode_sample, plan_rows
 from cogtune.errors import DataError
-from cogtune.processing.encode import IGNORED, IMAGE, Encoder
-from cogtune.processing.token_file import Counting, TokenFile
+from cogtune.processing.encode import IGNORED, IMAGE
+from cogtune.processing.token_file import TokenFile
 from cogtune.processing.tokenizer import byte_symbols
 from cogtune.processing.tree import ROOT, Row, build_tree
 
@@ -78,18 +78,10 @@ def preview_rows(
                 f"no record is called {record}", hint="give an id as predictions have it, or a picture's file name",
                 code="preview-record",
             )  # fmt: skip
-    encoder = Encoder(
-        tokens,
-        num_image_tokens=tokens.num_image_tokens,
-        bos_id=tokens.bos_id,
-        eos_id=tokens.eos_id,
-        image_id=tokens.image_id,
-        template=tokens.template,
-    )
-    pieces = _Pieces(tokens)
-    for fitted in Budget(Counting(tokens), data).fit(chosen):  # type: ignore[arg-type]
+    encoder, pieces = tokens.encoder(), _Pieces(tokens)
+    for fitted in Budget(encoder, data).fit(chosen):
         example = chosen[fitted.index]
-        head = 1 + (0 if example.image is None else tokens.num_image_tokens)
+        head = encoder.head_tokens(int(example.image is not None))
         plans = plan_rows(fitted, head=head, limit=data.max_row_tokens, one_random=data.turns == "one_random")
         answers = sum(len(conversation.turns) for conversation in example.conversations)
         dropped = answers - len(fitted.samples)

@@ -48,7 +48,7 @@ def encode_sample(encoder: Encoder, example: Example, sample: Sample, max_output
     turns = example.conversations[sample.conversation].turns
     turn = turns[sample.turn]
     history = [(past.question, past.answer) for past in turns[sample.first : sample.turn]]
-    encoded = encoder.encode(turn.question, history, answer=turn.answer, image=example.image is not None)
+    encoded = encoder.encode(turn.question, history, answer=turn.answer, images=int(example.image is not None))
     if not sample.cut:
         return encoded
     end = encoded.prompt_len + max_output_len

@@ -110,7 +110,7 @@ class Rows:
 
     def _text(self, rng: random.Random) -> RowSample:
         text = " ".join(rng.choice(self.words) for _ in range(rng.randint(2, 8)))
-        sample = self.encoder.encode(f"{words.SPEAK} {text}", answer=text, image=False)
+        sample = self.encoder.encode(f"{words.SPEAK} {text}", answer=text, images=0)
         return RowSample(build_tree([sample]), None, ())
 
 

@@ -92,7 +92,7 @@ class Generator:
     def _inputs(self, asks: Sequence[Ask]) -> dict[str, torch.Tensor]:
         rows = []
         for image, query, history in asks:
-            encoded = self.processor.encode(query, history, image=image is not None, template=self.template)
+            encoded = self.processor.encode(query, history, images=int(image is not None), template=self.template)
             rows.append(
                 {
                     "input_ids": torch.tensor([encoded.input_ids]),

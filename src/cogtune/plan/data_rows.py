@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from cogtune.configuration.run_config import RunConfig
 from cogtune.data.budget import Budget
 from cogtune.data.rows import RowShape, plan_rows, shape_of
 from cogtune.plan.setting import S400, Batch
 from cogtune.plan.sizes import ModelSizes
-from cogtune.processing.token_file import Counting, find_token_file
+from cogtune.processing.token_file import find_token_file
 
 TYPICAL_ROWS = 10_000
 
@@ -63,12 +62,12 @@ def read_rows(config: RunConfig, sizes: ModelSizes) -> Rows:
     from cogtune.data.split import read_and_split
 
     tokens = find_token_file(config.model.path, config.model.template)
-    counting: Any = Counting(tokens)
+    encoder = tokens.encoder()
     examples = read_and_split(config.data, config.train.seed).train
     shapes = []
-    for fitted in Budget(counting, config.data).fit(examples):
+    for fitted in Budget(encoder, config.data).fit(examples):
         picture = examples[fitted.index].image is not None
-        head = 1 + (sizes.image_tokens if picture else 0)
+        head = encoder.head_tokens(int(picture))
         one_random = config.data.turns == "one_random"
         for row in plan_rows(fitted, head=head, limit=config.data.max_row_tokens, one_random=one_random):
             shapes.append(shape_of(row, picture=picture, one_random=one_random))

@@ -74,12 +74,12 @@ class ModelSizes(Shape):
     @property
     def grid_tokens(self) -> int:
         """Cells of an image's grid after the 2x2 convolution (2304 at full size)."""
-        return (self.vision.image_size // self.vision.patch_size // 2) ** 2
+        return self.vision.grid_tokens
 
     @property
     def image_tokens(self) -> int:
         """Positions of one image in the decoder: the grid, begin and end."""
-        return self.grid_tokens + 2
+        return self.vision.image_tokens
 
     @cached_property
     def linears(self) -> tuple[Linear, ...]:

@@ -1,20 +1,25 @@
 """From question, history and answer to token ids, types and labels: the one place for training and for chat.
 
-A sequence is BOS, the picture's placeholder positions, the prompt's text and, in training, the answer and EOS. The
-placeholder id is also the padding id and may even occur in text; only the types tell a picture's positions apart.
+A sequence is BOS, the images' placeholder positions, the prompt's text and, in training, the answer and EOS. A model of
+video frames reads a frame's number behind it. The placeholder id is also the padding id and may even occur in text;
+only the types tell an image's positions apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from cogtune.errors import InputError
-from cogtune.processing.prompt import Turns, build_prompt, check_template
+from cogtune.processing.prompt import Turns, build_prompt, check_template, image_text
 
 IGNORED = -100
 TEXT, IMAGE = 0, 1
+
+Part = Sequence[int] | Literal["image"]
+"""A piece of a prompt: the tokens of a text, or an image."""
+
 _REMEMBERED, _LONGEST_REMEMBERED = 4096, 256  # texts, and characters of one
 
 
@@ -22,8 +27,8 @@ _REMEMBERED, _LONGEST_REMEMBERED = 4096, 256  # texts, and characters of one
 class Encoded:
     """One sequence; the three lists have the same length.
 
-    ``token_type_ids`` is 1 on the picture's positions, ``labels`` is -100 before the answer, ``prompt_len`` counts what
-    comes before the answer (BOS and picture included).
+    ``token_type_ids`` is 1 on the images' positions, ``labels`` is -100 before the answer, ``prompt_len`` counts what
+    comes before the answer (BOS and images included).
     """
 
     input_ids: list[int]
@@ -36,20 +41,35 @@ class Encoded:
 
 
 class Encoder:
-    """Builds :class:`Encoded` sequences. Knows no pictures, only how many positions one takes.
+    """Builds :class:`Encoded` sequences. Sees no pixels: it knows how many positions an image takes and what follows.
 
     Text that contains special tokens as strings is tokenised as the published code does: to those tokens' ids.
 
-    :param tokenizer: a fast transformers tokenizer; it is never asked to add special tokens.
-    :param image_id: the placeholder at a picture's positions.
-    :param template: used where a call names none.
+    Args:
+        tokenizer: a fast transformers tokenizer; it is never asked to add special tokens.
+        num_image_tokens: positions of one image.
+        image_id: the placeholder at an image's positions.
+        template: used where a call names none.
+        max_images: most images of a sequence.
+        numbered_images: whether an image's number follows it, in the template that says so.
     """
 
     def __init__(
-        self, tokenizer: Any, *, num_image_tokens: int, bos_id: int, eos_id: int, image_id: int, template: str
+        self,
+        tokenizer: Any,
+        *,
+        num_image_tokens: int,
+        bos_id: int,
+        eos_id: int,
+        image_id: int,
+        template: str,
+        max_images: int = 1,
+        numbered_images: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.num_image_tokens = num_image_tokens
+        self.max_images = max_images
+        self.numbered_images = numbered_images
         self.bos_id = bos_id
         self.eos_id = eos_id
         self.image_id = image_id
@@ -62,21 +82,28 @@ class Encoder:
         query: str,
         history: Turns = (),
         answer: str | None = None,
-        image: bool = True,
+        images: int = 1,
         template: str | None = None,
     ) -> Encoded:
-        """Encode one question, and its answer for training.
+        """Encode one question about ``images`` images, and its answer for training.
 
-        :raises InputError: see :func:`cogtune.processing.prompt.build_prompt`.
+        Raises:
+            InputError: more images than the model takes; see also `cogtune.processing.prompt.build_prompt`.
         """
         answer_ids = None if answer is None else self.answer_ids(answer)
-        return self.assemble(self.prompt_ids(query, history, template), answer_ids, image=image)
+        parts = [*self.image_parts(images, template), self.prompt_ids(query, history, template)]
+        return self.assemble(parts, answer_ids)
 
-    def assemble(self, prompt_ids: Sequence[int], answer_ids: Sequence[int] | None = None, *, image: bool) -> Encoded:
-        """Put the parts together; ``answer_ids`` without EOS, None for a sequence to be continued by generation."""
-        pictures = self.num_image_tokens if image else 0
-        ids = [self.bos_id, *[self.image_id] * pictures, *prompt_ids]
-        types = [TEXT, *[IMAGE] * pictures, *[TEXT] * len(prompt_ids)]
+    def assemble(self, parts: Sequence[Part], answer_ids: Sequence[int] | None = None) -> Encoded:
+        """Join BOS, ``parts`` and the answer; ``answer_ids`` without EOS, None for a sequence to be continued."""
+        ids, types = [self.bos_id], [TEXT]
+        for part in parts:
+            if isinstance(part, str):
+                ids += [self.image_id] * self.num_image_tokens
+                types += [IMAGE] * self.num_image_tokens
+            else:
+                ids += part
+                types += [TEXT] * len(part)
         target = [] if answer_ids is None else [*answer_ids, self.eos_id]
         return Encoded(
             input_ids=ids + target,
@@ -85,8 +112,41 @@ class Encoder:
             prompt_len=len(ids),
         )
 
+    def image_parts(self, images: int, template: str | None = None) -> list[Part]:
+        """What stands before a prompt's text: ``images`` images, each with the text behind it, if there is any.
+
+        Raises:
+            InputError: more images than the model takes.
+        """
+        self.check_images(images)
+        parts: list[Part] = []
+        for number in range(images):
+            parts.append("image")
+            text = image_text(number, self.template if template is None else template) if self.numbered_images else ""
+            if text:
+                parts.append(self._ids(text))
+        return parts
+
+    def check_images(self, images: int) -> None:
+        """Raise InputError for more images than the model takes."""
+        if images > self.max_images:
+            one = self.max_images == 1
+            raise InputError(
+                f"{images} pictures given; CogVLM2 takes {'one' if one else f'at most {self.max_images}'}",
+                hint="pass one picture, or None for none" if one else "pass fewer",
+            )
+
+    def head_tokens(self, images: int, template: str | None = None) -> int:
+        """How many tokens stand before a prompt's text: BOS, ``images`` images and the texts behind them.
+
+        Raises:
+            InputError: more images than the model takes.
+        """
+        parts = self.image_parts(images, template)
+        return 1 + sum(self.num_image_tokens if isinstance(part, str) else len(part) for part in parts)
+
     def prompt_ids(self, query: str, history: Turns = (), template: str | None = None) -> list[int]:
-        """The tokens of the prompt's text, without BOS and picture.
+        """The tokens of the prompt's text, without BOS and images.
 
         The joined text is tokenised as a whole: tokens merge across the parts (a full stop and a newline, for example).
         """

@@ -1,4 +1,4 @@
-"""The processor: picture, question, history and answer in, the model's inputs out; and text back from ids."""
+"""The processor: pictures, question, history and answer in, the model's inputs out; and text back from ids."""
 
 from __future__ import annotations
 
@@ -41,6 +41,8 @@ class CogVLM2Processor:
             eos_id=eos,
             image_id=self._pad_id,
             template=config.template_version,
+            max_images=config.max_images,
+            numbered_images=config.numbered_images,
         )
         self._folder: Path | None = None
 
@@ -89,11 +91,11 @@ class CogVLM2Processor:
         history: Turns = (),
         answer: str | None = None,
         *,
-        image: bool = False,
+        images: int = 0,
         template: str | None = None,
     ) -> Encoded:
-        """The tokens alone; ``image`` says whether there is one. For use with image features computed before."""
-        return self.encoder.encode(query, history, answer, image, template)
+        """The tokens alone; ``images`` says how many there are. For use with image features computed before."""
+        return self.encoder.encode(query, history, answer, images, template)
 
     def __call__(
         self,
@@ -102,45 +104,57 @@ class CogVLM2Processor:
         history: Turns | None = (),
         answer: str | None = None,
         template: str | None = None,
+        *,
+        images: Sequence[Any] | None = None,
     ) -> BatchFeature:
-        """The model's inputs for one question: int64 ``[1, L]`` tensors, and ``pixel_values`` for a picture.
+        """The model's inputs for one question: int64 ``[1, L]`` tensors, and ``pixel_values`` for its pictures.
 
-        :param image: a PIL image or a path; None for a text-only question, which uses the same template.
-        :param query: the question; empty text is allowed.
-        :param history: earlier (question, answer) pairs, oldest first.
-        :param answer: with it, the answer and EOS are appended and ``labels`` are added.
-        :param template: ``chat``, ``vqa`` or ``base``; None for the checkpoint's own.
-        :return: ``input_ids, token_type_ids, attention_mask``, ``pixel_values`` float32 [1, 3, S, S] if there is a
-            picture, ``labels`` if there is an answer.
-        :raises InputError: more than one picture, no query, an unknown template, a malformed history.
+        Args:
+            image: a PIL image or a path; None for a text-only question, which uses the same template.
+            query: the question; empty text is allowed.
+            history: earlier (question, answer) pairs, oldest first.
+            answer: with it, the answer and EOS are appended and ``labels`` are added.
+            template: ``chat``, ``vqa`` or ``base``; None for the checkpoint's own.
+            images: instead of ``image``, any number of them in order, as many as the model takes.
+
+        Returns:
+            ``input_ids``, ``token_type_ids``, ``attention_mask``; ``pixel_values`` float32 [N, 3, S, S] of the N
+            pictures if there are any, ``labels`` if there is an answer.
+
+        Raises:
+            InputError: more pictures than the model takes, no query, an unknown template, a malformed history.
+            DataError: a picture's file that cannot be read.
         """
         if query is None:
             raise InputError("there is no query", hint='pass query="..."; an empty text is allowed')
-        picture = None if image is None else self.pixels(image)
-        encoded = self.encode(query, history or (), answer, image=picture is not None, template=template)
+        if image is not None and images is not None:
+            raise InputError("both image and images are given", hint="pass images alone for several pictures")
+        shown = _listed(images) if image is None else _not_empty(_listed(image))
+        encoded = self.encode(query, history or (), answer, images=len(shown), template=template)
         data = {
             "input_ids": torch.tensor([encoded.input_ids]),
             "token_type_ids": torch.tensor([encoded.token_type_ids]),
             "attention_mask": torch.ones(1, len(encoded), dtype=torch.int64),
         }
-        if picture is not None:
-            data["pixel_values"] = picture
+        if shown:
+            data["pixel_values"] = self.pixels(shown)
         if answer is not None:
             data["labels"] = torch.tensor([encoded.labels])
         return BatchFeature(data)
 
-    def pixels(self, image: Any) -> torch.Tensor:
-        """Preprocess one picture, a PIL image or a path: float32 ``[1, 3, S, S]``.
+    def pixels(self, images: Any) -> torch.Tensor:
+        """Preprocess N pictures, each a PIL image or a path: float32 ``[N, 3, S, S]``. One may come without a list.
 
-        :raises InputError: anything else, or more than one.
-        :raises DataError: a file that cannot be read.
+        Raises:
+            InputError: anything else, none, or more pictures than the model takes.
+            DataError: a file that cannot be read.
         """
-        if isinstance(image, (list, tuple)):
-            if len(image) != 1:
-                raise InputError(
-                    f"{len(image)} pictures given; CogVLM2 takes one", hint="pass one picture, or None for none"
-                )
-            image = image[0]
+        shown = _not_empty(_listed(images))
+        self.encoder.check_images(len(shown))
+        return torch.stack([self._square(image) for image in shown])
+
+    def _square(self, image: Any) -> torch.Tensor:
+        """One picture as the tower takes it: float32 ``[3, S, S]``."""
         if isinstance(image, (str, os.PathLike)):
             picture = read_image(os.fspath(image))
         elif isinstance(image, Image.Image):
@@ -150,7 +164,7 @@ class CogVLM2Processor:
                 f"the picture is a {type(image).__name__}, not a PIL image or a path",
                 hint="for an array use PIL.Image.fromarray(array)",
             )
-        return preprocess(picture, self.image_size).unsqueeze(0)
+        return preprocess(picture, self.image_size)
 
     def pad_left(self, rows: Sequence[Mapping[str, torch.Tensor]]) -> BatchFeature:
         """One batch for ``generate`` from several calls' results: padding goes to the left, to the longest row.
@@ -177,6 +191,19 @@ class CogVLM2Processor:
         plain = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
         text: str = self.tokenizer.decode(plain, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
+
+
+def _listed(images: Any) -> list[Any]:
+    """None, one picture, or a list or tuple of them, as a list."""
+    if images is None:
+        return []
+    return list(images) if isinstance(images, (list, tuple)) else [images]
+
+
+def _not_empty(images: list[Any]) -> list[Any]:
+    if not images:
+        raise InputError("0 pictures given; CogVLM2 takes one", hint="pass one picture, or None for none")
+    return images
 
 
 def _stack_right(rows: Sequence[Mapping[str, torch.Tensor]], key: str, fill: int) -> torch.Tensor:

@@ -29,7 +29,7 @@ def check_template(template: str) -> str:
 
 
 def build_prompt(query: str, history: Turns = (), template: str = "chat") -> str:
-    """The text after BOS and the picture, up to where the answer starts.
+    """The text after BOS and the images, up to where the answer starts.
 
     :param history: earlier (question, answer) pairs, oldest first. Template ``base`` has no room for them.
     :raises InputError: an unknown template, a history that is not pairs of text, a query that is not text.
@@ -45,6 +45,14 @@ def build_prompt(query: str, history: Turns = (), template: str = "chat") -> str
     word = _ANSWER_WORD[template]
     past = "".join(f"Question: {question} {word} {answer}\n" for question, answer in history)
     return f"{past}Question: {query} {word}"
+
+
+def image_text(number: int, template: str = "chat") -> str:
+    """The text behind the ``number``-th image, from 0, for a model whose images are numbered.
+
+    Only template ``chat`` has one. It is tokenised on its own.
+    """
+    return str(number) if check_template(template) == "chat" else ""
 
 
 def _check_history(history: Turns) -> None:

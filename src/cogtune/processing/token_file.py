@@ -13,6 +13,7 @@ from typing import Any
 
 from cogtune.configuration.shapes import BOS_ID, EOS_ID, PAD_ID, VisionShape
 from cogtune.errors import CheckpointError
+from cogtune.processing.encode import Encoder
 
 # What an estimate takes for one token: a word's beginning of up to eight letters, three digits, one CJK character.
 _PIECE = re.compile(r" ?[A-Za-z]{1,8}|\d{1,3}|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\s*\n+|[^\sA-Za-z\d]{1,2}")
@@ -20,7 +21,7 @@ _PIECE = re.compile(r" ?[A-Za-z]{1,8}|\d{1,3}|[\u3040-\u30ff\u3400-\u9fff\uac00-
 
 @dataclass(frozen=True)
 class TokenFile:
-    """A tokenizer as `Encoder` and the budgets use it, with the numbers of its model that decide lengths.
+    """A tokenizer as `Encoder` uses it, with the numbers of its model that decide lengths.
 
     ``exact`` False: there is no tokenizer file, and tokens are estimates. ``image_size`` in pixels.
     """
@@ -44,16 +45,16 @@ class TokenFile:
         ids: list[int] = self([text], add_special_tokens=add_special_tokens)["input_ids"][0]
         return ids
 
-
-@dataclass(frozen=True)
-class Counting:
-    """What `data.budget.Budget` asks of an encoder: the template, and tokens to count."""
-
-    tokenizer: TokenFile
-
-    @property
-    def template(self) -> str:
-        return self.tokenizer.template
+    def encoder(self) -> Encoder:
+        """What builds this model's sequences; where ``exact`` is False, of about the right length."""
+        return Encoder(
+            self,
+            num_image_tokens=self.num_image_tokens,
+            bos_id=self.bos_id,
+            eos_id=self.eos_id,
+            image_id=self.image_id,
+            template=self.template,
+        )
 
 
 def estimated_tokens(text: str) -> list[int]:
@@ -72,17 +73,14 @@ def find_token_file(model: str | None, template: str | None = None) -> TokenFile
     config = _config(folder)
     tokenizer = None if folder is None else _tokenizer(folder / "tokenizer.json")
     vision = config.get("vision_config") or {}
-    size, patch = (
-        int(vision.get("image_size", VisionShape.image_size)),
-        int(vision.get("patch_size", VisionShape.patch_size)),
-    )
+    shape = VisionShape(**{name: int(vision[name]) for name in ("image_size", "patch_size") if name in vision})
     eos = config.get("eos_token_id", EOS_ID)
     return TokenFile(
         tokenizer=tokenizer,
         exact=tokenizer is not None,
         template=template or str(config.get("template_version", "chat")),
-        num_image_tokens=(size // patch // 2) ** 2 + 2,
-        image_size=size,
+        num_image_tokens=shape.image_tokens,
+        image_size=shape.image_size,
         bos_id=int(config.get("bos_token_id", BOS_ID)),
         eos_id=int(eos[0] if isinstance(eos, list) else eos),
         image_id=int(config.get("pad_token_id", PAD_ID)),

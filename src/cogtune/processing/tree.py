@@ -1,4 +1,4 @@
-"""Several samples on one picture as one row: a tree of segments that shares what their prompts have in common.
+"""Several samples on the same images as one row: a tree of segments that shares what their prompts have in common.
 
 Each prompt is tokenised exactly as if it stood alone, and only the longest common prefix of *tokens* is shared, so a
 tree equals its samples for any tokenizer. Answers with their EOS are leaves of their own, even where they are equal.
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from cogtune.processing.encode import IGNORED, IMAGE, Encoded
 
-_Token = tuple[int, int]  # (id, type): a placeholder in text is not a picture's position
+_Token = tuple[int, int]  # (id, type): a placeholder in text is not an image's position
 ROOT = -1
 
 
@@ -49,13 +49,13 @@ class _Node:
 def build_tree(samples: Sequence[Encoded]) -> Row:
     """Build the row of ``samples``, in their order; one sample gives its prompt and its answer as two segments.
 
-    A sample without an answer adds its prompt only. Samples with and without a picture may be mixed.
+    A sample without an answer adds its prompt only. All samples that show images show the same ones in the same order;
+    samples without images may be among them. So every image is in the row once, and all of them, with the texts between
+    them, lie in one segment.
 
-    :raises ValueError: pictures of different sizes in tokens; a row shows one picture.
+    Raises:
+        ValueError: samples that differ before the end of their images.
     """
-    sizes = {sample.token_type_ids.count(IMAGE) for sample in samples} - {0}
-    if len(sizes) > 1:
-        raise ValueError(f"the samples of a tree show one picture, but their pictures take {sorted(sizes)} positions")
     top = _Node([])
     for sample in samples:
         _insert(top, sample)
@@ -64,6 +64,8 @@ def build_tree(samples: Sequence[Encoded]) -> Row:
     while pending:  # depth first and without recursion: a long conversation is a deep tree
         node, parent = pending.pop()
         ids, types = [token for token, _ in node.tokens], [kind for _, kind in node.tokens]
+        if IMAGE in types and IMAGE in row.token_type_ids:
+            raise ValueError("the samples of a tree show one picture, or the same pictures in the same order")
         segment = _append(row, parent, ids, types, [IGNORED] * len(ids))
         for answer in node.answers:
             start = answer.prompt_len
@@ -100,6 +102,6 @@ def _insert(top: _Node, sample: Encoded) -> None:
 
 def _shared(one: list[_Token], other: list[_Token]) -> int:
     """Length of the common prefix; ``other`` is not longer than ``one``."""
-    if one == other:  # the usual case, and the picture is long
+    if one == other:  # the usual case, and the images are long
         return len(one)
     return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(other))

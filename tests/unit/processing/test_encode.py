@@ -27,7 +27,7 @@ def test_question_with_picture_and_answer_token_by_token(encoder):
 
 
 def test_text_only_uses_the_same_template_without_the_picture(encoder):
-    encoded = encoder.encode("Why?", image=False)
+    encoded = encoder.encode("Why?", images=0)
     assert encoded.input_ids == [256, *b"Question: Why? Answer:"]
     assert set(encoded.token_type_ids) == {0}
 
@@ -58,7 +58,7 @@ def test_special_tokens_written_in_text_become_their_ids_as_published(encoder):
 
 
 def test_assembled_parts_equal_the_whole(encoder):
-    parts = encoder.assemble(encoder.prompt_ids("q"), encoder.answer_ids("a"), image=True)
+    parts = encoder.assemble(["image", encoder.prompt_ids("q")], encoder.answer_ids("a"))
     assert parts == encoder.encode("q", answer="a")
 
 

@@ -65,7 +65,7 @@ def test_worked_example_second_turn_and_short_answers(processor):
 def test_tree_of_turns_whose_joints_merge(processor):
     """ " A red bus." + newline: as history the full stop and the newline are one token, as a target they are not."""
     chat = [("What is in the image?", "A red bus."), ("How many people?", "Two"), ("Sure?", "Yes!\n"), ("好?", "好。")]
-    samples = [processor.encode(q, chat[:at], a, image=True) for at, (q, a) in enumerate(chat)]
+    samples = [processor.encode(q, chat[:at], a, images=1) for at, (q, a) in enumerate(chat)]
     row = build_tree(samples)
     check(row, samples)
     assert 627 in row.input_ids

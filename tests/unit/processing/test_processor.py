@@ -56,7 +56,7 @@ def test_pictures_by_path_array_mode_and_list(processor, tmp_path):
 
 
 def test_encoding_needs_no_picture(processor):
-    encoded = processor.encode("Why?", answer="So.", image=True)
+    encoded = processor.encode("Why?", answer="So.", images=1)
     inputs = processor(image=PICTURE, query="Why?", answer="So.")
     assert [encoded.input_ids] == inputs["input_ids"].tolist()
     assert [encoded.labels] == inputs["labels"].tolist()

@@ -30,10 +30,10 @@ def encoder() -> Encoder:
     return Encoder(tokenizer, num_image_tokens=6, bos_id=256, eos_id=257, image_id=258, template="chat")
 
 
-def turns(encoder: Encoder, conversation: list[tuple[str, str]], image: bool = True, first: int = 0) -> list[Encoded]:
+def turns(encoder: Encoder, conversation: list[tuple[str, str]], images: int = 1, first: int = 0) -> list[Encoded]:
     """Every answer of a conversation as its own sample, with its history from turn ``first`` on."""
     return [
-        encoder.encode(question, conversation[first:at], answer, image)
+        encoder.encode(question, conversation[first:at], answer, images)
         for at, (question, answer) in enumerate(conversation)
         if at >= first
     ]
@@ -120,7 +120,7 @@ def test_the_joint_may_merge_the_prompts_last_token_away():
     """The prompt of turn 1 ends in ``:``, but in turn 2's history ``: `` is one token: nothing of it may be shared."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_tokenizer(384, JOINTS))
     encoder = Encoder(tokenizer, num_image_tokens=6, bos_id=256, eos_id=257, image_id=258, template="chat")
-    samples = [encoder.assemble([1, 2, 3], [9], image=True), encoder.assemble([1, 2, 33, 4], [8], image=True)]
+    samples = [encoder.assemble(["image", [1, 2, 3]], [9]), encoder.assemble(["image", [1, 2, 33, 4]], [8])]
     row = build_tree(samples)
     check(row, samples)
     assert row.segment_parents == [-1, 0, 1, 0, 3]
@@ -129,7 +129,7 @@ def test_the_joint_may_merge_the_prompts_last_token_away():
 
 
 def test_with_and_without_picture_share_only_bos(encoder):
-    samples = turns(encoder, CHAT) + turns(encoder, CHAT, image=False)
+    samples = turns(encoder, CHAT) + turns(encoder, CHAT, images=0)
     row = build_tree(samples)
     check(row, samples)
     assert row.segment_ids[:2] == [0, 1]
@@ -137,7 +137,7 @@ def test_with_and_without_picture_share_only_bos(encoder):
 
 
 def test_placeholders_written_in_text_are_not_a_picture(encoder):
-    text = encoder.encode("<|reserved_special_token_0|>" * 6, (), "a", image=False, template="base")
+    text = encoder.encode("<|reserved_special_token_0|>" * 6, (), "a", images=0, template="base")
     picture = encoder.encode("", (), "a", template="base")
     assert text.input_ids == picture.input_ids
     check(build_tree([text, picture]), [text, picture])
@@ -155,7 +155,7 @@ def test_a_truncated_answer_and_a_sample_without_one(encoder):
 
 def test_a_long_conversation_needs_no_deep_stack(encoder):
     prompt = list(range(1200))
-    samples = [encoder.assemble(prompt[:at], [7], image=False) for at in range(1, 1201)]
+    samples = [encoder.assemble([prompt[:at]], [7]) for at in range(1, 1201)]
     random.Random(0).shuffle(samples)
     row = build_tree(samples)
     assert len(row) == 1 + 1200 + 2 * 1200
