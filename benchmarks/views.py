@@ -40,25 +40,6 @@ def demo(content: dict[str, Any], chinese: bool) -> str:
     return f"{markdown(columns, rows)}\n\n{caption}"
 
 
-def full_size(content: dict[str, Any], chinese: bool) -> str:
-    """Training steps at the full size on one GPU. What the allocator held is one figure for all rows, so left out."""
-    names = _STEPS_ZH if chinese else _STEPS
-    rows = [
-        [
-            names[key],
-            f"{content[key]['median_s']:.3f}",
-            f"{content[key]['peak_allocated_gib']:.1f}",
-        ]
-        for key in names
-    ]
-    columns = (
-        ["训练一步", "中位数（秒）", "峰值显存，已分配（GiB）"]
-        if chinese
-        else ["a training step", "median, s", "peak allocated, GiB"]
-    )
-    return markdown(columns, rows)
-
-
 def proofs(content: dict[str, Any], chinese: bool) -> str:
     """What the tests bound, as measured."""
     golden, trees = content["golden fixtures, largest difference"], content["trees against separate samples"]
@@ -114,7 +95,6 @@ def mistakes(content: dict[str, Any], chinese: bool) -> str:
 VIEWS: dict[str, Callable[[dict[str, Any], bool], str]] = {
     "data-scaling": data_scaling,
     "demo": demo,
-    "full-size-h100": full_size,
     "mistakes": mistakes,
     "proofs": proofs,
 }
@@ -138,16 +118,6 @@ _DEMO_ZH = {
     "always “yes”": "不用模型：一律回答 yes",
 }
 _KINDS_ZH = {"yes or no": "是非题", "shape": "形状", "colour": "颜色"}
-_STEPS = {
-    "live_tower": "with the vision tower running",
-    "cached_features": "the tower's output given",
-    "cached_features_checkpointing": "the tower's output given, activations recomputed",
-}
-_STEPS_ZH = {
-    "live_tower": "视觉塔参与计算",
-    "cached_features": "直接给出视觉塔的输出",
-    "cached_features_checkpointing": "直接给出视觉塔的输出，并重新计算激活值",
-}
 
 
 def _is_number(cell: Cell) -> bool:
