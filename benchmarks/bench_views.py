@@ -5,64 +5,36 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.targets import INFERENCE_GIB, PICTURES_PER_SECOND, STEPS, reached, verdict
 from benchmarks.views import Cell, markdown
 
 
-def train_plainly(content: dict[str, Any], chinese: bool) -> str:
-    """`train` for users: without what was aimed at."""
-    return train(content, chinese, aims=False)
-
-
-def train(content: dict[str, Any], chinese: bool, aims: bool = True) -> str:
+def train(content: dict[str, Any], chinese: bool) -> str:
     """Steps side by side; the ratio is per sample, against the baseline of the same run, else the first row, where both
-    take the same preset. What is aimed at is an H100's."""
-    aims = aims and "H100" in str(content.get("card"))
+    take the same preset."""
     rows = [row for row in content["rows"] if "error" not in row]
     anchor = next((row for row in rows if row["name"] == "baseline"), rows[0] if rows else None)
-    by_name, cells = {row["name"]: row for row in rows}, list[list[Cell]]()
+    cells = list[list[Cell]]()
     for row in content["rows"]:
-        recomputes = row.get("changes", {}).get("train.gradient_checkpointing") == "all"
-        target = None if recomputes and not row["name"].startswith("nf4") else STEPS.get(row["name"])
         if "error" in row:
-            cells.append([f"`{row['name']}`", *["-"] * 7, _short(row["error"])])
+            cells.append([f"`{row['name']}`", _short(row["error"]), *["-"] * 6])
             continue
         assert anchor is not None
-        met, found = (None, "") if target is None else reached(row, by_name, target)
-        aim = "" if target is None else verdict(met, target.text, chinese, found)
         ratio = anchor["median_ms"] / anchor["batch_size"] * row["batch_size"] / row["median_ms"]
         alike = row.get("preset") == anchor.get("preset")  # another kind of row is other work
         mfu = "-" if row.get("lora_mfu") is None else f"{100 * row['lora_mfu']:.1f} %"
         cells.append([
             f"`{row['name']}`", f"{row['median_ms']:.1f}", f"{row['min_ms']:.1f} - {row['max_ms']:.1f}",
             f"{ratio:.2f}x" if alike else "-", f"{row['samples_per_second']:.2f}",
-            f"{row['answers_per_second']:.2f}", mfu, f"{row['reserved_gib']:.2f}", aim,
+            f"{row['answers_per_second']:.2f}", mfu, f"{row['reserved_gib']:.2f}",
         ])  # fmt: skip
     name = "" if anchor is None else anchor["name"]
     columns = (
-        ["变体", "中位数（毫秒）", "最小 - 最大", f"相对 `{name}`", "样本/秒", "回答/秒",
-         "LoRA-MFU", "已保留（GiB）", "目标"]
+        ["变体", "中位数（毫秒）", "最小 - 最大", f"相对 `{name}`", "样本/秒", "回答/秒", "LoRA-MFU", "已保留（GiB）"]
         if chinese
         else ["variant", "median, ms", "min - max", f"against `{name}`", "samples/s", "answers/s", "LoRA-MFU",
-              "reserved, GiB", "target"]
+              "reserved, GiB"]
     )  # fmt: skip
-    if not aims:
-        columns, cells = columns[:-1], [row[:-1] for row in cells]
     return f"{markdown(columns, cells)}\n\n{_details(rows, chinese)}{caption(content, chinese)}"
-
-
-def profile(content: dict[str, Any], chinese: bool) -> str:
-    """Where the device's time of a step goes by kind of kernel."""
-    kinds = list(content["rows"][0]["kinds_ms"])
-    ends = ["其余核函数", "核函数之间"] if chinese else ["kernels not listed", "between kernels"]
-    front = ["变体", "一步，毫秒", "核函数"] if chinese else ["variant", "a step, ms", "kernels"]
-    cells: list[list[Cell]] = [
-        [f"`{row['name']}`", f"{row['median_ms']:.1f}", row["kernels"],
-         *[f"{row['kinds_ms'][kind]:.1f}" for kind in kinds],
-         f"{row['not_listed_ms']:.1f}", f"{row['between_kernels_ms']:.1f}"]
-        for row in content["rows"]
-    ]  # fmt: skip
-    return f"{markdown([*front, *kinds, *ends], cells)}\n\n{caption(content, chinese)}"
 
 
 def _details(rows: Sequence[dict[str, Any]], chinese: bool) -> str:
@@ -88,23 +60,19 @@ def fit(content: dict[str, Any], chinese: bool) -> str:
     cells: list[list[Cell]] = []
     for row in content["rows"]:
         if "error" in row:
-            cells.append([f"`{row['name']}`", row["target_gib"], *["-"] * 6, _short(row["error"])])
+            cells.append([f"`{row['name']}`", *["-"] * 6, _short(row["error"])])
             continue
         plan = row.get("plan") or {}
         said = max(plan["reserved_gib"], plan["load_reserved_gib"]) if "reserved_gib" in plan else None
-        memory = verdict(row["peak_reserved_gib"] <= row["target_gib"], str(row["target_gib"]), chinese)
-        step = _number(row.get("median_ms"), 1)
-        if row.get("target_ms") and row.get("median_ms"):
-            step += f" ({verdict(row['median_ms'] <= row['target_ms'], str(row['target_ms']), chinese)})"
         cells.append([
-            f"`{row['name']}`", memory, f"{row['peak_reserved_gib']:.2f}", _number(said),
-            _number(row.get("driver_gib")), row.get("cap_gib") or "-", step,
-            _number(row.get("load_s"), 1), f"`{row['command']}`",
+            f"`{row['name']}`", f"{row['peak_reserved_gib']:.2f}", _number(said), _number(row.get("driver_gib")),
+            row.get("cap_gib") or "-", _number(row.get("median_ms"), 1), _number(row.get("load_s"), 1),
+            f"`{row['command']}`",
         ])  # fmt: skip
     columns = (
-        ["设置", "目标（GiB）", "已保留（GiB）", "预测", "驱动显示", "上限", "毫秒/步", "加载（秒）", "命令"]
+        ["设置", "已保留（GiB）", "预测", "驱动显示", "上限", "毫秒/步", "加载（秒）", "命令"]
         if chinese
-        else ["setting", "target, GiB", "reserved, GiB", "plan", "driver", "cap", "ms/step", "load, s", "command"]
+        else ["setting", "reserved, GiB", "plan", "driver", "cap", "ms/step", "load, s", "command"]
     )
     return f"{markdown(columns, cells)}\n\n{caption(content, chinese)}"
 
@@ -226,26 +194,7 @@ def numbers(content: dict[str, Any], chinese: bool) -> str:
     rows = content["rows"]
     keys = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[_plain(row.get(key)) for key in keys] for row in rows]
-    text = f"{markdown([key.replace('_', ' ') for key in keys], cells)}\n\n"
-    aim = _aim(content, rows[-1], chinese) if rows else ""
-    return f"{text}{aim}{caption(content, chinese)}"
-
-
-def _aim(content: dict[str, Any], row: dict[str, Any], chinese: bool) -> str:
-    """The target of a measurement of answers or of filling, with its outcome; nothing for others."""
-    command, card = content["command"], str(content.get("card"))
-    form = next((form for form in ("nf4", "fp8", "int8") if f"quant.tower {form}" in command), "none")
-    if "H100" not in card or "error" in row:
-        return ""
-    if content["kind"] == "fill" and form in PICTURES_PER_SECOND:
-        least = PICTURES_PER_SECOND[form]
-        said = verdict(row["pictures_per_second"] >= least, f"{least} {'张/秒' if chinese else 'pictures/s'}", chinese)
-    elif content["kind"] == "decode" and form in INFERENCE_GIB:
-        most = INFERENCE_GIB[form]
-        said = verdict(row["peak_reserved_gib"] <= most, f"{most} GiB", chinese)
-    else:
-        return ""
-    return f"目标 {said}。\n\n" if chinese else f"Target {said}.\n\n"
+    return f"{markdown([key.replace('_', ' ') for key in keys], cells)}\n\n{caption(content, chinese)}"
 
 
 def caption(content: dict[str, Any], chinese: bool) -> str:
@@ -268,7 +217,6 @@ def view_of(content: dict[str, Any]) -> Callable[[dict[str, Any], bool], str] | 
         return sweep
     return {
         "train": train,
-        "profile": profile,
         "fit": fit,
         "launches": launches,
         "cards": many,

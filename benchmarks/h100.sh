@@ -21,7 +21,7 @@ bench() { # FILE COMMAND ...
     echo "== $((SECONDS - began)) s"
 }
 
-speed() { # the targets, beside the stand-in of the published computation; nothing else should run on the machine
+speed() { # variants beside the stand-in of the published computation; nothing else should run on the machine
     local fp8="quant.experts=fp8 quant.fp8_layouts=two"
     bench speed-h100 train --steps 10 --warmup 3 \
         --variant baseline \

@@ -39,7 +39,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench_views import train_plainly, view_of
+from benchmarks.bench_views import view_of
 from benchmarks.card_view import cards
 from benchmarks.curves import curves
 from benchmarks.plot import plot
@@ -128,7 +128,7 @@ def _table(content: dict[str, Any], name: str, chinese: bool) -> str:
     return markdown(columns, table.get("rows_zh", table["rows"]) if chinese else table["rows"])
 
 
-_NAMED = {"steps": train_plainly, "cards": cards, "linears": linears}
+_NAMED = {"cards": cards, "linears": linears}
 _BY_KIND = {"parity": parity, "quality": quality}
 
 

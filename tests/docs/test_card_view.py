@@ -18,7 +18,6 @@ CONTENT = {
         {
             "name": "fill",
             "command": "cogtune bench fill --pictures 16",
-            "target_gib": 10.5,
             "error": "no such card\nmore",
         },
         {

@@ -132,26 +132,9 @@ def test_steps_are_compared_per_sample_with_the_baseline(tmp_path):
     lines = {line.split(" | ")[0]: line for line in shown(tmp_path, "speed").splitlines()}
     assert "| 10.00x |" in lines["| `cached`"]  # 1600 for one against 320 for two
     assert "| 4.00x |" in lines["| `other`"]
-    assert "no room |" in lines["| `broken`"]
+    assert "| OutOfMemoryError: no room | - |" in lines["| `broken`"]
     assert "NVIDIA H100, torch 2.11" in shown(tmp_path, "speed")
     assert "提交 abcdef0123" in shown(tmp_path, "speed", chinese=True)
-
-
-def test_a_target_says_whether_it_was_met_and_a_ratio_decides(tmp_path):
-    rows = [step_row("baseline", 1700.0), step_row("cached", 150.0), step_row("live", 380.0),
-            step_row("rank16", 180.0), step_row("cached-4", 600.0, batch=4, lora_mfu=0.58)]  # fmt: skip
-    rows += [step_row("vqa1", 150.0, answers_per_second=6.0), step_row("vqa10", 200.0, answers_per_second=30.0)]
-    bench_file(tmp_path, "speed", "train", rows)
-    ends = {line.split(" | ")[0]: line.split(" | ")[-1] for line in shown(tmp_path, "speed").splitlines()}
-    assert ends["| `baseline`"] == "1,646 ms within 10 %: met |"
-    assert ends["| `cached`"] == "147 ms, 11.2x: met |"  # 11.33x, though not 147 ms
-    assert ends["| `live`"] == "355 ms, 4.6x: missed |"
-    assert ends["| `rank16`"] == "1.15x of `cached`: 1.20x, missed |"
-    assert ends["| `cached-4`"] == "LoRA-MFU 57 %: met |"
-    assert ends["| `vqa10`"] == "6x the answers of `vqa1`: 5.00x, missed |"
-    bench_file(tmp_path, "speed", "train", rows[1:4])
-    assert "| 147 ms, 11.2x |" in shown(tmp_path, "speed")  # without the baseline nothing is decided
-    assert "未达到" in shown(tmp_path, "speed", chinese=True)
 
 
 def test_the_planners_word_is_counted(tmp_path):
@@ -163,25 +146,14 @@ def test_the_planners_word_is_counted(tmp_path):
     assert "| -5.5 % | outside |" in text
 
 
-def test_answers_and_filling_have_their_targets(tmp_path):
-    bench_file(tmp_path, "fill", "fill", [{"name": "fill", "pictures_per_second": 5.0}])
-    assert "Target 4.8 pictures/s: met." in shown(tmp_path, "fill")
-    bench_file(tmp_path, "decode", "decode", [{"name": "decode", "peak_reserved_gib": 41.0}])
-    assert "目标 40.0 GiB：未达到。" in shown(tmp_path, "decode", chinese=True)
-
-
-def test_fit_shows_target_plan_and_cap(tmp_path):
+def test_fit_shows_plan_and_cap_and_no_goal(tmp_path):
     plan = {"reserved_gib": 10.0, "load_reserved_gib": 10.4}
-    row = {"name": "nf4", "target_gib": 10.3, "target_ms": 250, "cap_gib": 11, "peak_reserved_gib": 10.2,
-           "driver_gib": 10.9, "plan": plan, "median_ms": 300.0, "load_s": 12.0,
-           "command": "cogtune bench train"}  # fmt: skip
-    bench_file(tmp_path, "fit", "fit", [row, {"name": "fails", "target_gib": 20, "error": "x"}])
+    row = {"name": "nf4", "cap_gib": 11, "peak_reserved_gib": 10.2, "driver_gib": 10.9, "plan": plan,
+           "median_ms": 300.0, "load_s": 12.0, "command": "cogtune bench train"}  # fmt: skip
+    bench_file(tmp_path, "fit", "fit", [row, {"name": "fails", "error": "x"}])
     text = shown(tmp_path, "fit")
-    assert (
-        "| `nf4` | 10.3: met | 10.20 | 10.40 | 10.90 | 11 | 300.0 (250: missed) | 12.0 | `cogtune bench train` |"
-        in text
-    )
-    assert "| `fails` | 20 | - | - | - | - | - | - | x |" in text
+    assert "| `nf4` | 10.20 | 10.40 | 10.90 | 11 | 300.0 | 12.0 | `cogtune bench train` |" in text
+    assert "| `fails` | - | - | - | - | - | - | x |" in text
 
 
 def test_a_sweep_is_a_table_and_a_drawing(tmp_path):

@@ -36,36 +36,31 @@ _CACHED = ("--features", "cached")
 
 @dataclass(frozen=True)
 class FitRow:
-    """``words``: behind ``cogtune bench``; ``target``: peak reserved GiB; ``cap``: GiB the allocator may have, or None;
-    ``milliseconds``: a step's target, where there is one."""
+    """``words``: behind ``cogtune bench``; ``cap``: GiB the allocator may have, or None."""
 
     words: tuple[str, ...]
-    target: float
     cap: int | None = None
-    milliseconds: float | None = None
 
 
 def _pair(
-    name: str, words: Sequence[str], targets: tuple[float, float], cap: int | None = None,
-    extra16: Sequence[str] = (), milliseconds: float | None = None,
-) -> Iterator[tuple[str, FitRow]]:  # fmt: skip
-    yield f"{name}-r8", FitRow((*_TRAIN, *words, *_RANK8), targets[0], cap, milliseconds)
-    yield f"{name}-r16", FitRow((*_TRAIN, *words, *_RANK16, *extra16), targets[1], cap)
+    name: str, words: Sequence[str], cap: int | None = None, extra16: Sequence[str] = ()
+) -> Iterator[tuple[str, FitRow]]:
+    yield f"{name}-r8", FitRow((*_TRAIN, *words, *_RANK8), cap)
+    yield f"{name}-r16", FitRow((*_TRAIN, *words, *_RANK16, *extra16), cap)
 
 
 _HOST = ("--quant.embedding", "host")
 ROWS: dict[str, FitRow] = dict([
-    *_pair("nf4-cached", (*_NF4, *_CACHED, *_RECOMPUTE, *_HOST), (10.3, 10.9), 11,
-           ("--train.optimizer", "adamw8bit"), milliseconds=330),
-    *_pair("nf4-nf4-live", (*_NF4, "--quant.tower", "nf4", *_RECOMPUTE), (14, 15), 15),
-    *_pair("nf4-live", (*_NF4, *_RECOMPUTE), (20, 21.5), 23),
-    *_pair("int8-cached", ("--quant.experts", "int8", *_CACHED, *_RECOMPUTE), (20, 21.5), 23),
-    *_pair("bf16-cached-recompute", (*_CACHED, *_RECOMPUTE), (31, 32)),
-    *_pair("bf16-cached", _CACHED, (41, 46)),
-    *_pair("bf16-live-recompute", _RECOMPUTE, (39, 40.5)),
-    ("fill", FitRow(("fill", "--pictures", "16"), 10.5)),
-    ("inference-bf16", FitRow(("decode",), 40)),
-    ("inference-nf4", FitRow(("decode", *_NF4, "--quant.tower", "nf4"), 13)),
+    *_pair("nf4-cached", (*_NF4, *_CACHED, *_RECOMPUTE, *_HOST), 11, ("--train.optimizer", "adamw8bit")),
+    *_pair("nf4-nf4-live", (*_NF4, "--quant.tower", "nf4", *_RECOMPUTE), 15),
+    *_pair("nf4-live", (*_NF4, *_RECOMPUTE), 23),
+    *_pair("int8-cached", ("--quant.experts", "int8", *_CACHED, *_RECOMPUTE), 23),
+    *_pair("bf16-cached-recompute", (*_CACHED, *_RECOMPUTE)),
+    *_pair("bf16-cached", _CACHED),
+    *_pair("bf16-live-recompute", _RECOMPUTE),
+    ("fill", FitRow(("fill", "--pictures", "16"))),
+    ("inference-bf16", FitRow(("decode",))),
+    ("inference-nf4", FitRow(("decode", *_NF4, "--quant.tower", "nf4"))),
 ])  # fmt: skip
 """The setting's name (its adapter's rank last) -> how it is measured. Small cards first: they matter most."""
 
@@ -111,9 +106,7 @@ def _run(name: str, row: FitRow, words: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {
         "name": name,
         "command": shown_command(["cogtune", "bench", *words]),
-        "target_gib": row.target,
         "cap_gib": row.cap,
-        "target_ms": row.milliseconds,
     }
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -139,28 +132,25 @@ def _reason(text: str) -> str:
 def _line(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{row['name']}: {row['error']} ({row['wall_s']:.0f} s)"
-    return (
-        f"{row['name']}: {row['peak_reserved_gib']:.2f} GiB reserved (target {row['target_gib']}), "
-        f"{row['wall_s']:.0f} s in all"
-    )
+    return f"{row['name']}: {row['peak_reserved_gib']:.2f} GiB reserved, {row['wall_s']:.0f} s in all"
 
 
 def as_table(results: Results) -> str:
-    """Measured peaks beside targets and the planner's word."""
+    """Measured peaks beside the planner's prediction."""
     cells = []
     for row in results.rows:
         if "error" in row:
-            cells.append([row["name"], row["target_gib"], *[None] * 6, str(row["error"]).splitlines()[0][:50]])
+            cells.append([row["name"], *[None] * 6, str(row["error"]).splitlines()[0][:50]])
             continue
         plan = row.get("plan") or {}
         said = plan.get("reserved_gib")
         driver, speed = row.get("driver_gib"), row.get("median_ms")
         cells.append([
-            row["name"], row["target_gib"], f"{row['peak_reserved_gib']:.2f}",
+            row["name"], f"{row['peak_reserved_gib']:.2f}",
             None if said is None else f"{max(said, plan['load_reserved_gib']):.2f}",
             None if driver is None else f"{driver:.2f}", row.get("cap_gib"),
             None if speed is None else f"{speed:.1f}", None if "load_s" not in row else f"{row['load_s']:.1f}",
             "beside others" if "together" in row else "",
         ])  # fmt: skip
-    columns = ["row", "target GiB", "reserved", "plan", "driver", "cap", "ms", "load s", "note"]
+    columns = ["row", "reserved GiB", "plan", "driver", "cap", "ms", "load s", "note"]
     return table(columns, cells)

@@ -11,7 +11,7 @@ from cogtune.errors import ConfigError
 
 def test_rows_that_ran_together_say_so_and_give_no_times(monkeypatch, tmp_path):
     measured = {"peak_reserved_gib": 1.0, "wall_s": 2.0, "median_ms": 3.0, "driver_gib": 4.0, "load_s": 5.0}
-    monkeypatch.setattr(card_memory, "_run", lambda name, row, words: {"name": name, "target_gib": 9, **measured})
+    monkeypatch.setattr(card_memory, "_run", lambda name, row, words: {"name": name, **measured})
     results = Results("fit", "test", tmp_path / "fit.json")
     card_memory.run_rows(["fill", "bf16-cached-r8+inference-nf4"], results, model="somewhere")
     rows = {row["name"]: row for row in results.rows}
