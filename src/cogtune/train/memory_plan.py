@@ -50,8 +50,8 @@ class Layers:
     tower: frozenset[int] = frozenset()
 
 
-class Planned:
-    """A run under planning. ``card`` is None on a CPU; it and every decision are the same on every rank."""
+class MemoryPlan:
+    """What a run takes of its card. ``card`` is None on a CPU; it and every decision are the same on every rank."""
 
     def __init__(self, config: RunConfig, rows: Rows, setting: Setting, card: Card | None, force: bool) -> None:
         self.config, self.rows, self.card, self.force = config, rows, card, force
@@ -168,13 +168,21 @@ class Planned:
             ) from error
 
 
-def plan_run(config: RunConfig, inputs: Inputs, engine: Engine, accumulation: int, *, force: bool = False) -> Planned:
-    """The plan of this run; collective: every rank gets the card with the least free memory."""
+def check_memory(
+    config: RunConfig, inputs: Inputs, engine: Engine, accumulation: int, *, force: bool = False
+) -> MemoryPlan:
+    """The memory plan of this run, planned for the rank whose card has the least free memory; collective.
+
+    Raises:
+        PlanError: the run fits in no way its settings allow; not with ``force``, and never on a CPU.
+    """
     rows, card = _rows(config, inputs), _least_card(engine.group)
     setting = setting_of(config, rows, ranks=engine.group.size, card=card)
     name = engine.name if engine.name != "tensor" else ("ddp" if engine.group.size > 1 else "single")
     setting = replace(setting, engine=name, accumulation=accumulation, ranks=engine.group.size * setting.tensor)
-    return Planned(config, rows, setting, card, force)
+    plan = MemoryPlan(config, rows, setting, card, force)
+    plan.check()
+    return plan
 
 
 def auto_engine(config: RunConfig, inputs: Inputs, group: Group) -> str:

@@ -29,7 +29,7 @@ from cogtune.train.engines import Engine
 from cogtune.train.failures import StopSignal, explain_peers, phase
 from cogtune.train.log import Metrics, console, log, log_file
 from cogtune.train.loop import Loop
-from cogtune.train.memory_plan import Layers, auto_engine, plan_run
+from cogtune.train.memory_plan import Layers, MemoryPlan, auto_engine, check_memory
 from cogtune.train.optim import build_optimizer
 from cogtune.train.precision import choose_dtype, float16_warning
 from cogtune.train.progress import Progress
@@ -48,10 +48,10 @@ class TrainResult:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Where to write, where to start, how far to go."""
+class RunStart:
+    """Where to write, where to begin, and how many steps to go."""
 
-    start: output_folder.Start
+    folder: output_folder.Start
     record: output_folder.RunRecord
     feed: Feed
 
@@ -91,37 +91,36 @@ def _train(config: RunConfig, dry_run: bool, force: bool) -> TrainResult:
         inputs = read_inputs(config)
         engine = engines.start(config, lambda group: auto_engine(config, inputs, group))
         dtype = choose_dtype(config, engine.device)
-        plan = _plan(config, inputs, engine)
-        planned = plan_run(config, inputs, engine, plan.record.accumulation, force=force)
-        if not plan.start.finished:
-            planned.check()
-        idle = dry_run or plan.start.finished
-        if not idle:
-            engine.group.on_main(lambda: _write_beside(config, inputs, engine, plan))
-            stack.enter_context(log_file(plan.start.output, engine.group.process))
-        _announce(config, inputs, engine, dtype, plan)
-        if idle:
+        start = _run_start(config, inputs, engine)
+        memory: MemoryPlan | None = None
+        if not start.folder.finished:
+            memory = check_memory(config, inputs, engine, start.record.accumulation, force=force)
+        if memory is None or dry_run:
+            _announce(config, inputs, engine, dtype, start)
             engine.group.close()
-            return _nothing_to_do(plan, dry_run)
-        stack.enter_context(planned.explaining(engine.device))
-        with _features(config, inputs, engine, dtype, plan, planned.tower_fits) as reader:
-            layers = planned.settle(cached=reader is not None)
-            model, progress = _build(config, engine, dtype, plan, layers, cached=reader is not None)
-            result = _fit(config, inputs, engine, model, plan, progress, stop)
+            return _nothing_to_do(start, dry_run)
+        engine.group.on_main(lambda: _write_beside(config, inputs, engine, start))
+        stack.enter_context(log_file(start.folder.output, engine.group.process))
+        _announce(config, inputs, engine, dtype, start)
+        stack.enter_context(memory.explaining(engine.device))
+        with _features(config, inputs, engine, dtype, start, memory.tower_fits) as reader:
+            layers = memory.settle(cached=reader is not None)
+            model, progress = _build(config, engine, dtype, start, layers, cached=reader is not None)
+            result = _fit(config, inputs, engine, model, start, progress, stop)
         engine.group.close()
         return result
 
 
 @contextmanager
 def _features(
-    config: RunConfig, inputs: Inputs, engine: Engine, dtype: torch.dtype, plan: Plan, tower_fits: bool | None
+    config: RunConfig, inputs: Inputs, engine: Engine, dtype: torch.dtype, start: RunStart, tower_fits: bool | None
 ) -> Iterator[FeatureReader | None]:
     """Rows carry cached features inside the block, where the run is to be trained from them."""
-    progress, checkpoint = Progress(), plan.start.checkpoint
+    progress, checkpoint = Progress(), start.folder.checkpoint
     if checkpoint is not None:
         progress = Progress.from_dict(checkpoints.read_counters(checkpoint)["progress"])
     reader = feature_cache.ensure(
-        config, inputs, plan.feed, engine.group.flat(), dtype, progress, plan.record.total_steps, tower_fits
+        config, inputs, start.feed, engine.group.flat(), dtype, progress, start.record.total_steps, tower_fits
     )
     for rows in filter(None, (inputs.rows, inputs.validation)):
         rows.use_features(reader)
@@ -132,7 +131,7 @@ def _features(
             reader.release()
 
 
-def _plan(config: RunConfig, inputs: Inputs, engine: Engine) -> Plan:
+def _run_start(config: RunConfig, inputs: Inputs, engine: Engine) -> RunStart:
     """Rank 0 looks at the output folder and decides; every rank follows, or raises the same error."""
 
     def decide() -> tuple[output_folder.Start, output_folder.RunRecord, list[str]]:
@@ -150,18 +149,18 @@ def _plan(config: RunConfig, inputs: Inputs, engine: Engine) -> Plan:
         now = output_folder.RunRecord(inputs.identity, config.train.batch_size, accumulation, ranks, total, resumed)
         return output_folder.decide(config, output, now, stored), now, messages
 
-    start, record, messages = engine.group.on_main(decide)
-    start = replace(start, messages=[*start.messages, *messages])
-    return Plan(start, record, Feed(inputs.rows, config, engine.group, record.accumulation))
+    folder, record, messages = engine.group.on_main(decide)
+    folder = replace(folder, messages=[*folder.messages, *messages])
+    return RunStart(folder, record, Feed(inputs.rows, config, engine.group, record.accumulation))
 
 
-def _announce(config: RunConfig, inputs: Inputs, engine: Engine, dtype: torch.dtype, plan: Plan) -> None:
+def _announce(config: RunConfig, inputs: Inputs, engine: Engine, dtype: torch.dtype, start: RunStart) -> None:
     """Everything a user may want to stop the run for, before weights are read."""
-    for line in [*inputs.lines(), *plan.start.messages]:
+    for line in [*inputs.lines(), *start.folder.messages]:
         log.info(line)
-    for line in [*plan.start.warnings, *filter(None, [float16_warning(dtype)])]:
+    for line in [*start.folder.warnings, *filter(None, [float16_warning(dtype)])]:
         log.warning(line)
-    record, devices = plan.record, torch.cuda.device_count()
+    record, devices = start.record, torch.cuda.device_count()
     log.info(
         f"engine {engine.name} on {record.ranks} x {engine.device.type}, {str(dtype).removeprefix('torch.')}; "
         f"{record.total_steps} steps of {record.global_batch} rows "
@@ -173,19 +172,19 @@ def _announce(config: RunConfig, inputs: Inputs, engine: Engine, dtype: torch.dt
         log.info(f"using one of {devices} GPUs; for all: --parallel.launch all")
 
 
-def _nothing_to_do(plan: Plan, dry_run: bool) -> TrainResult:
+def _nothing_to_do(start: RunStart, dry_run: bool) -> TrainResult:
     if dry_run:
         log.info("dry run: stopping before weights are loaded")
-        return TrainResult(plan.start.output, None, 0)
-    result = plan.start.result
-    adapter = plan.start.output / saver.ADAPTER_FOLDER
-    return TrainResult(plan.start.output, adapter, result["step"], result["best_step"], result["best_loss"])
+        return TrainResult(start.folder.output, None, 0)
+    result = start.folder.result
+    adapter = start.folder.output / saver.ADAPTER_FOLDER
+    return TrainResult(start.folder.output, adapter, result["step"], result["best_step"], result["best_loss"])
 
 
-def _write_beside(config: RunConfig, inputs: Inputs, engine: Engine, plan: Plan) -> None:
+def _write_beside(config: RunConfig, inputs: Inputs, engine: Engine, start: RunStart) -> None:
     """What travels with the results: the run's record first, because it makes the folder ours."""
-    output = plan.start.output
-    output_folder.write_record(output, plan.record)
+    output = start.folder.output
+    output_folder.write_record(output, start.record)
     checkpoints.remove_leftovers(output)
     checkpoints.write_file(output / "config.yaml", config.to_yaml().encode())
     checkpoints.write_json(output / "data.json", inputs.data_json())
@@ -193,16 +192,16 @@ def _write_beside(config: RunConfig, inputs: Inputs, engine: Engine, plan: Plan)
 
 
 def _build(
-    config: RunConfig, engine: Engine, dtype: torch.dtype, plan: Plan, layers: Layers, *, cached: bool
+    config: RunConfig, engine: Engine, dtype: torch.dtype, start: RunStart, layers: Layers, *, cached: bool
 ) -> tuple[PeftModel, Progress]:
     """Base, adapter and optimiser in the engine, in the state of the checkpoint to start from if there is one."""
-    checkpoint = plan.start.checkpoint
+    checkpoint = start.folder.checkpoint
     if compiles(config, engine):
         prepare_compiling(engine.device)  # beside the loading
     model = assemble(load_base(config, engine, dtype, cached=cached), config, engine, checkpoint, layers)
     log.info(engine.describe())
     if checkpoint is not None:
-        return model, saver.restore(engine, checkpoint, plan.start.output, plan.record.total_steps)
+        return model, saver.restore(engine, checkpoint, start.folder.output, start.record.total_steps)
     saver.seed_dropout(engine, 0)
     return model, Progress()
 
@@ -299,21 +298,21 @@ def _fit(
     inputs: Inputs,
     engine: Engine,
     model: PeftModel,
-    plan: Plan,
+    start: RunStart,
     progress: Progress,
     stop: StopSignal,
 ) -> TrainResult:
     """The loop, and the result it leaves in ``adapter/``."""
-    output, total = plan.start.output, plan.record.total_steps
-    save = saver.Saver(engine, model, output, plan.record, progress, config)
+    output, total = start.folder.output, start.record.total_steps
+    save = saver.Saver(engine, model, output, start.record, progress, config)
     metrics = Metrics(output, active=engine.group.is_main, tensorboard=config.log.tensorboard, step=progress.step)
     try:
-        Loop(engine, config, plan.feed, inputs.validation, progress, total, metrics, stop, save).run()
+        Loop(engine, config, start.feed, inputs.validation, progress, total, metrics, stop, save).run()
     finally:
         metrics.close()
     adapter, which = engine.group.on_main(lambda: saver.export_adapter(output, progress))
     result = {"adapter": which, "step": progress.step, "best_step": progress.best_step, "best_loss": progress.best_loss}
-    engine.group.on_main(lambda: output_folder.write_record(output, output_folder.finished(plan.record, result)))
+    engine.group.on_main(lambda: output_folder.write_record(output, output_folder.finished(start.record, result)))
     engine.group.on_main(lambda: _remember(config, adapter, output))
     log.info(f"done: the adapter ({which}) is in {adapter}")
     return TrainResult(output, adapter, progress.step, progress.best_step, progress.best_loss)

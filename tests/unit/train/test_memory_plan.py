@@ -20,19 +20,19 @@ from cogtune.plan.memory import predict
 from cogtune.plan.plan import PlanError
 from cogtune.system.byte_sizes import GIB
 from cogtune.train import memory_plan
-from cogtune.train.memory_plan import Planned
+from cogtune.train.memory_plan import MemoryPlan
 from tests.support.training import make_config
 
 
 def planned(
     tmp_path: Path, card: str | None, *, force: bool = False, free: float | None = None, **values: Any
-) -> Planned:
+) -> MemoryPlan:
     """A run of the published model's size (its folder is not there, so the published sizes are taken)."""
     config: RunConfig = make_config(tmp_path / "base", tmp_path, tmp_path / "out", **values)
     found = None if card is None else find_card(card)
     if found is not None and free is not None:
         found = replace(found, free=round(free * GIB), holders=("python3 (pid 7): 9000 MiB",))
-    return Planned(config, TYPICAL, setting_of(config, TYPICAL, card=found), found, force)
+    return MemoryPlan(config, TYPICAL, setting_of(config, TYPICAL, card=found), found, force)
 
 
 def test_as_few_layers_as_the_card_needs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
