@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from cogtune.adapters.lora_layers import fast_adapter, make_fast
-from cogtune.adapters.targets import region, resolve_targets
+from cogtune.adapters.targets import is_dead_end, region, resolve_targets
 from cogtune.configuration.run_config import LoraSection
 from cogtune.errors import AdapterError, ConfigError
 
@@ -210,14 +210,8 @@ def computed_by_peft(model: PeftModel) -> list[str]:
 
 
 def dead_ends(model: PeftModel) -> list[str]:
-    """Adapted modules behind which no label can be: in the last layer, image tokens need no output projection and no
-    MLP. Their adapter stays in the file as initialised."""
-    last = model.config.num_hidden_layers - 1
-    prefix = f".layers.{last}."
-    ends = ("vision_expert_dense", *(f"vision_mlp.{part}" for part in ("gate_proj", "up_proj", "down_proj")))
-    return [
-        name for name, _ in _lora_layers(model) if prefix in name and ".vision." not in name and name.endswith(ends)
-    ]
+    """Adapted modules that no gradient reaches; their adapter stays in the file as initialised."""
+    return [name for name, _ in _lora_layers(model) if is_dead_end(name, model.config.num_hidden_layers)]
 
 
 def _lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:

@@ -94,6 +94,17 @@ def is_hit(name: str, target: str) -> bool:
     return name == target or name.endswith("." + target)
 
 
+_DEAD_ENDS = ("vision_expert_dense", *_expert("vision")["-mlp"])
+
+
+def is_dead_end(name: str, num_layers: int) -> bool:
+    """Whether no label is behind the linear layer ``name`` of a decoder with ``num_layers`` layers: in the last one,
+    image tokens need no output projection and no MLP."""
+    if f".layers.{num_layers - 1}." not in f".{name}" or ".vision." in name:
+        return False
+    return any(is_hit(name, suffix) for suffix in _DEAD_ENDS)
+
+
 _PICTURES_ONLY = {"vision-experts-attention", "vision-experts-mlp", "vision-tower", "glu-adapter"}
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
 
-from cogtune.adapters.targets import LINEAR, is_hit, match_targets
+from cogtune.adapters.targets import LINEAR, is_dead_end, is_hit, match_targets
 from cogtune.configuration.quantization import PLAIN, QuantSection
 from cogtune.plan.sizes import Linear, ModelSizes
 
@@ -167,10 +167,8 @@ def _adapted(sizes: ModelSizes, adapter: Adapter) -> dict[str, Linear]:
 
 @lru_cache(maxsize=64)
 def _trained(sizes: ModelSizes, adapter: Adapter) -> dict[str, Linear]:
-    last = f"model.layers.{sizes.num_hidden_layers - 1}."
-    dead = (".vision_expert_dense", ".vision_mlp.gate_proj", ".vision_mlp.up_proj", ".vision_mlp.down_proj")
     found = _adapted(sizes, adapter)
-    return {name: x for name, x in found.items() if not (name.startswith(last) and name.endswith(dead))}
+    return {name: x for name, x in found.items() if not is_dead_end(name, sizes.num_hidden_layers)}
 
 
 @lru_cache(maxsize=64)
