@@ -214,7 +214,7 @@ def tiny_batch(device: torch.device) -> dict[str, Any]:
     rows = [
         RowSample(
             build_tree([encoder.encode(question, answer=answer) for question, answer in picture.questions]),
-            preprocess(read_image(picture.file), side),
+            (preprocess(read_image(picture.file), side),),
             (),
         )
         for picture in easyvqa.read_split(easyvqa.find_easy_vqa(), "train", ROWS)

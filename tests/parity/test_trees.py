@@ -36,8 +36,9 @@ def _tree_loss(model: CogVLM2ForCausalLM, roots: list[Node], images: int) -> tup
 def _separate_loss(model: CogVLM2ForCausalLM, roots: list[Node], images: int) -> tuple[float, torch.Tensor]:
     total, image = 0.0, 0
     for root in roots:
-        pixels = golden_images(images)[image : image + 1] if 1 in root.types else None
-        image += pixels is not None
+        own = root.types.count(1) // 6
+        pixels = golden_images(images)[image : image + own] if own else None
+        image += own
         for row in samples(root):
             tensors = {name: torch.tensor([value]) for name, value in row.items()}
             loss = model(**tensors, pixel_values=pixels, num_items_in_batch=1).loss
@@ -47,7 +48,7 @@ def _separate_loss(model: CogVLM2ForCausalLM, roots: list[Node], images: int) ->
 
 
 def _assert_equal(model: CogVLM2ForCausalLM, roots: list[Node]) -> None:
-    images = sum(1 in root.types for root in roots)
+    images = sum(root.types.count(1) for root in roots) // 6
     wanted, wanted_gradients = _separate_loss(model, roots, images)
     found, gradients = _tree_loss(model, roots, images)
     assert found == pytest.approx(wanted, rel=TOLERANCE)
@@ -67,6 +68,21 @@ def test_batch_of_trees_with_and_without_image(model: CogVLM2ForCausalLM) -> Non
     rng = random.Random(7)
     make = {"bos": 3, "image_id": 127, "num_image_tokens": 6}
     _assert_equal(model, [random_tree(rng, **make, with_image=flag) for flag in (True, False, True)])
+
+
+@pytest.mark.parametrize("numbered", [False, True])
+def test_batch_of_trees_with_several_images(model: CogVLM2ForCausalLM, numbered: bool) -> None:
+    """Images that touch are one run; a text between them, as behind a video's frames, makes each a run of its own."""
+    rng, roots = random.Random(11), []
+    for count in (2, 0, 24, 1):
+        tree = random_tree(rng, bos=3, image_id=127, num_image_tokens=6, with_image=False)
+        ids, types = [3], [0]
+        for number in range(count):
+            ids += [127] * 6 + [30 + number] * numbered
+            types += [1] * 6 + [0] * numbered
+        roots.append(Node(ids, types, [-100] * len(ids), tree.children))
+    _assert_equal(model, roots)
+    _assert_equal(model, [shuffle_siblings(root, rng) for root in roots])
 
 
 def test_several_children_predicted_from_one_hidden_state(model: CogVLM2ForCausalLM) -> None:

@@ -42,7 +42,7 @@ def _measure(
     model = model_config(config.model.path)
     rows = synthetic_rows(PRESETS["s400"], pictures, model, folder / "pictures", side=8 if cached else side)
     if cached:
-        rows.use_features(_stored(model, folder / "features", {image for image in rows.images if image is not None}))
+        rows.use_features(_stored(model, folder / "features", {image for images in rows.images for image in images}))
     workers, size = worker_count(config.data.workers), config.train.batch_size
     on_gpu = torch.cuda.is_available()
 

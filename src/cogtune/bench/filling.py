@@ -34,7 +34,7 @@ def measure_filling(config: RunConfig, results: Results, *, pictures: int, side:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows = synthetic_rows(preset("vqa1"), pictures + 4, model, folder / "pictures", side=side)
-        images = sorted({image for image in rows.images if image is not None})
+        images = sorted({image for shown in rows.images for image in shown})
         if config.model.path in RANDOM:
             row = _random(config, engine, dtype, images, folder)
         else:

@@ -30,7 +30,7 @@ _FIRST_CHARACTER, _CHARACTERS = 0x4E00, 20_000  # CJK ideographs: none of them i
 
 @dataclass(frozen=True)
 class Preset:
-    """The shape of a row: ``conversations`` on one picture (or on none), each of ``rounds`` questions.
+    """The shape of a row: ``conversations`` on the same ``images`` (or on none), each of ``rounds`` questions.
 
     ``question`` counts the tokens of a round's prompt (template included), ``answer`` those with a label (EOS
     included). Earlier rounds stand before later ones as history.
@@ -40,7 +40,7 @@ class Preset:
     rounds: int
     question: int
     answer: int
-    picture: bool = True
+    images: int = 1
 
     @property
     def answers(self) -> int:
@@ -53,7 +53,7 @@ PRESETS = {
     "vqa10": Preset(10, 1, 20, 10),
     "vqa1": Preset(1, 1, 20, 10),
     "caption": Preset(1, 1, 20, 300),
-    "text-only": Preset(1, 1, 200, 200, picture=False),
+    "text-only": Preset(1, 1, 200, 200, images=0),
     "512+512": Preset(1, 1, 512, 512),
 }
 """``vqa1`` is one question of ``vqa10`` in a row of its own; ``512+512`` fills the published script's budgets."""
@@ -101,7 +101,7 @@ class CharacterTokenizer:
 
 
 def synthetic_rows(shape: Preset, count: int, config: CogVLM2Config, folder: Path, *, side: int) -> TrainRows:
-    """``count`` rows of ``shape``, each about a picture of its own: smooth noise of ``side`` pixels, written into
+    """``count`` rows of ``shape``, each about images of its own: smooth noise of ``side`` pixels, written into
     ``folder``.
 
     Raises:
@@ -117,6 +117,8 @@ def synthetic_rows(shape: Preset, count: int, config: CogVLM2Config, folder: Pat
         eos_id=config.eos_token_ids[0],
         image_id=int(config.pad_token_id or 0),
         template="chat",
+        max_images=config.max_images,
+        numbered_images=config.numbered_images,
     )
     longest = shape.rounds * (shape.question + shape.answer)
     data = DataSection(path=(DataFolder(path=folder),), max_input_len=longest, max_output_len=longest)
@@ -130,12 +132,17 @@ def _example(shape: Preset, number: int, folder: Path, side: int) -> Example:
     def text(length: int) -> str:
         return "".join(chr(_FIRST_CHARACTER + words.randrange(_CHARACTERS)) for _ in range(length))
 
-    file = _noise(folder / f"{number:04d}.jpg", number, side) if shape.picture else None
+    files = tuple(_noise(folder / f"{name:04d}.jpg", name, side) for name in _names(number, shape.images))
     conversations = []
     for conversation in range(shape.conversations):
         turns = tuple(Turn(text(shape.question - _TEMPLATE), text(shape.answer - 1)) for _ in range(shape.rounds))
-        conversations.append(Conversation(f"{number}#{conversation}", file, turns, "synthetic"))
-    return Example(str(number), file, tuple(conversations))
+        conversations.append(Conversation(f"{number}#{conversation}", turns, "synthetic"))
+    return Example(str(number), files, tuple(conversations))
+
+
+def _names(number: int, images: int) -> range:
+    """Numbers of an example's image files: its own, and those behind 10,000 for each further image."""
+    return range(number, number + images * 10_000, 10_000)
 
 
 def _noise(file: Path, seed: int, side: int) -> Path:

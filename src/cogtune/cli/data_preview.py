@@ -105,8 +105,8 @@ def _print_row(console: Console, row: RowPreview, width: int, exif: str) -> None
     console.print(f"{row.tokens} tokens, {row.trained} trained{dropped}", markup=False)
     for source in row.sources:
         console.print(f"from {source}", style="dim", markup=False)
-    if row.image is not None and width:
-        _print_picture(console, row.image, width, exif)
+    for image in row.images if width else ():
+        _print_picture(console, image, width, exif)
     for segment in row.segments:
         _print_segment(console, segment)
 

@@ -240,11 +240,11 @@ def _lengths(
     budget.seen = seen
     for fitted in budget.fit(examples):
         example = examples[fitted.index]
-        head = encoder.head_tokens(int(example.image is not None))
+        head = encoder.head_tokens(len(example.images))
         one_random = data.turns == "one_random"
         for row in plan_rows(fitted, head=head, limit=data.max_row_tokens, one_random=one_random):
             report.rows.add(row.tokens)
-            report.shapes.append(shape_of(row, picture=example.image is not None, one_random=one_random))
+            report.shapes.append(shape_of(row, images=len(example.images), one_random=one_random))
             if data.max_row_tokens is not None and row.tokens > data.max_row_tokens:
                 where = example.conversations[row.samples[0].conversation].source
                 what = f"one answer takes {row.tokens} tokens, data.max_row_tokens is {data.max_row_tokens}"

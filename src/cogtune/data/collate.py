@@ -19,7 +19,7 @@ def collate(rows: Sequence[RowSample], column_multiple: int = 1) -> dict[str, An
     """Keyword arguments for the model, plus ``record_ids`` (list) and ``num_labels`` (int), which the loop takes out.
 
     int64 [B, L]: ``input_ids``, ``token_type_ids``, ``attention_mask``, ``labels``, ``segment_ids``; int64 [B, S]:
-    ``segment_parents``; float32 [N, 3, H, W]: ``pixel_values`` of the rows with a picture, or [N, Q, W]:
+    ``segment_parents``; float32 [N, 3, H, W]: ``pixel_values`` of all rows' images, row after row, or [N, Q, W]:
     ``image_features`` where those come from the cache; both absent when there is none.
     """
     input_ids = _padded([sample.row.input_ids for sample in rows], _PADDING_ID)
@@ -40,12 +40,10 @@ def collate(rows: Sequence[RowSample], column_multiple: int = 1) -> dict[str, An
         labels=batch["labels"],
         column_multiple=column_multiple,
     )
-    pixels = [sample.pixel_values for sample in rows if sample.pixel_values is not None]
-    if pixels:
-        batch["pixel_values"] = torch.stack(pixels)
-    features = [sample.image_features for sample in rows if sample.image_features is not None]
-    if features:
-        batch["image_features"] = torch.stack(features)
+    for name in ("pixel_values", "image_features"):
+        images = [image for sample in rows for image in getattr(sample, name)]
+        if images:
+            batch[name] = torch.stack(images)
     batch["record_ids"] = [identity for sample in rows for identity in sample.record_ids]
     batch["num_labels"] = int((batch["labels"] != IGNORED_LABEL).sum())
     return batch

@@ -45,7 +45,7 @@ def write(examples: Sequence[Example], target: Path, *, link: bool = False, done
 
 
 def _write_folder(examples: Sequence[Example], target: Path, link: bool, done: Told | None) -> Converted:
-    lonely = [example for example in examples if example.image is None]
+    lonely = [example for example in examples if not example.images]
     if lonely:
         raise DataError(
             f"{lonely[0].conversations[0].source}: a text-only record ({len(lonely)} in all); a folder matches labels"
@@ -58,9 +58,9 @@ def _write_folder(examples: Sequence[Example], target: Path, link: bool, done: T
         (growing / name).mkdir(parents=True)
     names = _Names()
     for number, example in enumerate(examples, start=1):
-        assert example.image is not None
-        name = names.take(example.image)
-        _place(example.image, growing / "images" / name, link)
+        (picture,) = example.images  # both layouts name one
+        name = names.take(picture)
+        _place(picture, growing / "images" / name, link)
         records = [{"conversations": _messages(conversation)} for conversation in example.conversations]
         text = json.dumps(records[0] if len(records) == 1 else records, ensure_ascii=False, indent=1) + "\n"
         (growing / "labels" / f"{Path(name).stem}.json").write_text(text, encoding="utf-8")
@@ -82,13 +82,14 @@ def _write_lines(examples: Sequence[Example], target: Path, link: bool, done: To
     with growing.open("w", encoding="utf-8") as file:
         for number, example in enumerate(examples, start=1):
             image = None
-            if example.image is not None:
+            if example.images:
                 with_picture += 1
-                image = _relative(example.image, target.parent)
+                (picture,) = example.images
+                image = _relative(picture, target.parent)
                 if image is None:
                     beside.mkdir(exist_ok=True)
-                    name = names.take(example.image)
-                    _place(example.image, beside / name, link)
+                    name = names.take(picture)
+                    _place(picture, beside / name, link)
                     image, copied = f"{beside.name}/{name}", copied + 1
             for conversation in example.conversations:
                 record = {"id": conversation.id, "image": image, "conversations": _messages(conversation)}

@@ -1,18 +1,17 @@
-"""Rows for training: planned once from token counts, built from text and picture when a worker asks for one."""
+"""Rows for training: planned once from token counts, built from text and images when a worker asks for one."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Dataset
 
 from cogtune.data.budget import Budget, BudgetReport, Sample
-from cogtune.data.records import Example
+from cogtune.data.records import Example, ImageRef
 from cogtune.data.rows import RowPlan, RowShape, encode_sample, plan_rows, shape_of
 from cogtune.errors import ConfigError, DataError
 from cogtune.processing.encode import Encoder
@@ -23,27 +22,27 @@ if TYPE_CHECKING:
     from cogtune.configuration.run_config import DataSection
 
 RowIndex = tuple[int, int]
-Features = Callable[[Path], torch.Tensor]
-"""A picture's file -> its features [Q, W]: what the vision tower makes of it."""
+Features = Callable[[ImageRef], torch.Tensor]
+"""An image -> its features [Q, W]: what the vision tower makes of it."""
 
 
 @dataclass(frozen=True)
 class RowSample:
     """One row of a batch; ``record_ids`` name its conversations.
 
-    Its picture, if it has one, is either ``pixel_values`` float32 [3, S, S] or ``image_features`` [Q, W], the vision
-    tower's output for them.
+    Its images, in their order, are either ``pixel_values``, each float32 [3, S, S], or ``image_features``, each [Q, W]:
+    the vision tower's output for them.
     """
 
     row: Row
-    pixel_values: torch.Tensor | None
+    pixel_values: tuple[torch.Tensor, ...]
     record_ids: tuple[str, ...]
-    image_features: torch.Tensor | None = None
+    image_features: tuple[torch.Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
 class RowsReport:
-    """What the planned rows hold: the budgets' counts, and lengths in tokens (BOS and image included)."""
+    """What the planned rows hold: the budgets' counts, and lengths in tokens (BOS and images included)."""
 
     budget: BudgetReport
     rows: int
@@ -74,7 +73,7 @@ class TrainRows(Dataset[RowSample]):
 
     Every row has at least one label. Planning tokenises every text once and keeps counts only.
 
-    :param image_size: side of the square that pictures are resized to, in pixels.
+    :param image_size: side of the square that images are resized to, in pixels.
     :param seed: of the rounds that ``data.turns: one_random`` draws.
     :param required: raise when no row is left; False for validation data.
     :raises DataError: for a text over budget where ``data`` says ``error``, or when no row is left.
@@ -100,7 +99,7 @@ class TrainRows(Dataset[RowSample]):
         budget = Budget(encoder, data)
         self._plans: list[RowPlan] = []
         for fitted in budget.fit(self._examples):
-            head = encoder.head_tokens(int(self._examples[fitted.index].image is not None))
+            head = encoder.head_tokens(len(self._examples[fitted.index].images))
             self._plans += plan_rows(
                 fitted, head=head, limit=data.max_row_tokens, one_random=data.turns == "one_random"
             )
@@ -124,12 +123,12 @@ class TrainRows(Dataset[RowSample]):
         return len(self._plans)
 
     @property
-    def images(self) -> list[Path | None]:
-        """The picture file of each row."""
-        return [self._examples[plan.example].image for plan in self._plans]
+    def images(self) -> list[tuple[ImageRef, ...]]:
+        """The images of each row, in their order."""
+        return [self._examples[plan.example].images for plan in self._plans]
 
     def use_features(self, features: Features | None) -> None:
-        """From now on rows carry what ``features`` gives for their picture's file, and no picture is decoded."""
+        """From now on rows carry what ``features`` gives for their images, and no file is decoded."""
         self._features = features
 
     @property
@@ -147,7 +146,7 @@ class TrainRows(Dataset[RowSample]):
         """What each row weighs, for predicting memory and time."""
         one_random = self._data.turns == "one_random"
         return [
-            shape_of(plan, picture=self._examples[plan.example].image is not None, one_random=one_random)
+            shape_of(plan, images=len(self._examples[plan.example].images), one_random=one_random)
             for plan in self._plans
         ]
 
@@ -157,13 +156,13 @@ class TrainRows(Dataset[RowSample]):
     def filler(self) -> RowSample:
         """A row that adds 0 to the loss and 0 to the token count."""
         bos = self._encoder.bos_id
-        return RowSample(Row([bos], token_type_ids=[0], labels=[-100], segment_ids=[0], segment_parents=[-1]), None, ())
+        return RowSample(Row([bos], token_type_ids=[0], labels=[-100], segment_ids=[0], segment_parents=[-1]), (), ())
 
     def row(self, epoch: int, index: int) -> RowSample:
         """Build one row; the epoch matters for ``data.turns: one_random`` only.
 
-        :raises DataError: when the picture cannot be decoded.
-        :raises CogtuneError: when its features cannot be read.
+        :raises DataError: when an image cannot be decoded.
+        :raises CogtuneError: when features cannot be read.
         """
         plan = self._plans[index]
         example = self._examples[plan.example]
@@ -171,15 +170,13 @@ class TrainRows(Dataset[RowSample]):
         longest = self._data.max_output_len
         row = build_tree([encode_sample(self._encoder, example, sample, longest) for sample in samples])
         ids = dict.fromkeys(example.conversations[sample.conversation].id for sample in samples)
-        if self._features is None or example.image is None:
-            return RowSample(row, self._pixels(example), tuple(ids))
-        return RowSample(row, None, tuple(ids), self._features(example.image))
+        if self._features is None:
+            return RowSample(row, tuple(map(self._pixels, example.images)), tuple(ids))
+        return RowSample(row, (), tuple(ids), tuple(map(self._features, example.images)))
 
-    def _pixels(self, example: Example) -> torch.Tensor | None:
-        if example.image is None:
-            return None
-        image = read_image(example.image, max_pixels=self._data.max_pixels, exif=self._data.exif)
-        return preprocess(image, self._image_size)
+    def _pixels(self, image: ImageRef) -> torch.Tensor:
+        read = read_image(image, max_pixels=self._data.max_pixels, exif=self._data.exif)
+        return preprocess(read, self._image_size)
 
     def _drawn(self, example: Example, plan: RowPlan, epoch: int) -> list[Sample]:
         """One round per conversation, and with probability 1/2 the round before it as history.

@@ -22,8 +22,8 @@ def picture_contents(examples: Iterable[Example], done: Told | None = None) -> d
     """
     sizes: defaultdict[int, dict[str, list[Path]]] = defaultdict(dict)
     for example in examples:
-        if example.image is not None:
-            sizes[example.image_bytes].setdefault(os.path.realpath(example.image), []).append(example.image)
+        for image, size in zip(example.images, example.image_bytes, strict=True):
+            sizes[size].setdefault(os.path.realpath(image), []).append(image)
     contents: dict[Path, str] = {}
     read: list[str] = []
     for size, places in sizes.items():
@@ -59,13 +59,13 @@ class Repeated:
 def repeated(examples: Sequence[Example], contents: dict[Path, str], caption_question: str | None) -> Repeated:
     """What stands in ``examples`` more than once. Several captions of a picture are no contradiction."""
     files: defaultdict[str, dict[str, str]] = defaultdict(dict)
-    asked: defaultdict[tuple[str, str], list[Conversation]] = defaultdict(list)
+    asked: defaultdict[tuple[tuple[str, ...], str], list[Conversation]] = defaultdict(list)
     for example in examples:
-        content = "" if example.image is None else contents[example.image]
-        if example.image is not None:
-            files[content].setdefault(str(example.image), str(example.image))
+        for image in example.images:
+            files[contents[image]].setdefault(str(image), str(image))
+        shown = tuple(contents[image] for image in example.images)
         for conversation in example.conversations:
-            asked[content, conversation.turns[0].question.strip()].append(conversation)
+            asked[shown, conversation.turns[0].question.strip()].append(conversation)
     found = Repeated(pictures=[list(names) for names in files.values() if len(names) > 1])
     for (_, question), conversations in asked.items():
         if len(conversations) > 1:
@@ -86,9 +86,10 @@ def _compare(question: str, conversations: list[Conversation], caption_question:
 
 def leaks(train: Sequence[Example], validation: Sequence[Example], contents: dict[Path, str]) -> list[tuple[str, str]]:
     """Pairs of files, of validation and of training, that show the same picture."""
-    trained = {contents[example.image]: str(example.image) for example in train if example.image is not None}
+    trained = {contents[image]: str(image) for example in train for image in example.images}
     return [
-        (str(example.image), trained[contents[example.image]])
+        (str(image), trained[contents[image]])
         for example in validation
-        if example.image is not None and contents[example.image] in trained
+        for image in example.images
+        if contents[image] in trained
     ]

@@ -64,14 +64,12 @@ class Places:
     _roots: dict[Path, Root] = field(default_factory=dict)
     _written: set[str] = field(default_factory=set)
 
-    def locate(self, image: PictureSource, folder: Path) -> Located | None:
-        """The file of ``image``, named in a file that lies in ``folder``; it need not exist. None: no picture.
+    def locate(self, image: PictureSource, folder: Path) -> Located:
+        """The file of ``image``, named in a file that lies in ``folder``; it need not exist.
 
         :raises BadRecordError: ``image-outside``, a path that leaves every root; ``image-empty``.
         :raises OutputFolderError, DiskFullError: an embedded picture cannot be written.
         """
-        if image is None:
-            return None
         if isinstance(image, Embedded):
             return self._extract(image.data)
         roots = [self._root(root) for root in self.image_roots or (folder,)]

@@ -6,11 +6,10 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cogtune.data.budget import Budget
-from cogtune.data.records import Example
+from cogtune.data.records import Example, ImageRef
 from cogtune.data.rows import encode_sample, plan_rows
 from cogtune.errors import DataError
 from cogtune.processing.encode import IGNORED, IMAGE
@@ -26,7 +25,7 @@ Kind = Literal["context", "trained", "special", "picture"]
 
 @dataclass(frozen=True)
 class Token:
-    """One token, or ``count`` of them: the positions of a picture, or the tokens of one character."""
+    """One token, or ``count`` of them: the positions of images that touch, or the tokens of one character."""
 
     text: str
     kind: Kind
@@ -54,7 +53,7 @@ class RowPreview:
     """One row. ``dropped``: answers of the example that training leaves out, over the rows of this example."""
 
     key: str
-    image: Path | None
+    images: tuple[ImageRef, ...]
     sources: tuple[str, ...]
     segments: tuple[Segment, ...]
     tokens: int
@@ -81,7 +80,7 @@ def preview_rows(
     encoder, pieces = tokens.encoder(), _Pieces(tokens)
     for fitted in Budget(encoder, data).fit(chosen):
         example = chosen[fitted.index]
-        head = encoder.head_tokens(int(example.image is not None))
+        head = encoder.head_tokens(len(example.images))
         plans = plan_rows(fitted, head=head, limit=data.max_row_tokens, one_random=data.turns == "one_random")
         answers = sum(len(conversation.turns) for conversation in example.conversations)
         dropped = answers - len(fitted.samples)
@@ -90,14 +89,14 @@ def preview_rows(
             sources = dict.fromkeys(example.conversations[sample.conversation].source for sample in plan.samples)
             labelled = sum(label != IGNORED for label in row.labels)
             segments = tuple(_segments(row, pieces))
-            yield RowPreview(example.key, example.image, tuple(sources), segments, len(row), labelled, dropped)
+            yield RowPreview(example.key, example.images, tuple(sources), segments, len(row), labelled, dropped)
         if not plans:
-            yield RowPreview(example.key, example.image, (example.conversations[0].source,), (), 0, 0, dropped)
+            yield RowPreview(example.key, example.images, (example.conversations[0].source,), (), 0, 0, dropped)
 
 
 def _is_named(example: Example, record: str) -> bool:
     names = {example.key, *(conversation.id for conversation in example.conversations)}
-    return record in names or (example.image is not None and example.image.name == record)
+    return record in names or any(image.name == record for image in example.images)
 
 
 def _segments(row: Row, pieces: _Pieces) -> Iterator[Segment]:

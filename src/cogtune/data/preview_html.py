@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from PIL import Image
 
 from cogtune.data.preview import RowPreview, Segment, Token
+from cogtune.data.records import ImageRef
 
 _SIDE = 448
 _STYLE = """
@@ -62,7 +63,7 @@ def _row(row: RowPreview, exif: str) -> str:
     tree = "".join(_segment(segment, children) for segment in children.get(-1, []))
     return (
         f'<h2>{html.escape(row.key)}</h2><p class="about">{html.escape(about)}</p>'
-        f'<div class="row">{_figure(row, exif)}<div class="tree">{tree}</div></div>'
+        f'<div class="row">{_figures(row, exif)}<div class="tree">{tree}</div></div>'
     )
 
 
@@ -85,15 +86,19 @@ def _token(token: Token) -> str:
     return f'<span class="t {kind}">{shown}</span>'
 
 
-def _figure(row: RowPreview, exif: str) -> str:
-    if row.image is None:
+def _figures(row: RowPreview, exif: str) -> str:
+    if not row.images:
         return "<figure><figcaption>no picture</figcaption></figure>"
+    return "".join(_figure(image, exif) for image in row.images)
+
+
+def _figure(path: ImageRef, exif: str) -> str:
     from cogtune.processing.image import read_image
 
-    image = read_image(row.image, exif=exif)
+    image = read_image(path, exif=exif)
     square = image.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
     stream = io.BytesIO()
     square.save(stream, "JPEG", quality=85)
     data = base64.b64encode(stream.getvalue()).decode()
-    caption = f"{html.escape(row.image.name)}, {image.width} x {image.height}, made square as the model sees it"
+    caption = f"{html.escape(path.name)}, {image.width} x {image.height}, made square as the model sees it"
     return f'<figure><img alt="" src="data:image/jpeg;base64,{data}"><figcaption>{caption}</figcaption></figure>'

@@ -130,18 +130,18 @@ class FolderReader:
                 continue
             for turns in dialogues:
                 identity = f"{self.name}/{pair.stem}#{number}"
-                pair.conversations.append(Conversation(identity, pair.image, turns, source))
+                pair.conversations.append(Conversation(identity, turns, source))
                 number += 1
         return pair
 
     def _example(self, pair: _Pair) -> Example:
         return Example(
             key=f"{self.name}/{pair.stem}",
-            image=pair.image,
+            images=(pair.image,),
             conversations=tuple(pair.conversations),
             weight=self.weight,
             split_key=f"{self.split_name}/{pair.stem}",
-            image_bytes=pair.header.size,
+            image_bytes=(pair.header.size,),
         )
 
 

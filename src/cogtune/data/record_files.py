@@ -1,4 +1,4 @@
-"""Files of records that name their pictures: records that name the same picture become one example."""
+"""Files of records that name their pictures: records that name the same pictures become one example."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cogtune.data.formats import arrow, coco, jsonfiles, table, vqa
-from cogtune.data.formats.item import Content, Item, Wording
+from cogtune.data.formats.item import Content, Item, RecordRules
 from cogtune.data.picture_headers import PictureHeader, check_picture, in_threads
 from cogtune.data.picture_paths import Located, Places
 from cogtune.data.problems import BadRecordError, Problem, Problems
@@ -18,11 +18,11 @@ from cogtune.data.report import DataReport, SourceReport
 
 @dataclass
 class _Group:
-    """The conversations on one picture file (None: one text-only record), gathered before the file is looked at."""
+    """The conversations on the same images (none: one text-only record), gathered before their files are looked at."""
 
-    image: Located | None
+    images: tuple[Located, ...]
     conversations: list[Conversation] = field(default_factory=list)
-    header: PictureHeader = field(default_factory=lambda: PictureHeader(0))
+    headers: list[PictureHeader] = field(default_factory=list)
     problem: tuple[str, str] | None = None
 
 
@@ -40,7 +40,7 @@ class RecordsReader:
     name: str
     split_name: str
     weight: float
-    wording: Wording
+    rules: RecordRules
     places: Places
     max_pixels: int | None
 
@@ -80,7 +80,8 @@ class RecordsReader:
                 continue
             example = self._example(group)
             source.count(example)
-            report.count_header(group.header)
+            for header in group.headers:
+                report.count_header(header)
             examples.append(example)
         return examples
 
@@ -90,25 +91,24 @@ class RecordsReader:
                 yield from ((questions, item) for item in vqa.items(questions, annotations))
             return
         readers: dict[str, Callable[[Path], Iterator[Item]]] = {
-            "coco": lambda file: coco.items(file, self.wording),
-            "csv": lambda file: table.items(file, self.wording),
-            "parquet": lambda file: arrow.items(file, self.wording),
-            "hf": lambda file: arrow.items(file, self.wording),
+            "coco": lambda file: coco.items(file, self.rules),
+            "csv": lambda file: table.items(file, self.rules),
+            "parquet": lambda file: arrow.items(file, self.rules),
+            "hf": lambda file: arrow.items(file, self.rules),
         }
         for file in self.files:
-            reader = readers.get(self.form, lambda file: jsonfiles.items(file, self.form, self.wording))
+            reader = readers.get(self.form, lambda file: jsonfiles.items(file, self.form, self.rules))
             yield from ((file, item) for item in reader(file))
 
     def _take(self, content: Content, file: Path, item: Item, groups: dict[str, _Group], ids: set[str]) -> None:
         """Put one record's conversations into their example's group."""
-        located = self.places.locate(content.image, file.parent)
+        images = tuple(self.places.locate(image, file.parent) for image in content.images)
         identity = self._identity(content, file, item, ids)
-        group_key = item.where if located is None else str(located.path)
-        group = groups.setdefault(group_key, _Group(located))
-        image = None if located is None else located.path
+        group_key = "\0".join(str(image.path) for image in images) if images else item.where
+        group = groups.setdefault(group_key, _Group(images))
         for position, turns in enumerate(content.dialogues):
             own = identity if len(content.dialogues) == 1 else f"{identity}#{position}"
-            group.conversations.append(Conversation(own, image, turns, item.where))
+            group.conversations.append(Conversation(own, turns, item.where))
 
     def _identity(self, content: Content, file: Path, item: Item, ids: set[str]) -> str:
         """Ids of our own records are what their author says; elsewhere they are often repeated, and made unique."""
@@ -124,29 +124,29 @@ class RecordsReader:
         return identity
 
     def _check(self, group: _Group) -> _Group:
-        if group.image is None:
-            return group
-        path = group.image.path
-        try:
-            if not path.is_file():
-                raise BadRecordError("image-missing", f"the picture {path} does not exist")
-            group.header = check_picture(path, self.max_pixels)
-        except BadRecordError as bad:
-            named = "" if bad.kind == "image-missing" else f"{path}: "
-            group.problem = (bad.kind, named + bad.what)
+        for path in (image.path for image in group.images):
+            try:
+                if not path.is_file():
+                    raise BadRecordError("image-missing", f"the picture {path} does not exist")
+                group.headers.append(check_picture(path, self.max_pixels))
+            except BadRecordError as bad:
+                named = "" if bad.kind == "image-missing" else f"{path}: "
+                group.problem = (bad.kind, named + bad.what)
+                break
         return group
 
     def _example(self, group: _Group) -> Example:
         conversations = tuple(group.conversations)
-        if group.image is None:
-            return Example(conversations[0].id, None, conversations, self.weight, text_key(conversations))
+        if not group.images:
+            return Example(conversations[0].id, (), conversations, self.weight, text_key(conversations))
+        names = "+".join(image.name for image in group.images)
         return Example(
-            key=f"{self.name}/{group.image.name}",
-            image=group.image.path,
+            key=f"{self.name}/{names}",
+            images=tuple(image.path for image in group.images),
             conversations=conversations,
             weight=self.weight,
-            split_key=f"{self.split_name}/{group.image.name}",
-            image_bytes=group.header.size,
+            split_key=f"{self.split_name}/{names}",
+            image_bytes=tuple(header.size for header in group.headers),
         )
 
 

@@ -1,6 +1,6 @@
 """What a data set is made of: turns, conversations, and examples.
 
-An :class:`Example` is the unit of splitting, ordering and tree building: an image and all conversations about it, or a
+An :class:`Example` is the unit of splitting, ordering and tree building: images and all conversations about them, or a
 text-only record. Each answer in it is trained as a sample of its own (`data.budget.Sample`).
 """
 
@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+ImageRef = Path
+"""What names one image: its file. Features are kept by it, so equal references show the same pixels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,26 +27,25 @@ class Conversation:
     """One dialogue. ``id`` is the record's key in predictions; ``source`` is ``file:record`` for messages."""
 
     id: str
-    image: Path | None
     turns: tuple[Turn, ...]
     source: str
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """An image and all conversations about it; without an image, one text-only record.
+    """Images, in their order, and all conversations about them; without an image, one text-only record.
 
     ``key`` is ``folder/stem`` (JSONL: ``folder/relative path``; text-only: the record's id), where ``folder`` is as
     much of the data root's path as it takes to tell the roots apart. ``split_key`` uses the root's own name only, so
-    that it stays the same when further roots are added. ``image_bytes`` is the file's size, part of the fingerprint.
+    that it stays the same when further roots are added. ``image_bytes`` are the files' sizes, part of the fingerprint.
     """
 
     key: str
-    image: Path | None
+    images: tuple[ImageRef, ...]
     conversations: tuple[Conversation, ...]
     weight: float = 1.0
     split_key: str = ""
-    image_bytes: int = 0
+    image_bytes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ class Question:
 
     id: str
     turn: int
-    image: Path | None
+    images: tuple[ImageRef, ...]
     question: str
     reference: str
     history: tuple[tuple[str, str], ...]
@@ -64,4 +66,4 @@ def iter_questions(examples: Iterable[Example]) -> Iterator[Question]:
         for conversation in example.conversations:
             pairs = tuple((turn.question, turn.answer) for turn in conversation.turns)
             for number, (question, reference) in enumerate(pairs):
-                yield Question(conversation.id, number, conversation.image, question, reference, pairs[:number])
+                yield Question(conversation.id, number, example.images, question, reference, pairs[:number])

@@ -35,10 +35,9 @@ class SourceReport:
         conversations = len(example.conversations)
         self.conversations += conversations
         self.turns += sum(len(conversation.turns) for conversation in example.conversations)
-        if example.image is None:
+        self.pictures += len(example.images)
+        if not example.images:
             self.text_only += conversations
-        else:
-            self.pictures += 1
 
 
 @dataclass
@@ -118,6 +117,6 @@ def fingerprint(examples: Iterable[Example]) -> str:
             [conversation.id, [[turn.question, turn.answer] for turn in conversation.turns]]
             for conversation in example.conversations
         ]
-        line = json.dumps([example.key, example.image_bytes, example.weight, conversations])
+        line = json.dumps([example.key, sum(example.image_bytes), example.weight, conversations])
         digest.update(line.encode("ascii") + b"\n")
     return digest.hexdigest()

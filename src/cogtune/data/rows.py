@@ -14,7 +14,7 @@ from cogtune.processing.encode import Encoded, Encoder
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:
-    """One row: samples of one example, and its length in tokens (BOS and image included).
+    """One row: samples of one example, and its length in tokens (BOS and images included).
 
     With ``data.turns: one_random`` it holds every round that may be drawn, and ``tokens`` is the most it can take.
     """
@@ -26,21 +26,21 @@ class RowPlan:
 
 @dataclass(frozen=True, slots=True)
 class RowShape:
-    """What a row weighs: whether it has a picture, all its tokens, those with a label, and the answers it trains."""
+    """What a row weighs: its images, all its tokens, those with a label, and the answers it trains."""
 
-    picture: bool
+    images: int
     tokens: int
     labelled: int
     answers: int
 
 
-def shape_of(plan: RowPlan, *, picture: bool, one_random: bool) -> RowShape:
+def shape_of(plan: RowPlan, *, images: int, one_random: bool) -> RowShape:
     """The shape of a planned row; where one of several rounds is drawn, of the longest."""
     rounds: dict[int, list[int]] = {}
     for sample in plan.samples:
         rounds.setdefault(sample.conversation, []).append(sample.answer)
     labelled = sum(max(answers) if one_random else sum(answers) for answers in rounds.values())
-    return RowShape(picture, plan.tokens, labelled, len(rounds) if one_random else len(plan.samples))
+    return RowShape(images, plan.tokens, labelled, len(rounds) if one_random else len(plan.samples))
 
 
 def encode_sample(encoder: Encoder, example: Example, sample: Sample, max_output_len: int) -> Encoded:
@@ -48,7 +48,7 @@ def encode_sample(encoder: Encoder, example: Example, sample: Sample, max_output
     turns = example.conversations[sample.conversation].turns
     turn = turns[sample.turn]
     history = [(past.question, past.answer) for past in turns[sample.first : sample.turn]]
-    encoded = encoder.encode(turn.question, history, answer=turn.answer, images=int(example.image is not None))
+    encoded = encoder.encode(turn.question, history, answer=turn.answer, images=len(example.images))
     if not sample.cut:
         return encoded
     end = encoded.prompt_len + max_output_len
@@ -58,7 +58,7 @@ def encode_sample(encoder: Encoder, example: Example, sample: Sample, max_output
 def plan_rows(fitted: FittedExample, *, head: int, limit: int | None, one_random: bool) -> list[RowPlan]:
     """The rows of one example, in the order of its samples; none when it has no sample.
 
-    :param head: tokens before the text (BOS, image), shared by all samples of a row.
+    :param head: tokens before the text (BOS, images and the texts behind them), shared by all samples of a row.
     :param limit: most tokens of a row. A single sample longer than that still gets a row (the caller refuses it).
     """
     rows: list[RowPlan] = []

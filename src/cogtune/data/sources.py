@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogtune.data.formats.detect import Source, find_sources
-from cogtune.data.formats.item import Wording
+from cogtune.data.formats.item import RecordRules
 from cogtune.data.picture_paths import Places, default_extract_dir
 from cogtune.data.problems import Problem, Problems
 from cogtune.data.published_layout import FolderReader
@@ -33,21 +33,23 @@ class _Entry:
     weight: float
 
 
-def read_sources(data: DataSection, paths: Sequence[Any] | None = None) -> tuple[list[Example], DataReport]:
-    """Read every folder and file of ``data.path`` (or of ``paths``).
+def read_sources(
+    data: DataSection, paths: Sequence[Any] | None = None, *, max_images: int = 1
+) -> tuple[list[Example], DataReport]:
+    """Read every folder and file of ``data.path`` (or of ``paths``), for a model of ``max_images`` images a prompt.
 
     Entries are read in the given order; a folder's examples in the order of their names, others in that of the records.
 
     :raises DataError: for bad input, unless ``data.on_bad`` is ``skip`` and no more than ``data.max_bad_share`` is bad.
     """
-    examples, report, problems = collect_sources(data, paths)
+    examples, report, problems = collect_sources(data, paths, max_images=max_images)
     good = sum(len(example.conversations) for example in examples)
     problems.settle(good, data.on_bad, data.max_bad_share)
     return examples, report
 
 
 def collect_sources(
-    data: DataSection, paths: Sequence[Any] | None = None, done: Done | None = None
+    data: DataSection, paths: Sequence[Any] | None = None, done: Done | None = None, *, max_images: int = 1
 ) -> tuple[list[Example], DataReport, Problems]:
     """As `read_sources`, with what is wrong with single records returned instead of raised.
 
@@ -72,13 +74,11 @@ def collect_sources(
             "weight": entry.weight,
             "max_pixels": data.max_pixels,
         }
-        wording = Wording(data.caption_question, data.system)
+        rules = RecordRules(data.caption_question, data.system, max_images)
         reader: FolderReader | RecordsReader = (
             FolderReader(labels=data.labels, caption_question=data.caption_question, **common)
             if entry.source.form == "folder"
-            else RecordsReader(
-                entry.source.form, entry.source.files, names=files, wording=wording, places=places, **common
-            )
+            else RecordsReader(entry.source.form, entry.source.files, names=files, rules=rules, places=places, **common)
         )
         examples += reader.read(problems, report, done)
     if data.image_root and not places.used:
@@ -137,11 +137,11 @@ def _names(paths: Sequence[Path]) -> dict[Path, str]:
 
 
 def _merged(examples: list[Example]) -> list[Example]:
-    """Join examples whose picture several files of records name with the same weight; the first place counts."""
+    """Join examples whose images several files of records name with the same weight; the first place counts."""
     merged: dict[tuple[str, float], Example] = {}
     for example in examples:
         slot = (example.key, example.weight)
-        if slot in merged and example.image is not None:
+        if slot in merged and example.images:
             first = merged[slot]
             example = replace(first, conversations=first.conversations + example.conversations)
         elif slot in merged:

@@ -40,7 +40,7 @@ class DataSplit:
 def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
     """``(train, validation)``, both in the given order.
 
-    Each example's side depends on (seed, its own key) only: adding records moves nothing. Examples that name the same
+    Each example's side depends on (seed, its own key) only: adding records moves nothing. Examples that show the same
     file go the same way, as do text-only records with the same text.
     """
     if share <= 0:
@@ -49,20 +49,22 @@ def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Ex
     train: list[Example] = []
     validation: list[Example] = []
     for example in examples:
-        key = example.split_key if example.image is None else keys[os.path.realpath(example.image)]
+        key = keys[os.path.realpath(example.images[0])] if example.images else example.split_key
         (validation if _draw(key, seed) < share else train).append(example)
     return train, validation
 
 
-def read_and_split(data: DataSection, seed: int) -> DataSplit:
+def read_and_split(data: DataSection, seed: int, *, max_images: int = 1) -> DataSplit:
     """Everything a training run reads, split as ``data.validation`` or ``data.validation_share`` says.
+
+    ``max_images``: how many images a prompt of the model takes.
 
     :raises DataError: for bad input; when a picture is in both training and validation folders; when nothing is left
         to train on.
     """
-    examples, report = read_sources(data)
+    examples, report = read_sources(data, max_images=max_images)
     if data.validation:
-        validation, own_report = read_sources(data, data.validation)
+        validation, own_report = read_sources(data, data.validation, max_images=max_images)
         refuse_overlap(examples, validation)
         return DataSplit(examples, validation, report, own_report)
     train, validation = split(examples, data.validation_share, seed)
@@ -86,24 +88,42 @@ def _draw(key: str, seed: int) -> float:
 
 
 def _keys_by_file(examples: Iterable[Example]) -> dict[str, str]:
-    """For each image file one key: the first in alphabetical order, should several sources name the file."""
+    """For each image file one key. Files that examples show together form a group, whose key is the first in
+    alphabetical order of its examples' own."""
+    shown = [(example.split_key, [os.path.realpath(image) for image in example.images]) for example in examples]
+    parent = {file: file for _, files in shown for file in files}  # a forest, one tree for all files that go together
+
+    def root(file: str) -> str:
+        while parent[file] != file:
+            parent[file] = file = parent[parent[file]]
+        return file
+
+    for _, files in shown:
+        for file in files[1:]:
+            parent[root(file)] = root(files[0])
     keys: dict[str, str] = {}
-    for example in examples:
-        if example.image is not None:
-            real = os.path.realpath(example.image)
-            keys[real] = min(keys.get(real, example.split_key), example.split_key)
-    return keys
+    for key, files in shown:
+        if files:
+            first = root(files[0])
+            keys[first] = min(keys.get(first, key), key)
+    return {file: keys[root(file)] for file in parent}
 
 
 def refuse_overlap(train: Iterable[Example], validation: Iterable[Example]) -> None:
     """Raise DataError ``data-overlap`` where both have a picture file, or the text of a text-only record."""
-    trained = {os.path.realpath(p.image) if p.image is not None else p.split_key: p for p in train}
+    trained = {place: example for example in train for place in _places(example)}
     for example in validation:
-        place = os.path.realpath(example.image) if example.image is not None else example.split_key
-        if place in trained:
+        for place in _places(example):
+            if place not in trained:
+                continue
             sources = example.conversations[0].source, trained[place].conversations[0].source
             raise DataError(
                 f"{sources[0]}: validation has the picture or text that training has in {sources[1]}",
                 hint="leave it out of one of the two, or use data.validation_share instead of data.validation",
                 code="data-overlap",
             )
+
+
+def _places(example: Example) -> set[str]:
+    """What an example shows: its image files, or its text."""
+    return {os.path.realpath(image) for image in example.images} or {example.split_key}

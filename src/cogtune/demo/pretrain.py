@@ -106,12 +106,12 @@ class Rows:
 
     def _drawing(self, drawing: Drawing, rng: random.Random) -> RowSample:
         samples = [self.encoder.encode(question, answer=answer) for question, answer in drawing.conversations(rng)]
-        return RowSample(build_tree(samples), preprocess(drawing.image, self.image_size), ())
+        return RowSample(build_tree(samples), (preprocess(drawing.image, self.image_size),), ())
 
     def _text(self, rng: random.Random) -> RowSample:
         text = " ".join(rng.choice(self.words) for _ in range(rng.randint(2, 8)))
         sample = self.encoder.encode(f"{words.SPEAK} {text}", answer=text, images=0)
-        return RowSample(build_tree([sample]), None, ())
+        return RowSample(build_tree([sample]), (), ())
 
 
 class Stream(IterableDataset[dict[str, Any]]):

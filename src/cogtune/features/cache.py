@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from cogtune.checkpoint.resume_state import is_disk_full
+from cogtune.data.records import ImageRef
 from cogtune.distributed.group import Group
 from cogtune.errors import DataError, DiskFullError, Stopped
 from cogtune.features.budget import Space, evict, measure
@@ -78,7 +79,7 @@ class FeatureCache:
     """Made by every process of a run together; ``images`` may name a file twice; ``exif`` as in `read_image`."""
 
     def __init__(
-        self, root: Path, variant: Variant, images: Collection[Path], ranks: Group, *, exif: str = "ignore"
+        self, root: Path, variant: Variant, images: Collection[ImageRef], ranks: Group, *, exif: str = "ignore"
     ) -> None:
         self.store = Store(root, variant)
         self._root, self._ranks = root, ranks

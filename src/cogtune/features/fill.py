@@ -15,10 +15,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
+from cogtune.data.records import ImageRef
 from cogtune.errors import CogtuneError, DataError
 from cogtune.features.file_format import relative_error
 from cogtune.features.index import PictureIndex, Stamp, content_digest, pixel_digest
@@ -34,7 +34,7 @@ _AHEAD = 4  # decoded batches that wait for the device, and written ones that wa
 class Decoded:
     """A picture on its way: ``pixels`` None where its features turned out to be there already."""
 
-    image: Path
+    image: ImageRef
     stamp: Stamp
     content: str
     digest: str
@@ -75,7 +75,7 @@ class Filler:
 
     def __init__(
         self,
-        images: Sequence[Path],
+        images: Sequence[ImageRef],
         tower: Tower,
         store: Store,
         index: PictureIndex,
@@ -123,7 +123,7 @@ class Filler:
         self.filled.seconds += time.perf_counter() - began
         return left
 
-    def _decode(self, images: Sequence[Path]) -> Iterator[Decoded | DataError]:
+    def _decode(self, images: Sequence[ImageRef]) -> Iterator[Decoded | DataError]:
         """In order, decoding ahead."""
         ahead: deque[Future[Decoded | DataError]] = deque()
         most = self._settings.workers + _AHEAD * self._settings.batch
@@ -134,7 +134,7 @@ class Filler:
         while ahead:
             yield ahead.popleft().result()
 
-    def _decode_one(self, image: Path) -> Decoded | DataError:
+    def _decode_one(self, image: ImageRef) -> Decoded | DataError:
         """Runs in a thread."""
         settings = self._settings
         try:
@@ -218,7 +218,7 @@ class Filler:
                 self.filled.errors.append(measured)
 
 
-def _identify(image: Path) -> tuple[Stamp, str]:
+def _identify(image: ImageRef) -> tuple[Stamp, str]:
     try:
         return Stamp.of(image), content_digest(image)
     except OSError as error:

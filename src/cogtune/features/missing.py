@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cogtune.data.picture_headers import in_threads
+from cogtune.data.records import ImageRef
 from cogtune.distributed.group import Group
 from cogtune.features.index import PictureIndex, Stamp
 from cogtune.features.store import Store, make_folder
@@ -24,16 +25,16 @@ class Survey:
     and ``to_compute`` count over all processes; a picture never seen before counts as one to compute."""
 
     present: dict[str, str]
-    missing: list[Path]
+    missing: list[ImageRef]
     pictures: int
     to_compute: int
 
 
-def survey(images: Collection[Path], store: Store, index: PictureIndex, ranks: Group) -> Survey:
+def survey(images: Collection[ImageRef], store: Store, index: PictureIndex, ranks: Group) -> Survey:
     """Look for the features of ``images``; those found are marked as used now."""
     mine, pictures = _share(sorted(set(images), key=os.fspath), store.root, ranks)
 
-    def look(some: Sequence[Path]) -> list[str | None]:
+    def look(some: Sequence[ImageRef]) -> list[str | None]:
         return [_look(image, store, index) for image in some]
 
     chunks = [mine[start : start + _CHUNK] for start in range(0, len(mine), _CHUNK)]
@@ -43,7 +44,7 @@ def survey(images: Collection[Path], store: Store, index: PictureIndex, ranks: G
     return Survey(present, missing, pictures, sum(ranks.gather(len(missing))))
 
 
-def _look(image: Path, store: Store, index: PictureIndex) -> str | None:
+def _look(image: ImageRef, store: Store, index: PictureIndex) -> str | None:
     with suppress(OSError):  # whoever reads the picture says what is wrong with it
         digest = index.find(Stamp.of(image))
         if digest is not None and store.has(digest):
@@ -52,7 +53,7 @@ def _look(image: Path, store: Store, index: PictureIndex) -> str | None:
     return None
 
 
-def _share(images: Sequence[Path], root: Path, ranks: Group) -> tuple[list[Path], int]:
+def _share(images: Sequence[ImageRef], root: Path, ranks: Group) -> tuple[list[ImageRef], int]:
     """This process's pictures, and how many there are over all: each once where all processes see the same cache, else
     each once for every machine."""
     if ranks.size == 1:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 
+from cogtune.data.records import ImageRef
 from cogtune.features.lease import Lease
 from cogtune.features.store import FeatureCacheError, Store
 
 
 class FeatureReader:
-    """Calling it with a picture's path gives its features [Q, W] in the run's number format.
+    """Calling it with an image gives its features [Q, W] in the run's number format.
 
     :param digests: path -> digest of the pixels, for every picture the run can ask for.
     """
@@ -21,7 +21,7 @@ class FeatureReader:
     def __init__(self, store: Store, digests: Mapping[str, str], dtype: torch.dtype, lease: Lease) -> None:
         self._store, self._digests, self._dtype, self._lease = store, digests, dtype, lease
 
-    def __call__(self, image: Path) -> torch.Tensor:
+    def __call__(self, image: ImageRef) -> torch.Tensor:
         """Raises FeatureCacheError: ``cache-missing``, ``cache-damaged``."""
         self._lease.renew()
         try:

@@ -1,4 +1,4 @@
-"""A conversation about a picture, or about none, and the loop that reads it line by line.
+"""A conversation about images, or about none, and the loop that reads it line by line.
 
 The prompt is the model's own template around the whole conversation, rebuilt for every question by the functions that
 training uses. Answers go to ``write``; everything else (notes, mistakes, prompts) to ``note``, so that with piped input
@@ -31,13 +31,13 @@ ReadLine = Callable[[], str | None]
 
 
 class Chat:
-    """Picture, history, and how to answer."""
+    """Images, history, and how to answer."""
 
     def __init__(self, generator: Generator, decoding: Decoding, *, max_input_len: int | None = None) -> None:
         self.generator = generator
         self.decoding = decoding
         self.max_input_len = max_input_len
-        self.image: Image.Image | None = None
+        self.images: tuple[Image.Image, ...] = ()
         self.history: list[tuple[str, str]] = []
 
     def show(self, path: str | Path) -> str:
@@ -48,12 +48,12 @@ class Chat:
         """
         image = read_image(Path(path).expanduser())
         restarted = "; the conversation starts again" if self.history else ""
-        self.image, self.history = image, []
+        self.images, self.history = (image,), []
         return f"picture: {path} ({image.width} x {image.height}){restarted}"
 
     def clear(self) -> None:
         """Forget picture and conversation."""
-        self.image, self.history = None, []
+        self.images, self.history = (), []
 
     def ask(self, query: str, write: Write, note: Write) -> str:
         """Stream the answer to ``query`` and remember both. Ctrl-C stops it; what came so far is the answer then.
@@ -65,7 +65,7 @@ class Chat:
         processor = self.generator.processor
         limit = prompt_limit(
             processor.config,
-            image=self.image is not None,
+            head=processor.encoder.head_tokens(len(self.images), self.generator.template),
             max_new_tokens=self.decoding.max_new_tokens,
             max_input_len=self.max_input_len,
         )
@@ -76,7 +76,7 @@ class Chat:
             note(f"[{dropped} oldest turn{plural} dropped: the conversation has outgrown {limit} tokens]")
         pieces: list[str] = []
         try:
-            answer = self.generator.stream(self.image, query, self.history, self.decoding)
+            answer = self.generator.stream(self.images, query, self.history, self.decoding)
         except KeyboardInterrupt:
             note("[stopped]")
             return ""

@@ -1,7 +1,7 @@
 """A model that answers: one question as a stream, or many as a batch.
 
-Questions, pictures and history become tokens by the same functions as in training. The tower's output is kept while
-questions about the same picture follow each other, as they do in a chat and in a data set.
+Questions, images and history become tokens by the same functions as in training. The tower's output is kept while
+questions about the same image follow each other, as they do in a chat and in a data set.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from cogtune.generate.history import Turns
 from cogtune.generate.stream import Answer, TextPieces
 from cogtune.processing.processor import CogVLM2Processor
 
-Picture = Image.Image | None
-Ask = tuple[Picture, str, Turns]
-"""Picture or None, question, and the earlier (question, answer) pairs."""
+Images = Image.Image | Sequence[Image.Image] | None
+Ask = tuple[Images, str, Turns]
+"""Images (one, several in order, or None), question, and the earlier (question, answer) pairs."""
 
 GREEDY = Decoding()
 
@@ -30,7 +30,7 @@ GREEDY = Decoding()
 class Generator:
     """Answers with ``model`` (plain, or with a peft adapter) and its ``processor``.
 
-    It remembers the last pictures' features, so after the tower's weights have changed make a new one.
+    It remembers the last images' features, so after the tower's weights have changed make a new one.
 
     Args:
         template: ``chat``, ``vqa`` or ``base``; None: the checkpoint's own.
@@ -59,6 +59,7 @@ class Generator:
         Rows are padded on the left, which changes nothing but rounding.
 
         Raises:
+            InputError: more images in a question than the model takes.
             OutOfMemoryError: the batch does not fit on the device.
         """
         if not asks:
@@ -69,16 +70,17 @@ class Generator:
         start = inputs["input_ids"].shape[1]
         return [self.processor.decode(self._until_end(row[start:].tolist())).strip() for row in ids]
 
-    def stream(self, image: Picture, query: str, history: Turns = (), decoding: Decoding = GREEDY) -> Answer:
+    def stream(self, images: Images, query: str, history: Turns = (), decoding: Decoding = GREEDY) -> Answer:
         """The answer to one question, piece by piece, from a thread.
 
         Raises:
+            InputError: more images than the model takes.
             OutOfMemoryError: here or while iterating.
         """
         ends = set(self._generation_config(decoding).eos_token_id)
         pieces = TextPieces(lambda ids: self.processor.decode([token for token in ids if token not in ends]))
         with _explained_out_of_memory(1):
-            inputs = self._inputs([(image, query, history)])
+            inputs = self._inputs([(images, query, history)])
 
         def generate(streamer: Any, criterion: Any) -> None:
             with _explained_out_of_memory(1):
@@ -90,9 +92,12 @@ class Generator:
         return decoding.to_generation_config(self.processor.config, self.published)
 
     def _inputs(self, asks: Sequence[Ask]) -> dict[str, torch.Tensor]:
-        rows = []
-        for image, query, history in asks:
-            encoded = self.processor.encode(query, history, images=int(image is not None), template=self.template)
+        rows: list[dict[str, torch.Tensor]] = []
+        shown: list[Image.Image] = []
+        for images, query, history in asks:
+            own = _listed(images)
+            shown += own
+            encoded = self.processor.encode(query, history, images=len(own), template=self.template)
             rows.append(
                 {
                     "input_ids": torch.tensor([encoded.input_ids]),
@@ -101,23 +106,22 @@ class Generator:
                 }
             )
         inputs: dict[str, torch.Tensor] = {k: v.to(self.device) for k, v in self.processor.pad_left(rows).items()}
-        pictures = [image for image, _, _ in asks if image is not None]
-        if pictures:
-            inputs["image_features"] = self._encoded(pictures)
+        if shown:
+            inputs["image_features"] = self._encoded(shown)
         return inputs
 
     @torch.no_grad()
-    def _encoded(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
-        """The tower's output [N, grid * grid, width]; pictures of the last batch are not computed again."""
-        wanted = {id(picture): picture for picture in pictures}
+    def _encoded(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """The tower's output [N, grid * grid, width]; images of the last batch are not computed again."""
+        wanted = {id(image): image for image in images}
         kept = {key: self._features[key] for key in wanted if key in self._features}
-        new = [picture for key, picture in wanted.items() if key not in kept]
+        new = [image for key, image in wanted.items() if key not in kept]
         if new:
-            pixels = torch.cat([self.processor.pixels(picture) for picture in new]).to(self.device)
+            pixels = torch.cat([self.processor.pixels(image) for image in new]).to(self.device)
             features = self._features_of(pixels)
-            kept |= {id(picture): (picture, row) for picture, row in zip(new, features, strict=True)}
+            kept |= {id(image): (image, row) for image, row in zip(new, features, strict=True)}
         self._features = kept
-        return torch.stack([kept[id(picture)][1] for picture in pictures])
+        return torch.stack([kept[id(image)][1] for image in images])
 
     @torch.no_grad()
     def _features_of(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -135,6 +139,12 @@ class Generator:
         """Without the end token and the padding behind it."""
         ends = set(self._generation_config(GREEDY).eos_token_id)
         return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
+
+
+def _listed(images: Images) -> list[Image.Image]:
+    if images is None:
+        return []
+    return [images] if isinstance(images, Image.Image) else list(images)
 
 
 @contextmanager

@@ -12,10 +12,14 @@ from cogtune.processing.encode import Encoder
 Turns = Sequence[tuple[str, str]]
 
 
-def prompt_limit(config: CogVLM2Config, *, image: bool, max_new_tokens: int, max_input_len: int | None = None) -> int:
-    """Tokens a prompt's text may have: what the model's context leaves beside BOS, picture and answer, and no more than
-    ``max_input_len``. An answer limit as large as the context leaves the prompt half of the room."""
-    room = config.max_position_embeddings - 1 - (config.num_image_tokens if image else 0)
+def prompt_limit(config: CogVLM2Config, *, head: int, max_new_tokens: int, max_input_len: int | None = None) -> int:
+    """How many tokens a prompt's text may have.
+
+    That is what the model's context leaves beside the answer and the ``head`` tokens before the text (BOS and images:
+    `Encoder.head_tokens`), and no more than ``max_input_len``. An answer limit as large as the context leaves the
+    prompt half of the room.
+    """
+    room = config.max_position_embeddings - head
     limit = max(room - max_new_tokens, room // 2)
     return limit if max_input_len is None else min(limit, max_input_len)
 

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
 from cogtune.configuration.run_config import DataSection
-from cogtune.data.records import Question
+from cogtune.data.records import ImageRef, Question
 from cogtune.errors import DataError
 from cogtune.generate.decoding import Decoding
-from cogtune.generate.generator import Generator
+from cogtune.generate.generator import Ask, Generator
 from cogtune.generate.history import fit_history, prompt_limit
 from cogtune.generate.predictions_file import PredictionFile
 from cogtune.processing.image import read_image
@@ -88,7 +87,7 @@ class Predictor:
         self.answers: dict[int, str] = file.done | {p: text for p, text in file.pending.items() if p >= file.next}
         self.report = PredictReport(questions=len(questions), earlier=len(self.answers))
         self.bad: set[int] = {place for place in range(file.next) if place not in file.done}
-        self._pictures: dict[Path, Image.Image | DataError] = {}
+        self._images: dict[tuple[ImageRef, ...], tuple[Image.Image, ...] | DataError] = {}
 
     def run(self) -> PredictReport:
         """Answer what the file does not hold yet.
@@ -158,9 +157,9 @@ class Predictor:
             self.answers[place] = answer
         self.report.answered += len(asked)
 
-    def _ask(self, place: int) -> tuple[Image.Image | None, str, list[tuple[str, str]]]:
+    def _ask(self, place: int) -> Ask:
         question = self.questions[place]
-        image = None if question.image is None else self._picture(question.image)
+        images = self._read(question.images)
         history = list(question.history)
         if self.options.own_history:
             first = place - question.turn
@@ -168,7 +167,7 @@ class Predictor:
         processor = self.generator.processor
         limit = prompt_limit(
             processor.config,
-            image=image is not None,
+            head=processor.encoder.head_tokens(len(images), self.generator.template),
             max_new_tokens=self.decoding.max_new_tokens,
             max_input_len=self.options.max_input_len,
         )
@@ -178,18 +177,20 @@ class Predictor:
             where = f"{question.id}, turn {question.turn}"
             raise DataError(f"{where}: {error.message}", hint=error.hint, code=error.code) from error
         self.report.trimmed += dropped > 0
-        return image, question.question, kept
+        return images, question.question, kept
 
-    def _picture(self, path: Path) -> Image.Image:
-        """The picture, read once for all its questions: the same object, so that the tower runs once too."""
-        if path not in self._pictures:
-            kept = list(self._pictures)[-self.options.batch_size :]
-            self._pictures = {key: self._pictures[key] for key in kept}
+    def _read(self, images: tuple[ImageRef, ...]) -> tuple[Image.Image, ...]:
+        """An example's images, read once for all its questions: the same objects, so that the tower runs once too."""
+        if images and images not in self._images:
+            kept = list(self._images)[-self.options.batch_size :]
+            self._images = {key: self._images[key] for key in kept}
             try:
-                self._pictures[path] = read_image(path, max_pixels=self.data.max_pixels, exif=self.data.exif)
+                self._images[images] = tuple(
+                    read_image(image, max_pixels=self.data.max_pixels, exif=self.data.exif) for image in images
+                )
             except DataError as error:
-                self._pictures[path] = error
-        found = self._pictures[path]
+                self._images[images] = error
+        found = self._images.get(images, ())
         if isinstance(found, DataError):
             raise found
         return found

@@ -23,10 +23,11 @@ _ELSE = "give another --output, or remove this file and its .meta.json to start 
 
 
 def record(question: Question, answer: str) -> dict[str, Any]:
-    """The line of one answered question."""
+    """The line of one answered question; of several images ``image`` is the list."""
+    images = [str(image) for image in question.images]
     return {
         "id": question.id,
-        "image": None if question.image is None else str(question.image),
+        "image": images if len(images) > 1 else next(iter(images), None),
         "turn": question.turn,
         "question": question.question,
         "answer": answer,

@@ -32,20 +32,19 @@ TYPICAL = Rows(TYPICAL_ROWS, TYPICAL_ROWS, S400, S400, typical=True)
 
 
 def summary(shapes: Sequence[RowShape], pictures: int, image_tokens: int) -> Rows:
-    """The rows of a data set whose pictures take ``image_tokens`` positions each."""
+    """The rows of a data set whose images take ``image_tokens`` positions each; texts between them count as text."""
     if not shapes:
         return TYPICAL
-    texts = [shape.tokens - shape.picture * image_tokens for shape in shapes]
-    with_picture = sum(shape.picture for shape in shapes)
+    texts = [shape.tokens - shape.images * image_tokens for shape in shapes]
     count = len(shapes)
     largest = Batch(
-        images=1 if with_picture else 0,
+        images=max(shape.images for shape in shapes),
         text=max(texts),
         labelled=max(shape.labelled for shape in shapes),
         tree=any(shape.answers > 1 for shape in shapes),
     )
     mean = Batch(
-        images=with_picture / count,
+        images=sum(shape.images for shape in shapes) / count,
         text=round(sum(texts) / count),
         labelled=max(1, round(sum(shape.labelled for shape in shapes) / count)),
     )
@@ -63,13 +62,13 @@ def read_rows(config: RunConfig, sizes: ModelSizes) -> Rows:
 
     tokens = find_token_file(config.model.path, config.model.template)
     encoder = tokens.encoder()
-    examples = read_and_split(config.data, config.train.seed).train
+    examples = read_and_split(config.data, config.train.seed, max_images=encoder.max_images).train
     shapes = []
     for fitted in Budget(encoder, config.data).fit(examples):
-        picture = examples[fitted.index].image is not None
-        head = encoder.head_tokens(int(picture))
+        images = len(examples[fitted.index].images)
+        head = encoder.head_tokens(images)
         one_random = config.data.turns == "one_random"
         for row in plan_rows(fitted, head=head, limit=config.data.max_row_tokens, one_random=one_random):
-            shapes.append(shape_of(row, picture=picture, one_random=one_random))
-    found = summary(shapes, sum(example.image is not None for example in examples), sizes.image_tokens)
+            shapes.append(shape_of(row, images=images, one_random=one_random))
+    found = summary(shapes, sum(len(example.images) for example in examples), sizes.image_tokens)
     return replace(found, exact=tokens.exact)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from cogtune.configuration.model import CogVLM2Config
 from cogtune.configuration.quantization import QuantSection
 from cogtune.configuration.run_config import RunConfig
 from cogtune.data.loader import worker_count
+from cogtune.data.records import ImageRef
 from cogtune.data.split import read_and_split
 from cogtune.distributed import environment
 from cogtune.distributed.group import Group
@@ -99,11 +99,11 @@ def fill_cache(config: RunConfig) -> FillReport:
         )
         model_config = load_config(config.model.path)
         _refuse_trained_tower(model_config, config)
-        split = read_and_split(config.data, config.train.seed)
+        split = read_and_split(config.data, config.train.seed, max_images=model_config.max_images)
         for line in split.report.lines():
             log.info(f"data: {line}")
-        images = {example.image for example in [*split.train, *split.validation] if example.image is not None}
         group = Group.join() if environment.is_launched() else Group.alone()
+        images = {image for example in [*split.train, *split.validation] for image in example.images}
         dtype = choose_dtype(config, group.device)
         cache = open_cache(config, model_config, images, group, dtype)
         survey = cache.survey
@@ -126,7 +126,7 @@ def _refuse_trained_tower(model_config: CogVLM2Config, config: RunConfig) -> Non
 
 
 def open_cache(
-    config: RunConfig, model_config: CogVLM2Config, images: set[Path], group: Group, dtype: torch.dtype
+    config: RunConfig, model_config: CogVLM2Config, images: set[ImageRef], group: Group, dtype: torch.dtype
 ) -> FeatureCache:
     """The cache as this run would use it, looked through; says how large it is and will be. Collective."""
     data = config.data
@@ -193,20 +193,20 @@ def _choose(config: RunConfig, cache: FeatureCache, demand: Demand) -> Choice:
     return choose(asked, demand, cache.space(budget), budget, cache.problem() if demand.to_compute else None)
 
 
-def _demand(config: RunConfig, inputs: Inputs, feed: Feed, progress: Progress, total: int) -> tuple[int, set[Path]]:
-    """How often the tower would run, and on which files, from here to the end of the run, validation included."""
+def _demand(config: RunConfig, inputs: Inputs, feed: Feed, progress: Progress, total: int) -> tuple[int, set[ImageRef]]:
+    """How often the tower would run, and on which images, from here to the end of the run, validation included."""
     steps = max(0, total - progress.step)
     counts = feed.shown(progress.position, steps)
-    showings, images = 0, set[Path]()
-    for image, count in zip(inputs.rows.images, counts.tolist(), strict=True):
-        if image is not None and count:
-            showings += count
-            images.add(image)
+    showings, images = 0, set[ImageRef]()
+    for shown, count in zip(inputs.rows.images, counts.tolist(), strict=True):
+        if count:
+            showings += count * len(shown)
+            images.update(shown)
     if inputs.validation is not None and steps:
         validations = -(-steps // (config.eval.steps or config.train.save_steps))
-        shown = [image for image in inputs.validation.images if image is not None]
-        showings += validations * len(shown)
-        images.update(shown)
+        for shown in inputs.validation.images:
+            showings += validations * len(shown)
+            images.update(shown)
     return showings, images
 
 

@@ -219,7 +219,7 @@ def _is_able(config: RunConfig, name: str) -> bool:
 
 def _rows(config: RunConfig, inputs: Inputs) -> Rows:
     shapes = inputs.rows.shapes
-    pictures = sum(shape.picture for shape in shapes)
+    pictures = sum(shape.images for shape in shapes)
     return rows_summary(shapes, pictures, ModelSizes.from_folder(config.model.path).image_tokens)
 
 

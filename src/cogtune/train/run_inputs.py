@@ -76,9 +76,9 @@ def read_inputs(config: RunConfig) -> Inputs:
     encoder = processor.encoder
     if config.model.template is not None:
         encoder.template = config.model.template
-    split = read_and_split(config.data, config.train.seed)
+    split = read_and_split(config.data, config.train.seed, max_images=model_config.max_images)
     more_trains = any(config.lora.extra.get(key) for key in _OTHER_PARTS)
-    if split.train and all(example.image is None for example in split.train) and not more_trains:
+    if split.train and not any(example.images for example in split.train) and not more_trains:
         check_reached(adapted)
 
     def rows(examples: list[Any], required: bool) -> TrainRows:

@@ -86,8 +86,8 @@ def test_a_row_is_the_tree_of_its_samples(encoder: Encoder, tmp_path: Path) -> N
     assert sample.row == build_tree(samples)
     assert sample.record_ids == ("set/1#0", "set/1#1")
     picture = tmp_path / "set" / "images" / "1.jpg"
-    assert sample.pixel_values is not None
-    assert torch.equal(sample.pixel_values, preprocess(read_image(picture), SIZE))
+    (pixels,) = sample.pixel_values
+    assert torch.equal(pixels, preprocess(read_image(picture), SIZE))
 
 
 def test_planned_length_is_the_built_length(encoder: Encoder, tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_planned_length_is_the_built_length(encoder: Encoder, tmp_path: Path) ->
 def test_text_only_row_has_no_picture(encoder: Encoder, tmp_path: Path) -> None:
     data = section(write_lines(tmp_path / "t.jsonl", [{"image": None, **dialogue("q", "a")}]))
     sample = TrainRows(read_sources(data)[0], encoder, data, SIZE).row(0, 0)
-    assert sample.pixel_values is None
+    assert sample.pixel_values == ()
     assert sum(sample.row.token_type_ids) == 0
     assert sample.row.input_ids[0] == BOS
 
@@ -111,7 +111,7 @@ def test_text_only_row_has_no_picture(encoder: Encoder, tmp_path: Path) -> None:
 def test_filler_is_bos_without_a_label(encoder: Encoder, tmp_path: Path) -> None:
     filler = rows_of(encoder, tmp_path, {"1": dialogue("q", "a")})[None]
     assert (filler.row.input_ids, filler.row.labels) == ([BOS], [-100])
-    assert (filler.pixel_values, filler.record_ids) == (None, ())
+    assert (filler.pixel_values, filler.record_ids) == ((), ())
 
 
 # ---- budgets

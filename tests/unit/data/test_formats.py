@@ -30,7 +30,7 @@ def texts(pictures: list[Example]) -> list[tuple[str | None, list[tuple[str, str
     """Per picture its file's name and every question with its answer."""
     return [
         (
-            picture.image and picture.image.name,
+            next((image.name for image in picture.images), None),
             [(turn.question, turn.answer) for c in picture.conversations for turn in c.turns],
         )
         for picture in pictures
@@ -96,11 +96,10 @@ def test_openai_parts(tmp_path: Path, form: str) -> None:
         [("What is in this image?", "A cat.")],
         [("And here?", "A bus.")],
     ]
-    embedded = pictures[0].image
-    assert embedded is not None
+    (embedded,) = pictures[0].images
     assert embedded.is_relative_to(tmp_path)
     assert embedded.read_bytes() == (FIXTURES / "pictures" / "cat.png").read_bytes()
-    assert pictures[1].image == FIXTURES / "pictures" / "bus.jpg"
+    assert pictures[1].images == (FIXTURES / "pictures" / "bus.jpg",)
     before = embedded.stat().st_mtime_ns
     again = read(FIXTURES / "openai.jsonl", format=form, extract_dir=tmp_path)
     assert again == pictures
@@ -222,8 +221,7 @@ def test_parquet_with_embedded_pictures(tmp_path: Path) -> None:
         [("What colour?", "red"), ("What is it?", "A square.")],
         [("2 + 2?", "4")],
     ]
-    assert pictures[0].image is not None
-    assert pictures[0].image.read_bytes() == picture_bytes()
+    assert [image.read_bytes() for image in pictures[0].images] == [picture_bytes()]
 
 
 def test_parquet_with_referenced_pictures(tmp_path: Path) -> None:
@@ -306,7 +304,7 @@ def test_image_root_by_option(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "lists" / "set.jsonl", [llava("a.png"), llava("b.png")])
     roots = [tmp_path / "one", tmp_path / "two"]
     pictures = read(path, image_root=roots)
-    assert [p.image for p in pictures] == [tmp_path / "one" / "a.png", tmp_path / "two" / "b.png"]
+    assert [p.images for p in pictures] == [(tmp_path / "one" / "a.png",), (tmp_path / "two" / "b.png",)]
     assert [p.key for p in pictures] == ["lists/one/a.png", "lists/two/b.png"]
     write_lines(path, [llava("c.png")])
     assert refused(path, image_root=roots).code == "image-missing"

@@ -60,8 +60,8 @@ def test_batch_is_padded_on_the_right(rows: TrainRows) -> None:
 
 def test_pictures_are_in_batch_order_and_absent_without_one(rows: TrainRows) -> None:
     batch = collate([rows.row(0, 3), rows.row(0, 2), rows.row(0, 0)])
-    expected = [rows.row(0, 2).pixel_values, rows.row(0, 0).pixel_values]
-    assert torch.equal(batch["pixel_values"], torch.stack([pixels for pixels in expected if pixels is not None]))
+    expected = [*rows.row(0, 2).pixel_values, *rows.row(0, 0).pixel_values]
+    assert torch.equal(batch["pixel_values"], torch.stack(expected))
     assert "pixel_values" not in collate([rows.row(0, 3), rows[None]])
 
 

@@ -111,7 +111,7 @@ def contents(path: Path, **values: Any) -> list[tuple[bytes | None, list[list[tu
     pictures = read_sources(section(path, **values))[0]
     found = [
         (
-            None if picture.image is None else picture.image.read_bytes(),
+            next((image.read_bytes() for image in picture.images), None),
             [[(turn.question, turn.answer) for turn in c.turns] for c in picture.conversations],
         )
         for picture in pictures

@@ -22,7 +22,7 @@ def test_folder_pictures_come_in_order_of_their_names(tmp_path: Path) -> None:
     conversation = pictures[0].conversations[0]
     assert conversation.id == "set/a#0"
     assert conversation.turns == (Turn("q1", "a1"), Turn("q2", "a2"))
-    assert conversation.image == root / "images" / "a.jpg"
+    assert pictures[0].images == (root / "images" / "a.jpg",)
     assert (report.pictures, report.conversations, report.turns) == (2, 2, 3)
     assert json.loads(json.dumps(report.to_dict()))["sources"][0]["labels"] == "labels"
 
@@ -122,7 +122,7 @@ def test_jsonl_groups_lines_about_one_picture(tmp_path: Path) -> None:
     pictures, report = read_sources(section(path))
     assert [picture.key for picture in pictures] == ["set/pics/cat.png", "train.jsonl:2"]
     assert [c.id for c in pictures[0].conversations] == ["first", "train.jsonl:3", "7"]
-    assert pictures[1].image is None
+    assert pictures[1].images == ()
     assert (report.pictures, report.conversations, report.text_only) == (1, 4, 1)
 
 

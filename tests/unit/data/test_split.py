@@ -14,8 +14,8 @@ from tests.support.data_folders import dialogue, section, write_folder, write_im
 
 def picture(number: int, folder: str = "set") -> Example:
     image = Path(f"/data/{folder}/images/{number}.jpg")
-    talk = Conversation(f"{folder}/{number}#0", image, (Turn("q", "a"),), "here")
-    return Example(f"{folder}/{number}", image, (talk,), 1.0, f"{folder}/{number}")
+    talk = Conversation(f"{folder}/{number}#0", (Turn("q", "a"),), "here")
+    return Example(f"{folder}/{number}", (image,), (talk,), 1.0, f"{folder}/{number}")
 
 
 PICTURES = [picture(number) for number in range(4000)]
@@ -58,7 +58,7 @@ def test_one_file_named_by_two_sources_goes_one_way(tmp_path: Path) -> None:
     lines = [{"image": f"images/{n}.jpg", **dialogue("p", "b")} for n in range(60)]
     path = write_lines(root / "more.jsonl", lines)
     result = read_and_split(section(root, path, validation_share=0.5), seed=0)
-    sides = [{p.image for p in side} for side in (result.train, result.validation)]
+    sides = [{p.images for p in side} for side in (result.train, result.validation)]
     assert not sides[0] & sides[1]
     assert sum(len(p.conversations) for p in result.train + result.validation) == 120
 
@@ -79,8 +79,8 @@ def test_split_keys_do_not_change_when_a_folder_of_the_same_name_joins(tmp_path:
     ]
     alone = read_and_split(section(roots[0], validation_share=0.3), seed=0)
     both = read_and_split(section(*roots, validation_share=0.3), seed=0)
-    images = {p.image for p in alone.validation}
-    assert images == {p.image for p in both.validation if p.image and p.image.is_relative_to(roots[0])}
+    images = {p.images for p in alone.validation}
+    assert images == {p.images for p in both.validation if p.images and p.images[0].is_relative_to(roots[0])}
 
 
 def test_own_validation_folders(tmp_path: Path) -> None:

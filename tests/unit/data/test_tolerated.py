@@ -29,8 +29,7 @@ def test_every_kind_of_pixel_is_read(tmp_path: Path, mode: str, name: str) -> No
     source = Image.new(mode, (9, 7), 1)
     pictures, report = read_sources(section(one_picture(tmp_path / "set", source, name)))
     assert report.bad == {}
-    image = pictures[0].image
-    assert image is not None
+    (image,) = pictures[0].images
     assert preprocess(read_image(image), 8).isfinite().all()
 
 
@@ -84,8 +83,7 @@ def test_training_rows_follow_the_option(tmp_path: Path, tiny_checkpoint: Path) 
     for choice, expected in {"ignore": stored, "apply": stored.transpose(Image.Transpose.ROTATE_180)}.items():
         data = section(root, exif=choice)
         rows = TrainRows(read_sources(data)[0], processor.encoder, data, processor.image_size)
-        pixels = rows[0, 0].pixel_values
-        assert pixels is not None
+        (pixels,) = rows[0, 0].pixel_values
         assert pixels.equal(preprocess(expected, processor.image_size))
 
 

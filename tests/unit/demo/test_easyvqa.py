@@ -44,7 +44,9 @@ def test_the_data_folder_gives_back_every_question(tmp_path: Path) -> None:
     found, _ = read_sources(DataSection.model_validate({"path": [str(tmp_path / "test")]}))
     asked = [(question.question, question.reference) for question in iter_questions(found)]
     assert asked == [pair for picture in pictures for pair in picture.questions]
-    assert [picture.image.read_bytes() for picture in found if picture.image] == [p.file.read_bytes() for p in pictures]
+    assert [image.read_bytes() for picture in found for image in picture.images] == [
+        p.file.read_bytes() for p in pictures
+    ]
     assert all(len(conversation.turns) == 1 for picture in found for conversation in picture.conversations)
 
 

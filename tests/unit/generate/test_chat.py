@@ -34,7 +34,7 @@ class Session:
 
     @property
     def asked(self) -> list[tuple[bool, str, list[tuple[str, str]]]]:
-        return [(ask[0] is not None, ask[1], list(ask[2])) for batch in self.generator.batches for ask in batch]
+        return [(bool(ask[0]), ask[1], list(ask[2])) for batch in self.generator.batches for ask in batch]
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_paths_with_spaces_as_terminals_give_them(quote: str, session: Session, 
     picture = write_image(tmp_path / "a b.png")
     session.run([f"/image {quote.format(picture)}"])
     session.run([f"/image {str(picture).replace(' ', chr(92) + ' ')}"])
-    assert session.chat.image is not None
+    assert len(session.chat.images) == 1
     assert all(note.startswith("picture: ") for note in session.notes)
 
 

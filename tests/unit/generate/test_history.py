@@ -35,7 +35,7 @@ def test_a_question_that_does_not_fit_alone(encoder: Encoder) -> None:
 
 def test_the_limit_leaves_room_for_picture_and_answer() -> None:
     config = tiny_config(max_position_embeddings=100)  # an image takes 6 tokens
-    assert prompt_limit(config, image=True, max_new_tokens=40) == 53
-    assert prompt_limit(config, image=False, max_new_tokens=40) == 59
-    assert prompt_limit(config, image=False, max_new_tokens=40, max_input_len=30) == 30
-    assert prompt_limit(config, image=False, max_new_tokens=5000) == 49
+    assert prompt_limit(config, head=7, max_new_tokens=40) == 53
+    assert prompt_limit(config, head=1, max_new_tokens=40) == 59
+    assert prompt_limit(config, head=1, max_new_tokens=40, max_input_len=30) == 30
+    assert prompt_limit(config, head=1, max_new_tokens=5000) == 49

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cogtune.data.formats.item import Content, Item, Wording
-from cogtune.data.formats.messages import picture_source, read_conversation
+from cogtune.data.formats.item import Content, Item, RecordRules
+from cogtune.data.formats.messages import picture_sources, read_conversation
 from cogtune.data.problems import BadRecordError, Problem
 from cogtune.data.record_json import checked_text, identity_of
 from cogtune.data.records import Turn
@@ -23,7 +23,7 @@ _SHARD = re.compile(r"(?P<split>.+?)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?$")
 _BATCH = 64  # rows in memory at once; a row may hold a picture of several MB
 
 
-def items(file: Path, wording: Wording) -> Iterator[Item]:
+def items(file: Path, rules: RecordRules) -> Iterator[Item]:
     """One record per row.
 
     :raises SetupError: pyarrow is not installed.
@@ -39,7 +39,7 @@ def items(file: Path, wording: Wording) -> Iterator[Item]:
             for values in batch.to_pylist():
                 number += 1
                 row = {name.lower(): value for name, value in values.items()}
-                yield Item(number, f"{file}, row {number}", _later(row, wording))
+                yield Item(number, f"{file}, row {number}", _later(row, rules))
     except (pyarrow.ArrowException, OSError) as error:
         raise Problem("table", str(file), f"cannot be read ({error})").error() from error
 
@@ -135,27 +135,26 @@ def _check_columns(names: list[str], where: str) -> None:
         raise Problem("columns", where, what + (", ".join(names) or "none")).error()
 
 
-def _later(row: dict[str, Any], wording: Wording) -> Callable[[], Content]:
+def _later(row: dict[str, Any], rules: RecordRules) -> Callable[[], Content]:
     def read() -> Content:
         if "messages" in row or "conversations" in row:
             # Arrow fills what a part or message does not have with null
-            return read_conversation(_without_nulls(row), wording, "hf")
+            return read_conversation(_without_nulls(row), rules, "hf")
         images = row.get("image", row.get("images"))
         images = images if isinstance(images, list) else [images]
-        if len(images) > 1:
-            raise BadRecordError("several-images", f"{len(images)} pictures, at most one was expected")
-        return Content(_dialogues(row, wording), picture_source(images[0]) if images else None, identity_of(row))
+        rules.check_images(len(images))
+        return Content(_dialogues(row, rules), picture_sources(images), identity_of(row))
 
     return read
 
 
-def _dialogues(row: dict[str, Any], wording: Wording) -> list[tuple[Turn, ...]]:
+def _dialogues(row: dict[str, Any], rules: RecordRules) -> list[tuple[Turn, ...]]:
     if "question" in row:
         return [(Turn(checked_text(row["question"], "the question"), checked_text(row["answer"], "the answer")),)]
     captions = row.get("caption", row.get("captions", row.get("text")))
-    if not wording.caption_question:
+    if not rules.caption_question:
         raise BadRecordError("caption-question", "captions, and data.caption_question is empty")
-    question = wording.caption_question
+    question = rules.caption_question
     texts = captions if isinstance(captions, list) else [captions]
     return [(Turn(question, checked_text(text, "the caption")),) for text in texts]
 

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cogtune.data.formats.item import Content, Item, Wording
+from cogtune.data.formats.item import Content, Item, RecordRules
 from cogtune.data.formats.jsonfiles import read_json
 from cogtune.data.problems import BadRecordError, Problem
 from cogtune.data.record_json import checked_text, kind_of
 from cogtune.data.records import Turn
 
 
-def items(file: Path, wording: Wording) -> Iterator[Item]:
+def items(file: Path, rules: RecordRules) -> Iterator[Item]:
     """One record per annotation, in the file's order; its question is ``data.caption_question``.
 
     :raises DataError: a file that is not of this format.
@@ -25,10 +25,10 @@ def items(file: Path, wording: Wording) -> Iterator[Item]:
         raise Problem("wrong-root", str(file), what).error()
     names = {image.get("id"): image.get("file_name") for image in images if isinstance(image, dict)}
     for number, annotation in enumerate(annotations, start=1):
-        yield Item(number, f"{file}, annotation {number}", _later(annotation, names, wording, repaired and number == 1))
+        yield Item(number, f"{file}, annotation {number}", _later(annotation, names, rules, repaired and number == 1))
 
 
-def _later(annotation: Any, names: dict[Any, Any], wording: Wording, repaired: bool) -> Callable[[], Content]:
+def _later(annotation: Any, names: dict[Any, Any], rules: RecordRules, repaired: bool) -> Callable[[], Content]:
     def read() -> Content:
         if not isinstance(annotation, dict):
             raise BadRecordError("wrong-root", f"{kind_of(annotation)} found, an object was expected")
@@ -38,11 +38,11 @@ def _later(annotation: Any, names: dict[Any, Any], wording: Wording, repaired: b
         name = names.get(annotation["image_id"])
         if not isinstance(name, str) or not name:
             raise BadRecordError("image-path", f'no file_name in "images" for image_id {annotation["image_id"]!r}')
-        if not wording.caption_question:
+        if not rules.caption_question:
             raise BadRecordError("caption-question", "captions, and data.caption_question is empty")
         caption = checked_text(annotation["caption"], "the caption")
         own = annotation.get("id")
         identity = None if own is None else f"caption-{own}"
-        return Content([(Turn(wording.caption_question, caption),)], name, identity, repaired)
+        return Content([(Turn(rules.caption_question, caption),)], (name,), identity, repaired)
 
     return read

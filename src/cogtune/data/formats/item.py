@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from cogtune.data.problems import BadRecordError
 from cogtune.data.records import Turn
 
 
@@ -15,16 +16,16 @@ class Embedded:
     data: bytes
 
 
-PictureSource = str | Embedded | tuple[str, ...] | None
-"""A path as written, or several of which the first that exists is meant; a picture's bytes; None: text only."""
+PictureSource = str | Embedded | tuple[str, ...]
+"""A path as written, or several of which the first that exists is meant; a picture's bytes."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """One record: its independent dialogues, the picture they are about, and the record's own id, if it has one."""
+    """One record: its independent dialogues, the pictures they are about, and the record's own id, if it has one."""
 
     dialogues: list[tuple[Turn, ...]]
-    image: PictureSource
+    images: tuple[PictureSource, ...]
     identity: str | None = None
     repaired: bool = False
 
@@ -42,8 +43,16 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Wording:
-    """The settings that decide what a record's texts become: ``data.caption_question`` and ``data.system``."""
+class RecordRules:
+    """What decides how a record is read: ``data.caption_question``, ``data.system``, and how many images a prompt of
+    the model takes."""
 
     caption_question: str | None
     system: str = "error"
+    max_images: int = 1
+
+    def check_images(self, count: int) -> None:
+        """Raise BadRecordError ``several-images`` for a record of more images than the model takes."""
+        if count > self.max_images:
+            most = "one was" if self.max_images == 1 else f"{self.max_images} were"
+            raise BadRecordError("several-images", f"{count} pictures, at most {most} expected")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cogtune.data.formats.item import Content, Item, Wording
+from cogtune.data.formats.item import Content, Item, RecordRules
 from cogtune.data.formats.messages import read_conversation
 from cogtune.data.problems import BadRecordError, Problem
 from cogtune.data.record_json import identity_of, is_unicode, kind_of, parse_json, record_dialogues
@@ -15,14 +16,14 @@ Parse = Callable[[Any], Content]
 LINES = (".jsonl", ".ndjson")
 
 
-def items(file: Path, form: str, wording: Wording) -> Iterator[Item]:
+def items(file: Path, form: str, rules: RecordRules) -> Iterator[Item]:
     """The records of a ``.jsonl`` file, or of a ``.json`` file with a list of them.
 
     :raises DataError: a file that cannot be read, or whose root is no list.
     """
 
     def parse(record: Any) -> Content:
-        return own_record(record, wording) if form == "jsonl" else read_conversation(record, wording, form)
+        return own_record(record, rules) if form == "jsonl" else read_conversation(record, rules, form)
 
     if file.suffix.lower() in LINES:
         for number, line in numbered_lines(file):
@@ -35,22 +36,22 @@ def items(file: Path, form: str, wording: Wording) -> Iterator[Item]:
         yield Item(number, f"{file}, record {number}", _later(record, parse, repaired and number == 1))
 
 
-def own_record(record: Any, wording: Wording) -> Content:
+def own_record(record: Any, rules: RecordRules) -> Content:
     """A record of ours with its ``image``."""
-    dialogues = record_dialogues(record, wording.caption_question)
+    dialogues = record_dialogues(record, rules.caption_question)
     if "image" not in record:
         raise BadRecordError("image-path", 'the record has no "image"')
     image = record["image"]
     if image is not None and (not isinstance(image, str) or not image or "\0" in image or not is_unicode(image)):
         raise BadRecordError("image-path", f'"image" is {image!r}, a path or null was expected')
-    return Content(dialogues, image, identity_of(record))
+    return Content(dialogues, () if image is None else (image,), identity_of(record))
 
 
 def _parsed_later(line: bytes, parse: Parse) -> Callable[[], Content]:
     def read() -> Content:
         record, repaired = parse_json(line)
         content = parse(record)
-        return Content(content.dialogues, content.image, content.identity, repaired)
+        return replace(content, repaired=repaired)
 
     return read
 
@@ -58,7 +59,7 @@ def _parsed_later(line: bytes, parse: Parse) -> Callable[[], Content]:
 def _later(record: Any, parse: Parse, repaired: bool) -> Callable[[], Content]:
     def read() -> Content:
         content = parse(record)
-        return Content(content.dialogues, content.image, content.identity, repaired)
+        return replace(content, repaired=repaired)
 
     return read
 

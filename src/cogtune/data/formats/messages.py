@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes, urlparse
 
-from cogtune.data.formats.item import Content, Embedded, Wording
+from cogtune.data.formats.item import Content, Embedded, PictureSource, RecordRules
 from cogtune.data.problems import BadRecordError
 from cogtune.data.record_json import identity_of, is_unicode, kind_of
 from cogtune.data.records import Turn
@@ -36,22 +36,29 @@ class _Message:
     images: list[Any] = field(default_factory=list)
 
 
-def read_conversation(record: Any, wording: Wording, expected: str) -> Content:
-    """The conversation and the picture of one record; ``expected`` is the format's name, for messages.
+def read_conversation(record: Any, rules: RecordRules, expected: str) -> Content:
+    """The conversation and the pictures of one record; ``expected`` is the format's name, for messages.
 
-    :raises BadRecordError: a wrong shape, role, order or content; several pictures or markers; a system message where
-        ``data.system`` refuses it.
+    :raises BadRecordError: a wrong shape, role, order or content; more pictures than the model takes, more markers than
+        pictures; a system message where ``data.system`` refuses it.
     """
     if not isinstance(record, dict):
         raise BadRecordError("wrong-root", f"{kind_of(record)} found, an object was expected")
     _refuse_other_media(record)
     messages = _messages(record, expected)
     images = [*_images_of(record), *(image for message in messages for image in message.images)]
-    if len(images) > 1:
-        raise BadRecordError("several-images", f"{len(images)} pictures, at most one was expected")
-    _strip_marker(messages, bool(images))
-    turns = _turns(_without_system(messages, wording.system))
-    return Content([turns], picture_source(images[0]) if images else None, identity_of(record))
+    rules.check_images(len(images))
+    _strip_markers(messages, len(images))
+    turns = _turns(_without_system(messages, rules.system))
+    return Content([turns], picture_sources(images), identity_of(record))
+
+
+def picture_sources(images: Sequence[Any]) -> tuple[PictureSource, ...]:
+    """What a record says about its pictures; an entry that is None is none.
+
+    :raises BadRecordError: see `picture_source`.
+    """
+    return tuple(source for image in images if (source := picture_source(image)) is not None)
 
 
 def picture_source(image: Any) -> str | Embedded | None:
@@ -181,22 +188,25 @@ def _text(value: Any, number: int, *, blank: bool = False) -> str:
     return value
 
 
-def _strip_marker(messages: list[_Message], has_image: bool) -> None:
-    """Remove the one ``<image>`` that stands for the picture; the model's picture is always before the text."""
+def _strip_markers(messages: list[_Message], images: int) -> None:
+    """Remove the ``<image>`` that stand for pictures; the model's pictures are always before the text."""
     counts = {message.number: message.text.count(MARKER) for message in messages}
     total = sum(counts.values())
     if not total:
         return
-    if total > 1:
-        raise BadRecordError("image-marker", f"{total} {MARKER} markers, at most one was expected")
-    if not has_image:
+    if total > max(images, 1):
+        most = "one was" if images <= 1 else f"{images} were"
+        raise BadRecordError("image-marker", f"{total} {MARKER} markers, at most {most} expected")
+    if not images:
         raise BadRecordError("image-marker", f"a {MARKER} marker, but the record names no picture")
-    message = next(message for message in messages if counts[message.number])
-    if message.role != "user":
-        raise BadRecordError("image-marker", f"a {MARKER} marker in message {message.number}, from {message.role}")
-    message.text = _MARKER_AND_BREAK.sub("", message.text, count=1)
-    if not message.text.strip():
-        raise BadRecordError("content", f"the content of message {message.number} is empty but for its marker")
+    for message in messages:
+        if not counts[message.number]:
+            continue
+        if message.role != "user":
+            raise BadRecordError("image-marker", f"a {MARKER} marker in message {message.number}, from {message.role}")
+        message.text = _MARKER_AND_BREAK.sub("", message.text, count=counts[message.number])
+        if not message.text.strip():
+            raise BadRecordError("content", f"the content of message {message.number} is empty but for its marker")
 
 
 def _without_system(messages: list[_Message], policy: str) -> list[_Message]:

@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from cogtune.data.formats.item import Content, Item, Wording
+from cogtune.data.formats.item import Content, Item, RecordRules
 from cogtune.data.problems import BadRecordError, Problem
 from cogtune.data.record_json import checked_text
 from cogtune.data.records import Turn
@@ -16,7 +16,7 @@ TEXT_ONLY = "null"
 _LARGEST_CELL = 2**27
 
 
-def items(file: Path, wording: Wording) -> Iterator[Item]:
+def items(file: Path, rules: RecordRules) -> Iterator[Item]:
     """One record per row; rows are counted as lines of the file, the header being line 1.
 
     :raises DataError: a file that is not UTF-8 or whose header lacks a column.
@@ -40,7 +40,7 @@ def items(file: Path, wording: Wording) -> Iterator[Item]:
             if row is None:
                 return
             if any(cell.strip() for cell in row):
-                yield Item(line, f"{file}:{line}", _later(header, row, wording))
+                yield Item(line, f"{file}:{line}", _later(header, row, rules))
     except csv.Error as error:
         raise Problem("table", str(file), f"line {rows.line_num}: {error}").error() from error
 
@@ -65,25 +65,25 @@ def _delimiter(file: Path, text: str) -> str:
     return max(",\t;", key=header.count)
 
 
-def _later(header: list[str], row: list[str], wording: Wording) -> Callable[[], Content]:
+def _later(header: list[str], row: list[str], rules: RecordRules) -> Callable[[], Content]:
     def read() -> Content:
         if len(row) != len(header):
             what = f"{len(row)} cells, the header has {len(header)} columns; a cell with the delimiter needs quotes"
             raise BadRecordError("table", what)
-        return row_content(dict(zip(header, row, strict=True)), wording)
+        return row_content(dict(zip(header, row, strict=True)), rules)
 
     return read
 
 
-def row_content(row: Mapping[str, str], wording: Wording) -> Content:
+def row_content(row: Mapping[str, str], rules: RecordRules) -> Content:
     """The record of one row of texts."""
     image = row["image"].strip()
     if not image:
         raise BadRecordError("image-path", f"the cell image is empty; a text-only row says {TEXT_ONLY}")
     if "question" in row:
         turn = Turn(checked_text(row["question"], "the question"), checked_text(row["answer"], "the answer"))
-    elif wording.caption_question:
-        turn = Turn(wording.caption_question, checked_text(row["caption"], "the caption"))
+    elif rules.caption_question:
+        turn = Turn(rules.caption_question, checked_text(row["caption"], "the caption"))
     else:
         raise BadRecordError("caption-question", "captions, and data.caption_question is empty")
-    return Content([(turn,)], None if image == TEXT_ONLY else image, row.get("id") or None)
+    return Content([(turn,)], () if image == TEXT_ONLY else (image,), row.get("id") or None)

@@ -94,7 +94,7 @@ def _later(
             raise BadRecordError("missing-key", 'its annotation has no "multiple_choice_answer"')
         question = checked_text(entry["question"], "the question")
         turn = Turn(question, checked_text(answer["multiple_choice_answer"], "the answer"))
-        return Content([(turn,)], picture_names(entry["image_id"], subtype), str(entry["question_id"]), repaired)
+        return Content([(turn,)], (picture_names(entry["image_id"], subtype),), str(entry["question_id"]), repaired)
 
     return read
 
