@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from cogtune.plan.activations import DecoderTable, TowerTable, glu_adapter
@@ -16,13 +17,13 @@ _BLOCKS = 8 * 32 * MIB  # of rows in float32 that merging holds at a time
 
 
 def answer(setting: Setting, rows: int = 1, new_tokens: int = NEW_TOKENS) -> Phase:
-    """Answering ``rows`` prompts at once with one card, each as long as the setting's rows and with its picture: the
+    """Answering ``rows`` prompts at once with one card, each as long as the setting's rows and with its images: the
     whole model with its tower, keys and values of prompt and answer, and the largest of the moments of the first pass.
     """
-    pictures = setting.tower != "none" and setting.batch.images > 0
+    images = 0 if setting.tower == "none" else math.ceil(setting.batch.images)
     own = replace(
-        setting.with_batch(rows=rows, labelled=1, images=1 if pictures else 0),
-        tower="live" if pictures else "none",
+        setting.with_batch(rows=rows, labelled=1, images=images),
+        tower="live" if images else "none",
         engine="single", ranks=1, tensor=1, hosts=1, offload="none", decoder=frozenset(), blocks=frozenset(),
     )  # fmt: skip
     parts = weights(own, tower=True)
@@ -46,7 +47,8 @@ def _tower(setting: Setting) -> int:
     if setting.tower == "none":
         return 0
     vision = setting.sizes.vision
-    pixels = setting.batch.rows * vision.in_channels * vision.image_size**2 * (FLOAT32 + setting.width)
+    images = round(setting.batch.rows * setting.batch.images)
+    pixels = images * vision.in_channels * vision.image_size**2 * (FLOAT32 + setting.width)
     return pixels + TowerTable(setting).forward()
 
 
