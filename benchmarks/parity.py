@@ -27,9 +27,9 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from cogtune.adapters.attach import attach
-from cogtune.bench.models import random_weights
 from cogtune.bench.report import Results, shown_command
 from cogtune.checkpoint.load import load_model
+from cogtune.checkpoint.random import random_weights
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.configuration.quantization import PLAIN, QuantSection
 from cogtune.configuration.run_config import LoraSection

@@ -1,7 +1,7 @@
 """What today's planner says of every row that was measured: ``python -m benchmarks.planned [FILE.json ...]``.
 
 The plan that a results file holds is its commit's; this is that of this checkout, for the same settings: bench rows by
-their variants, training runs by the command that started them, the rows of `benchmarks.cards` by their fields.
+their variants, training runs by the command that started them, the rows of `cards-h100.json` by their fields.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _runs(name: str, record: Mapping[str, Any]) -> Iterator[Measured]:
 
 
 def _cards(name: str, record: Mapping[str, Any]) -> Iterator[Measured]:
-    """The rows of `benchmarks.cards`: S400 from the cache, rank 8 on the vision experts' q, k and v, uncompiled."""
+    """Rows that name their settings by field: S400, cached, rank 8 on the vision experts' q, k and v, uncompiled."""
     adapter = Adapter(adapted_names(ModelSizes(), ["vision_expert_query_key_value"]), 8)
     for row in record["rows"]:
         tensor, engine = row["ranks"] if row["row"].startswith("tensor") else 1, row["engine"].partition(":")[0]

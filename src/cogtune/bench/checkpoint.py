@@ -23,19 +23,16 @@ from typing import Any
 import torch
 
 from cogtune.checkpoint.load import INDEX_NAME
-from cogtune.checkpoint.random import tiny_config, write_published_config
+from cogtune.checkpoint.random import fill_random, published_config, tiny_config, write_published_config
 from cogtune.checkpoint.resume_state import is_disk_full, sync
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.errors import DiskFullError, OutputFolderError
 from cogtune.model.modeling import CogVLM2ForCausalLM
-from cogtune.model.rope import inverse_frequencies
 from cogtune.processing.tokenizer import write_byte_tokenizer
 
 SHARD_LIMIT = 5 * 10**9
 PIECE = 64 * 2**20
 SLOTS = 6
-STD = 0.02
-"""Of the weights: with it 63 tower and 32 decoder layers stay finite in bfloat16."""
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -49,11 +46,6 @@ class Written:
     tensors: int
     shards: int
     seconds: float
-
-
-def published_config() -> CogVLM2Config:
-    """The published model's sizes."""
-    return CogVLM2Config(eos_token_id=[128001, 128009])
 
 
 def plan_shards(config: CogVLM2Config, limit: int = SHARD_LIMIT) -> list[Shapes]:
@@ -167,7 +159,8 @@ class _Writer:
             stream.truncate(size)
         offset = len(header)
         for name, shape in sorted(shapes.items()):
-            values = self._values(name, shape).view(torch.uint8)
+            made = torch.empty(math.prod(shape), dtype=torch.bfloat16, device=self._device)
+            values = fill_random(made, name, self._config, self._generator).view(torch.uint8)
             for start in range(0, values.numel(), PIECE):
                 part = values[start : start + PIECE]
                 self._hand_over(file, offset + start, part)
@@ -176,16 +169,6 @@ class _Writer:
         with file.open("rb+") as stream:
             os.fsync(stream.fileno())
         return size
-
-    def _values(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Random values of a tensor, flat; what norms and rotary tables need to be sane."""
-        values = torch.empty(math.prod(shape), dtype=torch.bfloat16, device=self._device)
-        if name.endswith("inv_freq"):
-            frequencies = inverse_frequencies(self._config.head_dim, float(self._config.rope_theta))
-            return values.copy_(frequencies)
-        if "norm" in name:
-            return values.fill_(1.0) if name.endswith("weight") else values.zero_()
-        return values.normal_(std=STD, generator=self._generator)
 
     def _hand_over(self, file: Path, offset: int, part: torch.Tensor) -> None:
         slot, self._next = self._next, (self._next + 1) % SLOTS

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from cogtune.bench.clock import memory_gib, reset_peak, wait
-from cogtune.bench.models import RANDOM, model_config, random_weights
+from cogtune.bench.models import RANDOM, model_config
 from cogtune.bench.report import Results
 from cogtune.bench.rows import preset, synthetic_rows
 from cogtune.checkpoint.quantize import require_packages
+from cogtune.checkpoint.random import random_weights
 from cogtune.configuration.run_config import RunConfig
 from cogtune.data.loader import worker_count
 from cogtune.features.cache import FeatureCache, FillReport

@@ -1,4 +1,8 @@
-"""Random checkpoints in the published layout, for tests and dry runs: same names, files and configuration style."""
+"""Random weights, for tests, dry runs and measurements: a model in memory, or a folder in the published layout.
+
+The one place that says what a random tensor holds. `random_model` is for tests: its outputs depend visibly on every
+input. `random_weights` and `fill_random` are for the full size: 63 tower and 32 decoder layers stay finite in bfloat16.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,12 @@ from typing import Any
 
 import torch
 
+from cogtune.checkpoint.place import Builder, Cutting, Placement, require_filled
+from cogtune.checkpoint.quantize import device_for, mark_for_adapters
 from cogtune.configuration.model import CogVLM2Config
+from cogtune.configuration.quantization import PLAIN, QuantSection
 from cogtune.model.modeling import CogVLM2ForCausalLM
+from cogtune.model.rope import inverse_frequencies
 from cogtune.processing.tokenizer import write_byte_tokenizer
 
 TINY: dict[str, Any] = {
@@ -40,6 +48,11 @@ def tiny_config(**changes: Any) -> CogVLM2Config:
     """A configuration of about 200,000 parameters; an image takes 6 tokens."""
     vision = TINY_VISION | changes.pop("vision_config", {})
     return CogVLM2Config(**(TINY | changes), vision_config=vision)
+
+
+def published_config() -> CogVLM2Config:
+    """The published model's sizes."""
+    return CogVLM2Config(eos_token_id=[128001, 128009])
 
 
 def make_tiny(
@@ -75,6 +88,58 @@ def random_model(config: CogVLM2Config, seed: int) -> CogVLM2ForCausalLM:
                 values = torch.randn(parameter.shape, generator=generator) / math.sqrt(max(fan_in, 1))
             parameter.copy_(values)
     return model.eval()
+
+
+def random_weights(
+    config: CogVLM2Config,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    tower: bool = True,
+    quantization: QuantSection | None = None,
+    placement: Placement | None = None,
+    seed: int = 0,
+) -> CogVLM2ForCausalLM:
+    """A model with `fill_random`'s values, made where they will be.
+
+    As when a checkpoint loads, a tensor comes at a time, layers are quantised when they are complete, and units are
+    handed to ``placement``: at no time is there more than the result and one layer.
+    """
+    with torch.device("meta"):
+        model = CogVLM2ForCausalLM(config)
+    if not tower:
+        model.model.vision.drop_tower()
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    cutting = placement if isinstance(placement, Cutting) else None
+    if cutting is not None:
+        cutting.prepare(model)
+    builder = Builder(model, "", dtype, quantization, placement)
+    generators: dict[str, torch.Generator] = {}
+    for name, shape in shapes.items():
+        place = device if placement is None else placement.device_for(name)
+        home = device_for(quantization or PLAIN, name, place)
+        generator = generators.setdefault(home.type, torch.Generator(home).manual_seed(seed))
+        value = fill_random(torch.empty(shape, dtype=dtype, device=home), name, config, generator)
+        if cutting is not None:  # a part may be a view of the whole, which must not stay
+            value = cutting.read(name, value).clone(memory_format=torch.contiguous_format)
+        builder.add(name, value)
+    require_filled(model)
+    model.model.remember_rotary()
+    mark_for_adapters(model)
+    made: CogVLM2ForCausalLM = model.eval()
+    return made
+
+
+def fill_random(value: torch.Tensor, name: str, config: CogVLM2Config, generator: torch.Generator) -> torch.Tensor:
+    """Fill ``value``, the tensor ``name`` (of its shape, or flat) on the generator's device, in place.
+
+    Norms are neutral and rotary frequencies are right; all else is normal with a standard deviation of 0.02.
+    """
+    if name.endswith("inv_freq"):
+        return value.copy_(inverse_frequencies(config.head_dim, float(config.rope_theta)))
+    if "norm" in name:
+        return value.fill_(1.0) if name.endswith("weight") else value.zero_()
+    return value.normal_(std=0.02, generator=generator)
 
 
 def write_published_config(folder: Path, config: CogVLM2Config) -> None:

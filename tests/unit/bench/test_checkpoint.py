@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cogtune.bench.checkpoint import header_of, make_checkpoint, plan_shards, published_config
+from cogtune.bench.checkpoint import header_of, make_checkpoint, plan_shards
 from cogtune.checkpoint.load import INDEX_NAME, load_config, load_model
-from cogtune.checkpoint.random import write_published_config
+from cogtune.checkpoint.random import published_config, write_published_config
 from cogtune.errors import DiskFullError, OutputFolderError
 from cogtune.processing.processor import CogVLM2Processor
 from tests.support.batches import picture_batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +12,9 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from benchmarks.random_model import build, fill, sample
 from cogtune.adapters.attach import attach
-from cogtune.checkpoint import random
-from cogtune.checkpoint.random import tiny_config
+from cogtune.bench.rows import preset, synthetic_batches
+from cogtune.checkpoint.random import random_weights, tiny_config
 from cogtune.configuration.quantization import QuantSection
 from cogtune.configuration.run_config import load_config
 from cogtune.distributed.group import Group
@@ -23,6 +23,7 @@ from cogtune.plan.memory import predict, weights
 from cogtune.plan.setting import Adapter, Setting, adapted_names
 from cogtune.plan.sharding import Gathering
 from cogtune.plan.sizes import ModelSizes
+from cogtune.train.batches import to_device
 from cogtune.train.engines.fsdp2 import Fsdp2Engine
 from cogtune.train.optim import build_optimizer
 
@@ -58,12 +59,11 @@ def _whole_and_buffers(model: Any) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("kept", [0, 2])
-def test_fsdp2_gathers_what_the_planner_says(two_ranks: Group, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(random, "tiny_config", lambda: tiny_config(num_hidden_layers=5))
+def test_fsdp2_gathers_what_the_planner_says(two_ranks: Group, kept: int, tmp_path: Path) -> None:
     config = load_config(None, KEYS | {"parallel.keep_gathered": str(kept)})
-    engine = Fsdp2Engine(two_ranks, config)
-    base = build(config, small=True)
-    fill(base, two_ranks.device, engine.placement, "none")
+    engine, device, dtype = Fsdp2Engine(two_ranks, config), two_ranks.device, torch.bfloat16
+    sizes = tiny_config(num_hidden_layers=5)
+    base = random_weights(sizes, dtype, device, tower=False, placement=engine.placement)
     model = attach(base, config.lora, building=engine.attaching(base))
     engine.wrap(model, build_optimizer([p for p in model.parameters() if p.requires_grad], config.train))
     sizes = ModelSizes.from_config(base.config.to_dict())
@@ -78,7 +78,9 @@ def test_fsdp2_gathers_what_the_planner_says(two_ranks: Group, kept: int, monkey
         # a layer's MLP runs in its middle, forward and backward
         layer.mlp.register_forward_hook(lambda *_, index=index: look(f"forward {index}"))
         layer.mlp.register_full_backward_pre_hook(lambda *_, index=index: look(f"backward {index}"))
-    inputs = sample(base.config, 1, two_ranks.device, 0)
+    options = {"batch_size": 1, "count": 1, "cached": True, "dtype": dtype, "device": device}
+    (batch,) = synthetic_batches(preset("s400"), base.config, tmp_path, **options)
+    inputs = to_device(batch, device)
     engine.module.train()
     group = engine.module._get_fsdp_state()._fsdp_param_group
     root = sum(parameter._orig_size.numel() for parameter in group.fsdp_params) * setting.width
