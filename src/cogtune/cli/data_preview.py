@@ -70,7 +70,7 @@ def _preview(ctx: typer.Context) -> None:
             hint="name the model's folder with --model; tokenizer.json and config.json are enough",
             code="checkpoint-tokenizer",
         )
-    examples, _ = read_sources(config.data)
+    examples, _ = read_sources(config.data, max_images=tokens.encoder().max_images)
     rows = preview_rows(examples, config.data, tokens, count, arguments.values.get("record"))
     if target is None:
         _print(rows, width, config.data.exif)

@@ -108,7 +108,7 @@ def check(data: DataSection, seed: int, tokens: TokenFile, progress: Progress | 
     report = CheckReport(tokens.exact)
     tell = progress or (lambda *_: None)
     try:
-        examples, validation, found = _read(data, seed, report, tell)
+        examples, validation, found = _read(data, seed, report, tell, tokens.encoder().max_images)
     except DataError as error:
         report.add("error", error.code, "", error.message)
         report.seconds = time.monotonic() - began
@@ -127,19 +127,19 @@ def check(data: DataSection, seed: int, tokens: TokenFile, progress: Progress | 
 
 
 def _read(
-    data: DataSection, seed: int, report: CheckReport, tell: Progress
+    data: DataSection, seed: int, report: CheckReport, tell: Progress, max_images: int
 ) -> tuple[list[Example], list[Example], int]:
     """Training and validation examples, and how many problems were found."""
 
     def done(count: int, total: int) -> None:
         tell("pictures and labels", count, total)
 
-    examples, read, problems = collect_sources(data, done=done)
+    examples, read, problems = collect_sources(data, done=done, max_images=max_images)
     _take(report, read, problems, len(examples), data)
     report.fingerprint = read.fingerprint
     found = len(problems.found)
     if data.validation:
-        validation, own, own_problems = collect_sources(data, data.validation, done)
+        validation, own, own_problems = collect_sources(data, data.validation, done, max_images=max_images)
         _take(report, own, own_problems, len(validation), data)
         try:
             refuse_overlap(examples, validation)
