@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from cogtune.checkpoint.load import load_model
-from cogtune.errors import OutOfMemoryError
+from cogtune.errors import InputError, OutOfMemoryError
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.generator import Ask, Generator
 from cogtune.processing.processor import CogVLM2Processor
@@ -93,6 +93,30 @@ def test_the_tower_sees_a_picture_once_while_questions_about_it_follow_each_othe
     generator.answer_batch([(other, "four", []), (None, "five", [])], SHORT)
     list(generator.stream(other, "six", decoding=SHORT))
     assert seen == [2]
+
+
+def test_questions_about_several_images(
+    generator: Generator, red: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a model of video frames is asked: none, one, two and 24 images in one batch, each image seen once."""
+    with pytest.raises(InputError, match="2 pictures given; CogVLM2 takes one"):
+        generator.answer_batch([([red, red], "Which?", [])], SHORT)
+    monkeypatch.setattr(generator.processor.encoder, "max_images", 24)
+    monkeypatch.setattr(generator.processor.encoder, "numbered_images", True)
+    many = [Image.new("RGB", (8, 8), (n * 10, 250 - n * 9, n * 5)) for n in range(24)]
+    asks: list[Ask] = [([red, many[0]], "Which?", []), (None, "Hello?", []), (many, "What?", []), ((red,), "Why?", [])]
+    wanted = []
+    for images, query, _ in asks:
+        inputs = generator.processor(images=images, query=query)
+        ids = generator.model.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=[257, 259])
+        wanted.append(generator.processor.decode(ids[0, inputs["input_ids"].shape[1] :]).strip())
+    seen: list[int] = []
+    real = generator.model.model.encode_images
+    monkeypatch.setattr(generator.model.model, "encode_images", lambda pixels: seen.append(len(pixels)) or real(pixels))
+    assert generator.answer_batch(asks, SHORT) == wanted
+    assert seen == [25]
+    assert "".join(generator.stream(*asks[0], decoding=SHORT)) == wanted[0]
+    assert seen == [25]
 
 
 def test_sampling_follows_the_seed_and_differs_from_greedy(generator: Generator, asks: list[Ask]) -> None:

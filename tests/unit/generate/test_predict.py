@@ -16,7 +16,7 @@ from cogtune.generate import predictions_file
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.generator import Ask
 from cogtune.generate.predict import PredictOptions, Predictor, PredictReport
-from cogtune.generate.predictions_file import PredictionFile, Settings
+from cogtune.generate.predictions_file import PredictionFile, Settings, record
 from tests.support.answering import FakeGenerator
 from tests.support.data_folders import dialogue, section, write_folder, write_image, write_lines
 
@@ -112,6 +112,13 @@ def test_all_questions_about_a_picture_get_the_same_picture_object(setup: Setup)
     pictures = {ask[1]: ask[0] for batch in batches for ask in batch}
     assert pictures["a0?"] is pictures["a2?"] is pictures["b0?"]
     assert pictures["t0?"] == ()
+
+
+def test_a_line_names_all_images_of_its_question() -> None:
+    def line(*images: str) -> Any:
+        return record(Question("id", 0, tuple(map(Path, images)), "q", "r", ()), "a")["image"]
+
+    assert (line(), line("a.png"), line("b.png", "a.png")) == (None, "a.png", ["b.png", "a.png"])
 
 
 @pytest.mark.parametrize("own_history", [False, True])
