@@ -9,7 +9,6 @@ D hidden, F fused projection ((H + 2K) * E: all of q, then k, then v).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -97,54 +96,6 @@ def attend(
         return functional.scaled_dot_product_attention(
             q_BHSE, k_BKSE, v_BKSE, attn_mask=mask, is_causal=causal, enable_gqa=grouped
         )
-
-
-def attend_all(q_BHPE: torch.Tensor, k_BHPE: torch.Tensor, v_BHPE: torch.Tensor) -> torch.Tensor:
-    """Attention of every token to every token [B, H, P, E], where the first stands before a picture's patches."""
-    if not _one_token_too_many(q_BHPE):
-        return attend(q_BHPE, k_BHPE, v_BHPE)
-    return attend_first_apart(q_BHPE, k_BHPE, v_BHPE, _cudnn_attention)
-
-
-_BLOCK = 128  # keys
-
-
-def _one_token_too_many(q_BHPE: torch.Tensor) -> bool:
-    """Whether the keys but for the first fill the blocks of a Hopper card's kernel, and no gradient is asked for. Each
-    block then costs it more: 9,217 keys take a tenth longer than 9,216 (docs/log.md)."""
-    if not q_BHPE.is_cuda or q_BHPE.requires_grad or q_BHPE.dtype == torch.float32:
-        return False
-    tokens = q_BHPE.shape[2]
-    return tokens > 8 * _BLOCK and tokens % _BLOCK == 1 and _is_hopper(q_BHPE.device.index or 0)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _is_hopper(device: int) -> bool:
-    return torch.cuda.get_device_capability(device) == (9, 0) and torch.backends.cuda.cudnn_sdp_enabled()
-
-
-AttentionWithSums = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""Queries, keys, values [B, H, P, E] -> context, and the logarithm of each query's summed exponentials [B, H, P, 1]."""
-
-
-def _cudnn_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    # scaled_dot_product_attention keeps the sums to itself; this is what it calls (decision 14)
-    context, sums = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, False)[:2]
-    return context, sums.reshape(*q.shape[:3], 1)
-
-
-def attend_first_apart(
-    q_BHPE: torch.Tensor, k_BHPE: torch.Tensor, v_BHPE: torch.Tensor, attention: AttentionWithSums
-) -> torch.Tensor:
-    """Attention of all tokens to all, in which ``attention`` sees all keys but the first.
-
-    With L the logarithm of the summed exponentials of the others and s the first key's score, its share is
-    exp(s) / (exp(s) + exp(L)) = sigmoid(s - L).
-    """
-    context, sums = attention(q_BHPE, k_BHPE[:, :, 1:], v_BHPE[:, :, 1:])
-    score = (q_BHPE.float() * k_BHPE[:, :, :1].float()).sum(-1, keepdim=True) * q_BHPE.shape[-1] ** -0.5
-    share = torch.sigmoid(score - sums)
-    return torch.lerp(context.float(), v_BHPE[:, :, :1].float(), share).to(context.dtype)
 
 
 class ExpertAttention(nn.Module):

@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cogtune.configuration.model import CogVLM2Config, CogVLM2VisionConfig
-from cogtune.model.attention import attend_all
+from cogtune.model.attention import attend
 from cogtune.model.quantized.fp8 import Fp8Linear
 
 _TRITON = importlib.util.find_spec("triton") is not None
@@ -73,7 +73,7 @@ class VisionAttention(nn.Module):
         images, patches, _ = x_NPW.shape
         qkv = self.query_key_value(x_NPW).view(images, patches, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        context = attend_all(q, k, v)
+        context = attend(q, k, v)
         return self.dense(context.transpose(1, 2).flatten(2))
 
 

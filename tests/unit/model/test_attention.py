@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional
 
 from cogtune.checkpoint.random import random_model, tiny_config
-from cogtune.model.attention import attend_first_apart, into_rows, out_of_rows
+from cogtune.model.attention import into_rows, out_of_rows
 from cogtune.model.qkv_rope import rotated_heads
 from cogtune.model.rope import rotate
 from cogtune.model.routing import Routing
@@ -129,20 +128,3 @@ def test_where_most_tokens_are_kept_all_are_asked() -> None:
     ids = torch.arange(20)[None]
     assert Routing.build(torch.zeros_like(ids), labels=ids).query_tokens is None
     assert Routing.build(torch.zeros_like(ids), labels=torch.full_like(ids, -100)).query_tokens is None
-
-
-def test_the_first_key_apart_is_attention_to_all() -> None:
-    """Against torch's attention in double precision, the first token's score far above or below the others'."""
-
-    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        return scores.softmax(-1) @ v, scores.logsumexp(-1, keepdim=True)
-
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, 33, 16) for _ in range(3))
-    for factor in (0.0, 1.0, 30.0, -30.0):
-        given = k.clone()
-        given[:, :, 0] *= factor
-        wanted = functional.scaled_dot_product_attention(q.double(), given.double(), v.double())
-        found = attend_first_apart(q, given, v, attention)
-        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
