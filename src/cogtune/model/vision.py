@@ -28,27 +28,12 @@ TOWER_PARTS = ("patch_embedding", "transformer", "conv")
 """Modules of `VisionModel` whose output is cached while they are frozen."""
 
 
-class PatchProjection(nn.Conv2d):
-    """A convolution whose windows do not overlap, computed as the product it is: GPUs have no fast convolution for it
-    (1 ms of the tower's 205, see docs/log.md)."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[N, channels, side, side] -> [N, W, cells, cells]."""
-        images, channels, side, _ = input.shape
-        size = self.kernel_size[0]
-        cells = side // size
-        cut = input.reshape(images, channels, cells, size, cells, size).permute(0, 2, 4, 1, 3, 5)
-        patches = cut.reshape(images, cells * cells, channels * size * size)
-        projected = functional.linear(patches, self.weight.flatten(1), self.bias)
-        return projected.transpose(1, 2).unflatten(2, (cells, cells))
-
-
 class PatchEmbedding(nn.Module):
     """Patches, the class token in front of them, and learned positions."""
 
     def __init__(self, config: CogVLM2VisionConfig) -> None:
         super().__init__()
-        self.proj = PatchProjection(config.in_channels, config.hidden_size, config.patch_size, stride=config.patch_size)
+        self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, stride=config.patch_size)
         self.cls_embedding = nn.Parameter(torch.zeros(1, config.hidden_size))
         self.position_embedding = nn.Embedding(config.num_positions, config.hidden_size)
 
@@ -77,22 +62,6 @@ class VisionAttention(nn.Module):
         return self.dense(context.transpose(1, 2).flatten(2))
 
 
-def _gelu(x: torch.Tensor) -> torch.Tensor:
-    """The exact GELU, x (1 + erf(x / sqrt 2)) / 2.
-
-    Compiled, in 16 bits and without a gradient by Abramowitz and Stegun's 7.1.26 for 1 - erf: off by 4e-7 at most, a
-    third of what float32's own formula is off by, and so much less arithmetic that the memory is what one waits for.
-    """
-    if not torch.compiler.is_compiling() or x.dtype == torch.float32 or x.requires_grad:
-        return functional.gelu(x)
-    wide = x.float()
-    size = wide.abs()
-    z = size * 0.7071067811865476
-    t = 1 / (1 + 0.3275911 * z)
-    series = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
-    return (wide.clamp(min=0) - 0.5 * size * series * torch.exp(-z * z)).to(x.dtype)
-
-
 class VisionMLP(nn.Module):
     """fc2(gelu(fc1(x))), exact GELU."""
 
@@ -105,7 +74,7 @@ class VisionMLP(nn.Module):
         inner = self.fc1(x)
         if isinstance(self.fc2, Fp8Linear) and not inner.requires_grad:
             return self.fc2.of_gelu(inner)
-        return self.fc2(_gelu(inner))
+        return self.fc2(functional.gelu(inner))
 
 
 def _add_norm(x: torch.Tensor, update: torch.Tensor, norm: nn.Module) -> torch.Tensor:
