@@ -1,8 +1,9 @@
 """torch.compile of the layers: one compiled function for all decoder layers and one for all tower layers.
 
-Sizes are symbols from the start, so other lengths and other numbers of pictures need no new compilation. What does need
-one: the first layer (no gradient goes below it), the last (only labelled tokens), the others; one row or several; with
-or without pictures; a tree or none; training or not. These kinds are few, and each is compiled when it first comes.
+Sizes are symbols from the start, so other lengths and other numbers of pictures need no new compilation. (In a module
+that FSDP has sharded they become symbols when they first change: decision 15.) What does need one: the first layer (no
+gradient goes below it), the last (only labelled tokens), the others; one row or several; with or without pictures; a
+tree or none; training or not. These kinds are few, and each is compiled when it first comes.
 
 The compiled part is a layer's ``compute``: recomputation and an engine's hooks on the layer stay outside it. A forward
 with a key/value cache is not compiled: its lengths change with every token, and its caller may compile it whole.
@@ -62,30 +63,40 @@ def _start_workers() -> None:
             AsyncCompile.wait_pool_ready(timeout=_WORKERS_READY)
 
 
-def compile_layers(model: CogVLM2ForCausalLM, backend: str | Any = "inductor", *, fullgraph: bool = False) -> None:
-    """Make every decoder and tower layer of ``model`` run compiled from now on."""
+def compile_layers(
+    model: CogVLM2ForCausalLM, backend: str | Any = "inductor", *, fullgraph: bool = False, symbolic_sizes: bool = True
+) -> None:
+    """Make every decoder and tower layer of ``model`` run compiled from now on.
+
+    Args:
+        model: the model, in place.
+        backend: what compiles the graphs; see `torch.compile`.
+        fullgraph: a layer that cannot be one graph is an error.
+        symbolic_sizes: sizes are symbols from the start. False: a size is a constant until another one comes.
+    """
     # Under DDP the compiler would cut each layer at the borders of gradient buckets, and cannot cut one that holds a
     # function with a gradient of its own.
     torch._dynamo.config.optimize_ddp = False
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_KINDS)
-    _compile(DecoderLayer, model.model.layers, backend, fullgraph)
+    dynamic = True if symbolic_sizes else None
+    _compile(DecoderLayer, model.model.layers, backend, fullgraph, dynamic)
     if model.model.vision.has_tower:
-        compile_tower(model.model.vision, backend, fullgraph=fullgraph)
+        _compile(VisionLayer, model.model.vision.transformer.layers, backend, fullgraph, dynamic)
 
 
-def compile_tower(vision: VisionModel, backend: str | Any = "inductor", *, fullgraph: bool = False) -> None:
+def compile_tower(vision: VisionModel) -> None:
     """Make every tower layer of ``vision`` run compiled from now on."""
-    _compile(VisionLayer, vision.transformer.layers, backend, fullgraph)
+    _compile(VisionLayer, vision.transformer.layers, "inductor", False, True)
 
 
-def _compile(kind: Any, layers: Iterable[Any], backend: str | Any, fullgraph: bool) -> None:
+def _compile(kind: Any, layers: Iterable[Any], backend: str | Any, fullgraph: bool, dynamic: bool | None) -> None:
     # Left alone the compiler takes each number of a layer (an epsilon, an adapter's scale) for an input that varies: a
     # tensor on the CPU, with kernels of its own, for which it first tries out the host's instruction sets for a minute.
     torch._dynamo.config.specialize_float = True
     layers = list(layers)
     for_gpu = backend == "inductor" and bool(layers) and can_compile(next(layers[0].parameters()).device)
     options: dict[str, Any] | None = dict(_MERGED) if for_gpu else None
-    compiled = torch.compile(kind.compute, backend=backend, dynamic=True, fullgraph=fullgraph, options=options)
+    compiled = torch.compile(kind.compute, backend=backend, dynamic=dynamic, fullgraph=fullgraph, options=options)
     if for_gpu:
         _workers().result()
     for layer in layers:

@@ -242,7 +242,7 @@ def assemble(
             saver.restore_adapter(model, checkpoint)
         _recompute(base, config, layers)
         if compiles(config, engine):
-            compile_layers(base)
+            compile_layers(base, symbolic_sizes=engine.symbolic_sizes)
             log.info("layers are compiled at their first use (train.compile); the first step takes longer")
         _say_what_trains(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -48,6 +48,8 @@ class Engine(ABC):
     name: str
     fuses_optimizer = True
     """Whether the optimiser's tensors stay the ones it was built with, so that it may be the fused one."""
+    symbolic_sizes = True
+    """Whether compiled layers may take sizes for symbols from the start (`model.compile.compile_layers`)."""
 
     def __init__(self, group: Group, config: RunConfig) -> None:
         self.group = group

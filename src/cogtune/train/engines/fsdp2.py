@@ -35,7 +35,6 @@ from cogtune.train.engines.single import SingleEngine
 from cogtune.train.log import log
 
 _SPARE = 0.8  # of the memory that is free after a step, what gathered layers may take
-_MARK = "_is_fsdp_managed_module"
 _ROOT = ("lm_head",)
 """Units that stay with the root: the loss may read the head's weight itself, and needs it at the end of the forward and
 at once again in the backward pass."""
@@ -45,6 +44,7 @@ class Fsdp2Engine(SingleEngine):
     """Sums of all ranks: the loss is not multiplied by the number of ranks, because gradients are not averaged."""
 
     name = "fsdp2"
+    symbolic_sizes = False  # of a sharded module even the number of heads would become a symbol (decision 15)
 
     def __init__(self, group: Group, config: RunConfig) -> None:
         super().__init__(group, config)
@@ -80,8 +80,6 @@ class Fsdp2Engine(SingleEngine):
         )
         for layer, weight in before:
             _copy_facts(weight, layer.weight)
-        if self.config.train.compile is True:
-            _as_ordinary_modules(module)
 
     def _offload_policy(self) -> OffloadPolicy:
         if self.config.parallel.offload != "weights":
@@ -177,14 +175,6 @@ def _copy_facts(weight: Any, other: Any) -> None:
     for name in ("compress_statistics", "quant_type", "blocksize", "quant_storage"):
         if hasattr(weight, name) and not hasattr(other, name):
             setattr(other, name, getattr(weight, name))
-
-
-def _as_ordinary_modules(module: nn.Module) -> None:
-    """Of a module marked as sharded torch's compiler takes every number (of heads, say) for an input that varies; it
-    then cannot compile attention, and nothing else well (decision 15)."""
-    for part in module.modules():
-        if hasattr(part, _MARK):
-            setattr(part, _MARK, False)
 
 
 def _refuse_trained_shards(parameters: dict[str, nn.Parameter]) -> None:
