@@ -4,8 +4,8 @@
 #   benchmarks/h100.sh OUT BASE PART ...
 #
 # BASE: a checkpoint folder of the published size (`cogtune bench make-checkpoint BASE`); the parts speed, breakdown,
-# grow, fill and closer make their weights themselves; pairs wants two cards. Every file is whole after every row, and a
-# part that fails does not stop the next.
+# grow and fill make their weights themselves; pairs wants two cards. Every file is whole after every row, and a part
+# that fails does not stop the next.
 set -u
 out=$1 base=$2
 shift 2
@@ -34,7 +34,7 @@ speed() { # variants beside the stand-in of the published computation; nothing e
 }
 
 breakdown() { # where a step's time goes; a profiler slows the host
-    bench breakdown-h100 train --breakdown --steps 6 --warmup 3 --variant live
+    bench breakdown-h100 train --breakdown --steps 6 --warmup 3 --variant live --variant "cached features=cached"
 }
 
 fit() { bench fit-h100 fit --model "$base"; }
@@ -63,16 +63,6 @@ decode() {
 
 loader() { bench loader loader --rate 20; }
 
-closer() { # what the compiler offers, beside what it does by default: for finding out
-    local rank16="rank16 features=cached lora.targets=experts lora.rank=16"
-    for variant in "cached features=cached" "$rank16" "fp8 features=cached quant.experts=fp8 quant.fp8_layouts=two"; do
-        for option in "" "--inductor cpp_wrapper=true"; do
-            # shellcheck disable=SC2086
-            timeout 150 python -m benchmarks.step_profile "$variant" $option --top 12 2>"$out/closer.log" || echo FAILED
-        done
-    done | tee "$out/closer.txt"
-}
-
 pairs() { # two cards: what compiling gains under engines that `auto` leaves uncompiled
     local each=(--steps 6 --warmup 3 --variant "s400 features=cached" --train.gradient_checkpointing none)
     for engine in ddp zero2 fsdp2; do
@@ -87,7 +77,7 @@ pairs() { # two cards: what compiling gains under engines that `auto` leaves unc
 
 for part in "$@"; do
     case $part in
-    speed | breakdown | fit | plan | grow | fill | decode | loader | closer | pairs) "$part" ;;
+    speed | breakdown | fit | plan | grow | fill | decode | loader | pairs) "$part" ;;
     *) echo "no part $part" ;;
     esac
 done

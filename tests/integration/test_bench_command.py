@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from cogtune.bench import card_memory
+from cogtune.bench.breakdown import LISTED
 from cogtune.bench.card_memory import FitRow
 from cogtune.bench.clock import Timing
 from cogtune.bench.steps import Bench
@@ -53,8 +54,10 @@ def test_variants_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str
     # the same weights, adapter and rows: both computations start from the same loss
     assert rows["baseline"]["losses"][0] == pytest.approx(rows["live"]["losses"][0], rel=1e-5)
     assert rows["live"]["breakdown_ms"]["matmuls"] > 0
+    assert rows["live"]["kernels"] > len(rows["live"]["longest_kernels"]) == LISTED
     said = capsys.readouterr().out
     assert "x baseline" in said
+    assert "live, the longest kernels of a step:" in said
     assert re.search(r"^cached .* \d+\.\d\dx ", said, re.M)
     assert not re.search(r"^questions .* \d+\.\d\dx ", said, re.M)  # another preset is other work
     assert json.loads(said.strip().splitlines()[-1])["kind"] == "train"

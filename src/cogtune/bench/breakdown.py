@@ -1,10 +1,10 @@
 """Where a step's time goes, from torch.profiler: by the part of the model where the program says so (tower, head,
-optimiser), by the kind of kernel elsewhere, and what is left between kernels."""
+optimiser), by the kind of kernel elsewhere, what is left between kernels, and the kernels that take longest."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-PARTS = ("tower", "head", "optimizer")
 GENERATED = r"triton_(poi|red|per|for)_"
 """Kernels that torch generates, elementwise work and sums, and names after every operator they touch."""
 KINDS = {
@@ -24,6 +23,8 @@ KINDS = {
 }
 """Kinds of kernels by their names, tried in this order; what matches none is elementwise work."""
 ROWS = ("tower", "attention", "matmuls", "elementwise", "head", "optimizer", *list(KINDS)[2:], "idle")
+LISTED = 20
+"""Kernels that are kept by name."""
 _PREFIX = "cogtune."
 
 
@@ -51,6 +52,18 @@ def sort_kernels(kernels: Sequence[Span], parts: Sequence[Span], steps: int) -> 
     return {name: round(value, 3) for name, value in milliseconds.items()}
 
 
+def longest(kernels: Sequence[Span], steps: int, listed: int = LISTED) -> list[dict[str, Any]]:
+    """The kernels that take most of a step: name, milliseconds of a step, and how often it has them; longest first."""
+    by_name: dict[str, list[float]] = defaultdict(list)
+    for kernel in kernels:
+        by_name[kernel.name].append((kernel.end - kernel.start) / 1000)
+    found = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:listed]
+    return [
+        {"name": name[:120], "ms": round(sum(times) / steps, 3), "count": round(len(times) / steps, 2)}
+        for name, times in found
+    ]
+
+
 def kind_of(name: str) -> str:
     """The kind of a kernel by its name."""
     lowered = name.lower()
@@ -59,8 +72,13 @@ def kind_of(name: str) -> str:
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, lowered)), "elementwise")
 
 
-def profile_steps(run: Callable[[], Any], model: Any, optimizer: torch.optim.Optimizer, steps: int) -> dict[str, float]:
-    """Profile ``run`` (``steps`` steps) and sort what it did; ``model`` is the base whose parts get names."""
+def profile_steps(run: Callable[[], Any], model: Any, optimizer: torch.optim.Optimizer, steps: int) -> dict[str, Any]:
+    """Profile ``run`` (``steps`` steps) and sort what it did; ``model`` is the base whose parts get names.
+
+    Returns:
+        ``breakdown_ms``: milliseconds of a step by row of `ROWS`; ``kernels``: how many a step has;
+        ``longest_kernels``: see `longest`.
+    """
     on_gpu = next(model.parameters()).device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with _named_parts(model, optimizer), profile(activities=activities) as profiler:
@@ -77,7 +95,11 @@ def profile_steps(run: Callable[[], Any], model: Any, optimizer: torch.optim.Opt
             kernels.append(Span(event.name, start, start + event.self_cpu_time_total))
         elif not event.is_user_annotation:
             kernels.append(Span(event.name, start, end))
-    return sort_kernels(kernels, parts, steps)
+    return {
+        "breakdown_ms": sort_kernels(kernels, parts, steps),
+        "kernels": round(len(kernels) / steps),
+        "longest_kernels": longest(kernels, steps),
+    }
 
 
 @contextmanager

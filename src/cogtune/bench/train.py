@@ -85,7 +85,7 @@ def _measure_one(
     row["peak_reserved_gib"] = max(row["reserved_gib"], row["load_reserved_gib"])
     row |= {"ready_s": round(bench.ready, 2), **_by_rank(bench, row)}
     if breakdown:
-        row["breakdown_ms"] = profile_steps(
+        row |= profile_steps(
             lambda: bench.run(variant, batches, warm=0, steps=_PROFILED, from_empty=False),
             bench.base,
             bench.engine.optimizer,
@@ -186,8 +186,16 @@ def as_table(results: Results) -> str:
     ]  # fmt: skip
     text = table(columns, cells)
     broken = [row for row in whole if "breakdown_ms" in row]
-    if broken:
-        kinds = list(broken[0]["breakdown_ms"])
-        rows = [[row["name"], *[f"{row['breakdown_ms'][kind]:.2f}" for kind in kinds]] for row in broken]
-        text += "\n\nmilliseconds of a profiled step:\n" + table(["variant", *kinds], rows)
-    return text
+    return text + ("\n\n" + _breakdown(broken) if broken else "")
+
+
+def _breakdown(rows: list[dict[str, Any]]) -> str:
+    """Where the time of profiled steps went, and the kernels that took longest."""
+    kinds = list(rows[0]["breakdown_ms"])
+    cells = [[row["name"], *[f"{row['breakdown_ms'][kind]:.2f}" for kind in kinds], row["kernels"]] for row in rows]
+    parts = ["milliseconds of a profiled step:\n" + table(["variant", *kinds, "kernels"], cells)]
+    for row in rows:
+        longest = [[f"{kernel['ms']:.3f}", kernel["count"], kernel["name"]] for kernel in row["longest_kernels"]]
+        lines = [f"{ms:>9} ms {count:>7g}x  {name}" for ms, count, name in longest]
+        parts.append("\n".join([f"{row['name']}, the longest kernels of a step:", *lines]))
+    return "\n\n".join(parts)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from cogtune.bench.breakdown import Span, sort_kernels
+from cogtune.bench.breakdown import Span, longest, sort_kernels
 
 
 def test_kernels_are_sorted_by_part_first_then_by_kind() -> None:
@@ -43,3 +43,11 @@ def test_kernels_that_overlap_leave_no_idle_time() -> None:
     found = sort_kernels([Span("a", 0, 1000), Span("b", 500, 900), Span("c", 1200, 2000)], [], steps=2)
     assert found["idle"] == pytest.approx(0.1)
     assert found["elementwise"] == pytest.approx((1000 + 400 + 800) / 2000)
+
+
+def test_the_longest_kernels_are_named_with_their_share_of_a_step() -> None:
+    kernels = [Span("gemm", 0, 1000), Span("copy", 1000, 1100), Span("gemm", 1100, 3100), Span("norm", 3100, 3400)]
+    assert longest(kernels, steps=2, listed=2) == [
+        {"name": "gemm", "ms": 1.5, "count": 1.0},
+        {"name": "norm", "ms": 0.15, "count": 0.5},
+    ]
