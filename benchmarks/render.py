@@ -41,8 +41,7 @@ from typing import Any
 
 from benchmarks.bench_views import view_of
 from benchmarks.card_view import cards
-from benchmarks.curves import curves
-from benchmarks.plot import plot
+from benchmarks.plots import drawing_of
 from benchmarks.quality_view import linears, parity, quality
 from benchmarks.views import VIEWS, markdown
 from cogtune.errors import catalogue
@@ -136,11 +135,9 @@ def plots(results: Path = RESULTS) -> dict[Path, str]:
     """The drawings that belong to the results, by the file they are kept in."""
     found = {}
     for file in sorted(results.glob("*.json")):
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if "series" in content.get("check", {}):
-            found[PLOTS / f"{file.stem}.svg"] = plot(content)
-        if content.get("kind") == "quality":
-            found[PLOTS / f"{file.stem}.svg"] = curves(content)
+        drawing = drawing_of(json.loads(file.read_text(encoding="utf-8")))
+        if drawing is not None:
+            found[PLOTS / f"{file.stem}.svg"] = drawing
     return found
 
 

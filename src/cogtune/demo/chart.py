@@ -1,4 +1,4 @@
-"""A line chart as inline SVG."""
+"""Line charts as SVG: in the demo's page, whose style sheet decides their looks, or files of their own."""
 
 from __future__ import annotations
 
@@ -7,69 +7,130 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 720, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 34
-_DECADE_MARKS = (1, 2, 5)
+_MARKS = (1, 2, 5)
+_BOTTOM = 34
 
 Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Line:
-    """A named line; ``style`` is its CSS class. With ``dots`` its points are marked."""
+    """A named line; ``style`` is its CSS class, which goes before the rest. With ``dots`` its points are marked.
+
+    ``right``: its values are on an axis of their own, at the right.
+    """
 
     name: str
     style: str
     points: Points
     dots: bool = False
+    colour: str = "#000"
+    width: float = 2.0
+    dash: str = ""
+    right: bool = False
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Pixels of the drawing and around its lines, and the words on it: what it is (for readers without eyes), above it,
+    and below the horizontal axis."""
+
+    label: str
+    width: int = 720
+    height: int = 260
+    left: int = 52
+    right: int = 12
+    top: int = 12
+    bottom: int = _BOTTOM
+    title: str = ""
+    below: str = ""
+
+
+@dataclass(frozen=True)
+class _Axis:
+    low: float
+    high: float
+    marks: Sequence[float]
+    log: bool
+
+    def share(self, value: float) -> float:
+        """How far up ``value`` is, 0 to 1; on a logarithmic axis what is below its end is at its end."""
+        if not self.log:
+            return (value - self.low) / (self.high - self.low)
+        return math.log(max(value, self.low) / self.low) / math.log(self.high / self.low)
 
 
 def loss_chart(lines: Sequence[Line]) -> str:
-    """Loss over steps on a logarithmic axis; lines without points are left out."""
-    lines = [line for line in lines if line.points]
-    values = [value for line in lines for _, value in line.points if value > 0]
-    last = max(step for line in lines for step, _ in line.points)
-    low, high = _bounds(min(values)), max(values) * 1.1
-
-    def x(step: float) -> float:
-        return _LEFT + (WIDTH - _LEFT - _RIGHT) * step / last
-
-    def y(value: float) -> float:
-        share = (math.log(max(value, low)) - math.log(low)) / (math.log(high) - math.log(low))
-        return HEIGHT - _BOTTOM - (HEIGHT - _TOP - _BOTTOM) * share
-
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="Loss over optimiser steps">']
-    for value in _marks(low, high):
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value:g}</text>')
-    for step in _steps(last):
-        parts.append(f'<text x="{x(step):.1f}" y="{HEIGHT - 12}" text-anchor="middle">{step}</text>')
-    for line in lines:
-        spots = [(x(step), y(value)) for step, value in line.points]
-        path = " ".join(f"{px:.1f},{py:.1f}" for px, py in spots)
-        parts.append(f'<polyline class="{line.style}" points="{path}"><title>{escape(line.name)}</title></polyline>')
-        if line.dots:
-            parts += [f'<circle class="{line.style}" cx="{px:.1f}" cy="{py:.1f}" r="4"/>' for px, py in spots]
-    parts.append("</svg>")
-    legend = "".join(f'<span><i class="{line.style}"></i>{escape(line.name)}</span>' for line in lines)
-    return f'{"".join(parts)}<p class="legend">{legend}</p>'
+    """Loss over steps on a logarithmic axis with a legend below it, for a page; lines without points are left out."""
+    drawn = [line for line in lines if line.points]
+    legend = "".join(f'<span><i class="{line.style}"></i>{escape(line.name)}</span>' for line in drawn)
+    return f'{line_chart(drawn, Frame("Loss over optimiser steps"), log=True)}<p class="legend">{legend}</p>'
 
 
-def _bounds(value: float) -> float:
-    """The nearest mark of a logarithmic axis at or below ``value``."""
-    decade = 10.0 ** math.floor(math.log10(value))
-    return max(mark * decade for mark in _DECADE_MARKS if mark * decade <= value)
+def line_chart(lines: Sequence[Line], frame: Frame, *, log: bool = False, named: bool = False) -> str:
+    """The lines over a horizontal axis from 0; ``named``: with their names at the right."""
+    last = max(x for line in lines for x, _ in line.points)
+    axes = {side: _axis([y for line in lines if line.right == side for _, y in line.points], log)
+            for side in {line.right for line in lines}}  # fmt: skip
+
+    def x(value: float) -> float:
+        return frame.left + (frame.width - frame.left - frame.right) * value / last
+
+    def y(value: float, axis: _Axis) -> float:
+        return frame.height - frame.bottom - (frame.height - frame.top - frame.bottom) * axis.share(value)
+
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {frame.width} {frame.height}" role="img" '
+             f'font-family="sans-serif" font-size="11" aria-label="{escape(frame.label)}">']  # fmt: skip
+    for side, axis in sorted(axes.items()):
+        at, anchor = (frame.width - frame.right + 6, "start") if side else (frame.left - 6, "end")
+        for value in axis.marks:
+            height = y(value, axis)
+            if not side:
+                ends = f'x1="{frame.left}" x2="{frame.width - frame.right}"'
+                parts.append(f'<line class="grid" stroke="#ddd" {ends} y1="{height:.1f}" y2="{height:.1f}"/>')
+            parts.append(f'<text x="{at}" y="{height + 4:.1f}" text-anchor="{anchor}">{value:g}</text>')
+    under = frame.height - frame.bottom + 18
+    for value in (mark for mark in _ticks(last) if mark <= last):
+        parts.append(f'<text x="{x(value):.1f}" y="{under}" text-anchor="middle">{value:g}</text>')
+    if frame.title:
+        parts.append(f'<text x="{frame.left}" y="18">{escape(frame.title)}</text>')
+    if frame.below:
+        middle = (frame.left + frame.width - frame.right) / 2
+        parts.append(f'<text x="{middle}" y="{frame.height - 8}" text-anchor="middle">{escape(frame.below)}</text>')
+    for number, line in enumerate(lines):
+        spots = [(x(at), y(value, axes[line.right])) for at, value in line.points]
+        parts += _drawn(line, spots)
+        if named:
+            place = f'x="{frame.width - frame.right + 10}" y="{frame.top + 14 * number + 10}"'
+            parts.append(f'<text {place} fill="{line.colour}">{escape(line.name)}</text>')
+    return "".join([*parts, "</svg>"])
 
 
-def _marks(low: float, high: float) -> list[float]:
+def _drawn(line: Line, spots: Points) -> list[str]:
+    path = " ".join(f"{px:.1f},{py:.1f}" for px, py in spots)
+    look = f'fill="none" stroke="{line.colour}" stroke-width="{line.width:g}"'
+    look += f' stroke-dasharray="{line.dash}"' if line.dash else ""
+    parts = [f'<polyline class="{line.style}" points="{path}" {look}><title>{escape(line.name)}</title></polyline>']
+    if line.dots:
+        dot = f'<circle class="{line.style}" fill="{line.colour}" r="3"'
+        parts += [f'{dot} cx="{px:.1f}" cy="{py:.1f}"/>' for px, py in spots]
+    return parts
+
+
+def _axis(values: Sequence[float], log: bool) -> _Axis:
+    if not log:
+        marks = _ticks(max(values))
+        return _Axis(0.0, marks[-1], marks, log)
+    low, high = min(value for value in values if value > 0), max(values) * 1.1
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    marks = [mark * 10.0**decade for decade in range(first, last + 1) for mark in _DECADE_MARKS]
-    return [mark for mark in marks if low <= mark <= high]
+    marks = [mark * 10.0**decade for decade in range(first, last + 1) for mark in _MARKS]
+    low = max(mark for mark in marks if mark <= low)
+    return _Axis(low, high, [mark for mark in marks if low <= mark <= high], log)
 
 
-def _steps(last: float) -> list[int]:
-    """About six round step numbers from 0."""
-    rough = max(last / 6, 1)
-    unit = 10 ** math.floor(math.log10(rough))
-    stride = next(factor * unit for factor in (1, 2, 5, 10) if factor * unit >= rough)
-    return list(range(0, int(last) + 1, int(stride)))
+def _ticks(most: float) -> list[float]:
+    """Round numbers from 0 up to the first at or above ``most``."""
+    rough = max(most / 5, 1e-9)
+    unit = 10.0 ** math.floor(math.log10(rough))
+    stride = next(factor * unit for factor in (1, 2, 2.5, 5, 10) if factor * unit >= rough)
+    return [round(stride * index, 10) for index in range(math.ceil(most / stride) + 1)]
