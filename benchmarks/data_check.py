@@ -1,6 +1,6 @@
 """Time and memory of ``cogtune data check`` on 100,000 generated records with a picture each.
 
-    python -m benchmarks.data_check benchmarks/results/data-check.json [--records 100000]
+    python -m benchmarks.data_check benchmarks/results/data-check.json --model FOLDER [--records 100000]
 
 Pictures are JPEG files of 320 x 240 noise, all different, so that nothing about them is easier than it would be with
 photographs; labels are one file a picture, in the published layout. The records are written to a temporary folder.
@@ -22,7 +22,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from cogtune.demo.record import provenance, write_json
+from cogtune.bench.data_folder import dialogue, write_label
+from cogtune.bench.report import circumstances, shown_command, write_result
 
 _SENTENCE = "red bus waits at stop in the rain with two people who look left where green tree stands near white house"
 _WORDS = _SENTENCE.split()
@@ -33,7 +34,6 @@ def write_set(folder: Path, records: int) -> int:
     """Write the set; returns the bytes of its pictures."""
     draw = random.Random(0)
     (folder / "images").mkdir(parents=True)
-    (folder / "labels").mkdir()
     bases = []
     for _ in range(_BASES):
         stream = io.BytesIO()
@@ -47,12 +47,11 @@ def write_set(folder: Path, records: int) -> int:
         content = base[:2] + b"\xff\xfe" + (len(comment) + 2).to_bytes(2, "big") + comment + base[2:]
         (folder / "images" / f"{number:08}.jpg").write_bytes(content)
         total += len(content)
-        record = {"conversations": []}
+        turns = list[str]()
         for _ in range(draw.choice((1, 1, 2, 3))):
-            question = " ".join(draw.choices(_WORDS, k=draw.randrange(4, 15))) + f" {number}?"
-            answer = " ".join(draw.choices(_WORDS, k=draw.randrange(1, 60))) + "."
-            record["conversations"] += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        (folder / "labels" / f"{number:08}.json").write_text(json.dumps(record), encoding="utf-8")
+            turns.append(" ".join(draw.choices(_WORDS, k=draw.randrange(4, 15))) + f" {number}?")
+            turns.append(" ".join(draw.choices(_WORDS, k=draw.randrange(1, 60))) + ".")
+        write_label(folder / "labels" / f"{number:08}.json", dialogue(*turns))
     return total
 
 
@@ -60,19 +59,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", type=Path)
     parser.add_argument("--records", type=int, default=100_000)
-    parser.add_argument("--model", help="folder with the tokenizer to count with; default: Llama-3's, as in the tests")
+    parser.add_argument("--model", required=True, help="folder with the tokenizer to count with")
     arguments = parser.parse_args()
-    model = arguments.model
-    if model is None:
-        from tests.support.tokenizers import llama3_tokenizer_json
-
-        model = str(llama3_tokenizer_json())
-    record = provenance(f"python -m benchmarks.data_check {arguments.target} --records {arguments.records}")
+    record = circumstances(shown_command(["python", "-m", "benchmarks.data_check", *sys.argv[1:]]))
     with tempfile.TemporaryDirectory() as folder:
         print(f"writing {arguments.records} records", flush=True)
         size = write_set(Path(folder) / "set", arguments.records)
         print(f"{size / 1e9:.2f} GB of pictures; checking", flush=True)
-        command = [sys.executable, "-m", "cogtune", "data", "check", f"{folder}/set", "--model", model, "--json"]
+        command = [
+            sys.executable,
+            "-m",
+            "cogtune",
+            "data",
+            "check",
+            f"{folder}/set",
+            "--model",
+            arguments.model,
+            "--json",
+        ]
         began = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         wall = time.perf_counter() - began
@@ -92,7 +96,7 @@ def main() -> None:
         "lengths": found["lengths"],
     }
     print(json.dumps({key: result[key] for key in ("seconds", "cpu_seconds", "peak_memory_mib", "ok")}))
-    write_json(arguments.target, result)
+    write_result(arguments.target, result)
 
 
 if __name__ == "__main__":

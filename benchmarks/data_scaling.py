@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cogtune.bench.report import circumstances, write_result
 from cogtune.configuration.run_config import load_config
 from cogtune.demo import easyvqa
 from cogtune.demo.base import BASE
 from cogtune.demo.easyvqa import VqaPicture
-from cogtune.demo.record import Clock, provenance, use_all_cores, write_json
+from cogtune.demo.record import Clock, use_all_cores
 from cogtune.demo.score import measure
 from cogtune.generate.loading import ModelChoice, load_generator, resolve
 from cogtune.train.run import train
@@ -77,7 +78,7 @@ def main() -> None:
     source = easyvqa.find_easy_vqa()
     train_pictures = easyvqa.read_split(source, "train")
     test = easyvqa.read_split(source, "test", TEST_PICTURES)
-    record = provenance(f"python -m benchmarks.data_scaling {arguments.target}")
+    record = circumstances(f"python -m benchmarks.data_scaling {arguments.target}")
     base = measure(load_generator(resolve(ModelChoice(str(BASE)))), test).to_dict()
     settings = {"rows_per_step": ROWS, "lr": RATE, "test_questions": base["total"]}
     rows: list[dict[str, Any]] = []
@@ -90,7 +91,7 @@ def main() -> None:
                 done = rows[-1]
                 about = f"{done['questions']} questions, {epochs} epochs, {done['steps']} steps"
                 print(f"{about}: {100 * done['accuracy']:.1f} % in {done['train_seconds']} s", flush=True)
-                write_json(arguments.target, {**record, "settings": settings, "base": base, "rows": rows})
+                write_result(arguments.target, {**record, "settings": settings, "base": base, "rows": rows})
 
 
 if __name__ == "__main__":

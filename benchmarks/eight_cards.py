@@ -30,7 +30,8 @@ from typing import Any
 import torch
 
 from benchmarks import watched
-from cogtune.bench.report import circumstances, shown_command
+from cogtune.bench.data_folder import dialogue, write_folder
+from cogtune.bench.report import circumstances, shown_command, write_result
 from cogtune.train.log import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -113,8 +114,6 @@ class Machine:
 
 def write_records(folder: Path, count: int, text: tuple[int, int]) -> None:
     """Different letters in every record, so that another order gives other losses."""
-    from tests.support.data_folders import dialogue, write_folder
-
     draw = random.Random(0)
 
     def letters(number: int) -> str:
@@ -316,8 +315,7 @@ def main(arguments: list[str] | None = None) -> None:
         order = ["cache", *ROWS]
         record["rows"].sort(key=lambda row: order.index(row["name"]))
         record.update(compare(record["rows"]))
-        given.output.parent.mkdir(parents=True, exist_ok=True)
-        given.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_result(given.output, record)
         print(_line(row), flush=True)
 
     make_checkpoint(machine)

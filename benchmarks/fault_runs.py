@@ -22,9 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 import cogtune.checkpoint.resume_state as checkpoints
+from cogtune.bench.data_folder import dialogue, write_folder
 from cogtune.checkpoint.random import make_tiny
 from cogtune.cli.main import guarded
 from cogtune.configuration.run_config import load_config
@@ -162,19 +161,14 @@ def prepare(folder: Path) -> None:
 
 def write_pictures(folder: Path, count: int, size: tuple[int, int]) -> None:
     """The published layout; one to three turns a picture."""
-    for kind in ("images", "labels"):
-        (folder / kind).mkdir(parents=True)
-    for number in range(count):
-        picture = Image.new("RGB", size, (number * 2 % 256, 255 - number * 2 % 256, 90))
-        picture.save(folder / "images" / f"{number:03}.png")
-        turns = []
-        for turn in range(1 + number % 3):
-            turns += [
-                {"role": "user", "content": f"What is picture {turn}?"},
-                {"role": "assistant", "content": f"Number {number}" + " indeed" * turn},
-            ]
-        label = folder / "labels" / f"{number:03}.json"
-        label.write_text(json.dumps({"conversations": turns}), encoding="utf-8")
+
+    def turns(number: int) -> list[str]:
+        return [text for turn in range(1 + number % 3)
+                for text in (f"What is picture {turn}?", f"Number {number}" + " indeed" * turn)]  # fmt: skip
+
+    write_folder(
+        folder, {f"{number:03}": dialogue(*turns(number)) for number in range(count)}, suffix=".png", size=size
+    )
 
 
 def fork(work: Callable[[], object], log: Path) -> int:

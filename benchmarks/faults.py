@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
 import os
 import random
@@ -23,7 +22,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +39,7 @@ from benchmarks.fault_runs import (
     finish,
     prepare,
 )
+from cogtune.bench.report import circumstances, write_result
 from cogtune.checkpoint import resume_state as checkpoints
 
 KILLED_IN = ("start", "step", "evaluation", "save")
@@ -385,13 +384,7 @@ def tally(campaign: Campaign, seconds: float, arguments: list[str]) -> dict[str,
     rows = [["SIGKILL", sum(campaign.kills.values()), _failed_kills(campaign)]]
     rows += [[kind, found["trials"], found["failed"]] for kind, found in campaign.others.items()]
     return {
-        "command": " ".join(["python", "-m", "benchmarks.faults", *arguments]),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
-        "machine": f"{os.cpu_count()} CPU cores",
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "safetensors")},
+        **circumstances(" ".join(["python", "-m", "benchmarks.faults", *arguments])),
         "steps of a run": STEPS,
         "save_steps": SAVE_STEPS,
         "kills": sum(campaign.kills.values()),
@@ -429,9 +422,8 @@ def main(arguments: list[str]) -> int:
         campaign = Campaign((options.work or Path(temporary)) / "faults", options.seed)
 
         def write() -> None:
-            found = json.dumps(tally(campaign, time.monotonic() - began, shown), indent=1, ensure_ascii=False)
             if options.output is not None:
-                options.output.write_text(found + "\n", encoding="utf-8")
+                write_result(options.output, tally(campaign, time.monotonic() - began, shown))
 
         run_campaign(campaign, options.kills, options.others, write)
         write()

@@ -2,10 +2,9 @@
 
     python -m benchmarks.first_hour benchmarks/results/first-hour.json
 
-The README's order, as a user types it, each command a process of its own: doctor, download, check, preview, plan,
-train, chat. The hub is a local stand-in and the base has a few hundred thousand parameters, so these are the times of
-the commands themselves; a real download and a real training come on top. ``tests/integration/test_first_hour.py``
-holds the same walk to its results.
+The README's order, as a user types it, each command a process of its own: doctor, check, preview, plan, train, chat.
+The base has a few hundred thousand parameters, so these are the times of the commands themselves; a real download and a
+real training come on top. ``tests/integration/test_first_hour.py`` holds the same walk to its results.
 """
 
 from __future__ import annotations
@@ -20,16 +19,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from cogtune.bench.data_folder import dialogue, write_folder
+from cogtune.bench.report import circumstances, write_result
 from cogtune.checkpoint.random import make_tiny
-from cogtune.demo.record import provenance, write_json
-from tests.support.data_folders import dialogue, write_folder
-from tests.support.fake_hub import FakeHub, serving
 
 PICTURES, STEPS = 800, 20
 _SAME = ("--model", "cogvlm2", "--data", "my-data")
 WALK = (
     ("doctor", "--offline"),
-    ("download", "model", "--output", "cogvlm2"),
     ("data", "check", "my-data", "--model", "cogvlm2"),
     ("data", "preview", "my-data", "--model", "cogvlm2"),
     ("plan", *_SAME, "--card", "24GiB"),
@@ -42,25 +39,18 @@ WALK = (
 
 def walk(folder: Path) -> list[dict[str, Any]]:
     """Every command in ``folder``, with its seconds; one that fails ends the walk with its words."""
-    base = make_tiny(folder / "published")
-    files = {file.name: file.read_bytes() for file in base.iterdir() if file.is_file()}
+    make_tiny(folder / "cogvlm2")
     records = {f"{number:04}": dialogue("What is it?", f"It is number {number % 7}.") for number in range(PICTURES)}
     write_folder(folder / "my-data", records)
-    proxies = ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "HF_HUB_OFFLINE")
-    place = {name: value for name, value in os.environ.items() if name not in proxies}
     rows = []
-    with serving(FakeHub(files)) as hub:
-        for words in WALK:
-            began, used = time.perf_counter(), _children_seconds()
-            done = subprocess.run(
-                [sys.executable, "-m", "cogtune", *words], cwd=folder, env=place | {"HF_ENDPOINT": hub.url},
-                capture_output=True, text=True, check=False,
-            )  # fmt: skip
-            seconds, cpu = round(time.perf_counter() - began, 2), round(_children_seconds() - used, 2)
-            if done.returncode:
-                raise SystemExit(f"cogtune {' '.join(words)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-            rows.append({"command": " ".join(["cogtune", *words]), "seconds": seconds, "cpu_seconds": cpu})
-            print(f"{seconds:6.2f} s ({cpu:6.2f} of a core)  {rows[-1]['command']}", flush=True)
+    for words in WALK:
+        began, used = time.perf_counter(), _children_seconds()
+        done = subprocess.run([sys.executable, "-m", "cogtune", *words], cwd=folder, capture_output=True, text=True)
+        seconds, cpu = round(time.perf_counter() - began, 2), round(_children_seconds() - used, 2)
+        if done.returncode:
+            raise SystemExit(f"cogtune {' '.join(words)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+        rows.append({"command": " ".join(["cogtune", *words]), "seconds": seconds, "cpu_seconds": cpu})
+        print(f"{seconds:6.2f} s ({cpu:6.2f} of a core)  {rows[-1]['command']}", flush=True)
     return rows
 
 
@@ -79,7 +69,7 @@ def main() -> None:
     )
     parser.add_argument("target", type=Path)
     target = parser.parse_args().target
-    record = provenance(f"python -m benchmarks.first_hour {target}")
+    record = circumstances(f"python -m benchmarks.first_hour {target}")
     with tempfile.TemporaryDirectory() as name:
         rows = walk(Path(name))
     total, cpu = (round(sum(row[key] for row in rows), 2) for key in ("seconds", "cpu_seconds"))
@@ -87,7 +77,7 @@ def main() -> None:
     table = {"columns": ["command", "seconds", "seconds of a core"], "columns_zh": ["命令", "秒", "单核秒"],
              "rows": [*cells, ["", total, cpu]]}  # fmt: skip
     load = None if not hasattr(os, "getloadavg") else round(os.getloadavg()[0], 2)
-    write_json(target, {**record, "pictures": PICTURES, "steps": STEPS, "load_after": load, "rows": rows,
+    write_result(target, {**record, "pictures": PICTURES, "steps": STEPS, "load_after": load, "rows": rows,
                         "total_seconds": total, "total_cpu_seconds": cpu, "table": table})  # fmt: skip
 
 

@@ -6,10 +6,7 @@ adds nothing to it, because the order is computed and not replayed.
 
 from __future__ import annotations
 
-import datetime
 import json
-import platform
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -17,11 +14,12 @@ from typing import Any
 
 import torch
 
+from cogtune.bench.report import circumstances, write_result
 from cogtune.checkpoint.random import make_tiny
+from cogtune.configuration.run_config import load_config
 from cogtune.distributed.group import Group
 from cogtune.train.batches import Feed
 from cogtune.train.run_inputs import read_inputs
-from tests.support.training import make_config
 
 RECORDS = 300_000
 RESULT = Path(__file__).parent / "results" / "resume-position.json"
@@ -40,7 +38,9 @@ def measure(folder: Path) -> dict[str, Any]:
     """Seconds for reading all records, and to the first batch from each position, on one and on eight ranks."""
     base = make_tiny(folder / "base")
     write_records(folder / "records.jsonl")
-    config = make_config(base, folder / "records.jsonl", folder / "out", train__batch_size=8, train__epochs=10)
+    keys = {"model.path": str(base), "data.path": [str(folder / "records.jsonl")], "train.output": str(folder / "out")}
+    keys |= {"data.validation_share": "0", "data.workers": "0", "data.cache_features": "off"}
+    config = load_config(None, keys | {"train.batch_size": "8", "train.epochs": "10"})
     start = time.perf_counter()
     rows = read_inputs(config).rows
     reading = time.perf_counter() - start
@@ -61,13 +61,9 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         measured = measure(Path(name))
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     rows = [[f["ranks"], f["epoch"], f["rows taken"], f["seconds"]] for f in measured["first batch"]]
     record = {
-        "command": "python -m benchmarks.resume_position",
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": commit,
-        "machine": f"{platform.machine()}, CPU only, other programs running",
+        **circumstances("python -m benchmarks.resume_position"),
         **measured,
         "table": {
             "columns": ["ranks", "epoch", "rows taken", "seconds to the first batch"],
@@ -75,7 +71,7 @@ def main() -> None:
             "rows": rows,
         },
     }
-    RESULT.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_result(RESULT, record)
     print(json.dumps(record, indent=1))
 
 

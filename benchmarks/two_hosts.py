@@ -9,7 +9,6 @@ and the same commands are run again.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
 import os
@@ -20,14 +19,15 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 
+from cogtune.bench.data_folder import dialogue, write_folder
+from cogtune.bench.report import circumstances, write_result
 from cogtune.checkpoint.random import make_tiny
-from tests.support.training import write_data
+from cogtune.train.log import read_metrics
 
 HOSTS = ("cogtune-host0", "cogtune-host1")
 ADDRESSES = ("198.18.0.1", "198.18.0.2")  # RFC 2544: for measurements, used nowhere else
@@ -136,24 +136,18 @@ def compare(output: Path, whole: Path, start_of: Path) -> dict[str, float]:
 
 
 def _losses(output: Path) -> list[float]:
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if line["kind"] == "train"]
+    return [line["loss"] for line in read_metrics(output) if line["kind"] == "train"]
 
 
 def measure(folder: Path) -> dict[str, Any]:
     """Everything the result file says, but for where it comes from."""
     make_tiny(folder / "base", seed=0)
-    write_data(folder / "data", 12)
+    turns = ("What is it?", "It is red.", "Is it large?", "No, it is very, very small.", "And now?", "Gone.")
+    write_folder(folder / "data", {f"{n:03}": dialogue(*turns[: 2 + n % 3 * 2]) for n in range(12)})
     for name, more in (("whole", {}), ("start", {"train.lr": "1e-30", "train.max_steps": "1"})):
         flags = values_for(folder, folder / name, 4, **more).items()
-        words = [
-            sys.executable,
-            "-m",
-            "cogtune",
-            "train",
-            *(word for key, value in flags for word in (f"--{key}", value)),
-        ]
-        subprocess.run(words, check=True, capture_output=True)
+        words = [word for key, value in flags for word in (f"--{key}", value)]
+        subprocess.run([sys.executable, "-m", "cogtune", "train", *words], check=True, capture_output=True)
     found: dict[str, Any] = {}
     for number, (name, (keys, rows)) in enumerate(ENGINES.items()):
         output = folder / f"engine{number}"
@@ -190,32 +184,22 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary, two_hosts():
         measured = measure(Path(temporary))
-    rows = [
-        [
-            name,
-            f"{values['loss, largest relative difference']:.1e}",
-            f"{values['adapter, difference over movement']:.1e}",
-        ]
-        for name, values in measured["engines"].items()
-    ]
+    shown = ("loss, largest relative difference", "adapter, difference over movement")
+    rows = [[name, *(f"{values[key]:.1e}" for key in shown)] for name, values in measured["engines"].items()]
     found = {
-        "command": " ".join(["python", "-m", "benchmarks.two_hosts", *arguments]),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip(),
-        "machine": f"{os.cpu_count()} CPU cores, two network namespaces joined by a veth pair",
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "safetensors")},
+        **circumstances(" ".join(["python", "-m", "benchmarks.two_hosts", *arguments])),
+        "hosts": "two network namespaces joined by a veth pair",
         "steps": STEPS,
         **measured,
         "table": {
-            "columns": ["2 hosts x 2 ranks", "loss, largest relative difference", "adapter, difference over movement"],
+            "columns": ["2 hosts x 2 ranks", *shown],
             "columns_zh": ["2 台主机 x 2 个进程", "损失的最大相对差", "适配器：差异与移动量之比"],
             "rows": rows,
         },
     }
-    text = json.dumps(found, indent=1, ensure_ascii=False)
-    print(text)
+    print(json.dumps(found, indent=1, ensure_ascii=False))
     if options.output is not None:
-        options.output.write_text(text + "\n", encoding="utf-8")
+        write_result(options.output, found)
     return 0 if measured["a host lost"]["same bytes as undisturbed"] else 1
 
 

@@ -6,7 +6,7 @@ import datetime
 import json
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,14 @@ def commit() -> str | None:
     return asked.stdout.strip() or None
 
 
+def write_result(file: Path, record: Mapping[str, Any]) -> None:
+    """A result file, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(file)
+
+
 class Results:
     """Rows of one measurement. With a file, it is whole after every row, so a run cut short keeps what it had."""
 
@@ -90,10 +98,7 @@ class Results:
     def write(self) -> None:
         if self._file is None:
             return
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._file.with_name(f".{self._file.name}.partial")
-        partial.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
-        partial.replace(self._file)
+        write_result(self._file, self.record)
 
     def line(self) -> str:
         """All of it as one line of JSON."""
