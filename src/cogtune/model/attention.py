@@ -23,9 +23,14 @@ from cogtune.model.rope import RotaryEmbedding, rotate
 from cogtune.model.routing import Routing
 
 
-def by_expert(x_TD: torch.Tensor, num_vision: int, vision: nn.Module, language: nn.Module) -> torch.Tensor:
+def by_expert(
+    x_TD: torch.Tensor, num_vision: int, vision: nn.Module, language: nn.Module, *, text_only: bool = False
+) -> torch.Tensor:
     """Each expert on its own contiguous slice; both are always called, with zero rows if need be, so that sharded or
-    trained parts take part in every step on every rank."""
+    trained parts take part in every step on every rank. ``text_only``: there are no image tokens on any rank, as behind
+    a cache, and the language expert alone is called."""
+    if text_only:
+        return language(x_TD)
     # one split, not two slices: its gradient is one cat, theirs two tensors of zeros and a sum
     x_vision, x_language = x_TD.split([num_vision, x_TD.shape[0] - num_vision])
     return torch.cat([vision(x_vision), language(x_language)])
@@ -131,7 +136,11 @@ class ExpertAttention(nn.Module):
         reads a cache.
         """
         qkv = by_expert(
-            x_TD, routing.num_vision, self.vision_expert_query_key_value, self.language_expert_query_key_value
+            x_TD,
+            routing.num_vision,
+            self.vision_expert_query_key_value,
+            self.language_expert_query_key_value,
+            text_only=routing.decoding,
         )
         if kept is not None and cache is None and routing.query_tokens is not None:
             context = self._context_of_queries(qkv, cos, sin, routing)
@@ -155,7 +164,9 @@ class ExpertAttention(nn.Module):
         else:
             take = kept if routing.from_rows is None else routing.from_rows.index_select(0, kept)
             context, num_vision = context.index_select(0, take), routing.num_vision_kept
-        return by_expert(context, num_vision, self.vision_expert_dense, self.language_expert_dense)
+        return by_expert(
+            context, num_vision, self.vision_expert_dense, self.language_expert_dense, text_only=routing.decoding
+        )
 
     def _context_of_queries(
         self, qkv_TF: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, routing: Routing

@@ -89,8 +89,9 @@ class CogVLM2Generation(GenerationMixin):
         new = input_ids.shape[1] if next_sequence_length is None else next_sequence_length
         whole = new == input_ids.shape[1]
         inputs: dict[str, Any] = {
-            "input_ids": input_ids[:, -new:].contiguous(),
-            "token_type_ids": types[:, -new:].contiguous(),
+            # copies: a view has the whole row's length as its stride, another one for a compiler at every step
+            "input_ids": input_ids[:, -new:].clone(memory_format=torch.contiguous_format),
+            "token_type_ids": types[:, -new:].clone(memory_format=torch.contiguous_format),
             "attention_mask": mask,
             "past_key_values": past,
             "use_cache": use_cache,
@@ -99,7 +100,7 @@ class CogVLM2Generation(GenerationMixin):
         if whole:
             inputs["image_features"] = image_features
         else:
-            inputs["position_ids"] = row_positions(types, mask)[:, -new:]
+            inputs["position_ids"] = row_positions(types, mask)[:, -new:].clone(memory_format=torch.contiguous_format)
         return inputs
 
     def _whole_types(self, input_ids: torch.Tensor, token_type_ids: torch.Tensor | None) -> torch.Tensor:

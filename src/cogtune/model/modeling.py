@@ -78,8 +78,8 @@ class ExpertMLP(nn.Module):
         self.language_mlp = GatedMLP(config)
         self.vision_mlp = GatedMLP(config)
 
-    def forward(self, x_TD: torch.Tensor, num_vision: int) -> torch.Tensor:
-        return by_expert(x_TD, num_vision, self.vision_mlp, self.language_mlp)
+    def forward(self, x_TD: torch.Tensor, num_vision: int, text_only: bool = False) -> torch.Tensor:
+        return by_expert(x_TD, num_vision, self.vision_mlp, self.language_mlp, text_only=text_only)
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -121,7 +121,7 @@ class DecoderLayer(GradientCheckpointingLayer):
             h_TD = h_TD.index_select(0, kept)
         h_TD = h_TD + attended
         num_vision = routing.num_vision if kept is None else routing.num_vision_kept
-        return h_TD + self.mlp(self.post_attention_layernorm(h_TD), num_vision)
+        return h_TD + self.mlp(self.post_attention_layernorm(h_TD), num_vision, text_only=routing.decoding)
 
 
 class CogVLM2Model(CogVLM2PreTrainedModel):
@@ -266,7 +266,7 @@ class CogVLM2ForCausalLM(CogVLM2PreTrainedModel, CogVLM2Generation, GenerationMi
                 given = (token_type_ids, attention_mask, segment_ids, segment_parents, labels)
                 routing = _route(input_ids, given, keep_columns)
             routing = routing.to(input_ids.device)
-            features = self._image_features(routing, pixel_values, image_features)
+            features = self.image_features_of(routing, pixel_values, image_features)
         if labels is None:
             routing = routing.keep_last(logits_to_keep)
         elif wants_logits:
@@ -296,7 +296,7 @@ class CogVLM2ForCausalLM(CogVLM2PreTrainedModel, CogVLM2Generation, GenerationMi
         hidden = hidden_KD if predictors is None else hidden_KD.index_select(0, predictors)
         return head_loss(self.lm_head, self.config.vocab_size, hidden, routing.targets, num_items)
 
-    def _image_features(
+    def image_features_of(
         self, routing: Routing, pixel_values: torch.Tensor | None, image_features: torch.Tensor | None
     ) -> torch.Tensor | None:
         """The tower's output for this batch, counted against the image tokens.

@@ -1,0 +1,137 @@
+"""Decode steps with their state on the device, as CUDA graphs where there is a GPU.
+
+Of every slot the device knows the newest token, its position, the slot's length and how the row chooses; a step reads
+them, decodes, chooses, and writes them back. The host only says which slots take part. A graph is captured for each
+number of rows that is a power of two, when it first comes; rows that only fill it up have a slot of their own that
+holds nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cogtune.generate.decoding import Decoding
+from cogtune.generate.sampling import SamplingRows, choose
+from cogtune.model.decode import decode
+from cogtune.model.slots import SlotCache
+
+
+class DecodeSteps:
+    """Steps over the slots of ``cache``.
+
+    Attributes:
+        ends: tokens that end an answer.
+    """
+
+    def __init__(self, model: Any, cache: SlotCache, *, graphs: bool) -> None:
+        self._model, self._cache = model, cache
+        device = cache.keys.device
+        self._fused = _fused(model) if graphs else None
+        self._recorded: dict[tuple[int, bool], _Recorded] = {}
+        self._memory: Any = None
+        rows = cache.slots + 1  # the last is nobody's: rows that only fill up a graph
+
+        def row(dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(rows, dtype=dtype, device=device)
+
+        self._token, self._position, self._length = row(torch.int64), row(torch.int64), row(torch.int64)
+        self._sampling = SamplingRows(
+            row(torch.float32), row(torch.float32), row(torch.int64), row(torch.int64), row(torch.int64)
+        )
+        self._host_lengths = [0] * rows
+        config, published = model.config, model.generation_config
+        ends = published.eos_token_id
+        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        self.ends = frozenset({*config.eos_token_ids, *ends})
+
+    def begin(
+        self, slot: int, logits_V: torch.Tensor, position: int, length: int, decoding: Decoding, seed: int
+    ) -> torch.Tensor:
+        """A slot was prefilled: choose its first token [1] and remember how it goes on."""
+        device = self._token.device
+        temperature = decoding.temperature if decoding.sample else 0.0
+        whole = torch.tensor([position, length, decoding.top_k, seed, 0]).to(device, non_blocking=True)
+        parts = torch.tensor([temperature, decoding.top_p]).to(device, non_blocking=True)
+        rows = SamplingRows(parts[:1], parts[1:], whole[2:3], whole[3:4], whole[4:5])
+        token = choose(logits_V[None], rows if decoding.sample else None)
+        self._host_lengths[slot] = length
+        where = slice(slot, slot + 1)
+        self._token[where], self._position[where], self._length[where] = token, whole[0:1], whole[1:2]
+        state = self._sampling
+        state.temperature[where], state.top_p[where], state.top_k[where] = rows.temperature, rows.top_p, rows.top_k
+        state.seed[where], state.step[where] = rows.seed, rows.step + 1
+        return token
+
+    def step(self, slots: list[int], sample: bool) -> torch.Tensor:
+        """The next token of each of ``slots`` [R]; whether any of them draws decides what is computed."""
+        columns = max(self._host_lengths[slot] for slot in slots) + 1
+        for slot in slots:
+            self._host_lengths[slot] += 1
+        if self._fused is None:
+            return self._computed(torch.tensor(slots, device=self._token.device), columns, sample)
+        rows = 1 << (len(slots) - 1).bit_length()
+        recorded = self._recorded.get((rows, sample))
+        if recorded is None:
+            recorded = self._recorded[rows, sample] = self._record(rows, sample)
+        filled = slots + [self._cache.slots] * (rows - len(slots))
+        recorded.slots.copy_(torch.tensor(filled).pin_memory(), non_blocking=True)
+        recorded.graph.replay()
+        return recorded.tokens[: len(slots)]
+
+    def _record(self, rows: int, sample: bool) -> _Recorded:
+        """Capture a step of ``rows`` rows. It runs twice before, on nobody's slot, to compile what is compiled."""
+        slots = torch.full((rows,), self._cache.slots, device=self._token.device)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self._computed(slots, None, sample)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # other threads may allocate meanwhile, for pictures say; that is no part of the step
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+            tokens = self._computed(slots, None, sample)
+        self._memory = graph.pool()
+        return _Recorded(graph, slots, tokens)
+
+    def _computed(self, slots_R: torch.Tensor, columns: int | None, sample: bool) -> torch.Tensor:
+        tokens, positions, lengths = self._token[slots_R], self._position[slots_R], self._length[slots_R]
+        if self._fused is not None:
+            logits = self._fused(self._cache, slots_R, tokens, positions, lengths)
+        else:
+            logits = decode(self._model, self._cache, slots_R, tokens, positions, lengths, columns)
+        state = self._sampling
+        rows = None
+        if sample:
+            rows = SamplingRows(
+                state.temperature[slots_R],
+                state.top_p[slots_R],
+                state.top_k[slots_R],
+                state.seed[slots_R],
+                state.step[slots_R],
+            )
+        chosen = choose(logits, rows)
+        self._token[slots_R], self._position[slots_R], self._length[slots_R] = chosen, positions + 1, lengths + 1
+        state.step[slots_R] += 1
+        return chosen
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """A captured step: where it reads its slots and leaves its tokens."""
+
+    graph: Any
+    slots: torch.Tensor
+    tokens: torch.Tensor
+
+
+def _fused(model: Any) -> Any:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from cogtune.model.fused_decode import FusedDecode
+
+    return FusedDecode(model)

@@ -1,0 +1,426 @@
+"""The engine: requests in, answers out, many at once, each as if it were alone.
+
+A request waits in a queue, gets a slot of keys and values, is prefilled, and then takes part in every decode step until
+its answer ends; others join and leave meanwhile. Between two steps at most one request is prefilled, so that a new
+picture holds up the answers under way once, not until the queue is empty. The host reads a step's tokens while the
+device works on the next step: an answer that has ended costs one token too many, and no step waits for the host.
+
+One thread owns the model and the device. `Engine.submit` and what it returns may be used from any thread.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from PIL import Image
+
+from cogtune.errors import InputError, OutOfMemoryError, RunError
+from cogtune.generate.decode_steps import DecodeSteps
+from cogtune.generate.decoding import Decoding
+from cogtune.generate.picture_cache import PictureCache, picture_digest
+from cogtune.generate.stream import TextPieces
+from cogtune.model.decode import prefill
+from cogtune.model.routing import row_positions
+from cogtune.model.slots import Prefix, SlotCache, SlotView
+from cogtune.processing.encode import Encoded
+from cogtune.processing.processor import CogVLM2Processor
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question.
+
+    Args:
+        encoded: the prompt's tokens, with the picture's positions if there is one.
+        picture: what stands at those positions.
+        decoding: how tokens are chosen, and how many at most.
+        seed: of the draws, where ``decoding`` draws. The same seed draws the same whatever else is being answered.
+        stop: texts that end the answer; they are not part of it.
+        picture_key: tells pictures apart, equal for equal ones; None: a digest of the pixels, computed by `submit`.
+    """
+
+    encoded: Encoded
+    picture: Image.Image | None
+    decoding: Decoding
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    picture_key: bytes | None = None
+
+
+class Pending(Iterator[str]):
+    """An answer that is being computed: iterate for its pieces, or ask for the whole `text`.
+
+    Attributes:
+        finish_reason: ``stop`` (an end token or a stop text), ``length`` (the most tokens allowed) or ``cancelled``;
+            None before the end.
+        token_ids: the answer's tokens so far, without an end token.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.finish_reason: str | None = None
+        self.token_ids: list[int] = []
+        self._pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
+        self._ended = threading.Event()
+        self._cancelled = threading.Event()
+        self._read = False
+
+    def __next__(self) -> str:
+        while not self._read:
+            item = self._pieces.get()
+            if isinstance(item, str):
+                if item:
+                    return item
+                continue
+            self._read = True
+            if item is not None:
+                raise item
+        raise StopIteration
+
+    def text(self) -> str:
+        """The whole answer, white space around it left out. Waits for its end.
+
+        Raises:
+            OutOfMemoryError, RunError: it could not be computed.
+        """
+        return "".join(self)
+
+    def cancel(self) -> None:
+        """End it after the token being computed; the pieces so far stay valid."""
+        self._cancelled.set()
+
+    def stop(self) -> None:
+        """`cancel`, and wait until its slot is free."""
+        self.cancel()
+        self._ended.wait()
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more will come."""
+        return self._ended.is_set()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether somebody asked for its end."""
+        return self._cancelled.is_set()
+
+    def push(self, text: str) -> None:
+        """Hand a piece to the reader (for the engine)."""
+        self._pieces.put(text)
+
+    def end(self, reason: str | None, error: BaseException | None = None) -> None:
+        """No more pieces (for the engine)."""
+        self.finish_reason = reason
+        self._ended.set()
+        self._pieces.put(error)
+
+
+@dataclass(eq=False)
+class _Active:
+    """A request with a slot."""
+
+    pending: Pending
+    slot: int
+    text: _AnswerText
+    wanted: int
+    launched: int = 1
+
+
+@dataclass(eq=False)
+class _Flight:
+    """Tokens on their way from the device, and whose they are."""
+
+    tokens: torch.Tensor
+    rows: list[_Active]
+    arrived: Any = field(default=None)
+
+    def wait(self) -> list[int]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.tokens.tolist()
+
+
+class Engine:
+    """Answers requests with ``model`` (plain or with adapters in place) and its ``processor``.
+
+    Args:
+        slots: how many answers are computed at once.
+        columns: the most tokens of prompt and answer together; by default all the model's context.
+        picture_budget: bytes for what is kept of pictures. None: a quarter of what is free on a GPU now, 1 GiB
+            elsewhere.
+        graphs: replay decode steps as CUDA graphs. None: on a GPU.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: CogVLM2Processor,
+        *,
+        slots: int = 8,
+        columns: int | None = None,
+        picture_budget: int | None = None,
+        graphs: bool | None = None,
+    ) -> None:
+        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.processor = processor
+        self.model.eval()
+        config = self.model.config
+        self.columns = config.max_position_embeddings if columns is None else columns
+        device, dtype = self.model.device, self.model.dtype
+        self._cache = SlotCache(config, slots, self.columns, dtype, device)
+        self._steps = DecodeSteps(self.model, self._cache, graphs=device.type == "cuda" if graphs is None else graphs)
+        self.pictures = PictureCache(_default_budget(device) if picture_budget is None else picture_budget)
+        self._free = list(range(slots))[::-1]
+        self._active: list[_Active] = []
+        self._flights: deque[_Flight] = deque()
+        self._queue: deque[Pending] = deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="cogtune-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request) -> Pending:
+        """Queue a request; returns at once.
+
+        Raises:
+            InputError: prompt and answer do not fit in a slot, or tokens and picture do not go together.
+            RunError: the engine is closed.
+        """
+        length = len(request.encoded)
+        if length + request.decoding.max_new_tokens > self.columns:
+            raise InputError(
+                f"the prompt has {length} tokens; with an answer of up to {request.decoding.max_new_tokens} that is "
+                f"more than the {self.columns} there is room for",
+                hint="shorten the question or its history, or lower --max-new-tokens",
+                code="question-too-long",
+            )
+        images = sum(request.encoded.token_type_ids) // self.model.config.num_image_tokens
+        if images != (request.picture is not None):
+            raise InputError(f"the prompt has {images} pictures in it, {int(request.picture is not None)} given")
+        if request.picture is not None and request.picture_key is None:
+            # here, not in the thread that keeps the device busy
+            request = replace(request, picture_key=picture_digest(request.picture))
+        pending = Pending(request)
+        with self._changed:
+            if self._closing:
+                raise RunError("the engine is closed: it takes no more questions", code="engine-closed")
+            self._queue.append(pending)
+            self._changed.notify()
+        return pending
+
+    def answer(self, requests: Sequence[Request]) -> list[str]:
+        """All answers, in the order of the requests."""
+        return [pending.text() for pending in [self.submit(request) for request in requests]]
+
+    @property
+    def waiting(self) -> int:
+        """How many requests have no slot yet."""
+        return len(self._queue)
+
+    @property
+    def running(self) -> int:
+        """How many requests have a slot."""
+        return len(self._active)
+
+    @property
+    def free_slots(self) -> int:
+        """How many slots nobody uses."""
+        return len(self._free)
+
+    def close(self) -> None:
+        """Take no more requests, finish those there are, and end."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        with torch.no_grad():
+            while True:
+                with self._changed:
+                    while not (self._queue or self._active or self._flights or self._closing):
+                        self._changed.wait()
+                    if self._closing and not (self._queue or self._active or self._flights):
+                        return
+                self._guarded(self._turn)
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        """An error of the device or of our own ends the answers under way, and nothing else."""
+        try:
+            work()
+        except BaseException as error:
+            explained = _explained(error, len(self._active))
+            flights, self._flights = self._flights, deque()
+            waiting = {id(row): row for flight in flights for row in flight.rows} | {id(r): r for r in self._active}
+            for row in waiting.values():
+                self._release(row, None, explained)
+
+    def _turn(self) -> None:
+        """Admit at most one request, start a decode step, and read the tokens of the step before it."""
+        self._admit()
+        if rows := [row for row in self._active if row.launched < row.wanted]:
+            self._launch(rows)
+        while len(self._flights) > 1 or (self._flights and not rows):
+            self._collect(self._flights.popleft())
+
+    def _admit(self) -> None:
+        """Prefill the next request: one while others decode, as many as there are slots while none does."""
+        with self._changed:
+            if not self._queue or not self._free:
+                return
+            pending = self._queue.popleft()
+        if pending.cancelled:
+            pending.end("cancelled")
+            return
+        slot = self._free.pop()
+        decoding = pending.request.decoding
+        row = _Active(pending, slot, _AnswerText(self.processor, pending.request.stop), decoding.max_new_tokens)
+        self._active.append(row)
+        try:
+            logits, position, length = self._prefill(pending.request, slot)
+            first = self._steps.begin(slot, logits, position, length, decoding, pending.request.seed)
+        except BaseException as error:
+            self._release(row, None, _explained(error, 1))
+            return
+        self._flights.append(self._flight(first, [row]))
+
+    def _launch(self, rows: list[_Active]) -> None:
+        tokens = self._steps.step([row.slot for row in rows], any(row.pending.request.decoding.sample for row in rows))
+        for row in rows:
+            row.launched += 1
+        self._flights.append(self._flight(tokens, rows))
+
+    def _flight(self, tokens: torch.Tensor, rows: list[_Active]) -> _Flight:
+        if not tokens.is_cuda:
+            return _Flight(tokens.clone(), rows)
+        there = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+        there.copy_(tokens, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return _Flight(there, rows, arrived)
+
+    def _collect(self, flight: _Flight) -> None:
+        """Hand a step's tokens to the answers they belong to; those that are complete give up their slots."""
+        for token, row in zip(flight.wait(), flight.rows, strict=False):
+            pending = row.pending
+            if pending.done:
+                continue
+            if pending.cancelled:
+                self._release(row, "cancelled")
+            elif token in self._ends():
+                self._release(row, "stop")
+            else:
+                pending.token_ids.append(token)
+                pending.push(row.text.push(token))
+                if row.text.stopped:
+                    self._release(row, "stop")
+                elif len(pending.token_ids) >= row.wanted:
+                    self._release(row, "length")
+
+    def _release(self, row: _Active, reason: str | None, error: BaseException | None = None) -> None:
+        if row in self._active:
+            self._active.remove(row)
+            self._free.append(row.slot)
+        if not row.pending.done:
+            if error is None:
+                row.pending.push(row.text.finish())
+            row.pending.end(reason, error)
+
+    def _ends(self) -> frozenset[int]:
+        return self._steps.ends
+
+    def _prefill(self, request: Request, slot: int) -> tuple[torch.Tensor, int, int]:
+        """Fill a slot with a prompt; a picture seen before is copied. Returns logits, next position and length."""
+        ids = torch.tensor([request.encoded.input_ids])
+        types = torch.tensor([request.encoded.token_type_ids])
+        view = SlotView(self._cache, slot)
+        if request.picture is None:
+            logits, position = prefill(self.model, view, ids, types)
+            return logits, position, view.length
+        beginning = 1 + self.model.config.num_image_tokens
+        key = ("prefix", request.picture_key)
+        kept = self.pictures.get(key)
+        position = int(row_positions(types[:, :beginning], None).max()) + 1
+        if isinstance(kept, Prefix):
+            self._cache.put(slot, kept)
+            view.advance(kept.columns)
+        else:
+            features = self._features(request)
+            prefill(self.model, view, ids[:, :beginning], types[:, :beginning], features)
+            self.pictures.put(key, self._cache.copy_out(slot, beginning))
+        logits, position = prefill(self.model, view, ids[:, beginning:], types[:, beginning:], start=position)
+        return logits, position, view.length
+
+    def _features(self, request: Request) -> torch.Tensor:
+        """The tower's output [1, grid * grid, width]."""
+        key = ("features", request.picture_key)
+        kept = self.pictures.get(key)
+        if isinstance(kept, torch.Tensor):
+            return kept
+        pixels = self.processor.pixels(request.picture).to(self.model.device)
+        features: torch.Tensor = self.model.model.encode_images(pixels)
+        return features
+
+
+class _AnswerText:
+    """Tokens to text that may be shown already: whole characters, and nothing that a stop text may begin."""
+
+    def __init__(self, processor: CogVLM2Processor, stop: Sequence[str]) -> None:
+        self._pieces = TextPieces(processor.decode)
+        self._stop = [text for text in stop if text]
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """The text that can be shown now."""
+        return self._shown(self._pieces.push(token))
+
+    def finish(self) -> str:
+        """What is left at the end."""
+        if self.stopped:
+            return ""
+        text = self._shown(self._pieces.finish())
+        rest, self._held = ("", "") if self.stopped else (self._held, "")
+        return text + rest
+
+    def _shown(self, piece: str) -> str:
+        if not self._stop:
+            return piece
+        text = self._held + piece
+        places = [place for place in (text.find(stop) for stop in self._stop) if place >= 0]
+        if places:
+            self.stopped, self._held = True, ""
+            return text[: min(places)].rstrip()
+        held = max(
+            (size for stop in self._stop for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0
+        )
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _default_budget(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else GIB
+
+
+def _explained(error: BaseException, rows: int) -> BaseException:
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return OutOfMemoryError(
+            f"out of memory while answering {rows} question{'s' if rows > 1 else ''} at once",
+            hint="try fewer --slots, or weights in fewer bits: --quant.experts nf4 --quant.tower nf4",
+        )
+    return error

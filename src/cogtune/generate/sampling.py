@@ -1,0 +1,69 @@
+"""The next token of every row, each by its own rules: greedy, or drawn with temperature, top-k, top-p and a seed.
+
+A draw adds noise to the logits and takes the largest (Gumbel's trick). The noise is a hash of the row's seed, its step
+and the token, so a row draws the same whatever shares its batch, on any device, and nothing waits for a random state.
+
+Shapes: R rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class SamplingRows:
+    """How each row chooses; all [R]. ``temperature`` 0: the likeliest token. ``top_k`` 0 and ``top_p`` 1: no limit."""
+
+    temperature: torch.Tensor
+    top_p: torch.Tensor
+    top_k: torch.Tensor
+    seed: torch.Tensor
+    step: torch.Tensor
+
+
+def choose(logits_RV: torch.Tensor, rows: SamplingRows | None) -> torch.Tensor:
+    """The chosen tokens, int64 [R]. ``rows`` None: every row is greedy, and nothing is sorted."""
+    likeliest = logits_RV.argmax(-1)
+    if rows is None:
+        return likeliest
+    draws = rows.temperature > 0
+    logits = logits_RV / torch.where(draws, rows.temperature, 1.0)[:, None]
+    allowed = _allowed(logits, rows)
+    noisy = (logits + _gumbel(rows.seed, rows.step, logits.shape[1])).masked_fill(~allowed, -torch.inf)
+    return torch.where(draws, noisy.argmax(-1), likeliest)
+
+
+def _allowed(logits_RV: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+    """Which tokens top-k and then top-p leave, bool [R, V]; of tokens equal to the last one left, all."""
+    ordered = logits_RV.sort(-1, descending=True).values
+    last = torch.where(rows.top_k > 0, rows.top_k, logits_RV.shape[1]).clamp(max=logits_RV.shape[1]) - 1
+    ordered = ordered.masked_fill(ordered < ordered.gather(1, last[:, None]), -torch.inf)
+    before = ordered.softmax(-1).cumsum(-1).roll(1, -1)
+    before[:, 0] = 0
+    kept = (before < rows.top_p[:, None]) & ordered.isfinite()
+    count = kept.sum(-1, keepdim=True).clamp(min=1)
+    return logits_RV >= ordered.gather(1, count - 1)
+
+
+def _gumbel(seed_R: torch.Tensor, step_R: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Noise of Gumbel's distribution, float32 [R, V]: a hash of (seed, step, token) as a uniform number."""
+    token = torch.arange(vocabulary, device=seed_R.device)
+    mixed = _mix(_mix(seed_R * -0x61C8864680B583EB + step_R)[:, None] + token)
+    # 24 bits: every value is exact in float32, and none is 0 or 1
+    uniform = ((mixed & 0xFFFFFF).float() + 0.5) * 2.0**-24
+    return -torch.log(-torch.log(uniform))
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014), on int64 with wrap-around."""
+    x = (x ^ _shifted(x, 30)) * -0x40A7B892E31B1A47
+    x = (x ^ _shifted(x, 27)) * -0x6B2FB644ECCEEE15
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """The logical right shift: torch's repeats the sign bit."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

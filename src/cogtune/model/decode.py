@@ -1,0 +1,107 @@
+"""One decode step for many sequences: the next token's logits of every row, from its slot of keys and values.
+
+A token that is decoded is a text token, so the step is a plain Llama step: the language experts alone, nothing sorted,
+nothing called on zero rows, no wait for the device. `prefill` is the model's ordinary forward into a slot.
+
+Shapes: R rows (sequences that decode now), S slots, C columns, H query and K key/value heads, E head width, D hidden,
+V vocabulary, L tokens of a prompt.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from cogtune.model.attention import cache_mask
+from cogtune.model.modeling import CogVLM2ForCausalLM
+from cogtune.model.rope import rotate
+from cogtune.model.routing import Routing
+from cogtune.model.slots import SlotCache, SlotView
+
+
+@torch.no_grad()
+def prefill(
+    model: CogVLM2ForCausalLM,
+    view: SlotView,
+    input_ids: torch.Tensor,
+    token_type_ids: torch.Tensor,
+    image_features: torch.Tensor | None = None,
+    start: int = 0,
+) -> tuple[torch.Tensor, int]:
+    """Write a prompt's keys and values into a slot, by the model's own forward.
+
+    Args:
+        view: the slot; what it holds already is the prompt's beginning.
+        input_ids, token_type_ids: int64 [1, L] on the CPU, of the columns that are new.
+        image_features: [N, grid * grid, vision hidden] for the images among them; only at an empty slot.
+        start: the position of the first new column behind a beginning.
+
+    Returns:
+        The logits behind the last column, float32 [V], and the position of the column to come.
+
+    Raises:
+        ValueError: images behind a beginning, or features that do not fit the image tokens.
+    """
+    columns = input_ids.shape[1]
+    device = model.device
+    if view.length:
+        if bool((token_type_ids == 1).any()):
+            raise ValueError("images are prefilled at the beginning of a slot; only text follows a kept beginning")
+        routing = Routing.decode(torch.arange(start, start + columns)[None])
+    else:
+        routing = Routing.build(token_type_ids, keep_columns=True)
+    following = int(routing.positions.max()) + 1
+    routing = routing.keep_last(1).to(device)
+    features = model.image_features_of(routing, None, image_features)
+    cache: Any = view
+    mask = cache_mask(cache, routing, None, view.length)
+    hidden = model.model(input_ids.to(device), routing, features, cache, mask)
+    view.advance(columns)
+    return model.lm_head(hidden)[0].float(), following
+
+
+@torch.no_grad()
+def decode(
+    model: CogVLM2ForCausalLM,
+    cache: SlotCache,
+    slots_R: torch.Tensor,
+    tokens_R: torch.Tensor,
+    positions_R: torch.Tensor,
+    lengths_R: torch.Tensor,
+    columns: int | None = None,
+) -> torch.Tensor:
+    """Logits float32 [R, V] behind each row's newest token, whose keys and values go into its slot.
+
+    Args:
+        slots_R: each row's slot, no two the same.
+        tokens_R: the newest tokens, which the slots do not hold yet.
+        positions_R: their positions.
+        lengths_R: columns that each slot holds, all below C; the new one is written behind them.
+        columns: look at the first ``columns`` only; above every length. None: all of them.
+    """
+    decoder = model.model
+    h = decoder.embed_tokens(tokens_R)
+    cos, sin = decoder.rotary(positions_R[:, None], h.dtype)
+    columns = cache.columns if columns is None else columns
+    visible = (torch.arange(columns, device=h.device) <= lengths_R[:, None])[:, None, None]
+    layers: Any = decoder.layers
+    for index, layer in enumerate(layers):
+        attention = layer.self_attn
+        heads, groups, width = attention.num_heads, attention.num_kv_heads, attention.head_dim
+        qkv = attention.language_expert_query_key_value(layer.input_layernorm(h)).view(-1, heads + 2 * groups, 1, width)
+        q, k, v = qkv.split([heads, groups, groups], dim=1)
+        keys, values = cache.keys[index], cache.values[index]
+        keys[slots_R, :, lengths_R] = rotate(k, cos, sin)[:, :, 0]
+        values[slots_R, :, lengths_R] = v[:, :, 0]
+        context = functional.scaled_dot_product_attention(
+            rotate(q, cos, sin),
+            keys[slots_R, :, :columns],
+            values[slots_R, :, :columns],
+            attn_mask=visible,
+            enable_gqa=heads != groups,
+        )
+        h = h + attention.language_expert_dense(context.reshape(h.shape[0], heads * width))
+        h = h + layer.mlp.language_mlp(layer.post_attention_layernorm(h))
+    return model.lm_head(decoder.norm(h)).float()

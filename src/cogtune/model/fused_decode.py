@@ -1,0 +1,163 @@
+"""A decode step through kernels of its own, for GPUs with Triton: nine launches a layer, nothing waits for the host.
+
+The same computation as `model.decode.decode`. Norms and products round where the modules do; a rotation rounds once. Up
+to `MOST_ROWS` rows every product reads its weight in the storage format and takes adapters along; with more rows the
+modules compute the products, through the libraries that are fastest then.
+
+Shapes: R rows, D hidden, V vocabulary, I input and O output features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.nn import functional
+
+from cogtune.model.kernels import decode as kernels
+from cogtune.model.modeling import CogVLM2ForCausalLM
+from cogtune.model.quantized.fp8 import Fp8Linear
+from cogtune.model.slots import SlotCache
+
+
+def weight_of(layer: Any) -> kernels.Weight | None:
+    """A layer's weight as the kernels read it; None where they cannot."""
+    if getattr(layer, "bias", None) is not None:
+        return None
+    if type(layer) is nn.Linear:
+        return kernels.Weight(kernels.PLAIN, layer.weight, (layer.out_features, layer.in_features))
+    if isinstance(layer, Fp8Linear):
+        return kernels.Weight(kernels.FP8, layer.weight, (layer.out_features, layer.in_features), layer.scale)
+    state: Any = getattr(layer, "quant_state", None)
+    if state is not None and state.quant_type == "nf4" and state.blocksize == 64:
+        outer = state.state2 if state.nested else None
+        return kernels.Weight(
+            kernels.NF4,
+            layer.weight.data.view(torch.uint8),
+            (state.shape[0], state.shape[1]),
+            state.absmax,
+            state.code,
+            None if outer is None else outer.absmax,
+            None if outer is None else outer.code,
+            None if outer is None else state.offset.reshape(1),
+            1 if outer is None else outer.blocksize,
+        )
+    largest: Any = getattr(getattr(layer, "state", None), "SCB", None)
+    if largest is not None and layer.weight.dtype == torch.int8:
+        shape = (layer.weight.shape[0], layer.weight.shape[1])
+        return kernels.Weight(kernels.INT8, layer.weight.data, shape, largest.flatten() / 127)
+    return None
+
+
+class Projection:
+    """One product of a step, or two that share their input, with the adapters that are on them now.
+
+    Attributes:
+        modules: the layers, as the model calls them.
+    """
+
+    def __init__(self, dtype: torch.dtype, *modules: Any) -> None:
+        self.modules = modules
+        bases = [module.get_base_layer() if isinstance(module, LoraLayer) else module for module in modules]
+        self.weights = [weight_of(base) for base in bases]
+        self.first, self.seconds = _updates(modules, dtype)
+
+    @property
+    def fused(self) -> bool:
+        """Whether the kernels can compute it."""
+        return all(weight is not None for weight in self.weights)
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """[R, I] -> [R, O]; of two products silu(first) * second. ``residual`` is added."""
+        if not self.fused or x.shape[0] > kernels.MOST_ROWS:
+            found = self.modules[0](x)
+            if len(self.modules) == 2:
+                found = functional.silu(found) * self.modules[1](x)
+            return found if residual is None else residual + found
+        weight, *gated = self.weights
+        assert weight is not None
+        updates: Any = None
+        if self.first is not None:
+            small = kernels.linear(x, self.first)
+            updates = tuple((small, second) for second in self.seconds)
+        return kernels.linear(x, weight, gated=gated[0] if gated else None, residual=residual, updates=updates)
+
+
+def _updates(modules: Sequence[Any], dtype: torch.dtype) -> tuple[kernels.Weight | None, list[torch.Tensor]]:
+    """The active adapters of layers that share an input: all first matrices below each other [rank, I], and of each
+    layer the scaled second matrix [O, rank], 0 where a rank is another layer's. The rank is padded to a power of 2."""
+    parts: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+    for place, module in enumerate(modules):
+        if not isinstance(module, LoraLayer) or module.disable_adapters or module.merged:
+            continue
+        for name in module.active_adapters:
+            if name in module.lora_A:
+                scaled = module.lora_B[name].weight * module.scaling[name]
+                parts.append((place, module.lora_A[name].weight, scaled))
+    if not parts:
+        return None, []
+    like = parts[0][1]
+    rank = sum(first.shape[0] for _, first, _ in parts)
+    padded = max(16, 1 << (rank - 1).bit_length())
+    first = torch.zeros(padded, like.shape[1], dtype=dtype, device=like.device)
+    seconds = []
+    for place, module in enumerate(modules):
+        second = torch.zeros(module.out_features, padded, dtype=dtype, device=like.device)
+        at = 0
+        for owner, small, scaled in parts:
+            first[at : at + small.shape[0]] = small.to(dtype)
+            if owner == place:
+                second[:, at : at + small.shape[0]] = scaled.to(dtype)
+            at += small.shape[0]
+        seconds.append(second)
+    return kernels.Weight(kernels.PLAIN, first, (padded, first.shape[1])), seconds
+
+
+class _Layer:
+    def __init__(self, layer: Any, dtype: torch.dtype) -> None:
+        attention, mlp = layer.self_attn, layer.mlp.language_mlp
+        self.heads = attention.num_heads
+        self.qkv = Projection(dtype, attention.language_expert_query_key_value)
+        self.dense = Projection(dtype, attention.language_expert_dense)
+        self.gate_up = Projection(dtype, mlp.gate_proj, mlp.up_proj)
+        self.down = Projection(dtype, mlp.down_proj)
+        self.norms = [(norm.weight, norm.eps) for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+
+    def __call__(self, h: torch.Tensor, attend: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        context = attend(self.qkv(kernels.rms_norm(h, *self.norms[0])))
+        h = self.dense(context, residual=h)
+        return self.down(self.gate_up(kernels.rms_norm(h, *self.norms[1])), residual=h)
+
+
+class FusedDecode:
+    """`decode` of one model, with the adapters that are on it when this is made."""
+
+    def __init__(self, model: CogVLM2ForCausalLM) -> None:
+        self._model = model
+        self._layers = [_Layer(layer, model.dtype) for layer in model.model.layers]
+        self._head = Projection(model.dtype, model.lm_head)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        cache: SlotCache,
+        slots_R: torch.Tensor,
+        tokens_R: torch.Tensor,
+        positions_R: torch.Tensor,
+        lengths_R: torch.Tensor,
+    ) -> torch.Tensor:
+        """Logits float32 [R, V], as `decode`; a row whose slot is not there (S or more) reads and writes nothing."""
+        decoder = self._model.model
+        h = decoder.embed_tokens(tokens_R)
+        cos, sin = (table.flatten(1).contiguous() for table in decoder.rotary(positions_R[:, None], h.dtype))
+        for index, layer in enumerate(self._layers):
+            keys, values, heads = cache.keys[index], cache.values[index], layer.heads
+
+            def attend(qkv: torch.Tensor, keys: Any = keys, values: Any = values, heads: int = heads) -> torch.Tensor:
+                return kernels.slot_attention(qkv, cos, sin, keys, values, slots_R, lengths_R, heads)
+
+            h = layer(h, attend)
+        return self._head(kernels.rms_norm(h, decoder.norm.weight, decoder.norm.eps)).float()

@@ -1,0 +1,412 @@
+"""Kernels of a decode step, for GPUs with Triton. Imported only there.
+
+A step is bandwidth-bound: it reads every weight of the language expert once, and the keys and values of its rows. What
+these kernels save is everything else: launches, small tensors on their way through memory, and columns of a slot that
+hold nothing. Weights are read as they are stored (16 bits, fp8, int8, NF4) and multiplied in float32.
+
+Shapes: R rows, I input and O output features, S slots, C columns, H query and K key/value heads, E head width, P parts
+that a row's columns are cut into.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+PLAIN, FP8, INT8, NF4 = 0, 1, 2, 3
+PART = 256  # columns that one program attends to; the same for any number of rows, and so is a row's result
+_BLOCK = 64
+MOST_ROWS = 16  # of `linear`; more rows use the card's matrix units well through its library
+
+
+@triton.jit
+def _norm(x, weight, out, eps, width: tl.constexpr, block: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, block)
+    inside = d < width
+    wide = tl.load(x + row * width + d, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
+    normed = tl.load(weight + d, mask=inside, other=0.0).to(tl.float32) * (wide * scale)
+    tl.store(out + row * width + d, normed.to(out.dtype.element_ty), mask=inside)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """``weight * x / rms(x)`` of [R, I], the product in float32, as `modeling.RMSNorm`."""
+    out = torch.empty_like(x)
+    width = x.shape[1]
+    _norm[(x.shape[0],)](x, weight, out, eps, width=width, block=triton.next_power_of_2(width), num_warps=8)
+    return out
+
+
+@triton.jit
+def _scales(absmax, outer, table, offset, first, blocks: tl.constexpr, per_outer: tl.constexpr, nested: tl.constexpr):
+    """Scales of ``blocks`` neighbouring blocks of 64 values each; ``first`` [N, 1] counts blocks."""
+    at = first + tl.arange(0, blocks)[None, :]
+    if nested:
+        step = tl.load(absmax + at).to(tl.int32)
+        return tl.load(table + step) * tl.load(outer + at // per_outer) + tl.load(offset)
+    return tl.load(absmax + at)
+
+
+@triton.jit
+def _one(x, weight, code, absmax, outer, table, offset, n, k0, ins: tl.constexpr, block_n: tl.constexpr,
+         block_k: tl.constexpr, kind: tl.constexpr, per_outer: tl.constexpr, nested: tl.constexpr):  # fmt: skip
+    """Partial products [block_n] of one row with ``block_k`` columns of the weight."""
+    if kind == 3:
+        half: tl.constexpr = block_k // 2
+        groups: tl.constexpr = block_k // 64
+        j = k0 // 2 + tl.arange(0, half)
+        both = tl.load(weight + (n * (ins // 2))[:, None] + j[None, :]).to(tl.int32)
+        even = tl.load(x + 2 * j).to(tl.float32)
+        odd = tl.load(x + 2 * j + 1).to(tl.float32)
+        products = tl.load(code + (both >> 4)) * even[None, :] + tl.load(code + (both & 15)) * odd[None, :]
+        sums = tl.sum(tl.reshape(products, [block_n, groups, 32]), 2)
+        first = (n * (ins // 64) + k0 // 64)[:, None]
+        return tl.sum(sums * _scales(absmax, outer, table, offset, first, groups, per_outer, nested), 1)
+    k = k0 + tl.arange(0, block_k)
+    inside = k < ins
+    values = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
+    stored = tl.load(weight + (n * ins)[:, None] + k[None, :], mask=inside[None, :], other=0)
+    if kind == 1:
+        stored = stored.to(tl.float8e4nv, bitcast=True)
+    return tl.sum(stored.to(tl.float32) * values[None, :], 1)
+
+
+@triton.jit
+def _vector(x, w0, s0, w1, s1, out, residual, small0, second0, small1, second1, code, outer0, outer1, table, offset0,
+            offset1, outs, ins: tl.constexpr, rank: tl.constexpr, kind: tl.constexpr, gated: tl.constexpr,
+            adds: tl.constexpr, per_outer: tl.constexpr, nested: tl.constexpr, block_n: tl.constexpr,
+            block_k: tl.constexpr):  # fmt: skip
+    n = (tl.program_id(0) * block_n + tl.arange(0, block_n)).to(tl.int64)
+    inside = n < outs
+    at = tl.where(inside, n, 0)
+    first = tl.zeros([block_n], tl.float32)
+    second = tl.zeros([block_n], tl.float32)
+    for k0 in range(0, ins, block_k):
+        first += _one(x, w0, code, s0, outer0, table, offset0, at, k0, ins, block_n, block_k, kind, per_outer, nested)
+        if gated:
+            second += _one(
+                x, w1, code, s1, outer1, table, offset1, at, k0, ins, block_n, block_k, kind, per_outer, nested
+            )
+    if kind == 1 or kind == 2:
+        first *= tl.load(s0 + at)
+        if gated:
+            second *= tl.load(s1 + at)
+    if rank > 0:
+        r = tl.arange(0, rank)
+        update = tl.load(second0 + at[:, None] * rank + r[None, :]).to(tl.float32)
+        first += tl.sum(update * tl.load(small0 + r).to(tl.float32)[None, :], 1)
+        if gated:
+            update = tl.load(second1 + at[:, None] * rank + r[None, :]).to(tl.float32)
+            second += tl.sum(update * tl.load(small1 + r).to(tl.float32)[None, :], 1)
+    kept = out.dtype.element_ty
+    found = first
+    if gated:
+        gate = first.to(kept).to(tl.float32)
+        found = (gate / (1 + tl.exp(-gate))).to(kept).to(tl.float32) * second.to(kept).to(tl.float32)
+    if adds:
+        found = found.to(kept).to(tl.float32) + tl.load(residual + at).to(tl.float32)
+    tl.store(out + n, found.to(kept), mask=inside)
+
+
+@triton.jit
+def _tile(x, weight, code, absmax, outer, table, offset, rows, n, k0, ins: tl.constexpr, block_r: tl.constexpr,
+          block_n: tl.constexpr, block_k: tl.constexpr, kind: tl.constexpr, per_outer: tl.constexpr,
+          nested: tl.constexpr, exact: tl.constexpr):  # fmt: skip
+    """Partial products [block_r, block_n] of several rows with ``block_k`` columns of the weight."""
+    r = tl.arange(0, block_r)
+    real = r < rows
+    dtype = x.dtype.element_ty
+    if kind == 3:
+        half: tl.constexpr = block_k // 2
+        groups: tl.constexpr = block_k // 64
+        j = k0 // 2 + tl.arange(0, half)
+        both = tl.load(weight + (n * (ins // 2))[:, None] + j[None, :]).to(tl.int32)
+        first = (n * (ins // 64) + k0 // 64)[:, None]
+        scale = _scales(absmax, outer, table, offset, first, groups, per_outer, nested)
+        wide = tl.reshape(tl.broadcast_to(scale[:, :, None], [block_n, groups, 32]), [block_n, half])
+        start = x + (r * ins)[:, None] + 2 * j[None, :]
+        even = tl.load(start, mask=real[:, None], other=0.0)
+        odd = tl.load(start + 1, mask=real[:, None], other=0.0)
+        upper = (tl.load(code + (both >> 4)) * wide).to(dtype)
+        lower = (tl.load(code + (both & 15)) * wide).to(dtype)
+        found = tl.dot(even, tl.trans(upper), input_precision=exact)
+        return tl.dot(odd, tl.trans(lower), found, input_precision=exact)
+    k = k0 + tl.arange(0, block_k)
+    inside = k < ins
+    values = tl.load(x + (r * ins)[:, None] + k[None, :], mask=real[:, None] & inside[None, :], other=0.0)
+    stored = tl.load(weight + (n * ins)[:, None] + k[None, :], mask=inside[None, :], other=0)
+    if kind == 1:
+        stored = stored.to(tl.float8e4nv, bitcast=True)
+    return tl.dot(values, tl.trans(stored.to(dtype)), input_precision=exact)
+
+
+@triton.jit
+def _few(x, w0, s0, w1, s1, out, residual, small0, second0, small1, second1, code, outer0, outer1, table, offset0,
+         offset1, rows, outs, ins: tl.constexpr, rank: tl.constexpr, kind: tl.constexpr, gated: tl.constexpr,
+         adds: tl.constexpr, per_outer: tl.constexpr, nested: tl.constexpr, exact: tl.constexpr,
+         block_r: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr):  # fmt: skip
+    n = (tl.program_id(0) * block_n + tl.arange(0, block_n)).to(tl.int64)
+    r = tl.arange(0, block_r)
+    inside = (n < outs)[None, :] & (r < rows)[:, None]
+    at = tl.where(n < outs, n, 0)
+    first = tl.zeros([block_r, block_n], tl.float32)
+    second = tl.zeros([block_r, block_n], tl.float32)
+    for k0 in range(0, ins, block_k):
+        first += _tile(x, w0, code, s0, outer0, table, offset0, rows, at, k0, ins, block_r, block_n, block_k, kind,
+                       per_outer, nested, exact)  # fmt: skip
+        if gated:
+            second += _tile(x, w1, code, s1, outer1, table, offset1, rows, at, k0, ins, block_r, block_n, block_k, kind,
+                            per_outer, nested, exact)  # fmt: skip
+    if kind == 1 or kind == 2:
+        first *= tl.load(s0 + at)[None, :]
+        if gated:
+            second *= tl.load(s1 + at)[None, :]
+    if rank > 0:
+        q = tl.arange(0, rank)
+        real = (r < rows)[:, None]
+        update = tl.load(second0 + at[:, None] * rank + q[None, :])
+        first += tl.dot(tl.load(small0 + (r * rank)[:, None] + q[None, :], mask=real, other=0.0), tl.trans(update),
+                        input_precision=exact)  # fmt: skip
+        if gated:
+            update = tl.load(second1 + at[:, None] * rank + q[None, :])
+            second += tl.dot(tl.load(small1 + (r * rank)[:, None] + q[None, :], mask=real, other=0.0),
+                             tl.trans(update), input_precision=exact)  # fmt: skip
+    kept = out.dtype.element_ty
+    found = first
+    if gated:
+        gate = first.to(kept).to(tl.float32)
+        found = (gate / (1 + tl.exp(-gate))).to(kept).to(tl.float32) * second.to(kept).to(tl.float32)
+    place = r.to(tl.int64)[:, None] * outs + n[None, :]
+    if adds:
+        found = found.to(kept).to(tl.float32) + tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + place, found.to(kept), mask=inside)
+
+
+class Weight:
+    """A frozen weight [O, I] as its layer stores it.
+
+    Args:
+        kind: `PLAIN`, `FP8` (uint8 bits), `INT8` or `NF4` (two codes a byte).
+        data: [O, I], or for NF4 the packed codes.
+        scale: float32 [O] for fp8 and int8; NF4's block scales, float32 or uint8.
+        code, outer, table, offset: NF4's 16 values; for scales in 8 bits their own scales, their values, their offset.
+        per_outer: NF4: blocks that share one of ``outer``.
+    """
+
+    def __init__(
+        self,
+        kind: int,
+        data: torch.Tensor,
+        shape: tuple[int, int],
+        scale: torch.Tensor | None = None,
+        code: torch.Tensor | None = None,
+        outer: torch.Tensor | None = None,
+        table: torch.Tensor | None = None,
+        offset: torch.Tensor | None = None,
+        per_outer: int = 1,
+    ) -> None:
+        self.kind, self.data, self.shape, self.per_outer, self.nested = kind, data, shape, per_outer, outer is not None
+        none = data  # an argument that the kernel does not look at still has to be a tensor
+        self.scale = none if scale is None else scale
+        self.code = none if code is None else code
+        self.outer = none if outer is None else outer
+        self.table = none if table is None else table
+        self.offset = none if offset is None else offset
+
+
+Update = tuple[torch.Tensor, torch.Tensor]
+"""x A' [R, rank] and s B [O, rank]; the rank is a power of two, at least 16."""
+
+
+def linear(
+    x: torch.Tensor,
+    weight: Weight,
+    *,
+    gated: Weight | None = None,
+    residual: torch.Tensor | None = None,
+    updates: tuple[Update, Update] | tuple[Update] | None = None,
+    tiles: dict[str, Any] | None = None,
+) -> torch.Tensor:
+    """``x W'`` of at most `MOST_ROWS` rows [R, I] -> [R, O].
+
+    Args:
+        gated: with it, silu(x W') * (x G') instead.
+        residual: [R, O], added to the result.
+        updates: low-rank updates of ``weight`` and ``gated``.
+        tiles: block_n, block_k and num_warps in place of this function's choice.
+    """
+    rows, (features, width) = x.shape[0], weight.shape
+    other = weight if gated is None else gated
+    out = torch.empty(rows, features, dtype=x.dtype, device=x.device)
+    rank = 0 if updates is None else updates[0][0].shape[1]
+    small0, second0 = (x, x) if updates is None else updates[0]
+    small1, second1 = (small0, second0) if updates is None or len(updates) == 1 else updates[1]
+    tile = _tiles(rows, features, width, weight.kind, gated is not None) | (tiles or {})
+    grid = (triton.cdiv(features, tile["block_n"]),)
+    shared = (
+        x, weight.data, weight.scale, other.data, other.scale, out, x if residual is None else residual, small0,
+        second0, small1, second1, weight.code, weight.outer, other.outer, weight.table, weight.offset, other.offset,
+    )  # fmt: skip
+    options = {
+        "ins": width, "rank": rank, "kind": weight.kind, "gated": gated is not None, "adds": residual is not None,
+        "per_outer": weight.per_outer, "nested": weight.nested, **tile,
+    }  # fmt: skip
+    if rows == 1:
+        _vector[grid](*shared, features, **options)
+    else:
+        exact = "ieee" if x.dtype == torch.float32 else "tf32"
+        _few[grid](*shared, rows, features, exact=exact, block_r=16, **options)
+    return out
+
+
+def _tiles(rows: int, features: int, width: int, kind: int, gated: bool) -> dict[str, int]:
+    """Tile sizes; ``block_k`` divides the width where the weight is NF4."""
+    if rows > 1:
+        tile = {"block_n": 32, "block_k": 256 if kind == NF4 else 128, "num_warps": 4, "num_stages": 4}
+    elif features <= 512:  # a first matrix of an update
+        tile = {"block_n": 1, "block_k": 2048, "num_warps": 4, "num_stages": 2}
+    else:
+        tile = {
+            "block_n": 8 if gated else 16,
+            "block_k": 512 if kind == PLAIN else 1024,
+            "num_warps": 4,
+            "num_stages": 2,
+        }
+    if kind == NF4:
+        tile["block_k"] = min(tile["block_k"], width & -width)
+    return tile
+
+
+@triton.jit
+def _attend(qkv, cos, sin, keys, values, slots, lengths, context, largest, total, scale, row_stride, slot_stride,
+            head_stride, num_slots, parts, heads: tl.constexpr, groups: tl.constexpr, width: tl.constexpr,
+            part: tl.constexpr, block: tl.constexpr, exact: tl.constexpr):  # fmt: skip
+    row, group, number = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    slot = tl.load(slots + row).to(tl.int64)
+    if slot >= num_slots:
+        return
+    length = tl.load(lengths + row).to(tl.int32)
+    start = number * part
+    if start > length:
+        return
+    half: tl.constexpr = width // 2
+    each: tl.constexpr = heads // groups
+    d = tl.arange(0, half)
+    g = tl.arange(0, 16)
+    mine = g < each
+    turn_cos = tl.load(cos + row * half + d).to(tl.float32)
+    turn_sin = tl.load(sin + row * half + d).to(tl.float32)
+    dtype = keys.dtype.element_ty
+    q_at = qkv + row.to(tl.int64) * row_stride + (group * each + g)[:, None] * width + d[None, :]
+    q0 = tl.load(q_at, mask=mine[:, None], other=0.0).to(tl.float32)
+    q1 = tl.load(q_at + half, mask=mine[:, None], other=0.0).to(tl.float32)
+    first = (q0 * turn_cos[None, :] - q1 * turn_sin[None, :]).to(dtype)
+    second = (q0 * turn_sin[None, :] + q1 * turn_cos[None, :]).to(dtype)
+    base = slot * slot_stride + group.to(tl.int64) * head_stride
+    e = tl.arange(0, width)
+    most = tl.full([16], -float("inf"), tl.float32)
+    sums = tl.zeros([16], tl.float32)
+    found = tl.zeros([16, width], tl.float32)
+    for column in range(0, part, block):
+        at = start + column + tl.arange(0, block)
+        there = at < length
+        k_at = keys + base + at.to(tl.int64)[:, None] * width + d[None, :]
+        k0 = tl.load(k_at, mask=there[:, None], other=0.0)
+        k1 = tl.load(k_at + half, mask=there[:, None], other=0.0)
+        scores = tl.dot(first, tl.trans(k0), input_precision=exact)
+        scores = tl.dot(second, tl.trans(k1), scores, input_precision=exact) * scale
+        scores = tl.where(there[None, :], scores, -float("inf"))
+        larger = tl.maximum(most, tl.max(scores, 1))
+        safe = tl.where(larger == -float("inf"), 0.0, larger)  # no column yet: every exponential is 0, not NaN
+        shrink = tl.exp(most - safe)
+        weights = tl.exp(scores - safe[:, None])
+        v = tl.load(values + base + at.to(tl.int64)[:, None] * width + e[None, :], mask=there[:, None], other=0.0)
+        found = found * shrink[:, None] + tl.dot(weights.to(dtype), v, input_precision=exact)
+        sums = sums * shrink + tl.sum(weights, 1)
+        most = larger
+    if length < start + part:  # the newest column: rotated and written by the program whose part it is in
+        k_new = qkv + row.to(tl.int64) * row_stride + (heads + group) * width
+        k0 = tl.load(k_new + d).to(tl.float32)
+        k1 = tl.load(k_new + half + d).to(tl.float32)
+        new0 = (k0 * turn_cos - k1 * turn_sin).to(dtype)
+        new1 = (k0 * turn_sin + k1 * turn_cos).to(dtype)
+        v_new = tl.load(k_new + groups * width + e)
+        place = base + length.to(tl.int64) * width
+        tl.store(keys + place + d, new0)
+        tl.store(keys + place + half + d, new1)
+        tl.store(values + place + e, v_new)
+        score = tl.sum(first.to(tl.float32) * new0.to(tl.float32)[None, :], 1)
+        score = (score + tl.sum(second.to(tl.float32) * new1.to(tl.float32)[None, :], 1)) * scale
+        larger = tl.maximum(most, score)
+        shrink, weight = tl.exp(most - larger), tl.exp(score - larger)
+        found = found * shrink[:, None] + weight[:, None] * v_new.to(tl.float32)[None, :]
+        sums = sums * shrink + weight
+        most = larger
+    head = (row * heads + group * each + g).to(tl.int64) * parts + number
+    tl.store(largest + head, most, mask=mine)
+    tl.store(total + head, sums, mask=mine)
+    tl.store(context + head[:, None] * width + e[None, :], found, mask=mine[:, None])
+
+
+@triton.jit
+def _combine(context, largest, total, slots, lengths, out, num_slots, parts, heads: tl.constexpr, width: tl.constexpr,
+             part: tl.constexpr, most_parts: tl.constexpr):  # fmt: skip
+    row, head = tl.program_id(0), tl.program_id(1)
+    if tl.load(slots + row) >= num_slots:
+        return
+    used = tl.load(lengths + row).to(tl.int32) // part + 1
+    p = tl.arange(0, most_parts)
+    e = tl.arange(0, width)
+    start = (row * heads + head).to(tl.int64) * parts
+    most = tl.load(largest + start + p, mask=p < used, other=-float("inf"))
+    share = tl.exp(most - tl.max(most, 0))
+    sums = tl.sum(share * tl.load(total + start + p, mask=p < used, other=0.0), 0)
+    found = tl.load(context + (start + p)[:, None] * width + e[None, :], mask=(p < used)[:, None], other=0.0)
+    mean = tl.sum(found * share[:, None], 0) / sums
+    tl.store(out + (row * heads + head).to(tl.int64) * width + e, mean.to(out.dtype.element_ty))
+
+
+def slot_attention(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    lengths: torch.Tensor,
+    heads: int,
+) -> torch.Tensor:
+    """Rotate the newest token's heads, write its keys and values into the slots, and attend to all of them.
+
+    Args:
+        qkv: [R, (H + 2K) * E].
+        cos, sin: [R, E/2], of the newest tokens' positions.
+        keys, values: one layer's [S, K, C, E]; column ``lengths`` of each row's slot is written.
+        slots: [R]; a row whose slot is S or more takes no part, and its result is left as it is.
+        lengths: [R], columns held before.
+
+    Returns:
+        The context [R, H * E]; only the columns that a slot holds are read.
+    """
+    rows = qkv.shape[0]
+    num_slots, groups, columns, width = keys.shape
+    parts = triton.cdiv(columns, PART)
+    context = torch.empty(rows * heads * parts, width, dtype=torch.float32, device=qkv.device)
+    largest = torch.empty(rows * heads * parts, dtype=torch.float32, device=qkv.device)
+    total = torch.empty_like(largest)
+    out = torch.zeros(rows, heads * width, dtype=qkv.dtype, device=qkv.device)
+    exact = "ieee" if qkv.dtype == torch.float32 else "tf32"
+    _attend[(rows, groups, parts)](
+        qkv, cos, sin, keys, values, slots, lengths, context, largest, total, width**-0.5, qkv.stride(0),
+        keys.stride(0), keys.stride(1), num_slots, parts, heads=heads, groups=groups, width=width, part=PART,
+        block=_BLOCK, exact=exact, num_warps=4,
+    )  # fmt: skip
+    _combine[(rows, heads)](
+        context, largest, total, slots, lengths, out, num_slots, parts, heads=heads, width=width, part=PART,
+        most_parts=triton.next_power_of_2(parts), num_warps=4,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,187 @@
+"""The engine answers as ``generate()`` does, whatever else it is answering."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from cogtune.checkpoint.load import load_model
+from cogtune.errors import InputError, OutOfMemoryError, RunError
+from cogtune.generate.decoding import Decoding
+from cogtune.generate.engine import Engine, Request
+from cogtune.generate.generator import Ask, Generator
+from cogtune.generate.picture_cache import PictureCache, picture_digest
+from cogtune.processing.processor import CogVLM2Processor
+
+DECODING = Decoding(max_new_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_checkpoint: Path) -> tuple[Any, CogVLM2Processor]:
+    return load_model(tiny_checkpoint), CogVLM2Processor.from_pretrained(tiny_checkpoint)
+
+
+@pytest.fixture
+def engine(parts: tuple[Any, CogVLM2Processor]) -> Iterator[Engine]:
+    with Engine(*parts, slots=3, columns=400) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def asks() -> list[Ask]:
+    red, blue = Image.new("RGB", (10, 7), (220, 10, 10)), Image.new("RGB", (8, 8), (10, 10, 220))
+    return [
+        (red, "What colour?", []),
+        (None, "Hello there, how are you doing today?", [("Hi", "Hello")]),
+        (blue, "And this one?", [("What colour?", "Red."), ("Sure?", "Yes, quite sure.")]),
+        (red, "Why?", []),
+        (None, "x", []),
+        (blue, "What is it?", []),
+    ]
+
+
+@pytest.fixture(scope="module")
+def wanted(parts: tuple[Any, CogVLM2Processor], asks: list[Ask]) -> list[str]:
+    """By ``generate()``, one at a time."""
+    generator = Generator(*parts)
+    return [generator.answer_batch([ask], DECODING)[0] for ask in asks]
+
+
+def _request(engine: Engine, ask: Ask, decoding: Decoding = DECODING, **options: Any) -> Request:
+    picture, query, history = ask
+    return Request(engine.processor.encode(query, history, image=picture is not None), picture, decoding, **options)
+
+
+def test_answers_are_those_of_generate(engine: Engine, asks: list[Ask], wanted: list[str]) -> None:
+    assert engine.answer([_request(engine, ask) for ask in asks]) == wanted
+    assert engine.pictures.hits == 2  # red and blue come twice each
+    assert engine.free_slots == 3
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_comes_and_goes_meanwhile(engine: Engine, asks: list[Ask], wanted: list[str], seed: int) -> None:
+    """Requests arrive at random moments, some are cancelled, lengths differ; each whole answer is as if alone."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randint(len(asks), (14,), generator=generator).tolist()
+    running = []
+    for place in order:
+        limit = int(torch.randint(1, 25, (1,), generator=generator))
+        pending = engine.submit(_request(engine, asks[place], Decoding(max_new_tokens=limit)))
+        if float(torch.rand(1, generator=generator)) < 0.2:
+            pending.cancel()
+        running.append((place, limit, pending))
+        time.sleep(0.01 * float(torch.rand(1, generator=generator)))
+    for place, limit, pending in running:
+        text = pending.text()
+        if pending.cancelled:
+            assert wanted[place].startswith(text) or pending.finish_reason != "cancelled"
+            continue
+        assert len(pending.token_ids) <= limit
+        whole = engine.submit(_request(engine, asks[place], Decoding(max_new_tokens=limit)))
+        assert (whole.text(), whole.token_ids) == (text, pending.token_ids)
+        assert pending.finish_reason == ("length" if len(pending.token_ids) == limit else "stop")
+    assert (engine.free_slots, engine.running, engine.waiting) == (3, 0, 0)
+
+
+def test_a_seed_draws_the_same_alone_and_in_company(engine: Engine, asks: list[Ask]) -> None:
+    drawing = Decoding(max_new_tokens=16, sample=True, temperature=1.5, top_p=0.95)
+    alone = engine.answer([_request(engine, asks[0], drawing, seed=11)])[0]
+    crowd = [_request(engine, ask, drawing, seed=place) for place, ask in enumerate(asks)]
+    found = engine.answer([crowd[1], crowd[2], _request(engine, asks[0], drawing, seed=11), *crowd[3:]])
+    assert found[2] == alone
+    assert engine.answer([_request(engine, asks[0], drawing, seed=12)])[0] != alone
+
+
+def test_pieces_join_to_the_answer(engine: Engine, asks: list[Ask], wanted: list[str]) -> None:
+    pieces = list(engine.submit(_request(engine, asks[1])))
+    assert "".join(pieces) == wanted[1]
+    assert all(pieces)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_a_stop_text_ends_the_answer_before_it(engine: Engine, asks: list[Ask], wanted: list[str], length: int) -> None:
+    whole = wanted[1]
+    stop = whole[4 : 4 + length]
+    pending = engine.submit(_request(engine, asks[1], stop=(stop, "never in it")))
+    assert pending.text() == whole[: whole.find(stop)].rstrip()
+    assert pending.finish_reason == "stop"
+    missing = engine.submit(_request(engine, asks[1], stop=(whole[-1] + "more",)))
+    assert missing.text() == whole
+
+
+def test_a_cancelled_answer_gives_its_slot_back(engine: Engine, asks: list[Ask]) -> None:
+    endless = Decoding(max_new_tokens=280)
+    pending = engine.submit(_request(engine, asks[2], endless))
+    first = next(pending)
+    pending.stop()
+    assert engine.free_slots == 3
+    assert pending.finish_reason in ("cancelled", "stop")
+    assert ("".join([first, *pending])) is not None
+
+
+def test_what_does_not_go_together_is_refused(engine: Engine, asks: list[Ask]) -> None:
+    with pytest.raises(InputError, match="there is room for"):
+        engine.submit(_request(engine, asks[0], Decoding(max_new_tokens=400)))
+    encoded = engine.processor.encode("What?", image=True)
+    with pytest.raises(InputError, match="1 pictures in it, 0 given"):
+        engine.submit(Request(encoded, None, DECODING))
+    engine.close()
+    with pytest.raises(RunError, match="closed"):
+        engine.submit(_request(engine, asks[0]))
+
+
+@pytest.mark.parametrize("where", ["prefill", "step"])
+def test_an_error_ends_the_answers_under_way_and_no_others(
+    engine: Engine, asks: list[Ask], wanted: list[str], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        monkeypatch.undo()
+        raise torch.cuda.OutOfMemoryError("no room")
+
+    target = ("cogtune.generate.engine.prefill", fail) if where == "prefill" else (engine._steps, "step", fail)
+    monkeypatch.setattr(*target)
+    with pytest.raises(OutOfMemoryError, match="out of memory while answering"):
+        engine.submit(_request(engine, asks[1])).text()
+    assert engine.answer([_request(engine, asks[1])]) == [wanted[1]]
+    assert engine.free_slots == 3
+
+
+def test_closing_finishes_what_was_accepted(parts: tuple[Any, CogVLM2Processor], asks: list[Ask]) -> None:
+    engine = Engine(*parts, slots=2, columns=400)
+    running = [engine.submit(_request(engine, ask)) for ask in asks]
+    engine.close()
+    assert all(pending.done and pending.finish_reason in ("stop", "length") for pending in running)
+    assert "cogtune-engine" not in [thread.name for thread in threading.enumerate() if thread is engine._thread]
+
+
+def test_the_picture_cache_keeps_its_budget() -> None:
+    cache = PictureCache(100)
+    for number in range(4):
+        cache.put(number, torch.zeros(10))  # 40 bytes
+    assert cache.get(0) is None
+    assert cache.get(2) is not None
+    cache.put(4, torch.zeros(10))
+    assert (cache.get(3), cache.nbytes) == (None, 80)  # 2 was used, 3 was not
+    cache.put(5, torch.zeros(100))
+    assert cache.get(5) is None
+    cache.put(4, torch.zeros(5))
+    assert cache.nbytes == 60
+    cache.clear()
+    assert cache.nbytes == 0
+
+
+def test_digests_tell_pictures_apart() -> None:
+    red = Image.new("RGB", (4, 3), (255, 0, 0))
+    assert picture_digest(red) == picture_digest(Image.new("RGB", (4, 3), (255, 0, 0)))
+    others = [Image.new("RGB", (3, 4), (255, 0, 0)), Image.new("RGB", (4, 3), (254, 0, 0)), red.convert("L")]
+    palette = red.convert("P")
+    changed = palette.copy()
+    changed.putpalette([9] * 768)
+    assert len({picture_digest(picture) for picture in [red, *others, palette, changed]}) == 6
