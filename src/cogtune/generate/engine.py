@@ -14,13 +14,15 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 
 from cogtune.errors import InputError, OutOfMemoryError, RunError
+from cogtune.generate.choices import ChoiceScores, ClosedQuestion, score_choices
 from cogtune.generate.decode_steps import DecodeSteps
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.picture_cache import PictureCache, picture_digest
@@ -32,6 +34,7 @@ from cogtune.processing.encode import Encoded
 from cogtune.processing.processor import CogVLM2Processor
 
 GIB = 2**30
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,7 @@ class Engine:
         self._active: list[_Active] = []
         self._flights: deque[_Flight] = deque()
         self._queue: deque[Pending] = deque()
+        self._work: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="cogtune-engine", daemon=True)
@@ -215,6 +219,37 @@ class Engine:
             self._queue.append(pending)
             self._changed.notify()
         return pending
+
+    def score(self, picture: Image.Image | None, questions: Sequence[ClosedQuestion]) -> list[ChoiceScores]:
+        """How likely each choice of each closed question about one picture is; see `generate.choices`.
+
+        Raises:
+            InputError: no choices, equal ones, or more tokens than fit.
+        """
+        key = None if picture is None else picture_digest(picture)
+
+        def work() -> list[ChoiceScores]:
+            features = None if picture is None else self._features(picture, key)
+            return score_choices(self.model, self.processor.encoder, questions, features)
+
+        return self.run(work)
+
+    def run(self, work: Callable[[], Result]) -> Result:
+        """Run ``work`` between two steps, in the thread that owns the model; returns what it returns."""
+        future: Future[Result] = Future()
+
+        def done() -> None:
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(_explained(error, 1))
+
+        with self._changed:
+            if self._closing:
+                raise RunError("the engine is closed: it takes no more questions", code="engine-closed")
+            self._work.append(done)
+            self._changed.notify()
+        return future.result()
 
     def answer(self, requests: Sequence[Request]) -> list[str]:
         """All answers, in the order of the requests."""
@@ -253,11 +288,14 @@ class Engine:
         with torch.no_grad():
             while True:
                 with self._changed:
-                    while not (self._queue or self._active or self._flights or self._closing):
+                    while not (self._busy() or self._closing):
                         self._changed.wait()
-                    if self._closing and not (self._queue or self._active or self._flights):
+                    if not self._busy():
                         return
                 self._guarded(self._turn)
+
+    def _busy(self) -> bool:
+        return bool(self._queue or self._work or self._active or self._flights)
 
     def _guarded(self, work: Callable[[], None]) -> None:
         """An error of the device or of our own ends the answers under way, and nothing else."""
@@ -272,6 +310,8 @@ class Engine:
 
     def _turn(self) -> None:
         """Admit at most one request, start a decode step, and read the tokens of the step before it."""
+        while self._work:
+            self._work.popleft()()
         self._admit()
         if rows := [row for row in self._active if row.launched < row.wanted]:
             self._launch(rows)
@@ -360,20 +400,20 @@ class Engine:
             self._cache.put(slot, kept)
             view.advance(kept.columns)
         else:
-            features = self._features(request)
+            features = self._features(request.picture, request.picture_key)
             prefill(self.model, view, ids[:, :beginning], types[:, :beginning], features)
             self.pictures.put(key, self._cache.copy_out(slot, beginning))
         logits, position = prefill(self.model, view, ids[:, beginning:], types[:, beginning:], start=position)
         return logits, position, view.length
 
-    def _features(self, request: Request) -> torch.Tensor:
+    def _features(self, picture: Image.Image, key: bytes | None) -> torch.Tensor:
         """The tower's output [1, grid * grid, width]."""
-        key = ("features", request.picture_key)
-        kept = self.pictures.get(key)
+        kept = self.pictures.get(("features", key))
         if isinstance(kept, torch.Tensor):
             return kept
-        pixels = self.processor.pixels(request.picture).to(self.model.device)
+        pixels = self.processor.pixels(picture).to(self.model.device)
         features: torch.Tensor = self.model.model.encode_images(pixels)
+        self.pictures.put(("features", key), features)
         return features
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from cogtune.checkpoint.load import load_model
 from cogtune.errors import InputError, OutOfMemoryError, RunError
+from cogtune.generate.choices import ClosedQuestion, score_choices
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.engine import Engine, Request
 from cogtune.generate.generator import Ask, Generator
@@ -61,7 +62,7 @@ def _request(engine: Engine, ask: Ask, decoding: Decoding = DECODING, **options:
 
 def test_answers_are_those_of_generate(engine: Engine, asks: list[Ask], wanted: list[str]) -> None:
     assert engine.answer([_request(engine, ask) for ask in asks]) == wanted
-    assert engine.pictures.hits == 2  # red and blue come twice each
+    assert engine.pictures.hits == 2  # red and blue come twice each: their keys and values are copied
     assert engine.free_slots == 3
 
 
@@ -151,6 +152,19 @@ def test_an_error_ends_the_answers_under_way_and_no_others(
         engine.submit(_request(engine, asks[1])).text()
     assert engine.answer([_request(engine, asks[1])]) == [wanted[1]]
     assert engine.free_slots == 3
+
+
+def test_closed_questions_are_scored_between_steps(engine: Engine, asks: list[Ask], wanted: list[str]) -> None:
+    """While answers are under way, which stay as they are; an error reaches the one who asked."""
+    running = [engine.submit(_request(engine, ask)) for ask in asks[:3]]
+    questions = [ClosedQuestion("Is it red?", ("yes", "no"))]
+    scores = engine.score(asks[0][0], questions)
+    assert [pending.text() for pending in running] == wanted[:3]
+    with torch.no_grad():
+        features = engine.model.model.encode_images(engine.processor.pixels(asks[0][0]))
+    assert scores == score_choices(engine.model, engine.processor.encoder, questions, features)
+    with pytest.raises(InputError, match="no choices"):
+        engine.score(None, [ClosedQuestion("?", ())])
 
 
 def test_closing_finishes_what_was_accepted(parts: tuple[Any, CogVLM2Processor], asks: list[Ask]) -> None:
