@@ -1,7 +1,7 @@
-"""A decode step through kernels of its own, for GPUs with Triton: nine launches a layer, nothing waits for the host.
+"""A decode step through kernels of its own, for GPUs with Triton: six launches a layer, nothing waits for the host.
 
-The same computation as `model.decode.decode`. Norms and products round where the modules do; a rotation rounds once. Up
-to `MOST_ROWS` rows every product reads its weight in the storage format and takes adapters along; with more rows the
+The same computation as `model.decode.decode`, rounded less often: a norm's scale is applied to the product behind it.
+Up to `MOST_ROWS` rows every product reads its weight in the storage format and takes adapters along; with more rows the
 modules compute the products, through the libraries that are fastest then.
 
 Shapes: R rows, D hidden, V vocabulary, I input and O output features.
@@ -66,24 +66,35 @@ class Projection:
         self.first, self.seconds = _updates(modules, dtype)
 
     @property
-    def fused(self) -> bool:
-        """Whether the kernels can compute it."""
-        return all(weight is not None for weight in self.weights)
+    def most_rows(self) -> int:
+        """How many rows the kernels compute; none where they cannot read a weight. NF4 is read for one row: for more it
+        pays to make the weight."""
+        kinds = [weight.kind if weight is not None else None for weight in self.weights]
+        if None in kinds:
+            return 0
+        return 1 if kernels.NF4 in kinds else kernels.MOST_ROWS
 
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """[R, I] -> [R, O]; of two products silu(first) * second. ``residual`` is added."""
-        if not self.fused or x.shape[0] > kernels.MOST_ROWS:
-            found = self.modules[0](x)
-            if len(self.modules) == 2:
-                found = functional.silu(found) * self.modules[1](x)
-            return found if residual is None else residual + found
+    def __call__(self, x: torch.Tensor, *, norm: Any = None, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """[R, I] -> [R, O]; of two products silu(first) * second. The module ``norm`` comes before, ``residual`` is
+        added."""
+        if x.shape[0] > self.most_rows:
+            return self._by_modules(x if norm is None else norm(x), residual)
         weight, *gated = self.weights
         assert weight is not None
+        before = None if norm is None else (norm.weight, norm.eps)
         updates: Any = None
         if self.first is not None:
-            small = kernels.linear(x, self.first)
+            small = kernels.linear(x, self.first, norm=before)
             updates = tuple((small, second) for second in self.seconds)
-        return kernels.linear(x, weight, gated=gated[0] if gated else None, residual=residual, updates=updates)
+        return kernels.linear(
+            x, weight, norm=before, gated=gated[0] if gated else None, residual=residual, updates=updates
+        )
+
+    def _by_modules(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        found: torch.Tensor = self.modules[0](x)
+        if len(self.modules) == 2:
+            found = functional.silu(found) * self.modules[1](x)
+        return found if residual is None else residual + found
 
 
 def _updates(modules: Sequence[Any], dtype: torch.dtype) -> tuple[kernels.Weight | None, list[torch.Tensor]]:
@@ -124,12 +135,12 @@ class _Layer:
         self.dense = Projection(dtype, attention.language_expert_dense)
         self.gate_up = Projection(dtype, mlp.gate_proj, mlp.up_proj)
         self.down = Projection(dtype, mlp.down_proj)
-        self.norms = [(norm.weight, norm.eps) for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        self.input_norm, self.output_norm = layer.input_layernorm, layer.post_attention_layernorm
 
     def __call__(self, h: torch.Tensor, attend: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        context = attend(self.qkv(kernels.rms_norm(h, *self.norms[0])))
+        context = attend(self.qkv(h, norm=self.input_norm))
         h = self.dense(context, residual=h)
-        return self.down(self.gate_up(kernels.rms_norm(h, *self.norms[1])), residual=h)
+        return self.down(self.gate_up(h, norm=self.output_norm), residual=h)
 
 
 class FusedDecode:
@@ -160,4 +171,4 @@ class FusedDecode:
                 return kernels.slot_attention(qkv, cos, sin, keys, values, slots_R, lengths_R, heads)
 
             h = layer(h, attend)
-        return self._head(kernels.rms_norm(h, decoder.norm.weight, decoder.norm.eps)).float()
+        return self._head(h, norm=decoder.norm).float()

@@ -23,74 +23,87 @@ MOST_ROWS = 16  # of `linear`; more rows use the card's matrix units well throug
 
 
 @triton.jit
-def _norm(x, weight, out, eps, width: tl.constexpr, block: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, block)
-    inside = d < width
-    wide = tl.load(x + row * width + d, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
-    normed = tl.load(weight + d, mask=inside, other=0.0).to(tl.float32) * (wide * scale)
-    tl.store(out + row * width + d, normed.to(out.dtype.element_ty), mask=inside)
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """``weight * x / rms(x)`` of [R, I], the product in float32, as `modeling.RMSNorm`."""
-    out = torch.empty_like(x)
-    width = x.shape[1]
-    _norm[(x.shape[0],)](x, weight, out, eps, width=width, block=triton.next_power_of_2(width), num_warps=8)
-    return out
+def _taken(x, weight, at, mask, normed: tl.constexpr):
+    """Inputs in float32, times the norm's weight where there is one, and the inputs' squares."""
+    plain = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    values = plain
+    if normed:
+        values = plain * tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
+    return values, plain * plain
 
 
 @triton.jit
 def _scales(absmax, outer, table, offset, first, blocks: tl.constexpr, per_outer: tl.constexpr, nested: tl.constexpr):
     """Scales of ``blocks`` neighbouring blocks of 64 values each; ``first`` [N, 1] counts blocks."""
     at = first + tl.arange(0, blocks)[None, :]
+    scale = tl.load(absmax + at)
     if nested:
-        step = tl.load(absmax + at).to(tl.int32)
-        return tl.load(table + step) * tl.load(outer + at // per_outer) + tl.load(offset)
-    return tl.load(absmax + at)
+        scale = tl.load(table + scale.to(tl.int32)) * tl.load(outer + at // per_outer) + tl.load(offset)
+    return scale
 
 
 @triton.jit
-def _one(x, weight, code, absmax, outer, table, offset, n, k0, ins: tl.constexpr, block_n: tl.constexpr,
-         block_k: tl.constexpr, kind: tl.constexpr, per_outer: tl.constexpr, nested: tl.constexpr):  # fmt: skip
-    """Partial products [block_n] of one row with ``block_k`` columns of the weight."""
-    if kind == 3:
-        half: tl.constexpr = block_k // 2
-        groups: tl.constexpr = block_k // 64
-        j = k0 // 2 + tl.arange(0, half)
-        both = tl.load(weight + (n * (ins // 2))[:, None] + j[None, :]).to(tl.int32)
-        even = tl.load(x + 2 * j).to(tl.float32)
-        odd = tl.load(x + 2 * j + 1).to(tl.float32)
-        products = tl.load(code + (both >> 4)) * even[None, :] + tl.load(code + (both & 15)) * odd[None, :]
-        sums = tl.sum(tl.reshape(products, [block_n, groups, 32]), 2)
-        first = (n * (ins // 64) + k0 // 64)[:, None]
-        return tl.sum(sums * _scales(absmax, outer, table, offset, first, groups, per_outer, nested), 1)
+def _dense(x, norm, weight, n, k0, ins: tl.constexpr, block_k: tl.constexpr, kind: tl.constexpr,
+           normed: tl.constexpr):  # fmt: skip
+    """Products [block_n, 1] of one row with ``block_k`` columns of the weight, and the sum of its squares there [1]."""
     k = k0 + tl.arange(0, block_k)
     inside = k < ins
-    values = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
+    values, squares = _taken(x, norm, k, inside, normed)
     stored = tl.load(weight + (n * ins)[:, None] + k[None, :], mask=inside[None, :], other=0)
     if kind == 1:
         stored = stored.to(tl.float8e4nv, bitcast=True)
-    return tl.sum(stored.to(tl.float32) * values[None, :], 1)
+    return tl.sum(stored.to(tl.float32) * values[None, :], 1)[:, None], tl.zeros([1], tl.float32) + tl.sum(squares, 0)
 
 
 @triton.jit
-def _vector(x, w0, s0, w1, s1, out, residual, small0, second0, small1, second1, code, outer0, outer1, table, offset0,
-            offset1, outs, ins: tl.constexpr, rank: tl.constexpr, kind: tl.constexpr, gated: tl.constexpr,
-            adds: tl.constexpr, per_outer: tl.constexpr, nested: tl.constexpr, block_n: tl.constexpr,
-            block_k: tl.constexpr):  # fmt: skip
+def _packed(x, norm, weight, code, absmax, outer, table, offset, n, k0, ins: tl.constexpr, groups: tl.constexpr,
+            per_outer: tl.constexpr, nested: tl.constexpr, normed: tl.constexpr):  # fmt: skip
+    """As `_dense` of an NF4 weight, by blocks of 64 values [block_n, groups] and [groups]: a sum over all of them in
+    every round would cost more than the round."""
+    byte = tl.arange(0, groups)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    j = k0 // 2 + byte
+    even, squares = _taken(x, norm, 2 * j, j >= 0, normed)
+    odd, others = _taken(x, norm, 2 * j + 1, j >= 0, normed)
+    both = tl.load(weight + (n * (ins // 2))[:, None, None] + j[None, :, :]).to(tl.int32)
+    products = tl.load(code + (both >> 4)) * even[None, :, :] + tl.load(code + (both & 15)) * odd[None, :, :]
+    first = (n * (ins // 64) + k0 // 64)[:, None]
+    scale = _scales(absmax, outer, table, offset, first, groups, per_outer, nested)
+    return tl.sum(products, 2) * scale, tl.sum(squares + others, 1)
+
+
+@triton.jit
+def _vector(x, norm, w0, s0, w1, s1, out, residual, small0, second0, small1, second1, code, outer0, outer1, table,
+            offset0, offset1, outs, eps, ins: tl.constexpr, rank: tl.constexpr, kind: tl.constexpr, gated: tl.constexpr,
+            adds: tl.constexpr, normed: tl.constexpr, per_outer: tl.constexpr, nested: tl.constexpr,
+            block_n: tl.constexpr, block_k: tl.constexpr):  # fmt: skip
     n = (tl.program_id(0) * block_n + tl.arange(0, block_n)).to(tl.int64)
     inside = n < outs
     at = tl.where(inside, n, 0)
-    first = tl.zeros([block_n], tl.float32)
-    second = tl.zeros([block_n], tl.float32)
+    columns: tl.constexpr = block_k // 64 if kind == 3 else 1
+    sums0 = tl.zeros([block_n, columns], tl.float32)
+    sums1 = tl.zeros([block_n, columns], tl.float32)
+    square = tl.zeros([columns], tl.float32)
     for k0 in range(0, ins, block_k):
-        first += _one(x, w0, code, s0, outer0, table, offset0, at, k0, ins, block_n, block_k, kind, per_outer, nested)
+        if kind == 3:
+            part, squares = _packed(x, norm, w0, code, s0, outer0, table, offset0, at, k0, ins, columns, per_outer,
+                                    nested, normed)  # fmt: skip
+        else:
+            part, squares = _dense(x, norm, w0, at, k0, ins, block_k, kind, normed)
+        sums0 += part
+        square += squares
         if gated:
-            second += _one(
-                x, w1, code, s1, outer1, table, offset1, at, k0, ins, block_n, block_k, kind, per_outer, nested
-            )
+            if kind == 3:
+                part, squares = _packed(x, norm, w1, code, s1, outer1, table, offset1, at, k0, ins, columns, per_outer,
+                                        nested, normed)  # fmt: skip
+            else:
+                part, squares = _dense(x, norm, w1, at, k0, ins, block_k, kind, normed)
+            sums1 += part
+    first = tl.sum(sums0, 1)
+    second = tl.sum(sums1, 1)
+    if normed:
+        scale = tl.rsqrt(tl.sum(square, 0) / ins + eps)
+        first *= scale
+        second *= scale
     if kind == 1 or kind == 2:
         first *= tl.load(s0 + at)
         if gated:
@@ -113,41 +126,22 @@ def _vector(x, w0, s0, w1, s1, out, residual, small0, second0, small1, second1, 
 
 
 @triton.jit
-def _tile(x, weight, code, absmax, outer, table, offset, rows, n, k0, ins: tl.constexpr, block_r: tl.constexpr,
-          block_n: tl.constexpr, block_k: tl.constexpr, kind: tl.constexpr, per_outer: tl.constexpr,
-          nested: tl.constexpr, exact: tl.constexpr):  # fmt: skip
+def _tile(x, weight, rows, n, k0, ins: tl.constexpr, block_r: tl.constexpr, block_k: tl.constexpr, kind: tl.constexpr,
+          exact: tl.constexpr):  # fmt: skip
     """Partial products [block_r, block_n] of several rows with ``block_k`` columns of the weight."""
     r = tl.arange(0, block_r)
-    real = r < rows
-    dtype = x.dtype.element_ty
-    if kind == 3:
-        half: tl.constexpr = block_k // 2
-        groups: tl.constexpr = block_k // 64
-        j = k0 // 2 + tl.arange(0, half)
-        both = tl.load(weight + (n * (ins // 2))[:, None] + j[None, :]).to(tl.int32)
-        first = (n * (ins // 64) + k0 // 64)[:, None]
-        scale = _scales(absmax, outer, table, offset, first, groups, per_outer, nested)
-        wide = tl.reshape(tl.broadcast_to(scale[:, :, None], [block_n, groups, 32]), [block_n, half])
-        start = x + (r * ins)[:, None] + 2 * j[None, :]
-        even = tl.load(start, mask=real[:, None], other=0.0)
-        odd = tl.load(start + 1, mask=real[:, None], other=0.0)
-        upper = (tl.load(code + (both >> 4)) * wide).to(dtype)
-        lower = (tl.load(code + (both & 15)) * wide).to(dtype)
-        found = tl.dot(even, tl.trans(upper), input_precision=exact)
-        return tl.dot(odd, tl.trans(lower), found, input_precision=exact)
     k = k0 + tl.arange(0, block_k)
     inside = k < ins
-    values = tl.load(x + (r * ins)[:, None] + k[None, :], mask=real[:, None] & inside[None, :], other=0.0)
+    values = tl.load(x + (r * ins)[:, None] + k[None, :], mask=(r < rows)[:, None] & inside[None, :], other=0.0)
     stored = tl.load(weight + (n * ins)[:, None] + k[None, :], mask=inside[None, :], other=0)
     if kind == 1:
         stored = stored.to(tl.float8e4nv, bitcast=True)
-    return tl.dot(values, tl.trans(stored.to(dtype)), input_precision=exact)
+    return tl.dot(values, tl.trans(stored.to(x.dtype.element_ty)), input_precision=exact)
 
 
 @triton.jit
-def _few(x, w0, s0, w1, s1, out, residual, small0, second0, small1, second1, code, outer0, outer1, table, offset0,
-         offset1, rows, outs, ins: tl.constexpr, rank: tl.constexpr, kind: tl.constexpr, gated: tl.constexpr,
-         adds: tl.constexpr, per_outer: tl.constexpr, nested: tl.constexpr, exact: tl.constexpr,
+def _few(x, w0, s0, w1, s1, out, residual, small0, second0, small1, second1, rows, outs, ins: tl.constexpr,
+         rank: tl.constexpr, kind: tl.constexpr, gated: tl.constexpr, adds: tl.constexpr, exact: tl.constexpr,
          block_r: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr):  # fmt: skip
     n = (tl.program_id(0) * block_n + tl.arange(0, block_n)).to(tl.int64)
     r = tl.arange(0, block_r)
@@ -156,11 +150,9 @@ def _few(x, w0, s0, w1, s1, out, residual, small0, second0, small1, second1, cod
     first = tl.zeros([block_r, block_n], tl.float32)
     second = tl.zeros([block_r, block_n], tl.float32)
     for k0 in range(0, ins, block_k):
-        first += _tile(x, w0, code, s0, outer0, table, offset0, rows, at, k0, ins, block_r, block_n, block_k, kind,
-                       per_outer, nested, exact)  # fmt: skip
+        first += _tile(x, w0, rows, at, k0, ins, block_r, block_k, kind, exact)
         if gated:
-            second += _tile(x, w1, code, s1, outer1, table, offset1, rows, at, k0, ins, block_r, block_n, block_k, kind,
-                            per_outer, nested, exact)  # fmt: skip
+            second += _tile(x, w1, rows, at, k0, ins, block_r, block_k, kind, exact)
     if kind == 1 or kind == 2:
         first *= tl.load(s0 + at)[None, :]
         if gated:
@@ -186,6 +178,16 @@ def _few(x, w0, s0, w1, s1, out, residual, small0, second0, small1, second1, cod
     tl.store(out + place, found.to(kept), mask=inside)
 
 
+@triton.jit
+def _norm(x, weight, out, eps, width: tl.constexpr, block: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, block)
+    inside = d < width
+    values, squares = _taken(x + row * width, weight, d, inside, True)
+    normed = values * tl.rsqrt(tl.sum(squares, 0) / width + eps)
+    tl.store(out + row * width + d, normed.to(out.dtype.element_ty), mask=inside)
+
+
 class Weight:
     """A frozen weight [O, I] as its layer stores it.
 
@@ -193,7 +195,8 @@ class Weight:
         kind: `PLAIN`, `FP8` (uint8 bits), `INT8` or `NF4` (two codes a byte).
         data: [O, I], or for NF4 the packed codes.
         scale: float32 [O] for fp8 and int8; NF4's block scales, float32 or uint8.
-        code, outer, table, offset: NF4's 16 values; for scales in 8 bits their own scales, their values, their offset.
+        code: NF4's 16 values.
+        outer, table, offset: NF4, for scales in 8 bits: their own scales, their 256 values, their offset.
         per_outer: NF4: blocks that share one of ``outer``.
     """
 
@@ -226,14 +229,17 @@ def linear(
     x: torch.Tensor,
     weight: Weight,
     *,
+    norm: tuple[torch.Tensor, float] | None = None,
     gated: Weight | None = None,
     residual: torch.Tensor | None = None,
     updates: tuple[Update, Update] | tuple[Update] | None = None,
     tiles: dict[str, Any] | None = None,
 ) -> torch.Tensor:
-    """``x W'`` of at most `MOST_ROWS` rows [R, I] -> [R, O].
+    """``x W'`` of at most `MOST_ROWS` rows [R, I] -> [R, O]; of a single one where the weight is NF4.
 
     Args:
+        norm: weight [I] and epsilon of a root-mean-square norm of x that comes before the product. Of a single row x
+            times the weight is what is multiplied, and its scale is applied to the product.
         gated: with it, silu(x W') * (x G') instead.
         residual: [R, O], added to the result.
         updates: low-rank updates of ``weight`` and ``gated``.
@@ -247,38 +253,48 @@ def linear(
     small1, second1 = (small0, second0) if updates is None or len(updates) == 1 else updates[1]
     tile = _tiles(rows, features, width, weight.kind, gated is not None) | (tiles or {})
     grid = (triton.cdiv(features, tile["block_n"]),)
-    shared = (
-        x, weight.data, weight.scale, other.data, other.scale, out, x if residual is None else residual, small0,
-        second0, small1, second1, weight.code, weight.outer, other.outer, weight.table, weight.offset, other.offset,
+    products = (
+        weight.data, weight.scale, other.data, other.scale, out, x if residual is None else residual, small0, second0,
+        small1, second1,
     )  # fmt: skip
     options = {
         "ins": width, "rank": rank, "kind": weight.kind, "gated": gated is not None, "adds": residual is not None,
-        "per_outer": weight.per_outer, "nested": weight.nested, **tile,
+        **tile,
     }  # fmt: skip
     if rows == 1:
-        _vector[grid](*shared, features, **options)
-    else:
-        exact = "ieee" if x.dtype == torch.float32 else "tf32"
-        _few[grid](*shared, rows, features, exact=exact, block_r=16, **options)
+        before, eps = (x, 0.0) if norm is None else norm
+        stored = (weight.code, weight.outer, other.outer, weight.table, weight.offset, other.offset)
+        _vector[grid](
+            x, before, *products, *stored, features, eps, normed=norm is not None, per_outer=weight.per_outer,
+            nested=weight.nested, **options,
+        )  # fmt: skip
+        return out
+    if norm is not None:
+        normed = torch.empty_like(x)
+        _norm[(rows,)](x, *norm[:1], normed, norm[1], width=width, block=triton.next_power_of_2(width), num_warps=8)
+        x = normed
+    exact = "ieee" if x.dtype == torch.float32 else "tf32"
+    _few[grid](x, *products, rows, features, exact=exact, block_r=16, **options)
     return out
 
 
 def _tiles(rows: int, features: int, width: int, kind: int, gated: bool) -> dict[str, int]:
-    """Tile sizes; ``block_k`` divides the width where the weight is NF4."""
+    """Tile sizes: the fastest of those tried on an H200 for this model's shapes (docs/log.md, 2026-11-30)."""
     if rows > 1:
-        tile = {"block_n": 32, "block_k": 256 if kind == NF4 else 128, "num_warps": 4, "num_stages": 4}
-    elif features <= 512:  # a first matrix of an update
-        tile = {"block_n": 1, "block_k": 2048, "num_warps": 4, "num_stages": 2}
+        block_n, block_k, warps, stages = (64, 128, 4, 4) if gated or features > 65536 else (16, 256, 2, 4)
+    elif features <= 512:  # the first matrix of an update
+        block_n, block_k, warps, stages = 1, 4096, 8, 1
+    elif features > 65536:
+        block_n, block_k, warps, stages = 4, 512, 2, 3
+    elif kind == PLAIN:
+        block_n, block_k, warps, stages = (16, 256, 4, 1) if gated else (4, 1024 if width > 8192 else 2048, 4, 3)
+    elif kind == NF4:
+        block_n, block_k, warps, stages = 8, 512, 2, 2
     else:
-        tile = {
-            "block_n": 8 if gated else 16,
-            "block_k": 512 if kind == PLAIN else 1024,
-            "num_warps": 4,
-            "num_stages": 2,
-        }
+        block_n, block_k, warps, stages = (8, 512, 2, 2) if gated else (8 if features > 4096 else 4, 2048, 4, 2)
     if kind == NF4:
-        tile["block_k"] = min(tile["block_k"], width & -width)
-    return tile
+        block_k = min(block_k, width & -width)  # divides the width
+    return {"block_n": block_n, "block_k": block_k, "num_warps": warps, "num_stages": stages}
 
 
 @triton.jit
@@ -386,7 +402,7 @@ def slot_attention(
         qkv: [R, (H + 2K) * E].
         cos, sin: [R, E/2], of the newest tokens' positions.
         keys, values: one layer's [S, K, C, E]; column ``lengths`` of each row's slot is written.
-        slots: [R]; a row whose slot is S or more takes no part, and its result is left as it is.
+        slots: [R]; a row whose slot is S or more takes no part, and its result is any number.
         lengths: [R], columns held before.
 
     Returns:
@@ -398,7 +414,7 @@ def slot_attention(
     context = torch.empty(rows * heads * parts, width, dtype=torch.float32, device=qkv.device)
     largest = torch.empty(rows * heads * parts, dtype=torch.float32, device=qkv.device)
     total = torch.empty_like(largest)
-    out = torch.zeros(rows, heads * width, dtype=qkv.dtype, device=qkv.device)
+    out = torch.empty(rows, heads * width, dtype=qkv.dtype, device=qkv.device)
     exact = "ieee" if qkv.dtype == torch.float32 else "tf32"
     _attend[(rows, groups, parts)](
         qkv, cos, sin, keys, values, slots, lengths, context, largest, total, width**-0.5, qkv.stride(0),
