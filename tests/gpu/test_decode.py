@@ -1,0 +1,152 @@
+"""A decode step's kernels against the same formulas in float64, and the captured step against the eager one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+from cogtune.checkpoint.random import tiny_config
+from cogtune.generate.decode_steps import DecodeSteps
+from cogtune.generate.decoding import Decoding
+from cogtune.model.decode import decode, prefill
+from cogtune.model.fused_decode import FusedDecode
+from cogtune.model.kernels import decode as kernels
+from cogtune.model.modeling import CogVLM2ForCausalLM
+from cogtune.model.rope import rotate
+from cogtune.model.slots import SlotCache, SlotView
+
+pytestmark = pytest.mark.gpu
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
+"""Norm-wise: sums in another order; bfloat16 rounds inputs of the next operation and the result (2^-9 each)."""
+
+
+def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def _weight(kind: int, weight: torch.Tensor) -> tuple[kernels.Weight, torch.Tensor]:
+    """A weight as stored in ``kind``, and what it stands for in float64."""
+    shape = (weight.shape[0], weight.shape[1])
+    largest = weight.float().abs().amax(1)
+    if kind == kernels.PLAIN:
+        return kernels.Weight(kind, weight, shape), weight.double()
+    if kind == kernels.FP8:
+        scale = largest / 448
+        bits = (weight.float() / scale[:, None]).to(torch.float8_e4m3fn)
+        return kernels.Weight(kind, bits.view(torch.uint8), shape, scale), bits.double() * scale.double()[:, None]
+    if kind == kernels.INT8:
+        scale = largest / 127
+        whole = (weight.float() / scale[:, None]).round().to(torch.int8)
+        return kernels.Weight(kind, whole, shape, scale), whole.double() * scale.double()[:, None]
+    bnb = pytest.importorskip("bitsandbytes.functional")
+    packed, state = bnb.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+    stored = kernels.Weight(
+        kind, packed.view(torch.uint8), shape, state.absmax, state.code, state.state2.absmax, state.state2.code,
+        state.offset.reshape(1), state.state2.blocksize,
+    )  # fmt: skip
+    return stored, bnb.dequantize_4bit(packed, state).double()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", [kernels.PLAIN, kernels.FP8, kernels.INT8, kernels.NF4])
+@pytest.mark.parametrize("rows", [1, 2, 7, 16])
+@pytest.mark.parametrize(("features", "width"), [(96, 256), (1000, 1536)])
+def test_products(dtype: torch.dtype, kind: int, rows: int, features: int, width: int) -> None:
+    if kind == kernels.NF4 and rows > 1:
+        pytest.skip("one row only")
+    torch.manual_seed(0)
+    x, norm = torch.randn(rows, width, device="cuda").to(dtype), torch.rand(width, device="cuda").to(dtype)
+    (one, first), (two, second) = (
+        _weight(kind, torch.randn(features, width, device="cuda").to(dtype) / 16) for _ in range(2)
+    )
+    residual = torch.randn(rows, features, device="cuda").to(dtype)
+    small, update = torch.randn(rows, 16, device="cuda").to(dtype), torch.randn(features, 16, device="cuda").to(dtype)
+    wide = x.double()
+    plain, added = wide @ first.T, small.double() @ update.double().T
+    normed = norm.double() * wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
+    cases = {
+        "plain": (kernels.linear(x, one), plain),
+        "residual": (kernels.linear(x, one, residual=residual), plain + residual.double()),
+        "norm": (kernels.linear(x, one, norm=(norm, 1e-5)), normed @ first.T),
+        "gated": (kernels.linear(x, one, gated=two), functional.silu(plain) * (wide @ second.T)),
+        "update": (kernels.linear(x, one, updates=((small, update),)), plain + added),
+    }
+    for name, (found, wanted) in cases.items():
+        assert _error(found, wanted) < TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("length", [0, 1, 63, 64, 255, 256, 257, 1000])
+def test_attention_over_slots(dtype: torch.dtype, length: int) -> None:
+    """Every boundary of blocks and parts; slots that are not asked for stay as they were."""
+    torch.manual_seed(length)
+    heads, groups, width, columns = 8, 2, 32, 1100
+    keys, values = (torch.randn(4, groups, columns, width, device="cuda").to(dtype) for _ in range(2))
+    before = keys.clone(), values.clone()
+    qkv = torch.randn(3, (heads + 2 * groups) * width, device="cuda").to(dtype)
+    angle = torch.rand(3, width // 2, device="cuda") * 6
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    slots, lengths = torch.tensor([2, 4, 0], device="cuda"), torch.tensor([length, 5, 7], device="cuda")
+    found = kernels.slot_attention(qkv, cos, sin, keys, values, slots, lengths, heads)
+    q, k, v = qkv.double().view(3, -1, 1, width).split([heads, groups, groups], 1)
+    q, k = (rotate(part, cos.double()[:, None, None], sin.double()[:, None, None]) for part in (q, k))
+    for row, slot in ((0, 2), (2, 0)):  # slot 4 is not there
+        at = int(lengths[row])
+        seen_keys = torch.cat([before[0][slot, :, :at].double(), k[row]], 1)
+        seen_values = torch.cat([before[1][slot, :, :at].double(), v[row]], 1)
+        wanted = functional.scaled_dot_product_attention(q[row], seen_keys, seen_values, enable_gqa=True)
+        assert _error(found[row], wanted.flatten()) < TOLERANCE[dtype]
+        assert _error(keys[slot, :, at], k[row, :, 0]) < TOLERANCE[dtype]
+        assert torch.equal(values[slot, :, at].double(), v[row, :, 0])
+    for slot in (1, 3):
+        assert torch.equal(keys[slot], before[0][slot])
+
+
+@pytest.fixture(scope="module")
+def model() -> CogVLM2ForCausalLM:
+    torch.manual_seed(0)
+    return CogVLM2ForCausalLM(tiny_config()).eval().to("cuda")
+
+
+def _filled(model: CogVLM2ForCausalLM, slots: int) -> tuple[SlotCache, list[tuple[torch.Tensor, int, int]]]:
+    cache = SlotCache(model.config, slots, 200, torch.float32, "cuda")
+    found: list[Any] = []
+    for slot in range(slots):
+        ids = torch.randint(10, 200, (1, 5 + 7 * slot))
+        view = SlotView(cache, slot)
+        logits, position = prefill(model, view, ids, torch.zeros_like(ids))
+        found.append((logits, position, view.length))
+    return cache, found
+
+
+def test_a_fused_step_is_the_eager_one(model: CogVLM2ForCausalLM) -> None:
+    cache, rows = _filled(model, 3)
+    slots = torch.tensor([0, 2, 1], device="cuda")
+    positions, lengths = (torch.tensor([rows[s][i] for s in (0, 2, 1)], device="cuda") for i in (1, 2))
+    tokens = torch.tensor([5, 6, 7], device="cuda")
+    wanted = decode(model, cache, slots, tokens, positions, lengths)
+    found = FusedDecode(model)(cache, slots, tokens, positions, lengths)
+    assert _error(found, wanted) < 1e-5  # float32 sums in another order through all layers
+
+
+def test_captured_steps_give_the_eager_tokens(model: CogVLM2ForCausalLM) -> None:
+    """Rows that only fill up a captured step change nothing."""
+    answers = []
+    for graphs in (True, False):
+        torch.manual_seed(1)
+        cache, rows = _filled(model, 3)
+        steps = DecodeSteps(model, cache, graphs=graphs)
+        drawing = Decoding(max_new_tokens=20, sample=True, temperature=0.8, top_p=0.9)
+        tokens = [[int(steps.begin(slot, *row, drawing, seed=slot))] for slot, row in enumerate(rows)]
+        for step in range(12):
+            taking = [0, 1, 2] if step % 3 else [2, 0]
+            for slot, token in zip(taking, steps.step(taking, True).tolist(), strict=True):
+                tokens[slot].append(token)
+        answers.append(tokens)
+    assert answers[0] == answers[1]
