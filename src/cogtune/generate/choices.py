@@ -63,17 +63,18 @@ def score_choices(
     image_features: torch.Tensor | None,
     template: str | None = None,
 ) -> list[ChoiceScores]:
-    """Score every choice of every question about one picture, or about none, in one pass.
+    """Score every choice of every question about the same images, or about none, in one pass.
 
     Args:
         model: the model whose answers are scored (not wrapped by peft).
-        image_features: [1, grid * grid, vision hidden] of the picture; None: questions without one.
+        image_features: [N, grid * grid, vision hidden] of the images; None: questions without one.
         template: as for any question; None: the checkpoint's own.
 
     Raises:
         InputError: a question without choices, with equal ones, or more tokens than the model's context.
     """
-    row = _Row(encoder.assemble((), image=image_features is not None))
+    images = 0 if image_features is None else image_features.shape[0]
+    row = _Row(encoder.assemble(encoder.image_parts(images, template)))
     for question in questions:
         _check(question)
         prompt = row.add(0, encoder.prompt_ids(question.query, question.history, template))

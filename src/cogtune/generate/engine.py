@@ -25,7 +25,7 @@ from cogtune.errors import InputError, OutOfMemoryError, RunError
 from cogtune.generate.choices import ChoiceScores, ClosedQuestion, score_choices
 from cogtune.generate.decode_steps import DecodeSteps
 from cogtune.generate.decoding import Decoding
-from cogtune.generate.picture_cache import PictureCache, picture_digest
+from cogtune.generate.picture_cache import PictureCache, image_digest
 from cogtune.generate.stream import TextPieces
 from cogtune.model.decode import prefill
 from cogtune.model.routing import row_positions
@@ -42,20 +42,20 @@ class Request:
     """One question.
 
     Args:
-        encoded: the prompt's tokens, with the picture's positions if there is one.
-        picture: what stands at those positions.
+        encoded: the prompt's tokens, with the images' positions if there are any.
+        images: what stands at those positions, in their order.
         decoding: how tokens are chosen, and how many at most.
         seed: of the draws, where ``decoding`` draws. The same seed draws the same whatever else is being answered.
         stop: texts that end the answer; they are not part of it.
-        picture_key: tells pictures apart, equal for equal ones; None: a digest of the pixels, computed by `submit`.
+        image_keys: tell images apart, equal for equal ones; None: digests of the pixels, computed by `submit`.
     """
 
     encoded: Encoded
-    picture: Image.Image | None
+    images: tuple[Image.Image, ...]
     decoding: Decoding
     seed: int = 0
     stop: tuple[str, ...] = ()
-    picture_key: bytes | None = None
+    image_keys: tuple[bytes, ...] | None = None
 
 
 class Pending(Iterator[str]):
@@ -206,12 +206,12 @@ class Engine:
                 hint="shorten the question or its history, or lower --max-new-tokens",
                 code="question-too-long",
             )
-        images = sum(request.encoded.token_type_ids) // self.model.config.num_image_tokens
-        if images != (request.picture is not None):
-            raise InputError(f"the prompt has {images} pictures in it, {int(request.picture is not None)} given")
-        if request.picture is not None and request.picture_key is None:
+        places = sum(request.encoded.token_type_ids) // self.model.config.num_image_tokens
+        if places != len(request.images):
+            raise InputError(f"the prompt has places for {places} images, {len(request.images)} are given")
+        if request.image_keys is None:
             # here, not in the thread that keeps the device busy
-            request = replace(request, picture_key=picture_digest(request.picture))
+            request = replace(request, image_keys=tuple(image_digest(image) for image in request.images))
         pending = Pending(request)
         with self._changed:
             if self._closing:
@@ -220,17 +220,19 @@ class Engine:
             self._changed.notify()
         return pending
 
-    def score(self, picture: Image.Image | None, questions: Sequence[ClosedQuestion]) -> list[ChoiceScores]:
-        """How likely each choice of each closed question about one picture is; see `generate.choices`.
+    def score(
+        self, images: Sequence[Image.Image], questions: Sequence[ClosedQuestion], template: str | None = None
+    ) -> list[ChoiceScores]:
+        """How likely each choice of each closed question about the same images is; see `generate.choices`.
 
         Raises:
             InputError: no choices, equal ones, or more tokens than fit.
         """
-        key = None if picture is None else picture_digest(picture)
+        keys = [image_digest(image) for image in images]
 
         def work() -> list[ChoiceScores]:
-            features = None if picture is None else self._features(picture, key)
-            return score_choices(self.model, self.processor.encoder, questions, features)
+            features = self._features(images, keys)
+            return score_choices(self.model, self.processor.encoder, questions, features, template)
 
         return self.run(work)
 
@@ -389,32 +391,37 @@ class Engine:
         ids = torch.tensor([request.encoded.input_ids])
         types = torch.tensor([request.encoded.token_type_ids])
         view = SlotView(self._cache, slot)
-        if request.picture is None:
+        if not request.images:
             logits, position = prefill(self.model, view, ids, types)
             return logits, position, view.length
-        beginning = 1 + self.model.config.num_image_tokens
-        key = ("prefix", request.picture_key)
+        assert request.image_keys is not None
+        beginning = int(types[0].nonzero().max()) + 1  # up to the last image's end
+        words = tuple(ids[0, :beginning][types[0, :beginning] == 0].tolist())
+        key = ("prefix", request.image_keys, words)
         kept = self.pictures.get(key)
-        position = int(row_positions(types[:, :beginning], None).max()) + 1
         if isinstance(kept, Prefix):
             self._cache.put(slot, kept)
             view.advance(kept.columns)
         else:
-            features = self._features(request.picture, request.picture_key)
+            features = self._features(request.images, request.image_keys)
             prefill(self.model, view, ids[:, :beginning], types[:, :beginning], features)
             self.pictures.put(key, self._cache.copy_out(slot, beginning))
-        logits, position = prefill(self.model, view, ids[:, beginning:], types[:, beginning:], start=position)
+        start = int(row_positions(types[:, :beginning], None).max()) + 1
+        logits, position = prefill(self.model, view, ids[:, beginning:], types[:, beginning:], start=start)
         return logits, position, view.length
 
-    def _features(self, picture: Image.Image, key: bytes | None) -> torch.Tensor:
-        """The tower's output [1, grid * grid, width]."""
-        kept = self.pictures.get(("features", key))
-        if isinstance(kept, torch.Tensor):
-            return kept
-        pixels = self.processor.pixels(picture).to(self.model.device)
-        features: torch.Tensor = self.model.model.encode_images(pixels)
-        self.pictures.put(("features", key), features)
-        return features
+    def _features(self, images: Sequence[Image.Image], keys: Sequence[bytes]) -> torch.Tensor | None:
+        """The tower's output [N, grid * grid, width]; None without images."""
+        if not images:
+            return None
+        found = []
+        for image, key in zip(images, keys, strict=True):
+            kept = self.pictures.get(("features", key))
+            if not isinstance(kept, torch.Tensor):
+                kept = self.model.model.encode_images(self.processor.pixels(image).to(self.model.device))
+                self.pictures.put(("features", key), kept)
+            found.append(kept)
+        return torch.cat(found)
 
 
 class _AnswerText:

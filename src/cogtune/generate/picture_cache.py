@@ -64,8 +64,8 @@ class PictureCache:
         self._bytes = 0
 
 
-def picture_digest(picture: Image.Image) -> bytes:
-    """A digest of a picture's pixels: equal pictures have equal ones, wherever they were read from."""
-    head = f"{picture.mode} {picture.size}".encode()
-    palette = picture.palette.tobytes() if picture.palette is not None else b""
-    return hashlib.blake2b(head + palette + picture.tobytes(), digest_size=16).digest()
+def image_digest(image: Image.Image) -> bytes:
+    """A digest of an image's pixels: equal images have equal ones, wherever they were read from."""
+    head = f"{image.mode} {image.size}".encode()
+    palette = image.palette.tobytes() if image.palette is not None else b""
+    return hashlib.blake2b(head + palette + image.tobytes(), digest_size=16).digest()

@@ -28,7 +28,7 @@ def parts(tiny_checkpoint: Path) -> tuple[Any, CogVLM2Processor]:
 def _alone(parts: tuple[Any, CogVLM2Processor], question: ClosedQuestion, choice: str, features: Any) -> float:
     """The sum of an answer's token losses from a plain forward of its own row."""
     model, processor = parts
-    encoded = processor.encode(question.query, question.history, choice, image=features is not None)
+    encoded = processor.encode(question.query, question.history, choice, images=int(features is not None))
     ids, types = torch.tensor([encoded.input_ids]), torch.tensor([encoded.token_type_ids])
     labels = torch.tensor([encoded.labels])
     with torch.no_grad():

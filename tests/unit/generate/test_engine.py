@@ -18,7 +18,7 @@ from cogtune.generate.choices import ClosedQuestion, score_choices
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.engine import Engine, Request
 from cogtune.generate.generator import Ask, Generator
-from cogtune.generate.picture_cache import PictureCache, picture_digest
+from cogtune.generate.picture_cache import PictureCache, image_digest
 from cogtune.processing.processor import CogVLM2Processor
 
 DECODING = Decoding(max_new_tokens=24)
@@ -57,7 +57,8 @@ def wanted(parts: tuple[Any, CogVLM2Processor], asks: list[Ask]) -> list[str]:
 
 def _request(engine: Engine, ask: Ask, decoding: Decoding = DECODING, **options: Any) -> Request:
     picture, query, history = ask
-    return Request(engine.processor.encode(query, history, image=picture is not None), picture, decoding, **options)
+    images = () if picture is None else (picture,)
+    return Request(engine.processor.encode(query, history, images=len(images)), images, decoding, **options)
 
 
 def test_answers_are_those_of_generate(engine: Engine, asks: list[Ask], wanted: list[str]) -> None:
@@ -130,9 +131,9 @@ def test_a_cancelled_answer_gives_its_slot_back(engine: Engine, asks: list[Ask])
 def test_what_does_not_go_together_is_refused(engine: Engine, asks: list[Ask]) -> None:
     with pytest.raises(InputError, match="there is room for"):
         engine.submit(_request(engine, asks[0], Decoding(max_new_tokens=400)))
-    encoded = engine.processor.encode("What?", image=True)
-    with pytest.raises(InputError, match="1 pictures in it, 0 given"):
-        engine.submit(Request(encoded, None, DECODING))
+    encoded = engine.processor.encode("What?", images=1)
+    with pytest.raises(InputError, match="places for 1 images, 0 are given"):
+        engine.submit(Request(encoded, (), DECODING))
     engine.close()
     with pytest.raises(RunError, match="closed"):
         engine.submit(_request(engine, asks[0]))
@@ -158,13 +159,13 @@ def test_closed_questions_are_scored_between_steps(engine: Engine, asks: list[As
     """While answers are under way, which stay as they are; an error reaches the one who asked."""
     running = [engine.submit(_request(engine, ask)) for ask in asks[:3]]
     questions = [ClosedQuestion("Is it red?", ("yes", "no"))]
-    scores = engine.score(asks[0][0], questions)
+    scores = engine.score([asks[0][0]], questions)
     assert [pending.text() for pending in running] == wanted[:3]
     with torch.no_grad():
         features = engine.model.model.encode_images(engine.processor.pixels(asks[0][0]))
     assert scores == score_choices(engine.model, engine.processor.encoder, questions, features)
     with pytest.raises(InputError, match="no choices"):
-        engine.score(None, [ClosedQuestion("?", ())])
+        engine.score([], [ClosedQuestion("?", ())])
 
 
 def test_closing_finishes_what_was_accepted(parts: tuple[Any, CogVLM2Processor], asks: list[Ask]) -> None:
@@ -193,9 +194,9 @@ def test_the_picture_cache_keeps_its_budget() -> None:
 
 def test_digests_tell_pictures_apart() -> None:
     red = Image.new("RGB", (4, 3), (255, 0, 0))
-    assert picture_digest(red) == picture_digest(Image.new("RGB", (4, 3), (255, 0, 0)))
+    assert image_digest(red) == image_digest(Image.new("RGB", (4, 3), (255, 0, 0)))
     others = [Image.new("RGB", (3, 4), (255, 0, 0)), Image.new("RGB", (4, 3), (254, 0, 0)), red.convert("L")]
     palette = red.convert("P")
     changed = palette.copy()
     changed.putpalette([9] * 768)
-    assert len({picture_digest(picture) for picture in [red, *others, palette, changed]}) == 6
+    assert len({image_digest(picture) for picture in [red, *others, palette, changed]}) == 6

@@ -30,7 +30,7 @@ def rows(model: CogVLM2ForCausalLM, tiny_checkpoint: Path) -> list[dict[str, Any
     generator = torch.Generator().manual_seed(0)
     found = []
     for query, seen in (("What is this?", True), ("Hello", False), ("And why is that so?", True)):
-        encoded = processor.encode(query, image=seen)
+        encoded = processor.encode(query, images=int(seen))
         features = torch.randn(1, model.config.grid**2, model.model.vision.width, generator=generator)
         found.append({
             "input_ids": torch.tensor([encoded.input_ids]),
