@@ -1,53 +1,129 @@
-"""``cogtune bench decode``: memory and speed of an answer: the picture and the prompt, then token by token."""
+"""``cogtune bench decode``: memory and speed of answers: the picture and the prompt, then token by token."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from cogtune.adapters.attach import attach
 from cogtune.bench.clock import memory_gib, reset_peak, wait
 from cogtune.bench.models import build_base
 from cogtune.bench.report import Results
 from cogtune.configuration.run_config import RunConfig
+from cogtune.generate.decode_steps import DecodeSteps
+from cogtune.generate.decoding import Decoding
+from cogtune.model.decode import prefill
 from cogtune.model.modeling import CogVLM2ForCausalLM
+from cogtune.model.slots import SlotCache, SlotView
 from cogtune.train import engines
 from cogtune.train.precision import choose_dtype
 
-_ANSWER = 64
 
+@torch.no_grad()
+def measure_decoding(
+    config: RunConfig, results: Results, *, context: int, tokens: int, rows: Sequence[int], adapter: bool = False
+) -> None:
+    """Answers to prompts of one picture and text, together ``context`` positions; greedy, no end token.
 
-def measure_decoding(config: RunConfig, results: Results, *, context: int, tokens: int) -> None:
-    """One picture and text of together ``context`` positions, an answer of ``tokens``; greedy, no end token.
-
-    The answer is timed at two lengths, so that the time per token does not hold the prompt's.
+    First ``generate()``, the oracle, at two lengths, so that the time per token does not hold the prompt's. Then the
+    engine's parts: a new picture, a question about a known one, and decode steps of each number of ``rows``. With
+    ``adapter``, one of ``config.lora`` with random weights is on the model.
     """
     engine = engines.start(config)
     device, dtype = engine.device, choose_dtype(config, engine.device)
     reset_peak(device)
     began = time.perf_counter()
     model = build_base(config, engine, dtype, cached=False)
+    if adapter:
+        model = _adapted(model, config)
     wait(device)
-    load = time.perf_counter() - began
-    loaded = memory_gib(device)[1]
+    shared: dict[str, Any] = {"context": context, "load_s": round(time.perf_counter() - began, 2)}
+    shared["load_reserved_gib"] = round(memory_gib(device)[1], 3)
     prompt = _prompt(model, context, device)
     for _ in range(2):  # the first also finds kernels
-        prefill = _timed(lambda: _answer(model, prompt, 1), device)
+        first = _timed(lambda: _answer(model, prompt, 1), device)
     short, long = (_timed(lambda n=n: _answer(model, prompt, n), device) for n in (1 + tokens // 8, 1 + tokens))
-    rate = (tokens - tokens // 8) / (long - short)
+    oracle = _answer(model, prompt, 1 + tokens)[0, context:].tolist()
+    milliseconds = 1000 * (long - short) / (tokens - tokens // 8)
+    _add(results, "generate()", shared | {"prefill_ms": round(1000 * first, 1)}, 1, milliseconds, device)
+    _measure_steps(model, prompt, results, shared, rows, tokens, oracle)
+
+
+def _measure_steps(
+    model: CogVLM2ForCausalLM,
+    prompt: dict[str, torch.Tensor],
+    results: Results,
+    shared: dict[str, Any],
+    rows: Sequence[int],
+    tokens: int,
+    oracle: list[int],
+) -> None:
+    device, dtype = model.device, model.dtype
+    ids, types = prompt["input_ids"].cpu(), prompt["token_type_ids"].cpu()
+    head = 1 + int(model.config.num_image_tokens)
+    cache = SlotCache(model.config, max(rows), ids.shape[1] + 4 * tokens, dtype, device)
+    steps = DecodeSteps(model, cache, graphs=device.type == "cuda")
+    for _ in range(2):
+        new = _timed(lambda: _fill(model, cache, ids[:, :head], types[:, :head], prompt["pixel_values"]), device)
+        began = time.perf_counter()
+        logits, position = prefill(model, SlotView(cache, 0, head), ids[:, head:], types[:, head:], start=4)
+        wait(device)
+        known = time.perf_counter() - began
+    shared = shared | {"new_picture_ms": round(1000 * (new + known), 1), "known_picture_ms": round(1000 * known, 1)}
+    whole = cache.copy_out(0, ids.shape[1])
+    for slot in range(1, max(rows)):
+        cache.put(slot, whole)
+    greedy = Decoding(max_new_tokens=tokens)
+
+    def begin(count: int) -> list[int]:
+        found = [int(steps.begin(slot, logits, position, ids.shape[1], greedy, 0)) for slot in range(count)]
+        steps.step(list(range(count)), False)  # the first also captures
+        return found
+
+    for count in rows:
+        begin(count)
+        times = [_timed(lambda count=count: steps.step(list(range(count)), False), device) for _ in range(tokens)]
+        _add(results, "engine", shared, count, 1000 * sorted(times)[len(times) // 2], device)
+    answer = [int(steps.begin(0, logits, position, ids.shape[1], greedy, 0))]
+    answer += [int(steps.step([0], False)[0]) for _ in range(tokens)]
+    same = next(
+        (place for place, pair in enumerate(zip(answer, oracle, strict=True)) if pair[0] != pair[1]), tokens + 1
+    )
+    results.rows[-1]["tokens_as_generate"] = f"{same} of {tokens + 1}"
+    print(f"the first {same} of {tokens + 1} tokens are those of generate()")
+
+
+def _fill(
+    model: CogVLM2ForCausalLM, cache: SlotCache, ids: torch.Tensor, types: torch.Tensor, pixels: torch.Tensor
+) -> None:
+    prefill(model, SlotView(cache, 0), ids, types, model.model.encode_images(pixels))
+
+
+def _adapted(model: CogVLM2ForCausalLM, config: RunConfig) -> CogVLM2ForCausalLM:
+    wrapped = attach(model, config.lora)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.01)
+    found: CogVLM2ForCausalLM = wrapped.eval().get_base_model()
+    return found
+
+
+def _add(
+    results: Results, name: str, shared: dict[str, Any], rows: int, milliseconds: float, device: torch.device
+) -> None:
     allocated, reserved, driver = memory_gib(device)
+    rate = 1000 * rows / milliseconds
     results.add({
-        "name": "decode", "context": context, "answer_tokens": tokens, "load_s": round(load, 2),
-        "load_reserved_gib": round(loaded, 3), "prefill_ms": round(1000 * prefill, 2),
-        "tokens_per_second": round(rate, 2), "allocated_gib": round(allocated, 3), "reserved_gib": round(reserved, 3),
-        "peak_reserved_gib": round(max(reserved, loaded), 3),
+        "name": name, **shared, "rows": rows, "step_ms": round(milliseconds, 3), "tokens_per_second": round(rate, 1),
+        "allocated_gib": round(allocated, 3), "reserved_gib": round(reserved, 3),
+        "peak_reserved_gib": round(max(reserved, shared["load_reserved_gib"]), 3),
         "driver_gib": None if driver is None else round(driver, 3),
     })  # fmt: skip
-    print(
-        f"prompt of {context} with picture: {1000 * prefill:.0f} ms; then {rate:.1f} tokens/s; "
-        f"{reserved:.2f} GiB reserved, loaded in {load:.1f} s"
-    )
+    print(f"{name}, {rows} row{'s' if rows > 1 else ''}: {milliseconds:.2f} ms a step, {rate:.0f} tokens/s; "
+          f"{reserved:.2f} GiB reserved", flush=True)  # fmt: skip
 
 
 def _prompt(model: CogVLM2ForCausalLM, context: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -64,7 +140,6 @@ def _prompt(model: CogVLM2ForCausalLM, context: int, device: torch.device) -> di
     return {name: tensor.to(device) for name, tensor in prompt.items()}
 
 
-@torch.inference_mode()
 def _answer(model: CogVLM2ForCausalLM, prompt: dict[str, torch.Tensor], tokens: int) -> Any:
     return model.generate(**prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, disable_compile=True)
 

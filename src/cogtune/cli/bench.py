@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cogtune.errors import ConfigError
+
 if TYPE_CHECKING:
     from cogtune.bench.report import Results
     from cogtune.configuration.run_config import RunConfig
@@ -47,7 +49,7 @@ allocator capped at 11, 15 or 23 GiB where the row is for a card of 12, 16 or 24
 Further keys, such as --train.compile false, hold for every row that trains."""
 _DECODE = """Measure an answer: memory, the time for picture and prompt, tokens a second.
 
-  cogtune bench decode --model BASE"""
+  cogtune bench decode --model BASE --rows 1,8,32"""
 _FILL = """Measure how fast the feature cache fills, decoding and writing included.
 
   cogtune bench fill --pictures 32 --data.cache_batch 2"""
@@ -174,12 +176,19 @@ def _decode(
     ctx: typer.Context,
     context: Annotated[int, typer.Option("--context", help="Positions of picture and prompt.", metavar="N")] = 2400,
     tokens: Annotated[int, typer.Option("--tokens", min=8, help="Length of the answer.", metavar="N")] = 64,
+    rows: Annotated[str, typer.Option("--rows", help="How many answers at once, several.", metavar="N,N")] = "1",
+    adapter: Annotated[bool, typer.Option("--with-adapter", help="With an adapter of the lora section.")] = False,
     tiny: _Tiny = False,
     json: _Json = None,
 ) -> None:
     from cogtune.bench.decoding import measure_decoding
 
-    measure_decoding(_config(ctx, tiny), _results("decode", json), context=context, tokens=tokens)
+    counts = [int(count) for count in rows.split(",") if count.strip().isdigit() and int(count) > 0]
+    if len(counts) != len(rows.split(",")):
+        raise ConfigError(f"--rows is {rows}; it is whole numbers above 0, such as 1,8,32", code="config-value")
+    measure_decoding(
+        _config(ctx, tiny), _results("decode", json), context=context, tokens=tokens, rows=counts, adapter=adapter
+    )
 
 
 def _fill(
