@@ -12,8 +12,9 @@ import torch
 from cogtune.bench.models import model_config
 from cogtune.bench.report import Results
 from cogtune.bench.rows import PRESETS, synthetic_rows
+from cogtune.configuration.resolve import resolve_workers
 from cogtune.configuration.run_config import RunConfig
-from cogtune.data.loader import batches, worker_count
+from cogtune.data.loader import batches
 from cogtune.data.sampler import EpochSampler
 from cogtune.features.file_format import Layout
 from cogtune.features.store import Store
@@ -43,7 +44,7 @@ def _measure(
     rows = synthetic_rows(PRESETS["s400"], pictures, model, folder / "pictures", side=8 if cached else side)
     if cached:
         rows.use_features(_stored(model, folder / "features", {image for images in rows.images for image in images}))
-    workers, size = worker_count(config.data.workers), config.train.batch_size
+    workers, size = resolve_workers(config.data.workers), config.train.batch_size
     on_gpu = torch.cuda.is_available()
 
     def stream() -> Any:

@@ -12,6 +12,7 @@ from cogtune.adapters.attach import attach
 from cogtune.bench.clock import memory_gib, reset_peak, wait
 from cogtune.bench.models import build_base
 from cogtune.bench.report import Results
+from cogtune.configuration.resolve import torch_dtype
 from cogtune.configuration.run_config import RunConfig
 from cogtune.generate.decode_steps import DecodeSteps
 from cogtune.generate.decoding import Decoding
@@ -19,7 +20,6 @@ from cogtune.model.decode import prefill
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.slots import SlotCache, SlotView
 from cogtune.train import engines
-from cogtune.train.precision import choose_dtype
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def measure_decoding(
     ``adapter``, one of ``config.lora`` with random weights is on the model.
     """
     engine = engines.start(config)
-    device, dtype = engine.device, choose_dtype(config, engine.device)
+    device, dtype = engine.device, torch_dtype(config.model.dtype, engine.device)
     reset_peak(device)
     began = time.perf_counter()
     model = build_base(config, engine, dtype, cached=False)

@@ -15,8 +15,8 @@ from cogtune.bench.report import Results
 from cogtune.bench.rows import preset, synthetic_rows
 from cogtune.checkpoint.quantize import require_packages
 from cogtune.checkpoint.random import random_weights
+from cogtune.configuration.resolve import resolve_compile, resolve_workers, torch_dtype
 from cogtune.configuration.run_config import RunConfig
-from cogtune.data.loader import worker_count
 from cogtune.features.cache import FeatureCache, FillReport
 from cogtune.features.fill import FillSettings, Tower
 from cogtune.features.variant import make_variant
@@ -24,13 +24,12 @@ from cogtune.model.compile import can_compile, compile_layers
 from cogtune.train import engines
 from cogtune.train.engines.base import Engine
 from cogtune.train.feature_cache import fill, open_cache
-from cogtune.train.precision import choose_dtype
 
 
 def measure_filling(config: RunConfig, results: Results, *, pictures: int, side: int) -> None:
     """Fill a fresh cache with noise of ``side`` pixels, once to warm up (a few pictures) and once measured."""
     engine = engines.start(config)
-    dtype, model = choose_dtype(config, engine.device), model_config(config.model.path)
+    dtype, model = torch_dtype(config.model.dtype, engine.device), model_config(config.model.path)
     reset_peak(engine.device)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -53,7 +52,7 @@ def _random(config: RunConfig, engine: Engine, dtype: torch.dtype, images: list[
     quantization = config.quant
     require_packages(quantization)
     base = random_weights(model_config(config.model.path), dtype, engine.device, quantization=quantization)
-    if config.train.compile is True or (config.train.compile == "auto" and can_compile(engine.device)):
+    if resolve_compile(config.train.compile, "single", able=can_compile(engine.device)):
         compile_layers(base)
     vision: Any = base.model.vision
     stored = str(dtype).removeprefix("torch.")
@@ -66,7 +65,7 @@ def _random(config: RunConfig, engine: Engine, dtype: torch.dtype, images: list[
         image_size=model_config(config.model.path).image_size,
         max_pixels=config.data.max_pixels,
         batch=config.data.cache_batch,
-        workers=max(1, worker_count(config.data.workers)),
+        workers=max(1, resolve_workers(config.data.workers)),
     )
 
     def tower() -> Tower:

@@ -17,9 +17,10 @@ from cogtune.bench.clock import TimedFeed, Timing, memory_gib, reset_peak, wait
 from cogtune.bench.models import build_base
 from cogtune.bench.rows import preset, synthetic_batches
 from cogtune.bench.variants import Variant
+from cogtune.configuration.resolve import recomputed_layers, torch_dtype
 from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import ConfigError
-from cogtune.model.activation_checkpointing import enable_checkpointing, recomputed_layers
+from cogtune.model.activation_checkpointing import enable_checkpointing
 from cogtune.model.compile import prepare_compiling
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.train import engines
@@ -28,7 +29,6 @@ from cogtune.train.failures import StopSignal
 from cogtune.train.log import Metrics
 from cogtune.train.loop import Loop
 from cogtune.train.optim import build_optimizer
-from cogtune.train.precision import choose_dtype
 from cogtune.train.progress import Progress
 from cogtune.train.run import assemble, compiles
 
@@ -59,7 +59,7 @@ class Bench:
         """``cached``: no variant will give pixels, so the tower is left out."""
         began = time.perf_counter()
         self.config, self.engine = variant.config, engines.start(variant.config)
-        self.dtype = choose_dtype(variant.config, self.engine.device)
+        self.dtype = torch_dtype(variant.config.model.dtype, self.engine.device)
         reset_peak(self.engine.device)
         if not variant.baseline and compiles(variant.config, self.engine):
             prepare_compiling(self.engine.device)
@@ -146,8 +146,7 @@ class _Losses(Metrics):
 
 def set_recomputed(base: CogVLM2ForCausalLM, config: RunConfig) -> None:
     """Which layers recompute from now on, where the policy names them; ``auto`` and sizes stay as assembled."""
-    policy = config.train.gradient_checkpointing
-    if policy not in ("none", "all") and not isinstance(policy, int):
-        return
-    tower = base.config.vision_config.num_hidden_layers
-    enable_checkpointing(base, recomputed_layers(policy, len(base.model.layers)), recomputed_layers(policy, tower))
+    policy, tower = config.train.gradient_checkpointing, base.config.vision_config.num_hidden_layers
+    decoder = recomputed_layers(policy, len(base.model.layers))
+    if decoder is not None:
+        enable_checkpointing(base, decoder, recomputed_layers(policy, tower))

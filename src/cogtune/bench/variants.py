@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cogtune.configuration.keys import ALIASES
+from cogtune.configuration.resolve import memory_budget
 from cogtune.configuration.run_config import RunConfig, load_config
 from cogtune.errors import ConfigError
 
@@ -78,6 +79,13 @@ def _variant(
         raise ConfigError(f"features is `{features}`; it is live or cached")
     given = {ALIASES.get(key, key): value for key, value in overrides.items()}
     config = load_config(None, {**_DEFAULTS, **given, **keys})
+    policy = config.train.gradient_checkpointing
+    if memory_budget(policy) is not None:
+        raise ConfigError(
+            f"train.gradient_checkpointing is {policy}: a measurement has no plan that would keep a size",
+            hint="name the layers: none, all, or a number k for every k-th",
+            code="config-value",
+        )
     return Variant(name, own.get("preset", preset), features == "cached", baseline, config, changes)
 
 

@@ -22,8 +22,8 @@ class ModelSection(Section):
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         default="auto",
-        description="Number format of the frozen weights and of the computation. auto: bfloat16 on a GPU, float32 on a"
-        " CPU. LoRA weights are float32 always.",
+        description="Number format of the frozen weights and of the computation. auto: bfloat16 on a GPU, float16 on an"
+        " older one without it, float32 on a CPU. LoRA weights are float32 always.",
     )
     rope_precision: Literal["checkpoint", "float32"] = Field(
         default="checkpoint",

@@ -17,18 +17,6 @@ from cogtune.data.sampler import EpochSampler
 from cogtune.errors import CogtuneError
 from cogtune.model.routing import GPU_COLUMNS
 
-_MOST_WORKERS = 8
-# One core for the process that trains and one for its backward pass.
-_RESERVED_CORES = 2
-
-
-def worker_count(workers: int | None, local_ranks: int = 1) -> int:
-    """``workers``, or if None what this machine's cores give each of the ``local_ranks`` processes that train on it."""
-    if workers is not None:
-        return workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(0, min(_MOST_WORKERS, cores // local_ranks - _RESERVED_CORES))
-
 
 def batches(
     rows: TrainRows, sampler: EpochSampler, workers: int = 0, *, for_gpu: bool = False

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cogtune.doctor.facts import GIB, Facts, Gpu
+from cogtune.system.gpu import FIRST_WITH_BFLOAT16, FIRST_WITH_FP8
 from cogtune.system.libraries import TESTED, broken, outside_tested, parse
 
 Level = Literal["error", "warning", "note"]
@@ -18,7 +19,6 @@ SMALL_SHARED_MEMORY = GIB
 SMALL_HOST_MEMORY = 16 * GIB
 _DRIVERS = {13: 580, 12: 525, 11: 450}
 """Oldest NVIDIA driver for each major CUDA version (minor versions are compatible within a major one)."""
-_BFLOAT16, _FLOAT8 = (8, 0), (8, 9)
 _NO_PEER_TO_PEER = ("RTX 30", "RTX 40", "RTX 50")
 """Consumer cards whose driver offers no peer-to-peer copies; NCCL has been seen to hang trying."""
 
@@ -138,14 +138,15 @@ def _cards(facts: Facts) -> Iterator[Finding]:
 
 
 def _card(index: int, card: Gpu) -> Iterator[Finding]:
-    if card.capability < _BFLOAT16:
+    if card.capability < FIRST_WITH_BFLOAT16:
         yield Finding(
             "warning",
             "doctor-bfloat16",
             f"card {index} ({card.name}) cannot compute in bfloat16, which the model was made in",
-            "--model.dtype float16 (may overflow: look at the warnings), or a card of the Ampere generation or newer",
+            "it computes in float16, which may overflow: look at the warnings, or use a card of the Ampere generation "
+            "or newer",
         )
-    elif card.capability < _FLOAT8:
+    elif card.capability < FIRST_WITH_FP8:
         yield Finding(
             "note",
             "doctor-fp8",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -13,8 +14,10 @@ from cogtune.adapters.tensor_parallel import split_adapter
 from cogtune.checkpoint.load import load_config, load_model, spread_over
 from cogtune.checkpoint.place import Placement
 from cogtune.checkpoint.quantize import require_packages
+from cogtune.configuration.input_sections import ModelSection
 from cogtune.configuration.model import ROPE_PRECISIONS
 from cogtune.configuration.quantization import PLAIN, QuantSection
+from cogtune.configuration.resolve import check_formats, torch_dtype
 from cogtune.distributed import environment
 from cogtune.distributed.group import TensorGroup
 from cogtune.errors import AdapterError, ConfigError, SetupError
@@ -25,9 +28,9 @@ from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.tensor_parallel import SplitModel, check_sizes
 from cogtune.processing.processor import CogVLM2Processor
 from cogtune.processing.prompt import check_template
+from cogtune.system.gpu import gpu_of
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_FIRST_WITH_BFLOAT16 = (8, 0)  # Ampere
+_DTYPES = get_args(ModelSection.model_fields["dtype"].annotation)
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,8 @@ def resolve(choice: ModelChoice) -> Resolved:
             f"--model.rope_precision is {choice.rope_precision!r}; it is one of {', '.join(ROPE_PRECISIONS)}",
             code="config-value",
         )
+    if choice.dtype not in _DTYPES:
+        raise ConfigError(f"--model.dtype is {choice.dtype!r}; it is one of {', '.join(_DTYPES)}", code="config-value")
     require_packages(choice.quantization)
     if choice.tensor > 1 and choice.quantization != PLAIN:
         raise ConfigError(
@@ -109,7 +114,8 @@ def resolve(choice: ModelChoice) -> Resolved:
         )
     if choice.tensor > 1:
         check_sizes(load_config(str(model)), choice.tensor)
-    dtype = choose_dtype(choice.dtype, device)
+    dtype = torch_dtype(choice.dtype, device)
+    check_formats(choice.quantization, gpu_of(device))
     return Resolved(
         str(model),
         adapter,
@@ -268,25 +274,3 @@ def choose_device(name: str) -> torch.device:
             code="no-device",
         )
     return device
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto``: bfloat16 on a GPU that computes in it, float16 on an older one, float32 on a CPU.
-
-    Raises:
-        SetupError: bfloat16 asked of a card without it.
-    """
-    if name not in ("auto", *_DTYPES):
-        raise ConfigError(f"--model.dtype is {name!r}; it is one of auto, {', '.join(_DTYPES)}", code="config-value")
-    if device.type != "cuda":
-        return torch.float32 if name == "auto" else _DTYPES[name]
-    modern = torch.cuda.get_device_capability(device) >= _FIRST_WITH_BFLOAT16
-    if name == "auto":
-        return torch.bfloat16 if modern else torch.float16
-    if name == "bfloat16" and not modern:
-        raise SetupError(
-            f"{torch.cuda.get_device_name(device)} does not compute in bfloat16",
-            hint="use --model.dtype float16 (or leave it out), or float32 (twice the memory)",
-            code="no-bfloat16",
-        )
-    return _DTYPES[name]

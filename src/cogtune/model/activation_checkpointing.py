@@ -14,20 +14,6 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-def recomputed_layers(policy: str | int, layers: int) -> tuple[int, ...]:
-    """Indices of the layers, of ``layers``, that a policy recomputes: ``none``, ``all``, or every k-th from the first.
-
-    ``auto`` and memory budgets are answered by ``cogtune.plan.choose``, in the form of `first_layers`.
-    """
-    if policy == "none":
-        return ()
-    if policy == "all":
-        return tuple(range(layers))
-    if isinstance(policy, int) and policy >= 1:
-        return tuple(range(0, layers, policy))
-    raise ValueError(f"no policy: {policy!r}")
-
-
 def first_layers(count: int, layers: int) -> tuple[int, ...]:
     """The ``count`` layers to recompute where that many are needed."""
     return tuple(range(min(count, layers)))

@@ -25,6 +25,7 @@ from torch import nn
 
 from cogtune.model.modeling import CogVLM2ForCausalLM, DecoderLayer
 from cogtune.model.vision import VisionLayer, VisionModel
+from cogtune.system.gpu import gpu_of
 
 _MOST_KINDS = 64  # torch's own limit of 8 would run further kinds of layers uncompiled
 _WORKERS_READY = 60  # seconds to wait for them before the first layer is compiled without
@@ -34,8 +35,9 @@ _MERGED = {"combo_kernels": True, "combo_kernels_pointwise_only": True}
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether compiling pays by default: on a GPU for which torch can generate kernels."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    """Whether torch can generate kernels for ``device``: compiling pays by default then."""
+    gpu = gpu_of(device)
+    return gpu is not None and gpu.compiled_for and importlib.util.find_spec("triton") is not None
 
 
 def prepare_compiling(device: torch.device) -> None:

@@ -11,25 +11,23 @@ from dataclasses import dataclass, replace
 
 from cogtune.errors import ConfigError
 from cogtune.system.byte_sizes import GIB, MIB, format_size, parse_size
+from cogtune.system.gpu import Gpu
 
 DESKTOP = round(0.45 * GIB)
 """Of a card's memory: what the driver keeps for itself and a desktop may take, so never free."""
 
 
 @dataclass(frozen=True)
-class Card:
+class Card(Gpu):
     """``memory`` and ``free`` in bytes; peaks in operations and bytes per second (dense bfloat16, or float16 where the
     card has no bfloat16); ``link`` is the bandwidth to a sibling in one direction. ``holders``: what keeps memory of a
     real card, from `cogtune.plan.local_cards`."""
 
-    name: str
     memory: int
     flops: float
     bandwidth: float
     link: float
     measured: bool = False
-    bfloat16: bool = True
-    fp8: bool = False
     free: int | None = None
     holders: tuple[str, ...] = ()
 
@@ -44,36 +42,35 @@ PCIE3, PCIE4, PCIE5 = 12e9, 24e9, 48e9
 
 def _card(
     name: str,
+    capability: tuple[int, int],
     mebibytes: int,
     tflops: float,
     gigabytes: float,
     link: float,
     *,
     measured: bool = False,
-    bfloat16: bool = True,
-    fp8: bool = False,
 ) -> Card:
-    return Card(name, mebibytes * MIB, tflops * 1e12, gigabytes * 1e9, link, measured, bfloat16, fp8)
+    return Card(name, capability, mebibytes * MIB, tflops * 1e12, gigabytes * 1e9, link, measured)
 
 
 CARDS = (
-    _card("RTX 3060 12GB", 12288, 51, 360, PCIE4),
-    _card("RTX 4070 12GB", 12282, 117, 504, PCIE4, fp8=True),
-    _card("T4 16GB", 15360, 65, 320, PCIE3, bfloat16=False),
-    _card("V100 16GB", 16384, 125, 900, 75e9, bfloat16=False),
-    _card("RTX 4080 16GB", 16376, 195, 717, PCIE4, fp8=True),
-    _card("A10 24GB", 23028, 125, 600, PCIE4),
-    _card("L4 24GB", 23034, 121, 300, PCIE4, fp8=True),
-    _card("RTX 3090 24GB", 24576, 71, 936, PCIE4),
-    _card("RTX 4090 24GB", 24564, 165, 1008, PCIE4, fp8=True),
-    _card("V100 32GB", 32768, 125, 900, 75e9, bfloat16=False),
-    _card("RTX 5090 32GB", 32607, 210, 1792, PCIE5, fp8=True),
-    _card("A100 40GB", 40960, 312, 1555, 250e9),
-    _card("L40S 48GB", 46068, 362, 864, PCIE4, fp8=True),
-    _card("RTX A6000 48GB", 49140, 155, 768, PCIE4),
-    _card("A100 80GB", 81920, 312, 2039, 250e9),
-    _card("H100 80GB", 81559, 989, 3350, 360e9, measured=True, fp8=True),
-    _card("H200 141GB", 143771, 989, 4800, 360e9, measured=True, fp8=True),
+    _card("RTX 3060 12GB", (8, 6), 12288, 51, 360, PCIE4),
+    _card("RTX 4070 12GB", (8, 9), 12282, 117, 504, PCIE4),
+    _card("T4 16GB", (7, 5), 15360, 65, 320, PCIE3),
+    _card("V100 16GB", (7, 0), 16384, 125, 900, 75e9),
+    _card("RTX 4080 16GB", (8, 9), 16376, 195, 717, PCIE4),
+    _card("A10 24GB", (8, 6), 23028, 125, 600, PCIE4),
+    _card("L4 24GB", (8, 9), 23034, 121, 300, PCIE4),
+    _card("RTX 3090 24GB", (8, 6), 24576, 71, 936, PCIE4),
+    _card("RTX 4090 24GB", (8, 9), 24564, 165, 1008, PCIE4),
+    _card("V100 32GB", (7, 0), 32768, 125, 900, 75e9),
+    _card("RTX 5090 32GB", (12, 0), 32607, 210, 1792, PCIE5),
+    _card("A100 40GB", (8, 0), 40960, 312, 1555, 250e9),
+    _card("L40S 48GB", (8, 9), 46068, 362, 864, PCIE4),
+    _card("RTX A6000 48GB", (8, 6), 49140, 155, 768, PCIE4),
+    _card("A100 80GB", (8, 0), 81920, 312, 2039, 250e9),
+    _card("H100 80GB", (9, 0), 81559, 989, 3350, 360e9, measured=True),
+    _card("H200 141GB", (9, 0), 143771, 989, 4800, 360e9, measured=True),
 )
 """By memory, then speed. Sources: the makers' data sheets (dense rates with float32 accumulation)."""
 
@@ -84,8 +81,8 @@ REFERENCE = next(card for card in CARDS if card.measured)
 def find_card(text: str) -> Card:
     """A card by name (``h100``, ``RTX 4090``, ``A100 40GB``) or by memory alone (``24GiB``, ``24 GB``).
 
-    A card of which only the memory is given has the rates of the slowest known card of about that memory. Card makers
-    say GB and mean GiB, so both are read as GiB here.
+    A card of which only the memory is given has the rates of the slowest known card of about that memory, and computes
+    in every format. Card makers say GB and mean GiB, so both are read as GiB here.
     """
     wanted = _plain(text)
     try:
@@ -94,7 +91,8 @@ def find_card(text: str) -> Card:
         size = 0
     if size:
         near = min((card for card in CARDS if card.bfloat16), key=lambda card: (abs(card.memory - size), card.flops))
-        return replace(near, name=f"{format_size(size)} card", memory=size, measured=False)
+        name = f"{format_size(size)} card"
+        return replace(near, name=name, capability=REFERENCE.capability, memory=size, measured=False)
     full, models = ({card: _plain(name) for card, name in names} for names in _names())
     for hits in (
         [card for card in CARDS if wanted == full[card]],
@@ -119,7 +117,7 @@ def _names() -> tuple[list[tuple[Card, str]], list[tuple[Card, str]]]:
 
 def named_like(driver_name: str) -> Card:
     """The known card behind a driver's name (``NVIDIA GeForce RTX 4090``), or one with the reference's rates scaled to
-    nothing better than an estimate."""
+    nothing better than an estimate. Who knows the card's compute capability puts it in the place of this one's."""
     plain = _plain(driver_name)
     models = {_plain(card.name.rsplit(" ", 1)[0]): card for card in CARDS}
     hits = [model for model in models if model in plain]

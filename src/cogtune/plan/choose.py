@@ -63,17 +63,12 @@ def goes(setting: Setting, name: str) -> bool:
     return setting.offload == "none"
 
 
-def spread(setting: Setting, name: str, ranks: int) -> Setting:
-    """``setting`` under an engine; only where whole layers stay on a card are they compiled."""
-    return replace(setting, engine=name, ranks=ranks, compiled=setting.compiled and name in ("single", "ddp"))
-
-
 def engine(setting: Setting, card: Card, ranks: int, candidates: Collection[str] = ENGINES) -> str:
     """The engine for ``ranks`` such cards: the fastest of ``candidates`` under which the run fits; where it fits under
     none, the one that needs least."""
     if ranks == 1:
         return "single"
-    able = [spread(setting, name, ranks) for name in candidates if goes(setting, name)]
+    able = [replace(setting, engine=name, ranks=ranks) for name in candidates if goes(setting, name)]
     if not able:
         return "ddp"
     fitting = [found for each in able if (found := checkpointing(each, card.usable)) is not None]
@@ -142,7 +137,7 @@ def _families(setting: Setting, fixed: Collection[str]) -> Iterator[Iterator[Set
     """Settings of one speed each, as iterators from the plainest to the leanest of that speed."""
     formats = [setting.quant] if "quant.experts" in fixed else [_format(setting, "none"), _format(setting, "nf4")]
     towers: list[Tower] = [setting.tower]
-    if "data.cache_features" not in fixed and setting.tower != "none" and not setting.tower_trains:
+    if "data.cache_features" not in fixed and setting.cacheable:
         towers = ["cached", "live"]
     engines = [setting.engine]
     if "parallel.engine" not in fixed and setting.ranks > 1:
@@ -150,7 +145,7 @@ def _families(setting: Setting, fixed: Collection[str]) -> Iterator[Iterator[Set
     for name in engines:
         for tower in towers:
             for form in formats:
-                own = replace(spread(setting, name, setting.ranks), tower=tower, quant=form)
+                own = replace(setting, engine=name, tower=tower, quant=form)
                 yield (found for found in _leaner(own, fixed) if name not in ENGINES or goes(found, name))
 
 
@@ -183,5 +178,6 @@ def smallest_card(setting: Setting, fixed: Collection[str] = ()) -> tuple[int, C
         for family in _families(setting, fixed)
         for candidate in family
     )
-    able = [card for card in CARDS if card.bfloat16 and card.usable >= needed]
+    fp8 = "fp8" in setting.quant.formats.values()
+    able = [card for card in CARDS if card.bfloat16 and card.usable >= needed and (card.fp8 or not fp8)]
     return needed + DESKTOP, min(able, key=lambda card: card.memory, default=None)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from cogtune.configuration.deepspeed import read_deepspeed
 from cogtune.configuration.load import explicit_values
+from cogtune.configuration.resolve import (
+    check_formats,
+    memory_budget,
+    recomputed_layers,
+    resolve_dtype,
+    resolve_engine,
+    resolve_workers,
+)
 from cogtune.configuration.run_config import RunConfig
 from cogtune.plan.cards import Card
 from cogtune.plan.data_rows import Rows
 from cogtune.plan.setting import Adapter, Batch, Setting, Tower, adapted_names
 from cogtune.plan.sizes import ModelSizes
 from cogtune.system.allocator import expandable
-from cogtune.system.byte_sizes import parse_size
 
 CHOSEN = (
     "quant.experts",
@@ -29,14 +35,19 @@ CHOSEN = (
 """Keys the planner may choose where the user has not."""
 
 
-def setting_of(config: RunConfig, rows: Rows, *, ranks: int = 1, card: Card | None = None) -> Setting:
-    """The setting ``config`` describes, with the data's longest rows; what it leaves to ``auto`` is at its plainest:
-    the live tower and no recomputation.
+def setting_of(config: RunConfig, rows: Rows, *, ranks: int = 1, hosts: int = 1, card: Card | None = None) -> Setting:
+    """The setting ``config`` describes, with the data's longest rows; what the planner chooses is at its plainest: the
+    live tower, no recomputation, and the whole model on each card.
 
-    Raises AdapterError for targets that match nothing.
+    ``ranks`` processes on ``hosts`` machines share the work. ``card``: None for CPUs.
+
+    Raises:
+        AdapterError: a target that matches nothing.
+        SetupError: a number format that the card does not compute in.
     """
     sizes, train = ModelSizes.from_folder(config.model.path), config.train
-    lora, tensor = config.lora, int(getattr(config.parallel, "tensor", 1))
+    lora, tensor = config.lora, config.parallel.tensor
+    check_formats(config.quant, card)
     adapter = Adapter(adapted_names(sizes, lora.targets, lora.extra), lora.rank, lora.dropout, lora.dora)
     setting = Setting(
         sizes=sizes,
@@ -44,20 +55,21 @@ def setting_of(config: RunConfig, rows: Rows, *, ranks: int = 1, card: Card | No
         adapter=adapter,
         quant=config.quant,
         tower=_tower(config, rows),
-        dtype=_dtype(config, card),
+        dtype=resolve_dtype(config.model.dtype, card),
         optimizer=train.optimizer,
         accumulation=train.accumulation,
         engine=_engine(config, ranks),
         ranks=ranks,
+        hosts=hosts,
         tensor=tensor,
+        compile=_compile(config, card),
         eval_rows=config.eval.batch_size,
-        workers=_workers(config),
+        workers=resolve_workers(config.data.workers, -(-ranks // hosts)),
         bucket=_bucket(config),
         keep_gathered=_keep_gathered(config),
         offload=config.parallel.offload,
         expandable=expandable(),
     )
-    setting = _compiled(setting, config, card)
     return recomputed(setting, train.gradient_checkpointing)
 
 
@@ -72,21 +84,16 @@ def fixed_keys(config: RunConfig, placeholders: Mapping[str, Any] = {}) -> froze
 
 def budget_of(config: RunConfig) -> int | None:
     """The size in ``train.gradient_checkpointing``, where it is one."""
-    policy = config.train.gradient_checkpointing
-    if isinstance(policy, str) and policy not in ("auto", "none", "all"):
-        return parse_size(policy)
-    return None
+    return memory_budget(config.train.gradient_checkpointing)
 
 
 def recomputed(setting: Setting, policy: str | int) -> Setting:
     """``setting`` with the layers a plain policy recomputes; ``auto`` and budgets recompute none yet."""
-    layers, blocks = setting.sizes.num_hidden_layers, setting.sizes.vision.num_hidden_layers
-    if policy == "all":
-        policy = 1
-    if isinstance(policy, int):
-        every = frozenset(range(0, layers, policy)), frozenset(range(0, blocks, policy))
-        return replace(setting, decoder=every[0], blocks=every[1])
-    return setting
+    decoder = recomputed_layers(policy, setting.sizes.num_hidden_layers)
+    blocks = recomputed_layers(policy, setting.sizes.vision.num_hidden_layers)
+    if decoder is None or blocks is None:
+        return setting
+    return replace(setting, decoder=frozenset(decoder), blocks=frozenset(blocks))
 
 
 def _batch(config: RunConfig, rows: Rows, sizes: ModelSizes) -> Batch:
@@ -101,35 +108,21 @@ def _batch(config: RunConfig, rows: Rows, sizes: ModelSizes) -> Batch:
 def _tower(config: RunConfig, rows: Rows) -> Tower:
     if not rows.largest.images:
         return "none"
-    return "cached" if getattr(config.data, "cache_features", "off") == "on" else "live"
-
-
-def _dtype(config: RunConfig, card: Card | None) -> str:
-    if config.model.dtype != "auto":
-        return config.model.dtype
-    return "bfloat16" if card is None or card.bfloat16 else "float16"
+    return "cached" if config.data.cache_features == "on" else "live"
 
 
 def _engine(config: RunConfig, ranks: int) -> str:
-    asked = config.parallel.engine
-    if asked != "auto":
-        return asked
-    if config.parallel.deepspeed is not None and ranks > 1:
-        return "zero2"
-    return "ddp" if ranks > 1 else "single"
+    """The planner's name for the engine: with tensor parallelism, that of what the models share the rows by."""
+    name = resolve_engine(config.parallel, ranks, launched=ranks > 1)
+    if name == "tensor":
+        return "ddp" if ranks > config.parallel.tensor else "single"
+    return "ddp" if name == "auto" else name
 
 
-def _compiled(setting: Setting, config: RunConfig, card: Card | None) -> Setting:
-    asked = config.train.compile
-    able = card is not None and setting.engine in ("single", "ddp") and setting.tensor == 1
-    compiled = able if asked == "auto" else bool(asked)
-    return replace(setting, compiled=compiled)
-
-
-def _workers(config: RunConfig) -> int:
-    if config.data.workers is not None:
-        return config.data.workers
-    return max(0, min(8, (os.cpu_count() or 1) - 1))
+def _compile(config: RunConfig, card: Card | None) -> Literal["auto"] | bool:
+    """As asked; ``auto`` is settled where there is nothing to compile for, else it follows the engine."""
+    able = card is not None and card.compiled_for
+    return "auto" if config.train.compile == "auto" and able else config.train.compile is True
 
 
 def _bucket(config: RunConfig) -> int:

@@ -137,6 +137,7 @@ def take_plan(proposal: Proposal, plan: Plan) -> None:
         f"Planned for {plan.setting.ranks} x {plan.card.name}: {format_size(plan.memory.driver)} of memory, about"
         f" {timedelta(seconds=round(plan.seconds))} for the run{' (an estimate)' if plan.estimate else ''}."
     )
+    proposal.about += plan.warnings
     plain = {"none", "device", "adamw", False}
     reasons = {
         "quant.experts": "chosen by `cogtune plan`: the weights do not fit in 16 bit",

@@ -37,7 +37,7 @@ def local_cards(query: Query = nvidia_smi) -> list[Card]:
     Raises:
         SetupError: there is none, or the driver does not answer.
     """
-    fields = "index,uuid,name,memory.total,memory.free"
+    fields = "index,uuid,name,memory.total,memory.free,compute_cap"
     try:
         rows = _table(query([f"--query-gpu={fields}", "--format=csv,noheader,nounits"]))
         apps = _table(
@@ -51,12 +51,14 @@ def local_cards(query: Query = nvidia_smi) -> list[Card]:
         ) from error
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     cards = []
-    for index, uuid, name, total, free in rows:
+    for index, uuid, name, total, free, capability in rows:
         if visible is not None and not _is_visible(index, uuid, visible):
             continue
         holders = tuple(f"{app[2].rsplit('/', 1)[-1]} (pid {app[1]}): {app[3]} MiB" for app in apps if app[0] == uuid)
-        card = named_like(name)
-        cards.append(replace(card, name=name, memory=int(total) * MIB, free=int(free) * MIB, holders=holders))
+        major, _, minor = capability.partition(".")
+        memory, usable, computes = int(total) * MIB, int(free) * MIB, (int(major), int(minor))
+        card = replace(named_like(name), name=name, capability=computes)
+        cards.append(replace(card, memory=memory, free=usable, holders=holders))
     if not cards:
         raise SetupError(
             "--card auto: no NVIDIA card is visible to this process",

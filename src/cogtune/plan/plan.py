@@ -6,8 +6,10 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cogtune.configuration.deepspeed import apply_deepspeed
 from cogtune.configuration.keys import known_keys
 from cogtune.configuration.load import explicit_values
+from cogtune.configuration.resolve import float16_warning
 from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import InputError
 from cogtune.plan.cards import Card
@@ -63,6 +65,11 @@ class Plan:
         return None if self.price is None else self.price * self.setting.ranks * self.seconds / 3600
 
     @property
+    def warnings(self) -> list[str]:
+        """What training with these settings warns of, in its words."""
+        return list(filter(None, [float16_warning(self.setting.dtype)]))
+
+    @property
     def estimate(self) -> bool:
         """Whether the card's rates were not measured."""
         return not self.card.measured
@@ -77,6 +84,8 @@ class Plan:
                      "exact": self.rows.exact,
                      "largest_text_tokens": self.rows.largest.text, "mean_text_tokens": self.rows.mean.text},
             "keys": self.keys,
+            "dtype": self.setting.dtype,
+            "warnings": self.warnings,
             "recomputed_layers": len(self.setting.decoder),
             "phases": {phase.name: _plain(phase) for phase in self.memory.phases},
             "afterwards": {phase.name: _plain(phase) for phase in (answer(self.setting), merge(self.setting))},
@@ -113,9 +122,12 @@ def make_plan(
     Raises:
         PlanError: nothing fits; the hint names the smallest card that would.
         AdapterError: a target that matches nothing.
+        ConfigError, SetupError: what training would refuse as well: settings that do not go together, a number format
+            that the card does not compute in.
     """
+    config = apply_deepspeed(config, world_size=cards)[0]
     fixed = fixed_keys(config, dict.fromkeys(placeholders))
-    setting = replace(setting_of(config, rows, ranks=cards, card=card), hosts=hosts)
+    setting = setting_of(config, rows, ranks=cards, hosts=hosts, card=card)
     limit = budget_of(config)
     room = card if limit is None else replace(card, free=min(card.usable, limit))
     choice = best(setting, room, fixed)

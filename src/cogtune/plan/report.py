@@ -32,6 +32,8 @@ def lines(plan: Plan) -> Iterator[str]:
         data = f"not given, so as an example {rows.count:,} pictures with {rows.largest.text - 1} text tokens each"
     yield f"data     {data}"
     yield f"chosen   {', '.join(chosen(plan))}"
+    for warning in plan.warnings:
+        yield f"warning  {warning}"
     yield ""
     yield f"{'phase':<9} {'GiB':>6}  of which"
     for phase in plan.memory.phases:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from cogtune.adapters.targets import LINEAR, is_dead_end, is_hit, match_targets
 from cogtune.configuration.quantization import PLAIN, QuantSection
+from cogtune.configuration.resolve import resolve_compile
 from cogtune.plan.sizes import Linear, ModelSizes
 
 Tower = Literal["live", "cached", "none"]
@@ -114,7 +115,7 @@ class Setting:
     ranks: int = 1
     tensor: int = 1
     hosts: int = 1
-    compiled: bool = False
+    compile: Literal["auto"] | bool = False
     eval_rows: int | None = None
     workers: int = 4
     bucket: int = 0
@@ -126,6 +127,16 @@ class Setting:
     def width(self) -> int:
         """Bytes of one activation."""
         return BYTES[self.dtype]
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the layers are compiled; ``compile`` is ``auto`` only for cards that torch's compiler knows."""
+        return resolve_compile(self.compile, "tensor" if self.tensor > 1 else self.engine, able=True)
+
+    @property
+    def cacheable(self) -> bool:
+        """Whether the tower's output may come from the feature cache: there are pictures, and the tower is frozen."""
+        return self.tower != "none" and not self.tower_trains
 
     @property
     def adapted(self) -> dict[str, Linear]:

@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cogtune.configuration.resolve import resolve_workers
 from cogtune.configuration.run_config import RunConfig
 from cogtune.data.dataset import TrainRows
-from cogtune.data.loader import batches, worker_count
+from cogtune.data.loader import batches
 from cogtune.data.sampler import EpochSampler, Position
 from cogtune.distributed.group import Group
 
@@ -67,7 +68,7 @@ class Feed:
         """Steps from a position on, epoch after epoch without end."""
         sampler = self._sampler(start, 2**31)
         position, step, count, after = start, list[Batch](), 0, start
-        workers = worker_count(self._config.data.workers, self._group.local_size)
+        workers = resolve_workers(self._config.data.workers, self._group.local_size)
         on_gpu = self._group.device.type == "cuda"
         for batch in batches(self.rows, sampler, workers, for_gpu=on_gpu):
             while not step and count == 0:  # small weights can leave an epoch empty: a step without a batch
@@ -100,7 +101,7 @@ def validation_batches(rows: TrainRows, config: RunConfig, group: Group) -> Iter
     """Every validation row once, split over ranks; a rank that runs out gets fillers, so all get as many batches."""
     size = config.eval.batch_size or config.train.batch_size
     sampler = EpochSampler(len(rows), size, group.rank, group.size, shuffle=False)
-    workers = worker_count(config.data.workers, group.local_size)
+    workers = resolve_workers(config.data.workers, group.local_size)
     return batches(rows, sampler, workers, for_gpu=group.device.type == "cuda")
 
 

@@ -14,8 +14,8 @@ from cogtune.checkpoint.load import load_config, load_tower, whole_folder
 from cogtune.configuration.deepspeed import apply_deepspeed
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.configuration.quantization import QuantSection
+from cogtune.configuration.resolve import resolve_compile, resolve_workers, torch_dtype
 from cogtune.configuration.run_config import RunConfig
-from cogtune.data.loader import worker_count
 from cogtune.data.records import ImageRef
 from cogtune.data.split import read_and_split
 from cogtune.distributed import environment
@@ -32,7 +32,6 @@ from cogtune.model.compile import can_compile, compile_tower, prepare_compiling
 from cogtune.train.batches import Feed
 from cogtune.train.failures import StopSignal, phase
 from cogtune.train.log import console, log
-from cogtune.train.precision import choose_dtype
 from cogtune.train.progress import Progress
 from cogtune.train.run_inputs import Inputs
 
@@ -104,7 +103,7 @@ def fill_cache(config: RunConfig) -> FillReport:
             log.info(f"data: {line}")
         group = Group.join() if environment.is_launched() else Group.alone()
         images = {image for example in [*split.train, *split.validation] for image in example.images}
-        dtype = choose_dtype(config, group.device)
+        dtype = torch_dtype(config.model.dtype, group.device)
         cache = open_cache(config, model_config, images, group, dtype)
         survey = cache.survey
         _choose(config, cache, Demand(0, survey.pictures, survey.to_compute, cache.more_bytes))
@@ -163,7 +162,7 @@ def fill(config: RunConfig, cache: FeatureCache, group: Group, dtype: torch.dtyp
         max_pixels=data.max_pixels,
         exif=data.exif,
         batch=data.cache_batch,
-        workers=max(1, worker_count(data.workers, group.local_size)),
+        workers=max(1, resolve_workers(data.workers, group.local_size)),
         skip_bad=data.on_bad == "skip",
     )
     with phase("filling the feature cache", config, device):
@@ -172,8 +171,8 @@ def fill(config: RunConfig, cache: FeatureCache, group: Group, dtype: torch.dtyp
 
 def _loader(config: RunConfig, dtype: torch.dtype, device: torch.device, pictures: int) -> Callable[[], Tower]:
     """Loads the tower; compiled as ``train.compile`` says, by itself only for enough pictures to make up for it."""
-    asked = config.train.compile
-    compiles = can_compile(device) and pictures >= _WORTH_COMPILING if asked == "auto" else asked
+    able = can_compile(device) and pictures >= _WORTH_COMPILING
+    compiles = resolve_compile(config.train.compile, "single", able=able)
 
     def load() -> Tower:
         if compiles:

@@ -5,7 +5,6 @@ On a CPU nothing is refused: what a machine without a GPU can spare is not known
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,10 +15,10 @@ import torch
 
 from cogtune.configuration.run_config import RunConfig
 from cogtune.distributed.group import Group
-from cogtune.errors import ConfigError, OutOfMemoryError, SetupError
+from cogtune.errors import OutOfMemoryError, SetupError
 from cogtune.plan.calibration import CONTEXT
 from cogtune.plan.cards import Card, named_like
-from cogtune.plan.choose import ENGINES, best, checkpointing, fits, tower_fits
+from cogtune.plan.choose import best, checkpointing, fits, tower_fits
 from cogtune.plan.choose import engine as engine_for
 from cogtune.plan.data_rows import Rows
 from cogtune.plan.data_rows import summary as rows_summary
@@ -31,8 +30,7 @@ from cogtune.plan.report import compared, summary
 from cogtune.plan.setting import Setting
 from cogtune.plan.sizes import ModelSizes
 from cogtune.system.byte_sizes import format_size
-from cogtune.train.engines import Engine
-from cogtune.train.engines.rules import check
+from cogtune.train.engines import Engine, able
 from cogtune.train.log import log
 from cogtune.train.run_inputs import Inputs
 
@@ -79,12 +77,7 @@ class MemoryPlan:
         if self.card is None:
             self._warn_about_host()
             return
-        asked = self.config.data.cache_features
-        if asked == "auto" and self.setting.tower == "live" and not self.setting.tower_trains:
-            lean = replace(self.setting, tower="cached")
-        else:
-            lean = self.setting
-        self._settle(lean)
+        self._settle(_leanest_tower(self.config, self.setting))
 
     def settle(self, cached: bool) -> Layers:
         """Which layers are recomputed, now that it is known whether features are cached; says the plan in one line.
@@ -176,11 +169,11 @@ def check_memory(
     Raises:
         PlanError: the run fits in no way its settings allow; not with ``force``, and never on a CPU.
     """
-    rows, card = _rows(config, inputs), _least_card(engine.group)
-    setting = setting_of(config, rows, ranks=engine.group.size, card=card)
-    name = engine.name if engine.name != "tensor" else ("ddp" if engine.group.size > 1 else "single")
-    setting = replace(setting, engine=name, accumulation=accumulation, ranks=engine.group.size * setting.tensor)
-    plan = MemoryPlan(config, rows, setting, card, force)
+    rows, card, group = _rows(config, inputs), _least_card(engine.group), engine.group
+    setting = setting_of(config, rows, ranks=group.processes, hosts=_hosts(group), card=card)
+    if engine.name != "tensor":
+        setting = replace(setting, engine=engine.name)
+    plan = MemoryPlan(config, rows, replace(setting, accumulation=accumulation), card, force)
     plan.check()
     return plan
 
@@ -188,8 +181,8 @@ def check_memory(
 def auto_engine(config: RunConfig, inputs: Inputs, group: Group) -> str:
     """What ``parallel.engine: auto`` comes to where torchrun or our own launcher started several processes: the
     planner's choice for the card with the least free memory. Collective."""
-    card, hosts = _least_card(group), max(1, group.size // group.local_size)
-    name = fitting_engine(config, _rows(config, inputs), card, group.size, hosts)
+    card = _least_card(group)
+    name = fitting_engine(config, _rows(config, inputs), card, group.size, _hosts(group))
     if card is not None:
         log.info(f"parallel.engine auto: {name}, the planner's choice for {group.size} x {card.name}")
     return name
@@ -197,24 +190,22 @@ def auto_engine(config: RunConfig, inputs: Inputs, group: Group) -> str:
 
 def fitting_engine(config: RunConfig, rows: Rows, card: Card | None, ranks: int, hosts: int = 1) -> str:
     """The fastest engine that is installed, goes with the settings and fits such cards; number formats stay as they
-    are. Without a GPU: ddp."""
+    are. Without a GPU: the first that goes with them."""
     if card is None:
-        return "ddp"
-    setting = replace(setting_of(config, rows, ranks=ranks, card=card), hosts=hosts)
-    if config.data.cache_features == "auto" and setting.tower == "live" and not setting.tower_trains:
-        setting = replace(setting, tower="cached")
-    return engine_for(setting, card, ranks, [name for name in ENGINES if _is_able(config, name)])
+        return able(config)[0]
+    setting = setting_of(config, rows, ranks=ranks, hosts=hosts, card=card)
+    return engine_for(_leanest_tower(config, setting), card, ranks, able(config))
 
 
-def _is_able(config: RunConfig, name: str) -> bool:
-    """Whether an engine is installed and no setting speaks against it."""
-    if name == "zero2" and importlib.util.find_spec("deepspeed") is None:
-        return False
-    try:
-        check(config, name)
-    except ConfigError:
-        return False
-    return True
+def _leanest_tower(config: RunConfig, setting: Setting) -> Setting:
+    """``setting`` with cached features where the run may take them."""
+    cached = config.data.cache_features == "auto" and setting.cacheable
+    return replace(setting, tower="cached") if cached else setting
+
+
+def _hosts(group: Group) -> int:
+    """How many machines the group's processes are on."""
+    return max(1, group.processes // group.local_size)
 
 
 def _rows(config: RunConfig, inputs: Inputs) -> Rows:
@@ -235,7 +226,8 @@ def _own_card(device: torch.device) -> Card:
     free, total = torch.cuda.mem_get_info(device)
     name = torch.cuda.get_device_name(device)
     usable = free + torch.cuda.memory_reserved(device) + CONTEXT
-    return replace(named_like(name), name=name, memory=total, free=usable, holders=_holders(name))
+    card = replace(named_like(name), name=name, capability=torch.cuda.get_device_capability(device))
+    return replace(card, memory=total, free=usable, holders=_holders(name))
 
 
 def _holders(name: str) -> tuple[str, ...]:

@@ -14,15 +14,23 @@ from cogtune.adapters.attach import attach, computed_by_peft, describe
 from cogtune.checkpoint import resume_state as checkpoints
 from cogtune.checkpoint.load import load_model
 from cogtune.configuration.deepspeed import apply_deepspeed
+from cogtune.configuration.resolve import (
+    check_formats,
+    float16_warning,
+    recomputed_layers,
+    resolve_compile,
+    torch_dtype,
+)
 from cogtune.configuration.run_config import RunConfig
 from cogtune.distributed import environment
 from cogtune.errors import DataError, DiskFullError
 from cogtune.features.reader import FeatureReader
 from cogtune.generate.last_run import write_last_run
-from cogtune.model.activation_checkpointing import enable_checkpointing, recomputed_layers
+from cogtune.model.activation_checkpointing import enable_checkpointing
 from cogtune.model.compile import can_compile, compile_layers, prepare_compiling
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.system.allocator import describe_allocator
+from cogtune.system.gpu import gpu_of
 from cogtune.train import engines, feature_cache, output_folder, saver
 from cogtune.train.batches import Feed
 from cogtune.train.engines import Engine
@@ -31,7 +39,6 @@ from cogtune.train.log import Metrics, console, log, log_file
 from cogtune.train.loop import Loop
 from cogtune.train.memory_plan import Layers, MemoryPlan, auto_engine, check_memory
 from cogtune.train.optim import build_optimizer
-from cogtune.train.precision import choose_dtype, float16_warning
 from cogtune.train.progress import Progress
 from cogtune.train.run_inputs import Inputs, read_inputs, versions
 
@@ -87,10 +94,11 @@ def _train(config: RunConfig, dry_run: bool, force: bool) -> TrainResult:
         config, warnings = apply_deepspeed(config, world_size=environment.world_size())
         for line in warnings:
             log.warning(line)
-        engines.choose(config)
+        name = engines.choose(config)
         inputs = read_inputs(config)
-        engine = engines.start(config, lambda group: auto_engine(config, inputs, group))
-        dtype = choose_dtype(config, engine.device)
+        engine = engines.start(config, name, lambda group: auto_engine(config, inputs, group))
+        dtype = torch_dtype(config.model.dtype, engine.device)
+        check_formats(config.quant, gpu_of(engine.device))
         start = _run_start(config, inputs, engine)
         memory: MemoryPlan | None = None
         if not start.folder.finished:
@@ -158,11 +166,11 @@ def _announce(config: RunConfig, inputs: Inputs, engine: Engine, dtype: torch.dt
     """Everything a user may want to stop the run for, before weights are read."""
     for line in [*inputs.lines(), *start.folder.messages]:
         log.info(line)
-    for line in [*start.folder.warnings, *filter(None, [float16_warning(dtype)])]:
+    for line in [*start.folder.warnings, *filter(None, [float16_warning(_name(dtype))])]:
         log.warning(line)
     record, devices = start.record, torch.cuda.device_count()
     log.info(
-        f"engine {engine.name} on {record.ranks} x {engine.device.type}, {str(dtype).removeprefix('torch.')}; "
+        f"engine {engine.name} on {record.ranks} x {engine.device.type}, {_name(dtype)}; "
         f"{record.total_steps} steps of {record.global_batch} rows "
         f"({record.batch_size} per rank x {record.ranks} ranks x {record.accumulation} accumulated)"
     )
@@ -170,6 +178,11 @@ def _announce(config: RunConfig, inputs: Inputs, engine: Engine, dtype: torch.dt
         log.info(describe_allocator())
     if engine.name == "single" and devices > 1:
         log.info(f"using one of {devices} GPUs; for all: --parallel.launch all")
+
+
+def _name(dtype: torch.dtype) -> str:
+    """As ``model.dtype`` spells it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _nothing_to_do(start: RunStart, dry_run: bool) -> TrainResult:
@@ -233,7 +246,7 @@ def assemble(
     """Adapter, recomputation, compilation and optimiser on ``base``, wrapped by ``engine``: ready for its first step.
 
     ``checkpoint``: a training checkpoint whose adapter is put in place of a fresh one. ``layers``: which are
-    recomputed; None: as ``train.gradient_checkpointing`` says, and none where it says auto.
+    recomputed; None: as ``train.gradient_checkpointing`` says, and none where it leaves that to the planner.
     """
     torch.manual_seed(config.train.seed)  # the adapter's first weights: the same on every rank
     with phase("attaching the adapter", config, engine.device):
@@ -251,9 +264,8 @@ def assemble(
 
 
 def compiles(config: RunConfig, engine: Engine) -> bool:
-    """What ``train.compile`` comes to. Engines that exchange weights inside a layer would break its graph."""
-    asked = config.train.compile
-    return can_compile(engine.device) and engine.name in ("single", "ddp") if asked == "auto" else asked
+    """Whether the layers of this run are compiled."""
+    return resolve_compile(config.train.compile, engine.name, able=can_compile(engine.device))
 
 
 def _recompute(base: CogVLM2ForCausalLM, config: RunConfig, layers: Layers | None) -> None:
@@ -261,8 +273,7 @@ def _recompute(base: CogVLM2ForCausalLM, config: RunConfig, layers: Layers | Non
     decoder, tower = len(base.model.layers), base.config.vision_config.num_hidden_layers
     if layers is None:
         policy = config.train.gradient_checkpointing
-        policy = "none" if policy == "auto" else policy
-        layers = Layers(frozenset(recomputed_layers(policy, decoder)), frozenset(recomputed_layers(policy, tower)))
+        layers = Layers(*(frozenset(recomputed_layers(policy, count) or ()) for count in (decoder, tower)))
     if layers.decoder or layers.tower:
         counts = enable_checkpointing(base, layers.decoder, layers.tower)
         also = f" and {counts[1]} of {tower} tower layers" if counts[1] else ""

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cogtune.data.collate import collate
 from cogtune.data.dataset import TrainRows
-from cogtune.data.loader import batches, worker_count
+from cogtune.data.loader import batches
 from cogtune.data.sampler import EpochSampler
 from cogtune.data.sources import read_sources
 from cogtune.errors import DataError
@@ -89,10 +89,3 @@ def test_an_error_in_a_worker_arrives_as_it_was_raised(rows: TrainRows, tmp_path
     assert caught.value.message.startswith(str(path))
     assert caught.value.hint
     assert caught.value.code == "image-truncated"
-
-
-def test_worker_count_leaves_cores_for_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert worker_count(3) == 3
-    for cores, ranks, expected in [(2, 1, 0), (4, 1, 2), (16, 1, 8), (16, 4, 2), (2, 4, 0)]:
-        monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
-        assert worker_count(None, ranks) == expected

@@ -11,7 +11,7 @@ import torch
 
 from cogtune.errors import AdapterError, ConfigError, InputError, SetupError
 from cogtune.generate.last_run import LastRun, read_last_run, state_file, write_last_run
-from cogtune.generate.loading import ModelChoice, choose_device, choose_devices, choose_dtype, load_generator, resolve
+from cogtune.generate.loading import ModelChoice, choose_devices, load_generator, resolve
 from tests.support.adapters import write_adapter
 
 
@@ -61,19 +61,6 @@ def test_wrong_choices_are_said_before_anything_loads(
 ) -> None:
     with pytest.raises(error, match=message):
         resolve(choice)
-
-
-def test_number_formats_on_old_and_new_cards(monkeypatch: pytest.MonkeyPatch) -> None:
-    card = torch.device("cuda:0")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
-    for capability, automatic in (((7, 0), torch.float16), ((9, 0), torch.bfloat16)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        assert choose_dtype("auto", card) == automatic
-        assert choose_dtype("float16", card) == torch.float16
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
-    with pytest.raises(SetupError, match="Tesla V100 does not compute in bfloat16"):
-        choose_dtype("bfloat16", card)
-    assert choose_dtype("auto", choose_device("cpu")) == torch.float32
 
 
 def test_an_adapter_for_another_base_is_refused(run: Path, tmp_path: Path) -> None:

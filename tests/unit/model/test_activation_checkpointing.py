@@ -7,8 +7,9 @@ import torch
 
 from cogtune.adapters.attach import attach
 from cogtune.checkpoint.random import random_model, tiny_config
+from cogtune.configuration.resolve import recomputed_layers
 from cogtune.configuration.run_config import LoraSection
-from cogtune.model.activation_checkpointing import enable_checkpointing, first_layers, recomputed_layers
+from cogtune.model.activation_checkpointing import enable_checkpointing, first_layers
 from cogtune.model.routing import Routing
 
 LAYERS = 5
@@ -92,12 +93,6 @@ def test_the_first_layer_computes_no_gradient_of_its_input() -> None:
     assert not any(seen)
 
 
-def test_what_a_policy_recomputes() -> None:
-    assert recomputed_layers("none", 4) == ()
-    assert recomputed_layers("all", 4) == recomputed_layers(1, 4) == (0, 1, 2, 3)
-    assert recomputed_layers(2, 5) == (0, 2, 4)
-    assert recomputed_layers(9, 5) == (0,)
+def test_the_first_layers() -> None:
     assert first_layers(2, 5) == (0, 1)
     assert first_layers(9, 5) == (0, 1, 2, 3, 4)
-    with pytest.raises(ValueError, match="no policy"):
-        recomputed_layers("auto", 4)

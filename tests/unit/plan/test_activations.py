@@ -80,7 +80,7 @@ def test_the_kernels_that_the_host_launches_are_counted(targets: list[str], reco
 def test_what_compiled_layers_keep() -> None:
     """Two kinds of layer: no gradient goes below the first, and the last computes labelled tokens alone."""
     sizes = ModelSizes(num_hidden_layers=2)
-    case = setting(["experts"], 16, sizes=sizes, compiled=True)
+    case = setting(["experts"], 16, sizes=sizes, compile=True)
     table = DecoderTable(case)
     for index, found in enumerate(compiled_layers(case, ["experts"])):
         assert table.layer(index).saved == pytest.approx(found, rel=0.01, abs=8 * MIB), index

@@ -33,7 +33,7 @@ from cogtune.system.byte_sizes import GIB
 from cogtune.train.engines import rules
 
 EXPERTS = Adapter(adapted_names(ModelSizes(), ["experts"]), 16)
-CACHED = Setting(adapter=EXPERTS, tower="cached", compiled=True)
+CACHED = Setting(adapter=EXPERTS, tower="cached", compile="auto")
 TOWER = Setting(adapter=Adapter(adapted_names(ModelSizes(), ["vision-tower"]), 4))
 
 
@@ -196,7 +196,10 @@ def test_an_unknown_card_is_refused() -> None:
 def _smi(arguments: object) -> str:
     if "compute-apps" in str(arguments):
         return "GPU-a, 4711, /usr/bin/python3, 9000\n"
-    rows = ["0, GPU-a, NVIDIA GeForce RTX 4090, 24564, 15000", "1, GPU-b, NVIDIA H100 80GB HBM3, 81559, 81000"]
+    rows = [
+        "0, GPU-a, NVIDIA GeForce RTX 4090, 24564, 15000, 8.9",
+        "1, GPU-b, NVIDIA H100 80GB HBM3, 81559, 81000, 9.0",
+    ]
     return "\n".join(rows) + "\n"
 
 
@@ -206,6 +209,7 @@ def test_free_memory_and_who_holds_the_rest(monkeypatch: pytest.MonkeyPatch) -> 
     assert first.usable == 15000 * 2**20
     assert first.holders == ("python3 (pid 4711): 9000 MiB",)
     assert not first.measured
+    assert (first.capability, second.capability) == ((8, 9), (9, 0))
     assert second.measured
     assert second.holders == ()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
@@ -222,7 +226,7 @@ def test_no_card_is_an_error_that_says_what_to_give() -> None:
 
 
 def test_tensor_parallelism_cuts_weights_activations_and_time() -> None:
-    whole = CACHED.with_batch(rows=4).with_recomputed(32)
+    whole = replace(CACHED, compile=True).with_batch(rows=4).with_recomputed(32)
     cut = replace(whole, ranks=2, tensor=2, engine="ddp")
     assert predict(cut).phase("load").reserved < 0.55 * predict(whole).phase("load").reserved
     one, two = (predict(setting).phase("train").parts["activations"] for setting in (whole, cut))

@@ -49,9 +49,11 @@ def test_what_the_keys_say_is_in_the_setting(tmp_path: Path) -> None:
 
 
 def test_ranks_that_share_a_model_are_not_compiled_by_themselves() -> None:
-    """As their engine has it (`cogtune.train.run.compiles`): a plan said otherwise and was 5 GiB short."""
+    """A plan said otherwise and was 5 GiB short. Ranks of one model alone average no gradients."""
     shared = setting_of(load_config(None, NEEDED | {"parallel.tensor": "2"}), TYPICAL, ranks=2, card=REFERENCE)
-    assert (shared.engine, shared.tensor, shared.compiled) == ("ddp", 2, False)
+    assert (shared.engine, shared.tensor, shared.compiled) == ("single", 2, False)
+    two_models = setting_of(load_config(None, NEEDED | {"parallel.tensor": "2"}), TYPICAL, ranks=4, card=REFERENCE)
+    assert (two_models.engine, two_models.tensor, two_models.compiled) == ("ddp", 2, False)
     asked = NEEDED | {"parallel.tensor": "2", "train.compile": "true"}
     assert setting_of(load_config(None, asked), TYPICAL, ranks=2, card=REFERENCE).compiled
 

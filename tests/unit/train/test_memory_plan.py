@@ -115,6 +115,7 @@ def test_the_card_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (20 * GIB, 24 * GIB))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
     holders = ("a (pid 1): 9 MiB", f"b (pid {os.getpid()}): 1 MiB")
     local = replace(find_card("RTX 4090"), name=name, holders=holders)
     monkeypatch.setattr(memory_plan, "local_cards", lambda: [local])
@@ -152,7 +153,7 @@ def test_auto_leaves_out_what_the_settings_or_the_machine_do_not_take(
     config = make_config(tmp_path / "base", tmp_path, tmp_path / "out", lora__rank=192, data__cache_features="on")
     card = find_card("48GiB")
     assert memory_plan.fitting_engine(config, TYPICAL, card, ranks=8) == "zero2"
-    monkeypatch.setattr(memory_plan.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert memory_plan.fitting_engine(config, TYPICAL, card, ranks=8) == "fsdp2"
     # DoRA does not go with shards: what is left is the whole model on each card, which the plan then refuses
     dora = make_config(

@@ -22,30 +22,16 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from cogtune.errors import SetupError
+from cogtune.configuration.resolve import require_fp8
 from cogtune.model.casting import converted
+from cogtune.system.gpu import gpu_of
 
 FORMAT = torch.float8_e4m3fn
 LARGEST = torch.finfo(FORMAT).max
 _SMALLEST = 1e-12  # of a row's largest element; a row of zeros stays zeros
-_FIRST_CARD = (8, 9)  # Ada and Hopper
 _TRITON = importlib.util.find_spec("triton") is not None
 if _TRITON:
     from cogtune.model.kernels import fp8
-
-
-def check_fp8(device: torch.device) -> None:
-    """Raise SetupError, with what can be done, where ``device`` is a GPU that does not multiply fp8."""
-    if device.type != "cuda":
-        return
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _FIRST_CARD:
-        card = f"{torch.cuda.get_device_name(device)} (compute capability {capability[0]}.{capability[1]})"
-        raise SetupError(
-            f"{card} does not compute in fp8; cards from {_FIRST_CARD[0]}.{_FIRST_CARD[1]} on (Ada, Hopper) do",
-            hint="use nf4 or int8 instead of fp8, or none",
-            code="no-fp8",
-        )
 
 
 def quantize_rows(x: torch.Tensor, column_scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -219,7 +205,7 @@ class Fp8Linear(nn.Linear):
         Raises:
             SetupError: a GPU that does not multiply fp8.
         """
-        check_fp8(weight.device)
+        require_fp8(gpu_of(weight.device))
         layer = cls(weight.shape[1], weight.shape[0], bias is not None, device="meta", dtype=torch.bfloat16)
         quantized, scale = quantize_rows(weight.detach())
         bits = quantized.view(torch.uint8)

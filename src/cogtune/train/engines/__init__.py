@@ -2,33 +2,58 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
+from cogtune.configuration.resolve import resolve_engine
 from cogtune.configuration.run_config import RunConfig
 from cogtune.distributed.environment import is_launched, is_launched_by_deepspeed, world_size
 from cogtune.distributed.group import Group
 from cogtune.errors import ConfigError
+from cogtune.plan.choose import ENGINES
 from cogtune.train.engines.base import Engine
 from cogtune.train.engines.rules import check
 
-__all__ = ["Engine", "choose", "start"]
+__all__ = ["Engine", "able", "choose", "start"]
 
 
 def choose(config: RunConfig) -> str:
-    """The engine's name for this process, from ``parallel`` and from what launched it.
+    """The engine's name for this process, from ``parallel`` and from what launched it; ``auto`` where several processes
+    run and the planner is to choose between `ENGINES`.
 
     Raises:
         ConfigError: the engine asked for needs a launcher, cannot be used with the one that was used, or does not go
-            with another setting.
+            with another setting; or no engine does.
     """
-    name = _choose(config)
-    check(config, name)
+    _check_launch(config, world_size())
+    name = resolve_engine(
+        config.parallel, world_size(), launched=is_launched(), by_deepspeed=is_launched_by_deepspeed()
+    )
+    if name != "auto":
+        check(config, name)
+    elif not able(config):
+        check(config, ENGINES[0])
     return name
 
 
-def _choose(config: RunConfig) -> str:
-    asked, ranks = config.parallel.engine, world_size()
-    wanted = config.parallel.launch
+def able(config: RunConfig) -> list[str]:
+    """Those of `ENGINES` that are installed and go with every setting."""
+    return [name for name in ENGINES if _is_able(config, name)]
+
+
+def _is_able(config: RunConfig, name: str) -> bool:
+    if name == "zero2" and importlib.util.find_spec("deepspeed") is None:
+        return False
+    try:
+        check(config, name)
+    except ConfigError:
+        return False
+    return True
+
+
+def _check_launch(config: RunConfig, ranks: int) -> None:
+    """Raises ConfigError where the processes that were started are not those that ``parallel`` needs."""
+    asked, wanted = config.parallel.engine, config.parallel.launch
     if is_launched() and isinstance(wanted, int) and wanted != ranks:
         raise ConfigError(
             f"parallel.launch is {wanted}, but a launcher has started {ranks} processes already",
@@ -36,24 +61,17 @@ def _choose(config: RunConfig) -> str:
         )
     if config.parallel.tensor > 1:
         _check_tensor(config, ranks)
-        return "tensor"
-    if asked == "auto":
-        if not is_launched():
-            return "single"
-        if config.parallel.deepspeed is not None or is_launched_by_deepspeed():
-            return "zero2"
-        return "ddp" if ranks > 1 else "single"
+        return
     if asked == "single" and ranks > 1:
         raise ConfigError(
             f"parallel.engine is single, but a launcher started {ranks} processes",
             hint="start without the launcher, or set parallel.engine to ddp",
         )
-    if asked != "single" and not is_launched():
+    if asked not in ("auto", "single") and not is_launched():
         raise ConfigError(
             f"parallel.engine is {asked}, but no launcher started this process",
             hint="start one process per device: --parallel.launch all, or torchrun --nproc-per-node N -m cogtune ...",
         )
-    return asked
 
 
 def _check_tensor(config: RunConfig, ranks: int) -> None:
@@ -74,13 +92,15 @@ def _check_tensor(config: RunConfig, ranks: int) -> None:
         )
 
 
-def start(config: RunConfig, planned: Callable[[Group], str] | None = None) -> Engine:
+def start(
+    config: RunConfig, name: str | None = None, planned: Callable[[Group], str] = lambda group: ENGINES[0]
+) -> Engine:
     """Join the process group, if there is one, and take a device. Call ``close`` on the result at the end.
 
-    ``planned``: asked for the engine where ``parallel.engine`` is auto and torchrun started several processes.
+    ``name``: what `choose` said; None: it is asked. ``planned``: asked in its turn where it said ``auto``.
     """
-    name = choose(config)
-    if name == "ddp" and config.parallel.engine == "auto" and planned is not None:
+    name = choose(config) if name is None else name
+    if name == "auto":
         name = planned(Group.join())
         check(config, name)
     if name == "tensor":

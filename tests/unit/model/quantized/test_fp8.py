@@ -8,7 +8,8 @@ from torch import nn
 
 from cogtune.checkpoint.random import random_model, tiny_config
 from cogtune.errors import SetupError
-from cogtune.model.quantized.fp8 import FORMAT, Fp8Linear, check_fp8, quantize_rows
+from cogtune.model.quantized.fp8 import FORMAT, Fp8Linear, quantize_rows
+from cogtune.system.gpu import Gpu
 
 
 def _rounded(x: torch.Tensor) -> torch.Tensor:
@@ -110,10 +111,8 @@ def test_a_compiled_layer_is_one_graph() -> None:
 
 
 def test_a_card_without_fp8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A100")
+    monkeypatch.setattr("cogtune.model.quantized.fp8.gpu_of", lambda device: Gpu("A100", (8, 0)))
     with pytest.raises(SetupError, match=r"A100 \(compute capability 8.0\) does not compute in fp8"):
-        check_fp8(torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    check_fp8(torch.device("cuda"))
-    check_fp8(torch.device("cpu"))
+        Fp8Linear.from_weight(torch.ones(16, 16), None)
+    monkeypatch.setattr("cogtune.model.quantized.fp8.gpu_of", lambda device: Gpu("H100", (9, 0)))
+    Fp8Linear.from_weight(torch.ones(16, 16), None)
