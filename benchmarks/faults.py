@@ -41,6 +41,7 @@ from benchmarks.fault_runs import (
 )
 from cogtune.bench.report import circumstances, write_result
 from cogtune.checkpoint import resume_state as checkpoints
+from cogtune.system import files
 
 KILLED_IN = ("start", "step", "evaluation", "save")
 FILLING = ("cache", "fill", "fill", "fill", "start")
@@ -243,7 +244,7 @@ class Campaign:
         left = self.rng.randint(3, 12)
 
         def refuse() -> None:
-            original, count = checkpoints.write_file, [0]
+            original, count = files.write_file, [0]
 
             def write(path: Path, content: bytes) -> None:
                 count[0] += 1
@@ -252,7 +253,7 @@ class Campaign:
                     raise OSError(28, "No space left on device")
                 original(path, content)
 
-            checkpoints.write_file = write
+            files.write_file = write
 
         ended = Run(self.places["ddp"], output, refuse).end()
         assert set(ended.codes) == {1}, ended.codes

@@ -12,9 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from cogtune.errors import CogtuneError, ConfigError, DataError, DiskFullError
-from cogtune.features import store
 from cogtune.features.store import FeatureCacheError
 from cogtune.model.vision import VisionModel
+from cogtune.system import files
 from cogtune.train.run import train
 from tests.support.training import make_config, write_data
 
@@ -154,7 +154,7 @@ def test_a_picture_that_changes_is_computed_anew(run: Run, data: Path, tmp_path:
 
 def test_a_full_disk_while_filling_loses_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run("whole", "off")
-    original, written = store.write_file, 0
+    original, written = files.write_file, 0
 
     def full(path: Path, content: bytes) -> None:
         nonlocal written
@@ -164,13 +164,13 @@ def test_a_full_disk_while_filling_loses_nothing(run: Run, monkeypatch: pytest.M
                 raise OSError(28, "No space left on device", str(path))
         original(path, content)
 
-    monkeypatch.setattr(store, "write_file", full)
+    monkeypatch.setattr(files, "write_file", full)
     with pytest.raises(DiskFullError) as caught:
         run("full")
     assert "feature cache" in caught.value.message
     assert len(run.files()) == 2
     assert not list(run.cache.rglob(".*"))
-    monkeypatch.setattr(store, "write_file", original)
+    monkeypatch.setattr(files, "write_file", original)
     assert same(whole, run("full"))
     assert run.seen == 2
 
@@ -179,12 +179,14 @@ def test_a_cache_that_may_only_be_read(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A complete one is used; what is missing cannot be computed."""
-    whole = run("whole")
+    whole, original = run("whole"), files.write_file
 
     def forbid(path: Path, content: bytes) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
+        if path.is_relative_to(run.cache):
+            raise PermissionError(13, "Permission denied", str(path))
+        original(path, content)
 
-    monkeypatch.setattr(store, "write_file", forbid)
+    monkeypatch.setattr(files, "write_file", forbid)
     assert same(whole, run("again"))
     run.files()[0].unlink()
     with pytest.raises(FeatureCacheError) as caught:

@@ -11,6 +11,7 @@ import torch
 
 from cogtune.checkpoint import resume_state as checkpoints
 from cogtune.errors import DiskFullError, NonFiniteError, OutOfMemoryError
+from cogtune.system import files
 from cogtune.train import batches, loop
 from cogtune.train.engines.single import SingleEngine
 from cogtune.train.run import train
@@ -90,7 +91,7 @@ def test_a_gradient_that_is_not_finite_stops_too(
 def test_a_full_disk_while_saving(
     tiny_checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bytes
 ) -> None:
-    output, write = tmp_path / "out", checkpoints.write_file
+    output, write = tmp_path / "out", files.write_file
 
     def fill(path: Path, content: bytes) -> None:
         if "checkpoint-6" in path.parent.name:
@@ -99,7 +100,7 @@ def test_a_full_disk_while_saving(
         write(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "write_file", fill)
+        patch.setattr(files, "write_file", fill)
         with pytest.raises(DiskFullError, match="checkpoint-6") as caught:
             train(make_config(tiny_checkpoint, data, output, train__save_steps=3))
     assert caught.value.exit_code == 1

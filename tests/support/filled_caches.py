@@ -14,13 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cogtune.features import index, store
+from cogtune.features import index
 from cogtune.features.fill import Filler
+from cogtune.system import files
 from cogtune.train.feature_cache import fill_cache
 from tests.support.training import make_config
 
 _OBSERVED: list[tuple[Any, str]] = [
-    (store, "write_file"),
+    (files, "write_file"),
     (Filler, "_launch"),
     (index.PictureIndex, "flush"),
 ]

@@ -15,11 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import cogtune.checkpoint.resume_state as checkpoints
+from cogtune.system import files
 from cogtune.train.loop import Loop
 from cogtune.train.run import train
 from tests.support.training import make_config
 
-_OBSERVED = ("write_file", "sync", "write_json", "link", "rotate", "_remove", "_digest")
+_OBSERVED = [
+    *[(files, name) for name in ("write_file", "sync", "write_json", "link", "remove_folder")],
+    *[(checkpoints, name) for name in ("rotate", "_digest")],
+]
 
 
 def main(base: Path, data: Path, folder: Path, every: int) -> None:
@@ -66,8 +70,8 @@ def _in_child(base: Path, data: Path, output: Path, kill_at: int | None) -> int:
 
         setattr(owner, name, wrapped)
 
-    for name in _OBSERVED:
-        watch(checkpoints, name)
+    for owner, name in _OBSERVED:
+        watch(owner, name)
     watch(Loop, "_train")
     code = 1
     try:

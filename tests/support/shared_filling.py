@@ -15,8 +15,8 @@ import torch
 from cogtune.cli.main import guarded
 from cogtune.distributed.group import Group
 from cogtune.errors import CogtuneError
-from cogtune.features import store
 from cogtune.model.vision import VisionModel
+from cogtune.system import files
 from cogtune.train.run import train
 from tests.support.training import make_config
 
@@ -38,7 +38,7 @@ def run(base: Path, data: Path, output: Path, name: str, cached: str, **more: An
 def main(base: Path, data: Path, output: Path) -> int:
     group = Group.join()
     seen = 0
-    features, write_file = VisionModel.features, store.write_file
+    features, write_file = VisionModel.features, files.write_file
 
     def counted(model: VisionModel, pixels: torch.Tensor) -> torch.Tensor:
         nonlocal seen
@@ -55,9 +55,9 @@ def main(base: Path, data: Path, output: Path) -> int:
             raise OSError(28, "No space left on device", str(path))
         write_file(path, content)
 
-    store.write_file = full
+    files.write_file = full
     said = _error(lambda: run(base, data, output, "full", "on"))
-    store.write_file = write_file
+    files.write_file = write_file
     run(base, data, output, "full", "on")
     errors = group.gather(said)
     if group.is_main:

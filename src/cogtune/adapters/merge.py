@@ -24,8 +24,8 @@ from cogtune.adapters.attach import WEIGHTS_NAME, base_name
 from cogtune.adapters.merge_arithmetic import Changes, read_changes
 from cogtune.adapters.safetensors_rows import CHUNK, DTYPES, Entry, RawFile
 from cogtune.checkpoint.load import INDEX_NAME, check_folder, shard_files
-from cogtune.checkpoint.resume_state import is_disk_full, sync
 from cogtune.errors import AdapterError, CheckpointError, DiskFullError, OutputFolderError
+from cogtune.system import files
 
 BLOCK_BYTES = 32 * 2**20
 """Size of a block of rows in float32."""
@@ -104,7 +104,7 @@ def _write_shard(source: RawFile, target: Path, changes: Changes, factors: RawFi
             else:
                 for chunk in source.chunks(entry):
                     stream.write(chunk)
-    sync(target)
+    files.sync(target)
     return changed
 
 
@@ -134,9 +134,9 @@ def _other_files(base: Path, shards: list[str]) -> tuple[list[str], list[str]]:
     """Files to copy, and weight files of other forms that are not; paths relative to ``base``."""
     copied: list[str] = []
     left_out: list[str] = []
-    for parent, folders, files in os.walk(base):
+    for parent, folders, names in os.walk(base):
         folders[:] = sorted(name for name in folders if name not in _NOT_COPIED)
-        for file in sorted(files):
+        for file in sorted(names):
             name = (Path(parent) / file).relative_to(base).as_posix()
             if name not in shards:
                 (left_out if file.endswith(_WEIGHT_SUFFIXES) else copied).append(name)
@@ -170,20 +170,15 @@ def _require_new(output: Path, base: Path) -> None:
 @contextmanager
 def _partial(output: Path, size: int, notes: list[str]) -> Iterator[Path]:
     """The hidden folder that becomes ``output`` when the block ends well, and vanishes when not."""
-    folder = output.with_name(f".{output.name}.partial")
+    folder = files.partial_path(output)
     if folder.exists():
         notes.append(f"removed {folder}, left by an interrupted merge")
-        shutil.rmtree(folder)
     try:
-        folder.mkdir(parents=True)
-        _require_space(folder, size)
-        yield folder
-        sync(folder)
-        folder.rename(output)
-        sync(output.parent)
+        with files.growing_folder(output, durable=True):
+            _require_space(folder, size)
+            yield folder
     except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        if is_disk_full(error):
+        if files.is_disk_full(error):
             raise DiskFullError(
                 f"{output}: no space left while merging; the unfinished folder was removed",
                 hint=f"free {size / 1e9:.1f} GB, or choose an --output on another disk",
@@ -205,4 +200,4 @@ def _copy(source: Path, target: Path) -> None:
     with source.open("rb") as reader, target.open("wb") as writer:
         shutil.copyfileobj(reader, writer, CHUNK)
     shutil.copymode(source, target)
-    sync(target)
+    files.sync(target)

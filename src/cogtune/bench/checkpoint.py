@@ -24,11 +24,11 @@ import torch
 
 from cogtune.checkpoint.load import INDEX_NAME
 from cogtune.checkpoint.random import fill_random, published_config, tiny_config, write_published_config
-from cogtune.checkpoint.resume_state import is_disk_full, sync
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.errors import DiskFullError, OutputFolderError
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.processing.tokenizer import write_byte_tokenizer
+from cogtune.system import files
 
 SHARD_LIMIT = 5 * 10**9
 PIECE = 64 * 2**20
@@ -93,7 +93,7 @@ def make_checkpoint(
                 progress(f"{name}: {len(shapes)} tensors, {size:,} bytes, {time.perf_counter() - began:.0f} s")
         _write_small_files(folder, config, weight_map, total)
     except OSError as error:
-        if not is_disk_full(error):
+        if not files.is_disk_full(error):
             raise
         raise DiskFullError(
             f"{folder}: no space left while writing {total / 1e9:.1f} GB",
@@ -123,8 +123,8 @@ def _write_small_files(folder: Path, config: Any, weight_map: dict[str, str], to
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for path in folder.iterdir():
-        sync(path)
-    sync(folder)
+        files.sync(path)
+    files.sync(folder)
 
 
 def header_of(shapes: Shapes) -> bytes:

@@ -15,6 +15,7 @@ import torch
 
 import cogtune
 from cogtune.bench.clock import cores
+from cogtune.system import files
 
 _LIBRARIES = ("transformers", "peft", "bitsandbytes", "triton", "deepspeed", "safetensors", "numpy")
 
@@ -69,9 +70,7 @@ def commit() -> str | None:
 def write_result(file: Path, record: Mapping[str, Any]) -> None:
     """A result file, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(file)
+    files.write_json(file, record)
 
 
 class Results:

@@ -13,10 +13,8 @@ described by a manifest of digests written last, and only then renamed to its na
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,13 +27,13 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 
 from cogtune.errors import CheckpointError, DiskFullError
+from cogtune.system import files
 
 MANIFEST = "MANIFEST.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 RNG_FILE = "rng.safetensors"
 FORMAT = 1
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -59,13 +57,13 @@ def save(output: Path, step: int, state: TrainingState, write_adapter: Callable[
     final = checkpoint_path(output, step)
     with partial_folder(output, final.name) as folder:
         write_adapter(folder)
-        write_file(folder / OPTIMIZER_FILE, serialize(state.tensors))
+        files.write_file(folder / OPTIMIZER_FILE, serialize(state.tensors))
         rng = {f"{rank}/{kind}": value for rank, values in enumerate(state.rng) for kind, value in values.items()}
-        write_file(folder / RNG_FILE, serialize(rng))
-        write_json(folder / STATE_FILE, state.counters)
-        files = {path.name: _digest(path) for path in sorted(folder.iterdir())}
-        write_json(folder / MANIFEST, {"format": FORMAT, "files": files})
-    link(output, "last", final.name)
+        files.write_file(folder / RNG_FILE, serialize(rng))
+        files.write_json(folder / STATE_FILE, state.counters)
+        digests = {path.name: _digest(path) for path in sorted(folder.iterdir())}
+        files.write_json(folder / MANIFEST, {"format": FORMAT, "files": digests})
+    files.link(output / "last", final.name)
     return final
 
 
@@ -112,7 +110,7 @@ def find_problem(folder: Path) -> str | None:
         return "no such folder"
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files: dict[str, dict[str, Any]] = manifest["files"]
+        entries: dict[str, dict[str, Any]] = manifest["files"]
         written_format = manifest["format"]
     except FileNotFoundError:
         return f"incomplete: {MANIFEST} is missing"
@@ -120,9 +118,9 @@ def find_problem(folder: Path) -> str | None:
         return f"{MANIFEST} cannot be read"
     if written_format != FORMAT:
         return f"written in format {written_format}; this version reads format {FORMAT}"
-    if missing := {OPTIMIZER_FILE, STATE_FILE, RNG_FILE} - files.keys():
+    if missing := {OPTIMIZER_FILE, STATE_FILE, RNG_FILE} - entries.keys():
         return f"{MANIFEST} does not list {sorted(missing)[0]}"
-    for name, entry in files.items():
+    for name, entry in entries.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -141,7 +139,7 @@ def rotate(output: Path, step: int, keep: int, protect: Path | None) -> None:
     newest_first = sorted((f for f in list_checkpoints(output) if step_of(f) <= step), key=step_of, reverse=True)
     for folder in newest_first[max(keep, 1) :]:
         if protect is None or folder.name != protect.name:
-            _remove(folder)
+            files.remove_folder(folder)
 
 
 def remove_leftovers(output: Path) -> int:
@@ -167,75 +165,18 @@ def list_checkpoints(output: Path) -> list[Path]:
 @contextmanager
 def partial_folder(output: Path, name: str) -> Iterator[Path]:
     """A hidden folder that becomes ``output/name`` in one rename when the block ends well, and vanishes when not."""
-    folder, final, old = output / f".{name}.partial", output / name, output / f".{name}.replaced"
     try:
-        for leftover in (folder, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        folder.mkdir(parents=True)
-        yield folder
-        for path in sorted(folder.iterdir()):
-            sync(path)
-        sync(folder)
-        if final.exists():
-            final.rename(old)
-        folder.rename(final)
-        sync(output)
-        shutil.rmtree(old, ignore_errors=True)
+        with files.growing_folder(output / name, replace=True, durable=True) as folder:
+            yield folder
     except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        if is_disk_full(error):
+        if files.is_disk_full(error):
             raise DiskFullError(
-                f"{final}: no space left while saving; earlier checkpoints are untouched",
+                f"{output / name}: no space left while saving; earlier checkpoints are untouched",
                 hint="free some space (or lower train.keep_checkpoints) and run the same command again: it continues",
             ) from error
         raise
 
 
-def is_disk_full(error: BaseException) -> bool:
-    """safetensors reports the system's error only in its text, hence the second test."""
-    if isinstance(error, OSError) and error.errno in _DISK_FULL:
-        return True
-    return isinstance(error, Exception) and any(f"(os error {code})" in str(error) for code in _DISK_FULL)
-
-
-def link(output: Path, name: str, target: str) -> None:
-    """Point ``output/name`` at ``target`` (a name inside ``output``) in one atomic step."""
-    temporary = output / f".{name}.partial"
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target, target_is_directory=True)
-    temporary.replace(output / name)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` so that a reader, or a kill, never sees half of it."""
-    temporary = path.with_name(f".{path.name}.partial")
-    write_file(temporary, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
-    sync(temporary)
-    temporary.replace(path)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """All checkpoint bytes that are ours go through here."""
-    path.write_bytes(content)
-
-
-def sync(path: Path) -> None:
-    """Flush a file or folder to disk, so that the rename that follows cannot overtake its content."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _digest(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _remove(folder: Path) -> None:
-    """Rename first: a kill in the middle of the deletion must not leave a half-empty checkpoint under its name."""
-    doomed = folder.with_name(f".{folder.name}.replaced")
-    shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    shutil.rmtree(doomed)

@@ -76,9 +76,10 @@ def _preview(ctx: typer.Context) -> None:
         _print(rows, width, config.data.exif)
         return
     from cogtune.data.preview_html import page
+    from cogtune.system import files
 
     title = f"{', '.join(str(folder.path) for folder in config.data.path)}: what the model sees"
-    target.write_text(page(rows, title=title, exif=config.data.exif), encoding="utf-8")
+    files.write_text(target, page(rows, title=title, exif=config.data.exif))
     print(f"wrote {target}")
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 from cogtune.errors import ConfigError, DataError, OutputFolderError, SetupError
+from cogtune.system import files
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -83,10 +83,9 @@ def _init(ctx: typer.Context) -> None:
         take_plan(proposal, _planned(proposal, report, card, cards, tokens.num_image_tokens))
     text = to_yaml(proposal, "cogtune init")
     target.parent.mkdir(parents=True, exist_ok=True)
-    growing = target.with_name(f".{target.name}.partial")
-    growing.write_text(text, encoding="utf-8")
-    load_config(growing)  # what was written has to be a configuration
-    os.replace(growing, target)
+    with files.growing(target) as growing:
+        growing.write_text(text, encoding="utf-8")
+        load_config(growing)  # what was written has to be a configuration
     print(text)
     print(f"wrote {target}; next: cogtune plan {target}, then cogtune train {target}")
 

@@ -6,12 +6,12 @@ Nothing here imports torch, transformers or pydantic: help has to answer at once
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,6 +19,7 @@ import typer
 import cogtune
 from cogtune.distributed import environment
 from cogtune.errors import CogtuneError, language, render
+from cogtune.system import files
 from cogtune.system.allocator import prepare_allocator
 
 COMMANDS = ("doctor", "download", "init", "plan", "train", "chat", "predict", "merge", "data", "demo", "bench")
@@ -133,11 +134,8 @@ def _report_to_launcher(text: str, consequence: bool = False) -> bool:
         return False
     stamp = str(int(time.time()) + (60 if consequence else 0))
     content = {"message": {"message": text, "extraInfo": {"py_callstack": "", "timestamp": stamp}}}
-    partial = f"{path}.{os.getpid()}"
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump(content, file)
-        os.replace(partial, path)  # a rank may be killed here, and torchrun cannot read half a file
+        files.write_json(Path(path), content)  # a rank may be killed here, and torchrun cannot read half a file
     except OSError:
         return False
     return "COGTUNE_LAUNCHED" in os.environ

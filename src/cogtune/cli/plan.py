@@ -146,10 +146,11 @@ def _write(file: Path, config: RunConfig, plan: Plan, placeholders: Mapping[str,
     import yaml
 
     from cogtune.plan.plan import ready_config
+    from cogtune.system import files
     from cogtune.system.byte_sizes import format_size
 
     nested = ready_config(config, plan, placeholders)
     about = f"{plan.setting.ranks} x {plan.card.name}: {format_size(plan.memory.driver)} planned"
     text = yaml.safe_dump(nested, sort_keys=False, allow_unicode=True, width=120)
-    file.write_text(f"# Made by `cogtune plan` for {about}.\n{text}", encoding="utf-8")
+    files.write_text(file, f"# Made by `cogtune plan` for {about}.\n{text}")
     print(f"wrote {file}")

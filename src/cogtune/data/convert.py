@@ -13,6 +13,7 @@ from typing import Any
 
 from cogtune.data.records import Conversation, Example
 from cogtune.errors import DataError, OutputFolderError
+from cogtune.system import files
 
 Told = Callable[[int, int], None]
 
@@ -53,20 +54,19 @@ def _write_folder(examples: Sequence[Example], target: Path, link: bool, done: T
             hint="write JSON lines instead: name a target that ends in .jsonl",
             code="convert-text-only",
         )
-    growing = _growing(target)
-    for name in ("images", "labels"):
-        (growing / name).mkdir(parents=True)
-    names = _Names()
-    for number, example in enumerate(examples, start=1):
-        (picture,) = example.images  # both layouts name one
-        name = names.take(picture)
-        _place(picture, growing / "images" / name, link)
-        records = [{"conversations": _messages(conversation)} for conversation in example.conversations]
-        text = json.dumps(records[0] if len(records) == 1 else records, ensure_ascii=False, indent=1) + "\n"
-        (growing / "labels" / f"{Path(name).stem}.json").write_text(text, encoding="utf-8")
-        if done is not None:
-            done(number, len(examples))
-    os.replace(growing, target)
+    with files.growing_folder(target) as growing:
+        for name in ("images", "labels"):
+            (growing / name).mkdir()
+        names = _Names()
+        for number, example in enumerate(examples, start=1):
+            (picture,) = example.images  # both layouts name one
+            name = names.take(picture)
+            _place(picture, growing / "images" / name, link)
+            records = [{"conversations": _messages(conversation)} for conversation in example.conversations]
+            text = json.dumps(records[0] if len(records) == 1 else records, ensure_ascii=False, indent=1) + "\n"
+            (growing / "labels" / f"{Path(name).stem}.json").write_text(text, encoding="utf-8")
+            if done is not None:
+                done(number, len(examples))
     return Converted(target, len(examples), _conversations(examples), len(examples))
 
 
@@ -77,9 +77,8 @@ def _write_lines(examples: Sequence[Example], target: Path, link: bool, done: To
         raise OutputFolderError(
             f"{beside}: exists already, and would hold the pictures", hint="name a new target", code="convert-target"
         )
-    growing = target.with_name(f".{target.name}.partial")
     names, copied, with_picture = _Names(), 0, 0
-    with growing.open("w", encoding="utf-8") as file:
+    with files.growing(target) as growing, growing.open("w", encoding="utf-8") as file:
         for number, example in enumerate(examples, start=1):
             image = None
             if example.images:
@@ -96,14 +95,7 @@ def _write_lines(examples: Sequence[Example], target: Path, link: bool, done: To
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
             if done is not None:
                 done(number, len(examples))
-    os.replace(growing, target)
     return Converted(target, with_picture, _conversations(examples), copied)
-
-
-def _growing(target: Path) -> Path:
-    growing = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(growing, ignore_errors=True)
-    return growing
 
 
 def _messages(conversation: Conversation) -> list[dict[str, Any]]:

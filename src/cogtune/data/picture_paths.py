@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cogtune.data.formats.item import Embedded, PictureSource
 from cogtune.data.problems import BadRecordError
 from cogtune.errors import DiskFullError, OutputFolderError
+from cogtune.system import files
 
 _SUFFIXES = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"GIF8": ".gif", b"RIFF": ".webp", b"BM": ".bmp"}
 _NAME = 32
@@ -127,17 +126,9 @@ def _write(path: Path, data: bytes) -> None:
     """Complete or not at all, however many processes write the same picture."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, growing = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            os.replace(growing, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(growing)
-            raise
+        files.write_bytes(path, data)
     except OSError as error:
-        if error.errno in (28, 122):  # no space, quota
+        if files.is_disk_full(error):
             raise DiskFullError(f"{path.parent}: no space for the pictures that come inside the data") from error
         raise OutputFolderError(
             f"{path.parent}: the pictures that come inside the data cannot be written there ({error})",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cogtune.errors import SetupError
+from cogtune.system import files
 
 PACKAGE = "easy-vqa"
 SPLITS = ("train", "test")
@@ -75,16 +75,14 @@ def write_folder(pictures: Sequence[VqaPicture], target: Path) -> None:
     """
     if target.is_dir():
         return
-    growing = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(growing, ignore_errors=True)
-    for name in ("images", "labels"):
-        (growing / name).mkdir(parents=True)
-    for picture in pictures:
-        shutil.copyfile(picture.file, growing / "images" / f"{picture.name}{picture.file.suffix}")
-        records = [
-            {"conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-            for question, answer in picture.questions
-        ]
-        text = json.dumps(records, ensure_ascii=False, indent=1) + "\n"
-        (growing / "labels" / f"{picture.name}.json").write_text(text, encoding="utf-8")
-    os.replace(growing, target)
+    with files.growing_folder(target) as growing:
+        for name in ("images", "labels"):
+            (growing / name).mkdir()
+        for picture in pictures:
+            shutil.copyfile(picture.file, growing / "images" / f"{picture.name}{picture.file.suffix}")
+            records = [
+                {"conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+                for question, answer in picture.questions
+            ]
+            text = json.dumps(records, ensure_ascii=False, indent=1) + "\n"
+            (growing / "labels" / f"{picture.name}.json").write_text(text, encoding="utf-8")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -16,6 +15,7 @@ from cogtune.demo.base import STYLE
 from cogtune.demo.chart import Line, loss_chart
 from cogtune.demo.examples import Example
 from cogtune.demo.score import KINDS
+from cogtune.system import files
 
 _ROWS = {"base": "tiny base, untuned", "blind": "tuned, every picture blanked", "tuned": "tuned"}
 _ORDER = {"base": 1, "blind": 2, "tuned": 3}  # what needs no picture comes first
@@ -23,9 +23,7 @@ _ORDER = {"base": 1, "blind": 2, "tuned": 3}  # what needs no picture comes firs
 
 def write(file: Path, record: dict[str, Any], examples: Sequence[Example], metrics: Sequence[dict[str, Any]]) -> None:
     """Write the page from the demo's record, its examples and the run's metrics."""
-    growing = file.with_name(f".{file.name}.partial")
-    growing.write_text(render(record, examples, metrics), encoding="utf-8")
-    os.replace(growing, file)
+    files.write_text(file, render(record, examples, metrics))
 
 
 def render(record: dict[str, Any], examples: Sequence[Example], metrics: Sequence[dict[str, Any]]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from cogtune.download.remote import RemoteFile, list_files
 from cogtune.download.sources import HF_ENDPOINT, MODELSCOPE_ENDPOINT, Repository, Source
 from cogtune.download.transfer import PART, fetch
 from cogtune.errors import DiskFullError, InputError
+from cogtune.system import files
 from cogtune.system.hub_cache import cached_file, hub_cache
 
 _SPARE = 1 << 30
@@ -68,13 +68,13 @@ def download(
         )
     endpoint = endpoint_of(source)
     client = Client(os.environ.get("HF_TOKEN") if source == "hf" else None, timeout)
-    files = [f for f in list_files(client, source, endpoint, repository) if f.path not in _SKIPPED]
-    missing = [file for file in files if not _is_there(folder / file.path, file)]
-    present, cached = len(files) - len(missing), _cached(repository, missing)
+    listed = [f for f in list_files(client, source, endpoint, repository) if f.path not in _SKIPPED]
+    missing = [file for file in listed if not _is_there(folder / file.path, file)]
+    present, cached = len(listed) - len(missing), _cached(repository, missing)
     _link(cached, folder)
     missing = [file for file in missing if not _is_there(folder / file.path, file)]
-    size, left = sum(file.size for file in files), _left(folder, missing)
-    say(f"{repository.name} from {endpoint}: {len(files)} files, {size / 1e9:.2f} GB; {left / 1e9:.2f} GB to fetch")
+    size, left = sum(file.size for file in listed), _left(folder, missing)
+    say(f"{repository.name} from {endpoint}: {len(listed)} files, {size / 1e9:.2f} GB; {left / 1e9:.2f} GB to fetch")
     if cached:
         say(f"{len(cached)} of them are in the hub's own cache, {hub_cache()}, and are taken from there")
     _require_space(folder, left)
@@ -94,7 +94,7 @@ def download(
             fetch(client, file, folder / file.path, advance, **extra)
     if repository.kind == "model":
         check_folder(folder)
-    return Downloaded(folder, len(files) - present - len(cached), present, len(cached), size)
+    return Downloaded(folder, len(listed) - present - len(cached), present, len(cached), size)
 
 
 def _cached(repository: Repository, missing: list[RemoteFile]) -> dict[str, Path]:
@@ -120,14 +120,14 @@ def _link(cached: dict[str, Path], folder: Path) -> None:
 
 
 def _copy(blob: Path, target: Path) -> None:
-    part = target.with_name(target.name + PART)
     try:
-        shutil.copyfile(blob, part)
+        with files.growing(target) as copy:
+            shutil.copyfile(blob, copy)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if not files.is_disk_full(error):
             raise
-        raise DiskFullError(f"{part}: no space left", hint="free some space and run the same command again") from error
-    os.replace(part, target)
+        hint = "free some space and run the same command again: it continues"
+        raise DiskFullError(f"{target}: no space left", hint=hint) from error
 
 
 def _is_there(path: Path, file: RemoteFile) -> bool:

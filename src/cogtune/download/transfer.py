@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import http.client
 import os
@@ -14,6 +13,7 @@ from urllib.error import HTTPError
 from cogtune.download.http import BROKEN, Client
 from cogtune.download.remote import RemoteFile
 from cogtune.errors import DiskFullError, DownloadError
+from cogtune.system import files
 
 PART = ".part"
 ATTEMPTS = 8
@@ -52,7 +52,7 @@ def fetch(
             reason = f"HTTP {error.code} {error.reason}"
             failures = failures if error.code >= 500 or error.code == 429 else ATTEMPTS  # it will say the same again
         except BROKEN as error:
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            if files.is_disk_full(error):
                 raise DiskFullError(
                     f"{part}: no space left", hint="free some space and run the same command again: it continues"
                 ) from error

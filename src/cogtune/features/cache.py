@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from cogtune.checkpoint.resume_state import is_disk_full
 from cogtune.data.records import ImageRef
 from cogtune.distributed.group import Group
 from cogtune.errors import DataError, DiskFullError, Stopped
@@ -27,6 +26,7 @@ from cogtune.features.missing import Survey, survey
 from cogtune.features.reader import FeatureReader
 from cogtune.features.store import FeatureCacheError, Store, make_folder, write_atomically
 from cogtune.features.variant import Variant
+from cogtune.system import files
 
 _ROUND = 4  # batches between two moments at which the processes hear of each other
 _SHOWN = 10
@@ -243,7 +243,7 @@ def _naming_errors() -> Iterator[None]:
         message = f"{error.message}; the feature cache is half filled"
         raise Stopped(error.exit_code - 128, message, hint=_CONTINUES) from error
     except Exception as error:
-        if is_disk_full(error):
+        if files.is_disk_full(error):
             raise DiskFullError(
                 f"no space left while filling the feature cache ({error}); what was computed before is stored",
                 hint="free some space, or lower data.cache_budget so that less is kept, or set data.cache_features: "

@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from cogtune.features.store import is_running, make_folder, write_atomically
+from cogtune.features.store import make_folder, write_atomically
+from cogtune.system.files import is_running
 
 FOLDER = "leases"
 _SUFFIX = ".lease"

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import stat
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -27,12 +25,11 @@ import torch
 from cogtune.errors import RunError
 from cogtune.features.file_format import DamagedError, pack, unpack
 from cogtune.features.variant import Variant
+from cogtune.system import files
 
 SUFFIX = ".safetensors"
 ABOUT = "about.json"
 _REPAIR = "run the same command again: it fills what is missing and continues from the last checkpoint"
-_STALE_SECONDS = 3600.0
-_GRACE_SECONDS = 60.0  # containers may share a host's name and not its processes
 
 
 class FeatureCacheError(RunError):
@@ -119,7 +116,7 @@ class Store:
             text = json.dumps({**asdict(self.variant), "model": model}, indent=1) + "\n"
             write_atomically(about, text.encode(), self.root)
         for leftover in [*self.folder.glob(".*.partial"), *self.folder.glob("*/.*.partial")]:
-            if _is_abandoned(leftover):
+            if files.is_abandoned(leftover):
                 leftover.unlink(missing_ok=True)
 
     def _label(self, digest: str) -> str:
@@ -141,22 +138,7 @@ def write_atomically(path: Path, content: bytes, root: Path) -> None:
 
     It is not flushed to disk: a kill cannot tear it, and what a power failure tears is noticed by size and digest.
     """
-    temporary = path.with_name(f".{path.stem}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}.partial")
-    try:
-        write_file(temporary, content)
-        with suppress(PermissionError):  # file systems without permissions
-            temporary.chmod(stat.S_IMODE(root.stat().st_mode) & 0o666)
-        temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """All bytes of the cache go through here."""
-    with path.open("xb") as file:
-        file.write(content)
+    files.write_bytes(path, content, mode=stat.S_IMODE(root.stat().st_mode) & 0o666)
 
 
 def feature_files(folder: Path) -> Iterator[os.DirEntry[str]]:
@@ -164,8 +146,8 @@ def feature_files(folder: Path) -> Iterator[os.DirEntry[str]]:
     with suppress(FileNotFoundError), os.scandir(folder) as parts:
         for part in parts:
             if part.is_dir():
-                with os.scandir(part.path) as files:
-                    yield from (entry for entry in files if entry.name.endswith(SUFFIX))
+                with os.scandir(part.path) as entries:
+                    yield from (entry for entry in entries if entry.name.endswith(SUFFIX))
 
 
 @dataclass(frozen=True)
@@ -198,26 +180,3 @@ def _read(path: Path) -> bytearray:
         content = bytearray(os.fstat(file.fileno()).st_size)
         length = file.readinto(content)
     return content[:length]
-
-
-def _is_abandoned(partial: Path) -> bool:
-    """No living writer can be behind it: a write takes well under a second."""
-    parts = partial.name.split(".")  # "", stem, host (it may hold dots), process, time, "partial"
-    host, process = ".".join(parts[2:-3]), parts[-3]
-    try:
-        age = time.time() - partial.stat().st_mtime
-    except FileNotFoundError:
-        return False
-    ended = host == socket.gethostname() and process.isdecimal() and not is_running(int(process))
-    return age > (_GRACE_SECONDS if ended else _STALE_SECONDS)
-
-
-def is_running(process: int) -> bool:
-    """Whether a process of this machine is still there."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cogtune.errors import InputError
+from cogtune.system import files
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,7 @@ def write_last_run(
     try:
         path = state_file()
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        temporary.write_text(json.dumps(asdict(run), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        files.write_json(path, asdict(run))
     except (OSError, RuntimeError):  # Path.home() raises RuntimeError where there is none
         return False
     return True

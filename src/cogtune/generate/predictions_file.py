@@ -15,9 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from cogtune.checkpoint.resume_state import is_disk_full, write_json
 from cogtune.data.records import Question
 from cogtune.errors import DiskFullError, OutputFolderError
+from cogtune.system import files
 
 _ELSE = "give another --output, or remove this file and its .meta.json to start over"
 
@@ -102,7 +102,7 @@ class PredictionFile:
         later = {str(place): answer for place, answer in answers.items()}
         meta = {"decides": self.settings.decides, "made_with": self.settings.shown, "pending": later}
         with _explained_disk_full(self.meta):
-            write_json(self.meta, meta)
+            files.write_json(self.meta, meta, durable=True)
 
     def finish(self) -> None:
         """Everything to disk."""
@@ -171,7 +171,7 @@ def _explained_disk_full(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if not is_disk_full(error):
+        if not files.is_disk_full(error):
             raise
         raise DiskFullError(
             f"{path}: no space left; every answer before is in the file",

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from cogtune.checkpoint.resume_state import sync
 from cogtune.errors import CogtuneError
+from cogtune.system import files
 
 METRICS_FILE = "metrics.jsonl"
 log = logging.getLogger("cogtune")
@@ -135,10 +135,7 @@ def _drop_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [json.dumps(line) + "\n" for line in read_metrics(path.parent) if line["step"] <= step]
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    sync(temporary)
-    temporary.replace(path)
+    files.write_text(path, "".join(kept), durable=True)
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -15,6 +15,7 @@ from typing import Any
 from cogtune.checkpoint import resume_state as checkpoints
 from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import OutputFolderError
+from cogtune.system import files
 
 RUN_FILE = "run.json"
 
@@ -129,7 +130,7 @@ def read_record(output: Path) -> RunRecord | None:
 
 def write_record(output: Path, record: RunRecord) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    checkpoints.write_json(output / RUN_FILE, record.to_dict())
+    files.write_json(output / RUN_FILE, record.to_dict(), durable=True)
 
 
 def resume_source(path: Path) -> tuple[Path, RunRecord]:

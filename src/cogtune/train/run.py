@@ -29,6 +29,7 @@ from cogtune.generate.last_run import write_last_run
 from cogtune.model.activation_checkpointing import enable_checkpointing
 from cogtune.model.compile import can_compile, compile_layers, prepare_compiling
 from cogtune.model.modeling import CogVLM2ForCausalLM
+from cogtune.system import files
 from cogtune.system.allocator import describe_allocator
 from cogtune.system.gpu import gpu_of
 from cogtune.train import engines, feature_cache, output_folder, saver
@@ -76,7 +77,7 @@ def train(config: RunConfig, *, dry_run: bool = False, force: bool = False) -> T
     try:
         return _train(config, dry_run, force)
     except OSError as error:
-        if not checkpoints.is_disk_full(error):
+        if not files.is_disk_full(error):
             raise
         raise DiskFullError(
             f"{config.train.output}: no space left; the last checkpoint is intact",
@@ -199,9 +200,9 @@ def _write_beside(config: RunConfig, inputs: Inputs, engine: Engine, start: RunS
     output = start.folder.output
     output_folder.write_record(output, start.record)
     checkpoints.remove_leftovers(output)
-    checkpoints.write_file(output / "config.yaml", config.to_yaml().encode())
-    checkpoints.write_json(output / "data.json", inputs.data_json())
-    checkpoints.write_json(output / "versions.json", versions(engine.device))
+    files.write_text(output / "config.yaml", config.to_yaml())
+    files.write_json(output / "data.json", inputs.data_json(), durable=True)
+    files.write_json(output / "versions.json", versions(engine.device), durable=True)
 
 
 def _build(

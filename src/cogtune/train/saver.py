@@ -17,6 +17,7 @@ from cogtune.checkpoint import resume_state as checkpoints
 from cogtune.checkpoint.resume_state import TrainingState
 from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import CheckpointError
+from cogtune.system import files
 from cogtune.train.engines.base import MASTER, Engine
 from cogtune.train.log import log
 from cogtune.train.output_folder import RunRecord
@@ -53,7 +54,7 @@ class Saver:
 
         folder = checkpoints.save(self._output, self._progress.step, state, write_adapter)
         if better:
-            checkpoints.link(self._output, "best", folder.name)
+            files.link(self._output / "best", folder.name)
         best = self._progress.best_step
         protect = None if best is None else checkpoints.checkpoint_path(self._output, best)
         checkpoints.rotate(self._output, self._progress.step, self._config.train.keep_checkpoints, protect)

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TextIO
 
 import pytest
 
@@ -155,11 +154,11 @@ def test_a_rank_killed_while_it_leaves_its_error_leaves_no_half_of_it(
     file = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
 
-    def killed(content: object, stream: TextIO) -> None:
-        stream.write('{"mess')
+    def killed(path: Path, content: bytes) -> None:
+        path.write_bytes(content[:6])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands.json, "dump", killed)
+    monkeypatch.setattr(commands.files, "write_file", killed)
     with pytest.raises(KeyboardInterrupt):
         commands._report_to_launcher("it broke")
     assert not file.exists()

@@ -12,11 +12,11 @@ import pytest
 from cogtune.data.records import Question, iter_questions
 from cogtune.data.sources import read_sources
 from cogtune.errors import DataError, DiskFullError, OutputFolderError
-from cogtune.generate import predictions_file
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.generator import Ask
 from cogtune.generate.predict import PredictOptions, Predictor, PredictReport
 from cogtune.generate.predictions_file import PredictionFile, Settings, record
+from cogtune.system import files
 from tests.support.answering import FakeGenerator
 from tests.support.data_folders import dialogue, section, write_folder, write_image, write_lines
 
@@ -211,9 +211,7 @@ def test_files_that_are_not_ours_are_refused(setup: Setup) -> None:
     setup.output.write_text('{"mine": 1}\n')
     with pytest.raises(OutputFolderError, match=r"answers.jsonl.meta.json, which says what made it, does not"):
         setup.run()
-    predictions_file.write_json(
-        setup.output.with_name("answers.jsonl.meta.json"), {"decides": SETTINGS.decides, "pending": {}}
-    )
+    files.write_json(setup.output.with_name("answers.jsonl.meta.json"), {"decides": SETTINGS.decides, "pending": {}})
     with pytest.raises(OutputFolderError, match=r"answers\.jsonl:1: not a prediction record"):
         setup.run()
     setup.output.write_text('{"id": "data/zzz#0", "turn": 0, "question": "?", "answer": "!"}\n')

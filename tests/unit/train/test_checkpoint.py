@@ -13,6 +13,7 @@ import torch
 from cogtune.checkpoint import resume_state as checkpoints
 from cogtune.checkpoint.resume_state import TrainingState
 from cogtune.errors import CheckpointError, DiskFullError
+from cogtune.system import files
 
 
 def state(value: float = 1.0) -> TrainingState:
@@ -71,7 +72,7 @@ def test_a_full_disk_leaves_earlier_checkpoints_alone(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if where != "write_adapter":
-        monkeypatch.setattr(checkpoints, where, full)
+        monkeypatch.setattr(files, where, full)
     with pytest.raises(DiskFullError, match="no space left") as caught:
         checkpoints.save(tmp_path, 10, state(), full if where == "write_adapter" else lambda folder: None)
     assert caught.value.exit_code == 1
@@ -83,8 +84,8 @@ def test_safetensors_own_words_for_a_full_disk_are_understood() -> None:
     from safetensors import SafetensorError
 
     error = SafetensorError("I/O error: No space left on device (os error 28)")
-    assert checkpoints.is_disk_full(error)
-    assert not checkpoints.is_disk_full(ValueError("anything else"))
+    assert files.is_disk_full(error)
+    assert not files.is_disk_full(ValueError("anything else"))
 
 
 def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
