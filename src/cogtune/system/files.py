@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from cogtune.errors import CogtuneError, InputError
+from cogtune.errors import CogtuneError, DiskFullError, InputError, OutputFolderError, RunError
 
 PARTIAL, REPLACED = ".partial", ".replaced"
 LONGEST_NAME = 255
@@ -39,7 +39,7 @@ _WRITER = re.compile(r"\.(?P<process>\d+)\.\d+" + re.escape(PARTIAL))
 
 def write_text(path: Path, text: str, *, durable: bool = False) -> None:
     """Write a text file, whole or not at all, and remove what killed writers of the same file left behind."""
-    for leftover in path.parent.glob(f"{_escaped(_hidden(path.name, room=80))}.*{PARTIAL}"):
+    for leftover in path.parent.glob(f"{_escaped(hidden(path.name, room=80))}.*{PARTIAL}"):
         if is_abandoned(leftover):
             leftover.unlink(missing_ok=True)
     write_bytes(path, text.encode(), durable=durable)
@@ -71,7 +71,7 @@ def growing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     if _is_special(path):
         yield path
         return
-    temporary = path.with_name(f"{_hidden(path.name, room=80)}.{_writer()}{PARTIAL}")
+    temporary = path.with_name(f"{hidden(path.name, room=80)}.{_writer()}{PARTIAL}")
     try:
         yield temporary
         if durable:
@@ -89,7 +89,7 @@ def growing_folder(path: Path, *, replace: bool = False, durable: bool = False) 
 
     What an earlier one left behind is removed first. ``replace``: a folder that is there already gives way.
     """
-    folder, old = partial_path(path), path.with_name(_hidden(path.name) + REPLACED)
+    folder, old = partial_path(path), path.with_name(hidden(path.name) + REPLACED)
     try:
         for leftover in (folder, old) if replace else (folder,):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -119,7 +119,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 def remove_folder(folder: Path) -> None:
     """Delete a folder. Renamed first: a kill in the middle must not leave a half-empty one under its name."""
-    doomed = folder.with_name(_hidden(folder.name) + REPLACED)
+    doomed = folder.with_name(hidden(folder.name) + REPLACED)
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
     shutil.rmtree(doomed)
@@ -144,7 +144,7 @@ def sync(path: Path) -> None:
 
 def partial_path(path: Path) -> Path:
     """The hidden name under which the folder ``path`` is built."""
-    return path.with_name(_hidden(path.name) + PARTIAL)
+    return path.with_name(hidden(path.name) + PARTIAL)
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -152,6 +152,68 @@ def is_disk_full(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
         return True
     return isinstance(error, Exception) and any(f"(os error {code})" in str(error) for code in _DISK_FULL)
+
+
+@contextmanager
+def explained(path: Path, *, kept: str = "", hint: str = "", late: bool = False) -> Iterator[None]:
+    """The system's errors about files inside the block, where ``path`` is written, as errors of the catalogue.
+
+    Args:
+        kept: what is safe, in words.
+        hint: what to do next, where that is more than the system's reason says.
+        late: the place could be written before.
+
+    Raises:
+        DiskFullError: no space or no quota is left.
+        OutputFolderError: ``output-unwritable``: any other reason. RunError: ``output-lost``: the same, ``late``.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = _system_error(error)
+        if number is None:
+            raise
+        named = getattr(error, "filename", None)
+        inner = f" ({os.fsdecode(named)})" if isinstance(named, str | bytes) and _is_other(named, path) else ""
+        safe = f"; {kept}" if kept else ""
+        if is_disk_full(error):
+            again = hint or "free some space, or choose a place on another disk"
+            raise DiskFullError(f"{path}: no space left{inner}{safe}", hint=again) from error
+        message = f"{path}: cannot be written: {os.strerror(number).lower()}{inner}{safe}"
+        hint = hint or _REMEDIES.get(number, "choose another place")
+        if late:
+            raise RunError(message, hint=hint, code="output-lost") from error
+        raise OutputFolderError(message, hint=hint, code="output-unwritable") from error
+
+
+def _system_error(error: Exception) -> int | None:
+    """The system's number of an error about a file; None of any other error."""
+    if isinstance(error, OSError):
+        return None if isinstance(error, ConnectionError | TimeoutError) else error.errno
+    if isinstance(error, CogtuneError):
+        return None
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else None
+
+
+def _is_other(named: str | bytes, path: Path) -> bool:
+    """Whether the system's error names another file than ``path`` and what is being built for it."""
+    other = Path(os.fsdecode(named))
+    return other != path and not other.name.endswith((PARTIAL, ".lock"))
+
+
+_REMEDIES = {
+    errno.EACCES: "choose a place that you may write, or have its permissions changed",
+    errno.EPERM: "choose a place that you may write, or have its permissions changed",
+    errno.EROFS: "the disk may only be read: choose another place",
+    errno.ENOENT: "a folder above it is gone: bring it back, or choose another place",
+    errno.ENOTDIR: "a part of the path is a file: choose another place",
+    errno.EISDIR: "there is a folder of that name: choose another",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EFBIG: "files of that size are not allowed there: see `ulimit -f`, or choose another disk",
+    errno.EIO: "the disk or the network it lies behind failed: see `dmesg`, or choose another disk",
+    errno.ESTALE: "the network disk was lost: see that it is mounted, and run the same command again",
+}
 
 
 def is_abandoned(partial: Path) -> bool:
@@ -249,8 +311,8 @@ def _shown(name: object) -> str:
     return text if len(text) <= 120 else f"{text[:120]}..."
 
 
-def _hidden(name: str, room: int = 10) -> str:
-    """``name`` as the beginning of a hidden name with ``room`` bytes behind it, itself no longer than a name may be."""
+def hidden(name: str, room: int = 10) -> str:
+    """The beginning of a hidden name for ``name``, no longer than leaves ``room`` bytes behind it."""
     hidden = f".{name}"
     if len(os.fsencode(hidden)) + room <= LONGEST_NAME:
         return hidden

@@ -1,0 +1,373 @@
+"""The lock that a process keeps on the place it writes to, so that no second one writes there.
+
+A lock is a small hidden file that says who holds it, under a lock of the operating system (flock), which the system
+gives back whatever ends the process. A lock file that is left behind is told apart by where its holder ran:
+
+* On this machine: flock says for certain that it is gone. The lock is taken over.
+* On another one that shares the disk: whether flock reaches that far nobody can say. A living holder renews the file
+  every few seconds, so it is watched for a minute, and taken over if nobody renews it.
+* Where the disk has no flock, the file itself is the lock: whoever makes it has it, and the two rules above are applied
+  by process number and by watching.
+
+A process whose lock was taken over after all is told so by `Lock.require`, before it replaces anything.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+
+from cogtune.errors import OutputFolderError, RunError
+from cogtune.system import files
+from cogtune.system.processes import Process, machine_started
+
+LOCK = ".lock"
+FOLDER_LOCK = f".cogtune{LOCK}"
+RENEW_SECONDS = 10.0
+WATCH_SECONDS = 60.0
+FORGOTTEN_SECONDS = 3600.0
+"""After so long without a renewal a lock of another machine needs no watching."""
+
+_POLL_SECONDS = 1.0
+_MOST = 1 << 14
+_FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+Say = Callable[[str], None]
+
+
+def lock_folder(folder: Path, instead: str, say: Say | None = None) -> Lock:
+    """A lock on everything in ``folder``, which is made if it is not there. Arguments and errors: `Lock`."""
+    return Lock(folder, folder / FOLDER_LOCK, instead, say)
+
+
+def lock_beside(place: Path, instead: str, say: Say | None = None) -> Lock:
+    """A lock on a file, or on a folder that appears when it is whole. Arguments and errors: `Lock`."""
+    return Lock(place, place.with_name(files.hidden(place.name) + LOCK), instead, say)
+
+
+class Lock:
+    """A lock on ``place``, from its making until `release` or the end of the process; a context manager.
+
+    Args:
+        place: the folder or file that is written, for messages.
+        path: the lock's file. Folders above it are made, and removed with the lock while they are empty.
+        instead: what else a user may do, for the message: ``choose another --output``.
+        say: is told when a lock is watched or taken over; by default on standard error.
+
+    Raises:
+        OutputFolderError: ``output-in-use``, another process holds it; ``output-unwritable``, the place cannot be
+            written.
+    """
+
+    def __init__(self, place: Path, path: Path, instead: str, say: Say | None) -> None:
+        self.place, self.path = place, path
+        self._own, self._file, self._made = Process.here(), -1, list[Path]()
+        try:
+            with files.explained(place):
+                self._made = [folder for folder in path.parents if not folder.exists()]
+                self._file = _Taking(place, path, self._own, instead, say or _say).take()
+        except BaseException:
+            self._remove_folders()
+            raise
+        _held.add(self)
+        _start_renewing()
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the lock's file is still this process's."""
+        return self._file >= 0 and _read(self.path) == self._own
+
+    def require(self) -> None:
+        """Before something is replaced: the place is still this process's.
+
+        Raises:
+            RunError: ``output-lost``: the place is gone, or another process has taken the lock over.
+        """
+        if self.is_held:
+            return
+        other = _read(self.path)
+        if other is not None:
+            raise RunError(
+                f"{self.place}: was taken over by {other}, which had not heard of this process for a while",
+                hint="let that one go on; this one has stopped, and has replaced nothing since",
+                code="output-lost",
+            )
+        if not self.path.parent.is_dir():
+            raise RunError(
+                f"{self.place}: gone: it was removed, renamed or unmounted while this process wrote there",
+                hint="bring it back and run the same command again",
+                code="output-lost",
+            )
+        raise RunError(
+            f"{self.path}: the lock was removed while this process wrote there",
+            hint="run the same command again, once, and do not remove the lock of a process that lives",
+            code="output-lost",
+        )
+
+    def renew(self) -> None:
+        """Show other machines that the holder lives."""
+        with suppress(OSError):  # a place that is gone is `require`'s to report
+            os.utime(self._file)
+
+    def release(self) -> None:
+        """Give the lock back."""
+        if self._file < 0:
+            return
+        _held.discard(self)
+        with suppress(OSError):
+            if self.is_held:
+                self.path.unlink()
+        _close(self._file)
+        self._file = -1
+        self._remove_folders()
+
+    def forget(self) -> None:
+        """In a forked child: it must not keep its parent's lock alive."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def _remove_folders(self) -> None:
+        with suppress(OSError):  # not empty: that is what they were made for
+            for folder in self._made:
+                folder.rmdir()
+
+
+class _Taking:
+    """One attempt to get a lock."""
+
+    def __init__(self, place: Path, path: Path, own: Process, instead: str, say: Say) -> None:
+        self._place, self._path, self._own, self._instead, self._say = place, path, own, instead, say
+
+    def take(self) -> int:
+        """The open file of a lock that is ours now."""
+        while True:
+            file, is_new = self._open()
+            keep = False
+            try:
+                locked = _flock(file)
+                if locked is False:
+                    raise self._in_use(self._named(file))
+                if is_new or (locked and os.fstat(file).st_nlink):  # else its holder has just removed it
+                    self._require_free(os.pread(file, _MOST, 0), certain=True)
+                    keep = self._write(file)
+                    if keep:
+                        return file
+                if locked is None:
+                    self._take_away()
+            finally:
+                if not keep:
+                    os.close(file)
+
+    def _open(self) -> tuple[int, bool]:
+        """The lock's file, and whether it was made by this."""
+        while True:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError, FileNotFoundError):  # the latter: its last holder has removed the folder
+                return os.open(self._path, _FLAGS | os.O_CREAT | os.O_EXCL, 0o666), True
+            with suppress(FileNotFoundError):
+                return os.open(self._path, _FLAGS), False
+
+    def _take_away(self) -> None:
+        """Where there is no flock: remove the lock file of a process that is gone. Renaming it, only one can."""
+        try:
+            content = self._path.read_bytes()
+        except FileNotFoundError:
+            return
+        self._require_free(content, certain=False)
+        taken = self._path.with_name(f"{self._path.name}.{os.getpid()}.{time.monotonic_ns()}")
+        with suppress(FileNotFoundError):  # somebody else was faster; the next round finds whose it is
+            self._path.rename(taken)
+            if taken.read_bytes() != content:  # and has it already
+                taken.rename(self._path)
+            else:
+                taken.unlink()
+
+    def _require_free(self, content: bytes, *, certain: bool) -> None:
+        """Nobody is behind a lock file of this content; ``certain``: flock has been given to us."""
+        other = _parse(content)
+        if other is None and content.strip(b"\0"):
+            raise OutputFolderError(
+                f"{self._path}: in the way: a lock of cogtune belongs there, and this file is none",
+                hint=f"move it away, or {self._instead}",
+                code="output-unwritable",
+            )
+        if not self._is_free(other, certain):
+            raise self._in_use(other)
+
+    def _write(self, file: int) -> bool:
+        """Say in the file whose it is; False: it is not the one at its path any more."""
+        try:
+            os.ftruncate(file, 0)
+            os.pwrite(file, self._own.text().encode("utf-8", "replace"), 0)
+        except OSError:  # a full disk
+            with suppress(OSError):
+                os.ftruncate(file, 0)
+                self._path.unlink()
+            raise
+        return _read(self._path) == self._own
+
+    def _is_free(self, other: Process | None, certain: bool) -> bool:
+        if other is None:
+            return certain or not self._is_renewed("a process that is just starting")
+        if certain and other.is_of_this_machine:
+            gone = True
+        elif other.is_visible:
+            gone = not other.is_running
+        else:
+            gone = self._has_rebooted(other) or not self._is_renewed(str(other))
+        if gone and not (other.is_visible and other.is_running):
+            self._say(f"{self._place}: taking over from {other}, which ended without giving its lock back")
+        return gone
+
+    def _is_renewed(self, other: str) -> bool:
+        """Watch a lock whose holder cannot be asked."""
+        before = _renewed(self._path)
+        if before is None or time.time() - before / 1e9 > FORGOTTEN_SECONDS:
+            return False
+        self._say(f"{self._place}: in use by {other}; seeing for {WATCH_SECONDS:.0f} s whether it is still there")
+        end = time.monotonic() + WATCH_SECONDS
+        while time.monotonic() < end:
+            time.sleep(_POLL_SECONDS)
+            now = _renewed(self._path)
+            if now != before:
+                return now is not None
+        return False
+
+    def _has_rebooted(self, other: Process) -> bool:
+        """Whether ``other`` ran before this machine was started anew."""
+        renewed, started = _renewed(self._path), machine_started()
+        same = other.host == socket.gethostname() and not other.is_of_this_machine
+        return same and renewed is not None and started is not None and renewed / 1e9 < started
+
+    def _named(self, file: int) -> Process | None:
+        """Who holds it; a holder writes its name as soon as it has the lock."""
+        for _ in range(20):
+            other = _parse(os.pread(file, _MOST, 0))
+            if other is not None:
+                return other
+            time.sleep(0.05)
+        return None
+
+    def _in_use(self, other: Process | None) -> OutputFolderError:
+        wait = "wait until it ends"
+        if other is not None and other.is_visible:
+            wait += f", stop it with `kill {other.number}`"
+        elif other is not None:
+            wait += f" (if {other.host} is gone for good, remove {self._path})"
+        return OutputFolderError(
+            f"{self._place}: in use by {other or 'another process, which has not said yet who it is'}",
+            hint=f"{wait}, or {self._instead}",
+            code="output-in-use",
+        )
+
+
+@contextmanager
+def turn(path: Path) -> Iterator[None]:
+    """Inside the block no other process of this machine, and where flock reaches others, of theirs, is inside a block
+    for the same ``path``. Meant for moments: who comes second waits. A place that cannot be written, or a disk without
+    flock, gives no such promise."""
+    file = -1
+    with suppress(OSError):
+        while True:
+            file = os.open(path, _FLAGS | os.O_CREAT, 0o666)
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if os.fstat(file).st_nlink:
+                break
+            _close(file)  # removed by whoever had it before
+            file = -1
+    try:
+        yield
+    finally:
+        if file >= 0:
+            _close(file)
+
+
+_held: set[Lock] = set()
+"""The locks of this process, renewed by a thread."""
+
+
+def _renew() -> None:
+    while True:
+        time.sleep(RENEW_SECONDS)
+        for lock in tuple(_held):
+            lock.renew()
+
+
+@cache
+def _start_renewing() -> None:
+    threading.Thread(target=_renew, name="cogtune-lock", daemon=True).start()
+
+
+def _forget_all() -> None:
+    for lock in _held:
+        lock.forget()
+    _held.clear()
+    _start_renewing.cache_clear()
+
+
+os.register_at_fork(after_in_child=_forget_all)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _flock(file: int) -> bool | None:
+    """Whether the lock is ours now; None: this disk has none."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # the latter over a network, by what is written of it
+        return False
+    except OSError as error:
+        if error.errno in _UNSUPPORTED:
+            return None
+        raise
+    return True
+
+
+def _close(file: int) -> None:
+    """Give back flock too where a forked child has the file open."""
+    with suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_UN)
+    os.close(file)
+
+
+def _parse(content: bytes) -> Process | None:
+    return Process.parse(content.decode("utf-8", "replace"))
+
+
+def _read(path: Path) -> Process | None:
+    try:
+        return _parse(path.read_bytes())
+    except OSError:
+        return None
+
+
+def _renewed(path: Path) -> int | None:
+    """When a lock was last renewed, in nanoseconds. It is opened: a network disk may answer for a path from memory."""
+    try:
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_mtime_ns
+    except OSError:
+        return None
