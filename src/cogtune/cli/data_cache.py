@@ -98,12 +98,14 @@ def _look(config: RunConfig, switches: set[str]) -> int:
         found = contents.stat(root, data.cache_budget)
         print(json.dumps(found, indent=1) if "json" in switches else "\n".join(contents.lines(found)))
         return 0
-    count, size, kept = contents.clear(root)
+    done = contents.clear(root)
     if "json" in switches:
-        print(json.dumps({"folder": str(root), "removed": count, "removed_bytes": size, "kept": kept}))
+        counts = {"removed": done.removed, "removed_bytes": done.size, "kept": done.kept, "others": done.others}
+        print(json.dumps({"folder": str(root), **counts}))
     else:
-        busy = f"; {kept} kept, which running runs need" if kept else ""
-        print(f"{root}: {count} pictures' features removed ({size_text(size)}){busy}")
+        busy = f"; {done.kept} kept, which running runs need" if done.kept else ""
+        others = f"; {done.others} other files left alone, which are none of the cache's own" if done.others else ""
+        print(f"{root}: {done.removed} pictures' features removed ({size_text(done.size)}){busy}{others}")
     return 0
 
 

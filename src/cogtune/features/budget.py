@@ -8,8 +8,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cogtune.features.lease import leased
-from cogtune.features.store import SUFFIX, Stored, scan
+from cogtune.features.lease import Lease, leased
+from cogtune.features.ownership import is_features, label
+from cogtune.features.store import Stored, scan
 from cogtune.system.byte_sizes import parse_size
 
 _HEADROOM = 2**30  # left free on the disk whatever the budget says: checkpoints are written while a run goes on
@@ -17,7 +18,8 @@ _HEADROOM = 2**30  # left free on the disk whatever the budget says: checkpoints
 
 @dataclass(frozen=True)
 class Space:
-    """Bytes: what the cache takes, what is free on its disk, how much it may take, what of it may be evicted."""
+    """Bytes: what the cache takes, what is free on its disk, how much it may take, what of it may be evicted, and what
+    runs that are filling it have reserved."""
 
     taken: int
     free: int
@@ -25,23 +27,28 @@ class Space:
     evictable: int
     victims: tuple[Stored, ...]
     """Files that may be evicted, least recently used first."""
+    reserved: int = 0
 
     def excess(self, more: int) -> int:
         """Bytes to evict before ``more`` bytes fit; more than ``evictable`` if they cannot."""
-        return max(self.taken + more - self.budget, more - self.free, 0)
+        wanted = self.reserved + more
+        return max(self.taken + wanted - self.budget, wanted - self.free, 0)
 
     def fits(self, more: int) -> bool:
         return self.excess(more) <= self.evictable
 
 
-def measure(root: Path, budget: str, needed: Collection[str]) -> Space:
-    """Look at the cache. ``needed`` files, as ``variant/digest``, and those under lease are no victims."""
+def measure(root: Path, budget: str, needed: Collection[str], own: Lease | None = None) -> Space:
+    """Look at the cache. ``needed`` files, as ``variant/digest``, and those that other leases than ``own`` hold are no
+    victims."""
     files = scan(root)
     taken = sum(file.size for file in files)
     free = max(0, shutil.disk_usage(_existing(root)).free - _HEADROOM)
-    held = leased(root) | set(needed)
-    victims = sorted((file for file in files if _label(file.path) not in held), key=lambda file: file.used)
-    return Space(taken, free, _limit(budget, taken + free), sum(file.size for file in victims), tuple(victims))
+    held, names = leased(root, own), set(needed)
+    victims = [file for file in files if not (label(file.path) in names or held.holds(label(file.path), file.used))]
+    victims.sort(key=lambda file: file.used)
+    evictable = sum(file.size for file in victims)
+    return Space(taken, free, _limit(budget, taken + free), evictable, tuple(victims), held.reserved)
 
 
 def evict(space: Space, more: int) -> tuple[int, int]:
@@ -52,8 +59,9 @@ def evict(space: Space, more: int) -> tuple[int, int]:
         if size >= excess:
             break
         with suppress(PermissionError):  # another user's, in a folder that is not ours to write
-            file.path.unlink(missing_ok=True)
-            count, size = count + 1, size + file.size
+            if is_features(file.path):
+                file.path.unlink(missing_ok=True)
+                count, size = count + 1, size + file.size
     return count, size
 
 
@@ -61,10 +69,6 @@ def _limit(budget: str, available: int) -> int:
     if budget.endswith("%"):
         return int(available * float(budget.removesuffix("%")) / 100)
     return parse_size(budget)
-
-
-def _label(path: Path) -> str:
-    return f"{path.parent.parent.name}/{path.name.removesuffix(SUFFIX)}"
 
 
 def _existing(path: Path) -> Path:

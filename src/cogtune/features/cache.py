@@ -6,8 +6,8 @@ import gc
 import os
 import socket
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -17,20 +17,23 @@ import torch
 
 from cogtune.data.records import ImageRef
 from cogtune.distributed.group import Group
-from cogtune.errors import DataError, DiskFullError, Stopped
+from cogtune.errors import ConfigError, DataError, DiskFullError, Stopped
 from cogtune.features.budget import Space, evict, measure
+from cogtune.features.choose import size_text
 from cogtune.features.fill import Filled, Filler, FillSettings, Tower
 from cogtune.features.index import PictureIndex
 from cogtune.features.lease import Lease
-from cogtune.features.missing import Survey, survey
+from cogtune.features.missing import Survey, look_at_contents, survey
+from cogtune.features.ownership import is_cache
 from cogtune.features.reader import FeatureReader
-from cogtune.features.store import FeatureCacheError, Store, make_folder, write_atomically
+from cogtune.features.store import FeatureCacheError, Store, make_folder, mark, turn, write_atomically
 from cogtune.features.variant import Variant
 from cogtune.system import files
 
 _ROUND = 4  # batches between two moments at which the processes hear of each other
 _SHOWN = 10
 _SAY_SECONDS = 10.0
+_TELL_SECONDS = 1.0
 _CONTINUES = "what was computed stays: run the same command again and it goes on from there"
 
 T = TypeVar("T")
@@ -84,9 +87,17 @@ class FeatureCache:
         self.store = Store(root, variant)
         self._root, self._ranks = root, ranks
         self._index = PictureIndex(root, int(variant.shape["image_size"]), exif)
+        self._lease, self._filling = Lease(root), Lease(root)
+        if root.is_dir():
+            self._begin()
+            self._mark_earlier()
         self.survey: Survey = survey(images, self.store, self._index, ranks)
+        self._problem: str | None = None
+        if self.survey.to_compute:
+            self._problem = self._try_writing()
+        if self._problem is not None:
+            self.survey = look_at_contents(self.survey, self.store, self._index, ranks)
         self._digests = dict(self.survey.present)
-        self._lease = Lease(root)
         if self._digests:
             self._lease.claim(self._names(self._digests))
 
@@ -104,10 +115,29 @@ class FeatureCache:
 
     def space(self, budget: str) -> Space:
         """Disk, budget and what could be evicted, as rank 0 sees it. Collective."""
-        needed = [name for part in self._ranks.gather(self._digests) for name in self._names(part)]
-        return self._ranks.on_main(lambda: measure(self._root, budget, needed))
+        needed = self._needed()
+        return self._ranks.on_main(lambda: measure(self._root, budget, needed, self._filling))
 
+    def _needed(self) -> list[str]:
+        return [name for part in self._ranks.gather(self._digests) for name in self._names(part)]
+
+    @property
     def problem(self) -> str | None:
+        """Why what is missing cannot be written, or None."""
+        return self._problem
+
+    def _begin(self) -> None:
+        """From here on, what is found (and marked as used) or computed stays."""
+        if not self._filling.is_begun:
+            self._filling.begin(self.store.variant.name)
+
+    def _mark_earlier(self) -> None:
+        """Mark a cache that an earlier version left without a mark."""
+        with suppress(OSError, FeatureCacheError):  # it may be there to be read only
+            if self._ranks.rank == 0 and is_cache(self._root):
+                mark(self._root)
+
+    def _try_writing(self) -> str | None:
         """Why the cache cannot be written, or None. Collective."""
 
         def attempt() -> str | None:
@@ -122,16 +152,33 @@ class FeatureCache:
 
         return next(filter(None, self._ranks.gather(attempt())), None)
 
-    def make_room(self, space: Space) -> str | None:
-        """Evict what has to go before filling; a line about it. Collective."""
+    def make_room(self, budget: str) -> str | None:
+        """Evict what has to go before filling, and reserve the room; a line about it. Collective.
+
+        Raises:
+            ConfigError: ``cache-budget``: another run has taken the room meanwhile.
+        """
+        needed = self._needed()
 
         def work() -> str | None:
-            count, size = evict(space, self.more_bytes)
-            return f"{count} files ({size / 1e9:.2f} GB) of other data or models removed to stay in the budget" * (
-                count > 0
-            )
+            make_folder(self._root, self._root)
+            with turn(self._root):  # two runs that measure at once would both take the same room
+                space = measure(self._root, budget, needed, self._filling)
+                if not space.fits(self.more_bytes):
+                    raise ConfigError(
+                        f"{size_text(self.more_bytes)} of features do not fit data.cache_budget {budget} any more: "
+                        f"{size_text(space.reserved)} are reserved by runs that fill the cache now",
+                        hint="start again when they have ended, raise data.cache_budget, or set data.cache_features: "
+                        "off",
+                        code="cache-budget",
+                    )
+                count, size = evict(space, self.more_bytes)
+                self._begin()
+                self._filling.reserve(self.more_bytes)
+            removed = f"{count} files ({size / 1e9:.2f} GB) of other data or models removed to stay in the budget"
+            return removed if count else None
 
-        return self._ranks.on_main(work) or None
+        return self._ranks.on_main(lambda: _named(work))
 
     def fill(
         self,
@@ -152,6 +199,7 @@ class FeatureCache:
         variant = self.store.variant
         settings = replace(settings, measure_error=variant.stored != variant.compute.split()[0])
         self._on_all(lambda: self.store.prepare(model) if self._ranks.rank == 0 else None)
+        self._begin()
         try:
             filled = self._compute(load, settings, device, say)
         finally:
@@ -163,6 +211,7 @@ class FeatureCache:
         self._refuse_bad(filled)
         if self._ranks.rank == 0 and self._index.compactable:
             self._index.compact()
+        self._filling.reserve(0)
         parts = self._ranks.gather((filled.computed, filled.found, filled.seconds, peak, filled.errors))
         computed, found, seconds, peaks, errors = zip(*parts, strict=True)
         return FillReport(
@@ -192,19 +241,19 @@ class FeatureCache:
 
                 states = self._on_all(work)
                 left = any(more for more, _ in states)
+                done = sum(count for _, count in states)
+                if self._ranks.rank == 0 and progress.is_news:
+                    self._filling.reserve((total - done) * self.picture_bytes)
+                self._filling.renew()
                 if self._lease.is_due:
                     self._lease.claim(self._names(self._digests | filler.filled.digests))
-                progress.at(sum(count for _, count in states))
+                progress.at(done)
             return filler.filled
 
     def _on_all(self, work: Callable[[], T]) -> list[T]:
         """`Group.on_all` with the system's errors about files as ours."""
 
-        def guarded() -> T:
-            with _naming_errors():
-                return work()
-
-        return self._ranks.on_all(guarded)
+        return self._ranks.on_all(lambda: _named(work))
 
     def _refuse_bad(self, filled: Filled) -> None:
         """All pictures that could not be read, once the others are done. Collective."""
@@ -227,18 +276,19 @@ class FeatureCache:
         self._ranks.on_main(lambda: self._lease.claim(self._names(digests)))
         if self._ranks.rank != 0:
             self._lease.remove()
+        self._filling.remove()
         return FeatureReader(self.store, digests, dtype, self._lease)
 
     def release(self) -> None:
         """What was found is not needed after all, or no more."""
         self._lease.remove()
+        self._filling.remove()
 
 
-@contextmanager
-def _naming_errors() -> Iterator[None]:
-    """Turn the system's errors about files into ours; a signal's message says what is left."""
+def _named(work: Callable[[], T]) -> T:
+    """``work()`` with the system's errors about files as ours; a signal's message says what is left."""
     try:
-        yield
+        return work()
     except Stopped as error:
         message = f"{error.message}; the feature cache is half filled"
         raise Stopped(error.exit_code - 128, message, hint=_CONTINUES) from error
@@ -263,7 +313,15 @@ class _Progress:
 
     def __init__(self, total: int, say: Callable[[str], None]) -> None:
         self._total, self._say = total, say
-        self._began = self._said = time.perf_counter()
+        self._began = self._said = self._told = time.perf_counter()
+
+    @property
+    def is_news(self) -> bool:
+        """Once a second."""
+        now = time.perf_counter()
+        is_news = now - self._told >= _TELL_SECONDS
+        self._told = now if is_news else self._told
+        return is_news
 
     def at(self, done: int) -> None:
         now = time.perf_counter()

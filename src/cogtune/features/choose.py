@@ -101,4 +101,5 @@ def _too_large(demand: Demand, space: Space, budget: str) -> str:
         f"{size_text(demand.more_bytes)} of features do not fit data.cache_budget {budget}: that is "
         f"{size_text(space.budget)}, it takes {size_text(space.taken)} of which {size_text(space.evictable)} can "
         f"be removed, and {size_text(space.free)} of its disk are free"
+        + (f"; {size_text(space.reserved)} are reserved by runs that fill it now" if space.reserved else "")
     )

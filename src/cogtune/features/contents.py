@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cogtune.features import index, lease
+from cogtune.features import lease
 from cogtune.features.budget import measure
 from cogtune.features.choose import size_text
-from cogtune.features.store import ABOUT, feature_files, variants
+from cogtune.features.ownership import (
+    ABOUT,
+    CLAIMS_FOLDER,
+    INDEX_FILE,
+    INDEX_FOLDER,
+    MARK,
+    describe,
+    feature_files,
+    is_features,
+    is_marked,
+    label,
+    leftovers,
+    may_be_index,
+    require_cache,
+    variants,
+)
+from cogtune.features.store import turn
+from cogtune.system import files
 
 
 def stat(root: Path, budget: str) -> dict[str, Any]:
@@ -25,6 +41,7 @@ def stat(root: Path, budget: str) -> dict[str, Any]:
         "budget_bytes": space.budget,
         "free_bytes": space.free,
         "evictable_bytes": space.evictable,
+        "reserved_bytes": space.reserved,
         "variants": [_variant(folder, held) for folder in variants(root)],
     }
 
@@ -45,42 +62,88 @@ def lines(found: dict[str, Any]) -> list[str]:
     return text
 
 
-def clear(root: Path) -> tuple[int, int, int]:
-    """Remove all features but those that running runs need, and the index if nothing is left.
+@dataclass(frozen=True)
+class Cleared:
+    """``removed`` and ``size`` (bytes) of features; ``kept``: those that running runs need; ``others``: files in the
+    cache's folders that are none of its own, and stay."""
 
-    Returns how many files and bytes were removed, and how many files were kept.
+    removed: int = 0
+    size: int = 0
+    kept: int = 0
+    others: int = 0
+
+
+def clear(root: Path) -> Cleared:
+    """Remove all features but those that running runs need, and if none are left, the cache's index and mark.
+
+    Raises:
+        OutputFolderError: ``root`` is no feature cache; nothing was removed.
     """
-    held = lease.leased(root)
-    count = size = kept = 0
-    for folder in variants(root):
-        left = 0
-        for entry in list(feature_files(folder)):
-            if f"{folder.name}/{Path(entry.name).stem}" in held:
-                left += 1
-                continue
-            with suppress(FileNotFoundError):
-                size += entry.stat().st_size
-                Path(entry.path).unlink()
-                count += 1
-        kept += left
-        if not left:
-            shutil.rmtree(folder)
-    if not kept:
-        for name in (index.FOLDER, lease.FOLDER):
-            shutil.rmtree(root / name, ignore_errors=True)
-    return count, size, kept
+    require_cache(root)
+    if not root.is_dir():
+        return Cleared()
+    with turn(root):
+        held = lease.leased(root)
+        parts = [_clear_variant(folder, held) for folder in variants(root)]
+        kept = sum(part.kept for part in parts)
+        if not kept and not held.since:
+            _clear_rest(root)
+    return Cleared(
+        sum(part.removed for part in parts), sum(part.size for part in parts), kept, sum(part.others for part in parts)
+    )
 
 
-def _variant(folder: Path, held: set[str]) -> dict[str, Any]:
-    about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+def _clear_variant(folder: Path, held: lease.Held) -> Cleared:
+    removed = size = kept = 0
+    for entry in list(feature_files(folder)):
+        with suppress(FileNotFoundError):
+            status = entry.stat(follow_symlinks=False)
+            path = Path(entry.path)
+            if held.holds(label(path), status.st_mtime):
+                kept += 1
+            elif is_features(path):
+                path.unlink()
+                removed, size = removed + 1, size + status.st_size
+    if kept or folder.name in held.since:
+        return Cleared(removed, size, kept)
+    for leftover in leftovers(folder):
+        if files.is_abandoned(leftover):
+            leftover.unlink(missing_ok=True)
+    for part in folder.iterdir():
+        _remove_empty(part)
+    others = sum(path.name != ABOUT and not path.is_dir() for path in folder.rglob("*"))
+    if not others:
+        (folder / ABOUT).unlink()
+        _remove_empty(folder)
+    return Cleared(removed, size, 0, others)
+
+
+def _clear_rest(root: Path) -> None:
+    """Index, what is left of leases, and the mark; only what is recognised, and folders only where nothing is left."""
+    index = root / INDEX_FOLDER / INDEX_FILE
+    if may_be_index(index):
+        index.unlink(missing_ok=True)
+    for name in (INDEX_FOLDER, CLAIMS_FOLDER):
+        _remove_empty(root / name)
+    if is_marked(root) and not any(True for _ in variants(root)):
+        (root / MARK).unlink()
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # something is in it, or it is no folder
+        folder.rmdir()
+
+
+def _variant(folder: Path, held: lease.Held) -> dict[str, Any]:
+    about = describe(folder) or {}
     count = size = in_use = 0
     used = 0.0
     for entry in feature_files(folder):
         with suppress(FileNotFoundError):
             status = entry.stat()
             count, size, used = count + 1, size + status.st_size, max(used, status.st_mtime)
-            in_use += f"{folder.name}/{Path(entry.name).stem}" in held
+            in_use += held.holds(label(Path(entry.path)), status.st_mtime)
     last = time.strftime("%Y-%m-%d %H:%M", time.localtime(used)) if count else None
     names = ("model", "tower", "compute", "stored")
-    described = {name: about[name] for name in names}
+    described = {name: about.get(name, "?") for name in names}
     return {"name": folder.name, "pictures": count, "bytes": size, "last_used": last, "in_use": in_use, **described}

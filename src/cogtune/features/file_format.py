@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-FORMAT = "cogtune-features-1"
+_FORMATS = "cogtune-features-"
+FORMAT = f"{_FORMATS}1"
 HEADER_BYTES = 1024
 _GROUP = 128
 _DTYPES = {
@@ -84,6 +85,21 @@ def unpack(content: bytearray, layout: Layout, name: str) -> torch.Tensor:
         return values
     scales = torch.frombuffer(content, dtype=torch.float32, offset=HEADER_BYTES + layout.payload_bytes)
     return dequantise(values, scales.view(layout.cells, layout.groups))
+
+
+def name_in(head: bytes) -> str | None:
+    """The name that the first `HEADER_BYTES` of a file give; None of a file that `pack` did not make."""
+    try:
+        metadata = json.loads(head[8:HEADER_BYTES])["__metadata__"]
+        name = metadata["name"] if str(metadata["format"]).startswith(_FORMATS) else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return name if isinstance(name, str) else None
+
+
+def is_blank(head: bytes) -> bool:
+    """Whether there is nothing in it: empty or zeros, as a power failure may leave a file."""
+    return not head.strip(b"\0")
 
 
 def quantise(features_QW: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -162,6 +162,7 @@ class Filler:
         self.filled.digests[str(decoded.image)] = decoded.digest
         # another process may have been faster since it was decoded, and two files may hold the same picture
         if decoded.pixels is None or decoded.digest in self._started or self._store.has(decoded.digest):
+            self._store.touch(decoded.digest)  # used now, so that it is claimed
             self.filled.found += 1
             return
         self._started.add(decoded.digest)

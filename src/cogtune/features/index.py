@@ -24,12 +24,11 @@ import numpy.typing as npt
 import PIL
 from PIL import features as pillow_features
 
-from cogtune.features.store import make_folder, write_atomically
+from cogtune.features.ownership import INDEX_FILE, INDEX_FOLDER, checksum, index_fields, may_be_index
+from cogtune.features.store import foreign, make_folder, write_atomically
 from cogtune.processing.image import PREPROCESSING
 
-FOLDER, FILE = "index", "pictures.tsv"
 _SETTLED_NANOSECONDS = 2_000_000_000
-_FIELDS = 5
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,9 @@ class Stamp:
         folder, name = os.path.split(path)
         named = f"{_real(folder)}\0{name}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}"
         changed = max(status.st_mtime_ns, status.st_ctime_ns)
-        return Stamp(_short(named.encode("utf-8", "surrogateescape")), time.time_ns() - changed > _SETTLED_NANOSECONDS)
+        return Stamp(
+            checksum(named.encode("utf-8", "surrogateescape")), time.time_ns() - changed > _SETTLED_NANOSECONDS
+        )
 
 
 class PictureIndex:
@@ -55,11 +56,12 @@ class PictureIndex:
     def __init__(self, root: Path, image_size: int, exif: str = "ignore") -> None:
         jpeg = pillow_features.version("libjpeg_turbo") or pillow_features.version("jpg")
         turned = "" if exif == "ignore" else f" exif {exif}"
-        self._scope = _short(f"{PREPROCESSING} {image_size} {PIL.__version__} {jpeg}{turned}".encode())
-        self._root, self._path = root, root / FOLDER / FILE
+        self._scope = checksum(f"{PREPROCESSING} {image_size} {PIL.__version__} {jpeg}{turned}".encode())
+        self._root, self._path = root, root / INDEX_FOLDER / INDEX_FILE
         self._by_stamp: dict[str, str] = {}
         self._by_content: dict[str, str] = {}
         self._new: list[str] = []
+        self._own = False
         lines = 0
         with suppress(FileNotFoundError), self._path.open(encoding="ascii", errors="replace") as file:
             for line in file:
@@ -75,6 +77,11 @@ class PictureIndex:
         """The digest of the pixels of a file with these bytes (`content_digest`), wherever it lies."""
         return self._by_content.get(content)
 
+    @property
+    def has_contents(self) -> bool:
+        """Whether there is anything that `find_content` could find."""
+        return bool(self._by_content)
+
     def add(self, stamp: Stamp, content: str, pixels: str) -> None:
         """Remember; ``stamp`` was taken before the file was read."""
         self._by_content[content] = pixels
@@ -82,12 +89,13 @@ class PictureIndex:
             return
         self._by_stamp[stamp.text] = pixels
         fields = "\t".join((self._scope, stamp.text, content, pixels))
-        self._new.append(f"{fields}\t{_short(fields.encode())}\n")
+        self._new.append(f"{fields}\t{checksum(fields.encode())}\n")
 
     def flush(self) -> None:
-        """Append what is new. OSError as the system raises it."""
+        """Append what is new. OSError as the system raises it; FeatureCacheError: another file has the index's name."""
         if not self._new:
             return
+        self._require_own()
         make_folder(self._path.parent, self._root)
         text = "".join(self._new).encode("ascii")
         descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -102,15 +110,21 @@ class PictureIndex:
 
     def compact(self) -> None:
         """Write the file anew without repeated and torn lines, those of other settings kept."""
+        self._require_own()
         kept: dict[tuple[str, str], str] = {}
         for line in self._path.read_text(encoding="ascii", errors="replace").splitlines():
-            fields = _fields(line)
+            fields = index_fields(line)
             if fields is not None:
                 kept[fields[0], fields[1]] = line + "\n"
         write_atomically(self._path, "".join(kept.values()).encode("ascii"), self._root)
 
+    def _require_own(self) -> None:
+        if not self._own and not may_be_index(self._path):
+            raise foreign(self._path)
+        self._own = True
+
     def _take(self, line: str) -> None:
-        fields = _fields(line)
+        fields = index_fields(line)
         if fields is not None and fields[0] == self._scope:
             self._by_stamp[fields[1]] = self._by_content[fields[2]] = fields[3]
 
@@ -132,13 +146,3 @@ def pixel_digest(resized: npt.NDArray[np.uint8], image_size: int) -> str:
     digest = hashlib.sha256(f"{image_size}\0".encode())
     digest.update(np.ascontiguousarray(resized).data)
     return digest.hexdigest()[:40]
-
-
-def _fields(line: str) -> list[str] | None:
-    body, _, check = line.rstrip("\n").rpartition("\t")
-    fields = body.split("\t")
-    return fields if len(fields) == _FIELDS - 1 and check == _short(body.encode("ascii", "replace")) else None
-
-
-def _short(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=12).hexdigest()

@@ -1,7 +1,15 @@
-"""What runs that are going on need: no other run may evict those files.
+"""What runs that are going on need: no other run may remove those files, nor take the room that is kept for them.
 
-A lease is a file with the digests a run needs. Reading features renews it, so it counts while it is younger than a day,
-or on the machine that wrote it, while its process is there.
+A lease is a file of lines:
+
+    by {process}               whose it is (`system.processes`)
+    since VARIANT SECONDS      all features of a variant that were written or used after a moment: those of a run that
+                               is looking for them, or computing them
+    reserve BYTES              disk that a run still needs
+    VARIANT/DIGEST             features that a run needs
+
+It counts while its process is there; where that cannot be seen, while it is younger than a day, and a reservation or a
+moment while it is younger than an hour: reading features, and computing them, renews it.
 """
 
 from __future__ import annotations
@@ -11,15 +19,18 @@ import socket
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from cogtune.features.ownership import CLAIM_SUFFIX, CLAIMS_FOLDER, is_claim
 from cogtune.features.store import make_folder, write_atomically
 from cogtune.system.files import is_running
+from cogtune.system.processes import Process
 
-FOLDER = "leases"
-_SUFFIX = ".lease"
 _RENEW_SECONDS = 60.0
 _VALID_SECONDS = 24 * 3600.0
+_FILLING_SECONDS = 3600.0
+_SLACK_SECONDS = 2.0  # a file's time may be that of the clock's last tick
 
 
 class Lease:
@@ -29,16 +40,31 @@ class Lease:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._path = root / FOLDER / f"{socket.gethostname()}.{os.getpid()}.{time.time_ns()}{_SUFFIX}"
+        self._path = root / CLAIMS_FOLDER / f"{socket.gethostname()}.{os.getpid()}.{time.time_ns()}{CLAIM_SUFFIX}"
         self._owner = os.getpid()
+        self._by = f"by {Process.here().text()}"
+        self._since = ""
         self._renewed = 0.0
 
     def claim(self, files: Iterable[str]) -> None:
         """Claim these feature files, given as ``variant/digest``, and no others."""
-        self._renewed = time.monotonic()
+        self._write("".join(f"{name}\n" for name in files))
+
+    def begin(self, variant: str) -> None:
+        """Claim, besides, all of a variant that is written or used from now on, by the clock of the cache's disk."""
+        self._write("")
         with suppress(OSError):
-            make_folder(self._path.parent, self._root)
-            write_atomically(self._path, "".join(f"{name}\n" for name in files).encode(), self._root)
+            self._since = f"since {variant} {self._path.stat().st_mtime - _SLACK_SECONDS}\n"
+        self.reserve(0)
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether `begin` was called."""
+        return bool(self._since)
+
+    def reserve(self, size: int) -> None:
+        """After `begin`: keep room for ``size`` more bytes."""
+        self._write(f"{self._since}reserve {size}\n")
 
     @property
     def is_due(self) -> bool:
@@ -58,23 +84,65 @@ class Lease:
             with suppress(OSError):
                 self._path.unlink(missing_ok=True)
 
+    def is_at(self, path: Path) -> bool:
+        return path == self._path
 
-def leased(root: Path) -> set[str]:
-    """``variant/digest`` of every file that a run needs now. Leases that ran out are removed."""
-    names: set[str] = set()
-    for path in (root / FOLDER).glob(f"*{_SUFFIX}"):
-        with suppress(FileNotFoundError):
-            if _is_valid(path):
-                # a name that is damaged claims nothing; the others in its file still do
-                names.update(path.read_text(encoding="ascii", errors="replace").split())
-            else:
+    def _write(self, lines: str) -> None:
+        self._renewed = time.monotonic()
+        with suppress(OSError):
+            make_folder(self._path.parent, self._root)
+            write_atomically(self._path, (self._by + lines).encode("ascii", "replace"), self._root)
+
+
+@dataclass
+class Held:
+    """What running runs hold: features by name, features of a variant since a moment, and bytes of disk."""
+
+    names: set[str] = field(default_factory=set)
+    since: dict[str, float] = field(default_factory=dict)
+    reserved: int = 0
+
+    def holds(self, name: str, used: float) -> bool:
+        """Whether a run needs the features ``variant/digest``, written or last used at ``used``."""
+        return name in self.names or used >= self.since.get(name.partition("/")[0], float("inf"))
+
+    def add(self, line: str, *, filling: bool) -> None:
+        kind, _, rest = line.partition(" ")
+        if kind == "by":
+            return
+        with suppress(ValueError):  # a damaged line claims nothing; the others in its file still do
+            if kind == "since" and filling:
+                variant, moment = rest.split()
+                self.since[variant] = min(float(moment), self.since.get(variant, float("inf")))
+            elif kind == "reserve" and filling:
+                self.reserved += max(0, int(rest))
+            elif "/" in kind:
+                self.names.add(kind)
+
+
+def leased(root: Path, own: Lease | None = None) -> Held:
+    """What running runs hold, ``own`` left out. Leases that ran out are removed; files that are no leases are not."""
+    held = Held()
+    for path in (root / CLAIMS_FOLDER).glob(f"*{CLAIM_SUFFIX}"):
+        if (own is not None and own.is_at(path)) or not is_claim(path):
+            continue
+        with suppress(FileNotFoundError, PermissionError):
+            age = time.time() - path.stat().st_mtime
+            lines = path.read_text(encoding="ascii", errors="replace").splitlines()
+            if not _is_valid(path.name, lines, age):
                 path.unlink(missing_ok=True)
-    return names
+                continue
+            for line in lines:
+                held.add(line, filling=age < _FILLING_SECONDS)
+    return held
 
 
-def _is_valid(path: Path) -> bool:
-    host, process = path.name.removesuffix(_SUFFIX).rsplit(".", 2)[:2]
-    age = time.time() - path.stat().st_mtime
-    if host == socket.gethostname() and not is_running(int(process)) and age > _RENEW_SECONDS:
-        return False
+def _is_valid(name: str, lines: list[str], age: float) -> bool:
+    process = Process.parse(lines[0].removeprefix("by ")) if lines and lines[0].startswith("by ") else None
+    if process is not None and process.is_visible:
+        return process.is_running
+    if process is None:  # of an earlier version
+        host, number = name.removesuffix(CLAIM_SUFFIX).rsplit(".", 2)[:2]
+        if host == socket.gethostname() and not is_running(int(number)) and age > _RENEW_SECONDS:
+            return False
     return age < _VALID_SECONDS

@@ -13,7 +13,7 @@ from pathlib import Path
 from cogtune.data.picture_headers import in_threads
 from cogtune.data.records import ImageRef
 from cogtune.distributed.group import Group
-from cogtune.features.index import PictureIndex, Stamp
+from cogtune.features.index import PictureIndex, Stamp, content_digest
 from cogtune.features.store import Store, make_folder
 
 _CHUNK = 256
@@ -42,6 +42,28 @@ def survey(images: Collection[ImageRef], store: Store, index: PictureIndex, rank
     present = {os.fspath(image): digest for image, digest in zip(mine, found, strict=True) if digest is not None}
     missing = [image for image, digest in zip(mine, found, strict=True) if digest is None]
     return Survey(present, missing, pictures, sum(ranks.gather(len(missing))))
+
+
+def look_at_contents(before: Survey, store: Store, index: PictureIndex, ranks: Group) -> Survey:
+    """For a cache that can only be read: find missing pictures by the bytes of their files too, as filling does."""
+
+    def look(some: Sequence[ImageRef]) -> list[str | None]:
+        return [_look_at_content(image, store, index) for image in some]
+
+    missing = before.missing if index.has_contents else []
+    chunks = [missing[start : start + _CHUNK] for start in range(0, len(missing), _CHUNK)]
+    found = [digest for part in in_threads(look, chunks) for digest in part]
+    known = {os.fspath(image): digest for image, digest in zip(missing, found, strict=True) if digest is not None}
+    left = [image for image in before.missing if os.fspath(image) not in known]
+    return Survey(before.present | known, left, before.pictures, sum(ranks.gather(len(left))))
+
+
+def _look_at_content(image: ImageRef, store: Store, index: PictureIndex) -> str | None:
+    with suppress(OSError):
+        digest = index.find_content(content_digest(Path(image)))
+        if digest is not None and store.has(digest):
+            return digest
+    return None
 
 
 def _look(image: ImageRef, store: Store, index: PictureIndex) -> str | None:

@@ -1,5 +1,6 @@
 """Files and folders of the feature cache, shared by ranks, runs and users.
 
+    CACHE/cogtune-cache.json                       the mark: this folder is a cache (`features.ownership`)
     CACHE/<variant>/about.json                     what the variant is
     CACHE/<variant>/ab/abcdef....safetensors       one picture; the name is the digest of its pixels
     CACHE/index/pictures.tsv                       which picture files hold which pixels (`features.index`)
@@ -16,19 +17,29 @@ import json
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from cogtune.errors import RunError
-from cogtune.features.file_format import DamagedError, pack, unpack
+from cogtune.features.file_format import DamagedError, is_blank, pack, unpack
+from cogtune.features.ownership import (
+    ABOUT,
+    MARK,
+    SUFFIX,
+    describe,
+    feature_files,
+    is_features,
+    is_marked,
+    leftovers,
+    mark_text,
+    variants,
+)
 from cogtune.features.variant import Variant
-from cogtune.system import files
+from cogtune.system import files, locks
 
-SUFFIX = ".safetensors"
-ABOUT = "about.json"
 _REPAIR = "run the same command again: it fills what is missing and continues from the last checkpoint"
 
 
@@ -69,8 +80,14 @@ class Store:
             return False
 
     def write(self, digest: str, features_QW: torch.Tensor) -> None:
-        """Store features [Q, W] (CPU). OSError as the system raises it; nothing is left behind then."""
+        """Store features [Q, W] (CPU). OSError as the system raises it; nothing is left behind then.
+
+        Raises:
+            FeatureCacheError: ``cache-foreign``: another file has this name.
+        """
         path = self.path(digest)
+        if path.exists() and not is_features(path):
+            raise foreign(path)
         make_folder(path.parent, self.root)
         write_atomically(path, pack(features_QW, self.layout, self._label(digest)), self.root)
 
@@ -90,7 +107,7 @@ class Store:
             ) from error
         except DamagedError as error:
             removed = self.remove(digest)
-            what = "the file was removed" if removed else "it cannot be removed: no permission"
+            what = "the file was removed" if removed else "it cannot be removed, or is none of the cache's own"
             raise FeatureCacheError(
                 f"{path}: a damaged file in the feature cache ({error}); {what}",
                 hint=_REPAIR if removed else f"remove the file, then {_REPAIR}",
@@ -98,10 +115,12 @@ class Store:
             ) from error
 
     def remove(self, digest: str) -> bool:
-        """Whether the file is gone afterwards."""
+        """Whether the file is gone afterwards; one that is none of the cache's own stays."""
+        path = self.path(digest)
         with suppress(OSError):
-            self.path(digest).unlink(missing_ok=True)
-        return not self.path(digest).exists()
+            if is_features(path):
+                path.unlink(missing_ok=True)
+        return not path.exists()
 
     def touch(self, digest: str) -> None:
         """Note that the file was used now: what was not used longest is evicted first. A read-only cache keeps none."""
@@ -109,18 +128,53 @@ class Store:
             os.utime(self._place(digest))
 
     def prepare(self, model: str) -> None:
-        """Make the variant's folder and describe it; remove what killed writers left behind. OSError as it comes."""
+        """Mark the cache, make the variant's folder and describe it; remove what killed writers left behind. OSError as
+        it comes.
+
+        Raises:
+            FeatureCacheError: ``cache-foreign``: other files have these names.
+        """
         make_folder(self.folder, self.root)
-        about = self.folder / ABOUT
-        if not about.is_file():
+        mark(self.root)
+        if describe(self.folder) is None:
             text = json.dumps({**asdict(self.variant), "model": model}, indent=1) + "\n"
-            write_atomically(about, text.encode(), self.root)
-        for leftover in [*self.folder.glob(".*.partial"), *self.folder.glob("*/.*.partial")]:
+            _write_own(self.folder / ABOUT, text, self.root)
+        for leftover in leftovers(self.folder):
             if files.is_abandoned(leftover):
                 leftover.unlink(missing_ok=True)
 
     def _label(self, digest: str) -> str:
         return f"{self.variant.name}/{digest}"
+
+
+def mark(root: Path) -> None:
+    """Mark ``root`` as a cache. OSError as it comes; FeatureCacheError: another file has the mark's name."""
+    if not is_marked(root):
+        _write_own(root / MARK, mark_text(), root)
+
+
+def _write_own(path: Path, text: str, root: Path) -> None:
+    """Write a description where there is none, or nothing in it."""
+    if path.exists() and not (path.is_file() and is_blank(path.read_bytes())):
+        raise foreign(path)
+    write_atomically(path, text.encode(), root)
+
+
+def foreign(path: Path) -> FeatureCacheError:
+    """The error for a file that stands where one of the cache's own belongs."""
+    return FeatureCacheError(
+        f"{path}: in the way: the feature cache keeps a file of its own under this name, and this is none",
+        hint="move it away, or choose another folder with data.cache_dir",
+        code="cache-foreign",
+    )
+
+
+@contextmanager
+def turn(root: Path) -> Iterator[None]:
+    """A moment in which no other process measures, evicts from or clears the cache."""
+    mode = stat.S_IMODE(root.stat().st_mode) & 0o666 if root.is_dir() else 0o666
+    with locks.turn(root / locks.FOLDER_LOCK, mode):
+        yield
 
 
 def make_folder(folder: Path, root: Path) -> None:
@@ -141,15 +195,6 @@ def write_atomically(path: Path, content: bytes, root: Path) -> None:
     files.write_bytes(path, content, mode=stat.S_IMODE(root.stat().st_mode) & 0o666)
 
 
-def feature_files(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """The feature files of one variant's folder."""
-    with suppress(FileNotFoundError), os.scandir(folder) as parts:
-        for part in parts:
-            if part.is_dir():
-                with os.scandir(part.path) as entries:
-                    yield from (entry for entry in entries if entry.name.endswith(SUFFIX))
-
-
 @dataclass(frozen=True)
 class Stored:
     """A file of the cache: bytes, and when it was last used (seconds since 1970)."""
@@ -159,18 +204,13 @@ class Stored:
     used: float
 
 
-def variants(root: Path) -> list[Path]:
-    """The folders of the cache that hold features."""
-    return sorted(path.parent for path in root.glob(f"*/{ABOUT}"))
-
-
 def scan(root: Path) -> list[Stored]:
     """Every feature file of the cache."""
     found = []
     for folder in variants(root):
         for entry in feature_files(folder):
             with suppress(FileNotFoundError):  # removed by another process meanwhile
-                status = entry.stat()
+                status = entry.stat(follow_symlinks=False)
                 found.append(Stored(Path(entry.path), status.st_size, status.st_mtime))
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from cogtune.configuration.model import CogVLM2Config, CogVLM2VisionConfig
 from cogtune.features.file_format import Layout
@@ -33,7 +34,12 @@ class Variant:
     @property
     def name(self) -> str:
         """The folder's name."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:32]
+        return folder_name(asdict(self))
+
+
+def folder_name(decides: dict[str, Any]) -> str:
+    """The name of the folder for what ``decides`` (a `Variant` as plain values)."""
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def make_variant(tower: str, config: CogVLM2Config, compute: str, stored: str) -> Variant:

@@ -282,14 +282,16 @@ class _Taking:
 
 
 @contextmanager
-def turn(path: Path) -> Iterator[None]:
+def turn(path: Path, mode: int = 0o666) -> Iterator[None]:
     """Inside the block no other process of this machine, and where flock reaches others, of theirs, is inside a block
     for the same ``path``. Meant for moments: who comes second waits. A place that cannot be written, or a disk without
     flock, gives no such promise."""
     file = -1
     with suppress(OSError):
         while True:
-            file = os.open(path, _FLAGS | os.O_CREAT, 0o666)
+            file = os.open(path, _FLAGS | os.O_CREAT, mode)
+            with suppress(PermissionError):  # another user's
+                os.fchmod(file, mode)
             with suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
             if os.fstat(file).st_nlink:
@@ -300,6 +302,8 @@ def turn(path: Path) -> Iterator[None]:
         yield
     finally:
         if file >= 0:
+            with suppress(OSError):
+                path.unlink()
             _close(file)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
 from typing import Any
 
@@ -72,18 +73,21 @@ def ensure(
     if not images:
         _say_live("no row has a picture")
         return None
-    cache = open_cache(config, model_config, images, group, dtype)
-    demand = Demand(showings, cache.survey.pictures, cache.survey.to_compute, cache.more_bytes, tower_fits)
-    choice = _choose(config, cache, demand)
-    if not choice.cached:
-        cache.release()
-        _say_live(choice.reason)
-        return None
-    log.info(f"features: trained from the cache: {choice.reason}")
-    if demand.to_compute:
-        for line in fill(config, cache, group, dtype).lines():
-            log.info(f"features: {line}")
-    return cache.reader(dtype)
+    with ExitStack() as stack:
+        cache = open_cache(config, model_config, images, group, dtype)
+        stack.callback(cache.release)
+        demand = Demand(showings, cache.survey.pictures, cache.survey.to_compute, cache.more_bytes, tower_fits)
+        choice = _choose(config, cache, demand)
+        if not choice.cached:
+            _say_live(choice.reason)
+            return None
+        log.info(f"features: trained from the cache: {choice.reason}")
+        if demand.to_compute:
+            for line in fill(config, cache, group, dtype).lines():
+                log.info(f"features: {line}")
+        reader = cache.reader(dtype)
+        stack.pop_all()  # the reader's claim is released by who reads
+        return reader
 
 
 def fill_cache(config: RunConfig) -> FillReport:
@@ -92,7 +96,7 @@ def fill_cache(config: RunConfig) -> FillReport:
     Started by torchrun, all processes share the work. Raises what `ensure` raises with ``data.cache_features: on``, and
     Stopped after a signal; what was computed stays.
     """
-    with StopSignal(), console(environment.rank(), config.log.level):
+    with StopSignal(), console(environment.rank(), config.log.level), ExitStack() as stack:
         config = apply_deepspeed(config, world_size=environment.world_size())[0].with_values(
             {"data.cache_features": "on"}
         )
@@ -105,12 +109,12 @@ def fill_cache(config: RunConfig) -> FillReport:
         images = {image for example in [*split.train, *split.validation] for image in example.images}
         dtype = torch_dtype(config.model.dtype, group.device)
         cache = open_cache(config, model_config, images, group, dtype)
+        stack.callback(cache.release)
         survey = cache.survey
         _choose(config, cache, Demand(0, survey.pictures, survey.to_compute, cache.more_bytes))
         report = fill(config, cache, group, dtype) if survey.to_compute else FillReport(0, 0, 0.0, 0, ())
         for line in report.lines() if survey.to_compute else ["nothing to compute"]:
             log.info(f"features: {line}")
-        cache.release()
         group.close()
         return report
 
@@ -148,7 +152,7 @@ def open_cache(
 def fill(config: RunConfig, cache: FeatureCache, group: Group, dtype: torch.dtype) -> FillReport:
     """Evict what the budget asks for, say how long it will take, load the tower, fill, free the tower. Collective."""
     device, data, path = group.device, config.data, config.model.path
-    removed = cache.make_room(cache.space(data.cache_budget))
+    removed = cache.make_room(data.cache_budget)
     if removed:
         log.info(f"features: {removed}")
     each = seconds_per_picture(load_config(path), device, dtype)
@@ -189,7 +193,7 @@ def _loader(config: RunConfig, dtype: torch.dtype, device: torch.device, picture
 def _choose(config: RunConfig, cache: FeatureCache, demand: Demand) -> Choice:
     asked: Any = config.data.cache_features
     budget = config.data.cache_budget
-    return choose(asked, demand, cache.space(budget), budget, cache.problem() if demand.to_compute else None)
+    return choose(asked, demand, cache.space(budget), budget, cache.problem)
 
 
 def _demand(config: RunConfig, inputs: Inputs, feed: Feed, progress: Progress, total: int) -> tuple[int, set[ImageRef]]:

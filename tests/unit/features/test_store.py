@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cogtune.features import lease as leases
+from cogtune.features import ownership
 from cogtune.features.budget import evict, measure
-from cogtune.features.contents import clear
+from cogtune.features.contents import Cleared, clear
 from cogtune.features.index import PictureIndex, Stamp, content_digest
 from cogtune.features.lease import Lease, leased
 from cogtune.features.store import FeatureCacheError, Store, default_folder, scan
@@ -73,10 +73,10 @@ def test_leftovers_of_killed_writers_go_and_those_of_living_ones_stay(tmp_path: 
     fill(store, 1)
     folder = store.path(name(0)).parent
     here = os.uname().nodename
-    dead = folder / f".x.{here}.999999999.1.partial"
-    fresh = folder / f".y.{here}.999999999.1.partial"
-    living = folder / f".z.{here}.{os.getpid()}.1.partial"
-    elsewhere = folder / ".w.other.host.1.1.partial"
+    dead = folder / f".{name(1)}.{here}.999999999.1.partial"  # as an earlier version named them
+    fresh = folder / f".{name(2)}.safetensors.{here}.999999999.1.partial"
+    living = folder / f".{name(3)}.safetensors.{here}.{os.getpid()}.1.partial"
+    elsewhere = folder / f".{name(4)}.safetensors.other.host.1.1.partial"
     for path in (dead, fresh, living, elsewhere):
         path.touch()
     long_ago = time.time() - 600
@@ -118,7 +118,7 @@ def test_eviction_takes_the_least_recently_used_and_never_what_is_needed(tmp_pat
     assert evict(space, 2 * each) == (2, 2 * each)
     assert {file.path.stem for file in scan(store.root)} == {name(n) for n in (0, 10, 11, 12)}
     claim.remove()
-    assert not leased(store.root)
+    assert not leased(store.root).names
 
 
 def test_the_budget_is_a_size_or_a_share_of_what_is_free_and_taken(tmp_path: Path) -> None:
@@ -134,13 +134,13 @@ def test_leases_of_runs_that_ended_do_not_count(tmp_path: Path) -> None:
     root = tmp_path / "cache"
     root.mkdir()
     Lease(root).claim(["a/1"])
-    here, folder = os.uname().nodename, root / leases.FOLDER
+    here, folder = os.uname().nodename, root / ownership.CLAIMS_FOLDER
     for path, age in (("dead", 3600), ("elsewhere", 3600), ("forgotten", 48 * 3600)):
         host = here if path == "dead" else f"{path}.example"
         file = folder / f"{host}.999999999.1.lease"
         file.write_text(f"{path}/1\n")
         os.utime(file, (time.time() - age, time.time() - age))
-    assert leased(root) == {"a/1", "elsewhere/1"}
+    assert leased(root).names == {"a/1", "elsewhere/1"}
     assert len(list(folder.iterdir())) == 2
 
 
@@ -149,7 +149,7 @@ def test_a_damaged_lease_still_holds_what_can_be_read(tmp_path: Path) -> None:
     Lease(tmp_path).claim(["a/1", "a/2", "a/3"])
     (lease,) = (tmp_path / "leases").iterdir()
     lease.write_bytes(lease.read_bytes().replace(b"a/2", b"a/\xcb"))
-    assert {"a/1", "a/3"} <= leased(tmp_path)
+    assert {"a/1", "a/3"} <= leased(tmp_path).names
 
 
 def test_clearing_keeps_what_running_runs_need(tmp_path: Path) -> None:
@@ -158,10 +158,10 @@ def test_clearing_keeps_what_running_runs_need(tmp_path: Path) -> None:
     fill(other, 2)
     claim = Lease(store.root)
     claim.claim([f"{store.variant.name}/{name(1)}"])
-    assert clear(store.root) == (3, 3 * store.layout.file_bytes, 1)
+    assert clear(store.root) == Cleared(3, 3 * store.layout.file_bytes, 1)
     assert [file.path.stem for file in scan(store.root)] == [name(1)]
     claim.remove()
-    assert clear(store.root)[0] == 1
+    assert clear(store.root).removed == 1
     assert not list(store.root.iterdir())
 
 
