@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from cogtune.model import qkv_rope, swiglu, vision
+from cogtune.model.kernels import HAS_TRITON
 from cogtune.model.qkv_rope import rotated_heads
 from cogtune.model.quantized import fp8
 from cogtune.model.quantized.fp8 import (
@@ -25,7 +26,7 @@ from tests.support.gated_formula import updated_product
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(not fp8._TRITON, reason="needs Triton"),
+    pytest.mark.skipif(not HAS_TRITON, reason="needs Triton"),
 ]
 fp8_card = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="the card has no fp8"
@@ -58,7 +59,7 @@ def test_activations_are_rounded_as_the_formulas_say(width: int, monkeypatch: py
         return [_value(part) for part in (rounded_gelu(gate), rounded_gated(gate, up), both[:2], both[2:])]
 
     found = run()
-    monkeypatch.setattr(fp8, "_has_kernel", lambda x: False)
+    monkeypatch.setattr(fp8, "kernel_available", lambda x: False)
     for one, wanted in zip(found, run(), strict=True):
         # the same float32 values to a few bits: now and then one of them is rounded to the next fp8 number
         assert _error(one, wanted) < 2e-3
@@ -150,7 +151,7 @@ def test_adapted_experts_compute_the_same_with_the_kernel(dropout: float, monkey
         return float(loss.detach()), torch.cat([p.grad.flatten() for p in adapted.parameters() if p.grad is not None])
 
     loss, found = run()
-    monkeypatch.setattr(swiglu, "_has_kernel", lambda x: False)
+    monkeypatch.setattr(swiglu, "kernel_available", lambda x: False)
     wanted_loss, wanted = run()
     assert loss == pytest.approx(wanted_loss, rel=1e-5)
     assert _error(found, wanted) < 1e-4

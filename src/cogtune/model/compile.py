@@ -11,7 +11,6 @@ with a key/value cache is not compiled: its lengths change with every token, and
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cogtune.model.kernels import HAS_TRITON
 from cogtune.model.modeling import CogVLM2ForCausalLM, DecoderLayer
 from cogtune.model.vision import VisionLayer, VisionModel
 from cogtune.system.gpu import gpu_of
@@ -37,7 +37,7 @@ _MERGED = {"combo_kernels": True, "combo_kernels_pointwise_only": True}
 def can_compile(device: torch.device) -> bool:
     """Whether torch can generate kernels for ``device``: compiling pays by default then."""
     gpu = gpu_of(device)
-    return gpu is not None and gpu.compiled_for and importlib.util.find_spec("triton") is not None
+    return gpu is not None and gpu.compiled_for and HAS_TRITON
 
 
 def prepare_compiling(device: torch.device) -> None:

@@ -9,16 +9,15 @@ Shapes: T tokens in sorted order, B rows, S columns, H query heads, K key/value 
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
 
+from cogtune.model.kernels import HAS_TRITON, kernel_available
 from cogtune.model.rope import rotate
 from cogtune.model.routing import Routing
 
-_TRITON = importlib.util.find_spec("triton") is not None
-if _TRITON:
+if HAS_TRITON:
     from cogtune.model.kernels import qkv_rope
 
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -65,7 +64,7 @@ class _Heads(torch.autograd.Function):
         ctx.save_for_backward(cos, sin, from_rows)
         if not torch.compiler.is_compiling():
             return _rotated(qkv.index_select(0, to_rows), cos, sin, rows, sizes)
-        if not _has_kernel(qkv):
+        if not _fits_kernel(qkv):
             q, k, v = _rotated(qkv.index_select(0, to_rows), cos, sin, rows, sizes)
             return q, k, v.clone()  # as a view it would keep the whole projection
         # rounds once, as the compiler's own kernel would; uncompiled, each product of a bfloat16 table is rounded
@@ -76,12 +75,12 @@ class _Heads(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # Told the order, not asked for strides: a compiler would take them from the results, not from their gradients.
         by_token = (gradient.transpose(1, 2).contiguous() for gradient in gradients)
-        compute = qkv_rope.gathered_on_gpu if _has_kernel(gradients[0]) else _gathered
+        compute = qkv_rope.gathered_on_gpu if _fits_kernel(gradients[0]) else _gathered
         return compute(*by_token, *ctx.saved_tensors), *(None,) * 6
 
 
-def _has_kernel(x: torch.Tensor) -> bool:
-    return _TRITON and x.is_cuda and x.dtype != torch.float64
+def _fits_kernel(x: torch.Tensor) -> bool:
+    return kernel_available(x) and x.dtype != torch.float64
 
 
 def _gathered(

@@ -9,7 +9,6 @@ Shapes: M tokens, D hidden, I inner width, R ranks of the updates.
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any, Protocol, cast
 
 import torch
@@ -18,10 +17,10 @@ from torch.nn import functional
 
 from cogtune.model.casting import converted
 from cogtune.model.fork import fork
+from cogtune.model.kernels import HAS_TRITON, kernel_available
 from cogtune.model.quantized.fp8 import Fp8Linear, frozen_gated_mlp
 
-_TRITON = importlib.util.find_spec("triton") is not None
-if _TRITON:
+if HAS_TRITON:
     from cogtune.model.kernels import swiglu
 
 _WIDEST_RANK = 64  # of an update whose blocks fit beside a tile; wider ones are computed layer by layer
@@ -56,7 +55,7 @@ def gated(gate: nn.Module, up: nn.Module, down: nn.Module, x: torch.Tensor) -> t
     """down(silu(gate(x)) * up(x)) for x [M, D]."""
     if isinstance(gate, Fp8Linear) and isinstance(up, Fp8Linear) and isinstance(down, Fp8Linear):
         return frozen_gated_mlp(x, gate, up, down)
-    if _has_kernel(x) and all(_takes_part(layer) for layer in (gate, up, down)) and x.shape[0] > 0:
+    if kernel_available(x) and all(_takes_part(layer) for layer in (gate, up, down)) and x.shape[0] > 0:
         first, second, last = (cast(Updated, layer) for layer in (gate, up, down))
         return _updated(first, second, last, x)
     x_gate, x_up = fork(x, 2)
@@ -116,10 +115,6 @@ class GatedProduct(torch.autograd.Function):
         to_small = torch.cat([to_gate @ gate_matrix, to_up @ up_matrix], dim=1)
         to_first = None if last is None else last.t() @ inner
         return to_gate, to_up, to_small, to_gate.t() @ gate_small, to_up.t() @ up_small, to_first
-
-
-def _has_kernel(x: torch.Tensor) -> bool:
-    return _TRITON and x.is_cuda
 
 
 def _inputs(

@@ -9,8 +9,6 @@ cacheable output, :meth:`VisionModel.features`.
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import nn
 from torch.nn import functional
@@ -18,10 +16,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cogtune.configuration.model import CogVLM2Config, CogVLM2VisionConfig
 from cogtune.model.attention import attend
+from cogtune.model.kernels import HAS_TRITON, kernel_available
 from cogtune.model.quantized.fp8 import Fp8Linear
 
-_TRITON = importlib.util.find_spec("triton") is not None
-if _TRITON:
+if HAS_TRITON:
     from cogtune.model.kernels import add_norm
 
 TOWER_PARTS = ("patch_embedding", "transformer", "conv")
@@ -79,15 +77,15 @@ class VisionMLP(nn.Module):
 
 def _add_norm(x: torch.Tensor, update: torch.Tensor, norm: nn.Module) -> torch.Tensor:
     """x + norm(update). Without a gradient, on a GPU with Triton, in one kernel that reads either once."""
-    if not _has_kernel(x, update, norm):
+    if not _fits_kernel(x, update, norm):
         return x + norm(update).to(x.dtype)
     assert isinstance(norm, nn.LayerNorm)
     rows = x.reshape(-1, x.shape[-1]).contiguous(), update.reshape(-1, x.shape[-1]).contiguous()
     return add_norm.add_norm_on_gpu(*rows, norm.weight, norm.bias, norm.eps).view(x.shape)
 
 
-def _has_kernel(x: torch.Tensor, update: torch.Tensor, norm: nn.Module) -> bool:
-    if not (_TRITON and x.is_cuda and x.shape[0]) or type(norm) is not nn.LayerNorm:
+def _fits_kernel(x: torch.Tensor, update: torch.Tensor, norm: nn.Module) -> bool:
+    if not (kernel_available(x) and x.shape[0]) or type(norm) is not nn.LayerNorm:
         return False
     width = x.shape[-1]
     whole = norm.weight.numel() == width  # ZeRO-3 may have given it away

@@ -104,7 +104,7 @@ def test_adapted_layers_in_one_step_are_the_layers_one_after_the_other(
     calls = []
 
     def run(fused: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        monkeypatch.setattr(module, "_has_kernel", lambda x: fused)
+        monkeypatch.setattr(module, "kernel_available", lambda x: fused)
         model = random_model(tiny_config(), seed=1)
         torch.manual_seed(0)
         adapted = attach(model, LoraSection(targets=["experts"], rank=4, dropout=dropout)).train()
@@ -152,7 +152,7 @@ def test_a_compiled_model_with_adapters_on_everything_has_the_gradients_of_the_p
 
 
 def test_adapters_wider_than_a_tile_or_switched_off_go_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_has_kernel", lambda x: True)
+    monkeypatch.setattr(module, "kernel_available", lambda x: True)
     ids = torch.randint(10, 200, (1, 12), generator=torch.Generator().manual_seed(3))
     calls = []
     apply = GatedProduct.apply

@@ -15,7 +15,6 @@ Between the layers of an MLP nothing but rounded values is needed, so activation
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -24,33 +23,33 @@ from torch.nn import functional
 
 from cogtune.configuration.resolve import require_fp8
 from cogtune.model.casting import converted
+from cogtune.model.kernels import HAS_TRITON, kernel_available
 from cogtune.system.gpu import gpu_of
 
 FORMAT = torch.float8_e4m3fn
 LARGEST = torch.finfo(FORMAT).max
 _SMALLEST = 1e-12  # of a row's largest element; a row of zeros stays zeros
-_TRITON = importlib.util.find_spec("triton") is not None
-if _TRITON:
+if HAS_TRITON:
     from cogtune.model.kernels import fp8
 
 
 def quantize_rows(x: torch.Tensor, column_scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """``x`` [M, I], times ``column_scale`` [I], in fp8, and the scale of each row, float32 [M, 1]: about ``quantized *
     scale``. On a GPU with Triton in one pass over ``x``; a compiler fuses it with what makes ``x``."""
-    if _TRITON and x.is_cuda and not torch.compiler.is_compiling() and x.shape[0]:
+    if kernel_available(x) and not torch.compiler.is_compiling() and x.shape[0]:
         return fp8.quantize_on_gpu(x.contiguous(), column_scale, FORMAT, LARGEST, _SMALLEST)
     wide = x.float() if column_scale is None else x.float() * column_scale
     scale = wide.abs().amax(-1, keepdim=True).clamp(min=_SMALLEST) / LARGEST
     return (wide / scale).clamp(-LARGEST, LARGEST).to(FORMAT), scale
 
 
-def _has_kernel(x: torch.Tensor) -> bool:
-    return _TRITON and x.is_cuda and x.shape[1] <= fp8.WIDEST
+def _fits_kernel(x: torch.Tensor) -> bool:
+    return kernel_available(x) and x.shape[1] <= fp8.WIDEST
 
 
 def rounded_gelu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """As `quantize_rows` of the exact GELU of ``x`` [M, I], which is not rounded to x's format in between."""
-    if _has_kernel(x):
+    if _fits_kernel(x):
         quantized, scale = fp8.gelu_on_gpu(x.contiguous(), FORMAT, LARGEST, _SMALLEST)
         return quantized, scale
     return quantize_rows(functional.gelu(x.float()))
@@ -58,7 +57,7 @@ def rounded_gelu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def rounded_gated(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """As `quantize_rows` of silu(``gate``) * ``up``, both [M, I]; the product is not rounded to their format before."""
-    if _has_kernel(gate):
+    if _fits_kernel(gate):
         quantized, scale = fp8.gated_on_gpu(gate.contiguous(), up.contiguous(), FORMAT, LARGEST, _SMALLEST)
         return quantized, scale
     return quantize_rows(functional.silu(gate.float()) * up.float())
@@ -69,7 +68,7 @@ def rounded_gated_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of ``gate`` and ``up`` [M, I], given that of silu(gate) * up, as `quantize_rows` rounds them with
     the column scales [I]: rounded gate, its scales, rounded up, its scales."""
-    if _has_kernel(gate):
+    if _fits_kernel(gate):
         one, two, three, four = fp8.gated_gradient_on_gpu(
             gradient.contiguous(), gate, up, gate_scale, up_scale, FORMAT, LARGEST, _SMALLEST
         )

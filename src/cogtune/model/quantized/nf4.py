@@ -10,29 +10,29 @@ that bitsandbytes' three take (docs/log.md), to the bit what they make; elsewher
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.nn import functional
 
+from cogtune.model.kernels import HAS_TRITON, kernel_available
+
 _FEW = 16  # tokens up to which bitsandbytes' fused kernel reads less (decoding)
-_TRITON = importlib.util.find_spec("triton") is not None
-if _TRITON:
+if HAS_TRITON:
     from cogtune.model.kernels.nf4 import dequantize_nf4
 _FORWARD, _BACKWARD = 0, 1
 
 
-def _has_kernel(x: torch.Tensor, sizes: Sequence[int]) -> bool:
-    return _TRITON and x.is_cuda and sizes[0] * sizes[1] % sizes[2] == 0
+def _fits_kernel(x: torch.Tensor, sizes: Sequence[int]) -> bool:
+    return kernel_available(x) and sizes[0] * sizes[1] % sizes[2] == 0
 
 
 def _weight(x: torch.Tensor, state: tuple[Any, ...], sizes: Sequence[int], use: int) -> torch.Tensor:
     """The weight [O, I] in x's number format; ``absmax`` is float32 a block, or uint8 with scales of its own."""
     packed, absmax, code, outer_absmax, outer_code, offset = state
     rows, columns, blocksize, outer_blocksize = sizes
-    if _has_kernel(x, sizes):
+    if _fits_kernel(x, sizes):
         made: torch.Tensor = dequantize_nf4(
             packed, state[1:], (rows, columns, blocksize, outer_blocksize), x.dtype, use
         )
@@ -148,7 +148,7 @@ def nf4_linear(
         None if outer is None else outer.code, state.offset if state.nested else None,
     )  # fmt: skip
     flat, bias = x.flatten(0, -2), None if bias is None else bias.to(x.dtype)
-    if torch.compiler.is_compiling() and not _has_kernel(x, sizes):
+    if torch.compiler.is_compiling() and not _fits_kernel(x, sizes):
         product: torch.Tensor = _linear(flat, *stored, bias, list(sizes))
     else:
         product = _Product.apply(flat, bias, sizes, *stored)
