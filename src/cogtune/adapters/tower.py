@@ -10,9 +10,8 @@ import torch
 from cogtune.adapters.attach import LoraSettings, adapter_shapes, attach
 from cogtune.adapters.targets import is_hit, resolve_targets
 from cogtune.configuration.model import CogVLM2Config
+from cogtune.configuration.shapes import TOWER
 from cogtune.model.modeling import CogVLM2ForCausalLM
-
-_PARTS = ("model.vision.patch_embedding", "model.vision.transformer", "model.vision.conv")
 
 
 def tower_trains(config: CogVLM2Config, lora: LoraSettings) -> bool:
@@ -22,7 +21,7 @@ def tower_trains(config: CogVLM2Config, lora: LoraSettings) -> bool:
         AdapterError, ConfigError: as `attach` does.
     """
     if lora.start_from is not None:
-        return any(part + "." in name for name in adapter_shapes(Path(lora.start_from)) for part in _PARTS)
+        return any(part in name for name in adapter_shapes(Path(lora.start_from)) for part in TOWER)
     with torch.device("meta"):
         model = CogVLM2ForCausalLM(config)
     modules = dict(model.named_modules())
@@ -30,7 +29,7 @@ def tower_trains(config: CogVLM2Config, lora: LoraSettings) -> bool:
     asked = [*resolve_targets(model, lora.targets), *_texts(extra.get("modules_to_save"))]
     asked += _texts(extra.get("target_parameters"))
     names = [*modules, *(name for name, _ in model.named_parameters())]
-    inside = [name for name in names if name.startswith(_PARTS)]
+    inside = [name for name in names if f"{name}.".startswith(TOWER)]
     if not any(is_hit(name, target) for name in inside for target in asked) and extra.get("bias") != "all":
         return False
     if not extra:

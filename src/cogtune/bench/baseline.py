@@ -21,11 +21,11 @@ from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from cogtune.configuration.model import CogVLM2Config
+from cogtune.configuration.shapes import IGNORED_LABEL
 from cogtune.errors import ConfigError
 from cogtune.model.modeling import CogVLM2ForCausalLM, CogVLM2Output
 from cogtune.model.routing import row_positions
 
-IGNORED = -100
 INPUT_BUDGET = OUTPUT_BUDGET = 512
 _COUNTED_SHORT = 3  # the script counts 2,303 tokens for a picture that takes 2,306
 
@@ -55,7 +55,7 @@ class PublishedModel(nn.Module):
         ids = functional.pad(input_ids, fill, value=pad_id)
         mask = functional.pad(attention_mask, fill)
         types = functional.pad(token_type_ids, fill)
-        labels = functional.pad(labels, fill, value=IGNORED)
+        labels = functional.pad(labels, fill, value=IGNORED_LABEL)
         decoder = base.model
         h = decoder.embed_tokens(ids)
         if pixel_values is not None:
@@ -70,7 +70,7 @@ class PublishedModel(nn.Module):
             h = checkpoint(_layer, layer, h, positions, visible, vision, tables, use_reentrant=False)
         logits = base.lm_head(decoder.norm(h)).float()
         shifted, targets = logits[:, :-1].contiguous(), labels[:, 1:].contiguous()
-        loss = functional.cross_entropy(shifted.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        loss = functional.cross_entropy(shifted.flatten(0, 1), targets.flatten(), ignore_index=IGNORED_LABEL)
         return CogVLM2Output(loss=loss)
 
 

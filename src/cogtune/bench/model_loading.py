@@ -21,11 +21,11 @@ from typing import Any
 import torch
 
 from cogtune.bench.report import Results, table
-from cogtune.checkpoint.load import VISION, load_model, load_tower, stored_tensors
+from cogtune.checkpoint.load import load_model, load_tower, stored_tensors
 from cogtune.checkpoint.stream import PIECE, THREADS
 from cogtune.configuration.quantization import QuantSection
+from cogtune.configuration.shapes import TOWER
 from cogtune.errors import ConfigError
-from cogtune.model.vision import TOWER_PARTS
 
 MODES: dict[str, dict[str, Any]] = {
     "bf16": {},
@@ -110,7 +110,7 @@ def measure(name: str, model: str, device: torch.device) -> dict[str, Any]:
 def _pieces(folder: Path, tower_only: bool, tower: bool) -> Iterator[tuple[Path, int, int]]:
     """File, offset and length of what a mode reads."""
     for stored in stored_tensors(folder).values():
-        inside = stored.name.startswith(tuple(f"{VISION}{part}." for part in TOWER_PARTS))
+        inside = stored.name.startswith(TOWER)
         if inside if tower_only else (tower or not inside):
             for start in range(stored.start, stored.stop, PIECE):
                 yield stored.file, start, min(PIECE, stored.stop - start)

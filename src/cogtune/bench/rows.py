@@ -17,6 +17,7 @@ from PIL import Image
 
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.configuration.run_config import DataFolder, DataSection
+from cogtune.configuration.shapes import IGNORED_LABEL
 from cogtune.data.collate import collate
 from cogtune.data.dataset import TrainRows
 from cogtune.data.records import Conversation, Example, Turn
@@ -194,5 +195,5 @@ def answers_of(batch: dict[str, Any]) -> int:
     """How many answers a batch trains: runs of labels that end with their row's segment."""
     count = 0
     for labels, segments in zip(batch["labels"], batch["segment_ids"], strict=True):
-        count += len(set(segments[labels != -100].tolist()))
+        count += len(set(segments[labels != IGNORED_LABEL].tolist()))
     return count

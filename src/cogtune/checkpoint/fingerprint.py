@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from cogtune.checkpoint.load import read_header, shard_files
+from cogtune.configuration.shapes import TOWER
 from cogtune.errors import CheckpointError
-
-TOWER = ("model.vision.patch_embedding.", "model.vision.transformer.", "model.vision.conv.")
-"""Beginnings of the names of everything in front of the GLU adapter."""
 
 _PROBE = 1024
 _TOWER_PROBE = 4096

@@ -26,11 +26,12 @@ from cogtune.checkpoint.quantize import device_for, mark_for_adapters, require_p
 from cogtune.checkpoint.stream import Stored, find_stored, stream
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.configuration.quantization import PLAIN, QuantSection
+from cogtune.configuration.shapes import TOWER, VISION
 from cogtune.errors import CheckpointError, SetupError
 from cogtune.model.device_map import Spread, plan_spread
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.pretrained import require_exact
-from cogtune.model.vision import TOWER_PARTS, VisionModel
+from cogtune.model.vision import VisionModel
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -163,9 +164,6 @@ def load_tower(
     return vision.eval()
 
 
-VISION = "model.vision."
-
-
 def _folder(path: str | Path) -> Path:
     """The model's folder, checked."""
     load_config(path)  # its errors are the first to be shown
@@ -211,11 +209,11 @@ def _fill(
 
 def _is_skipped(wanted: dict[str, tuple[int, ...]]) -> Callable[[str], bool]:
     """Which of the folder's tensors a model with these is allowed not to have: parts that were left out."""
-    tower = any(name.startswith(VISION + TOWER_PARTS[0]) for name in wanted)
+    tower = any(name.startswith(TOWER[0]) for name in wanted)
     rest = "lm_head.weight" in wanted
 
     def is_skipped(name: str) -> bool:
-        in_tower = name.startswith(tuple(f"{VISION}{part}." for part in TOWER_PARTS))
+        in_tower = name.startswith(TOWER)
         return not (tower if in_tower else rest)
 
     return is_skipped

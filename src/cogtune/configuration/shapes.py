@@ -1,10 +1,21 @@
-"""The published model's sizes and token ids, without torch and transformers: the one place where they stand."""
+"""The published model's sizes, token ids and tensor names, and the marks in its inputs, without torch and transformers:
+the one place where they stand."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 BOS_ID, EOS_ID, PAD_ID = 128000, 128001, 128002
+IGNORED_LABEL = -100
+"""The label of a token that is not trained, as in torch's cross-entropy."""
+TREE_ROOT = -1
+"""In ``segment_parents``: the segment that begins a tree."""
+
+VISION = "model.vision."
+TOWER_PARTS = ("patch_embedding", "transformer", "conv")
+"""Modules of `VisionModel` in front of the GLU adapter, whose output is cached while they are frozen."""
+TOWER = tuple(f"{VISION}{part}." for part in TOWER_PARTS)
+"""Beginnings of the names of their tensors."""
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from cogtune.configuration.shapes import IGNORED_LABEL
 from cogtune.data.dataset import RowSample
-from cogtune.model.routing import IGNORED_LABEL, UNUSED, Routing
+from cogtune.model.routing import UNUSED, Routing
 
 # Padding is dropped before the first layer (attention_mask 0), so the id that fills it is never looked up.
 _PADDING_ID = 0

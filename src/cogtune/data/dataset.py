@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import Dataset
 
+from cogtune.configuration.shapes import IGNORED_LABEL, TREE_ROOT
 from cogtune.data.budget import Budget, BudgetReport, Sample
 from cogtune.data.records import Example, ImageRef
 from cogtune.data.rows import RowPlan, RowShape, encode_sample, plan_rows, shape_of
@@ -156,7 +157,8 @@ class TrainRows(Dataset[RowSample]):
     def filler(self) -> RowSample:
         """A row that adds 0 to the loss and 0 to the token count."""
         bos = self._encoder.bos_id
-        return RowSample(Row([bos], token_type_ids=[0], labels=[-100], segment_ids=[0], segment_parents=[-1]), (), ())
+        empty = Row([bos], token_type_ids=[0], labels=[IGNORED_LABEL], segment_ids=[0], segment_parents=[TREE_ROOT])
+        return RowSample(empty, (), ())
 
     def row(self, epoch: int, index: int) -> RowSample:
         """Build one row; the epoch matters for ``data.turns: one_random`` only.

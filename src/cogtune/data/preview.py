@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
+from cogtune.configuration.shapes import IGNORED_LABEL, TREE_ROOT
 from cogtune.data.budget import Budget
 from cogtune.data.records import Example, ImageRef
 from cogtune.data.rows import encode_sample, plan_rows
 from cogtune.errors import DataError
-from cogtune.processing.encode import IGNORED, IMAGE
+from cogtune.processing.encode import IMAGE
 from cogtune.processing.token_file import TokenFile
 from cogtune.processing.tokenizer import byte_symbols
-from cogtune.processing.tree import ROOT, Row, build_tree
+from cogtune.processing.tree import Row, build_tree
 
 if TYPE_CHECKING:
     from cogtune.configuration.run_config import DataSection
@@ -87,7 +88,7 @@ def preview_rows(
         for plan in plans:
             row = build_tree([encode_sample(encoder, example, sample, data.max_output_len) for sample in plan.samples])
             sources = dict.fromkeys(example.conversations[sample.conversation].source for sample in plan.samples)
-            labelled = sum(label != IGNORED for label in row.labels)
+            labelled = sum(label != IGNORED_LABEL for label in row.labels)
             segments = tuple(_segments(row, pieces))
             yield RowPreview(example.key, example.images, tuple(sources), segments, len(row), labelled, dropped)
         if not plans:
@@ -102,7 +103,7 @@ def _is_named(example: Example, record: str) -> bool:
 def _segments(row: Row, pieces: _Pieces) -> Iterator[Segment]:
     depths: list[int] = []
     for number, parent in enumerate(row.segment_parents):
-        depths.append(0 if parent == ROOT else depths[parent] + 1)
+        depths.append(0 if parent == TREE_ROOT else depths[parent] + 1)
         places = [place for place, segment in enumerate(row.segment_ids) if segment == number]
         yield Segment(number, parent, depths[number], tuple(_tokens(row, places, pieces)))
 
@@ -120,7 +121,7 @@ def _tokens(row: Row, places: list[int], pieces: _Pieces) -> Iterator[Token]:
 def _look(row: Row, place: int) -> str:
     if row.token_type_ids[place] == IMAGE:
         return "picture"
-    return "context" if row.labels[place] == IGNORED else "trained"
+    return "context" if row.labels[place] == IGNORED_LABEL else "trained"
 
 
 class _Pieces:

@@ -20,11 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from cogtune.configuration.shapes import IGNORED_LABEL, TREE_ROOT
 from cogtune.model.routing_checks import refuse_holes, require_shape
 
-ROOT = -1
 UNUSED = -2
-IGNORED_LABEL = -100
 
 GPU_COLUMNS = 64
 """Attention layouts on a GPU have a multiple of this many columns. Its kernels work on blocks of 64 or 128, so the
@@ -213,7 +212,7 @@ class _Builder:
         segments = segment_ids[self.rows, self.columns]
         if parents.ndim != 2 or parents.shape[0] != self.shape[0]:
             raise ValueError(f"segment_parents has shape {parents.shape}; expected [{self.shape[0]}, segments]")
-        if (segment_ids[~self.mask] != ROOT).any():
+        if (segment_ids[~self.mask] != TREE_ROOT).any():
             raise ValueError("segment_ids must be -1 at padding")
         first = np.zeros(self.num_tokens, bool)
         first[self.row_start[self.lengths > 0]] = True
@@ -233,7 +232,7 @@ class _Builder:
         last_of[owner, number] = end_index
         parent = parents[owner, number]
         self.previous = np.arange(-1, self.num_tokens - 1)
-        self.previous[start_index] = np.where(parent == ROOT, -1, last_of[owner, np.maximum(parent, 0)])
+        self.previous[start_index] = np.where(parent == TREE_ROOT, -1, last_of[owner, np.maximum(parent, 0)])
         behind_image = (self.previous[start_index] >= 0) & self.image[self.previous[start_index]]
         if (behind_image & self.image[start_index]).any():
             raise ValueError(
@@ -385,7 +384,7 @@ def _check_parents(parents: np.ndarray, counts: np.ndarray) -> None:
         row = int(np.argmax(counts > parents.shape[1]))
         raise ValueError(f"row {row} has {int(counts[row])} segments; segment_parents has {parents.shape[1]} entries")
     used = number < counts[:, None]
-    if (used & ((parents < ROOT) | (parents >= number))).any():
+    if (used & ((parents < TREE_ROOT) | (parents >= number))).any():
         raise ValueError("every segment's parent must be -1 or an earlier segment of its row")
     if (~used & (parents != UNUSED)).any():
         raise ValueError("segment_parents must be -2 beyond a row's last segment")

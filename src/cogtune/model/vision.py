@@ -15,15 +15,13 @@ from torch.nn import functional
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cogtune.configuration.model import CogVLM2Config, CogVLM2VisionConfig
+from cogtune.configuration.shapes import TOWER_PARTS
 from cogtune.model.attention import attend
 from cogtune.model.kernels import HAS_TRITON, kernel_available
 from cogtune.model.quantized.fp8 import Fp8Linear
 
 if HAS_TRITON:
     from cogtune.model.kernels import add_norm
-
-TOWER_PARTS = ("patch_embedding", "transformer", "conv")
-"""Modules of `VisionModel` whose output is cached while they are frozen."""
 
 
 class PatchEmbedding(nn.Module):

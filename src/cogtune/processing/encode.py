@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from cogtune.configuration.shapes import IGNORED_LABEL
 from cogtune.errors import InputError
 from cogtune.processing.prompt import Turns, build_prompt, check_template, image_text
 
-IGNORED = -100
 TEXT, IMAGE = 0, 1
 
 Part = Sequence[int] | Literal["image"]
@@ -108,7 +108,7 @@ class Encoder:
         return Encoded(
             input_ids=ids + target,
             token_type_ids=types + [TEXT] * len(target),
-            labels=[IGNORED] * len(ids) + target,
+            labels=[IGNORED_LABEL] * len(ids) + target,
             prompt_len=len(ids),
         )
 

@@ -12,8 +12,9 @@ from PIL import Image
 from transformers import BatchFeature
 
 from cogtune.configuration.model import CogVLM2Config
+from cogtune.configuration.shapes import IGNORED_LABEL
 from cogtune.errors import InputError
-from cogtune.processing.encode import IGNORED, TEXT, Encoded, Encoder
+from cogtune.processing.encode import TEXT, Encoded, Encoder
 from cogtune.processing.image import preprocess, read_image, to_rgb
 from cogtune.processing.model_folder import copy_files, find_folder, read_config, read_tokenizer, special_ids
 from cogtune.processing.prompt import Turns
@@ -183,7 +184,7 @@ class CogVLM2Processor:
         if pictures:
             data["pixel_values"] = torch.cat(pictures)
         if "labels" in rows[0]:
-            data["labels"] = _stack_right(rows, "labels", IGNORED)
+            data["labels"] = _stack_right(rows, "labels", IGNORED_LABEL)
         return BatchFeature(data)
 
     def decode(self, ids: Iterable[int] | torch.Tensor) -> str:

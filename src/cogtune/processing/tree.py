@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cogtune.processing.encode import IGNORED, IMAGE, Encoded
+from cogtune.configuration.shapes import IGNORED_LABEL, TREE_ROOT
+from cogtune.processing.encode import IMAGE, Encoded
 
 _Token = tuple[int, int]  # (id, type): a placeholder in text is not an image's position
-ROOT = -1
 
 
 @dataclass
@@ -60,13 +60,13 @@ def build_tree(samples: Sequence[Encoded]) -> Row:
     for sample in samples:
         _insert(top, sample)
     row = Row([], [], [], [], [])
-    pending = [(node, ROOT) for node in reversed(top.children.values())]
+    pending = [(node, TREE_ROOT) for node in reversed(top.children.values())]
     while pending:  # depth first and without recursion: a long conversation is a deep tree
         node, parent = pending.pop()
         ids, types = [token for token, _ in node.tokens], [kind for _, kind in node.tokens]
         if IMAGE in types and IMAGE in row.token_type_ids:
             raise ValueError("the samples of a tree show one picture, or the same pictures in the same order")
-        segment = _append(row, parent, ids, types, [IGNORED] * len(ids))
+        segment = _append(row, parent, ids, types, [IGNORED_LABEL] * len(ids))
         for answer in node.answers:
             start = answer.prompt_len
             _append(row, segment, answer.input_ids[start:], answer.token_type_ids[start:], answer.labels[start:])

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from cogtune.configuration.run_config import RunConfig
+from cogtune.configuration.shapes import IGNORED_LABEL
 from cogtune.data.dataset import TrainRows
 from cogtune.errors import CogtuneError, NonFiniteError
 from cogtune.train.batches import Batch, Feed, StepBatches, to_device
@@ -243,4 +244,4 @@ def _tokens(batches: list[Batch]) -> int:
 
 def _real_rows(batches: list[Batch]) -> list[Any]:
     """Rows that are not fillers: those with a label."""
-    return [row for batch in batches for row in batch["labels"] if bool((row != -100).any())]
+    return [row for batch in batches for row in batch["labels"] if bool((row != IGNORED_LABEL).any())]
