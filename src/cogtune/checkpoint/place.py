@@ -104,14 +104,6 @@ class Builder:
         return next((path for path in paths if path in self._units), None)
 
 
-def finish_units(model: nn.Module, placement: Placement) -> None:
-    """Hand every unit of a model that is not loaded but made on its device to ``placement``, in the order they run."""
-    units = find_units(model)
-    for name, module in list(model.named_modules()):
-        if name in units:
-            placement.finish(name, module)
-
-
 def find_units(root: nn.Module) -> set[str]:
     """Names of the units in a model."""
     return {

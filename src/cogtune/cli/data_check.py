@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -199,8 +198,3 @@ def _findings(console: Console, title: str, colour: str, findings: Sequence[Find
             console.print(f"  {place}{finding.what}", markup=False)
         if count > _SHOWN:
             console.print(f"  ... and {count - _SHOWN} more (--json lists all)", markup=False)
-
-
-def warn(text: str) -> None:
-    """Something to know, beside the output."""
-    print(text, file=sys.stderr, flush=True)

@@ -94,10 +94,6 @@ def _decode(path: Path) -> None:
         raise BadRecordError("image-truncated", f"the picture is incomplete ({error})") from error
 
 
-def _is_animated(image: Image.Image) -> bool:
-    return bool(getattr(image, "is_animated", False))
-
-
 @contextmanager
 def _headers_of_any_size() -> Iterator[None]:
     """Let headers of any size be read: the limit here is ``data.max_pixels``, checked before anything is decoded."""

@@ -63,7 +63,6 @@ class Loop:
         self.engine, self.config, self.feed, self.validation = engine, config, feed, validation
         self.progress, self.total_steps, self.metrics, self.stop, self.save = progress, total_steps, metrics, stop, save
         self.schedule = build_schedule(engine.optimizer, config.train, total_steps, progress.step)
-        self._saved_step = progress.step if progress.step else None
         self._skipped_in_a_row = 0
         self._open: StepReport | None = None
 
@@ -208,7 +207,7 @@ class Loop:
         if found is None:
             return False
         progress = self.progress
-        progress.last_validation_loss, progress.validated_step = found.loss, progress.step
+        progress.validated_step = progress.step
         better = progress.best_loss is None or found.loss < progress.best_loss
         if better:
             progress.best_loss, progress.best_step, progress.validations_without_better = found.loss, progress.step, 0

@@ -27,7 +27,6 @@ class Progress:
     window_labels: int = 0
     best_loss: float | None = None
     best_step: int | None = None
-    last_validation_loss: float | None = None
     validated_step: int | None = None
     validations_without_better: int = 0
     skipped_steps: int = 0  # float16: gradients overflowed
