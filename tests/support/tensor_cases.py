@@ -20,7 +20,8 @@ from safetensors import safe_open
 
 from cogtune.adapters.attach import attach, load_adapter
 from cogtune.adapters.tensor_parallel import AdapterPart, split_adapter
-from cogtune.checkpoint.load import load_model, shard_files
+from cogtune.checkpoint.load import load_model
+from cogtune.checkpoint.model_files import shard_files
 from cogtune.configuration.quantization import QuantSection
 from cogtune.configuration.run_config import LoraSection
 from cogtune.distributed.group import TensorGroup

@@ -23,7 +23,7 @@ import torch
 from cogtune.adapters.attach import WEIGHTS_NAME, base_name
 from cogtune.adapters.merge_arithmetic import Changes, read_changes
 from cogtune.adapters.safetensors_rows import CHUNK, DTYPES, Entry, RawFile
-from cogtune.checkpoint.load import INDEX_NAME, check_folder, shard_files
+from cogtune.checkpoint.model_files import INDEX_NAME, check_folder, shard_files
 from cogtune.errors import AdapterError, CheckpointError, DiskFullError, OutputFolderError
 from cogtune.system import files
 

@@ -1,7 +1,7 @@
 """Reading safetensors files in rows, so that no tensor, and certainly no shard, has to be in memory as a whole.
 
-The format is a length, a JSON header and the payload; ``checkpoint.load`` checks the header, the rest is seeking.
-Memory mapping would do the same, but its pages count as the process's own wherever memory is limited.
+The format is a length, a JSON header and the payload; ``checkpoint.model_files`` checks the header, the rest is
+seeking. Memory mapping would do the same, but its pages count as the process's own wherever memory is limited.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import torch
 
-from cogtune.checkpoint.load import read_header
+from cogtune.checkpoint.model_files import read_header
 
 DTYPES = {
     "F64": torch.float64,

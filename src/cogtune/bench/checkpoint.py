@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from cogtune.checkpoint.load import INDEX_NAME
+from cogtune.checkpoint.model_files import INDEX_NAME
 from cogtune.checkpoint.random import fill_random, published_config, tiny_config, write_published_config
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.errors import DiskFullError, OutputFolderError

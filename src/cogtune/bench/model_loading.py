@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from cogtune.bench.report import Results, table
-from cogtune.checkpoint.load import load_model, load_tower, stored_tensors
+from cogtune.checkpoint.load import load_model, load_tower
+from cogtune.checkpoint.model_files import stored_tensors
 from cogtune.checkpoint.stream import PIECE, THREADS
 from cogtune.configuration.quantization import QuantSection
 from cogtune.configuration.shapes import TOWER

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cogtune.checkpoint.load import load_config
+from cogtune.checkpoint.model_files import load_model_config
 from cogtune.checkpoint.quantize import require_packages
 from cogtune.checkpoint.random import published_config, random_weights, tiny_config
 from cogtune.configuration.model import CogVLM2Config
@@ -19,7 +19,7 @@ RANDOM = {"random": published_config, "random-tiny": tiny_config}
 
 def model_config(path: str) -> CogVLM2Config:
     """The sizes of a checkpoint folder or of random weights."""
-    return RANDOM[path]() if path in RANDOM else load_config(path)
+    return RANDOM[path]() if path in RANDOM else load_model_config(path)
 
 
 def build_base(config: RunConfig, engine: Engine, dtype: torch.dtype, *, cached: bool) -> CogVLM2ForCausalLM:

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from cogtune.checkpoint.load import read_header, shard_files
+from cogtune.checkpoint.model_files import read_header, shard_files
 from cogtune.configuration.shapes import TOWER
 from cogtune.errors import CheckpointError
 

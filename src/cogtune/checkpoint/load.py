@@ -1,64 +1,31 @@
 """Loading a base model: straight to device and number format, a tensor at a time, and only the parts that are used.
 
-The folder is checked before any weight is read, so that every mistake has a name. The model is made on the meta device,
-tensors are put into it as they are read (`checkpoint.stream`), quantised where asked, and handed on unit by unit to an
-engine that shards them (`checkpoint.place`).
+The folder is checked first (`checkpoint.model_files`). The model is made on the meta device, tensors are put into it as
+they are read (`checkpoint.stream`), quantised where asked, and handed on unit by unit to an engine that shards them
+(`checkpoint.place`).
 """
 
 from __future__ import annotations
 
-import json
-import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
 from torch import nn
 from transformers import GenerationConfig
 
 from cogtune.checkpoint import stored_4bit
+from cogtune.checkpoint.model_files import check_folder, load_model_config, stored_tensors, whole_folder
 from cogtune.checkpoint.place import Builder, Cutting, Placement, require_filled
 from cogtune.checkpoint.quantize import device_for, mark_for_adapters, require_packages
-from cogtune.checkpoint.stream import Stored, find_stored, stream
-from cogtune.configuration.model import CogVLM2Config
+from cogtune.checkpoint.stream import Stored, stream
 from cogtune.configuration.quantization import PLAIN, QuantSection
 from cogtune.configuration.shapes import TOWER, VISION
-from cogtune.errors import CheckpointError, SetupError
-from cogtune.model.device_map import Spread, plan_spread
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.pretrained import require_exact
 from cogtune.model.vision import VisionModel
-
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-ROUTES = (
-    "fetch it with `cogtune download model --output cogvlm2` (from Hugging Face) or `cogtune download model --source "
-    "modelscope --output cogvlm2`, then pass that folder"
-)
-
-
-def load_config(path: str | Path) -> CogVLM2Config:
-    """The model configuration of a folder or hub id.
-
-    Raises:
-        CheckpointError: no such folder, no ``config.json`` in it, or one that is not valid.
-    """
-    folder = Path(path)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{folder}: no config.json; expected a model folder", hint=ROUTES, code="checkpoint-config"
-        )
-    _require_found(path)
-    try:
-        return CogVLM2Config.from_pretrained(path)
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"{path}: config.json cannot be read: {error}", hint=ROUTES, code="checkpoint-config"
-        ) from error
 
 
 def load_model(
@@ -87,7 +54,7 @@ def load_model(
     """
     quantization = quantization or PLAIN
     require_packages(quantization)
-    folder, config = _folder(path), load_config(path)
+    folder, config = _folder(path), load_model_config(path)
     if rope_precision is not None:
         config.rope_precision = rope_precision
     vision: Any = config.vision_config
@@ -106,41 +73,6 @@ def load_model(
     return loaded
 
 
-def spread_over(
-    path: str | Path,
-    free: Sequence[tuple[torch.device, int]],
-    *,
-    host: bool,
-    dtype: torch.dtype,
-    quantization: QuantSection,
-) -> Spread:
-    """A placement for `load_model` over GPUs with their free bytes, in order; ``host``: layers may wait there.
-
-    Raises:
-        SetupError: the devices cannot hold the model, or layers in fewer bits would have to wait on the host.
-    """
-    if quantization.embedding == "host" or (host and quantization.experts != "none"):
-        what = "quant.embedding host" if quantization.embedding == "host" else f"quant.experts {quantization.experts}"
-        raise SetupError(
-            f"{what} does not go with these devices: layers wait in host memory only in the model's own number format, "
-            "and the embedding belongs to the first of several devices",
-            hint="leave it out, or use one device",
-            code="config-combination",
-        )
-    config = load_config(path)
-    with torch.device("meta"):
-        model = CogVLM2ForCausalLM(config)
-    sizes = {}
-    for name, value in model.state_dict().items():
-        form = quantization.format_of(name.rpartition(".")[0]) if value.ndim == 2 else "none"
-        sizes[name] = round(value.numel() * _BYTES.get(form, dtype.itemsize))
-    return plan_spread(sizes, config.num_hidden_layers, free, host=host)
-
-
-_BYTES = {"nf4": 0.53, "int8": 1.01, "fp8": 1.01}
-"""Of a weight with its share of the scales."""
-
-
 def load_tower(
     path: str | Path,
     *,
@@ -155,7 +87,7 @@ def load_tower(
     """
     quantization = quantization or PLAIN
     require_packages(quantization)
-    folder, config = _folder(path), load_config(path)
+    folder, config = _folder(path), load_model_config(path)
     with torch.device("meta"):
         vision = VisionModel(config)
     for name in ("linear_proj", "boi", "eoi"):
@@ -166,7 +98,7 @@ def load_tower(
 
 def _folder(path: str | Path) -> Path:
     """The model's folder, checked."""
-    load_config(path)  # its errors are the first to be shown
+    load_model_config(path)  # its errors are the first to be shown
     folder = whole_folder(path)
     check_folder(folder)
     return folder
@@ -244,125 +176,3 @@ def _read_parts(
                 if tensor.file == file:
                     part = cutting.read(tensor.name, source.get_slice(tensor.name))
                     builder.add(tensor.name, part.contiguous().to(place(tensor.name)))
-
-
-def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a folder by name, in the order of its shards and of their bytes."""
-    found: dict[str, Stored] = {}
-    for shard, names in sorted(shard_files(folder).items()):
-        listed = set(names)
-        for tensor in find_stored(folder / shard, read_header(folder / shard)):
-            if tensor.name not in found or tensor.name in listed:
-                found[tensor.name] = tensor
-    return found
-
-
-def whole_folder(model: str | Path) -> Path:
-    """The model's folder; a hub id is fetched whole, licences included (from the cache, where it is there).
-
-    Raises:
-        CheckpointError: neither.
-    """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    _require_found(model)
-    try:
-        return Path(snapshot_download(str(model)))
-    except (OSError, HFValidationError) as error:
-        raise CheckpointError(
-            f"{model}: neither a folder here nor a hub repository that can be read ({str(error).strip():.300})",
-            hint="check name and network, or download the model and give its folder",
-            code="checkpoint-missing",
-        ) from error
-
-
-def shard_files(folder: Path) -> dict[str, list[str]]:
-    """Shard file name -> names of the tensors it should hold (empty for a single file without an index).
-
-    Raises:
-        CheckpointError: neither an index nor a single weight file, or an index that is not valid JSON.
-    """
-    index = folder / INDEX_NAME
-    if index.is_file():
-        try:
-            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{index}: not a weight index: {error}", hint=ROUTES, code="checkpoint-index"
-            ) from error
-        files: dict[str, list[str]] = {}
-        for name, file in weight_map.items():
-            files.setdefault(file, []).append(name)
-        return files
-    if (folder / SINGLE_NAME).is_file():
-        return {SINGLE_NAME: []}
-    raise CheckpointError(
-        f"{folder}: no weights; expected {INDEX_NAME} with its shards, or {SINGLE_NAME}",
-        hint=ROUTES,
-        code="checkpoint-shards",
-    )
-
-
-def read_header(file: Path) -> dict[str, dict[str, Any]]:
-    """Names, dtypes, shapes and byte ranges of a safetensors file, without its payload.
-
-    Raises:
-        CheckpointError: not a safetensors file, or shorter than its header says.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if length + 8 > size:
-            raise _truncated(file, size, None)
-        try:
-            header: dict[str, dict[str, Any]] = json.loads(stream.read(length))
-        except ValueError as error:
-            raise _truncated(file, size, None) from error
-    header.pop("__metadata__", None)
-    payload = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if 8 + length + payload != size:
-        raise _truncated(file, size, 8 + length + payload)
-    return header
-
-
-def check_folder(folder: Path) -> None:
-    """Every shard is there, complete, and holds what the index says.
-
-    Raises:
-        CheckpointError: naming the file.
-    """
-    files = shard_files(folder)
-    missing = sorted(name for name in files if not (folder / name).is_file())
-    if missing:
-        raise CheckpointError(
-            f"{folder}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing[:8])}",
-            hint=ROUTES,
-            code="checkpoint-shards",
-        )
-    for name, expected in files.items():
-        absent = sorted(set(expected) - set(read_header(folder / name)))
-        if absent:
-            raise CheckpointError(
-                f"{folder / name}: the index places {absent[0]} here, the file does not hold it",
-                hint="index and shards are from different versions; fetch the folder again",
-                code="checkpoint-index",
-            )
-
-
-def _truncated(file: Path, size: int, expected: int | None) -> CheckpointError:
-    wanted = "a safetensors file" if expected is None else f"{expected:,} bytes"
-    return CheckpointError(
-        f"{file}: {size:,} bytes; expected {wanted}",
-        hint=f"the download broke off: {ROUTES}",
-        code="checkpoint-truncated",
-    )
-
-
-def _require_found(path: str | Path) -> None:
-    """A path that is neither a folder nor shaped like a hub id is a typing mistake; say so before asking any hub."""
-    folder = Path(path)
-    looks_like_id = str(path).count("/") == 1 and not str(path).startswith((".", "/", "~"))
-    if not folder.is_dir() and not looks_like_id:
-        raise CheckpointError(f"{path}: no such model folder", hint=ROUTES, code="checkpoint-missing")

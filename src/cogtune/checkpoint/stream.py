@@ -54,7 +54,7 @@ class Stored:
 
 
 def find_stored(file: Path, header: dict[str, dict[str, Any]]) -> list[Stored]:
-    """The tensors of a file, from its header (`checkpoint.load.read_header`), in the order in which they lie in it."""
+    """The tensors of a file in the order of their bytes, from its header (`checkpoint.model_files.read_header`)."""
     payload = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
     begin = file.stat().st_size - payload
     found = [

@@ -33,7 +33,7 @@ def _merge(
 ) -> None:
     with contextlib.redirect_stdout(sys.stderr):  # some libraries log to stdout when first imported
         from cogtune.adapters.merge import merge
-        from cogtune.checkpoint.load import whole_folder
+        from cogtune.checkpoint.model_files import whole_folder
         from cogtune.generate.loading import ModelChoice, resolve
 
     resolved = resolve(ModelChoice(model, adapter, device="cpu"))

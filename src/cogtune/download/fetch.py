@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cogtune.checkpoint.load import check_folder
+from cogtune.checkpoint.model_files import check_folder
 from cogtune.download.http import Client
 from cogtune.download.remote import RemoteFile, list_files
 from cogtune.download.sources import HF_ENDPOINT, MODELSCOPE_ENDPOINT, Repository, Source

@@ -11,7 +11,8 @@ import torch
 
 from cogtune.adapters.attach import CONFIG_NAME, adapter_shapes, base_name, load_adapter
 from cogtune.adapters.tensor_parallel import split_adapter
-from cogtune.checkpoint.load import load_config, load_model, spread_over
+from cogtune.checkpoint.load import load_model
+from cogtune.checkpoint.model_files import load_model_config
 from cogtune.checkpoint.place import Placement
 from cogtune.checkpoint.quantize import require_packages
 from cogtune.configuration.input_sections import ModelSection
@@ -23,7 +24,7 @@ from cogtune.distributed.group import TensorGroup
 from cogtune.errors import AdapterError, ConfigError, SetupError
 from cogtune.generate.generator import Generator
 from cogtune.generate.tensor_parallel import LockstepGenerator, check_launched, start
-from cogtune.model.device_map import Spread
+from cogtune.model.device_map import DeviceMap, plan_device_map
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.tensor_parallel import SplitModel, check_sizes
 from cogtune.processing.processor import CogVLM2Processor
@@ -113,7 +114,7 @@ def resolve(choice: ModelChoice) -> Resolved:
             code="config-combination",
         )
     if choice.tensor > 1:
-        check_sizes(load_config(str(model)), choice.tensor)
+        check_sizes(load_model_config(str(model)), choice.tensor)
     dtype = torch_dtype(choice.dtype, device)
     check_formats(choice.quantization, gpu_of(device))
     return Resolved(
@@ -151,11 +152,11 @@ def load_generator(choice: Resolved, progress: Callable[[str], None] = lambda li
         return _load_part(choice, group, progress)
     processor = CogVLM2Processor.from_pretrained(choice.model)
     progress(f"loading {choice.model} ({choice.dtype_name}, {choice.device})")
-    spread = _spread(choice)
-    model = _load_base(choice, spread)
-    if spread is not None:
-        progress(spread.describe())
-        spread.connect(model)
+    device_map = _device_map(choice)
+    model = _load_base(choice, device_map)
+    if device_map is not None:
+        progress(device_map.describe())
+        device_map.connect(model)
     if choice.adapter is not None:
         progress(f"with the adapter in {choice.adapter}")
         model = load_adapter(model, choice.adapter)
@@ -174,14 +175,15 @@ def _load_base(choice: Resolved, placement: Placement | None) -> CogVLM2ForCausa
     )
 
 
-def _spread(choice: Resolved) -> Spread | None:
+def _device_map(choice: Resolved) -> DeviceMap | None:
     """Where layers go when there are several devices, by what is free on them now."""
     if not choice.others:
         return None
     cards = [device for device in (choice.device, *choice.others) if device.type == "cuda"]
     free = [(card, torch.cuda.mem_get_info(card)[0]) for card in cards]
     host = len(cards) <= len(choice.others)
-    return spread_over(choice.model, free, host=host, dtype=choice.dtype, quantization=choice.quantization)
+    config = load_model_config(choice.model)
+    return plan_device_map(config, free, host=host, dtype=choice.dtype, quantization=choice.quantization)
 
 
 def _load_part(choice: Resolved, group: TensorGroup, progress: Callable[[str], None]) -> LockstepGenerator:

@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from cogtune.configuration.model import CogVLM2Config
+from cogtune.configuration.quantization import QuantSection
 from cogtune.errors import SetupError
+from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.routing import Routing
 
 GIB = 2**30
@@ -23,8 +26,12 @@ RESERVE = 2 * GIB
 """Of each GPU's free memory, what is left for activations, cache and libraries."""
 
 
+_BYTES = {"nf4": 0.53, "int8": 1.01, "fp8": 1.01}
+"""Of a weight with its share of the scales."""
+
+
 @dataclass(frozen=True)
-class Spread:
+class DeviceMap:
     """Where decoder layers compute, by index, and which of them have their weights in host memory meanwhile."""
 
     first: torch.device
@@ -64,14 +71,50 @@ class Spread:
         return f"decoder layers: {parts}; the rest on {self.first}"
 
 
-def plan_spread(
+def plan_device_map(
+    config: CogVLM2Config,
+    free: Sequence[tuple[torch.device, int]],
+    *,
+    host: bool,
+    dtype: torch.dtype,
+    quantization: QuantSection,
+) -> DeviceMap:
+    """Where the layers of a model go that is to be loaded.
+
+    Args:
+        free: GPUs in order with their free bytes.
+        host: whether layers that fit nowhere may wait in host memory.
+        dtype: of what is not quantised.
+
+
+    Raises:
+        SetupError: the devices cannot hold the model, or layers in fewer bits would have to wait on the host.
+    """
+    if quantization.embedding == "host" or (host and quantization.experts != "none"):
+        what = "quant.embedding host" if quantization.embedding == "host" else f"quant.experts {quantization.experts}"
+        raise SetupError(
+            f"{what} does not go with these devices: layers wait in host memory only in the model's own number format, "
+            "and the embedding belongs to the first of several devices",
+            hint="leave it out, or use one device",
+            code="config-combination",
+        )
+    with torch.device("meta"):
+        model = CogVLM2ForCausalLM(config)
+    sizes = {}
+    for name, value in model.state_dict().items():
+        form = quantization.format_of(name.rpartition(".")[0]) if value.ndim == 2 else "none"
+        sizes[name] = round(value.numel() * _BYTES.get(form, dtype.itemsize))
+    return place_layers(sizes, config.num_hidden_layers, free, host=host)
+
+
+def place_layers(
     sizes: Mapping[str, int], num_layers: int, free: Sequence[tuple[torch.device, int]], *, host: bool
-) -> Spread:
+) -> DeviceMap:
     """Fill the devices in order.
 
-    :param sizes: bytes of each tensor by name.
-    :param free: GPUs in order with their free bytes.
-    :param host: whether layers that fit nowhere may wait in host memory.
+    Args:
+        sizes: bytes of each tensor by name.
+        free, host: as in `plan_device_map`.
 
     Raises:
         SetupError: the devices cannot hold the model.
@@ -106,7 +149,7 @@ def plan_spread(
             continue
         room[place] -= size
         layers.append(free[place][0])
-    return Spread(free[0][0], tuple(layers), frozenset(waiting))
+    return DeviceMap(free[0][0], tuple(layers), frozenset(waiting))
 
 
 def _too_small(total: int, free: Sequence[tuple[torch.device, int]], why: str) -> SetupError:

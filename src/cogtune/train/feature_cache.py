@@ -11,7 +11,8 @@ import torch
 
 from cogtune.adapters.tower import tower_trains
 from cogtune.checkpoint.fingerprint import tower_fingerprint
-from cogtune.checkpoint.load import load_config, load_tower, whole_folder
+from cogtune.checkpoint.load import load_tower
+from cogtune.checkpoint.model_files import load_model_config, whole_folder
 from cogtune.configuration.deepspeed import apply_deepspeed
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.configuration.quantization import QuantSection
@@ -63,7 +64,7 @@ def ensure(
     assert not isinstance(asked, bool)
     if asked == "off":
         return None
-    model_config = load_config(config.model.path)
+    model_config = load_model_config(config.model.path)
     if asked == "on":
         _refuse_trained_tower(model_config, config)
     elif tower_trains(model_config, config.lora):
@@ -100,7 +101,7 @@ def fill_cache(config: RunConfig) -> FillReport:
         config = apply_deepspeed(config, world_size=environment.world_size())[0].with_values(
             {"data.cache_features": "on"}
         )
-        model_config = load_config(config.model.path)
+        model_config = load_model_config(config.model.path)
         _refuse_trained_tower(model_config, config)
         split = read_and_split(config.data, config.train.seed, max_images=model_config.max_images)
         for line in split.report.lines():
@@ -155,14 +156,14 @@ def fill(config: RunConfig, cache: FeatureCache, group: Group, dtype: torch.dtyp
     removed = cache.make_room(data.cache_budget)
     if removed:
         log.info(f"features: {removed}")
-    each = seconds_per_picture(load_config(path), device, dtype)
+    each = seconds_per_picture(load_model_config(path), device, dtype)
     share = -(-cache.survey.to_compute // group.size)
     log.info(
         f"features: filling {cache.survey.to_compute} pictures on {group.size} x {device.type}, about "
         f"{timedelta(seconds=round(each * share))} (an estimate)"
     )
     settings = FillSettings(
-        image_size=load_config(path).image_size,
+        image_size=load_model_config(path).image_size,
         max_pixels=data.max_pixels,
         exif=data.exif,
         batch=data.cache_batch,

@@ -12,7 +12,7 @@ import torch
 
 from cogtune.adapters.attach import adapter_shapes, check_continued
 from cogtune.adapters.targets import adapted_modules, check_reached
-from cogtune.checkpoint.load import check_folder, load_config
+from cogtune.checkpoint.model_files import check_folder, load_model_config
 from cogtune.configuration.run_config import RunConfig
 from cogtune.data.dataset import TrainRows
 from cogtune.data.split import DataSplit, read_and_split
@@ -61,7 +61,7 @@ def read_inputs(config: RunConfig) -> Inputs:
         CheckpointError, AdapterError, DataError, ConfigError: whatever is wrong with them, before a weight is read.
     """
     base = Path(config.model.path)
-    model_config = load_config(config.model.path)
+    model_config = load_model_config(config.model.path)
     if base.is_dir():
         check_folder(base)
     if config.parallel.tensor > 1:

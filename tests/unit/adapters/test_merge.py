@@ -18,7 +18,8 @@ from cogtune.adapters import merge as merging
 from cogtune.adapters import safetensors_rows
 from cogtune.adapters.attach import load_adapter
 from cogtune.adapters.merge import merge
-from cogtune.checkpoint.load import INDEX_NAME, load_model
+from cogtune.checkpoint.load import load_model
+from cogtune.checkpoint.model_files import INDEX_NAME
 from cogtune.checkpoint.random import make_tiny
 from cogtune.errors import AdapterError, CheckpointError, CogtuneError, DiskFullError, OutputFolderError
 from tests.support.adapters import write_adapter

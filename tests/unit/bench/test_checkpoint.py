@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from cogtune.bench.checkpoint import header_of, make_checkpoint, plan_shards
-from cogtune.checkpoint.load import INDEX_NAME, load_config, load_model
+from cogtune.checkpoint.load import load_model
+from cogtune.checkpoint.model_files import INDEX_NAME, load_model_config
 from cogtune.checkpoint.random import published_config, write_published_config
 from cogtune.errors import DiskFullError, OutputFolderError
 from cogtune.processing.processor import CogVLM2Processor
@@ -47,7 +48,7 @@ def test_its_configuration_lacks_the_keys_that_the_published_one_lacks(tmp_path:
         "max_position_embeddings", "rms_norm_eps", "hidden_act", "initializer_range", "template_version",
         "bos_token_id", "eos_token_id", "pad_token_id", "vocab_size", "use_cache", "vision_config",
     }  # fmt: skip
-    config = load_config(tmp_path)
+    config = load_model_config(tmp_path)
     assert (config.num_multi_query_heads, config.eos_token_ids, config.num_image_tokens) == (8, [128001, 128009], 2306)
 
 

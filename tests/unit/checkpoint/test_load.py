@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cogtune import CogVLM2Config, CogVLM2ForCausalLM
-from cogtune.checkpoint.load import INDEX_NAME, load_config, load_model
+from cogtune.checkpoint.load import load_model
+from cogtune.checkpoint.model_files import INDEX_NAME, load_model_config
 from cogtune.errors import CheckpointError
 
 ONE = "model.layers.1.mlp.vision_mlp.up_proj.weight"
@@ -58,7 +59,7 @@ def test_the_published_config_style(tiny_checkpoint: Path) -> None:
     raw = json.loads((tiny_checkpoint / "config.json").read_text())
     assert "model_type" not in raw
     assert "auto_map" in raw
-    config = load_config(tiny_checkpoint)
+    config = load_model_config(tiny_checkpoint)
     assert config.eos_token_ids == [257, 259]
     assert config.num_image_tokens == 6
     bare = CogVLM2Config(**{key: value for key, value in raw.items() if key != "num_multi_query_heads"} | {

@@ -13,7 +13,8 @@ from torch import nn
 
 from cogtune import CogVLM2ForCausalLM
 from cogtune.checkpoint import stream as streaming
-from cogtune.checkpoint.load import INDEX_NAME, load_model, load_tower, stored_tensors
+from cogtune.checkpoint.load import load_model, load_tower
+from cogtune.checkpoint.model_files import INDEX_NAME, stored_tensors
 from cogtune.errors import CheckpointError
 from tests.support.batches import picture_batch
 

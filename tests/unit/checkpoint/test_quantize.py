@@ -181,7 +181,7 @@ def stored_packed(base: Path, folder: Path, kind: str) -> dict[str, torch.Tensor
     stand for."""
     from safetensors.torch import load_file, save_file
 
-    from cogtune.checkpoint.load import INDEX_NAME
+    from cogtune.checkpoint.model_files import INDEX_NAME
 
     meant, written, index = {}, {}, json.loads((base / INDEX_NAME).read_text())
     for file in sorted(base.glob("*.safetensors")):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cogtune.checkpoint.load import check_folder, load_model
-from cogtune.checkpoint.load import load_config as load_model_config
+from cogtune.checkpoint.load import load_model
+from cogtune.checkpoint.model_files import check_folder, load_model_config
 from cogtune.configuration.run_config import load_config
 from cogtune.demo.base import BASE
 from cogtune.demo.pretrain import config, describe_new

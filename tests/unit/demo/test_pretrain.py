@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cogtune.checkpoint.load import check_folder, load_model
+from cogtune.checkpoint.load import load_model
+from cogtune.checkpoint.model_files import check_folder
 from cogtune.demo import pretrain
 from cogtune.demo.muon import orthogonal
 from cogtune.model.modeling import CogVLM2ForCausalLM

@@ -1,4 +1,4 @@
-"""Spread over devices: whole layers, the image path together, the same answers, and each shared input sent once."""
+"""A model over devices: whole layers, the image path together, the same answers, and each shared input sent once."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cogtune.checkpoint.load import load_model, spread_over
+from cogtune.checkpoint.load import load_model
+from cogtune.checkpoint.model_files import load_model_config
 from cogtune.configuration.quantization import PLAIN, QuantSection
 from cogtune.errors import SetupError
-from cogtune.model.device_map import GIB, RESERVE, Spread, _Mover, plan_spread
+from cogtune.model.device_map import GIB, RESERVE, DeviceMap, _Mover, place_layers, plan_device_map
 from cogtune.model.device_map import _Guest as Guest
 from cogtune.model.routing import Routing
 from tests.support.batches import picture_batch
@@ -27,37 +28,37 @@ def names(layers: int) -> dict[str, int]:
 
 def test_devices_are_filled_with_whole_layers_in_order() -> None:
     free = [(CUDA[0], RESERVE + 4 * GIB + GIB // 2), (CUDA[1], RESERVE + 3 * GIB), (CUDA[2], RESERVE + 9 * GIB)]
-    spread = plan_spread(names(7), 7, free, host=False)
-    assert spread.layers == (CUDA[0],) * 2 + (CUDA[1],) * 3 + (CUDA[2],) * 2
-    assert not spread.waiting
-    places = {name: spread.device_for(name) for name in names(7)}
+    device_map = place_layers(names(7), 7, free, host=False)
+    assert device_map.layers == (CUDA[0],) * 2 + (CUDA[1],) * 3 + (CUDA[2],) * 2
+    assert not device_map.waiting
+    places = {name: device_map.device_for(name) for name in names(7)}
     for index in range(7):
         assert len({place for name, place in places.items() if name.startswith(f"model.layers.{index}.")}) == 1
     others = {place for name, place in places.items() if ".layers." not in name or ".vision." in name}
     assert others == {CUDA[0]}, "embedding, image path and head are together"
-    assert spread.device_for("model.vision.transformer.layers.5.mlp.fc1.weight") == CUDA[0]
+    assert device_map.device_for("model.vision.transformer.layers.5.mlp.fc1.weight") == CUDA[0]
 
 
 def test_what_does_not_fit_waits_in_host_memory_or_is_an_error() -> None:
     free = [(CUDA[0], RESERVE + 6 * GIB)]
-    spread = plan_spread(names(7), 7, free, host=True)
-    assert spread.waiting == {3, 4, 5, 6}, "room for one guest is kept"
-    assert set(spread.layers) == {CUDA[0]}
-    assert spread.device_for("model.layers.5.part0") == torch.device("cpu")
-    assert "4 in host memory, computed on cuda:0" in spread.describe()
+    device_map = place_layers(names(7), 7, free, host=True)
+    assert device_map.waiting == {3, 4, 5, 6}, "room for one guest is kept"
+    assert set(device_map.layers) == {CUDA[0]}
+    assert device_map.device_for("model.layers.5.part0") == torch.device("cpu")
+    assert "4 in host memory, computed on cuda:0" in device_map.describe()
     with pytest.raises(SetupError, match=r"takes 9.0 GiB.*layers from 4 on fit nowhere") as caught:
-        plan_spread(names(7), 7, free, host=False)
+        place_layers(names(7), 7, free, host=False)
     assert caught.value.code == "spread-too-small"
     with pytest.raises(SetupError, match="what is not decoder layers"):
-        plan_spread(names(7), 7, [(CUDA[0], RESERVE)], host=True)
+        place_layers(names(7), 7, [(CUDA[0], RESERVE)], host=True)
 
 
-def test_spread_answers_are_the_same(tiny_checkpoint: Path) -> None:
+def test_answers_over_several_devices_are_the_same(tiny_checkpoint: Path) -> None:
     """All devices are the CPU here, and the second layer a guest: hooks, swapping and the cache are what is tested."""
     cpu = torch.device("cpu")
-    spread = Spread(cpu, (cpu, cpu), frozenset({1}))
-    model = load_model(tiny_checkpoint, placement=spread)
-    spread.connect(model)
+    device_map = DeviceMap(cpu, (cpu, cpu), frozenset({1}))
+    model = load_model(tiny_checkpoint, placement=device_map)
+    device_map.connect(model)
     plain = load_model(tiny_checkpoint)
     batch = picture_batch()
     with torch.no_grad():
@@ -102,8 +103,8 @@ def test_a_guest_s_weights_go_home_also_after_an_error() -> None:
 
 
 def test_sizes_follow_the_number_formats(tiny_checkpoint: Path) -> None:
-    free = [(CUDA[0], 10 * GIB)]
-    plain = spread_over(tiny_checkpoint, free, host=False, dtype=torch.bfloat16, quantization=PLAIN)
+    config, free = load_model_config(tiny_checkpoint), [(CUDA[0], 10 * GIB)]
+    plain = plan_device_map(config, free, host=False, dtype=torch.bfloat16, quantization=PLAIN)
     assert plain.layers == (CUDA[0], CUDA[0])
     with pytest.raises(SetupError, match="wait in host memory only in"):
-        spread_over(tiny_checkpoint, free, host=True, dtype=torch.bfloat16, quantization=QuantSection(experts="nf4"))
+        plan_device_map(config, free, host=True, dtype=torch.bfloat16, quantization=QuantSection(experts="nf4"))
