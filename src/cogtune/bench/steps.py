@@ -25,12 +25,12 @@ from cogtune.model.compile import prepare_compiling
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.train import engines
 from cogtune.train.batches import Batch
-from cogtune.train.failures import StopSignal
 from cogtune.train.log import Metrics
 from cogtune.train.loop import Loop
 from cogtune.train.optim import build_optimizer
 from cogtune.train.progress import Progress
 from cogtune.train.run import assemble, compiles
+from cogtune.train.stop_signal import StopSignal
 
 DIFFERENT_BATCHES = 4
 

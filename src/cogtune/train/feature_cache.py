@@ -32,10 +32,11 @@ from cogtune.features.store import default_folder
 from cogtune.features.variant import make_variant
 from cogtune.model.compile import can_compile, compile_tower, prepare_compiling
 from cogtune.train.batches import Feed
-from cogtune.train.failures import StopSignal, phase
+from cogtune.train.failures import phase
 from cogtune.train.log import console, log
 from cogtune.train.progress import Progress
 from cogtune.train.run_inputs import Inputs
+from cogtune.train.stop_signal import StopSignal
 
 _WORTH_COMPILING = 1000  # pictures: compiling takes up to a minute and saves about a tenth of their time
 _NARROW = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}

@@ -25,10 +25,11 @@ from cogtune.errors import CogtuneError, NonFiniteError
 from cogtune.train.batches import Batch, Feed, StepBatches, to_device
 from cogtune.train.engines.async_scalar import Arriving
 from cogtune.train.engines.base import Engine, StepResult
-from cogtune.train.failures import StopSignal, bad_gradient, check_losses, phase
+from cogtune.train.failures import bad_gradient, check_losses, phase
 from cogtune.train.log import Metrics, log
 from cogtune.train.optim import build_schedule, current_lr
 from cogtune.train.progress import Progress, Reporter
+from cogtune.train.stop_signal import StopSignal
 from cogtune.train.validation import validate
 
 _MOST_SKIPPED_IN_A_ROW = 50  # float16: by then the loss scale has fallen by 2^50

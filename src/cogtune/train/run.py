@@ -35,13 +35,14 @@ from cogtune.system.gpu import gpu_of
 from cogtune.train import engines, feature_cache, output_folder, saver
 from cogtune.train.batches import Feed
 from cogtune.train.engines import Engine
-from cogtune.train.failures import StopSignal, explain_peers, phase
+from cogtune.train.failures import explain_peers, phase
 from cogtune.train.log import Metrics, console, log, log_file
 from cogtune.train.loop import Loop
 from cogtune.train.memory_plan import Layers, MemoryPlan, auto_engine, check_memory
 from cogtune.train.optim import build_optimizer
 from cogtune.train.progress import Progress
 from cogtune.train.run_inputs import Inputs, read_inputs, versions
+from cogtune.train.stop_signal import StopSignal
 
 
 @dataclass(frozen=True)

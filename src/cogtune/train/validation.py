@@ -11,7 +11,7 @@ from cogtune.configuration.run_config import RunConfig
 from cogtune.data.dataset import TrainRows
 from cogtune.train.batches import to_device, validation_batches
 from cogtune.train.engines.base import Engine
-from cogtune.train.failures import StopSignal
+from cogtune.train.stop_signal import StopSignal
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,15 @@
-"""Running out of memory, numbers that are not finite, signals."""
+"""Running out of memory, numbers that are not finite, processes that are lost."""
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 from cogtune.distributed.group import Group
-from cogtune.errors import NonFiniteError, OutOfMemoryError, Stopped
-from cogtune.train.failures import StopSignal, check_losses, explain_peers, phase
+from cogtune.errors import NonFiniteError, OutOfMemoryError
+from cogtune.train.failures import check_losses, explain_peers, phase
 from tests.support.training import make_config
 
 CPU = torch.device("cpu")
@@ -56,23 +54,6 @@ def test_a_loss_that_is_not_finite_names_only_its_records() -> None:
         check_losses(losses, [["data/001"], ["data/007"], ["data/009"]], Group.alone())
     assert "data/001" not in caught.value.message
     assert check_losses(torch.tensor([0.5, 0.25]), [["a"], ["b"]], Group.alone()) == 0.75
-
-
-def test_a_signal_before_the_first_step_stops_at_once() -> None:
-    with StopSignal(), pytest.raises(Stopped) as caught:
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert caught.value.exit_code == 143
-
-
-def test_a_signal_later_is_noted_and_a_second_ctrl_c_does_not_wait() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with StopSignal() as stop:
-        stop.wait_for_step()
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.number == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,48 @@
+"""SIGTERM and Ctrl-C end a run between two steps, with its state saved."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+from cogtune.errors import Stopped
+
+_CONTINUES = "run the same command again: it continues from there"
+
+
+class StopSignal:
+    """SIGTERM and Ctrl-C. Until `wait_for_step`, there is nothing to save and they stop at once; after it they are
+    noted, and the loop stops at the end of its step, after saving. A second Ctrl-C does not wait."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._waits = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def wait_for_step(self) -> None:
+        self._waits = True
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self._waits:
+            raise Stopped(number, f"stopped by {signal.Signals(number).name} before the first step; nothing to save")
+        if number == signal.SIGINT and self.number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = number
+
+    @staticmethod
+    def stopped(number: int, where: str) -> Stopped:
+        return Stopped(number, f"stopped by {signal.Signals(number).name}; {where}", hint=_CONTINUES)
