@@ -9,7 +9,9 @@ BOS_ID, EOS_ID, PAD_ID = 128000, 128001, 128002
 IGNORED_LABEL = -100
 """The label of a token that is not trained, as in torch's cross-entropy."""
 TREE_ROOT = -1
-"""In ``segment_parents``: the segment that begins a tree."""
+"""In ``segment_parents``: the segment begins a tree."""
+UNUSED_PARENT = -2
+"""In ``segment_parents``: the row has no such segment."""
 
 VISION = "model.vision."
 TOWER_PARTS = ("patch_embedding", "transformer", "conv")

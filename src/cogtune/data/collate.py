@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from cogtune.configuration.shapes import IGNORED_LABEL
+from cogtune.configuration.shapes import IGNORED_LABEL, UNUSED_PARENT
 from cogtune.data.dataset import RowSample
-from cogtune.model.routing import UNUSED, Routing
+from cogtune.model.routing import Routing
 
 # Padding is dropped before the first layer (attention_mask 0), so the id that fills it is never looked up.
 _PADDING_ID = 0
@@ -31,7 +31,7 @@ def collate(rows: Sequence[RowSample], column_multiple: int = 1) -> dict[str, An
         "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
         "labels": _padded([sample.row.labels for sample in rows], IGNORED_LABEL),
         "segment_ids": _padded([sample.row.segment_ids for sample in rows], _PADDING_SEGMENT),
-        "segment_parents": _padded([sample.row.segment_parents for sample in rows], UNUSED),
+        "segment_parents": _padded([sample.row.segment_parents for sample in rows], UNUSED_PARENT),
     }
     batch["routing"] = Routing.build(
         batch["token_type_ids"],

@@ -20,10 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cogtune.configuration.shapes import IGNORED_LABEL, TREE_ROOT
-from cogtune.model.routing_checks import refuse_holes, require_shape
-
-UNUSED = -2
+from cogtune.configuration.shapes import IGNORED_LABEL, TREE_ROOT, UNUSED_PARENT
+from cogtune.model.routing_checks import refuse_holes, require_parents, require_shape
 
 GPU_COLUMNS = 64
 """Attention layouts on a GPU have a multiple of this many columns. Its kernels work on blocks of 64 or 128, so the
@@ -225,7 +223,7 @@ class _Builder:
         self.segment_of, self.parents = segments, parents
         counts = np.zeros(self.shape[0], int)
         np.maximum.at(counts, owner, number + 1)
-        _check_parents(parents, counts)
+        require_parents(parents, counts)
         # last token of every segment, so that a child's first token finds its predecessor
         end_index = np.append(start_index[1:], self.num_tokens) - 1
         last_of = np.full(parents.shape, -1)
@@ -302,14 +300,14 @@ class _Builder:
     def _is_chain(self) -> bool:
         """Whether every row is one unbranched path (a single answer, say): plain causal attention is right for it."""
         number = np.arange(self.parents.shape[1])[None]
-        return bool(((self.parents == number - 1) | (self.parents == UNUSED)).all())
+        return bool(((self.parents == number - 1) | (self.parents == UNUSED_PARENT)).all())
 
     def _unbranched(self) -> int:
         """How many columns, from the first on, are one unbranched path in every row (left-aligned rows)."""
         found = int(self.lengths.max())
         for row, parents in enumerate(self.parents):
             number = np.arange(parents.size)
-            branching = np.flatnonzero((parents != number - 1) & (parents != UNUSED))
+            branching = np.flatnonzero((parents != number - 1) & (parents != UNUSED_PARENT))
             if branching.size:
                 of_row = self.rows == row
                 found = min(found, int(np.argmax(self.segment_of[of_row] == branching[0])))
@@ -375,16 +373,3 @@ def _runs(image: np.ndarray, starts: np.ndarray) -> tuple[int, ...]:
         return ()
     run_of = np.cumsum(begins)[image] - 1
     return tuple(int(length) for length in np.bincount(run_of))
-
-
-def _check_parents(parents: np.ndarray, counts: np.ndarray) -> None:
-    """Parent before child, -1 for roots, -2 for unused entries, and no entry without a segment."""
-    number = np.arange(parents.shape[1])[None]
-    if (counts > parents.shape[1]).any():
-        row = int(np.argmax(counts > parents.shape[1]))
-        raise ValueError(f"row {row} has {int(counts[row])} segments; segment_parents has {parents.shape[1]} entries")
-    used = number < counts[:, None]
-    if (used & ((parents < TREE_ROOT) | (parents >= number))).any():
-        raise ValueError("every segment's parent must be -1 or an earlier segment of its row")
-    if (~used & (parents != UNUSED)).any():
-        raise ValueError("segment_parents must be -2 beyond a row's last segment")

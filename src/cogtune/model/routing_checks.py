@@ -1,8 +1,10 @@
-"""What `routing` refuses of a batch's masks and shapes."""
+"""What `routing` refuses of a batch: shapes, masks with holes, segments that form no tree."""
 
 from __future__ import annotations
 
 import numpy as np
+
+from cogtune.configuration.shapes import TREE_ROOT, UNUSED_PARENT
 
 
 def require_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
@@ -19,3 +21,17 @@ def refuse_holes(mask: np.ndarray, lengths: np.ndarray) -> None:
     broken = np.flatnonzero((lengths > 0) & (last - first + 1 != lengths))
     if broken.size:
         raise ValueError(f"attention_mask has a hole inside row {int(broken[0])}; padding belongs at a row's ends")
+
+
+def require_parents(parents: np.ndarray, counts: np.ndarray) -> None:
+    """Raise ValueError unless parents [B, segments] come before their children, -1 for roots and -2 for unused entries.
+    ``counts``: of each row's segments, [B]."""
+    number = np.arange(parents.shape[1])[None]
+    if (counts > parents.shape[1]).any():
+        row = int(np.argmax(counts > parents.shape[1]))
+        raise ValueError(f"row {row} has {int(counts[row])} segments; segment_parents has {parents.shape[1]} entries")
+    used = number < counts[:, None]
+    if (used & ((parents < TREE_ROOT) | (parents >= number))).any():
+        raise ValueError("every segment's parent must be -1 or an earlier segment of its row")
+    if (~used & (parents != UNUSED_PARENT)).any():
+        raise ValueError("segment_parents must be -2 beyond a row's last segment")
