@@ -20,7 +20,7 @@ from cogtune.checkpoint import stored_4bit
 from cogtune.checkpoint.model_files import check_folder, load_model_config, stored_tensors, whole_folder
 from cogtune.checkpoint.place import Builder, Cutting, Placement, require_filled
 from cogtune.checkpoint.quantize import device_for, mark_for_adapters, require_packages
-from cogtune.checkpoint.stream import Stored, stream
+from cogtune.checkpoint.stream import StoredTensor, stream
 from cogtune.configuration.quantization import PLAIN, QuantSection
 from cogtune.configuration.shapes import TOWER, VISION
 from cogtune.model.modeling import CogVLM2ForCausalLM
@@ -152,7 +152,7 @@ def _is_skipped(wanted: dict[str, tuple[int, ...]]) -> Callable[[str], bool]:
 
 
 def _compare(
-    wanted: dict[str, tuple[int, ...]], stored: dict[str, Stored], layers: set[str], whole: Callable[[str], bool]
+    wanted: dict[str, tuple[int, ...]], stored: dict[str, StoredTensor], layers: set[str], whole: Callable[[str], bool]
 ) -> dict[str, Any]:
     """What is missing, left over and of another shape, in the form of transformers' report."""
     return {
@@ -167,7 +167,7 @@ def _compare(
 
 
 def _read_parts(
-    builder: Builder, cutting: Cutting, tensors: list[Stored], place: Callable[[str], torch.device]
+    builder: Builder, cutting: Cutting, tensors: list[StoredTensor], place: Callable[[str], torch.device]
 ) -> None:
     """Only the part of each tensor that this process keeps is read."""
     for file in dict.fromkeys(tensor.file for tensor in tensors):

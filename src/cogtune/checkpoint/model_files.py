@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-from cogtune.checkpoint.stream import Stored, find_stored
+from cogtune.checkpoint.stream import StoredTensor, find_stored
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.errors import CheckpointError
 
@@ -137,9 +137,9 @@ def check_folder(folder: Path) -> None:
             )
 
 
-def stored_tensors(folder: Path) -> dict[str, Stored]:
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a folder by name, in the order of its shards and of their bytes."""
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for shard, names in sorted(shard_files(folder).items()):
         listed = set(names)
         for tensor in find_stored(folder / shard, read_header(folder / shard)):

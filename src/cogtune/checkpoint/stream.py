@@ -42,7 +42,7 @@ THREADS = 4
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor in a file; ``start`` and ``stop`` are bytes of the file."""
 
     name: str
@@ -53,12 +53,12 @@ class Stored:
     stop: int
 
 
-def find_stored(file: Path, header: dict[str, dict[str, Any]]) -> list[Stored]:
+def find_stored(file: Path, header: dict[str, dict[str, Any]]) -> list[StoredTensor]:
     """The tensors of a file in the order of their bytes, from its header (`checkpoint.model_files.read_header`)."""
     payload = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
     begin = file.stat().st_size - payload
     found = [
-        Stored(
+        StoredTensor(
             name,
             file,
             entry["dtype"],
@@ -72,8 +72,8 @@ def find_stored(file: Path, header: dict[str, dict[str, Any]]) -> list[Stored]:
 
 
 def stream(
-    tensors: Sequence[Stored], device_for: Callable[[str], torch.device]
-) -> Iterator[tuple[Stored, torch.Tensor]]:
+    tensors: Sequence[StoredTensor], device_for: Callable[[str], torch.device]
+) -> Iterator[tuple[StoredTensor, torch.Tensor]]:
     """Each tensor in its own number format on its device, in the given order (that of the files is fastest).
 
     Raises:
@@ -91,7 +91,7 @@ def stream(
 class _Piece:
     """A part of a tensor underway: from ``offset`` of ``target`` (the whole tensor as bytes)."""
 
-    stored: Stored
+    stored: StoredTensor
     target: torch.Tensor | None  # None: on a GPU, made when the tensor's first piece has been read
     offset: int
     size: int
@@ -116,8 +116,8 @@ class _Reader:
                 piece.done.cancel()
 
     def read(
-        self, tensors: Sequence[Stored], device_for: Callable[[str], torch.device]
-    ) -> Iterator[tuple[Stored, torch.Tensor]]:
+        self, tensors: Sequence[StoredTensor], device_for: Callable[[str], torch.device]
+    ) -> Iterator[tuple[StoredTensor, torch.Tensor]]:
         pieces = self._pieces(tensors, device_for)
         target: torch.Tensor | None = None
         self._fill(pieces)
@@ -141,7 +141,7 @@ class _Reader:
                 target = piece.target = None
                 yield piece.stored, value
 
-    def _pieces(self, tensors: Sequence[Stored], device_for: Callable[[str], torch.device]) -> Iterator[_Piece]:
+    def _pieces(self, tensors: Sequence[StoredTensor], device_for: Callable[[str], torch.device]) -> Iterator[_Piece]:
         number = 0
         for stored in tensors:
             size = stored.stop - stored.start
@@ -199,13 +199,13 @@ class _Reader:
         self._copied[piece.slot] = event
 
 
-def _dtype(stored: Stored) -> torch.dtype:
+def _dtype(stored: StoredTensor) -> torch.dtype:
     if stored.dtype not in DTYPES:
         raise _unreadable(stored, f"{stored.name} is stored as {stored.dtype}; known are {', '.join(DTYPES)}")
     return DTYPES[stored.dtype]
 
 
-def _unreadable(stored: Stored, why: str) -> CheckpointError:
+def _unreadable(stored: StoredTensor, why: str) -> CheckpointError:
     return CheckpointError(
         f"{stored.file}: the weights cannot be read: {why}",
         hint="fetch the file again; if it lies on a network disk, check that",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cogtune.features.lease import Lease, leased
 from cogtune.features.ownership import is_features, label
-from cogtune.features.store import Stored, scan
+from cogtune.features.store import CachedFile, scan
 from cogtune.system.byte_sizes import parse_size
 
 _HEADROOM = 2**30  # left free on the disk whatever the budget says: checkpoints are written while a run goes on
@@ -25,7 +25,7 @@ class Space:
     free: int
     budget: int
     evictable: int
-    victims: tuple[Stored, ...]
+    victims: tuple[CachedFile, ...]
     """Files that may be evicted, least recently used first."""
     reserved: int = 0
 

@@ -23,11 +23,11 @@ from cogtune.features.choose import size_text
 from cogtune.features.fill import Filled, Filler, FillSettings, Tower
 from cogtune.features.index import PictureIndex
 from cogtune.features.lease import Lease
-from cogtune.features.missing import Survey, look_at_contents, survey
+from cogtune.features.lookup import Lookup, look_at_contents, look_up
 from cogtune.features.ownership import is_cache
 from cogtune.features.reader import FeatureReader
 from cogtune.features.store import FeatureCacheError, Store, make_folder, mark, turn, write_atomically
-from cogtune.features.variant import Variant
+from cogtune.features.variant import FeatureVariant
 from cogtune.system import files
 
 _ROUND = 4  # batches between two moments at which the processes hear of each other
@@ -82,7 +82,7 @@ class FeatureCache:
     """Made by every process of a run together; ``images`` may name a file twice; ``exif`` as in `read_image`."""
 
     def __init__(
-        self, root: Path, variant: Variant, images: Collection[ImageRef], ranks: Group, *, exif: str = "ignore"
+        self, root: Path, variant: FeatureVariant, images: Collection[ImageRef], ranks: Group, *, exif: str = "ignore"
     ) -> None:
         self.store = Store(root, variant)
         self._root, self._ranks = root, ranks
@@ -91,13 +91,13 @@ class FeatureCache:
         if root.is_dir():
             self._begin()
             self._mark_earlier()
-        self.survey: Survey = survey(images, self.store, self._index, ranks)
+        self.lookup: Lookup = look_up(images, self.store, self._index, ranks)
         self._problem: str | None = None
-        if self.survey.to_compute:
+        if self.lookup.to_compute:
             self._problem = self._try_writing()
         if self._problem is not None:
-            self.survey = look_at_contents(self.survey, self.store, self._index, ranks)
-        self._digests = dict(self.survey.present)
+            self.lookup = look_at_contents(self.lookup, self.store, self._index, ranks)
+        self._digests = dict(self.lookup.present)
         if self._digests:
             self._lease.claim(self._names(self._digests))
 
@@ -108,7 +108,7 @@ class FeatureCache:
     @property
     def more_bytes(self) -> int:
         """Disk that filling takes, at most."""
-        return self.survey.to_compute * self.picture_bytes
+        return self.lookup.to_compute * self.picture_bytes
 
     def _names(self, digests: Mapping[str, str]) -> set[str]:
         return {f"{self.store.variant.name}/{digest}" for digest in digests.values()}
@@ -222,7 +222,7 @@ class FeatureCache:
         self, load: Callable[[], Tower], settings: FillSettings, device: torch.device, say: Callable[[str], None]
     ) -> Filled:
         """Rounds of a few batches; between them the processes hear of each other's progress and errors."""
-        missing, total = self.survey.missing, self.survey.to_compute
+        missing, total = self.lookup.missing, self.lookup.to_compute
         with ExitStack() as stack:
 
             def start() -> Filler:
@@ -231,7 +231,7 @@ class FeatureCache:
 
             started: list[Filler] = []
             self._on_all(lambda: started.append(start()))
-            filler, progress = started[0], _Progress(total, say)
+            filler, progress = started[0], _FillProgress(total, say)
             left = True
             while left:
 
@@ -308,7 +308,7 @@ def _named(work: Callable[[], T]) -> T:
         raise
 
 
-class _Progress:
+class _FillProgress:
     """A line every ten seconds: how far, how fast, how long still."""
 
     def __init__(self, total: int, say: Callable[[str], None]) -> None:

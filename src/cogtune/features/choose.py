@@ -28,14 +28,16 @@ class Demand:
 
 
 @dataclass(frozen=True)
-class Choice:
+class CacheChoice:
     """``reason`` completes "features: cached, because ..." or "features: the tower runs in every step, because ..."."""
 
     cached: bool
     reason: str
 
 
-def choose(asked: Literal["auto", "on"], demand: Demand, space: Space, budget: str, unwritable: str | None) -> Choice:
+def choose(
+    asked: Literal["auto", "on"], demand: Demand, space: Space, budget: str, unwritable: str | None
+) -> CacheChoice:
     """The decision, before anything is computed.
 
     Raises:
@@ -49,19 +51,19 @@ def choose(asked: Literal["auto", "on"], demand: Demand, space: Space, budget: s
     if asked == "on":
         if obstacle is not None:
             raise obstacle.error()
-        return Choice(True, "data.cache_features is on")
+        return CacheChoice(True, "data.cache_features is on")
     if obstacle is not None:
-        return Choice(False, obstacle.what)
+        return CacheChoice(False, obstacle.what)
     if demand.to_compute == 0:
-        return Choice(True, "all features are there")
+        return CacheChoice(True, "all features are there")
     if demand.tower_fits is False:
-        return Choice(True, "the tower does not fit beside training")
+        return CacheChoice(True, "the tower does not fit beside training")
     if demand.showings <= demand.to_compute:
-        return Choice(
+        return CacheChoice(
             False,
             f"it would run {demand.showings} times, and filling the cache would run it {demand.to_compute} times",
         )
-    return Choice(
+    return CacheChoice(
         True, f"the tower would run {demand.showings} times without it, and runs {demand.to_compute} times to fill it"
     )
 

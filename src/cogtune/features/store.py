@@ -37,7 +37,7 @@ from cogtune.features.ownership import (
     mark_text,
     variants,
 )
-from cogtune.features.variant import Variant
+from cogtune.features.variant import FeatureVariant
 from cogtune.system import files, locks
 
 _REPAIR = "run the same command again: it fills what is missing and continues from the last checkpoint"
@@ -57,7 +57,7 @@ def default_folder() -> Path:
 class Store:
     """The files of one variant."""
 
-    def __init__(self, root: Path, variant: Variant) -> None:
+    def __init__(self, root: Path, variant: FeatureVariant) -> None:
         self.root = root
         self.variant = variant
         self.layout = variant.layout
@@ -196,7 +196,7 @@ def write_atomically(path: Path, content: bytes, root: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Stored:
+class CachedFile:
     """A file of the cache: bytes, and when it was last used (seconds since 1970)."""
 
     path: Path
@@ -204,14 +204,14 @@ class Stored:
     used: float
 
 
-def scan(root: Path) -> list[Stored]:
+def scan(root: Path) -> list[CachedFile]:
     """Every feature file of the cache."""
     found = []
     for folder in variants(root):
         for entry in feature_files(folder):
             with suppress(FileNotFoundError):  # removed by another process meanwhile
                 status = entry.stat(follow_symlinks=False)
-                found.append(Stored(Path(entry.path), status.st_size, status.st_mtime))
+                found.append(CachedFile(Path(entry.path), status.st_size, status.st_mtime))
     return found
 
 

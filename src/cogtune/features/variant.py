@@ -13,7 +13,7 @@ from cogtune.processing.image import PREPROCESSING
 
 
 @dataclass(frozen=True)
-class Variant:
+class FeatureVariant:
     """Equal variants give equal features for equal pixels, up to the rounding of different devices.
 
     :param tower: `checkpoint.fingerprint.tower_fingerprint` of the weights.
@@ -38,14 +38,14 @@ class Variant:
 
 
 def folder_name(decides: dict[str, Any]) -> str:
-    """The name of the folder for what ``decides`` (a `Variant` as plain values)."""
+    """The name of the folder for what ``decides`` (a `FeatureVariant` as plain values)."""
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def make_variant(tower: str, config: CogVLM2Config, compute: str, stored: str) -> Variant:
+def make_variant(tower: str, config: CogVLM2Config, compute: str, stored: str) -> FeatureVariant:
     """The variant of a base model's tower."""
     vision = config.vision_config
     assert isinstance(vision, CogVLM2VisionConfig)
     names = ("image_size", "patch_size", "in_channels", "hidden_size", "intermediate_size", "num_hidden_layers")
     shape = {name: getattr(vision, name) for name in (*names, "num_heads", "hidden_act", "layer_norm_eps")}
-    return Variant(tower, {**shape, "cells": config.grid**2}, compute, stored)
+    return FeatureVariant(tower, {**shape, "cells": config.grid**2}, compute, stored)

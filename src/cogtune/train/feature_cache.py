@@ -24,7 +24,7 @@ from cogtune.distributed import environment
 from cogtune.distributed.group import Group
 from cogtune.errors import ConfigError
 from cogtune.features.cache import FeatureCache, FillReport
-from cogtune.features.choose import Choice, Demand, choose, size_text
+from cogtune.features.choose import CacheChoice, Demand, choose, size_text
 from cogtune.features.estimate import seconds_per_picture
 from cogtune.features.fill import FillSettings, Tower
 from cogtune.features.reader import FeatureReader
@@ -78,7 +78,7 @@ def ensure(
     with ExitStack() as stack:
         cache = open_cache(config, model_config, images, group, dtype)
         stack.callback(cache.release)
-        demand = Demand(showings, cache.survey.pictures, cache.survey.to_compute, cache.more_bytes, tower_fits)
+        demand = Demand(showings, cache.lookup.pictures, cache.lookup.to_compute, cache.more_bytes, tower_fits)
         choice = _choose(config, cache, demand)
         if not choice.cached:
             _say_live(choice.reason)
@@ -112,10 +112,10 @@ def fill_cache(config: RunConfig) -> FillReport:
         dtype = torch_dtype(config.model.dtype, group.device)
         cache = open_cache(config, model_config, images, group, dtype)
         stack.callback(cache.release)
-        survey = cache.survey
-        _choose(config, cache, Demand(0, survey.pictures, survey.to_compute, cache.more_bytes))
-        report = fill(config, cache, group, dtype) if survey.to_compute else FillReport(0, 0, 0.0, 0, ())
-        for line in report.lines() if survey.to_compute else ["nothing to compute"]:
+        lookup = cache.lookup
+        _choose(config, cache, Demand(0, lookup.pictures, lookup.to_compute, cache.more_bytes))
+        report = fill(config, cache, group, dtype) if lookup.to_compute else FillReport(0, 0, 0.0, 0, ())
+        for line in report.lines() if lookup.to_compute else ["nothing to compute"]:
             log.info(f"features: {line}")
         group.close()
         return report
@@ -143,10 +143,10 @@ def open_cache(
         fingerprint, model_config, compute, stored if data.cache_dtype == "auto" else data.cache_dtype
     )
     cache = FeatureCache(root, variant, images, group, exif=data.exif)
-    survey, each = cache.survey, cache.picture_bytes
+    lookup, each = cache.lookup, cache.picture_bytes
     log.info(
-        f"features: {survey.pictures} pictures x {size_text(each)} = {size_text(survey.pictures * each)} in {root}; "
-        f"{survey.pictures - survey.to_compute} there, {survey.to_compute} to compute ({size_text(cache.more_bytes)})"
+        f"features: {lookup.pictures} pictures x {size_text(each)} = {size_text(lookup.pictures * each)} in {root}; "
+        f"{lookup.pictures - lookup.to_compute} there, {lookup.to_compute} to compute ({size_text(cache.more_bytes)})"
     )
     return cache
 
@@ -158,9 +158,9 @@ def fill(config: RunConfig, cache: FeatureCache, group: Group, dtype: torch.dtyp
     if removed:
         log.info(f"features: {removed}")
     each = seconds_per_picture(load_model_config(path), device, dtype)
-    share = -(-cache.survey.to_compute // group.size)
+    share = -(-cache.lookup.to_compute // group.size)
     log.info(
-        f"features: filling {cache.survey.to_compute} pictures on {group.size} x {device.type}, about "
+        f"features: filling {cache.lookup.to_compute} pictures on {group.size} x {device.type}, about "
         f"{timedelta(seconds=round(each * share))} (an estimate)"
     )
     settings = FillSettings(
@@ -192,7 +192,7 @@ def _loader(config: RunConfig, dtype: torch.dtype, device: torch.device, picture
     return load
 
 
-def _choose(config: RunConfig, cache: FeatureCache, demand: Demand) -> Choice:
+def _choose(config: RunConfig, cache: FeatureCache, demand: Demand) -> CacheChoice:
     asked: Any = config.data.cache_features
     budget = config.data.cache_budget
     return choose(asked, demand, cache.space(budget), budget, cache.problem)

@@ -24,7 +24,7 @@ from cogtune.features.contents import clear, stat
 from cogtune.features.index import PictureIndex, Stamp
 from cogtune.features.lease import Lease, leased
 from cogtune.features.store import FeatureCacheError, Store, scan
-from cogtune.features.variant import Variant
+from cogtune.features.variant import FeatureVariant
 from cogtune.system.processes import Process
 
 SHAPE: dict[str, int | float | str] = {"cells": 4, "hidden_size": 8, "image_size": 8, "layer_norm_eps": 1e-6}
@@ -33,7 +33,7 @@ NAME = "ab" * 20
 
 def make_store(root: Path, tower: str = "t") -> Store:
     root.mkdir(exist_ok=True)
-    store = Store(root, Variant(tower, SHAPE, "float32", "float32"))
+    store = Store(root, FeatureVariant(tower, SHAPE, "float32", "float32"))
     store.prepare("base")
     store.write(NAME, torch.ones(4, 8))
     return store
@@ -129,7 +129,7 @@ def test_what_a_power_failure_emptied_is_written_anew(tmp_path: Path, size: int)
 
 @pytest.mark.parametrize("name", ["cogtune-cache.json", "about.json", "pictures.tsv"])
 def test_descriptions_of_others_are_not_overwritten(tmp_path: Path, name: str) -> None:
-    store = Store(tmp_path, Variant("t", SHAPE, "float32", "float32"))
+    store = Store(tmp_path, FeatureVariant("t", SHAPE, "float32", "float32"))
     index = PictureIndex(tmp_path, 8)
     folder = {"about.json": store.folder, "pictures.tsv": tmp_path / "index"}.get(name, tmp_path)
     mine = write(folder / name, "my own notes\n" * 2000)
@@ -264,10 +264,10 @@ import torch
 from pathlib import Path
 from cogtune.features.lease import Lease
 from cogtune.features.store import Store
-from cogtune.features.variant import Variant
+from cogtune.features.variant import FeatureVariant
 shape = {SHAPE!r}
 root = Path({str(root)!r})
-store, lease = Store(root, Variant("new", shape, "float32", "float32")), Lease(root)
+store, lease = Store(root, FeatureVariant("new", shape, "float32", "float32")), Lease(root)
 lease.begin(store.variant.name)
 names = [f"{{number:040x}}" for number in range(300)]
 for name in names:

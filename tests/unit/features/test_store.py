@@ -16,13 +16,13 @@ from cogtune.features.contents import Cleared, clear
 from cogtune.features.index import PictureIndex, Stamp, content_digest
 from cogtune.features.lease import Lease, leased
 from cogtune.features.store import FeatureCacheError, Store, default_folder, scan
-from cogtune.features.variant import Variant
+from cogtune.features.variant import FeatureVariant
 
 SHAPE: dict[str, int | float | str] = {"cells": 4, "hidden_size": 8, "image_size": 8}
 
 
 def make_store(root: Path, tower: str = "t") -> Store:
-    store = Store(root, Variant(tower, SHAPE, "float32", "float32"))
+    store = Store(root, FeatureVariant(tower, SHAPE, "float32", "float32"))
     root.mkdir(exist_ok=True)
     store.prepare("base")
     return store
@@ -40,12 +40,12 @@ def fill(store: Store, count: int, *, first: int = 0) -> None:
 
 def test_what_decides_features_decides_the_folder(tmp_path: Path) -> None:
     variants = [
-        Variant("t", SHAPE, "float32", "float32"),
-        Variant("u", SHAPE, "float32", "float32"),
-        Variant("t", {**SHAPE, "layer_norm_eps": 1e-5}, "float32", "float32"),
-        Variant("t", SHAPE, "bfloat16", "float32"),
-        Variant("t", SHAPE, "float32", "bfloat16"),
-        Variant("t", SHAPE, "float32", "float32", preprocessing=99),
+        FeatureVariant("t", SHAPE, "float32", "float32"),
+        FeatureVariant("u", SHAPE, "float32", "float32"),
+        FeatureVariant("t", {**SHAPE, "layer_norm_eps": 1e-5}, "float32", "float32"),
+        FeatureVariant("t", SHAPE, "bfloat16", "float32"),
+        FeatureVariant("t", SHAPE, "float32", "bfloat16"),
+        FeatureVariant("t", SHAPE, "float32", "float32", preprocessing=99),
     ]
     assert len({variant.name for variant in variants}) == len(variants)
 

@@ -20,7 +20,7 @@ _CHUNK = 256
 
 
 @dataclass(frozen=True)
-class Survey:
+class Lookup:
     """``present``: path -> digest of this process's pictures that are there; ``missing``: its other ones. ``pictures``
     and ``to_compute`` count over all processes; a picture never seen before counts as one to compute."""
 
@@ -30,7 +30,7 @@ class Survey:
     to_compute: int
 
 
-def survey(images: Collection[ImageRef], store: Store, index: PictureIndex, ranks: Group) -> Survey:
+def look_up(images: Collection[ImageRef], store: Store, index: PictureIndex, ranks: Group) -> Lookup:
     """Look for the features of ``images``; those found are marked as used now."""
     mine, pictures = _share(sorted(set(images), key=os.fspath), store.root, ranks)
 
@@ -41,10 +41,10 @@ def survey(images: Collection[ImageRef], store: Store, index: PictureIndex, rank
     found = [digest for part in in_threads(look, chunks) for digest in part]
     present = {os.fspath(image): digest for image, digest in zip(mine, found, strict=True) if digest is not None}
     missing = [image for image, digest in zip(mine, found, strict=True) if digest is None]
-    return Survey(present, missing, pictures, sum(ranks.gather(len(missing))))
+    return Lookup(present, missing, pictures, sum(ranks.gather(len(missing))))
 
 
-def look_at_contents(before: Survey, store: Store, index: PictureIndex, ranks: Group) -> Survey:
+def look_at_contents(before: Lookup, store: Store, index: PictureIndex, ranks: Group) -> Lookup:
     """For a cache that can only be read: find missing pictures by the bytes of their files too, as filling does."""
 
     def look(some: Sequence[ImageRef]) -> list[str | None]:
@@ -55,7 +55,7 @@ def look_at_contents(before: Survey, store: Store, index: PictureIndex, ranks: G
     found = [digest for part in in_threads(look, chunks) for digest in part]
     known = {os.fspath(image): digest for image, digest in zip(missing, found, strict=True) if digest is not None}
     left = [image for image in before.missing if os.fspath(image) not in known]
-    return Survey(before.present | known, left, before.pictures, sum(ranks.gather(len(left))))
+    return Lookup(before.present | known, left, before.pictures, sum(ranks.gather(len(left))))
 
 
 def _look_at_content(image: ImageRef, store: Store, index: PictureIndex) -> str | None:

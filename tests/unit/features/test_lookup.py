@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cogtune.features.missing import _share
+from cogtune.features.lookup import _share
 
 IMAGES = [Path(f"{number}.png") for number in range(10)]
 
