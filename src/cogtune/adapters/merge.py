@@ -22,8 +22,9 @@ import torch
 
 from cogtune.adapters.attach import WEIGHTS_NAME, base_name
 from cogtune.adapters.merge_arithmetic import Changes, read_changes
-from cogtune.adapters.safetensors_rows import CHUNK, DTYPES, Entry, RawFile
+from cogtune.adapters.safetensors_rows import CHUNK, DTYPES, SafetensorsFile
 from cogtune.checkpoint.model_files import INDEX_NAME, check_folder, shard_files
+from cogtune.checkpoint.stream import StoredTensor
 from cogtune.errors import AdapterError, CheckpointError, DiskFullError, OutputFolderError
 from cogtune.system import files
 
@@ -33,8 +34,6 @@ BLOCK_BYTES = 32 * 2**20
 # Other forms of the unmerged weights; beside merged shards they would be a trap.
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".bin.index.json")
 _NOT_COPIED = {".git", ".cache"}
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class MergeReport:
     notes: tuple[str, ...]
 
 
-def merge(base: Path, adapter: Path, output: Path, progress: Progress = lambda line: None) -> MergeReport:
+def merge(base: Path, adapter: Path, output: Path, progress: Callable[[str], None] = lambda line: None) -> MergeReport:
     """Write ``base`` with ``adapter`` merged into it to the new folder ``output``.
 
     Args:
@@ -75,10 +74,10 @@ def merge(base: Path, adapter: Path, output: Path, progress: Progress = lambda l
             if name != INDEX_NAME:
                 _copy(base / name, folder / name)
         for number, shard in enumerate(shards, start=1):
-            with RawFile(base / shard) as source, RawFile(adapter / WEIGHTS_NAME) as factors:
+            with SafetensorsFile(base / shard) as source, SafetensorsFile(adapter / WEIGHTS_NAME) as factors:
                 count = _write_shard(source, folder / shard, changes, factors)
-            changed, copied = changed + count, copied + len(source.entries) - count
-            progress(f"{shard} ({number} of {len(shards)}): {count} of {len(source.entries)} tensors changed")
+            changed, copied = changed + count, copied + len(source.tensors) - count
+            progress(f"{shard} ({number} of {len(shards)}): {count} of {len(source.tensors)} tensors changed")
         if INDEX_NAME in others:
             _copy(base / INDEX_NAME, folder / INDEX_NAME)
     return MergeReport(output, changed, copied, size, tuple(notes))
@@ -87,43 +86,45 @@ def merge(base: Path, adapter: Path, output: Path, progress: Progress = lambda l
 def _tensors(base: Path, shards: list[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for shard in shards:
-        with RawFile(base / shard) as source:
-            found |= {name: (entry.dtype, entry.shape) for name, entry in source.entries.items()}
+        with SafetensorsFile(base / shard) as source:
+            found |= {name: (tensor.dtype, tensor.shape) for name, tensor in source.tensors.items()}
     return found
 
 
-def _write_shard(source: RawFile, target: Path, changes: Changes, factors: RawFile) -> int:
+def _write_shard(source: SafetensorsFile, target: Path, changes: Changes, factors: SafetensorsFile) -> int:
     """Write one shard; returns how many of its tensors changed."""
     changed = 0
     with target.open("wb") as stream:
         stream.write(source.prefix())
-        for name, entry in source.entries.items():
+        for name, tensor in source.tensors.items():
             if name in changes:
                 changed += 1
-                _write_changed(stream, source, entry, changes, factors)
+                _write_changed(stream, source, tensor, changes, factors)
             else:
-                for chunk in source.chunks(entry):
+                for chunk in source.chunks(tensor):
                     stream.write(chunk)
     files.sync(target)
     return changed
 
 
-def _write_changed(stream: BinaryIO, source: RawFile, entry: Entry, changes: Changes, factors: RawFile) -> None:
-    step = max(1, BLOCK_BYTES // (4 * max(entry.width, 1)))
-    for first in range(0, entry.rows, step):
-        last = min(first + step, entry.rows)
-        if entry.name in changes.replaced:
-            wide = factors.read(changes.replaced[entry.name], first, last).float()
+def _write_changed(
+    stream: BinaryIO, source: SafetensorsFile, tensor: StoredTensor, changes: Changes, factors: SafetensorsFile
+) -> None:
+    step = max(1, BLOCK_BYTES // (4 * max(tensor.width, 1)))
+    for first in range(0, tensor.rows, step):
+        last = min(first + step, tensor.rows)
+        if tensor.name in changes.replaced:
+            wide = factors.read(changes.replaced[tensor.name], first, last).float()
         else:
-            rows = source.read(entry.name, first, last)
-            if entry.name in changes.weights:
-                wide = changes.weights[entry.name].apply(rows, first, factors)
+            rows = source.read(tensor.name, first, last)
+            if tensor.name in changes.weights:
+                wide = changes.weights[tensor.name].apply(rows, first, factors)
             else:
-                wide = changes.biases[entry.name].apply_bias(rows, first, factors)
-        narrow = wide.to(DTYPES[entry.dtype]).contiguous()
+                wide = changes.biases[tensor.name].apply_bias(rows, first, factors)
+        narrow = wide.to(DTYPES[tensor.dtype]).contiguous()
         if not bool(torch.isfinite(narrow).all()):
             raise AdapterError(
-                f"{entry.name}: not finite after merging (rows {first} to {last - 1}, stored as {entry.dtype})",
+                f"{tensor.name}: not finite after merging (rows {first} to {last - 1}, stored as {tensor.dtype})",
                 hint="the adapter holds NaN or values too large for that format; use an earlier checkpoint of the run",
                 code="adapter-non-finite",
             )

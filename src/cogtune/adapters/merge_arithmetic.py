@@ -21,7 +21,7 @@ import torch
 from peft.utils.other import get_pattern_key
 
 from cogtune.adapters.attach import CONFIG_NAME, WEIGHTS_NAME, adapter_shapes, base_name
-from cogtune.adapters.safetensors_rows import DTYPES, RawFile
+from cogtune.adapters.safetensors_rows import DTYPES, SafetensorsFile
 from cogtune.errors import AdapterError
 
 PREFIX = "base_model.model."
@@ -61,7 +61,7 @@ class Change:
     factors: dict[str, str] = field(default_factory=dict)
     scale: float = 1.0
 
-    def apply(self, rows: torch.Tensor, first: int, adapter: RawFile) -> torch.Tensor:
+    def apply(self, rows: torch.Tensor, first: int, adapter: SafetensorsFile) -> torch.Tensor:
         """Rows ``first``... of the base's weight [n, ...], changed: float32 of the same shape."""
         last = first + rows.shape[0]
         wide = rows.float()
@@ -78,7 +78,7 @@ class Change:
             changed *= (magnitude / norm).reshape(-1, *[1] * (wide.ndim - 1))
         return changed
 
-    def apply_bias(self, rows: torch.Tensor, first: int, adapter: RawFile) -> torch.Tensor:
+    def apply_bias(self, rows: torch.Tensor, first: int, adapter: SafetensorsFile) -> torch.Tensor:
         """Entries ``first``... of the base's bias with the adapter's own (``lora_bias``): float32."""
         return rows.float() + adapter.read(self.factors["bias"], first, first + rows.shape[0]).float() * self.scale
 

@@ -6,9 +6,7 @@ seeking. Memory mapping would do the same, but its pages count as the process's 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -16,6 +14,7 @@ from typing import BinaryIO
 import torch
 
 from cogtune.checkpoint.model_files import read_header
+from cogtune.checkpoint.stream import StoredTensor, find_stored
 
 DTYPES = {
     "F64": torch.float64,
@@ -29,28 +28,7 @@ CHUNK = 16 * 2**20
 """Bytes copied at a time."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a file; ``start`` and ``stop`` are bytes of the file."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def rows(self) -> int:
-        """Length of the first dimension."""
-        return self.shape[0] if self.shape else 1
-
-    @property
-    def width(self) -> int:
-        """Elements of one row."""
-        return math.prod(self.shape[1:])
-
-
-class RawFile:
+class SafetensorsFile:
     """An open safetensors file.
 
     Raises:
@@ -58,22 +36,12 @@ class RawFile:
     """
 
     def __init__(self, path: Path) -> None:
-        header = read_header(path)
         self.path = path
+        self.tensors = {tensor.name: tensor for tensor in find_stored(path, read_header(path))}
         self._stream: BinaryIO = path.open("rb", buffering=0)
         self.payload_start = 8 + int.from_bytes(self._stream.read(8), "little")
-        self.entries: dict[str, Entry] = {
-            name: Entry(
-                name,
-                item["dtype"],
-                tuple(item["shape"]),
-                self.payload_start + item["data_offsets"][0],
-                self.payload_start + item["data_offsets"][1],
-            )
-            for name, item in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"])
-        }
 
-    def __enter__(self) -> RawFile:
+    def __enter__(self) -> SafetensorsFile:
         return self
 
     def __exit__(
@@ -85,20 +53,20 @@ class RawFile:
         """Everything before the payload."""
         return self._bytes(0, self.payload_start)
 
-    def chunks(self, entry: Entry) -> Iterator[bytes]:
+    def chunks(self, tensor: StoredTensor) -> Iterator[bytes]:
         """A tensor's bytes, a piece at a time."""
-        for start in range(entry.start, entry.stop, CHUNK):
-            yield self._bytes(start, min(start + CHUNK, entry.stop))
+        for start in range(tensor.start, tensor.stop, CHUNK):
+            yield self._bytes(start, min(start + CHUNK, tensor.stop))
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
         """Rows ``first`` to ``last`` (exclusive) of a tensor, in its own number format: [rows, ...]."""
-        entry = self.entries[name]
-        dtype = DTYPES[entry.dtype]
-        last = entry.rows if last is None else last
-        row_bytes = entry.width * dtype.itemsize
-        content = self._bytes(entry.start + first * row_bytes, entry.start + last * row_bytes)
+        tensor = self.tensors[name]
+        dtype = DTYPES[tensor.dtype]
+        last = tensor.rows if last is None else last
+        row_bytes = tensor.width * dtype.itemsize
+        content = self._bytes(tensor.start + first * row_bytes, tensor.start + last * row_bytes)
         flat = torch.frombuffer(bytearray(content), dtype=dtype) if content else torch.empty(0, dtype=dtype)
-        return flat.reshape(last - first, *entry.shape[1:]) if entry.shape else flat.reshape(())
+        return flat.reshape(last - first, *tensor.shape[1:]) if tensor.shape else flat.reshape(())
 
     def _bytes(self, start: int, stop: int) -> bytes:
         self._stream.seek(start)

@@ -52,6 +52,16 @@ class StoredTensor:
     start: int
     stop: int
 
+    @property
+    def rows(self) -> int:
+        """Length of the first dimension."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def width(self) -> int:
+        """Elements of one row."""
+        return math.prod(self.shape[1:])
+
 
 def find_stored(file: Path, header: dict[str, dict[str, Any]]) -> list[StoredTensor]:
     """The tensors of a file in the order of their bytes, from its header (`checkpoint.model_files.read_header`)."""

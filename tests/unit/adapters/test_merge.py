@@ -110,7 +110,10 @@ def test_everything_but_weights_is_the_base_byte_for_byte(base: Path, adapter: P
     assert changed <= {path.name for path in base.glob("*.safetensors")}
     assert any("pytorch_model.bin" in line for line in report.notes)
     for shard in base.glob("*.safetensors"):
-        with safetensors_rows.RawFile(shard) as old, safetensors_rows.RawFile(tmp_path / "merged" / shard.name) as new:
+        with (
+            safetensors_rows.SafetensorsFile(shard) as old,
+            safetensors_rows.SafetensorsFile(tmp_path / "merged" / shard.name) as new,
+        ):
             assert old.prefix() == new.prefix()
 
 
