@@ -20,7 +20,7 @@ LANGUAGE_VARIABLE = "COGTUNE_LANG"
 LANGUAGES = ("en", "zh")
 
 
-class Entry(NamedTuple):
+class ErrorText(NamedTuple):
     """A code's section of the page, and its cause and remedy in both languages."""
 
     section: str
@@ -31,12 +31,12 @@ class Entry(NamedTuple):
 
 
 @cache
-def catalogue() -> dict[str, Entry]:
+def catalogue() -> dict[str, ErrorText]:
     """Every error code in the order of the page, from ``errors.toml``."""
     import tomllib  # only an error in Chinese and the documentation need it
 
     sections = tomllib.loads(resources.files("cogtune").joinpath("errors.toml").read_text(encoding="utf-8"))
-    return {code: Entry(name, **texts) for name, entries in sections.items() for code, texts in entries.items()}
+    return {code: ErrorText(name, **texts) for name, entries in sections.items() for code, texts in entries.items()}
 
 
 def language() -> str:

@@ -18,7 +18,7 @@ _LONGEST_SHOWN = 24  # tokens: enough for the base's descriptions
 
 
 @dataclass
-class Example:
+class ShownPicture:
     """A picture, one question of each kind it has with the right answer, and what each model said to them."""
 
     picture: VqaPicture
@@ -27,11 +27,11 @@ class Example:
     answers: dict[str, list[str]] = field(default_factory=dict)
 
 
-def choose(pictures: Sequence[VqaPicture], count: int = PICTURES) -> list[Example]:
+def choose(pictures: Sequence[VqaPicture], count: int = PICTURES) -> list[ShownPicture]:
     """Pictures at even distances through the test set."""
     count = min(count, len(pictures))
     chosen = [pictures[number * len(pictures) // count] for number in range(count)]
-    return [Example(picture, read_image(picture.file), _one_of_each_kind(picture)) for picture in chosen]
+    return [ShownPicture(picture, read_image(picture.file), _one_of_each_kind(picture)) for picture in chosen]
 
 
 def _one_of_each_kind(picture: VqaPicture) -> list[tuple[str, str]]:
@@ -41,7 +41,7 @@ def _one_of_each_kind(picture: VqaPicture) -> list[tuple[str, str]]:
     return list(found.values())
 
 
-def fill(examples: Sequence[Example], name: str, generator: Generator) -> None:
+def fill(examples: Sequence[ShownPicture], name: str, generator: Generator) -> None:
     """Add the answers of a model, under ``name``."""
     asks = [(example.image, question, ()) for example in examples for question, _ in example.questions]
     answers = iter(generator.answer_batch(asks, Decoding(max_new_tokens=_LONGEST_SHOWN)))

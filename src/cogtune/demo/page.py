@@ -13,7 +13,7 @@ from PIL import Image
 
 from cogtune.demo.base import STYLE
 from cogtune.demo.chart import Line, loss_chart
-from cogtune.demo.examples import Example
+from cogtune.demo.examples import ShownPicture
 from cogtune.demo.score import KINDS
 from cogtune.system import files
 
@@ -21,12 +21,14 @@ _ROWS = {"base": "tiny base, untuned", "blind": "tuned, every picture blanked", 
 _ORDER = {"base": 1, "blind": 2, "tuned": 3}  # what needs no picture comes first
 
 
-def write(file: Path, record: dict[str, Any], examples: Sequence[Example], metrics: Sequence[dict[str, Any]]) -> None:
+def write(
+    file: Path, record: dict[str, Any], examples: Sequence[ShownPicture], metrics: Sequence[dict[str, Any]]
+) -> None:
     """Write the page from the demo's record, its examples and the run's metrics."""
     files.write_text(file, render(record, examples, metrics))
 
 
-def render(record: dict[str, Any], examples: Sequence[Example], metrics: Sequence[dict[str, Any]]) -> str:
+def render(record: dict[str, Any], examples: Sequence[ShownPicture], metrics: Sequence[dict[str, Any]]) -> str:
     """The page's text."""
     scores, data = record["scores"], record["data"]
     body = [
@@ -85,7 +87,7 @@ def _curve(metrics: Sequence[dict[str, Any]]) -> str:
                        Line("validation pictures", "validation", points["validation"], dots=True)])  # fmt: skip
 
 
-def _card(example: Example) -> str:
+def _card(example: ShownPicture) -> str:
     rows = []
     for (question, reference), base, tuned in zip(
         example.questions, example.answers["base"], example.answers["tuned"], strict=True

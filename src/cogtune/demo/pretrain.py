@@ -90,7 +90,7 @@ def initialise(model: CogVLM2ForCausalLM) -> None:
             parameter.mul_(0.5)
 
 
-class Rows:
+class DrawnRows:
     """Batches of drawings, each with some of its questions as one tree, and of words to repeat."""
 
     def __init__(self, encoder: Encoder, image_size: int) -> None:
@@ -117,7 +117,7 @@ class Rows:
 class Stream(IterableDataset[dict[str, Any]]):
     """The batches of a run, one after the other, made in a process of their own while the last one trains."""
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: DrawnRows) -> None:
         self.rows = rows
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -138,7 +138,7 @@ def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
     return [Muon(hidden, MUON_LR, WEIGHT_DECAY), torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.98))]
 
 
-def train(model: CogVLM2ForCausalLM, rows: Rows, steps: int) -> Iterator[tuple[int, float]]:
+def train(model: CogVLM2ForCausalLM, rows: DrawnRows, steps: int) -> Iterator[tuple[int, float]]:
     """Train every parameter; yields step and loss. Warm-up, then a cosine to zero."""
     batches = iter(DataLoader(Stream(rows), batch_size=None, num_workers=1, prefetch_factor=4))
     steppers = optimizers(model)
@@ -205,7 +205,7 @@ def main(arguments: list[str] | None = None) -> None:
     write_published_config(given.output, model.config)
     encoder = CogVLM2Processor.from_pretrained(given.output).encoder
     clock, curve, window = Clock(), [], []
-    for step, loss in train(model, Rows(encoder, model.config.image_size), given.steps):
+    for step, loss in train(model, DrawnRows(encoder, model.config.image_size), given.steps):
         window.append(loss)
         if step % 50 == 0 or step == given.steps:
             curve.append({"step": step, "loss": round(sum(window) / len(window), 4)})

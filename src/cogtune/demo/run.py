@@ -17,7 +17,7 @@ from cogtune.configuration.run_config import RunConfig
 from cogtune.demo import easyvqa, page
 from cogtune.demo.base import BASE, SETTINGS
 from cogtune.demo.easyvqa import VqaPicture
-from cogtune.demo.examples import Example, choose, fill
+from cogtune.demo.examples import ShownPicture, choose, fill
 from cogtune.demo.record import Clock, provenance, use_all_cores, write_json
 from cogtune.demo.score import Score, measure, without_pictures
 from cogtune.errors import OutputFolderError
@@ -62,12 +62,12 @@ class Folders:
 
 
 @dataclass
-class Results:
+class DemoResults:
     """What the demo finds out, as it goes."""
 
     train: list[VqaPicture]
     test: list[VqaPicture]
-    examples: list[Example]
+    examples: list[ShownPicture]
     scores: dict[str, Score] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     times: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -160,21 +160,21 @@ def _claim(output: Path) -> bool:
     return False
 
 
-def _read(source: Path, limits: tuple[int | None, int | None]) -> Results:
+def _read(source: Path, limits: tuple[int | None, int | None]) -> DemoResults:
     training, test = (easyvqa.read_split(source, split, limit)
                       for split, limit in zip(easyvqa.SPLITS, limits, strict=True))  # fmt: skip
-    results = Results(training, test, choose(test))
+    results = DemoResults(training, test, choose(test))
     results.scores |= without_pictures(training, test)
     return results
 
 
-def _write_data(folders: Folders, results: Results, say: Say) -> None:
+def _write_data(folders: Folders, results: DemoResults, say: Say) -> None:
     for pictures, target in ((results.train, folders.train_data), (results.test, folders.test_data)):
         easyvqa.write_folder(pictures, target)
         say(f"{target}: {len(pictures):,} pictures, {_questions(pictures):,} questions")
 
 
-def _measure(results: Results, name: str, generator: Generator, say: Say) -> None:
+def _measure(results: DemoResults, name: str, generator: Generator, say: Say) -> None:
     results.scores[name] = _said(measure(generator, results.test), "on held-out test pictures", say)
     fill(results.examples, name, generator)
 
@@ -185,7 +185,7 @@ def _said(found: Score, what: str, say: Say) -> Score:
     return found
 
 
-def _ask_merged(folders: Folders, results: Results, say: Say) -> list[dict[str, str]]:
+def _ask_merged(folders: Folders, results: DemoResults, say: Say) -> list[dict[str, str]]:
     """Talk to the merged folder as ``cogtune chat`` does, about the first three pictures of the page."""
     generator = load_generator(resolve(ModelChoice(str(folders.merged))))
     asked = []
@@ -199,7 +199,7 @@ def _ask_merged(folders: Folders, results: Results, say: Say) -> list[dict[str, 
     return asked
 
 
-def _numbers(results: Results, config: RunConfig, answers: list[dict[str, str]]) -> dict[str, Any]:
+def _numbers(results: DemoResults, config: RunConfig, answers: list[dict[str, str]]) -> dict[str, Any]:
     losses = [line for line in results.metrics if line["kind"] == "train"]
     used = config.model_dump(mode="json")
     del used["data"]["path"], used["train"]["output"]  # in the demo's own folder, wherever that was

@@ -24,7 +24,7 @@ _NO_PEER_TO_PEER = ("RTX 30", "RTX 40", "RTX 50")
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnosis:
     """``found`` says what is there; ``fix`` is a command or a setting that repairs it."""
 
     level: Level
@@ -33,37 +33,37 @@ class Finding:
     fix: str
 
 
-def check(facts: Facts) -> list[Finding]:
+def check(facts: Facts) -> list[Diagnosis]:
     """Everything there is to say about a machine, errors first."""
     found = [finding for one in CHECKS for finding in one(facts)]
     order = ("error", "warning", "note")
     return sorted(found, key=lambda finding: order.index(finding.level))
 
 
-def _python(facts: Facts) -> Iterator[Finding]:
+def _python(facts: Facts) -> Iterator[Diagnosis]:
     if facts.python < (3, 11):
         version = ".".join(map(str, facts.python))
-        yield Finding("error", "doctor-python", f"Python {version}; 3.11 or newer is needed", "install Python 3.12")
+        yield Diagnosis("error", "doctor-python", f"Python {version}; 3.11 or newer is needed", "install Python 3.12")
 
 
-def _libraries(facts: Facts) -> Iterator[Finding]:
+def _libraries(facts: Facts) -> Iterator[Diagnosis]:
     needed = [name for name in TESTED if name not in ("deepspeed", "bitsandbytes")]
     for name in needed:
         if name not in facts.versions:
-            yield Finding("error", "doctor-missing", f"{name} is not installed", f'pip install "{_range(name)}"')
+            yield Diagnosis("error", "doctor-missing", f"{name} is not installed", f'pip install "{_range(name)}"')
     for name, version in facts.versions.items():
         if name not in TESTED:
             continue
         fault, side = broken(name, version), outside_tested(name, version)
         if fault is not None:
-            yield Finding(
+            yield Diagnosis(
                 "error", "doctor-broken", f"{name} {version}: {fault.reason}", f'pip install "{_range(name)}"'
             )
         elif side is not None:
             tested = TESTED[name]
             text = f"{name} {version} is {side} than what was tested ({tested.oldest} to {tested.newest})"
             level: Level = "error" if side == "older" else "note"
-            yield Finding(level, "doctor-untested", text, f'if something fails: pip install "{_range(name)}"')
+            yield Diagnosis(level, "doctor-untested", text, f'if something fails: pip install "{_range(name)}"')
 
 
 def _range(name: str) -> str:
@@ -72,10 +72,10 @@ def _range(name: str) -> str:
     return f"{name}>={tested.oldest},<{'.'.join(map(str, (*parts[:-1], parts[-1] + 1)))}"
 
 
-def _torchvision(facts: Facts) -> Iterator[Finding]:
+def _torchvision(facts: Facts) -> Iterator[Diagnosis]:
     torch, needs = facts.versions.get("torch"), facts.torchvision_needs
     if torch is not None and needs is not None and parse(needs) != parse(torch):
-        yield Finding(
+        yield Diagnosis(
             "error",
             "doctor-torchvision",
             f"torchvision {facts.versions.get('torchvision')} was built for torch {needs}, and torch is {torch}: "
@@ -84,11 +84,11 @@ def _torchvision(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def _torch_build(facts: Facts) -> Iterator[Finding]:
+def _torch_build(facts: Facts) -> Iterator[Diagnosis]:
     if "torch" not in facts.versions:
         return
     if facts.torch_hip is not None:
-        yield Finding(
+        yield Diagnosis(
             "error",
             "doctor-rocm",
             "torch is a ROCm build; AMD cards are not supported yet",
@@ -96,7 +96,7 @@ def _torch_build(facts: Facts) -> Iterator[Finding]:
         )
     elif facts.torch_cuda is None and facts.driver is not None:
         torch = facts.versions["torch"].split("+")[0]
-        yield Finding(
+        yield Diagnosis(
             "error",
             "doctor-cpu-torch",
             f"there is an NVIDIA card (driver {facts.driver}), but torch is its CPU build and cannot use it",
@@ -105,14 +105,14 @@ def _torch_build(facts: Facts) -> Iterator[Finding]:
     elif facts.torch_cuda is not None and facts.driver is not None:
         oldest = _DRIVERS.get(parse(facts.torch_cuda)[0])
         if oldest is not None and parse(facts.driver)[0] < oldest:
-            yield Finding(
+            yield Diagnosis(
                 "error",
                 "doctor-driver",
                 f"driver {facts.driver}; torch is built for CUDA {facts.torch_cuda}, which needs {oldest} or newer",
                 f"install driver {oldest} or newer, or a torch built for an older CUDA",
             )
     elif facts.torch_cuda is not None and facts.system == "Linux":
-        yield Finding(
+        yield Diagnosis(
             "note",
             "doctor-no-gpu",
             "no NVIDIA driver answers; everything runs on the CPU, which is enough for `cogtune demo`",
@@ -120,16 +120,16 @@ def _torch_build(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def _cards(facts: Facts) -> Iterator[Finding]:
+def _cards(facts: Facts) -> Iterator[Diagnosis]:
     if facts.torch_cuda is not None and facts.driver is not None and not facts.gpus:
         shown = facts.visible_devices
         why = f"CUDA_VISIBLE_DEVICES is {shown!r}" if shown is not None else "torch sees none of its cards"
-        yield Finding("error", "doctor-hidden", f"the driver answers, but {why}", "unset CUDA_VISIBLE_DEVICES")
+        yield Diagnosis("error", "doctor-hidden", f"the driver answers, but {why}", "unset CUDA_VISIBLE_DEVICES")
     for index, card in enumerate(facts.gpus):
         yield from _card(index, card)
     if len({card.name for card in facts.gpus}) > 1:
         names = ", ".join(f"{index}: {card.name}" for index, card in enumerate(facts.gpus))
-        yield Finding(
+        yield Diagnosis(
             "note",
             "doctor-mixed",
             f"cards of different kinds ({names}); a run over all goes at the pace of the slowest",
@@ -137,9 +137,9 @@ def _cards(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def _card(index: int, card: Gpu) -> Iterator[Finding]:
+def _card(index: int, card: Gpu) -> Iterator[Diagnosis]:
     if card.capability < FIRST_WITH_BFLOAT16:
-        yield Finding(
+        yield Diagnosis(
             "warning",
             "doctor-bfloat16",
             f"card {index} ({card.name}) cannot compute in bfloat16, which the model was made in",
@@ -147,7 +147,7 @@ def _card(index: int, card: Gpu) -> Iterator[Finding]:
             "or newer",
         )
     elif card.capability < FIRST_WITH_FP8:
-        yield Finding(
+        yield Diagnosis(
             "note",
             "doctor-fp8",
             f"card {index} ({card.name}) has no fp8; nf4 and int8 work",
@@ -155,7 +155,7 @@ def _card(index: int, card: Gpu) -> Iterator[Finding]:
         )
     used = card.total - card.free
     if used > GIB:
-        yield Finding(
+        yield Diagnosis(
             "warning",
             "doctor-occupied",
             f"card {index} ({card.name}): {used / GIB:.1f} of {card.total / GIB:.1f} GiB are already in use",
@@ -163,10 +163,10 @@ def _card(index: int, card: Gpu) -> Iterator[Finding]:
         )
 
 
-def _peer_to_peer(facts: Facts) -> Iterator[Finding]:
+def _peer_to_peer(facts: Facts) -> Iterator[Diagnosis]:
     consumer = sorted({card.name for card in facts.gpus if any(name in card.name for name in _NO_PEER_TO_PEER)})
     if len(facts.gpus) > 1 and consumer and facts.environment.get("NCCL_P2P_DISABLE") != "1":
-        yield Finding(
+        yield Diagnosis(
             "warning",
             "doctor-peer-to-peer",
             f"several {', '.join(consumer)}: these cards cannot copy to each other directly, and NCCL may hang trying",
@@ -174,10 +174,10 @@ def _peer_to_peer(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def _quantisation(facts: Facts) -> Iterator[Finding]:
+def _quantisation(facts: Facts) -> Iterator[Diagnosis]:
     if "bitsandbytes" not in facts.versions:
         if facts.gpus:
-            yield Finding(
+            yield Diagnosis(
                 "note",
                 "doctor-no-quant",
                 "bitsandbytes is not installed: no nf4 or int8 weights, no 8-bit optimisers",
@@ -189,7 +189,7 @@ def _quantisation(facts: Facts) -> Iterator[Finding]:
     wanted = "libbitsandbytes_cuda" + "".join(facts.torch_cuda.split(".")[:2])
     if not any(name.startswith(wanted) for name in facts.bitsandbytes_binaries):
         have = ", ".join(facts.bitsandbytes_binaries) or "none"
-        yield Finding(
+        yield Diagnosis(
             "error",
             "doctor-bitsandbytes",
             f"bitsandbytes {facts.versions['bitsandbytes']} has no library for CUDA {facts.torch_cuda} (only: {have})",
@@ -197,12 +197,12 @@ def _quantisation(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def _deepspeed(facts: Facts) -> Iterator[Finding]:
+def _deepspeed(facts: Facts) -> Iterator[Diagnosis]:
     if "deepspeed" not in facts.versions:
         return
     for there, name, package in ((facts.compiler, "a C++ compiler", "g++"), (facts.ninja, "ninja", "ninja-build")):
         if not there:
-            yield Finding(
+            yield Diagnosis(
                 "warning",
                 "doctor-compiler",
                 f"deepspeed is installed, but {name} is not on PATH; it compiles a part of itself at the first start",
@@ -210,16 +210,16 @@ def _deepspeed(facts: Facts) -> Iterator[Finding]:
             )
 
 
-def _memory(facts: Facts) -> Iterator[Finding]:
+def _memory(facts: Facts) -> Iterator[Diagnosis]:
     if facts.shared_memory is not None and facts.shared_memory < SMALL_SHARED_MEMORY:
-        yield Finding(
+        yield Diagnosis(
             "warning",
             "doctor-shared-memory",
             f"/dev/shm has {facts.shared_memory / GIB:.2f} GiB; data workers and NCCL pass their data through it",
             "docker run --shm-size 8g (or --ipc host); without: --data.workers 0",
         )
     if facts.memory is not None and facts.gpus and facts.memory < SMALL_HOST_MEMORY:
-        yield Finding(
+        yield Diagnosis(
             "warning",
             "doctor-memory",
             f"{facts.memory / GIB:.0f} GiB of host memory",
@@ -227,10 +227,10 @@ def _memory(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def _disk(facts: Facts) -> Iterator[Finding]:
+def _disk(facts: Facts) -> Iterator[Diagnosis]:
     for place, free in facts.disk_free.items():
         if free < MODEL_BYTES + 5 * GIB:
-            yield Finding(
+            yield Diagnosis(
                 "warning",
                 "doctor-disk",
                 f"{place}: {free / GIB:.0f} GiB free; the published model takes {MODEL_BYTES / GIB:.0f}",
@@ -238,12 +238,12 @@ def _disk(facts: Facts) -> Iterator[Finding]:
             )
 
 
-def _network(facts: Facts) -> Iterator[Finding]:
+def _network(facts: Facts) -> Iterator[Diagnosis]:
     if facts.environment.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
-        yield Finding("note", "doctor-offline", "HF_HUB_OFFLINE is set: nothing is fetched", "unset HF_HUB_OFFLINE")
+        yield Diagnosis("note", "doctor-offline", "HF_HUB_OFFLINE is set: nothing is fetched", "unset HF_HUB_OFFLINE")
     silent = [url for url, answers in facts.reachable.items() if not answers]
     if silent and len(silent) == len(facts.reachable):
-        yield Finding(
+        yield Diagnosis(
             "warning",
             "doctor-network",
             f"no hub answers: {', '.join(silent)}",
@@ -251,7 +251,7 @@ def _network(facts: Facts) -> Iterator[Finding]:
         )
     for url in silent if len(silent) < len(facts.reachable) else ():
         other = "modelscope" if "modelscope" not in url else "hf"
-        yield Finding(
+        yield Diagnosis(
             "note",
             "doctor-hub",
             f"{url} does not answer",
@@ -259,16 +259,16 @@ def _network(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def _platform(facts: Facts) -> Iterator[Finding]:
+def _platform(facts: Facts) -> Iterator[Diagnosis]:
     if facts.wsl:
-        yield Finding(
+        yield Diagnosis(
             "note",
             "doctor-wsl",
             "this is WSL2: the driver is the one in Windows, and Linux sees half of the memory unless told otherwise",
             "memory=48GB under [wsl2] in %UserProfile%\\.wslconfig, then `wsl --shutdown`; keep data on the Linux disk",
         )
     elif facts.system != "Linux":
-        yield Finding(
+        yield Diagnosis(
             "note",
             "doctor-platform",
             f"{facts.system}: the demo and small models run on the CPU; GPU training is for Linux and WSL2",
@@ -276,7 +276,7 @@ def _platform(facts: Facts) -> Iterator[Finding]:
         )
 
 
-CHECKS: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
+CHECKS: tuple[Callable[[Facts], Iterator[Diagnosis]], ...] = (
     _python,
     _libraries,
     _torchvision,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from cogtune.doctor.checks import Finding
+from cogtune.doctor.checks import Diagnosis
 from cogtune.doctor.facts import GIB, Facts
 from cogtune.errors import catalogue, language
 
@@ -15,7 +15,7 @@ _WORDS = {
 }
 
 
-def lines(facts: Facts, findings: list[Finding]) -> list[str]:
+def lines(facts: Facts, findings: list[Diagnosis]) -> list[str]:
     """The machine in a few lines, then each finding with its fix."""
     words = _WORDS[language()]
     text = [*_machine(facts), ""]
@@ -31,7 +31,7 @@ def lines(facts: Facts, findings: list[Finding]) -> list[str]:
     return text
 
 
-def to_dict(facts: Facts, findings: list[Finding]) -> dict[str, Any]:
+def to_dict(facts: Facts, findings: list[Diagnosis]) -> dict[str, Any]:
     """For ``--json``."""
     return {"machine": asdict(facts), "findings": [asdict(finding) for finding in findings]}
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from cogtune.demo.chart import Line, loss_chart
 from cogtune.demo.easyvqa import VqaPicture
-from cogtune.demo.examples import Example
+from cogtune.demo.examples import ShownPicture
 from cogtune.demo.page import render
 
 METRICS = [{"kind": "train", "step": step, "loss": 4.0 / step} for step in (1, 2, 5, 10, 20)]
@@ -38,13 +38,13 @@ def record() -> dict[str, Any]:
 
 
 @pytest.fixture
-def example() -> Example:
+def example() -> ShownPicture:
     picture = VqaPicture("00007", Path("none.png"), (("what <shape>?", "circle"),))
     answers = {"base": ["a small <red> circle"], "tuned": ["square"]}
-    return Example(picture, Image.new("RGB", (8, 8), "red"), [("what <shape>?", "circle")], answers)
+    return ShownPicture(picture, Image.new("RGB", (8, 8), "red"), [("what <shape>?", "circle")], answers)
 
 
-def test_it_needs_nothing_from_elsewhere(record: dict[str, Any], example: Example) -> None:
+def test_it_needs_nothing_from_elsewhere(record: dict[str, Any], example: ShownPicture) -> None:
     text = render(record, [example], METRICS)
     assert not re.search(r"(?:src|href|url\(|@import)[=\s\"'(]*(?!data:)[\w./:]*(?:https?:|//)", text)
     assert [found[:22] for found in re.findall(r'src="([^"]*)', text)] == ["data:image/png;base64,"]
@@ -52,7 +52,7 @@ def test_it_needs_nothing_from_elsewhere(record: dict[str, Any], example: Exampl
     assert "<link" not in text
 
 
-def test_it_shows_accuracies_answers_and_times(record: dict[str, Any], example: Example) -> None:
+def test_it_shows_accuracies_answers_and_times(record: dict[str, Any], example: ShownPicture) -> None:
     text = render(record, [example], METRICS)
     for shown in ("12.50 %", "87.50 %", "62.50 %", "50.00 %", "38,575", "61.4 s", "123.4 s", "picture 00007"):
         assert shown in text
@@ -62,7 +62,7 @@ def test_it_shows_accuracies_answers_and_times(record: dict[str, Any], example: 
     assert text.index("no picture, no model") < text.index("tiny base, untuned") < text.index("tuned, every picture")
 
 
-def test_its_tags_close(record: dict[str, Any], example: Example) -> None:
+def test_its_tags_close(record: dict[str, Any], example: ShownPicture) -> None:
     class Checker(HTMLParser):
         open: list[str] = []  # noqa: RUF012
 
