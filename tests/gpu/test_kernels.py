@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from cogtune.model import qkv_rope, swiglu, vision
 from cogtune.model.kernels import HAS_TRITON
-from cogtune.model.qkv_rope import rotated_heads
+from cogtune.model.qkv_rope import rotate_into_rows
 from cogtune.model.quantized import fp8
 from cogtune.model.quantized.fp8 import (
     Fp8Linear,
@@ -205,7 +205,7 @@ def test_heads_and_their_gradients_are_those_of_the_formulas(shape: tuple[int, i
         sizes = shape
 
         def forward(self, given: torch.Tensor, *tables: torch.Tensor) -> qkv_rope.Heads:
-            return rotated_heads(given, *tables, routing, self.sizes)
+            return rotate_into_rows(given, *tables, routing, self.sizes)
 
     def run(function: Any, given: torch.Tensor, *tables: torch.Tensor) -> list[torch.Tensor]:
         found = function(given, *tables)

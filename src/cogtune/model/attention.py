@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import Cache
 
 from cogtune.configuration.model import CogVLM2Config
-from cogtune.model.qkv_rope import rotated_heads
+from cogtune.model.qkv_rope import rotate_into_rows
 from cogtune.model.rope import RotaryEmbedding, rotate
 from cogtune.model.routing import Routing
 
@@ -146,7 +146,7 @@ class ExpertAttention(nn.Module):
             context = self._context_of_queries(qkv, cos, sin, routing)
             return by_expert(context, routing.num_vision_kept, self.vision_expert_dense, self.language_expert_dense)
         rows, columns = routing.num_rows, routing.num_columns
-        q, k, v = rotated_heads(qkv, cos, sin, routing, (self.num_heads, self.num_kv_heads, self.head_dim))
+        q, k, v = rotate_into_rows(qkv, cos, sin, routing, (self.num_heads, self.num_kv_heads, self.head_dim))
         if cache is not None:
             k, v = cache.update(k, v, self.layer_index)
             causal = mask is None and not routing.decoding

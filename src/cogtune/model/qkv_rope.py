@@ -24,7 +24,7 @@ Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Queries [B, H, S, E], keys and values [B, K, S, E]."""
 
 
-def rotated_heads(
+def rotate_into_rows(
     qkv_TF: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, routing: Routing, sizes: tuple[int, int, int]
 ) -> Heads:
     """Queries and keys, rotated by their columns' tables [B, 1, S, E/2], and values; ``sizes``: H, K, E.
@@ -68,14 +68,14 @@ class _Heads(torch.autograd.Function):
             q, k, v = _rotated(qkv.index_select(0, to_rows), cos, sin, rows, sizes)
             return q, k, v.clone()  # as a view it would keep the whole projection
         # rounds once, as the compiler's own kernel would; uncompiled, each product of a bfloat16 table is rounded
-        q, k, v = qkv_rope.spread_on_gpu(qkv.contiguous(), cos, sin, to_rows, rows, sizes)
+        q, k, v = qkv_rope.into_rows_on_gpu(qkv.contiguous(), cos, sin, to_rows, rows, sizes)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # Told the order, not asked for strides: a compiler would take them from the results, not from their gradients.
         by_token = (gradient.transpose(1, 2).contiguous() for gradient in gradients)
-        compute = qkv_rope.gathered_on_gpu if _fits_kernel(gradients[0]) else _gathered
+        compute = qkv_rope.from_rows_on_gpu if _fits_kernel(gradients[0]) else _from_rows
         return compute(*by_token, *ctx.saved_tensors), *(None,) * 6
 
 
@@ -83,7 +83,7 @@ def _fits_kernel(x: torch.Tensor) -> bool:
     return kernel_available(x) and x.dtype != torch.float64
 
 
-def _gathered(
+def _from_rows(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, from_rows: torch.Tensor
 ) -> torch.Tensor:
     """Gradients of the heads [B, S, H or K, E] as the gradient of what they were made of [T, F]: a rotation's is the

@@ -11,7 +11,7 @@ import torch
 
 from cogtune.checkpoint.random import random_model, tiny_config
 from cogtune.model.attention import into_rows, out_of_rows
-from cogtune.model.qkv_rope import rotated_heads
+from cogtune.model.qkv_rope import rotate_into_rows
 from cogtune.model.rope import rotate
 from cogtune.model.routing import Routing
 from tests.support.trees import random_tree, tree_batch
@@ -53,7 +53,7 @@ def test_heads_and_their_gradients_equal_indexing_and_rotation(multiple: int) ->
     tokens, rows, columns = routing.from_rows.shape[0], routing.num_rows, routing.num_columns
     x = torch.randn(tokens, 8 * 4, dtype=torch.double, requires_grad=True)
     cos, sin = (torch.randn(rows, 1, columns, 2, dtype=torch.double) for _ in range(2))
-    found = rotated_heads(x, cos, sin, routing, (4, 2, 4))
+    found = rotate_into_rows(x, cos, sin, routing, (4, 2, 4))
     heads = x[routing.to_rows].view(rows, columns, 8, 4).transpose(1, 2)
     wanted = rotate(heads[:, :4], cos, sin), rotate(heads[:, 4:6], cos, sin), heads[:, 6:]
     for one, other in zip(found, wanted, strict=True):

@@ -37,7 +37,7 @@ def _copy(source, out, count: tl.constexpr, block: tl.constexpr):
 
 
 @triton.jit
-def _spread(qkv, cos, sin, to_rows, q, k, v, heads: tl.constexpr, kv_heads: tl.constexpr, half: tl.constexpr,
+def _into_rows(qkv, cos, sin, to_rows, q, k, v, heads: tl.constexpr, kv_heads: tl.constexpr, half: tl.constexpr,
             heads_block: tl.constexpr, kv_block: tl.constexpr, half_block: tl.constexpr):  # fmt: skip
     at = tl.program_id(0).to(tl.int64)
     token = tl.load(to_rows + at)
@@ -51,7 +51,7 @@ def _spread(qkv, cos, sin, to_rows, q, k, v, heads: tl.constexpr, kv_heads: tl.c
 
 
 @triton.jit
-def _gather(q, k, v, cos, sin, from_rows, out, heads: tl.constexpr, kv_heads: tl.constexpr, half: tl.constexpr,
+def _from_rows(q, k, v, cos, sin, from_rows, out, heads: tl.constexpr, kv_heads: tl.constexpr, half: tl.constexpr,
             heads_block: tl.constexpr, kv_block: tl.constexpr, half_block: tl.constexpr):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     at = tl.load(from_rows + token)
@@ -64,7 +64,7 @@ def _gather(q, k, v, cos, sin, from_rows, out, heads: tl.constexpr, kv_heads: tl
     _copy(v + at * keys, out + queries + keys, keys, kv_block * 2 * half_block)
 
 
-def spread_on_gpu(
+def into_rows_on_gpu(
     qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, to_rows: torch.Tensor, rows: int,
     sizes: tuple[int, int, int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
@@ -74,11 +74,11 @@ def spread_on_gpu(
     columns = to_rows.shape[0] // rows
     q, k, v = (qkv.new_empty(rows, columns, count, width) for count in (heads, kv_heads, kv_heads))
     if to_rows.shape[0]:
-        _spread[(to_rows.shape[0],)](qkv, cos.contiguous(), sin.contiguous(), to_rows, q, k, v, **_blocks(sizes))
+        _into_rows[(to_rows.shape[0],)](qkv, cos.contiguous(), sin.contiguous(), to_rows, q, k, v, **_blocks(sizes))
     return q, k, v
 
 
-def gathered_on_gpu(
+def from_rows_on_gpu(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, from_rows: torch.Tensor
 ) -> torch.Tensor:
     """Gradients of rotated queries [B, S, H, E] and keys [B, S, K, E] and of values as the gradient of the tokens'
@@ -86,7 +86,7 @@ def gathered_on_gpu(
     sizes = q.shape[2], k.shape[2], q.shape[3]
     out = q.new_empty(from_rows.shape[0], (sizes[0] + 2 * sizes[1]) * sizes[2])
     if from_rows.shape[0]:
-        _gather[(from_rows.shape[0],)](q, k, v, cos.contiguous(), sin.contiguous(), from_rows, out, **_blocks(sizes))
+        _from_rows[(from_rows.shape[0],)](q, k, v, cos.contiguous(), sin.contiguous(), from_rows, out, **_blocks(sizes))
     return out
 
 
