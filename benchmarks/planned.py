@@ -25,7 +25,7 @@ from cogtune.plan.cards import Card, named_like
 from cogtune.plan.data_rows import summary
 from cogtune.plan.from_config import setting_of
 from cogtune.plan.memory import predict
-from cogtune.plan.setting import Adapter, Batch, Setting, adapted_names
+from cogtune.plan.setting import LoraShape, MicroBatch, Setting, adapted_names
 from cogtune.plan.sizes import ModelSizes
 from cogtune.plan.time import step_time
 from cogtune.system.byte_sizes import GIB, MIB
@@ -125,11 +125,11 @@ def _runs(name: str, record: Mapping[str, Any]) -> Iterator[Measured]:
 
 def _cards(name: str, record: Mapping[str, Any]) -> Iterator[Measured]:
     """Rows that name their settings by field: S400, cached, rank 8 on the vision experts' q, k and v, uncompiled."""
-    adapter = Adapter(adapted_names(ModelSizes(), ["vision_expert_query_key_value"]), 8)
+    adapter = LoraShape(adapted_names(ModelSizes(), ["vision_expert_query_key_value"]), 8)
     for row in record["rows"]:
         tensor, engine = row["ranks"] if row["row"].startswith("tensor") else 1, row["engine"].partition(":")[0]
         setting = Setting(
-            batch=Batch(rows=row["batch"]),
+            batch=MicroBatch(rows=row["batch"]),
             adapter=adapter,
             quant=QuantSection(experts=row["quantisation"]),
             tower="cached",

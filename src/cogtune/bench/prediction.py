@@ -13,7 +13,7 @@ from cogtune.plan.cards import named_like
 from cogtune.plan.data_rows import summary
 from cogtune.plan.from_config import recomputed, setting_of
 from cogtune.plan.memory import predict
-from cogtune.plan.setting import Adapter, Batch, Setting, adapted_names
+from cogtune.plan.setting import LoraShape, MicroBatch, Setting, adapted_names
 from cogtune.plan.sizes import ModelSizes
 from cogtune.plan.time import step_time
 from cogtune.system.byte_sizes import GIB
@@ -25,7 +25,7 @@ def setting_for(
     """The planner's words for a variant and one of its batches; ``card``: the driver's name, empty for a CPU."""
     config, sizes = variant.config, ModelSizes.from_config(model.to_dict())
     images = work.images / work.rows
-    batch = Batch(
+    batch = MicroBatch(
         rows=work.rows,
         images=images,
         text=round(work.tokens / work.rows - images * model.num_image_tokens),
@@ -40,7 +40,7 @@ def setting_for(
         setting,
         sizes=sizes,
         batch=batch,
-        adapter=Adapter(names, config.lora.rank, config.lora.dropout, config.lora.dora),
+        adapter=LoraShape(names, config.lora.rank, config.lora.dropout, config.lora.dora),
         tower="none" if not work.images else ("cached" if variant.cached else "live"),
         decoder=frozenset(),
         blocks=frozenset(),

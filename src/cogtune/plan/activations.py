@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from cogtune.plan.setting import Adapter, Setting, layer_index, shares
+from cogtune.plan.setting import LoraShape, Setting, layer_index, shares
 from cogtune.plan.sizes import Linear, ModelSizes
 
 FLOAT32 = 4
@@ -241,7 +241,7 @@ def _layers(sizes: ModelSizes) -> list[dict[str, Linear]]:
 
 
 @lru_cache(maxsize=64)
-def _first_trained(sizes: ModelSizes, adapter: Adapter) -> int:
+def _first_trained(sizes: ModelSizes, adapter: LoraShape) -> int:
     """The first decoder layer that trains; -1 where something in front of them all does."""
     trained = Setting(sizes=sizes, adapter=adapter).trained
     if any(linear.part != "experts" for linear in trained.values()):

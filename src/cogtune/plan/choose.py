@@ -97,7 +97,7 @@ def largest_batch(setting: Setting, budget: int) -> int:
 
 
 @dataclass(frozen=True)
-class Choice:
+class FittingSetting:
     """A setting that fits, with its prediction."""
 
     setting: Setting
@@ -110,7 +110,7 @@ class Choice:
         return self.step.seconds / (batch.batch.rows * batch.accumulation * batch.ranks / batch.tensor)
 
 
-def best(setting: Setting, card: Card, fixed: Collection[str] = ()) -> Choice | None:
+def best(setting: Setting, card: Card, fixed: Collection[str] = ()) -> FittingSetting | None:
     """The fastest setting that fits ``setting.ranks`` such cards; None where none does.
 
     ``fixed``: dotted keys the user gave, whose values in ``setting`` stay: ``quant.experts``, ``quant.tower``,
@@ -121,7 +121,7 @@ def best(setting: Setting, card: Card, fixed: Collection[str] = ()) -> Choice | 
     return min(found, key=lambda choice: choice.seconds_per_row, default=None)
 
 
-def _first(family: Iterator[Setting], card: Card, fixed: Collection[str]) -> Choice | None:
+def _first(family: Iterator[Setting], card: Card, fixed: Collection[str]) -> FittingSetting | None:
     """Of settings from the plainest to the leanest, the first that fits."""
     for candidate in family:
         if "train.gradient_checkpointing" in fixed:
@@ -129,7 +129,7 @@ def _first(family: Iterator[Setting], card: Card, fixed: Collection[str]) -> Cho
         else:
             fitting = checkpointing(candidate, card.usable)
         if fitting is not None:
-            return Choice(fitting, predict(fitting), step_time(fitting, card))
+            return FittingSetting(fitting, predict(fitting), step_time(fitting, card))
     return None
 
 

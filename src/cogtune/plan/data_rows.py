@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from cogtune.configuration.run_config import RunConfig
 from cogtune.data.budget import Budget
 from cogtune.data.rows import RowShape, plan_rows, shape_of
-from cogtune.plan.setting import S400, Batch
+from cogtune.plan.setting import S400, MicroBatch
 from cogtune.plan.sizes import ModelSizes
 from cogtune.processing.token_file import find_token_file
 
@@ -22,8 +22,8 @@ class Rows:
 
     count: int
     pictures: int
-    largest: Batch
-    mean: Batch
+    largest: MicroBatch
+    mean: MicroBatch
     typical: bool = False
     exact: bool = True
 
@@ -37,13 +37,13 @@ def summary(shapes: Sequence[RowShape], pictures: int, image_tokens: int) -> Row
         return TYPICAL
     texts = [shape.tokens - shape.images * image_tokens for shape in shapes]
     count = len(shapes)
-    largest = Batch(
+    largest = MicroBatch(
         images=max(shape.images for shape in shapes),
         text=max(texts),
         labelled=max(shape.labelled for shape in shapes),
         tree=any(shape.answers > 1 for shape in shapes),
     )
-    mean = Batch(
+    mean = MicroBatch(
         images=sum(shape.images for shape in shapes) / count,
         text=round(sum(texts) / count),
         labelled=max(1, round(sum(shape.labelled for shape in shapes) / count)),

@@ -19,7 +19,7 @@ from cogtune.configuration.resolve import (
 from cogtune.configuration.run_config import RunConfig
 from cogtune.plan.cards import Card
 from cogtune.plan.data_rows import Rows
-from cogtune.plan.setting import Adapter, Batch, Setting, Tower, adapted_names
+from cogtune.plan.setting import LoraShape, MicroBatch, Setting, Tower, adapted_names
 from cogtune.plan.sizes import ModelSizes
 from cogtune.system.allocator import expandable
 
@@ -48,7 +48,7 @@ def setting_of(config: RunConfig, rows: Rows, *, ranks: int = 1, hosts: int = 1,
     sizes, train = ModelSizes.from_folder(config.model.path), config.train
     lora, tensor = config.lora, config.parallel.tensor
     check_formats(config.quant, card)
-    adapter = Adapter(adapted_names(sizes, lora.targets, lora.extra), lora.rank, lora.dropout, lora.dora)
+    adapter = LoraShape(adapted_names(sizes, lora.targets, lora.extra), lora.rank, lora.dropout, lora.dora)
     setting = Setting(
         sizes=sizes,
         batch=_batch(config, rows, sizes),
@@ -96,7 +96,7 @@ def recomputed(setting: Setting, policy: str | int) -> Setting:
     return replace(setting, decoder=frozenset(decoder), blocks=frozenset(blocks))
 
 
-def _batch(config: RunConfig, rows: Rows, sizes: ModelSizes) -> Batch:
+def _batch(config: RunConfig, rows: Rows, sizes: ModelSizes) -> MicroBatch:
     """A micro-batch of the longest rows; with a token budget, as many of them as it holds."""
     train, limit = config.train, config.data.batch_tokens
     count = train.batch_size

@@ -20,7 +20,7 @@ BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
-class Batch:
+class MicroBatch:
     """One micro-batch of one rank. Per row: pictures, other tokens (BOS and text), and those of them with a label."""
 
     rows: int = 1
@@ -40,7 +40,7 @@ class Batch:
         return self.vision_tokens(sizes) + self.language_tokens()
 
 
-S400 = Batch()
+S400 = MicroBatch()
 """The sample that this project's measurements use: a picture, 400 text tokens behind BOS, 200 of them with a label."""
 
 
@@ -50,7 +50,7 @@ def format_of(linear: Linear, quant: QuantSection) -> str:
 
 
 @dataclass(frozen=True)
-class Adapter:
+class LoraShape:
     """LoRA: which linear layers carry it, and how wide it is. ``names`` is what `adapted_names` found."""
 
     names: frozenset[str]
@@ -102,8 +102,8 @@ class Setting:
     where its file gives them; ``keep_gathered``: layers that fsdp2 leaves whole from first to last use in a step."""
 
     sizes: ModelSizes = field(default_factory=ModelSizes)
-    batch: Batch = S400
-    adapter: Adapter = Adapter(frozenset(), 8)
+    batch: MicroBatch = S400
+    adapter: LoraShape = LoraShape(frozenset(), 8)
     quant: QuantSection = PLAIN
     tower: Tower = "live"
     decoder: frozenset[int] = frozenset()
@@ -172,18 +172,18 @@ class Setting:
 
 
 @lru_cache(maxsize=64)
-def _adapted(sizes: ModelSizes, adapter: Adapter) -> dict[str, Linear]:
+def _adapted(sizes: ModelSizes, adapter: LoraShape) -> dict[str, Linear]:
     return {linear.name: linear for linear in sizes.linears if linear.name in adapter.names}
 
 
 @lru_cache(maxsize=64)
-def _trained(sizes: ModelSizes, adapter: Adapter) -> dict[str, Linear]:
+def _trained(sizes: ModelSizes, adapter: LoraShape) -> dict[str, Linear]:
     found = _adapted(sizes, adapter)
     return {name: x for name, x in found.items() if not is_dead_end(name, sizes.num_hidden_layers)}
 
 
 @lru_cache(maxsize=64)
-def _adapter_parameters(sizes: ModelSizes, adapter: Adapter, trained_only: bool, tensor: int) -> int:
+def _adapter_parameters(sizes: ModelSizes, adapter: LoraShape, trained_only: bool, tensor: int) -> int:
     linears = (_trained if trained_only else _adapted)(sizes, adapter).values()
     found = 0
     for linear in linears:
@@ -206,5 +206,5 @@ def shares(linear: Linear, tensor: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=64)
-def _tower_trains(sizes: ModelSizes, adapter: Adapter) -> bool:
+def _tower_trains(sizes: ModelSizes, adapter: LoraShape) -> bool:
     return any(name.startswith("model.vision.transformer.") for name in _trained(sizes, adapter))

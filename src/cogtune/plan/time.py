@@ -20,7 +20,7 @@ from cogtune.plan.calibration import (
 )
 from cogtune.plan.cards import REFERENCE, Card
 from cogtune.plan.memory import weights
-from cogtune.plan.setting import Batch, Setting, format_of, layer_index
+from cogtune.plan.setting import MicroBatch, Setting, format_of, layer_index
 from cogtune.plan.sizes import Linear
 
 
@@ -227,7 +227,7 @@ class Schedule:
 
 
 def schedule(
-    setting: Setting, card: Card, *, rows: int, pictures: int, mean: Batch | None = None, read: float | None = None
+    setting: Setting, card: Card, *, rows: int, pictures: int, mean: MicroBatch | None = None, read: float | None = None
 ) -> Schedule:
     """A run's times. ``mean``: the average batch, where ``setting.batch`` is the largest; ``read``: bytes per second
     that the disk gives."""

@@ -14,7 +14,7 @@ from cogtune.plan.choose import checkpointing, fits
 from cogtune.plan.data_rows import Rows
 from cogtune.plan.from_config import setting_of
 from cogtune.plan.memory import fill
-from cogtune.plan.setting import Batch
+from cogtune.plan.setting import MicroBatch
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
@@ -61,7 +61,7 @@ def test_the_planner_says_that_a_recipe_fits_its_card(name: str) -> None:
     config, (card, count) = recipe(CONFIGS / f"{name}.yaml"), CARDS[name]
     longest = config.data.max_row_tokens or 2307 + config.data.max_input_len + config.data.max_output_len + 1
     assert longest >= 2307 + config.data.max_input_len + config.data.max_output_len + 1, "one answer alone is too long"
-    row = Batch(images=1, text=longest - 2306, labelled=longest - 2307)
+    row = MicroBatch(images=1, text=longest - 2306, labelled=longest - 2307)
     setting = setting_of(config, Rows(1000, 1000, row, row), ranks=count, card=find_card(card))
     setting = replace(setting, expandable=True)  # as the command line has it
     room = find_card(card).usable

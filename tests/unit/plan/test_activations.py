@@ -7,7 +7,7 @@ import pytest
 from cogtune.model import loss
 from cogtune.plan import activations
 from cogtune.plan.activations import DecoderTable
-from cogtune.plan.setting import Adapter, Batch, Setting, adapted_names
+from cogtune.plan.setting import LoraShape, MicroBatch, Setting, adapted_names
 from cogtune.plan.sizes import ModelSizes
 from cogtune.plan.step import end_of_forward, peak
 from cogtune.plan.time import kernels
@@ -20,9 +20,9 @@ FEW = ModelSizes(num_hidden_layers=4)
 
 def setting(targets: list[str], rank: int, sizes: ModelSizes = FEW, recomputed: int = 0, **values: object) -> Setting:
     batch = {name: values.pop(name) for name in ("rows", "images", "text", "labelled") if name in values}
-    adapter = Adapter(adapted_names(sizes, targets), rank, float(values.pop("dropout", 0.0)))
+    adapter = LoraShape(adapted_names(sizes, targets), rank, float(values.pop("dropout", 0.0)))
     tower = values.pop("tower", "cached")
-    made = Setting(sizes=sizes, batch=Batch(**batch), adapter=adapter, tower=tower, **values)
+    made = Setting(sizes=sizes, batch=MicroBatch(**batch), adapter=adapter, tower=tower, **values)
     return made.with_recomputed(recomputed) if recomputed else made
 
 

@@ -26,15 +26,15 @@ from cogtune.plan.data_rows import TYPICAL
 from cogtune.plan.from_config import setting_of
 from cogtune.plan.local_cards import local_cards
 from cogtune.plan.memory import predict
-from cogtune.plan.setting import Adapter, Setting, adapted_names
+from cogtune.plan.setting import LoraShape, Setting, adapted_names
 from cogtune.plan.sizes import ModelSizes
 from cogtune.plan.time import step_time
 from cogtune.system.byte_sizes import GIB
 from cogtune.train.engines import rules
 
-EXPERTS = Adapter(adapted_names(ModelSizes(), ["experts"]), 16)
+EXPERTS = LoraShape(adapted_names(ModelSizes(), ["experts"]), 16)
 CACHED = Setting(adapter=EXPERTS, tower="cached", compile="auto")
-TOWER = Setting(adapter=Adapter(adapted_names(ModelSizes(), ["vision-tower"]), 4))
+TOWER = Setting(adapter=LoraShape(adapted_names(ModelSizes(), ["vision-tower"]), 4))
 
 
 def test_as_few_layers_are_recomputed_as_the_budget_needs() -> None:

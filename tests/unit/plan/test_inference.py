@@ -12,21 +12,21 @@ from cogtune.configuration.quantization import QuantSection
 from cogtune.configuration.shapes import VisionShape
 from cogtune.plan.calibration import LIBRARIES
 from cogtune.plan.inference import answer, merge
-from cogtune.plan.setting import Adapter, Batch, Setting, adapted_names
+from cogtune.plan.setting import LoraShape, MicroBatch, Setting, adapted_names
 from cogtune.plan.sizes import ModelSizes
 from cogtune.system.byte_sizes import GIB
 from tests.support.full_size import meta_answer
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
-DIALOGUE = Batch(text=94, labelled=1)
+DIALOGUE = MicroBatch(text=94, labelled=1)
 """2,400 positions, as `cogtune bench decode` has them."""
 FOUR_BITS = QuantSection(experts="nf4", tower="nf4")
 
 
-@pytest.mark.parametrize("batch", [DIALOGUE, Batch(rows=2, text=1500, labelled=1)])
-def test_the_first_pass_is_what_the_code_holds(batch: Batch) -> None:
+@pytest.mark.parametrize("batch", [DIALOGUE, MicroBatch(rows=2, text=1500, labelled=1)])
+def test_the_first_pass_is_what_the_code_holds(batch: MicroBatch) -> None:
     few = ModelSizes(num_hidden_layers=4, vision=VisionShape(num_hidden_layers=2))
-    own = Setting(sizes=few, batch=batch, adapter=Adapter(adapted_names(few, ["experts"]), 16))
+    own = Setting(sizes=few, batch=batch, adapter=LoraShape(adapted_names(few, ["experts"]), 16))
     tower, first = meta_answer(own)
     planned = answer(own, rows=batch.rows, new_tokens=0)
     pixels = batch.rows * 3 * 1344**2 * 4  # as they came
@@ -57,7 +57,7 @@ def test_answering_loads_the_tower_of_a_cached_run_and_needs_one_card() -> None:
     trained = Setting(tower="cached", quant=QuantSection(experts="nf4"), engine="fsdp2", ranks=4).with_recomputed(32)
     assert answer(trained).parts["vision tower"] == pytest.approx(8.03 * GIB, rel=0.01)
     assert answer(trained).parts == answer(Setting(quant=QuantSection(experts="nf4"))).parts
-    text = Setting(tower="none", batch=Batch(images=0, text=900))
+    text = Setting(tower="none", batch=MicroBatch(images=0, text=900))
     assert answer(text).parts["keys and values"] < answer(Setting()).parts["keys and values"]
 
 
@@ -70,6 +70,6 @@ def test_more_rows_and_longer_answers_take_more() -> None:
 
 
 def test_merging_needs_no_card() -> None:
-    phase = merge(Setting(adapter=Adapter(adapted_names(ModelSizes(), ["experts"]), 16)))
+    phase = merge(Setting(adapter=LoraShape(adapted_names(ModelSizes(), ["experts"]), 16)))
     assert phase.allocated == 0
     assert 3 * GIB < phase.host_bytes < 4.5 * GIB

@@ -14,7 +14,7 @@ from cogtune.checkpoint.random import TINY, TINY_VISION, random_model, tiny_conf
 from cogtune.configuration.quantization import QuantSection
 from cogtune.configuration.run_config import LoraSection
 from cogtune.plan.memory import Memory, predict, weight_bytes
-from cogtune.plan.setting import Adapter, Setting, adapted_names
+from cogtune.plan.setting import LoraShape, Setting, adapted_names
 from cogtune.plan.sizes import Linear, ModelSizes
 from cogtune.system.byte_sizes import GIB
 
@@ -25,7 +25,7 @@ QKV = ["vision_expert_query_key_value"]
 
 
 def setting(targets: list[str], rank: int, recomputed: int = 0, **values: object) -> Setting:
-    made = Setting(adapter=Adapter(adapted_names(FULL, targets), rank), **values)
+    made = Setting(adapter=LoraShape(adapted_names(FULL, targets), rank), **values)
     return made.with_recomputed(recomputed) if recomputed else made
 
 
@@ -50,7 +50,7 @@ def test_a_quantised_linear_has_the_librarys_own_size(shape: tuple[int, int]) ->
 def test_the_adapters_parameters_are_peft_s(targets: list[str]) -> None:
     lora = LoraSection(targets=targets, rank=3)
     model = attach(random_model(tiny_config(), seed=0), lora)
-    own = Setting(sizes=TINY_SIZES, adapter=Adapter(adapted_names(TINY_SIZES, targets), 3))
+    own = Setting(sizes=TINY_SIZES, adapter=LoraShape(adapted_names(TINY_SIZES, targets), 3))
     held = {n: p for n, p in model.named_parameters() if "lora_" in n}
     assert own.adapter_parameters(trained_only=False) == sum(p.numel() for p in held.values())
     assert own.adapter_parameters() == sum(p.numel() for p in held.values() if p.requires_grad)

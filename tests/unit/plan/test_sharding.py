@@ -20,7 +20,7 @@ from cogtune.configuration.run_config import load_config
 from cogtune.distributed.group import Group
 from cogtune.plan import memory, sharding
 from cogtune.plan.memory import predict, weights
-from cogtune.plan.setting import Adapter, Setting, adapted_names
+from cogtune.plan.setting import LoraShape, Setting, adapted_names
 from cogtune.plan.sharding import Gathering
 from cogtune.plan.sizes import ModelSizes
 from cogtune.train.batches import to_device
@@ -67,7 +67,7 @@ def test_fsdp2_gathers_what_the_planner_says(two_ranks: Group, kept: int, tmp_pa
     model = attach(base, config.lora, building=engine.attaching(base))
     engine.wrap(model, build_optimizer([p for p in model.parameters() if p.requires_grad], config.train))
     sizes = ModelSizes.from_config(base.config.to_dict())
-    adapter = Adapter(adapted_names(sizes, config.lora.targets), config.lora.rank)
+    adapter = LoraShape(adapted_names(sizes, config.lora.targets), config.lora.rank)
     setting = Setting(sizes=sizes, adapter=adapter, tower="cached", engine="fsdp2", ranks=2, keep_gathered=kept)
     gathering, seen = Gathering(setting), dict[str, tuple[int, int]]()
 
