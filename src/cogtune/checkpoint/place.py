@@ -11,6 +11,7 @@ from torch import nn
 
 from cogtune.checkpoint.quantize import convert
 from cogtune.configuration.quantization import PLAIN, QuantSection
+from cogtune.distributed.shards import note_whole_numel, whole_numel
 from cogtune.model.modeling import DecoderLayer
 from cogtune.model.quantized.host_embedding import HostEmbedding
 from cogtune.model.vision import GLUAdapter, PatchEmbedding, VisionLayer
@@ -120,8 +121,7 @@ def put(module: nn.Module, key: str, value: torch.Tensor) -> None:
         module.register_buffer(key, value)
         return
     new = nn.Parameter(value, requires_grad=old.requires_grad and value.is_floating_point())
-    if hasattr(old, "whole_numel"):
-        new.whole_numel = old.whole_numel  # type: ignore[attr-defined]
+    note_whole_numel(new, whole_numel(old))
     setattr(module, key, new)
 
 

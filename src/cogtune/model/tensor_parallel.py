@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from cogtune.configuration.model import CogVLM2Config, CogVLM2VisionConfig
 from cogtune.distributed.group import TensorGroup
+from cogtune.distributed.shards import note_whole_numel
 from cogtune.errors import ConfigError
 from cogtune.model.attention import ExpertAttention
 from cogtune.model.modeling import ExpertMLP
@@ -295,7 +296,7 @@ class SplitModel:
         self.cuts[f"{path}.{name}"] = cut
         own = cut.take(whole.data, self.group.rank, self.group.size).clone()
         part = nn.Parameter(own, requires_grad=whole.requires_grad)
-        part.whole_numel = whole.numel()  # type: ignore[attr-defined]  # for counts of the whole model
+        note_whole_numel(part, whole.numel())
         setattr(layer, name, part)
 
     def _between(self, part: nn.Module) -> None:

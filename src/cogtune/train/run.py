@@ -23,6 +23,7 @@ from cogtune.configuration.resolve import (
 )
 from cogtune.configuration.run_config import RunConfig
 from cogtune.distributed import environment
+from cogtune.distributed.shards import whole_numel
 from cogtune.errors import DataError, DiskFullError
 from cogtune.features.reader import FeatureReader
 from cogtune.generate.last_run import write_last_run
@@ -285,19 +286,13 @@ def _recompute(base: CogVLM2ForCausalLM, config: RunConfig, layers: Layers | Non
 def _say_what_trains(model: PeftModel) -> None:
     counts = describe(model)
     trained = sum(count.parameters for count in counts if count.trained)
-    total = sum(_whole_size(parameter) for parameter in model.parameters())
+    total = sum(whole_numel(parameter) for parameter in model.parameters())
     log.info(f"training {trained:,} of {total:,} parameters ({100 * trained / total:.3f} %):")
     for count in counts:
         note = "" if count.trained else "  (last layer: cannot influence the loss; kept in the file, not trained)"
         log.info(f"  {count.region}: {count.modules} modules, {count.parameters:,} parameters{note}")
     if by_peft := computed_by_peft(model):
         log.info(f"  {len(by_peft)} of them are computed by peft's own code, which is slower ({by_peft[0]}, ...)")
-
-
-def _whole_size(parameter: torch.nn.Parameter) -> int:
-    """Values of a parameter on all ranks together; zero3 and tensor parallelism leave a part of it here."""
-    own = parameter.numel()
-    return int(getattr(parameter, "ds_numel", getattr(parameter, "whole_numel", own)))
 
 
 def _remember(config: RunConfig, adapter: Path, output: Path) -> None:

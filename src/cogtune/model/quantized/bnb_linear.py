@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from cogtune.distributed.shards import note_whole_numel
 from cogtune.model.casting import converted
 from cogtune.model.quantized.nf4 import block_sizes, dequantises, nf4_linear
 
@@ -42,7 +43,7 @@ def to_nf4(layer: nn.Linear) -> FourBitLinear:
         layer.weight.data, requires_grad=False, quant_type="nf4", quant_storage=layer.weight.dtype, module=found
     ).to(layer.weight.device)
     found.block_sizes = block_sizes(found.quant_state)
-    found.weight.whole_numel = layer.weight.numel()
+    note_whole_numel(found.weight, layer.weight.numel())
     found.bias = _frozen(layer.bias)
     return found
 
@@ -61,7 +62,7 @@ def from_stored(parts: dict[str, torch.Tensor], shape: torch.Size, device: torch
     if found.quant_state.shape != shape:
         raise ValueError(f"has shape {list(found.quant_state.shape)}, expected {list(shape)}")
     found.block_sizes = block_sizes(found.quant_state)
-    found.weight.whole_numel = shape.numel()
+    note_whole_numel(found.weight, shape.numel())
     found.bias = None
     return found
 

@@ -20,6 +20,7 @@ from cogtune.adapters.tensor_parallel import AdapterPart, check_adapter, split_a
 from cogtune.configuration.run_config import RunConfig
 from cogtune.distributed.buckets import sum_in_buckets
 from cogtune.distributed.group import Group, TensorGroup
+from cogtune.distributed.shards import whole_numel
 from cogtune.model.tensor_parallel import SplitModel
 from cogtune.train.engines.base import StepResult
 from cogtune.train.engines.ddp import DdpEngine
@@ -133,7 +134,7 @@ def _require_split(model: nn.Module, split: SplitModel) -> tuple[int, int]:
     for name, value in model.named_parameters():
         if "lora_" not in name:
             own += value.numel()
-            whole += getattr(value, "whole_numel", value.numel())
+            whole += whole_numel(value)
     if not split.cuts or own > (0.9 if size > 1 else 1.0) * whole:
         raise AssertionError(f"tensor: rank {split.group.rank} of {size} holds {own:,} of {whole:,} values")
     return own, whole

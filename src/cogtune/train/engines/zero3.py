@@ -13,6 +13,7 @@ from torch import nn
 
 from cogtune.configuration.run_config import RunConfig
 from cogtune.distributed.group import Group
+from cogtune.distributed.shards import is_partitioned, own_shard, partitioned_numel
 from cogtune.errors import ConfigError
 from cogtune.model.vision import VisionModel
 from cogtune.train.engines.base import MASTER, fresh_state
@@ -50,7 +51,7 @@ class Zero3Engine(ZeroEngine):
 
         assert self._dtype is not None, "the model was loaded without this engine's placement"
         for name, value in self.parameters.items():
-            if hasattr(value, "ds_id"):
+            if is_partitioned(value):
                 raise ConfigError(
                     f"lora.extra: {name} is a weight of the base and would train, but zero3 shards the base",
                     hint="train adapters only, or use parallel.engine ddp or zero2",
@@ -61,7 +62,7 @@ class Zero3Engine(ZeroEngine):
         for name, value in model.named_parameters():
             if "lora_" in name and not value.requires_grad:  # its file is float32 whatever engine wrote it
                 self.unchanged[name] = value.data.clone().cpu()
-            if not hasattr(value, "ds_id"):  # DeepSpeed casts a model only where nothing of it is partitioned yet
+            if not is_partitioned(value):  # DeepSpeed casts a model only where nothing of it is partitioned yet
                 value.data = value.data.to(self._dtype)
         self._settle_units(model)
         self._deepspeed, *_ = deepspeed.initialize(
@@ -70,7 +71,10 @@ class Zero3Engine(ZeroEngine):
         stage = self._deepspeed.zero_optimization_stage()
         assert stage == 3, f"asked for ZeRO stage 3, but DeepSpeed runs stage {stage}"
         frozen = [value for value in model.parameters() if not value.requires_grad]
-        self._held = sum(_local(value).numel() for value in frozen), sum(_whole_size(value) for value in frozen)
+        self._held = (
+            sum(own_shard(value).numel() for value in frozen),
+            sum(partitioned_numel(value) for value in frozen),
+        )
         module: nn.Module = self._deepspeed
         return module
 
@@ -114,16 +118,7 @@ class Zero3Engine(ZeroEngine):
 
     def _part(self, value: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
         """This rank's shard of a whole tensor, the last ones padded with zeros as DeepSpeed does."""
-        size = _local(parameter).numel()
+        size = own_shard(parameter).numel()
         flat = torch.zeros(size * self.group.size, dtype=value.dtype, device=value.device)
         flat[: value.numel()] = value.flatten()
         return flat[size * self.group.rank : size * (self.group.rank + 1)]
-
-
-def _local(parameter: Any) -> torch.Tensor:
-    shard: torch.Tensor = parameter.ds_tensor
-    return shard
-
-
-def _whole_size(parameter: Any) -> int:
-    return int(parameter.ds_numel)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from cogtune.distributed.buffers import ZERO3_LAYERS_AHEAD
+from cogtune.distributed.shards import partitioned_numel
 from cogtune.model.modeling import DecoderLayer
 from cogtune.model.vision import GLUAdapter, PatchEmbedding, VisionLayer
 
@@ -45,7 +46,8 @@ def fetch_settings(model: nn.Module, leaves: Iterable[nn.Module], whole: int = _
     """
     largest = max((sum(size for size in _sizes(leaf) if size > whole) for leaf in leaves), default=0)
     rest = max(
-        (_values(value) for name, value in model.named_parameters() if name.endswith("lm_head.weight")), default=0
+        (partitioned_numel(value) for name, value in model.named_parameters() if name.endswith("lm_head.weight")),
+        default=0,
     )
     return {
         "stage3_param_persistence_threshold": whole,
@@ -90,9 +92,4 @@ def hold_back(leaves: Iterable[nn.Module], device: torch.device) -> None:
 
 
 def _sizes(unit: nn.Module) -> Iterator[int]:
-    return (_values(value) for value in unit.parameters())
-
-
-def _values(parameter: Any) -> int:
-    """Of the whole weight; what is partitioned holds none by itself."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+    return (partitioned_numel(value) for value in unit.parameters())
