@@ -12,14 +12,15 @@ import torch
 
 from cogtune.adapters.attach import adapter_shapes, check_continued
 from cogtune.adapters.targets import adapted_modules, check_reached
+from cogtune.checkpoint.fingerprint import adapter_fingerprint, model_fingerprint
 from cogtune.checkpoint.model_files import check_folder, load_model_config
+from cogtune.configuration.identity import identity
 from cogtune.configuration.run_config import RunConfig
 from cogtune.data.dataset import TrainRows
 from cogtune.data.split import DataSplit, read_and_split
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.tensor_parallel import check_sizes
 from cogtune.processing.processor import CogVLM2Processor
-from cogtune.train.identity import run_identity
 from cogtune.train.log import log
 from cogtune.train.output_folder import RunIdentity
 
@@ -90,7 +91,18 @@ def read_inputs(config: RunConfig) -> Inputs:
     if validation is not None and len(validation) == 0:
         log.warning("validation is empty: none of its answers fits data.max_input_len and data.max_output_len")
         validation = None
-    return Inputs(split, rows(split.train, True), validation, run_identity(config, base, split))
+    return Inputs(split, rows(split.train, True), validation, _identity(config, base, split))
+
+
+def _identity(config: RunConfig, base: Path, data: DataSplit) -> RunIdentity:
+    """What must not change for a run to go on in its folder, wherever base and data lie meanwhile."""
+    fingerprints = {
+        "model.path": model_fingerprint(base),
+        "data.path": data.report.fingerprint,
+        "data.validation": data.validation_report.fingerprint if data.validation_report is not None else "",
+        "lora.start_from": adapter_fingerprint(config.lora.start_from) if config.lora.start_from is not None else "",
+    }
+    return RunIdentity(identity(config), fingerprints)
 
 
 def versions(device: torch.device) -> dict[str, Any]:
