@@ -27,7 +27,7 @@ from cogtune.processing.token_file import TokenFile
 if TYPE_CHECKING:
     from cogtune.configuration.run_config import DataSection
 
-Progress = Callable[[str, int, int], None]
+ProgressCallback = Callable[[str, int, int], None]
 """Told what is going on, how much of it is done, and of how much."""
 _DOMINANT = 0.9
 
@@ -102,7 +102,7 @@ class CheckReport:
         }
 
 
-def check(data: DataSection, seed: int, tokens: TokenFile, progress: Progress | None = None) -> CheckReport:
+def check(data: DataSection, seed: int, tokens: TokenFile, progress: ProgressCallback | None = None) -> CheckReport:
     """Read everything that ``data`` names and report. Nothing is raised for bad data: it is in the report."""
     began = time.monotonic()
     report = CheckReport(tokens.exact)
@@ -127,7 +127,7 @@ def check(data: DataSection, seed: int, tokens: TokenFile, progress: Progress | 
 
 
 def _read(
-    data: DataSection, seed: int, report: CheckReport, tell: Progress, max_images: int
+    data: DataSection, seed: int, report: CheckReport, tell: ProgressCallback, max_images: int
 ) -> tuple[list[Example], list[Example], int]:
     """Training and validation examples, and how many problems were found."""
 
