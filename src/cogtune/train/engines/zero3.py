@@ -103,6 +103,8 @@ class Zero3Engine(ZeroEngine):
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
         kinds = self.check_names(tensors)
+        # The optimiser's state is made by its first step, and a continued run needs it before; DeepSpeed has no call
+        # that gives the flat shards it belongs to.
         for shard in self._deepspeed.optimizer.fp32_partitioned_groups_flat:
             if kinds:
                 self.optimizer.state[shard] = fresh_state(shard, kinds, counters["optimizer_steps"])
