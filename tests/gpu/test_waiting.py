@@ -15,7 +15,7 @@ from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import NonFiniteError
 from cogtune.train import validation
 from cogtune.train.batches import Batch, Feed, StepBatches
-from cogtune.train.engines.async_scalar import Arriving
+from cogtune.train.engines.async_scalar import AsyncScalar
 from cogtune.train.engines.single import SingleEngine
 from cogtune.train.log import read_metrics
 from cogtune.train.optim import step_if_finite
@@ -169,10 +169,10 @@ def test_the_kernel_leaves_out_a_step_as_if_it_never_was() -> None:
 
 
 def test_a_number_arrives_by_the_devices_clock() -> None:
-    Arriving(torch.zeros((), device="cuda")).value()
-    first = Arriving(torch.zeros((), device="cuda"))
+    AsyncScalar(torch.zeros((), device="cuda")).value()
+    first = AsyncScalar(torch.zeros((), device="cuda"))
     torch.cuda._sleep(BUSY)
-    second = Arriving(torch.full((), 2.5, device="cuda"))
+    second = AsyncScalar(torch.full((), 2.5, device="cuda"))
     torch.cuda._sleep(BUSY)
     began = time.perf_counter()
     assert second.value() == 2.5

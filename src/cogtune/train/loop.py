@@ -23,7 +23,7 @@ from cogtune.configuration.shapes import IGNORED_LABEL
 from cogtune.data.dataset import TrainRows
 from cogtune.errors import CogtuneError, NonFiniteError
 from cogtune.train.batches import Batch, Feed, StepBatches, to_device
-from cogtune.train.engines.async_scalar import Arriving
+from cogtune.train.engines.async_scalar import AsyncScalar
 from cogtune.train.engines.base import Engine, StepResult
 from cogtune.train.failures import bad_gradient, check_losses, phase
 from cogtune.train.log import Metrics, log
@@ -113,7 +113,7 @@ class Loop:
                 with engine.accumulating(last=number == len(step.batches) - 1):
                     arguments = to_device(batch, engine.device)
                     loss = engine.module(**arguments, num_items_in_batch=labels).loss
-                    losses.append(Arriving(loss))
+                    losses.append(AsyncScalar(loss))
                     engine.backward(loss * engine.loss_factor)
             shares = torch.tensor([loss.value() for loss in losses], dtype=torch.float64)
         self._close()

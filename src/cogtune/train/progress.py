@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from cogtune.data.sampler import Position
-from cogtune.train.engines.async_scalar import Arriving
+from cogtune.train.engines.async_scalar import AsyncScalar
 from cogtune.train.log import Metrics, duration, log, peak_memory_gib
 
 
@@ -68,7 +68,7 @@ class Reporter:
         self._metrics, self._progress, self._total, self._every, self._device = metrics, progress, total, every, device
         self._start_step = progress.step
         self._start = time.perf_counter()
-        self._window_start = Arriving(torch.zeros((), device=device))
+        self._window_start = AsyncScalar(torch.zeros((), device=device))
         self._window = (progress.samples, progress.tokens)
         self._away = 0.0  # seconds since the window began that were not training
         self._line: _Line | None = None
@@ -89,7 +89,7 @@ class Reporter:
         progress.window_loss, progress.window_labels = 0.0, 0
         self._window = (progress.samples, progress.tokens)
 
-    def arrived(self, norm: Arriving) -> None:
+    def arrived(self, norm: AsyncScalar) -> None:
         """Write the line of the last step, if it has one; ``norm`` is that of its gradient."""
         line, self._line = self._line, None
         if line is None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cogtune.train import progress as module
-from cogtune.train.engines.async_scalar import Arriving
+from cogtune.train.engines.async_scalar import AsyncScalar
 from cogtune.train.log import Metrics, read_metrics
 from cogtune.train.progress import Progress, Reporter
 
@@ -39,7 +39,7 @@ def test_a_line_looked_at_during_the_next_step_is_about_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two steps a line; the next step's rows are counted before the norm is looked at."""
-    monkeypatch.setattr(module, "Arriving", lambda value: _At(100.0))
+    monkeypatch.setattr(module, "AsyncScalar", lambda value: _At(100.0))
     metrics, progress = Metrics(tmp_path, active=True, tensorboard=False, step=0), Progress()
     reporter = Reporter(metrics, progress, 5, 2, torch.device("cpu"))
     train_one(progress, reporter, 4)
@@ -66,7 +66,7 @@ def test_a_line_looked_at_during_the_next_step_is_about_its_own(
 
 
 def test_on_the_host_a_number_has_arrived_when_it_is_made() -> None:
-    first = Arriving(torch.tensor(0.1, dtype=torch.float64))
-    second = Arriving(torch.tensor(2.5, requires_grad=True))
+    first = AsyncScalar(torch.tensor(0.1, dtype=torch.float64))
+    second = AsyncScalar(torch.tensor(2.5, requires_grad=True))
     assert (first.value(), second.value()) == (0.1, 2.5)
     assert second.seconds_since(first) == -first.seconds_since(second) > 0

@@ -1,4 +1,4 @@
-"""Numbers on their way from the device: whoever makes them need not wait for them."""
+"""Scalars copied from the device without waiting for it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import time
 import torch
 
 
-class Arriving:
-    """A number that is sent to the host as soon as it is there, so that waiting for it does not mean waiting for what
-    the device was given to do behind it. A number that is on the host already has arrived when this is made."""
+class AsyncScalar:
+    """A scalar whose copy to the host is queued when this is made, right behind the work that computes it. Reading it
+    waits for that copy only, not for what the device was given to do after it. One on the host is there at once."""
 
     def __init__(self, value: torch.Tensor) -> None:
         self._value, self._arrival = value.detach(), None
@@ -26,7 +26,7 @@ class Arriving:
             self._arrival.synchronize()
         return float(self._value)
 
-    def seconds_since(self, earlier: Arriving) -> float:
+    def seconds_since(self, earlier: AsyncScalar) -> float:
         """Between the two arrivals, by the device's clock where both came from there: the host looks at one number
         early and at another late. Waits until both are there."""
         if self._arrival is None or earlier._arrival is None:

@@ -19,7 +19,7 @@ from cogtune.checkpoint.place import Placement
 from cogtune.configuration.run_config import RunConfig
 from cogtune.distributed.group import Group
 from cogtune.errors import CheckpointError
-from cogtune.train.engines.async_scalar import Arriving
+from cogtune.train.engines.async_scalar import AsyncScalar
 
 MASTER = "master"
 
@@ -29,7 +29,7 @@ class StepResult:
     """``norm`` is that of the whole step's gradient before clipping. ``decided`` is whether the step was applied; None:
     the device applies it if the norm is finite, and the host has not looked. `grad_norm` and `applied` wait for it."""
 
-    norm: Arriving
+    norm: AsyncScalar
     decided: bool | None = None
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cogtune.train.engines.async_scalar import Arriving
+from cogtune.train.engines.async_scalar import AsyncScalar
 from cogtune.train.engines.base import MASTER, Engine, StepResult
 from cogtune.train.optim import moments, restore_moments, skips_on_device, step_if_finite
 
@@ -33,7 +33,7 @@ class SingleEngine(Engine):
     def step(self) -> StepResult:
         self._scaler.unscale_(self.optimizer)
         length = self._clip()
-        norm = Arriving(length)
+        norm = AsyncScalar(length)
         if not self.scaled and skips_on_device(self.optimizer):
             step_if_finite(self.optimizer, length)
             result = StepResult(norm)

@@ -18,7 +18,7 @@ from cogtune.configuration.run_config import RunConfig
 from cogtune.distributed.buffers import ZERO_BUCKET
 from cogtune.distributed.group import Group
 from cogtune.errors import SetupError
-from cogtune.train.engines.async_scalar import Arriving
+from cogtune.train.engines.async_scalar import AsyncScalar
 from cogtune.train.engines.base import MASTER, Engine, StepResult, fresh_state
 
 
@@ -110,7 +110,7 @@ class ZeroEngine(Engine):
         applied = bool(self._deepspeed.was_step_applied())
         norm = self._deepspeed.get_global_grad_norm()
         known = torch.tensor(math.nan if norm is None else float(norm), dtype=torch.float64)
-        return StepResult(Arriving(known), applied)
+        return StepResult(AsyncScalar(known), applied)
 
     def state(self) -> dict[str, torch.Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
