@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
+from cogtune.configuration.shapes import IGNORED_LABEL
 from cogtune.errors import InputError
 from cogtune.model.attention import row_mask
-from cogtune.model.routing import GPU_COLUMNS, IGNORED_LABEL, Routing
+from cogtune.model.routing import GPU_COLUMNS, Routing
 from cogtune.processing.encode import Encoder
 
 _AT_ONCE = 512  # targets whose logits are held together: 0.25 GiB at full size

@@ -8,7 +8,6 @@ holds nothing.
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.sampling import SamplingRows, choose
 from cogtune.model.decode import decode
+from cogtune.model.kernels import HAS_TRITON
 from cogtune.model.slots import SlotCache
 
 
@@ -130,7 +130,7 @@ class _Recorded:
 
 
 def _fused(model: Any) -> Any:
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return None
     from cogtune.model.fused_decode import FusedDecode
 
