@@ -29,7 +29,8 @@ def train(content: dict[str, Any], chinese: bool) -> str:
         ])  # fmt: skip
     name = "" if anchor is None else anchor["name"]
     columns = (
-        ["变体", "中位数（毫秒）", "最小 - 最大", f"相对 `{name}`", "样本/秒", "回答/秒", "LoRA-MFU", "已保留（GiB）"]
+        ["变体", "中位数（毫秒）", "最小 - 最大", f"相对 `{name}`", "样本/秒", "回答/秒", "LoRA-MFU",
+         "显存占用（PyTorch 保留，GiB）"]
         if chinese
         else ["variant", "median, ms", "min - max", f"against `{name}`", "samples/s", "answers/s", "LoRA-MFU",
               "reserved, GiB"]
@@ -70,7 +71,7 @@ def fit(content: dict[str, Any], chinese: bool) -> str:
             f"`{row['command']}`",
         ])  # fmt: skip
     columns = (
-        ["设置", "已保留（GiB）", "预测", "驱动显示", "上限", "毫秒/步", "加载（秒）", "命令"]
+        ["设置", "显存占用（PyTorch 保留，GiB）", "预测", "驱动显示", "上限", "毫秒/步", "加载（秒）", "命令"]
         if chinese
         else ["setting", "reserved, GiB", "plan", "driver", "cap", "ms/step", "load, s", "command"]
     )
@@ -94,7 +95,7 @@ def sweep(content: dict[str, Any], chinese: bool) -> str:
         cells.append([f"`{row['name']}`", f"{row['median_ms']:.1f}", f"{row['allocated_gib']:.2f}",
                       f"{row['reserved_gib']:.2f}", _number(said), off, note])  # fmt: skip
     columns = (
-        ["点", "毫秒", "已分配（GiB）", "已保留（GiB）", "预测", "偏差", "备注"]
+        ["点", "毫秒", "显存已分配（GiB）", "显存已保留（GiB）", "预测", "偏差", "备注"]
         if chinese
         else ["point", "ms", "allocated, GiB", "reserved, GiB", "plan", "off", "note"]
     )
@@ -108,7 +109,7 @@ def sweep(content: dict[str, Any], chinese: bool) -> str:
     check = content.get("check")
     if check:
         over = {key: check[f"{key}_over"] for key in ("median_ms", "allocated_gib")}
-        named = {"median_ms": "时间" if chinese else "time", "allocated_gib": "内存" if chinese else "memory"}
+        named = {"median_ms": "时间" if chinese else "time", "allocated_gib": "显存" if chinese else "memory"}
         most = max((ratio for key in over for _, ratio in check[key]), default=1.0)
         found = "; ".join(f"{named[key]}: {', '.join(map(str, values))}" for key, values in over.items() if values)
         if chinese:
@@ -138,8 +139,8 @@ def launches(content: dict[str, Any], chinese: bool) -> str:
             _number(row["load_s"], 1), _number(row.get("save_s"), 2),
         ])  # fmt: skip
     columns = (
-        ["数据", "引擎", "卡数", "样本/秒", "回答/秒", "相对一张卡", "每卡已保留（GiB）", "主机，每进程自有（GiB）",
-         "主机，文件页（GiB）", "加载（秒）", "收集并写出状态（秒）"]
+        ["数据", "引擎", "卡数", "样本/秒", "回答/秒", "相对一张卡", "每卡显存已保留（GiB）",
+         "主机内存，每进程自有（GiB）", "主机内存，文件页（GiB）", "加载（秒）", "收集并写出状态（秒）"]
         if chinese
         else ["rows", "engine", "cards", "samples/s", "answers/s", "against one card", "reserved a card, GiB",
               "host, a process's own, GiB", "host, files, GiB", "load, s", "state gathered and written, s"]

@@ -110,7 +110,7 @@ _DEMO = {
     "always “yes”": "no model: always “yes”",
 }
 _DEMO_ZH = {
-    "base": "未微调的底座",
+    "base": "未微调的基座模型",
     "blind": "微调后，图片全部涂白",
     "tuned": "微调后",
     "most frequent answer to each question": "不用模型：每个问题取最常见的答案",
