@@ -40,24 +40,6 @@ def demo(content: dict[str, Any], chinese: bool) -> str:
     return f"{markdown(columns, rows)}\n\n{caption}"
 
 
-def proofs(content: dict[str, Any], chinese: bool) -> str:
-    """What the tests bound, as measured."""
-    golden, trees = content["golden fixtures, largest difference"], content["trees against separate samples"]
-    rows: list[list[Cell]] = [[f"published fixtures: {name}", _short(value)] for name, value in golden.items()]
-    rows += [
-        [f"{trees['trees']} random trees against separate samples: {name}", _short(value)]
-        for name, value in trees.items()
-        if name != "trees"
-    ]
-    killed = content["killed and resumed"]
-    same = "bit-identical" if killed["bit-identical"] else "different"
-    rows.append([f"run killed {len(killed['killed after s'])} times and repeated, its adapter", same])
-    rows += [[f"`{command}`, seconds", f"{value:.2f}"] for command, value in content["start, seconds"].items()]
-    codes = {case["exit code"] for case in content["bad inputs"]}
-    rows.append([f"{len(content['bad inputs'])} bad inputs, exit codes", ", ".join(map(str, sorted(codes)))])
-    return markdown(["what", "measured"], rows)
-
-
 def data_scaling(content: dict[str, Any], chinese: bool) -> str:
     """Right answers of the tiny model by number of records."""
     kinds = list(content["base"]["by_kind"])
@@ -96,7 +78,6 @@ VIEWS: dict[str, Callable[[dict[str, Any], bool], str]] = {
     "data-scaling": data_scaling,
     "demo": demo,
     "mistakes": mistakes,
-    "proofs": proofs,
 }
 """Result file -> its view. A file without one brings its own ``"table"``."""
 
@@ -126,10 +107,6 @@ def _is_number(cell: Cell) -> bool:
     except ValueError:
         return str(cell) == "-"
     return True
-
-
-def _short(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.1e}"
 
 
 def _percent(score: dict[str, Any]) -> str:

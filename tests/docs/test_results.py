@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -23,6 +24,14 @@ def test_results_are_json_objects_that_say_how_they_were_made():
     for file in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
         assert {"command", "date"} <= content.keys(), file.name
+
+
+def test_nothing_below_the_tests_imports_them():
+    """What both need lives in `cogtune`; tests import benchmarks only to test them."""
+    importing = re.compile(r"^\s*(?:from|import) tests\b", re.M)
+    files = [file for folder in ("src", "benchmarks", "scripts") for file in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 200
+    assert [name(file) for file in files if importing.search(file.read_text(encoding="utf-8"))] == []
 
 
 @pytest.fixture

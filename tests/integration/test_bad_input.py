@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ def test_bad_input(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
 ) -> None:
     place = make_place(tmp_path, tiny_checkpoint)
     arguments = case.prepare(place)
@@ -38,3 +41,9 @@ def test_bad_input(
     fix = entry.fix_zh.split("[")[0]  # a link of the page is written as a path
     for expected in (f"错误[{code}]：{entry.cause_zh}", f"处理：{fix}", *case.names):
         assert expected in chinese, chinese
+    record_property("mistake", case.name)
+    for language, start, said in (("en", "error[", message), ("zh", "错误[", chinese)):
+        text = said[said.index(start) :].strip()  # progress bars of other libraries stand before it
+        for place, shown in ((f"{tmp_path}/", ""), (str(tiny_checkpoint.parent), "..."), (sys.executable, "python")):
+            text = text.replace(place, shown)
+        record_property(language, text)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,9 @@ def test_killed_between_any_two_writes(tiny_checkpoint: Path, data: Path, tmp_pa
     assert [point for point in points if not point["same"]] == []
 
 
-def test_the_command_line_killed_and_repeated(tiny_checkpoint: Path, data: Path, tmp_path: Path) -> None:
+def test_the_command_line_killed_and_repeated(
+    tiny_checkpoint: Path, data: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     values = {"train.max_steps": "20", "train.save_steps": "1", "data.validation_share": "0"}
     flags = [word for key, value in values.items() for word in (f"--{key}", value)]
     paths = ["--model", str(tiny_checkpoint), "--data", str(data), "--output", str(tmp_path / "killed")]
@@ -54,3 +57,4 @@ def test_the_command_line_killed_and_repeated(tiny_checkpoint: Path, data: Path,
     train(load_config(None, whole | values))
     name = Path("adapter") / "adapter_model.safetensors"
     assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    record_property("run killed and repeated, its adapter", "bit-identical")

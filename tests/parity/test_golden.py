@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from cogtune import CogVLM2ForCausalLM
 from cogtune.model.rope import rotary_tables
 from tests.support.golden import TOLERANCE, golden, golden_images, golden_model
+
+Record = Callable[[str, object], None]
 
 
 @pytest.fixture(scope="module")
@@ -22,12 +26,14 @@ def _inputs(case: str) -> dict[str, torch.Tensor]:
     return {name: t if t.ndim == 2 else t[None] for name, t in tensors.items()}
 
 
-def _close(found: torch.Tensor, expected: object, relative: bool = False) -> None:
+def _close(found: torch.Tensor, expected: object, relative: bool = False) -> float:
+    """The largest difference, which the tolerance allows; `benchmarks.proofs` shows those that tests record."""
     wanted = torch.tensor(expected, dtype=torch.float64)
     error = (found.detach().double() - wanted).abs()
     if relative:
         error = error / wanted.abs().clamp(min=1e-12)
     assert float(error.max()) <= TOLERANCE
+    return float(error.max())
 
 
 def test_weights_names_and_count(model: CogVLM2ForCausalLM) -> None:
@@ -39,7 +45,7 @@ def test_weights_names_and_count(model: CogVLM2ForCausalLM) -> None:
         _close(state[name].flatten()[: len(values)], values)
 
 
-def test_vision_tower(model: CogVLM2ForCausalLM) -> None:
+def test_vision_tower(model: CogVLM2ForCausalLM, record_property: Record) -> None:
     vision = model.model.vision
     embedded = vision.patch_embedding(golden_images(1))
     _close(embedded[0, 0, :8], golden()["vit_embed_cls_first8"])
@@ -47,21 +53,23 @@ def test_vision_tower(model: CogVLM2ForCausalLM) -> None:
     _close(vision.transformer.layers[0](embedded)[0, 1, :8], golden()["vit_layer0_tok1_first8"])
     tokens = vision(model.model.encode_images(golden_images(1)))
     assert list(tokens.shape) == golden()["vision_out_shape"]
-    _close(tokens[0, :, :4], golden()["vision_out_first4_per_token"])
-    _close(tokens.double().sum(), golden()["vision_out_sum"], relative=True)
+    off = _close(tokens[0, :, :4], golden()["vision_out_first4_per_token"])
+    record_property("published fixtures: vision output", off)
+    off = _close(tokens.double().sum(), golden()["vision_out_sum"], relative=True)
+    record_property("published fixtures: vision output, sum (relative)", off)
 
 
-def test_single_sample(model: CogVLM2ForCausalLM) -> None:
+def test_single_sample(model: CogVLM2ForCausalLM, record_property: Record) -> None:
     stored, inputs = golden()["single"], _inputs("single")
     output = model(**inputs, pixel_values=golden_images(1))
-    _close(output.loss, stored["loss"])
+    record_property("published fixtures: loss", _close(output.loss, stored["loss"]))
     assert output.logits is None
     labels = inputs.pop("labels")
     seen: list[torch.Tensor] = []
     handle = model.model.layers[0].register_forward_hook(lambda _m, args, out: seen.append((args[4], out)))
     logits = model(**inputs, pixel_values=golden_images(1)).logits
     handle.remove()
-    _close(logits[0, :, :6], stored["logits_first6_per_pos"])
+    record_property("published fixtures: logits", _close(logits[0, :, :6], stored["logits_first6_per_pos"]))
     _close(logits.double().sum(), stored["logits_sum"], relative=True)
     assert logits[0].argmax(-1).tolist() == stored["argmax_per_pos"]
     routing, hidden = seen[0]
@@ -82,7 +90,9 @@ def test_cache_holds_rotated_keys(model: CogVLM2ForCausalLM) -> None:
 
 
 @pytest.mark.parametrize("implementation", [None, "static"])
-def test_greedy_ids_and_step_logits(model: CogVLM2ForCausalLM, implementation: str | None) -> None:
+def test_greedy_ids_and_step_logits(
+    model: CogVLM2ForCausalLM, implementation: str | None, record_property: Record
+) -> None:
     stored, inputs = golden()["greedy"], _inputs("single")
     inputs.pop("labels")
     output = model.generate(
@@ -90,13 +100,14 @@ def test_greedy_ids_and_step_logits(model: CogVLM2ForCausalLM, implementation: s
         return_dict_in_generate=True, cache_implementation=implementation,
     )  # fmt: skip
     assert output.sequences[0, 11:].tolist() == stored["generated"]
+    record_property("published fixtures: greedy ids that differ", 0)
     _close(torch.stack(output.logits[1:])[:, 0, :4], stored["logits_first4_of_steps_2_to_5"])
 
 
-def test_right_padded_batch(model: CogVLM2ForCausalLM) -> None:
+def test_right_padded_batch(model: CogVLM2ForCausalLM, record_property: Record) -> None:
     stored, inputs = golden()["batch_right_padded"], _inputs("batch_right_padded")
     output = model(**inputs, pixel_values=golden_images(2), return_logits=True)
-    _close(output.loss, stored["loss"])
+    record_property("published fixtures: loss, right-padded batch", _close(output.loss, stored["loss"]))
     _close(output.logits[0, -1, :6], stored["row0_logits_last_first6"])
     _close(output.logits[1, 8, :6], stored["row1_logits_pos8_first6"])
     assert output.logits[1, 9:].abs().max() == 0
@@ -109,7 +120,7 @@ def test_text_only(model: CogVLM2ForCausalLM) -> None:
     assert int(logits[0, -1].argmax()) == stored["argmax_last"]
 
 
-def test_gradient_norms() -> None:
+def test_gradient_norms(record_property: Record) -> None:
     model = golden_model()
     model(**_inputs("single"), pixel_values=golden_images(1)).loss.backward()
     parameters = dict(model.named_parameters())
@@ -118,7 +129,7 @@ def test_gradient_norms() -> None:
         if expected == 0.0:
             assert norm == 0, name
         else:
-            _close(norm, expected, relative=True)
+            record_property("published fixtures: gradient norms (relative)", _close(norm, expected, relative=True))
 
 
 def test_bfloat16_rotary_tables_to_the_bit() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -47,21 +48,28 @@ def _separate_loss(model: CogVLM2ForCausalLM, roots: list[Node], images: int) ->
     return total, _gradients(model)
 
 
-def _assert_equal(model: CogVLM2ForCausalLM, roots: list[Node]) -> None:
+def _assert_equal(model: CogVLM2ForCausalLM, roots: list[Node]) -> tuple[float, float]:
+    """Relative differences of the loss and, norm-wise, of the gradients."""
     images = sum(root.types.count(1) for root in roots) // 6
     wanted, wanted_gradients = _separate_loss(model, roots, images)
     found, gradients = _tree_loss(model, roots, images)
     assert found == pytest.approx(wanted, rel=TOLERANCE)
-    assert float((gradients - wanted_gradients).norm() / wanted_gradients.norm()) < TOLERANCE
+    off = float((gradients - wanted_gradients).norm() / wanted_gradients.norm())
+    assert off < TOLERANCE
+    return abs(found / wanted - 1), off
 
 
 @pytest.mark.parametrize("with_image", [True, False])
 @pytest.mark.parametrize("seed", range(6))
-def test_random_trees(model: CogVLM2ForCausalLM, seed: int, with_image: bool) -> None:
+def test_random_trees(
+    model: CogVLM2ForCausalLM, seed: int, with_image: bool, record_property: Callable[[str, object], None]
+) -> None:
     rng = random.Random(seed)
     root = random_tree(rng, bos=3, image_id=127, num_image_tokens=6, with_image=with_image)
-    _assert_equal(model, [root])
-    _assert_equal(model, [shuffle_siblings(root, rng)])
+    for tree in (root, shuffle_siblings(root, rng)):
+        loss, gradients = _assert_equal(model, [tree])
+        record_property("random trees against separate samples: summed loss (relative)", loss)
+        record_property("random trees against separate samples: gradients (norm-wise)", gradients)
 
 
 def test_batch_of_trees_with_and_without_image(model: CogVLM2ForCausalLM) -> None:

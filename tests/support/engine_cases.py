@@ -70,20 +70,22 @@ def make_case(base: Path, data: Path, output: Path, name: str, *, rows: int, **m
     return make_config(base, source, output / name, **values)
 
 
-LEFT_OUT = {"zero3": ("adamw", "whole-float32", "stopped", "poisoned")}
+LEFT_OUT = {} if "COGTUNE_TEST_RANKS" in os.environ else {"zero3": ("adamw", "whole-float32", "stopped", "poisoned")}
 """ZeRO-3 takes about a second for a step on a CPU; what its stages 1 and 2 share with it is run there."""
 
 
 def main(base: Path, data: Path, output: Path, engine: str) -> None:
-    tensor = engine == "tensor"  # both ranks work on the same rows, so there are twice as many
-    rows = 2 if tensor else 1
-    parallel: dict[str, Any] = {"parallel__tensor": 2} if tensor else {"parallel__engine": engine}
+    tensor, ranks = engine == "tensor", int(os.environ["WORLD_SIZE"])
+    rows = ranks if tensor else 1  # all of them work on the same rows then
+    parallel: dict[str, Any] = {"parallel__tensor": ranks} if tensor else {"parallel__engine": engine}
     if engine == "zero3":  # so that weights as small as these are not kept whole on every rank
         parallel["parallel__deepspeed"] = str(data / "zero3.yaml")
     left_out = LEFT_OUT.get(engine, ())
     for name in LENGTHS:
         if name not in left_out:
             train(make_case(base, data, output, name, rows=rows, **parallel))
+    if ranks > 2:
+        return
     for dtype in ("float32", "bfloat16"):
         if f"whole-{dtype}" in left_out:
             continue
