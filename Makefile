@@ -35,7 +35,7 @@ test: $(VENV)/.installed-test lint ## set up, then lint, types, import contracts
 test-unit test-parity test-integration test-distributed test-docs test-gpu: test-%: $(VENV)/.installed-test
 	$(TEST_ENV) $(BIN)/python tests/run_tiers.py $* $(ARGS)
 
-lint: $(VENV)/.installed-test ## ruff, formatting, mypy --strict on src, import contracts
+lint: $(VENV)/.installed-test ## ruff, formatting, mypy --strict on src and benchmarks, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

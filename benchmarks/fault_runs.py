@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +209,7 @@ class Run:
             port = probe.getsockname()[1]
         self.children = []
         for rank in range(place.ranks):
-            self.children.append(fork(lambda rank=rank: self._rank(place, output, rank, port, before), self.log))
+            self.children.append(fork(partial(self._rank, place, output, rank, port, before), self.log))
 
     def _rank(self, place: Place, output: Path, rank: int, port: int, before: Callable[[], None]) -> None:
         if place.ranks > 1:

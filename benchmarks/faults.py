@@ -274,7 +274,7 @@ class Campaign:
         with log.open("w") as stream:
             command = subprocess.Popen(words, stdout=stream, stderr=subprocess.STDOUT, env=environment)
             for saved in (1, 3):
-                _wait_for(lambda saved=saved: len(_steps_saved(output)) and max(_steps_saved(output)) >= saved * 4)
+                _wait_for(lambda: max(_steps_saved(output), default=0) >= saved * 4)  # noqa: B023
                 ranks = _ranks_of(command.pid)
                 if command.poll() is None and ranks:
                     with contextlib.suppress(ProcessLookupError):

@@ -42,9 +42,15 @@ _OLD_BUCKET = 500_000_000  # zero2's buffer for gradients when cards-h100.json w
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured(refit.Row):
-    """A row beside its setting, its file and its card."""
+class Measured:
+    """A measured row, its setting, its file and its card; sizes in GiB, None where they were not measured."""
 
+    name: str
+    setting: Setting
+    allocated: float | None
+    reserved: float | None
+    driver: float | None = None
+    ms: float | None = None
     file: str
     card: Card
 

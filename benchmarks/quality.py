@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from threading import Lock
@@ -66,15 +67,15 @@ def run_row(name: str, folder: Path, dtype: str, limits: tuple[int | None, int |
     assert result.adapter is not None
     times = {"training": clock.read()}
     quantization, clock = config.quant, Clock()
-    choice = {"adapter": result.adapter, "dtype": dtype}
-    generator = load_generator(resolve(ModelChoice(str(BASE), **choice, quantization=quantization)))
+    plain = ModelChoice(str(BASE), adapter=result.adapter, dtype=dtype)
+    generator = load_generator(resolve(replace(plain, quantization=quantization)))
     row: dict[str, Any] = {"name": name, "changes": VARIANTS[name], **_where(generator.model)}
     row |= measure(generator, test).to_dict()
     times["answers"] = clock.read()
     if quantization == PLAIN:
         row["on_plain_weights"] = row["accuracy"]
     else:
-        row["on_plain_weights"] = measure(load_generator(resolve(ModelChoice(str(BASE), **choice))), test).accuracy
+        row["on_plain_weights"] = measure(load_generator(resolve(plain)), test).accuracy
     return row | {"steps": result.steps, "times": times, "settings": _settings(config), **_curves(folders.run)}
 
 

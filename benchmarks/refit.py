@@ -35,13 +35,13 @@ _TERMS = ("share", "working", "update", "fixed")
 
 @dataclass(frozen=True)
 class Row:
-    """A measured setting; sizes in GiB, None where they were not measured, as ``driver`` is where other programs were
-    on the card as well. ``causes``: what `Allocator.slack` multiplies by its numbers."""
+    """A measured setting; sizes in GiB. ``driver`` is None where other programs were on the card as well. ``causes``:
+    what `Allocator.slack` multiplies by its numbers."""
 
     name: str
     setting: Setting
-    allocated: float | None
-    reserved: float | None
+    allocated: float
+    reserved: float
     driver: float | None = None
     ms: float | None = None
 
