@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cogtune.bench.report import circumstances, write_result
-from cogtune.configuration.run_config import load_config
+from cogtune.configuration.load import load_config
 from cogtune.demo import easyvqa
 from cogtune.demo.base import BASE
 from cogtune.demo.easyvqa import VqaPicture

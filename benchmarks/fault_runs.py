@@ -27,7 +27,7 @@ import cogtune.checkpoint.resume_state as checkpoints
 from cogtune.bench.data_folder import dialogue, write_folder
 from cogtune.checkpoint.random import make_tiny
 from cogtune.cli.main import guarded
-from cogtune.configuration.run_config import load_config
+from cogtune.configuration.load import load_config
 from cogtune.features.fill import Filler
 from cogtune.train import feature_cache
 from cogtune.train import run as train_run

@@ -18,8 +18,8 @@ from typing import Any
 from benchmarks import refit
 from cogtune.bench.report import table
 from cogtune.cli.options import split_arguments
+from cogtune.configuration.load import load_config
 from cogtune.configuration.quantization import QuantSection
-from cogtune.configuration.run_config import load_config
 from cogtune.data.rows import RowShape
 from cogtune.plan.cards import Card, named_like
 from cogtune.plan.data_rows import summary

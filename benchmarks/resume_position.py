@@ -16,7 +16,7 @@ import torch
 
 from cogtune.bench.report import circumstances, write_result
 from cogtune.checkpoint.random import make_tiny
-from cogtune.configuration.run_config import load_config
+from cogtune.configuration.load import load_config
 from cogtune.distributed.group import Group
 from cogtune.train.batches import Feed
 from cogtune.train.run_inputs import read_inputs

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cogtune.configuration.load import with_values
 from cogtune.errors import ConfigError
 from cogtune.train import engines
 from cogtune.train.engines.rules import COLUMNS, KEYS, allowed_pairs, pairs_in, refused_pairs
@@ -74,7 +75,7 @@ def test_a_refusal_names_both_settings_and_a_way_out(
         monkeypatch.setenv("WORLD_SIZE", "2")
     config = make_run(tmp_path, tmp_path, tmp_path, combination)
     if config.parallel.deepspeed is not None:
-        config = config.with_values({"parallel.deepspeed": None})
+        config = with_values(config, {"parallel.deepspeed": None})
     with pytest.raises(ConfigError) as refused:
         engines.choose(config)
     assert refused.value.code == "config-combination"
@@ -92,6 +93,6 @@ def test_base_weights_that_would_train_are_refused_where_they_are_in_shards(
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     config = make_config(tmp_path, tmp_path, tmp_path / "out", parallel__engine=engine)
-    config = config.with_values({"lora.extra": extra})
+    config = with_values(config, {"lora.extra": extra})
     with pytest.raises(ConfigError, match=next(iter(extra))):
         engines.choose(config)

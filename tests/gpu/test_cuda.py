@@ -196,7 +196,7 @@ def test_the_kernel_for_fp8_rounds_as_the_formula_does(scaled: bool) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_training_on_the_device_learns(tiny_checkpoint: Path, tmp_path: Path, dtype: str) -> None:
-    from cogtune.configuration.run_config import load_config
+    from cogtune.configuration.load import load_config
     from cogtune.train.run import train
     from tests.support.data_folders import dialogue, write_folder
 

@@ -10,7 +10,7 @@ import pytest
 
 from cogtune.cli.published import FLAGS, configure
 from cogtune.configuration.deepspeed import apply_deepspeed
-from cogtune.configuration.run_config import load_config
+from cogtune.configuration.load import load_config
 from cogtune.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

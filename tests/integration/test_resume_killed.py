@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cogtune.configuration.run_config import load_config
+from cogtune.configuration.load import load_config
 from cogtune.train.run import train
 from tests.support.training import write_data
 

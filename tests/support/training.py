@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from cogtune.configuration.run_config import RunConfig, TrainSection, load_config
+from cogtune.configuration.load import load_config
+from cogtune.configuration.run_config import RunConfig, TrainSection
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), "white": (240, 240, 240)}
 

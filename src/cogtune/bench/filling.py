@@ -15,6 +15,7 @@ from cogtune.bench.report import Results
 from cogtune.bench.rows import preset, synthetic_rows
 from cogtune.checkpoint.quantize import require_packages
 from cogtune.checkpoint.random import random_weights
+from cogtune.configuration.load import with_values
 from cogtune.configuration.resolve import resolve_compile, resolve_workers, torch_dtype
 from cogtune.configuration.run_config import RunConfig
 from cogtune.features.cache import FeatureCache, FillReport
@@ -83,7 +84,7 @@ def _from_checkpoint(
     config: RunConfig, engine: Engine, dtype: torch.dtype, images: list[Path], folder: Path
 ) -> dict[str, Any]:
     """As a run does it; each filling loads the tower, which is in its peak but not in its rate."""
-    config = config.with_values({"data.cache_dir": str(folder / "features")})
+    config = with_values(config, {"data.cache_dir": str(folder / "features")})
     began, reports = time.perf_counter(), []
     for part in (images[:4], images[4:]):
         cache = open_cache(config, model_config(config.model.path), set(part), engine.group, dtype)

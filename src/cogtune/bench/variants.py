@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cogtune.configuration.keys import ALIASES
+from cogtune.configuration.load import load_config
 from cogtune.configuration.resolve import memory_budget
-from cogtune.configuration.run_config import RunConfig, load_config
+from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import ConfigError
 
 BASELINE = "baseline"

@@ -86,7 +86,7 @@ TopK = Annotated[int | None, typer.Option("--top-k", help="Sample from this many
 
 def quantisation(experts: str, tower: str, glu_adapter: str, head: str, embedding: str) -> QuantSection:
     """The ``quant`` section of the flags above; raises ConfigError as in training."""
-    from cogtune.configuration.run_config import load_config
+    from cogtune.configuration.load import load_config
 
     parts = {"experts": experts, "tower": tower, "glu_adapter": glu_adapter, "head": head, "embedding": embedding}
     needed = {"model.path": "-", "data.path": "-", "train.output": "-"}

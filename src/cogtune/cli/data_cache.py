@@ -78,7 +78,7 @@ def _cache(ctx: typer.Context) -> int:
 def _config(arguments: Arguments, *unneeded: str) -> RunConfig:
     """The configuration; keys that are required for training and mean nothing here need not be given."""
     from cogtune.configuration.keys import ALIASES
-    from cogtune.configuration.run_config import load_config
+    from cogtune.configuration.load import load_config
 
     given = dict(arguments.overrides)
     for alias in unneeded:

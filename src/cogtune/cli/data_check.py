@@ -88,7 +88,7 @@ def print_help(usage: str, about: str, flags: dict[str, str]) -> None:
 
 def data_config(arguments: Arguments) -> tuple[RunConfig, str | None]:
     """The configuration of a command about data, and the model if one is named. The positional argument may be data."""
-    from cogtune.configuration.load import build_with_defaults
+    from cogtune.configuration.load import load_config_with
 
     path, overrides = arguments.config, dict(arguments.overrides)
     if path is not None and Path(path).suffix.lower() not in (".yaml", ".yml"):
@@ -96,7 +96,7 @@ def data_config(arguments: Arguments) -> tuple[RunConfig, str | None]:
         overrides["data"] = [path, *given]
         path = None
     needed = {"model.path": "-", "train.output": "-"}
-    config, used = build_with_defaults(path, overrides, needed)
+    config, used = load_config_with(path, overrides, needed)
     return config, None if "model.path" in used else config.model.path
 
 

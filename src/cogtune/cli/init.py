@@ -67,7 +67,7 @@ def _init(ctx: typer.Context) -> None:
     config, used = _configuration(arguments)
     card, cards = _card(arguments.values)
 
-    from cogtune.configuration.run_config import load_config
+    from cogtune.configuration.load import load_config
     from cogtune.data.check import check
     from cogtune.plan.init_config import propose, take_plan, to_yaml, with_room
     from cogtune.processing.token_file import find_token_file
@@ -92,7 +92,7 @@ def _init(ctx: typer.Context) -> None:
 
 def _configuration(arguments: Arguments) -> tuple[RunConfig, dict[str, str]]:
     """The configuration that flags give, and the required keys that were filled in."""
-    from cogtune.configuration.load import build_with_defaults
+    from cogtune.configuration.load import load_config_with
     from cogtune.configuration.run_config import PUBLISHED_MODEL
 
     overrides = dict(arguments.overrides)
@@ -104,7 +104,7 @@ def _configuration(arguments: Arguments) -> tuple[RunConfig, dict[str, str]]:
     if not {"data", "data.path"} & overrides.keys():
         raise ConfigError("no data is named", hint="cogtune init DATA", code="config-missing")
     needed = {"model.path": PUBLISHED_MODEL, "train.output": "output"}
-    return build_with_defaults(None, overrides, needed)
+    return load_config_with(None, overrides, needed)
 
 
 def _card(values: Mapping[str, str]) -> tuple[Card | None, int]:
@@ -141,10 +141,12 @@ def _refuse_bad(report: CheckReport) -> None:
 
 def _planned(proposal: Proposal, report: CheckReport, card: Card, cards: int, image_tokens: int) -> Plan:
     """The plan of the proposed configuration on these cards."""
-    from cogtune.configuration.load import Entry, from_entries
+    from cogtune.configuration.load import from_entries
+    from cogtune.configuration.problems import Entry
+    from cogtune.configuration.run_config import RunConfig
     from cogtune.plan.data_rows import summary
     from cogtune.plan.plan import make_plan
 
-    config = from_entries({key: Entry(value, key) for key, value in proposal.values.items()})
+    config = from_entries({key: Entry(value, key) for key, value in proposal.values.items()}, RunConfig)
     rows = summary(report.shapes, report.counts["train_pictures"], image_tokens)
     return make_plan(config, card, rows, cards=cards)

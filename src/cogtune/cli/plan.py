@@ -84,11 +84,11 @@ def _plan(ctx: typer.Context) -> None:
 
 def _configuration(path: str | None, overrides: Mapping[str, Any]) -> tuple[RunConfig, dict[str, str]]:
     """The configuration, and the required keys that were missing and filled in for planning."""
-    from cogtune.configuration.load import build_with_defaults
+    from cogtune.configuration.load import load_config_with
     from cogtune.configuration.run_config import PUBLISHED_MODEL
 
     needed = {"model.path": PUBLISHED_MODEL, "data.path": "data", "train.output": "output"}
-    return build_with_defaults(path, overrides, needed)
+    return load_config_with(path, overrides, needed)
 
 
 def _made(

@@ -139,7 +139,7 @@ def _predict(
 
 def _data_section(keys: dict[str, str | list[str] | None], output: Path) -> DataSection:
     """The data keys, checked by the same code and with the same errors as in training."""
-    from cogtune.configuration.run_config import load_config
+    from cogtune.configuration.load import load_config
 
     given = {name: value for name, value in keys.items() if value is not None}
     config = load_config(None, {**given, "model.path": "-", "train.output": str(output)})

@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 
 from cogtune.configuration.deepspeed import apply_deepspeed
 from cogtune.configuration.keys import known_keys
-from cogtune.configuration.load import Entry, from_entries, parse_flag
+from cogtune.configuration.load import from_entries, parse_flag, with_values
+from cogtune.configuration.problems import Entry
 from cogtune.configuration.run_config import PUBLISHED_MODEL, RunConfig
 from cogtune.distributed import environment
 from cogtune.errors import ConfigError
@@ -140,11 +141,11 @@ def configure(arguments: Sequence[str], *, launched: bool = False, world_size: i
     entries["data.labels"] = Entry(_labels(Path(entries["data.path"].value[0])), "--dataset_path")
 
     explicit = {flag.key: f"--{name}" for name, flag in FLAGS.items() if name in typed and flag.key is not None}
-    config = from_entries(entries)
+    config = from_entries(entries, RunConfig)
     config, warnings = apply_deepspeed(config, explicit=explicit.keys(), world_size=world_size, names=explicit)
     if not launched:  # elsewhere train() reads the file again and says it
         notes += [f"warning: {warning}" for warning in warnings]
-        config = config.with_values({"parallel.engine": "single", "parallel.deepspeed": None})
+        config = with_values(config, {"parallel.engine": "single", "parallel.deepspeed": None})
         notes.append("note: not started by a launcher: one device, no ZeRO; `deepspeed peft_lora.py ...` uses all GPUs")
     return config, notes
 

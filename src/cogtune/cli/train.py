@@ -41,7 +41,7 @@ def _train(ctx: typer.Context) -> int:
         return 0
     arguments = split_arguments(ctx.args, switches=["dry-run", "force"])
 
-    from cogtune.configuration.run_config import load_config
+    from cogtune.configuration.load import load_config
     from cogtune.distributed.environment import is_launched
 
     config = load_config(arguments.config, arguments.overrides)

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cogtune.configuration.keys import known_keys
+from cogtune.configuration.load import explicit_values, with_values
 from cogtune.configuration.yaml_text import describe, read_mapping
 from cogtune.errors import ConfigError
 
@@ -97,14 +99,12 @@ def apply_deepspeed(
 
     Applying it again changes nothing. ``explicit`` None: the keys that were given when the configuration was made.
     """
-    from cogtune.configuration.load import explicit_values
-
     if config.parallel.deepspeed is None:
         return config, []
     given = explicit_values(config).keys() if explicit is None else explicit
     user = read_deepspeed(config.parallel.deepspeed)
     _, changes, warnings = merge_deepspeed(user, config, given, world_size=world_size, names=names)
-    return (config.with_values(changes) if changes else config), warnings
+    return (with_values(config, changes) if changes else config), warnings
 
 
 def deepspeed_settings(config: RunConfig, dtype: str, world_size: int) -> DeepSpeedDict:
@@ -113,10 +113,8 @@ def deepspeed_settings(config: RunConfig, dtype: str, world_size: int) -> DeepSp
     ``dtype``: the model's, ``bfloat16``, ``float16`` or ``float32``. Raises ConfigError where file and configuration
     differ: the loop would follow one and DeepSpeed the other.
     """
-    from cogtune.configuration.keys import known_keys
-
     user = read_deepspeed(config.parallel.deepspeed) if config.parallel.deepspeed is not None else {}
-    config = config.with_values({"model.dtype": dtype})
+    config = with_values(config, {"model.dtype": dtype})
     # accumulation follows the global batch when a run goes on with another number of ranks, whatever the file says
     settled = known_keys().keys() - {"train.accumulation"}
     settings, _, _ = merge_deepspeed(user, config, settled, world_size=world_size)

@@ -1,4 +1,4 @@
-"""What a run starts from: the base model and the data."""
+"""What a run starts from: the base model and the data. Answering reads the same keys, as far as they concern it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ PUBLISHED_MODEL = "THUDM/cogvlm2-llama3-chat-19B"
 """The published checkpoint's name on the hub, as its own commands use it."""
 
 
-class ModelSection(Section):
+class AnswerModelSection(Section):
     """The base model."""
 
-    path: Text = Field(description="Folder of the base model in the published layout, or its name on the hub.")
+    path: Text | None = Field(
+        default=None,
+        description="Folder of the base model in the published layout, or its name on the hub. null: the base that the"
+        " adapter names.",
+    )
     template: Literal["chat", "vqa", "base"] | None = Field(
         default=None, description="How a question is worded for the model. null: as the checkpoint says (chat)."
     )
@@ -32,13 +36,17 @@ class ModelSection(Section):
     )
 
 
-class DataSection(Section):
-    """What is trained on, and how a record becomes tokens."""
+class ModelSection(AnswerModelSection):
+    """The base model."""
+
+    path: Text = Field(description="Folder of the base model in the published layout, or its name on the hub.")
+
+
+class AnswerDataSection(Section):
+    """Which data is read, and how."""
 
     path: Folders = Field(
-        min_length=1,
-        description="Training data: folders or files; several by a list or by repeating the flag; each may be"
-        " {path: ..., weight: ...}.",
+        default=(), description="Data to answer: folders or files; several by a list or by repeating the flag."
     )
     format: DataFormat = Field(
         default="auto",
@@ -72,6 +80,29 @@ class DataSection(Section):
     labels: Literal["auto", "labels", "labels_en", "labels_zh"] = Field(
         default="auto", description="Which label folder to read. auto: the only one there is."
     )
+    caption_question: Text = Field(
+        default="Describe this image in detail.", description="The question put before a caption in `captions` records."
+    )
+    on_bad: Literal["error", "skip"] = Field(
+        default="error",
+        description="What to do with a record or picture that cannot be read. skip: count it and go on.",
+    )
+    max_bad_share: float = Field(
+        default=0.1, ge=0, le=1, description="With on_bad skip: the share of bad records that still stops."
+    )
+    max_pixels: int = Field(
+        default=178_956_970, ge=1, description="Pictures with more pixels are refused as decompression bombs."
+    )
+
+
+class DataSection(AnswerDataSection):
+    """What is trained on, and how a record becomes tokens."""
+
+    path: Folders = Field(
+        min_length=1,
+        description="Training data: folders or files; several by a list or by repeating the flag; each may be"
+        " {path: ..., weight: ...}.",
+    )
     validation: Paths = Field(
         default=(), description="Folders or files for validation, instead of a share of the data."
     )
@@ -83,9 +114,6 @@ class DataSection(Section):
         default="all",
         description="all: every answer of a conversation is trained, each with its whole history. one_random: one"
         " random round with at most one round of history, as the published demo did.",
-    )
-    caption_question: Text = Field(
-        default="Describe this image in detail.", description="The question put before a caption in `captions` records."
     )
     max_input_len: int = Field(
         default=512,
@@ -105,13 +133,6 @@ class DataSection(Section):
         default="drop",
         description="What to do with an answer longer than max_output_len. truncate trains no end token for it.",
     )
-    on_bad: Literal["error", "skip"] = Field(
-        default="error",
-        description="What to do with a record or picture that cannot be read. skip: count it and go on.",
-    )
-    max_bad_share: float = Field(
-        default=0.1, ge=0, le=1, description="With on_bad skip: the share of bad records that still stops."
-    )
     group_by_length: bool = Field(
         default=False,
         description="Bring rows of similar length together, in windows of 512 rows of the random order: more even steps"
@@ -127,9 +148,6 @@ class DataSection(Section):
         default=None,
         ge=0,
         description="Processes that prepare rows. 0: none, in the training process. null: by the number of cores.",
-    )
-    max_pixels: int = Field(
-        default=178_956_970, ge=1, description="Pictures with more pixels are refused as decompression bombs."
     )
     cache_features: Switch = Field(
         default="auto",

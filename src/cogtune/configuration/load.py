@@ -1,59 +1,80 @@
-"""From a YAML file and flags to a checked `RunConfig`, with errors that name file or flag, key, value and remedy."""
+"""From a YAML file, flags and values of a Python program to a checked configuration, with errors that name file, flag
+or key, what was found and what was expected."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
-from cogtune.configuration.keys import ALIASES, Key, known_keys, nearest_key, sections
+from cogtune.configuration.answer_config import AnswerConfig
+from cogtune.configuration.keys import Key, aliases, known_keys, nearest_key, sections
+from cogtune.configuration.problems import Entry, explain, keys_hint
 from cogtune.configuration.run_config import RunConfig
+from cogtune.configuration.values import Section
 from cogtune.configuration.yaml_text import describe, parse_value, read_mapping
 from cogtune.errors import ConfigError
 
 _EXTRA = "lora.extra"
+_ROOTS: tuple[type[Section], ...] = (RunConfig, AnswerConfig)
+"""Whose keys may stand in one file; each command leaves the others' aside."""
+
+Config = TypeVar("Config", RunConfig, AnswerConfig)
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One value and where it was given: ``run.yaml: lora.rank`` or ``--lora.rank``."""
+def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """Read a run's configuration.
 
-    value: Any
-    source: str
+    A text among ``overrides`` is read as one that is typed after the flag: ``"3e-4"`` is a number, ``"a,b"`` a list of
+    two, and so are the texts in a list. Every other value stands for itself.
+
+    Example:
+        >>> config = cogtune.load_config("run.yaml", {"train.lr": 3e-4, "lora": {"rank": 8, "targets": ["experts"]}})
+        >>> config = cogtune.load_config(None, {"model": "cogvlm2", "data": "my-data", "output": "output"})
+        >>> config.train.lr
+
+    Args:
+        path: a YAML file with nested sections or dotted keys, or None.
+        overrides: values of dotted keys (``train.lr``), of short flags (``model``) or, as a mapping, of a whole
+            section. They win over the file.
+
+    Raises:
+        ConfigError: an unknown key, with the nearest known one; a wrong type or a value out of range; a contradiction;
+            a key that is required and missing. The file, flag or key is named.
+    """
+    return from_entries(_entries(path, overrides or {}, RunConfig), RunConfig)
 
 
-def build(path: str | Path | None, overrides: Mapping[str, str | Sequence[str]]) -> RunConfig:
-    """See `cogtune.configuration.run_config.load_config`."""
-    entries = dict(_file_entries(Path(path))) if path is not None else {}
-    entries |= _override_entries(overrides)
-    return from_entries(entries)
-
-
-def build_with_defaults(
-    path: str | Path | None, overrides: Mapping[str, str | Sequence[str]], defaults: Mapping[str, str]
+def load_config_with(
+    path: str | Path | None, overrides: Mapping[str, Any], defaults: Mapping[str, str]
 ) -> tuple[RunConfig, dict[str, str]]:
-    """As `build`, with texts for keys that nobody gave; also returns which of ``defaults`` were used."""
-    entries = dict(_file_entries(Path(path))) if path is not None else {}
-    entries |= _override_entries(overrides)
+    """As `load_config`, with texts for keys that nobody gave; also returns which of ``defaults`` were used."""
+    entries = _entries(path, overrides, RunConfig)
     used = {key: text for key, text in defaults.items() if key not in entries}
     entries |= {key: Entry(parse_flag(known_keys()[key], text, key), key) for key, text in used.items()}
-    return from_entries(entries), used
+    return from_entries(entries, RunConfig), used
 
 
-_KEYS_HINT = "`cogtune train --help` lists every key with its type, default and meaning"
+def load_answer_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> AnswerConfig:
+    """Read how questions are to be answered; ``path`` may be a run's file, of which the keys that concern answering
+    are taken. Otherwise as `load_config`."""
+    return from_entries(_entries(path, overrides or {}, AnswerConfig), AnswerConfig)
 
 
-def from_entries(entries: Mapping[str, Entry]) -> RunConfig:
-    """The configuration of dotted keys and their values; raises ConfigError listing every problem."""
-    wrong = [text for key, entry in entries.items() if (text := _wrong_type(key, entry))]
+def from_entries(entries: Mapping[str, Entry], root: type[Config]) -> Config:
+    """The configuration of dotted keys and their values.
+
+    Raises:
+        ConfigError: listing every problem.
+    """
+    wrong = [text for key, entry in entries.items() if (text := _wrong_type(key, entry, root))]
     if wrong:
-        raise ConfigError("\n  ".join(wrong), hint=_KEYS_HINT, code="config-value")
-    tree: dict[str, dict[str, Any]] = {name: {} for name in sections()}
+        raise ConfigError("\n  ".join(wrong), hint=keys_hint(root), code="config-value")
+    tree: dict[str, Any] = {name: {} for name in sections(root)}
     for key, entry in entries.items():
         section, _, name = key.partition(".")
         if key.startswith(f"{_EXTRA}."):
@@ -61,16 +82,145 @@ def from_entries(entries: Mapping[str, Entry]) -> RunConfig:
         else:
             tree[section][name] = dict(entry.value) if key == _EXTRA else entry.value
     try:
-        return RunConfig.model_validate(tree)
-    except ValidationError as error:
-        raise _explain(error, entries) from error
+        return root(**tree)
+    except ConfigError as error:
+        if not isinstance(error.__cause__, ValidationError):
+            raise
+        raise explain(error.__cause__, root, entries, aliases(root)) from error.__cause__
 
 
-def _wrong_type(key: str, entry: Entry) -> str | None:
+def with_values(config: Config, values: Mapping[str, Any]) -> Config:
+    """A checked copy with some dotted keys replaced; keys keep being explicit or default as they were.
+
+    Raises:
+        ConfigError: as `load_config` does.
+    """
+    entries = {key: Entry(value, key) for key, value in explicit_values(config).items()}
+    entries |= {key: Entry(_plain(value), key) for key, value in values.items()}
+    return from_entries(entries, type(config))
+
+
+def explicit_values(config: Section) -> dict[str, Any]:
+    """The keys that were given, not left at their defaults, with their values as plain data."""
+    given = config.model_dump(mode="json", exclude_unset=True)
+    return {f"{section}.{name}": value for section, fields in given.items() for name, value in fields.items()}
+
+
+def unknown_key(
+    name: str, message: str, *, flag: bool = False, extra: Sequence[str] = (), root: type[Section] = RunConfig
+) -> ConfigError:
+    """The error for a key or flag that does not exist here, with the nearest one that does."""
+    dashes = "--" if flag else ""
+    elsewhere = [
+        other for other in _ROOTS if other is not root and (name in known_keys(other) or name in aliases(other))
+    ]
+    if elsewhere:
+        hint = f"it belongs to another command: `{elsewhere[0].command} --help`"
+    else:
+        near = nearest_key(name, extra, root)
+        hint = f"did you mean `{dashes}{near}`?" if near else keys_hint(root)
+    return ConfigError(message, hint=hint, code="config-unknown-key")
+
+
+def parse_flag(key: Key | None, text: str | Sequence[Any], flag: str) -> Any:
+    """A flag's text, or its texts where it was repeated, as a value of its key's type.
+
+    Args:
+        key: None for a field of lora.extra, whose text is plain YAML.
+    """
+    texts = [text] if isinstance(text, str) else list(text)
+    if key is not None and "list" in key.kinds:
+        return [item for one in texts for item in (_items(key, one, flag) if isinstance(one, str) else [_plain(one)])]
+    if len(texts) != 1:
+        raise ConfigError(f"{flag} is given {len(texts)} times", hint="it takes one value; keep one")
+    return _scalar(key.kinds if key else frozenset(), texts[0], flag)
+
+
+def _entries(path: str | Path | None, overrides: Mapping[str, Any], root: type[Section]) -> dict[str, Entry]:
+    entries = dict(_file_entries(Path(path), root)) if path is not None else {}
+    return entries | _override_entries(overrides, root)
+
+
+def _file_entries(path: Path, root: type[Section]) -> Iterator[tuple[str, Entry]]:
+    seen: set[str] = set()
+    for key, value in _flatten(read_mapping(path), path):
+        if key in seen:
+            raise ConfigError(f"{path}: `{key}` is given twice", hint="keep one of the two")
+        seen.add(key)
+        if _is_key(key, root):
+            yield key, Entry(value, f"{path}: {key}")
+        elif not any(_is_key(key, other) for other in _ROOTS):
+            raise unknown_key(key, f"{path}: unknown key `{key}`", root=root)
+
+
+def _flatten(mapping: Mapping[Any, Any], path: Path) -> Iterator[tuple[str, Any]]:
+    names = {name for root in _ROOTS for name in sections(root)}
+    short = aliases()
+    for top, value in mapping.items():
+        if top not in names:
+            yield str(top), value
+        elif isinstance(value, dict):
+            yield from ((f"{top}.{name}", inner) for name, inner in value.items())
+        elif value is not None:  # None: a section whose lines are all commented out
+            hint = f"write `{short[top]}: {value}`" if top in short else f"indent the keys of {top} under it"
+            raise ConfigError(f"{path}: `{top}` is a section, found {describe(value)}", hint=hint)
+
+
+def _is_key(name: str, root: type[Section]) -> bool:
+    return name in known_keys(root) or (
+        _EXTRA in known_keys(root) and name.startswith(f"{_EXTRA}.") and len(name) > len(_EXTRA) + 1
+    )
+
+
+def _override_entries(overrides: Mapping[str, Any], root: type[Section]) -> dict[str, Entry]:
+    entries: dict[str, Entry] = {}
+    for name, value in _sections_apart(overrides, root):
+        typed = _is_typed(value)
+        bare = name.removeprefix("--")
+        source = f"--{bare}" if typed else bare
+        key = aliases(root).get(bare, bare)
+        if not _is_key(key, root):
+            what = "flag" if typed else "key"
+            raise unknown_key(bare, f"unknown {what} `{source}`", flag=typed, root=root)
+        if key in entries:
+            raise ConfigError(f"{entries[key].source} and {source} are the same key", hint="give one of them")
+        plain = parse_flag(known_keys(root).get(key), value, source) if typed else _plain(value)
+        entries[key] = Entry(plain, source)
+    return entries
+
+
+def _sections_apart(overrides: Mapping[str, Any], root: type[Section]) -> Iterator[tuple[str, Any]]:
+    """Names and values, the keys of a section that is given as a mapping one by one."""
+    for name, value in overrides.items():
+        if name in sections(root) and isinstance(value, Mapping):
+            yield from ((f"{name}.{inner}", inside) for inner, inside in value.items())
+        else:
+            yield name, value
+
+
+def _is_typed(value: Any) -> bool:
+    """Whether a value is a flag's text, or a list of which some items are: texts are read as if they were typed."""
+    return isinstance(value, str) or (isinstance(value, list | tuple) and any(isinstance(item, str) for item in value))
+
+
+def _plain(value: Any) -> Any:
+    """A value of a Python program as a file would have it."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(name): _plain(inner) for name, inner in value.items()}
+    if isinstance(value, Integral | Real) and not isinstance(value, bool):  # numpy's numbers too
+        return int(value) if isinstance(value, Integral) else float(value)
+    return value
+
+
+def _wrong_type(key: str, entry: Entry, root: type[Section]) -> str | None:
     """pydantic would take the text "16" for a number and true for 1; a configuration file means what it says."""
     if key.startswith(f"{_EXTRA}."):
         return None
-    known = known_keys()[key]
+    known = known_keys(root)[key]
     kind = _kind(entry.value)
     if "list" in known.kinds:
         items = entry.value if kind == "list" else [entry.value]
@@ -84,80 +234,6 @@ def _wrong_type(key: str, entry: Entry) -> str | None:
 def _kind(value: Any) -> str:
     names = {bool: "bool", int: "int", float: "float", str: "text", list: "list", dict: "mapping", type(None): "null"}
     return names.get(type(value), type(value).__name__)
-
-
-def replace(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
-    """``config`` with dotted keys replaced; keys keep being explicit or default as they were."""
-    entries = {key: Entry(value, key) for key, value in explicit_values(config).items()}
-    entries |= {key: Entry(value, key) for key, value in values.items()}
-    return from_entries(entries)
-
-
-def explicit_values(config: RunConfig) -> dict[str, Any]:
-    """The keys that were given, not left at their defaults, with their values as plain data."""
-    given = config.model_dump(mode="json", exclude_unset=True)
-    return {f"{section}.{name}": value for section, fields in given.items() for name, value in fields.items()}
-
-
-def _file_entries(path: Path) -> Iterator[tuple[str, Entry]]:
-    seen: set[str] = set()
-    for key, value in _flatten(read_mapping(path), path):
-        if key in seen:
-            raise ConfigError(f"{path}: `{key}` is given twice", hint="keep one of the two")
-        seen.add(key)
-        yield key, Entry(value, f"{path}: {key}")
-
-
-def _flatten(mapping: Mapping[Any, Any], path: Path) -> Iterator[tuple[str, Any]]:
-    for top, value in mapping.items():
-        if top in sections():
-            if value is None:  # a section whose lines are all commented out
-                continue
-            if not isinstance(value, dict):
-                hint = f"write `{ALIASES[top]}: {value}`" if top in ALIASES else f"indent the keys of {top} under it"
-                raise ConfigError(f"{path}: `{top}` is a section, found {describe(value)}", hint=hint)
-            for name, inner in value.items():
-                yield _checked(f"{top}.{name}", f"{path}: "), inner
-        else:
-            yield _checked(str(top), f"{path}: "), value
-
-
-def _checked(key: str, where: str) -> str:
-    if key in known_keys() or (key.startswith(f"{_EXTRA}.") and len(key) > len(_EXTRA) + 1):
-        return key
-    raise unknown_key(key, f"{where}unknown key `{key}`")
-
-
-def unknown_key(name: str, message: str, *, flag: bool = False, extra: Sequence[str] = ()) -> ConfigError:
-    """The error for a key or flag that does not exist, with the nearest one that does."""
-    near = nearest_key(name, extra)
-    dashes = "--" if flag else ""
-    hint = f"did you mean `{dashes}{near}`?" if near else "`cogtune train --help` lists every key"
-    return ConfigError(message, hint=hint, code="config-unknown-key")
-
-
-def _override_entries(overrides: Mapping[str, str | Sequence[str]]) -> dict[str, Entry]:
-    entries: dict[str, Entry] = {}
-    for name, text in overrides.items():
-        flag = name if name.startswith("--") else f"--{name}"
-        bare = flag.removeprefix("--")
-        if bare not in ALIASES and bare not in known_keys() and not bare.startswith(f"{_EXTRA}."):
-            raise unknown_key(bare, f"unknown flag `{flag}`", flag=True)
-        key = ALIASES.get(bare, bare)
-        if key in entries:
-            raise ConfigError(f"{entries[key].source} and {flag} are the same key", hint="give one of them")
-        entries[key] = Entry(parse_flag(known_keys().get(key), text, flag), flag)
-    return entries
-
-
-def parse_flag(key: Key | None, text: str | Sequence[str], flag: str) -> Any:
-    """A flag's text as a value of its key's type. ``key`` None: a field of lora.extra, plain YAML."""
-    texts = [text] if isinstance(text, str) else list(text)
-    if key is not None and "list" in key.kinds:
-        return [item for one in texts for item in _items(key, one, flag)]
-    if len(texts) != 1:
-        raise ConfigError(f"{flag} is given {len(texts)} times", hint="it takes one value; keep one")
-    return _scalar(key.kinds if key else frozenset(), texts[0], flag)
 
 
 def _scalar(kinds: frozenset[str], text: str, flag: str) -> Any:
@@ -182,39 +258,3 @@ def _yaml(text: str, flag: str) -> Any:
         return parse_value(text)
     except ValueError as error:
         raise ConfigError(f"{flag}: `{text}` is not a YAML value: {error}", hint="put quotes around it") from error
-
-
-def _explain(error: ValidationError, entries: Mapping[str, Entry]) -> ConfigError:
-    problems: dict[str, str] = {}
-    missing: list[str] = []
-    for detail in error.errors():
-        key = ".".join(str(part) for part in detail["loc"][:2])
-        if detail["type"] == "missing" and len(detail["loc"]) == 2:
-            missing.append(key)
-        elif not detail["loc"]:
-            problems[""] = str(detail["ctx"]["error"])
-        else:
-            problems.setdefault(key, _problem(key, detail, entries))
-    lines = [line for text in problems.values() for line in text.split("\n")]
-    hint = None
-    if missing:
-        lines.append(f"missing: {', '.join(missing)}")
-        alias_of = {key: alias for alias, key in ALIASES.items()}
-        hint = "give " + " ".join(f"--{alias_of.get(key, key)} ..." for key in missing)
-    code = (
-        "config-contradiction" if "" in problems else "config-missing" if missing and not problems else "config-value"
-    )
-    return ConfigError("\n  ".join(lines), hint=hint or _KEYS_HINT, code=code)
-
-
-def _problem(key: str, detail: ErrorDetails, entries: Mapping[str, Entry]) -> str:
-    entry = entries.get(key)
-    where = entry.source if entry else key
-    whole = detail["type"] == "missing" or detail["type"].startswith("too_")  # a list of the wrong length
-    inside = "".join(f"[{part}]" for part in detail["loc"][2:3] if isinstance(part, int) and not whole)
-    if detail["type"] == "value_error":
-        return f"{where}{inside}: {detail['ctx']['error']}"
-    if detail["type"] == "extra_forbidden":
-        return f"{where}{inside}: unknown key `{detail['loc'][-1]}`, expected {known_keys()[key].type}"
-    found = describe(entry.value if entry and inside == "" else detail["input"])
-    return f"{where}{inside}: found {found}, expected {known_keys()[key].type}"

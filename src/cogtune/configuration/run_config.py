@@ -3,14 +3,14 @@
 The sections stand in `configuration.input_sections` (model, data), `configuration.quantization` (quant) and
 `configuration.training_sections` (all others).
 A run is a `RunConfig`: sections of frozen, checked values. It comes from a YAML file, from ``--section.key value``
-flags, or from both (`load_config`); an unknown key, a wrong type, a value out of range or a contradiction is an error
-before anything is loaded. `RunConfig.to_yaml` writes it back, every key resolved, beside the results.
+flags, or from both (`configuration.load.load_config`), or is made in Python; an unknown key, a wrong type, a value out
+of range or a contradiction is an error before anything is loaded. `RunConfig.to_yaml` writes it back, every key
+resolved, beside the results.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
@@ -25,16 +25,33 @@ from cogtune.configuration.training_sections import (
     ParallelSection,
     TrainSection,
 )
-from cogtune.configuration.values import DataFolder, DataFormat, Engine, Section, Shown
+from cogtune.configuration.values import DataFolder, DataFormat, Engine, Section
 
 __all__ = [
     "PUBLISHED_MODEL", "DataFolder", "DataFormat", "DataSection", "Engine", "EvalSection", "LogSection", "LoraSection",
-    "ModelSection", "ParallelSection", "QuantSection", "RunConfig", "Section", "Shown", "TrainSection", "load_config",
+    "ModelSection", "ParallelSection", "QuantSection", "RunConfig", "Section", "TrainSection",
 ]  # fmt: skip
 
 
 class RunConfig(Section):
-    """A whole run. Build it with `load_config`, or from sections in Python."""
+    """A whole run: sections of checked values that cannot change.
+
+    Build it with `cogtune.load_config` from a file, flags' texts or dotted keys, or here from sections:
+
+    Example:
+        >>> config = cogtune.RunConfig(
+        ...     model={"path": "cogvlm2"}, data={"path": "my-data"}, train={"output": "output", "lr": 3e-4}
+        ... )
+        >>> print(config.to_yaml())
+
+    Attributes:
+        model, data: the base model and what is trained on; ``model.path`` and ``data.path`` are required.
+        lora, train, quant: adapter, loop and number formats; ``train.output`` is required.
+        eval, parallel, log: validation, devices, and what is written while it runs.
+
+    Raises:
+        ConfigError: an unknown key, with the nearest known one; a wrong type or a value out of range; a contradiction.
+    """
 
     model: ModelSection
     data: DataSection
@@ -55,26 +72,6 @@ class RunConfig(Section):
     def to_yaml(self) -> str:
         """Every key with its value; `load_config` of this text gives an equal configuration."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
-
-    def with_values(self, values: Mapping[str, Any]) -> RunConfig:
-        """A checked copy with some dotted keys replaced; raises ConfigError as `load_config` does."""
-        from cogtune.configuration.load import replace
-
-        return replace(self, values)
-
-
-def load_config(path: str | Path | None, overrides: Mapping[str, str | Sequence[str]] | None = None) -> RunConfig:
-    """Read a run's configuration.
-
-    ``path``: a YAML file with nested sections or dotted keys, or None. ``overrides``: dotted key or alias to its text,
-    as typed after ``--section.key`` (a list of texts where a flag was repeated); they win over the file.
-
-    Raises ConfigError naming the file or flag, what was found and what was expected, and for an unknown key the nearest
-    known one.
-    """
-    from cogtune.configuration.load import build  # it needs the classes above
-
-    return build(path, overrides or {})
 
 
 _OWN_LORA_FIELDS = {

@@ -94,7 +94,19 @@ class EvalSection(Section):
     )
 
 
-class ParallelSection(Section):
+class TensorSection(Section):
+    """How one model is divided."""
+
+    tensor: int = Field(
+        default=1,
+        ge=1,
+        le=8,
+        description="Ranks that hold one model together, each a part of every layer (tensor parallelism); neighbouring"
+        " ranks. With more ranks, groups of this many share the rows as ddp does.",
+    )
+
+
+class ParallelSection(TensorSection):
     """How the work is spread over devices."""
 
     engine: Engine = Field(
@@ -112,13 +124,6 @@ class ParallelSection(Section):
         ge=0,
         description="With parallel.launch: how often in a row, without a new checkpoint, a run that failed is started"
         " again from its last one. Under torchrun: its own --max-restarts.",
-    )
-    tensor: int = Field(
-        default=1,
-        ge=1,
-        le=8,
-        description="Ranks that hold one model together, each a part of every layer (tensor parallelism); neighbouring"
-        " ranks. With more ranks, groups of this many share the rows as ddp does.",
     )
     offload: Literal["none", "weights", "optimizer"] = Field(
         default="none",

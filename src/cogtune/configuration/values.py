@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from cogtune.configuration.field_types import Shown
+from cogtune.configuration.problems import explain
 from cogtune.system.byte_sizes import parse_size
 
 DataFormat = Literal["auto", "folder", "jsonl", "llava", "sharegpt", "openai", "coco", "vqa", "csv", "parquet", "hf"]
@@ -19,6 +20,19 @@ class Section(BaseModel):
     """Base of all sections: values cannot change after the checks, and unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    command: ClassVar[str] = "cogtune train"
+    """Whose help lists the keys."""
+
+    def __init__(self, **values: Any) -> None:
+        """Check ``values``.
+
+        Raises:
+            ConfigError: an unknown key, a wrong type, a value out of range, or a contradiction.
+        """
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise explain(error, type(self)) from error
 
 
 def _one_or_many(value: object) -> object:
@@ -49,16 +63,10 @@ class DataFolder(Section):
 Text = Annotated[str, Field(min_length=1)]
 Names = Annotated[tuple[Text, ...], BeforeValidator(_one_or_many), AfterValidator(_no_repeats)]
 Paths = Annotated[tuple[Path, ...], BeforeValidator(_one_or_many), AfterValidator(_no_repeats)]
-Folders = Annotated[tuple[Annotated[DataFolder, BeforeValidator(_as_folder)], ...], BeforeValidator(_one_or_many)]
+Folder = Annotated[DataFolder, BeforeValidator(_as_folder), Shown("path or {path, weight}")]
+Folders = Annotated[tuple[Folder, ...], BeforeValidator(_one_or_many)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-@dataclass(frozen=True)
-class Shown:
-    """In a field's annotation: the type as help and messages show it, where its parts would not say it."""
-
-    text: str
 
 
 def _recompute(value: object) -> object:

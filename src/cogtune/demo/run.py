@@ -13,6 +13,7 @@ import yaml
 from transformers.utils.logging import disable_progress_bar
 
 from cogtune.adapters.merge import merge
+from cogtune.configuration.load import with_values
 from cogtune.configuration.run_config import RunConfig
 from cogtune.demo import easyvqa, page
 from cogtune.demo.base import BASE, SETTINGS
@@ -142,7 +143,7 @@ def settings(folders: Folders, changes: Mapping[str, Any] | None = None) -> RunC
     given["model"] = {"path": str(BASE)}
     given["data"]["path"] = [str(folders.train_data)]
     given["train"]["output"] = str(folders.run)
-    return RunConfig.model_validate(given).with_values(changes or {})
+    return with_values(RunConfig.model_validate(given), changes or {})
 
 
 def _claim(output: Path) -> bool:

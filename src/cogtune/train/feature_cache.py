@@ -14,6 +14,7 @@ from cogtune.checkpoint.fingerprint import tower_fingerprint
 from cogtune.checkpoint.load import load_tower
 from cogtune.checkpoint.model_files import load_model_config, whole_folder
 from cogtune.configuration.deepspeed import apply_deepspeed
+from cogtune.configuration.load import with_values
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.configuration.quantization import QuantSection
 from cogtune.configuration.resolve import resolve_compile, resolve_workers, torch_dtype
@@ -99,8 +100,8 @@ def fill_cache(config: RunConfig) -> FillReport:
     Stopped after a signal; what was computed stays.
     """
     with StopSignal(), console(environment.rank(), config.log.level), ExitStack() as stack:
-        config = apply_deepspeed(config, world_size=environment.world_size())[0].with_values(
-            {"data.cache_features": "on"}
+        config = with_values(
+            apply_deepspeed(config, world_size=environment.world_size())[0], {"data.cache_features": "on"}
         )
         model_config = load_model_config(config.model.path)
         _refuse_trained_tower(model_config, config)

@@ -67,7 +67,7 @@ def test_called_again_it_runs_only_what_lacks_or_failed(tmp_path: Path, monkeypa
 def test_every_rows_words_are_a_configuration_and_the_published_ones_mean_the_same(tmp_path: Path) -> None:
     from cogtune.cli.options import split_arguments
     from cogtune.cli.published import configure
-    from cogtune.configuration.run_config import load_config
+    from cogtune.configuration.load import load_config
 
     machine = eight_cards.Machine(2, tmp_path / "base", tmp_path, False, 0.0)
     for folder in ("200+200", "512+512"):

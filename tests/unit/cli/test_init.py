@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from cogtune.cli.main import main
-from cogtune.configuration.run_config import RunConfig, load_config
+from cogtune.configuration.load import load_config
+from cogtune.configuration.run_config import RunConfig
 from tests.support.data_folders import dialogue, write_folder, write_lines
 
 

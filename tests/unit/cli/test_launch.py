@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cogtune.cli import launch
-from cogtune.configuration.run_config import load_config
+from cogtune.configuration.load import load_config
 from cogtune.errors import ConfigError
 
 

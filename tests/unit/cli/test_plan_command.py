@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cogtune.cli.main import main
-from cogtune.configuration.run_config import load_config
+from cogtune.configuration.load import load_config
 from tests.support.training import write_data
 
 

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from cogtune.configuration.deepspeed import apply_deepspeed, deepspeed_settings, merge_deepspeed, read_deepspeed
-from cogtune.configuration.run_config import RunConfig, load_config
+from cogtune.configuration.load import load_config, with_values
+from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
@@ -169,7 +170,7 @@ def test_accumulation_may_follow_the_number_of_ranks(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text('{"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 4}')
     once, _ = apply_deepspeed(config(parallel__deepspeed=str(path)))
-    halved = once.with_values({"train.accumulation": 2})
+    halved = with_values(once, {"train.accumulation": 2})
     assert deepspeed_settings(halved, "float32", 4)["gradient_accumulation_steps"] == 2
 
 

@@ -9,14 +9,15 @@ import pytest
 
 import cogtune
 from cogtune.configuration import identity as rules
-from cogtune.configuration.keys import ALIASES, describe_keys, known_keys
-from cogtune.configuration.run_config import load_config
+from cogtune.configuration.answer_config import AnswerConfig
+from cogtune.configuration.keys import ALIASES, ANSWER_ALIASES, describe_keys, known_keys, nearest_key
+from cogtune.configuration.load import load_config
 
 NEEDED = {"model": "base", "data": "pictures", "output": "out"}
 SOURCE = Path(cogtune.__file__).parent
 
 
-@pytest.mark.parametrize("key", describe_keys(), ids=lambda key: key.key)
+@pytest.mark.parametrize("key", {**known_keys(AnswerConfig), **known_keys()}.values(), ids=lambda key: key.key)
 def test_every_key_is_documented(key) -> None:
     assert key.description.endswith(".")
     assert key.type
@@ -25,6 +26,32 @@ def test_every_key_is_documented(key) -> None:
 def test_aliases_name_keys() -> None:
     assert set(ALIASES) == {"model", "data", "output", "adapter", "resume"}
     assert set(ALIASES.values()) <= known_keys().keys()
+    assert set(ANSWER_ALIASES.values()) <= known_keys(AnswerConfig).keys()
+
+
+def test_answering_shares_the_keys_of_a_run_with_their_types() -> None:
+    """All but its own section; only what a run requires may be left out."""
+    run = known_keys()
+    for name, key in known_keys(AnswerConfig).items():
+        if key.section != "generate" and not run[name].required:
+            assert (key.type, key.default) == (run[name].type, run[name].default)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("batch-size", "train.batch_size"), ("batch_size", "train.batch_size"), ("eval.batchsize", "eval.batch_size"),
+        ("report_to", "log.tensorboard"), ("train.report_to", "log.tensorboard"), ("lr", "train.lr"),
+    ],
+)  # fmt: skip
+def test_the_nearest_key(name: str, meant: str | None) -> None:
+    assert nearest_key(name) == meant
+
+
+def test_the_nearest_key_of_answering() -> None:
+    names = {"temprature": "temperature", "max_new_tokens": "max-new-tokens", "batch_size": "batch-size"}
+    for name, meant in names.items():
+        assert nearest_key(name, root=AnswerConfig) in (meant, f"generate.{meant.replace('-', '_')}")
 
 
 def test_every_key_stands_in_one_rule_of_continuation() -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy
 import pytest
 from pydantic import ValidationError
 
-from cogtune.configuration.run_config import RunConfig, load_config
+from cogtune.configuration.load import load_answer_config, load_config, with_values
+from cogtune.configuration.run_config import RunConfig, TrainSection
 from cogtune.errors import ConfigError
 
 NEEDED = {"model": "base", "data": "pictures", "output": "out"}
@@ -213,10 +216,10 @@ def test_values_cannot_change_after_the_checks() -> None:
     config = load_config(None, NEEDED)
     with pytest.raises(ValidationError):
         config.train.lr = 1.0  # type: ignore[misc]
-    changed = config.with_values({"train.lr": 0.5})
+    changed = with_values(config, {"train.lr": 0.5})
     assert (changed.train.lr, config.train.lr) == (0.5, 1e-4)
     with pytest.raises(ConfigError, match=r"train\.lr"):
-        config.with_values({"train.lr": -1})
+        with_values(config, {"train.lr": -1})
 
 
 def test_sections_work_from_python_too() -> None:
@@ -252,3 +255,105 @@ def test_a_bad_checkpointing_policy_is_refused(text: str) -> None:
     flags = {"model": "base", "data": "pictures", "output": "out", "train.gradient_checkpointing": text}
     with pytest.raises(ConfigError, match="gradient_checkpointing"):
         load_config(None, flags)
+
+
+def test_python_values_stand_for_themselves() -> None:
+    values = {
+        "train.lr": 3e-4,
+        "lora": {"rank": 8, "targets": ["experts", "glu-adapter"], "extra": {"bias": "none"}},
+        "data": {"path": [Path("a"), {"path": "b", "weight": 2}], "image_root": "pictures"},
+        "train": {"output": Path("out"), "restart": True, "max_steps": None},
+        "model": "base",
+        "train.betas": (0.8, 0.9),
+        "train.seed": numpy.int64(3),
+        "lora.dropout": numpy.float32(0.5),
+    }
+    config = load_config(None, values)
+    assert config.train.model_dump(exclude_unset=True) == {
+        "lr": 3e-4, "output": Path("out"), "restart": True, "max_steps": None, "betas": (0.8, 0.9), "seed": 3,
+    }  # fmt: skip
+    assert config.lora.model_dump(exclude_unset=True) == {
+        "rank": 8, "targets": ("experts", "glu-adapter"), "extra": {"bias": "none"}, "dropout": 0.5,
+    }  # fmt: skip
+    assert [(str(folder.path), folder.weight) for folder in config.data.path] == [("a", 1.0), ("b", 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message", "hint"),
+    [
+        ("train.learning_rate", 1, "unknown key `train.learning_rate`", "did you mean `train.lr`?"),
+        ("train", {"lrr": 1}, "unknown key `train.lrr`", "did you mean `train.lr`?"),
+        ("trian", {"lr": 1}, "unknown key `trian`", None),
+        ("train.lr", True, "train.lr: found true/false value true, expected number > 0", None),
+        ("lora.rank", [8], "lora.rank: found list [8], expected whole number >= 1", None),
+        ("train.lr", -1.0, "train.lr: found number -1.0, expected number > 0", None),
+        ("train.lr", object, "train.lr: found type", None),
+    ],
+)
+def test_a_wrong_python_value_names_the_key(name: str, value: object, message: str, hint: str | None) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, NEEDED | {name: value})
+    assert caught.value.message.startswith(message)
+    assert hint is None or caught.value.hint == hint
+
+
+@pytest.mark.parametrize(
+    ("values", "message", "hint", "code"),
+    [
+        ({"train": {"output": "o", "learning_rate": 1}}, "unknown key `train.learning_rate`",
+         "did you mean `train.lr`?", "config-unknown-key"),
+        ({"train": {"output": "o"}, "trian": {}}, "unknown key `trian`", None, "config-unknown-key"),
+        ({"train": {"output": "o", "lr": -1}}, "train.lr: found whole number -1, expected number > 0", None,
+         "config-value"),
+        ({}, "missing: train.output", None, "config-missing"),
+        ({"train": {"output": "o"}, "eval": {"patience": 2}, "data": {"path": "d", "validation_share": 0}},
+         "eval.patience needs validation data", None, "config-contradiction"),
+        ({"train": {"output": "o"}, "data": {"path": [{"path": "d", "wieght": 2}]}},
+         "data.path[0]: unknown key `wieght`, expected list of path or {path, weight}", None, "config-value"),
+        ({"train": 3}, "train: found whole number 3, expected a mapping of keys", None, "config-value"),
+    ],
+)  # fmt: skip
+def test_sections_made_in_python_are_explained_as_files_are(
+    values: dict[str, Any], message: str, hint: str | None, code: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        RunConfig(**({"model": {"path": "m"}, "data": {"path": "d"}} | values))
+    assert caught.value.message.startswith(message)
+    assert hint is None or caught.value.hint == hint
+    assert caught.value.code == code
+
+
+def test_one_section_made_in_python_is_explained_too() -> None:
+    with pytest.raises(ConfigError, match="unknown key `outptu`"):
+        TrainSection(outptu="o")  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match="missing: output"):
+        TrainSection()  # type: ignore[call-arg]
+
+
+def test_a_file_serves_training_and_answering(tmp_path: Path) -> None:
+    """Each takes its keys; a key that is neither's is a mistake in both."""
+    path = written(
+        tmp_path,
+        "model: {path: base, dtype: float32}\ndata: {path: d, exif: apply, turns: one_random}\nlora: {rank: 4}\n"
+        "train: {output: o}\nquant: {experts: int8}\ngenerate: {temperature: 0.5, adapter: o}\n",
+    )
+    run, answer = load_config(path), load_answer_config(path, {"max-new-tokens": "7", "generate.seed": 3})
+    assert (run.lora.rank, run.data.exif, run.data.turns) == (4, "apply", "one_random")
+    assert (answer.model.dtype, answer.data.exif, answer.quant.experts) == ("float32", "apply", "int8")
+    assert answer.generate.model_dump(exclude_unset=True) == {
+        "temperature": 0.5, "adapter": Path("o"), "max_new_tokens": 7, "seed": 3,
+    }  # fmt: skip
+    path.write_text("generate: {temprature: 1}\n")
+    for load in (load_config, load_answer_config):
+        with pytest.raises(ConfigError, match=r"unknown key `generate\.temprature`"):
+            load(path, {"model": "m"})
+
+
+def test_answering_has_its_own_keys_and_short_flags() -> None:
+    assert load_answer_config().model.path is None
+    with pytest.raises(ConfigError, match=r"unknown flag `--train\.lr`"):
+        load_answer_config(None, {"train.lr": "1"})
+    with pytest.raises(ConfigError, match=r"generate\.greedy takes .*, but generate\.top_p asks"):
+        load_answer_config(None, {"greedy": True, "top-p": 0.5})
+    with pytest.raises(ConfigError, match="--temperature: found whole number 0, expected number > 0 or null"):
+        load_answer_config(None, {"temperature": "0"})

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from cogtune.configuration.load import load_config
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.configuration.quantization import PARTS, PLAIN, QuantSection, part_of
-from cogtune.configuration.run_config import load_config
 from cogtune.errors import ConfigError
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.plan.data_rows import TYPICAL

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cogtune.configuration.run_config import RunConfig, load_config
+from cogtune.configuration.load import load_config
+from cogtune.configuration.run_config import RunConfig
 from cogtune.plan.calibration import CONTEXT
 from cogtune.plan.cards import find_card
 from cogtune.plan.choose import checkpointing, fits

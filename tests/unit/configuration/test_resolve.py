@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from cogtune.configuration.load import with_values
 from cogtune.configuration.quantization import QuantSection
 from cogtune.configuration.resolve import (
     check_formats,
@@ -179,7 +180,7 @@ def test_workers_leave_cores_for_training(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_plan_counts_the_loaders_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)), raising=False)
-    config = make_config(tmp_path, tmp_path, tmp_path / "out").with_values({"data.workers": None})
+    config = with_values(make_config(tmp_path, tmp_path, tmp_path / "out"), {"data.workers": None})
     for ranks, hosts, workers in [(1, 1, 8), (2, 1, 6), (4, 2, 6), (8, 1, 0)]:
         setting = setting_of(config, TYPICAL, ranks=ranks, hosts=hosts, card=REFERENCE)
         assert setting.workers == workers == resolve_workers(None, ranks // hosts)

@@ -9,7 +9,7 @@ import pytest
 
 from cogtune.checkpoint.load import load_model
 from cogtune.checkpoint.model_files import check_folder, load_model_config
-from cogtune.configuration.run_config import load_config
+from cogtune.configuration.load import load_config
 from cogtune.demo.base import BASE
 from cogtune.demo.pretrain import config, describe_new
 from cogtune.demo.run import Folders, settings

@@ -7,8 +7,8 @@ from itertools import product
 
 import pytest
 
+from cogtune.configuration.load import load_config
 from cogtune.configuration.quantization import QuantSection
-from cogtune.configuration.run_config import load_config
 from cogtune.errors import ConfigError, SetupError
 from cogtune.plan.cards import CARDS, REFERENCE, find_card
 from cogtune.plan.choose import (

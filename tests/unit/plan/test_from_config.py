@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cogtune.configuration.run_config import load_config
+from cogtune.configuration.load import load_config
 from cogtune.data.rows import RowShape
 from cogtune.plan.cards import REFERENCE, find_card
 from cogtune.plan.data_rows import TYPICAL, summary

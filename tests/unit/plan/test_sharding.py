@@ -15,8 +15,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from cogtune.adapters.attach import attach
 from cogtune.bench.rows import preset, synthetic_batches
 from cogtune.checkpoint.random import random_weights, tiny_config
+from cogtune.configuration.load import load_config
 from cogtune.configuration.quantization import QuantSection
-from cogtune.configuration.run_config import load_config
 from cogtune.distributed.group import Group
 from cogtune.plan import memory, sharding
 from cogtune.plan.memory import predict, weights

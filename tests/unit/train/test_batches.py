@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from cogtune.configuration.load import with_values
 from cogtune.configuration.run_config import RunConfig
 from cogtune.data.sampler import Position
 from cogtune.distributed.group import Group
@@ -121,7 +122,7 @@ def test_validation_shows_every_record_once(
 def test_small_weights_may_leave_an_epoch_empty(tiny_checkpoint: Path, sources: list[Path], tmp_path: Path) -> None:
     """With weight 0.1 five pictures are drawn in some epochs only; the position still says the right epoch."""
     config = make_config(tiny_checkpoint, sources[:1], tmp_path, train__epochs=40, train__batch_size=2)
-    config = config.with_values({"data.path": [{"path": str(sources[0]), "weight": 0.1}]})
+    config = with_values(config, {"data.path": [{"path": str(sources[0]), "weight": 0.1}]})
     rows = read_inputs(config).rows
     feed = Feed(rows, config, group(0, 1), 1)
     sizes = [feed.rows_in_epoch(epoch) for epoch in range(40)]

@@ -1,0 +1,84 @@
+"""Answering: which model, which data, and how, as chat, predict and Python ask for it.
+
+An `AnswerConfig` shares its keys with a run's configuration, so a run's file serves both: each command takes the keys
+that concern it and leaves the others aside.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field, model_validator
+
+from cogtune.configuration.input_sections import AnswerDataSection, AnswerModelSection
+from cogtune.configuration.quantization import QuantSection
+from cogtune.configuration.training_sections import TensorSection
+from cogtune.configuration.values import Section, Text
+
+
+class GenerateSection(Section):
+    """How questions are answered."""
+
+    adapter: Path | None = Field(
+        default=None, description="Adapter folder, or the output folder of a training. null: the base model alone."
+    )
+    device: Text = Field(
+        default="auto",
+        description="cpu, cuda, cuda:1, ... auto: the first GPU, or the CPU. Layers are spread over several:"
+        " cuda:0,cuda:1, or all; with cpu as the last, those that do not fit wait in host memory.",
+    )
+    max_new_tokens: int | None = Field(
+        default=None, ge=1, description="Most tokens of an answer. null: 2048 in a chat, 512 elsewhere."
+    )
+    max_input_len: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most tokens of the prompt's text; the oldest turns go first. null: what the model's context"
+        " leaves.",
+    )
+    greedy: bool = Field(
+        default=False,
+        description="Always the likeliest token. Without it, and without the next three, a chat samples as the"
+        " checkpoint says, and everything else is greedy.",
+    )
+    temperature: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="Sample, this evenly (1: as the model says)."
+    )
+    top_p: float | None = Field(
+        default=None, gt=0, le=1, description="Sample from the likeliest tokens that hold this probability."
+    )
+    top_k: int | None = Field(default=None, ge=0, description="Sample from this many likeliest tokens. 0: no limit.")
+    seed: int | None = Field(
+        default=None, ge=0, description="Makes sampling repeatable. null: 0 for a data set, none in a chat."
+    )
+    batch_size: int = Field(default=8, ge=1, description="Questions of a data set answered at once.")
+    own_history: bool = Field(
+        default=False,
+        description="Put the model's own earlier answers before a question of a data set, not the data's.",
+    )
+
+    @property
+    def sampling(self) -> dict[str, float]:
+        """The sampling keys that were given."""
+        keys = ("temperature", "top_p", "top_k")
+        return {key: value for key in keys if (value := getattr(self, key)) is not None}
+
+    @model_validator(mode="after")
+    def _check_contradictions(self) -> GenerateSection:
+        if self.greedy and self.sampling:
+            names = ", ".join(f"generate.{key}" for key in self.sampling)
+            raise ValueError(f"generate.greedy takes the likeliest token, but {names} asks for sampling; keep one")
+        return self
+
+
+class AnswerConfig(Section):
+    """What answers, and how. Build it with `cogtune.configuration.load.load_answer_config`."""
+
+    command: ClassVar[str] = "cogtune predict"
+
+    model: AnswerModelSection = AnswerModelSection()
+    data: AnswerDataSection = AnswerDataSection()
+    quant: QuantSection = QuantSection()
+    parallel: TensorSection = TensorSection()
+    generate: GenerateSection = GenerateSection()

@@ -1,0 +1,125 @@
+"""What is wrong with a configuration, in one error that names every place, what was found, and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from cogtune.configuration.field_types import fields_of, is_section, type_text
+from cogtune.configuration.suggestions import nearest
+from cogtune.configuration.yaml_text import describe
+from cogtune.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One value and where it was given: ``run.yaml: lora.rank``, ``--lora.rank``, or in Python ``lora.rank``."""
+
+    value: Any
+    source: str
+
+
+def explain(
+    error: ValidationError,
+    model: type[BaseModel],
+    entries: Mapping[str, Entry] | None = None,
+    aliases: Mapping[str, str] | None = None,
+) -> ConfigError:
+    """The error a user sees for ``error``.
+
+    Args:
+        model: the configuration or section that was being made.
+        entries: what was given for each dotted key, and where; None: the values of a call in Python.
+        aliases: short flag -> key, for the flags that are to be given.
+    """
+    problems: dict[str, str] = {}
+    missing: list[str] = []
+    unknown: list[str] = []
+    for detail in _details(error):
+        key = _key(detail, model)
+        if detail["type"] == "missing" and not _inside(detail, key):
+            missing += _required(key, model)
+        elif detail["type"] == "extra_forbidden" and key not in fields_of(model):
+            problems[key] = f"unknown key `{key}`"
+            unknown.append(key)
+        elif not detail["loc"]:
+            problems[""] = str(detail["ctx"]["error"])
+        else:
+            problems.setdefault(key, _problem(key, detail, model, entries or {}))
+    lines = [line for text in problems.values() for line in text.split("\n")]
+    hint: str | None = None
+    if missing:
+        lines.append(f"missing: {', '.join(missing)}")
+        short = {key: alias for alias, key in (aliases or {}).items()}
+        if aliases:
+            hint = "give " + " ".join(f"--{short.get(key, key)} ..." for key in missing)
+        else:
+            hint = "give them: they have no default"
+    elif unknown:
+        near = [found for key in unknown if (found := nearest(key, list(fields_of(model))))]
+        hint = f"did you mean {', '.join(f'`{key}`' for key in near)}?" if near else None
+    return ConfigError("\n  ".join(lines), hint=hint or keys_hint(model), code=_code(problems, missing, unknown))
+
+
+def keys_hint(model: type[BaseModel]) -> str:
+    """Where to look the keys up."""
+    command = getattr(model, "command", "cogtune train")
+    return f"`{command} --help` lists every key with its type, default and meaning"
+
+
+def _code(problems: Mapping[str, str], missing: list[str], unknown: list[str]) -> str:
+    if "" in problems:
+        return "config-contradiction"
+    if missing and not problems:
+        return "config-missing"
+    return "config-unknown-key" if unknown else "config-value"
+
+
+def _details(error: ValidationError) -> Iterator[ErrorDetails]:
+    """All problems. A section inside explains its own, so they are in the cause of its error."""
+    for detail in error.errors():
+        inner = getattr(detail.get("ctx", {}).get("error"), "__cause__", None)
+        if isinstance(inner, ValidationError):
+            for within in _details(inner):
+                yield {**within, "loc": (*detail["loc"], *within["loc"])}
+        else:
+            yield detail
+
+
+def _key(detail: ErrorDetails, model: type[BaseModel]) -> str:
+    """The key a problem is about: as much of its place as is names of fields, or as an unknown name."""
+    names = [str(part) for part in detail["loc"][:2]]
+    return names[0] if names and names[0] in fields_of(model) else ".".join(names)
+
+
+def _inside(detail: ErrorDetails, key: str) -> bool:
+    """Whether the problem lies within the key's value, as in one of a list of folders."""
+    return len(detail["loc"]) > key.count(".") + 1
+
+
+def _required(key: str, model: type[BaseModel]) -> list[str]:
+    """``key``, or of a whole section that is missing the keys that have to be given."""
+    section = model.model_fields.get(key)
+    if section is None or not is_section(section.annotation):
+        return [key]
+    return [name for name, field in fields_of(model).items() if name.startswith(f"{key}.") and field.is_required()]
+
+
+def _problem(key: str, detail: ErrorDetails, model: type[BaseModel], entries: Mapping[str, Entry]) -> str:
+    entry = entries.get(key)
+    where = entry.source if entry else key
+    field = fields_of(model).get(key)
+    expected = type_text(field) if field is not None else "a mapping of keys"
+    whole = detail["type"] == "missing" or detail["type"].startswith("too_")  # a list of the wrong length
+    item = detail["loc"][key.count(".") + 1 :][:1]
+    inside = "".join(f"[{part}]" for part in item if isinstance(part, int) and not whole)
+    if detail["type"] == "value_error":
+        return f"{where}{inside}: {detail['ctx']['error']}"
+    if detail["type"] == "extra_forbidden":
+        return f"{where}{inside}: unknown key `{detail['loc'][-1]}`, expected {expected}"
+    found = describe(entry.value if entry and inside == "" else detail["input"])
+    return f"{where}{inside}: found {found}, expected {expected}"
