@@ -21,7 +21,7 @@ from cogtune.demo.base import BASE
 from cogtune.demo.easyvqa import VqaPicture
 from cogtune.demo.record import Clock, use_all_cores
 from cogtune.demo.score import measure
-from cogtune.generate.loading import ModelChoice, load_generator, resolve
+from cogtune.generate.loading import load_generator
 from cogtune.train.run import train
 
 # Questions, and for how many epochs each number of them is trained.
@@ -64,7 +64,7 @@ def train_and_ask(
     clock = Clock()
     result = train(load_config(None, keys))
     times = clock.read()
-    score = measure(load_generator(resolve(ModelChoice(str(BASE), result.adapter))), test)
+    score = measure(load_generator(BASE, adapter=result.adapter), test)
     questions = sum(len(picture.questions) for picture in chosen)
     row = {"questions": questions, "pictures": len(chosen), "epochs": epochs, "steps": result.steps}
     return {**row, "train_seconds": times["seconds"], **score.to_dict()}
@@ -79,7 +79,7 @@ def main() -> None:
     train_pictures = easyvqa.read_split(source, "train")
     test = easyvqa.read_split(source, "test", TEST_PICTURES)
     record = circumstances(f"python -m benchmarks.data_scaling {arguments.target}")
-    base = measure(load_generator(resolve(ModelChoice(str(BASE)))), test).to_dict()
+    base = measure(load_generator(BASE), test).to_dict()
     settings = {"rows_per_step": ROWS, "lr": RATE, "test_questions": base["total"]}
     rows: list[dict[str, Any]] = []
     print(f"untuned: {100 * base['accuracy']:.1f} %", flush=True)

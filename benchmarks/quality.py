@@ -18,7 +18,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from threading import Lock
@@ -34,7 +33,7 @@ from cogtune.demo.base import BASE
 from cogtune.demo.record import Clock, use_all_cores, write_json
 from cogtune.demo.run import Folders, settings
 from cogtune.demo.score import measure
-from cogtune.generate.loading import ModelChoice, load_generator, resolve
+from cogtune.generate.loading import load_generator
 from cogtune.train.log import read_metrics
 from cogtune.train.run import train
 
@@ -67,15 +66,16 @@ def run_row(name: str, folder: Path, dtype: str, limits: tuple[int | None, int |
     assert result.adapter is not None
     times = {"training": clock.read()}
     quantization, clock = config.quant, Clock()
-    plain = ModelChoice(str(BASE), adapter=result.adapter, dtype=dtype)
-    generator = load_generator(resolve(replace(plain, quantization=quantization)))
+    keys = {"model.dtype": dtype}
+    generator = load_generator(BASE, adapter=result.adapter, keys=keys | {"quant": quantization.model_dump()})
     row: dict[str, Any] = {"name": name, "changes": VARIANTS[name], **_where(generator.model)}
     row |= measure(generator, test).to_dict()
     times["answers"] = clock.read()
     if quantization == PLAIN:
         row["on_plain_weights"] = row["accuracy"]
     else:
-        row["on_plain_weights"] = measure(load_generator(resolve(plain)), test).accuracy
+        plain = load_generator(BASE, adapter=result.adapter, keys=keys)
+        row["on_plain_weights"] = measure(plain, test).accuracy
     return row | {"steps": result.steps, "times": times, "settings": _settings(config), **_curves(folders.run)}
 
 

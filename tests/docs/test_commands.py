@@ -5,45 +5,36 @@ from __future__ import annotations
 import re
 
 import pytest
-import typer
 import yaml
 
-from cogtune.cli.main import make_app
+from cogtune.cli import main
+from cogtune.cli.command import own_flags
+from cogtune.cli.options import root_of
 from cogtune.cli.published import FLAGS as PUBLISHED_FLAGS
-from cogtune.configuration.keys import ALIASES, known_keys, sections
+from cogtune.configuration.answer_config import AnswerConfig
+from cogtune.configuration.keys import aliases, known_keys, sections
 from tests.docs.pages import ROOT, blocks, inline_code, name, pages, shell_lines, words
 
 PAGES = pages()
 LAUNCHERS = r"(?:cogtune|(?:torchrun|deepspeed)\b.*?(?:-m|--module) cogtune|python -m cogtune) "
 
 
-def commands() -> dict[str, set[str]]:
-    """Every command of cogtune with the flags of its own; a group's commands as ``group command``."""
-    found: dict[str, set[str]] = {}
-
-    def walk(command: object, path: str) -> None:
-        for child_name, child in getattr(command, "commands", {}).items():
-            walk(child, f"{path} {child_name}".strip())
-        if path:
-            found[path] = {
-                option for parameter in command.params for option in [*parameter.opts, *parameter.secondary_opts]
-            }  # type: ignore[attr-defined]
-
-    walk(typer.main.get_command(make_app()), "")
-    return found
+def flags_of(name: str) -> set[str]:
+    """The flags that a command takes: its own, and the configuration keys that count."""
+    command = main.find_command(name)
+    own = {f"--{other}" for flag in own_flags(command.flags) for other in (flag.name, *flag.also)}
+    root = root_of(command.keys)
+    if root is None:
+        return own
+    short = {f"--{alias}" for alias, key in aliases(root).items() if key.startswith(command.counted)}
+    keys = {f"--{key}" for key in known_keys(root) if not command.strict or key.startswith(command.counted)}
+    return own | short | keys | {"--config"}
 
 
-COMMANDS = commands()
-CONFIGURED = {
-    "train": ["dry-run", "config", "force"],
-    "plan": ["config", "card", "cards", "hosts", "price", "write", "targets", "json"],
-    "init": ["card", "cards", "output", "force"],
-    "data check": ["json", "config"],
-    "data preview": ["config", "html", "count", "record", "width"],
-    "data convert": ["link"],
-    "data cache": ["config", "stat", "clear", "json"],
-}
-"""Commands whose flags are configuration keys, and the flags they have besides."""
+COMMANDS = {name: flags_of(name) for name in main.COMMANDS}
+GROUPS = main.GROUPS
+ALL_KEYS = known_keys() | known_keys(AnswerConfig)
+SECTIONS = {**sections(), **sections(AnswerConfig)}
 
 
 def cogtune_lines(text: str) -> list[str]:
@@ -65,7 +56,7 @@ def command_of(line: str) -> str:
 def test_commands_exist(page):
     for line in cogtune_lines(page.read_text(encoding="utf-8")):
         if not line.startswith("-") and not re.match(r"[A-Z.]", line):
-            assert command_of(line) in COMMANDS, f"{name(page)}: `cogtune {line}`"
+            assert command_of(line) in COMMANDS or line.split()[0] in GROUPS, f"{name(page)}: `cogtune {line}`"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -75,10 +66,6 @@ def test_flags_exist(page):
         if command not in COMMANDS:
             continue
         known = COMMANDS[command] | {"--help", "-h"}
-        if command in CONFIGURED:
-            known |= {f"--{key}" for key in [*known_keys(), *ALIASES, *CONFIGURED[command]]}
-        if command.startswith("bench "):  # its own flags are the command's, the rest are keys
-            known |= {f"--{key}" for key in [*known_keys(), *ALIASES]}
         for flag in re.findall(r"(?<!\S)(--?[A-Za-z][\w.-]*)", line):
             assert flag in known or flag.startswith("--lora.extra."), f"{name(page)}: `cogtune {line}`: {flag}"
 
@@ -87,11 +74,11 @@ def test_flags_exist(page):
 def test_keys_exist(page):
     """Keys written as `section.key`, with or without dashes; a trailing `...` or `*` stands for several."""
     text = page.read_text(encoding="utf-8")
-    dotted = re.compile(rf"(?<![\w./`-])(?:--)?((?:{'|'.join(sections())})\.[a-z_]+)(?![\w/(]|\.(?!\s|$))")
+    dotted = re.compile(rf"(?<![\w./`-])(?:--)?((?:{'|'.join(SECTIONS)})\.[a-z_]+)(?![\w/(]|\.(?!\s|$))")
     for code in [*inline_code(text), *shell_lines(text)]:
         for key in dotted.findall(code):
             if not re.search(r"\.(py|yaml|yml|json|jsonl|txt|md|html|safetensors)$", key):
-                assert key in known_keys(), f"{name(page)}: {key} in `{code}`"
+                assert key in ALL_KEYS, f"{name(page)}: {key} in `{code}`"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -108,11 +95,11 @@ def test_configuration_examples_have_known_keys(page):
         if block.language not in ("yaml", "yml"):
             continue
         content = yaml.safe_load(block.body)
-        if not isinstance(content, dict) or not content.keys() <= sections().keys():
+        if not isinstance(content, dict) or not content.keys() <= SECTIONS.keys():
             continue  # a DeepSpeed file
         for section, values in content.items():
             for key in values:
-                assert f"{section}.{key}" in known_keys(), f"{name(page)}: {section}.{key}"
+                assert f"{section}.{key}" in ALL_KEYS, f"{name(page)}: {section}.{key}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

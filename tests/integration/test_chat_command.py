@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import peft_infer
 from cogtune.checkpoint.random import make_tiny
@@ -72,6 +73,29 @@ def test_one_question_by_flags_is_the_same_as_by_lines(
     assert plain != by_flags
 
 
+def test_keys_and_files_reach_a_chat(typed: Typed, tiny_checkpoint: Path, adapter: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "turned.jpg"
+    image = Image.new("RGB", (24, 16))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(picture, exif=exif)
+    asked = ["--image", picture, "--query", "what is it?"]
+    code, by_flags, err = typed(
+        "chat", "--model", tiny_checkpoint, "--adapter", adapter, *SHORT, *asked, "--data.exif", "apply"
+    )
+    assert (code, "turned.jpg (16 x 24)" in err) == (0, True)
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"model: {{path: {tiny_checkpoint}}}\ndata: {{exif: apply, path: elsewhere}}\ntrain: {{lr: 1}}\n"
+        f"generate: {{adapter: {adapter.parent}, greedy: true, max_new_tokens: 8, device: cpu}}\n"
+    )
+    assert typed("chat", file, *asked)[:2] == (0, by_flags)
+    code, plain, err = typed("chat", file, *asked, "--adapter", "null")
+    assert code == 0
+    assert plain != by_flags
+    assert "names no adapter" in err
+
+
 def test_sampling_is_the_checkpoints_default_and_follows_the_seed(typed: Typed, tiny_checkpoint: Path) -> None:
     chosen = ["chat", "--model", tiny_checkpoint, "--max-new-tokens", "12", "--query", "hello"]
     one, two, other = (typed(*chosen, "--seed", seed)[1] for seed in (1, 1, 2))
@@ -87,8 +111,14 @@ def test_wrong_input_is_exit_2_with_a_remedy(
         "error[checkpoint-missing]: /no/base": ["--model", "/no/base"],
         "error[config-missing]: no model given": [],
         "error[adapter-base]": ["--model", other, "--adapter", adapter],
-        "error[config]: --greedy takes the likeliest": ["--model", tiny_checkpoint, "--greedy", "--top-k", "3"],
-        "error[usage]": ["--no-such-flag"],
+        "error[config-contradiction]: generate.greedy takes the likeliest": [
+            "--model",
+            tiny_checkpoint,
+            "--greedy",
+            "--top-k",
+            "3",
+        ],
+        "error[config-unknown-key]: unknown flag `--no-such-flag`": ["--no-such-flag"],
     }
     for message, arguments in cases.items():
         code, out, err = typed("chat", *arguments, lines="hello\n")

@@ -87,3 +87,21 @@ def test_bad_data_is_exit_2_or_skipped(
     assert predict(tiny_checkpoint, tmp_path / "no", output) == 2
     assert predict(tiny_checkpoint, data, output, "--data.on_bad", "perhaps") == 2
     assert "data.on_bad" in capsys.readouterr().err
+
+
+def test_a_trainings_file_and_keys_say_what_flags_say(
+    tiny_checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Keys that only training has are left aside; typed here, they are refused."""
+    assert predict(tiny_checkpoint, data, tmp_path / "flags.jsonl", "--model.template", "vqa") == 0
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"model: {{path: {tiny_checkpoint}, template: vqa}}\ndata: {{path: {data}, turns: one_random}}\n"
+        "lora: {rank: 2}\ntrain: {output: nowhere}\ngenerate: {max_new_tokens: 6, device: cpu, batch_size: 2}\n"
+    )
+    assert main(["predict", str(file), "--output", str(tmp_path / "file.jsonl")]) == 0
+    assert (tmp_path / "file.jsonl").read_bytes() == (tmp_path / "flags.jsonl").read_bytes()
+    assert main(["predict", str(file), "--output", str(tmp_path / "file.jsonl"), "--temperature", "0.5"]) == 2
+    assert "sample: false there, true now" in capsys.readouterr().err
+    assert main(["predict", str(file), "--output", str(tmp_path / "x.jsonl"), "--data.turns", "all"]) == 2
+    assert "it belongs to another command: `cogtune train --help`" in capsys.readouterr().err

@@ -171,6 +171,39 @@ def base_name(folder: Path) -> str | None:
     return None if name is None else str(name)
 
 
+def find_adapter(folder: str | Path) -> Path:
+    """The adapter folder that ``folder`` is, or the one in it if it is a run's output.
+
+    Raises:
+        AdapterError: neither.
+    """
+    folder = Path(folder).expanduser()
+    inside = folder / "adapter"
+    if not (folder / CONFIG_NAME).is_file() and (inside / CONFIG_NAME).is_file():
+        folder = inside
+    adapter_shapes(folder)
+    return folder
+
+
+def find_base(adapter: Path) -> str:
+    """The base model that an adapter names: a folder that is here, or a name on the hub.
+
+    Raises:
+        AdapterError: it names none, or a folder of another machine.
+    """
+    model = base_name(adapter)
+    if not model:
+        raise AdapterError(
+            f"{adapter}: does not say what base it was trained on", hint="give --model BASE", code="adapter-base"
+        )
+    path = Path(model).expanduser()
+    if not path.is_dir() and (path.is_absolute() or model.count("/") != 1 or model.startswith(".")):
+        raise AdapterError(
+            f"{adapter}: names {model} as its base, which is not here", hint="give --model BASE", code="adapter-base"
+        )
+    return model
+
+
 def describe(model: PeftModel) -> list[RegionCount]:
     """What the adapter covers, by region, in the model's order."""
     counts: dict[tuple[str, bool], list[int]] = {}

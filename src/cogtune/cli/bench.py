@@ -3,159 +3,156 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from cogtune.cli.command import Command, flag
+from cogtune.cli.options import Arguments
 from cogtune.errors import ConfigError
 
 if TYPE_CHECKING:
     from cogtune.bench.report import Results
     from cogtune.configuration.run_config import RunConfig
 
-_KEYS = {"ignore_unknown_options": True, "allow_extra_args": True}
-_Json = Annotated[Path | None, typer.Option("--json", help="Write all numbers here, after every row.", metavar="FILE")]
-_Preset = Annotated[str, typer.Option("--preset", help="Shape of the rows: see below.", metavar="NAME")]
-_Warmup = Annotated[int, typer.Option("--warmup", min=1, help="Steps before the measured ones.", metavar="N")]
-_Steps = Annotated[int, typer.Option("--steps", min=1, help="Measured steps.", metavar="N")]
-_Tiny = Annotated[bool, typer.Option("--tiny", help="A model of 200,000 parameters instead of the full size.")]
-
-_TRAIN = """Measure training steps: the real loop, on rows of a known shape.
-
-  cogtune bench train --preset s400 --features cached
-  cogtune bench train --variant baseline --variant "cached features=cached" --variant "live train.compile=false"
+_TRAIN = """\
+Measure training steps: the real loop, on rows of a known shape.
 
 Without --model, random weights of the published sizes are made on the device. Any configuration key is a flag.
 --variant NAME key=value ... is one row of the table; its keys may also be preset and features. The variant called
 baseline is a stand-in of the published computation. Presets: s400, sft311k-multi, vqa10, vqa1, caption, text-only,
 512+512, or a shape such as text=600 or questions=5."""
-_BASELINE = """Measure a stand-in of the published computation: rows padded to the script's budget, explicit masked
-attention, tokens gathered and scattered by masks, float32 logits everywhere, every layer recomputed, the tower in every
-step.
-
-  cogtune bench baseline"""
-
-_SWEEP = """Measure what grows with a setting: memory (batch x text, beside the planner's word), text, batch,
-questions or rank. Each point is held to the straight line between its neighbours.
-
-  cogtune bench sweep text --json text.json
-  cogtune bench sweep memory --model BASE --quant.experts nf4"""
-_FIT = """Measure what each setting needs of a card, loading included: every row a process of its own, twenty steps, the
+_BASELINE = """\
+Measure a stand-in of the published computation: rows padded to the script's budget, explicit masked attention, tokens
+gathered and scattered by masks, float32 logits everywhere, every layer recomputed, the tower in every step."""
+_SWEEP = """\
+Measure what grows with a setting: NAME is memory (batch x text, beside the planner's word), text, batch, questions or
+rank. Each point is held to the straight line between its neighbours."""
+_FIT = """\
+Measure what each setting needs of a card, loading included: every row a process of its own, twenty steps, the
 allocator capped at 11, 15 or 23 GiB where the row is for a card of 12, 16 or 24 GB.
 
-  cogtune bench fit --model BASE --rows nf4-cached-r8,bf16-cached-r8 --json fit.json
-
 Further keys, such as --train.compile false, hold for every row that trains."""
-_DECODE = """Measure an answer: memory, the time for picture and prompt, tokens a second.
-
-  cogtune bench decode --model BASE --rows 1,8,32"""
-_FILL = """Measure how fast the feature cache fills, decoding and writing included.
-
-  cogtune bench fill --pictures 32 --data.cache_batch 2"""
-_LOADER = """Measure whether preparing rows keeps up: pictures of 1344 pixels decoded, and features read, while samples
-are taken at a steady rate. Needs no GPU.
-
-  cogtune bench loader --rate 20"""
-
-_LOAD = """Measure loading, each mode in a process of its own: time beside a plain read of the same bytes, host memory,
-GPU memory.
-
-  cogtune bench load --model BASE --modes bf16,nf4 --json load.json"""
-_MAKE = """Write a random checkpoint in the published layout: 39 GB in 8 shards with index, configuration and a byte
-tokenizer. Its answers mean nothing; its sizes, names and files are those of the published one.
-
-  cogtune bench make-checkpoint BASE"""
+_DECODE = "Measure an answer: memory, the time for picture and prompt, tokens a second."
+_FILL = "Measure how fast the feature cache fills, decoding and writing included."
+_LOADER = """\
+Measure whether preparing rows keeps up: pictures of 1344 pixels decoded, and features read, while samples are taken at
+a steady rate. Needs no GPU."""
+_LOAD = """\
+Measure loading, each mode in a process of its own: time beside a plain read of the same bytes, host memory, GPU
+memory."""
+_MAKE = """\
+Write a random checkpoint in the published layout: 39 GB in 8 shards with index, configuration and a byte tokenizer.
+Its answers mean nothing; its sizes, names and files are those of the published one."""
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command group."""
-    group = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
-    for name, text, short, command in (
-        ("train", _TRAIN, "Training steps, variants side by side.", _train),
-        ("baseline", _BASELINE, "The published computation.", _baseline),
-        ("sweep", _SWEEP, "What a growing setting costs.", _sweep),
-        ("fit", _FIT, "What each setting needs of a card.", _fit),
-        ("decode", _DECODE, "Memory and speed of an answer.", _decode),
-        ("fill", _FILL, "Filling the feature cache.", _fill),
-        ("loader", _LOADER, "Does preparing rows keep up?", _loader),
-    ):
-        group.command(name, help=text, short_help=short, context_settings=_KEYS)(command)
-    group.command("load", help=_LOAD, short_help="Loading a checkpoint.")(_load)
-    group.command("make-checkpoint", help=_MAKE, short_help="Write a random checkpoint.")(_make_checkpoint)
-    app.add_typer(group, name="bench", help="Measure this machine.", short_help="Measure this machine.")
+@dataclass(frozen=True)
+class _Tiny:
+    tiny: bool = flag(False, "A model of 200,000 parameters instead of the full size.")
+    json: Path | None = flag(None, "Write all numbers here, after every row.", "FILE")
 
 
-def _train(
-    ctx: typer.Context,
-    preset: _Preset = "s400",
-    features: Annotated[
-        str, typer.Option("--features", help="cached: the tower's output is given; live: it runs.", metavar="KIND")
-    ] = "live",
-    variant: Annotated[
-        list[str] | None, typer.Option("--variant", help="NAME key=value ...; several times.", metavar="TEXT")
-    ] = None,
-    steps: _Steps = 10,
-    warmup: _Warmup = 3,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Times to go through all variants.")] = 1,
-    breakdown: Annotated[bool, typer.Option("--breakdown", help="Also profile: where a step's time goes.")] = False,
-    cap: Annotated[
-        str | None, typer.Option("--cap", help="Let the GPU's allocator have no more than this.", metavar="SIZE")
-    ] = None,
-    tiny: _Tiny = False,
-    json: _Json = None,
-) -> None:
-    if cap is not None:
+@dataclass(frozen=True)
+class _Steps(_Tiny):
+    steps: int = flag(10, "Measured steps. Default: 10.", "N", least=1)
+    warmup: int = flag(3, "Steps before the measured ones. Default: 3.", "N", least=1)
+    preset: str = flag("s400", "Shape of the rows. Default: s400.", "NAME")
+    breakdown: bool = flag(False, "Also profile: where a step's time goes.")
+
+
+@dataclass(frozen=True)
+class _TrainFlags(_Steps):
+    features: str = flag("live", "cached: the tower's output is given; live: it runs. Default: live.", "KIND")
+    variant: tuple[str, ...] = flag((), "NAME key=value ...: a row of the table.", "TEXT")
+    rounds: int = flag(1, "Times to go through all variants.", "N", least=1)
+    cap: str | None = flag(None, "Let the GPU's allocator have no more than this.", "SIZE")
+
+
+@dataclass(frozen=True)
+class _BaselineFlags(_Steps):
+    steps: int = flag(5, "Measured steps. Default: 5.", "N", least=1)
+    warmup: int = flag(2, "Steps before the measured ones. Default: 2.", "N", least=1)
+
+
+@dataclass(frozen=True)
+class _SweepFlags(_Tiny):
+    steps: int = flag(3, "Measured steps. Default: 3.", "N", least=1)
+    warmup: int = flag(2, "Steps before the measured ones. Default: 2.", "N", least=1)
+
+
+@dataclass(frozen=True)
+class _FitFlags(_Tiny):
+    rows: str = flag("", "Names joined by commas, or by + to run at once; all without it.", "NAMES")
+
+
+@dataclass(frozen=True)
+class _DecodeFlags(_Tiny):
+    context: int = flag(2400, "Positions of picture and prompt. Default: 2400.", "N")
+    tokens: int = flag(64, "Length of the answer. Default: 64.", "N", least=8)
+    rows: str = flag("1", "How many answers at once, several joined by commas. Default: 1.", "N,N")
+    with_adapter: bool = flag(False, "With an adapter of the lora section.")
+
+
+@dataclass(frozen=True)
+class _FillFlags(_Tiny):
+    pictures: int = flag(32, "Pictures to compute. Default: 32.", "N", least=1)
+    side: int = flag(1344, "Their size in pixels. Default: 1344.", "N", least=8)
+
+
+@dataclass(frozen=True)
+class _LoaderFlags(_Tiny):
+    rate: float = flag(20.0, "Samples a second to take. Default: 20.", "N", least=0.1)
+    seconds: float = flag(10.0, "For how long. Default: 10.", "N", least=0.1)
+    pictures: int = flag(64, "Different pictures. Default: 64.", "N", least=1)
+    side: int = flag(1344, "Their size in pixels. Default: 1344.", "N", least=8)
+
+
+@dataclass(frozen=True)
+class _LoadFlags:
+    model: str = flag(help="Checkpoint folder.", metavar="BASE", also=("model.path",))
+    modes: str = flag("", "Names joined by commas; all without it.", "NAMES")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...", "NAME")
+    json: Path | None = flag(None, "Write all numbers here, after every row.", "FILE")
+
+
+@dataclass(frozen=True)
+class _MakeFlags:
+    preset: str = flag("full", "full, or tiny: 400 kB. Default: full.", "NAME", choices=("full", "tiny"))
+    device: str = flag("auto", "Where values are made. auto: the GPU, if there is one.", "NAME")
+    seed: int = flag(0, "Of the values.", "N", least=0)
+
+
+def _train(flags: _TrainFlags, line: Arguments) -> None:
+    if flags.cap is not None:
         from cogtune.bench.clock import cap_memory
 
-        cap_memory(cap)
-    _steps_of(ctx, variant or [], preset, features, (warmup, steps, rounds), breakdown, tiny, json)
+        cap_memory(flags.cap)
+    _measure(list(flags.variant), flags, line, features=flags.features, rounds=flags.rounds)
 
 
-def _baseline(
-    ctx: typer.Context,
-    preset: _Preset = "s400",
-    steps: _Steps = 5,
-    warmup: _Warmup = 2,
-    breakdown: Annotated[bool, typer.Option("--breakdown", help="Also profile: where a step's time goes.")] = False,
-    tiny: _Tiny = False,
-    json: _Json = None,
-) -> None:
-    _steps_of(ctx, ["baseline"], preset, "live", (warmup, steps, 1), breakdown, tiny, json)
+def _baseline(flags: _BaselineFlags, line: Arguments) -> None:
+    _measure(["baseline"], flags, line)
 
 
-def _sweep(
-    ctx: typer.Context,
-    name: Annotated[str, typer.Argument(help="memory, text, batch, questions or rank.", metavar="NAME")],
-    steps: _Steps = 3,
-    warmup: _Warmup = 2,
-    tiny: _Tiny = False,
-    json: _Json = None,
-) -> None:
+def _sweep(flags: _SweepFlags, line: Arguments) -> None:
     from cogtune.bench.sweeps import SERIES, against_plan, check_series, sweep_variants
 
-    texts = sweep_variants(name, tiny=tiny)
-    results = _steps_of(ctx, texts, "s400", "cached", (warmup, steps, 1), False, tiny, json, kind=f"sweep-{name}")
+    (name,) = line.places
+    texts = sweep_variants(name, tiny=flags.tiny)
+    steps = _Steps(tiny=flags.tiny, json=flags.json, steps=flags.steps, warmup=flags.warmup)
+    results = _measure(texts, steps, line, features="cached", kind=f"sweep-{name}")
     print(against_plan(results.rows))
     if name in SERIES:
         print(check_series(name, results))
 
 
-def _fit(
-    ctx: typer.Context,
-    rows: Annotated[
-        str, typer.Option("--rows", help="Names joined by commas, or by + to run at once; all without it.")
-    ] = "",
-    tiny: _Tiny = False,
-    json: _Json = None,
-) -> None:
+def _fit(flags: _FitFlags, line: Arguments) -> None:
     from cogtune.bench.card_memory import run_rows
     from cogtune.bench.report import Results
-    from cogtune.cli.options import split_arguments
-    from cogtune.errors import ConfigError
 
-    overrides = split_arguments(ctx.args).overrides
-    model = (overrides.pop("model", None) or overrides.pop("model.path", None) or ["random-tiny" if tiny else ""])[0]
+    overrides = dict(line.overrides)
+    model = (overrides.pop("model", None) or overrides.pop("model.path", None) or _random(flags.tiny))[0]
     if not model:
         raise ConfigError(
             "bench fit loads a checkpoint in every row, and none is named",
@@ -164,92 +161,73 @@ def _fit(
         )
     extra = [word for key, values in overrides.items() for value in values for word in (f"--{key}", value)]
     run_rows(
-        [name for name in rows.split(",") if name],
-        Results("fit", _command(), json),
+        [name for name in flags.rows.split(",") if name],
+        Results("fit", _command(), flags.json),
         model=model,
         extra=extra,
-        capped=not tiny,
+        capped=not flags.tiny,
     )
 
 
-def _decode(
-    ctx: typer.Context,
-    context: Annotated[int, typer.Option("--context", help="Positions of picture and prompt.", metavar="N")] = 2400,
-    tokens: Annotated[int, typer.Option("--tokens", min=8, help="Length of the answer.", metavar="N")] = 64,
-    rows: Annotated[str, typer.Option("--rows", help="How many answers at once, several.", metavar="N,N")] = "1",
-    adapter: Annotated[bool, typer.Option("--with-adapter", help="With an adapter of the lora section.")] = False,
-    tiny: _Tiny = False,
-    json: _Json = None,
-) -> None:
+def _random(tiny: bool) -> list[str]:
+    return ["random-tiny" if tiny else ""]
+
+
+def _decode(flags: _DecodeFlags, line: Arguments) -> None:
     from cogtune.bench.decoding import measure_decoding
 
-    counts = [int(count) for count in rows.split(",") if count.strip().isdigit() and int(count) > 0]
-    if len(counts) != len(rows.split(",")):
-        raise ConfigError(f"--rows is {rows}; it is whole numbers above 0, such as 1,8,32", code="config-value")
+    counts = [int(count) for count in flags.rows.split(",") if count.strip().isdigit() and int(count) > 0]
+    if len(counts) != len(flags.rows.split(",")):
+        raise ConfigError(f"--rows is {flags.rows}; it is whole numbers above 0, such as 1,8,32", code="config-value")
     measure_decoding(
-        _config(ctx, tiny), _results("decode", json), context=context, tokens=tokens, rows=counts, adapter=adapter
+        _config(line, flags.tiny),
+        _results("decode", flags.json),
+        context=flags.context,
+        tokens=flags.tokens,
+        rows=counts,
+        adapter=flags.with_adapter,
     )
 
 
-def _fill(
-    ctx: typer.Context,
-    pictures: Annotated[int, typer.Option("--pictures", min=1, help="Pictures to compute.", metavar="N")] = 32,
-    side: Annotated[int, typer.Option("--side", min=8, help="Their size in pixels.", metavar="N")] = 1344,
-    tiny: _Tiny = False,
-    json: _Json = None,
-) -> None:
+def _fill(flags: _FillFlags, line: Arguments) -> None:
     from cogtune.bench.filling import measure_filling
 
-    measure_filling(_config(ctx, tiny), _results("fill", json), pictures=pictures, side=side)
+    measure_filling(_config(line, flags.tiny), _results("fill", flags.json), pictures=flags.pictures, side=flags.side)
 
 
-def _loader(
-    ctx: typer.Context,
-    rate: Annotated[float, typer.Option("--rate", min=0.1, help="Samples a second to take.", metavar="N")] = 20.0,
-    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="For how long.", metavar="N")] = 10.0,
-    pictures: Annotated[int, typer.Option("--pictures", min=1, help="Different pictures.", metavar="N")] = 64,
-    side: Annotated[int, typer.Option("--side", min=8, help="Their size in pixels.", metavar="N")] = 1344,
-    tiny: _Tiny = False,
-    json: _Json = None,
-) -> None:
+def _loader(flags: _LoaderFlags, line: Arguments) -> None:
     from cogtune.bench.data_loading import measure_loader
 
     measure_loader(
-        _config(ctx, tiny), _results("loader", json), rate=rate, seconds=seconds, pictures=pictures, side=side
+        _config(line, flags.tiny),
+        _results("loader", flags.json),
+        rate=flags.rate,
+        seconds=flags.seconds,
+        pictures=flags.pictures,
+        side=flags.side,
     )
 
 
-def _load(
-    model: Annotated[str, typer.Option("--model", "--model.path", help="Checkpoint folder.", metavar="BASE")],
-    modes: Annotated[str, typer.Option("--modes", help="Names joined by commas; all without it.")] = "",
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...", metavar="NAME")] = "auto",
-    json: _Json = None,
-) -> None:
+def _load(flags: _LoadFlags, line: Arguments) -> None:
     from cogtune.bench.model_loading import run_modes
     from cogtune.generate.loading import choose_device
 
-    names = [name for name in modes.split(",") if name]
-    run_modes(names, _results("load", json), model=model, device=str(choose_device(device)))
+    names = [name for name in flags.modes.split(",") if name]
+    device = str(choose_device(flags.device))
+    run_modes(names, _results("load", flags.json), model=flags.model, device=device)
 
 
-def _make_checkpoint(
-    folder: Annotated[Path, typer.Argument(help="The new folder.", metavar="DIR")],
-    preset: Annotated[str, typer.Option("--preset", help="full, or tiny: 400 kB.", metavar="NAME")] = "full",
-    device: Annotated[
-        str, typer.Option("--device", help="Where values are made. auto: the GPU, if there is one.", metavar="NAME")
-    ] = "auto",
-    seed: Annotated[int, typer.Option("--seed", help="Of the values.")] = 0,
-) -> None:
-    from cogtune.errors import ConfigError
-
-    if preset not in ("full", "tiny"):
-        raise ConfigError(f"--preset is {preset}; it is full or tiny", code="config-value")
-
+def _make_checkpoint(flags: _MakeFlags, line: Arguments) -> None:
     from cogtune.bench.checkpoint import make_checkpoint
     from cogtune.generate.loading import choose_device
 
+    folder = Path(line.places[0])
     made = make_checkpoint(
-        folder, preset=preset, device=choose_device(device), seed=seed, progress=lambda line: print(line, flush=True)
+        folder,
+        preset=flags.preset,
+        device=choose_device(flags.device),
+        seed=flags.seed,
+        progress=lambda text: print(text, flush=True),
     )
     speed = made.bytes / 1e9 / made.seconds
     print(
@@ -258,14 +236,15 @@ def _make_checkpoint(
     )
 
 
-def _config(ctx: typer.Context, tiny: bool) -> RunConfig:
-    from cogtune.bench.variants import parse_variants
-    from cogtune.cli.options import split_arguments
+def _overrides(line: Arguments, tiny: bool) -> dict[str, list[str]]:
+    """The keys that were typed; ``tiny`` is a model of its own."""
+    return ({"model.path": ["random-tiny"]} if tiny else {}) | line.overrides
 
-    overrides = split_arguments(ctx.args).overrides
-    if tiny:
-        overrides.setdefault("model.path", ["random-tiny"])
-    return parse_variants([], overrides, preset="s400", cached=False)[0].config
+
+def _config(line: Arguments, tiny: bool) -> RunConfig:
+    from cogtune.bench.variants import parse_variants
+
+    return parse_variants([], _overrides(line, tiny), preset="s400", cached=False)[0].config
 
 
 def _results(kind: str, json: Path | None) -> Results:
@@ -274,31 +253,23 @@ def _results(kind: str, json: Path | None) -> Results:
     return Results(kind, _command(), json)
 
 
-def _steps_of(
-    ctx: typer.Context,
+def _measure(
     texts: list[str],
-    preset: str,
-    features: str,
-    counts: tuple[int, int, int],
-    breakdown: bool,
-    tiny: bool,
-    json: Path | None,
+    flags: _Steps,
+    line: Arguments,
+    *,
+    features: str = "live",
+    rounds: int = 1,
     kind: str = "train",
 ) -> Results:
-    from cogtune.cli.options import split_arguments
-
-    overrides = split_arguments(ctx.args).overrides
-    if tiny:
-        overrides.setdefault("model.path", ["random-tiny"])
-
-    from cogtune.bench.report import Results
     from cogtune.bench.train import measure
     from cogtune.bench.variants import parse_variants
     from cogtune.distributed.environment import is_main
 
-    variants = parse_variants(texts, overrides, preset=preset, cached=features == "cached")
-    results = Results(kind, _command(), json)
-    measure(variants, results, warm=counts[0], steps=counts[1], rounds=counts[2], breakdown=breakdown)
+    cached = features == "cached"
+    variants = parse_variants(texts, _overrides(line, flags.tiny), preset=flags.preset, cached=cached)
+    results = _results(kind, flags.json)
+    measure(variants, results, warm=flags.warmup, steps=flags.steps, rounds=rounds, breakdown=flags.breakdown)
     if is_main():
         print(results.line())
     return results
@@ -309,3 +280,96 @@ def _command() -> str:
     from cogtune.bench.report import shown_command
 
     return shown_command(["cogtune", *sys.argv[1:]])
+
+
+def _takes_keys(
+    name: str,
+    summary: str,
+    about: str,
+    run: Callable[[Any, Arguments], None],
+    flags: type[_Tiny],
+    *examples: str,
+    places: tuple[str, ...] = (),
+) -> Command:
+    """A command of this group whose further flags are configuration keys."""
+    return Command(
+        name=f"bench {name}",
+        summary=summary,
+        about=about,
+        examples=examples,
+        run=run,
+        flags=flags,
+        places=places,
+        keys="run",
+        keys_explained=False,
+    )
+
+
+COMMANDS = (
+    _takes_keys(
+        "train",
+        "Training steps, variants side by side.",
+        _TRAIN,
+        _train,
+        _TrainFlags,
+        "cogtune bench train --preset s400 --features cached",
+        'cogtune bench train --variant baseline --variant "cached features=cached" --rounds 2',
+    ),
+    _takes_keys(
+        "baseline", "The published computation.", _BASELINE, _baseline, _BaselineFlags, "cogtune bench baseline"
+    ),
+    _takes_keys(
+        "sweep",
+        "What a growing setting costs.",
+        _SWEEP,
+        _sweep,
+        _SweepFlags,
+        "cogtune bench sweep text --json text.json",
+        "cogtune bench sweep memory --model BASE --quant.experts nf4",
+        places=("NAME",),
+    ),
+    _takes_keys(
+        "fit",
+        "What each setting needs of a card.",
+        _FIT,
+        _fit,
+        _FitFlags,
+        "cogtune bench fit --model BASE --rows nf4-cached-r8,bf16-cached-r8 --json fit.json",
+    ),
+    _takes_keys(
+        "decode",
+        "Memory and speed of an answer.",
+        _DECODE,
+        _decode,
+        _DecodeFlags,
+        "cogtune bench decode --model BASE --rows 1,8,32",
+    ),
+    _takes_keys(
+        "fill",
+        "Filling the feature cache.",
+        _FILL,
+        _fill,
+        _FillFlags,
+        "cogtune bench fill --pictures 32 --data.cache_batch 2",
+    ),
+    _takes_keys(
+        "loader", "Does preparing rows keep up?", _LOADER, _loader, _LoaderFlags, "cogtune bench loader --rate 20"
+    ),
+    Command(
+        name="bench load",
+        summary="Loading a checkpoint.",
+        about=_LOAD,
+        examples=("cogtune bench load --model BASE --modes bf16,nf4 --json load.json",),
+        run=_load,
+        flags=_LoadFlags,
+    ),
+    Command(
+        name="bench make-checkpoint",
+        summary="Write a random checkpoint.",
+        about=_MAKE,
+        examples=("cogtune bench make-checkpoint BASE",),
+        run=_make_checkpoint,
+        flags=_MakeFlags,
+        places=("DIR",),
+    ),
+)

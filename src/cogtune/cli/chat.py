@@ -5,121 +5,94 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from cogtune.cli import answering
+from cogtune.cli.answering import DECODING_KEYS, MODEL_KEYS, load, note
+from cogtune.cli.command import Command, flag
+from cogtune.cli.options import Arguments
 
 if TYPE_CHECKING:
-    from cogtune.generate.loading import ModelChoice
+    from cogtune.configuration.answer_config import AnswerConfig
+    from cogtune.generate.chat import Chat
 
-_HELP = """Talk to a model, with or without an adapter, about a picture or about none.
-
-  cogtune chat --model BASE --adapter OUT/adapter --image photo.jpg
+_ABOUT = """\
+Talk to a model, with or without an adapter, about a picture or about none.
 
 Inside: /image PATH shows a picture, /clear forgets everything, /quit ends. Ctrl-C stops an answer.
 With piped input every line is a question or a command, and standard output holds the answers alone."""
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("chat", help=_HELP, short_help="Talk to a model.")(_chat)
+@dataclass(frozen=True)
+class _Flags:
+    last: bool = flag(False, "The result of the last training on this machine.")
+    image: Path | None = flag(None, "A picture to start with.", "PATH")
+    query: str | None = flag(None, "Ask this one question and end.", "TEXT")
 
 
-def _chat(
-    model: answering.Model = None,
-    adapter: answering.Adapter = None,
-    last: Annotated[bool, typer.Option("--last", help="The result of the last training on this machine.")] = False,
-    image: Annotated[Path | None, typer.Option("--image", help="A picture to start with.", metavar="PATH")] = None,
-    query: Annotated[str | None, typer.Option("--query", help="Ask this one question and end.")] = None,
-    greedy: Annotated[
-        bool, typer.Option("--greedy", help="Always the likeliest token. Default: the checkpoint's own way (sampling).")
-    ] = False,
-    temperature: answering.Temperature = None,
-    top_p: answering.TopP = None,
-    top_k: answering.TopK = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Make sampling repeatable.")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Most tokens of an answer.")] = 2048,
-    max_input_len: answering.MaxInputLen = None,
-    template: answering.Template = None,
-    dtype: answering.Dtype = "auto",
-    rope_precision: answering.RopePrecision = "checkpoint",
-    device: answering.Device = "auto",
-    tensor: answering.Tensor = 1,
-    experts: answering.Experts = "none",
-    tower: answering.Tower = "none",
-    glu_adapter: answering.GluAdapter = "none",
-    head: answering.Head = "none",
-    embedding: answering.Embedding = "device",
-) -> None:
-    from cogtune.generate.decoding import Decoding
+def _chat(flags: _Flags, line: Arguments) -> None:
+    from cogtune.configuration.load import load_answer_config
 
-    decoding = Decoding(max_new_tokens)
-    # contradictions are errors before minutes of loading
-    answering.changed(decoding, greedy=greedy, temperature=temperature, top_p=top_p, top_k=top_k)
+    config = load_answer_config(line.config, line.overrides)
+    if flags.last:
+        config = _last(config)
+    if line.config is not None and config.generate.adapter is None:
+        note(f"{line.config} names no adapter: the base model answers alone (--adapter DIR)")
 
     import torch
 
-    from cogtune.generate.chat import Chat, run_chat
-    from cogtune.generate.loading import ModelChoice, follow, load_generator, resolve
+    from cogtune.generate.chat import Chat
+    from cogtune.generate.decoding import Decoding
+    from cogtune.generate.loading import follow, resolve
     from cogtune.processing.image import read_image
 
-    quantization = answering.quantisation(experts, tower, glu_adapter, head, embedding)
-    choice = ModelChoice(model, adapter, template, dtype, rope_precision, device, tensor, quantization)
-    resolved = resolve(_last(choice) if last else choice)
+    section, data = config.generate, config.data
+    resolved = resolve(config)
     if follow(resolved):
         return
-    if image is not None:
-        read_image(image.expanduser())  # a wrong path is an error before minutes of loading
-    with contextlib.redirect_stdout(sys.stderr):  # some libraries log to stdout when first imported
-        generator = load_generator(resolved, answering.note)
-    decoding = answering.changed(
-        Decoding.from_checkpoint(generator.published, max_new_tokens),
-        greedy=greedy,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-    )
-    if seed is not None:
-        torch.manual_seed(seed)
-    chat = Chat(generator, decoding, max_input_len=max_input_len)
-    if image is not None:
-        answering.note(chat.show(image))
+    if flags.image is not None:  # a wrong path is an error before minutes of loading
+        read_image(flags.image.expanduser(), max_pixels=data.max_pixels, exif=data.exif)
+    generator = load(resolved)
+    decoding = Decoding.from_section(section, max_new_tokens=2048, published=generator.published)
+    if section.seed is not None:
+        torch.manual_seed(section.seed)
+    chat = Chat(generator, decoding, max_input_len=section.max_input_len, max_pixels=data.max_pixels, exif=data.exif)
+    if flags.image is not None:
+        note(chat.show(flags.image))
+    _talk(chat, flags.query)
+    generator.close()
+
+
+def _talk(chat: Chat, query: str | None) -> None:
+    """Ask ``query``, or what is typed until the end."""
+    from cogtune.generate.chat import run_chat
+
     if query is not None:
-        chat.ask(query, _write, answering.note)
+        chat.ask(query, _write, note)
         _write("\n")
-        generator.close()
         return
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # not on every system
             importlib.import_module("readline")  # line editing for input(), by being imported
-        answering.note("ask a question; /help lists the commands")
-    run_chat(chat, _read_line, _write, answering.note)
-    generator.close()
+        note("ask a question; /help lists the commands")
+    run_chat(chat, _read_line, _write, note)
 
 
-def _last(choice: ModelChoice) -> ModelChoice:
+def _last(config: AnswerConfig) -> AnswerConfig:
     """The last training's model and adapter, where the flags name none."""
+    from cogtune.configuration.load import explicit_values, with_values
     from cogtune.generate.last_run import read_last_run
-    from cogtune.generate.loading import ModelChoice
 
-    if choice.adapter is not None:
-        return choice
+    if config.generate.adapter is not None:
+        return config
     run = read_last_run()
-    answering.note(f"the last training: {run.output}")
-    same_base = choice.model is None
-    return ModelChoice(
-        choice.model or run.model,
-        Path(run.adapter),
-        choice.template or run.template,
-        choice.dtype,
-        run.rope_precision if same_base and choice.rope_precision == "checkpoint" else choice.rope_precision,
-        choice.device,
-        choice.tensor,
-        choice.quantization,
-    )
+    note(f"the last training: {run.output}")
+    values = {"generate.adapter": run.adapter, "model.path": run.model, "model.template": run.template}
+    if config.model.path is None:
+        values["model.rope_precision"] = run.rope_precision
+    given = explicit_values(config)
+    return with_values(config, {key: value for key, value in values.items() if key not in given})
 
 
 def _write(text: str) -> None:
@@ -136,5 +109,35 @@ def _read_line() -> str | None:
     try:
         return input("> ")
     except EOFError:
-        answering.note("")
+        note("")
         return None
+
+
+COMMANDS = (
+    Command(
+        name="chat",
+        summary="Talk to a model.",
+        about=_ABOUT,
+        examples=(
+            "cogtune chat --last --image photo.jpg",
+            "cogtune chat --adapter OUT --image photo.jpg --query 'What is this?'",
+            "cogtune chat --model BASE --adapter OUT --quant.experts nf4 --quant.tower nf4",
+            "cogtune chat --model BASE --device cuda:0,cuda:1 --temperature 0.5",
+        ),
+        run=_chat,
+        flags=_Flags,
+        places=("[CONFIG.yaml]",),
+        keys="answer",
+        counted=(*MODEL_KEYS, *DECODING_KEYS, "data.exif", "data.max_pixels"),
+        strict=True,
+        most_used=(
+            "model.path",
+            "generate.adapter",
+            "generate.device",
+            "quant.experts",
+            "generate.greedy",
+            "generate.temperature",
+            "generate.max_new_tokens",
+        ),
+    ),
+)

@@ -5,35 +5,23 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
+from cogtune.cli.command import Command, flag
+from cogtune.cli.options import Arguments
 from cogtune.distributed import environment
 from cogtune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from cogtune.cli.options import Arguments
     from cogtune.configuration.run_config import RunConfig
 
-_USAGE = "usage: cogtune data cache [CONFIG.yaml] [--section.key value ...] [--stat | --clear] [--json]"
 _ABOUT = """\
 Compute ahead of time what the frozen vision tower makes of every picture, so that training never loads the tower.
 
 Training does the same by itself where it pays (data.cache_features). What was computed stays when this is stopped;
-the same command goes on. Several GPUs share the work with --parallel.launch.
-
-  cogtune data cache --model BASE --data DIR
-  cogtune data cache run.yaml --parallel.launch all
-  cogtune data cache --stat"""
-_FLAGS = {
-    "--stat": "Show what the cache holds, for which models, and its budget.",
-    "--clear": "Remove everything from the cache that no running run needs.",
-    "--json": "Print the result as JSON on standard output.",
-    "--config FILE": "The configuration file, as the first argument.",
-    "--help, -h": "This text.",
-}
+the same command goes on. Several GPUs share the work with --parallel.launch."""
 _KEYS = (
     "model.",
     "data.path",
@@ -46,60 +34,51 @@ _KEYS = (
 )
 
 
-def add_to(group: typer.Typer) -> None:
-    """Add the command. Its flags are configuration keys, so they are split by `cogtune.cli.options`."""
-    group.command(
-        "cache",
-        help="Fill the feature cache ahead of time, show it, or empty it.",
-        add_help_option=False,
-        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-    )(_cache)
+@dataclass(frozen=True)
+class _Flags:
+    stat: bool = flag(False, "Show what the cache holds, for which models, and its budget.")
+    clear: bool = flag(False, "Remove everything from the cache that no running run needs.")
+    json: bool = flag(False, "Print the result as JSON on standard output.")
 
 
-def _cache(ctx: typer.Context) -> int:
-    from cogtune.cli.options import split_arguments
-
-    if {"--help", "-h"} & set(ctx.args):
-        _print_help()
-        return 0
-    arguments = split_arguments(ctx.args, switches=["stat", "clear", "json"])
-    if {"stat", "clear"} <= arguments.switches:
+def _cache(flags: _Flags, line: Arguments) -> int:
+    if flags.stat and flags.clear:
         raise ConfigError("--stat and --clear: one shows the cache, the other empties it", hint="give one of them")
-    if arguments.switches & {"stat", "clear"}:
-        return _look(_config(arguments, "model", "data", "output"), arguments.switches)
-    config = _config(arguments, "output")
+    if flags.stat or flags.clear:
+        return _look(_config(line, "model", "data", "output"), flags)
+    config = _config(line, "output")
     if config.parallel.launch is not None and not environment.is_launched():
         from cogtune.cli.launch import launch
 
-        return launch(ctx.args, config.parallel.launch, command=("data", "cache"))
-    return _fill(config, as_json="json" in arguments.switches)
+        return launch(line.words, config.parallel.launch, command=("data", "cache"))
+    return _fill(config, as_json=flags.json)
 
 
-def _config(arguments: Arguments, *unneeded: str) -> RunConfig:
+def _config(line: Arguments, *unneeded: str) -> RunConfig:
     """The configuration; keys that are required for training and mean nothing here need not be given."""
     from cogtune.configuration.keys import ALIASES
     from cogtune.configuration.load import load_config
 
-    given = dict(arguments.overrides)
+    given = dict(line.overrides)
     for alias in unneeded:
         if not given.keys() & {alias, ALIASES[alias]}:
             given[alias] = ["-"]
-    return load_config(arguments.config, given)
+    return load_config(line.config, given)
 
 
-def _look(config: RunConfig, switches: set[str]) -> int:
+def _look(config: RunConfig, flags: _Flags) -> int:
     from cogtune.features import contents
     from cogtune.features.choose import size_text
     from cogtune.features.store import default_folder
 
     data = config.data
     root = Path(data.cache_dir or default_folder()).expanduser()
-    if "stat" in switches:
+    if flags.stat:
         found = contents.stat(root, data.cache_budget)
-        print(json.dumps(found, indent=1) if "json" in switches else "\n".join(contents.lines(found)))
+        print(json.dumps(found, indent=1) if flags.json else "\n".join(contents.lines(found)))
         return 0
     done = contents.clear(root)
-    if "json" in switches:
+    if flags.json:
         counts = {"removed": done.removed, "removed_bytes": done.size, "kept": done.kept, "others": done.others}
         print(json.dumps({"folder": str(root), **counts}))
     else:
@@ -119,9 +98,20 @@ def _fill(config: RunConfig, *, as_json: bool) -> int:
     return 0
 
 
-def _print_help() -> None:
-    from cogtune.cli.options import flags_help, keys_help
-
-    print("\n".join([_USAGE, "", _ABOUT, "", "Flags of this invocation:", *flags_help(_FLAGS)]))
-    print("\nConfiguration keys that count here (any other may stand in the file):", end="")
-    print("\n".join(["", *keys_help(only=_KEYS)]))
+COMMANDS = (
+    Command(
+        name="data cache",
+        summary="Fill the feature cache ahead of time, show it, or empty it.",
+        about=_ABOUT,
+        examples=(
+            "cogtune data cache --model BASE --data DIR",
+            "cogtune data cache run.yaml --parallel.launch all",
+            "cogtune data cache --stat",
+        ),
+        run=_cache,
+        flags=_Flags,
+        places=("[CONFIG.yaml]",),
+        keys="run",
+        counted=_KEYS,
+    ),
+)

@@ -5,22 +5,22 @@ from __future__ import annotations
 import json
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
+from cogtune.cli.command import Command, flag
+from cogtune.cli.options import Arguments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from rich.console import Console
 
-    from cogtune.cli.options import Arguments
     from cogtune.configuration.run_config import RunConfig
     from cogtune.data.check import CheckReport, Finding
     from cogtune.data.statistics import Histogram
 
-_USAGE = "usage: cogtune data check [CONFIG.yaml | DATA] [--section.key value ...] [--json]"
 _ABOUT = """\
 Look through a data set as training would read it, without GPU, model or torch: missing partners, pictures that cannot
 be read, roles, empty answers, pictures and questions that come twice or leak into validation, lengths against the
@@ -28,39 +28,19 @@ budgets, languages, the balance of short answers.
 
 Lengths are exact with the model's tokenizer file (--model: its folder is enough, no weights), else estimates.
 
-  cogtune data check my-data --model cogvlm2
-  cogtune data check run.yaml
-  cogtune data check llava.json --data.image_root coco/train2017 --json
-
 Exit code 2: training would stop."""
-_FLAGS = {
-    "--json": "Print everything as JSON on standard output, every finding included.",
-    "--config FILE": "The configuration file, as the first argument.",
-    "--help, -h": "This text.",
-}
 KEYS = ("model.path", "model.template", "data.path", "data.", "train.seed")
 _SHOWN = 5
 _BAR = 30
 
 
-def add_to(group: typer.Typer) -> None:
-    """Add the command. Its flags are configuration keys, so they are split by `cogtune.cli.options`."""
-    group.command(
-        "check",
-        help="Look through a data set before anything is trained on it.",
-        add_help_option=False,
-        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-    )(_check)
+@dataclass(frozen=True)
+class _Flags:
+    json: bool = flag(False, "Print everything as JSON on standard output, every finding included.")
 
 
-def _check(ctx: typer.Context) -> int:
-    from cogtune.cli.options import split_arguments
-
-    if {"--help", "-h"} & set(ctx.args):
-        print_help(_USAGE, _ABOUT, _FLAGS)
-        return 0
-    arguments = split_arguments(ctx.args, switches=["json"])
-    config, model = data_config(arguments)
+def _check(flags: _Flags, line: Arguments) -> int:
+    config, model = data_config(line)
 
     from cogtune.data.check import check
     from cogtune.processing.token_file import find_token_file
@@ -70,27 +50,18 @@ def _check(ctx: typer.Context) -> int:
         report = check(config.data, config.train.seed, tokens, progress)
     if model is not None and not tokens.exact:
         report.notes.append(f"no tokenizer.json at {model}: lengths are estimates")
-    if "json" in arguments.switches:
+    if flags.json:
         print(json.dumps(report.to_dict(), ensure_ascii=False, indent=1))
     else:
         _print(report)
     return 0 if report.ok else 2
 
 
-def print_help(usage: str, about: str, flags: dict[str, str]) -> None:
-    """The help of a command about data."""
-    from cogtune.cli.options import flags_help, keys_help
-
-    print("\n".join([usage, "", about, "", "Flags of this invocation:", *flags_help(flags)]))
-    print("\nConfiguration keys that count here (any other may stand in the file):", end="")
-    print("\n".join(["", *keys_help(only=KEYS)]))
-
-
-def data_config(arguments: Arguments) -> tuple[RunConfig, str | None]:
+def data_config(line: Arguments) -> tuple[RunConfig, str | None]:
     """The configuration of a command about data, and the model if one is named. The positional argument may be data."""
     from cogtune.configuration.load import load_config_with
 
-    path, overrides = arguments.config, dict(arguments.overrides)
+    path, overrides = line.config, dict(line.overrides)
     if path is not None and Path(path).suffix.lower() not in (".yaml", ".yml"):
         given = overrides.pop("data", []) + overrides.pop("data.path", [])
         overrides["data"] = [path, *given]
@@ -198,3 +169,22 @@ def _findings(console: Console, title: str, colour: str, findings: Sequence[Find
             console.print(f"  {place}{finding.what}", markup=False)
         if count > _SHOWN:
             console.print(f"  ... and {count - _SHOWN} more (--json lists all)", markup=False)
+
+
+COMMANDS = (
+    Command(
+        name="data check",
+        summary="Look through a data set before anything is trained on it.",
+        about=_ABOUT,
+        examples=(
+            "cogtune data check my-data --model cogvlm2",
+            "cogtune data check run.yaml",
+            "cogtune data check llava.json --data.image_root coco/train2017 --json",
+        ),
+        run=_check,
+        flags=_Flags,
+        places=("[CONFIG.yaml|DATA]",),
+        keys="run",
+        counted=KEYS,
+    ),
+)

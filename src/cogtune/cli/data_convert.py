@@ -2,56 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
-import typer
-
+from cogtune.cli.command import Command, flag
+from cogtune.cli.data_check import KEYS
+from cogtune.cli.options import Arguments
 from cogtune.errors import ConfigError
 
-_USAGE = "usage: cogtune data convert SOURCE TARGET [--data.key value ...] [--link]"
 _ABOUT = """\
 Write a data set in any format that training reads as ours. TARGET is a new folder with images/ and labels/, or a new
 file that ends in .jsonl. Pictures are copied beside the records where they have to be.
 
-Training reads the other formats as they are; convert to change records by hand, or to have pictures out of a file.
-
-  cogtune data convert llava.json my-data --data.image_root coco/train2017
-  cogtune data convert dataset-folder train.jsonl --data.split train"""
-_FLAGS = {
-    "--link": "Link to the pictures instead of copying them.",
-    "--help, -h": "This text.",
-}
+Training reads the other formats as they are; convert to change records by hand, or to have pictures out of a file."""
 
 
-def add_to(group: typer.Typer) -> None:
-    """Add the command. Its flags are configuration keys, so they are split by `cogtune.cli.options`."""
-    group.command(
-        "convert",
-        help="Write a data set of another format as ours.",
-        add_help_option=False,
-        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-    )(_convert)
+@dataclass(frozen=True)
+class _Flags:
+    link: bool = flag(False, "Link to the pictures instead of copying them.")
 
 
-def _convert(ctx: typer.Context) -> None:
-    from cogtune.cli.data_check import data_config, print_help, progress_bar
-    from cogtune.cli.options import split_arguments
+def _convert(flags: _Flags, line: Arguments) -> None:
+    from cogtune.cli.data_check import data_config, progress_bar
 
-    if {"--help", "-h"} & set(ctx.args):
-        print_help(_USAGE, _ABOUT, _FLAGS)
-        return
-    words, places = _without_places(ctx.args)
-    if len(places) != 2:
-        raise ConfigError(
-            f"{len(places)} places given, a source and a target are needed",
-            hint="cogtune data convert SOURCE TARGET",
-            code="config-missing",
-        )
-    source, target = places
-    arguments = split_arguments([source, *words], switches=["link"])
+    source, target = line.places
     if Path(source).suffix.lower() in (".yaml", ".yml"):
         raise ConfigError(f"{source}: a configuration is not converted", hint="name a folder or a file of data")
-    config, _ = data_config(arguments)
+    config, _ = data_config(line)
 
     from cogtune.data.convert import write
     from cogtune.data.sources import collect_sources
@@ -62,28 +39,30 @@ def _convert(ctx: typer.Context) -> None:
         written = write(
             pictures,
             Path(target),
-            link="link" in arguments.switches,
+            link=flags.link,
             done=lambda n, total: tell("writing", n, total),
         )
     print("\n".join(report.lines()))
-    how = "linked" if "link" in arguments.switches else "copied"
+    how = "linked" if flags.link else "copied"
     print(
         f"{written.place}: {written.conversations} conversations on {written.pictures} pictures"
         f" ({written.copied} {how})"
     )
 
 
-def _without_places(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """``(flags with their values, the other words)``: every flag here but ``--link`` takes a value."""
-    words: list[str] = []
-    places: list[str] = []
-    rest = list(arguments)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            places.append(word)
-            continue
-        words.append(word)
-        if "=" not in word and word != "--link" and rest:
-            words.append(rest.pop(0))
-    return words, places
+COMMANDS = (
+    Command(
+        name="data convert",
+        summary="Write a data set of another format as ours.",
+        about=_ABOUT,
+        examples=(
+            "cogtune data convert llava.json my-data --data.image_root coco/train2017",
+            "cogtune data convert dataset-folder train.jsonl --data.split train",
+        ),
+        run=_convert,
+        flags=_Flags,
+        places=("SOURCE", "TARGET"),
+        keys="run",
+        counted=KEYS,
+    ),
+)

@@ -2,60 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
-from cogtune.errors import CheckpointError, ConfigError, OutputFolderError
+from cogtune.cli.command import Command, flag
+from cogtune.cli.data_check import KEYS
+from cogtune.cli.options import Arguments
+from cogtune.errors import CheckpointError, OutputFolderError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from rich.console import Console
 
     from cogtune.data.preview import RowPreview, Segment
 
-_USAGE = "usage: cogtune data preview [CONFIG.yaml | DATA] --model BASE [--section.key value ...]"
 _ABOUT = """\
 Show rows as training builds them: the picture, and the tree of its questions and answers with every token coloured by
-whether it is trained. Only the model's tokenizer file is needed.
-
-  cogtune data preview my-data --model cogvlm2
-  cogtune data preview my-data --model cogvlm2 --record 00000017.jpg --html preview.html"""
-_FLAGS = {
-    "--count N": "How many pictures, from the first. Default: 3.",
-    "--record ID": "Show this one: a record's id, or the name of its picture's file.",
-    "--html FILE": "Write one page that needs nothing else, instead of printing.",
-    "--width N": "Columns of the picture in the terminal. 0: none. Default: 40.",
-    "--config FILE": "The configuration file, as the first argument.",
-    "--help, -h": "This text.",
-}
-_VALUES = ("count", "record", "html", "width")
+whether it is trained. Only the model's tokenizer file is needed."""
 _BRANCHES = ("blue", "yellow", "magenta", "cyan", "red", "bright_black")
 
 
-def add_to(group: typer.Typer) -> None:
-    """Add the command. Its flags are configuration keys, so they are split by `cogtune.cli.options`."""
-    group.command(
-        "preview",
-        help="Show what the model will see, token by token.",
-        add_help_option=False,
-        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-    )(_preview)
+@dataclass(frozen=True)
+class _Flags:
+    count: int = flag(3, "How many pictures, from the first. Default: 3.", "N", least=0)
+    record: str | None = flag(None, "Show this one: a record's id, or the name of its picture's file.", "ID")
+    html: Path | None = flag(None, "Write one page that needs nothing else, instead of printing.", "FILE")
+    width: int = flag(40, "Columns of the picture in the terminal. 0: none. Default: 40.", "N", least=0)
 
 
-def _preview(ctx: typer.Context) -> None:
-    from cogtune.cli.data_check import data_config, print_help
-    from cogtune.cli.options import split_arguments
+def _preview(flags: _Flags, line: Arguments) -> None:
+    from cogtune.cli.data_check import data_config
 
-    if {"--help", "-h"} & set(ctx.args):
-        print_help(_USAGE, _ABOUT, _FLAGS)
-        return
-    arguments = split_arguments(ctx.args, values=_VALUES)
-    config, model = data_config(arguments)
-    count, width = _number(arguments.values, "count", 3), _number(arguments.values, "width", 40)
-    target = Path(arguments.values["html"]) if "html" in arguments.values else None
+    config, model = data_config(line)
+    target = flags.html
     if target is not None and target.exists() and target.suffix.lower() not in (".html", ".htm"):
         raise OutputFolderError(f"{target}: exists and is no page", hint="name an .html file", code="convert-target")
 
@@ -71,9 +50,9 @@ def _preview(ctx: typer.Context) -> None:
             code="checkpoint-tokenizer",
         )
     examples, _ = read_sources(config.data, max_images=tokens.encoder().max_images)
-    rows = preview_rows(examples, config.data, tokens, count, arguments.values.get("record"))
+    rows = preview_rows(examples, config.data, tokens, flags.count, flags.record)
     if target is None:
-        _print(rows, width, config.data.exif)
+        _print(rows, flags.width, config.data.exif)
         return
     from cogtune.data.preview_html import page
     from cogtune.system import files
@@ -81,13 +60,6 @@ def _preview(ctx: typer.Context) -> None:
     title = f"{', '.join(str(folder.path) for folder in config.data.path)}: what the model sees"
     files.write_text(target, page(rows, title=title, exif=config.data.exif))
     print(f"wrote {target}")
-
-
-def _number(values: Mapping[str, str], flag: str, default: int) -> int:
-    text = values.get(flag, str(default))
-    if not text.isdigit():
-        raise ConfigError(f"--{flag}: found `{text}`, expected a whole number", code="config-value")
-    return int(text)
 
 
 def _print(rows: object, width: int, exif: str) -> None:
@@ -148,3 +120,21 @@ def _print_segment(console: Console, segment: Segment) -> None:
         shown = token.text.replace("\n", "↵\n")
         line.append(shown, style=f"{style} {'underline' if place % 2 else ''}".strip())
     console.print(Padding(line, (0, 0, 0, 2 * segment.depth)))
+
+
+COMMANDS = (
+    Command(
+        name="data preview",
+        summary="Show what the model will see, token by token.",
+        about=_ABOUT,
+        examples=(
+            "cogtune data preview my-data --model cogvlm2",
+            "cogtune data preview my-data --model cogvlm2 --record 00000017.jpg --html preview.html",
+        ),
+        run=_preview,
+        flags=_Flags,
+        places=("[CONFIG.yaml|DATA]",),
+        keys="run",
+        counted=KEYS,
+    ),
+)

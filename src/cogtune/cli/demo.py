@@ -4,35 +4,44 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import typer
+from cogtune.cli.command import Command, flag
+from cogtune.cli.options import Arguments
 
 _OUTPUT = Path("cogtune-demo")
-_HELP = """Fine-tune a tiny CogVLM2 on real pictures and talk to it: the whole main job, with no GPU and no network.
-
-  cogtune demo
+_ABOUT = """\
+Fine-tune a tiny CogVLM2 on real pictures and talk to it: the whole main job, with no GPU and no network.
 
 Writes easy-VQA as a data folder, measures the shipped tiny base, fine-tunes it with LoRA, measures again (also with the
 picture blanked), merges, asks three questions, and writes a page with all of it. A few minutes on two cores. Needs the
 package easy-vqa (pip install easy-vqa). Run again, it continues where it was interrupted."""
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("demo", help=_HELP, short_help="The whole main job on a tiny model, on any laptop.")(_demo)
+@dataclass(frozen=True)
+class _Flags:
+    output: Path = flag(_OUTPUT, f"Folder for everything the demo writes. Default: {_OUTPUT}.", "DIR")
 
 
-def _demo(
-    output: Annotated[
-        Path, typer.Option("--output", help="Folder for everything the demo writes.", metavar="DIR")
-    ] = _OUTPUT,
-) -> None:
+def _demo(flags: _Flags, line: Arguments) -> None:
     started = time.perf_counter()
     # Threads that wait by spinning stand still together as soon as another program wants a core: measured five times
     # slower beside a busy one. OpenMP reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from cogtune.demo.run import run
 
-    run(output, command="cogtune demo" if output == _OUTPUT else f"cogtune demo --output {output}", started=started)
+    command = "cogtune demo" if flags.output == _OUTPUT else f"cogtune demo --output {flags.output}"
+    run(flags.output, command=command, started=started)
+
+
+COMMANDS = (
+    Command(
+        name="demo",
+        summary="The whole main job on a tiny model, on any laptop.",
+        about=_ABOUT,
+        examples=("cogtune demo", "cogtune demo --output DIR"),
+        run=_demo,
+        flags=_Flags,
+    ),
+)

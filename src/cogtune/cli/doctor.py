@@ -2,38 +2,49 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import typer
+from cogtune.cli.command import Command, flag
+from cogtune.cli.options import Arguments
 
-_HELP = """Look at this machine: versions, cards, memory, disk, hubs; what is wrong, and the command that repairs it.
-
-  cogtune doctor
+_ABOUT = """\
+Look at this machine: versions, cards, memory, disk, hubs; what is wrong, and the command that repairs it.
 
 Asks the model hubs for one page each to see whether they answer; --offline leaves that out. Exit code 2 when something
 has to be repaired before training can work, 0 otherwise."""
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("doctor", help=_HELP, short_help="What this machine has, what is missing, and the fix.")(_doctor)
+@dataclass(frozen=True)
+class _Flags:
+    offline: bool = flag(False, "Do not try the hubs.")
+    json: bool = flag(False, "Print everything as JSON.")
 
 
-def _doctor(
-    offline: Annotated[bool, typer.Option("--offline", help="Do not try the hubs.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
-) -> int:
+def _doctor(flags: _Flags, line: Arguments) -> int:
     from cogtune.doctor import report
     from cogtune.doctor.checks import check
     from cogtune.doctor.facts import read_facts
 
-    facts = read_facts(network=not offline, folder=Path.cwd())
+    facts = read_facts(network=not flags.offline, folder=Path.cwd())
     findings = check(facts)
-    if json:
+    if flags.json:
         import json as writer
 
         print(writer.dumps(report.to_dict(facts, findings), indent=1, ensure_ascii=False))
     else:
         print("\n".join(report.lines(facts, findings)))
     return 2 if any(finding.level == "error" for finding in findings) else 0
+
+
+COMMANDS = (
+    Command(
+        name="doctor",
+        summary="What this machine has, what is missing, and the fix.",
+        about=_ABOUT,
+        examples=("cogtune doctor", "cogtune doctor --offline --json"),
+        run=_doctor,
+        flags=_Flags,
+        needs_model=False,
+    ),
+)

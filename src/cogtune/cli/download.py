@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import typer
+from cogtune.cli.command import Command, flag
+from cogtune.cli.options import Arguments
 
-_HELP = """Fetch the published model or its training set; run again, it goes on where it stopped.
-
-  cogtune download model --output cogvlm2
-  cogtune download model --source modelscope --variant chinese-chat --output cogvlm2-zh
-  cogtune download data --output CogVLM-SFT-311K
+_ABOUT = """\
+Fetch the published model or its training set; run again, it goes on where it stopped.
 
 Free space is checked first, every file's size (and digest, where the hub gives it) afterwards. HF_ENDPOINT names a
 mirror, HF_TOKEN opens gated repositories, HF_HUB_OFFLINE forbids fetching. A folder copied by hand works as well: files
@@ -21,20 +19,14 @@ there; nothing is written into it. A line that falls silent is taken up again. T
 licences, the data under CC BY-NC 4.0."""
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("download", help=_HELP, short_help="Fetch the published model or data set.")(_download)
+@dataclass(frozen=True)
+class _Flags:
+    output: Path | None = flag(None, "Folder for the files. Default: the repository's name.", "DIR")
+    source: str = flag("hf", "The hub. Default: hf.", "hf|modelscope", choices=("hf", "modelscope"))
+    variant: str = flag("chat", "Which model: chat, chinese-chat, int4, chinese-int4. Default: chat.", "NAME")
 
 
-def _download(
-    what: Annotated[str, typer.Argument(help="model or data", metavar="model|data")],
-    output: Annotated[Path | None, typer.Option("--output", help="Folder for the files.", metavar="DIR")] = None,
-    source: Annotated[str, typer.Option("--source", help="The hub: hf or modelscope.", metavar="hf|modelscope")] = "hf",
-    variant: Annotated[
-        str,
-        typer.Option("--variant", help="Which model: chat, chinese-chat, int4, chinese-int4.", metavar="NAME"),
-    ] = "chat",
-) -> None:
+def _download(flags: _Flags, line: Arguments) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -42,15 +34,15 @@ def _download(
     from cogtune.download.sources import DATA, VARIANTS
     from cogtune.errors import ConfigError
 
+    (what,) = line.places
     for name, value, known in (
         ("what to download", what, ("model", "data")),
-        ("--source", source, ("hf", "modelscope")),
-        ("--variant", variant, tuple(VARIANTS)),
+        ("--variant", flags.variant, tuple(VARIANTS)),
     ):
         if value not in known:
             raise ConfigError(f"{name}: {value!r}; there is {', '.join(known)}", code="config-value")
-    repository = VARIANTS[variant] if what == "model" else DATA
-    folder = output or Path(repository.hf[0].split("/")[1])
+    repository = VARIANTS[flags.variant] if what == "model" else DATA
+    folder = flags.output or Path(repository.hf[0].split("/")[1])
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not sys.stderr.isatty()) as bar:
@@ -58,7 +50,7 @@ def _download(
         result = download(
             repository,
             folder,
-            "hf" if source == "hf" else "modelscope",
+            "hf" if flags.source == "hf" else "modelscope",
             say=lambda line: print(line, file=sys.stderr),
             progress=lambda path, done, total: bar.update(task, description=path, completed=done, total=total),
         )
@@ -67,3 +59,21 @@ def _download(
     print(f"{result.folder}: {counts}, {result.size / 1e9:.2f} GB")
     if what == "data":
         print(f"unpack it: unzip {folder}/CogVLM-SFT-311K.zip -d {folder}", file=sys.stderr)
+
+
+COMMANDS = (
+    Command(
+        name="download",
+        summary="Fetch the published model or data set.",
+        about=_ABOUT,
+        examples=(
+            "cogtune download model --output cogvlm2",
+            "cogtune download model --source modelscope --variant chinese-chat --output cogvlm2-zh",
+            "cogtune download data --output CogVLM-SFT-311K",
+        ),
+        run=_download,
+        flags=_Flags,
+        places=("model|data",),
+        needs_model=False,
+    ),
+)

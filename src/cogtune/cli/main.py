@@ -5,6 +5,7 @@ Nothing here imports torch, transformers or pydantic: help has to answer at once
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import sys
@@ -12,64 +13,69 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 import cogtune
+from cogtune.cli.command import Command
 from cogtune.distributed import environment
-from cogtune.errors import CogtuneError, language, render
+from cogtune.errors import CogtuneError, InputError, language, render
 from cogtune.system import files
 from cogtune.system.allocator import prepare_allocator
 
-COMMANDS = ("doctor", "download", "init", "plan", "train", "chat", "predict", "merge", "data", "demo", "bench")
-"""Modules of this package, in the order of the help; each has ``register(app)``."""
+COMMANDS = {
+    "doctor": "doctor",
+    "download": "download",
+    "init": "init",
+    "plan": "plan",
+    "train": "train",
+    "chat": "chat",
+    "predict": "predict",
+    "merge": "merge",
+    "data check": "data_check",
+    "data preview": "data_preview",
+    "data convert": "data_convert",
+    "data cache": "data_cache",
+    "demo": "demo",
+    "bench train": "bench",
+    "bench baseline": "bench",
+    "bench sweep": "bench",
+    "bench fit": "bench",
+    "bench decode": "bench",
+    "bench fill": "bench",
+    "bench loader": "bench",
+    "bench load": "bench",
+    "bench make-checkpoint": "bench",
+}
+"""Every command in the order of the help, and the module of this package that has it among its ``COMMANDS``."""
 
-WITHOUT_MODEL = ("doctor", "download", "plan")
-"""Commands that work, and are wanted, where a library is broken."""
+GROUPS = {"data": "Look at data sets and prepare them.", "bench": "Measure this machine."}
+"""The first words of commands that have two."""
+
+_MEANT = {
+    "finetune": "train", "fine-tune": "train", "sft": "train", "fit": "train", "run": "train", "infer": "predict",
+    "inference": "predict", "generate": "predict", "answer": "predict", "ask": "chat", "talk": "chat", "cli": "chat",
+    "check": "data check", "validate": "data check", "preview": "data preview", "convert": "data convert",
+    "cache": "data cache", "benchmark": "bench", "estimate": "plan", "memory": "plan", "config": "init", "new": "init",
+}  # fmt: skip
+"""What other tools call what is here."""
+
+_PLANNED = {
+    "serve": "`cogtune chat` and `cogtune predict` answer questions, and so does `cogtune.load_generator` in Python",
+    "web": "`cogtune chat` answers in the terminal",
+    "eval": "`cogtune predict` writes each answer beside its reference",
+    "export": "`cogtune merge` writes a full model in the published layout",
+    "report": "metrics.jsonl in the output folder, and `tensorboard --logdir OUT`, show how a training went",
+    "runs": "each output folder holds its run: config.yaml, metrics.jsonl, run.log",
+    "compare": "`tensorboard --logdir` shows several output folders side by side",
+}
+"""Commands that are not there yet, and what does some of it today."""
 
 _BUG_REPORT = "this is a bug in cogtune; please report it with the lines above"
-# typer brings its own click since 0.27, so its classes are reached through the public one
-_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
-        print(f"cogtune {cogtune.__version__}")
-        raise typer.Exit
-
-
-def _start(
-    ctx: typer.Context,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    """Fine-tune CogVLM2 with LoRA and run the result: one GPU, many, or a laptop's CPU."""
-    if ctx.invoked_subcommand is None:
-        print(ctx.get_help())
-    elif ctx.invoked_subcommand not in WITHOUT_MODEL:
-        from cogtune.system.libraries import refuse_broken
-
-        refuse_broken()
-
-
-def make_app(commands: Sequence[str] = COMMANDS) -> typer.Typer:
-    """The application with every command registered."""
-    app = typer.Typer(
-        name="cogtune",
-        add_completion=False,
-        rich_markup_mode=None,
-        pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["--help", "-h"]},
-    )
-    app.callback(
-        invoke_without_command=True,
-        epilog="`cogtune COMMAND --help` explains one. Exit codes: 0 done, 1 the run failed, 2 the input is wrong.",
-    )(_start)
-    for name in commands:
-        importlib.import_module(f"cogtune.cli.{name}").register(app)
-    return app
+def find_command(name: str) -> Command:
+    """The command called ``name``, from its module."""
+    found: tuple[Command, ...] = importlib.import_module(f"cogtune.cli.{COMMANDS[name]}").COMMANDS
+    return next(command for command in found if command.name == name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,7 +84,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and environment.is_local_rank_flag(given[0]):
         given.pop(0)  # `deepspeed --module cogtune ...` says it here as well as in the environment, which we read
-    return guarded(lambda: make_app()(given, prog_name="cogtune", standalone_mode=False))
+    return guarded(lambda: dispatch(given))
+
+
+def dispatch(words: list[str]) -> int:
+    """Run the command that ``words`` begin with, or print the help they ask for.
+
+    Raises:
+        InputError: there is no such command; and whatever the command raises.
+    """
+    from cogtune.cli import help
+
+    asked = [word for word in words if word in ("--help", "-h")]
+    first = words[0] if words else "--help"
+    if first == "help":
+        return dispatch([*words[1:], "--help"])
+    if first == "--version":
+        print(f"cogtune {cogtune.__version__}")
+        return 0
+    if first in ("--help", "-h"):
+        print("\n".join(help.overview(map(find_command, COMMANDS), GROUPS.items())))
+        return 0
+    if first in GROUPS and (len(words) == 1 or words[1].startswith("-")):
+        inside = [find_command(name) for name in COMMANDS if name.startswith(f"{first} ")]
+        print("\n".join(help.group_help(first, GROUPS[first], inside)))
+        return 0
+    length = 2 if first in GROUPS else 1
+    name = " ".join(words[:length])
+    if name not in COMMANDS:
+        raise _unknown(name)
+    command = find_command(name)
+    if asked:
+        print("\n".join(help.command_help(command)))
+        return 0
+    if command.needs_model:
+        from cogtune.system.libraries import refuse_broken
+
+        refuse_broken()
+    return command(words[length:])
+
+
+def _unknown(name: str) -> InputError:
+    """The error for a command that does not exist."""
+    if name.startswith("-"):
+        return InputError(f"No such flag `{name}` before a command", hint="`cogtune --help` lists both", code="usage")
+    if name in _PLANNED:
+        return InputError(f"`cogtune {name}` is not there yet", hint=_PLANNED[name], code="usage")
+    near = difflib.get_close_matches(name, [*COMMANDS, *GROUPS], n=1, cutoff=0.7)
+    meant = _MEANT.get(name, near[0] if near else None)
+    hint = "`cogtune --help` lists the commands"
+    return InputError(
+        f"No such command `{name}`", hint=f"did you mean `cogtune {meant}`? {hint}" if meant else hint, code="usage"
+    )
 
 
 def guarded(call: Callable[[], object]) -> int:
@@ -110,9 +167,7 @@ def _run(call: Callable[[], object]) -> int:
             return _complain(error.render(), error.exit_code) if is_main else error.exit_code
         told = _report_to_launcher(error.render(), error.code == "peer-lost")
         return error.exit_code if told else _complain(error.render(), error.exit_code)
-    except _UsageError as error:
-        return _complain(_usage_text(error), 2)
-    except (KeyboardInterrupt, typer.Abort):
+    except KeyboardInterrupt:
         return _complain("stopped by Ctrl-C", 130)
     except BrokenPipeError:
         # whoever read our output has gone (`| head`): nothing to tell, and the interpreter must not try to flush
@@ -139,13 +194,6 @@ def _report_to_launcher(text: str, consequence: bool = False) -> bool:
     except OSError:
         return False
     return "COGTUNE_LAUNCHED" in os.environ
-
-
-def _usage_text(error: Exception) -> str:
-    message = getattr(error, "format_message", lambda: str(error))()
-    context = getattr(error, "ctx", None)
-    hint = f"`{context.command_path} --help` lists the options" if context is not None else None
-    return render("usage", message, hint)
 
 
 def _complain(text: str, code: int) -> int:

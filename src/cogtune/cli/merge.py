@@ -4,42 +4,56 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import typer
+from cogtune.cli.answering import note
+from cogtune.cli.command import Command, flag
+from cogtune.cli.options import Arguments
 
-from cogtune.cli import answering
-
-_HELP = """Merge an adapter into its base: a full model in the published layout.
-
-  cogtune merge --model BASE --adapter OUT/adapter --output MERGED
+_ABOUT = """\
+Merge an adapter into its base: a full model in the published layout.
 
 Works a block of rows at a time, in float32, without a GPU: memory stays far below one shard. The result needs as much
 disk space as the base. Licences, tokenizer and configuration are copied byte for byte."""
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("merge", help=_HELP, short_help="Merge an adapter into a full model.")(_merge)
+@dataclass(frozen=True)
+class _Flags:
+    adapter: Path = flag(help="Adapter folder, or the output folder of a training.", metavar="DIR")
+    output: Path = flag(help="The new folder; it must not exist.", metavar="DIR")
+    model: str | None = flag(
+        None, "Base model: folder or hub id. Default: the one the adapter names.", "BASE", also=("model.path",)
+    )
 
 
-def _merge(
-    adapter: Annotated[
-        Path, typer.Option("--adapter", help="Adapter folder, or the output folder of a training.", metavar="DIR")
-    ],
-    output: Annotated[Path, typer.Option("--output", help="The new folder; it must not exist.", metavar="DIR")],
-    model: answering.Model = None,
-) -> None:
+def _merge(flags: _Flags, line: Arguments) -> None:
     with contextlib.redirect_stdout(sys.stderr):  # some libraries log to stdout when first imported
         from cogtune.adapters.merge import merge
         from cogtune.checkpoint.model_files import whole_folder
-        from cogtune.generate.loading import ModelChoice, resolve
+        from cogtune.configuration.load import load_answer_config
+        from cogtune.generate.loading import resolve
 
-    resolved = resolve(ModelChoice(model, adapter, device="cpu"))
+    asked = {"adapter": flags.adapter, "device": "cpu"} | ({"model": flags.model} if flags.model else {})
+    resolved = resolve(load_answer_config(None, asked))
     assert resolved.adapter is not None
-    report = merge(whole_folder(resolved.model), resolved.adapter, output, answering.note)
-    for line in report.notes:
-        answering.note(f"note: {line}")
-    size = report.bytes / 1e9
-    print(f"{output}: {report.changed} tensors merged, {report.copied} copied, {size:.2f} GB")
+    report = merge(whole_folder(resolved.model), resolved.adapter, flags.output, note)
+    for text in report.notes:
+        note(f"note: {text}")
+    print(f"{flags.output}: {report.changed} tensors merged, {report.copied} copied, {report.bytes / 1e9:.2f} GB")
+    note(f"next: cogtune chat --model {flags.output}")
+
+
+COMMANDS = (
+    Command(
+        name="merge",
+        summary="Merge an adapter into a full model.",
+        about=_ABOUT,
+        examples=(
+            "cogtune merge --adapter OUT --output MERGED",
+            "cogtune merge --model BASE --adapter OUT/adapter --output MERGED",
+        ),
+        run=_merge,
+        flags=_Flags,
+    ),
+)

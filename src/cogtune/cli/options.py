@@ -1,76 +1,145 @@
-"""Command lines whose flags are configuration keys: ``[CONFIG.yaml] [--section.key value ...]``.
+"""A command line, word by word: places, a command's own flags, and configuration keys ``--section.key value``.
 
-They are split here, by hand, because the keys come from `RunConfig` and not from a function's parameters.
+It is split here, by hand, because the keys come from the fields of `RunConfig` and `AnswerConfig`.
 """
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 from cogtune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cogtune.configuration.keys import Key
+    from cogtune.configuration.values import Section
+
+KeysOf = Literal["run", "answer", "none"]
+"""Whose configuration keys a command takes as flags: those of `RunConfig`, of `AnswerConfig`, or none."""
 
 _BOOLEANS = frozenset({"true", "false", "yes", "no", "on", "off"})
 
 
 @dataclass
 class Arguments:
-    """What stood on the command line."""
+    """What stood on the command line.
 
-    config: str | None = None
+    Attributes:
+        words: all of it.
+        places: the words that are no flag and no flag's value, in order.
+        overrides: configuration key or short flag -> its texts.
+        switches: the command's own flags without a value.
+        values: its own flags with one -> their texts.
+    """
+
+    words: tuple[str, ...] = ()
+    places: list[str] = field(default_factory=list)
     overrides: dict[str, list[str]] = field(default_factory=dict)
     switches: set[str] = field(default_factory=set)
-    values: dict[str, str] = field(default_factory=dict)
+    values: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def config(self) -> str | None:
+        """The configuration file, where a command takes one."""
+        return self.places[0] if self.places else None
 
 
-def split_arguments(arguments: Sequence[str], switches: Sequence[str] = (), values: Sequence[str] = ()) -> Arguments:
-    """Sort arguments into the configuration file, keys with their texts, and this command's own ``switches`` and flags
-    that take a value (``values``; the last one counts).
+def root_of(keys: KeysOf) -> type[Section] | None:
+    """The configuration whose keys are meant."""
+    if keys == "none":
+        return None
+    from cogtune.configuration.answer_config import AnswerConfig
+    from cogtune.configuration.run_config import RunConfig
 
-    A key of type true/false needs no value. Raises ConfigError for unknown flags, a flag without its value, and a
-    second positional argument.
+    return RunConfig if keys == "run" else AnswerConfig
+
+
+def split_arguments(
+    arguments: Sequence[str],
+    switches: Sequence[str] = (),
+    values: Sequence[str] = (),
+    *,
+    places: int = 1,
+    keys: KeysOf = "run",
+) -> Arguments:
+    """Sort the words of a command line. A key of type true/false needs no value.
+
+    Args:
+        switches: the command's own flags without a value.
+        values: its own flags with one.
+        places: the most words that are neither flags nor values; ``--config FILE`` is the first of them too.
+
+    Raises:
+        ConfigError: an unknown flag, a flag without its value, or a word too many.
     """
-    from cogtune.configuration.keys import ALIASES, known_keys
-    from cogtune.configuration.load import unknown_key
-
-    found = Arguments()
+    splitter = _Splitter(keys, [*switches, *values, *(["config"] if places and keys != "none" else [])])
+    found = Arguments(tuple(arguments))
     rest = list(arguments)
     while rest:
         word = rest.pop(0)
         if not word.startswith("-") or word == "-":
-            _take_config(found, word)
+            _take_place(found, word, places)
             continue
         flag, equals, value = word.partition("=")
         name = flag.removeprefix("--")
-        if name in switches and not equals:
+        if name in switches and equals:
+            raise ConfigError(f"{flag} takes no value, found `{value}`", hint=f"write {flag} alone", code="usage")
+        if name in switches:
             found.switches.add(name)
-            continue
-        if name in values:
-            found.values[name] = value if equals else _next_value(flag, rest)
-            continue
-        if name == "config":
-            _take_config(found, value if equals else _next_value(flag, rest))
-            continue
-        key = ALIASES.get(name, name)
-        if not flag.startswith("--") or not (key in known_keys() or key.startswith("lora.extra.")):
-            raise unknown_key(
-                flag.lstrip("-"), f"unknown flag `{flag}`", flag=True, extra=[*switches, *values, "config"]
-            )
-        if not equals:
-            kinds = known_keys()[key].kinds if key in known_keys() else frozenset()
-            value = "true" if "bool" in kinds and _stands_alone(kinds, rest) else _next_value(flag, rest)
-        found.overrides.setdefault(name, []).append(value)
+        elif name in values:
+            found.values.setdefault(name, []).append(value if equals else _next_value(flag, rest))
+        elif name == "config" and name in splitter.own:
+            _take_place(found, value if equals else _next_value(flag, rest), places)
+        else:
+            kinds = splitter.kinds(flag)
+            if not equals:
+                value = "true" if "bool" in kinds and _stands_alone(kinds, rest) else _next_value(flag, rest)
+            found.overrides.setdefault(name, []).append(value)
     return found
 
 
-def _take_config(found: Arguments, word: str) -> None:
-    if found.config is not None:
-        hint = "values of keys follow their flag: --section.key value"
-        raise ConfigError(
-            f"unexpected argument `{word}`: the configuration file is already `{found.config}`", hint=hint
-        )
-    found.config = word
+class _Splitter:
+    """Knows which flags are keys; imports the configuration only where a command takes keys."""
+
+    def __init__(self, keys: KeysOf, own: list[str]) -> None:
+        self.own = own
+        self.root = root_of(keys)
+        self.known: dict[str, Key] = {}
+        self.short: dict[str, str] = {}
+        if self.root is not None:
+            from cogtune.configuration.keys import aliases, known_keys
+
+            self.known, self.short = dict(known_keys(self.root)), dict(aliases(self.root))
+
+    def kinds(self, flag: str) -> frozenset[str]:
+        """The kinds of value that the key behind ``flag`` takes.
+
+        Raises:
+            ConfigError: it is no key, with the nearest flag that exists.
+        """
+        name = flag.removeprefix("--")
+        key = self.short.get(name, name)
+        if flag.startswith("--") and key in self.known:
+            return self.known[key].kinds
+        if flag.startswith("--lora.extra.") and "lora.extra" in self.known:
+            return frozenset()
+        if self.root is None:
+            near = difflib.get_close_matches(name.lstrip("-"), self.own, n=1)
+            hint = f"did you mean `--{near[0]}`?" if near else None
+            raise ConfigError(f"unknown flag `{flag}`", hint=hint, code="usage")
+        from cogtune.configuration.load import unknown_key
+
+        raise unknown_key(flag.lstrip("-"), f"unknown flag `{flag}`", flag=True, extra=self.own, root=self.root)
+
+
+def _take_place(found: Arguments, word: str, most: int) -> None:
+    if len(found.places) == most:
+        before = f": the place before it is taken by `{found.places[-1]}`" if found.places else ""
+        hint = "values follow their flag: --flag value"
+        raise ConfigError(f"unexpected argument `{word}`{before}", hint=hint, code="usage")
+    found.places.append(word)
 
 
 def _stands_alone(kinds: frozenset[str], rest: Sequence[str]) -> bool:
@@ -83,31 +152,7 @@ def _stands_alone(kinds: frozenset[str], rest: Sequence[str]) -> bool:
 
 def _next_value(flag: str, rest: list[str]) -> str:
     if not rest or rest[0].startswith("--"):
-        raise ConfigError(f"{flag} needs a value", hint=f"{flag} VALUE, or {flag}=VALUE where it starts with `--`")
+        raise ConfigError(
+            f"{flag} needs a value", hint=f"{flag} VALUE, or {flag}=VALUE where it starts with `--`", code="usage"
+        )
     return rest.pop(0)
-
-
-def keys_help(width: int = 100, only: tuple[str, ...] = ("",)) -> Iterator[str]:
-    """Every key with type, default and meaning, by section, as lines of text; or those that begin as ``only`` says."""
-    from cogtune.configuration.keys import describe_keys
-    from cogtune.configuration.run_config import RunConfig
-
-    section = ""
-    for key in describe_keys():
-        if not key.key.startswith(only):
-            continue
-        if key.section != section:
-            section = key.section
-            about = (RunConfig.model_fields[section].annotation.__doc__ or "").strip()
-            yield ""
-            yield f"{section}: {about}"
-        flags = f"--{key.key}" if key.alias is None else f"--{key.key}, {key.alias}"
-        yield f"  {flags}  <{key.type}>  [{key.default if key.required else 'default: ' + key.default}]"
-        yield from textwrap.wrap(key.description, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
-
-
-def flags_help(flags: Mapping[str, str]) -> Iterator[str]:
-    """Lines of two columns: a flag and what it does."""
-    column = max(map(len, flags)) + 2
-    for flag, text in flags.items():
-        yield f"  {flag:<{column}}{text}"

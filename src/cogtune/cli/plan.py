@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
+from cogtune.cli.command import Command, flag
+from cogtune.cli.options import Arguments
 from cogtune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,69 +18,46 @@ if TYPE_CHECKING:
     from cogtune.plan.cards import Card
     from cogtune.plan.plan import Plan
 
-_USAGE = "usage: cogtune plan [CONFIG.yaml] [--section.key value ...] [--card CARD] [--cards N] [--price X] [--json]"
 _ABOUT = """\
 Say what a run would take, choose what fits the given cards, and how long it would last. No weight is read.
 
 Keys that are given stay as they are; of the others, number formats, feature cache, recomputed layers, optimiser and
 engine are chosen: the fastest that fits. Without --data the rows are an example's.
 
-  cogtune plan --card 24GiB
-  cogtune plan run.yaml --card auto --write fitted.yaml
-  cogtune plan --model BASE --data DIR --card h100 --cards 8 --price 2.5
-
 Exit code 2: nothing fits, and the message names the smallest card that would."""
-_FLAGS = {
-    "--config FILE": "The configuration file, as the first argument.",
-    "--card CARD": "A size (24GiB), a name (h100, RTX 4090), or auto: this machine's, with what is free on it now.",
-    "--cards N": "How many such cards.",
-    "--hosts N": "Over how many machines they are spread, with 400 Gbit/s between them.",
-    "--price X": "Money per card and hour; prints what the run costs.",
-    "--write FILE": "Write a configuration with the chosen keys.",
-    "--targets": "List the linear layers and named sets that lora.targets may name, and stop.",
-    "--json": "Print the plan as JSON; sizes in bytes, times in seconds.",
-    "--help, -h": "This text.",
-}
-_VALUES = ("card", "cards", "hosts", "price", "write")
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command. Its flags are configuration keys, so they are split by `cogtune.cli.options`."""
-    app.command(
-        "plan",
-        help="Say what a run takes and choose what fits, before anything is loaded.",
-        add_help_option=False,
-        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-    )(_plan)
+@dataclass(frozen=True)
+class _Flags:
+    card: str = flag(
+        "auto", "A size (24GiB), a name (h100, RTX 4090), or auto: this machine's, with what is free on it now.", "CARD"
+    )
+    cards: int = flag(1, "How many such cards.", "N", least=1)
+    hosts: int = flag(1, "Over how many machines they are spread, with 400 Gbit/s between them.", "N", least=1)
+    price: str | None = flag(None, "Money per card and hour; prints what the run costs.", "X")
+    write: Path | None = flag(None, "Write a configuration with the chosen keys.", "FILE")
+    targets: bool = flag(False, "List the linear layers and named sets that lora.targets may name, and stop.")
+    json: bool = flag(False, "Print the plan as JSON; sizes in bytes, times in seconds.")
 
 
-def _plan(ctx: typer.Context) -> None:
-    from cogtune.cli.options import split_arguments
-
-    if {"--help", "-h"} & set(ctx.args):
-        from cogtune.cli.options import flags_help
-
-        print("\n".join([_USAGE, "", _ABOUT, "", "Flags of this invocation:", *flags_help(_FLAGS)]))
-        print("\nConfiguration keys: as for `cogtune train --help`")
-        return
-    arguments = split_arguments(ctx.args, switches=["json", "targets"], values=_VALUES)
-    config, placeholders = _configuration(arguments.config, arguments.overrides)
-    if "targets" in arguments.switches:
+def _plan(flags: _Flags, line: Arguments) -> None:
+    config, placeholders = _configuration(line.config, line.overrides)
+    if flags.targets:
         print("\n".join(_targets(config)))
         return
-    card, count = _cards(arguments.values)
-    hosts = int(_number(arguments.values, "hosts") or 1)
-    if count % hosts:
-        raise ConfigError(f"--cards {count} cannot be spread evenly over --hosts {hosts}", code="config-value")
-    plan = _made(config, placeholders, card, (count, hosts), _number(arguments.values, "price"))
-    if "json" in arguments.switches:
+    if flags.cards % flags.hosts:
+        raise ConfigError(
+            f"--cards {flags.cards} cannot be spread evenly over --hosts {flags.hosts}", code="config-value"
+        )
+    plan = _made(config, placeholders, flags)
+    if flags.json:
         print(json.dumps(plan.to_dict(), indent=1))
     else:
         from cogtune.plan.report import lines
 
         print("\n".join(lines(plan)))
-    if "write" in arguments.values:
-        _write(Path(arguments.values["write"]), config, plan, placeholders)
+    if flags.write is not None:
+        _write(flags.write, config, plan, placeholders)
 
 
 def _configuration(path: str | None, overrides: Mapping[str, Any]) -> tuple[RunConfig, dict[str, str]]:
@@ -91,9 +69,7 @@ def _configuration(path: str | None, overrides: Mapping[str, Any]) -> tuple[RunC
     return load_config_with(path, overrides, needed)
 
 
-def _made(
-    config: RunConfig, placeholders: Mapping[str, str], card: Card, spread: tuple[int, int], price: float | None
-) -> Plan:
+def _made(config: RunConfig, placeholders: Mapping[str, str], flags: _Flags) -> Plan:
     from cogtune.plan.data_rows import TYPICAL, read_rows
     from cogtune.plan.plan import make_plan
     from cogtune.plan.sizes import ModelSizes
@@ -101,36 +77,35 @@ def _made(
     given = "data.path" not in placeholders
     rows = read_rows(config, ModelSizes.from_folder(config.model.path)) if given else TYPICAL
     return make_plan(
-        config, card, rows, cards=spread[0], hosts=spread[1], placeholders=placeholders.keys(), price=price
+        config,
+        _card(flags),
+        rows,
+        cards=flags.cards,
+        hosts=flags.hosts,
+        placeholders=placeholders.keys(),
+        price=None if flags.price is None else _per_hour(flags.price),
     )
 
 
-def _cards(values: Mapping[str, str]) -> tuple[Card, int]:
-    """The card to plan for and how many. ``auto``: the one with the least free memory of this machine's."""
-    from cogtune.plan.cards import find_card
-    from cogtune.plan.local_cards import local_cards
-
-    count = _number(values, "cards")
-    name = values.get("card", "auto")
-    if name != "auto":
-        return find_card(name), int(count or 1)
-    cards = local_cards()
-    chosen = sorted(cards, key=lambda card: -card.usable)[: int(count or 1)]
-    return chosen[-1], int(count or 1)
-
-
-def _number(values: Mapping[str, str], flag: str) -> float | None:
-    text = values.get(flag)
-    if text is None:
-        return None
+def _per_hour(text: str) -> float:
+    """A price, which may be written as ``2.5/h``."""
     try:
         value = float(text.split("/", 1)[0])
     except ValueError:
         value = -1.0
-    whole = flag not in ("cards", "hosts") or (value >= 1 and value == int(value))
-    if value < 0 or not whole:
-        raise ConfigError(f"--{flag}: found `{text}`, expected a number", code="config-value")
+    if value < 0:
+        raise ConfigError(f"--price: found `{text}`, expected a number >= 0", code="config-value")
     return value
+
+
+def _card(flags: _Flags) -> Card:
+    """The card to plan for. ``auto``: the one with the least free memory of this machine's that are used."""
+    from cogtune.plan.cards import find_card
+    from cogtune.plan.local_cards import local_cards
+
+    if flags.card != "auto":
+        return find_card(flags.card)
+    return sorted(local_cards(), key=lambda card: -card.usable)[: flags.cards][-1]
 
 
 def _targets(config: RunConfig) -> list[str]:
@@ -154,3 +129,23 @@ def _write(file: Path, config: RunConfig, plan: Plan, placeholders: Mapping[str,
     text = yaml.safe_dump(nested, sort_keys=False, allow_unicode=True, width=120)
     files.write_text(file, f"# Made by `cogtune plan` for {about}.\n{text}")
     print(f"wrote {file}")
+
+
+COMMANDS = (
+    Command(
+        name="plan",
+        summary="Say what a run takes and choose what fits, before anything is loaded.",
+        about=_ABOUT,
+        examples=(
+            "cogtune plan --card 24GiB",
+            "cogtune plan run.yaml --card auto --write fitted.yaml",
+            "cogtune plan --model BASE --data DIR --card h100 --cards 8 --price 2.5",
+        ),
+        run=_plan,
+        flags=_Flags,
+        places=("[CONFIG.yaml]",),
+        keys="run",
+        keys_explained=False,
+        needs_model=False,
+    ),
+)

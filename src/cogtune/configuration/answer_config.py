@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from pydantic import Field, model_validator
 
-from cogtune.configuration.input_sections import AnswerDataSection, AnswerModelSection
+from cogtune.configuration.input_sections import AnswerModelSection, SourceSection
 from cogtune.configuration.quantization import QuantSection
 from cogtune.configuration.training_sections import TensorSection
 from cogtune.configuration.values import Section, Text
@@ -58,19 +58,6 @@ class GenerateSection(Section):
         description="Put the model's own earlier answers before a question of a data set, not the data's.",
     )
 
-    @property
-    def sampling(self) -> dict[str, float]:
-        """The sampling keys that were given."""
-        keys = ("temperature", "top_p", "top_k")
-        return {key: value for key in keys if (value := getattr(self, key)) is not None}
-
-    @model_validator(mode="after")
-    def _check_contradictions(self) -> GenerateSection:
-        if self.greedy and self.sampling:
-            names = ", ".join(f"generate.{key}" for key in self.sampling)
-            raise ValueError(f"generate.greedy takes the likeliest token, but {names} asks for sampling; keep one")
-        return self
-
 
 class AnswerConfig(Section):
     """What answers, and how. Build it with `cogtune.configuration.load.load_answer_config`."""
@@ -78,7 +65,15 @@ class AnswerConfig(Section):
     command: ClassVar[str] = "cogtune predict"
 
     model: AnswerModelSection = AnswerModelSection()
-    data: AnswerDataSection = AnswerDataSection()
+    data: SourceSection = SourceSection()
     quant: QuantSection = QuantSection()
     parallel: TensorSection = TensorSection()
     generate: GenerateSection = GenerateSection()
+
+    @model_validator(mode="after")
+    def _check_contradictions(self) -> AnswerConfig:
+        drawn = [key for key in ("temperature", "top_p", "top_k") if getattr(self.generate, key) is not None]
+        if self.generate.greedy and drawn:
+            names = ", ".join(f"generate.{key}" for key in drawn)
+            raise ValueError(f"generate.greedy takes the likeliest token, but {names} asks for sampling; keep one")
+        return self

@@ -42,7 +42,7 @@ class ModelSection(AnswerModelSection):
     path: Text = Field(description="Folder of the base model in the published layout, or its name on the hub.")
 
 
-class AnswerDataSection(Section):
+class SourceSection(Section):
     """Which data is read, and how."""
 
     path: Folders = Field(
@@ -95,7 +95,7 @@ class AnswerDataSection(Section):
     )
 
 
-class DataSection(AnswerDataSection):
+class DataSection(SourceSection):
     """What is trained on, and how a record becomes tokens."""
 
     path: Folders = Field(

@@ -114,10 +114,10 @@ def unknown_key(
     elsewhere = [
         other for other in _ROOTS if other is not root and (name in known_keys(other) or name in aliases(other))
     ]
-    if elsewhere:
+    near = nearest_key(name, extra, root)
+    if elsewhere and (near is None or near.rpartition(".")[2] != name.rpartition(".")[2].replace("-", "_")):
         hint = f"it belongs to another command: `{elsewhere[0].command} --help`"
     else:
-        near = nearest_key(name, extra, root)
         hint = f"did you mean `{dashes}{near}`?" if near else keys_hint(root)
     return ConfigError(message, hint=hint, code="config-unknown-key")
 

@@ -30,9 +30,9 @@ class QuantSection(Section):
 
     experts: Literal["none", "nf4", "int8", "fp8"] = Field(
         default="none",
-        description="Linear layers of both experts. nf4: 4 bits, double quantised; int8: 8 bits, a scale per output"
-        " (both by bitsandbytes); fp8: 8 bits that newer cards also multiply faster. LoRA on top computes in"
-        " model.dtype.",
+        description="Number format of both experts' linear layers. nf4: 4 bits, double quantised; int8: 8 bits, a scale"
+        " per output (both by bitsandbytes); fp8: 8 bits that newer cards also multiply faster. LoRA on top computes"
+        " in model.dtype.",
     )
     tower: Literal["none", "nf4", "int8", "fp8"] = Field(
         default="none", description="Linear layers of the vision tower, live or filling the feature cache."

@@ -19,7 +19,7 @@ from cogtune.data.report import DataReport
 from cogtune.errors import DataError
 
 if TYPE_CHECKING:
-    from cogtune.configuration.run_config import DataSection
+    from cogtune.configuration.input_sections import SourceSection
 
 Done = Callable[[int, int], None]
 """Told how many pictures of how many of an entry are looked at."""
@@ -34,7 +34,7 @@ class _Entry:
 
 
 def read_sources(
-    data: DataSection, paths: Sequence[Any] | None = None, *, max_images: int = 1
+    data: SourceSection, paths: Sequence[Any] | None = None, *, max_images: int = 1
 ) -> tuple[list[Example], DataReport]:
     """Read every folder and file of ``data.path`` (or of ``paths``), for a model of ``max_images`` images a prompt.
 
@@ -49,7 +49,7 @@ def read_sources(
 
 
 def collect_sources(
-    data: DataSection, paths: Sequence[Any] | None = None, done: Done | None = None, *, max_images: int = 1
+    data: SourceSection, paths: Sequence[Any] | None = None, done: Done | None = None, *, max_images: int = 1
 ) -> tuple[list[Example], DataReport, Problems]:
     """As `read_sources`, with what is wrong with single records returned instead of raised.
 
@@ -90,14 +90,14 @@ def collect_sources(
     return examples, report, problems
 
 
-def _places(data: DataSection) -> Places:
+def _places(data: SourceSection) -> Places:
     for root in data.image_root:
         if not root.expanduser().is_dir():
             raise Problem("image-root", str(root), "data.image_root names no folder").error()
     return Places(data.image_root, (data.extract_dir or default_extract_dir()).expanduser())
 
 
-def _entries(item: Any, data: DataSection, report: DataReport) -> list[_Entry]:
+def _entries(item: Any, data: SourceSection, report: DataReport) -> list[_Entry]:
     """``item``: a path, or an object with ``path`` and ``weight``."""
     plain = isinstance(item, (str, os.PathLike))
     path, weight = (Path(item), 1.0) if plain else (Path(item.path), float(item.weight))

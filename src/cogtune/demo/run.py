@@ -23,7 +23,7 @@ from cogtune.demo.record import Clock, provenance, use_all_cores, write_json
 from cogtune.demo.score import Score, measure, without_pictures
 from cogtune.errors import OutputFolderError
 from cogtune.generate.generator import Generator
-from cogtune.generate.loading import ModelChoice, load_generator, resolve
+from cogtune.generate.loading import load_generator
 from cogtune.train.log import read_metrics
 from cogtune.train.run import train
 
@@ -113,12 +113,12 @@ def run(
     with results.phase("writing easy-VQA as a data folder", say):
         _write_data(folders, results, say)
     with results.phase("the untuned base", say):
-        _measure(results, "base", load_generator(resolve(ModelChoice(str(BASE)))), say)
+        _measure(results, "base", load_generator(BASE), say)
     with results.phase("fine-tuning", say):
         config = settings(folders, changes or {})
         adapter = train(config).adapter
         results.metrics = read_metrics(folders.run)
-    tuned = load_generator(resolve(ModelChoice(str(BASE), adapter)))
+    tuned = load_generator(BASE, adapter=adapter)
     with results.phase("the tuned model", say):
         _measure(results, "tuned", tuned, say)
     with results.phase("the tuned model, blind", say):
@@ -188,7 +188,7 @@ def _said(found: Score, what: str, say: Say) -> Score:
 
 def _ask_merged(folders: Folders, results: DemoResults, say: Say) -> list[dict[str, str]]:
     """Talk to the merged folder as ``cogtune chat`` does, about the first three pictures of the page."""
-    generator = load_generator(resolve(ModelChoice(str(folders.merged))))
+    generator = load_generator(folders.merged)
     asked = []
     for number, example in enumerate(results.examples[:3]):
         question, reference = example.questions[number % len(example.questions)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -33,10 +34,19 @@ ReadLine = Callable[[], str | None]
 class Chat:
     """Images, history, and how to answer."""
 
-    def __init__(self, generator: Generator, decoding: Decoding, *, max_input_len: int | None = None) -> None:
+    def __init__(
+        self,
+        generator: Generator,
+        decoding: Decoding,
+        *,
+        max_input_len: int | None = None,
+        max_pixels: int | None = None,
+        exif: str = "ignore",
+    ) -> None:
         self.generator = generator
         self.decoding = decoding
         self.max_input_len = max_input_len
+        self._read = partial(read_image, max_pixels=max_pixels, exif=exif)
         self.images: tuple[Image.Image, ...] = ()
         self.history: list[tuple[str, str]] = []
 
@@ -46,7 +56,7 @@ class Chat:
         Raises:
             DataError: not a readable picture; the conversation stays as it was.
         """
-        image = read_image(Path(path).expanduser())
+        image = self._read(Path(path).expanduser())
         restarted = "; the conversation starts again" if self.history else ""
         self.images, self.history = (image,), []
         return f"picture: {path} ({image.width} x {image.height}){restarted}"

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from cogtune.configuration.answer_config import GenerateSection
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.errors import ConfigError
 
@@ -35,6 +36,22 @@ class Decoding:
         for flag, (value, good, wanted) in checks.items():
             if not good:
                 raise ConfigError(f"{flag} is {value}; it has to be {wanted}", code="config-value")
+
+    @classmethod
+    def from_section(
+        cls, section: GenerateSection, *, max_new_tokens: int = 512, published: GenerationConfig | None = None
+    ) -> Decoding:
+        """As the configuration's ``generate`` section says.
+
+        Args:
+            max_new_tokens: where the section names none.
+            published: the checkpoint's own way, for what the section leaves open; None: greedy.
+        """
+        tokens = section.max_new_tokens or max_new_tokens
+        plain = cls(tokens) if published is None else cls.from_checkpoint(published, tokens)
+        return plain.changed(
+            greedy=section.greedy, temperature=section.temperature, top_p=section.top_p, top_k=section.top_k
+        )
 
     @classmethod
     def from_checkpoint(cls, published: GenerationConfig, max_new_tokens: int) -> Decoding:

@@ -41,6 +41,8 @@ class Generator:
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.processor = processor
         self.template = template
+        self.decoding = GREEDY
+        """How the next token is chosen where a call does not say."""
         self.published: GenerationConfig = self.model.generation_config
         self._features: dict[int, tuple[Image.Image, torch.Tensor]] = {}
 

@@ -2,67 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any
 
 import torch
 
-from cogtune.adapters.attach import CONFIG_NAME, adapter_shapes, base_name, load_adapter
+from cogtune.adapters.attach import find_adapter, find_base, load_adapter
 from cogtune.adapters.tensor_parallel import split_adapter
 from cogtune.checkpoint.load import load_model
 from cogtune.checkpoint.model_files import load_model_config
 from cogtune.checkpoint.place import Placement
 from cogtune.checkpoint.quantize import require_packages
-from cogtune.configuration.input_sections import ModelSection
-from cogtune.configuration.model import ROPE_PRECISIONS
-from cogtune.configuration.quantization import PLAIN, QuantSection
+from cogtune.configuration.answer_config import AnswerConfig
+from cogtune.configuration.load import load_answer_config
+from cogtune.configuration.quantization import PLAIN
 from cogtune.configuration.resolve import check_formats, torch_dtype
 from cogtune.distributed import environment
 from cogtune.distributed.group import TensorGroup
-from cogtune.errors import AdapterError, ConfigError, SetupError
+from cogtune.errors import ConfigError, SetupError
+from cogtune.generate.decoding import Decoding
 from cogtune.generate.generator import Generator
 from cogtune.generate.tensor_parallel import LockstepGenerator, check_launched, start
 from cogtune.model.device_map import DeviceMap, plan_device_map
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.tensor_parallel import SplitModel, check_sizes
 from cogtune.processing.processor import CogVLM2Processor
-from cogtune.processing.prompt import check_template
 from cogtune.system.gpu import gpu_of
-
-_DTYPES = get_args(ModelSection.model_fields["dtype"].annotation)
-
-
-@dataclass(frozen=True)
-class ModelChoice:
-    """Which model to talk to. ``device``: ``auto`` is the first GPU, or the CPU."""
-
-    model: str | None = None
-    adapter: Path | None = None
-    template: str | None = None
-    dtype: str = "auto"
-    rope_precision: str = "checkpoint"
-    device: str = "auto"
-    tensor: int = 1
-    """Processes that hold the model together."""
-    quantization: QuantSection = PLAIN
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A choice with every default filled in."""
+    """What an `AnswerConfig` comes to on this machine.
 
+    Attributes:
+        model, adapter: the base's folder or hub id, and the adapter's folder.
+        device: where the model is, or begins.
+        others: further devices that decoder layers are spread over; ``cpu``, the last, is where weights wait.
+    """
+
+    config: AnswerConfig
     model: str
     adapter: Path | None
-    template: str | None
     dtype: torch.dtype
-    rope_precision: str
     device: torch.device
-    tensor: int = 1
-    quantization: QuantSection = PLAIN
     others: tuple[torch.device, ...] = ()
-    """Further devices that decoder layers are spread over; ``cpu``, the last, is where weights wait."""
+
+    @property
+    def tensor(self) -> int:
+        """Processes that hold the model together."""
+        return self.config.parallel.tensor
 
     @property
     def dtype_name(self) -> str:
@@ -70,81 +60,82 @@ class Resolved:
         return str(self.dtype).removeprefix("torch.")
 
 
-def resolve(choice: ModelChoice) -> Resolved:
+def load_generator(
+    model: str | Path | None = None,
+    *,
+    adapter: str | Path | None = None,
+    keys: Mapping[str, Any] | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Generator:
+    """Load a model, with or without an adapter, to ask it questions.
+
+    Example:
+        >>> generator = cogtune.load_generator(adapter="output", keys={"quant.experts": "nf4"})
+        >>> generator.answer("photo.jpg", "What is this?")
+        >>> for piece in generator.stream("photo.jpg", "And what colour?"): print(piece, end="")
+
+    Args:
+        model: the base's folder, or its name on the hub; None: the one the adapter names.
+        adapter: an adapter's folder, or the output folder of a training.
+        keys: values of the configuration keys and short flags that ``cogtune chat`` takes, such as
+            ``{"device": "cuda:1", "model.dtype": "float16", "quant.experts": "nf4"}``. Those that say how the next
+            token is chosen (``temperature``, ``max-new-tokens``) hold for every call that names no other.
+        progress: called with a line of text per step.
+
+    Raises:
+        ConfigError: an unknown key or a wrong value, or neither model nor adapter.
+        CheckpointError, AdapterError: a folder that is not whole, or an adapter for another base.
+        SetupError: a device or package that is not there.
+    """
+    named = {name: str(value) for name, value in (("model", model), ("adapter", adapter)) if value is not None}
+    resolved = resolve(load_answer_config(None, named | dict(keys or {})))
+    generator = load_resolved(resolved, progress)
+    generator.decoding = Decoding.from_section(resolved.config.generate)
+    return generator
+
+
+def resolve(config: AnswerConfig) -> Resolved:
     """Fill in defaults, before anything is loaded.
 
-    Without ``model``, the base is the one the adapter names. An output folder of a run stands for its adapter.
+    Without ``model.path``, the base is the one the adapter names. An output folder of a run stands for its adapter.
 
     Raises:
         AdapterError, ConfigError, SetupError: what is missing or does not go together.
     """
-    adapter = None if choice.adapter is None else find_adapter(choice.adapter)
-    model = choice.model
+    adapter = None if config.generate.adapter is None else find_adapter(config.generate.adapter)
+    model = config.model.path
     if model is None:
         if adapter is None:
             raise ConfigError("no model given", hint="give --model BASE, --adapter DIR, or both", code="config-missing")
-        model = base_name(adapter)
-        if not model:
-            raise AdapterError(
-                f"{adapter}: does not say what base it was trained on", hint="give --model BASE", code="adapter-base"
-            )
-        _require_here(model, adapter)
-    if choice.template is not None:
-        check_template(choice.template)
-    if choice.rope_precision not in ROPE_PRECISIONS:
-        raise ConfigError(
-            f"--model.rope_precision is {choice.rope_precision!r}; it is one of {', '.join(ROPE_PRECISIONS)}",
-            code="config-value",
-        )
-    if choice.dtype not in _DTYPES:
-        raise ConfigError(f"--model.dtype is {choice.dtype!r}; it is one of {', '.join(_DTYPES)}", code="config-value")
-    require_packages(choice.quantization)
-    if choice.tensor > 1 and choice.quantization != PLAIN:
+        model = find_base(adapter)
+    require_packages(config.quant)
+    tensor, name = config.parallel.tensor, config.generate.device
+    if tensor > 1 and config.quant != PLAIN:
         raise ConfigError(
             "quantised weights do not go with --parallel.tensor, which divides each layer",
             hint="leave one of the two out",
             code="config-combination",
         )
-    check_launched(choice.tensor)
-    device, *others = choose_devices(choice.device)
-    if choice.tensor > 1 and others:
+    check_launched(tensor)
+    device, *others = choose_devices(name)
+    if tensor > 1 and others:
         raise ConfigError(
-            f"--device {choice.device} spreads whole layers, --parallel.tensor divides each",
+            f"--device {name} spreads whole layers, --parallel.tensor divides each",
             hint="leave one of the two out",
             code="config-combination",
         )
-    if choice.tensor > 1:
-        check_sizes(load_model_config(str(model)), choice.tensor)
-    dtype = torch_dtype(choice.dtype, device)
-    check_formats(choice.quantization, gpu_of(device))
-    return Resolved(
-        str(model),
-        adapter,
-        choice.template,
-        dtype,
-        choice.rope_precision,
-        device,
-        choice.tensor,
-        choice.quantization,
-        tuple(others),
-    )
+    if tensor > 1:
+        check_sizes(load_model_config(model), tensor)
+    dtype = torch_dtype(config.model.dtype, device)
+    check_formats(config.quant, gpu_of(device))
+    return Resolved(config, model, adapter, dtype, device, tuple(others))
 
 
-def _require_here(model: str, adapter: Path) -> None:
-    """The base an adapter names may be a folder of the machine it was trained on."""
-    path = Path(model).expanduser()
-    if not path.is_dir() and (path.is_absolute() or model.count("/") != 1 or model.startswith(".")):
-        raise AdapterError(
-            f"{adapter}: names {model} as its base, which is not here", hint="give --model BASE", code="adapter-base"
-        )
-
-
-def load_generator(choice: Resolved, progress: Callable[[str], None] = lambda line: None) -> Generator:
+def load_resolved(choice: Resolved, progress: Callable[[str], None] = lambda line: None) -> Generator:
     """Load base and adapter.
 
     Raises:
         CheckpointError, AdapterError: a folder that is not whole, or an adapter for another base.
-        ConfigError: an unknown template.
     """
     if choice.tensor > 1:
         group = start(choice.device)
@@ -160,7 +151,7 @@ def load_generator(choice: Resolved, progress: Callable[[str], None] = lambda li
     if choice.adapter is not None:
         progress(f"with the adapter in {choice.adapter}")
         model = load_adapter(model, choice.adapter)
-    return Generator(model, processor, template=choice.template)
+    return Generator(model, processor, template=choice.config.model.template)
 
 
 def _load_base(choice: Resolved, placement: Placement | None) -> CogVLM2ForCausalLM:
@@ -169,8 +160,8 @@ def _load_base(choice: Resolved, placement: Placement | None) -> CogVLM2ForCausa
         choice.model,
         dtype=choice.dtype,
         device=choice.device,
-        rope_precision=choice.rope_precision,
-        quantization=choice.quantization,
+        rope_precision=choice.config.model.rope_precision,
+        quantization=choice.config.quant,
         placement=placement,
     )
 
@@ -183,7 +174,7 @@ def _device_map(choice: Resolved) -> DeviceMap | None:
     free = [(card, torch.cuda.mem_get_info(card)[0]) for card in cards]
     host = len(cards) <= len(choice.others)
     config = load_model_config(choice.model)
-    return plan_device_map(config, free, host=host, dtype=choice.dtype, quantization=choice.quantization)
+    return plan_device_map(config, free, host=host, dtype=choice.dtype, quantization=choice.config.quant)
 
 
 def _load_part(choice: Resolved, group: TensorGroup, progress: Callable[[str], None]) -> LockstepGenerator:
@@ -198,7 +189,7 @@ def _load_part(choice: Resolved, group: TensorGroup, progress: Callable[[str], N
         split_adapter(model, split)
     else:
         split.connect(model)
-    return LockstepGenerator(model, processor, group=group, template=choice.template)
+    return LockstepGenerator(model, processor, group=group, template=choice.config.model.template)
 
 
 def follow(choice: Resolved) -> bool:
@@ -216,20 +207,6 @@ def dismiss(choice: Resolved) -> None:
     """Rank 0 has nothing to do: the others need not load either."""
     if choice.tensor > 1:
         start(choice.device, needed=False)
-
-
-def find_adapter(folder: Path) -> Path:
-    """The adapter folder that ``folder`` is, or the one in it if it is a run's output.
-
-    Raises:
-        AdapterError: neither.
-    """
-    folder = folder.expanduser()
-    inside = folder / "adapter"
-    if not (folder / CONFIG_NAME).is_file() and (inside / CONFIG_NAME).is_file():
-        folder = inside
-    adapter_shapes(folder)
-    return folder
 
 
 def choose_devices(name: str) -> list[torch.device]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from cogtune.configuration.run_config import DataSection
+from cogtune.configuration.input_sections import SourceSection
 from cogtune.data.records import ImageRef, Question
 from cogtune.errors import DataError
 from cogtune.generate.decoding import Decoding
@@ -72,7 +72,7 @@ class Predictor:
         generator: Generator,
         questions: Sequence[Question],
         file: PredictionFile,
-        data: DataSection,
+        data: SourceSection,
         decoding: Decoding,
         options: PredictOptions,
         on_progress: OnProgress = lambda done, total: None,

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import shlex
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 import cogtune
 import cogtune.cli.main as commands
+from cogtune.cli.command import Command, flag, own_flags
 from cogtune.cli.main import guarded, main
+from cogtune.cli.options import split_arguments
 from cogtune.errors import ConfigError, DiskFullError, RunError, Stopped
 
 HEAVY = ("torch", "transformers", "peft", "pydantic", "numpy", "PIL")
@@ -47,9 +52,15 @@ def test_output_is_plain_text_without_a_terminal() -> None:
     assert "\x1b" not in run("train", "--nonsense", "1").stderr
 
 
-def test_every_command_file_is_registered() -> None:
+def test_every_command_of_every_file_is_registered() -> None:
     files = Path(commands.__file__).parent.glob("*.py")
-    assert sorted(path.stem for path in files if "def register(" in path.read_text()) == sorted(commands.COMMANDS)
+    found = {}
+    for path in files:
+        if "\nCOMMANDS = (" in path.read_text():
+            module = importlib.import_module(f"cogtune.cli.{path.stem}")
+            found |= {command.name: path.stem for command in module.COMMANDS}
+    assert found == commands.COMMANDS
+    assert not commands.COMMANDS.keys() & (commands._PLANNED.keys() | commands._MEANT.keys())
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,13 +85,81 @@ def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Commands:" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["trian"], ["--nonsense"]])
-def test_wrong_usage_is_exit_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message", "hint"),
+    [
+        (["trian"], "error[usage]: No such command `trian`", "did you mean `cogtune train`? `cogtune --help`"),
+        (["xyzzy"], "error[usage]: No such command `xyzzy`", "`cogtune --help` lists the commands"),
+        (["--nonsense"], "error[usage]: No such flag `--nonsense`", "`cogtune --help`"),
+        (["data", "chek"], "error[usage]: No such command `data chek`", "did you mean `cogtune data check`?"),
+        (["finetune"], "error[usage]: No such command `finetune`", "did you mean `cogtune train`?"),
+        (["doctor", "--offlin"], "error[usage]: unknown flag `--offlin`", "did you mean `--offline`?"),
+        (["doctor", "--json=1"], "error[usage]: --json takes no value, found `1`", "write --json alone"),
+        (["doctor", "now"], "error[usage]: unexpected argument `now`", ""),
+        (["download"], "error[config-missing]: missing: model|data", "`cogtune download --help` shows examples"),
+        (["merge", "--adapter", "a"], "error[config-missing]: missing: --output DIR", "`cogtune merge --help`"),
+        (["merge", "--adapter"], "error[usage]: --adapter needs a value", ""),
+        (["plan", "--cards", "0"], "error[config-value]: --cards: found `0`, expected a whole number >= 1", ""),
+        (["download", "model", "--source", "ftp"], "error[config-value]: --source: found `ftp`, expected hf or", ""),
+        (["train", "--batch-size", "2"], "error[config-unknown-key]: ", "did you mean `--train.batch_size`?"),
+        (["train", "--temperature", "2"], "error[config-unknown-key]: ", "it belongs to another command: `cogtune p"),
+        (["chat", "--data.labels", "x"], "error[config-unknown-key]: --data.labels means nothing in `cogtune ch", ""),
+        (["chat", "--batch-size", "2"], "error[config-unknown-key]: --batch-size means nothing in `cogtune chat", ""),
+        (["chat", "--temprature", "2"], "error[config-unknown-key]: ", "did you mean `--temperature`?"),
+        (["predict", "--output", "x"], "error[config-missing]: no data is named", "give --data DIR"),
+    ],
+)
+def test_wrong_usage_is_exit_2_and_says_what_was_meant(
+    arguments: list[str], message: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("error[usage]: No such ")
-    assert "hint: `cogtune --help`" in captured.err
+    assert captured.err.startswith(message)
+    assert not hint or f"\nhint: {hint}" in captured.err
+
+
+@pytest.mark.parametrize("name", sorted(commands._PLANNED))
+def test_a_command_that_is_planned_says_so(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--port", "80"]) == 2
+    assert capsys.readouterr().err.startswith(f"error[usage]: `cogtune {name}` is not there yet\nhint: ")
+
+
+@pytest.mark.parametrize("name", [*commands.COMMANDS, *commands.GROUPS])
+def test_help_has_examples_on_lines_of_their_own(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """That fit a terminal, and that the command itself takes."""
+    assert main([*name.split(), "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: cogtune {name}")
+    assert max(map(len, text.split("\n"))) <= 120
+    if name in commands.COMMANDS:
+        command = commands.find_command(name)
+        assert command.examples
+        assert all(f"\n  {example}\n" in text for example in command.examples)
+        flags = list(own_flags(command.flags))
+        for example in command.examples:
+            words = shlex.split(example)
+            words = words[words.index("cogtune") + 1 + len(name.split()) :]
+            switches = [flag.name for flag in flags if flag.kind is bool]
+            values = [flag.name for flag in flags if flag.kind is not bool]
+            split_arguments(words, switches, values, places=len(command.places), keys=command.keys)
+
+
+def test_a_commands_own_flags_are_the_fields_of_its_dataclass() -> None:
+    @dataclass(frozen=True)
+    class Flags:
+        rate: float = flag(1.5, "Rate.", "N", least=0.1)
+        name: tuple[str, ...] = flag((), "Names.", "NAME")
+        dry_run: bool = flag(False, "Nothing.")
+        place: Path | None = flag(None, "Where.", "DIR", also=("folder",))
+
+    seen = []
+    command = Command("x", "", "", (), lambda flags, line: seen.append((flags, line.places)), Flags, places=("[A]",))
+    assert command(["--rate=2", "--name", "a", "w", "--name", "b", "--dry-run", "--folder", "f"]) == 0
+    assert command([]) == 0
+    assert seen == [(Flags(rate=2.0, name=("a", "b"), dry_run=True, place=Path("f")), ["w"]), (Flags(), [])]
+    with pytest.raises(ConfigError, match=r"--rate: found `nan`, expected a number >= 0\.1"):
+        command(["--rate", "nan"])
 
 
 def raising(error: BaseException) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from cogtune.configuration.load import with_values
+from cogtune.configuration.load import load_answer_config, with_values
 from cogtune.configuration.quantization import QuantSection
 from cogtune.configuration.resolve import (
     check_formats,
@@ -24,7 +24,7 @@ from cogtune.configuration.resolve import (
 from cogtune.configuration.run_config import ParallelSection
 from cogtune.distributed.group import Group
 from cogtune.errors import SetupError
-from cogtune.generate.loading import ModelChoice, resolve
+from cogtune.generate.loading import resolve
 from cogtune.plan.cards import CARDS, REFERENCE, Card, find_card
 from cogtune.plan.data_rows import TYPICAL
 from cogtune.plan.from_config import setting_of
@@ -91,7 +91,7 @@ def test_train_plan_and_chat_agree_on_the_number_format(
     assert trained_in(tiny_checkpoint, data, said) == expected
     config = make_config(tiny_checkpoint, data, data.parent / "out")
     assert setting_of(config, TYPICAL, card=machine.card).dtype == expected
-    assert resolve(ModelChoice("base")).dtype_name == expected
+    assert resolve(load_answer_config(None, {"model": "base"})).dtype_name == expected
     warning = float16_warning(expected)
     assert (warning in said) == (expected == "float16")
     if machine.card is not None:
@@ -113,7 +113,8 @@ def test_train_plan_and_chat_refuse_in_the_same_words(
     card = machine.card
     assert card is not None
     config = make_config(tiny_checkpoint, data, data.parent / "out", **{key: value})
-    choice = ModelChoice("base", dtype=config.model.dtype, quantization=config.quant)
+    keys = {"model": "base", "model.dtype": config.model.dtype, "quant": config.quant.model_dump()}
+    choice = load_answer_config(None, keys)
     refused = []
     for asked in (
         lambda: training.train(config, dry_run=True),

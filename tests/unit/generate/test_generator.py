@@ -143,10 +143,10 @@ def test_the_model_is_left_as_it_was(generator: Generator, asks: list[Ask]) -> N
 def test_an_adapter_changes_the_answers(
     generator: Generator, asks: list[Ask], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    from cogtune.generate.loading import ModelChoice, load_generator, resolve
+    from cogtune.generate.loading import load_generator
 
     folder = write_adapter(tiny_checkpoint, tmp_path / "run" / "adapter", size=0.3)
-    adapted = load_generator(resolve(ModelChoice(adapter=folder.parent)))
+    adapted = load_generator(adapter=folder.parent)
     assert adapted.answer_batch(asks, SHORT) != generator.answer_batch(asks, SHORT)
 
 

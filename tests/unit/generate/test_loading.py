@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from cogtune.configuration.load import load_answer_config
 from cogtune.errors import AdapterError, ConfigError, InputError, SetupError
 from cogtune.generate.last_run import LastRun, read_last_run, state_file, write_last_run
-from cogtune.generate.loading import ModelChoice, choose_devices, load_generator, resolve
+from cogtune.generate.loading import Resolved, choose_devices, load_generator
+from cogtune.generate.loading import resolve as resolve_config
 from tests.support.adapters import write_adapter
+
+
+def resolve(**keys: Any) -> Resolved:
+    return resolve_config(load_answer_config(None, keys))
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +33,7 @@ def run(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_the_base_follows_from_the_adapter_and_the_adapter_from_the_output_folder(
     run: Path, tiny_checkpoint: Path
 ) -> None:
-    resolved = resolve(ModelChoice(adapter=run, device="cpu"))
+    resolved = resolve(adapter=run, device="cpu")
     assert resolved.adapter == run / "adapter"
     assert Path(resolved.model) == tiny_checkpoint
     assert (resolved.dtype, resolved.device) == (torch.float32, torch.device("cpu"))
@@ -38,29 +45,31 @@ def test_a_base_that_is_elsewhere_has_to_be_named(run: Path, tmp_path: Path) -> 
     config = json.loads((moved / "adapter_config.json").read_text())
     (moved / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/gone/base"}))
     with pytest.raises(AdapterError, match="names /gone/base as its base, which is not here"):
-        resolve(ModelChoice(adapter=moved))
+        resolve(adapter=moved)
     (moved / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
     with pytest.raises(AdapterError, match="does not say what base"):
-        resolve(ModelChoice(adapter=moved))
+        resolve(adapter=moved)
 
 
 @pytest.mark.parametrize(
     ("choice", "error", "message"),
     [
-        (ModelChoice(), ConfigError, "no model given"),
-        (ModelChoice("base", dtype="int8"), ConfigError, "--model.dtype is 'int8'"),
-        (ModelChoice("base", rope_precision="f64"), ConfigError, "--model.rope_precision is 'f64'"),
-        (ModelChoice("base", template="alpaca"), InputError, "'alpaca' is not a template"),
-        (ModelChoice("base", device="gpu"), ConfigError, "--device gpu: not a device"),
-        (ModelChoice("base", device="cuda:99"), SetupError, "--device cuda:99: "),
-        (ModelChoice("base", adapter=Path("/no/adapter")), AdapterError, "/no/adapter: no adapter_config.json"),
+        ({}, ConfigError, "no model given"),
+        ({"model": "base", "model.dtype": "int8"}, ConfigError, "--model.dtype: found text 'int8'"),
+        ({"model": "base", "model.rope_precision": "f64"}, ConfigError, "--model.rope_precision: found text 'f64'"),
+        ({"model": "base", "model.template": "alpaca"}, ConfigError, "--model.template: found text 'alpaca'"),
+        ({"model": "base", "device": "gpu"}, ConfigError, "--device gpu: not a device"),
+        ({"model": "base", "device": "cuda:99"}, SetupError, "--device cuda:99: "),
+        ({"model": "base", "adapter": "/no/adapter"}, AdapterError, "/no/adapter: no adapter_config.json"),
     ],
 )
 def test_wrong_choices_are_said_before_anything_loads(
-    choice: ModelChoice, error: type[InputError], message: str
+    choice: dict[str, str], error: type[InputError], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        resolve(choice)
+        resolve(**choice)
+    with pytest.raises(error, match=message):
+        load_generator(keys=choice)
 
 
 def test_an_adapter_for_another_base_is_refused(run: Path, tmp_path: Path) -> None:
@@ -68,7 +77,7 @@ def test_an_adapter_for_another_base_is_refused(run: Path, tmp_path: Path) -> No
 
     other = make_tiny(tmp_path / "other", hidden_size=32, num_attention_heads=2, num_multi_query_heads=1)
     with pytest.raises(AdapterError, match="does not fit the base model"):
-        load_generator(resolve(ModelChoice(str(other), adapter=run)))
+        load_generator(other, adapter=run)
 
 
 def test_the_last_run_is_remembered(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

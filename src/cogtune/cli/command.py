@@ -1,0 +1,200 @@
+"""What a command of ``cogtune`` is: its texts, its own flags, and whose configuration keys it takes.
+
+A command's own flags are the fields of a dataclass, so that their names, types and defaults are those of the code:
+
+    @dataclass(frozen=True)
+    class _Flags:
+        count: int = flag(3, "How many pictures, from the first.", "N", least=1)
+        json: bool = flag(False, "Print everything as JSON.")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from cogtune.cli.options import Arguments, KeysOf, split_arguments
+from cogtune.errors import ConfigError
+
+
+def flag(
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    metavar: str = "VALUE",
+    *,
+    least: float | None = None,
+    choices: tuple[str, ...] = (),
+    also: tuple[str, ...] = (),
+) -> Any:
+    """A field that is a flag; without ``default`` it is required. ``also``: other names for it."""
+    metadata = {"help": help, "metavar": metavar, "least": least, "choices": choices, "also": also}
+    return dataclasses.field(default=default, metadata=metadata, kw_only=True)
+
+
+@dataclass(frozen=True)
+class NoFlags:
+    """Of a command that has none."""
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One of a command's own flags. ``kind``: bool, int, float, str or Path; ``many``: it may be repeated."""
+
+    name: str
+    field: str
+    kind: type[Any]
+    many: bool
+    required: bool
+    help: str
+    metavar: str
+    least: float | None
+    choices: tuple[str, ...]
+    also: tuple[str, ...]
+
+    @property
+    def usage(self) -> str:
+        """As a usage line has it: ``--count N``."""
+        return f"--{self.name}" if self.kind is bool else f"--{self.name} {self.metavar}"
+
+    def read(self, text: str) -> Any:
+        """The value that ``text`` stands for.
+
+        Raises:
+            ConfigError: none of this flag's.
+        """
+        if self.choices and text not in self.choices:
+            raise self._wrong(text, " or ".join(self.choices))
+        if self.kind not in (int, float):
+            return self.kind(text)
+        bound = "" if self.least is None else f" >= {self.least:g}"
+        expected = f"a {'whole ' if self.kind is int else ''}number{bound}"
+        try:
+            value = self.kind(text)
+        except ValueError:
+            raise self._wrong(text, expected) from None
+        if not (self.least is None or value >= self.least):
+            raise self._wrong(text, expected)
+        return value
+
+    def _wrong(self, text: str, expected: str) -> ConfigError:
+        return ConfigError(f"--{self.name}: found `{text}`, expected {expected}", code="config-value")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        name: ``train``, or with its group ``data check``.
+        summary: what it is for, in a list of commands.
+        about: what its help says.
+        examples: command lines.
+        run: called with the own flags and the whole command line; returns the exit code, None for 0.
+        flags: the dataclass of its own flags.
+        places: names of the words that are no flags; one in brackets may be left out.
+        keys: whose configuration keys it takes.
+        counted: how the keys begin that mean something here; of the others a file may hold some.
+        strict: whether a key that means nothing here is refused when it is typed.
+        most_used: keys that the help shows first.
+        keys_explained: whether the help lists the keys; else it names the help that does.
+        needs_model: False for a command that is wanted where a library is broken.
+    """
+
+    name: str
+    summary: str
+    about: str
+    examples: tuple[str, ...]
+    run: Callable[[Any, Arguments], int | None]
+    flags: type[Any] = NoFlags
+    places: tuple[str, ...] = ()
+    keys: KeysOf = "none"
+    counted: tuple[str, ...] = ("",)
+    strict: bool = False
+    most_used: tuple[str, ...] = ()
+    keys_explained: bool = True
+    needs_model: bool = True
+
+    def __call__(self, words: list[str]) -> int:
+        """Run it with the words behind its name.
+
+        Raises:
+            ConfigError: they do not make sense; and whatever the command raises.
+        """
+        flags = list(own_flags(self.flags))
+        line = split_arguments(
+            words,
+            [flag.name for flag in flags if flag.kind is bool],
+            [name for flag in flags if flag.kind is not bool for name in (flag.name, *flag.also)],
+            places=len(self.places),
+            keys=self.keys,
+        )
+        needed = [place for place in self.places if not place.startswith("[")]
+        if len(line.places) < len(needed):
+            raise self._missing(needed[len(line.places)])
+        if self.strict:
+            self._refuse_uncounted(line)
+        own = self._read(flags, line)
+        return self.run(own, line) or 0
+
+    def _read(self, flags: list[Flag], line: Arguments) -> Any:
+        values: dict[str, Any] = {flag.field: True for flag in flags if flag.name in line.switches}
+        for flag in flags:
+            texts = [text for name in (flag.name, *flag.also) for text in line.values.get(name, ())]
+            if texts:
+                values[flag.field] = tuple(map(flag.read, texts)) if flag.many else flag.read(texts[-1])
+            elif flag.required:
+                raise self._missing(flag.usage)
+        return self.flags(**values)
+
+    def _missing(self, what: str) -> ConfigError:
+        return ConfigError(
+            f"missing: {what}", hint=f"`cogtune {self.name} --help` shows examples", code="config-missing"
+        )
+
+    def _refuse_uncounted(self, line: Arguments) -> None:
+        from cogtune.cli.options import root_of
+        from cogtune.configuration.keys import aliases
+
+        root = root_of(self.keys)
+        assert root is not None
+        for name in line.overrides:
+            if not aliases(root).get(name, name).startswith(self.counted):
+                raise ConfigError(
+                    f"--{name} means nothing in `cogtune {self.name}`",
+                    hint=f"leave it out; `cogtune {self.name} --help` lists what counts",
+                    code="config-unknown-key",
+                )
+
+
+def own_flags(kind: type[Any]) -> Iterator[Flag]:
+    """The flags that the fields of a dataclass are."""
+    types = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        inner, many = _plain(types[field.name])
+        meta = field.metadata
+        yield Flag(
+            name=field.name.replace("_", "-"),
+            field=field.name,
+            kind=inner,
+            many=many,
+            required=field.default is dataclasses.MISSING,
+            help=meta["help"],
+            metavar=meta["metavar"],
+            least=meta["least"],
+            choices=meta["choices"],
+            also=meta["also"],
+        )
+
+
+def _plain(annotation: Any) -> tuple[type[Any], bool]:
+    """The type of one value, and whether there may be several."""
+    if get_origin(annotation) in (Union, UnionType):
+        (annotation,) = (part for part in get_args(annotation) if part is not NoneType)
+    if get_origin(annotation) is tuple:
+        return get_args(annotation)[0], True
+    assert annotation in (bool, int, float, str, Path), annotation
+    return annotation, False
