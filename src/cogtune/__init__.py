@@ -1,6 +1,19 @@
-"""cogtune: fine-tune CogVLM2 with LoRA and run the result.
+"""Fine-tune CogVLM2 with LoRA and run the result.
 
-The three public classes are imported on first use, so that ``import cogtune`` and the command line stay fast.
+    >>> import cogtune
+    >>> config = cogtune.load_config(None, {"model": "cogvlm2", "data": "my-data", "output": "output", "lora.rank": 8})
+    >>> print(cogtune.plan(config, card="24GiB"))
+    >>> result = cogtune.train(config)
+    >>> generator = cogtune.load_generator(adapter=result.adapter)
+    >>> print(generator.answer("photo.jpg", "What is this?"))
+    >>> cogtune.merge(adapter=result.adapter, output="merged")
+
+Functions: `load_config` reads a run's configuration, `plan` says what it takes, `train` fine-tunes, `load_generator`
+gives a model that answers, and `merge` writes a full model. Classes, to work with as with any of transformers':
+`CogVLM2ForCausalLM` (``from_pretrained`` also takes an adapter's folder), `CogVLM2Processor`, `CogVLM2Config`; and
+`RunConfig`, a whole configuration. ``help`` on each says more; docs/guides/python.md shows them at work.
+
+Everything is imported on first use, so that ``import cogtune`` is quick.
 """
 
 from __future__ import annotations
@@ -8,27 +21,53 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cogtune.adapters.merge import merge
+    from cogtune.configuration.load import load_config
     from cogtune.configuration.model import CogVLM2Config
+    from cogtune.configuration.run_config import RunConfig
+    from cogtune.generate.loading import load_generator
     from cogtune.model.modeling import CogVLM2ForCausalLM
+    from cogtune.plan.ask import plan
     from cogtune.processing.processor import CogVLM2Processor
+    from cogtune.train.run import train
 
 __version__ = "0.1.0"
-__all__ = ["CogVLM2Config", "CogVLM2ForCausalLM", "CogVLM2Processor", "__version__"]
+__all__ = [
+    "CogVLM2Config",
+    "CogVLM2ForCausalLM",
+    "CogVLM2Processor",
+    "RunConfig",
+    "__version__",
+    "load_config",
+    "load_generator",
+    "merge",
+    "plan",
+    "train",
+]
 
 _HOMES = {
     "CogVLM2Config": "cogtune.configuration.model",
     "CogVLM2ForCausalLM": "cogtune.model.modeling",
     "CogVLM2Processor": "cogtune.processing.processor",
+    "RunConfig": "cogtune.configuration.run_config",
+    "load_config": "cogtune.configuration.load",
+    "load_generator": "cogtune.generate.loading",
+    "merge": "cogtune.adapters.merge",
 }
+_CALLABLE_PACKAGES = ("plan", "train")
+"""Functions with the name of the package that they are in; see `cogtune.system.callable_package`."""
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        import importlib
+    import importlib
 
+    if name in _CALLABLE_PACKAGES:
+        return importlib.import_module(f"cogtune.{name}")
+    if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'cogtune' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    """The functions alone: `help` walks this list, and the classes inherit thousands of lines from transformers."""
+    return sorted(name for name in __all__ if not name.startswith(("Cog", "Run")))

@@ -20,10 +20,10 @@ from typing import BinaryIO
 
 import torch
 
-from cogtune.adapters.attach import WEIGHTS_NAME, base_name
+from cogtune.adapters.attach import WEIGHTS_NAME, base_name, find_adapter, find_base
 from cogtune.adapters.merge_arithmetic import Changes, read_changes
 from cogtune.adapters.safetensors_rows import CHUNK, DTYPES, SafetensorsFile
-from cogtune.checkpoint.model_files import INDEX_NAME, check_folder, shard_files
+from cogtune.checkpoint.model_files import INDEX_NAME, check_folder, shard_files, whole_folder
 from cogtune.checkpoint.stream import StoredTensor
 from cogtune.errors import AdapterError, CheckpointError, DiskFullError, OutputFolderError
 from cogtune.system import files
@@ -47,12 +47,25 @@ class MergeReport:
     notes: tuple[str, ...]
 
 
-def merge(base: Path, adapter: Path, output: Path, progress: Callable[[str], None] = lambda line: None) -> MergeReport:
-    """Write ``base`` with ``adapter`` merged into it to the new folder ``output``.
+def merge(
+    adapter: str | Path,
+    output: str | Path,
+    base: str | Path | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> MergeReport:
+    """Write the full model that ``base`` with ``adapter`` is to the new folder ``output``, in the published layout.
+
+    Works on a block of rows at a time, in float32, without a GPU; memory stays far below one shard.
+
+    Example:
+        >>> report = cogtune.merge(adapter="output", output="merged")
+        >>> print(report.changed, "tensors,", report.bytes / 1e9, "GB")
+        >>> generator = cogtune.load_generator("merged")
 
     Args:
-        base: a model folder with safetensors shards.
-        adapter: a PEFT LoRA or DoRA folder.
+        adapter: a PEFT LoRA or DoRA folder, or the output folder of a training.
+        output: the new folder; it must not exist.
+        base: a model folder with safetensors shards, or a name on the hub; None: the one the adapter names.
         progress: gets a line per shard.
 
     Raises:
@@ -61,6 +74,8 @@ def merge(base: Path, adapter: Path, output: Path, progress: Callable[[str], Non
         OutputFolderError: ``output`` exists.
         DiskFullError: not enough space, before or while writing; nothing is left behind.
     """
+    adapter, output = find_adapter(adapter), Path(output)
+    base = whole_folder(find_base(adapter) if base is None else base)
     _require_new(output, base)
     check_folder(base)
     shards = sorted(shard_files(base))

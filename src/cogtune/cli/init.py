@@ -89,13 +89,10 @@ def _configuration(line: Arguments) -> tuple[RunConfig, dict[str, str]]:
 
 def _card(flags: _Flags) -> Card | None:
     """The card to plan for, if there is one."""
-    from cogtune.plan.cards import find_card
-    from cogtune.plan.local_cards import local_cards
+    from cogtune.plan.ask import choose_card
 
-    if flags.card not in (None, "auto"):
-        return find_card(flags.card)
     try:
-        return sorted(local_cards(), key=lambda card: -card.usable)[: flags.cards][-1]
+        return choose_card(flags.card or "auto", flags.cards)
     except SetupError:
         if flags.card is not None:
             raise

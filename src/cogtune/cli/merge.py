@@ -30,14 +30,8 @@ class _Flags:
 def _merge(flags: _Flags, line: Arguments) -> None:
     with contextlib.redirect_stdout(sys.stderr):  # some libraries log to stdout when first imported
         from cogtune.adapters.merge import merge
-        from cogtune.checkpoint.model_files import whole_folder
-        from cogtune.configuration.load import load_answer_config
-        from cogtune.generate.loading import resolve
 
-    asked = {"adapter": flags.adapter, "device": "cpu"} | ({"model": flags.model} if flags.model else {})
-    resolved = resolve(load_answer_config(None, asked))
-    assert resolved.adapter is not None
-    report = merge(whole_folder(resolved.model), resolved.adapter, flags.output, note)
+    report = merge(flags.adapter, flags.output, flags.model, note)
     for text in report.notes:
         note(f"note: {text}")
     print(f"{flags.output}: {report.changed} tensors merged, {report.copied} copied, {report.bytes / 1e9:.2f} GB")

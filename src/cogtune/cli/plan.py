@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from cogtune.configuration.run_config import RunConfig
-    from cogtune.plan.cards import Card
     from cogtune.plan.plan import Plan
 
 _ABOUT = """\
@@ -45,19 +44,19 @@ def _plan(flags: _Flags, line: Arguments) -> None:
     if flags.targets:
         print("\n".join(_targets(config)))
         return
-    if flags.cards % flags.hosts:
-        raise ConfigError(
-            f"--cards {flags.cards} cannot be spread evenly over --hosts {flags.hosts}", code="config-value"
-        )
-    plan = _made(config, placeholders, flags)
-    if flags.json:
-        print(json.dumps(plan.to_dict(), indent=1))
-    else:
-        from cogtune.plan.report import lines
+    from cogtune.plan.ask import plan
 
-        print("\n".join(lines(plan)))
+    found = plan(
+        config,
+        flags.card,
+        cards=flags.cards,
+        hosts=flags.hosts,
+        price=None if flags.price is None else _per_hour(flags.price),
+        placeholders=placeholders.keys(),
+    )
+    print(json.dumps(found.to_dict(), indent=1) if flags.json else found.text)
     if flags.write is not None:
-        _write(flags.write, config, plan, placeholders)
+        _write(flags.write, config, found, placeholders)
 
 
 def _configuration(path: str | None, overrides: Mapping[str, Any]) -> tuple[RunConfig, dict[str, str]]:
@@ -69,24 +68,6 @@ def _configuration(path: str | None, overrides: Mapping[str, Any]) -> tuple[RunC
     return load_config_with(path, overrides, needed)
 
 
-def _made(config: RunConfig, placeholders: Mapping[str, str], flags: _Flags) -> Plan:
-    from cogtune.plan.data_rows import TYPICAL, read_rows
-    from cogtune.plan.plan import make_plan
-    from cogtune.plan.sizes import ModelSizes
-
-    given = "data.path" not in placeholders
-    rows = read_rows(config, ModelSizes.from_folder(config.model.path)) if given else TYPICAL
-    return make_plan(
-        config,
-        _card(flags),
-        rows,
-        cards=flags.cards,
-        hosts=flags.hosts,
-        placeholders=placeholders.keys(),
-        price=None if flags.price is None else _per_hour(flags.price),
-    )
-
-
 def _per_hour(text: str) -> float:
     """A price, which may be written as ``2.5/h``."""
     try:
@@ -96,16 +77,6 @@ def _per_hour(text: str) -> float:
     if value < 0:
         raise ConfigError(f"--price: found `{text}`, expected a number >= 0", code="config-value")
     return value
-
-
-def _card(flags: _Flags) -> Card:
-    """The card to plan for. ``auto``: the one with the least free memory of this machine's that are used."""
-    from cogtune.plan.cards import find_card
-    from cogtune.plan.local_cards import local_cards
-
-    if flags.card != "auto":
-        return find_card(flags.card)
-    return sorted(local_cards(), key=lambda card: -card.usable)[: flags.cards][-1]
 
 
 def _targets(config: RunConfig) -> list[str]:

@@ -43,7 +43,12 @@ class CogVLM2VisionConfig(PreTrainedConfig):
 
 @strict
 class CogVLM2Config(PreTrainedConfig):
-    """CogVLM2 with vision experts (``cogvlm2-llama3-chat-19B``).
+    """CogVLM2 with vision experts (``cogvlm2-llama3-chat-19B``): the numbers that make the architecture.
+
+    Example:
+        >>> config = CogVLM2Config.from_pretrained("cogvlm2")
+        >>> config.hidden_size, config.num_hidden_layers, config.num_image_tokens
+        >>> CogVLM2Config(num_hidden_layers=2).vision_config.image_size
 
     ``rope_precision="checkpoint"`` computes rotary tables in the dtype of the checkpoint's ``inv_freq`` as loaded,
     which is part of the published model's behaviour; ``"float32"`` computes ordinary float32 tables from

@@ -70,7 +70,8 @@ class RowsReport:
 
 
 class TrainRows(Dataset[RowSample]):
-    """Rows of ``examples``, indexed by ``(epoch, row)``, or by None for a filler row (BOS, no label).
+    """Rows of ``examples``, indexed by ``(epoch, row)``, by a row's number for the first epoch, or by None for a filler
+    row (BOS, no label).
 
     Every row has at least one label. Planning tokenises every text once and keeps counts only.
 
@@ -151,8 +152,10 @@ class TrainRows(Dataset[RowSample]):
             for plan in self._plans
         ]
 
-    def __getitem__(self, index: RowIndex | None) -> RowSample:
-        return self.filler() if index is None else self.row(*index)
+    def __getitem__(self, index: RowIndex | int | None) -> RowSample:
+        if index is None:
+            return self.filler()
+        return self.row(0, index) if isinstance(index, int) else self.row(*index)
 
     def filler(self) -> RowSample:
         """A row that adds 0 to the loss and 0 to the token count."""

@@ -125,7 +125,7 @@ def run(
         results.scores["blind"] = _said(measure(tuned, results.test, blank=True), "with every picture blanked", say)
     with results.phase("merging", say):
         if not folders.merged.exists():
-            merge(BASE, folders.run / "adapter", folders.merged, say)
+            merge(folders.run / "adapter", folders.merged, BASE, say)
     with results.phase("three questions to the merged model", say):
         answers = _ask_merged(folders, results, say)
     record |= _numbers(results, config, answers)

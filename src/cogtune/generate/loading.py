@@ -16,7 +16,7 @@ from cogtune.checkpoint.model_files import load_model_config
 from cogtune.checkpoint.place import Placement
 from cogtune.checkpoint.quantize import require_packages
 from cogtune.configuration.answer_config import AnswerConfig
-from cogtune.configuration.load import load_answer_config
+from cogtune.configuration.load import explicit_values, load_answer_config
 from cogtune.configuration.quantization import PLAIN
 from cogtune.configuration.resolve import check_formats, torch_dtype
 from cogtune.distributed import environment
@@ -30,6 +30,20 @@ from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.tensor_parallel import SplitModel, check_sizes
 from cogtune.processing.processor import CogVLM2Processor
 from cogtune.system.gpu import gpu_of
+
+GENERATOR_KEYS = (
+    "model.",
+    "quant.",
+    "generate.adapter",
+    "generate.device",
+    "generate.max_new_tokens",
+    "generate.greedy",
+    "generate.temperature",
+    "generate.top_",
+    "data.exif",
+    "data.max_pixels",
+)
+"""How the keys begin that a `Generator` follows; the others belong to a chat or to a data set."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +102,15 @@ def load_generator(
         SetupError: a device or package that is not there.
     """
     named = {name: str(value) for name, value in (("model", model), ("adapter", adapter)) if value is not None}
-    resolved = resolve(load_answer_config(None, named | dict(keys or {})))
-    generator = load_resolved(resolved, progress)
-    generator.decoding = Decoding.from_section(resolved.config.generate)
-    return generator
+    config = load_answer_config(None, named | dict(keys or {}))
+    for key in explicit_values(config):
+        if not key.startswith(GENERATOR_KEYS):
+            raise ConfigError(
+                f"{key} means nothing to a generator",
+                hint=f"it takes keys that begin with {', '.join(GENERATOR_KEYS)}",
+                code="config-unknown-key",
+            )
+    return load_resolved(resolve(config), progress)
 
 
 def resolve(config: AnswerConfig) -> Resolved:
@@ -151,7 +170,18 @@ def load_resolved(choice: Resolved, progress: Callable[[str], None] = lambda lin
     if choice.adapter is not None:
         progress(f"with the adapter in {choice.adapter}")
         model = load_adapter(model, choice.adapter)
-    return Generator(model, processor, template=choice.config.model.template)
+    return Generator(model, processor, **_ways(choice))
+
+
+def _ways(choice: Resolved) -> dict[str, Any]:
+    """How a generator asks and answers where a call does not say."""
+    config = choice.config
+    return {
+        "template": config.model.template,
+        "decoding": Decoding.from_section(config.generate),
+        "exif": config.data.exif,
+        "max_pixels": config.data.max_pixels,
+    }
 
 
 def _load_base(choice: Resolved, placement: Placement | None) -> CogVLM2ForCausalLM:
@@ -189,7 +219,7 @@ def _load_part(choice: Resolved, group: TensorGroup, progress: Callable[[str], N
         split_adapter(model, split)
     else:
         split.connect(model)
-    return LockstepGenerator(model, processor, group=group, template=choice.config.model.template)
+    return LockstepGenerator(model, processor, group=group, **_ways(choice))
 
 
 def follow(choice: Resolved) -> bool:

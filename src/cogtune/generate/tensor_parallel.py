@@ -57,8 +57,8 @@ def join(device: torch.device) -> TensorGroup:
 class LockstepGenerator(Generator):
     """A generator on every rank; rank 0's is used, the others `follow`."""
 
-    def __init__(self, model: Any, processor: Any, *, group: TensorGroup, template: str | None = None) -> None:
-        super().__init__(model, processor, template=template)
+    def __init__(self, model: Any, processor: Any, *, group: TensorGroup, **ways: Any) -> None:
+        super().__init__(model, processor, **ways)
         self.group = group
         self._broken = False
 

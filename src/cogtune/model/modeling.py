@@ -178,7 +178,16 @@ class CogVLM2Model(CogVLM2PreTrainedModel):
 
 
 class CogVLM2ForCausalLM(CogVLM2PreTrainedModel, CogVLM2Generation, GenerationMixin):
-    """The whole model; see :meth:`forward` for the inputs."""
+    """The whole model, for training and, with ``generate``, for answers; see `forward` for the inputs.
+
+    ``from_pretrained`` takes the published folder, one saved here, a name on the hub, or an adapter's folder; of that
+    it loads the base first.
+
+    Example:
+        >>> model = CogVLM2ForCausalLM.from_pretrained("cogvlm2", dtype="auto", device_map="auto")
+        >>> inputs = CogVLM2Processor.from_pretrained("cogvlm2")("photo.jpg", "What is this?").to(model.device)
+        >>> ids = model.generate(**inputs, max_new_tokens=50)
+    """
 
     def __init__(self, config: CogVLM2Config) -> None:
         super().__init__(config)

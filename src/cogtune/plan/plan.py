@@ -44,6 +44,11 @@ class Plan:
     epochs: int
     keep_checkpoints: int
     price: float | None = None
+    text: str = ""
+    """The plan as ``cogtune plan`` prints it, where it was asked for with `cogtune.plan`."""
+
+    def __str__(self) -> str:
+        return self.text or repr(self)
 
     @property
     def cache(self) -> int:

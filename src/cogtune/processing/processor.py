@@ -27,6 +27,11 @@ _AUTO_OPTIONS = {"trust_remote_code", "_from_auto", "_commit_hash", "code_revisi
 class CogVLM2Processor:
     """Tokenizer, templates and picture preprocessing of one checkpoint, for training and for chat alike.
 
+    Example:
+        >>> processor = CogVLM2Processor.from_pretrained("cogvlm2")
+        >>> inputs = processor("photo.jpg", "What is this?", answer="A red bus.")
+        >>> batch = processor.pad_left([inputs, processor(None, "Say hello.", answer="Hello.")])
+
     ``encoder`` builds token sequences without touching pictures; ``tokenizer``, ``config`` and ``image_size`` are the
     checkpoint's own.
     """

@@ -131,6 +131,14 @@ def read_metrics(output: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def last_losses(output: Path) -> tuple[float | None, float | None]:
+    """The last training loss and the last validation loss of a run's record; None for one that it does not have."""
+    found: dict[str, float] = {}
+    if (output / METRICS_FILE).is_file():
+        found = {line["kind"]: line["loss"] for line in read_metrics(output) if line.get("loss") is not None}
+    return found.get("train"), found.get("validation")
+
+
 def _drop_after(path: Path, step: int) -> None:
     if not path.exists():
         return

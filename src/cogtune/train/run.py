@@ -23,6 +23,7 @@ from cogtune.configuration.resolve import (
 )
 from cogtune.configuration.run_config import RunConfig
 from cogtune.distributed import environment
+from cogtune.distributed.group import Group
 from cogtune.distributed.shards import whole_numel
 from cogtune.errors import DataError, DiskFullError
 from cogtune.features.reader import FeatureReader
@@ -37,7 +38,7 @@ from cogtune.train import engines, feature_cache, output_folder, saver
 from cogtune.train.batches import Feed
 from cogtune.train.engines import Engine
 from cogtune.train.failures import explain_peers, phase
-from cogtune.train.log import Metrics, console, log, log_file
+from cogtune.train.log import Metrics, console, last_losses, log, log_file
 from cogtune.train.loop import Loop
 from cogtune.train.memory_plan import Layers, MemoryPlan, auto_engine, check_memory
 from cogtune.train.optim import build_optimizer
@@ -48,13 +49,23 @@ from cogtune.train.stop_signal import StopSignal
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run left behind. ``adapter`` is None after a dry run."""
+    """What a run left behind.
+
+    Attributes:
+        output, adapter: its folder, and the one of the adapter in it; no adapter after a dry run.
+        steps: optimiser steps done, those of earlier lives of the run counted in.
+        best_step, best_loss: of the checkpoint with the best validation loss, which the adapter is of.
+        loss: mean training loss per label over the last ``log.steps`` steps, in nats.
+        validation_loss: of the last validation. Both are None where nothing was trained or validated.
+    """
 
     output: Path
     adapter: Path | None
     steps: int
     best_step: int | None = None
     best_loss: float | None = None
+    loss: float | None = None
+    validation_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +80,18 @@ class RunStart:
 def train(config: RunConfig, *, dry_run: bool = False, force: bool = False) -> TrainResult:
     """Fine-tune as ``config`` says, or go on where an earlier run in the same folder stopped.
 
-    ``dry_run`` stops before weights are loaded and writes nothing. ``force`` starts a run whose plan does not fit.
+    What ``cogtune train`` prints goes to standard output and to ``run.log``. Nothing is left behind in the process:
+    Ctrl-C and SIGTERM are handled until it returns (the state is saved, then `cogtune.errors.Stopped` is raised).
+
+    Example:
+        >>> config = cogtune.load_config(None, {"model": "cogvlm2", "data": "my-data", "output": "output"})
+        >>> result = cogtune.train(config)
+        >>> print(result.adapter, result.loss, result.validation_loss)
+
+    Args:
+        config: see `cogtune.load_config`.
+        dry_run: stop before weights are loaded, and write nothing.
+        force: start a run whose plan does not fit.
 
     Raises:
         InputError: something about configuration, base, data or output folder is wrong; nothing was changed.
@@ -108,8 +130,9 @@ def _train(config: RunConfig, dry_run: bool, force: bool) -> TrainResult:
             memory = check_memory(config, inputs, engine, start.record.accumulation, force=force)
         if memory is None or dry_run:
             _announce(config, inputs, engine, dtype, start)
+            result = _nothing_to_do(start, dry_run, engine.group)
             engine.group.close()
-            return _nothing_to_do(start, dry_run)
+            return result
         engine.group.on_main(lambda: _write_beside(config, inputs, engine, start))
         stack.enter_context(log_file(start.folder.output, engine.group.process))
         _announce(config, inputs, engine, dtype, start)
@@ -188,13 +211,14 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _nothing_to_do(start: RunStart, dry_run: bool) -> TrainResult:
+def _nothing_to_do(start: RunStart, dry_run: bool, group: Group) -> TrainResult:
     if dry_run:
         log.info("dry run: stopping before weights are loaded")
         return TrainResult(start.folder.output, None, 0)
     result = start.folder.result
     adapter = start.folder.output / saver.ADAPTER_FOLDER
-    return TrainResult(start.folder.output, adapter, result["step"], result["best_step"], result["best_loss"])
+    losses = group.on_main(lambda: last_losses(start.folder.output))
+    return TrainResult(start.folder.output, adapter, result["step"], result["best_step"], result["best_loss"], *losses)
 
 
 def _write_beside(config: RunConfig, inputs: Inputs, engine: Engine, start: RunStart) -> None:
@@ -323,4 +347,5 @@ def _fit(
     engine.group.on_main(lambda: output_folder.write_record(output, output_folder.finished(start.record, result)))
     engine.group.on_main(lambda: _remember(config, adapter, output))
     log.info(f"done: the adapter ({which}) is in {adapter}")
-    return TrainResult(output, adapter, progress.step, progress.best_step, progress.best_loss)
+    losses = engine.group.on_main(lambda: last_losses(output))
+    return TrainResult(output, adapter, progress.step, progress.best_step, progress.best_loss, *losses)

@@ -73,7 +73,7 @@ def inputs() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_outputs_equal_adapter_outputs(kind: str, base: Path, tmp_path: Path) -> None:
     folder = write_adapter(base, tmp_path / "adapter", **KINDS[kind])
-    merge(base, folder, tmp_path / "merged")
+    merge(folder, tmp_path / "merged", base)
     with torch.no_grad():
         merged = load_model(tmp_path / "merged")(**inputs()).logits
         adapted = load_adapter(load_model(base), folder)(**inputs()).logits
@@ -85,7 +85,7 @@ def test_merged_outputs_equal_adapter_outputs(kind: str, base: Path, tmp_path: P
 
 def test_a_bfloat16_base_is_merged_in_float32_and_rounded_once(tiny_checkpoint: Path, tmp_path: Path) -> None:
     folder = write_adapter(tiny_checkpoint, tmp_path / "adapter", targets=["language_expert_dense"])
-    merge(tiny_checkpoint, folder, tmp_path / "merged")
+    merge(folder, tmp_path / "merged", tiny_checkpoint)
     module = "model.layers.0.self_attn.language_expert_dense"
     factors = load_file(folder / "adapter_model.safetensors")
     a, b = (factors[f"base_model.model.{module}.lora_{half}.weight"] for half in "AB")
@@ -101,7 +101,7 @@ def test_a_bfloat16_base_is_merged_in_float32_and_rounded_once(tiny_checkpoint: 
 
 
 def test_everything_but_weights_is_the_base_byte_for_byte(base: Path, adapter: Path, tmp_path: Path) -> None:
-    report = merge(base, adapter, tmp_path / "merged")
+    report = merge(adapter, tmp_path / "merged", base)
     before, after = digests(base), digests(tmp_path / "merged")
     assert before.keys() - after.keys() == {"pytorch_model.bin", ".git/config"}
     assert after.keys() <= before.keys()
@@ -120,11 +120,11 @@ def test_everything_but_weights_is_the_base_byte_for_byte(base: Path, adapter: P
 def test_merging_twice_gives_the_same_bytes_whatever_the_block_size(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    merge(base, adapter, tmp_path / "one")
-    merge(base, adapter, tmp_path / "two")
+    merge(adapter, tmp_path / "one", base)
+    merge(adapter, tmp_path / "two", base)
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
     monkeypatch.setattr(merging, "BLOCK_BYTES", 5000)
-    merge(base, adapter, tmp_path / "small")
+    merge(adapter, tmp_path / "small", base)
     for shard in base.glob("*.safetensors"):
         one, small = load_file(tmp_path / "one" / shard.name), load_file(tmp_path / "small" / shard.name)
         for name, tensor in one.items():
@@ -166,7 +166,7 @@ def test_memory_holds_blocks_of_rows_not_shards(tmp_path: Path, monkeypatch: pyt
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
     tracemalloc.start()
     with LargestTensor() as largest:
-        merge(base, folder, tmp_path / "merged")
+        merge(folder, tmp_path / "merged", base)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert largest.bytes <= block
@@ -191,7 +191,7 @@ def test_an_interrupted_merge_leaves_nothing(
     monkeypatch.setattr(merging, "_write_shard", fail_at_second)
     wanted = DiskFullError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(wanted):
-        merge(base, adapter, tmp_path / "merged")
+        merge(adapter, tmp_path / "merged", base)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -207,12 +207,12 @@ def test_a_killed_merge_cannot_be_loaded_and_the_next_one_clears_it(base: Path, 
             raise KilledError
 
     with pytest.raises(KilledError):
-        merge(base, adapter, tmp_path / "merged", kill)
+        merge(adapter, tmp_path / "merged", base, kill)
     (tmp_path / "copy").rename(left)
     assert len(list(left.glob("*.safetensors"))) == 2
     with pytest.raises(CheckpointError):
         load_model(left)
-    report = merge(base, adapter, tmp_path / "merged")
+    report = merge(adapter, tmp_path / "merged", base)
     assert any("interrupted merge" in line for line in report.notes)
     assert not left.exists()
     load_model(tmp_path / "merged")
@@ -224,7 +224,7 @@ def test_too_little_space_is_said_before_anything_is_written(
     monkeypatch.setattr(merging.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     monkeypatch.setattr(merging, "_copy", lambda *args: pytest.fail("something was written"))
     with pytest.raises(DiskFullError, match="the merged model needs"):
-        merge(base, adapter, tmp_path / "merged")
+        merge(adapter, tmp_path / "merged", base)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -233,10 +233,10 @@ def test_an_existing_output_is_not_touched(base: Path, adapter: Path, tmp_path: 
     output.mkdir()
     (output / "mine.txt").write_text("mine")
     with pytest.raises(OutputFolderError, match="exists already"):
-        merge(base, adapter, output)
+        merge(adapter, output, base)
     assert [path.name for path in output.iterdir()] == ["mine.txt"]
     with pytest.raises(OutputFolderError, match="inside the base"):
-        merge(base, adapter, base / "merged")
+        merge(adapter, base / "merged", base)
 
 
 def edited(adapter: Path, target: Path, config: dict[str, Any] | None = None, **tensors: Any) -> Path:
@@ -280,7 +280,7 @@ def test_what_cannot_be_merged_is_an_error_that_names_it(name: str, base: Path, 
     config, tensors, message = BAD[name]
     bad = edited(adapter, tmp_path / "adapter", config, **tensors)
     with pytest.raises(AdapterError, match=message) as caught:
-        merge(base, bad, tmp_path / "merged")
+        merge(bad, tmp_path / "merged", base)
     assert caught.value.hint
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
@@ -288,12 +288,12 @@ def test_what_cannot_be_merged_is_an_error_that_names_it(name: str, base: Path, 
 def test_folders_that_are_not_models_or_adapters(base: Path, adapter: Path, tmp_path: Path) -> None:
     for one, two, wanted in [(tmp_path / "no", adapter, CheckpointError), (base, tmp_path / "no", AdapterError)]:
         with pytest.raises(wanted) as caught:
-            merge(one, two, tmp_path / "merged")
+            merge(two, tmp_path / "merged", one)
         assert isinstance(caught.value, CogtuneError)
         assert caught.value.exit_code == 2
 
 
 def test_a_base_of_another_name_is_mentioned(base: Path, adapter: Path, tmp_path: Path) -> None:
-    assert not any("as its base" in line for line in merge(base, adapter, tmp_path / "same").notes)
+    assert not any("as its base" in line for line in merge(adapter, tmp_path / "same", base).notes)
     renamed = edited(adapter, tmp_path / "adapter", {"base_model_name_or_path": "somebody/other-model"})
-    assert any("somebody/other-model" in line for line in merge(base, renamed, tmp_path / "other").notes)
+    assert any("somebody/other-model" in line for line in merge(renamed, tmp_path / "other", base).notes)

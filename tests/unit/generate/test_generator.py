@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 
 from cogtune.checkpoint.load import load_model
-from cogtune.errors import InputError, OutOfMemoryError
+from cogtune.errors import DataError, InputError, OutOfMemoryError
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.generator import Ask, Generator
 from cogtune.processing.processor import CogVLM2Processor
 from tests.support.adapters import write_adapter
+from tests.support.data_folders import write_image
 
 SHORT = Decoding(max_new_tokens=12)
 
@@ -161,3 +162,30 @@ def test_out_of_memory_says_what_to_try(generator: Generator, asks: list[Ask], m
     assert "--batch-size 2" in caught.value.hint
     with pytest.raises(OutOfMemoryError, match="1 question at once"):
         list(generator.stream(*asks[0], decoding=SHORT))
+
+
+def test_questions_about_files_are_those_about_their_pictures(
+    generator: Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the tower runs once for a file that is asked about again, unless it has changed."""
+    file = write_image(tmp_path / "picture.png", (10, 200, 30))
+    picture = Image.open(file).convert("RGB")
+    expected = generator.answer_batch([(picture, "what?", ()), (None, "why?", ())], SHORT)
+    runs: list[int] = []
+    real = generator._features_of
+    monkeypatch.setattr(generator, "_features_of", lambda pixels: runs.append(len(pixels)) or real(pixels))
+    assert generator.answer_batch([(file, "what?"), (None, "why?")], SHORT) == expected
+    assert generator.answer(str(file), "what?", decoding=SHORT) == expected[0]
+    assert "".join(generator.stream([file], "what?", decoding=SHORT)) == expected[0]
+    assert runs == [1]
+    write_image(file, (200, 10, 10), size=(30, 20))
+    assert generator.answer(file, "what?", decoding=SHORT) != expected[0]
+    assert runs == [1, 1]
+    with pytest.raises(DataError, match="no such picture"):
+        generator.answer(tmp_path / "no.png", "what?")
+
+
+def test_a_call_without_decoding_follows_the_generators(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generator, "decoding", Decoding(3))
+    long = generator.answer(None, "why?", decoding=Decoding(20))
+    assert generator.answer(None, "why?") == generator.answer(None, "why?", decoding=Decoding(3)) != long

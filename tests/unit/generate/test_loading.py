@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from cogtune.configuration.load import load_answer_config
 from cogtune.errors import AdapterError, ConfigError, InputError, SetupError
+from cogtune.generate.decoding import Decoding
 from cogtune.generate.last_run import LastRun, read_last_run, state_file, write_last_run
 from cogtune.generate.loading import Resolved, choose_devices, load_generator
 from cogtune.generate.loading import resolve as resolve_config
@@ -108,3 +110,20 @@ def test_several_devices_are_different_gpus_and_cpu_last(monkeypatch: pytest.Mon
         choose_devices(name)
     assert [str(device) for device in choose_devices("cuda,cuda:1,cpu")] == ["cuda:0", "cuda:1", "cpu"]
     assert [str(device) for device in choose_devices("all")] == ["cuda:0", "cuda:1"]
+
+
+def test_a_generator_follows_the_keys_it_is_made_with(run: Path, tmp_path: Path) -> None:
+    keys = {"device": "cpu", "temperature": 0.5, "max-new-tokens": 5, "data.exif": "apply", "model.template": "vqa"}
+    generator = load_generator(adapter=run, keys=keys)
+    assert generator.decoding == Decoding(5, sample=True, temperature=0.5)
+    assert (generator.template, generator.device) == ("vqa", torch.device("cpu"))
+    image = Image.new("RGB", (24, 16))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert generator._opened(tmp_path / "turned.jpg", {}).size == (16, 24)
+    for key, value in (("batch-size", 2), ("seed", 1), ("parallel.tensor", 2), ("data.path", "data")):
+        with pytest.raises(ConfigError, match="means nothing to a generator"):
+            load_generator(adapter=run, keys={key: value})
+    with pytest.raises(ConfigError, match=r"unknown key `quant\.expert`"):
+        load_generator(adapter=run, keys={"quant": {"expert": None}})
