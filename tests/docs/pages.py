@@ -9,16 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[\w-]*)[^\n]*\n(?P<body>.*?)^(?P=indent)```\s*$", re.M | re.S)
+FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<language>[\w-]*)(?P<info>[^\n]*)\n(?P<body>.*?)^(?P=indent)```\s*$", re.M | re.S
+)
 SHELL = ("bash", "sh", "console", "shell")
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced code block."""
+    """A fenced code block. ``info``: what stands behind the language; ``line``: of its page, where its body begins."""
 
     language: str
     body: str
+    info: str = ""
+    line: int = 0
 
 
 def pages() -> list[Path]:
@@ -43,7 +47,10 @@ def chinese_twin(page: Path) -> Path | None:
 
 
 def blocks(text: str) -> list[Block]:
-    return [Block(match["language"], match["body"]) for match in FENCE.finditer(text)]
+    return [
+        Block(match["language"], match["body"], match["info"].strip(), text.count("\n", 0, match.start("body")) + 1)
+        for match in FENCE.finditer(text)
+    ]
 
 
 def without_blocks(text: str) -> str:
