@@ -30,11 +30,12 @@ class _Flags:
 def _merge(flags: _Flags, line: Arguments) -> None:
     with contextlib.redirect_stdout(sys.stderr):  # some libraries log to stdout when first imported
         from cogtune.adapters.merge import merge
+        from cogtune.features.choose import size_text
 
     report = merge(flags.adapter, flags.output, flags.model, note)
     for text in report.notes:
         note(f"note: {text}")
-    print(f"{flags.output}: {report.changed} tensors merged, {report.copied} copied, {report.bytes / 1e9:.2f} GB")
+    print(f"{flags.output}: {report.changed} tensors merged, {report.copied} copied, {size_text(report.bytes)}")
     note(f"next: cogtune chat --model {flags.output}")
 
 
