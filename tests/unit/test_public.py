@@ -92,3 +92,11 @@ def test_types_reach_a_users_program(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "mypy", *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert 'Revealed type is "int"' in done.stdout or 'Revealed type is "builtins.int"' in done.stdout
+
+
+def test_a_call_that_was_to_start_processes_is_refused(tmp_path: Path) -> None:
+    """The command starts them and runs itself in each; a function cannot."""
+    keys = {"model": "x", "data": "y", "output": str(tmp_path), "parallel.launch": 2}
+    with pytest.raises(ConfigError, match=r"parallel\.launch is 2, but this process was not launched") as caught:
+        cogtune.train(cogtune.load_config(None, keys))
+    assert "`cogtune train`" in str(caught.value.hint)

@@ -59,6 +59,11 @@ def _check_launch(config: RunConfig, ranks: int) -> None:
             f"parallel.launch is {wanted}, but a launcher has started {ranks} processes already",
             hint="leave parallel.launch out under a launcher",
         )
+    if wanted is not None and not is_launched():
+        raise ConfigError(
+            f"parallel.launch is {wanted}, but this process was not launched and starts no others",
+            hint="`cogtune train` with this configuration starts them; leave parallel.launch out for one device",
+        )
     if config.parallel.tensor > 1:
         _check_tensor(config, ranks)
         return
