@@ -89,7 +89,7 @@ class CogtuneError(Exception):
         return self.message if self.hint is None else f"{self.message}\nhint: {self.hint}"
 
     def render(self) -> str:
-        """The text the command line prints; see :func:`render`."""
+        """The text the command line prints; see `render`."""
         return render(self.code, self.message, self.hint)
 
 

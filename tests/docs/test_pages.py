@@ -90,3 +90,10 @@ PRIVATE = re.compile(
 def test_nothing_private_is_tracked():
     hits = [f"{name(path)}: {match[0]}" for path, text in tracked_texts() for match in PRIVATE.finditer(text)]
     assert not hits
+
+
+def test_docstrings_are_in_one_style():
+    """Google's: no fields or roles of Sphinx."""
+    sphinx = re.compile(r"^ *:(param|raises?|returns?|rtype|type)\b|:(func|class|meth|data|mod|attr|exc):`", re.M)
+    files = [file for folder in ("src", "tests", "benchmarks") for file in (ROOT / folder).rglob("*.py")]
+    assert not [name(file) for file in files if sphinx.search(file.read_text(encoding="utf-8"))]

@@ -39,7 +39,7 @@ _CONTINUED = {
 
 
 class LoraSettings(Protocol):
-    """What :func:`attach` reads of the run configuration's ``lora`` section."""
+    """What `attach` reads of the run configuration's ``lora`` section."""
 
     @property
     def targets(self) -> Sequence[str]: ...
@@ -219,7 +219,7 @@ def describe(model: PeftModel) -> list[RegionCount]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Leaves out two warnings of peft's: a deprecation between it and transformers, about which a user can do nothing,
-    and missing adapter keys, which :func:`_require_loaded` makes an error."""
+    and missing adapter keys, which `_require_loaded` makes an error."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
         warnings.filterwarnings("ignore", "Found missing adapter keys.*", UserWarning)

@@ -75,7 +75,8 @@ def make_checkpoint(
     """Write ``full`` (39 GB) or ``tiny`` (400 kB) into the new folder ``folder``.
 
     Raises:
-        OutputFolderError: it holds files already. DiskFullError: too little space, before or while writing.
+        OutputFolderError: it holds files already.
+        DiskFullError: too little space, before or while writing.
     """
     config = published_config() if preset == "full" else tiny_config()
     shards = plan_shards(config, SHARD_LIMIT if preset == "full" else 150_000)

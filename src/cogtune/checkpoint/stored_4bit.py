@@ -35,8 +35,9 @@ def owner(name: str, weights: Collection[str]) -> str | None:
 class Collector:
     """Gathers the parts of packed layers.
 
-    :param tensors: names of all tensors that will come.
-    :param shapes: of the whole weights that are packed, by name.
+    Args:
+        tensors: names of all tensors that will come.
+        shapes: of the whole weights that are packed, by name.
     """
 
     def __init__(self, tensors: Iterable[str], builder: Builder, shapes: Mapping[str, torch.Size]) -> None:

@@ -70,9 +70,15 @@ def merge_deepspeed(
 ) -> tuple[DeepSpeedDict, dict[str, Any], list[str]]:
     """Join a DeepSpeed file's content with a configuration.
 
-    ``explicit``: dotted keys the user gave, which may not contradict the file. ``names``: what to call a key in
-    messages (a flag). Returns the dictionary for ``deepspeed.initialize``, the dotted keys the file changes,
-    and warnings. Raises ConfigError for a contradiction or a setting that this loop cannot follow.
+    Args:
+        explicit: dotted keys the user gave, which may not contradict the file.
+        names: what to call a key in messages (a flag).
+
+    Returns:
+        The dictionary for ``deepspeed.initialize``, the dotted keys the file changes, and warnings.
+
+    Raises:
+        ConfigError: a contradiction, or a setting that this loop cannot follow.
     """
     file = str(config.parallel.deepspeed or "the DeepSpeed file")
     ours: dict[str, Any] = {}
@@ -110,8 +116,11 @@ def apply_deepspeed(
 def deepspeed_settings(config: RunConfig, dtype: str, world_size: int) -> DeepSpeedDict:
     """The dictionary for ``deepspeed.initialize``, of a configuration that its DeepSpeed file was applied to.
 
-    ``dtype``: the model's, ``bfloat16``, ``float16`` or ``float32``. Raises ConfigError where file and configuration
-    differ: the loop would follow one and DeepSpeed the other.
+    Args:
+        dtype: the model's, ``bfloat16``, ``float16`` or ``float32``.
+
+    Raises:
+        ConfigError: file and configuration differ, so the loop would follow one and DeepSpeed the other.
     """
     user = read_deepspeed(config.parallel.deepspeed) if config.parallel.deepspeed is not None else {}
     config = with_values(config, {"model.dtype": dtype})

@@ -53,7 +53,8 @@ def parse_value(text: str) -> Any:
 def read_mapping(path: str | Path, what: str = "configuration file") -> dict[str, Any]:
     """The mapping at the root of a YAML (or, by its suffix, JSON) file; an empty file is an empty mapping.
 
-    Raises ConfigError where the file is missing, unreadable, not YAML, or no mapping.
+    Raises:
+        ConfigError: the file is missing, unreadable, not YAML, or no mapping.
     """
     path = Path(path)
     try:

@@ -74,7 +74,7 @@ class _Tokenizer(Protocol):
 
 @dataclass
 class _Wanted:
-    """One answer on its way to a :class:`Sample`: ``first`` and ``tokens`` are its history's start and its prompt."""
+    """One answer on its way to a `Sample`: ``first`` and ``tokens`` are its history's start and its prompt."""
 
     example: int
     number: int
@@ -98,7 +98,8 @@ class Budget:
     def fit(self, examples: Sequence[Example]) -> Iterator[FittedExample]:
         """The samples of every example, in order; an example may be left with none.
 
-        :raises DataError: for a question or an answer over budget, where the configuration says ``error``.
+        Raises:
+            DataError: for a question or an answer over budget, where the configuration says ``error``.
         """
         chunk: list[int] = []
         size = 0

@@ -35,8 +35,9 @@ def write(examples: Sequence[Example], target: Path, *, link: bool = False, done
     file's folder by their path, and others by their copies in a folder beside the file. ``target`` appears when it is
     whole.
 
-    :raises OutputFolderError: ``target`` exists.
-    :raises DataError: text-only records, which a folder has no place for.
+    Raises:
+        OutputFolderError: ``target`` exists.
+        DataError: text-only records, which a folder has no place for.
     """
     if target.exists():
         raise OutputFolderError(f"{target}: exists already", hint="name a new one", code="convert-target")

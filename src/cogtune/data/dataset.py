@@ -75,11 +75,14 @@ class TrainRows(Dataset[RowSample]):
 
     Every row has at least one label. Planning tokenises every text once and keeps counts only.
 
-    :param image_size: side of the square that images are resized to, in pixels.
-    :param seed: of the rounds that ``data.turns: one_random`` draws.
-    :param required: raise when no row is left; False for validation data.
-    :raises DataError: for a text over budget where ``data`` says ``error``, or when no row is left.
-    :raises ConfigError: when ``data.max_row_tokens`` is too small for one sample.
+    Args:
+        image_size: side of the square that images are resized to, in pixels.
+        seed: of the rounds that ``data.turns: one_random`` draws.
+        required: raise when no row is left; False for validation data.
+
+    Raises:
+        DataError: for a text over budget where ``data`` says ``error``, or when no row is left.
+        ConfigError: when ``data.max_row_tokens`` is too small for one sample.
     """
 
     def __init__(
@@ -166,8 +169,9 @@ class TrainRows(Dataset[RowSample]):
     def row(self, epoch: int, index: int) -> RowSample:
         """Build one row; the epoch matters for ``data.turns: one_random`` only.
 
-        :raises DataError: when an image cannot be decoded.
-        :raises CogtuneError: when features cannot be read.
+        Raises:
+            DataError: when an image cannot be decoded.
+            CogtuneError: when features cannot be read.
         """
         plan = self._plans[index]
         example = self._examples[plan.example]

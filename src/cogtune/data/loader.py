@@ -23,7 +23,8 @@ def batches(
 ) -> Iterator[dict[str, Any]]:
     """One collated batch per item of the sampler, in its order; ``for_gpu``: in pinned memory and a GPU's layout.
 
-    :raises CogtuneError: as raised while a row was built, whichever process built it.
+    Raises:
+        CogtuneError: as raised while a row was built, whichever process built it.
     """
     loader: DataLoader[Any] = DataLoader(
         _Guarded(rows),  # type: ignore[arg-type]

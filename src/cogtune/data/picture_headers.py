@@ -43,7 +43,8 @@ class PictureHeader:
 def check_picture(path: Path, max_pixels: int | None) -> PictureHeader:
     """What the header says, once it and the end of the file look right.
 
-    :raises BadRecordError: ``image-empty``, ``image-unreadable``, ``image-too-large`` or ``image-truncated``.
+    Raises:
+        BadRecordError: ``image-empty``, ``image-unreadable``, ``image-too-large`` or ``image-truncated``.
     """
     try:
         with path.open("rb") as stream:

@@ -53,8 +53,9 @@ class Located:
 class Places:
     """Finds the pictures that the records of ``data.path`` name.
 
-    :param image_roots: ``data.image_root``; empty: the folder of each file of records.
-    :param extract_dir: where embedded pictures go.
+    Attributes:
+        image_roots: ``data.image_root``; empty: the folder of each file of records.
+        extract_dir: where embedded pictures go.
     """
 
     image_roots: tuple[Path, ...]
@@ -66,8 +67,9 @@ class Places:
     def locate(self, image: PictureSource, folder: Path) -> Located:
         """The file of ``image``, named in a file that lies in ``folder``; it need not exist.
 
-        :raises BadRecordError: ``image-outside``, a path that leaves every root; ``image-empty``.
-        :raises OutputFolderError, DiskFullError: an embedded picture cannot be written.
+        Raises:
+            BadRecordError: ``image-outside``, a path that leaves every root; ``image-empty``.
+            OutputFolderError, DiskFullError: an embedded picture cannot be written.
         """
         if isinstance(image, Embedded):
             return self._extract(image.data)

@@ -68,7 +68,8 @@ def preview_rows(
     """The rows of the first ``count`` examples, or of the one that ``record`` names: its key, a conversation's id, or
     the name of its file.
 
-    :raises DataError: no such record, or a text over budget where ``data`` says ``error``.
+    Raises:
+        DataError: no such record, or a text over budget where ``data`` says ``error``.
     """
     chosen = list(examples[:count])
     if record is not None:

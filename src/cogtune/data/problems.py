@@ -13,7 +13,7 @@ from typing import Literal
 from cogtune.errors import DataError
 
 #: kind of problem -> what the user can do about it. The kind is also the error's code: ``image-...`` as in
-#: :func:`cogtune.processing.image.read_image`, the others as ``data-<kind>``.
+#: `cogtune.processing.image.read_image`, the others as ``data-<kind>``.
 HINTS: dict[str, str] = {
     "no-images": "a data folder holds images/ and labels/ (or labels_en/, labels_zh/), or *.jsonl files",
     "no-labels": "put one <picture's name>.json per picture into labels/ (or labels_en/, labels_zh/)",
@@ -73,7 +73,7 @@ class Problem:
 
 
 class BadRecordError(Exception):
-    """Raised while one record is parsed; the caller knows the file and turns it into a :class:`Problem`."""
+    """Raised while one record is parsed; the caller knows the file and turns it into a `Problem`."""
 
     def __init__(self, kind: str, what: str) -> None:
         super().__init__(what)
@@ -98,9 +98,12 @@ class Problems:
     def settle(self, good: int, on_bad: Literal["error", "skip"], max_share: float) -> None:
         """Raise unless the problems may be skipped.
 
-        :param good: records read without a problem.
-        :raises DataError: with ``error``, for any problem; with ``skip``, when more than ``max_share`` of all records
-            are bad, or none is left.
+        Args:
+            good: records read without a problem.
+
+        Raises:
+            DataError: with ``error``, for any problem; with ``skip``, when more than ``max_share`` of all records are
+                bad, or none is left.
         """
         if not self.found:
             return

@@ -52,7 +52,8 @@ class FolderReader:
 
         ``done`` is told how many pictures of how many are looked at.
 
-        :raises DataError: for a folder without pictures or labels, or with several label folders and no choice.
+        Raises:
+            DataError: for a folder without pictures or labels, or with several label folders and no choice.
         """
         label_folder = self._label_folder()
         images = _by_stem(self.root / "images", problems, labels=False)

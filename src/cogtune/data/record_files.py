@@ -51,7 +51,8 @@ class RecordsReader:
 
         ``done`` is told how many pictures of how many are looked at.
 
-        :raises DataError: when the files hold no record, or a file is not of this format.
+        Raises:
+            DataError: when the files hold no record, or a file is not of this format.
         """
         groups: dict[str, _Group] = {}
         ids: set[str] = set()

@@ -19,7 +19,8 @@ def parse_json(data: bytes) -> tuple[Any, bool]:
     Commas before a closing bracket, as in the sample on the published data set's card, are accepted and reported as a
     repair.
 
-    :raises BadRecordError: ``bad-json`` with the position.
+    Raises:
+        BadRecordError: ``bad-json`` with the position.
     """
     try:
         text = data.decode("utf-8-sig")
@@ -41,7 +42,8 @@ def parse_json(data: bytes) -> tuple[Any, bool]:
 def record_dialogues(record: Any, caption_question: str | None) -> list[tuple[Turn, ...]]:
     """The independent conversations of one record: one for ``conversations``, one per entry of ``captions``.
 
-    :raises BadRecordError: for a wrong shape, role, order or content; the message says which turn.
+    Raises:
+        BadRecordError: for a wrong shape, role, order or content; the message says which turn.
     """
     if not isinstance(record, dict):
         raise BadRecordError("wrong-root", f"{kind_of(record)} found, an object was expected")
@@ -91,7 +93,8 @@ def _content(entry: Any, number: int, roles: tuple[str, ...]) -> str:
 def checked_text(value: Any, what: str) -> str:
     """``value``, which messages call ``what``, if it is a text that says something.
 
-    :raises BadRecordError: ``content``.
+    Raises:
+        BadRecordError: ``content``.
     """
     if not isinstance(value, str):
         raise BadRecordError("content", f"{what} is {kind_of(value)}, a text was expected")
@@ -105,7 +108,8 @@ def checked_text(value: Any, what: str) -> str:
 def identity_of(record: dict[str, Any]) -> str | None:
     """The record's own id, if it has one.
 
-    :raises BadRecordError: ``id``, for one that is neither a text nor a whole number.
+    Raises:
+        BadRecordError: ``id``, for one that is neither a text nor a whole number.
     """
     if "id" not in record:
         return None

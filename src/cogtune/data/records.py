@@ -1,6 +1,6 @@
 """What a data set is made of: turns, conversations, and examples.
 
-An :class:`Example` is the unit of splitting, ordering and tree building: images and all conversations about them, or a
+An `Example` is the unit of splitting, ordering and tree building: images and all conversations about them, or a
 text-only record. Each answer in it is trained as a sample of its own (`data.budget.Sample`).
 """
 

@@ -58,8 +58,9 @@ def encode_sample(encoder: Encoder, example: Example, sample: Sample, max_output
 def plan_rows(fitted: FittedExample, *, head: int, limit: int | None, one_random: bool) -> list[RowPlan]:
     """The rows of one example, in the order of its samples; none when it has no sample.
 
-    :param head: tokens before the text (BOS, images and the texts behind them), shared by all samples of a row.
-    :param limit: most tokens of a row. A single sample longer than that still gets a row (the caller refuses it).
+    Args:
+        head: tokens before the text (BOS, images and the texts behind them), shared by all samples of a row.
+        limit: most tokens of a row. A single sample longer than that still gets a row (the caller refuses it).
     """
     rows: list[RowPlan] = []
     samples: list[Sample] = []

@@ -28,13 +28,14 @@ class EpochSampler:
 
     A position is ``(epoch, rows of it already taken, over all ranks)``. It means the same under any number of ranks.
 
-    :param weights: how often an epoch shows each row: floor(w) times, and once more by a seeded draw of the fraction.
-    :param epochs: iteration ends before this epoch.
-    :param start: the position to begin from, as after a resume.
-    :param shuffle: False keeps the rows in their own order, for validation.
-    :param lengths: tokens of every row; needed by the next two.
-    :param by_length: the order brings rows of similar length together.
-    :param most_tokens: of a batch, instead of ``batch_size`` rows; a longer row is a batch of its own.
+    Args:
+        weights: how often an epoch shows each row: floor(w) times, and once more by a seeded draw of the fraction.
+        epochs: iteration ends before this epoch.
+        start: the position to begin from, as after a resume.
+        shuffle: False keeps the rows in their own order, for validation.
+        lengths: tokens of every row; needed by the next two.
+        by_length: the order brings rows of similar length together.
+        most_tokens: of a batch, instead of ``batch_size`` rows; a longer row is a batch of its own.
     """
 
     def __init__(

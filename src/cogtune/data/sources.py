@@ -40,7 +40,8 @@ def read_sources(
 
     Entries are read in the given order; a folder's examples in the order of their names, others in that of the records.
 
-    :raises DataError: for bad input, unless ``data.on_bad`` is ``skip`` and no more than ``data.max_bad_share`` is bad.
+    Raises:
+        DataError: for bad input, unless ``data.on_bad`` is ``skip`` and no more than ``data.max_bad_share`` is bad.
     """
     examples, report, problems = collect_sources(data, paths, max_images=max_images)
     good = sum(len(example.conversations) for example in examples)
@@ -53,7 +54,8 @@ def collect_sources(
 ) -> tuple[list[Example], DataReport, Problems]:
     """As `read_sources`, with what is wrong with single records returned instead of raised.
 
-    :raises DataError: for an entry that cannot be read at all.
+    Raises:
+        DataError: for an entry that cannot be read at all.
     """
     report, problems = DataReport(), Problems()
     given = list(data.path if paths is None else paths)

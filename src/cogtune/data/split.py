@@ -59,8 +59,9 @@ def read_and_split(data: DataSection, seed: int, *, max_images: int = 1) -> Data
 
     ``max_images``: how many images a prompt of the model takes.
 
-    :raises DataError: for bad input; when a picture is in both training and validation folders; when nothing is left
-        to train on.
+    Raises:
+        DataError: for bad input; when a picture is in both training and validation folders; when nothing is left to
+            train on.
     """
     examples, report = read_sources(data, max_images=max_images)
     if data.validation:

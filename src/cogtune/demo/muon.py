@@ -18,7 +18,8 @@ _LIKE_ADAM = 0.2  # scales an update to the size an AdamW step has, so that lear
 class Muon(torch.optim.Optimizer):
     """For 2D weights of hidden layers; embeddings, head, norms and biases go to AdamW.
 
-    :param weight_decay: decoupled, as in AdamW.
+    Args:
+        weight_decay: decoupled, as in AdamW.
     """
 
     def __init__(

@@ -14,10 +14,11 @@ from cogtune.features.store import FeatureCacheError
 class Demand:
     """What a run would ask of the tower.
 
-    :param showings: how often it would run on a picture without a cache, over the rest of the run.
-    :param pictures, to_compute: different pictures among them, and those without features yet.
-    :param more_bytes: disk that their features take.
-    :param tower_fits: whether the tower fits beside training; None: not known.
+    Attributes:
+        showings: how often it would run on a picture without a cache, over the rest of the run.
+        pictures, to_compute: different pictures among them, and those without features yet.
+        more_bytes: disk that their features take.
+        tower_fits: whether the tower fits beside training; None: not known.
     """
 
     showings: int

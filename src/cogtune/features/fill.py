@@ -70,7 +70,8 @@ class FillSettings:
 class Filler:
     """Computes and stores the features of ``images``, a few at a time; use it as a context manager.
 
-    :param device: where ``tower`` is; a CUDA device is kept busy while the batch before is copied back and written.
+    Args:
+        device: where ``tower`` is; a CUDA device is kept busy while the batch before is copied back and written.
     """
 
     def __init__(

@@ -15,7 +15,8 @@ from cogtune.features.store import FeatureCacheError, Store
 class FeatureReader:
     """Calling it with an image gives its features [Q, W] in the run's number format.
 
-    :param digests: path -> digest of the pixels, for every picture the run can ask for.
+    Args:
+        digests: path -> digest of the pixels, for every picture the run can ask for.
     """
 
     def __init__(self, store: Store, digests: Mapping[str, str], dtype: torch.dtype, lease: Lease) -> None:

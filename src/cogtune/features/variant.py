@@ -16,9 +16,10 @@ from cogtune.processing.image import PREPROCESSING
 class FeatureVariant:
     """Equal variants give equal features for equal pixels, up to the rounding of different devices.
 
-    :param tower: `checkpoint.fingerprint.tower_fingerprint` of the weights.
-    :param shape: the configuration's numbers that decide what the tower computes.
-    :param compute: number format the tower ran in, and how its weights were quantised, if they were.
+    Attributes:
+        tower: `checkpoint.fingerprint.tower_fingerprint` of the weights.
+        shape: the configuration's numbers that decide what the tower computes.
+        compute: number format the tower ran in, and how its weights were quantised, if they were.
     """
 
     tower: str

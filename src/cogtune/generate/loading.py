@@ -244,7 +244,8 @@ def choose_devices(name: str) -> list[torch.device]:
     may wait in host memory.
 
     Raises:
-        ConfigError: not such a list. SetupError: a device that is not there.
+        ConfigError: not such a list.
+        SetupError: a device that is not there.
     """
     if name == "all":
         cards = [torch.device(f"cuda:{number}") for number in range(torch.cuda.device_count())]
@@ -266,7 +267,8 @@ def choose_device(name: str) -> torch.device:
     """``auto`` (the first GPU, or under a launcher this process's), ``cpu``, ``cuda``, ``cuda:1``...
 
     Raises:
-        ConfigError: not a device. SetupError: one that is not there.
+        ConfigError: not a device.
+        SetupError: one that is not there.
     """
     if name == "auto":
         own = environment.local_rank() if environment.world_size() > 1 else 0

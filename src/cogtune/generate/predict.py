@@ -96,7 +96,8 @@ class Predictor:
 
         Raises:
             DataError: a picture or question that cannot be used, unless ``data.on_bad`` is ``skip`` and it is one of
-                few. OutOfMemoryError, DiskFullError: with everything before in the file.
+                few.
+            OutOfMemoryError, DiskFullError: with everything before in the file.
         """
         with self.file:
             try:

@@ -47,7 +47,7 @@ class DeviceMap:
         return torch.device("cpu") if index in self.waiting else self.layers[index]
 
     def finish(self, unit_name: str, module: nn.Module) -> None:
-        """Nothing to do for a unit by itself; see :meth:`connect`."""
+        """Nothing to do for a unit by itself; see `connect`."""
 
     def connect(self, model: Any) -> None:
         """Make a loaded model move what it computes from device to device."""

@@ -101,7 +101,7 @@ class Routing:
             segment_ids, segment_parents: [B, L] and [B, G], the tree (both or neither).
             labels: [B, L], -100 ignored; sets ``kept``, ``predictors`` and ``targets``.
             keep_columns: keep the input's columns (S = L), as a key/value cache expects, instead of left-aligning rows.
-            column_multiple: round S up to a multiple of it; see :data:`GPU_COLUMNS`.
+            column_multiple: round S up to a multiple of it; see `GPU_COLUMNS`.
 
         Raises:
             ValueError: shapes that differ, holes in the mask, a malformed tree, a label at padding.
@@ -166,7 +166,7 @@ def row_positions(token_type_ids: torch.Tensor, attention_mask: torch.Tensor | N
 
 
 class _Builder:
-    """Numpy working state of :meth:`Routing.build`; arrays over packed tokens unless named otherwise."""
+    """Numpy working state of `Routing.build`; arrays over packed tokens unless named otherwise."""
 
     def __init__(
         self,

@@ -219,7 +219,7 @@ class SplitModel:
         self.split(module, unit_name)
 
     def read(self, name: str, whole: Any) -> torch.Tensor:
-        """This rank's part of the model's tensor ``name``; see :meth:`Cut.take`."""
+        """This rank's part of the model's tensor ``name``; see `Cut.take`."""
         cut = self.cuts.get(name)
         value: torch.Tensor = whole[:] if cut is None else cut.take(whole, self.group.rank, self.group.size)
         return value

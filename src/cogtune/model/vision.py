@@ -4,7 +4,7 @@ Shapes: N images, P patches + cls, W tower width, Q grid cells after the convolu
 
 The tower's norms act on each sublayer's output, before the residual; there is no norm before the first block and none
 after the last (spec 3). What the tower computes up to the convolution never changes while it is frozen: that is the
-cacheable output, :meth:`VisionModel.features`.
+cacheable output, `VisionModel.features`.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Encoded:
 
 
 class Encoder:
-    """Builds :class:`Encoded` sequences. Sees no pixels: it knows how many positions an image takes and what follows.
+    """Builds `Encoded` sequences. Sees no pixels: it knows how many positions an image takes and what follows.
 
     Text that contains special tokens as strings is tokenised as the published code does: to those tokens' ids.
 

@@ -36,8 +36,9 @@ def read_image(path: str | Path, *, max_pixels: int | None = None, exif: str = "
     The format is told by content, not by suffix. A picture of more than ``max_pixels`` pixels is refused from its
     header, before anything is decoded; None is Pillow's own limit (178,956,970).
 
-    :raises DataError: codes ``image-missing``, ``image-empty``, ``image-too-large``, ``image-unreadable`` (not a
-        picture) and ``image-truncated`` (cut off or damaged).
+    Raises:
+        DataError: codes ``image-missing``, ``image-empty``, ``image-too-large``, ``image-unreadable`` (not a picture)
+            and ``image-truncated`` (cut off or damaged).
     """
     path = Path(path)
     if not path.is_file():
@@ -51,7 +52,8 @@ def read_image(path: str | Path, *, max_pixels: int | None = None, exif: str = "
 def to_rgb(image: Image.Image, where: str, *, exif: str = "ignore") -> Image.Image:
     """Decode an opened picture to mode RGB; ``where`` names it in errors.
 
-    :raises DataError: ``image-truncated``.
+    Raises:
+        DataError: ``image-truncated``.
     """
     try:
         image.load()

@@ -22,8 +22,11 @@ OPTIONAL_FILES = ("special_tokens_map.json", "added_tokens.json", "chat_template
 def find_folder(path_or_id: str | os.PathLike[str], **hub: Any) -> Path:
     """The folder itself, or the local copy of a hub repository's small files (never weights, never code).
 
-    :param hub: ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``force_download`` of huggingface_hub.
-    :raises CheckpointError: nothing there, or a file of :data:`REQUIRED_FILES` missing.
+    Args:
+        hub: ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``force_download`` of huggingface_hub.
+
+    Raises:
+        CheckpointError: nothing there, or a file of `REQUIRED_FILES` missing.
     """
     folder = Path(path_or_id).expanduser()
     if not folder.is_dir():
@@ -60,7 +63,8 @@ def _download(path_or_id: str | os.PathLike[str], folder: Path, hub: dict[str, A
 def read_config(folder: Path) -> CogVLM2Config:
     """The folder's ``config.json``, with everything a processor needs.
 
-    :raises CheckpointError: not readable, without a special id, or with an unknown template.
+    Raises:
+        CheckpointError: not readable, without a special id, or with an unknown template.
     """
     try:
         config = CogVLM2Config.from_pretrained(folder)
@@ -83,7 +87,8 @@ def read_config(folder: Path) -> CogVLM2Config:
 def special_ids(config: CogVLM2Config) -> tuple[int, int, int]:
     """BOS, the EOS that ends an answer (the first one), and the picture's placeholder, which is also padding.
 
-    :raises CheckpointError: one is not there.
+    Raises:
+        CheckpointError: one is not there.
     """
     bos, ends, pad = config.bos_token_id, config.eos_token_ids, config.pad_token_id
     if bos is None or pad is None or not ends:
@@ -99,7 +104,8 @@ def special_ids(config: CogVLM2Config) -> tuple[int, int, int]:
 def read_tokenizer(folder: Path, config: CogVLM2Config) -> Any:
     """The folder's fast tokenizer.
 
-    :raises CheckpointError: not readable, or with ids the model has no embedding for.
+    Raises:
+        CheckpointError: not readable, or with ids the model has no embedding for.
     """
     try:
         # Without the flag, transformers takes every large tokenizer beside a config without model_type for a broken

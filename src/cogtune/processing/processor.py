@@ -58,8 +58,11 @@ class CogVLM2Processor:
 
         No code from the checkpoint runs.
 
-        :param options: ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``force_download`` for a hub id.
-        :raises CheckpointError: files missing, unreadable, or not fitting together.
+        Args:
+            options: ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``force_download`` for a hub id.
+
+        Raises:
+            CheckpointError: files missing, unreadable, or not fitting together.
         """
         unknown = sorted(options.keys() - _HUB_OPTIONS - _AUTO_OPTIONS)
         if unknown:
@@ -74,7 +77,7 @@ class CogVLM2Processor:
         return processor
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write what :meth:`from_pretrained` reads. Files of a checkpoint are copied byte for byte.
+        """Write what `from_pretrained` reads. Files of a checkpoint are copied byte for byte.
 
         A ``config.json`` that is already there (a model saved to the same folder) stays.
         """
@@ -177,7 +180,8 @@ class CogVLM2Processor:
 
         ``pixel_values`` holds the pictures of the rows that have one, in order. ``labels`` must be in all rows or none.
 
-        :return: int64 ``[B, L]`` tensors; ``pixel_values`` [N, 3, S, S], absent without a picture.
+        Returns:
+            int64 ``[B, L]`` tensors; ``pixel_values`` [N, 3, S, S], absent without a picture.
         """
         if not rows:
             raise InputError("there are no rows to make a batch of")

@@ -18,7 +18,7 @@ Turns = Sequence[tuple[str, str]]
 
 
 def check_template(template: str) -> str:
-    """``template`` if it is one of :data:`TEMPLATES`, else an InputError that names them."""
+    """``template`` if it is one of `TEMPLATES`, else an InputError that names them."""
     if template not in TEMPLATES:
         raise InputError(
             f"{template!r} is not a template; there are {', '.join(TEMPLATES)}",
@@ -31,8 +31,11 @@ def check_template(template: str) -> str:
 def build_prompt(query: str, history: Turns = (), template: str = "chat") -> str:
     """The text after BOS and the images, up to where the answer starts.
 
-    :param history: earlier (question, answer) pairs, oldest first. Template ``base`` has no room for them.
-    :raises InputError: an unknown template, a history that is not pairs of text, a query that is not text.
+    Args:
+        history: earlier (question, answer) pairs, oldest first. Template ``base`` has no room for them.
+
+    Raises:
+        InputError: an unknown template, a history that is not pairs of text, a query that is not text.
     """
     check_template(template)
     if not isinstance(query, str):

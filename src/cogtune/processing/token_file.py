@@ -67,7 +67,8 @@ def find_token_file(model: str | None, template: str | None = None) -> TokenFile
 
     Nothing is fetched. Where there is no such file, lengths are estimated and sizes are the published model's.
 
-    :raises CheckpointError: the file is there and cannot be read.
+    Raises:
+        CheckpointError: the file is there and cannot be read.
     """
     folder = None if model is None else _local_folder(model)
     config = _config(folder)

@@ -12,7 +12,8 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]+)\s*")
 def parse_size(text: str) -> int:
     """Bytes in ``text``: a number with its unit, such as ``30GiB`` (2^30) or ``30 GB`` (10^9), in any case.
 
-    Raises ValueError where it is no such size, or not more than 0.
+    Raises:
+        ValueError: it is no such size, or not more than 0.
     """
     match = _SIZE.fullmatch(text)
     unit = _UNITS.get(match[2].lower()) if match else None

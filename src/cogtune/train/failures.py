@@ -18,8 +18,11 @@ _NAMED_RECORDS = 20
 def check_losses(losses: torch.Tensor, records: Sequence[Sequence[str]], group: Group) -> float:
     """The step's loss: the sum of all ranks' shares.
 
-    :param losses: this rank's shares, one per micro-batch, on the CPU; ``records`` names what was in each.
-    :raises NonFiniteError: on every rank, naming the records of the micro-batches whose loss is not finite.
+    Args:
+        losses: this rank's shares, one per micro-batch, on the CPU; ``records`` names what was in each.
+
+    Raises:
+        NonFiniteError: on every rank, naming the records of the micro-batches whose loss is not finite.
     """
     total = group.sum([float(losses.sum())])[0]
     if math.isfinite(total):

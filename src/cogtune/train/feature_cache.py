@@ -60,7 +60,8 @@ def ensure(
 
     Raises:
         ConfigError, FeatureCacheError: asked for and not possible.
-        DataError: a picture that cannot be read. DiskFullError: no space for the features.
+        DataError: a picture that cannot be read.
+        DiskFullError: no space for the features.
     """
     asked = config.data.cache_features
     assert not isinstance(asked, bool)

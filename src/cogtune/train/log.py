@@ -86,7 +86,8 @@ def _attached(handler: logging.Handler) -> Iterator[None]:
 class Metrics:
     """Writes the record on rank 0; on other ranks every call does nothing.
 
-    :param step: the step the run continues from. Later lines, of a life that was killed, are dropped.
+    Args:
+        step: the step the run continues from. Later lines, of a life that was killed, are dropped.
     """
 
     def __init__(self, output: Path, *, active: bool, tensorboard: bool, step: int) -> None:

@@ -46,7 +46,8 @@ class StepReport:
 class Loop:
     """Trains until ``total_steps``, an early stop or a signal.
 
-    :param save: writes a checkpoint of the current progress; ``best`` says that it is the best one so far.
+    Args:
+        save: writes a checkpoint of the current progress; ``best`` says that it is the best one so far.
     """
 
     def __init__(

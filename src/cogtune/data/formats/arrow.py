@@ -26,8 +26,9 @@ _BATCH = 64  # rows in memory at once; a row may hold a picture of several MB
 def items(file: Path, rules: RecordRules) -> Iterator[Item]:
     """One record per row.
 
-    :raises SetupError: pyarrow is not installed.
-    :raises DataError: a file that cannot be read or lacks the columns.
+    Raises:
+        SetupError: pyarrow is not installed.
+        DataError: a file that cannot be read or lacks the columns.
     """
     pyarrow = _pyarrow()
     number = 0
@@ -50,7 +51,8 @@ def split_files(folder: Path, split: str | None) -> tuple[list[Path], str | None
     Understood are what ``save_to_disk`` writes (``dataset_dict.json`` or ``state.json`` beside ``.arrow`` files) and a
     repository's ``.parquet`` files, in the folder or in ``data``, split by their names or folders.
 
-    :raises DataError: no such split, or several and none is called train.
+    Raises:
+        DataError: no such split, or several and none is called train.
     """
     splits = _splits(folder)
     if split is None and len(splits) > 1 and "train" in splits:

@@ -33,8 +33,11 @@ class Source:
 def find_sources(path: Path, form: str, split: str | None, notes: list[str]) -> list[Source]:
     """What ``path`` holds, by format; ``notes`` gets what is there and not read.
 
-    :param form: ``data.format``.
-    :raises DataError: nothing there, nothing that is known, or something else than ``form``.
+    Args:
+        form: ``data.format``.
+
+    Raises:
+        DataError: nothing there, nothing that is known, or something else than ``form``.
     """
     if not path.exists():
         raise Problem("no-such-path", str(path), "no such file or folder").error()

@@ -19,7 +19,8 @@ LINES = (".jsonl", ".ndjson")
 def items(file: Path, form: str, rules: RecordRules) -> Iterator[Item]:
     """The records of a ``.jsonl`` file, or of a ``.json`` file with a list of them.
 
-    :raises DataError: a file that cannot be read, or whose root is no list.
+    Raises:
+        DataError: a file that cannot be read, or whose root is no list.
     """
 
     def parse(record: Any) -> Content:
@@ -67,7 +68,8 @@ def _later(record: Any, parse: Parse, repaired: bool) -> Callable[[], Content]:
 def read_json(file: Path) -> tuple[Any, bool]:
     """``(root, repaired)`` of a JSON file.
 
-    :raises DataError: it cannot be read, or is no JSON.
+    Raises:
+        DataError: it cannot be read, or is no JSON.
     """
     try:
         return parse_json(file.read_bytes())

@@ -39,8 +39,9 @@ class _Message:
 def read_conversation(record: Any, rules: RecordRules, expected: str) -> Content:
     """The conversation and the pictures of one record; ``expected`` is the format's name, for messages.
 
-    :raises BadRecordError: a wrong shape, role, order or content; more pictures than the model takes, more markers than
-        pictures; a system message where ``data.system`` refuses it.
+    Raises:
+        BadRecordError: a wrong shape, role, order or content; more pictures than the model takes, more markers than
+            pictures; a system message where ``data.system`` refuses it.
     """
     if not isinstance(record, dict):
         raise BadRecordError("wrong-root", f"{kind_of(record)} found, an object was expected")
@@ -56,7 +57,8 @@ def read_conversation(record: Any, rules: RecordRules, expected: str) -> Content
 def picture_sources(images: Sequence[Any]) -> tuple[PictureSource, ...]:
     """What a record says about its pictures; an entry that is None is none.
 
-    :raises BadRecordError: see `picture_source`.
+    Raises:
+        BadRecordError: see `picture_source`.
     """
     return tuple(source for image in images if (source := picture_source(image)) is not None)
 
@@ -66,7 +68,8 @@ def picture_source(image: Any) -> str | Embedded | None:
 
     Understood are paths, ``file:`` and ``data:`` URLs, ``{"bytes": ..., "path": ...}``, ``{"url": ...}``.
 
-    :raises BadRecordError: ``image-path``, ``image-url``.
+    Raises:
+        BadRecordError: ``image-path``, ``image-url``.
     """
     if image is None:
         return None

@@ -19,7 +19,8 @@ _LARGEST_CELL = 2**27
 def items(file: Path, rules: RecordRules) -> Iterator[Item]:
     """One record per row; rows are counted as lines of the file, the header being line 1.
 
-    :raises DataError: a file that is not UTF-8 or whose header lacks a column.
+    Raises:
+        DataError: a file that is not UTF-8 or whose header lacks a column.
     """
     try:
         text = file.read_bytes().decode("utf-8-sig")
@@ -48,7 +49,8 @@ def items(file: Path, rules: RecordRules) -> Iterator[Item]:
 def check_columns(header: list[str], where: str) -> None:
     """Refuse a table without the columns that are read.
 
-    :raises DataError: ``data-columns``, with the columns found.
+    Raises:
+        DataError: ``data-columns``, with the columns found.
     """
     repeated = sorted({name for name in header if name and header.count(name) > 1})
     if repeated:

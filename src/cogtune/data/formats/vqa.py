@@ -21,7 +21,8 @@ def pair_files(path: Path) -> list[tuple[Path, Path]]:
 
     Of several pairs, files belong together whose names differ only by what tells the two kinds apart.
 
-    :raises DataError: a file without its partner.
+    Raises:
+        DataError: a file without its partner.
     """
     folder = path if path.is_dir() else path.parent
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() == ".json" and file.is_file())
@@ -54,7 +55,8 @@ def _common(file: Path) -> str:
 def items(questions: Path, annotations: Path) -> Iterator[Item]:
     """One record per question, in the file's order.
 
-    :raises DataError: a file that is not of this format, or annotations for questions that are not there.
+    Raises:
+        DataError: a file that is not of this format, or annotations for questions that are not there.
     """
     root, repaired = _read(questions, "questions")
     answers_root, _ = _read(annotations, "annotations")
