@@ -32,7 +32,6 @@ class _Flags:
         "auto", "A size (24GiB), a name (h100, RTX 4090), or auto: this machine's, with what is free on it now.", "CARD"
     )
     cards: int = flag(1, "How many such cards.", "N", least=1)
-    hosts: int = flag(1, "Over how many machines they are spread, with 400 Gbit/s between them.", "N", least=1)
     price: str | None = flag(None, "Money per card and hour; prints what the run costs.", "X")
     write: Path | None = flag(None, "Write a configuration with the chosen keys.", "FILE")
     targets: bool = flag(False, "List the linear layers and named sets that lora.targets may name, and stop.")
@@ -50,7 +49,6 @@ def _plan(flags: _Flags, line: Arguments) -> None:
         config,
         flags.card,
         cards=flags.cards,
-        hosts=flags.hosts,
         price=None if flags.price is None else _per_hour(flags.price),
         placeholders=placeholders.keys(),
     )

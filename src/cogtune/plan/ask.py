@@ -20,7 +20,6 @@ def plan(
     card: str = "auto",
     *,
     cards: int = 1,
-    hosts: int = 1,
     price: float | None = None,
     placeholders: Collection[str] = (),
 ) -> Plan:
@@ -37,7 +36,7 @@ def plan(
     Args:
         card: a size (``24GiB``), a name (``h100``, ``RTX 4090``), or ``auto``: this machine's, with what is free on it
             now; of several the one with the least.
-        cards, hosts: how many such cards, spread evenly over how many machines.
+        cards: how many such cards.
         price: money per card and hour.
         placeholders: keys of ``config`` that stand for what is not known yet; without ``data.path`` the rows are an
             example's.
@@ -47,17 +46,15 @@ def plan(
 
     Raises:
         PlanError: nothing fits; the hint names the smallest card that would.
-        ConfigError: an unknown card, or cards that hosts cannot share evenly.
+        ConfigError: an unknown card, or fewer than one.
         SetupError: ``auto`` on a machine without a card.
         DataError, CheckpointError, AdapterError: data, model or targets that are not there.
     """
-    if cards < 1 or hosts < 1 or cards % hosts:
-        raise ConfigError(f"--cards {cards} cannot be spread evenly over --hosts {hosts}", code="config-value")
+    if cards < 1:
+        raise ConfigError(f"cards: found {cards}, expected at least 1", code="config-value")
     known = "data.path" not in placeholders
     rows = read_rows(config, ModelSizes.from_folder(config.model.path)) if known else TYPICAL
-    found = make_plan(
-        config, choose_card(card, cards), rows, cards=cards, hosts=hosts, placeholders=placeholders, price=price
-    )
+    found = make_plan(config, choose_card(card, cards), rows, cards=cards, placeholders=placeholders, price=price)
     return replace(found, text="\n".join(lines(found)))
 
 

@@ -81,19 +81,14 @@ class Rates:
     """What recomputing adds to these bytes, as a share."""
     tower_bytes: float
     """The same in the tower, forward alone, at width 1792."""
-    nf4_seconds: float
-    """To unpack one 4-bit weight, once."""
-    int8_seconds: float
+    unpack_seconds: float
+    """To unpack one 4-bit or 8-bit weight, once."""
     fixed: float
     """Per optimiser step: launching, the loop, the loss's way to the host."""
     read: float
     """From disk, where nothing better is known."""
     overlap: float
     """Share of a micro-batch's computation behind which communication hides."""
-    latency: float
-    """Of one collective operation."""
-    network: float
-    """Between hosts, per host and direction: an InfiniBand port of 400 Gbit/s."""
 
 
 RATES = Rates(
@@ -107,21 +102,18 @@ RATES = Rates(
     compiled_bytes=0.5e6,
     recomputed_bytes=0.3,
     tower_bytes=0.22e6,
-    nf4_seconds=1.7e-12,
-    int8_seconds=2.4e-12,
+    unpack_seconds=1.7e-12,
     fixed=0.002,
     read=1.5e9,
     overlap=0.7,
-    latency=40e-6,
-    network=45e9,
 )
 """Products and copies: ceilings measured on one H100 80GB HBM3 (torch 2.11): 755 TFLOP/s at 8192^3, 690 at 2305 rows,
 438 at 301; 2.97 TB/s. Tower attention: 1.0 ms for 9,217 queries of 9,216 keys on an H200
 (console/h200-2026-11-28-profile-2.log).
-NF4: what nf4-cached-r8 of fit-h100.json and fsdp2-nf4 of eight-cards.json ask for; the kernel alone takes 1.4
-(docs/log.md: 0.08 ms for 59 million values). The others are least squares over the rows of sweep-batch, sweep-text,
-sweep-rank, cards and launches (H100, eager) and of speed and eight-cards (H200, compiled), rounded.
-`tests/unit/plan/test_measured.py` holds the plan to those rows."""
+Unpacking: what nf4-cached-r8 of fit-h100.json and fsdp2-nf4 of eight-cards.json ask for; the kernel alone takes 1.4
+(docs/log.md: 0.08 ms for 59 million values), and no row times int8. The others are least squares over the rows of
+sweep-batch, sweep-text, sweep-rank, cards and launches (H100, eager) and of speed and eight-cards (H200, compiled),
+rounded. `tests/unit/plan/test_measured.py` holds the plan to those rows."""
 
 FP8_SPEEDUP = {"experts": 1.5, "tower": 1.85}
 """fp8 against bfloat16 products, rounding fused: what the fp8 rows of speed-h200.json ask for. Steps with fp8 experts
@@ -135,15 +127,10 @@ class Launches:
     seconds: float
     """For one kernel."""
     layer: int
-    """Of an uncompiled decoder layer, forward and backward, without adapters; so many more, ``again``, recomputed."""
-    again: int
+    """Of an uncompiled decoder layer, forward and backward, without adapters."""
     compiled_layer: int
-    compiled_again: int
     adapter: int
-    """Of an adapted linear; ``adapter_again`` more where its layer is recomputed."""
-    adapter_again: int
-    block: int
-    """Of a tower layer, forward."""
+    """Of an adapted linear."""
     other: int
     """Embedding, norm, head and loss."""
 
@@ -151,20 +138,15 @@ class Launches:
 HOST = Launches(
     seconds=28.5e-6,
     layer=127,
-    again=52,
     compiled_layer=53,
-    compiled_again=24,
     adapter=13,
-    adapter_again=5,
-    block=10,
     other=54,
 )
 """``seconds`` is that of the two H200's host, and another host has another: 59.6 ms for a compiled step of text
 alone, of about 2,174 kernels (27 us), and 170.7 ms for 5,800 with rank 16 on every linear layer (29 us); times from
 speed-h200.json, kernels from console/h200-2026-11-28-profile-2.log, the former of a step with a picture. The H100's
 host took 208 ms for 6,500 (32 us, docs/log.md). Uncompiled: the operators of a step on the meta device, which a test
-counts. Compiled: those 2,174 without the head's and the adapters'; recomputing adds the forward pass's share of
-them."""
+counts. Compiled: those 2,174 without the head's and the adapters'."""
 
 
 @dataclass(frozen=True)

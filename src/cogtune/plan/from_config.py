@@ -35,11 +35,13 @@ CHOSEN = (
 """Keys the planner may choose where the user has not."""
 
 
-def setting_of(config: RunConfig, rows: Rows, *, ranks: int = 1, hosts: int = 1, card: Card | None = None) -> Setting:
+def setting_of(
+    config: RunConfig, rows: Rows, *, ranks: int = 1, local_ranks: int | None = None, card: Card | None = None
+) -> Setting:
     """The setting ``config`` describes, with the data's longest rows; what the planner chooses is at its plainest: the
     live tower, no recomputation, and the whole model on each card.
 
-    ``ranks`` processes on ``hosts`` machines share the work. ``card``: None for CPUs.
+    ``ranks`` processes share the work, ``local_ranks`` of them on each machine (None: all). ``card``: None for CPUs.
 
     Raises:
         AdapterError: a target that matches nothing.
@@ -60,11 +62,10 @@ def setting_of(config: RunConfig, rows: Rows, *, ranks: int = 1, hosts: int = 1,
         accumulation=train.accumulation,
         engine=_engine(config, ranks),
         ranks=ranks,
-        hosts=hosts,
         tensor=tensor,
         compile=_compile(config, card),
         eval_rows=config.eval.batch_size,
-        workers=resolve_workers(config.data.workers, -(-ranks // hosts)),
+        workers=resolve_workers(config.data.workers, local_ranks or ranks),
         bucket=_bucket(config),
         keep_gathered=_keep_gathered(config),
         offload=config.parallel.offload,

@@ -24,7 +24,7 @@ def answer(setting: Setting, rows: int = 1, new_tokens: int = NEW_TOKENS) -> Pha
     own = replace(
         setting.with_batch(rows=rows, labelled=1, images=images),
         tower="live" if images else "none",
-        engine="single", ranks=1, tensor=1, hosts=1, offload="none", decoder=frozenset(), blocks=frozenset(),
+        engine="single", ranks=1, tensor=1, offload="none", decoder=frozenset(), blocks=frozenset(),
     )  # fmt: skip
     parts = weights(own, tower=True)
     parts["adapter"] = FLOAT32 * own.adapter_parameters(trained_only=False)

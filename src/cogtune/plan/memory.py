@@ -96,7 +96,7 @@ def outside(setting: Setting) -> int:
     """Bytes that the driver shows beyond the allocator's."""
     if setting.ranks == 1:
         return CONTEXT
-    sums = setting.tensor > 1 or setting.engine in ("zero1", "zero2", "zero3")
+    sums = setting.tensor > 1 or setting.deepspeed
     return CONTEXT + NCCL + (NCCL_SMALL_SUMS if sums else 0)
 
 
@@ -160,7 +160,7 @@ def _part_bytes(sizes: ModelSizes, quant: QuantSection, dtype: str) -> dict[Part
 def optimizer_bytes(setting: Setting) -> int:
     """AdamW's two moments on the card: float32, or a byte each with a scale a block of 256. SGD has none; paged ones
     move to the host where the card is full."""
-    divided = setting.ranks if setting.engine in ("zero1", "zero2", "zero3") else 1
+    divided = setting.ranks if setting.deepspeed else 1
     if setting.optimizer == "sgd" or setting.offload == "optimizer":
         return 0
     if setting.optimizer.startswith("paged"):
@@ -177,7 +177,7 @@ def _moments(setting: Setting) -> int:
 def adapter_bytes(setting: Setting) -> int:
     """Float32 masters; ZeRO keeps rounded copies beside its share of them."""
     total = setting.adapter_parameters(trained_only=False)
-    if setting.engine in ("zero1", "zero2", "zero3"):
+    if setting.deepspeed:
         masters = 0 if setting.offload == "optimizer" else FLOAT32 * setting.adapter_parameters() // setting.ranks
         return total * setting.width + masters
     return FLOAT32 * total
@@ -201,7 +201,7 @@ def communication_bytes(setting: Setting) -> int:
     trained = setting.adapter_parameters()
     if setting.engine == "ddp":
         return FLOAT32 * trained
-    if setting.engine in ("zero1", "zero2", "zero3"):  # allocated whole, whatever fills it
+    if setting.deepspeed:  # allocated whole, whatever fills it
         return (setting.bucket or min(ZERO_BUCKET, trained)) * setting.width
     return 0
 
@@ -240,7 +240,7 @@ def _update_bytes(setting: Setting) -> int:
         return min(trained, FLOAT32 * SUM_BUCKET)
     if setting.offload == "optimizer":
         return 0
-    if setting.engine in ("zero1", "zero2", "zero3"):
+    if setting.deepspeed:
         return (2 if setting.optimizer == "adamw" else 1) * trained // setting.ranks
     return trained if setting.optimizer == "sgd" else 0
 

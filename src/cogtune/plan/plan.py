@@ -116,11 +116,10 @@ def make_plan(
     rows: Rows,
     *,
     cards: int = 1,
-    hosts: int = 1,
     placeholders: Collection[str] = (),
     price: float | None = None,
 ) -> Plan:
-    """The fastest plan for ``config`` on ``cards`` such cards, spread evenly over ``hosts``.
+    """The fastest plan for ``config`` on ``cards`` such cards.
 
     ``placeholders``: keys that were filled in for planning alone, so not the user's.
 
@@ -132,7 +131,7 @@ def make_plan(
     """
     config = apply_deepspeed(config, world_size=cards)[0]
     fixed = fixed_keys(config, dict.fromkeys(placeholders))
-    setting = setting_of(config, rows, ranks=cards, hosts=hosts, card=card)
+    setting = setting_of(config, rows, ranks=cards, card=card)
     limit = budget_of(config)
     room = card if limit is None else replace(card, free=min(card.usable, limit))
     choice = best(setting, room, fixed)

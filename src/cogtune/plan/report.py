@@ -20,8 +20,6 @@ def lines(plan: Plan) -> Iterator[str]:
     card, setting, rows = plan.card, plan.setting, plan.rows
     mark = " (an estimate: this card was not measured)" if plan.estimate else ""
     count = f"{setting.ranks} x " if setting.ranks > 1 else ""
-    if setting.hosts > 1:
-        count = f"{setting.hosts} hosts of {setting.ranks // setting.hosts} x "
     yield f"cards    {count}{card.name}, {format_size(card.usable)} of {format_size(card.memory)} usable each{mark}"
     for holder in card.holders:
         yield f"         in use by {holder}"

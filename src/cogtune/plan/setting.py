@@ -64,17 +64,16 @@ def adapted_names(sizes: ModelSizes, targets: Sequence[str], extra: Mapping[str,
 
     ``extra``: of peft's further settings, ``layers_to_transform`` and ``exclude_modules`` are followed.
     """
-    names = [linear.name for linear in sizes.linears]
     suffixes = match_targets(module_kinds(sizes), targets)
-    chosen = {name for name in names if any(is_hit(name, suffix) for suffix in suffixes)}
+    chosen = [x for x in sizes.linears if any(is_hit(x.name, suffix) for suffix in suffixes)]
     only = (extra or {}).get("layers_to_transform")
     if only is not None:
         wanted = {only} if isinstance(only, int) else set(only)
-        chosen = {name for name in chosen if (index := layer_index(name)) is not None and index in wanted}
+        chosen = [x for x in chosen if x.layer in wanted]
     excluded = (extra or {}).get("exclude_modules") or ()
     if isinstance(excluded, str):
-        return frozenset(name for name in chosen if not re.fullmatch(excluded, name))
-    return frozenset(name for name in chosen if not any(is_hit(name, suffix) for suffix in excluded))
+        return frozenset(x.name for x in chosen if not re.fullmatch(excluded, x.name))
+    return frozenset(x.name for x in chosen if not any(is_hit(x.name, suffix) for suffix in excluded))
 
 
 def module_kinds(sizes: ModelSizes) -> dict[str, str]:
@@ -97,8 +96,8 @@ def layer_index(name: str) -> int | None:
 @dataclass(frozen=True)
 class Setting:
     """Everything that decides memory and time. ``decoder`` and ``blocks``: indices of the decoder and tower layers
-    that are recomputed; ``accumulation`` micro-batches make a step; ``ranks`` are spread evenly over ``hosts``;
-    ``expandable``: the allocator's segments grow in place; ``bucket``: values of DeepSpeed's buffers for gradients,
+    that are recomputed; ``accumulation`` micro-batches make a step; ``expandable``: the allocator's segments grow in
+    place; ``bucket``: values of DeepSpeed's buffers for gradients,
     where its file gives them; ``keep_gathered``: layers that fsdp2 leaves whole from first to last use in a step."""
 
     sizes: ModelSizes = field(default_factory=ModelSizes)
@@ -114,7 +113,6 @@ class Setting:
     engine: str = "single"
     ranks: int = 1
     tensor: int = 1
-    hosts: int = 1
     compile: Literal["auto"] | bool = False
     eval_rows: int | None = None
     workers: int = 4
@@ -157,9 +155,22 @@ class Setting:
         return _tower_trains(self.sizes, self.adapter)
 
     @property
+    def deepspeed(self) -> bool:
+        """Whether the engine is DeepSpeed's: optimiser state is divided over ranks."""
+        return self.engine in ("zero1", "zero2", "zero3")
+
+    @property
     def shards(self) -> int:
         """Over how many ranks the frozen weights are divided."""
         return self.ranks // self.tensor if self.engine in ("zero3", "fsdp2") else 1
+
+    def tokens_through(self, linear: Linear) -> int:
+        """Tokens of a micro-batch that one of the decoder's linears computes: its expert's; behind the last layer's
+        attention only those with a label, which are all language."""
+        batch = self.batch
+        if linear.layer == self.sizes.num_hidden_layers - 1 and linear.role != "query_key_value":
+            return batch.rows * batch.labelled if linear.expert == "language" else 0
+        return batch.vision_tokens(self.sizes) if linear.expert == "vision" else batch.language_tokens()
 
     def with_batch(self, **changes: Any) -> Setting:
         return replace(self, batch=replace(self.batch, **changes))
@@ -192,19 +203,19 @@ def _adapter_parameters(sizes: ModelSizes, adapter: LoraShape, trained_only: boo
     return found
 
 
-_BY_COLUMNS = (".dense", "_expert_dense", ".down_proj", ".dense_4h_to_h", ".fc2")
+_BY_COLUMNS = ("dense", "down_proj", "dense_4h_to_h", "fc2")
 
 
 def shares(linear: Linear, tensor: int) -> tuple[int, int]:
     """Inputs and outputs of what one of ``tensor`` ranks has of a linear layer: a sublayer's last one is cut by
     columns, the GLU adapter's first not at all, all others by rows."""
-    if linear.name.endswith(".linear_proj.linear_proj"):
+    if linear.role == "linear_proj":
         return linear.inputs, linear.outputs
-    if linear.name.endswith(_BY_COLUMNS):
+    if linear.role in _BY_COLUMNS:
         return linear.inputs // tensor, linear.outputs
     return linear.inputs, linear.outputs // tensor
 
 
 @lru_cache(maxsize=64)
 def _tower_trains(sizes: ModelSizes, adapter: LoraShape) -> bool:
-    return any(name.startswith("model.vision.transformer.") for name in _trained(sizes, adapter))
+    return any(linear.part == "tower" for linear in _trained(sizes, adapter).values())

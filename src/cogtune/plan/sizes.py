@@ -19,14 +19,22 @@ Part = Literal["experts", "tower", "glu_adapter", "head", "embedding", "conv", "
 """What a run loads, quantises or leaves out together. ``tower_other`` and ``conv`` go with the tower."""
 
 
+EXPERTS = ("vision", "language")
+"""The decoder's two: an image's tokens pass through the one, all others through the other."""
+
+
 @dataclass(frozen=True)
 class Linear:
-    """One linear layer: its name in the model and its sizes."""
+    """One linear layer: its name in the model, its sizes, and where it stands: ``layer`` of the decoder or the tower,
+    ``expert`` of `EXPERTS` in the decoder, and ``role``, which is what a layer has one of (for each expert)."""
 
     name: str
     inputs: int
     outputs: int
     bias: bool
+    layer: int | None = None
+    expert: str = ""
+    role: str = ""
 
     @cached_property
     def part(self) -> Part:
@@ -40,6 +48,9 @@ class Linear:
     @property
     def parameters(self) -> int:
         return self.weights + (self.outputs if self.bias else 0)
+
+
+_WITH_BIAS = ("vision", "query_key_value")
 
 
 @dataclass(frozen=True)
@@ -93,32 +104,46 @@ class ModelSizes(Shape):
         hidden, inner = self.hidden_size, self.intermediate_size
         for index in range(self.num_hidden_layers):
             layer = f"model.layers.{index}"
-            for expert in ("vision", "language"):
-                attention = f"{layer}.self_attn.{expert}_expert"
-                bias = expert == "vision"
-                yield Linear(f"{attention}_query_key_value", hidden, self.qkv_width, bias)
-                yield Linear(f"{attention}_dense", hidden, hidden, False)
-            for expert in ("language", "vision"):
-                for name, inputs, outputs in (
+            for expert in EXPERTS:
+                for role, inputs, outputs in (("query_key_value", hidden, self.qkv_width), ("dense", hidden, hidden)):
+                    name, bias = f"{layer}.self_attn.{expert}_expert_{role}", (expert, role) == _WITH_BIAS
+                    yield Linear(name, inputs, outputs, bias, index, expert, role)
+            for expert in reversed(EXPERTS):
+                for role, inputs, outputs in (
                     ("gate_proj", hidden, inner),
                     ("up_proj", hidden, inner),
                     ("down_proj", inner, hidden),
                 ):
-                    yield Linear(f"{layer}.mlp.{expert}_mlp.{name}", inputs, outputs, False)
+                    yield Linear(f"{layer}.mlp.{expert}_mlp.{role}", inputs, outputs, False, index, expert, role)
 
     def _vision_linears(self) -> Iterator[Linear]:
         width, inner = self.vision.hidden_size, self.vision.intermediate_size
         for index in range(self.vision.num_hidden_layers):
             layer = f"model.vision.transformer.layers.{index}"
-            yield Linear(f"{layer}.attention.query_key_value", width, 3 * width, True)
-            yield Linear(f"{layer}.attention.dense", width, width, True)
-            yield Linear(f"{layer}.mlp.fc1", width, inner, True)
-            yield Linear(f"{layer}.mlp.fc2", inner, width, True)
+            for name, inputs, outputs in (
+                ("attention.query_key_value", width, 3 * width),
+                ("attention.dense", width, width),
+                ("mlp.fc1", width, inner),
+                ("mlp.fc2", inner, width),
+            ):
+                yield Linear(f"{layer}.{name}", inputs, outputs, True, index, role=name.partition(".")[2])
         adapter, hidden = "model.vision.linear_proj", self.hidden_size
-        yield Linear(f"{adapter}.linear_proj", width, hidden, False)
-        yield Linear(f"{adapter}.dense_h_to_4h", hidden, self.intermediate_size, False)
-        yield Linear(f"{adapter}.gate_proj", hidden, self.intermediate_size, False)
-        yield Linear(f"{adapter}.dense_4h_to_h", self.intermediate_size, hidden, False)
+        for role, inputs, outputs in (
+            ("linear_proj", width, hidden),
+            ("dense_h_to_4h", hidden, self.intermediate_size),
+            ("gate_proj", hidden, self.intermediate_size),
+            ("dense_4h_to_h", self.intermediate_size, hidden),
+        ):
+            yield Linear(f"{adapter}.{role}", inputs, outputs, False, role=role)
+
+    @cached_property
+    def decoder_layers(self) -> tuple[dict[tuple[str, str], Linear], ...]:
+        """Each decoder layer's linears, by expert and role."""
+        found: list[dict[tuple[str, str], Linear]] = [{} for _ in range(self.num_hidden_layers)]
+        for linear in self._decoder_linears():
+            assert linear.layer is not None
+            found[linear.layer][linear.expert, linear.role] = linear
+        return tuple(found)
 
     @cached_property
     def other_parameters(self) -> dict[Part, int]:

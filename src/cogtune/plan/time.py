@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from cogtune.plan.activations import DecoderTable
 from cogtune.plan.calibration import (
     DEEPSPEED_SECONDS,
     FP8_SPEEDUP,
@@ -15,12 +14,11 @@ from cogtune.plan.calibration import (
     HOST,
     RATES,
     TENSOR_LINK,
-    Launches,
     Rates,
 )
 from cogtune.plan.cards import REFERENCE, Card
 from cogtune.plan.memory import weights
-from cogtune.plan.setting import MicroBatch, Setting, format_of, layer_index
+from cogtune.plan.setting import MicroBatch, Setting, format_of
 from cogtune.plan.sizes import Linear
 
 
@@ -46,52 +44,42 @@ class StepTime:
         return self.decoder + self.tower + self.quantisation + self.waiting + self.update + self.host
 
 
-def scaled(card: Card, rates: Rates = RATES) -> Rates:
+def scaled(card: Card) -> Rates:
     """The reference's rates on ``card``, by the ratio of their peaks."""
     compute, memory = card.flops / REFERENCE.flops, card.bandwidth / REFERENCE.bandwidth
     return replace(
-        rates,
-        matmul=rates.matmul * compute,
-        decoder_attention=rates.decoder_attention * compute,
-        tower_attention=rates.tower_attention * compute,
-        memory=rates.memory * memory,
-        nf4_seconds=rates.nf4_seconds / memory,
-        int8_seconds=rates.int8_seconds / memory,
+        RATES,
+        matmul=RATES.matmul * compute,
+        decoder_attention=RATES.decoder_attention * compute,
+        tower_attention=RATES.tower_attention * compute,
+        memory=RATES.memory * memory,
+        unpack_seconds=RATES.unpack_seconds / memory,
     )
 
 
-def step_time(setting: Setting, card: Card, *, link: float | None = None) -> StepTime:
-    """One optimiser step, all its micro-batches, on ``setting.ranks`` cards; ``link``: bytes a second between them."""
+def step_time(setting: Setting, card: Card) -> StepTime:
+    """One optimiser step, all its micro-batches, on ``setting.ranks`` cards."""
     rates = scaled(card)
     decoder = _decoder(setting, rates) / setting.tensor
     tower = tower_seconds(setting, card) / setting.tensor if setting.tower == "live" else 0.0
     if setting.tower_trains:
         tower *= 3 + len(setting.blocks) / setting.sizes.vision.num_hidden_layers
-    passes = _passes(setting)
-    unpack = _unpacking(setting, rates, passes)
+    unpack = _unpacking(setting, rates)
     micro = decoder + tower + unpack
     update = 10 * 4 * setting.adapter_parameters() / rates.memory + rates.fixed
-    if setting.engine in ("zero1", "zero2", "zero3"):
+    if setting.deepspeed:
         update += DEEPSPEED_SECONDS
-    waiting = _waiting(setting, rates, micro, card.link if link is None else link)
+    waiting = _waiting(setting, rates, micro, card.link)
     count = setting.accumulation
     launching = count * kernels(setting) * HOST.seconds
     return StepTime(decoder * count, tower * count, unpack * count, waiting, update, launching)
 
 
-def kernels(setting: Setting, host: Launches = HOST) -> int:
-    """How many a micro-batch launches."""
-    layers, recomputed = setting.sizes.num_hidden_layers, len(setting.decoder)
-    each, again = (host.compiled_layer, host.compiled_again) if setting.compiled else (host.layer, host.again)
-    found = host.other + layers * each + recomputed * again
-    indices = [layer_index(name) for name, x in setting.trained.items() if x.part == "experts"]
-    found += len(setting.trained) * host.adapter
-    found += sum(index in setting.decoder for index in indices) * host.adapter_again
-    if setting.tower == "live":
-        found += setting.sizes.vision.num_hidden_layers * host.block * (3 if setting.tower_trains else 1)
-    if setting.quant.experts in ("nf4", "int8"):
-        found += round(_passes(setting) * sum(x.part == "experts" for x in setting.sizes.linears))
-    return found
+def kernels(setting: Setting) -> int:
+    """How many a micro-batch launches where nothing is recomputed, quantised or taken from the tower: what does more
+    than that keeps the card busy for longer than the host needs."""
+    each = HOST.compiled_layer if setting.compiled else HOST.layer
+    return HOST.other + setting.sizes.num_hidden_layers * each + len(setting.trained) * HOST.adapter
 
 
 def _passes(setting: Setting) -> float:
@@ -100,15 +88,12 @@ def _passes(setting: Setting) -> float:
 
 
 def _decoder(setting: Setting, rates: Rates) -> float:
-    table, sizes, batch = DecoderTable(setting), setting.sizes, setting.batch
-    last = sizes.num_hidden_layers - 1
-    seconds = 0.0
-    for index, layer in enumerate(table.layers):
+    sizes, batch = setting.sizes, setting.batch
+    seconds, kept = 0.0, batch.rows * batch.labelled
+    for index, layer in enumerate(sizes.decoder_layers):
         again = 1 if index in setting.decoder else 0
-        for name, linear in layer.items():
-            tokens = table.vision if "vision" in name else table.language
-            if index == last and "query_key_value" not in name:
-                tokens = 0 if "vision" in name else table.kept
+        for linear in layer.values():
+            tokens = setting.tokens_through(linear)
             seconds += (2 + again) * _matmul(linear, tokens, _rate(setting, linear, rates))
             if linear.name in setting.trained:  # A and B: forward, input and weight gradients
                 thin = 2 * tokens * setting.adapter.rank * (linear.inputs + linear.outputs)
@@ -119,9 +104,10 @@ def _decoder(setting: Setting, rates: Rates) -> float:
         seconds += (3.5 + again) * attention / rate
     touched = rates.compiled_bytes if setting.compiled else rates.eager_bytes
     share = 1 + rates.recomputed_bytes * len(setting.decoder) / sizes.num_hidden_layers
-    seconds += share * touched * table.tokens * sizes.num_hidden_layers * sizes.hidden_size / 4096 / rates.memory
-    head = 2 * 2 * table.kept * sizes.hidden_size * sizes.vocab_size / rates.matmul
-    logits = 8 * 4 * table.kept * sizes.vocab_size / rates.memory
+    stream = batch.tokens(sizes) * sizes.num_hidden_layers * sizes.hidden_size / 4096
+    seconds += share * touched * stream / rates.memory
+    head = 2 * 2 * kept * sizes.hidden_size * sizes.vocab_size / rates.matmul
+    logits = 8 * 4 * kept * sizes.vocab_size / rates.memory
     return seconds + head + logits + _glu(setting, rates)
 
 
@@ -152,13 +138,14 @@ def tower_seconds(setting: Setting, card: Card, images: float | None = None) -> 
     matmul = sum(2 * x.weights * patches / _rate(setting, x, rates).matmul for x in linears)
     attention = vision.num_hidden_layers * 4 * count * vision.hidden_size * vision.num_positions**2
     stream = rates.tower_bytes * patches * vision.num_hidden_layers * vision.hidden_size / 1792
-    unpack = rates.nf4_seconds * sum(x.weights for x in linears) if setting.quant.tower == "nf4" else 0.0
+    unpack = rates.unpack_seconds * sum(x.weights for x in linears) if setting.quant.tower == "nf4" else 0.0
     return matmul + attention / rates.tower_attention + stream / rates.memory + unpack
 
 
-def _unpacking(setting: Setting, rates: Rates, passes: float) -> float:
-    each = {"nf4": rates.nf4_seconds, "int8": rates.int8_seconds}.get(setting.quant.experts, 0.0)
-    return passes * each * setting.sizes.parameters("experts") / setting.tensor
+def _unpacking(setting: Setting, rates: Rates) -> float:
+    if setting.quant.experts not in ("nf4", "int8"):
+        return 0.0
+    return _passes(setting) * rates.unpack_seconds * setting.sizes.parameters("experts") / setting.tensor
 
 
 def traffic(setting: Setting) -> tuple[float, float]:
@@ -174,23 +161,15 @@ def traffic(setting: Setting) -> tuple[float, float]:
 
 
 def _waiting(setting: Setting, rates: Rates, micro: float, link: float) -> float:
-    """Communication that computation does not cover: ``overlap`` of a micro-batch's time can hide it.
-
-    Between hosts everything a host's cards exchange goes through its one port, once: NCCL sums and gathers inside a
-    host first.
-    """
+    """Communication that computation does not cover: ``overlap`` of a micro-batch's time can hide it."""
     gathered, reduced = traffic(setting)
     seconds = _sums(setting, link)
     if gathered:
-        moved = max(gathered / link, _between_hosts(gathered, setting) / rates.network)
-        exposed = moved - rates.overlap * micro
+        exposed = gathered / link - rates.overlap * micro
         layers, own, least = setting.sizes.num_hidden_layers, GATHERINGS[setting.engine], GATHERINGS["fsdp2"]
         each = max(layers * least.seconds, layers * own.seconds - own.hidden * micro)
         seconds += setting.accumulation * (max(0.0, exposed) + each)
-    if reduced:
-        moved = max(reduced / link, _between_hosts(reduced, setting) / rates.network)
-        seconds += max(0.0, moved - rates.overlap * micro / 2) + rates.latency * 10
-    return seconds
+    return seconds + max(0.0, reduced / link - rates.overlap * micro / 2)
 
 
 def _sums(setting: Setting, link: float) -> float:
@@ -201,14 +180,6 @@ def _sums(setting: Setting, link: float) -> float:
     each = stream * 2 * (setting.tensor - 1) / setting.tensor
     count = 2 * setting.sizes.num_hidden_layers * _passes(setting)
     return setting.accumulation * count * each / (TENSOR_LINK * min(1.0, link / REFERENCE.link))
-
-
-def _between_hosts(moved: float, setting: Setting) -> float:
-    """Of the bytes that every rank sends, what passes a host's port."""
-    if setting.hosts == 1:
-        return 0.0
-    whole = moved * setting.ranks / (setting.ranks - 1)
-    return whole * (setting.hosts - 1) / setting.hosts
 
 
 @dataclass(frozen=True)
@@ -226,13 +197,10 @@ class Schedule:
         return self.steps * self.step.seconds
 
 
-def schedule(
-    setting: Setting, card: Card, *, rows: int, pictures: int, mean: MicroBatch | None = None, read: float | None = None
-) -> Schedule:
-    """A run's times. ``mean``: the average batch, where ``setting.batch`` is the largest; ``read``: bytes per second
-    that the disk gives."""
-    own = setting if mean is None else setting.with_batch(images=mean.images, text=mean.text, labelled=mean.labelled)
-    disk = RATES.read if read is None else read
+def schedule(setting: Setting, card: Card, *, rows: int, pictures: int, mean: MicroBatch) -> Schedule:
+    """A run's times. ``mean``: the average batch, where ``setting.batch`` is the largest."""
+    own = setting.with_batch(images=mean.images, text=mean.text, labelled=mean.labelled)
+    disk = RATES.read
     stored = 2 * (setting.sizes.parameters() - (0 if setting.tower == "live" else _tower(setting)))
     per_step = setting.batch.rows * setting.ranks // setting.tensor * setting.accumulation
     fill = 0.0

@@ -170,7 +170,7 @@ def check_memory(
         PlanError: the run fits in no way its settings allow; not with ``force``, and never on a CPU.
     """
     rows, card, group = _rows(config, inputs), _least_card(engine.group), engine.group
-    setting = setting_of(config, rows, ranks=group.processes, hosts=_hosts(group), card=card)
+    setting = setting_of(config, rows, ranks=group.processes, local_ranks=group.local_size, card=card)
     if engine.name != "tensor":
         setting = replace(setting, engine=engine.name)
     plan = MemoryPlan(config, rows, replace(setting, accumulation=accumulation), card, force)
@@ -182,18 +182,18 @@ def auto_engine(config: RunConfig, inputs: Inputs, group: Group) -> str:
     """What ``parallel.engine: auto`` comes to where torchrun or our own launcher started several processes: the
     planner's choice for the card with the least free memory. Collective."""
     card = _least_card(group)
-    name = fitting_engine(config, _rows(config, inputs), card, group.size, _hosts(group))
+    name = fitting_engine(config, _rows(config, inputs), card, group.size)
     if card is not None:
         log.info(f"parallel.engine auto: {name}, the planner's choice for {group.size} x {card.name}")
     return name
 
 
-def fitting_engine(config: RunConfig, rows: Rows, card: Card | None, ranks: int, hosts: int = 1) -> str:
+def fitting_engine(config: RunConfig, rows: Rows, card: Card | None, ranks: int) -> str:
     """The fastest engine that is installed, goes with the settings and fits such cards; number formats stay as they
     are. Without a GPU: the first that goes with them."""
     if card is None:
         return able(config)[0]
-    setting = setting_of(config, rows, ranks=ranks, hosts=hosts, card=card)
+    setting = setting_of(config, rows, ranks=ranks, card=card)
     return engine_for(_leanest_tower(config, setting), card, ranks, able(config))
 
 
@@ -201,11 +201,6 @@ def _leanest_tower(config: RunConfig, setting: Setting) -> Setting:
     """``setting`` with cached features where the run may take them."""
     cached = config.data.cache_features == "auto" and setting.cacheable
     return replace(setting, tower="cached") if cached else setting
-
-
-def _hosts(group: Group) -> int:
-    """How many machines the group's processes are on."""
-    return max(1, group.processes // group.local_size)
 
 
 def _rows(config: RunConfig, inputs: Inputs) -> Rows:

@@ -165,8 +165,8 @@ def test_more_work_takes_longer_and_more_cards_go_faster() -> None:
     assert step_time(replace(CACHED, quant=QuantSection(experts="nf4")), card).seconds > base
     assert step_time(CACHED, find_card("rtx 4090")).seconds > 3 * base
     two = replace(CACHED, ranks=2, engine="ddp")
-    assert base < step_time(two, card).seconds < 1.1 * base
-    assert step_time(two, card, link=1e9).seconds > step_time(two, card).seconds
+    assert base <= step_time(two, card).seconds < 1.1 * base  # gradients are sent while others are computed
+    assert step_time(two, replace(card, link=1e9)).seconds > step_time(two, card).seconds
 
 
 @pytest.mark.parametrize(
@@ -233,10 +233,3 @@ def test_tensor_parallelism_cuts_weights_activations_and_time() -> None:
     assert 0.5 * one < two < 0.95 * one  # the stream itself is whole on both
     seconds = step_time(whole, REFERENCE).seconds
     assert 0.5 * seconds < step_time(cut, REFERENCE).seconds < 0.8 * seconds
-
-
-def test_a_network_between_hosts_costs_more_than_links_inside_one() -> None:
-    sharded = replace(CACHED, ranks=16, engine="fsdp2")
-    near, far = (step_time(replace(sharded, hosts=hosts), REFERENCE) for hosts in (1, 2))
-    assert far.waiting > near.waiting
-    assert far.decoder == near.decoder
