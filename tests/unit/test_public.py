@@ -70,7 +70,7 @@ def test_a_plan_is_an_object_with_its_text(tmp_path: Path) -> None:
     assert plan.text.startswith("cards    2 x 24.0 GiB card")
     assert plan.keys["quant.experts"]
     assert cogtune.load_config(None, {"model": "x", "data": "y", "output": "o"} | plan.keys).quant
-    with pytest.raises(ConfigError, match="cannot be spread evenly"):
+    with pytest.raises(ConfigError, match="at least 1"):
         cogtune.plan(config, "24GiB", cards=0)
 
 

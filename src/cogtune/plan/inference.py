@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from cogtune.plan.activations import DecoderTable, TowerTable, glu_adapter
+from cogtune.plan.activations import decoder, glu_adapter, tower_forward
 from cogtune.plan.calibration import HOST_PROCESS, LIBRARIES
 from cogtune.plan.memory import FLOAT32, Phase, allocator, host_loading, weights
 from cogtune.plan.setting import Setting
@@ -49,15 +49,15 @@ def _tower(setting: Setting) -> int:
     vision = setting.sizes.vision
     images = round(setting.batch.rows * setting.batch.images)
     pixels = images * vision.in_channels * vision.image_size**2 * (FLOAT32 + setting.width)
-    return pixels + TowerTable(setting).forward()
+    return pixels + tower_forward(setting)
 
 
 def _first_pass(setting: Setting) -> int:
     """The GLU adapter, a decoder layer, or the logits of each row's last token: in the model's format, in float32, and
     as they are sorted or scaled for drawing."""
-    table, batch, sizes = DecoderTable(setting), setting.batch, setting.sizes
+    batch, sizes = setting.batch, setting.sizes
     features = round(batch.rows * batch.images * sizes.grid_tokens * sizes.vision.hidden_size * setting.width)
-    layer = max(table.layer(index).forward for index in range(sizes.num_hidden_layers))
+    layer = max(layer.forward for layer in decoder(setting))
     logits = batch.rows * sizes.vocab_size * (setting.width + 3 * FLOAT32)
     return features + max(glu_adapter(setting).forward, layer, logits)
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from cogtune.configuration.quantization import QuantSection
 from cogtune.distributed.buffers import SUM_BUCKET, ZERO_BUCKET
-from cogtune.plan.activations import CHUNK, TowerTable
+from cogtune.plan.activations import CHUNK, tower_forward
 from cogtune.plan.calibration import (
     CONTEXT,
     EXPANDABLE,
@@ -264,7 +264,7 @@ def fill(setting: Setting, images: int = 1) -> Phase:
     parts = {"vision tower": weights(whole, tower=True)["vision tower"]}
     vision = setting.sizes.vision
     pixels = images * vision.in_channels * vision.image_size**2 * (FLOAT32 + setting.width)
-    running = TowerTable(setting, images).forward()
+    running = tower_forward(setting, images)
     parts |= {"activations": running, "batch": pixels, "workspace": LIBRARIES}
     return Phase("fill", parts, allocator(setting).slack(running + pixels), host_loading(setting))
 
@@ -278,7 +278,7 @@ def _evaluate(setting: Setting) -> Phase:
     wide = 3 * max(own.batch.vision_tokens(own.sizes), own.batch.language_tokens()) * own.sizes.intermediate_size
     running = (wide + 4 * tokens * own.sizes.hidden_size) * own.width
     if own.tower == "live":
-        running = max(running, TowerTable(own).forward())
+        running = max(running, tower_forward(own))
     parts = on_card(own) | {"adapter": adapter_bytes(own), "optimizer": optimizer_bytes(own)}
     parts["workspace"] = max(running, vocabulary * (2 * FLOAT32 + own.width)) + LIBRARIES
     parts["batch"] = batch_bytes(own)

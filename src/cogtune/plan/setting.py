@@ -87,12 +87,6 @@ def module_kinds(sizes: ModelSizes) -> dict[str, str]:
     return kinds
 
 
-def layer_index(name: str) -> int | None:
-    """The number behind ``layers.`` in a module's name."""
-    found = re.search(r"\.layers\.(\d+)\.", name)
-    return int(found[1]) if found else None
-
-
 @dataclass(frozen=True)
 class Setting:
     """Everything that decides memory and time. ``decoder`` and ``blocks``: indices of the decoder and tower layers

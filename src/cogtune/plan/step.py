@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cogtune.plan.activations import DecoderTable, Kept, TowerTable, glu_adapter, head
+from cogtune.plan.activations import Kept, decoder, glu_adapter, head, tower_block, tower_forward
 from cogtune.plan.setting import Setting
 from cogtune.plan.sharding import NOTHING, Gathered, Gathering
 
@@ -38,31 +38,29 @@ class Moment:
 
 def moments(setting: Setting) -> list[Moment]:
     """The moments of one micro-batch at which the peak can be. With accumulation the gradients are there throughout."""
-    table, layers = DecoderTable(setting), setting.sizes.num_hidden_layers
-    decoder = [table.layer(index) for index in range(layers)]
-    kept = [_kept(layer, index in setting.decoder) for index, layer in enumerate(decoder)]
+    layers = decoder(setting)
+    kept = [_kept(layer, index in setting.decoder) for index, layer in enumerate(layers)]
     gradients = 4 * setting.adapter_parameters()
     before = gradients if setting.accumulation > 1 else 0
     ends, gathering = head(setting), Gathering(setting)
     vision = _vision(setting)
-    held = vision.saved + _inputs(setting)
+    held = vision.saved  # the batch and the pictures' embeddings are small beside it, and counted apart
     found = [Moment("start", 0, before, 0, 0, gathered=gathering.start())]
     if vision.forward:
         found.append(Moment("tower", held, before, 0, vision.forward, gathered=gathering.tower()))
     running = held
-    for index, layer in enumerate(decoder):
+    for index, layer in enumerate(layers):
         needs = layer.forward if index in setting.decoder else max(layer.forward, layer.growing)
         found.append(Moment(f"forward {index}", running, before, 0, needs, gathered=gathering.forward(index)))
         running += kept[index]
     loss = max(ends.forward, ends.backward)
     found.append(Moment("loss", running, before, ends.saved, loss, gathered=gathering.loss()))
-    for index in reversed(range(layers)):
+    for index, layer in reversed(list(enumerate(layers))):
         running -= kept[index]
-        layer = decoder[index]
         recomputed = index in setting.decoder
         own = layer.saved + (layer.entry if recomputed else 0)
         again = layer.saved + layer.backward if recomputed else 0
-        share = gradients if setting.accumulation > 1 else round(gradients * (layers - index) / layers)
+        share = gradients if setting.accumulation > 1 else round(gradients * (len(layers) - index) / len(layers))
         if layer.saved:
             whole = gathering.backward(index)
             found.append(Moment(f"backward {index}", running + own, share, 0, layer.backward, again, whole))
@@ -93,16 +91,10 @@ def _vision(setting: Setting) -> Kept:
     adapter = glu_adapter(setting)
     if setting.tower == "cached":
         return adapter
-    table = TowerTable(setting)
     if not setting.tower_trains:
-        return Kept(adapter.entry, adapter.saved, adapter.backward, max(table.forward(), adapter.forward))
-    block, blocks = table.block(), setting.sizes.vision.num_hidden_layers
+        return Kept(adapter.entry, adapter.saved, adapter.backward, max(tower_forward(setting), adapter.forward))
+    block, blocks = tower_block(setting), setting.sizes.vision.num_hidden_layers
     recomputed = len(setting.blocks)
     saved = recomputed * block.entry + (blocks - recomputed) * block.saved
     again = block.saved if recomputed else 0
     return Kept(0, adapter.saved + saved, again + block.backward, max(block.forward, adapter.forward))
-
-
-def _inputs(setting: Setting) -> int:
-    """The pictures' embeddings in the token stream and the batch itself are small beside them, and counted apart."""
-    return 0

@@ -182,9 +182,9 @@ def test_workers_leave_cores_for_training(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_plan_counts_the_loaders_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)), raising=False)
     config = with_values(make_config(tmp_path, tmp_path, tmp_path / "out"), {"data.workers": None})
-    for ranks, hosts, workers in [(1, 1, 8), (2, 1, 6), (4, 2, 6), (8, 1, 0)]:
-        setting = setting_of(config, TYPICAL, ranks=ranks, hosts=hosts, card=REFERENCE)
-        assert setting.workers == workers == resolve_workers(None, ranks // hosts)
+    for ranks, local_ranks, workers in [(1, None, 8), (2, None, 6), (4, 2, 6), (8, 8, 0)]:
+        setting = setting_of(config, TYPICAL, ranks=ranks, local_ranks=local_ranks, card=REFERENCE)
+        assert setting.workers == workers == resolve_workers(None, local_ranks or ranks)
 
 
 def test_what_a_policy_recomputes() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from cogtune.model import loss
 from cogtune.plan import activations
-from cogtune.plan.activations import DecoderTable
+from cogtune.plan.activations import decoder
 from cogtune.plan.setting import LoraShape, MicroBatch, Setting, adapted_names
 from cogtune.plan.sizes import ModelSizes
 from cogtune.plan.step import end_of_forward, peak
@@ -80,6 +80,5 @@ def test_what_compiled_layers_keep() -> None:
     """Two kinds of layer: no gradient goes below the first, and the last computes labelled tokens alone."""
     sizes = ModelSizes(num_hidden_layers=2)
     case = setting(["experts"], 16, sizes=sizes, compile=True)
-    table = DecoderTable(case)
-    for index, found in enumerate(compiled_layers(case, ["experts"])):
-        assert table.layer(index).saved == pytest.approx(found, rel=0.01, abs=8 * MIB), index
+    said = [layer.saved for layer in decoder(case)]
+    assert said == pytest.approx(compiled_layers(case, ["experts"]), rel=0.01, abs=8 * MIB)
