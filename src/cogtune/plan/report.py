@@ -49,7 +49,7 @@ def lines(plan: Plan) -> Iterator[str]:
     yield from _times(plan)
     yield f"disk     {_disk(plan)}"
     if plan.cost is not None:
-        yield f"cost     {plan.cost:,.2f} for {duration(plan.seconds)} on {setting.ranks} card(s)"
+        yield f"cost     {plan.cost:,.2f} for the whole run on {setting.ranks} card(s)"
 
 
 def _afterwards(plan: Plan) -> Iterator[str]:
@@ -124,13 +124,21 @@ def _times(plan: Plan) -> Iterator[str]:
     }
     said = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in shares.items() if seconds >= 0.001)
     rows = setting.batch.rows * setting.ranks // setting.tensor * setting.accumulation
-    yield f"time     a step of {rows} rows {step.seconds:.2f} s ({said})"
-    filling = f", filling the cache {duration(times.fill)} once" if times.fill else ""
-    yield f"         an epoch of {times.steps:,} steps {duration(times.epoch)}{filling}, loading {duration(times.load)}"
+    yield f"time     a step of {rows} row{'s' if rows > 1 else ''} {step.seconds:.2f} s ({said})"
+    yield f"         an epoch of {times.steps:,} steps {duration(times.epoch)}"
+    epochs = f"{plan.epochs} epoch{'s' if plan.epochs > 1 else ''}"
+    filling = f"filling the cache {duration(times.fill)}, " if times.fill else ""
+    yield (
+        f"         the whole run {duration(plan.seconds)} without validation: loading {duration(times.load)}, "
+        f"{filling}{epochs} {duration(plan.epochs * times.epoch)}"
+    )
+    if plan.rows.typical:
+        yield f"         for the example's {plan.rows.count:,} pictures, one row each: --data DIR counts yours"
 
 
 def _disk(plan: Plan) -> str:
-    found: Mapping[str, int] = {"feature cache": plan.cache, "checkpoints": plan.checkpoints}
+    pictures = f"{'the example' if plan.rows.typical else 'the data'}'s {plan.rows.pictures:,} pictures"
+    found: Mapping[str, int] = {f"feature cache of {pictures}": plan.cache, "checkpoints": plan.checkpoints}
     return ", ".join(f"{name} {format_size(size)}" for name, size in found.items() if size)
 
 

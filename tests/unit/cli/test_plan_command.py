@@ -11,6 +11,7 @@ import pytest
 
 from cogtune.cli.main import main
 from cogtune.configuration.load import load_config
+from cogtune.plan.report import duration
 from tests.support.training import write_data
 
 
@@ -36,6 +37,28 @@ def test_it_answers_without_torch() -> None:
         "estimate",
     ):
         assert word in done.stdout
+
+
+def test_the_whole_run_is_said_and_an_example_called_one(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    epochs = ["--train.epochs", "3"]
+    assert main(["plan", "--card", "24GiB", *epochs, "--json"]) == 0
+    seconds = json.loads(capsys.readouterr().out)["seconds"]
+    assert seconds["run"] == pytest.approx(seconds["load"] + seconds["fill"] + 3 * seconds["epoch"])
+    assert main(["plan", "--card", "24GiB", *epochs]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (run,) = (line for line in lines if "the whole run" in line)
+    assert f"the whole run {duration(seconds['run'])} without validation" in run
+    assert "filling the cache" in run
+    assert f"3 epochs {duration(3 * seconds['epoch'])}" in run
+    assert sum("example" in line for line in lines) == 3  # of data, time and disk
+    data = write_data(tmp_path / "data")
+    assert main(["plan", "--card", "24GiB", "--model", str(tiny_checkpoint), "--data", str(data)]) == 0
+    said = capsys.readouterr().out
+    assert "1 epoch " in said
+    assert "example" not in said
+    assert "the data's 8 pictures" in said
 
 
 def test_json_and_price(capsys: pytest.CaptureFixture[str]) -> None:
