@@ -74,10 +74,7 @@ def read(file: Path, *, expandable: bool) -> Iterator[Row]:
         (variant,) = parse_variants([f"{row['name']} {changes}"], overrides, preset=row["preset"], cached=cached)
         images = 0 if row["preset"] == "text-only" else row["batch_size"]
         work = Work(tokens=row["tokens"], pairs=0, labels=row["labels"], images=images, rows=row["batch_size"])
-        answers = round(row["answers_per_second"] / row["samples_per_second"]) if "samples_per_second" in row else 1
-        setting = setting_for(
-            variant, model_config("random"), work, answers=answers * work.rows, card=record["card"], ranks=row["ranks"]
-        )
+        setting = setting_for(variant, model_config("random"), work, card=record["card"], ranks=row["ranks"])
         setting = replace(setting, expandable=expandable)
         yield Row(
             row["name"],

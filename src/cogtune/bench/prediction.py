@@ -10,18 +10,16 @@ from cogtune.bench.variants import Variant
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.errors import InputError
 from cogtune.plan.cards import named_like
-from cogtune.plan.data_rows import summary
-from cogtune.plan.from_config import recomputed, setting_of
+from cogtune.plan.data_rows import Rows
+from cogtune.plan.from_config import setting_of
 from cogtune.plan.memory import predict
-from cogtune.plan.setting import LoraShape, MicroBatch, Setting, adapted_names
+from cogtune.plan.setting import MicroBatch, Setting, Tower
 from cogtune.plan.sizes import ModelSizes
 from cogtune.plan.time import step_time
 from cogtune.system.byte_sizes import GIB
 
 
-def setting_for(
-    variant: Variant, model: CogVLM2Config, work: Work, *, answers: int, card: str, ranks: int = 1
-) -> Setting:
+def setting_for(variant: Variant, model: CogVLM2Config, work: Work, *, card: str, ranks: int = 1) -> Setting:
     """The planner's words for a variant and one of its batches; ``card``: the driver's name, empty for a CPU."""
     config, sizes = variant.config, ModelSizes.from_config(model.to_dict())
     images = work.images / work.rows
@@ -30,26 +28,15 @@ def setting_for(
         images=images,
         text=round(work.tokens / work.rows - images * model.num_image_tokens),
         labelled=round(work.labels / work.rows),
-        tree=answers > work.rows,
     )
-    setting = setting_of(
-        config, summary([], 0, model.num_image_tokens), ranks=ranks, card=named_like(card) if card else None
-    )
-    names = adapted_names(sizes, config.lora.targets, config.lora.extra)
-    setting = replace(
-        setting,
-        sizes=sizes,
-        batch=batch,
-        adapter=LoraShape(names, config.lora.rank, config.lora.dropout, config.lora.dora),
-        tower="none" if not work.images else ("cached" if variant.cached else "live"),
-        decoder=frozenset(),
-        blocks=frozenset(),
-    )
-    return recomputed(setting, config.train.gradient_checkpointing)
+    rows = Rows(work.rows, work.images, batch, batch)
+    setting = setting_of(config, rows, ranks=ranks, card=named_like(card) if card else None, sizes=sizes)
+    tower: Tower = "none" if not work.images else ("cached" if variant.cached else "live")
+    return replace(setting, batch=batch, tower=tower)
 
 
 def predicted(
-    variant: Variant, model: CogVLM2Config, work: Work, *, answers: int, card: str, ranks: int = 1
+    variant: Variant, model: CogVLM2Config, work: Work, *, card: str, ranks: int = 1
 ) -> dict[str, Any] | None:
     """GiB of loading and of training, and milliseconds of a step; None for what the planner does not know: the
     baseline, and a policy it would choose itself.
@@ -60,7 +47,7 @@ def predicted(
     if variant.baseline or (isinstance(policy, str) and policy not in ("none", "all")):
         return None
     try:
-        setting = setting_for(variant, model, work, answers=answers, card=card, ranks=ranks)
+        setting = setting_for(variant, model, work, card=card, ranks=ranks)
         memory = predict(setting)
         load, train = memory.phase("load"), memory.phase("train")
     except (InputError, KeyError, StopIteration) as error:

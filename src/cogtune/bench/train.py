@@ -138,7 +138,7 @@ def _rates(bench: Bench, variant: Variant, batches: list[dict[str, Any]], timing
         "tokens_per_second": round(steps * work.tokens, 1),
         "tflop_per_step": round(counted / 1e12, 6),
         "lora_mfu": None if rate is None else round(counted / timing.median / (group.copies * rate), 4),
-        "plan": predicted(variant, config, work, answers=answers_of(batch), card=card, ranks=group.processes),
+        "plan": predicted(variant, config, work, card=card, ranks=group.processes),
     }
 
 

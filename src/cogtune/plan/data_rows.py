@@ -41,7 +41,6 @@ def summary(shapes: Sequence[RowShape], pictures: int, image_tokens: int) -> Row
         images=max(shape.images for shape in shapes),
         text=max(texts),
         labelled=max(shape.labelled for shape in shapes),
-        tree=any(shape.answers > 1 for shape in shapes),
     )
     mean = MicroBatch(
         images=sum(shape.images for shape in shapes) / count,

@@ -36,18 +36,25 @@ CHOSEN = (
 
 
 def setting_of(
-    config: RunConfig, rows: Rows, *, ranks: int = 1, local_ranks: int | None = None, card: Card | None = None
+    config: RunConfig,
+    rows: Rows,
+    *,
+    ranks: int = 1,
+    local_ranks: int | None = None,
+    card: Card | None = None,
+    sizes: ModelSizes | None = None,
 ) -> Setting:
     """The setting ``config`` describes, with the data's longest rows; what the planner chooses is at its plainest: the
     live tower, no recomputation, and the whole model on each card.
 
     ``ranks`` processes share the work, ``local_ranks`` of them on each machine (None: all). ``card``: None for CPUs.
+    ``sizes``: the model's, where they are not those of ``model.path``.
 
     Raises:
         AdapterError: a target that matches nothing.
         SetupError: a number format that the card does not compute in.
     """
-    sizes, train = ModelSizes.from_folder(config.model.path), config.train
+    sizes, train = sizes or ModelSizes.from_folder(config.model.path), config.train
     lora, tensor = config.lora, config.parallel.tensor
     check_formats(config.quant, card)
     adapter = LoraShape(adapted_names(sizes, lora.targets, lora.extra), lora.rank, lora.dropout, lora.dora)

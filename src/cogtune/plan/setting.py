@@ -27,7 +27,6 @@ class MicroBatch:
     images: float = 1
     text: int = 401
     labelled: int = 200
-    tree: bool = False
 
     def vision_tokens(self, sizes: ModelSizes) -> int:
         """The vision expert's; an image's last token is the language expert's (spec 4.2)."""

@@ -89,6 +89,6 @@ def test_rows_of_data() -> None:
     shapes = [RowShape(True, 2306 + 101, 40, 2), RowShape(True, 2306 + 51, 60, 1), RowShape(False, 301, 20, 1)]
     rows = summary(shapes, 2, 2306)
     assert (rows.count, rows.pictures, rows.typical) == (3, 2, False)
-    assert (rows.largest.text, rows.largest.labelled, rows.largest.images, rows.largest.tree) == (301, 60, 1, True)
+    assert (rows.largest.text, rows.largest.labelled, rows.largest.images) == (301, 60, 1)
     assert (rows.mean.text, rows.mean.labelled) == (151, 40)
     assert summary([], 0, 2306) is TYPICAL
