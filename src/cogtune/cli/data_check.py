@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogtune.cli.command import Command, flag
+from cogtune.cli.data_config import KEYS, data_config
 from cogtune.cli.options import Arguments
+from cogtune.cli.progress import progress_bar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Sequence
 
     from rich.console import Console
 
-    from cogtune.configuration.run_config import RunConfig
     from cogtune.data.check import CheckReport, Finding
     from cogtune.data.statistics import Histogram
 
@@ -29,7 +28,6 @@ budgets, languages, the balance of short answers.
 Lengths are exact with the model's tokenizer file (--model: its folder is enough, no weights), else estimates.
 
 Exit code 2: training would stop."""
-KEYS = ("model.path", "model.template", "data.path", "data.", "train.seed")
 _SHOWN = 5
 _BAR = 30
 
@@ -55,41 +53,6 @@ def _check(flags: _Flags, line: Arguments) -> int:
     else:
         _print(report)
     return 0 if report.ok else 2
-
-
-def data_config(line: Arguments) -> tuple[RunConfig, str | None]:
-    """The configuration of a command about data, and the model if one is named. The positional argument may be data."""
-    from cogtune.configuration.load import load_config_with
-
-    path, overrides = line.config, dict(line.overrides)
-    if path is not None and Path(path).suffix.lower() not in (".yaml", ".yml"):
-        given = overrides.pop("data", []) + overrides.pop("data.path", [])
-        overrides["data"] = [path, *given]
-        path = None
-    needed = {"model.path": "-", "train.output": "-"}
-    config, used = load_config_with(path, overrides, needed)
-    return config, None if "model.path" in used else config.model.path
-
-
-@contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on standard error, one line per kind of work."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        tasks = {}
-
-        def tell(what: str, done: int, total: int) -> None:
-            if done % 64 and done != total:
-                return
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
-
-        yield tell
 
 
 def _print(report: CheckReport) -> None:

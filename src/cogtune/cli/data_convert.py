@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cogtune.cli.command import Command, flag
-from cogtune.cli.data_check import KEYS
+from cogtune.cli.data_config import KEYS, data_config
 from cogtune.cli.options import Arguments
+from cogtune.cli.progress import progress_bar
 from cogtune.errors import ConfigError
 
 _ABOUT = """\
@@ -23,8 +24,6 @@ class _Flags:
 
 
 def _convert(flags: _Flags, line: Arguments) -> None:
-    from cogtune.cli.data_check import data_config, progress_bar
-
     source, target = line.places
     if Path(source).suffix.lower() in (".yaml", ".yml"):
         raise ConfigError(f"{source}: a configuration is not converted", hint="name a folder or a file of data")

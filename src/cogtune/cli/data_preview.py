@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogtune.cli.command import Command, flag
-from cogtune.cli.data_check import KEYS
+from cogtune.cli.data_config import KEYS, data_config
 from cogtune.cli.options import Arguments
 from cogtune.errors import CheckpointError, OutputFolderError
 
@@ -31,8 +31,6 @@ class _Flags:
 
 
 def _preview(flags: _Flags, line: Arguments) -> None:
-    from cogtune.cli.data_check import data_config
-
     config, model = data_config(line)
     target = flags.html
     if target is not None and target.exists() and target.suffix.lower() not in (".html", ".htm"):

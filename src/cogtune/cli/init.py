@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from cogtune.cli.command import Command, flag
 from cogtune.cli.options import Arguments
+from cogtune.cli.progress import progress_bar
 from cogtune.errors import ConfigError, DataError, OutputFolderError, SetupError
 
 if TYPE_CHECKING:
@@ -35,8 +36,6 @@ class _Flags:
 
 
 def _init(flags: _Flags, line: Arguments) -> None:
-    from cogtune.cli.data_check import progress_bar
-
     target = flags.output
     if target.exists() and not flags.force:
         raise OutputFolderError(

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cogtune.cli.answering import DECODING_KEYS, MODEL_KEYS, Progress, load
+from cogtune.cli.answering import DECODING_KEYS, MODEL_KEYS, load
 from cogtune.cli.command import Command, flag
 from cogtune.cli.options import Arguments
+from cogtune.cli.progress import ProgressLine
 from cogtune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from cogtune.generate.decoding import Decoding
     from cogtune.generate.loading import Resolved
     from cogtune.generate.predict import PredictOptions
-    from cogtune.generate.predictions_file import Settings
+    from cogtune.generate.predictions_file import AnswerSettings
 
 _ABOUT = """\
 Answer every question of a data set: JSON lines in the data's order.
@@ -61,16 +62,16 @@ def _predict(flags: _Flags, line: Arguments) -> None:
     if file.done:
         print(f"{flags.output}: continuing behind {len(file.done)} answers")
     generator = load(resolved)
-    progress = Progress("questions")
+    progress = ProgressLine("questions")
     done = Predictor(generator, questions, file, config.data, decoding, options, progress).run()
     generator.close()
     print("\n".join([*done.lines(), f"written to {flags.output}"]))
 
 
-def _settings(resolved: Resolved, decoding: Decoding, options: PredictOptions, report: DataReport) -> Settings:
+def _settings(resolved: Resolved, decoding: Decoding, options: PredictOptions, report: DataReport) -> AnswerSettings:
     """What decides the answers, under the names of the flags."""
     from cogtune.checkpoint.fingerprint import adapter_fingerprint, model_fingerprint
-    from cogtune.generate.predictions_file import Settings
+    from cogtune.generate.predictions_file import AnswerSettings
 
     config = resolved.config
     sampled = {"seed": options.seed, "batch-size": options.batch_size} if decoding.sample else {}
@@ -91,7 +92,7 @@ def _settings(resolved: Resolved, decoding: Decoding, options: PredictOptions, r
         decides["data.exif"] = report.exif
     adapter = None if resolved.adapter is None else str(resolved.adapter)
     data = [str(folder.path) for folder in config.data.path]
-    return Settings(
+    return AnswerSettings(
         decides, {"model": resolved.model, "adapter": adapter, "data": data, "device": str(resolved.device)}
     )
 

@@ -54,7 +54,7 @@ def _validation_share(text: str) -> float:
 
 
 @dataclass(frozen=True)
-class Flag:
+class _Flag:
     """A flag of the original script: its default there, the key it sets, and how its text becomes the key's value."""
 
     default: str
@@ -63,47 +63,47 @@ class Flag:
     convert: Callable[[str], Any] | None = None
 
 
-FLAGS: dict[str, Flag] = {
-    "lr": Flag(
+FLAGS: dict[str, _Flag] = {
+    "lr": _Flag(
         "1e-4",
         "train.lr",
         "Highest learning rate. The original default, 1e-7, is too small for LoRA: the loss does not move. So here "
         "it is the usual one for LoRA.",
     ),
-    "num_epochs": Flag("5", "train.epochs", "Passes over the data."),
-    "batch_size": Flag("2", "train.batch_size", "Rows per device and forward pass."),
-    "torch_type": Flag("torch.bfloat16", "model.dtype", "torch.bfloat16, torch.float16 or torch.float32.", _dtype),
-    "save_step": Flag("100", "train.save_steps", "Optimiser steps between checkpoints."),
-    "train_dataset_rate": Flag(
+    "num_epochs": _Flag("5", "train.epochs", "Passes over the data."),
+    "batch_size": _Flag("2", "train.batch_size", "Rows per device and forward pass."),
+    "torch_type": _Flag("torch.bfloat16", "model.dtype", "torch.bfloat16, torch.float16 or torch.float32.", _dtype),
+    "save_step": _Flag("100", "train.save_steps", "Optimiser steps between checkpoints."),
+    "train_dataset_rate": _Flag(
         "0.8",
         "data.validation_share",
         "Share of the pictures that is trained on; the others validate.",
         _validation_share,
     ),
-    "lora_rank": Flag("8", "lora.rank", "Rank of LoRA."),
-    "lora_alpha": Flag("32", "lora.alpha", "Scale of LoRA."),
-    "lora_target": Flag(
+    "lora_rank": _Flag("8", "lora.rank", "Rank of LoRA."),
+    "lora_alpha": _Flag("32", "lora.alpha", "Scale of LoRA."),
+    "lora_target": _Flag(
         "vision_expert_query_key_value",
         "lora.targets",
         "What gets LoRA: one or several module names, or sets such as experts.",
     ),
-    "lora_dropout": Flag("0.1", "lora.dropout", "Dropout of LoRA."),
-    "warmup_steps": Flag("0", "train.warmup_steps", "Steps of warm-up."),
-    "max_input_len": Flag("128", "data.max_input_len", "Most tokens of a prompt; the picture is not counted."),
-    "max_output_len": Flag("128", "data.max_output_len", "Most tokens of an answer; longer ones are left out."),
-    "model_path": Flag(PUBLISHED_MODEL, "model.path", "The base model."),
-    "dataset_path": Flag(
+    "lora_dropout": _Flag("0.1", "lora.dropout", "Dropout of LoRA."),
+    "warmup_steps": _Flag("0", "train.warmup_steps", "Steps of warm-up."),
+    "max_input_len": _Flag("128", "data.max_input_len", "Most tokens of a prompt; the picture is not counted."),
+    "max_output_len": _Flag("128", "data.max_output_len", "Most tokens of an answer; longer ones are left out."),
+    "model_path": _Flag(PUBLISHED_MODEL, "model.path", "The base model."),
+    "dataset_path": _Flag(
         "CogVLM-SFT-311K/llava_instruction_multi_conversations_formate",
         "data.path",
         "Data folder with images/ and labels_en/ (or labels/ or labels_zh/).",
     ),
-    "save_path": Flag("output", "train.output", "Folder for everything the run writes."),
-    "ds_config": Flag(
+    "save_path": _Flag("output", "train.output", "Folder for everything the run writes."),
+    "ds_config": _Flag(
         "ds_config.yaml",
         "parallel.deepspeed",
         "DeepSpeed file. It wins over defaults; a flag that is typed and says something else is an error.",
     ),
-    "local_rank": Flag("-1", None, "Set by the launcher."),
+    "local_rank": _Flag("-1", None, "Set by the launcher."),
 }
 _SAME_AS_PUBLISHED = {"train.schedule": "linear", "train.weight_decay": 0.01}
 """What the original script does without a flag: a linear schedule, and torch's default decay in AdamW."""
@@ -160,7 +160,7 @@ def _take_local_rank(text: str) -> None:
         environment.take_local_rank(rank)
 
 
-def _value(name: str, flag: Flag, texts: list[str]) -> Any:
+def _value(name: str, flag: _Flag, texts: list[str]) -> Any:
     if flag.convert is not None:
         return flag.convert(texts[0])
     assert flag.key is not None

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from cogtune.doctor.facts import GIB, Facts, Gpu
+from cogtune.doctor.facts import GIB, Facts, GpuFacts
 from cogtune.system.gpu import FIRST_WITH_BFLOAT16, FIRST_WITH_FP8
 from cogtune.system.libraries import TESTED, broken, outside_tested, parse
 
@@ -137,7 +137,7 @@ def _cards(facts: Facts) -> Iterator[Diagnosis]:
         )
 
 
-def _card(index: int, card: Gpu) -> Iterator[Diagnosis]:
+def _card(index: int, card: GpuFacts) -> Iterator[Diagnosis]:
     if card.capability < FIRST_WITH_BFLOAT16:
         yield Diagnosis(
             "warning",

@@ -21,7 +21,7 @@ GIB = 1024**3
 
 
 @dataclass(frozen=True)
-class Gpu:
+class GpuFacts:
     """One card as its driver describes it; memory in bytes, ``capability`` such as (9, 0)."""
 
     name: str
@@ -42,7 +42,7 @@ class Facts:
     torch_cuda: str | None = None
     torch_hip: str | None = None
     driver: str | None = None
-    gpus: tuple[Gpu, ...] = ()
+    gpus: tuple[GpuFacts, ...] = ()
     visible_devices: str | None = None
     bitsandbytes_binaries: tuple[str, ...] = ()
     shared_memory: int | None = None
@@ -119,14 +119,14 @@ def _driver() -> str | None:
     return lines[0] if found.returncode == 0 and lines else None
 
 
-def _gpus() -> tuple[Gpu, ...]:
+def _gpus() -> tuple[GpuFacts, ...]:
     import torch  # only a CUDA build gets here
 
     found = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
-        found.append(Gpu(properties.name, total, free, (properties.major, properties.minor)))
+        found.append(GpuFacts(properties.name, total, free, (properties.major, properties.minor)))
     return tuple(found)
 
 

@@ -36,7 +36,7 @@ def record(question: Question, answer: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Settings:
+class AnswerSettings:
     """What decides the answers (compared on continuing) and where it lay (only shown)."""
 
     decides: dict[str, Any]
@@ -50,7 +50,7 @@ class PredictionFile:
         OutputFolderError: the file is not one of ours, or was made with other settings or data.
     """
 
-    def __init__(self, path: Path, settings: Settings, questions: Sequence[Question]) -> None:
+    def __init__(self, path: Path, settings: AnswerSettings, questions: Sequence[Question]) -> None:
         self.path = path
         self.meta = path.with_name(path.name + ".meta.json")
         self.settings = settings

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 
 from cogtune.doctor.checks import check
-from cogtune.doctor.facts import GIB, Facts, Gpu
+from cogtune.doctor.facts import GIB, Facts, GpuFacts
 from cogtune.doctor.report import lines
 from cogtune.errors import catalogue
 from cogtune.system.libraries import TESTED
 
-H100 = Gpu("NVIDIA H100 80GB HBM3", 80 * GIB, 79 * GIB, (9, 0))
+H100 = GpuFacts("NVIDIA H100 80GB HBM3", 80 * GIB, 79 * GIB, (9, 0))
 GOOD = Facts(
     python=(3, 12, 3),
     system="Linux",
@@ -27,7 +27,7 @@ GOOD = Facts(
     disk_free={"/large": 500 * GIB},
     reachable={"https://huggingface.co": True, "https://www.modelscope.cn": True},
 )
-RTX = Gpu("NVIDIA GeForce RTX 4090", 24 * GIB, 23 * GIB + GIB // 2, (8, 9))
+RTX = GpuFacts("NVIDIA GeForce RTX 4090", 24 * GIB, 23 * GIB + GIB // 2, (8, 9))
 
 
 def without(*names: str) -> dict[str, str]:
@@ -46,8 +46,8 @@ BAD = {
     "doctor-no-gpu": ("note", replace(GOOD, driver=None, gpus=()), "CPU"),
     "doctor-hidden": ("error", replace(GOOD, gpus=(), visible_devices=""), "CUDA_VISIBLE_DEVICES"),
     "doctor-mixed": ("note", replace(GOOD, gpus=(H100, RTX)), "RTX 4090"),
-    "doctor-bfloat16": ("warning", replace(GOOD, gpus=(Gpu("Tesla T4", 15 * GIB, 15 * GIB, (7, 5)),)), "T4"),
-    "doctor-fp8": ("note", replace(GOOD, gpus=(Gpu("NVIDIA A100", 80 * GIB, 80 * GIB, (8, 0)),)), "A100"),
+    "doctor-bfloat16": ("warning", replace(GOOD, gpus=(GpuFacts("Tesla T4", 15 * GIB, 15 * GIB, (7, 5)),)), "T4"),
+    "doctor-fp8": ("note", replace(GOOD, gpus=(GpuFacts("NVIDIA A100", 80 * GIB, 80 * GIB, (8, 0)),)), "A100"),
     "doctor-occupied": ("warning", replace(GOOD, gpus=(replace(H100, free=20 * GIB),)), "60.0 of 80.0 GiB"),
     "doctor-peer-to-peer": ("warning", replace(GOOD, gpus=(RTX, RTX)), "RTX 4090"),
     "doctor-no-quant": ("note", replace(GOOD, versions=without("bitsandbytes")), "8-bit"),

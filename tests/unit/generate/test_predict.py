@@ -15,12 +15,12 @@ from cogtune.errors import DataError, DiskFullError, OutputFolderError
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.generator import Ask
 from cogtune.generate.predict import PredictOptions, Predictor, PredictReport
-from cogtune.generate.predictions_file import PredictionFile, Settings, record
+from cogtune.generate.predictions_file import AnswerSettings, PredictionFile, record
 from cogtune.system import files
 from tests.support.answering import FakeGenerator
 from tests.support.data_folders import dialogue, section, write_folder, write_image, write_lines
 
-SETTINGS = Settings({"model": "m", "max-new-tokens": 16}, {"model": "somewhere"})
+SETTINGS = AnswerSettings({"model": "m", "max-new-tokens": 16}, {"model": "somewhere"})
 
 
 class Setup:
@@ -44,7 +44,7 @@ class Setup:
         return list(iter_questions(read_sources(self.data)[0]))
 
     def run(
-        self, settings: Settings = SETTINGS, data: Any = None, **options: Any
+        self, settings: AnswerSettings = SETTINGS, data: Any = None, **options: Any
     ) -> tuple[PredictReport, list[list[Ask]]]:
         generator = FakeGenerator(self.checkpoint, self.reply)
         questions = self.questions()
@@ -198,11 +198,11 @@ def test_other_settings_are_refused_by_name(setup: Setup) -> None:
     setup.run()
     before = setup.output.read_bytes()
     with pytest.raises(OutputFolderError, match="max-new-tokens: 16 there, 8 now"):
-        setup.run(Settings({"model": "m", "max-new-tokens": 8}, {}))
+        setup.run(AnswerSettings({"model": "m", "max-new-tokens": 8}, {}))
     with pytest.raises(
         OutputFolderError, match=r"model: aaaaaaaaaaaa\.\.\. now|model: m there, aaaaaaaaaaaa\.\.\. now"
     ):
-        setup.run(Settings({"model": "a" * 64, "max-new-tokens": 16}, {}))
+        setup.run(AnswerSettings({"model": "a" * 64, "max-new-tokens": 16}, {}))
     assert setup.output.read_bytes() == before
 
 

@@ -1,0 +1,65 @@
+"""How commands show on standard error how far they are."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on standard error, one line per kind of work."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        tasks = {}
+
+        def tell(what: str, done: int, total: int) -> None:
+            if done % 64 and done != total:
+                return
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield tell
+
+
+class ProgressLine:
+    """A line on stderr: rewritten in a terminal, one every half minute elsewhere."""
+
+    def __init__(self, unit: str) -> None:
+        self._unit = unit
+        self._start = self._last = time.monotonic()
+        self._first: int | None = None
+        self._terminal = sys.stderr.isatty()
+
+    def __call__(self, done: int, total: int) -> None:
+        """``done`` of ``total`` are finished, with what was finished before this start."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = done
+        if done < total and now - self._last < (0.2 if self._terminal else 30):
+            return
+        self._last = now
+        speed = (done - self._first) / max(now - self._start, 1e-9)
+        left = f", {_duration((total - done) / speed)} left" if speed and done < total else ""
+        text = f"{done}/{total} {self._unit}, {speed:.2f}/s{left}"
+        if self._terminal:
+            end = "\n" if done == total else ""
+            print(f"\r{text:<70}", end=end, file=sys.stderr, flush=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
