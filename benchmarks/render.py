@@ -21,7 +21,7 @@ The tables of error codes come from the catalogue ``src/cogtune/errors.toml`` th
     ...
     <!-- end -->
 
-Which engines go with which settings comes from ``cogtune.train.engines.rules``:
+Which engines go with which settings comes from ``cogtune.configuration.engine_rules``:
 
     <!-- combinations -->
     ...
@@ -41,11 +41,11 @@ from typing import Any
 
 from benchmarks.bench_views import view_of
 from benchmarks.card_view import cards
+from benchmarks.combination_view import combinations
 from benchmarks.plots import drawing_of
 from benchmarks.quality_view import linears, parity, quality
 from benchmarks.views import VIEWS, markdown
 from cogtune.errors import catalogue
-from cogtune.train.engines.rules import table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -89,7 +89,7 @@ def render(text: str, results: Path = RESULTS, *, chinese: bool = False) -> str:
             return f"{match[1]}{_value(content, path, match['format'] or '', name)}{end}"
         return f"{match[1]}\n{_table(content, match['format'] or name, chinese)}\n{end}"
 
-    text = COMBINATIONS_MARK.sub(lambda match: f"{match[1]}\n{table(chinese)}\n{match[2]}", MARK.sub(fill, text))
+    text = COMBINATIONS_MARK.sub(lambda match: f"{match[1]}\n{combinations(chinese)}\n{match[2]}", MARK.sub(fill, text))
     return ERRORS_MARK.sub(lambda match: _errors(match, chinese), text)
 
 

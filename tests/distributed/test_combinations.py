@@ -7,13 +7,24 @@ from pathlib import Path
 
 import pytest
 
-from cogtune.configuration.load import with_values
+from cogtune.configuration.engine_rules import ENGINE, Pair
+from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import ConfigError
+from cogtune.plan.cards import REFERENCE
+from cogtune.plan.data_rows import TYPICAL
+from cogtune.plan.plan import make_plan
 from cogtune.train import engines
-from cogtune.train.engines.rules import COLUMNS, KEYS, allowed_pairs, pairs_in, refused_pairs
 from cogtune.train.log import read_metrics
 from cogtune.train.run import train
-from tests.support.combination_cases import covering, make_run, name_of, reference_of
+from tests.support.combination_cases import (
+    allowed_pairs,
+    covering,
+    make_run,
+    name_of,
+    pairs_in,
+    reference_of,
+    refused_pairs,
+)
 from tests.support.launching import launch, torchrun
 from tests.support.training import make_config, write_data
 
@@ -62,37 +73,43 @@ def test_a_combination_gives_the_single_device_s_losses(output: Path, combinatio
     found = losses(output / name_of(combination))
     assert len(reference) == len(found) == 2
     assert found[0] == pytest.approx(reference[0], rel=2e-6)
-    assert found[1] == pytest.approx(reference[1], rel=1e-3 if combination["weights"] == "fp8" else 2e-6)
+    assert found[1] == pytest.approx(reference[1], rel=1e-3 if combination["quant.experts"] == "fp8" else 2e-6)
 
 
-@pytest.mark.parametrize("pair", refused_pairs(), ids=lambda pair: f"{pair[0][1]}-{pair[1][1]}")
-def test_a_refusal_names_both_settings_and_a_way_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pair: tuple[tuple[str, str], tuple[str, str]]
+def refused_run(folder: Path, pair: Pair) -> RunConfig:
+    """A run in which these two values, and no others that a rule is about, stand together."""
+    values: dict[str, object] = {}
+    for key, value in pair:
+        if key == "lora.extra":
+            values[f"{key}.{value}"] = "all" if value == "bias" else "[lm_head]"
+        elif key != ENGINE:
+            values[key] = value
+        elif value == "tensor":
+            values["parallel.tensor"] = 2
+        elif value != "single":
+            values[key] = value
+    return make_config(folder, folder, folder / "out", **{key.replace(".", "__"): v for key, v in values.items()})
+
+
+@pytest.mark.parametrize("pair", refused_pairs(), ids=lambda pair: f"{pair[0][1]}-{pair[1][0]}-{pair[1][1]}")
+def test_a_refusal_names_both_settings_and_a_way_out_in_a_run_and_in_its_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pair: Pair
 ) -> None:
-    combination = {column: values[0] for column, values in COLUMNS.items()} | dict(pair)
-    if combination["engine"] != "single":
+    config, alone = refused_run(tmp_path, pair), pair[0][1] in ("single", "vision-tower")
+    if not alone:
         monkeypatch.setenv("RANK", "0")
         monkeypatch.setenv("WORLD_SIZE", "2")
-    config = make_run(tmp_path, tmp_path, tmp_path, combination)
-    if config.parallel.deepspeed is not None:
-        config = with_values(config, {"parallel.deepspeed": None})
-    with pytest.raises(ConfigError) as refused:
-        engines.choose(config)
-    assert refused.value.code == "config-combination"
-    assert refused.value.hint
-    for column, value in pair:
-        shown = {"engine": {"tensor": "parallel.tensor"}.get(value, value)}.get(column, KEYS[column])
-        assert shown in refused.value.message
-
-
-@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
-@pytest.mark.parametrize("extra", [{"modules_to_save": ["lm_head"]}, {"bias": "all"}])
-def test_base_weights_that_would_train_are_refused_where_they_are_in_shards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, extra: dict[str, object]
-) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    config = make_config(tmp_path, tmp_path, tmp_path / "out", parallel__engine=engine)
-    config = with_values(config, {"lora.extra": extra})
-    with pytest.raises(ConfigError, match=next(iter(extra))):
-        engines.choose(config)
+    messages = []
+    for ask in (
+        lambda: engines.choose(config),
+        lambda: make_plan(config, REFERENCE, TYPICAL, cards=1 if alone else 2),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            ask()
+        assert refused.value.code == "config-combination"
+        assert refused.value.hint
+        messages.append(refused.value.message)
+    assert messages[0] == messages[1]
+    for key, value in pair:
+        shown = {"tensor": "parallel.tensor"}.get(value, value) if key == ENGINE else f"{key} {value}"
+        assert shown in messages[0]

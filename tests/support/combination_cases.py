@@ -7,16 +7,53 @@ from __future__ import annotations
 
 import sys
 import traceback
+from itertools import combinations, product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from cogtune.cli.main import guarded
+from cogtune.configuration.engine_rules import ENGINE, ENGINES, RULES, Pair, refusal
+from cogtune.configuration.quantization import QuantSection
 from cogtune.configuration.run_config import RunConfig
-from cogtune.train.engines.rules import allowed, allowed_pairs, pairs_in
 from cogtune.train.run import train
 from tests.support.training import make_config
 
 Combination = dict[str, str]
+"""A value per key of `COVERED`."""
+
+COVERED = {
+    ENGINE: ENGINES,
+    "parallel.offload": ("none", "weights", "optimizer"),
+    "lora.dora": ("false", "true"),
+    "data.turns": ("all", "one_random"),
+    "lora.targets": ("experts", "vision-tower"),
+    "data.cache_features": ("off", "on"),
+    "quant.experts": ("none", "nf4", "int8", "fp8"),
+}
+"""The keys whose values are run two by two, wherever no rule refuses them."""
+
+
+def allowed() -> list[Combination]:
+    """Every combination of a value per key that no rule refuses."""
+    everything = [dict(zip(COVERED, values, strict=True)) for values in product(*COVERED.values())]
+    return [found for found in everything if refusal({key: (value,) for key, value in found.items()}) is None]
+
+
+def pairs_in(combination: Combination) -> set[Pair]:
+    """Its values two by two, in the order of the keys."""
+    return set(combinations(combination.items(), 2))
+
+
+def allowed_pairs() -> set[Pair]:
+    """Every pair of values that can stand together in a run."""
+    return set().union(*(pairs_in(found) for found in allowed()))
+
+
+def refused_pairs() -> list[Pair]:
+    """Every pair of values that a rule refuses, but for formats that a quantised part does not have."""
+    formats = {f"quant.{part}": get_args(field.annotation) for part, field in QuantSection.model_fields.items()}
+    pairs = (pair for rule in RULES for pair in rule.pairs())
+    return [(first, (key, value)) for first, (key, value) in pairs if value in formats.get(key, (value,))]
 
 
 def covering() -> list[Combination]:
@@ -34,23 +71,23 @@ def name_of(combination: Combination) -> str:
 
 def reference_of(combination: Combination) -> Combination:
     """The same on one device."""
-    return {**combination, "engine": "single", "offload": "none"}
+    return {**combination, ENGINE: "single", "parallel.offload": "none"}
 
 
 def make_run(base: Path, data: Path, output: Path, combination: Combination) -> RunConfig:
     """Two steps of two rows, on however many ranks hold the model."""
-    engine = combination["engine"]
+    engine = combination[ENGINE]
     values: dict[str, Any] = {
         "train__optimizer": "sgd",
         "train__lr": 0.1,
         "train__max_steps": 2,
         "train__batch_size": 2 if engine in ("single", "tensor") else 1,
-        "parallel__offload": combination["offload"],
-        "lora__dora": combination["adapter"] == "dora",
-        "lora__targets": ["experts", "vision-tower"] if combination["tower"] == "trained" else ["experts"],
-        "data__turns": combination["rows"],
-        "data__cache_features": combination["features"],
-        "quant__experts": combination["weights"],
+        "parallel__offload": combination["parallel.offload"],
+        "lora__dora": combination["lora.dora"] == "true",
+        "lora__targets": ["experts", *({"vision-tower"} & {combination["lora.targets"]})],
+        "data__turns": combination["data.turns"],
+        "data__cache_features": combination["data.cache_features"],
+        "quant__experts": combination["quant.experts"],
         "data__cache_dir": str(output / "cache"),
     }
     if engine == "tensor":
@@ -64,8 +101,8 @@ def make_run(base: Path, data: Path, output: Path, combination: Combination) -> 
 
 def main(base: Path, data: Path, output: Path) -> None:
     """ZeRO-3 comes last: it replaces ``torch.nn.functional.linear`` for the rest of the process."""
-    several = [found for found in covering() if found["engine"] != "single"]
-    for combination in sorted(several, key=lambda found: found["engine"]):
+    several = [found for found in covering() if found[ENGINE] != "single"]
+    for combination in sorted(several, key=lambda found: found[ENGINE]):
         try:
             train(make_run(base, data, output, combination))
         except Exception:  # the others still run; the test of this one finds no losses and shows this

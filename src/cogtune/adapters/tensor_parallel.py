@@ -6,6 +6,7 @@ where it has some columns, those columns of A and all of B. What every rank has 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,13 +36,13 @@ class AdapterPart:
     shares: bool
 
 
-def check_adapter(dora: bool, extra: dict[str, Any]) -> None:
-    """Raise ConfigError for settings that look at whole weights, or that train weights of the base."""
+def check_extra(extra: Mapping[str, Any]) -> None:
+    """Raise ConfigError for fields of ``lora.extra`` that may look at whole layers."""
     wrong = sorted(extra.keys() - ALLOWED_EXTRA)
-    found = "lora.dora" if dora else f"lora.extra.{wrong[0]}" if wrong else None
-    if found is not None:
+    if wrong:
         raise ConfigError(
-            f"{found} does not go with parallel.tensor: it works on whole layers, and a rank has a part of each",
+            f"lora.extra.{wrong[0]} does not go with parallel.tensor: it may look at whole layers, and a rank has a"
+            " part of each",
             hint=f"leave it out, or spread the model with parallel.engine fsdp2 instead; with parallel.tensor "
             f"lora.extra takes {', '.join(sorted(ALLOWED_EXTRA))}",
             code="config-value",

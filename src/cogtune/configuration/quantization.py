@@ -55,7 +55,7 @@ class QuantSection(Section):
     @property
     def formats(self) -> dict[str, str]:
         """Each part of `PARTS` with its number format."""
-        return {part: str(getattr(self, part)) for part in PARTS}
+        return {"experts": self.experts, "tower": self.tower, "glu_adapter": self.glu_adapter, "head": self.head}
 
     def changed(self, **values: str) -> QuantSection:
         """The same with other values of some keys."""
@@ -64,7 +64,7 @@ class QuantSection(Section):
     def format_of(self, name: str) -> str:
         """The format of the linear layer called ``name`` in the model."""
         part = part_of(name)
-        return "none" if part is None else str(getattr(self, part))
+        return "none" if part is None else self.formats[part]
 
     def keeps_transposed(self, name: str) -> bool:
         """Whether the fp8 weight of the layer ``name`` is kept in both layouts."""

@@ -112,6 +112,11 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
         yield "train.restart starts from nothing and train.resume from a checkpoint; keep one"
     if config.parallel.restarts and config.parallel.launch is None:
         yield "parallel.restarts needs parallel.launch: who starts the processes starts them again"
+    if config.parallel.tensor > 1 and config.parallel.engine not in ("auto", "ddp"):
+        yield (
+            f"parallel.tensor {config.parallel.tensor} divides each layer, and its models share the rows by ddp, but "
+            f"parallel.engine is {config.parallel.engine}"
+        )
     if config.parallel.deepspeed is not None and config.parallel.engine in ("single", "ddp", "fsdp2"):
         yield f"parallel.deepspeed names a DeepSpeed file, but parallel.engine is {config.parallel.engine}"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
+from cogtune.configuration.engine_rules import CHOICES, refusal
 from cogtune.configuration.quantization import QuantSection
 from cogtune.plan.cards import CARDS, DESKTOP, Card
 from cogtune.plan.memory import Memory, predict
@@ -47,23 +48,12 @@ def tower_fits(setting: Setting, budget: int) -> bool:
     return checkpointing(replace(setting, tower="live"), budget) is not None
 
 
-ENGINES = ("ddp", "zero2", "fsdp2")
-"""What several cards may be used with where the user has not said: of equally fast ones the first is taken. zero3 is
-not among them: fsdp2 needs as little memory and was faster wherever both were measured."""
+def goes(setting: Setting, engine: str) -> bool:
+    """Whether the engine takes these settings, by the rules that training follows."""
+    return refusal(setting.facts(engine)) is None
 
 
-def goes(setting: Setting, name: str) -> bool:
-    """Whether an engine of `ENGINES` takes these settings; a test holds this to `train.engines.rules`."""
-    quant = setting.quant
-    if name == "fsdp2":
-        divided = {quant.experts, quant.tower, quant.glu_adapter, quant.head}
-        return not setting.adapter.dora and divided <= {"none", "nf4"} and setting.offload != "optimizer"
-    if name == "zero2":
-        return setting.optimizer in ("adamw", "sgd") and setting.offload != "weights"
-    return setting.offload == "none"
-
-
-def engine(setting: Setting, card: Card, ranks: int, candidates: Collection[str] = ENGINES) -> str:
+def engine(setting: Setting, card: Card, ranks: int, candidates: Collection[str] = CHOICES) -> str:
     """The engine for ``ranks`` such cards: the fastest of ``candidates`` under which the run fits; where it fits under
     none, the one that needs least."""
     if ranks == 1:
@@ -140,13 +130,13 @@ def _families(setting: Setting, fixed: Collection[str]) -> Iterator[Iterator[Set
     if "data.cache_features" not in fixed and setting.cacheable:
         towers = ["cached", "live"]
     engines = [setting.engine]
-    if "parallel.engine" not in fixed and setting.ranks > 1:
-        engines = list(ENGINES)
+    if "parallel.engine" not in fixed and setting.ranks > 1 and setting.tensor == 1:
+        engines = list(CHOICES)
     for name in engines:
         for tower in towers:
             for form in formats:
                 own = replace(setting, engine=name, tower=tower, quant=form)
-                yield (found for found in _leaner(own, fixed) if name not in ENGINES or goes(found, name))
+                yield (found for found in _leaner(own, fixed) if goes(found, found.engine))
 
 
 def _format(setting: Setting, name: str) -> QuantSection:

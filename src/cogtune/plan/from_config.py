@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from cogtune.configuration.deepspeed import read_deepspeed
+from cogtune.configuration.engine_rules import trained_base
 from cogtune.configuration.load import explicit_values
 from cogtune.configuration.resolve import (
     check_formats,
@@ -57,7 +58,8 @@ def setting_of(
     sizes, train = sizes or ModelSizes.from_folder(config.model.path), config.train
     lora, tensor = config.lora, config.parallel.tensor
     check_formats(config.quant, card)
-    adapter = LoraShape(adapted_names(sizes, lora.targets, lora.extra), lora.rank, lora.dropout, lora.dora)
+    names = adapted_names(sizes, lora.targets, lora.extra)
+    adapter = LoraShape(names, lora.rank, lora.dropout, lora.dora, trained_base(lora.extra))
     setting = Setting(
         sizes=sizes,
         batch=_batch(config, rows, sizes),

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cogtune.configuration.deepspeed import apply_deepspeed
+from cogtune.configuration.engine_rules import check
 from cogtune.configuration.keys import known_keys
 from cogtune.configuration.load import explicit_values
-from cogtune.configuration.resolve import float16_warning
+from cogtune.configuration.resolve import float16_warning, resolve_engine
 from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import InputError
 from cogtune.plan.cards import Card
@@ -130,6 +131,7 @@ def make_plan(
             that the card does not compute in.
     """
     config = apply_deepspeed(config, world_size=cards)[0]
+    check(config, resolve_engine(config.parallel, cards, launched=cards > 1))
     fixed = fixed_keys(config, dict.fromkeys(placeholders))
     setting = setting_of(config, rows, ranks=cards, card=card)
     limit = budget_of(config)
@@ -175,7 +177,7 @@ def keys_of(setting: Setting) -> dict[str, Any]:
     }
     if setting.tower != "none":
         keys["data.cache_features"] = "on" if setting.tower == "cached" else "off"
-    if setting.ranks > 1:
+    if setting.ranks > 1 and setting.tensor == 1:
         keys["parallel.engine"] = setting.engine
     return keys
 

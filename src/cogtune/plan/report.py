@@ -95,7 +95,9 @@ def chosen(plan: Plan) -> list[str]:
     if setting.quant.embedding == "host":
         words.append("embedding in host memory")
     words.append(setting.optimizer)
-    if setting.ranks > 1:
+    if setting.tensor > 1:
+        words.append(f"parallel.tensor {setting.tensor}")
+    if setting.ranks > setting.tensor:
         words.append(setting.engine)
     return words
 

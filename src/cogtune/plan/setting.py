@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from cogtune.adapters.targets import LINEAR, is_dead_end, is_hit, match_targets
+from cogtune.configuration.engine_rules import Facts, make_facts
 from cogtune.configuration.quantization import PLAIN, QuantSection
 from cogtune.configuration.resolve import resolve_compile
 from cogtune.plan.sizes import Linear, ModelSizes
@@ -50,12 +51,14 @@ def format_of(linear: Linear, quant: QuantSection) -> str:
 
 @dataclass(frozen=True)
 class LoraShape:
-    """LoRA: which linear layers carry it, and how wide it is. ``names`` is what `adapted_names` found."""
+    """LoRA: which linear layers carry it, and how wide it is. ``names`` is what `adapted_names` found; ``base``: fields
+    of peft's that make weights of the base train."""
 
     names: frozenset[str]
     rank: int
     dropout: float = 0.0
     dora: bool = False
+    base: frozenset[str] = frozenset()
 
 
 def adapted_names(sizes: ModelSizes, targets: Sequence[str], extra: Mapping[str, Any] | None = None) -> frozenset[str]:
@@ -146,6 +149,19 @@ class Setting:
     @property
     def tower_trains(self) -> bool:
         return _tower_trains(self.sizes, self.adapter)
+
+    def facts(self, engine: str) -> Facts:
+        """What the rules of `configuration.engine_rules` are about, under an engine."""
+        return make_facts(
+            "tensor" if self.tensor > 1 else engine,
+            offload=self.offload,
+            dora=self.adapter.dora,
+            base=self.adapter.base,
+            tower_trains=self.tower_trains,
+            cached=self.tower == "cached",
+            optimizer=self.optimizer,
+            quant=self.quant,
+        )
 
     @property
     def deepspeed(self) -> bool:

@@ -7,12 +7,12 @@ from itertools import product
 
 import pytest
 
+from cogtune.configuration.engine_rules import ENGINES, facts_of, refusal
 from cogtune.configuration.load import load_config
 from cogtune.configuration.quantization import QuantSection
 from cogtune.errors import ConfigError, SetupError
 from cogtune.plan.cards import CARDS, REFERENCE, find_card
 from cogtune.plan.choose import (
-    ENGINES,
     best,
     checkpointing,
     engine,
@@ -26,11 +26,11 @@ from cogtune.plan.data_rows import TYPICAL
 from cogtune.plan.from_config import setting_of
 from cogtune.plan.local_cards import local_cards
 from cogtune.plan.memory import predict
+from cogtune.plan.plan import keys_of
 from cogtune.plan.setting import LoraShape, Setting, adapted_names
 from cogtune.plan.sizes import ModelSizes
 from cogtune.plan.time import step_time
 from cogtune.system.byte_sizes import GIB
-from cogtune.train.engines import rules
 
 EXPERTS = LoraShape(adapted_names(ModelSizes(), ["experts"]), 16)
 CACHED = Setting(adapter=EXPERTS, tower="cached", compile="auto")
@@ -90,8 +90,10 @@ def test_what_an_engine_takes_is_what_training_lets_it_take() -> None:
     values = {
         "quant.experts": ["none", "nf4", "fp8"],
         "quant.tower": ["none", "int8"],
-        "quant.head": ["none", "int8"],
+        "quant.embedding": ["device", "host"],
         "lora.dora": ["false", "true"],
+        "lora.targets": ["experts", "vision-tower"],
+        "data.cache_features": ["off", "on"],
         "train.optimizer": ["adamw", "adamw8bit"],
         "parallel.offload": ["none", "weights", "optimizer"],
     }
@@ -100,12 +102,19 @@ def test_what_an_engine_takes_is_what_training_lets_it_take() -> None:
         config = load_config(None, {"model": "base", "data": "pictures", "output": "out"} | flags)
         setting = setting_of(config, TYPICAL, ranks=2)
         for name in ENGINES:
-            try:
-                rules.check(config, name)
-                taken = True
-            except ConfigError:
-                taken = False
-            assert goes(setting, name) == taken, (name, flags)
+            taken = refusal(facts_of(config, name)) is None
+            assert goes(replace(setting, tensor=2 if name == "tensor" else 1), name) == taken, (name, flags)
+
+
+def test_ranks_that_divide_each_layer_keep_the_model_s_number_format() -> None:
+    """A plan chose NF4 for them, which training refuses."""
+    cut = replace(CACHED, tower="live", ranks=2, tensor=2)
+    found = best(cut, find_card("24GiB"))
+    assert found is not None
+    assert found.setting.quant.formats == dict.fromkeys(found.setting.quant.formats, "none")
+    assert found.setting.quant.embedding == "device"
+    assert found.setting.optimizer == "adamw"
+    assert "parallel.engine" not in keys_of(found.setting)
 
 
 def test_whether_the_tower_fits() -> None:

@@ -5,21 +5,20 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 
+from cogtune.configuration.engine_rules import CHOICES, check, facts_of, refusal
 from cogtune.configuration.resolve import resolve_engine
 from cogtune.configuration.run_config import RunConfig
 from cogtune.distributed.environment import is_launched, is_launched_by_deepspeed, world_size
 from cogtune.distributed.group import Group
 from cogtune.errors import ConfigError
-from cogtune.plan.choose import ENGINES
 from cogtune.train.engines.base import Engine
-from cogtune.train.engines.rules import check
 
 __all__ = ["Engine", "able", "choose", "start"]
 
 
 def choose(config: RunConfig) -> str:
     """The engine's name for this process, from ``parallel`` and from what launched it; ``auto`` where several processes
-    run and the planner is to choose between `ENGINES`.
+    run and the planner is to choose between `CHOICES`.
 
     Raises:
         ConfigError: the engine asked for needs a launcher, cannot be used with the one that was used, or does not go
@@ -29,26 +28,14 @@ def choose(config: RunConfig) -> str:
     name = resolve_engine(
         config.parallel, world_size(), launched=is_launched(), by_deepspeed=is_launched_by_deepspeed()
     )
-    if name != "auto":
-        check(config, name)
-    elif not able(config):
-        check(config, ENGINES[0])
+    check(config, name)
     return name
 
 
 def able(config: RunConfig) -> list[str]:
-    """Those of `ENGINES` that are installed and go with every setting."""
-    return [name for name in ENGINES if _is_able(config, name)]
-
-
-def _is_able(config: RunConfig, name: str) -> bool:
-    if name == "zero2" and importlib.util.find_spec("deepspeed") is None:
-        return False
-    try:
-        check(config, name)
-    except ConfigError:
-        return False
-    return True
+    """Those of `CHOICES` that are installed and go with every setting."""
+    deepspeed = importlib.util.find_spec("deepspeed") is not None
+    return [name for name in CHOICES if (deepspeed or name != "zero2") and refusal(facts_of(config, name)) is None]
 
 
 def _check_launch(config: RunConfig, ranks: int) -> None:
@@ -82,12 +69,6 @@ def _check_launch(config: RunConfig, ranks: int) -> None:
 def _check_tensor(config: RunConfig, ranks: int) -> None:
     """Raises ConfigError when this many ranks cannot be models of ``parallel.tensor`` ranks each."""
     size = config.parallel.tensor
-    if config.parallel.engine not in ("auto", "ddp"):
-        raise ConfigError(
-            f"parallel.tensor is {size} and parallel.engine {config.parallel.engine}: only ddp goes with it",
-            hint="leave parallel.engine out; with more ranks than parallel.tensor, the models share the rows (ddp)",
-            code="config-value",
-        )
     if not is_launched() or ranks % size:
         raise ConfigError(
             f"parallel.tensor is {size}, but {ranks} process{'es run' if ranks > 1 else ' runs'}",
@@ -98,7 +79,7 @@ def _check_tensor(config: RunConfig, ranks: int) -> None:
 
 
 def start(
-    config: RunConfig, name: str | None = None, planned: Callable[[Group], str] = lambda group: ENGINES[0]
+    config: RunConfig, name: str | None = None, planned: Callable[[Group], str] = lambda group: CHOICES[0]
 ) -> Engine:
     """Join the process group, if there is one, and take a device. Call ``close`` on the result at the end.
 

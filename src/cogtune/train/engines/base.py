@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from torch import nn
 from cogtune.checkpoint.place import Placement
 from cogtune.configuration.run_config import RunConfig
 from cogtune.distributed.group import Group
-from cogtune.errors import CheckpointError
+from cogtune.errors import CheckpointError, ConfigError
 from cogtune.train.engines.async_scalar import AsyncScalar
 
 MASTER = "master"
@@ -85,6 +86,17 @@ class Engine(ABC):
 
     @abstractmethod
     def _wrap(self, model: nn.Module) -> nn.Module: ...
+
+    def _refuse_trained(self, sharded: Iterable[str]) -> None:
+        """Raise ConfigError where a weight of the base trains of which each rank has a part, as ``sharded`` names them:
+        `configuration.engine_rules` sees ``lora.extra``, and not what the file of an adapter to start from asks for."""
+        name = next(iter(sharded), None)
+        if name is not None:
+            raise ConfigError(
+                f"{name} is a weight of the base and would train, and a rank of {self.name} has a part of it",
+                hint="train adapters only, or use parallel.engine ddp or zero2",
+                code="config-combination",
+            )
 
     def describe(self) -> str:
         """One line for the log, after `wrap`: what this rank holds of the model, as counted."""

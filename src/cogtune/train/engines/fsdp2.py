@@ -28,7 +28,6 @@ from torch.distributed.tensor import DTensor
 from cogtune.configuration.run_config import RunConfig
 from cogtune.distributed.buckets import sum_in_buckets
 from cogtune.distributed.group import Group
-from cogtune.errors import ConfigError
 from cogtune.model.vision import VisionModel
 from cogtune.train.engines.base import StepResult
 from cogtune.train.engines.single import SingleEngine
@@ -103,7 +102,7 @@ class Fsdp2Engine(SingleEngine):
 
     def _wrap(self, model: nn.Module) -> nn.Module:
         module = super()._wrap(model)
-        _refuse_trained_shards(self.parameters)
+        self._refuse_trained(name for name, value in self.parameters.items() if isinstance(value, DTensor))
         outside = {value for name, value in model.named_parameters() if value.requires_grad or "lora_" in name}
         self._shard(module, outside, reshard_after_forward=False)
         named = [(n, unit) for n, unit in module.named_modules() if isinstance(unit, FSDPModule) and _is_layer(n)]
@@ -175,15 +174,6 @@ def _copy_facts(weight: Any, other: Any) -> None:
     for name in ("compress_statistics", "quant_type", "blocksize", "quant_storage"):
         if hasattr(weight, name) and not hasattr(other, name):
             setattr(other, name, getattr(weight, name))
-
-
-def _refuse_trained_shards(parameters: dict[str, nn.Parameter]) -> None:
-    for name, value in parameters.items():
-        if isinstance(value, DTensor):
-            raise ConfigError(
-                f"lora.extra: {name} is a weight of the base and would train, but fsdp2 shards the base",
-                hint="train adapters only, or use parallel.engine ddp or zero2",
-            )
 
 
 def _require_sharded(model: nn.Module, outside: set[nn.Parameter], ranks: int) -> tuple[int, int]:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cogtune.adapters.tensor_parallel import AdapterPart, check_adapter, split_adapter
+from cogtune.adapters.tensor_parallel import AdapterPart, check_extra, split_adapter
 from cogtune.configuration.run_config import RunConfig
 from cogtune.distributed.buckets import sum_in_buckets
 from cogtune.distributed.group import Group, TensorGroup
@@ -34,7 +34,7 @@ class TensorEngine(DdpEngine):
 
     def __init__(self, group: Group, config: RunConfig) -> None:
         super().__init__(group, config)
-        check_adapter(config.lora.dora, dict(config.lora.extra))
+        check_extra(config.lora.extra)
         self._tensor, self._rows = make_groups(group)
         self._split = SplitModel(self._tensor, self.device)
         self._parts: dict[str, AdapterPart] = {}

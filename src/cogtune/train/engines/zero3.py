@@ -14,7 +14,6 @@ from torch import nn
 from cogtune.configuration.run_config import RunConfig
 from cogtune.distributed.group import Group
 from cogtune.distributed.shards import is_partitioned, own_shard, partitioned_numel
-from cogtune.errors import ConfigError
 from cogtune.model.vision import VisionModel
 from cogtune.train.engines.base import MASTER, fresh_state
 from cogtune.train.engines.zero import ZeroEngine, fill_in
@@ -50,12 +49,7 @@ class Zero3Engine(ZeroEngine):
         import deepspeed
 
         assert self._dtype is not None, "the model was loaded without this engine's placement"
-        for name, value in self.parameters.items():
-            if is_partitioned(value):
-                raise ConfigError(
-                    f"lora.extra: {name} is a weight of the base and would train, but zero3 shards the base",
-                    hint="train adapters only, or use parallel.engine ddp or zero2",
-                )
+        self._refuse_trained(name for name, value in self.parameters.items() if is_partitioned(value))
         for unit in model.modules():
             if isinstance(unit, VisionModel):
                 unit.sharded = True

@@ -1,0 +1,209 @@
+"""Which settings an engine takes: one table, from which a run and its plan are checked and the documentation is made.
+
+What no rule refuses works. Every rule is about two keys; the first of nearly all is the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+
+from cogtune.configuration.quantization import PARTS, QuantSection
+from cogtune.configuration.run_config import RunConfig
+from cogtune.errors import ConfigError
+
+ENGINE = "parallel.engine"
+ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2", "tensor")
+"""``tensor`` is ``parallel.tensor`` above 1, alone or with ddp."""
+
+CHOICES = ("ddp", "zero2", "fsdp2")
+"""What ``parallel.engine auto`` chooses from where several ranks share a run: of equally fast ones the first is taken.
+zero3 is not among them: fsdp2 needs as little memory and was faster wherever both were measured."""
+
+Facts = Mapping[str, Collection[str]]
+"""Keys of a configuration to the values they have, in the words of `RULES`; the engine is the one that was chosen."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Values of one key that do not go with values of others: why, and what to do instead, in both languages."""
+
+    with_values: tuple[str, ...]
+    keys: tuple[str, ...]
+    values: tuple[str, ...]
+    why: str
+    instead: str
+    why_zh: str
+    instead_zh: str
+    with_key: str = ENGINE
+
+    def pairs(self) -> Iterator[Pair]:
+        """Every two values that it refuses."""
+        for other, key, value in product(self.with_values, self.keys, self.values):
+            yield (self.with_key, other), (key, value)
+
+
+Pair = tuple[tuple[str, str], tuple[str, str]]
+
+_TRAIN_BASE = ("modules_to_save", "trainable_token_indices", "bias")
+"""Fields of peft's LoraConfig, in ``lora.extra``, that make weights of the base train."""
+
+RULES = (
+    Rule(
+        ("single", "ddp", "zero1", "zero2", "tensor"),
+        ("parallel.offload",),
+        ("weights",),
+        "it keeps the frozen weights where they are used",
+        "fsdp2 or zero3 with parallel.offload weights",
+        "它把冻结权重放在使用它们的设备上",
+        "用 fsdp2 或 zero3 配合 parallel.offload weights",
+    ),
+    Rule(
+        ("single", "ddp", "fsdp2", "tensor"),
+        ("parallel.offload",),
+        ("optimizer",),
+        "it keeps the adapter's masters and moments, which are small, beside the adapter",
+        "zero1, zero2 or zero3 with parallel.offload optimizer",
+        "适配器的主权重和动量很小，它把它们留在适配器旁边",
+        "用 zero1、zero2 或 zero3 配合 parallel.offload optimizer",
+    ),
+    Rule(
+        ("zero3", "fsdp2", "tensor"),
+        ("lora.dora",),
+        ("true",),
+        "DoRA measures whole weights, and a rank has a part of each",
+        "ddp or zero2 with lora.dora, or leave lora.dora out",
+        "DoRA 需要完整的权重，而每个进程只有其中一部分",
+        "用 ddp 或 zero2 配合 lora.dora，或去掉 lora.dora",
+    ),
+    Rule(
+        ("zero3", "fsdp2", "tensor"),
+        ("lora.extra",),
+        _TRAIN_BASE,
+        "it makes weights of the base train, and a rank has a part of each",
+        "ddp or zero2 with it, or train adapters only",
+        "它会让基座模型的权重参与训练，而每个进程只有其中一部分",
+        "用 ddp 或 zero2，或只训练适配器",
+    ),
+    Rule(
+        ("zero3", "tensor"),
+        tuple(f"quant.{part}" for part in PARTS),
+        ("nf4", "int8", "fp8"),
+        "it divides weights, and can divide only those in the model's number format",
+        "ddp or zero2 with it, which leave each rank all frozen weights, or fsdp2 with nf4",
+        "它要切分权重，而只能切分模型自身数值格式的权重",
+        "用 ddp 或 zero2（每个进程保留全部冻结权重），或用 fsdp2 配合 nf4",
+    ),
+    Rule(
+        ("fsdp2",),
+        tuple(f"quant.{part}" for part in PARTS),
+        ("int8", "fp8"),
+        "it divides weights, and can divide only those in the model's number format and in nf4",
+        "ddp or zero2 with it, which leave each rank all frozen weights, or fsdp2 with nf4",
+        "它要切分权重，而只能切分模型自身数值格式和 nf4 的权重",
+        "用 ddp 或 zero2（每个进程保留全部冻结权重），或用 fsdp2 配合 nf4",
+    ),
+    Rule(
+        ("tensor",),
+        ("quant.embedding",),
+        ("host",),
+        "each rank has some of the embedding's columns on its device",
+        "quant.embedding device, or leave it out",
+        "每个进程在自己的设备上保存嵌入的一部分列",
+        "设 quant.embedding 为 device，或不设",
+    ),
+    Rule(
+        ("zero1", "zero2", "zero3", "tensor"),
+        ("train.optimizer",),
+        ("adamw8bit", "paged_adamw", "paged_adamw8bit"),
+        "it divides moments, and bitsandbytes keeps them in blocks that it does not know",
+        "single, ddp or fsdp2 with it, or train.optimizer adamw",
+        "它要切分动量，而 bitsandbytes 按它不认识的分块保存动量",
+        "用 single、ddp 或 fsdp2，或设 train.optimizer 为 adamw",
+    ),
+    Rule(
+        ("vision-tower",),
+        ("data.cache_features",),
+        ("on",),
+        "a tower that trains gives another output in every step",
+        "data.cache_features off, or leave the tower out of lora.targets",
+        "参与训练的视觉塔每一步输出都不同",
+        "设 data.cache_features 为 off，或从 lora.targets 中去掉视觉塔",
+        with_key="lora.targets",
+    ),
+)
+
+
+def refusal(facts: Facts) -> tuple[Rule, Pair] | None:
+    """The first rule that refuses ``facts``, and the two values it is about."""
+    for rule in RULES:
+        for pair in rule.pairs():
+            if all(value in facts.get(key, ()) for key, value in pair):
+                return rule, pair
+    return None
+
+
+def check(config: RunConfig, engine: str) -> None:
+    """Raise ConfigError, with what to do instead, where ``engine`` does not go with a setting of ``config``.
+
+    ``engine``: one of `ENGINES`, or ``auto``: then one of `CHOICES` has to.
+    """
+    if engine == "auto":
+        engine = next((name for name in CHOICES if refusal(facts_of(config, name)) is None), CHOICES[0])
+    found = refusal(facts_of(config, engine))
+    if found is None:
+        return
+    rule, (first, (key, value)) = found
+    name = _engine_name(config, engine) if first[0] == ENGINE else " ".join(first)
+    raise ConfigError(
+        f"{key} {value} does not go with {name}: {rule.why}", hint=f"use {rule.instead}", code="config-combination"
+    )
+
+
+def facts_of(config: RunConfig, engine: str) -> Facts:
+    """What ``config`` says of the keys that rules are about. ``data.cache_features auto`` takes only what goes."""
+    return make_facts(
+        engine,
+        offload=config.parallel.offload,
+        dora=config.lora.dora,
+        base=trained_base(config.lora.extra),
+        tower_trains=any("vision-tower" in target or ".vision." in f".{target}." for target in config.lora.targets),
+        cached=config.data.cache_features == "on",
+        optimizer=config.train.optimizer,
+        quant=config.quant,
+    )
+
+
+def make_facts(
+    engine: str,
+    *,
+    offload: str,
+    dora: bool,
+    base: Collection[str],
+    tower_trains: bool,
+    cached: bool,
+    optimizer: str,
+    quant: QuantSection,
+) -> Facts:
+    """`Facts` of what a run or a plan knows. ``base``: as `trained_base` finds it; ``cached``: features are."""
+    return {
+        ENGINE: (engine,),
+        "parallel.offload": (offload,),
+        "lora.dora": ("true" if dora else "false",),
+        "lora.extra": base,
+        "lora.targets": ("vision-tower" if tower_trains else "experts",),
+        "data.cache_features": ("on" if cached else "off",),
+        "train.optimizer": (optimizer,),
+        "quant.embedding": (quant.embedding,),
+        **{f"quant.{part}": (form,) for part, form in quant.formats.items()},
+    }
+
+
+def trained_base(extra: Mapping[str, object]) -> frozenset[str]:
+    """The fields of ``lora.extra`` that make weights of the base train."""
+    return frozenset(name for name in _TRAIN_BASE if extra.get(name) and extra[name] != "none")
+
+
+def _engine_name(config: RunConfig, engine: str) -> str:
+    return f"parallel.tensor {config.parallel.tensor}" if engine == "tensor" else f"the engine {engine}"
