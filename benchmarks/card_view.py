@@ -37,7 +37,7 @@ def cards(content: dict[str, Any], chinese: bool) -> str:
 def _row(row: dict[str, Any], chinese: bool) -> list[Cell]:
     setting, rank = split_name(row["name"])
     card = CARDS[setting][0]
-    flags = f"`{_flags(row['command'])}`"
+    flags = f"`{train_flags(row['command'])}`"
     if "error" in row:
         why = str(row["error"]).splitlines()[0][:80]
         return [card, setting, rank, f"失败：{why}" if chinese else f"failed: {why}", "-", flags]
@@ -61,7 +61,13 @@ def _gigabytes(row: dict[str, Any]) -> int:
     return int(CARDS[split_name(row["name"])[0]][0].split()[0])
 
 
-def _flags(command: str) -> str:
-    """The flags that make the setting; what only measuring needs is left out."""
+_BENCH_ONLY = re.compile(r" --(?:preset|steps|warmup|model\.path|cap|pictures|json) \S+")
+
+
+def train_flags(command: str) -> str:
+    """The flags of ``cogtune train`` that make the setting a ``cogtune bench`` command measured; ``-`` for none.
+
+    What only measuring needs is left out, and a given tower's output is the filled feature cache it stands for."""
     command = re.sub(r"^cogtune bench (?:train|decode|fill)", "", command)
-    return re.sub(r" --(?:preset|steps|warmup|model\.path|cap|pictures|json) \S+", "", command).strip() or "-"
+    command = command.replace(" --features cached", " --data.cache_features on")
+    return _BENCH_ONLY.sub("", command).strip() or "-"

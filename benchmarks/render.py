@@ -42,6 +42,7 @@ from typing import Any
 from benchmarks.bench_views import view_of
 from benchmarks.card_view import cards
 from benchmarks.combination_view import combinations
+from benchmarks.front_page import bars, smallest, speed
 from benchmarks.plots import drawing_of
 from benchmarks.quality_view import linears, parity, quality
 from benchmarks.views import VIEWS, markdown
@@ -127,7 +128,7 @@ def _table(content: dict[str, Any], name: str, chinese: bool) -> str:
     return markdown(columns, table.get("rows_zh", table["rows"]) if chinese else table["rows"])
 
 
-_NAMED = {"cards": cards, "linears": linears}
+_NAMED = {"cards": cards, "linears": linears, "front-page-speed": speed, "front-page-cards": smallest}
 _BY_KIND = {"parity": parity, "quality": quality}
 
 
@@ -138,6 +139,11 @@ def plots(results: Path = RESULTS) -> dict[Path, str]:
         drawing = drawing_of(json.loads(file.read_text(encoding="utf-8")))
         if drawing is not None:
             found[PLOTS / f"{file.stem}.svg"] = drawing
+    speeds, fits = (results / f"{name}.json" for name in ("speed-h100", "fit-h100"))
+    if speeds.is_file() and fits.is_file():
+        steps, settings = (json.loads(file.read_text(encoding="utf-8")) for file in (speeds, fits))
+        for name, chinese in (("front-page.svg", False), ("front-page-zh.svg", True)):
+            found[PLOTS / name] = bars(steps, settings, chinese)
     return found
 
 

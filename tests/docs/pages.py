@@ -41,7 +41,7 @@ def chinese_twin(page: Path) -> Path | None:
     if place == "README.md":
         return ROOT / "README_zh.md"
     parts = page.relative_to(ROOT).parts
-    if parts[0] == "docs" and parts[1] in ("guides", "concepts", "errors.md", "README.md"):
+    if parts[0] == "docs" and parts[1] in ("guides", "concepts", "architecture.md", "errors.md", "README.md"):
         return ROOT.joinpath("docs", "zh", *parts[1:])
     return None
 

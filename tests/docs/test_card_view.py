@@ -32,7 +32,7 @@ CONTENT = {
 
 def test_a_row_of_each_kind():
     text = cards(CONTENT, False)
-    assert "| 48 GB | bf16-cached | 8 | 40.12 | 6.50 | `--features cached` |" in text
+    assert "| 48 GB | bf16-cached | 8 | 40.12 | 6.50 | `--data.cache_features on` |" in text
     assert "failed: no such card" in text
     assert text.index("12 GB") < text.index("48 GB")
     assert "失败" in cards(CONTENT, True)
