@@ -35,6 +35,7 @@ from cogtune.processing.processor import CogVLM2Processor
 
 GIB = 2**30
 Result = TypeVar("Result")
+Listener = Callable[[str | BaseException | None], None]
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,9 @@ class Pending(Iterator[str]):
         token_ids: the answer's tokens so far, without an end token.
     """
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, listener: Listener | None = None) -> None:
         self.request = request
+        self._listener = listener
         self.finish_reason: str | None = None
         self.token_ids: list[int] = []
         self._pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
@@ -118,12 +120,16 @@ class Pending(Iterator[str]):
     def push(self, text: str) -> None:
         """Hand a piece to the reader (for the engine)."""
         self._pieces.put(text)
+        if self._listener is not None:
+            self._listener(text)
 
     def end(self, reason: str | None, error: BaseException | None = None) -> None:
         """No more pieces (for the engine)."""
         self.finish_reason = reason
         self._ended.set()
         self._pieces.put(error)
+        if self._listener is not None:
+            self._listener(error)
 
 
 @dataclass(eq=False)
@@ -191,8 +197,12 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="cogtune-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request) -> Pending:
+    def submit(self, request: Request, listener: Listener | None = None) -> Pending:
         """Queue a request; returns at once.
+
+        Args:
+            listener: called in the engine's thread with every piece, and at the end with None or the error. It must
+                not wait.
 
         Raises:
             InputError: prompt and answer do not fit in a slot, or tokens and picture do not go together.
@@ -212,7 +222,7 @@ class Engine:
         if request.image_keys is None:
             # here, not in the thread that keeps the device busy
             request = replace(request, image_keys=tuple(image_digest(image) for image in request.images))
-        pending = Pending(request)
+        pending = Pending(request, listener)
         with self._changed:
             if self._closing:
                 raise RunError("the engine is closed: it takes no more questions", code="engine-closed")
@@ -256,6 +266,11 @@ class Engine:
     def answer(self, requests: Sequence[Request]) -> list[str]:
         """All answers, in the order of the requests."""
         return [pending.text() for pending in [self.submit(request) for request in requests]]
+
+    @property
+    def alive(self) -> bool:
+        """Whether it takes requests."""
+        return self._thread.is_alive() and not self._closing
 
     @property
     def waiting(self) -> int:

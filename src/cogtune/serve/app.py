@@ -1,0 +1,389 @@
+"""The HTTP application: OpenAI's chat completions, closed questions, health and metrics, over one engine."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.completion_usage import CompletionUsage
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.concurrency import run_in_threadpool
+
+from cogtune.generate.decoding import Decoding
+from cogtune.generate.engine import Engine, Pending
+from cogtune.generate.engine import Request as Question
+from cogtune.generate.history import prompt_limit
+from cogtune.serve.pictures import PictureLimits, open_pictures
+from cogtune.serve.protocol import ChatCall, read_chat, read_score
+from cogtune.serve.refusals import Refusal, refusal_of
+
+log = logging.getLogger("cogtune.serve")
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How a server answers.
+
+    Attributes:
+        model: the name of the model in ``/v1/models``; requests may name it, or leave ``model`` out.
+        template: of the prompts; None: the checkpoint's own.
+        decoding: where a request does not say.
+        most_tokens: of one answer.
+        most_waiting: requests in the queue; further ones are answered 429.
+        seconds: for a request from its arrival to its last token.
+        body_bytes: of a request.
+        keys: API keys; none: no key is asked for.
+    """
+
+    model: str
+    template: str | None = None
+    decoding: Decoding = field(default_factory=Decoding)
+    most_tokens: int = 2048
+    most_waiting: int = 64
+    seconds: float = 120.0
+    body_bytes: int = 32 * MIB
+    keys: tuple[str, ...] = ()
+    pictures: PictureLimits = field(default_factory=PictureLimits)
+
+
+class _Metrics:
+    """Counters of this server alone, so that a process may hold several."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.registry = CollectorRegistry()
+        made: dict[str, Any] = {"registry": self.registry, "namespace": "cogtune"}
+        self.requests = Counter("requests", "Requests by route and status.", ["route", "status"], **made)
+        self.tokens = Counter("generated_tokens", "Tokens of answers.", **made)
+        self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts.", **made)
+        self.seconds = Histogram("request_seconds", "From a request's arrival to its end.", ["route"], **made)
+        self.first = Histogram("first_piece_seconds", "From a request's arrival to the first text.", **made)
+        Gauge("running", "Answers being computed.", **made).set_function(lambda: engine.running)
+        Gauge("waiting", "Requests without a slot yet.", **made).set_function(lambda: engine.waiting)
+        Gauge("picture_cache_bytes", "Memory of kept pictures.", **made).set_function(lambda: engine.pictures.nbytes)
+
+
+class _Limited:
+    """ASGI middleware: refuses a body that is too large, whatever its header says, before it is read whole."""
+
+    def __init__(self, app: Any, most: int) -> None:
+        self.app, self.most = app, most
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        seen = 0
+
+        async def counted() -> Any:
+            nonlocal seen
+            message = await receive()
+            if message["type"] == "http.request":
+                seen += len(message.get("body", b""))
+                if seen > self.most:
+                    raise Refusal(413, f"the request is larger than {self.most // MIB} MiB", code="request_too_large")
+            return message
+
+        await self.app(scope, counted, send)
+
+
+def make_app(engine: Engine, options: ServerOptions) -> FastAPI:
+    """The application of a running engine, which it closes when it ends.
+
+    Answers under way are finished first; new requests are answered 503 meanwhile.
+    """
+    server = _Server(engine, options)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        server.closing = True
+        await run_in_threadpool(engine.close)
+
+    app = FastAPI(title="cogtune", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(_Limited, most=options.body_bytes)
+    app.add_exception_handler(Refusal, server.refuse)
+    app.add_api_route("/health", server.health, methods=["GET"])
+    app.add_api_route("/metrics", server.show_metrics, methods=["GET"])
+    for path, work in (("/v1/chat/completions", server.chat), ("/v1/score", server.score)):
+        app.add_api_route(path, server.guarded(path, work), methods=["POST"])
+    app.add_api_route("/v1/models", server.guarded("/v1/models", server.models), methods=["GET"])
+    return app
+
+
+class _Server:
+    def __init__(self, engine: Engine, options: ServerOptions) -> None:
+        self.engine, self.options = engine, options
+        self.metrics = _Metrics(engine)
+        self.closing = False
+        self._began = int(time.time())
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in options.keys]
+
+    async def refuse(self, _: Request, error: Exception) -> Response:
+        """OpenAI's error object."""
+        found = refusal_of(error)
+        return JSONResponse(found.body(), found.status, found.headers())
+
+    def guarded(self, route: str, work: Callable[[Request], Any]) -> Any:
+        """``work`` behind the key, with errors as answers, counted and timed."""
+
+        async def answered(request: Request) -> Response:
+            began = time.perf_counter()
+            try:
+                self._check_key(request)
+                if self.closing:
+                    raise Refusal(503, "the server is shutting down", code="shutting_down", retry_after=5)
+                response: Response = await work(request)
+            except Exception as error:
+                found = refusal_of(error)
+                if found.status == 500:
+                    log.exception("%s failed", route)
+                response = JSONResponse(found.body(), found.status, found.headers())
+            self.metrics.requests.labels(route, response.status_code).inc()
+            if not isinstance(response, StreamingResponse):
+                self.metrics.seconds.labels(route).observe(time.perf_counter() - began)
+            return response
+
+        return answered
+
+    def _check_key(self, request: Request) -> None:
+        if not self._digests:
+            return
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        digest = hashlib.sha256(given.strip().encode()).digest()
+        # every key is compared, and in constant time
+        good = sum(hmac.compare_digest(digest, known) for known in self._digests)
+        if scheme.lower() != "bearer" or not good:
+            raise Refusal(401, "give a valid API key: Authorization: Bearer KEY", code="invalid_api_key")
+
+    async def health(self) -> Response:
+        """200 while requests are taken."""
+        if self.closing or not self.engine.alive:
+            return JSONResponse({"status": "closing"}, 503)
+        return JSONResponse({"status": "ok"})
+
+    async def show_metrics(self) -> Response:
+        """Prometheus' text format."""
+        return PlainTextResponse(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def models(self, _: Request) -> Response:
+        """The models a request may name."""
+        one = {"id": self.options.model, "object": "model", "created": self._began, "owned_by": "cogtune"}
+        return JSONResponse({"object": "list", "data": [one]})
+
+    def _check_model(self, name: str | None) -> None:
+        if name not in (None, self.options.model):
+            raise Refusal(
+                404,
+                f"there is no model {name!r}; /v1/models lists {self.options.model!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def _check_room(self, asked: int) -> None:
+        if self.engine.waiting + asked > self.options.most_waiting:
+            raise Refusal(429, f"{self.engine.waiting} requests wait already", code="queue_full", retry_after=1 + asked)
+
+    async def score(self, request: Request) -> Response:
+        """Closed questions about a picture, in one pass."""
+        call = read_score(await _json(request))
+        self._check_model(call.model)
+        self._check_room(1)
+        images = await run_in_threadpool(open_pictures, call.images, self.options.pictures)
+        found = await run_in_threadpool(self.engine.score, images, call.questions, self.options.template)
+        answers = [
+            {"question": question.query, "choices": list(scores.choices), "best": scores.best,
+             "probabilities": list(scores.probabilities), "log_probabilities": list(scores.log_probabilities)}
+            for question, scores in zip(call.questions, found, strict=True)
+        ]  # fmt: skip
+        return JSONResponse({"object": "score", "model": self.options.model, "calibrated": False, "data": answers})
+
+    async def chat(self, request: Request) -> Response:
+        """A chat completion, whole or as a stream."""
+        began = time.perf_counter()
+        call = read_chat(await _json(request), self.options.decoding, self.options.most_tokens)
+        self._check_model(call.model)
+        self._check_room(call.answers)
+        images = await run_in_threadpool(open_pictures, call.images, self.options.pictures)
+        questions = self._questions(call, images)
+        answers = [_Answer(self.engine, question) for question in questions]
+        self.metrics.prompt_tokens.inc(len(questions[0].encoded))
+        deadline = began + self.options.seconds
+        if call.stream:
+            events = self._events(call, answers, deadline, began)
+            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        return await self._whole(request, answers, deadline, began)
+
+    def _questions(self, call: ChatCall, images: tuple[Any, ...]) -> list[Question]:
+        processor = self.engine.processor
+        encoded = processor.encode(call.question, call.history, images=len(images), template=self.options.template)
+        head = processor.encoder.head_tokens(len(images), self.options.template)
+        room = prompt_limit(processor.config, head=head, max_new_tokens=call.decoding.max_new_tokens)
+        if len(encoded) - head > room:
+            raise Refusal(
+                400,
+                f"the conversation has {len(encoded) - head} tokens of text; {room} fit beside an answer of up to "
+                f"{call.decoding.max_new_tokens}",
+                param="messages",
+                code="context_length_exceeded",
+            )
+        first = secrets.randbits(62) if call.seed is None else call.seed
+        return [
+            Question(encoded, images, call.decoding, seed=(first + number) % 2**62, stop=call.stop)
+            for number in range(call.answers)
+        ]
+
+    async def _whole(self, request: Request, answers: list[_Answer], deadline: float, began: float) -> Response:
+        gone = asyncio.ensure_future(_gone(request))
+        texts = asyncio.gather(*(answer.text() for answer in answers))
+        try:
+            waited: set[asyncio.Future[Any]] = {gone, texts}
+            await asyncio.wait(waited, timeout=_left(deadline), return_when=asyncio.FIRST_COMPLETED)
+            if not texts.done():
+                reason = "the client is gone" if gone.done() else f"no answer within {self.options.seconds:g} s"
+                raise Refusal(504, reason, code="timeout")
+            found = texts.result()
+        finally:
+            for task in (gone, texts):
+                task.cancel()
+            for answer in answers:
+                answer.pending.cancel()
+        self._note(answers, began)
+        completion = ChatCompletion.model_validate({
+            **_about(self.options.model), "object": "chat.completion", "usage": _usage(answers),
+            "choices": [
+                {"index": number, "message": {"role": "assistant", "content": text},
+                 "finish_reason": answer.pending.finish_reason}
+                for number, (text, answer) in enumerate(zip(found, answers, strict=True))
+            ],
+        })  # fmt: skip
+        return JSONResponse(completion.model_dump(exclude_unset=True))
+
+    async def _events(
+        self, call: ChatCall, answers: list[_Answer], deadline: float, began: float
+    ) -> AsyncIterator[bytes]:
+        """Server-sent events; whatever ends them, the slots are given back."""
+        about = {**_about(self.options.model), "object": "chat.completion.chunk"}
+        merged: asyncio.Queue[tuple[int, str | None]] = asyncio.Queue()
+        tasks = [asyncio.ensure_future(_forward(number, answer, merged)) for number, answer in enumerate(answers)]
+
+        def event(number: int, delta: dict[str, Any], reason: str | None = None) -> bytes:
+            choice = {"index": number, "delta": delta, "finish_reason": reason}
+            chunk = ChatCompletionChunk.model_validate({**about, "choices": [choice]})
+            return _event(chunk.model_dump(exclude_unset=True))
+
+        try:
+            for number in range(len(answers)):
+                yield event(number, {"role": "assistant", "content": ""})
+            open_answers = len(answers)
+            while open_answers:
+                number, piece = await asyncio.wait_for(merged.get(), _left(deadline))
+                if piece is not None:
+                    yield event(number, {"content": piece})
+                    continue
+                await tasks[number]  # an error of this answer is raised here
+                open_answers -= 1
+                yield event(number, {}, answers[number].pending.finish_reason)
+            if call.include_usage:
+                chunk = ChatCompletionChunk.model_validate({**about, "choices": [], "usage": _usage(answers)})
+                yield _event(chunk.model_dump(exclude_unset=True))
+            yield b"data: [DONE]\n\n"
+        except TimeoutError:
+            late = Refusal(504, f"the answer took longer than {self.options.seconds:g} s", code="timeout")
+            yield _event(late.body())
+        except Exception as error:  # the status is sent already: the error is the last event
+            yield _event(refusal_of(error).body())
+        finally:
+            for task, answer in zip(tasks, answers, strict=True):
+                answer.pending.cancel()
+                task.cancel()
+            self._note(answers, began)
+
+    def _note(self, answers: list[_Answer], began: float) -> None:
+        self.metrics.tokens.inc(sum(len(answer.pending.token_ids) for answer in answers))
+        self.metrics.seconds.labels("/v1/chat/completions").observe(time.perf_counter() - began)
+        for answer in answers:
+            if answer.first is not None:
+                self.metrics.first.observe(answer.first - began)
+
+
+class _Answer:
+    """A pending answer whose pieces arrive in the event loop, without a thread for each."""
+
+    def __init__(self, engine: Engine, question: Question) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._pieces: asyncio.Queue[str | BaseException | None] = asyncio.Queue()
+        self.first: float | None = None
+        self.pending: Pending = engine.submit(question, listener=self._listen)
+
+    def _listen(self, item: str | BaseException | None) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._pieces.put_nowait, item)
+
+    async def pieces(self) -> AsyncIterator[str]:
+        """The texts; raises what ended the answer."""
+        while True:
+            item = await self._pieces.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                return
+            if item:
+                self.first = self.first or time.perf_counter()
+                yield item
+
+    async def text(self) -> str:
+        """The whole answer."""
+        return "".join([piece async for piece in self.pieces()])
+
+
+async def _forward(number: int, answer: _Answer, merged: asyncio.Queue[tuple[int, str | None]]) -> None:
+    try:
+        async for piece in answer.pieces():
+            merged.put_nowait((number, piece))
+    finally:
+        merged.put_nowait((number, None))
+
+
+async def _json(request: Request) -> Any:
+    content = await request.body()
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise Refusal(400, f"the body is not JSON: {error}", code="invalid_json") from error
+
+
+async def _gone(request: Request) -> None:
+    """Returns when the client has left."""
+    while not await request.is_disconnected():
+        await asyncio.sleep(0.1)
+
+
+def _left(deadline: float) -> float:
+    return max(deadline - time.perf_counter(), 0.001)
+
+
+def _about(model: str) -> dict[str, Any]:
+    return {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+
+
+def _usage(answers: list[_Answer]) -> dict[str, int]:
+    prompt = len(answers[0].pending.request.encoded)
+    completion = sum(len(answer.pending.token_ids) for answer in answers)
+    usage = CompletionUsage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+    return usage.model_dump(exclude_unset=True)
+
+
+def _event(content: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n".encode()

@@ -1,0 +1,273 @@
+"""A live server on loopback, asked by OpenAI's own client."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import uvicorn
+from PIL import Image
+
+from cogtune.checkpoint.load import load_model
+from cogtune.generate.choices import ClosedQuestion
+from cogtune.generate.decoding import Decoding
+from cogtune.generate.engine import Engine, Request
+from cogtune.generate.generator import Generator
+from cogtune.processing.processor import CogVLM2Processor
+from cogtune.serve.app import ServerOptions, make_app
+from tests.unit.serve.test_pictures import data_url
+
+KEY = "secret"
+Start = Callable[..., "Running"]
+
+
+class Running:
+    """A server in a thread, its engine, and clients."""
+
+    def __init__(self, engine: Engine, options: ServerOptions) -> None:
+        self.engine = engine
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            self.port = found.getsockname()[1]
+        config = uvicorn.Config(make_app(engine, options), port=self.port, log_level="error", lifespan="on")
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=60)
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(30)
+
+    def free(self) -> bool:
+        """Whether all slots come back within five seconds."""
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline:
+            if (self.engine.running, self.engine.waiting) == (0, 0):
+                return True
+            time.sleep(0.02)
+        return False
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_checkpoint: Path) -> tuple[Any, CogVLM2Processor]:
+    return load_model(tiny_checkpoint), CogVLM2Processor.from_pretrained(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def start(parts: tuple[Any, CogVLM2Processor]) -> Iterator[Start]:
+    running: list[Running] = []
+
+    def begin(slots: int = 2, columns: int = 600, **options: Any) -> Running:
+        settings = {"model": "tiny", "keys": (KEY,), "decoding": Decoding(max_new_tokens=20), "most_tokens": 400}
+        running.append(Running(Engine(*parts, slots=slots, columns=columns), ServerOptions(**(settings | options))))
+        return running[-1]
+
+    yield begin
+    for one in running:
+        one.stop()
+
+
+@pytest.fixture(scope="module")
+def running(start: Start) -> Running:
+    return start()
+
+
+def _messages(text: str = "What is this?", picture: bool = True) -> list[Any]:
+    parts: list[Any] = [{"type": "text", "text": text}]
+    if picture:
+        parts.append({"type": "image_url", "image_url": {"url": data_url()}})
+    return [{"role": "user", "content": parts}]
+
+
+def _chat(running: Running, **fields: Any) -> Any:
+    return running.client.chat.completions.create(**({"model": "tiny", "messages": _messages()} | fields))
+
+
+def test_an_answer_is_generates_with_its_usage(running: Running, parts: tuple[Any, CogVLM2Processor]) -> None:
+    found = _chat(running)
+    picture = Image.new("RGB", (8, 6), 1)
+    wanted = Generator(*parts).answer_batch([(picture, "What is this?", [])], Decoding(max_new_tokens=20))[0]
+    choice = found.choices[0]
+    assert choice.message.content == wanted
+    prompt = len(running.engine.processor.encode("What is this?", images=1))
+    assert (found.usage.prompt_tokens, found.usage.total_tokens) == (prompt, prompt + found.usage.completion_tokens)
+    assert choice.finish_reason in ("stop", "length")
+    assert running.free()
+
+
+def test_a_stream_is_the_whole_answer(running: Running) -> None:
+    whole = _chat(running)
+    chunks = list(_chat(running, stream=True, stream_options={"include_usage": True}))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.choices[0].finish_reason
+    assert chunks[-1].usage == whole.usage
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+
+
+def test_several_answers_have_seeds_of_their_own(running: Running) -> None:
+    drawn = {"temperature": 1.5, "seed": 5, "n": 3, "max_tokens": 12}
+    first, again = _chat(running, **drawn), _chat(running, **drawn)
+    texts = [choice.message.content for choice in first.choices]
+    assert texts == [choice.message.content for choice in again.choices]
+    assert len(set(texts)) > 1
+    assert [choice.index for choice in first.choices] == [0, 1, 2]
+    chunks = list(_chat(running, stream=True, **drawn))
+    pieces = ["".join(c.choices[0].delta.content or "" for c in chunks if c.choices[0].index == i) for i in range(3)]
+    assert pieces == texts
+
+
+def test_turns_stops_and_limits(running: Running) -> None:
+    turns = [*_messages(), {"role": "assistant", "content": "A bus."}, {"role": "user", "content": "Why?"}]
+    assert _chat(running, messages=turns, max_tokens=1).choices[0].finish_reason in ("length", "stop")
+    whole = _chat(running, messages=_messages("Hello there", picture=False)).choices[0].message.content
+    found = _chat(running, messages=_messages("Hello there", picture=False), stop=[whole[3:6]]).choices[0]
+    assert (found.message.content, found.finish_reason) == (whole[: whole.find(whole[3:6])].rstrip(), "stop")
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "words"),
+    [
+        ({"model": "other"}, openai.NotFoundError, "there is no model 'other'"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, "tools"),
+        ({"messages": [_messages()[0], _messages()[0]]}, openai.BadRequestError, "2 pictures given"),
+        ({"messages": _messages("word " * 2000, picture=False)}, openai.BadRequestError, "tokens"),
+        ({"extra_body": {"nonsense": 1}}, openai.BadRequestError, "nonsense"),
+    ],
+)
+def test_what_cannot_be_answered_is_said(running: Running, fields: Any, kind: Any, words: str) -> None:
+    with pytest.raises(kind, match=words):
+        _chat(running, **fields)
+    assert _chat(running, max_tokens=2).choices
+    assert running.free()
+
+
+@pytest.mark.parametrize(
+    ("content", "status"),
+    [(b"{half", 400), (b"", 400), (b"[]", 400), (b"\xff\xfe", 400), (b"[" * 100_000, 400), (b"{}", 400)],
+)  # fmt: skip
+def test_a_body_that_is_no_request(running: Running, content: bytes, status: int) -> None:
+    answer = httpx.post(
+        f"{running.url}/v1/chat/completions", content=content, headers={"Authorization": f"Bearer {KEY}"}
+    )
+    assert answer.status_code == status
+    assert answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("key", ["", "wrong", KEY + "x"])
+def test_a_key_is_needed(running: Running, key: str) -> None:
+    answer = httpx.get(f"{running.url}/v1/models", headers={"Authorization": f"Bearer {key}"} if key else {})
+    assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+    assert httpx.get(f"{running.url}/health").status_code == 200  # a load balancer has none
+    assert [model.id for model in running.client.models.list()] == ["tiny"]
+
+
+def test_closed_questions(running: Running) -> None:
+    body = {"image": data_url(), "questions": [{"question": "Is it red?", "choices": ["yes", "no"]}]}
+    headers = {"Authorization": f"Bearer {KEY}"}
+    answer = httpx.post(f"{running.url}/v1/score", json=body, headers=headers, timeout=60)
+    (found,) = answer.json()["data"]
+    picture = Image.new("RGB", (8, 6), 1)
+    (wanted,) = running.engine.score([picture], [ClosedQuestion("Is it red?", ("yes", "no"))])
+    assert found["probabilities"] == pytest.approx(wanted.probabilities)
+    assert (found["best"], answer.json()["calibrated"]) == (wanted.best, False)
+
+
+def test_a_large_body_is_refused(start: Start) -> None:
+    small = start(body_bytes=2000)
+    with pytest.raises(openai.APIStatusError) as caught:
+        _chat(small, messages=_messages("x" * 5000, picture=False))
+    assert caught.value.status_code == 413
+
+
+def _busy(running: Running, count: int) -> list[Any]:
+    """Answers that keep the engine busy for a while."""
+    engine = running.engine
+    encoded = engine.processor.encode("Hello", images=0)
+    endless = Decoding(max_new_tokens=500, sample=True, temperature=5.0)
+    return [engine.submit(Request(encoded, (), endless, seed=seed)) for seed in range(count)]
+
+
+def test_a_full_queue_and_a_late_answer(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    crowded = start(slots=1, most_waiting=1, seconds=0.5)
+    monkeypatch.setattr(crowded.engine._steps, "ends", frozenset())  # answers as long as they may be
+    step = crowded.engine._steps.step
+    monkeypatch.setattr(crowded.engine._steps, "step", lambda *a: (time.sleep(0.005), step(*a))[1])
+    running = _busy(crowded, 2)
+    with pytest.raises(openai.RateLimitError) as caught:
+        _chat(crowded)
+    assert caught.value.response.headers["retry-after"]
+    running[1].cancel()
+    while crowded.engine.waiting:
+        time.sleep(0.01)
+        if running[0].done:
+            break
+        running[0].cancel()
+    running += _busy(crowded, 1)
+    with pytest.raises(openai.APIStatusError) as late:
+        _chat(crowded)
+    assert late.value.status_code == 504
+    for pending in running:
+        pending.cancel()
+    assert crowded.free()
+
+
+def test_a_client_that_leaves_frees_its_slot(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = start(slots=1)
+    monkeypatch.setattr(slow.engine._steps, "ends", frozenset())
+    step = slow.engine._steps.step
+    monkeypatch.setattr(slow.engine._steps, "step", lambda *a: (time.sleep(0.02), step(*a))[1])
+    for stream in (True, False):
+        body = json.dumps({"messages": _messages(picture=False), "stream": stream, "max_tokens": 400}).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+        with socket.create_connection(("127.0.0.1", slow.port)) as raw:
+            raw.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            while not slow.engine.running:
+                time.sleep(0.01)
+        assert slow.free()
+
+
+def test_metrics_count_what_was_done(running: Running) -> None:
+    _chat(running, max_tokens=3)
+    text = httpx.get(f"{running.url}/metrics").text
+    assert 'cogtune_requests_total{route="/v1/chat/completions",status="200"}' in text
+    assert "cogtune_running 0.0" in text
+    tokens = next(line for line in text.splitlines() if line.startswith("cogtune_generated_tokens_total"))
+    assert float(tokens.split()[1]) > 0
+
+
+def test_an_error_of_the_engine_is_no_leak_and_no_end(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        monkeypatch.undo()
+        raise ValueError("private detail")
+
+    monkeypatch.setattr(running.engine._steps, "step", fail)
+    with pytest.raises(openai.InternalServerError) as caught:
+        _chat(running)
+    assert "private detail" not in str(caught.value)
+    assert _chat(running, max_tokens=2).choices
+
+
+def test_a_shutdown_finishes_what_was_accepted(start: Start) -> None:
+    ending = start()
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(_chat(ending, max_tokens=200)))
+    thread.start()
+    while not ending.engine.running and not found:
+        time.sleep(0.005)
+    ending.stop()
+    thread.join(20)
+    assert found[0].choices[0].finish_reason in ("stop", "length")
+    assert not ending.engine.alive
