@@ -29,6 +29,7 @@ COMMANDS = {
     "train": "train",
     "chat": "chat",
     "predict": "predict",
+    "serve": "serve",
     "merge": "merge",
     "data check": "data_check",
     "data preview": "data_preview",
@@ -59,7 +60,6 @@ _MEANT = {
 """What other tools call what is here."""
 
 _PLANNED = {
-    "serve": "`cogtune chat` and `cogtune predict` answer questions, and so does `cogtune.load_generator` in Python",
     "web": "`cogtune chat` answers in the terminal",
     "eval": "`cogtune predict` writes each answer beside its reference",
     "export": "`cogtune merge` writes a full model in the published layout",

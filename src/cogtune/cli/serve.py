@@ -1,0 +1,165 @@
+"""``cogtune serve``: an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import importlib.util
+import ipaddress
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cogtune.cli.answering import DECODING_KEYS, MODEL_KEYS, load, note
+from cogtune.cli.command import Command, flag
+from cogtune.cli.options import Arguments
+from cogtune.errors import ConfigError, SetupError
+
+if TYPE_CHECKING:
+    from cogtune.configuration.answer_config import AnswerConfig
+    from cogtune.generate.generator import Generator
+    from cogtune.serve.app import ServerOptions
+
+KEY_VARIABLE = "COGTUNE_API_KEY"
+_ABOUT = """\
+Answer over HTTP, as OpenAI's API does: /v1/chat/completions (also as a stream), /v1/models, /v1/score for closed
+questions, /health, /metrics. Pictures come as data URLs.
+
+Beyond this machine (--host) an API key is required: one a line in --api-key-file, or in COGTUNE_API_KEY.
+Ctrl-C or SIGTERM finishes the answers under way and ends."""
+
+
+@dataclass(frozen=True)
+class _Flags:
+    host: str = flag("127.0.0.1", "Address to listen on.", "HOST")
+    port: int = flag(8000, "Port to listen on.", "N", least=0)
+    api_key_file: Path | None = flag(None, "File of API keys, one a line.", "PATH")
+    name: str | None = flag(None, "The model's name for clients; by default its folder's.", "TEXT")
+    slots: int = flag(8, "Answers computed at once.", "N", least=1)
+    columns: int = flag(4096, "Most tokens of prompt and answer; memory is taken for all slots.", "N", least=64)
+    max_waiting: int = flag(64, "Requests that may wait for a slot; further ones are answered 429.", "N", least=0)
+    timeout: float = flag(120.0, "Most seconds for a request.", "N", least=0.1)
+    max_body: str = flag("32MiB", "Largest request.", "SIZE")
+    max_request_pixels: int = flag(40_000_000, "Most pixels of a request's pictures together.", "N", least=1)
+    allow_image_host: tuple[str, ...] = flag((), "Host that pictures may be fetched from; several times.", "HOST")
+
+
+def _serve(flags: _Flags, line: Arguments) -> None:
+    from cogtune.configuration.load import load_answer_config
+
+    config = load_answer_config(line.config, line.overrides)
+    keys = _keys(flags)
+    _check(config, flags, keys)
+
+    import uvicorn
+
+    from cogtune.generate.engine import Engine
+    from cogtune.generate.loading import resolve
+    from cogtune.serve.app import make_app
+
+    resolved = resolve(config)
+    generator = load(resolved)
+    columns = min(flags.columns, generator.processor.config.max_position_embeddings)
+    engine = Engine(generator.model, generator.processor, slots=flags.slots, columns=columns)
+    name = flags.name or Path(resolved.adapter or resolved.model).expanduser().resolve().name
+    app = make_app(engine, _options(config, flags, keys, generator, name))
+    note(f"serving {name} on http://{flags.host}:{flags.port}/v1: {flags.slots} answers at once, {columns} tokens each")
+    if not keys:
+        note("no API key is asked for: only this machine reaches it")
+    uvicorn.run(
+        app, host=flags.host, port=flags.port, log_level="warning", timeout_graceful_shutdown=int(flags.timeout)
+    )
+
+
+def _options(
+    config: AnswerConfig, flags: _Flags, keys: tuple[str, ...], generator: Generator, name: str
+) -> ServerOptions:
+    from cogtune.generate.decoding import Decoding
+    from cogtune.serve.app import ServerOptions
+    from cogtune.serve.pictures import PictureLimits
+    from cogtune.system.byte_sizes import parse_size
+
+    try:
+        body = parse_size(flags.max_body)
+    except ValueError as error:
+        raise ConfigError(f"--max-body: {error}", code="config-value") from error
+    pixels = flags.max_request_pixels
+    if config.data.max_pixels is not None:
+        pixels = min(pixels, config.data.max_pixels)
+    hosts = tuple(host.lower().rstrip(".") for host in flags.allow_image_host)
+    return ServerOptions(
+        model=name,
+        template=config.model.template,
+        decoding=Decoding.from_section(config.generate, max_new_tokens=512, published=generator.published),
+        most_tokens=flags.columns,
+        most_waiting=flags.max_waiting,
+        seconds=flags.timeout,
+        body_bytes=body,
+        keys=keys,
+        pictures=PictureLimits(pixels=pixels, bytes=body, hosts=hosts, exif=config.data.exif),
+    )
+
+
+def _keys(flags: _Flags) -> tuple[str, ...]:
+    """Keys from the file and the environment: never from a flag, which every user of the machine can read."""
+    text = os.environ.get(KEY_VARIABLE, "")
+    if flags.api_key_file is not None:
+        try:
+            text += "\n" + flags.api_key_file.expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--api-key-file {flags.api_key_file}: {error}", code="config-value") from error
+        if not text.strip():
+            raise ConfigError(f"--api-key-file {flags.api_key_file} holds no key", code="config-value")
+    return tuple(dict.fromkeys(key.strip() for key in text.splitlines() if key.strip()))
+
+
+def _check(config: AnswerConfig, flags: _Flags, keys: tuple[str, ...]) -> None:
+    """What is wrong, before minutes of loading."""
+    missing = [name for name in ("fastapi", "uvicorn", "openai", "prometheus_client") if not _is_there(name)]
+    if missing:
+        raise SetupError(f"cogtune serve needs {', '.join(missing)}", hint='pip install "cogtune[serve]"')
+    if config.parallel.tensor > 1:
+        raise ConfigError(
+            "serve answers with a model on one device, not with --parallel.tensor",
+            hint="start one server a card, behind a load balancer",
+            code="config-combination",
+        )
+    if not keys and not _is_loopback(flags.host):
+        raise ConfigError(
+            f"--host {flags.host} can be reached from other machines, and there is no API key",
+            hint=f"give --api-key-file PATH or {KEY_VARIABLE}, or leave --host at 127.0.0.1",
+            code="serve-open",
+        )
+
+
+def _is_there(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return bool(ipaddress.ip_address(host).is_loopback)
+    except ValueError:
+        return False
+
+
+COMMANDS = (
+    Command(
+        name="serve",
+        summary="An OpenAI-compatible server.",
+        about=_ABOUT,
+        examples=(
+            "cogtune serve --model BASE --adapter OUT",
+            "cogtune serve --adapter OUT --quant.experts nf4 --slots 4",
+            "cogtune serve --adapter OUT --host 0.0.0.0 --api-key-file keys.txt",
+        ),
+        run=_serve,
+        flags=_Flags,
+        places=("[CONFIG.yaml]",),
+        keys="answer",
+        counted=(*MODEL_KEYS, *DECODING_KEYS, "data.exif", "data.max_pixels"),
+        strict=True,
+        most_used=("model.path", "generate.adapter", "generate.device", "quant.experts", "generate.max_new_tokens"),
+    ),
+)
