@@ -92,7 +92,7 @@ class _Limited:
             if message["type"] == "http.request":
                 seen += len(message.get("body", b""))
                 if seen > self.most:
-                    raise Refusal(413, f"the request is larger than {self.most // MIB} MiB", code="request_too_large")
+                    raise Refusal(413, f"the request is larger than {self.most // MIB} MiB", reason="request_too_large")
             return message
 
         await self.app(scope, counted, send)
@@ -143,7 +143,7 @@ class _Server:
             try:
                 self._check_key(request)
                 if self.closing:
-                    raise Refusal(503, "the server is shutting down", code="shutting_down", retry_after=5)
+                    raise Refusal(503, "the server is shutting down", reason="shutting_down", retry_after=5)
                 response: Response = await work(request)
             except Exception as error:
                 found = refusal_of(error)
@@ -165,7 +165,7 @@ class _Server:
         # every key is compared, and in constant time
         good = sum(hmac.compare_digest(digest, known) for known in self._digests)
         if scheme.lower() != "bearer" or not good:
-            raise Refusal(401, "give a valid API key: Authorization: Bearer KEY", code="invalid_api_key")
+            raise Refusal(401, "give a valid API key: Authorization: Bearer KEY", reason="invalid_api_key")
 
     async def health(self) -> Response:
         """200 while requests are taken."""
@@ -188,12 +188,14 @@ class _Server:
                 404,
                 f"there is no model {name!r}; /v1/models lists {self.options.model!r}",
                 param="model",
-                code="model_not_found",
+                reason="model_not_found",
             )
 
     def _check_room(self, asked: int) -> None:
         if self.engine.waiting + asked > self.options.most_waiting:
-            raise Refusal(429, f"{self.engine.waiting} requests wait already", code="queue_full", retry_after=1 + asked)
+            raise Refusal(
+                429, f"{self.engine.waiting} requests wait already", reason="queue_full", retry_after=1 + asked
+            )
 
     async def score(self, request: Request) -> Response:
         """Closed questions about a picture, in one pass."""
@@ -236,7 +238,7 @@ class _Server:
                 f"the conversation has {len(encoded) - head} tokens of text; {room} fit beside an answer of up to "
                 f"{call.decoding.max_new_tokens}",
                 param="messages",
-                code="context_length_exceeded",
+                reason="context_length_exceeded",
             )
         first = secrets.randbits(62) if call.seed is None else call.seed
         return [
@@ -252,7 +254,7 @@ class _Server:
             await asyncio.wait(waited, timeout=_left(deadline), return_when=asyncio.FIRST_COMPLETED)
             if not texts.done():
                 reason = "the client is gone" if gone.done() else f"no answer within {self.options.seconds:g} s"
-                raise Refusal(504, reason, code="timeout")
+                raise Refusal(504, reason, reason="timeout")
             found = texts.result()
         finally:
             for task in (gone, texts):
@@ -300,7 +302,7 @@ class _Server:
                 yield _event(chunk.model_dump(exclude_unset=True))
             yield b"data: [DONE]\n\n"
         except TimeoutError:
-            late = Refusal(504, f"the answer took longer than {self.options.seconds:g} s", code="timeout")
+            late = Refusal(504, f"the answer took longer than {self.options.seconds:g} s", reason="timeout")
             yield _event(late.body())
         except Exception as error:  # the status is sent already: the error is the last event
             yield _event(refusal_of(error).body())
@@ -361,7 +363,7 @@ async def _json(request: Request) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise Refusal(400, f"the body is not JSON: {error}", code="invalid_json") from error
+        raise Refusal(400, f"the body is not JSON: {error}", reason="invalid_json") from error
 
 
 async def _gone(request: Request) -> None:
