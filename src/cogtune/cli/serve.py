@@ -116,7 +116,9 @@ def _check(config: AnswerConfig, flags: _Flags, keys: tuple[str, ...]) -> None:
     """What is wrong, before minutes of loading."""
     missing = [name for name in ("fastapi", "uvicorn", "openai", "prometheus_client") if not _is_there(name)]
     if missing:
-        raise SetupError(f"cogtune serve needs {', '.join(missing)}", hint='pip install "cogtune[serve]"')
+        raise SetupError(
+            f"cogtune serve needs {', '.join(missing)}", hint='pip install "cogtune[serve]"', code="no-server-packages"
+        )
     if config.parallel.tensor > 1:
         raise ConfigError(
             "serve answers with a model on one device, not with --parallel.tensor",
