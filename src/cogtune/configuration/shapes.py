@@ -1,5 +1,5 @@
-"""The published model's sizes, token ids and tensor names, and the marks in its inputs, without torch and transformers:
-the one place where they stand."""
+"""The published model's sizes, token ids and tensor names, the marks in its inputs, and a size that planner and model
+share: the one place where they stand, without torch and transformers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ TREE_ROOT = -1
 """In ``segment_parents``: the segment begins a tree."""
 UNUSED_PARENT = -2
 """In ``segment_parents``: the row has no such segment."""
+
+LOSS_CHUNK = 512
+"""Tokens whose logits exist at a time: 263 MB in float32 with the published vocabulary."""
 
 VISION = "model.vision."
 TOWER_PARTS = ("patch_embedding", "transformer", "conv")

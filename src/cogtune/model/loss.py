@@ -13,8 +13,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 512
-"""Tokens whose logits exist at a time: 263 MB in float32 with the published vocabulary."""
+from cogtune.configuration.shapes import LOSS_CHUNK
 
 
 def token_loss(logits_MV: torch.Tensor, targets_M: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
@@ -35,14 +34,14 @@ def head_loss(
     """``token_loss(head(hidden), ...)`` without all logits at once.
 
     A head that trains, or is adapted, quantised or sharded, is called as the module it is; its logits are computed a
-    second time in the backward pass where there are more than ``CHUNK``.
+    second time in the backward pass where there are more than ``LOSS_CHUNK``.
     """
     if isinstance(head, nn.Linear) and _is_plain(head, vocab_size, hidden_MD):
         total: torch.Tensor = _FrozenHeadLoss.apply(hidden_MD, head.weight, targets_M)
-    elif hidden_MD.shape[0] <= CHUNK:
+    elif hidden_MD.shape[0] <= LOSS_CHUNK:
         total = _summed(head(hidden_MD), targets_M)
     else:
-        chunks = zip(hidden_MD.split(CHUNK), targets_M.split(CHUNK), strict=True)
+        chunks = zip(hidden_MD.split(LOSS_CHUNK), targets_M.split(LOSS_CHUNK), strict=True)
         total = torch.stack([checkpoint(_chunk, head, h, t, use_reentrant=False) for h, t in chunks]).sum()
     return _averaged(total, targets_M, num_items)
 
@@ -74,7 +73,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden_MD: torch.Tensor, weight_VD: torch.Tensor, targets_M: torch.Tensor) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden_MD.device)
         gradients = []
-        for hidden, targets in zip(hidden_MD.split(CHUNK), targets_M.split(CHUNK), strict=True):
+        for hidden, targets in zip(hidden_MD.split(LOSS_CHUNK), targets_M.split(LOSS_CHUNK), strict=True):
             added, gradient = _FrozenHeadLoss._chunk(hidden, weight_VD, targets, ctx.needs_input_grad[0])
             total += added
             gradients += gradient

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
+from cogtune.configuration.shapes import LOSS_CHUNK
 from cogtune.plan.setting import LoraShape, Setting, shares
 from cogtune.plan.sizes import EXPERTS, Linear, ModelSizes
 
@@ -289,10 +290,6 @@ def glu_adapter(setting: Setting) -> Kept:
     return Kept(saved=saved, backward=3 * n * inner * c, forward=forward)
 
 
-CHUNK = 512
-"""`cogtune.model.loss.CHUNK`, which importing would bring torch along (a test holds them equal)."""
-
-
 def head(setting: Setting) -> Kept:
     """Final norm, head and loss on the labelled tokens alone, a chunk of them at a time.
 
@@ -303,10 +300,10 @@ def head(setting: Setting) -> Kept:
     sizes, c = setting.sizes, setting.width
     k = setting.batch.rows * setting.batch.labelled
     norm = k * (sizes.hidden_size + 1) * FLOAT32
-    chunk = min(k, CHUNK) * sizes.vocab_size
+    chunk = min(k, LOSS_CHUNK) * sizes.vocab_size
     narrow = c if c != FLOAT32 else 0  # logits in the model's format, before they are float32
     if setting.quant.head == "none" and "lm_head" not in setting.trained and setting.tensor == 1:
         return Kept(saved=norm + k * sizes.hidden_size * c, forward=chunk * 2 * FLOAT32)
-    if k <= CHUNK:
+    if k <= LOSS_CHUNK:
         return Kept(saved=norm + chunk * FLOAT32, backward=2 * chunk * FLOAT32, forward=chunk * FLOAT32)
     return Kept(saved=norm, backward=chunk * (4 * FLOAT32 + narrow), forward=chunk * (2 * FLOAT32 + narrow))

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from cogtune.configuration.quantization import QuantSection
+from cogtune.configuration.shapes import LOSS_CHUNK
 from cogtune.distributed.buffers import SUM_BUCKET, ZERO_BUCKET
-from cogtune.plan.activations import CHUNK, tower_forward
+from cogtune.plan.activations import tower_forward
 from cogtune.plan.calibration import (
     CONTEXT,
     EXPANDABLE,
@@ -273,7 +274,7 @@ def _evaluate(setting: Setting) -> Phase:
     """No gradients: one layer's tensors at a time, and the logits of the labelled tokens."""
     rows = setting.eval_rows or setting.batch.rows
     own = setting.with_batch(rows=rows)
-    vocabulary = min(own.batch.rows * own.batch.labelled, CHUNK) * own.sizes.vocab_size
+    vocabulary = min(own.batch.rows * own.batch.labelled, LOSS_CHUNK) * own.sizes.vocab_size
     tokens = own.batch.tokens(own.sizes)
     wide = 3 * max(own.batch.vision_tokens(own.sizes), own.batch.language_tokens()) * own.sizes.intermediate_size
     running = (wide + 4 * tokens * own.sizes.hidden_size) * own.width

@@ -34,7 +34,7 @@ def _run(function: Any, hidden: torch.Tensor, outer: float) -> tuple[torch.Tenso
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("count", [0, 3, 4, 11])
 def test_pieces_are_the_whole(monkeypatch: pytest.MonkeyPatch, count: int, frozen: bool, num_items: int | None) -> None:
-    monkeypatch.setattr(module, "CHUNK", 4)
+    monkeypatch.setattr(module, "LOSS_CHUNK", 4)
     head, hidden, targets = _inputs(count, torch.float32)
     wanted = _run(lambda h: token_loss(head(h), targets, num_items), hidden, 0.3)
     wanted_head = head.weight.grad
@@ -60,7 +60,7 @@ def test_half_precision_keeps_small_gradients() -> None:
 
 
 def test_logits_never_exist_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK", 4)
+    monkeypatch.setattr(module, "LOSS_CHUNK", 4)
     head, hidden, targets = _inputs(40, torch.float32)
     rows: list[int] = []
     plain = nn.functional.cross_entropy
@@ -88,7 +88,7 @@ def test_a_cut_head_is_called_as_a_module() -> None:
 def test_two_arrays_of_logits_at_most(trains: bool) -> None:
     """Counted on the meta device: logits and their probabilities (or log-probabilities) of one chunk in float32; the
     chunk before has left nothing but its gradient."""
-    vocabulary, count = 100_000, 3 * module.CHUNK
+    vocabulary, count = 100_000, 3 * module.LOSS_CHUNK
     head = nn.Linear(64, vocabulary, bias=False, device="meta", dtype=torch.bfloat16).requires_grad_(False)
     hidden = torch.empty(count, 64, device="meta", dtype=torch.bfloat16, requires_grad=trains)
     targets = torch.empty(count, device="meta", dtype=torch.int64)
@@ -96,4 +96,4 @@ def test_two_arrays_of_logits_at_most(trains: bool) -> None:
     live.ignore(iter([head.weight, hidden, targets]))
     with live:
         head_loss(head, vocabulary, hidden, targets, count)
-    assert live.peak == pytest.approx(2 * 4 * module.CHUNK * vocabulary, rel=0.02)
+    assert live.peak == pytest.approx(2 * 4 * module.LOSS_CHUNK * vocabulary, rel=0.02)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from cogtune.model import loss
-from cogtune.plan import activations
 from cogtune.plan.activations import decoder
 from cogtune.plan.setting import LoraShape, MicroBatch, Setting, adapted_names
 from cogtune.plan.sizes import ModelSizes
@@ -56,10 +54,6 @@ def test_the_table_is_what_the_code_keeps(name: str) -> None:
     # sizes are rounded up to the allocator's blocks, and small index tensors are left out of the table
     assert end_of_forward(case) == pytest.approx(step.held, rel=0.0075, abs=12 * MIB)
     assert peak(case).total == pytest.approx(step.peak, rel=0.03, abs=64 * MIB)
-
-
-def test_the_loss_takes_as_many_tokens_at_a_time_as_the_table_says() -> None:
-    assert activations.CHUNK == loss.CHUNK
 
 
 def test_the_published_setting_at_full_size() -> None:
