@@ -35,25 +35,17 @@ def train(content: dict[str, Any], chinese: bool) -> str:
         else ["variant", "median, ms", "min - max", f"against `{name}`", "samples/s", "answers/s", "LoRA-MFU",
               "reserved, GiB"]
     )  # fmt: skip
-    return f"{markdown(columns, cells)}\n\n{_details(rows, chinese)}{caption(content, chinese)}"
+    return f"{markdown(columns, cells)}\n\n{_breakdown(rows, chinese)}{caption(content, chinese)}"
 
 
-def _details(rows: Sequence[dict[str, Any]], chinese: bool) -> str:
-    """What differs between the variants, and where a step's time goes, as far as it was profiled."""
+def _breakdown(rows: Sequence[dict[str, Any]], chinese: bool) -> str:
+    """Where a step's time goes, as far as it was profiled."""
     profiled = [row for row in rows if row.get("breakdown_ms")]
-    text = ""
-    if profiled:
-        kinds = list(profiled[0]["breakdown_ms"])
-        cells = [[f"`{r['name']}`", *[f"{r['breakdown_ms'][kind]:.1f}" for kind in kinds]] for r in profiled]
-        text += markdown(["一步的去向，毫秒" if chinese else "where a step goes, ms", *kinds], cells) + "\n\n"
-    changes = [
-        f"`{row['name']}`: `{' '.join(f'{key}={value}' for key, value in row['changes'].items())}`"
-        for row in rows
-        if row["changes"]
-    ]
-    if changes:
-        text += ("变体的设置：" if chinese else "Settings of the variants: ") + "; ".join(changes) + ".\n\n"
-    return text
+    if not profiled:
+        return ""
+    kinds = list(profiled[0]["breakdown_ms"])
+    cells = [[f"`{r['name']}`", *[f"{r['breakdown_ms'][kind]:.1f}" for kind in kinds]] for r in profiled]
+    return markdown(["一步的去向，毫秒" if chinese else "where a step goes, ms", *kinds], cells) + "\n\n"
 
 
 def fit(content: dict[str, Any], chinese: bool) -> str:
@@ -61,19 +53,18 @@ def fit(content: dict[str, Any], chinese: bool) -> str:
     cells: list[list[Cell]] = []
     for row in content["rows"]:
         if "error" in row:
-            cells.append([f"`{row['name']}`", *["-"] * 6, _short(row["error"])])
+            cells.append([f"`{row['name']}`", _short(row["error"]), *["-"] * 5])
             continue
         plan = row.get("plan") or {}
         said = max(plan["reserved_gib"], plan["load_reserved_gib"]) if "reserved_gib" in plan else None
         cells.append([
             f"`{row['name']}`", f"{row['peak_reserved_gib']:.2f}", _number(said), _number(row.get("driver_gib")),
             row.get("cap_gib") or "-", _number(row.get("median_ms"), 1), _number(row.get("load_s"), 1),
-            f"`{row['command']}`",
         ])  # fmt: skip
     columns = (
-        ["设置", "显存占用（PyTorch 保留，GiB）", "预测", "驱动显示", "上限", "毫秒/步", "加载（秒）", "命令"]
+        ["设置", "显存占用（PyTorch 保留，GiB）", "预测", "驱动显示", "上限", "毫秒/步", "加载（秒）"]
         if chinese
-        else ["setting", "reserved, GiB", "plan", "driver", "cap", "ms/step", "load, s", "command"]
+        else ["setting", "reserved, GiB", "plan", "driver", "cap", "ms/step", "load, s"]
     )
     return f"{markdown(columns, cells)}\n\n{caption(content, chinese)}"
 
@@ -132,7 +123,8 @@ def launches(content: dict[str, Any], chinese: bool) -> str:
     for row in rows:
         host = max(row.get("by_rank") or [{}], key=lambda rank: rank.get("host_own_gib", 0.0))
         cells.append([
-            row["preset"], row["engine_name"], row["ranks"], f"{row['samples_per_second']:.2f}",
+            f"{row['preset']} x {row['batch_size']}", row["engine_name"], row["ranks"],
+            f"{row['samples_per_second']:.2f}",
             f"{row['answers_per_second']:.2f}", f"{row['samples_per_second'] / alone[row['name']]:.2f}x",
             f"{row['peak_reserved_gib']:.2f}", _number(host.get("host_own_gib"), 1),
             _number(host.get("host_files_gib"), 1),
@@ -199,16 +191,19 @@ def numbers(content: dict[str, Any], chinese: bool) -> str:
 
 
 def caption(content: dict[str, Any], chinese: bool) -> str:
-    """Card, versions, date, commit and command; of each run, where rows are from several."""
+    """Card, versions, date and commit, and folded up the command; of each run, where rows are from several."""
     if len(content.get("runs", [])) > 1:
         return "\n\n".join(caption(run, chinese) for run in content["runs"])
-    versions = content["versions"]
-    named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft") if name in versions)
-    commit = (content.get("commit") or "")[:10]
-    card = content.get("card") or content["machine"]
-    if chinese:
-        return f"{card}，{named}，{content['date'][:10]}，提交 {commit or '未知'}；`{content['command']}`"
-    return f"{card}, {named}, {content['date'][:10]}, commit {commit or 'unknown'}; `{content['command']}`"
+    versions, commit = content["versions"], (content.get("commit") or "")[:10]
+    named = [f"{name} {versions[name]}" for name in ("torch", "transformers", "peft") if name in versions]
+    parts = [content.get("card") or content["machine"], *named, content["date"][:10]]
+    about = (
+        "，".join([*parts, f"提交 {commit or '未知'}。"])
+        if chinese
+        else ", ".join([*parts, f"commit {commit or 'unknown'}."])
+    )
+    summary = f"<summary>{'命令' if chinese else 'Command'}</summary>"
+    return f"{about}\n\n<details>{summary}\n\n`{content['command']}`\n\n</details>"
 
 
 def view_of(content: dict[str, Any]) -> Callable[[dict[str, Any], bool], str] | None:

@@ -143,6 +143,7 @@ def test_steps_are_compared_per_sample_with_the_baseline(tmp_path):
     assert "| 4.00x |" in lines["| `other`"]
     assert "| OutOfMemoryError: no room | - |" in lines["| `broken`"]
     assert "NVIDIA H100, torch 2.11" in shown(tmp_path, "speed")
+    assert "<details><summary>Command</summary>\n\n`cogtune bench`\n\n</details>" in shown(tmp_path, "speed")
     assert "提交 abcdef0123" in shown(tmp_path, "speed", chinese=True)
 
 
@@ -161,8 +162,8 @@ def test_fit_shows_plan_and_cap_and_no_goal(tmp_path):
            "median_ms": 300.0, "load_s": 12.0, "command": "cogtune bench train"}  # fmt: skip
     bench_file(tmp_path, "fit", "fit", [row, {"name": "fails", "error": "x"}])
     text = shown(tmp_path, "fit")
-    assert "| `nf4` | 10.20 | 10.40 | 10.90 | 11 | 300.0 | 12.0 | `cogtune bench train` |" in text
-    assert "| `fails` | - | - | - | - | - | - | x |" in text
+    assert "| `nf4` | 10.20 | 10.40 | 10.90 | 11 | 300.0 | 12.0 |" in text
+    assert "| `fails` | x | - | - | - | - | - |" in text
 
 
 def test_a_sweep_is_a_table_and_a_drawing(tmp_path):
