@@ -12,7 +12,7 @@ import torch
 
 from cogtune import CogVLM2ForCausalLM
 from cogtune.checkpoint.random import random_model, tiny_config
-from cogtune.model.compile import compile_layers
+from cogtune.model.compile import compile_layers, prepare_compiling
 from cogtune.model.quantized.fp8 import Fp8Linear
 from cogtune.model.rope import rotary_tables
 from tests.support.golden import golden, golden_images, golden_model
@@ -89,6 +89,7 @@ def test_compiled_layers_agree_forward_and_backward() -> None:
 
     wanted = run(golden_model().cuda())
     model = golden_model().cuda()
+    prepare_compiling(torch.device("cuda"))
     compile_layers(model, fullgraph=True)
     for found, expected in zip(run(model), wanted, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
@@ -122,6 +123,7 @@ def test_compiled_bfloat16_layers_train_as_float32_ones(targets: str) -> None:
                 torch.nn.init.normal_(parameter.data, std=0.02)
         if compiled:
             torch._dynamo.reset()
+            prepare_compiling(torch.device("cuda"))
             compile_layers(model, fullgraph=True)
         given = {name: tensor.cuda() for name, tensor in batch.items()}
         loss = adapted(**given).loss

@@ -131,7 +131,7 @@ def test_adapted_experts_compute_the_same_with_the_kernel(dropout: float, monkey
     from cogtune.adapters.attach import attach
     from cogtune.checkpoint.random import random_model, tiny_config
     from cogtune.configuration.run_config import LoraSection
-    from cogtune.model.compile import compile_layers
+    from cogtune.model.compile import compile_layers, prepare_compiling
 
     ids = torch.randint(10, 200, (1, 40), generator=torch.Generator().manual_seed(3)).cuda()
 
@@ -144,6 +144,7 @@ def test_adapted_experts_compute_the_same_with_the_kernel(dropout: float, monkey
             if "lora_B" in name:
                 nn.init.normal_(parameter.data, std=0.02)
         if not dropout:  # generated kernels draw masks of their own
+            prepare_compiling(torch.device("cuda"))
             compile_layers(model, fullgraph=True)
         torch.manual_seed(5)
         loss = adapted(ids, labels=ids).loss
@@ -164,7 +165,7 @@ def test_the_norm_that_joins_the_stream_is_the_layers(width: int, monkeypatch: p
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     x, update = _noise(2, 301, width), _noise(2, 301, width) * 3 + 1
-    with torch._dynamo.config.patch(specialize_float=True):  # as compile_layers does
+    with torch._dynamo.config.patch(specialize_float=True):  # as prepare_compiling does
         found = torch.compile(vision._add_norm, fullgraph=True, dynamic=True)(x, update, norm)
     wanted = x.double() + functional.layer_norm(
         update.double(), (width,), norm.weight.double(), norm.bias.double(), norm.eps

@@ -19,7 +19,7 @@ from cogtune.adapters.tensor_parallel import split_adapter
 from cogtune.configuration.run_config import LoraSection
 from cogtune.distributed.group import TensorGroup
 from cogtune.model.activation_checkpointing import enable_checkpointing, first_layers
-from cogtune.model.compile import compile_layers
+from cogtune.model.compile import compile_layers, prepare_compiling
 from cogtune.model.routing import Routing
 from cogtune.model.tensor_parallel import SplitModel
 from cogtune.plan.setting import Setting
@@ -182,6 +182,7 @@ def compiled_layers(setting: Setting, targets: list[str]) -> list[int]:
     The graphs are cut into forward and backward as on a GPU; their operations then run one by one.
     """
     model, base, config = _model(setting, targets)
+    prepare_compiling(torch.device("cpu"))
     compile_layers(base, "aot_eager_decomp_partition")
     inputs = _inputs(setting, config)
     ignored = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers(), *_tensors(inputs)]}

@@ -26,7 +26,7 @@ from cogtune.configuration.quantization import QuantSection
 from cogtune.configuration.run_config import LoraSection
 from cogtune.distributed.group import TensorGroup
 from cogtune.model.activation_checkpointing import enable_checkpointing
-from cogtune.model.compile import compile_layers
+from cogtune.model.compile import compile_layers, prepare_compiling
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.tensor_parallel import SplitModel
 
@@ -105,6 +105,7 @@ def gradients(
         layers = len(model.model.layers)
         enable_checkpointing(model, range(layers), range(len(model.model.vision.transformer.layers)))
     if compiled:
+        prepare_compiling(torch.device("cpu"))
         compile_layers(model, "aot_eager")
     wrapped.train()
     torch.manual_seed(11)

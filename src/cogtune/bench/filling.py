@@ -21,7 +21,7 @@ from cogtune.configuration.run_config import RunConfig
 from cogtune.features.cache import FeatureCache, FillReport
 from cogtune.features.fill import FillSettings, Tower
 from cogtune.features.variant import make_variant
-from cogtune.model.compile import can_compile, compile_layers
+from cogtune.model.compile import can_compile, compile_layers, prepare_compiling
 from cogtune.train import engines
 from cogtune.train.engines.base import Engine
 from cogtune.train.feature_cache import fill, open_cache
@@ -54,6 +54,7 @@ def _random(config: RunConfig, engine: Engine, dtype: torch.dtype, images: list[
     require_packages(quantization)
     base = random_weights(model_config(config.model.path), dtype, engine.device, quantization=quantization)
     if resolve_compile(config.train.compile, "single", able=can_compile(engine.device)):
+        prepare_compiling(engine.device)
         compile_layers(base)
     vision: Any = base.model.vision
     stored = str(dtype).removeprefix("torch.")

@@ -41,12 +41,27 @@ def can_compile(device: torch.device) -> bool:
 
 
 def prepare_compiling(device: torch.device) -> None:
-    """Start torch's worker processes for generated kernels, in the background; best called before weights load.
+    """Set torch's compiler, in this whole process, to what the layers need, and start its worker processes for
+    generated kernels in the background. Comes before `compile_layers`, best before weights load.
 
-    Until they are up torch compiles kernel after kernel in this process.
+    Until the workers are up torch compiles kernel after kernel in this process.
     """
+    compiler: Any = torch._dynamo.config
+    # Under DDP the compiler would cut each layer at the borders of gradient buckets, and cannot cut one that holds a
+    # function with a gradient of its own.
+    compiler.optimize_ddp = False
+    # Left alone the compiler takes each number of a layer (an epsilon, an adapter's scale) for an input that varies: a
+    # tensor on the CPU, with kernels of its own, for which it first tries out the host's instruction sets for a minute.
+    compiler.specialize_float = True
+    compiler.recompile_limit = max(compiler.recompile_limit, _MOST_KINDS)
     if can_compile(device):
         _workers()
+
+
+def _require_prepared() -> None:
+    compiler: Any = torch._dynamo.config
+    if compiler.optimize_ddp or not compiler.specialize_float or compiler.recompile_limit < _MOST_KINDS:
+        raise RuntimeError("prepare_compiling has to come before layers are compiled: it sets torch's compiler up")
 
 
 @cache
@@ -75,11 +90,10 @@ def compile_layers(
         backend: what compiles the graphs; see `torch.compile`.
         fullgraph: a layer that cannot be one graph is an error.
         symbolic_sizes: sizes are symbols from the start. False: a size is a constant until another one comes.
+
+    Raises:
+        RuntimeError: `prepare_compiling` was not called before.
     """
-    # Under DDP the compiler would cut each layer at the borders of gradient buckets, and cannot cut one that holds a
-    # function with a gradient of its own.
-    torch._dynamo.config.optimize_ddp = False
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_KINDS)
     dynamic = True if symbolic_sizes else None
     _compile(DecoderLayer, model.model.layers, backend, fullgraph, dynamic)
     if model.model.vision.has_tower:
@@ -92,9 +106,7 @@ def compile_tower(vision: VisionModel) -> None:
 
 
 def _compile(kind: Any, layers: Iterable[Any], backend: str | Any, fullgraph: bool, dynamic: bool | None) -> None:
-    # Left alone the compiler takes each number of a layer (an epsilon, an adapter's scale) for an input that varies: a
-    # tensor on the CPU, with kernels of its own, for which it first tries out the host's instruction sets for a minute.
-    torch._dynamo.config.specialize_float = True
+    _require_prepared()
     layers = list(layers)
     for_gpu = backend == "inductor" and bool(layers) and can_compile(next(layers[0].parameters()).device)
     options: dict[str, Any] | None = dict(_MERGED) if for_gpu else None

@@ -13,7 +13,7 @@ from cogtune import CogVLM2ForCausalLM
 from cogtune.adapters.attach import attach
 from cogtune.checkpoint.random import random_model, tiny_config
 from cogtune.configuration.run_config import LoraSection
-from cogtune.model.compile import compile_layers
+from cogtune.model.compile import compile_layers, prepare_compiling
 from cogtune.model.routing import Routing
 
 BOS, IMAGE = 256, 258
@@ -137,6 +137,7 @@ def test_layers_compile_without_a_break_and_agree() -> None:
     wanted = [_loss_and_gradients(model, batch)]
     text = {"input_ids": torch.tensor([[BOS, 65, 66, 67]]), "labels": torch.tensor([[-100, 65, 66, 67]])}
     wanted.append(_loss_and_gradients(model, text))
+    prepare_compiling(torch.device("cpu"))
     compile_layers(model, "eager", fullgraph=True)  # tracing is what is tested here, not code generation
     for inputs, (loss, gradients) in zip((batch, text), wanted, strict=True):
         found_loss, found = _loss_and_gradients(model, inputs)
@@ -153,6 +154,7 @@ def test_to_the_compiler_a_layers_numbers_are_constants() -> None:
         return graph.forward
 
     model = attach(_model(num_hidden_layers=1), LoraSection(targets=["experts"]))
+    prepare_compiling(torch.device("cpu"))
     compile_layers(model.get_base_model(), backend)
     model(**_batch())
     tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
@@ -164,6 +166,7 @@ def test_compiled_layers_train_under_ddp_whatever_its_buckets(tmp_path: Path) ->
     """Buckets smaller than a layer: the compiler must not cut layers at their borders."""
     model = _model(num_hidden_layers=1)
     model.model.vision.requires_grad_(False)
+    prepare_compiling(torch.device("cpu"))
     compile_layers(model, "eager")
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
@@ -229,3 +232,14 @@ def test_autocast_keeps_the_residual_streams_dtype() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(**batch)
     assert dtypes == {torch.bfloat16}
+
+
+def test_only_preparing_changes_the_compiler_of_the_process() -> None:
+    compiler = torch._dynamo.config
+    with compiler.patch(optimize_ddp=True, specialize_float=False, recompile_limit=8):
+        with pytest.raises(RuntimeError, match="prepare_compiling has to come before"):
+            compile_layers(_model(num_hidden_layers=1), "eager")
+        assert (compiler.optimize_ddp, compiler.specialize_float, compiler.recompile_limit) == (True, False, 8)
+        prepare_compiling(torch.device("cpu"))
+        compile_layers(_model(num_hidden_layers=1), "eager")
+        assert (compiler.optimize_ddp, compiler.specialize_float, compiler.recompile_limit) == (False, True, 64)

@@ -13,7 +13,7 @@ from cogtune.adapters.attach import attach
 from cogtune.checkpoint.random import random_model, tiny_config
 from cogtune.configuration.run_config import LoraSection
 from cogtune.model import swiglu as module
-from cogtune.model.compile import compile_layers
+from cogtune.model.compile import compile_layers, prepare_compiling
 from cogtune.model.quantized.fp8 import Fp8Linear, frozen_gated_mlp
 from cogtune.model.swiglu import GatedProduct
 from cogtune.model.vision import VisionMLP
@@ -139,6 +139,7 @@ def test_a_compiled_model_with_adapters_on_everything_has_the_gradients_of_the_p
             if "lora_B" in name:
                 nn.init.normal_(parameter.data, std=0.02)
         if compiled:
+            prepare_compiling(torch.device("cpu"))
             compile_layers(model, "aot_eager", fullgraph=True)
         loss = adapted(ids, labels=ids).loss
         loss.backward()
