@@ -152,12 +152,27 @@ def check(config: RunConfig, engine: str) -> None:
     if engine == "auto":
         engine = next((name for name in CHOICES if refusal(facts_of(config, name)) is None), CHOICES[0])
     found = refusal(facts_of(config, engine))
-    if found is None:
-        return
-    rule, (first, (key, value)) = found
-    name = _engine_name(config, engine) if first[0] == ENGINE else " ".join(first)
-    raise ConfigError(
-        f"{key} {value} does not go with {name}: {rule.why}", hint=f"use {rule.instead}", code="config-combination"
+    if found is not None:
+        raise _error(*found, config.parallel.tensor)
+
+
+def check_tensor(quant: QuantSection, ranks: int) -> None:
+    """Raise ConfigError where ``ranks`` that answer together, each with a part of every layer, cannot hold a format."""
+    found = refusal({ENGINE: ("tensor",)} | _formats(quant))
+    if found is not None:
+        raise _error(*found, ranks, instead="one of the two, and leave the other out")
+
+
+def _error(rule: Rule, pair: Pair, ranks: int, instead: str | None = None) -> ConfigError:
+    (other, name), (key, value) = pair
+    if other == ENGINE:
+        named = f"parallel.tensor {ranks}" if name == "tensor" else f"the engine {name}"
+    else:
+        named = f"{other} {name}"
+    return ConfigError(
+        f"{key} {value} does not go with {named}: {rule.why}",
+        hint=f"use {instead or rule.instead}",
+        code="config-combination",
     )
 
 
@@ -195,8 +210,7 @@ def make_facts(
         "lora.targets": ("vision-tower" if tower_trains else "experts",),
         "data.cache_features": ("on" if cached else "off",),
         "train.optimizer": (optimizer,),
-        "quant.embedding": (quant.embedding,),
-        **{f"quant.{part}": (form,) for part, form in quant.formats.items()},
+        **_formats(quant),
     }
 
 
@@ -205,5 +219,6 @@ def trained_base(extra: Mapping[str, object]) -> frozenset[str]:
     return frozenset(name for name in _TRAIN_BASE if extra.get(name) and extra[name] != "none")
 
 
-def _engine_name(config: RunConfig, engine: str) -> str:
-    return f"parallel.tensor {config.parallel.tensor}" if engine == "tensor" else f"the engine {engine}"
+def _formats(quant: QuantSection) -> dict[str, Collection[str]]:
+    parts = {f"quant.{part}": (form,) for part, form in quant.formats.items()}
+    return {**parts, "quant.embedding": (quant.embedding,)}

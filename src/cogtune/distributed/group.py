@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from cogtune.distributed import environment
 from cogtune.errors import CogtuneError, RunError, SetupError
+from cogtune.system.gpu import own_device
 
 T = TypeVar("T")
 
@@ -40,7 +41,7 @@ class Group:
     @classmethod
     def alone(cls) -> Group:
         """One process, one device."""
-        return cls(0, 1, torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"), False)
+        return cls(0, 1, own_device(), False)
 
     @classmethod
     def join(cls, copies: int = 1) -> Group:
@@ -48,7 +49,7 @@ class Group:
 
         ``copies``: how many neighbouring processes hold one model together (it divides their number).
         """
-        device = torch.device("cuda", environment.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+        device = own_device(environment.local_rank())
         connect(device)
         process, processes = dist.get_rank(), dist.get_world_size()
         return cls(process // copies, processes // copies, device, True, copies, process % copies)

@@ -16,8 +16,8 @@ from cogtune.checkpoint.model_files import load_model_config
 from cogtune.checkpoint.place import Placement
 from cogtune.checkpoint.quantize import require_packages
 from cogtune.configuration.answer_config import AnswerConfig
+from cogtune.configuration.engine_rules import check_tensor
 from cogtune.configuration.load import explicit_values, load_answer_config
-from cogtune.configuration.quantization import PLAIN
 from cogtune.configuration.resolve import check_formats, torch_dtype
 from cogtune.distributed import environment
 from cogtune.distributed.group import TensorGroup
@@ -29,7 +29,7 @@ from cogtune.model.device_map import DeviceMap, plan_device_map
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.tensor_parallel import SplitModel, check_sizes
 from cogtune.processing.processor import CogVLM2Processor
-from cogtune.system.gpu import gpu_of
+from cogtune.system.gpu import gpu_of, own_device
 
 GENERATOR_KEYS = (
     "model.",
@@ -129,12 +129,8 @@ def resolve(config: AnswerConfig) -> Resolved:
         model = find_base(adapter)
     require_packages(config.quant)
     tensor, name = config.parallel.tensor, config.generate.device
-    if tensor > 1 and config.quant != PLAIN:
-        raise ConfigError(
-            "quantised weights do not go with --parallel.tensor, which divides each layer",
-            hint="leave one of the two out",
-            code="config-combination",
-        )
+    if tensor > 1:
+        check_tensor(config.quant, tensor)
     check_launched(tensor)
     device, *others = choose_devices(name)
     if tensor > 1 and others:
@@ -271,8 +267,7 @@ def choose_device(name: str) -> torch.device:
         SetupError: one that is not there.
     """
     if name == "auto":
-        own = environment.local_rank() if environment.world_size() > 1 else 0
-        return torch.device(f"cuda:{own}" if torch.cuda.is_available() else "cpu")
+        return own_device(environment.local_rank() if environment.world_size() > 1 else 0)
     try:
         device = torch.device(name)
     except RuntimeError as error:

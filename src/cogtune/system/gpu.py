@@ -40,6 +40,13 @@ class Gpu:
         return f"{self.name} (compute capability {self.capability[0]}.{self.capability[1]})"
 
 
+def own_device(local_rank: int = 0) -> torch.device:
+    """Where a process works unless told otherwise: on the GPU of its number on this machine, or on the CPU."""
+    import torch
+
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def gpu_of(device: torch.device) -> Gpu | None:
     """The GPU behind a torch device; None: it is a CPU."""
     import torch

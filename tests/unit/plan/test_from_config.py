@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from cogtune.configuration.load import load_config
 from cogtune.data.rows import RowShape
+from cogtune.errors import SetupError
 from cogtune.plan.cards import REFERENCE, find_card
 from cogtune.plan.data_rows import TYPICAL, summary
 from cogtune.plan.from_config import budget_of, fixed_keys, setting_of
+from cogtune.plan.plan import make_plan
 
 NEEDED = {"model": "base", "data": "pictures", "output": "out"}
 
@@ -67,6 +71,18 @@ def test_buffers_and_kept_layers_are_as_asked_for(tmp_path: Path) -> None:
     for asked, kept in (("auto", 0), ("7", 7)):
         flags = {"parallel.engine": "fsdp2", "parallel.keep_gathered": asked}
         assert setting_of(load_config(None, NEEDED | flags), TYPICAL, ranks=2).keep_gathered == kept
+
+
+def test_a_plan_follows_the_stage_of_a_deepspeed_file(tmp_path: Path) -> None:
+    """As the run does; without it a plan took every file for stage 2."""
+    file = tmp_path / "ds.yaml"
+    file.write_text("zero_optimization: {stage: 3}\nbf16: {enabled: true}\n")
+    config = load_config(None, NEEDED | {"parallel.deepspeed": str(file)})
+    plan = make_plan(config, REFERENCE, TYPICAL, cards=2)
+    assert plan.keys["parallel.engine"] == "zero3"
+    assert plan.setting.shards == 2
+    with pytest.raises(SetupError, match=r"T4 16GB \(compute capability 7.5\) does not compute in bfloat16"):
+        make_plan(config, find_card("T4"), TYPICAL, cards=2)
 
 
 def test_a_token_budget_sets_the_rows_of_a_pass() -> None:
