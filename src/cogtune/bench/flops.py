@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from cogtune.plan.sizes import ModelSizes
+from cogtune.plan.sizes import EXPERTS, ModelSizes
 
 DENSE_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """bf16 operations a second, without sparsity, by a part of the card's name."""
@@ -64,23 +64,21 @@ def work_of(batch: dict[str, Any], num_image_tokens: int) -> Work:
 
 def forward_flops(sizes: ModelSizes, work: Work) -> Flops:
     """Two operations per weight and token, four per head width and pair in attention (scores, and their sum)."""
-    linears = {linear.name: linear.weights for linear in sizes.linears}
-    layer = "model.layers.0.self_attn.vision_expert_"
-    mlp = "model.layers.0.mlp.vision_mlp."
-    decoder = sum(value for name, value in linears.items() if name.startswith((layer, mlp)))
+    # a token passes through one of the experts, which are alike
+    decoder = sum(x.weights for (expert, _), x in sizes.decoder_layers[0].items() if expert == EXPERTS[0])
     vision, grid = sizes.vision, sizes.grid_tokens
-    block = sum(value for name, value in linears.items() if name.startswith("model.vision.transformer.layers.0."))
+    block = sum(x.weights for x in sizes.linears if x.part == "tower" and x.layer == 0)
     patches = vision.num_positions
     patch_weights = vision.in_channels * vision.patch_size**2 * vision.hidden_size
     tower = vision.num_hidden_layers * (2 * patches * block + 4 * vision.hidden_size * patches**2)
     tower += 2 * (patches - 1) * patch_weights + 2 * grid * 4 * vision.hidden_size**2
-    glu = sum(value for name, value in linears.items() if name.startswith("model.vision.linear_proj."))
+    glu = sum(x.weights for x in sizes.linears if x.part == "glu_adapter")
     return Flops(
         tower=work.images * tower,
         glu_adapter=2 * work.images * grid * glu,
         decoder_layer=2 * work.tokens * decoder + 4 * sizes.num_attention_heads * sizes.head_dim * work.pairs,
         layers=sizes.num_hidden_layers,
-        head=2 * work.labels * linears["lm_head"],
+        head=2 * work.labels * sizes.parameters("head"),
     )
 
 
