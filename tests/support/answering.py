@@ -4,32 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from cogtune.generate.decoding import Decoding
 from cogtune.generate.generator import Ask
-from cogtune.generate.stream import Answer, TextPieces
+from cogtune.generate.stream import Answer, StreamedAnswer, TextPieces
+from cogtune.generate.transformers_generator import TransformersGenerator
 from cogtune.processing.processor import CogVLM2Processor
 
 
-class FakeGenerator:
+class FakeGenerator(TransformersGenerator):
     """Answers ``reply(ask)``; ``batches`` holds what it was asked."""
 
-    def __init__(self, checkpoint: Path, reply: Callable[[Ask], str] = lambda ask: f"re {ask[1]}") -> None:
-        self.processor = CogVLM2Processor.from_pretrained(checkpoint)
-        self.template = None
+    def __init__(
+        self, checkpoint: Path, reply: Callable[[Ask], str] = lambda ask: f"re {ask[1]}", slots: int = 2
+    ) -> None:
+        super().__init__(
+            SimpleNamespace(generation_config=None), CogVLM2Processor.from_pretrained(checkpoint), slots=slots
+        )
         self.reply = reply
         self.batches: list[list[Ask]] = []
 
-    def answer_batch(self, asks: Sequence[Ask], decoding: Decoding) -> list[str]:
+    def answer_batch(self, asks: Sequence[Ask], decoding: Any = None, seeds: Any = None) -> list[str]:
         self.batches.append(list(asks))
         return [self.reply(ask) for ask in asks]
 
-    def stream(self, image: Any, query: str, history: Any, decoding: Decoding) -> Answer:
+    def stream(self, images: Any, question: str, history: Any = (), decoding: Any = None) -> Answer:
         import torch
 
-        self.batches.append([(image, query, list(history))])
-        content = self.reply((image, query, history)).encode()
+        self.batches.append([(images, question, list(history))])
+        content = self.reply((images, question, history)).encode()
 
         def generate(streamer: Any, criterion: Any) -> None:
             streamer.put(torch.zeros(1, 3))
@@ -38,4 +42,4 @@ class FakeGenerator:
                     return
                 streamer.put(torch.tensor([byte]))
 
-        return Answer(generate, TextPieces(lambda ids: bytes(ids).decode("utf-8", "replace")))
+        return StreamedAnswer(generate, TextPieces(lambda ids: bytes(ids).decode("utf-8", "replace")))

@@ -74,7 +74,9 @@ def _settings(resolved: Resolved, decoding: Decoding, options: PredictOptions, r
     from cogtune.generate.predictions_file import AnswerSettings
 
     config = resolved.config
-    sampled = {"seed": options.seed, "batch-size": options.batch_size} if decoding.sample else {}
+    sampled: dict[str, int] = {"seed": options.seed} if decoding.sample else {}
+    if decoding.sample and (resolved.tensor > 1 or resolved.others):
+        sampled["batch-size"] = options.batch_size  # a split model draws for a batch, not for a row
     decides = {
         "model": model_fingerprint(resolved.model),
         "adapter": None if resolved.adapter is None else adapter_fingerprint(resolved.adapter),

@@ -16,37 +16,43 @@ import torch
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.sampling import SamplingRows, choose
 from cogtune.model.decode import decode
-from cogtune.model.kernels import HAS_TRITON
+from cogtune.model.kernels import kernel_available
 from cogtune.model.slots import SlotCache
 
 
 class DecodeSteps:
-    """Steps over the slots of ``cache``.
+    """Steps over the slots of ``cache``."""
 
-    Attributes:
-        ends: tokens that end an answer.
-    """
+    _token: torch.Tensor
+    _position: torch.Tensor
+    _length: torch.Tensor
+    _sampling: SamplingRows
 
     def __init__(self, model: Any, cache: SlotCache, *, graphs: bool) -> None:
-        self._model, self._cache = model, cache
-        device = cache.keys.device
+        self._model = model
         self._fused = _fused(model) if graphs else None
+        self._host_lengths: list[int] = []
+        self.use(cache)
+
+    def use(self, cache: SlotCache) -> None:
+        """Go on with another cache, at least as large, that begins with what the last one held."""
+        rows, device = cache.slots + 1, cache.keys.device  # the last row is nobody's: it only fills up a graph
+        kinds = (torch.int64,) * 3 + (torch.float32,) * 2 + (torch.int64,) * 3
+        state = [torch.zeros(rows, dtype=kind, device=device) for kind in kinds]
+        if self._host_lengths:
+            sampling = self._sampling
+            before = (
+                self._token, self._position, self._length, sampling.temperature, sampling.top_p, sampling.top_k,
+                sampling.seed, sampling.step,
+            )  # fmt: skip
+            for new, old in zip(state, before, strict=True):
+                new[: old.shape[0] - 1] = old[:-1]
+        self._cache = cache
+        self._token, self._position, self._length = state[:3]
+        self._sampling = SamplingRows(*state[3:])
+        self._host_lengths += [0] * (cache.slots - len(self._host_lengths))
         self._recorded: dict[tuple[int, bool], _Recorded] = {}
         self._memory: Any = None
-        rows = cache.slots + 1  # the last is nobody's: rows that only fill up a graph
-
-        def row(dtype: torch.dtype) -> torch.Tensor:
-            return torch.zeros(rows, dtype=dtype, device=device)
-
-        self._token, self._position, self._length = row(torch.int64), row(torch.int64), row(torch.int64)
-        self._sampling = SamplingRows(
-            row(torch.float32), row(torch.float32), row(torch.int64), row(torch.int64), row(torch.int64)
-        )
-        self._host_lengths = [0] * rows
-        config, published = model.config, model.generation_config
-        ends = published.eos_token_id
-        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-        self.ends = frozenset({*config.eos_token_ids, *ends})
 
     def begin(
         self, slot: int, logits_V: torch.Tensor, position: int, length: int, decoding: Decoding, seed: int
@@ -130,8 +136,9 @@ class _Recorded:
 
 
 def _fused(model: Any) -> Any:
-    if not HAS_TRITON:
+    """The step in kernels of its own, where they can compute this model."""
+    if not kernel_available(next(model.parameters())):
         return None
     from cogtune.model.fused_decode import FusedDecode
 
-    return FusedDecode(model)
+    return FusedDecode(model) if FusedDecode.fits(model) else None

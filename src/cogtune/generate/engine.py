@@ -13,7 +13,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -26,7 +26,7 @@ from cogtune.generate.choices import ChoiceScores, ClosedQuestion, score_choices
 from cogtune.generate.decode_steps import DecodeSteps
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.picture_cache import PictureCache, image_digest
-from cogtune.generate.stream import TextPieces
+from cogtune.generate.stream import Answer, TextPieces
 from cogtune.model.decode import prefill
 from cogtune.model.routing import row_positions
 from cogtune.model.slots import Prefix, SlotCache, SlotView
@@ -34,6 +34,8 @@ from cogtune.processing.encode import Encoded
 from cogtune.processing.processor import CogVLM2Processor
 
 GIB = 2**30
+_IDLE = 5.0  # seconds after which the thread ends
+_COLUMNS = 512  # slots grow by this many
 Result = TypeVar("Result")
 Listener = Callable[[str | BaseException | None], None]
 
@@ -59,7 +61,7 @@ class Request:
     image_keys: tuple[bytes, ...] | None = None
 
 
-class Pending(Iterator[str]):
+class Pending(Answer):
     """An answer that is being computed: iterate for its pieces, or ask for the whole `text`.
 
     Attributes:
@@ -89,14 +91,6 @@ class Pending(Iterator[str]):
             if item is not None:
                 raise item
         raise StopIteration
-
-    def text(self) -> str:
-        """The whole answer, white space around it left out. Waits for its end.
-
-        Raises:
-            OutOfMemoryError, RunError: it could not be computed.
-        """
-        return "".join(self)
 
     def cancel(self) -> None:
         """End it after the token being computed; the pieces so far stay valid."""
@@ -161,7 +155,7 @@ class Engine:
     """Answers requests with ``model`` (plain or with adapters in place) and its ``processor``.
 
     Args:
-        slots: how many answers are computed at once.
+        slots: the most answers that are computed at once. Memory for them is taken when they are first needed.
         columns: the most tokens of prompt and answer together; by default all the model's context.
         picture_budget: bytes for what is kept of pictures. None: a quarter of what is free on a GPU now, 1 GiB
             elsewhere.
@@ -183,19 +177,21 @@ class Engine:
         self.model.eval()
         config = self.model.config
         self.columns = config.max_position_embeddings if columns is None else columns
-        device, dtype = self.model.device, self.model.dtype
-        self._cache = SlotCache(config, slots, self.columns, dtype, device)
-        self._steps = DecodeSteps(self.model, self._cache, graphs=device.type == "cuda" if graphs is None else graphs)
+        device = self.model.device
+        self.slots = slots
+        self._cache: SlotCache | None = None
+        self._graphs = device.type == "cuda" if graphs is None else graphs
+        self._steps: DecodeSteps | None = None
         self.pictures = PictureCache(_default_budget(device) if picture_budget is None else picture_budget)
-        self._free = list(range(slots))[::-1]
+        self._free: list[int] = []
         self._active: list[_Active] = []
         self._flights: deque[_Flight] = deque()
         self._queue: deque[Pending] = deque()
         self._work: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._closing = False
-        self._thread = threading.Thread(target=self._run, name="cogtune-engine", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
+        self.ends = _end_tokens(self.model)
 
     def submit(self, request: Request, listener: Listener | None = None) -> Pending:
         """Queue a request; returns at once.
@@ -224,10 +220,7 @@ class Engine:
             request = replace(request, image_keys=tuple(image_digest(image) for image in request.images))
         pending = Pending(request, listener)
         with self._changed:
-            if self._closing:
-                raise RunError("the engine is closed: it takes no more questions", code="engine-closed")
-            self._queue.append(pending)
-            self._changed.notify()
+            self._take(self._queue, pending)
         return pending
 
     def score(
@@ -257,11 +250,19 @@ class Engine:
                 future.set_exception(_explained(error, 1))
 
         with self._changed:
-            if self._closing:
-                raise RunError("the engine is closed: it takes no more questions", code="engine-closed")
-            self._work.append(done)
-            self._changed.notify()
+            self._take(self._work, done)
         return future.result()
+
+    def _take(self, queue: deque[Any], item: Any) -> None:
+        """Queue what the thread is to do, and see that there is one. It ends when it was idle for a while, so that an
+        engine that nobody holds any more gives its memory back."""
+        if self._closing:
+            raise RunError("the engine is closed: it takes no more questions", code="engine-closed")
+        queue.append(item)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="cogtune-engine", daemon=True)
+            self._thread.start()
+        self._changed.notify()
 
     def answer(self, requests: Sequence[Request]) -> list[str]:
         """All answers, in the order of the requests."""
@@ -270,7 +271,7 @@ class Engine:
     @property
     def alive(self) -> bool:
         """Whether it takes requests."""
-        return self._thread.is_alive() and not self._closing
+        return not self._closing
 
     @property
     def waiting(self) -> int:
@@ -284,16 +285,17 @@ class Engine:
 
     @property
     def free_slots(self) -> int:
-        """How many slots nobody uses."""
-        return len(self._free)
+        """How many answers could begin now."""
+        return self.slots - len(self._active)
 
     def close(self) -> None:
         """Take no more requests, finish those there are, and end."""
         with self._changed:
             self._closing = True
             self._changed.notify()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+            thread = self._thread
+        if thread is not None and threading.current_thread() is not thread:
+            thread.join()
 
     def __enter__(self) -> Engine:
         return self
@@ -305,9 +307,10 @@ class Engine:
         with torch.no_grad():
             while True:
                 with self._changed:
-                    while not (self._busy() or self._closing):
-                        self._changed.wait()
+                    if not self._busy() and not self._closing:
+                        self._changed.wait(_IDLE)
                     if not self._busy():
+                        self._thread = None
                         return
                 self._guarded(self._turn)
 
@@ -338,25 +341,46 @@ class Engine:
     def _admit(self) -> None:
         """Prefill the next request: one while others decode, as many as there are slots while none does."""
         with self._changed:
-            if not self._queue or not self._free:
+            if not self._queue or len(self._active) == self.slots:
                 return
             pending = self._queue.popleft()
         if pending.cancelled:
             pending.end("cancelled")
             return
-        slot = self._free.pop()
         decoding = pending.request.decoding
-        row = _Active(pending, slot, _AnswerText(self.processor, pending.request.stop), decoding.max_new_tokens)
-        self._active.append(row)
+        row = None
         try:
-            logits, position, length = self._prefill(pending.request, slot)
-            first = self._steps.begin(slot, logits, position, length, decoding, pending.request.seed)
+            cache, steps = self._room(len(pending.request.encoded) + decoding.max_new_tokens)
+            text = _AnswerText(self.processor, pending.request.stop)
+            row = _Active(pending, self._free.pop(), text, decoding.max_new_tokens)
+            self._active.append(row)
+            logits, position, length = self._prefill(pending.request, cache, row.slot)
+            first = steps.begin(row.slot, logits, position, length, decoding, pending.request.seed)
         except BaseException as error:
-            self._release(row, None, _explained(error, 1))
+            if row is None:
+                pending.end(None, _explained(error, 1))
+            else:
+                self._release(row, None, _explained(error, 1))
             return
         self._flights.append(self._flight(first, [row]))
 
+    def _room(self, columns: int) -> tuple[SlotCache, DecodeSteps]:
+        """A cache with a free slot of at least ``columns``: made, or made larger, where there is none."""
+        columns = min(-(-columns // _COLUMNS) * _COLUMNS, self.columns)
+        if self._cache is None or self._steps is None:
+            self._cache = SlotCache(self.model.config, 1, columns, self.model.dtype, self.model.device)
+            self._steps = DecodeSteps(self.model, self._cache, graphs=self._graphs)
+            self._free = [0]
+        elif not self._free or columns > self._cache.columns:
+            before = self._cache.slots
+            slots = before if self._free else min(2 * before, self.slots)
+            self._cache = self._cache.resized(slots, max(columns, self._cache.columns))
+            self._steps.use(self._cache)
+            self._free += range(before, slots)
+        return self._cache, self._steps
+
     def _launch(self, rows: list[_Active]) -> None:
+        assert self._steps is not None
         tokens = self._steps.step([row.slot for row in rows], any(row.pending.request.decoding.sample for row in rows))
         for row in rows:
             row.launched += 1
@@ -379,7 +403,7 @@ class Engine:
                 continue
             if pending.cancelled:
                 self._release(row, "cancelled")
-            elif token in self._ends():
+            elif token in self.ends:
                 self._release(row, "stop")
             else:
                 pending.token_ids.append(token)
@@ -398,14 +422,11 @@ class Engine:
                 row.pending.push(row.text.finish())
             row.pending.end(reason, error)
 
-    def _ends(self) -> frozenset[int]:
-        return self._steps.ends
-
-    def _prefill(self, request: Request, slot: int) -> tuple[torch.Tensor, int, int]:
+    def _prefill(self, request: Request, cache: SlotCache, slot: int) -> tuple[torch.Tensor, int, int]:
         """Fill a slot with a prompt; a picture seen before is copied. Returns logits, next position and length."""
         ids = torch.tensor([request.encoded.input_ids])
         types = torch.tensor([request.encoded.token_type_ids])
-        view = SlotView(self._cache, slot)
+        view = SlotView(cache, slot)
         if not request.images:
             logits, position = prefill(self.model, view, ids, types)
             return logits, position, view.length
@@ -415,12 +436,12 @@ class Engine:
         key = ("prefix", request.image_keys, words)
         kept = self.pictures.get(key)
         if isinstance(kept, Prefix):
-            self._cache.put(slot, kept)
+            cache.put(slot, kept)
             view.advance(kept.columns)
         else:
             features = self._features(request.images, request.image_keys)
             prefill(self.model, view, ids[:, :beginning], types[:, :beginning], features)
-            self.pictures.put(key, self._cache.copy_out(slot, beginning))
+            self.pictures.put(key, cache.copy_out(slot, beginning))
         start = int(row_positions(types[:, :beginning], None).max()) + 1
         logits, position = prefill(self.model, view, ids[:, beginning:], types[:, beginning:], start=start)
         return logits, position, view.length
@@ -473,6 +494,13 @@ class _AnswerText:
         )
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
+
+
+def _end_tokens(model: Any) -> frozenset[int]:
+    """Tokens that end an answer, as configuration and checkpoint name them."""
+    named = model.generation_config.eos_token_id
+    named = [] if named is None else [named] if isinstance(named, int) else list(named)
+    return frozenset({*model.config.eos_token_ids, *named})
 
 
 def _default_budget(device: torch.device) -> int:

@@ -25,6 +25,7 @@ from cogtune.errors import ConfigError, SetupError
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.generator import Generator
 from cogtune.generate.tensor_parallel import LockstepGenerator, check_launched, start
+from cogtune.generate.transformers_generator import TransformersGenerator
 from cogtune.model.device_map import DeviceMap, plan_device_map
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.tensor_parallel import SplitModel, check_sizes
@@ -166,7 +167,8 @@ def load_resolved(choice: Resolved, progress: Callable[[str], None] = lambda lin
     if choice.adapter is not None:
         progress(f"with the adapter in {choice.adapter}")
         model = load_adapter(model, choice.adapter)
-    return Generator(model, processor, **_ways(choice))
+    kind = Generator if device_map is None else TransformersGenerator
+    return kind(model, processor, **_ways(choice))
 
 
 def _ways(choice: Resolved) -> dict[str, Any]:
@@ -177,6 +179,7 @@ def _ways(choice: Resolved) -> dict[str, Any]:
         "decoding": Decoding.from_section(config.generate),
         "exif": config.data.exif,
         "max_pixels": config.data.max_pixels,
+        "slots": config.generate.batch_size,
     }
 
 

@@ -7,11 +7,10 @@ takes one turn from each of several conversations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from PIL import Image
 
 from cogtune.configuration.input_sections import SourceSection
@@ -21,9 +20,12 @@ from cogtune.generate.decoding import Decoding
 from cogtune.generate.generator import Ask, Generator
 from cogtune.generate.history import fit_history, prompt_limit
 from cogtune.generate.predictions_file import PredictionFile
+from cogtune.generate.stream import Answer
 from cogtune.processing.image import read_image
 
 OnProgress = Callable[[int, int], None]
+_HORIZON = 16
+"""How far questions run ahead of the file, in multiples of those under way."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Predictor:
         self.answers: dict[int, str] = file.done | {p: text for p, text in file.pending.items() if p >= file.next}
         self.report = PredictReport(questions=len(questions), earlier=len(self.answers))
         self.bad: set[int] = {place for place in range(file.next) if place not in file.done}
+        self._ahead = generator.queue_ahead * options.batch_size
         self._images: dict[tuple[ImageRef, ...], tuple[Image.Image, ...] | DataError] = {}
 
     def run(self) -> PredictReport:
@@ -101,40 +104,48 @@ class Predictor:
         """
         with self.file:
             try:
-                for places in self._windows(self.file.next):
-                    for batch in self._batches(places):
-                        self._answer(batch)
-                        self._flush(places)
-                    self._flush(places)
+                self._answer_all()
             finally:
                 self.file.keep_for_later({p: text for p, text in self.answers.items() if p >= self.file.next})
             self.file.finish()
         self.report.skipped = len(self.bad)
         return self.report
 
-    def _windows(self, start: int) -> Iterator[list[int]]:
-        """Consecutive positions that are answered together: a batch, or with own history a batch of conversations."""
-        window: list[int] = []
-        conversations = 0
-        for place in range(start, len(self.questions)):
-            new = not window or self.questions[place].id != self.questions[place - 1].id
-            full = conversations == self.options.batch_size if self.options.own_history else False
-            if (full and new) or (not self.options.own_history and len(window) == self.options.batch_size):
-                yield window
-                window, conversations = [], 0
-                new = True
-            window.append(place)
-            conversations += new
-        if window:
-            yield window
+    def _answer_all(self) -> None:
+        """Keep questions under way until none is left, and write answers as they become next in the data's order."""
+        running: dict[int, Answer] = {}
+        try:
+            while True:
+                for place in self._ready(running):
+                    if len(running) == self._ahead:
+                        break
+                    self._submit(place, running)
+                self._flush()
+                if not running:
+                    return
+                first = next(iter(running))
+                self._take(first, running)
+                for place in [place for place, answer in running.items() if answer.done]:
+                    self._take(place, running)
+                self._flush()
+        except DataError:  # a question that cannot be asked ends the run; those before it are answered all the same
+            for place in list(running):
+                self._take(place, running)
+            self._flush()
+            raise
+        finally:
+            for answer in running.values():
+                answer.stop()
 
-    def _batches(self, places: list[int]) -> Iterator[list[int]]:
-        """Batches of positions whose history is known; later ones appear as earlier ones are answered."""
-        while True:
-            ready = [place for place in places if self._is_ready(place)][: self.options.batch_size]
-            if not ready:
-                return
-            yield ready
+    def _take(self, place: int, running: dict[int, Answer]) -> None:
+        self.answers[place] = running.pop(place).text()
+        self.report.answered += 1
+
+    def _ready(self, running: Mapping[int, Answer]) -> list[int]:
+        """Positions that can be asked now, in the data's order: not too far ahead of what is written, and with own
+        history only behind the turn before."""
+        end = min(self.file.next + _HORIZON * self._ahead, len(self.questions))
+        return [place for place in range(self.file.next, end) if place not in running and self._is_ready(place)]
 
     def _is_ready(self, place: int) -> bool:
         if place in self.answers or place in self.bad:
@@ -143,20 +154,11 @@ class Predictor:
             return True
         return place - 1 in self.answers
 
-    def _answer(self, places: list[int]) -> None:
-        asks = []
-        asked = []
-        for place in places:
-            try:
-                asks.append(self._ask(place))
-                asked.append(place)
-            except DataError as error:
-                self._skip(place, error)
-        if self.decoding.sample:
-            torch.manual_seed(self.options.seed + places[0])
-        for place, answer in zip(asked, self.generator.answer_batch(asks, self.decoding), strict=True):
-            self.answers[place] = answer
-        self.report.answered += len(asked)
+    def _submit(self, place: int, running: dict[int, Answer]) -> None:
+        try:
+            running[place] = self.generator.submit(self._ask(place), self.decoding, self.options.seed + place)
+        except DataError as error:
+            self._skip(place, error)
 
     def _ask(self, place: int) -> Ask:
         question = self.questions[place]
@@ -183,7 +185,7 @@ class Predictor:
     def _read(self, images: tuple[ImageRef, ...]) -> tuple[Image.Image, ...]:
         """An example's images, read once for all its questions: the same objects, so that the tower runs once too."""
         if images and images not in self._images:
-            kept = list(self._images)[-self.options.batch_size :]
+            kept = list(self._images)[-self._ahead :]
             self._images = {key: self._images[key] for key in kept}
             try:
                 self._images[images] = tuple(
@@ -217,10 +219,10 @@ class Predictor:
                 code="data-bad-share",
             ) from error
 
-    def _flush(self, places: list[int]) -> None:
+    def _flush(self) -> None:
         """Write what is next in the data's order."""
         before = self.file.next
-        while self.file.next <= places[-1] and (self.file.next in self.answers or self.file.next in self.bad):
+        while self.file.next in self.answers or self.file.next in self.bad:
             place = self.file.next
             if place in self.answers:
                 self.file.append(self.questions[place], self.answers[place])

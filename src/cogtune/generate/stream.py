@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -54,10 +55,28 @@ class TextPieces:
 
 
 class Answer(Iterator[str]):
-    """An answer being generated in a thread: iterate for its pieces.
+    """An answer being computed: iterate for its pieces, or ask for its whole `text`."""
 
-    ``stop`` ends it after the token being computed; the pieces so far stay valid.
-    """
+    def text(self) -> str:
+        """The whole answer, white space around it left out. Waits for its end.
+
+        Raises:
+            OutOfMemoryError, RunError: it could not be computed.
+        """
+        return "".join(self)
+
+    @property
+    @abstractmethod
+    def done(self) -> bool:
+        """Whether nothing more has to be computed for it."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """End it after the token being computed, and wait for that; the pieces so far stay valid."""
+
+
+class StreamedAnswer(Answer):
+    """An answer that ``generate()`` computes in a thread."""
 
     def __init__(self, generate: Callable[[BaseStreamer, StoppingCriteria], Any], pieces: TextPieces) -> None:
         self._queue: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
@@ -77,6 +96,11 @@ class Answer(Iterator[str]):
             elif item:
                 return item
         raise StopIteration
+
+    @property
+    def done(self) -> bool:
+        """Whether the thread has ended."""
+        return not self._thread.is_alive()
 
     def stop(self) -> None:
         """End it, and wait until the model is free again."""

@@ -19,7 +19,7 @@ from cogtune.distributed.environment import world_size
 from cogtune.distributed.group import TensorGroup, connect
 from cogtune.errors import ConfigError
 from cogtune.generate.decoding import Decoding
-from cogtune.generate.generator import Generator
+from cogtune.generate.transformers_generator import TransformersGenerator
 
 _PATIENCE = timedelta(days=7)  # a chat waits for its user
 
@@ -54,7 +54,7 @@ def join(device: torch.device) -> TensorGroup:
     return TensorGroup(dist.get_rank(), dist.get_world_size())
 
 
-class LockstepGenerator(Generator):
+class LockstepGenerator(TransformersGenerator):
     """A generator on every rank; rank 0's is used, the others `follow`."""
 
     def __init__(self, model: Any, processor: Any, *, group: TensorGroup, **ways: Any) -> None:

@@ -18,8 +18,9 @@ from torch import nn
 from torch.nn import functional
 
 from cogtune.model.kernels import decode as kernels
-from cogtune.model.modeling import CogVLM2ForCausalLM
+from cogtune.model.modeling import CogVLM2ForCausalLM, RMSNorm
 from cogtune.model.quantized.fp8 import Fp8Linear
+from cogtune.model.quantized.host_embedding import HostEmbedding
 from cogtune.model.slots import SlotCache
 
 
@@ -63,6 +64,8 @@ class Projection:
         self.modules = modules
         bases = [module.get_base_layer() if isinstance(module, LoraLayer) else module for module in modules]
         self.weights = [weight_of(base) for base in bases]
+        if not all(_is_plain(module) for module in modules):
+            self.weights = [None]
         self.first, self.seconds = _updates(modules, dtype)
 
     @property
@@ -95,6 +98,14 @@ class Projection:
         if len(self.modules) == 2:
             found = functional.silu(found) * self.modules[1](x)
         return found if residual is None else residual + found
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether a layer's adapters are low-rank updates and nothing more (no DoRA, no bias of their own)."""
+    if not isinstance(module, LoraLayer) or module.disable_adapters or module.merged:
+        return True
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    return not any(name in module.lora_variant or module.lora_B[name].bias is not None for name in names)
 
 
 def _updates(modules: Sequence[Any], dtype: torch.dtype) -> tuple[kernels.Weight | None, list[torch.Tensor]]:
@@ -150,6 +161,14 @@ class FusedDecode:
         self._model = model
         self._layers = [_Layer(layer, model.dtype) for layer in model.model.layers]
         self._head = Projection(model.dtype, model.lm_head)
+
+    @staticmethod
+    def fits(model: CogVLM2ForCausalLM) -> bool:
+        """Whether the kernels can compute ``model``: norms are the model's own, and the embedding is on the card."""
+        layers: Any = model.model.layers
+        norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        plain = all(type(norm) is RMSNorm for norm in (*norms, model.model.norm))
+        return plain and not isinstance(model.model.embed_tokens, HostEmbedding)
 
     @torch.no_grad()
     def __call__(

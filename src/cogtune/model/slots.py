@@ -52,6 +52,17 @@ class SlotCache:
         """Memory of one token's keys and values in all layers."""
         return 2 * config.num_hidden_layers * config.num_multi_query_heads * config.head_dim * dtype.itemsize
 
+    def resized(self, slots: int, columns: int) -> SlotCache:
+        """A larger cache that begins with what this one holds."""
+        found = SlotCache.__new__(SlotCache)
+        layers, before, heads, length, width = self.keys.shape
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_zeros(layers, slots, heads, columns, width)
+            new[:, :before, :, :length] = old
+            setattr(found, name, new)
+        return found
+
     def copy_out(self, slot: int, columns: int) -> Prefix:
         """A copy of a slot's first columns."""
         return Prefix(self.keys[:, slot, :, :columns].clone(), self.values[:, slot, :, :columns].clone())

@@ -20,7 +20,7 @@ class Session:
 
     def __init__(self, checkpoint: Path, **options: Any) -> None:
         self.generator = FakeGenerator(checkpoint)
-        self.chat = Chat(self.generator, Decoding(max_new_tokens=16), **options)  # type: ignore[arg-type]
+        self.chat = Chat(self.generator, Decoding(max_new_tokens=16), **options)
         self.out: list[str] = []
         self.notes: list[str] = []
 

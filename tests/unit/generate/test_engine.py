@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from PIL import Image
 from cogtune.checkpoint.load import load_model
 from cogtune.errors import InputError, OutOfMemoryError, RunError
 from cogtune.generate.choices import ClosedQuestion, score_choices
+from cogtune.generate.decode_steps import DecodeSteps
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.engine import Engine, Request
 from cogtune.generate.generator import Ask, Generator
@@ -147,7 +147,7 @@ def test_an_error_ends_the_answers_under_way_and_no_others(
         monkeypatch.undo()
         raise torch.cuda.OutOfMemoryError("no room")
 
-    target = ("cogtune.generate.engine.prefill", fail) if where == "prefill" else (engine._steps, "step", fail)
+    target = ("cogtune.generate.engine.prefill", fail) if where == "prefill" else (DecodeSteps, "step", fail)
     monkeypatch.setattr(*target)
     with pytest.raises(OutOfMemoryError, match="out of memory while answering"):
         engine.submit(_request(engine, asks[1])).text()
@@ -173,7 +173,25 @@ def test_closing_finishes_what_was_accepted(parts: tuple[Any, CogVLM2Processor],
     running = [engine.submit(_request(engine, ask)) for ask in asks]
     engine.close()
     assert all(pending.done and pending.finish_reason in ("stop", "length") for pending in running)
-    assert "cogtune-engine" not in [thread.name for thread in threading.enumerate() if thread is engine._thread]
+    assert engine._thread is None
+
+
+def test_slots_grow_with_what_is_asked(
+    parts: tuple[Any, CogVLM2Processor], asks: list[Ask], wanted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While answers are under way, which go on in the larger cache; an idle engine's thread ends."""
+    monkeypatch.setattr("cogtune.generate.engine._COLUMNS", 16)
+    monkeypatch.setattr("cogtune.generate.engine._IDLE", 0.05)
+    with Engine(*parts, slots=4, columns=400) as engine:
+        running = [engine.submit(_request(engine, ask)) for ask in (asks[4], asks[1], asks[2], asks[0], asks[5])]
+        assert [pending.text() for pending in running] == [wanted[place] for place in (4, 1, 2, 0, 5)]
+        assert engine._cache is not None
+        assert (engine._cache.slots, engine._cache.columns) == (4, 144)  # the longest prompt has 115 tokens
+        deadline = time.monotonic() + 5
+        while engine._thread is not None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert engine._thread is None
+        assert engine.answer([_request(engine, asks[3])]) == [wanted[3]]
 
 
 def test_the_picture_cache_keeps_its_budget() -> None:

@@ -128,7 +128,7 @@ def test_a_generator_follows_the_keys_it_is_made_with(run: Path, tmp_path: Path)
     exif = image.getexif()
     exif[0x0112] = 6
     image.save(tmp_path / "turned.jpg", exif=exif)
-    assert generator._opened(tmp_path / "turned.jpg", {}).size == (16, 24)
+    assert generator._opened(tmp_path / "turned.jpg").size == (16, 24)
     for key, value in (("batch-size", 2), ("seed", 1), ("parallel.tensor", 2), ("data.path", "data")):
         with pytest.raises(ConfigError, match="means nothing to a generator"):
             load_generator(adapter=run, keys={key: value})

@@ -46,12 +46,12 @@ class Setup:
     def run(
         self, settings: AnswerSettings = SETTINGS, data: Any = None, **options: Any
     ) -> tuple[PredictReport, list[list[Ask]]]:
-        generator = FakeGenerator(self.checkpoint, self.reply)
+        options = {"batch_size": 2} | options
+        generator = FakeGenerator(self.checkpoint, self.reply, options["batch_size"])
         questions = self.questions()
         file = PredictionFile(self.output, settings, questions)
-        options = {"batch_size": 2} | options
         predictor = Predictor(
-            generator,  # type: ignore[arg-type]
+            generator,
             questions,
             file,
             data or self.data,
@@ -103,7 +103,11 @@ def test_own_history_uses_its_own_answers_one_turn_of_several_conversations_at_a
     asked = {ask[1]: list(ask[2]) for batch in batches for ask in batch}
     assert asked["a2?"] == [("a0?", "re a0?"), ("a1?", "re a1?")]
     assert asked["t1?"] == [("t0?", "re t0?")]
-    assert [[ask[1] for ask in batch] for batch in batches][:3] == [["a0?", "b0?", "c0?"], ["a1?", "c1?"], ["a2?"]]
+    assert [[ask[1] for ask in batch] for batch in batches] == [
+        ["a0?", "b0?", "c0?"],
+        ["a1?", "c1?", "t0?"],
+        ["a2?", "t1?"],
+    ]
     assert [line["question"] for line in setup.lines()] == ORDER
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from cogtune.generate.stream import Answer, TextPieces
+from cogtune.generate.stream import StreamedAnswer, TextPieces
 
 
 def decode(ids: list[int]) -> str:
@@ -51,7 +51,7 @@ def test_the_prompt_is_not_part_of_the_answer_and_text_comes_before_the_end() ->
         assert more.wait(5)
         streamer.put(torch.tensor([105]))
 
-    answer = Answer(generate, TextPieces(decode))
+    answer = StreamedAnswer(generate, TextPieces(decode))
     assert next(answer) == "h"
     more.set()
     assert list(answer) == ["i"]
@@ -67,7 +67,7 @@ def test_stop_ends_generation_and_waits_for_it() -> None:
             streamer.put(torch.tensor([97]))
         ended.set()
 
-    answer = Answer(generate, TextPieces(decode))
+    answer = StreamedAnswer(generate, TextPieces(decode))
     assert next(answer) == "a"
     answer.stop()
     assert ended.is_set()
@@ -78,4 +78,4 @@ def test_an_error_in_the_thread_reaches_the_reader() -> None:
         raise ValueError("broken")
 
     with pytest.raises(ValueError, match="broken"):
-        list(Answer(generate, TextPieces(decode)))
+        list(StreamedAnswer(generate, TextPieces(decode)))

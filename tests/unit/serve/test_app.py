@@ -18,6 +18,7 @@ from PIL import Image
 
 from cogtune.checkpoint.load import load_model
 from cogtune.generate.choices import ClosedQuestion
+from cogtune.generate.decode_steps import DecodeSteps
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.engine import Engine, Request
 from cogtune.generate.generator import Generator
@@ -192,6 +193,13 @@ def test_a_large_body_is_refused(start: Start) -> None:
     assert caught.value.status_code == 413
 
 
+def _slow_down(running: Running, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Steps take so long, and answers are as long as they may be."""
+    step = DecodeSteps.step
+    monkeypatch.setattr(running.engine, "ends", frozenset())
+    monkeypatch.setattr(DecodeSteps, "step", lambda *arguments: (time.sleep(seconds), step(*arguments))[1])
+
+
 def _busy(running: Running, count: int) -> list[Any]:
     """Answers that keep the engine busy for a while."""
     engine = running.engine
@@ -202,9 +210,7 @@ def _busy(running: Running, count: int) -> list[Any]:
 
 def test_a_full_queue_and_a_late_answer(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     crowded = start(slots=1, most_waiting=1, seconds=0.5)
-    monkeypatch.setattr(crowded.engine._steps, "ends", frozenset())  # answers as long as they may be
-    step = crowded.engine._steps.step
-    monkeypatch.setattr(crowded.engine._steps, "step", lambda *a: (time.sleep(0.005), step(*a))[1])
+    _slow_down(crowded, monkeypatch, 0.005)
     running = _busy(crowded, 2)
     with pytest.raises(openai.RateLimitError) as caught:
         _chat(crowded)
@@ -226,9 +232,7 @@ def test_a_full_queue_and_a_late_answer(start: Start, monkeypatch: pytest.Monkey
 
 def test_a_client_that_leaves_frees_its_slot(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = start(slots=1)
-    monkeypatch.setattr(slow.engine._steps, "ends", frozenset())
-    step = slow.engine._steps.step
-    monkeypatch.setattr(slow.engine._steps, "step", lambda *a: (time.sleep(0.02), step(*a))[1])
+    _slow_down(slow, monkeypatch, 0.02)
     for stream in (True, False):
         body = json.dumps({"messages": _messages(picture=False), "stream": stream, "max_tokens": 400}).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
@@ -253,7 +257,7 @@ def test_an_error_of_the_engine_is_no_leak_and_no_end(running: Running, monkeypa
         monkeypatch.undo()
         raise ValueError("private detail")
 
-    monkeypatch.setattr(running.engine._steps, "step", fail)
+    monkeypatch.setattr(DecodeSteps, "step", fail)
     with pytest.raises(openai.InternalServerError) as caught:
         _chat(running)
     assert "private detail" not in str(caught.value)
