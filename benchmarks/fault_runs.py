@@ -14,7 +14,6 @@ import random
 import shutil
 import signal
 import socket
-import struct
 import sys
 import time
 from collections.abc import Callable
@@ -48,46 +47,38 @@ class Board:
     """Numbers that forked ranks write and their parent reads, also after they were killed."""
 
     def __init__(self, ranks: int) -> None:
+        self._numbers = memoryview(mmap.mmap(-1, ranks * _FIELDS * 8)).cast("q", (ranks, _FIELDS))
         self.ranks = ranks
-        self._memory = mmap.mmap(-1, ranks * _FIELDS * 8)
         for rank in range(ranks):
-            self._put(rank, 1, _BEFORE)
-            self._put(rank, 2, _BEFORE)
+            self._numbers[rank, 1] = self._numbers[rank, 2] = _BEFORE
 
     def enter(self, rank: int, phase: int) -> None:
-        self._put(rank, 0, phase)
-        self._put(rank, 3 + phase, self.entries(rank, phase) + 1)
+        self._numbers[rank, 0] = phase
+        self._numbers[rank, 3 + phase] += 1
 
     def back(self, rank: int, phase: int) -> None:
         """In ``phase`` again, behind another one inside it."""
-        self._put(rank, 0, phase)
+        self._numbers[rank, 0] = phase
 
     def phase(self, rank: int) -> int:
-        return self._get(rank, 0)
+        return int(self._numbers[rank, 0])
 
     def entries(self, rank: int, phase: int) -> int:
-        return self._get(rank, 3 + phase)
+        return int(self._numbers[rank, 3 + phase])
 
     def at_step(self, rank: int, step: int, *, first: bool = False) -> None:
-        self._put(rank, 1, step)
+        self._numbers[rank, 1] = step
         if first:
-            self._put(rank, 2, step)
+            self._numbers[rank, 2] = step
 
     @property
     def step(self) -> int:
         """The last step that a rank has finished; -1 before the loop."""
-        return max(self._get(rank, 1) for rank in range(self.ranks))
+        return max(int(self._numbers[rank, 1]) for rank in range(self.ranks))
 
     @property
     def began_at(self) -> int:
-        return max(self._get(rank, 2) for rank in range(self.ranks))
-
-    def _put(self, rank: int, place: int, value: int) -> None:
-        struct.pack_into("q", self._memory, (rank * _FIELDS + place) * 8, value)
-
-    def _get(self, rank: int, place: int) -> int:
-        value: int = struct.unpack_from("q", self._memory, (rank * _FIELDS + place) * 8)[0]
-        return value
+        return max(int(self._numbers[rank, 2]) for rank in range(self.ranks))
 
 
 @dataclass

@@ -26,6 +26,8 @@ from cogtune.checkpoint.random import make_tiny
 PICTURES, STEPS = 800, 20
 _SAME = ("--model", "cogvlm2", "--data", "my-data")
 WALK = (
+    ("--help",),
+    ("train", "--help"),
     ("doctor", "--offline"),
     ("data", "check", "my-data", "--model", "cogvlm2"),
     ("data", "preview", "my-data", "--model", "cogvlm2"),

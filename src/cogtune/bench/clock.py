@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import statistics
 import sys
@@ -193,8 +192,3 @@ def cap_memory(size: str) -> None:
     if wanted > total:
         raise ConfigError(f"--cap is {size}, but the card has {total / GIB:.1f} GiB")
     torch.cuda.set_per_process_memory_fraction(wanted / total)
-
-
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

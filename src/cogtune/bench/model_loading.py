@@ -14,12 +14,12 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cogtune.bench.clock import host_memory_gib, memory_gib, wait
 from cogtune.bench.report import Results, table
 from cogtune.checkpoint.load import load_model, load_tower
 from cogtune.checkpoint.model_files import stored_tensors
@@ -42,8 +42,6 @@ MODES: dict[str, dict[str, Any]] = {
 GB = 10**9
 _RESULT = "RESULT "
 _ROW_SECONDS = 600
-_EVERY = 0.01  # seconds between looks at the process's memory
-_HELD = ("RssAnon", "RssShmem", "VmPin", "VmLck")
 
 
 def run_modes(names: Sequence[str], results: Results, *, model: str, device: str) -> None:
@@ -81,30 +79,22 @@ def measure(name: str, model: str, device: torch.device) -> dict[str, Any]:
     pieces = list(_pieces(Path(model), tower_only, options.get("vision_tower", True)))
     size = sum(length for _, _, length in pieces)
     first, again = _read(pieces), _read(pieces)  # the first may come from the disk
-    with watched() as memory:
-        began = time.perf_counter()
-        if tower_only:
-            loaded: Any = load_tower(model, dtype=dtype, device=device)
-        else:
-            loaded = load_model(model, dtype=dtype, device=device, **options)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - began
+    before, began = host_memory_gib(), time.perf_counter()
+    if tower_only:
+        loaded: Any = load_tower(model, dtype=dtype, device=device)
+    else:
+        loaded = load_model(model, dtype=dtype, device=device, **options)
+    wait(device)
+    seconds = time.perf_counter() - began
     found: dict[str, Any] = {
-        "read_bytes": size,
-        "load_s": seconds,
-        "first_read_s": first,
-        "read_s": again,
-        "host": memory,
-    }
-    found |= {"load_gb_s": size / GB / seconds, "read_gb_s": size / GB / again, "modules": type(loaded).__name__}
+        "read_bytes": size, "load_s": seconds, "first_read_s": first, "read_s": again,
+        "load_gb_s": size / GB / seconds, "read_gb_s": size / GB / again, "modules": type(loaded).__name__,
+        "host_before_gib": before.get("host_peak_gib"), **host_memory_gib(),
+    }  # fmt: skip
     if device.type == "cuda":
-        peaks = [torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)]
-        held = dict(zip(("allocated", "reserved", "after"), [*peaks, torch.cuda.memory_allocated(device)], strict=True))
-        found["device_gib"] = {key: value / 2**30 for key, value in held.items()}
-        if hasattr(torch.cuda, "host_memory_stats"):
-            stats = torch.cuda.host_memory_stats()
-            found["pinned_bytes"] = {key: stats[key] for key in stats if "bytes" in key and key.endswith("peak")}
+        allocated, reserved, _ = memory_gib(device)
+        after = torch.cuda.memory_allocated(device) / 2**30
+        found["device_gib"] = {"allocated": allocated, "reserved": reserved, "after": after}
     return found
 
 
@@ -137,41 +127,12 @@ def _read(pieces: Sequence[tuple[Path, int, int]]) -> float:
     return time.perf_counter() - began
 
 
-@contextmanager
-def watched() -> Iterator[dict[str, float]]:
-    """GB of host memory before the block and, at most, in it, as the system counts them; empty where it does not."""
-    found: dict[str, float] = {}
-    stop = threading.Event()
-
-    def look() -> None:
-        while not stop.wait(_EVERY):
-            for key, value in _held().items():
-                found[f"{key}_peak"] = max(found.get(f"{key}_peak", 0.0), value)
-
-    found |= {f"{key}_before": value for key, value in _held().items()}
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    try:
-        yield found
-    finally:
-        stop.set()
-        thread.join()
-
-
-def _held() -> dict[str, float]:
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return {}
-    lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-    return {key: int(lines[key].split()[0]) * 1024 / GB for key in _HELD if key in lines}
-
-
 def _line(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{row['name']}: {row['error']}"
     return (
         f"{row['name']}: {row['load_s']:.1f} s, {row['load_gb_s']:.2f} GB/s; plain read {row['read_gb_s']:.2f} GB/s "
-        f"(first {row['first_read_s']:.1f} s); host {row['host'].get('RssAnon_peak', 0):.2f} GB anonymous"
+        f"(first {row['first_read_s']:.1f} s); host {row.get('host_peak_gib', 0):.2f} GiB at most"
     )
 
 
@@ -182,11 +143,11 @@ def as_table(results: Results) -> str:
         if "error" in row:
             cells.append([row["name"], *[None] * 8])
             continue
-        device, host = row.get("device_gib", {}), row["host"]
-        numbers = [row["read_bytes"] / GB, row["load_s"], row["load_gb_s"], row["read_gb_s"]]
-        numbers += [host.get("RssAnon_before"), host.get("RssAnon_peak"), device.get("reserved"), device.get("after")]
+        device = row.get("device_gib", {})
+        numbers = [row["read_bytes"] / GB, row["load_s"], row["load_gb_s"], row["read_gb_s"], row["host_before_gib"]]
+        numbers += [row.get("host_peak_gib"), device.get("reserved"), device.get("after")]
         cells.append([row["name"], *[None if number is None else f"{number:.2f}" for number in numbers]])
-    columns = ["mode", "GB", "load s", "GB/s", "plain GB/s", "anon before", "anon peak", "GPU reserved", "GPU after"]
+    columns = ["mode", "GB", "load s", "GB/s", "plain GB/s", "host before", "host peak", "GPU reserved", "GPU after"]
     return table(columns, cells)
 
 

@@ -5,30 +5,22 @@ from __future__ import annotations
 import datetime
 import json
 import platform
-import subprocess
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import cogtune
-from cogtune.bench.clock import cores
 from cogtune.system import files
+from cogtune.system.machine import commit, cores, versions
 
 _LIBRARIES = ("transformers", "peft", "bitsandbytes", "triton", "deepspeed", "safetensors", "numpy")
 
 
 def circumstances(command: str) -> dict[str, Any]:
     """Command, date, commit, card and versions."""
-    found: dict[str, Any] = {"cogtune": cogtune.__version__, "python": platform.python_version()}
-    found |= {"torch": torch.__version__, "cuda": torch.version.cuda}
-    for name in _LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    own = {"cogtune": cogtune.__version__, "python": platform.python_version()}
     return {
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -36,7 +28,7 @@ def circumstances(command: str) -> dict[str, Any]:
         "card": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cards": torch.cuda.device_count(),
         "machine": f"{platform.machine()}, {cores()} cores",
-        "versions": found,
+        "versions": {**own, "torch": torch.__version__, "cuda": torch.version.cuda, **versions(_LIBRARIES)},
     }
 
 
@@ -52,19 +44,6 @@ def shown_command(words: Sequence[str]) -> str:
             shown = Path(word).name if word.startswith(("/", "~", "./", "../")) else word
             kept.append(f'"{shown}"' if " " in shown else shown)
     return " ".join(kept)
-
-
-def commit() -> str | None:
-    """The commit of the checkout this runs from, or of the file COMMIT beside it where git's folder did not travel."""
-    root = Path(cogtune.__file__).resolve().parents[2]
-    marker = root / "COMMIT"
-    if marker.is_file():
-        return marker.read_text(encoding="utf-8").strip()
-    try:
-        asked = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
-    except OSError:
-        return None
-    return asked.stdout.strip() or None
 
 
 def write_result(file: Path, record: Mapping[str, Any]) -> None:

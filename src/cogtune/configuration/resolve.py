@@ -7,12 +7,12 @@ than such facts: `cogtune.plan.choose` sets how many layers are recomputed by th
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Literal
 
 from cogtune.configuration.quantization import QuantSection
 from cogtune.configuration.training_sections import ParallelSection
 from cogtune.errors import SetupError
+from cogtune.system import machine
 from cogtune.system.byte_sizes import parse_size
 from cogtune.system.gpu import FIRST_WITH_BFLOAT16, FIRST_WITH_FP8, Gpu, gpu_of
 
@@ -110,7 +110,7 @@ def resolve_workers(asked: int | None, local_ranks: int = 1, cores: int | None =
     if asked is not None:
         return asked
     if cores is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = machine.cores()
     return max(0, min(_MOST_WORKERS, cores // local_ranks - _RESERVED_CORES))
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import os
 import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,13 +13,9 @@ from typing import Any
 import torch
 
 from cogtune.system import files
+from cogtune.system.machine import commit, cores, versions
 
 _LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy", "pillow", "easy-vqa")
-
-
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def use_all_cores() -> None:
@@ -32,16 +26,11 @@ def use_all_cores() -> None:
 
 def provenance(command: str) -> dict[str, Any]:
     """Command, commit, date, machine and library versions."""
-    versions = {"python": platform.python_version()}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
+    found = dict.fromkeys(_LIBRARIES, "not installed") | versions(_LIBRARIES)
     return {
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": commit(),
         "machine": {
             "system": platform.platform(),
             "cpu": _cpu_name(),
@@ -49,7 +38,7 @@ def provenance(command: str) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         },
-        "versions": versions,
+        "versions": {"python": platform.python_version(), **found},
     }
 
 
@@ -69,16 +58,6 @@ class Clock:
         """``seconds`` and ``cpu_seconds``, rounded to hundredths."""
         wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
         return {"seconds": round(wall, 2), "cpu_seconds": round(cpu, 2)}
-
-
-def _git(*arguments: str) -> str | None:
-    """Of the checkout the package runs from; None for an installed package."""
-    folder = Path(__file__).parent
-    try:
-        found = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return found.stdout.strip() or None
 
 
 def _cpu_name() -> str:
