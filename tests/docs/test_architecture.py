@@ -20,8 +20,10 @@ OTHER = {"auto", "image_features", "chat", "predict"}
 
 
 def items(text: str) -> list[str]:
-    """Numbered items and rows of tables, each with its continued lines."""
-    return re.findall(r"^(?:\d+\. |\| ).*(?:\n {2,}\S.*)*", text, re.M)
+    """Numbered items and rows of tables, each with its continued lines, and paragraphs that name a file."""
+    listed = re.compile(r"^(?:\d+\. |\| ).*(?:\n {2,}\S.*)*", re.M)
+    paragraphs = [part for part in listed.sub("", text).split("\n\n") if re.search(r"`[\w/]+\.py`", part)]
+    return [*listed.findall(text), *paragraphs]
 
 
 @cache
