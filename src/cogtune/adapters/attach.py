@@ -21,7 +21,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from cogtune.adapters.lora_layers import fast_adapter, make_fast
+from cogtune.adapters.lora_conversion import convert_lora_layers
+from cogtune.adapters.lora_layers import plain_adapter
 from cogtune.adapters.targets import is_dead_end, region, resolve_targets
 from cogtune.configuration.run_config import LoraSection
 from cogtune.errors import AdapterError, ConfigError
@@ -228,8 +229,7 @@ def _quiet() -> Iterator[None]:
 
 def _prepare(model: PeftModel) -> PeftModel:
     """Float32 masters, compute in the model's dtype, and no training of what cannot influence the loss."""
-    for _, layer in _lora_layers(model):
-        make_fast(layer)
+    convert_lora_layers(model)
     for name in dead_ends(model):
         for parameter_name, parameter in model.get_submodule(name).named_parameters():
             if "lora_" in parameter_name:
@@ -239,7 +239,7 @@ def _prepare(model: PeftModel) -> PeftModel:
 
 def computed_by_peft(model: PeftModel) -> list[str]:
     """Adapted modules whose update peft's own, slower forward computes (DoRA, say)."""
-    return [name for name, layer in _lora_layers(model) if fast_adapter(layer) is None]
+    return [name for name, layer in _lora_layers(model) if plain_adapter(layer) is None]
 
 
 def dead_ends(model: PeftModel) -> list[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from cogtune.model.casting import converted
+from cogtune.model.compiler_workarounds import cast_unless_same
 
 
 def inverse_frequencies(head_dim: int, theta: float, device: torch.device | None = None) -> torch.Tensor:
@@ -47,4 +47,4 @@ def rotate(x_BHSE: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     """
     first, second = x_BHSE.chunk(2, dim=-1)
     rotated = torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
-    return converted(rotated, x_BHSE.dtype)
+    return cast_unless_same(rotated, x_BHSE.dtype)

@@ -2,21 +2,22 @@
 
 Plain layers leave it to the compiler. Three fp8 layers round between them (``model.quantized.fp8``). Three layers with
 low-rank updates would write every updated activation once more, each three times the size of x; their updates are taken
-into the product instead and its gradient, and those activations are never written.
+into the product instead and its gradient, and those activations are never written: 12 of 180 ms a step with adapters of
+rank 16 on all linear layers (docs/log.md, 2026-11-30).
 
-Shapes: M tokens, D hidden, I inner width, R ranks of the updates.
+Shapes: M tokens, D hidden, I inner width, O outputs, R ranks of the updates.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from cogtune.model.casting import converted
-from cogtune.model.fork import fork
+from cogtune.model.compiler_workarounds import add_product, cast_unless_same
 from cogtune.model.kernels import HAS_TRITON, kernel_available
 from cogtune.model.quantized.fp8 import Fp8Linear, frozen_gated_mlp
 
@@ -26,61 +27,63 @@ if HAS_TRITON:
 _WIDEST_RANK = 64  # of an update whose blocks fit beside a tile; wider ones are computed layer by layer
 
 
-class Updated(Protocol):
-    """A linear layer ``base(x) + (x A') (s B)'`` that can be asked for its parts (``adapters.lora_layers``)."""
+class LowRankUpdate(NamedTuple):
+    """``(dropout(x) A') (s B)'``, what an adapter adds to a layer's output."""
 
-    def update_rank(self) -> int | None:
-        """R; None where the layer does not compute in this way now (no adapter, several, DoRA, weights elsewhere)."""
-
-    def drops_inputs(self) -> bool:
-        """Whether A sees another input than the base, because of dropout."""
-
-    def base(self, x: torch.Tensor) -> torch.Tensor:
-        """base(x) [M, O]."""
+    first: torch.Tensor
+    """A [R, D], in the number format of x."""
+    second: torch.Tensor
+    """s B [O, R], in the number format of x."""
+    dropout: nn.Module | None
+    """What drops parts of A's input now, in training; None where A sees the base's."""
 
     def small(self, x: torch.Tensor) -> torch.Tensor:
-        """x A' [M, R], dropout included."""
+        """dropout(x) A' [M, R]."""
+        return functional.linear(x if self.dropout is None else self.dropout(x), self.first)
 
-    def first_matrix(self, dtype: torch.dtype) -> torch.Tensor:
-        """A [R, I]."""
 
-    def second_matrix(self, dtype: torch.dtype) -> torch.Tensor:
-        """s B [O, R]."""
+class Adapted(Protocol):
+    """A layer ``base_layer(x) + (dropout(x) A') (s B)'`` that hands out its parts (``adapters.lora_layers``)."""
 
-    def finish(self, x: torch.Tensor, small: torch.Tensor) -> torch.Tensor:
-        """The layer's output, given x A' as well."""
+    base_layer: nn.Module
+
+    def low_rank_update(self, dtype: torch.dtype) -> LowRankUpdate | None:
+        """The update with its matrices in ``dtype``; None where the layer does not compute in this way now (no adapter,
+        several, DoRA, weights elsewhere)."""
 
 
 def gated(gate: nn.Module, up: nn.Module, down: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """down(silu(gate(x)) * up(x)) for x [M, D]."""
     if isinstance(gate, Fp8Linear) and isinstance(up, Fp8Linear) and isinstance(down, Fp8Linear):
         return frozen_gated_mlp(x, gate, up, down)
-    if kernel_available(x) and all(_takes_part(layer) for layer in (gate, up, down)) and x.shape[0] > 0:
-        first, second, last = (cast(Updated, layer) for layer in (gate, up, down))
-        return _updated(first, second, last, x)
-    x_gate, x_up = fork(x, 2)
-    found: torch.Tensor = down(functional.silu(gate(x_gate)) * up(x_up))
+    if kernel_available(x) and x.shape[0] > 0:
+        updates = [_narrow_update(layer, x.dtype) for layer in (gate, up, down)]
+        known = [update for update in updates if update is not None]
+        if len(known) == 3:
+            return _updated([cast(Adapted, layer) for layer in (gate, up, down)], known, x)
+    found: torch.Tensor = down(functional.silu(gate(x)) * up(x))
     return found
 
 
-def _updated(gate: Updated, up: Updated, down: Updated, x: torch.Tensor) -> torch.Tensor:
-    if gate.drops_inputs() or up.drops_inputs():
-        x_gate, x_up, *others = fork(x, 4)
-        small = torch.cat([gate.small(others[0]), up.small(others[1])], dim=1)
-    else:  # x is read once for both
-        x_gate, x_up, x_small = fork(x, 3)
-        small = x_small @ torch.cat([gate.first_matrix(x.dtype), up.first_matrix(x.dtype)]).t()
-    parts = gate.base(x_gate), up.base(x_up), small, gate.second_matrix(x.dtype), up.second_matrix(x.dtype)
-    if down.drops_inputs():  # its update sees another input than its base, whose gradient is masked on its way back
+def _narrow_update(layer: Any, dtype: torch.dtype) -> LowRankUpdate | None:
+    update = layer.low_rank_update(dtype) if hasattr(layer, "low_rank_update") else None
+    return None if update is None or update.first.shape[0] > _WIDEST_RANK else update
+
+
+def _updated(layers: Sequence[Adapted], updates: Sequence[LowRankUpdate], x: torch.Tensor) -> torch.Tensor:
+    gate, up, down = layers
+    of_gate, of_up, of_down = updates
+    if of_gate.dropout is None and of_up.dropout is None:  # x is read once for both
+        small = x @ torch.cat([of_gate.first, of_up.first]).t()
+    else:
+        small = torch.cat([of_gate.small(x), of_up.small(x)], dim=1)
+    parts = gate.base_layer(x), up.base_layer(x), small, of_gate.second, of_up.second
+    if of_down.dropout is None:
+        inner, last = GatedProduct.apply(*parts, of_down.first)
+    else:  # down's update sees another input than its base, whose gradient is masked on its way back
         inner, _ = GatedProduct.apply(*parts, None)
-        return down.finish(inner, down.small(inner))
-    inner, last = GatedProduct.apply(*parts, down.first_matrix(x.dtype))
-    return down.finish(inner, last)
-
-
-def _takes_part(layer: Any) -> bool:
-    rank = layer.update_rank() if hasattr(layer, "update_rank") else None
-    return rank is not None and rank <= _WIDEST_RANK
+        last = of_down.small(inner)
+    return add_product(down.base_layer(inner), last, of_down.second)
 
 
 class GatedProduct(torch.autograd.Function):
@@ -127,7 +130,7 @@ def _inputs(
 
 def _product(*parts: torch.Tensor) -> torch.Tensor:
     gate, up = _inputs(*parts)
-    return converted(functional.silu(gate) * up, parts[0].dtype)
+    return cast_unless_same(functional.silu(gate) * up, parts[0].dtype)
 
 
 def _gradients(

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from cogtune.distributed.shards import note_whole_numel
-from cogtune.model.casting import converted
+from cogtune.model.compiler_workarounds import cast_unless_same
 from cogtune.model.quantized.nf4 import block_sizes, dequantises, nf4_linear
 
 
@@ -83,7 +83,7 @@ class _Int8Product(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(weight_OI, scale_O)
         product = functional.linear(x, weight_OI.to(x.dtype)) * scale_O
-        return converted(product if bias_O is None else product + bias_O, x.dtype)
+        return cast_unless_same(product if bias_O is None else product + bias_O, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional
 
 from cogtune.configuration.resolve import require_fp8
-from cogtune.model.casting import converted
+from cogtune.model.compiler_workarounds import cast_unless_same
 from cogtune.model.kernels import HAS_TRITON, kernel_available
 from cogtune.system.gpu import gpu_of
 
@@ -94,7 +94,7 @@ def scaled_product(
             a_MK, b_NK.t(), scale_a=scale_a, scale_b=scale_b.t(), bias=bias, out_dtype=dtype, use_fast_accum=True
         )
     product = (a_MK.float() @ b_NK.float().t()) * scale_a * scale_b.t()
-    return converted(product if bias is None else product + bias.float(), dtype)
+    return cast_unless_same(product if bias is None else product + bias.float(), dtype)
 
 
 def _product(
