@@ -86,7 +86,7 @@ def _measure_steps(
     for count in rows:
         begin(count)
         times = [_timed(lambda count=count: steps.step(list(range(count)), False), device) for _ in range(tokens)]
-        _add(results, "engine", shared, count, 1000 * sorted(times)[len(times) // 2], device)
+        _add(results, f"engine x{count}", shared, count, 1000 * sorted(times)[len(times) // 2], device)
     answer = [int(steps.begin(0, logits, position, ids.shape[1], greedy, 0))]
     answer += [int(steps.step([0], False)[0]) for _ in range(tokens)]
     same = next(
@@ -122,7 +122,7 @@ def _add(
         "peak_reserved_gib": round(max(reserved, shared["load_reserved_gib"]), 3),
         "driver_gib": None if driver is None else round(driver, 3),
     })  # fmt: skip
-    print(f"{name}, {rows} row{'s' if rows > 1 else ''}: {milliseconds:.2f} ms a step, {rate:.0f} tokens/s; "
+    print(f"{name}: {milliseconds:.2f} ms a step, {rate:.0f} tokens/s; "
           f"{reserved:.2f} GiB reserved", flush=True)  # fmt: skip
 
 
