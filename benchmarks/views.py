@@ -13,7 +13,8 @@ Cell = str | float | int
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
     """A Markdown table; a column that holds only numbers is right-aligned."""
-    numeric = [all(_is_number(row[index]) for row in rows) for index in range(len(columns))]
+    by_column = list(zip(columns, *rows, strict=True))
+    numeric = [all(map(_is_number, cells)) for _, *cells in by_column]
     lines = [columns, ["---:" if number else "---" for number in numeric], *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
