@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from fnmatch import fnmatch
 
 import pytest
 
@@ -24,6 +25,17 @@ def test_results_are_json_objects_that_say_how_they_were_made():
     for file in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
         assert {"command", "date"} <= content.keys(), file.name
+
+
+@pytest.mark.parametrize("page", ["README.md", "README_zh.md"])
+def test_the_results_page_names_every_file_and_its_command(page):
+    text = (ROOT / "benchmarks" / page).read_text(encoding="utf-8")
+    named = {pattern.removeprefix("results/") for pattern in re.findall(r"`([\w/*-]+\.json)`", text)}
+    files = {file.name for file in (ROOT / "benchmarks" / "results").glob("*.json")}
+    assert {file for file in files if not any(fnmatch(file, pattern) for pattern in named)} == set()
+    assert {pattern for pattern in named if not any(fnmatch(file, pattern) for file in files)} == set()
+    scripts = re.findall(r"python -m benchmarks\.(\w+)", text)
+    assert [script for script in scripts if not (ROOT / "benchmarks" / f"{script}.py").is_file()] == []
 
 
 def test_nothing_below_the_tests_imports_them():
