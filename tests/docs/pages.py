@@ -38,8 +38,8 @@ def name(page: Path) -> str:
 def chinese_twin(page: Path) -> Path | None:
     """Where the Chinese version of a page for users stands; None for pages that have none."""
     place = name(page)
-    if place in ("README.md", "benchmarks/README.md"):
-        return page.with_name("README_zh.md")
+    if place in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "configs/README.md"):
+        return page.with_stem(f"{page.stem}_zh")
     parts = page.relative_to(ROOT).parts
     if parts[0] == "docs" and parts[1] in ("guides", "concepts", "architecture.md", "errors.md", "README.md"):
         return ROOT.joinpath("docs", "zh", *parts[1:])
