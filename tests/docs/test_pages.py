@@ -87,9 +87,13 @@ PRIVATE = re.compile(
 )
 
 
+REFUSES_ADDRESSES = "tests/unit/serve/test_pictures.py"
+"""Its addresses are examples of private networks, from which a server must not fetch."""
+
+
 def test_nothing_private_is_tracked():
-    hits = [f"{name(path)}: {match[0]}" for path, text in tracked_texts() for match in PRIVATE.finditer(text)]
-    assert not hits
+    found = [(name(path), match[0]) for path, text in tracked_texts() for match in PRIVATE.finditer(text)]
+    assert [hit for hit in found if hit[0] != REFUSES_ADDRESSES or not re.fullmatch(r"[\d.]+", hit[1])] == []
 
 
 def test_docstrings_are_in_one_style():
