@@ -25,7 +25,7 @@ from cogtune.model.loss import head_loss, token_loss
 from cogtune.model.pretrained import CogVLM2PreTrainedModel
 from cogtune.model.rope import inverse_frequencies, rotary_tables
 from cogtune.model.routing import GPU_COLUMNS, Routing, row_positions
-from cogtune.model.swiglu import gated
+from cogtune.model.swiglu import swiglu_mlp
 from cogtune.model.vision import VisionModel
 
 
@@ -67,7 +67,7 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return gated(self.gate_proj, self.up_proj, self.down_proj, x)
+        return swiglu_mlp(self.gate_proj, self.up_proj, self.down_proj, x)
 
 
 class ExpertMLP(nn.Module):

@@ -52,7 +52,7 @@ class Adapted(Protocol):
         several, DoRA, weights elsewhere)."""
 
 
-def gated(gate: nn.Module, up: nn.Module, down: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def swiglu_mlp(gate: nn.Module, up: nn.Module, down: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """down(silu(gate(x)) * up(x)) for x [M, D]."""
     if isinstance(gate, Fp8Linear) and isinstance(up, Fp8Linear) and isinstance(down, Fp8Linear):
         return frozen_gated_mlp(x, gate, up, down)
