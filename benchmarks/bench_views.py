@@ -190,6 +190,29 @@ def numbers(content: dict[str, Any], chinese: bool) -> str:
     return f"{markdown([key.replace('_', ' ') for key in keys], cells)}\n\n{caption(content, chinese)}"
 
 
+def decoding(content: dict[str, Any], chinese: bool) -> str:
+    """Answers: the engine's steps beside ``generate()`` in the same run."""
+    rows = content["rows"]
+    alone = next((row["tokens_per_second"] for row in rows if row["name"] == "generate()"), None)
+    cells: list[list[Cell]] = [
+        [
+            f"`{row['name']}`", str(row["rows"]), f"{row['step_ms']:.2f}", f"{row['tokens_per_second']:,.0f}",
+            "-" if alone is None else f"{row['tokens_per_second'] / alone:.1f}x",
+            _number(row.get("new_picture_ms"), 0), _number(row.get("known_picture_ms"), 0),
+            f"{row['reserved_gib']:.1f}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    columns = (
+        ["方式", "同时回答", "每步（毫秒）", "token/秒", "相对单个 `generate()`", "首个 token，新图片（毫秒）",
+         "首个 token，已知图片（毫秒）", "显存占用（PyTorch 保留，GiB）"]
+        if chinese
+        else ["way", "answers at once", "step, ms", "tokens/s", "against one `generate()`",
+              "first token, new picture, ms", "first token, known picture, ms", "reserved, GiB"]
+    )  # fmt: skip
+    return f"{markdown(columns, cells)}\n\n{caption(content, chinese)}"
+
+
 def caption(content: dict[str, Any], chinese: bool) -> str:
     """Card, versions, date and commit, and folded up the command; of each run, where rows are from several."""
     if len(content.get("runs", [])) > 1:
@@ -216,7 +239,8 @@ def view_of(content: dict[str, Any]) -> Callable[[dict[str, Any], bool], str] | 
         "fit": fit,
         "launches": launches,
         "cards": many,
-        "decode": numbers,
+        "decode": decoding,
+        "answers": numbers,
         "fill": numbers,
         "loader": numbers,
     }.get(kind)

@@ -19,7 +19,7 @@ import triton.language as tl
 PLAIN, FP8, INT8, NF4 = 0, 1, 2, 3
 PART = 256  # columns that one program attends to; the same for any number of rows, and so is a row's result
 _BLOCK = 64
-MOST_ROWS = 16  # of `linear`; more rows use the card's matrix units well through its library
+MOST_ROWS = 64  # of `linear`: as many as one program holds
 
 
 @triton.jit
@@ -274,13 +274,16 @@ def linear(
         _norm[(rows,)](x, *norm[:1], normed, norm[1], width=width, block=triton.next_power_of_2(width), num_warps=8)
         x = normed
     exact = "ieee" if x.dtype == torch.float32 else "tf32"
-    _few[grid](x, *products, rows, features, exact=exact, block_r=16, **options)
+    block_r = max(16, triton.next_power_of_2(rows))
+    _few[grid](x, *products, rows, features, exact=exact, block_r=block_r, **options)
     return out
 
 
 def _tiles(rows: int, features: int, width: int, kind: int, gated: bool) -> dict[str, int]:
     """Tile sizes: the fastest of those tried on an H200 for this model's shapes (docs/log.md, 2026-11-30)."""
-    if rows > 1:
+    if rows > 16:
+        block_n, block_k, warps, stages = (64, 64, 4, 4) if gated or features > 65536 else (32, 128, 4, 4)
+    elif rows > 1:
         block_n, block_k, warps, stages = (64, 128, 4, 4) if gated or features > 65536 else (16, 256, 2, 4)
     elif features <= 512:  # the first matrix of an update
         block_n, block_k, warps, stages = 1, 4096, 8, 1
