@@ -1,10 +1,10 @@
-"""Attention of the decoder: expert projections on slices, one gather into rows, one gather out.
+"""Decoder attention: expert projections on contiguous slices, one gather into rows, one gather out.
 
-In a tree only the columns behind the first branching need a mask. They are asked apart from the columns before them,
-which see each other causally, so that the long shared beginning (the picture) runs at the speed of plain attention.
+In a tree only the columns after the first branch need a mask. They are computed in a second attention call, so the long
+shared prefix (the picture) runs as plain causal attention at full speed.
 
-Shapes: T tokens in sorted order, B rows, S columns, C cached columns, H query heads, K key/value heads, E head width,
-D hidden, F fused projection ((H + 2K) * E: all of q, then k, then v).
+Shapes: T tokens in sorted order, B rows, S columns, C cached columns, H query heads, K key/value heads, E head width, D
+hidden, F fused projection ((H + 2K) * E: all of q, then k, then v).
 """
 
 from __future__ import annotations
@@ -26,20 +26,26 @@ from cogtune.model.routing import Routing
 def by_expert(
     x_TD: torch.Tensor, num_vision: int, vision: nn.Module, language: nn.Module, *, text_only: bool = False
 ) -> torch.Tensor:
-    """Each expert on its own contiguous slice; both are always called, with zero rows if need be, so that sharded or
-    trained parts take part in every step on every rank. ``text_only``: there are no image tokens on any rank, as behind
-    a cache, and the language expert alone is called."""
+    """Apply each expert to its own contiguous slice.
+
+    Both experts always run, with zero rows if need be, so that sharded or trained parameters join every collective on
+    every rank. ``text_only``: no rank has image tokens, as behind a cache, so only the language expert runs.
+    """
     if text_only:
         return language(x_TD)
-    # one split, not two slices: its gradient is one cat, theirs two tensors of zeros and a sum
+    # One split instead of two slices: its backward pass is one cat, that of two slices is two zero-filled tensors and
+    # an addition.
     x_vision, x_language = x_TD.split([num_vision, x_TD.shape[0] - num_vision])
     return torch.cat([vision(x_vision), language(x_language)])
 
 
 class _Reorder(torch.autograd.Function):
-    """``x[take]``, whose gradient is ``g[back]``: a gather too, where the gradient of ``index_select`` would be an
-    addition of rows in no fixed order. Right wherever ``back`` says which row of the result each row of ``x`` went to,
-    and no gradient arrives in the others. ``without`` marks rows of ``x`` that went nowhere."""
+    """Gather ``x[take]`` whose backward pass is a gather too, ``g[back]``.
+
+    The backward pass of ``index_select`` is an index_add in no fixed order. The gather is correct if ``back`` holds the
+    row of the result that each row of ``x`` went to, and no gradient arrives in the other rows. ``without`` masks rows
+    of ``x`` that went nowhere.
+    """
 
     @staticmethod
     def forward(
@@ -56,21 +62,23 @@ class _Reorder(torch.autograd.Function):
 
 
 def into_rows(x_TF: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """Sorted order [T, F] to the row layout [B*S, F]. A column without a token repeats the first token; attention never
-    lets it reach a real one, so it brings no gradient back."""
+    """Gather sorted order [T, F] into the row layout [B*S, F].
+
+    A column without a token repeats the first token. Attention never lets it reach a real token, so its gradient is 0.
+    """
     if routing.to_rows is None or routing.from_rows is None:
         return x_TF
     return _Reorder.apply(x_TF, routing.to_rows, routing.from_rows, None)
 
 
 def out_of_rows(x_RD: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """The row layout [B*S, D] to sorted order [T, D]."""
+    """Gather the row layout [B*S, D] into sorted order [T, D]."""
     if routing.to_rows is None or routing.from_rows is None:
         return x_RD
     return _Reorder.apply(x_RD, routing.from_rows, routing.to_rows, routing.empty)
 
 
-# On Hopper cuDNN's kernels are up to twice as fast as the others (docs/log.md), but cuDNN plans anew for every length.
+# On Hopper cuDNN's kernels are up to twice as fast as the others (docs/log.md), but cuDNN builds a plan per length.
 _FASTEST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -84,9 +92,9 @@ def attend(
     causal: bool = False,
     lengths_vary: bool = False,
 ) -> torch.Tensor:
-    """Scaled dot-product attention by the fastest kernel there is for these inputs [B, H, S, E].
+    """Run scaled dot-product attention with the fastest available kernel for these inputs [B, H, S, E].
 
-    ``lengths_vary``: every call has another length, as in decoding.
+    ``lengths_vary``: the length changes with every call, as in decoding, so kernels with a plan per length are avoided.
     """
     grouped = q_BHSE.shape[1] != k_BKSE.shape[1]
     if not q_BHSE.is_cuda:
@@ -94,7 +102,8 @@ def attend(
             q_BHSE, k_BKSE, v_BKSE, attn_mask=mask, is_causal=causal, enable_gqa=grouped
         )
     if lengths_vary and mask is not None and grouped:
-        # the kernel that takes a mask takes no groups; the one that takes both writes out all scores in float32
+        # The fused kernel that supports a mask does not support grouped heads; the fallback that supports both
+        # materialises all scores in float32. Repeating keys and values is cheaper.
         copies = q_BHSE.shape[1] // k_BKSE.shape[1]
         k_BKSE, v_BKSE, grouped = k_BKSE.repeat_interleave(copies, 1), v_BKSE.repeat_interleave(copies, 1), False
     with sdpa_kernel(_UNPLANNED if lengths_vary else _FASTEST, set_priority=True):
@@ -104,7 +113,7 @@ def attend(
 
 
 class ExpertAttention(nn.Module):
-    """Grouped-query attention over rows with per-expert projections."""
+    """Grouped-query attention over rows, with separate projections for each expert."""
 
     def __init__(self, config: CogVLM2Config, layer_index: int) -> None:
         super().__init__()
@@ -129,11 +138,11 @@ class ExpertAttention(nn.Module):
         cache: Cache | None = None,
         kept: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention output of the T tokens, or of the ``kept`` ones only, in sorted order [T or K, D].
+        """Return the attention output of all T tokens, or of the ``kept`` ones only, in sorted order [T or K, D].
 
-        ``mask`` is bool [B, 1, queries, S or C] (True: visible) for the last columns of the row, all of them without a
-        tree's ``routing.prefix``; None means causal over the row, or everything visible where a single new column
-        reads a cache.
+        ``mask`` is bool [B, 1, queries, S or C] (True: visible) and covers the last columns of the row: those after
+        ``routing.prefix`` in a tree, otherwise all. None means causal attention over the row, or full visibility for a
+        single new column behind a cache.
         """
         qkv = by_expert(
             x_TD,
@@ -143,6 +152,7 @@ class ExpertAttention(nn.Module):
             text_only=routing.decoding,
         )
         if kept is not None and cache is None and routing.query_tokens is not None:
+            # last layer in training: few tokens are kept, so compute attention for their queries only
             context = self._context_of_queries(qkv, cos, sin, routing)
             return by_expert(context, routing.num_vision_kept, self.vision_expert_dense, self.language_expert_dense)
         rows, columns = routing.num_rows, routing.num_columns
@@ -151,7 +161,7 @@ class ExpertAttention(nn.Module):
             k, v = cache.update(k, v, self.layer_index)
             causal = mask is None and not routing.decoding
             context = attend(q, k, v, mask, causal=causal, lengths_vary=True)
-        elif routing.prefix:
+        elif routing.prefix:  # a tree: causal up to the first branch, masked after it
             first = routing.prefix
             before = attend(q[:, :, :first], k[:, :, :first], v[:, :, :first], causal=True)
             behind = attend(q[:, :, first:], k, v, mask)
@@ -171,7 +181,7 @@ class ExpertAttention(nn.Module):
     def _context_of_queries(
         self, qkv_TF: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, routing: Routing
     ) -> torch.Tensor:
-        """What the kept tokens see, [K, H * E]: only their queries are asked, all tokens' keys and values answer."""
+        """Return the kept tokens' context [K, H * E]: only their queries attend, over all tokens' keys and values."""
         assert routing.query_tokens is not None
         assert routing.query_columns is not None
         assert routing.from_queries is not None
@@ -190,9 +200,10 @@ class ExpertAttention(nn.Module):
 
 
 def _visible(routing: Routing, columns_BQ: torch.Tensor) -> torch.Tensor:
-    """Which columns the queries at ``columns`` ([B, Q] or [1, Q]) see in a left-aligned layout: bool [B or 1, 1, Q, S].
+    """Return which columns the queries at ``columns`` ([B, Q] or [1, Q]) see in a left-aligned layout: bool [B or 1, 1,
+    Q, S].
 
-    Earlier ones, and in a tree those of the own segment and its ancestors.
+    A query sees earlier columns; in a tree only those of its own segment and its ancestors.
     """
     key = torch.arange(routing.num_columns, device=columns_BQ.device)
     causal = columns_BQ[:, :, None] >= key
@@ -205,11 +216,10 @@ def _visible(routing: Routing, columns_BQ: torch.Tensor) -> torch.Tensor:
 
 
 def row_mask(routing: Routing) -> torch.Tensor | None:
-    """Which column of a row sees which, bool [B, 1, S - prefix, S] for the columns behind ``routing.prefix``; None
-    where plain causal attention is right.
+    """Return which column sees which, bool [B, 1, S - prefix, S] for the columns after ``routing.prefix``.
 
-    Causal attention is right without a tree wherever padding stands behind every real column. A padding column sees
-    itself, because a row of nothing but False has no softmax.
+    Returns None where plain causal attention is correct: without a tree, if padding follows every real column. A
+    padding column sees itself, because the softmax of a fully masked row is NaN.
     """
     if routing.row_segments is None and routing.row_mask is None:
         return None
@@ -224,10 +234,11 @@ def row_mask(routing: Routing) -> torch.Tensor | None:
 def cache_mask(
     cache: Cache, routing: Routing, attention_mask: torch.Tensor | None, past: int | torch.Tensor
 ) -> torch.Tensor | None:
-    """Which cached and new columns each new column sees, bool [B, 1, S, C]; made before the layers extend the cache.
-    None where plain causal attention is right (an unpadded prompt), or seeing everything (one new column).
+    """Return which cached and new columns each new column sees, bool [B, 1, S, C]. Call it before the layers extend the
+    cache.
 
-    ``attention_mask`` [B, past + S] hides padding. A static cache's columns beyond the new ones stay hidden.
+    Returns None where plain causal attention is correct (an unpadded prompt) or everything is visible (one new column).
+    ``attention_mask`` [B, past + S] hides padding. A static cache's unused columns stay hidden.
     """
     columns = routing.num_columns
     length, _ = cache.get_mask_sizes(columns, 0)

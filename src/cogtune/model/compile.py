@@ -1,12 +1,12 @@
-"""torch.compile of the layers: one compiled function for all decoder layers and one for all tower layers.
+"""torch.compile for layers: one compiled function for all decoder layers and one for all tower layers.
 
-Sizes are symbols from the start, so other lengths and other numbers of pictures need no new compilation. (In a module
-that FSDP has sharded they become symbols when they first change: decision 15.) What does need one: the first layer (no
-gradient goes below it), the last (only labelled tokens), the others; one row or several; with or without pictures; a
-tree or none; training or not. These kinds are few, and each is compiled when it first comes.
+Sizes are symbolic from the start, so a new length or number of pictures needs no recompilation. (In a module that FSDP
+has sharded they become symbolic at their first change: decision 15.) These differences do cause one: first layer (no
+input gradient), last layer (labelled tokens only) or another; one row or several; with or without pictures; a tree or
+none; training or not. Each of these few variants is compiled at its first use.
 
-The compiled part is a layer's ``compute``: recomputation and an engine's hooks on the layer stay outside it. A forward
-with a key/value cache is not compiled: its lengths change with every token, and its caller may compile it whole.
+Only a layer's ``compute`` is compiled; activation checkpointing and an engine's hooks stay outside. A forward pass with
+a key/value cache is not compiled: its lengths change with every token, and its caller may compile it as a whole.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from cogtune.model.modeling import CogVLM2ForCausalLM, DecoderLayer
 from cogtune.model.vision import VisionLayer, VisionModel
 from cogtune.system.gpu import gpu_of
 
-_MOST_KINDS = 64  # torch's own limit of 8 would run further kinds of layers uncompiled
-_WORKERS_READY = 60  # seconds to wait for them before the first layer is compiled without
-# Elementwise kernels that do not wait for each other become one. With adapters on all linear layers a step has
-# thousands that only cast or scale a small matrix, and the host is what one waits for (docs/log.md).
+_MOST_KINDS = 64  # beyond torch's default of 8 variants, further ones would silently run eagerly
+_WORKERS_READY = 60  # seconds to wait for the compile workers before compiling without them
+# Merge independent elementwise kernels into one. With adapters on all linear layers a step has thousands of kernels
+# that only cast or scale a small matrix, and becomes bound by kernel launches on the host (docs/log.md).
 _MERGED = {"combo_kernels": True, "combo_kernels_pointwise_only": True}
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch can generate kernels for ``device``: compiling pays by default then."""
+    """Return whether torch can generate kernels for ``device``. If so, compilation is on by default."""
     gpu = gpu_of(device)
     return gpu is not None and gpu.compiled_for and HAS_TRITON
 
 
 def prepare_compiling(device: torch.device) -> None:
-    """Set torch's compiler, in this whole process, to what the layers need, and start its worker processes for
-    generated kernels in the background. Comes before `compile_layers`, best before weights load.
+    """Configure torch's compiler for the layers, process-wide, and start its worker processes in the background.
 
-    Until the workers are up torch compiles kernel after kernel in this process.
+    Call it before `compile_layers`, best before weights load. Until the workers are up, torch compiles kernels one by
+    one in this process.
     """
     compiler: Any = torch._dynamo.config
-    # Under DDP the compiler would cut each layer at the borders of gradient buckets, and cannot cut one that holds a
-    # function with a gradient of its own.
+    # Under DDP the compiler splits each layer's graph at gradient bucket boundaries, and fails to split one that
+    # contains a custom autograd function.
     compiler.optimize_ddp = False
-    # Left alone the compiler takes each number of a layer (an epsilon, an adapter's scale) for an input that varies: a
-    # tensor on the CPU, with kernels of its own, for which it first tries out the host's instruction sets for a minute.
+    # By default the compiler treats each float of a layer (an epsilon, an adapter's scale) as a dynamic input: a CPU
+    # tensor with kernels of its own, for which it first probes the host's instruction sets for a minute.
     compiler.specialize_float = True
     compiler.recompile_limit = max(compiler.recompile_limit, _MOST_KINDS)
     if can_compile(device):
@@ -76,20 +76,20 @@ def _start_workers() -> None:
     from torch._inductor.async_compile import AsyncCompile
 
     if os.environ.get("TORCH_WARM_POOL", "1") == "1":  # torch's own switch
-        with suppress(TimeoutError):  # then the first kernels are compiled here, as without workers
+        with suppress(TimeoutError):  # the first kernels are then compiled in this process
             AsyncCompile.wait_pool_ready(timeout=_WORKERS_READY)
 
 
 def compile_layers(
     model: CogVLM2ForCausalLM, backend: str | Any = "inductor", *, fullgraph: bool = False, symbolic_sizes: bool = True
 ) -> None:
-    """Make every decoder and tower layer of ``model`` run compiled from now on.
+    """Run every decoder and tower layer of ``model`` compiled from now on.
 
     Args:
-        model: the model, in place.
-        backend: what compiles the graphs; see `torch.compile`.
-        fullgraph: a layer that cannot be one graph is an error.
-        symbolic_sizes: sizes are symbols from the start. False: a size is a constant until another one comes.
+        model: the model, changed in place.
+        backend: the compiler backend; see `torch.compile`.
+        fullgraph: raise an error if a layer does not compile into one graph.
+        symbolic_sizes: treat sizes as symbolic from the start. False: a size is constant until it changes.
 
     Raises:
         RuntimeError: `prepare_compiling` was not called before.
@@ -101,7 +101,7 @@ def compile_layers(
 
 
 def compile_tower(vision: VisionModel) -> None:
-    """Make every tower layer of ``vision`` run compiled from now on."""
+    """Run every tower layer of ``vision`` compiled from now on."""
     _compile(VisionLayer, vision.transformer.layers, "inductor", False, True)
 
 
@@ -118,7 +118,7 @@ def _compile(kind: Any, layers: Iterable[Any], backend: str | Any, fullgraph: bo
 
 
 class _Compute:
-    """A layer's ``compute``: compiled, except with a cache."""
+    """A layer's ``compute``: compiled, or eager when it is called with a cache."""
 
     def __init__(self, plain: Any, compiled: Any, layer: nn.Module) -> None:
         self._plain, self._compiled = MethodType(plain, layer), MethodType(compiled, layer)
@@ -130,5 +130,5 @@ class _Compute:
 
 
 def compiled_graphs() -> int:
-    """How many graphs torch.compile has made in this process."""
+    """Return how many graphs torch.compile has made in this process."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])

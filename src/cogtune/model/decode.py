@@ -1,10 +1,10 @@
 """One decode step for many sequences: the next token's logits of every row, from its slot of keys and values.
 
-A token that is decoded is a text token, so the step is a plain Llama step: the language experts alone, nothing sorted,
-nothing called on zero rows, no wait for the device. `prefill` is the model's ordinary forward into a slot.
+A decoded token is a text token, so the step is a plain Llama step: only the language experts run, and nothing is sorted
+or synchronised with the host. `prefill` is the model's ordinary forward pass into a slot.
 
-Shapes: R rows (sequences that decode now), S slots, C columns, H query and K key/value heads, E head width, D hidden,
-V vocabulary, L tokens of a prompt.
+Shapes: R rows (sequences that decode now), S slots, C columns, H query and K key/value heads, E head width, D hidden, V
+vocabulary, L tokens of a prompt.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ def prefill(
     image_features: torch.Tensor | None = None,
     start: int = 0,
 ) -> tuple[torch.Tensor, int]:
-    """Write a prompt's keys and values into a slot, by the model's own forward.
+    """Write a prompt's keys and values into a slot with the model's own forward pass.
 
     Args:
-        view: the slot; what it holds already is the prompt's beginning.
-        input_ids, token_type_ids: int64 [1, L] on the CPU, of the columns that are new.
-        image_features: [N, grid * grid, vision hidden] for the images among them; only at an empty slot.
-        start: the position of the first new column behind a beginning.
+        view: the slot. Columns that it already holds are the prompt's prefix.
+        input_ids, token_type_ids: int64 [1, L] on the CPU, of the new columns only.
+        image_features: [N, grid * grid, vision hidden] for the images among them; only for an empty slot.
+        start: the position of the first new column, behind a prefix.
 
     Returns:
-        The logits behind the last column, float32 [V], and the position of the column to come.
+        The logits behind the last column, float32 [V], and the position of the next column.
 
     Raises:
-        ValueError: images behind a beginning, or features that do not fit the image tokens.
+        ValueError: images behind a prefix, or features that do not fit the image tokens.
     """
     columns = input_ids.shape[1]
     device = model.device
@@ -72,14 +72,14 @@ def decode(
     lengths_R: torch.Tensor,
     columns: int | None = None,
 ) -> torch.Tensor:
-    """Logits float32 [R, V] behind each row's newest token, whose keys and values go into its slot.
+    """Return logits float32 [R, V] behind each row's newest token, and write its keys and values into its slot.
 
     Args:
-        slots_R: each row's slot, no two the same.
+        slots_R: each row's slot, all different.
         tokens_R: the newest tokens, which the slots do not hold yet.
         positions_R: their positions.
-        lengths_R: columns that each slot holds, all below C; the new one is written behind them.
-        columns: look at the first ``columns`` only; above every length. None: all of them.
+        lengths_R: number of columns that each slot holds, all below C; the new one is written behind them.
+        columns: attend to the first ``columns`` only; must exceed every length. None: all of them.
     """
     decoder = model.model
     h = decoder.embed_tokens(tokens_R)

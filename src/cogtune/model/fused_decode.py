@@ -1,8 +1,8 @@
-"""A decode step through kernels of its own, for GPUs with Triton: six launches a layer, nothing waits for the host.
+"""A decode step with fused Triton kernels, for GPUs: six launches per layer, no synchronisation with the host.
 
-The same computation as `model.decode.decode`, rounded less often: a norm's scale is applied to the product behind it.
-Up to `MOST_ROWS` rows every product reads its weight in the storage format and takes adapters along; with more rows the
-modules compute the products, through the libraries that are fastest then.
+Computes what `model.decode.decode` does with fewer roundings: a norm's scale is applied after the product that follows
+it. Up to `MOST_ROWS` rows, products read weights in their storage format and include the adapters. With more rows the
+modules compute the products, because library kernels are faster there.
 
 Shapes: R rows, D hidden, V vocabulary, I input and O output features.
 """
@@ -25,7 +25,7 @@ from cogtune.model.slots import SlotCache
 
 
 def weight_of(layer: Any) -> kernels.Weight | None:
-    """A layer's weight as the kernels read it; None where they cannot."""
+    """Return a layer's weight in the form that the kernels read, or None if they cannot read it."""
     if getattr(layer, "bias", None) is not None:
         return None
     if type(layer) is nn.Linear:
@@ -54,7 +54,7 @@ def weight_of(layer: Any) -> kernels.Weight | None:
 
 
 class Projection:
-    """One product of a step, or two that share their input, with the adapters that are on them now.
+    """One product of a step, or two that share their input, with the adapters that are active now.
 
     Attributes:
         modules: the layers, as the model calls them.
@@ -70,16 +70,20 @@ class Projection:
 
     @property
     def most_rows(self) -> int:
-        """How many rows the kernels compute; none where they cannot read a weight. NF4 is read for one row: for more it
-        pays to make the weight."""
+        """How many rows the kernels compute; 0 if they cannot read a weight.
+
+        NF4 is read directly for one row only: with more rows dequantising the weight is faster.
+        """
         kinds = [weight.kind if weight is not None else None for weight in self.weights]
         if None in kinds:
             return 0
         return 1 if kernels.NF4 in kinds else kernels.MOST_ROWS
 
     def __call__(self, x: torch.Tensor, *, norm: Any = None, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """[R, I] -> [R, O]; of two products silu(first) * second. The module ``norm`` comes before, ``residual`` is
-        added."""
+        """Map [R, I] to [R, O]; two products give silu(first) * second.
+
+        The module ``norm`` is applied before, ``residual`` is added after.
+        """
         if x.shape[0] > self.most_rows:
             return self._by_modules(x if norm is None else norm(x), residual)
         weight, *gated = self.weights
@@ -101,7 +105,7 @@ class Projection:
 
 
 def _is_plain(module: Any) -> bool:
-    """Whether a layer's adapters are low-rank updates and nothing more (no DoRA, no bias of their own)."""
+    """Return whether a layer's adapters are plain low-rank updates (no DoRA, no bias of their own)."""
     if not isinstance(module, LoraLayer) or module.disable_adapters or module.merged:
         return True
     names = [name for name in module.active_adapters if name in module.lora_A]
@@ -109,8 +113,11 @@ def _is_plain(module: Any) -> bool:
 
 
 def _updates(modules: Sequence[Any], dtype: torch.dtype) -> tuple[kernels.Weight | None, list[torch.Tensor]]:
-    """The active adapters of layers that share an input: all first matrices below each other [rank, I], and of each
-    layer the scaled second matrix [O, rank], 0 where a rank is another layer's. The rank is padded to a power of 2."""
+    """Return the active adapters of layers that share an input, stacked into one pair of products.
+
+    The first matrices are stacked by rows [rank, I]. Each layer gets its scaled second matrix [O, rank], which is 0 at
+    ranks of the other layer. The rank is padded to a power of 2.
+    """
     parts: list[tuple[int, torch.Tensor, torch.Tensor]] = []
     for place, module in enumerate(modules):
         if not isinstance(module, LoraLayer) or module.disable_adapters or module.merged:
@@ -155,7 +162,7 @@ class _Layer:
 
 
 class FusedDecode:
-    """`decode` of one model, with the adapters that are on it when this is made."""
+    """`decode` for one model, with the adapters that are active when the object is created."""
 
     def __init__(self, model: CogVLM2ForCausalLM) -> None:
         self._model = model
@@ -164,7 +171,8 @@ class FusedDecode:
 
     @staticmethod
     def fits(model: CogVLM2ForCausalLM) -> bool:
-        """Whether the kernels can compute ``model``: norms are the model's own, and the embedding is on the card."""
+        """Return whether the kernels support ``model``: the norms are the model's own, and the embedding is on the
+        GPU."""
         layers: Any = model.model.layers
         norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
         plain = all(type(norm) is RMSNorm for norm in (*norms, model.model.norm))
@@ -179,7 +187,8 @@ class FusedDecode:
         positions_R: torch.Tensor,
         lengths_R: torch.Tensor,
     ) -> torch.Tensor:
-        """Logits float32 [R, V], as `decode`; a row whose slot is not there (S or more) reads and writes nothing."""
+        """Return logits float32 [R, V], as `decode` does. A row whose slot is out of range (S or more) reads and writes
+        nothing."""
         decoder = self._model.model
         h = decoder.embed_tokens(tokens_R)
         cos, sin = (table.flatten(1).contiguous() for table in decoder.rotary(positions_R[:, None], h.dtype))

@@ -1,7 +1,7 @@
-"""The loss: the sum over supervised tokens, divided by a count the caller may set to that of the global batch.
+"""The loss: a sum over supervised tokens, divided by a count that the caller may set to that of the global batch.
 
-Shapes: M targets, D hidden, V vocabulary. In training the logits of a few hundred tokens exist at a time, never all: a
-frozen head's gradient is taken where its logits are, in the forward pass, and only its [M, D] result is kept.
+Shapes: M targets, D hidden, V vocabulary. In training only the logits of a few hundred tokens exist at a time. For a
+frozen head the gradient is computed in the forward pass, chunk by chunk, and only its [M, D] result is kept.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from cogtune.configuration.shapes import LOSS_CHUNK
 
 
 def token_loss(logits_MV: torch.Tensor, targets_M: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
-    """Cross entropy in float32: sum over M targets divided by ``num_items``, or by M itself (a token mean).
+    """Return the float32 cross entropy, summed over M targets and divided by ``num_items``, or by M itself (a token
+    mean).
 
-    With no target at all the result is 0 and still carries a graph, so that every rank can run its backward.
+    Without targets the result is 0 and still has a graph, so that every rank can run its backward pass.
     """
     return _averaged(_summed(logits_MV, targets_M), targets_M, num_items)
 
@@ -31,10 +32,10 @@ def head_loss(
     targets_M: torch.Tensor,
     num_items: torch.Tensor | int | None,
 ) -> torch.Tensor:
-    """``token_loss(head(hidden), ...)`` without all logits at once.
+    """Compute ``token_loss(head(hidden), ...)`` without materialising all logits at once.
 
-    A head that trains, or is adapted, quantised or sharded, is called as the module it is; its logits are computed a
-    second time in the backward pass where there are more than ``LOSS_CHUNK``.
+    A head that is trained, adapted, quantised or sharded is called as a module. Above ``LOSS_CHUNK`` targets its logits
+    are recomputed in the backward pass.
     """
     if isinstance(head, nn.Linear) and _is_plain(head, vocab_size, hidden_MD):
         total: torch.Tensor = _FrozenHeadLoss.apply(hidden_MD, head.weight, targets_M)
@@ -59,15 +60,18 @@ def _chunk(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torc
 
 
 def _is_plain(head: nn.Linear, vocab_size: int, hidden: torch.Tensor) -> bool:
-    """Whether the head is its weight and nothing else: whole, frozen and in the number format of the computation."""
+    """Return whether the head is a plain weight: whole, frozen, without bias and in the dtype of the hidden states."""
     weight, shape = head.weight, (vocab_size, hidden.shape[-1])
     whole = type(head) is nn.Linear and type(weight) is nn.Parameter and weight.shape == shape
     return whole and head.bias is None and not weight.requires_grad and weight.dtype == hidden.dtype
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
-    """The summed loss of a frozen head. The gradient for the hidden states is that of the sum; what comes in backward
-    (1 / count, loss scales) multiplies it in float32, so small counts of it underflow no sooner than before."""
+    """Summed loss of a frozen head, with the hidden states' gradient computed in the forward pass.
+
+    That gradient belongs to the sum. The incoming gradient (1 / count, a loss scale) multiplies it in float32 in the
+    backward pass, so a small factor underflows no earlier than without this function.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden_MD: torch.Tensor, weight_VD: torch.Tensor, targets_M: torch.Tensor) -> torch.Tensor:
@@ -85,7 +89,8 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def _chunk(
         hidden: torch.Tensor, weight_VD: torch.Tensor, targets: torch.Tensor, needed: bool
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The summed loss of some tokens and, where needed, its gradient for them; two arrays of logits at most."""
+        """Return the summed loss of some tokens and, if needed, its gradient for them. Holds two arrays of logits at
+        most."""
         logits = functional.linear(hidden, weight_VD).float()
         total = functional.cross_entropy(logits, targets, reduction="sum")
         if not needed:

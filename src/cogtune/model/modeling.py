@@ -39,12 +39,12 @@ class CogVLM2Output(ModelOutput):
 
     @property
     def past_key_values(self) -> Cache | None:
-        """The cache under the name this project's contract uses; transformers renames it from version to version."""
+        """The cache under a stable name; transformers has renamed its own field between versions."""
         return self.cache
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm; the product with the weight is taken in float32, before the cast (spec 4.3)."""
+    """Root-mean-square norm. The weight is applied in float32, before the cast back (spec 4.3)."""
 
     def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class GatedMLP(nn.Module):
 
 
 class ExpertMLP(nn.Module):
-    """One gated MLP per expert, each on its slice."""
+    """One gated MLP per expert, each applied to its own slice."""
 
     def __init__(self, config: CogVLM2Config) -> None:
         super().__init__()
@@ -83,8 +83,8 @@ class ExpertMLP(nn.Module):
 
 
 class DecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm attention and MLP. With ``kept``, only those tokens' outputs are computed (the last layer needs no
-    others), while every token still gives its key and value."""
+    """Pre-norm attention and MLP around the residual stream. With ``kept``, only those tokens' outputs are computed
+    (the last layer needs no others), while every token still contributes its key and value."""
 
     def __init__(self, config: CogVLM2Config, layer_index: int) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         cache: Cache | None,
         kept: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The layer itself, without recomputation: what ``model.compile`` compiles."""
+        """Run the layer without activation checkpointing. This is the part that ``model.compile`` compiles."""
         attended = self.self_attn(self.input_layernorm(h_TD), cos, sin, mask, routing, cache, kept)
         if kept is not None:
             h_TD = h_TD.index_select(0, kept)
@@ -140,11 +140,11 @@ class CogVLM2Model(CogVLM2PreTrainedModel):
         self.register_load_state_dict_post_hook(lambda module, _keys: module.remember_rotary())
 
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The tower's cacheable output [N, Q, vision hidden] from pixels [N, 3, side, side]."""
+        """Return the tower's cacheable output [N, Q, vision hidden] from pixels [N, 3, side, side]."""
         return self.vision.features(pixel_values)
 
     def rotary(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine [B, 1, S, E/2] for the layers, in ``dtype`` (float32 when asked for by the configuration)."""
+        """Return cosine and sine [B, 1, S, E/2] in ``dtype``, or in float32 if the configuration asks for it."""
         if self.config.rope_precision == "float32":
             table = inverse_frequencies(self.config.head_dim, float(self.config.rope_theta), positions.device)
             return rotary_tables(table, positions)
@@ -164,7 +164,7 @@ class CogVLM2Model(CogVLM2PreTrainedModel):
         cache: Cache | None = None,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Final hidden states of the kept tokens, in sorted order [K, D]."""
+        """Return the final hidden states of the kept tokens, in sorted order [K, D]."""
         ids = input_ids.flatten()
         h = self.embed_tokens(ids if routing.token_index is None else ids.index_select(0, routing.token_index))
         if image_features is not None:
@@ -178,10 +178,10 @@ class CogVLM2Model(CogVLM2PreTrainedModel):
 
 
 class CogVLM2ForCausalLM(CogVLM2PreTrainedModel, CogVLM2Generation, GenerationMixin):
-    """The whole model, for training and, with ``generate``, for answers; see `forward` for the inputs.
+    """The whole model, for training and generation; see `forward` for the inputs.
 
-    ``from_pretrained`` takes the published folder, one saved here, a name on the hub, or an adapter's folder; of that
-    it loads the base first.
+    ``from_pretrained`` takes the published folder, one written by ``save_pretrained``, a hub name, or an adapter
+    folder, whose base model it loads first.
 
     Example:
         >>> model = CogVLM2ForCausalLM.from_pretrained("cogvlm2", dtype="auto", device_map="auto")
@@ -196,11 +196,11 @@ class CogVLM2ForCausalLM(CogVLM2PreTrainedModel, CogVLM2Generation, GenerationMi
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The token embedding."""
+        """Return the token embedding."""
         return self.model.embed_tokens
 
     def get_output_embeddings(self) -> nn.Module:
-        """The head."""
+        """Return the output head."""
         return self.lm_head
 
     def forward(
@@ -226,7 +226,7 @@ class CogVLM2ForCausalLM(CogVLM2PreTrainedModel, CogVLM2Generation, GenerationMi
         output_hidden_states: bool | None = None,
         return_dict: bool | None = True,
     ) -> CogVLM2Output:
-        """One pass over a batch.
+        """Run one forward pass over a batch.
 
         Args:
             input_ids: int64 [B, L]; ``config.pad_token_id`` at image positions.
@@ -298,7 +298,7 @@ class CogVLM2ForCausalLM(CogVLM2PreTrainedModel, CogVLM2Generation, GenerationMi
     def _loss(
         self, hidden_KD: torch.Tensor, routing: Routing, num_items: torch.Tensor | int | None
     ) -> torch.Tensor | None:
-        """Loss of the routing's targets from the kept tokens' hidden states; None where there are no labels."""
+        """Return the loss of the routing's targets from the kept tokens' hidden states, or None without labels."""
         if routing.targets is None:
             return None
         predictors = routing.predictors
@@ -308,16 +308,16 @@ class CogVLM2ForCausalLM(CogVLM2PreTrainedModel, CogVLM2Generation, GenerationMi
     def image_features_of(
         self, routing: Routing, pixel_values: torch.Tensor | None, image_features: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """The tower's output for this batch, counted against the image tokens.
+        """Return the tower's output for this batch, after checking it against the number of image tokens.
 
-        In training a batch without images still gives zero rows, so that trained and sharded parts run on every rank;
-        a sharded model does so in validation as well, and runs a frozen tower too.
+        In training a batch without images still yields zero rows, so that trained and sharded parts run on every rank.
+        A sharded model does the same in validation, and runs a frozen tower too.
         """
         if pixel_values is not None and image_features is not None:
             raise ValueError("pixel_values and image_features are two forms of the same images; give one")
         training = self.training and torch.is_grad_enabled()
         vision = self.model.vision
-        # read whatever the batch holds: ZeRO-3 gathers a weight that is looked at, and all ranks have to take part
+        # Access `boi` for every batch: under ZeRO-3 this access is a collective all-gather, so no rank may skip it.
         place: dict[str, Any] = {"device": routing.positions.device, "dtype": vision.boi.dtype}
         if pixel_values is None and image_features is None and (training or vision.sharded):
             if vision.tower_trains() or (vision.sharded and vision.has_tower):
@@ -340,7 +340,7 @@ class CogVLM2ForCausalLM(CogVLM2PreTrainedModel, CogVLM2Generation, GenerationMi
 
 
 def _route(input_ids: torch.Tensor, given: tuple[torch.Tensor | None, ...], keep_columns: bool) -> Routing:
-    """Routing of a batch that came without one; the index arithmetic is done on the CPU."""
+    """Compute the routing of a batch that came without one; the index arithmetic runs on the CPU."""
     types, mask, segment_ids, segment_parents, labels = (None if t is None else t.cpu() for t in given)
     if types is None:
         types = torch.zeros(input_ids.shape, dtype=torch.long)
@@ -351,14 +351,15 @@ def _route(input_ids: torch.Tensor, given: tuple[torch.Tensor | None, ...], keep
 
 
 def _logits_loss(logits: torch.Tensor, routing: Routing, num_items: torch.Tensor | int | None) -> torch.Tensor:
-    """Loss of the routing's targets from the kept tokens' logits."""
+    """Return the loss of the routing's targets from the kept tokens' logits."""
     assert routing.targets is not None
     predicted = logits if routing.predictors is None else logits.index_select(0, routing.predictors)
     return token_loss(predicted, routing.targets, num_items)
 
 
 def _is_empty(cache: Cache) -> bool:
-    """Whether nothing is cached yet. A static cache counts in a tensor; a compiled step is never the first."""
+    """Return whether nothing is cached yet. A compiled step is never the first, so it reads no static cache's
+    length."""
     length = cache.get_seq_length()
     if isinstance(length, torch.Tensor) and torch.compiler.is_compiling():
         return False
@@ -366,7 +367,7 @@ def _is_empty(cache: Cache) -> bool:
 
 
 def _refuse_images_behind_cache(input_ids: torch.Tensor, token_type_ids: torch.Tensor | None) -> None:
-    """Images are read with the first tokens; behind a cache only text follows."""
+    """Raise ValueError for image tokens behind a cache; images come with the prompt."""
     if token_type_ids is None or torch.compiler.is_compiling():
         return
     if bool((token_type_ids[:, -input_ids.shape[1] :] == 1).any()):
@@ -380,7 +381,7 @@ def _next_positions(
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Positions of new text tokens: as given, from the whole sequence's types, or behind the cache's last one."""
+    """Return new text tokens' positions: as given, from the whole sequence's types, or behind the cache's last one."""
     new = input_ids.shape[1]
     if position_ids is not None:
         return position_ids

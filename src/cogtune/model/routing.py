@@ -1,4 +1,4 @@
-"""Which token goes where: computed once per forward, on the CPU, and handed to every layer.
+"""Index tensors that say which token goes where: computed once per forward pass on the CPU and shared by every layer.
 
 Shapes: B rows and L columns of the input, T real tokens (padding dropped), S columns of the attention layout,
 G segments per row, K kept tokens (those whose last hidden state is needed), M targets.
@@ -61,11 +61,11 @@ class Routing:
 
     @property
     def num_targets(self) -> int:
-        """How many labelled tokens this batch trains."""
+        """Number of labelled tokens in this batch."""
         return 0 if self.targets is None else int(self.targets.shape[0])
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Routing:
-        """The same routing with its tensors on ``device``."""
+        """Return the same routing with its tensors on ``device``."""
         moved: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -74,7 +74,7 @@ class Routing:
         return replace(self, **moved)
 
     def pin_memory(self) -> Routing:
-        """The same routing in pinned host memory (a DataLoader calls this)."""
+        """Return the same routing in pinned host memory. A DataLoader calls this."""
         pinned: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -111,13 +111,16 @@ class Routing:
 
     @classmethod
     def decode(cls, positions: torch.Tensor) -> Routing:
-        """New text tokens behind a cache: all language, identity layout. ``positions`` [B, S] on any device."""
+        """Return the routing of new text tokens behind a cache: language expert only, identity layout.
+
+        ``positions`` is [B, S], on any device.
+        """
         rows, columns = positions.shape
         empty = positions.new_empty(0)
         return cls(rows, columns, 0, None, None, None, positions, empty, decoding=True)
 
     def keep_all(self) -> Routing:
-        """Every token's last hidden state is wanted; targets keep pointing at their predictors."""
+        """Return a routing that keeps every token's last hidden state; ``predictors`` still select the same tokens."""
         if self.kept is None:
             return self
         predictors = self.kept if self.predictors is None else self.kept.index_select(0, self.predictors)
@@ -127,7 +130,8 @@ class Routing:
         )  # fmt: skip
 
     def keep_last(self, count: int) -> Routing:
-        """Only the last ``count`` columns' hidden states are wanted (0: all), in a layout that keeps the columns."""
+        """Return a routing that keeps only the last ``count`` columns' hidden states (0: all). The layout must keep the
+        input's columns."""
         everything = self.keep_all()
         if count == 0 or count >= self.num_columns:
             return everything
@@ -139,7 +143,7 @@ class Routing:
         return replace(everything, kept=kept, num_vision_kept=int((kept < self.num_vision).sum()))
 
     def scatter(self, values: torch.Tensor, width: int, count: int = 0) -> torch.Tensor:
-        """Kept tokens' values [K, V] back into the input's columns: [B, width or count, V], 0 at padding."""
+        """Scatter kept tokens' values [K, V] into the input's columns: [B, width or count, V], 0 at padding."""
         columns = count if 0 < count < width else width
         source = self.token_index
         if source is None:
@@ -152,7 +156,7 @@ class Routing:
 
 
 def row_positions(token_type_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Positions of whole rows [B, L] without trees, on any device and without host syncs (decoding uses it).
+    """Return the positions of whole rows [B, L] without trees. Runs on any device without host synchronisation.
 
     Padding is skipped, as if it were not there; its own positions are 0.
     """
@@ -166,7 +170,12 @@ def row_positions(token_type_ids: torch.Tensor, attention_mask: torch.Tensor | N
 
 
 class _Builder:
-    """Numpy working state of `Routing.build`; arrays over packed tokens unless named otherwise."""
+    """Numpy working state of `Routing.build`.
+
+    Every array is indexed by packed token unless its name says otherwise. ``previous`` is the packed index of a token's
+    predecessor on its path from the root, -1 where there is none; ``starts`` marks the first token of every segment.
+    The constructor validates the inputs and derives experts and positions; `routing` turns them into index tensors.
+    """
 
     def __init__(
         self,
@@ -198,7 +207,7 @@ class _Builder:
         self._routes()
 
     def _plain_rows(self) -> None:
-        """Every row is one segment that starts at position 0."""
+        """Treat every row as one segment that starts at position 0."""
         self.starts = np.zeros(self.num_tokens, bool)
         self.starts[self.row_start[self.lengths > 0]] = True
         self.previous = np.arange(-1, self.num_tokens - 1)
@@ -238,19 +247,22 @@ class _Builder:
             )
 
     def _routes(self) -> None:
-        """Experts and positions of every token, along its path."""
+        """Assign an expert and a position to every token, along its path."""
         follows = ~np.append(self.starts[1:], True)  # the next packed token is in the same segment
         next_image = np.append(self.image[1:], False) & follows
         has_previous = self.previous >= 0
         previous_image = has_previous & self.image[self.previous]
         self.vision = self.image & next_image
+        # An image takes three positions: its first token, all inner tokens together, its last token. So a token
+        # repeats its predecessor's position exactly where both are inner tokens.
         inner = self.image & previous_image & next_image
         stays = inner & has_previous & inner[self.previous]
+        # Positions in a segment are a cumulative sum, offset by where the parent segment ends.
         steps = np.cumsum(~stays)
         positions = np.empty(self.num_tokens, int)
         start_index = np.flatnonzero(self.starts)
         ends = np.append(start_index[1:], self.num_tokens)
-        for start, end in zip(start_index, ends, strict=True):  # parents come first
+        for start, end in zip(start_index, ends, strict=True):  # parents precede children, so `before` is set already
             before = self.previous[start]
             base = 0 if before < 0 else positions[before] + (0 if stays[start] else 1)
             positions[start:end] = base + steps[start:end] - steps[start]
@@ -258,15 +270,16 @@ class _Builder:
         self.image_runs = _runs(self.image, self.starts)
 
     def routing(self, labels: torch.Tensor | None, keep_columns: bool, column_multiple: int) -> Routing:
-        """Assemble the index tensors."""
+        """Assemble the index tensors of the row layout, and those of trees, padding, targets and queries where
+        needed."""
         batch, width = self.shape
         order = np.argsort(~self.vision, kind="stable")  # sorted -> packed
         place = np.empty_like(order)
         place[order] = np.arange(self.num_tokens)  # packed -> sorted
         within = self.columns if keep_columns else np.arange(self.num_tokens) - np.repeat(self.row_start, self.lengths)
         columns = width if keep_columns else -(-int(self.lengths.max()) // column_multiple) * column_multiple
-        cell = self.rows * columns + within
-        to_rows = np.zeros(batch * columns, int)
+        cell = self.rows * columns + within  # packed -> flat index in the row layout [B*S]
+        to_rows = np.zeros(batch * columns, int)  # padding cells point at token 0
         to_rows[cell] = place
         row_positions_ = np.zeros(batch * columns, int)
         row_positions_[cell] = self.positions
@@ -298,12 +311,13 @@ class _Builder:
         )
 
     def _is_chain(self) -> bool:
-        """Whether every row is one unbranched path (a single answer, say): plain causal attention is right for it."""
+        """Return whether every row is one unbranched path (for example, a single answer), so plain causal attention is
+        correct."""
         number = np.arange(self.parents.shape[1])[None]
         return bool(((self.parents == number - 1) | (self.parents == UNUSED_PARENT)).all())
 
     def _unbranched(self) -> int:
-        """How many columns, from the first on, are one unbranched path in every row (left-aligned rows)."""
+        """Return how many leading columns belong to an unbranched path in every row (left-aligned rows)."""
         found = int(self.lengths.max())
         for row, parents in enumerate(self.parents):
             number = np.arange(parents.size)
@@ -314,7 +328,8 @@ class _Builder:
         return found
 
     def _tree_tensors(self, cell: np.ndarray, columns: int) -> dict[str, Any]:
-        """Segments in row layout and which segment sees which; padding is a segment that sees only itself."""
+        """Return each column's segment and the segment visibility matrix; padding is an extra segment that sees only
+        itself."""
         batch, groups = self.parents.shape
         row_segments = np.full(batch * columns, groups)
         row_segments[cell] = self.segment_of
@@ -329,13 +344,15 @@ class _Builder:
         }
 
     def _targets(self, labels: np.ndarray, place: np.ndarray) -> dict[str, Any]:
-        """Labelled tokens and the tokens that predict them; a root's first token has no predictor and is ignored."""
+        """Return labelled tokens and the tokens that predict them. A root's first token has no predictor and is
+        ignored."""
         require_shape("labels", labels.shape, self.shape)
         if (labels[~self.mask] != IGNORED_LABEL).any():
             raise ValueError("labels must be -100 at padding (attention_mask 0)")
         packed = labels[self.rows, self.columns]
         labelled = np.flatnonzero((packed != IGNORED_LABEL) & (self.previous >= 0))
         source = place[self.previous[labelled]]
+        # in a tree one token may predict the first token of several children: keep its hidden state once
         kept, predictors = np.unique(source, return_inverse=True)
         identity = predictors.size == kept.size and bool((predictors == np.arange(kept.size)).all())
         return {
@@ -347,7 +364,10 @@ class _Builder:
 
 
 def _queries(kept: np.ndarray, cells: np.ndarray, rows: int, columns: int, column_multiple: int) -> dict[str, Any]:
-    """The kept tokens row by row, where they are at most half of the columns. ``cells``: sorted -> b * S + column."""
+    """Arrange the kept tokens as rows of queries, if they fill at most half of the columns; otherwise return nothing.
+
+    ``cells`` [T] maps a sorted index to its cell in the row layout, b * S + column.
+    """
     cell = cells[kept]
     counts = np.bincount(cell // columns, minlength=rows)
     width = -(-int(counts.max(initial=0)) // column_multiple) * column_multiple
@@ -356,7 +376,7 @@ def _queries(kept: np.ndarray, cells: np.ndarray, rows: int, columns: int, colum
     by_cell = np.argsort(cell, kind="stable")
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
     row = cell[by_cell] // columns
-    place = row * width + np.arange(kept.size) - starts[row]
+    place = row * width + np.arange(kept.size) - starts[row]  # cell among the B*Q queries
     tokens, at, back = np.zeros(rows * width, int), np.zeros(rows * width, int), np.empty(kept.size, int)
     tokens[place], at[place], back[by_cell] = kept[by_cell], cell[by_cell] % columns, place
     return {
@@ -367,7 +387,7 @@ def _queries(kept: np.ndarray, cells: np.ndarray, rows: int, columns: int, colum
 
 
 def _runs(image: np.ndarray, starts: np.ndarray) -> tuple[int, ...]:
-    """Lengths of the runs of image tokens; a run never crosses the start of a segment."""
+    """Return the lengths of all runs of image tokens; a run never crosses the start of a segment."""
     begins = image & (starts | ~np.concatenate([[False], image[:-1]]))
     if not begins.any():
         return ()

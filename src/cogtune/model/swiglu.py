@@ -1,9 +1,9 @@
-"""down(silu(gate(x)) * up(x)), the way that suits what the three layers are.
+"""down(silu(gate(x)) * up(x)), computed in the way that suits the three layers.
 
-Plain layers leave it to the compiler. Three fp8 layers round between them (``model.quantized.fp8``). Three layers with
-low-rank updates would write every updated activation once more, each three times the size of x; their updates are taken
-into the product instead and its gradient, and those activations are never written: 12 of 180 ms a step with adapters of
-rank 16 on all linear layers (docs/log.md, 2026-11-30).
+Plain layers are left to the compiler. Three fp8 layers round activations in between (``model.quantized.fp8``). For
+three layers with low-rank updates, the updates are fused into the product and its gradient. Otherwise each updated
+activation, three times the size of x, would be written to memory once more. With rank 16 adapters on all linear layers
+this saves 12 of 180 ms per step (docs/log.md, 2026-11-30).
 
 Shapes: M tokens, D hidden, I inner width, O outputs, R ranks of the updates.
 """
@@ -24,36 +24,38 @@ from cogtune.model.quantized.fp8 import Fp8Linear, frozen_gated_mlp
 if HAS_TRITON:
     from cogtune.model.kernels import swiglu
 
-_WIDEST_RANK = 64  # of an update whose blocks fit beside a tile; wider ones are computed layer by layer
+_WIDEST_RANK = 64  # the fused kernel keeps an update's blocks on chip with its tile; wider ones run layer by layer
 
 
 class LowRankUpdate(NamedTuple):
-    """``(dropout(x) A') (s B)'``, what an adapter adds to a layer's output."""
+    """``(dropout(x) A') (s B)'``, the term that an adapter adds to a layer's output."""
 
     first: torch.Tensor
     """A [R, D], in the number format of x."""
     second: torch.Tensor
     """s B [O, R], in the number format of x."""
     dropout: nn.Module | None
-    """What drops parts of A's input now, in training; None where A sees the base's."""
+    """Active dropout on A's input; None where A reads the same input as the base layer."""
 
     def small(self, x: torch.Tensor) -> torch.Tensor:
-        """dropout(x) A' [M, R]."""
+        """Return dropout(x) A' [M, R]."""
         return functional.linear(x if self.dropout is None else self.dropout(x), self.first)
 
 
 class Adapted(Protocol):
-    """A layer ``base_layer(x) + (dropout(x) A') (s B)'`` that hands out its parts (``adapters.lora_layers``)."""
+    """A layer ``base_layer(x) + (dropout(x) A') (s B)'`` that exposes its parts (``adapters.lora_layers``)."""
 
     base_layer: nn.Module
 
     def low_rank_update(self, dtype: torch.dtype) -> LowRankUpdate | None:
-        """The update with its matrices in ``dtype``; None where the layer does not compute in this way now (no adapter,
-        several, DoRA, weights elsewhere)."""
+        """Return the update with its matrices in ``dtype``, or None if the layer currently computes something else.
+
+        That is the case with no adapter, several adapters, DoRA, or offloaded weights.
+        """
 
 
 def swiglu_mlp(gate: nn.Module, up: nn.Module, down: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """down(silu(gate(x)) * up(x)) for x [M, D]."""
+    """Return down(silu(gate(x)) * up(x)) for x [M, D]."""
     if isinstance(gate, Fp8Linear) and isinstance(up, Fp8Linear) and isinstance(down, Fp8Linear):
         return frozen_gated_mlp(x, gate, up, down)
     if kernel_available(x) and x.shape[0] > 0:
@@ -80,17 +82,18 @@ def _updated(layers: Sequence[Adapted], updates: Sequence[LowRankUpdate], x: tor
     parts = gate.base_layer(x), up.base_layer(x), small, of_gate.second, of_up.second
     if of_down.dropout is None:
         inner, last = GatedProduct.apply(*parts, of_down.first)
-    else:  # down's update sees another input than its base, whose gradient is masked on its way back
+    else:  # with dropout, down's update and its base layer read different inputs, so their gradients cannot be fused
         inner, _ = GatedProduct.apply(*parts, None)
         last = of_down.small(inner)
     return add_product(down.base_layer(inner), last, of_down.second)
 
 
 class GatedProduct(torch.autograd.Function):
-    """``silu(gate + gate_small gate_matrix') * (up + up_small up_matrix')`` [M, I], and that times ``first'`` [M, R],
-    where ``first`` [R, I] is the first matrix of an update of what follows: the gradient that comes back through it
-    joins the other inside the kernel. Without ``first`` there is no second result. ``small`` is gate_small's columns,
-    then up_small's."""
+    """``silu(gate + gate_small gate_matrix') * (up + up_small up_matrix')`` [M, I], and that times ``first'`` [M, R].
+
+    ``first`` [R, I] is the A matrix of the following layer's update: its gradient joins the other one inside the
+    backward kernel. Without ``first`` there is no second result. ``small`` holds gate_small's columns, then up_small's.
+    """
 
     @staticmethod
     def forward(
@@ -123,7 +126,7 @@ class GatedProduct(torch.autograd.Function):
 def _inputs(
     gate: torch.Tensor, up: torch.Tensor, small: torch.Tensor, gate_matrix: torch.Tensor, up_matrix: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What silu sees, and what it is multiplied by, float32."""
+    """Return the input of silu and its factor, in float32."""
     gate_small, up_small = small.float().split([gate_matrix.shape[1], up_matrix.shape[1]], dim=1)
     return gate.float() + gate_small @ gate_matrix.float().t(), up.float() + up_small @ up_matrix.float().t()
 

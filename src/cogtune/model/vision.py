@@ -25,7 +25,7 @@ if HAS_TRITON:
 
 
 class PatchEmbedding(nn.Module):
-    """Patches, the class token in front of them, and learned positions."""
+    """Patch projection with the class token in front and learned position embeddings."""
 
     def __init__(self, config: CogVLM2VisionConfig) -> None:
         super().__init__()
@@ -34,14 +34,14 @@ class PatchEmbedding(nn.Module):
         self.position_embedding = nn.Embedding(config.num_positions, config.hidden_size)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[N, 3, side, side] -> [N, P, W]."""
+        """Map pixels [N, 3, side, side] to patches [N, P, W]."""
         patches = self.proj(pixels).flatten(2).transpose(1, 2)
         cls = self.cls_embedding.expand(pixels.shape[0], 1, -1)
         return torch.cat([cls, patches], dim=1) + self.position_embedding.weight[None]
 
 
 class VisionAttention(nn.Module):
-    """Full attention over all patches; the fused projection is ordered (q | k | v, heads, width)."""
+    """Full attention over all patches; the fused projection is laid out as (q | k | v, heads, width)."""
 
     def __init__(self, config: CogVLM2VisionConfig) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class VisionMLP(nn.Module):
 
 
 def _add_norm(x: torch.Tensor, update: torch.Tensor, norm: nn.Module) -> torch.Tensor:
-    """x + norm(update). Without a gradient, on a GPU with Triton, in one kernel that reads either once."""
+    """Return x + norm(update). Without gradients, on a GPU with Triton, one fused kernel reads each input once."""
     if not _fits_kernel(x, update, norm):
         return x + norm(update).to(x.dtype)
     assert isinstance(norm, nn.LayerNorm)
@@ -86,14 +86,15 @@ def _fits_kernel(x: torch.Tensor, update: torch.Tensor, norm: nn.Module) -> bool
     if not (kernel_available(x) and x.shape[0]) or type(norm) is not nn.LayerNorm:
         return False
     width = x.shape[-1]
-    whole = norm.weight.numel() == width  # ZeRO-3 may have given it away
+    whole = norm.weight.numel() == width  # under ZeRO-3 the weight may be a shard
     given = (x, update, norm.weight, norm.bias)
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
     return whole and not trains and width <= add_norm.WIDEST and x.dtype == update.dtype
 
 
 class VisionLayer(GradientCheckpointingLayer):
-    """x + LN(attention(x)), then x + LN(MLP(x)); autocast's float32 norms are brought back to x's dtype."""
+    """x + LN(attention(x)), then x + LN(MLP(x)). Autocast computes norms in float32; they are cast back to x's
+    dtype."""
 
     def __init__(self, config: CogVLM2VisionConfig) -> None:
         super().__init__()
@@ -106,7 +107,7 @@ class VisionLayer(GradientCheckpointingLayer):
         return self.compute(x_NPW)
 
     def compute(self, x_NPW: torch.Tensor) -> torch.Tensor:
-        """The layer itself, without recomputation: what ``model.compile`` compiles."""
+        """Run the layer without activation checkpointing. This is the part that ``model.compile`` compiles."""
         x = _add_norm(x_NPW, self.attention(x_NPW), self.input_layernorm)
         return _add_norm(x, self.mlp(x), self.post_attention_layernorm)
 
@@ -125,7 +126,7 @@ class VisionTransformer(nn.Module):
 
 
 class GLUAdapter(nn.Module):
-    """Tower width to decoder width; its norm uses PyTorch's default eps of 1e-5, not the tower's."""
+    """Gated MLP from tower width to decoder width. Its norm uses PyTorch's default eps of 1e-5, not the tower's."""
 
     def __init__(self, config: CogVLM2Config, vision: CogVLM2VisionConfig) -> None:
         super().__init__()
@@ -143,7 +144,7 @@ class GLUAdapter(nn.Module):
 
 
 class VisionModel(nn.Module):
-    """Pixels to the tokens the decoder reads: boi, the grid row by row, eoi."""
+    """Map pixels to the tokens that the decoder reads: boi, the grid row by row, eoi."""
 
     def __init__(self, config: CogVLM2Config) -> None:
         super().__init__()
@@ -156,26 +157,27 @@ class VisionModel(nn.Module):
         self.linear_proj = GLUAdapter(config, vision)
         self.boi = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.eoi = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        self.sharded = False  # set by an engine whose ranks gather weights together: all of it runs in every pass then
+        self.sharded = False  # set by engines that all-gather weights: every part then runs in every forward pass
 
     @property
     def has_tower(self) -> bool:
-        """Whether pixels can be given; without the tower only its cached output can."""
+        """Whether the tower is loaded. Without it the model accepts only the tower's cached output."""
         return hasattr(self, "transformer")
 
     def drop_tower(self) -> None:
-        """Give up everything in front of the adapter."""
+        """Delete everything in front of the adapter."""
         for name in TOWER_PARTS:
             if hasattr(self, name):
                 delattr(self, name)
 
     def tower_trains(self) -> bool:
-        """Whether anything in front of the adapter needs a gradient; only then is the tower run with one."""
+        """Return whether any parameter in front of the adapter is trained; only then does the tower run with
+        gradients."""
         parts = [getattr(self, name) for name in TOWER_PARTS] if self.has_tower else []
         return any(parameter.requires_grad for part in parts for parameter in part.parameters())
 
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The tower's cacheable output [N, Q, W] from pixels [N, 3, side, side]."""
+        """Return the tower's cacheable output [N, Q, W] from pixels [N, 3, side, side]."""
         if not self.has_tower:
             raise ValueError("this model was loaded without its vision tower: give image_features, not pixel_values")
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.tower_trains()):
@@ -186,7 +188,7 @@ class VisionModel(nn.Module):
             return self.conv(x).flatten(2).transpose(1, 2)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Adapter and wrapping: [N, Q, W] -> [N, Q + 2, D]."""
+        """Apply the adapter and add boi and eoi: [N, Q, W] -> [N, Q + 2, D]."""
         x = self.linear_proj(features.to(self.boi.dtype))
         images = x.shape[0]
         return torch.cat([self.boi.expand(images, -1, -1), x, self.eoi.expand(images, -1, -1)], dim=1)
