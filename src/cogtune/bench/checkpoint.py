@@ -29,6 +29,8 @@ from cogtune.errors import DiskFullError, OutputFolderError
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.processing.tokenizer import write_byte_tokenizer
 from cogtune.system import files
+from cogtune.system.file_errors import explained
+from cogtune.system.locks import lock_beside
 
 SHARD_LIMIT = 5 * 10**9
 PIECE = 64 * 2**20
@@ -81,9 +83,10 @@ def make_checkpoint(
     config = published_config() if preset == "full" else tiny_config()
     shards = plan_shards(config, SHARD_LIMIT if preset == "full" else 150_000)
     total = sum(2 * math.prod(shape) for shard in shards for shape in shard.values())
-    _require_room(folder, total)
     began = time.perf_counter()
-    try:
+    what = "remove the unfinished folder"
+    with lock_beside(folder, "choose a new folder", progress), explained(folder, then=what, late=True):
+        _require_room(folder, total)
         weight_map: dict[str, str] = {}
         with ThreadPoolExecutor(SLOTS, "cogtune-write") as pool:
             writer = _Writer(pool, config, device, seed)
@@ -93,13 +96,6 @@ def make_checkpoint(
                 weight_map |= dict.fromkeys(shapes, name)
                 progress(f"{name}: {len(shapes)} tensors, {size:,} bytes, {time.perf_counter() - began:.0f} s")
         _write_small_files(folder, config, weight_map, total)
-    except OSError as error:
-        if not files.is_disk_full(error):
-            raise
-        raise DiskFullError(
-            f"{folder}: no space left while writing {total / 1e9:.1f} GB",
-            hint="remove the unfinished folder, free some space, or choose another disk",
-        ) from error
     return Written(folder, total, len(weight_map), len(shards), time.perf_counter() - began)
 
 

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 import cogtune
+from cogtune.errors import OutputFolderError
 from cogtune.system import files
+from cogtune.system.file_errors import explained
 from cogtune.system.machine import commit, cores, versions
 
 _LIBRARIES = ("transformers", "peft", "bitsandbytes", "triton", "deepspeed", "safetensors", "numpy")
@@ -48,14 +50,28 @@ def shown_command(words: Sequence[str]) -> str:
 
 def write_result(file: Path, record: Mapping[str, Any]) -> None:
     """A result file, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    files.write_json(file, record)
+    with explained(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        files.write_json(file, record)
+
+
+def _require_own(file: Path) -> None:
+    """A result replaces an earlier one, and nothing else."""
+    try:
+        content = file.read_bytes() if file.is_file() else b""
+        own = not content.strip() or "kind" in json.loads(content)
+    except (OSError, ValueError, TypeError, RecursionError):
+        own = False
+    if not own:
+        raise OutputFolderError(f"{file}: exists, and is no result of a measurement", hint="name another with --json")
 
 
 class Results:
     """Rows of one measurement. With a file, it is whole after every row, so a run cut short keeps what it had."""
 
     def __init__(self, kind: str, command: str, file: Path | None) -> None:
+        if file is not None:
+            _require_own(file)
         self.record: dict[str, Any] = {"kind": kind, **circumstances(command), "rows": []}
         self._file = file
 

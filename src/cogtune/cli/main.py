@@ -20,6 +20,7 @@ from cogtune.distributed import environment
 from cogtune.errors import CogtuneError, InputError, language, render
 from cogtune.system import files
 from cogtune.system.allocator import prepare_allocator
+from cogtune.system.file_errors import system_reason
 
 COMMANDS = {
     "doctor": "doctor",
@@ -174,6 +175,10 @@ def _run(call: Callable[[], object]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
+        reason = system_reason(error)
+        if reason is not None:  # of this machine and not of this program
+            text = render("file-access", *reason)
+            return 1 if _report_to_launcher(text) else _complain(text, 1)
         traceback.print_exc()
         text = render("bug", f"{type(error).__name__}: {error}", _BUG_REPORT)
         return 1 if _report_to_launcher(text) else _complain(text, 1)

@@ -28,7 +28,7 @@ from cogtune.features.ownership import is_cache
 from cogtune.features.reader import FeatureReader
 from cogtune.features.store import FeatureCacheError, Store, make_folder, mark, turn, write_atomically
 from cogtune.features.variant import FeatureVariant
-from cogtune.system import files
+from cogtune.system.file_errors import is_disk_full
 
 _ROUND = 4  # batches between two moments at which the processes hear of each other
 _SHOWN = 10
@@ -293,7 +293,7 @@ def _named(work: Callable[[], T]) -> T:
         message = f"{error.message}; the feature cache is half filled"
         raise Stopped(error.exit_code - 128, message, hint=_CONTINUES) from error
     except Exception as error:
-        if files.is_disk_full(error):
+        if is_disk_full(error):
             raise DiskFullError(
                 f"no space left while filling the feature cache ({error}); what was computed before is stored",
                 hint="free some space, or lower data.cache_budget so that less is kept, or set data.cache_features: "

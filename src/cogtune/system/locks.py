@@ -29,6 +29,7 @@ from types import TracebackType
 
 from cogtune.errors import OutputFolderError, RunError
 from cogtune.system import files
+from cogtune.system.file_errors import explained
 from cogtune.system.processes import Process, machine_started
 
 LOCK = ".lock"
@@ -40,6 +41,7 @@ FORGOTTEN_SECONDS = 3600.0
 
 _POLL_SECONDS = 1.0
 _MOST = 1 << 14
+_MOST_TRIES = 100
 _FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
@@ -74,7 +76,7 @@ class Lock:
         self.place, self.path = place, path
         self._own, self._file, self._made = Process.here(), -1, list[Path]()
         try:
-            with files.explained(place):
+            with explained(place):
                 self._made = [folder for folder in path.parents if not folder.exists()]
                 self._file = _Taking(place, path, self._own, instead, say or _say).take()
         except BaseException:
@@ -180,12 +182,13 @@ class _Taking:
 
     def _open(self) -> tuple[int, bool]:
         """The lock's file, and whether it was made by this."""
-        while True:
+        for _ in range(_MOST_TRIES):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with suppress(FileExistsError, FileNotFoundError):  # the latter: its last holder has removed the folder
                 return os.open(self._path, _FLAGS | os.O_CREAT | os.O_EXCL, 0o666), True
             with suppress(FileNotFoundError):
                 return os.open(self._path, _FLAGS), False
+        return os.open(self._path, _FLAGS | os.O_CREAT | os.O_EXCL, 0o666), True
 
     def _take_away(self) -> None:
         """Where there is no flock: remove the lock file of a process that is gone. Renaming it, only one can."""

@@ -16,6 +16,7 @@ import pytest
 
 from cogtune.errors import DownloadError, InputError
 from cogtune.system import files
+from cogtune.system.names import inside
 
 WRITERS: list[Callable[[Path], None]] = [
     lambda path: files.write_bytes(path, b"new"),
@@ -121,6 +122,9 @@ with files.growing(Path({str(tmp_path / "a.json")!r})) as partial:
 def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
     place = tmp_path / "a"
     (tmp_path / ".a.partial" / "left").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match="not made by cogtune"), files.growing_folder(place):
+        pytest.fail("it is somebody else's")
+    (tmp_path / ".a.partial" / files.MARK).touch()  # what a killed one has
     with files.growing_folder(place, durable=True) as folder:
         (folder / "b").write_text("1")
         assert not place.exists()
@@ -143,7 +147,7 @@ def test_json_is_readable_and_in_utf8(tmp_path: Path) -> None:
 
 GOOD = ["model-00001-of-00008.safetensors", "a b.json", "图.png", "x" * 255, ".gitattributes", "..a", "console.txt"]
 BAD = {
-    "../a": "folder", "/etc/passwd": "absolute", "a/b": "folder", "": "empty", ".": "empty", "..": "leaves",
+    "../a": "folder", "/etc/passwd": "absolute", "a/b": "folder", "": "empty", ".": "empty", "..": "outside",
     "C:\\a": "absolute", "a\\b": "character", "a\0b": "character", "a\nb": "character", "\x1b[2J": "character",
     "x" * 256: "longer", "模" * 86: "longer", "\ud800": "Unicode", "NUL": "reserved", "aux.json": "reserved",
     ".a.partial": "reserved", ".cogtune.lock": "reserved",
@@ -152,13 +156,13 @@ BAD = {
 
 @pytest.mark.parametrize("name", GOOD)
 def test_plain_names_are_taken(tmp_path: Path, name: str) -> None:
-    assert files.inside(tmp_path, name, named_by="index.json") == tmp_path / name
+    assert inside(tmp_path, name, named_by="index.json") == tmp_path / name
 
 
 @pytest.mark.parametrize(("name", "says"), BAD.items())
 def test_names_that_are_not_plain_are_refused(tmp_path: Path, name: str, says: str) -> None:
     with pytest.raises(InputError, match=says) as caught:
-        files.inside(tmp_path, name, named_by="index.json")
+        inside(tmp_path, name, named_by="index.json")
     assert caught.value.code == "unsafe-name"
     assert "index.json" in caught.value.message
     assert caught.value.message.isprintable()
@@ -168,14 +172,14 @@ def test_names_that_are_not_plain_are_refused(tmp_path: Path, name: str, says: s
 @pytest.mark.parametrize("name", [None, 7, ["a"], {"a": 1}])
 def test_a_name_of_another_type_is_refused(tmp_path: Path, name: object) -> None:
     with pytest.raises(InputError, match="is not a text"):
-        files.inside(tmp_path, name, named_by="index.json")  # type: ignore[arg-type]
+        inside(tmp_path, name, named_by="index.json")  # type: ignore[arg-type]
 
 
 def test_names_may_lie_in_folders_where_that_is_said(tmp_path: Path) -> None:
-    assert files.inside(tmp_path, "a/b/c.json", named_by="list", nested=True) == tmp_path / "a/b/c.json"
+    assert inside(tmp_path, "a/b/c.json", named_by="list", nested=True) == tmp_path / "a/b/c.json"
     for name in ("a/../../b", "/a", "a//b", "a/", "a/./b", "a/..", f"a/{'x' * 256}"):
         with pytest.raises(DownloadError):
-            files.inside(tmp_path, name, named_by="list", nested=True, error=DownloadError)
+            inside(tmp_path, name, named_by="list", nested=True, error=DownloadError)
 
 
 def test_a_name_that_goes_through_a_link_is_refused(tmp_path: Path) -> None:
@@ -185,6 +189,6 @@ def test_a_name_that_goes_through_a_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / "folder").symlink_to("real")
     (tmp_path / "real" / "link").symlink_to(tmp_path / "elsewhere")
     folder = tmp_path / "folder"
-    assert files.inside(folder, "sub/a", named_by="list", nested=True) == folder / "sub/a"
+    assert inside(folder, "sub/a", named_by="list", nested=True) == folder / "sub/a"
     with pytest.raises(InputError, match="a link"):
-        files.inside(folder, "link/a", named_by="list", nested=True)
+        inside(folder, "link/a", named_by="list", nested=True)

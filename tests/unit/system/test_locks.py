@@ -7,64 +7,28 @@ import fcntl
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from cogtune.errors import DiskFullError, OutputFolderError, RunError
-from cogtune.system import files, locks
+from cogtune.system import locks
+from cogtune.system.file_errors import explained
 from cogtune.system.locks import Lock, lock_beside, lock_folder
 from cogtune.system.processes import Process
+from tests.support.lock_holder import holder, kill
 
 INSTEAD = "choose another --output"
 
 
 def take(folder: Path, said: list[str] | None = None) -> Lock:
     return lock_folder(folder, INSTEAD, list[str]().append if said is None else said.append)
-
-
-@contextmanager
-def holder(folder: Path, *, forks: bool = False, flock: bool = True) -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds the lock of ``folder``; ``forks``: with a child that outlives it."""
-    code = f"""
-import fcntl, os, sys, time
-from pathlib import Path
-from cogtune.system import locks
-if not {flock}:
-    def none(*a): raise OSError(37, "No locks available")
-    fcntl.flock = none
-lock = locks.lock_folder(Path({str(folder)!r}), "wait")
-if {forks} and os.fork() == 0:
-    time.sleep(60)
-    os._exit(0)
-print("held", flush=True)
-sys.stdin.read()
-"""
-    with subprocess.Popen(
-        [sys.executable, "-c", code, "train", "run.yaml"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
-    ) as process:  # fmt: skip
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        try:
-            yield process
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    process.wait()
 
 
 @pytest.fixture
@@ -338,7 +302,7 @@ NUMBERS = [errno.EACCES, errno.EROFS, errno.EIO, errno.ENOENT, errno.ESTALE, err
 @pytest.mark.parametrize("number", NUMBERS)
 def test_the_systems_errors_get_a_name_and_a_remedy(tmp_path: Path, number: int) -> None:
     for late, kind, code in ((False, OutputFolderError, "output-unwritable"), (True, RunError, "output-lost")):
-        with pytest.raises(kind) as caught, files.explained(tmp_path, kept="the rest is safe", late=late):
+        with pytest.raises(kind) as caught, explained(tmp_path, kept="the rest is safe", late=late):
             raise OSError(number, os.strerror(number), "some/file")
         assert (caught.value.code, caught.value.exit_code) == (code, 1 if late else 2)
         assert str(tmp_path) in caught.value.message
@@ -347,7 +311,7 @@ def test_the_systems_errors_get_a_name_and_a_remedy(tmp_path: Path, number: int)
 
 
 def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^x$"), files.explained(tmp_path):
+    with pytest.raises(ValueError, match=r"^x$"), explained(tmp_path):
         raise ValueError("x")
-    with pytest.raises(ConnectionResetError), files.explained(tmp_path):
+    with pytest.raises(ConnectionResetError), explained(tmp_path):
         raise ConnectionResetError(104, "reset")

@@ -1,0 +1,76 @@
+"""Names of files that come from a stranger's file: an index of weights, a manifest, the list of a hub.
+
+They are plain names inside their own folder, or nothing is done with them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from cogtune.errors import CogtuneError, InputError
+
+LONGEST_NAME = 255
+"""Bytes of one name; what Linux and macOS file systems take."""
+
+# what Windows keeps for devices, and what cogtune builds files and locks under
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?|\..*\.(partial|replaced|lock)", re.IGNORECASE)
+
+
+def inside(
+    folder: Path,
+    name: str,
+    *,
+    named_by: object,
+    nested: bool = False,
+    error: Callable[..., CogtuneError] = InputError,
+) -> Path:
+    """The path of ``name`` in ``folder``, where ``name`` comes from a file of a stranger.
+
+    ``named_by``: that file, for the message. ``nested``: names may lie in folders below, divided by ``/``.
+
+    Raises:
+        error: with the code ``unsafe-name``, for every other name (`name_problem`).
+    """
+    problem = name_problem(name, nested=nested)
+    path = folder if problem else folder / name
+    linked = next((parent for parent in path.parents if parent != folder and parent.is_symlink()), None)
+    if linked is not None and linked.is_relative_to(folder):
+        problem = f"goes through {linked}, a link"
+    if problem is not None:
+        raise error(
+            f"{named_by}: names {_shown(name)}, which {problem}; a file in {folder} is expected",
+            hint="do not use these files: they may have been made to reach others of yours",
+            code="unsafe-name",
+        )
+    return path
+
+
+def name_problem(name: object, *, nested: bool = False) -> str | None:
+    """Why ``name`` is no plain name of a file, or None. ``nested``: it may have folders, divided by ``/``."""
+    if not isinstance(name, str):
+        return "is not a text"
+    if name.startswith("/") or re.match(r"[A-Za-z]:", name):
+        return "is an absolute path"
+    parts = name.split("/")
+    if len(parts) > 1 and not nested:
+        return "has a folder in it"
+    for part in parts:
+        if part in ("", ".", ".."):
+            return "lies outside the folder" if part == ".." else "is empty" if not name else "has an empty part"
+        if any(ord(letter) < 32 or ord(letter) == 127 for letter in part) or "\\" in part:
+            return "has a character that no file name should have"
+        if _RESERVED.fullmatch(part):
+            return "is reserved by the system or by cogtune"
+        try:
+            if len(part.encode()) > LONGEST_NAME:
+                return f"is longer than {LONGEST_NAME} bytes"
+        except UnicodeEncodeError:
+            return "is not valid Unicode"
+    return None
+
+
+def _shown(name: object) -> str:
+    text = ascii(name) if isinstance(name, str) and not name.isprintable() else str(name)
+    return text if len(text) <= 120 else f"{text[:120]}..."
