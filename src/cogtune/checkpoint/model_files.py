@@ -14,6 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from cogtune.checkpoint.stream import StoredTensor, find_stored
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.errors import CheckpointError
+from cogtune.system.names import inside
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -67,20 +68,22 @@ def shard_files(folder: Path) -> dict[str, list[str]]:
     """Shard file name -> names of the tensors it should hold (empty for a single file without an index).
 
     Raises:
-        CheckpointError: neither an index nor a single weight file, or an index that is not valid JSON.
+        CheckpointError: neither an index nor a single weight file, an index that is not valid JSON, or one that names
+            a file outside ``folder``.
     """
     index = folder / INDEX_NAME
     if index.is_file():
         try:
-            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            weight_map: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{index}: not a weight index: {error}", hint=ROUTES, code="checkpoint-index"
             ) from error
-        files: dict[str, list[str]] = {}
+        shards: dict[str, list[str]] = {}
         for name, file in weight_map.items():
-            files.setdefault(file, []).append(name)
-        return files
+            inside(folder, file, named_by=index, error=CheckpointError)
+            shards.setdefault(file, []).append(name)
+        return shards
     if (folder / SINGLE_NAME).is_file():
         return {SINGLE_NAME: []}
     raise CheckpointError(

@@ -13,8 +13,10 @@ described by a manifest of digests written last, and only then renamed to its na
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,12 +30,20 @@ from safetensors.torch import save as serialize
 
 from cogtune.errors import CheckpointError, DiskFullError
 from cogtune.system import files
+from cogtune.system.file_errors import is_disk_full
+from cogtune.system.names import name_problem
 
 MANIFEST = "MANIFEST.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 RNG_FILE = "rng.safetensors"
 FORMAT = 1
+_ANOTHER = "give a checkpoint-N folder of an earlier run, or that run's output folder"
+_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
+_LEFTOVER = re.compile(
+    r"\.(checkpoint-\d+|adapter|last|best)\.(partial|replaced)"
+    r"|\.(run\.json|config\.yaml|data\.json|versions\.json|metrics\.jsonl)(\..+)?\.partial"
+)
 
 
 @dataclass(frozen=True)
@@ -52,16 +62,19 @@ def save(output: Path, step: int, state: TrainingState, write_adapter: Callable[
     """Write ``output/checkpoint-<step>`` so that it is either whole or absent.
 
     Raises:
+        FileExistsError: something else has that name.
         DiskFullError: no space; the partial folder is removed and earlier checkpoints are as they were.
     """
     final = checkpoint_path(output, step)
+    if final.exists() and not _is_checkpoint(final):
+        raise FileExistsError(errno.EEXIST, "something other than a checkpoint is there", str(final))
     with partial_folder(output, final.name) as folder:
         write_adapter(folder)
         files.write_file(folder / OPTIMIZER_FILE, serialize(state.tensors))
         rng = {f"{rank}/{kind}": value for rank, values in enumerate(state.rng) for kind, value in values.items()}
         files.write_file(folder / RNG_FILE, serialize(rng))
         files.write_json(folder / STATE_FILE, state.counters)
-        digests = {path.name: _digest(path) for path in sorted(folder.iterdir())}
+        digests = {path.name: _digest(path) for path in sorted(folder.iterdir()) if path.name != files.MARK}
         files.write_json(folder / MANIFEST, {"format": FORMAT, "files": digests})
     files.link(output / "last", final.name)
     return final
@@ -77,14 +90,23 @@ def load(folder: Path) -> TrainingState:
     if problem is not None:
         raise CheckpointError(
             f"{folder}: not a usable training checkpoint: {problem}",
-            hint="give a checkpoint-N folder of an earlier run, or that run's output folder",
+            hint=_ANOTHER,
         )
-    rng: list[dict[str, torch.Tensor]] = []
-    for key, value in sorted(load_file(folder / RNG_FILE).items(), key=lambda item: int(item[0].split("/")[0])):
-        rank, kind = key.split("/")
-        rng.extend({} for _ in range(int(rank) + 1 - len(rng)))
-        rng[int(rank)][kind] = value
-    return TrainingState(load_file(folder / OPTIMIZER_FILE), read_counters(folder), rng)
+    return TrainingState(load_file(folder / OPTIMIZER_FILE), read_counters(folder), _read_rng(folder / RNG_FILE))
+
+
+def _read_rng(file: Path) -> list[dict[str, torch.Tensor]]:
+    """Generator states by rank; the names come from a file, so their number bounds the ranks."""
+    found: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in load_file(file).items():
+        name = re.fullmatch(r"(\d{1,9})/(cpu|cuda)", key, re.ASCII)
+        if name is None:
+            raise CheckpointError(f"{file}: not the random numbers of a run: it holds {key[:80]!r}", hint=_ANOTHER)
+        found.setdefault(int(name[1]), {})[name[2]] = value
+    if sorted(found) != list(range(len(found))):
+        ranks = ", ".join(str(rank) for rank in sorted(found)[:8])
+        raise CheckpointError(f"{file}: not the random numbers of a run: those of ranks {ranks}", hint=_ANOTHER)
+    return [found[rank] for rank in range(len(found))]
 
 
 def read_counters(folder: Path) -> dict[str, Any]:
@@ -110,7 +132,7 @@ def find_problem(folder: Path) -> str | None:
         return "no such folder"
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        entries: dict[str, dict[str, Any]] = manifest["files"]
+        entries: dict[str, dict[str, Any]] = dict(manifest["files"])
         written_format = manifest["format"]
     except FileNotFoundError:
         return f"incomplete: {MANIFEST} is missing"
@@ -121,6 +143,10 @@ def find_problem(folder: Path) -> str | None:
     if missing := {OPTIMIZER_FILE, STATE_FILE, RNG_FILE} - entries.keys():
         return f"{MANIFEST} does not list {sorted(missing)[0]}"
     for name, entry in entries.items():
+        if (wrong := name_problem(name)) is not None:
+            return f"{MANIFEST} names {name[:80]!a}, which {wrong}"
+        if not isinstance(entry, dict):
+            return f"{MANIFEST} cannot be read"
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -136,18 +162,31 @@ def rotate(output: Path, step: int, keep: int, protect: Path | None) -> None:
 
     Later ones can only be unusable ones that the run fell back from; it will replace them when it gets there.
     """
-    newest_first = sorted((f for f in list_checkpoints(output) if step_of(f) <= step), key=step_of, reverse=True)
+    own = [folder for folder in list_checkpoints(output) if step_of(folder) <= step and _is_checkpoint(folder)]
+    newest_first = sorted(own, key=step_of, reverse=True)
     for folder in newest_first[max(keep, 1) :]:
         if protect is None or folder.name != protect.name:
             files.remove_folder(folder)
 
 
 def remove_leftovers(output: Path) -> int:
-    """Delete what a killed save left behind; returns how many folders that were."""
-    leftovers = [*output.glob(".*.partial"), *output.glob(".*.replaced")]
+    """Delete what a killed run left behind, by its names; returns how many files and folders that were.
+
+    Only for who holds the folder's lock.
+    """
+    leftovers = [path for path in output.iterdir() if _LEFTOVER.fullmatch(path.name)]
     for path in leftovers:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     return len(leftovers)
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether this made it, whole or damaged; a folder of another program may be called the same."""
+    return (
+        folder.is_dir()
+        and not folder.is_symlink()
+        and any((folder / name).is_file() for name in (MANIFEST, STATE_FILE, OPTIMIZER_FILE))
+    )
 
 
 def checkpoint_path(output: Path, step: int) -> Path:
@@ -159,7 +198,7 @@ def step_of(folder: Path) -> int:
 
 
 def list_checkpoints(output: Path) -> list[Path]:
-    return [path for path in output.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    return [path for path in output.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
 
 
 @contextmanager
@@ -169,7 +208,7 @@ def partial_folder(output: Path, name: str) -> Iterator[Path]:
         with files.growing_folder(output / name, replace=True, durable=True) as folder:
             yield folder
     except BaseException as error:
-        if files.is_disk_full(error):
+        if is_disk_full(error):
             raise DiskFullError(
                 f"{output / name}: no space left while saving; earlier checkpoints are untouched",
                 hint="free some space (or lower train.keep_checkpoints) and run the same command again: it continues",

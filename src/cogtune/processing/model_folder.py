@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.errors import CheckpointError
 from cogtune.processing.prompt import TEMPLATES
+from cogtune.system.names import inside
 
 REQUIRED_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 OPTIONAL_FILES = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
@@ -105,12 +107,14 @@ def read_tokenizer(folder: Path, config: CogVLM2Config) -> Any:
     """The folder's fast tokenizer.
 
     Raises:
-        CheckpointError: not readable, or with ids the model has no embedding for.
+        CheckpointError: not readable, with ids the model has no embedding for, or with a file elsewhere.
     """
+    _check_names(folder / "tokenizer_config.json")
     try:
         # Without the flag, transformers takes every large tokenizer beside a config without model_type for a broken
         # Mistral one, and says so.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, fix_mistral_regex=False)
+        own = str(folder / "tokenizer.json")  # whatever path tokenizer_config.json may say
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, fix_mistral_regex=False, tokenizer_file=own)
     except Exception as error:  # the tokenizers library raises bare Exception for a file it cannot parse
         raise CheckpointError(
             f"{folder / 'tokenizer.json'}: the tokenizer cannot be read ({error})",
@@ -124,6 +128,19 @@ def read_tokenizer(folder: Path, config: CogVLM2Config) -> Any:
             code="checkpoint-tokenizer",
         )
     return tokenizer
+
+
+def _check_names(file: Path) -> None:
+    """Other files that the tokenizer's configuration names lie beside it. Two keys name where it was once saved, and
+    are not followed."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return  # the library says what is wrong with it
+    for key, value in values.items() if isinstance(values, dict) else ():
+        followed = key.endswith("_file") and key not in ("tokenizer_file", "special_tokens_map_file")
+        if followed and isinstance(value, str):
+            inside(file.parent, value, named_by=file, error=CheckpointError)
 
 
 def copy_files(source: Path, target: Path) -> None:

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cogtune.errors import CogtuneError
+from cogtune.errors import CogtuneError, RunError
 from cogtune.system import files
+from cogtune.system.file_errors import explained
 
 METRICS_FILE = "metrics.jsonl"
 log = logging.getLogger("cogtune")
@@ -53,18 +55,28 @@ def console(rank: int, level: str = "info") -> Iterator[None]:
         yield
 
 
+class _LogFile(logging.FileHandler):
+    """A line that cannot be written ends the run, as any other output that is lost; the library prints a traceback."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        with explained(Path(self.baseFilename), late=True):
+            raise  # what `emit` has just caught
+
+
 @contextmanager
 def log_file(output: Path, rank: int) -> Iterator[None]:
     """Append messages, with time, to this rank's file."""
-    output.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(output / ("run.log" if rank == 0 else f"run.rank{rank}.log"), encoding="utf-8")
+    path = output / ("run.log" if rank == 0 else f"run.rank{rank}.log")
+    with explained(path, late=True):
+        handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     with _attached(handler):
         try:
             yield
         except BaseException as error:  # the console gets it from the command line; the file would not
             text = error.render() if isinstance(error, CogtuneError) else f"{type(error).__name__}: {error}"
-            handler.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, text, (), None))
+            with suppress(RunError):  # the place is full or gone: what ends the run says that, or something worse
+                handler.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, text, (), None))
             raise
 
 
@@ -78,7 +90,8 @@ def _attached(handler: logging.Handler) -> Iterator[None]:
         yield
     finally:
         log.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):  # a line that could not be written has been reported
+            handler.close()
         log.setLevel(level)
         log.propagate = propagate
 
@@ -94,31 +107,36 @@ class Metrics:
         self._file = self._writer = None
         if not active:
             return
-        path = output / METRICS_FILE
-        _drop_after(path, step)
-        self._file = path.open("a", encoding="utf-8")
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+        self._path = output / METRICS_FILE
+        with explained(self._path, late=True):
+            _drop_after(self._path, step)
+            self._file = self._path.open("a", encoding="utf-8")
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(output), purge_step=step + 1 if step else None)
+                self._writer = SummaryWriter(str(output), purge_step=step + 1 if step else None)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append one line ``{"kind", "step", ...}`` and show its numbers in TensorBoard."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._file.flush()
-        if self._writer is not None:
-            for name, tag in _TAGS.get(kind, {}).items():
-                if values.get(name) is not None:
-                    self._writer.add_scalar(tag, values[name], step)
-            self._writer.flush()
+        with explained(self._path, late=True):
+            self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self._file.flush()
+            if self._writer is not None:
+                os.stat(self._path)  # where the folder is gone, the writer's own thread would print a traceback
+                for name, tag in _TAGS.get(kind, {}).items():
+                    if values.get(name) is not None:
+                        self._writer.add_scalar(tag, values[name], step)
+                self._writer.flush()
 
     def close(self) -> None:
-        if self._file is not None:
+        if self._file is None:
+            return
+        with explained(self._path, late=True):
             self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+            if self._writer is not None:
+                self._writer.close()
 
 
 def read_metrics(output: Path) -> list[dict[str, Any]]:

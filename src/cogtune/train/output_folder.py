@@ -8,16 +8,22 @@ one (`cogtune.configuration.identity` says which key is which).
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from cogtune.checkpoint import resume_state as checkpoints
 from cogtune.configuration.run_config import RunConfig
-from cogtune.errors import OutputFolderError
+from cogtune.errors import OutputFolderError, RunError
 from cogtune.system import files
+from cogtune.system.file_errors import explained
+from cogtune.system.locks import Lock, lock_folder
 
 RUN_FILE = "run.json"
+_CONTINUES = "then run the same command again: it continues"
 
 # Options of a run that starts in a new folder from another run's checkpoint may change these too; the data's order and
 # the meaning of the optimiser's moments do not hang on them.
@@ -90,6 +96,82 @@ class Start:
         return bool(self.result)
 
 
+class Claim:
+    """The run's hold on its output folder; a context manager that gives it back. Rank 0 takes it."""
+
+    def __init__(self, config: RunConfig, say: Callable[[str], None]) -> None:
+        self._config, self._say = config, say
+        self._lock: Lock | None = None
+        self.output = choose_output(config)
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def take(self) -> None:
+        """Lock the folder; with ``train.restart`` the next sibling that nobody else has begun meanwhile.
+
+        Raises:
+            OutputFolderError: another process writes there, or it cannot be written.
+        """
+        instead = "choose another --output, or start anew in a numbered sibling with --train.restart true"
+        while True:
+            try:
+                self._lock = lock_folder(self.output, instead, self._say)
+            except OutputFolderError as error:
+                if error.code != "output-in-use" or not self._config.train.restart:
+                    raise
+            else:
+                if not self._config.train.restart or is_empty(self.output):
+                    return
+                self._lock.release()
+            self.output = choose_output(self._config)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Where something in the folder is replaced: it is still this run's, and the system's errors get names.
+
+        Raises:
+            RunError, DiskFullError: it is not, or cannot be written any more.
+        """
+        if self._lock is not None:
+            self._lock.require()
+        with explained(self.output, late=True, then=_CONTINUES):
+            yield
+
+    @contextmanager
+    def naming_last_state(self) -> Iterator[None]:
+        """Errors about a place that is full or lost say what the run can go on from."""
+        try:
+            yield
+        except RunError as error:
+            if error.code not in ("disk-full", "output-lost"):
+                raise
+            message = f"{error.message}; {_last_state(self.output)}"
+            raise type(error)(message, hint=error.hint, code=error.code) from error
+
+
+def _last_state(output: Path) -> str:
+    if not output.is_dir():
+        return "its checkpoints went with it"
+    try:
+        checkpoint, _ = checkpoints.find_latest(output)
+    except OSError:
+        return "its checkpoints cannot be read now"
+    return "no checkpoint is there yet" if checkpoint is None else f"the last good state is {checkpoint}"
+
+
+def is_finished(output: Path) -> bool:
+    """Whether the run that ``output`` holds had come to its end."""
+    record = read_record(output)
+    return record is not None and record.finished
+
+
 def choose_output(config: RunConfig) -> Path:
     """``train.output``, or with ``train.restart`` its first numbered sibling that does not exist."""
     output = config.train.output
@@ -129,7 +211,6 @@ def read_record(output: Path) -> RunRecord | None:
 
 
 def write_record(output: Path, record: RunRecord) -> None:
-    output.mkdir(parents=True, exist_ok=True)
     files.write_json(output / RUN_FILE, record.to_dict(), durable=True)
 
 

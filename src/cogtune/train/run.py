@@ -33,6 +33,7 @@ from cogtune.model.compile import can_compile, compile_layers, prepare_compiling
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.system import files
 from cogtune.system.allocator import describe_allocator
+from cogtune.system.file_errors import is_disk_full
 from cogtune.system.gpu import gpu_of
 from cogtune.train import engines, feature_cache, output_folder, saver
 from cogtune.train.batches import Feed
@@ -75,6 +76,7 @@ class RunStart:
     folder: output_folder.Start
     record: output_folder.RunRecord
     feed: Feed
+    claim: output_folder.Claim
 
 
 def train(config: RunConfig, *, dry_run: bool = False, force: bool = False) -> TrainResult:
@@ -101,11 +103,11 @@ def train(config: RunConfig, *, dry_run: bool = False, force: bool = False) -> T
     try:
         return _train(config, dry_run, force)
     except OSError as error:
-        if not files.is_disk_full(error):
+        if not is_disk_full(error):
             raise
         raise DiskFullError(
-            f"{config.train.output}: no space left; the last checkpoint is intact",
-            hint="free some space and run the same command again: it continues",
+            f"no space left: {error}; the checkpoints in {config.train.output} are intact",
+            hint="free some space there and run the same command again: it continues",
         ) from error
     except RuntimeError as error:
         raise explain_peers(error) or error from error
@@ -124,7 +126,7 @@ def _train(config: RunConfig, dry_run: bool, force: bool) -> TrainResult:
         engine = engines.start(config, name, lambda group: auto_engine(config, inputs, group))
         dtype = torch_dtype(config.model.dtype, engine.device)
         check_formats(config.quant, gpu_of(engine.device))
-        start = _run_start(config, inputs, engine)
+        start = stack.enter_context(_run_start(config, inputs, engine, dry_run))
         memory: MemoryPlan | None = None
         if not start.folder.finished:
             memory = check_memory(config, inputs, engine, start.record.accumulation, force=force)
@@ -133,6 +135,7 @@ def _train(config: RunConfig, dry_run: bool, force: bool) -> TrainResult:
             result = _nothing_to_do(start, dry_run, engine.group)
             engine.group.close()
             return result
+        stack.enter_context(start.claim.naming_last_state())
         engine.group.on_main(lambda: _write_beside(config, inputs, engine, start))
         stack.enter_context(log_file(start.folder.output, engine.group.process))
         _announce(config, inputs, engine, dtype, start)
@@ -165,11 +168,22 @@ def _features(
             reader.release()
 
 
-def _run_start(config: RunConfig, inputs: Inputs, engine: Engine) -> RunStart:
-    """Rank 0 looks at the output folder and decides; every rank follows, or raises the same error."""
+@contextmanager
+def _run_start(config: RunConfig, inputs: Inputs, engine: Engine, dry_run: bool) -> Iterator[RunStart]:
+    """Rank 0 looks at the output folder, claims it where it will be written, and decides; every rank follows, or raises
+    the same error. The claim lasts as long as the block."""
+    claim = output_folder.Claim(config, log.warning)
 
     def decide() -> tuple[output_folder.Start, output_folder.RunRecord, list[str]]:
-        output = output_folder.choose_output(config)
+        if dry_run or output_folder.is_finished(claim.output):
+            found = look()
+            if dry_run or found[0].finished:
+                return found
+        claim.take()
+        return look()
+
+    def look() -> tuple[output_folder.Start, output_folder.RunRecord, list[str]]:
+        output = claim.output
         stored = output_folder.read_record(output)
         basis = stored
         if stored is None and config.train.resume is not None:
@@ -183,9 +197,11 @@ def _run_start(config: RunConfig, inputs: Inputs, engine: Engine) -> RunStart:
         now = output_folder.RunRecord(inputs.identity, config.train.batch_size, accumulation, ranks, total, resumed)
         return output_folder.decide(config, output, now, stored), now, messages
 
-    folder, record, messages = engine.group.on_main(decide)
-    folder = replace(folder, messages=[*folder.messages, *messages])
-    return RunStart(folder, record, Feed(inputs.rows, config, engine.group, record.accumulation))
+    with claim:
+        folder, record, messages = engine.group.on_main(decide)
+        folder = replace(folder, messages=[*folder.messages, *messages])
+        claim.output = folder.output
+        yield RunStart(folder, record, Feed(inputs.rows, config, engine.group, record.accumulation), claim)
 
 
 def _announce(config: RunConfig, inputs: Inputs, engine: Engine, dtype: torch.dtype, start: RunStart) -> None:
@@ -224,11 +240,12 @@ def _nothing_to_do(start: RunStart, dry_run: bool, group: Group) -> TrainResult:
 def _write_beside(config: RunConfig, inputs: Inputs, engine: Engine, start: RunStart) -> None:
     """What travels with the results: the run's record first, because it makes the folder ours."""
     output = start.folder.output
-    output_folder.write_record(output, start.record)
-    checkpoints.remove_leftovers(output)
-    files.write_text(output / "config.yaml", config.to_yaml())
-    files.write_json(output / "data.json", inputs.data_json(), durable=True)
-    files.write_json(output / "versions.json", versions(engine.device), durable=True)
+    with start.claim.writing():
+        output_folder.write_record(output, start.record)
+        checkpoints.remove_leftovers(output)
+        files.write_text(output / "config.yaml", config.to_yaml())
+        files.write_json(output / "data.json", inputs.data_json(), durable=True)
+        files.write_json(output / "versions.json", versions(engine.device), durable=True)
 
 
 def _build(
@@ -319,10 +336,17 @@ def _say_what_trains(model: PeftModel) -> None:
         log.info(f"  {len(by_peft)} of them are computed by peft's own code, which is slower ({by_peft[0]}, ...)")
 
 
-def _remember(config: RunConfig, adapter: Path, output: Path) -> None:
-    """So that `cogtune chat --last` and `peft_infer.py` find the result."""
-    choice = config.model
-    write_last_run(choice.path, adapter, output, template=choice.template, rope_precision=choice.rope_precision)
+def _leave_result(config: RunConfig, start: RunStart, progress: Progress) -> tuple[Path, str]:
+    """The adapter, the run's record with its result, and the note by which `cogtune chat --last` and `peft_infer.py`
+    find it; returns the adapter's folder, and which checkpoint it comes from."""
+    output, model = start.folder.output, config.model
+    with start.claim.writing():
+        adapter, which = saver.export_adapter(output, progress)
+        best = {"best_step": progress.best_step, "best_loss": progress.best_loss}
+        result = {"adapter": which, "step": progress.step, **best}
+        output_folder.write_record(output, output_folder.finished(start.record, result))
+    write_last_run(model.path, adapter, output, template=model.template, rope_precision=model.rope_precision)
+    return adapter, which
 
 
 def _fit(
@@ -336,16 +360,13 @@ def _fit(
 ) -> TrainResult:
     """The loop, and the result it leaves in ``adapter/``."""
     output, total = start.folder.output, start.record.total_steps
-    save = saver.Saver(engine, model, output, start.record, progress, config)
+    save = saver.Saver(engine, model, start.claim, start.record, progress, config)
     metrics = Metrics(output, active=engine.group.is_main, tensorboard=config.log.tensorboard, step=progress.step)
     try:
         Loop(engine, config, start.feed, inputs.validation, progress, total, metrics, stop, save).run()
     finally:
         metrics.close()
-    adapter, which = engine.group.on_main(lambda: saver.export_adapter(output, progress))
-    result = {"adapter": which, "step": progress.step, "best_step": progress.best_step, "best_loss": progress.best_loss}
-    engine.group.on_main(lambda: output_folder.write_record(output, output_folder.finished(start.record, result)))
-    engine.group.on_main(lambda: _remember(config, adapter, output))
+    adapter, which = engine.group.on_main(lambda: _leave_result(config, start, progress))
     log.info(f"done: the adapter ({which}) is in {adapter}")
     losses = engine.group.on_main(lambda: last_losses(output))
     return TrainResult(output, adapter, progress.step, progress.best_step, progress.best_loss, *losses)

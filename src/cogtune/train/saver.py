@@ -20,7 +20,7 @@ from cogtune.errors import CheckpointError
 from cogtune.system import files
 from cogtune.train.engines.base import MASTER, Engine
 from cogtune.train.log import log
-from cogtune.train.output_folder import RunRecord
+from cogtune.train.output_folder import Claim, RunRecord
 from cogtune.train.progress import Progress
 
 ADAPTER_FOLDER = "adapter"
@@ -30,9 +30,10 @@ class Saver:
     """Called by the loop when a checkpoint is due; collective, rank 0 writes."""
 
     def __init__(
-        self, engine: Engine, model: PeftModel, output: Path, record: RunRecord, progress: Progress, config: RunConfig
+        self, engine: Engine, model: PeftModel, claim: Claim, record: RunRecord, progress: Progress, config: RunConfig
     ) -> None:
-        self._engine, self._model, self._output, self._record = engine, model, output, record
+        self._engine, self._model, self._claim, self._record = engine, model, claim, record
+        self._output = claim.output
         self._progress, self._config = progress, config
 
     def __call__(self, better: bool) -> None:
@@ -52,12 +53,13 @@ class Saver:
             with _masters(self._engine, self._model, state.tensors):
                 save_adapter(self._model, folder)
 
-        folder = checkpoints.save(self._output, self._progress.step, state, write_adapter)
-        if better:
-            files.link(self._output / "best", folder.name)
-        best = self._progress.best_step
-        protect = None if best is None else checkpoints.checkpoint_path(self._output, best)
-        checkpoints.rotate(self._output, self._progress.step, self._config.train.keep_checkpoints, protect)
+        with self._claim.writing():
+            folder = checkpoints.save(self._output, self._progress.step, state, write_adapter)
+            if better:
+                files.link(self._output / "best", folder.name)
+            best = self._progress.best_step
+            protect = None if best is None else checkpoints.checkpoint_path(self._output, best)
+            checkpoints.rotate(self._output, self._progress.step, self._config.train.keep_checkpoints, protect)
         log.info(f"saved {folder}" + (" (best so far)" if better else ""))
 
 
@@ -93,7 +95,10 @@ def seed_dropout(engine: Engine, step: int) -> None:
 
 
 def export_adapter(output: Path, progress: Progress) -> tuple[Path, str]:
-    """Copy the result to ``output/adapter``: the best checkpoint's adapter if there was validation, else the last's."""
+    """Copy the result to ``output/adapter``: the best checkpoint's adapter if there was validation, else the last's.
+
+    What a user has put beside an earlier one stays.
+    """
     kind, source = "last", checkpoints.checkpoint_path(output, progress.step)
     if progress.best_step is not None:
         best = checkpoints.checkpoint_path(output, progress.best_step)
@@ -104,7 +109,19 @@ def export_adapter(output: Path, progress: Progress) -> tuple[Path, str]:
     with checkpoints.partial_folder(output, ADAPTER_FOLDER) as folder:
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             shutil.copyfile(source / name, folder / name)
+        _keep_others(output / ADAPTER_FOLDER, folder)
     return output / ADAPTER_FOLDER, f"the {kind} checkpoint's, step {checkpoints.step_of(source)}"
+
+
+def _keep_others(before: Path, folder: Path) -> None:
+    for path in before.iterdir() if before.is_dir() else ():
+        target = folder / path.name
+        if target.exists():
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, target, symlinks=True)
+        else:
+            shutil.copy2(path, target, follow_symlinks=False)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from cogtune.checkpoint import resume_state as checkpoints
 from cogtune.checkpoint.resume_state import TrainingState
 from cogtune.errors import CheckpointError, DiskFullError
 from cogtune.system import files
+from cogtune.system.file_errors import is_disk_full
 
 
 def state(value: float = 1.0) -> TrainingState:
@@ -84,8 +85,8 @@ def test_safetensors_own_words_for_a_full_disk_are_understood() -> None:
     from safetensors import SafetensorError
 
     error = SafetensorError("I/O error: No space left on device (os error 28)")
-    assert files.is_disk_full(error)
-    assert not files.is_disk_full(ValueError("anything else"))
+    assert is_disk_full(error)
+    assert not is_disk_full(ValueError("anything else"))
 
 
 def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
