@@ -27,6 +27,8 @@ from cogtune.checkpoint.model_files import INDEX_NAME, check_folder, shard_files
 from cogtune.checkpoint.stream import StoredTensor
 from cogtune.errors import AdapterError, CheckpointError, DiskFullError, OutputFolderError
 from cogtune.system import files
+from cogtune.system.file_errors import explained
+from cogtune.system.locks import lock_beside
 
 BLOCK_BYTES = 32 * 2**20
 """Size of a block of rows in float32."""
@@ -69,18 +71,26 @@ def merge(
         progress: gets a line per shard.
 
     Raises:
-        CheckpointError: the base is not a complete model folder.
+        CheckpointError: the base is not a complete model folder, or has files that lie elsewhere.
         AdapterError: the adapter cannot be merged, is for another base, or makes a tensor that is not finite.
-        OutputFolderError: ``output`` exists.
+        OutputFolderError: ``output`` exists, cannot be written, or another process writes it.
         DiskFullError: not enough space, before or while writing; nothing is left behind.
     """
     adapter, output = find_adapter(adapter), Path(output)
     base = whole_folder(find_base(adapter) if base is None else base)
     _require_new(output, base)
+    with lock_beside(output, "choose another --output", progress):
+        _require_new(output, base)  # another merge may have ended meanwhile
+        return _merge(base, adapter, output, progress)
+
+
+def _merge(base: Path, adapter: Path, output: Path, progress: Callable[[str], None]) -> MergeReport:
     check_folder(base)
     shards = sorted(shard_files(base))
-    changes = read_changes(adapter, _tensors(base, shards))
     others, left_out = _other_files(base, shards)
+    for name in [*shards, *others]:
+        _require_own(base, name)
+    changes = read_changes(adapter, _tensors(base, shards))
     notes = _notes(base, adapter, left_out)
     size = sum((base / name).stat().st_size for name in [*shards, *others])
     with _partial(output, size, notes) as folder:
@@ -109,7 +119,7 @@ def _tensors(base: Path, shards: list[str]) -> dict[str, tuple[str, tuple[int, .
 def _write_shard(source: SafetensorsFile, target: Path, changes: Changes, factors: SafetensorsFile) -> int:
     """Write one shard; returns how many of its tensors changed."""
     changed = 0
-    with target.open("wb") as stream:
+    with target.open("xb") as stream:
         stream.write(source.prefix())
         for name, tensor in source.tensors.items():
             if name in changes:
@@ -159,6 +169,22 @@ def _other_files(base: Path, shards: list[str]) -> tuple[list[str], list[str]]:
     return copied, left_out
 
 
+def _require_own(base: Path, name: str) -> None:
+    """A file that is copied lies in the base itself, or in the cache of a hub that the base is a part of.
+
+    A stranger's folder could otherwise have any file of this machine copied into a model that is then passed on.
+    """
+    path, home = (base / name).resolve(), base.resolve()
+    blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
+    if not path.is_file() or not (path.is_relative_to(home) or path.is_relative_to(blobs)):
+        what = f"a link to {path}, outside the folder" if path.is_file() else "neither a file nor a link to one"
+        raise CheckpointError(
+            f"{base / name}: {what}; a merge copies only files of the base itself",
+            hint=f"if you put the link there: cp -rL {base} COPY, and merge with --model COPY",
+            code="unsafe-name",
+        )
+
+
 def _notes(base: Path, adapter: Path, left_out: list[str]) -> list[str]:
     notes = []
     recorded = base_name(adapter)
@@ -186,20 +212,13 @@ def _require_new(output: Path, base: Path) -> None:
 @contextmanager
 def _partial(output: Path, size: int, notes: list[str]) -> Iterator[Path]:
     """The hidden folder that becomes ``output`` when the block ends well, and vanishes when not."""
-    folder = files.partial_path(output)
-    if folder.exists():
-        notes.append(f"removed {folder}, left by an interrupted merge")
-    try:
-        with files.growing_folder(output, durable=True):
+    with explained(output, kept="the unfinished folder was removed", then=f"{size / 1e9:.1f} GB are needed"):
+        leftover = files.partial_path(output)
+        if files.remove_unfinished(leftover):
+            notes.append(f"removed {leftover}, left by an interrupted merge")
+        with files.growing_folder(output, durable=True) as folder:
             _require_space(folder, size)
             yield folder
-    except BaseException as error:
-        if files.is_disk_full(error):
-            raise DiskFullError(
-                f"{output}: no space left while merging; the unfinished folder was removed",
-                hint=f"free {size / 1e9:.1f} GB, or choose an --output on another disk",
-            ) from error
-        raise
 
 
 def _require_space(folder: Path, size: int) -> None:
@@ -213,7 +232,7 @@ def _require_space(folder: Path, size: int) -> None:
 
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    with source.open("rb") as reader, target.open("wb") as writer:
+    with source.open("rb") as reader, target.open("xb") as writer:
         shutil.copyfileobj(reader, writer, CHUNK)
     shutil.copymode(source, target)
     files.sync(target)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _ABOUT = """\
 Show rows as training builds them: the picture, and the tree of its questions and answers with every token coloured by
 whether it is trained. Only the model's tokenizer file is needed."""
+_TITLE = "what the model sees"
 _BRANCHES = ("blue", "yellow", "magenta", "cyan", "red", "bright_black")
 
 
@@ -33,8 +34,8 @@ class _Flags:
 def _preview(flags: _Flags, line: Arguments) -> None:
     config, model = data_config(line)
     target = flags.html
-    if target is not None and target.exists() and target.suffix.lower() not in (".html", ".htm"):
-        raise OutputFolderError(f"{target}: exists and is no page", hint="name an .html file", code="convert-target")
+    if target is not None:
+        _require_own(target)
 
     from cogtune.data.preview import preview_rows
     from cogtune.data.sources import read_sources
@@ -54,10 +55,26 @@ def _preview(flags: _Flags, line: Arguments) -> None:
         return
     from cogtune.data.preview_html import page
     from cogtune.system import files
+    from cogtune.system.file_errors import explained
 
-    title = f"{', '.join(str(folder.path) for folder in config.data.path)}: what the model sees"
-    files.write_text(target, page(rows, title=title, exif=config.data.exif))
+    title = f"{', '.join(str(folder.path) for folder in config.data.path)}: {_TITLE}"
+    with explained(target):
+        files.write_text(target, page(rows, title=title, exif=config.data.exif))
     print(f"wrote {target}")
+
+
+def _require_own(target: Path) -> None:
+    """``--html`` replaces a page that it wrote before, and nothing else."""
+    try:
+        head = target.read_bytes()[:65536] if target.is_file() else b""
+    except OSError:
+        return  # the error when it is written says more
+    if head and f"{_TITLE}</title>".encode() not in head:
+        raise OutputFolderError(
+            f"{target}: exists, and `cogtune data preview` did not write it",
+            hint="name another .html file",
+            code="convert-target",
+        )
 
 
 def _print(rows: object, width: int, exif: str) -> None:

@@ -49,6 +49,7 @@ def _init(flags: _Flags, line: Arguments) -> None:
     from cogtune.plan.init_config import propose, take_plan, to_yaml, with_room
     from cogtune.processing.token_file import find_token_file
     from cogtune.system import files
+    from cogtune.system.file_errors import explained
 
     tokens = find_token_file(config.model.path, config.model.template)
     with progress_bar() as progress:
@@ -60,8 +61,9 @@ def _init(flags: _Flags, line: Arguments) -> None:
     else:
         take_plan(proposal, _planned(proposal, report, card, cards, tokens.num_image_tokens))
     text = to_yaml(proposal, "cogtune init")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with files.growing(target) as growing:
+    with explained(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with explained(target), files.growing(target) as growing:
         growing.write_text(text, encoding="utf-8")
         load_config(growing)  # what was written has to be a configuration
     print(text)

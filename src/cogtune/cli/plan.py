@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cogtune.cli.command import Command, flag
 from cogtune.cli.options import Arguments
-from cogtune.errors import ConfigError
+from cogtune.errors import ConfigError, OutputFolderError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -43,6 +43,8 @@ def _plan(flags: _Flags, line: Arguments) -> None:
     if flags.targets:
         print("\n".join(_targets(config)))
         return
+    if flags.write is not None:
+        _require_own(flags.write)
     from cogtune.plan.ask import plan
 
     found = plan(
@@ -86,17 +88,34 @@ def _targets(config: RunConfig) -> list[str]:
     return ["named sets:", *(f"  {line}" for line in sets), "linear layers:", *(f"  {name}" for name in names)]
 
 
+_MADE = "# Made by `cogtune plan`"
+
+
+def _require_own(file: Path) -> None:
+    """``--write`` replaces what it wrote before, and nothing else."""
+    try:
+        own = not file.is_file() or file.read_bytes()[: len(_MADE)] == _MADE.encode()
+    except OSError:
+        own = True  # the error when it is written says more
+    if not own:
+        raise OutputFolderError(
+            f"{file}: exists, and `cogtune plan` did not write it", hint="name another with --write"
+        )
+
+
 def _write(file: Path, config: RunConfig, plan: Plan, placeholders: Mapping[str, str]) -> None:
     import yaml
 
     from cogtune.plan.plan import ready_config
     from cogtune.system import files
     from cogtune.system.byte_sizes import format_size
+    from cogtune.system.file_errors import explained
 
     nested = ready_config(config, plan, placeholders)
     about = f"{plan.setting.ranks} x {plan.card.name}: {format_size(plan.memory.driver)} planned"
     text = yaml.safe_dump(nested, sort_keys=False, allow_unicode=True, width=120)
-    files.write_text(file, f"# Made by `cogtune plan` for {about}.\n{text}")
+    with explained(file):
+        files.write_text(file, f"{_MADE} for {about}.\n{text}")
     print(f"wrote {file}")
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cogtune.cli.answering import DECODING_KEYS, MODEL_KEYS, load
+from cogtune.cli.answering import DECODING_KEYS, MODEL_KEYS, load, note
 from cogtune.cli.command import Command, flag
 from cogtune.cli.options import Arguments
 from cogtune.cli.progress import ProgressLine
@@ -44,6 +44,7 @@ def _predict(flags: _Flags, line: Arguments) -> None:
     from cogtune.generate.loading import dismiss, follow, resolve
     from cogtune.generate.predict import PredictOptions, Predictor
     from cogtune.generate.predictions_file import PredictionFile
+    from cogtune.system.locks import lock_beside
 
     section = config.generate
     decoding = Decoding.from_section(section)
@@ -51,21 +52,22 @@ def _predict(flags: _Flags, line: Arguments) -> None:
     resolved = resolve(config)
     if follow(resolved):
         return
-    examples, report = read_sources(config.data)
-    print("\n".join(report.lines()))
-    questions = list(iter_questions(examples))
-    file = PredictionFile(flags.output, _settings(resolved, decoding, options, report), questions)
-    if file.next == len(questions):
-        print(f"{flags.output}: complete, {len(file.done)} answers; nothing to do")
-        dismiss(resolved)
-        return
-    if file.done:
-        print(f"{flags.output}: continuing behind {len(file.done)} answers")
-    generator = load(resolved)
-    progress = ProgressLine("questions")
-    done = Predictor(generator, questions, file, config.data, decoding, options, progress).run()
-    generator.close()
-    print("\n".join([*done.lines(), f"written to {flags.output}"]))
+    with lock_beside(flags.output, "choose another --output", note):
+        examples, report = read_sources(config.data)
+        print("\n".join(report.lines()))
+        questions = list(iter_questions(examples))
+        file = PredictionFile(flags.output, _settings(resolved, decoding, options, report), questions)
+        if file.next == len(questions):
+            print(f"{flags.output}: complete, {len(file.done)} answers; nothing to do")
+            dismiss(resolved)
+            return
+        if file.done:
+            print(f"{flags.output}: continuing behind {len(file.done)} answers")
+        generator = load(resolved)
+        progress = ProgressLine("questions")
+        done = Predictor(generator, questions, file, config.data, decoding, options, progress).run()
+        generator.close()
+        print("\n".join([*done.lines(), f"written to {flags.output}"]))
 
 
 def _settings(resolved: Resolved, decoding: Decoding, options: PredictOptions, report: DataReport) -> AnswerSettings:

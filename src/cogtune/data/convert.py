@@ -6,16 +6,21 @@ import json
 import os
 import shutil
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from cogtune.data.records import Conversation, Example
 from cogtune.errors import DataError, OutputFolderError
 from cogtune.system import files
+from cogtune.system.file_errors import explained
+from cogtune.system.locks import lock_beside
 
 Told = Callable[[int, int], None]
+_REMOVED = "what was written is removed"
 
 
 @dataclass(frozen=True)
@@ -33,17 +38,24 @@ def write(examples: Sequence[Example], target: Path, *, link: bool = False, done
 
     A folder gets copies of the pictures, with ``link`` symbolic links to them. Lines name pictures that lie below the
     file's folder by their path, and others by their copies in a folder beside the file. ``target`` appears when it is
-    whole.
+    whole; what a killed conversion left is removed by the next one.
 
     Raises:
-        OutputFolderError: ``target`` exists.
+        OutputFolderError: ``target`` exists, cannot be written, or another process writes it.
+        DiskFullError: no space; what was written is removed.
         DataError: text-only records, which a folder has no place for.
     """
-    if target.exists():
+    _require_new(target)
+    writer = _write_lines if target.suffix.lower() == ".jsonl" else _write_folder
+    again = "then run the same command again"
+    with lock_beside(target, "name another target"), explained(target, kept=_REMOVED, then=again):
+        _require_new(target)  # another conversion may have ended meanwhile
+        return writer(examples, target, link, done)
+
+
+def _require_new(target: Path) -> None:
+    if os.path.lexists(target):
         raise OutputFolderError(f"{target}: exists already", hint="name a new one", code="convert-target")
-    if target.suffix.lower() == ".jsonl":
-        return _write_lines(examples, target, link, done)
-    return _write_folder(examples, target, link, done)
 
 
 def _write_folder(examples: Sequence[Example], target: Path, link: bool, done: Told | None) -> Converted:
@@ -72,14 +84,19 @@ def _write_folder(examples: Sequence[Example], target: Path, link: bool, done: T
 
 
 def _write_lines(examples: Sequence[Example], target: Path, link: bool, done: Told | None) -> Converted:
-    target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f"{target.stem}-images")
-    if beside.exists():
+    if files.is_unfinished(beside):
+        shutil.rmtree(beside)  # of a conversion that was killed between its last two renames
+    if os.path.lexists(beside):
         raise OutputFolderError(
             f"{beside}: exists already, and would hold the pictures", hint="name a new target", code="convert-target"
         )
+    files.clear_leftovers(target, locked=True)
     names, copied, with_picture = _Names(), 0, 0
-    with files.growing(target) as growing, growing.open("w", encoding="utf-8") as file:
+    with ExitStack() as stack:
+        growing = stack.enter_context(files.growing(target))
+        copies = stack.enter_context(_growing_if_used(beside))
+        file = stack.enter_context(growing.open("w", encoding="utf-8"))
         for number, example in enumerate(examples, start=1):
             image = None
             if example.images:
@@ -87,16 +104,29 @@ def _write_lines(examples: Sequence[Example], target: Path, link: bool, done: To
                 (picture,) = example.images
                 image = _relative(picture, target.parent)
                 if image is None:
-                    beside.mkdir(exist_ok=True)
                     name = names.take(picture)
-                    _place(picture, beside / name, link)
+                    _place(picture, copies() / name, link)
                     image, copied = f"{beside.name}/{name}", copied + 1
             for conversation in example.conversations:
                 record = {"id": conversation.id, "image": image, "conversations": _messages(conversation)}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
             if done is not None:
                 done(number, len(examples))
+    if copied:
+        files.unmark(beside)
     return Converted(target, with_picture, _conversations(examples), copied)
+
+
+@contextmanager
+def _growing_if_used(folder: Path) -> Iterator[Callable[[], Path]]:
+    """Gives the hidden folder that becomes ``folder`` at the end of the block, made when it is first asked for."""
+    with ExitStack() as stack:
+
+        @cache
+        def made() -> Path:
+            return stack.enter_context(files.growing_folder(folder, marked=True))
+
+        yield made
 
 
 def _messages(conversation: Conversation) -> list[dict[str, Any]]:
@@ -117,8 +147,16 @@ def _relative(image: Path, folder: Path) -> str | None:
 def _place(source: Path, target: Path, link: bool) -> None:
     if link:
         target.symlink_to(os.path.realpath(source))
-    else:
-        shutil.copyfile(source, target)
+        return
+    try:
+        source.open("rb").close()
+    except OSError as error:
+        raise DataError(
+            f"{source}: the picture cannot be read ({error.strerror})",
+            hint="check the path and the file's permissions",
+            code="image-missing" if isinstance(error, FileNotFoundError) else "image-unreadable",
+        ) from error
+    shutil.copyfile(source, target)
 
 
 class _Names:

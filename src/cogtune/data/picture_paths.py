@@ -11,6 +11,7 @@ from cogtune.data.formats.item import Embedded, PictureSource
 from cogtune.data.problems import BadRecordError
 from cogtune.errors import DiskFullError, OutputFolderError
 from cogtune.system import files
+from cogtune.system.file_errors import is_disk_full
 
 _SUFFIXES = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"GIF8": ".gif", b"RIFF": ".webp", b"BM": ".bmp"}
 _NAME = 32
@@ -130,7 +131,7 @@ def _write(path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_bytes(path, data)
     except OSError as error:
-        if files.is_disk_full(error):
+        if is_disk_full(error):
             raise DiskFullError(f"{path.parent}: no space for the pictures that come inside the data") from error
         raise OutputFolderError(
             f"{path.parent}: the pictures that come inside the data cannot be written there ({error})",

@@ -24,6 +24,7 @@ from cogtune.demo.score import Score, measure, without_pictures
 from cogtune.errors import OutputFolderError
 from cogtune.generate.generator import Generator
 from cogtune.generate.loading import load_generator
+from cogtune.system.locks import FOLDER_LOCK, lock_folder
 from cogtune.train.log import read_metrics
 from cogtune.train.run import train
 
@@ -100,8 +101,20 @@ def run(
 
     Raises:
         SetupError: easy-VQA is not installed.
-        OutputFolderError: ``output`` holds something else.
+        OutputFolderError: ``output`` holds something else, cannot be written, or another process writes there.
     """
+    with lock_folder(output, "name a new folder: cogtune demo --output DIR", say):
+        return _run(output, command, started, pictures, changes, say)
+
+
+def _run(
+    output: Path,
+    command: str,
+    started: float | None,
+    pictures: tuple[int | None, int | None],
+    changes: Mapping[str, Any] | None,
+    say: Say,
+) -> dict[str, Any]:
     began = time.perf_counter() if started is None else started
     use_all_cores()
     disable_progress_bar()  # every model here loads in a moment
@@ -150,13 +163,12 @@ def _claim(output: Path) -> bool:
     """Take the folder; True if it is an earlier demo's, in which this one goes on."""
     if (output / MARKER).is_file():
         return True
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if any(path.name != FOLDER_LOCK for path in output.iterdir()):
         raise OutputFolderError(
             f"{output}: not empty, and not the output of a demo",
             hint="name a new folder: cogtune demo --output DIR",
             code="output-not-demo",
         )
-    output.mkdir(parents=True, exist_ok=True)
     (output / MARKER).touch()
     return False
 

@@ -11,14 +11,17 @@ from pathlib import Path
 
 from cogtune.checkpoint.model_files import check_folder
 from cogtune.download.http import Client
-from cogtune.download.remote import RemoteFile, list_files
+from cogtune.download.remote import PART, RemoteFile, list_files
 from cogtune.download.sources import HF_ENDPOINT, MODELSCOPE_ENDPOINT, Repository, Source
-from cogtune.download.transfer import PART, fetch
-from cogtune.errors import DiskFullError, InputError
+from cogtune.download.transfer import fetch
+from cogtune.errors import InputError, OutputFolderError
 from cogtune.system import files
+from cogtune.system.file_errors import explained
 from cogtune.system.hub_cache import cached_file, hub_cache
+from cogtune.system.locks import lock_folder
 
 _SPARE = 1 << 30
+_CONTINUES = "then run the same command again: it continues"
 _SKIPPED = (".gitattributes",)
 
 
@@ -58,6 +61,8 @@ def download(
 
     Raises:
         InputError: offline by HF_HUB_OFFLINE, no such repository, or too little space for what is missing.
+        OutputFolderError: another process fetches into ``folder``, it cannot be written, or a file in it has the name
+            of one of the repository's and another size.
         DownloadError: the hub stays silent, or a file arrived wrong.
     """
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
@@ -66,10 +71,24 @@ def download(
             hint=f"unset HF_HUB_OFFLINE; or copy the folder from another machine to {folder}",
             code="download-offline",
         )
+    with lock_folder(folder, "name another folder with --output", say), explained(folder, then=_CONTINUES):
+        return _download(repository, folder, source, say, progress, pause, timeout)
+
+
+def _download(
+    repository: Repository,
+    folder: Path,
+    source: Source,
+    say: Callable[[str], None],
+    progress: Callable[[str, int, int], None],
+    pause: Callable[[float], None] | None,
+    timeout: float,
+) -> Downloaded:
     endpoint = endpoint_of(source)
     client = Client(os.environ.get("HF_TOKEN") if source == "hf" else None, timeout)
     listed = [f for f in list_files(client, source, endpoint, repository) if f.path not in _SKIPPED]
     missing = [file for file in listed if not _is_there(folder / file.path, file)]
+    _require_free(folder, missing)
     present, cached = len(listed) - len(missing), _cached(repository, missing)
     _link(cached, folder)
     missing = [file for file in missing if not _is_there(folder / file.path, file)]
@@ -113,26 +132,34 @@ def _link(cached: dict[str, Path], folder: Path) -> None:
     for path, blob in cached.items():
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)  # of another size, or it would not be missing
         target.with_name(target.name + PART).unlink(missing_ok=True)
         with suppress(OSError):  # another disk, or one without second names: it is copied later
             os.link(blob, target)
 
 
 def _copy(blob: Path, target: Path) -> None:
-    try:
-        with files.growing(target) as copy:
-            shutil.copyfile(blob, copy)
-    except OSError as error:
-        if not files.is_disk_full(error):
-            raise
-        hint = "free some space and run the same command again: it continues"
-        raise DiskFullError(f"{target}: no space left", hint=hint) from error
+    files.clear_leftovers(target, locked=True)
+    with files.growing(target) as copy:
+        shutil.copyfile(blob, copy)
 
 
 def _is_there(path: Path, file: RemoteFile) -> bool:
     """A file of the right size counts as fetched: ours get their name after the check, hand-copied ones are trusted."""
     return path.is_file() and path.stat().st_size == file.size
+
+
+def _require_free(folder: Path, missing: list[RemoteFile]) -> None:
+    """Raises OutputFolderError where a file would be replaced: ours have the right size, so it is somebody else's."""
+    for file in missing:
+        target = folder / file.path
+        if os.path.lexists(target):
+            found = f"{target.stat().st_size:,} bytes" if target.is_file() else "no file"
+            raise OutputFolderError(
+                f"{target}: there is something else ({found}; the hub's file has {file.size:,} bytes), and nothing is "
+                "overwritten",
+                hint="remove it or move it away, or name another folder with --output; then run the command again",
+                code="download-conflict",
+            )
 
 
 def _left(folder: Path, missing: list[RemoteFile]) -> int:

@@ -9,6 +9,8 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+_LONGEST_JSON = 1 << 26
+
 BROKEN = (OSError, http.client.HTTPException)
 """What a request or a read may raise when the line or the hub fails (URLError and time-outs are OSErrors)."""
 
@@ -33,7 +35,7 @@ class Client:
         """The JSON at ``url``; None when the hub says there is no such thing, or none for us."""
         try:
             with self.open(url) as answer:
-                return json.loads(answer.read())
+                return json.loads(answer.read(_LONGEST_JSON))  # what is cut off is no JSON
         except HTTPError as error:
             if error.code in (401, 403, 404):
                 return None

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
 from cogtune.download.http import BROKEN, Client
 from cogtune.download.sources import Repository, Source
 from cogtune.errors import DownloadError, InputError
+from cogtune.system.names import name_problem
+
+PART = ".part"
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,8 @@ def list_files(client: Client, source: Source, endpoint: str, repository: Reposi
     for name in repository.names(source):
         found = _try(client, source, endpoint, repository.kind, name)
         if found is not None:
-            return [file for file in found if _inside(file.path, endpoint)]
+            _require_distinct(found, endpoint)
+            return found
         tried.append(name)
     raise InputError(
         f"{endpoint}: no repository {' or '.join(tried)} can be read there",
@@ -40,43 +47,77 @@ def list_files(client: Client, source: Source, endpoint: str, repository: Reposi
     )
 
 
-def _inside(path: str, endpoint: str) -> bool:
-    """Raises DownloadError for a path that would leave the folder."""
-    if path.startswith("/") or ".." in path.split("/"):
-        raise DownloadError(
-            f"{endpoint}: its list names {path}, which lies outside the folder",
-            hint="do not use this mirror",
-            code="download-wrong",
-        )
-    return True
+def _require_distinct(found: list[RemoteFile], endpoint: str) -> None:
+    """Raises DownloadError where one of the files would be written over another, or is a folder of one."""
+    names = {file.path for file in found}
+    parts = {file.path + PART for file in found}
+    folders = {parent.as_posix() for name in names for parent in PurePosixPath(name).parents}
+    if len(names) < len(found) or names & folders or names & parts:
+        raise _wrong(endpoint, "files of one name")
 
 
 def _try(client: Client, source: Source, endpoint: str, kind: str, name: str) -> list[RemoteFile] | None:
     if source == "hf":
-        url = f"{endpoint}/api/{kind}s/{name}/tree/main?recursive=true"
-        entries: list[dict[str, Any]] | None = _get(client, url)
+        entries = _get(client, f"{endpoint}/api/{kind}s/{name}/tree/main?recursive=true")
         if entries is None:
             return None
         root = f"{endpoint}/{'' if kind == 'model' else 'datasets/'}{name}/resolve/main"
-        return [_from_hf(entry, root) for entry in entries if entry["type"] == "file"]
+        listed = [entry for entry in _list(entries, endpoint) if entry.get("type") == "file"]
+        return [_from_hf(entry, root, endpoint) for entry in listed]
     url = (
         f"{endpoint}/api/v1/{kind}s/{name}/repo/{'files' if kind == 'model' else 'tree'}?Revision=master&Recursive=true"
     )
-    answer: dict[str, Any] | None = _get(client, url)
-    if answer is None or not answer.get("Success", True):
+    answer = _get(client, url)
+    if answer is None:
+        return None
+    if not isinstance(answer, dict):
+        raise _wrong(endpoint, answer)
+    if not answer.get("Success", True):
         return None
     root = f"{endpoint}/{kind}s/{name}/resolve/master"
-    return [
-        RemoteFile(entry["Path"], int(entry["Size"]), entry.get("Sha256") or None, f"{root}/{quote(entry['Path'])}")
-        for entry in answer["Data"]["Files"]
-        if entry["Type"] == "blob"
+    data = answer.get("Data")
+    listed = [
+        entry
+        for entry in _list(data.get("Files") if isinstance(data, dict) else data, endpoint)
+        if entry.get("Type") == "blob"
     ]
+    return [_file(entry.get("Path"), entry.get("Size"), entry.get("Sha256"), root, endpoint) for entry in listed]
 
 
-def _from_hf(entry: dict[str, Any], root: str) -> RemoteFile:
+def _from_hf(entry: dict[str, Any], root: str, endpoint: str) -> RemoteFile:
     stored = entry.get("lfs") or {}
-    size = int(stored.get("size", entry["size"]))
-    return RemoteFile(entry["path"], size, stored.get("oid"), f"{root}/{quote(entry['path'])}")
+    if not isinstance(stored, dict):
+        raise _wrong(endpoint, entry)
+    return _file(entry.get("path"), stored.get("size", entry.get("size")), stored.get("oid"), root, endpoint)
+
+
+def _list(entries: Any, endpoint: str) -> list[dict[str, Any]]:
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise _wrong(endpoint, entries)
+    return entries
+
+
+def _file(path: Any, size: Any, digest: Any, root: str, endpoint: str) -> RemoteFile:
+    """An entry of a list, checked: a plain name below the folder, a size, and a digest or none."""
+    if problem := name_problem(path, nested=True):
+        raise _wrong(endpoint, path, f"which {problem}")
+    if isinstance(size, str) and size.isdecimal():
+        size = int(size)
+    if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 1 << 50:
+        raise _wrong(endpoint, size, f"as the size of {path}")
+    if digest and not (isinstance(digest, str) and _SHA256.fullmatch(digest)):
+        raise _wrong(endpoint, digest, f"as the sha256 of {path}")
+    return RemoteFile(path, size, digest.lower() if digest else None, f"{root}/{quote(path)}")
+
+
+def _wrong(endpoint: str, found: object, what: str = "") -> DownloadError:
+    text = ascii(found)
+    return DownloadError(
+        f"{endpoint}: its list of files is not one: it names {text[:120]}{'...' * (len(text) > 120)}"
+        + (f", {what}" if what else ""),
+        hint="do not use this mirror",
+        code="download-wrong",
+    )
 
 
 def _get(client: Client, url: str) -> Any:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import http.client
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.error import HTTPError
 
 from cogtune.download.http import BROKEN, Client
-from cogtune.download.remote import RemoteFile
-from cogtune.errors import DiskFullError, DownloadError
-from cogtune.system import files
+from cogtune.download.remote import PART, RemoteFile
+from cogtune.errors import DownloadError
+from cogtune.system.file_errors import explained
 
-PART = ".part"
 ATTEMPTS = 8
 _BLOCK = 1 << 20
+_CONTINUES = "then run the same command again: it continues"
 
 
 def fetch(
@@ -33,6 +35,7 @@ def fetch(
 
     Raises:
         DownloadError: the hub stays silent, or what arrived has another size or digest.
+        DiskFullError, RunError: it cannot be written.
     """
     part = target.with_name(target.name + PART)
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -52,10 +55,6 @@ def fetch(
             reason = f"HTTP {error.code} {error.reason}"
             failures = failures if error.code >= 500 or error.code == 429 else ATTEMPTS  # it will say the same again
         except BROKEN as error:
-            if files.is_disk_full(error):
-                raise DiskFullError(
-                    f"{part}: no space left", hint="free some space and run the same command again: it continues"
-                ) from error
             done = part.stat().st_size if part.is_file() else 0
             silent = isinstance(error, TimeoutError)
             reason = f"the line was silent for {client.timeout:g} s" if silent else f"{type(error).__name__}: {error}"
@@ -80,12 +79,34 @@ def _append(client: Client, file: RemoteFile, part: Path, done: int, advance: Ca
         if done and answer.status != http.client.PARTIAL_CONTENT:  # this server cannot continue
             advance(-done)
             done = 0
-        with part.open("ab" if done else "wb") as stream:
-            while block := answer.read1(_BLOCK):  # what is there: a whole block would be lost to a line gone silent
-                stream.write(block)
+        with _opened(part, "ab" if done else "wb") as write:
+            # what is there: a whole block would be lost to a line gone silent; and no more than the list says, and one
+            while done <= file.size and (block := answer.read1(min(_BLOCK, file.size - done + 1))):
+                write(block)
                 done += len(block)
                 advance(len(block))
     return done
+
+
+@contextmanager
+def _opened(part: Path, mode: str) -> Iterator[Callable[[bytes], None]]:
+    """Writes into ``part``. The disk's errors are told from those of the line, which is taken up again.
+
+    Raises:
+        DiskFullError, RunError: the disk's.
+    """
+    disk = functools.partial(explained, part, kept="what was fetched stays", then=_CONTINUES, late=True)
+    with disk():
+        stream = open(part, mode, buffering=0)  # noqa: SIM115
+
+    def write(block: bytes) -> None:
+        rest = memoryview(block)
+        with disk():
+            while rest:
+                rest = rest[stream.write(rest) :]
+
+    with stream:
+        yield write
 
 
 def _check(file: RemoteFile, part: Path) -> None:

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 from cogtune.data.records import Question
-from cogtune.errors import DiskFullError, OutputFolderError
+from cogtune.errors import OutputFolderError
 from cogtune.system import files
+from cogtune.system.file_errors import explained
 
+_SAFE: Any = {
+    "kept": "every answer before is in the file",
+    "then": "then run the same command again: it continues",
+    "late": True,
+}
 _ELSE = "give another --output, or remove this file and its .meta.json to start over"
 
 
@@ -47,7 +52,7 @@ class PredictionFile:
     """Appends records to ``path``; ``path.meta.json`` holds the settings and answers not yet in their turn.
 
     Raises:
-        OutputFolderError: the file is not one of ours, or was made with other settings or data.
+        OutputFolderError: the file is not one of ours, was made with other settings or data, or cannot be written.
     """
 
     def __init__(self, path: Path, settings: AnswerSettings, questions: Sequence[Question]) -> None:
@@ -62,12 +67,15 @@ class PredictionFile:
         self._stream: BinaryIO | None = None
         if path.exists() and not path.is_file():
             raise OutputFolderError(f"{path}: not a file", hint="--output names the .jsonl file to write")
-        if path.is_file() and path.stat().st_size:
-            self._check_meta()
-            self._read_lines(questions)
+        with explained(path):
+            if path.is_file() and path.stat().st_size:
+                self._check_meta(self._read_meta())
+                self._read_lines(questions)
+            elif os.path.lexists(self.meta):  # begun and killed; or somebody else's
+                self._read_meta()
 
     def __enter__(self) -> PredictionFile:
-        with _explained_disk_full(self.path):
+        with explained(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._stream = self.path.open("ab", buffering=0)
             self.keep_for_later(self.pending)
@@ -83,12 +91,12 @@ class PredictionFile:
         """Write one line, whole or not at all.
 
         Raises:
-            DiskFullError: no space; the lines before stay.
+            DiskFullError, RunError: no space, or the place is lost; the lines before stay.
         """
         assert self._stream is not None
         line = json.dumps(record(question, answer), ensure_ascii=False).encode() + b"\n"
         size = os.fstat(self._stream.fileno()).st_size
-        with _explained_disk_full(self.path):
+        with explained(self.path, **_SAFE):
             try:
                 written = 0
                 while written < len(line):
@@ -101,24 +109,30 @@ class PredictionFile:
         """Answers that are computed but wait for an earlier question: the next run takes them from the sidecar."""
         later = {str(place): answer for place, answer in answers.items()}
         meta = {"decides": self.settings.decides, "made_with": self.settings.shown, "pending": later}
-        with _explained_disk_full(self.meta):
+        with explained(self.meta, **_SAFE):
             files.write_json(self.meta, meta, durable=True)
 
     def finish(self) -> None:
         """Everything to disk."""
         assert self._stream is not None
-        os.fsync(self._stream.fileno())
+        with explained(self.path, **_SAFE):
+            os.fsync(self._stream.fileno())
 
-    def _check_meta(self) -> None:
+    def _read_meta(self) -> tuple[dict[str, Any], dict[int, str]]:
+        """What made the file, and the answers that wait for their turn."""
         try:
             meta = json.loads(self.meta.read_text(encoding="utf-8"))
-            stored, pending = dict(meta["decides"]), dict(meta["pending"])
+            pending = {int(place): str(answer) for place, answer in dict(meta["pending"]).items()}
+            return dict(meta["decides"]), pending
         except FileNotFoundError:
             raise OutputFolderError(
                 f"{self.path}: exists, and {self.meta.name}, which says what made it, does not", hint=_ELSE
             ) from None
         except (ValueError, KeyError, TypeError) as error:
             raise OutputFolderError(f"{self.meta}: cannot be read: {error}", hint=_ELSE) from error
+
+    def _check_meta(self, meta: tuple[dict[str, Any], dict[int, str]]) -> None:
+        stored, pending = meta
         now = self.settings.decides
         lines = [
             f"{key}: {_shown(stored.get(key))} there, {_shown(now.get(key))} now"
@@ -127,7 +141,7 @@ class PredictionFile:
         ]
         if lines:
             raise OutputFolderError(f"{self.path}: was made with other settings:\n  " + "\n  ".join(lines), hint=_ELSE)
-        self.pending = {int(place): str(answer) for place, answer in pending.items()}
+        self.pending = pending
 
     def _read_lines(self, questions: Sequence[Question]) -> None:
         """Match the file's lines with the questions; a question without a line was skipped."""
@@ -164,16 +178,3 @@ def _shown(value: Any) -> str:
     """Digests are only compared; a dozen characters show that they differ."""
     text = value if isinstance(value, str) else json.dumps(value)
     return f"{text[:12]}..." if len(text) == 64 and set(text) <= set("0123456789abcdef") else text
-
-
-@contextmanager
-def _explained_disk_full(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if not files.is_disk_full(error):
-            raise
-        raise DiskFullError(
-            f"{path}: no space left; every answer before is in the file",
-            hint="free some space and run the same command again: it continues",
-        ) from error

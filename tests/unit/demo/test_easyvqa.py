@@ -13,6 +13,7 @@ from cogtune.data.records import iter_questions
 from cogtune.data.sources import read_sources
 from cogtune.demo.easyvqa import find_easy_vqa, read_split, write_folder
 from cogtune.errors import SetupError
+from cogtune.system import files
 
 
 def test_the_official_split_is_whole() -> None:
@@ -54,6 +55,7 @@ def test_half_a_folder_is_written_again(tmp_path: Path) -> None:
     pictures = read_split(find_easy_vqa(), "test", limit=3)
     (tmp_path / ".test.partial" / "images").mkdir(parents=True)
     (tmp_path / ".test.partial" / "images" / "99999.png").touch()
+    (tmp_path / ".test.partial" / files.MARK).touch()
     write_folder(pictures, tmp_path / "test")
     assert [file.name for file in sorted((tmp_path / "test" / "images").iterdir())] == [
         "00000.png", "00001.png", "00002.png",

@@ -168,7 +168,7 @@ def test_a_wrong_size_and_a_wrong_digest_are_refused_and_removed(hub, tmp_path):
     hub.files = {name: hub.files[name]}
     with pytest.raises(DownloadError, match="sha256"):
         fetch(tmp_path / "corrupt")
-    assert list((tmp_path / "corrupt").iterdir()) == []
+    assert list(tmp_path.glob("corrupt/*")) == []
 
 
 def test_shards_the_index_names_have_to_be_in_the_repository(hub, tmp_path):

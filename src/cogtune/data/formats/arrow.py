@@ -17,7 +17,8 @@ from cogtune.data.formats.messages import picture_sources, read_conversation
 from cogtune.data.problems import BadRecordError, Problem
 from cogtune.data.record_json import checked_text, identity_of
 from cogtune.data.records import Turn
-from cogtune.errors import SetupError
+from cogtune.errors import DataError, SetupError
+from cogtune.system.names import inside
 
 _SHARD = re.compile(r"(?P<split>.+?)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?$")
 _BATCH = 64  # rows in memory at once; a row may hold a picture of several MB
@@ -69,8 +70,11 @@ def split_files(folder: Path, split: str | None) -> tuple[list[Path], str | None
 def _splits(folder: Path) -> dict[str, list[Path]]:
     listed = folder / "dataset_dict.json"
     if listed.is_file():
-        names = json.loads(listed.read_text(encoding="utf-8"))["splits"]
-        return {name: _saved_files(folder / name) for name in names}
+        try:
+            names = list(json.loads(listed.read_text(encoding="utf-8"))["splits"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise Problem("table", str(listed), f"not what save_to_disk writes ({error})").error() from error
+        return {name: _saved_files(inside(folder, name, named_by=listed, error=DataError)) for name in names}
     if (folder / "state.json").is_file():
         return {"train": _saved_files(folder)}
     found: dict[str, list[Path]] = {}
@@ -78,8 +82,8 @@ def _splits(folder: Path) -> dict[str, list[Path]]:
         files = sorted(folder.glob(pattern))
         for file in files:
             match = _SHARD.fullmatch(file.stem)
-            inside = file.parent.name if pattern == "*/*.parquet" else None
-            found.setdefault(match["split"] if match else inside or file.stem, []).append(file)
+            parent = file.parent.name if pattern == "*/*.parquet" else None
+            found.setdefault(match["split"] if match else parent or file.stem, []).append(file)
         if files:
             break
     plain = [name for name in found if name not in ("train", "test", "validation", "val", "dev")]
@@ -95,7 +99,7 @@ def _saved_files(folder: Path) -> list[Path]:
         names = [entry["filename"] for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Problem("table", str(state), f"not what save_to_disk writes ({error})").error() from error
-    return [folder / name for name in names]
+    return [inside(folder, name, named_by=state, error=DataError) for name in names]
 
 
 def _pyarrow() -> Any:
