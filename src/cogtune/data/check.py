@@ -159,7 +159,9 @@ def _take(report: CheckReport, read: DataReport, problems: Problems, examples: i
         report.counts[key] = report.counts.get(key, 0) + int(getattr(read, key))
     report.counts["bad"] = report.counts.get("bad", 0) + sum(problems.lost.values())
     report.sources += [asdict(source) for source in read.sources]
-    report.notes += read.lines()[1:]
+    report.notes += [*read.remarks(), *(f"note: {note}" for note in read.notes)]
+    for code, where, what in read.warnings():
+        report.add("warning", code, where, what)
     level = "error" if data.on_bad == "error" else "warning"
     for problem in problems.found:
         report.add(level, problem_code(problem), problem.where, problem.what)
@@ -201,7 +203,7 @@ def _repeated(
             "warning", "duplicate-record", others[0], f"the same questions and answers as {first}{_more(others)}"
         )
     for first, *others in found.contradictions:
-        what = f"the question of {first} about the same picture, with another answer{_more(others)}"
+        what = f"the question of {first} about the same picture or none, with another answer{_more(others)}"
         report.add("warning", "other-answer", others[0], what)
     for held, trained in duplicates.leaks(train, validation, contents):
         report.add("warning", "validation-leak", held, f"validation shows the picture that training has as {trained}")

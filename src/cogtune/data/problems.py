@@ -42,6 +42,7 @@ HINTS: dict[str, str] = {
     "several-images": "the model sees one picture: split the record, or join its pictures to one",
     "media": "leave such records out",
     "system": "set data.system: prepend, to put it before the first question; or remove it",
+    "unread-key": "rename the key to one that the format reads (docs/guides/data.md), or remove it",
     "content-part": "a part is of the type text or image_url",
     "bad-json": "the file must be valid JSON in UTF-8",
     "wrong-root": 'a record is an object: {"conversations": [{"role": "user", "content": "..."}, ...]}',

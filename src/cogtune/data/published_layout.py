@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cogtune.data.formats.detect import LABEL_FOLDERS
+from cogtune.data.formats.pictures import refuse_unread_own
 from cogtune.data.picture_headers import PictureHeader, check_picture, in_threads
 from cogtune.data.problems import BadRecordError, Problem, Problems
 from cogtune.data.record_json import is_unicode, parse_json, record_dialogues
@@ -125,6 +126,7 @@ class FolderReader:
             source = f"{pair.label}, record {position}" if isinstance(root, list) else str(pair.label)
             try:
                 dialogues = record_dialogues(record, self.caption_question)
+                refuse_unread_own(record, ("image",), (pair.image.name,), "folder")
             except BadRecordError as bad:
                 pair.problems.append((bad.kind, source, bad.what))
                 number += 1  # the records after it keep their ids when it is repaired

@@ -17,6 +17,7 @@ SPECIAL_TOKEN = re.compile(
     r"<\|(?:begin_of_text|end_of_text|start_header_id|end_header_id|eot_id|eom_id|step_id|python_tag"
     r"|finetune_right_pad_id|image|reserved_special_token_\d+)\|>"
 )
+_MOSTLY = 0.9  # of conversations without a picture, above which a set for a vision-language model is a likely mistake
 
 
 @dataclass
@@ -82,7 +83,13 @@ class DataReport:
     def lines(self) -> list[str]:
         """A few sentences for the console, warnings last."""
         only = f" ({self.text_only} of them without a picture)" if self.text_only else ""
-        lines = [f"{self.pictures} pictures, {self.conversations} conversations{only}, {self.turns} questions"]
+        first = f"{self.pictures} pictures, {self.conversations} conversations{only}, {self.turns} questions"
+        warnings = [f"warning: {what}" for _, _, what in self.warnings()]
+        return [first, *self.remarks(), *warnings, *(f"note: {note}" for note in self.notes)]
+
+    def remarks(self) -> list[str]:
+        """What was done to single pictures and records."""
+        lines = []
         if self.turned:
             done = "turned upright" if self.exif == "apply" else "left as they are (data.exif: apply turns them)"
             lines.append(f"{self.turned} pictures have an EXIF orientation: {done}")
@@ -98,7 +105,15 @@ class DataReport:
         if self.bad:
             lines.append("left out: " + ", ".join(f"{count} {kind}" for kind, count in self.bad.items()))
             lines += [f"  {example}" for example in self.bad_examples]
-        return lines + [f"note: {note}" for note in self.notes]
+        return lines
+
+    def warnings(self) -> list[tuple[str, str, str]]:
+        """What spoils training although it can be read: code, where, what."""
+        if not self.conversations or self.text_only / self.conversations <= _MOSTLY:
+            return []
+        share = f"{self.conversations - self.text_only} of {self.conversations} conversations have a picture"
+        what = f"{share}; if there should be more, look under which keys the records name them"
+        return [("few-pictures", "", what)]
 
 
 def _has_special(conversation: Conversation) -> bool:

@@ -156,7 +156,7 @@ def test_an_answer_that_is_nearly_all_answers(tmp_path: Path) -> None:
     report = checked(write_lines(tmp_path / "set.jsonl", lines))
     assert report.closed.closed
     assert report.closed.to_dict()["shares"]["yes"] == 0.975
-    assert codes(report, "warning") == ["one-answer"]
+    assert codes(report, "warning") == ["few-pictures", "one-answer"]
 
 
 def test_an_unreadable_tokenizer_is_an_error(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from cogtune.data.formats.item import Content, Item, RecordRules
-from cogtune.data.formats.messages import picture_sources, read_conversation
+from cogtune.data.formats.messages import read_conversation
+from cogtune.data.formats.pictures import picture_sources, refuse_unread
 from cogtune.data.problems import BadRecordError, Problem
 from cogtune.data.record_json import checked_text, identity_of
 from cogtune.data.records import Turn
@@ -21,6 +22,7 @@ from cogtune.errors import DataError, SetupError
 from cogtune.system.names import inside
 
 _SHARD = re.compile(r"(?P<split>.+?)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?$")
+_READ = ("id", "question", "answer", "caption", "captions", "text")
 _BATCH = 64  # rows in memory at once; a row may hold a picture of several MB
 
 
@@ -146,9 +148,12 @@ def _later(row: dict[str, Any], rules: RecordRules) -> Callable[[], Content]:
         if "messages" in row or "conversations" in row:
             # Arrow fills what a part or message does not have with null
             return read_conversation(_without_nulls(row), rules, "hf")
-        images = row.get("image", row.get("images"))
+        pictures = "image" if "image" in row else "images"
+        images = row[pictures]
         images = images if isinstance(images, list) else [images]
         rules.check_images(len(images))
+        given = [image for image in images if image is not None]
+        refuse_unread(row, (pictures, *_READ), given, "parquet")
         return Content(_dialogues(row, rules), picture_sources(images), identity_of(row))
 
     return read

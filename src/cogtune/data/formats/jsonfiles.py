@@ -9,6 +9,7 @@ from typing import Any
 
 from cogtune.data.formats.item import Content, Item, RecordRules
 from cogtune.data.formats.messages import read_conversation
+from cogtune.data.formats.pictures import refuse_unread_own
 from cogtune.data.problems import BadRecordError, Problem
 from cogtune.data.record_json import identity_of, is_unicode, kind_of, parse_json, record_dialogues
 
@@ -45,6 +46,7 @@ def own_record(record: Any, rules: RecordRules) -> Content:
     image = record["image"]
     if image is not None and (not isinstance(image, str) or not image or "\0" in image or not is_unicode(image)):
         raise BadRecordError("image-path", f'"image" is {image!r}, a path or null was expected')
+    refuse_unread_own(record, ("image",), () if image is None else (image,), "jsonl")
     return Content(dialogues, () if image is None else (image,), identity_of(record))
 
 

@@ -6,15 +6,13 @@ Read here are LLaVA (``conversations`` of ``from``/``value``, ``image``), ShareG
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import unquote, unquote_to_bytes, urlparse
 
-from cogtune.data.formats.item import Content, Embedded, PictureSource, RecordRules
+from cogtune.data.formats.item import Content, RecordRules
+from cogtune.data.formats.pictures import keys_text, picture_sources, refuse_unread
 from cogtune.data.problems import BadRecordError
 from cogtune.data.record_json import identity_of, is_unicode, kind_of
 from cogtune.data.records import Turn
@@ -22,6 +20,10 @@ from cogtune.data.records import Turn
 MARKER = "<image>"
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 _OTHER_MEDIA = ("video", "videos", "audio", "audios")
+_RECORD_KEYS = ("id", "image", "images", "messages", "conversations", "system", *_OTHER_MEDIA)
+_MESSAGE_KEYS = ("from", "value", "role", "content", "image", "images")
+# a path where Qwen-VL's records name it, with what numbers it and the line break behind it
+_IMG = re.compile(r"(?:Picture[ ]*\d+[ ]*:[ ]*)?<img>\s*([^<>\n]+?)\s*</img>[ \t]*\n?")
 # the marker with the line break (or space) that separates it from the text, on one side
 _MARKER_AND_BREAK = re.compile(r"<image>[ \t]*\n|\n[ \t]*<image>|<image>[ ]?", re.DOTALL)
 
@@ -47,65 +49,16 @@ def read_conversation(record: Any, rules: RecordRules, expected: str) -> Content
         raise BadRecordError("wrong-root", f"{kind_of(record)} found, an object was expected")
     _refuse_other_media(record)
     messages = _messages(record, expected)
+    for message in messages:
+        _take_paths(message)
     images = [*_images_of(record), *(image for message in messages for image in message.images)]
+    refuse_unread(record, _RECORD_KEYS, images, expected)
+    for entry, number in _entries(record):
+        refuse_unread(entry, _MESSAGE_KEYS, images, expected, f"message {number}: ")
     rules.check_images(len(images))
     _strip_markers(messages, len(images))
     turns = _turns(_without_system(messages, rules.system))
     return Content([turns], picture_sources(images), identity_of(record))
-
-
-def picture_sources(images: Sequence[Any]) -> tuple[PictureSource, ...]:
-    """What a record says about its pictures; an entry that is None is none.
-
-    Raises:
-        BadRecordError: see `picture_source`.
-    """
-    return tuple(source for image in images if (source := picture_source(image)) is not None)
-
-
-def picture_source(image: Any) -> str | Embedded | None:
-    """What a record says about its picture, as a path or bytes.
-
-    Understood are paths, ``file:`` and ``data:`` URLs, ``{"bytes": ..., "path": ...}``, ``{"url": ...}``.
-
-    Raises:
-        BadRecordError: ``image-path``, ``image-url``.
-    """
-    if image is None:
-        return None
-    if isinstance(image, (bytes, bytearray, memoryview)):
-        return Embedded(bytes(image))
-    if isinstance(image, Mapping):
-        for key in ("bytes", "path", "url", "image"):
-            if image.get(key) is not None:
-                return picture_source(image[key])
-        raise BadRecordError("image-path", f"the picture is an object with {_keys(image)}, bytes or a path expected")
-    if not isinstance(image, str) or not image.strip() or "\0" in image or not is_unicode(image):
-        raise BadRecordError("image-path", f"the picture is {image!r:.80}, a path was expected")
-    scheme = urlparse(image).scheme.lower() if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", image) else ""
-    if scheme == "data":
-        return Embedded(_data_url(image))
-    if scheme == "file":
-        return unquote(urlparse(image).path)
-    if scheme in ("http", "https", "ftp", "s3", "gs", "oss"):
-        raise BadRecordError("image-url", f"the picture is on the web ({image:.80}); a file was expected")
-    return image
-
-
-def _data_url(url: str) -> bytes:
-    head, comma, body = url.partition(",")
-    if not comma:
-        raise BadRecordError("image-url", "a data: URL without a comma before its content")
-    if not head.lower().endswith(";base64"):
-        return unquote_to_bytes(body)
-    try:
-        return base64.b64decode(re.sub(r"\s", "", body), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise BadRecordError("image-url", f"a data: URL that is not valid base64 ({error})") from error
-
-
-def _keys(mapping: Mapping[Any, Any]) -> str:
-    return ", ".join(map(str, mapping)) or "nothing"
 
 
 def _refuse_other_media(record: dict[str, Any]) -> None:
@@ -126,10 +79,29 @@ def _images_of(record: dict[str, Any]) -> list[Any]:
     return found
 
 
+def _entries(record: dict[str, Any]) -> list[tuple[dict[str, Any], int]]:
+    """The objects that the messages were read from, with their numbers from 1."""
+    entries: Sequence[dict[str, Any]] = record["messages" if "messages" in record else "conversations"]
+    return [(entry, number) for number, entry in enumerate(entries, start=1)]
+
+
+def _take_paths(message: _Message) -> None:
+    """Make the paths between ``<img>`` tags the message's pictures; they are no words."""
+    paths = _IMG.findall(message.text)
+    if not paths:
+        return
+    if message.role != "user":
+        raise BadRecordError("image-marker", f"an <img> picture in message {message.number}, from {message.role}")
+    message.images += paths
+    message.text = _IMG.sub("", message.text)
+    if not message.text.strip():
+        raise BadRecordError("content", f"the content of message {message.number} is empty but for its picture")
+
+
 def _messages(record: dict[str, Any], expected: str) -> list[_Message]:
     keys = [key for key in ("messages", "conversations") if key in record]
     if len(keys) != 1:
-        found = "both" if keys else f"{_keys(record)} found"
+        found = "both" if keys else f"{keys_text(record)} found"
         raise BadRecordError("missing-key", f'"messages" or "conversations" was expected ({expected}), {found}')
     entries = record[keys[0]]
     if not isinstance(entries, Sequence) or isinstance(entries, str):
@@ -137,6 +109,8 @@ def _messages(record: dict[str, Any], expected: str) -> list[_Message]:
     if not len(entries):
         raise BadRecordError("turns", f'"{keys[0]}" is empty')
     messages = [_message(entry, number) for number, entry in enumerate(entries, start=1)]
+    for message, entry in zip(messages, entries, strict=True):
+        message.images = [*_images_of(entry), *message.images]
     if record.get("system"):
         messages.insert(0, _Message(0, "system", _text(record["system"], 0)))
     return messages

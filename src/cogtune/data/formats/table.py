@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from cogtune.data.formats.item import Content, Item, RecordRules
+from cogtune.data.formats.pictures import refuse_unread
 from cogtune.data.problems import BadRecordError, Problem
 from cogtune.data.record_json import checked_text
 from cogtune.data.records import Turn
 
 TEXT_ONLY = "null"
+_READ = ("id", "image", "question", "answer", "caption")
 _LARGEST_CELL = 2**27
 
 
@@ -88,4 +90,6 @@ def row_content(row: Mapping[str, str], rules: RecordRules) -> Content:
         turn = Turn(rules.caption_question, checked_text(row["caption"], "the caption"))
     else:
         raise BadRecordError("caption-question", "captions, and data.caption_question is empty")
-    return Content([(turn,)], () if image == TEXT_ONLY else (image,), row.get("id") or None)
+    images = () if image == TEXT_ONLY else (image,)
+    refuse_unread(row, _READ, images, "csv")
+    return Content([(turn,)], images, row.get("id") or None)

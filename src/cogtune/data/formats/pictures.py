@@ -1,0 +1,152 @@
+"""Pictures as records name them: paths, URLs, bytes; and what looks like a picture where none is read."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import unquote, unquote_to_bytes, urlparse
+
+from cogtune.data.formats.item import Embedded, PictureSource
+from cogtune.data.problems import BadRecordError
+from cogtune.data.record_json import is_unicode
+
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".heic", ".avif")
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
+# how base64 of these begins; BMP's two bytes say too little
+_BASE64_MAGIC = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
+_PICTURE_KEY = re.compile(r"(image|img|picture|photo|pic)s?(_?(path|url|file|list)s?)?_?\d*", re.IGNORECASE)
+_CONTENT_KEYS = ("system", "history", "image", "images")
+_LONGEST_PATH = 4096
+
+
+def picture_sources(images: Sequence[Any]) -> tuple[PictureSource, ...]:
+    """What a record says about its pictures; an entry that is None is none.
+
+    Raises:
+        BadRecordError: see `picture_source`.
+    """
+    return tuple(source for image in images if (source := picture_source(image)) is not None)
+
+
+def picture_source(image: Any) -> str | Embedded | None:
+    """What a record says about its picture, as a path or bytes.
+
+    Understood are paths, ``file:`` and ``data:`` URLs, ``{"bytes": ..., "path": ...}``, ``{"url": ...}``.
+
+    Raises:
+        BadRecordError: ``image-path``, ``image-url``.
+    """
+    if image is None:
+        return None
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return Embedded(bytes(image))
+    if isinstance(image, Mapping):
+        for key in ("bytes", "path", "url", "image"):
+            if image.get(key) is not None:
+                return picture_source(image[key])
+        raise BadRecordError(
+            "image-path", f"the picture is an object with {keys_text(image)}, bytes or a path expected"
+        )
+    if not isinstance(image, str) or not image.strip() or "\0" in image or not is_unicode(image):
+        raise BadRecordError("image-path", f"the picture is {image!r:.80}, a path was expected")
+    scheme = urlparse(image).scheme.lower() if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", image) else ""
+    if scheme == "data":
+        return Embedded(_data_url(image))
+    if scheme == "file":
+        return unquote(urlparse(image).path)
+    if scheme in ("http", "https", "ftp", "s3", "gs", "oss"):
+        raise BadRecordError("image-url", f"the picture is on the web ({image:.80}); a file was expected")
+    return image
+
+
+def _data_url(url: str) -> bytes:
+    head, comma, body = url.partition(",")
+    if not comma:
+        raise BadRecordError("image-url", "a data: URL without a comma before its content")
+    if not head.lower().endswith(";base64"):
+        return unquote_to_bytes(body)
+    try:
+        return base64.b64decode(re.sub(r"\s", "", body), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise BadRecordError("image-url", f"a data: URL that is not valid base64 ({error})") from error
+
+
+def refuse_unread(
+    record: Mapping[Any, Any], read: Sequence[str], pictures: Sequence[Any], form: str, where: str = ""
+) -> None:
+    """Refuse a record with content under a key that ``form`` does not read, so that nothing of it is lost in silence.
+
+    That is a picture, or a text of the conversation. Beside ``pictures`` that are read, a name of a file under a key
+    that is not called like a picture is one more word about them, and stays.
+
+    Args:
+        read: the keys that the format reads.
+        pictures: what is read as the record's pictures.
+        where: starts the message, for a key inside a message of the record.
+
+    Raises:
+        BadRecordError: ``unread-key``, naming the key.
+    """
+    for key, value in record.items():
+        if key in read or value is None or not isinstance(key, str):
+            continue
+        if key in _CONTENT_KEYS and value:
+            raise BadRecordError("unread-key", f'{where}"{key:.80}" is not read here (format {form})')
+        named = _PICTURE_KEY.fullmatch(key) is not None and not _same_file(value, pictures)
+        if _is_picture(value, paths=named or not pictures):
+            what = f'{where}"{key:.80}" looks like a picture and is not read (format {form}), {shown(value)}'
+            raise BadRecordError("unread-key", what)
+
+
+def refuse_unread_own(record: Mapping[str, Any], read: Sequence[str], pictures: Sequence[Any], form: str) -> None:
+    """`refuse_unread` for a record of ours that was parsed, and for its messages.
+
+    Raises:
+        BadRecordError: ``unread-key``.
+    """
+    refuse_unread(record, ("id", "conversations", "captions", *read), pictures, form)
+    for number, entry in enumerate(record["conversations" if "conversations" in record else "captions"], start=1):
+        refuse_unread(entry, ("role", "content"), pictures, form, f"message {number}: ")
+
+
+def _is_picture(value: Any, *, paths: bool) -> bool:
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return bytes(value[:8]).startswith(_MAGIC)
+    if isinstance(value, str):
+        text = value.strip()
+        if text.lower().startswith("data:image/") or is_base64_picture(text):
+            return True
+        return paths and len(text) <= _LONGEST_PATH and "\n" not in text and text.lower().endswith(_SUFFIXES)
+    if isinstance(value, Mapping):
+        return any(_is_picture(value.get(key), paths=paths) for key in ("bytes", "path", "url", "image", "image_url"))
+    return isinstance(value, list | tuple) and any(_is_picture(one, paths=paths) for one in value[:8])
+
+
+def _same_file(value: Any, pictures: Sequence[Any]) -> bool:
+    """Whether ``value`` is the name of one of the pictures, which several keys often give."""
+    names = {_base_name(picture) for picture in pictures if isinstance(picture, str)}
+    return isinstance(value, str) and _base_name(value) in names
+
+
+def _base_name(path: str) -> str:
+    return path.replace("\\", "/").rsplit("/", 1)[-1].strip()
+
+
+def is_base64_picture(text: str) -> bool:
+    """Whether ``text`` is a picture file in base64, by its first letters; no path of this length looks like it."""
+    return text.startswith(_BASE64_MAGIC) and _BASE64.fullmatch(text) is not None
+
+
+def shown(value: Any, limit: int = 80) -> str:
+    """``value`` as messages show it: at most ``limit`` characters."""
+    text = repr(value[:limit] if isinstance(value, (str, bytes)) else value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def keys_text(mapping: Mapping[Any, Any]) -> str:
+    """The keys of an object, for messages."""
+    return ", ".join(map(str, mapping)) or "nothing"
