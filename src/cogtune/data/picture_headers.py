@@ -18,6 +18,7 @@ from typing import TypeVar
 from PIL import Image, UnidentifiedImageError
 
 from cogtune.data.problems import BadRecordError
+from cogtune.processing.picture_formats import known_formats, unknown_picture
 
 _ORIENTATION = 0x0112
 # Formats whose headers say at once whether there is more than one frame.
@@ -51,7 +52,7 @@ def check_picture(path: Path, max_pixels: int | None) -> PictureHeader:
             size = os.fstat(stream.fileno()).st_size
             if size == 0:
                 raise BadRecordError("image-empty", "the picture is empty (0 bytes)")
-            with Image.open(stream) as image:
+            with Image.open(stream, formats=known_formats()) as image:
                 width, height = image.size
                 if max_pixels is not None and width * height > max_pixels:
                     raise BadRecordError(
@@ -68,7 +69,7 @@ def check_picture(path: Path, max_pixels: int | None) -> PictureHeader:
                     stream.seek(0)
                     _decode(path)
     except UnidentifiedImageError as error:
-        raise BadRecordError("image-unreadable", "not a picture that Pillow can open") from error
+        raise BadRecordError("image-unreadable", unknown_picture(path)) from error
     except Image.DecompressionBombError as error:
         raise BadRecordError("image-too-large", str(error)) from error
     except (BadRecordError, MemoryError):
@@ -87,7 +88,7 @@ def _is_turned(image: Image.Image) -> bool:
 
 def _decode(path: Path) -> None:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=known_formats()) as image:
             image.load()
     except MemoryError:
         raise

@@ -1,4 +1,4 @@
-"""Pictures: reading a file of any format Pillow opens, and the published preprocessing, bit for bit.
+"""Pictures: reading files of the formats in `picture_formats`, and the published preprocessing, bit for bit.
 
 torch is imported only where a tensor is made: commands that look at data read pictures without it.
 """
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cogtune.errors import DataError
+from cogtune.processing.picture_formats import known_formats, unknown_picture
 
 if TYPE_CHECKING:
     import torch
@@ -103,13 +104,13 @@ def _per_channel(values: tuple[float, ...]) -> torch.Tensor:
 def _open_header(path: Path, max_pixels: int | None) -> Image.Image:
     """Read the header only, and refuse too many pixels."""
     try:
-        image = _open_any_size(path) if max_pixels is not None else Image.open(path)
+        image = _open_any_size(path) if max_pixels is not None else Image.open(path, formats=known_formats())
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(path, str(error)) from error
     except UnidentifiedImageError as error:
         raise DataError(
-            f"{path}: not a picture that Pillow can open",
-            hint="check the file; `python -m PIL` lists the formats this installation reads",
+            f"{path}: {unknown_picture(path)}",
+            hint=f"check the file, or convert it to one of {', '.join(known_formats())}",
             code="image-unreadable",
         ) from error
     except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow's plugins raise for broken headers
@@ -130,7 +131,7 @@ def _open_any_size(path: Path) -> Image.Image:
     with _HEADER_LOCK:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            return Image.open(path)
+            return Image.open(path, formats=known_formats())
         finally:
             Image.MAX_IMAGE_PIXELS = limit
 

@@ -24,6 +24,7 @@ from PIL import Image, UnidentifiedImageError
 
 from cogtune.errors import DataError
 from cogtune.processing.image import to_rgb
+from cogtune.processing.picture_formats import known_formats, unknown_picture
 from cogtune.serve.refusals import Refusal, bad_request
 
 _REDIRECTS = 3
@@ -67,11 +68,13 @@ def open_pictures(addresses: Sequence[str], limits: PictureLimits) -> tuple[Imag
 
 def _opened(content: bytes) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(content))
+        return Image.open(io.BytesIO(content), formats=known_formats())
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise bad_request("messages", f"the picture is too large: {error}", "image-too-large") from error
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError) as error:
-        raise bad_request("messages", "the picture is none that can be opened", "image-unreadable") from error
+    except UnidentifiedImageError as error:
+        raise bad_request("messages", f"the picture is {unknown_picture(content)}", "image-unreadable") from error
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise bad_request("messages", f"the picture cannot be read: {error}", "image-unreadable") from error
 
 
 def _content(address: str, limits: PictureLimits) -> bytes:

@@ -38,8 +38,8 @@ def test_pictures_of_any_kind_become_rgb(mode: str, kind: str) -> None:
     [
         ("data:image/png;base64,!!!!", "base64 is wrong"),
         ("data:image/png,plain", "data URL"),
-        ("data:image/png;base64," + base64.b64encode(b"no picture").decode(), "none that can be opened"),
-        (data_url()[:-40] + "=" * 0, "base64 is wrong|incomplete|none that can"),
+        ("data:image/png;base64," + base64.b64encode(b"no picture").decode(), "not a picture of a known format"),
+        (data_url()[:-40] + "=" * 0, "base64 is wrong|incomplete|cannot be read"),
         (data_url(size=(200, 100)), "20000 pixels together"),
         ("data:image/png;base64," + "A" * 100_000, "larger than"),
         ("file:///etc/passwd", "data: URL"),

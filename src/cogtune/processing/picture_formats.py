@@ -1,0 +1,35 @@
+"""Which picture formats are opened: in checks, training, answers and the server alike. Needs no numpy or torch."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from PIL import Image
+
+FORMATS = (
+    "JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "QOI", "PCX",
+)  # fmt: skip
+"""Formats of Pillow's that are opened, told by content. Each is decoded in this process, and only when pixels are asked
+for. Of the others EPS and WMF start external programs, and icons decode what is in them before any limit applies."""
+
+
+@cache
+def known_formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this installation of Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def unknown_picture(file: Path | bytes) -> str:
+    """What to say of a file that none of `FORMATS` opens: the format it seems to be in, told by its first bytes."""
+    if isinstance(file, bytes):
+        start = file[:16]
+    else:
+        with file.open("rb") as stream:
+            start = stream.read(16)
+    Image.init()
+    for name, (_, accept) in Image.OPEN.items():
+        if name not in FORMATS and accept is not None and accept(start) is True:
+            return f"a picture in the format {name}, which is not opened here"
+    return "not a picture of a known format"
