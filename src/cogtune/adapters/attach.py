@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import stat
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,6 +24,7 @@ from torch import nn
 
 from cogtune.adapters.lora_conversion import convert_lora_layers
 from cogtune.adapters.lora_layers import plain_adapter
+from cogtune.adapters.provenance import read_provenance, stored_base
 from cogtune.adapters.targets import is_dead_end, region, resolve_targets
 from cogtune.configuration.run_config import LoraSection
 from cogtune.errors import AdapterError, ConfigError
@@ -138,8 +140,14 @@ def load_adapter(
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> None:
-    """Write the adapter in PEFT's layout (``adapter_config.json``, ``adapter_model.safetensors``)."""
+    """Write the adapter in PEFT's layout (``adapter_config.json``, ``adapter_model.safetensors``), with its base by
+    absolute path and the permissions that the umask gives."""
+    config = model.peft_config[model.active_adapter]
+    if config.base_model_name_or_path:
+        config.base_model_name_or_path = stored_base(config.base_model_name_or_path)
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    # safetensors makes its files for the owner alone; peft opens the other as every program does
+    (Path(folder) / WEIGHTS_NAME).chmod(stat.S_IMODE((Path(folder) / CONFIG_NAME).stat().st_mode))
 
 
 def adapter_shapes(folder: Path) -> dict[str, list[int]]:
@@ -199,8 +207,12 @@ def find_base(adapter: Path) -> str:
         )
     path = Path(model).expanduser()
     if not path.is_dir() and (path.is_absolute() or model.count("/") != 1 or model.startswith(".")):
+        provenance = read_provenance(adapter)
+        hub = provenance.base.get("hub") if provenance is not None else None
         raise AdapterError(
-            f"{adapter}: names {model} as its base, which is not here", hint="give --model BASE", code="adapter-base"
+            f"{adapter}: names {model} as its base, which is not here",
+            hint=f"give --model BASE; on the hub it is {hub}" if hub else "give --model BASE",
+            code="adapter-base",
         )
     return model
 

@@ -22,6 +22,7 @@ import torch
 
 from cogtune.adapters.attach import WEIGHTS_NAME, base_name, find_adapter, find_base
 from cogtune.adapters.merge_arithmetic import Changes, read_changes
+from cogtune.adapters.provenance import PROVENANCE_NAME, read_provenance, said, write_provenance
 from cogtune.adapters.safetensors_rows import CHUNK, DTYPES, SafetensorsFile
 from cogtune.checkpoint.model_files import INDEX_NAME, check_folder, shard_files, whole_folder
 from cogtune.checkpoint.stream import StoredTensor
@@ -90,14 +91,18 @@ def _merge(base: Path, adapter: Path, output: Path, progress: Callable[[str], No
     others, left_out = _other_files(base, shards)
     for name in [*shards, *others]:
         _require_own(base, name)
-    changes = read_changes(adapter, _tensors(base, shards))
+    changes, provenance = read_changes(adapter, _tensors(base, shards)), read_provenance(adapter)
     notes = _notes(base, adapter, left_out)
+    if provenance is not None and (settings := said(provenance)):
+        notes.append(f"{PROVENANCE_NAME} in it names the training's settings, and answering takes them: {settings}")
     size = sum((base / name).stat().st_size for name in [*shards, *others])
     with _partial(output, size, notes) as folder:
         changed = copied = 0
         for name in others:
-            if name != INDEX_NAME:
+            if name != INDEX_NAME and (name != PROVENANCE_NAME or provenance is None):  # that training's, the latest
                 _copy(base / name, folder / name)
+        if provenance is not None:
+            write_provenance(folder, provenance)
         for number, shard in enumerate(shards, start=1):
             with SafetensorsFile(base / shard) as source, SafetensorsFile(adapter / WEIGHTS_NAME) as factors:
                 count = _write_shard(source, folder / shard, changes, factors)

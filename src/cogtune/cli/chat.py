@@ -47,8 +47,8 @@ def _chat(flags: _Flags, line: Arguments) -> None:
     from cogtune.generate.loading import follow, resolve
     from cogtune.processing.image import read_image
 
-    section, data = config.generate, config.data
     resolved = resolve(config)
+    section, data = resolved.config.generate, resolved.config.data
     if follow(resolved):
         return
     if flags.image is not None:  # a wrong path is an error before minutes of loading

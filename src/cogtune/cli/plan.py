@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,7 +66,24 @@ def _configuration(path: str | None, overrides: Mapping[str, Any]) -> tuple[RunC
     from cogtune.configuration.run_config import PUBLISHED_MODEL
 
     needed = {"model.path": PUBLISHED_MODEL, "data.path": "data", "train.output": "output"}
-    return load_config_with(path, overrides, needed)
+    config, used = load_config_with(path, overrides, needed)
+    if "model.path" in used and config.lora.start_from is not None:
+        base = _base_of(config.lora.start_from)
+        if base is not None:
+            print(f"the base of {config.lora.start_from}: {base}", file=sys.stderr)
+            config, used = load_config_with(path, overrides, needed | {"model.path": base})
+    return config, used
+
+
+def _base_of(adapter: Path) -> str | None:
+    """The base that an adapter's ``cogtune.json`` names, where it can be planned for from here."""
+    from cogtune.adapters.provenance import read_provenance
+
+    found = read_provenance(adapter.expanduser())
+    if found is None:
+        return None
+    path = found.base.get("path")
+    return path if path is not None and Path(path).is_dir() else found.base.get("hub")
 
 
 def _per_hour(text: str) -> float:

@@ -50,6 +50,7 @@ def _predict(flags: _Flags, line: Arguments) -> None:
     decoding = Decoding.from_section(section)
     options = PredictOptions(section.batch_size, section.own_history, section.max_input_len, section.seed or 0)
     resolved = resolve(config)
+    config = resolved.config
     if follow(resolved):
         return
     with lock_beside(flags.output, "choose another --output", note):

@@ -57,6 +57,7 @@ def _serve(flags: _Flags, line: Arguments) -> None:
     from cogtune.serve.app import make_app
 
     resolved = resolve(config)
+    config = resolved.config
     generator = load(resolved)
     columns = min(flags.columns, generator.processor.config.max_position_embeddings)
     engine = Engine(generator.model, generator.processor, slots=flags.slots, columns=columns)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from cogtune.adapters.attach import find_adapter, find_base, load_adapter
+from cogtune.adapters.provenance import inherit
 from cogtune.adapters.tensor_parallel import split_adapter
 from cogtune.checkpoint.load import load_model
 from cogtune.checkpoint.model_files import load_model_config
@@ -55,6 +56,8 @@ class Resolved:
         model, adapter: the base's folder or hub id, and the adapter's folder.
         device: where the model is, or begins.
         others: further devices that decoder layers are spread over; ``cpu``, the last, is where weights wait.
+        config: the keys, those that nobody gave as the adapter's training had them.
+        notes: lines that say so.
     """
 
     config: AnswerConfig
@@ -63,6 +66,7 @@ class Resolved:
     dtype: torch.dtype
     device: torch.device
     others: tuple[torch.device, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def tensor(self) -> int:
@@ -118,6 +122,8 @@ def resolve(config: AnswerConfig) -> Resolved:
     """Fill in defaults, before anything is loaded.
 
     Without ``model.path``, the base is the one the adapter names. An output folder of a run stands for its adapter.
+    Template, number formats, rotary positions and the rules for pictures are the training's unless they are given; an
+    adapter or a merged model says them (`cogtune.adapters.provenance`).
 
     Raises:
         AdapterError, ConfigError, SetupError: what is missing or does not go together.
@@ -128,8 +134,9 @@ def resolve(config: AnswerConfig) -> Resolved:
         if adapter is None:
             raise ConfigError("no model given", hint="give --model BASE, --adapter DIR, or both", code="config-missing")
         model = find_base(adapter)
-    require_packages(config.quant)
     tensor, name = config.parallel.tensor, config.generate.device
+    config, notes = inherit(config, adapter or Path(model).expanduser(), formats=tensor == 1)
+    require_packages(config.quant)
     if tensor > 1:
         check_tensor(config.quant, tensor)
     check_launched(tensor)
@@ -144,7 +151,7 @@ def resolve(config: AnswerConfig) -> Resolved:
         check_sizes(load_model_config(model), tensor)
     dtype = torch_dtype(config.model.dtype, device)
     check_formats(config.quant, gpu_of(device))
-    return Resolved(config, model, adapter, dtype, device, tuple(others))
+    return Resolved(config, model, adapter, dtype, device, tuple(others), tuple(notes))
 
 
 def load_resolved(choice: Resolved, progress: Callable[[str], None] = lambda line: None) -> Generator:
@@ -153,6 +160,8 @@ def load_resolved(choice: Resolved, progress: Callable[[str], None] = lambda lin
     Raises:
         CheckpointError, AdapterError: a folder that is not whole, or an adapter for another base.
     """
+    for line in choice.notes:
+        progress(line)
     if choice.tensor > 1:
         group = start(choice.device)
         assert group is not None

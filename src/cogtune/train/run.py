@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 
 from cogtune.adapters.attach import attach, computed_by_peft, describe
+from cogtune.adapters.provenance import Provenance, provenance_of
 from cogtune.checkpoint import resume_state as checkpoints
 from cogtune.checkpoint.load import load_model
 from cogtune.configuration.deepspeed import apply_deepspeed
@@ -46,6 +47,8 @@ from cogtune.train.optim import build_optimizer
 from cogtune.train.progress import Progress
 from cogtune.train.run_inputs import Inputs, read_inputs, versions
 from cogtune.train.stop_signal import StopSignal
+
+_TOLD = ("cogtune", "python", "torch", "transformers", "peft", "safetensors")  # versions that an adapter names
 
 
 @dataclass(frozen=True)
@@ -349,6 +352,13 @@ def _leave_result(config: RunConfig, start: RunStart, progress: Progress) -> tup
     return adapter, which
 
 
+def _provenance(config: RunConfig, inputs: Inputs, engine: Engine) -> Provenance:
+    """What travels inside every adapter folder of the run."""
+    known = {name: version for name, version in versions(engine.device).items() if name in _TOLD and version}
+    fingerprint = inputs.identity.fingerprints["model.path"]
+    return provenance_of(config, fingerprint=fingerprint, data=inputs.counts(), versions=known)
+
+
 def _fit(
     config: RunConfig,
     inputs: Inputs,
@@ -360,7 +370,8 @@ def _fit(
 ) -> TrainResult:
     """The loop, and the result it leaves in ``adapter/``."""
     output, total = start.folder.output, start.record.total_steps
-    save = saver.Saver(engine, model, start.claim, start.record, progress, config)
+    provenance = _provenance(config, inputs, engine)
+    save = saver.Saver(engine, model, start.claim, start.record, progress, config, provenance)
     metrics = Metrics(output, active=engine.group.is_main, tensorboard=config.log.tensorboard, step=progress.step)
     try:
         Loop(engine, config, start.feed, inputs.validation, progress, total, metrics, stop, save).run()

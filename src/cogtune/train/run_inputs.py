@@ -46,6 +46,17 @@ class Inputs:
         validation = None if self.validation is None else self.validation.report.to_dict()
         return {**self.split.to_dict(), "train_rows": self.rows.report.to_dict(), "validation_rows": validation}
 
+    def counts(self) -> dict[str, int]:
+        """How much is trained on, as an adapter folder says it."""
+        report = self.split.report
+        return {
+            "pictures": report.pictures,
+            "conversations": report.conversations,
+            "questions": report.turns,
+            "train_records": len(self.split.train),
+            "validation_records": len(self.split.validation),
+        }
+
     def lines(self) -> list[str]:
         """The data report for the console."""
         lines = [f"data: {line}" for line in self.split.report.lines()]

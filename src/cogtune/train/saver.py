@@ -13,6 +13,7 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from cogtune.adapters.attach import CONFIG_NAME, WEIGHTS_NAME, save_adapter
+from cogtune.adapters.provenance import PROVENANCE_NAME, Provenance, write_provenance
 from cogtune.checkpoint import resume_state as checkpoints
 from cogtune.checkpoint.resume_state import TrainingState
 from cogtune.configuration.run_config import RunConfig
@@ -30,11 +31,18 @@ class Saver:
     """Called by the loop when a checkpoint is due; collective, rank 0 writes."""
 
     def __init__(
-        self, engine: Engine, model: PeftModel, claim: Claim, record: RunRecord, progress: Progress, config: RunConfig
+        self,
+        engine: Engine,
+        model: PeftModel,
+        claim: Claim,
+        record: RunRecord,
+        progress: Progress,
+        config: RunConfig,
+        provenance: Provenance,
     ) -> None:
         self._engine, self._model, self._claim, self._record = engine, model, claim, record
         self._output = claim.output
-        self._progress, self._config = progress, config
+        self._progress, self._config, self._provenance = progress, config, provenance
 
     def __call__(self, better: bool) -> None:
         """Save ``checkpoint-<step>``; ``better``: it becomes ``best``. Old ones go only after it is whole."""
@@ -52,6 +60,7 @@ class Saver:
         def write_adapter(folder: Path) -> None:
             with _masters(self._engine, self._model, state.tensors):
                 save_adapter(self._model, folder)
+            write_provenance(folder, self._provenance)
 
         with self._claim.writing():
             folder = checkpoints.save(self._output, self._progress.step, state, write_adapter)
@@ -107,8 +116,9 @@ def export_adapter(output: Path, progress: Progress) -> tuple[Path, str]:
         else:
             kind, source = "best", best
     with checkpoints.partial_folder(output, ADAPTER_FOLDER) as folder:
-        for name in (CONFIG_NAME, WEIGHTS_NAME):
-            shutil.copyfile(source / name, folder / name)
+        for name in (CONFIG_NAME, WEIGHTS_NAME, PROVENANCE_NAME):
+            if (source / name).is_file() or name != PROVENANCE_NAME:  # an earlier version's checkpoint has none
+                shutil.copyfile(source / name, folder / name)
         _keep_others(output / ADAPTER_FOLDER, folder)
     return output / ADAPTER_FOLDER, f"the {kind} checkpoint's, step {checkpoints.step_of(source)}"
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cogtune.adapters.provenance import Provenance, write_provenance
 from cogtune.cli.main import main
 from cogtune.configuration.load import load_config
 from cogtune.plan.report import duration
@@ -142,3 +143,11 @@ def test_targets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_wrong_values_are_refused(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--card", "24GiB", *flags]) == 2
     assert "error[config" in capsys.readouterr().err
+
+
+def test_the_base_of_an_adapter_that_is_continued_is_planned_for(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_provenance(tmp_path, Provenance({}, base={"path": str(tiny_checkpoint)}))
+    assert main(["plan", "--card", "24GiB", "--lora.start_from", str(tmp_path)]) == 0
+    assert f"the base of {tmp_path}: {tiny_checkpoint}" in capsys.readouterr().err

@@ -1,0 +1,215 @@
+"""What an adapter folder says about itself, in ``cogtune.json``: how its training read questions and pictures and held
+the base's weights, what it was trained on, and by which versions. Answering takes the same settings from it.
+
+The file may come from a stranger. It is read through a list of known keys with their types: nothing in it is executed,
+fetched or opened.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cogtune.configuration.answer_config import AnswerConfig
+from cogtune.configuration.load import explicit_values, from_entries, with_values
+from cogtune.configuration.problems import Entry
+from cogtune.configuration.run_config import RunConfig
+from cogtune.errors import AdapterError, ConfigError
+from cogtune.system import files
+
+PROVENANCE_NAME = "cogtune.json"
+FORMAT = 1
+FORMAT_KEYS = tuple(f"quant.{name}" for name in ("experts", "tower", "glu_adapter", "head", "embedding"))
+"""Where and in which number format answering holds each part of the base."""
+INHERITED = ("model.template", "model.dtype", "model.rope_precision", *FORMAT_KEYS, "data.exif", "data.max_pixels")
+"""Keys that answering takes from the training where the user gives none."""
+
+_LARGEST = 1 << 20
+_HUB_NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
+_CACHED = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)", re.ASCII)
+_TYPES: dict[str, tuple[type, ...]] = {"base": (str,), "data": (int,), "versions": (str,)}
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The content of ``cogtune.json``.
+
+    Attributes:
+        settings: values of `INHERITED` keys.
+        base: ``path`` (absolute), ``hub`` (its name there) and ``fingerprint`` (of its content), where known.
+        data: counts of what was trained on.
+        versions: of the libraries, by name.
+        unknown: keys of the file that this version does not know; they are left aside.
+    """
+
+    settings: Mapping[str, Any]
+    base: Mapping[str, str] = field(default_factory=dict)
+    data: Mapping[str, int] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    unknown: tuple[str, ...] = ()
+
+
+def provenance_of(
+    config: RunConfig, *, fingerprint: str, data: Mapping[str, int], versions: Mapping[str, str]
+) -> Provenance:
+    """What the adapter of a run with this configuration says. ``fingerprint``: of the base's content."""
+    flat = config.model_dump(mode="json")
+    settings = {key: flat[key.split(".")[0]][key.split(".")[1]] for key in INHERITED}
+    return Provenance(settings, _base(config.model.path, fingerprint), dict(data), dict(versions))
+
+
+def stored_base(name: str) -> str:
+    """How a file names a base: a folder by its absolute path, which holds from every folder; a hub's name as it is."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.is_dir() else name
+
+
+def hub_name(model: str | Path) -> str | None:
+    """The base's name on the hub: what is no folder here, or lies in the hub's own cache. None: not known."""
+    path = Path(model).expanduser()
+    if not path.is_dir():
+        return str(model) if _HUB_NAME.fullmatch(str(model)) else None
+    found = [match for part in path.resolve().parts if (match := _CACHED.fullmatch(part))]
+    return f"{found[-1]['owner']}/{found[-1]['name']}" if found else None
+
+
+def _base(model: str, fingerprint: str) -> dict[str, str]:
+    there = Path(model).expanduser().is_dir()
+    known = {
+        "path": stored_base(model) if there else None,
+        "hub": hub_name(model),
+        "fingerprint": fingerprint if there else None,
+    }
+    return {key: value for key, value in known.items() if value is not None}
+
+
+def write_provenance(folder: Path, provenance: Provenance) -> None:
+    """Write ``cogtune.json``, whole or not at all."""
+    content = asdict(provenance)
+    content.pop("unknown")
+    files.write_json(folder / PROVENANCE_NAME, {"format": FORMAT, **content})
+
+
+def read_provenance(folder: Path) -> Provenance | None:
+    """What the folder says about itself; None: it says nothing, as the adapters of other programs.
+
+    Raises:
+        AdapterError: the file cannot be read, or a known key has a value of another type or out of its range.
+    """
+    path = folder / PROVENANCE_NAME
+    if not path.is_file():
+        return None
+    content = _content(path)
+    unknown = [key for key in content if key not in {"format", "settings", *_TYPES}]
+    settings = _mapping(path, content, "settings")
+    unknown += [f"settings.{key}" for key in settings if key not in INHERITED]
+    parts: dict[str, dict[str, Any]] = {}
+    for part, kinds in _TYPES.items():
+        parts[part] = _mapping(path, content, part)
+        for key, value in parts[part].items():
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                raise _wrong(path, f"{part}.{key}", value, "a text" if kinds == (str,) else "a whole number")
+    hub = parts["base"].get("hub")
+    if hub is not None and not _HUB_NAME.fullmatch(hub):
+        raise _wrong(path, "base.hub", hub, "a name on the hub, such as owner/name")
+    known = {key: value for key, value in settings.items() if key in INHERITED}
+    _check(path, known)
+    return Provenance(known, **parts, unknown=tuple(unknown))
+
+
+def _content(path: Path) -> dict[str, Any]:
+    hint = "copy the folder again; or remove the file, and give the settings as flags"
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise ValueError(f"{path.stat().st_size} bytes; at most {_LARGEST} are expected")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{path}: cannot be read: {error}", hint=hint, code="adapter-read") from error
+    if not isinstance(content, dict):
+        raise AdapterError(f"{path}: found no JSON object", hint=hint, code="adapter-read")
+    if content.get("format") != FORMAT:
+        raise _wrong(path, "format", content.get("format"), f"{FORMAT}, which this version reads")
+    return content
+
+
+def _mapping(path: Path, content: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = content.get(key, {})
+    if not isinstance(value, dict):
+        raise _wrong(path, key, value, "an object")
+    return value
+
+
+def _check(path: Path, settings: Mapping[str, Any]) -> None:
+    """The values are such as the configuration takes."""
+    try:
+        from_entries({key: Entry(value, f"{path}: {key}") for key, value in settings.items()}, AnswerConfig)
+    except ConfigError as error:
+        hint = "copy the folder again; or remove the file, and give the settings as flags"
+        raise AdapterError(error.message, hint=hint, code="adapter-read") from error
+
+
+def _wrong(path: Path, key: str, value: object, expected: str) -> AdapterError:
+    return AdapterError(
+        f"{path}: {shown(key)}: found {shown(value)}, expected {expected}",
+        hint="copy the folder again; or remove the file, and give the settings as flags",
+        code="adapter-read",
+    )
+
+
+def shown(value: object) -> str:
+    """A stranger's text as a terminal may show it."""
+    text = ascii(value) if not isinstance(value, str) or not value.isprintable() else value
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def inherit(config: AnswerConfig, folder: Path, *, formats: bool = True) -> tuple[AnswerConfig, list[str]]:
+    """``config`` with the settings of the training that made ``folder`` where the user gave none, and what to say.
+
+    A larger ``data.max_pixels`` than the default is not taken: it is a guard against pictures that exhaust the memory,
+    and the folder may be a stranger's.
+
+    Args:
+        formats: False where the base cannot be quantised; the number formats are then left as they are.
+
+    Raises:
+        AdapterError: as `read_provenance` does.
+    """
+    provenance = read_provenance(folder)
+    if provenance is None:
+        return config, []
+    lines = []
+    if provenance.unknown:
+        names = ", ".join(shown(name) for name in provenance.unknown[:5])
+        lines.append(f"{folder / PROVENANCE_NAME}: unknown keys are left aside: {names}")
+    given, now = explicit_values(config), config.model_dump(mode="json")
+    taken: dict[str, Any] = {}
+    instead = []
+    for key, value in provenance.settings.items():
+        section, _, name = key.partition(".")
+        current = now[section][name]
+        if value == current:
+            continue
+        if key in given or (key in FORMAT_KEYS and not formats) or (key == "data.max_pixels" and value > current):
+            instead.append(f"{key} {_text(current)} instead of {_text(value)}")
+        else:
+            taken[key] = value
+    if taken:
+        lines.append(f"as in training: {', '.join(f'{key} {_text(value)}' for key, value in taken.items())}")
+    if instead:
+        lines.append(f"other than in training: {', '.join(instead)}")
+    return (with_values(config, taken) if taken else config), lines
+
+
+def said(provenance: Provenance) -> str:
+    """Its settings that are not the default ones, for a message."""
+    plain = AnswerConfig().model_dump(mode="json")
+    changed = {k: v for k, v in provenance.settings.items() if v != plain[k.split(".")[0]][k.split(".")[1]]}
+    return ", ".join(f"{key} {_text(value)}" for key, value in changed.items())
+
+
+def _text(value: Any) -> str:
+    return "default" if value is None else str(value)
