@@ -1,4 +1,5 @@
-"""Telling models and adapters apart by content, so that an output knows what made it, wherever that lies now."""
+"""Fingerprints of models and adapters by content, so that an output identifies what produced it after files have
+moved."""
 
 from __future__ import annotations
 
@@ -17,10 +18,11 @@ _SMALL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 def model_fingerprint(path: str | Path) -> str:
-    """Digest of a model folder: its small files, its shards' headers, and a kilobyte from the middle of every tensor.
+    """Return a digest of a model folder: its small files, its shards' headers, and a kilobyte from the middle of every
+    tensor.
 
-    Reading all of 39 GB would take minutes at every start; a tuned model differs from its base in nearly every element
-    of the tensors it changes, so one place in each tells. A name on the hub stands for itself.
+    Reading all 39 GB would take minutes at every start. Fine-tuning changes nearly every element of the tensors it
+    touches, so one sample per tensor is enough. A name on the hub is its own fingerprint.
 
     Raises:
         CheckpointError: a folder without readable shards.
@@ -46,13 +48,13 @@ def model_fingerprint(path: str | Path) -> str:
 
 
 def tower_fingerprint(folder: str | Path) -> str:
-    """Digest of the frozen vision tower's weights (patch embedding, transformer, convolution) in a model folder.
+    """Return a digest of the frozen vision tower's weights (patch embedding, transformer, convolution) in a model
+    folder.
 
-    Names, number formats, shapes, small tensors whole, and of every larger tensor eight blocks of 4 KiB spread evenly
-    from its first to its last byte. So another checkpoint, a tower that was trained, converted, quantised or merged
-    (which changes nearly every element of the tensors it touches), and a tensor cut off or swapped are told apart; a
-    change of a few elements between the blocks is not. Reading 8.6 GB whole would cost more than the features of dozens
-    of pictures, at every start.
+    It covers names, dtypes, shapes, small tensors completely, and eight blocks of 4 KiB spread evenly over every larger
+    tensor. This detects another checkpoint, a tower that was trained, converted, quantised or merged (nearly every
+    element changes), and tensors that were truncated or swapped. It does not detect a change of a few elements between
+    the blocks. Reading all 8.6 GB at every start would take longer than computing the features of dozens of pictures.
 
     Raises:
         CheckpointError: a folder without readable shards, or whose shards hold no tower.
@@ -83,7 +85,7 @@ def _payload(header: dict[str, dict[str, Any]]) -> int:
 
 
 def _blocks(size: int) -> list[tuple[int, int]]:
-    """Offset and length of the pieces of a tensor that are read."""
+    """Return offset and length of the blocks of a tensor that are read."""
     if size <= 2 * _TOWER_PROBE * _TOWER_PROBES:
         return [(0, size)]
     step = (size - _TOWER_PROBE) / (_TOWER_PROBES - 1)
@@ -91,7 +93,7 @@ def _blocks(size: int) -> list[tuple[int, int]]:
 
 
 def adapter_fingerprint(folder: str | Path) -> str:
-    """Digest of an adapter folder's own files."""
+    """Return a digest of an adapter folder's own files."""
     digest = hashlib.sha256()
     for path in sorted(Path(folder).glob("adapter_*")):
         digest.update(path.name.encode() + b"\0")

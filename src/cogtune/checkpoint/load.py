@@ -1,7 +1,7 @@
-"""Loading a base model: straight to device and number format, a tensor at a time, and only the parts that are used.
+"""Load a base model: straight to its device and dtype, tensor by tensor, and only the parts that are used.
 
-The folder is checked first (`checkpoint.model_files`). The model is made on the meta device, tensors are put into it as
-they are read (`checkpoint.stream`), quantised where asked, and handed on unit by unit to an engine that shards them
+The folder is checked first (`checkpoint.model_files`). The model is created on the meta device. Tensors are put into it
+as they are read (`checkpoint.stream`), quantised if asked, and passed unit by unit to an engine that shards them
 (`checkpoint.place`).
 """
 
@@ -38,19 +38,19 @@ def load_model(
     quantization: QuantSection | None = None,
     placement: Placement | None = None,
 ) -> CogVLM2ForCausalLM:
-    """The base model on ``device`` in ``dtype``, in evaluation mode.
+    """Return the base model on ``device`` in ``dtype``, in evaluation mode.
 
     Args:
-        path: a folder in the published layout, or a hub id (fetched whole, unless it is in the hub's cache).
+        path: a folder in the published layout, or a hub id (downloaded completely, unless it is in the hub's cache).
         rope_precision: overrides the configuration's ("checkpoint" or "float32").
-        vision_tower: without it patch embedding, transformer and convolution are neither made nor read; the model then
+        vision_tower: False: patch embedding, transformer and convolution are neither created nor read, and the model
             takes ``image_features``.
-        quantization: frozen parts to keep in fewer bits; quantised on ``device`` as they arrive.
-        placement: decides each tensor's device instead of ``device``, and gets every unit when it is complete.
+        quantization: formats of frozen parts, quantised on ``device`` as they arrive.
+        placement: decides each tensor's device instead of ``device``, and receives every unit when it is complete.
 
     Raises:
-        CheckpointError: anything about the folder that does not fit; the message names files and tensors.
-        SetupError: a quantisation that needs a package that is missing, or another card.
+        CheckpointError: the folder does not fit the model; the message names files and tensors.
+        SetupError: quantisation needs a missing package or another GPU.
     """
     quantization = quantization or PLAIN
     require_packages(quantization)
@@ -80,7 +80,7 @@ def load_tower(
     device: torch.device | str,
     quantization: QuantSection | None = None,
 ) -> VisionModel:
-    """Patch embedding, transformer and convolution alone: `VisionModel.features` works, its ``forward`` does not.
+    """Return patch embedding, transformer and convolution only: `VisionModel.features` works, its ``forward`` does not.
 
     Raises:
         CheckpointError, SetupError: as `load_model`.
@@ -97,7 +97,7 @@ def load_tower(
 
 
 def _folder(path: str | Path) -> Path:
-    """The model's folder, checked."""
+    """Return the model's folder, after checking it."""
     load_model_config(path)  # its errors are the first to be shown
     folder = whole_folder(path)
     check_folder(folder)
@@ -113,7 +113,7 @@ def _fill(
     quantization: QuantSection,
     placement: Placement | None,
 ) -> None:
-    """Read what ``root`` (called ``prefix`` in the model) needs from ``folder`` into it."""
+    """Read the tensors of ``root`` (called ``prefix`` in the model) from ``folder``."""
     stored = stored_tensors(folder)
     wanted = {prefix + name: tuple(value.shape) for name, value in root.state_dict().items()}
     layers = stored_4bit.find(stored)
@@ -140,7 +140,7 @@ def _fill(
 
 
 def _is_skipped(wanted: dict[str, tuple[int, ...]]) -> Callable[[str], bool]:
-    """Which of the folder's tensors a model with these is allowed not to have: parts that were left out."""
+    """Return a predicate for stored tensors that belong to parts left out of a model with the ``wanted`` tensors."""
     tower = any(name.startswith(TOWER[0]) for name in wanted)
     rest = "lm_head.weight" in wanted
 
@@ -154,7 +154,7 @@ def _is_skipped(wanted: dict[str, tuple[int, ...]]) -> Callable[[str], bool]:
 def _compare(
     wanted: dict[str, tuple[int, ...]], stored: dict[str, StoredTensor], layers: set[str], whole: Callable[[str], bool]
 ) -> dict[str, Any]:
-    """What is missing, left over and of another shape, in the form of transformers' report."""
+    """Return missing, unexpected and mismatched tensors in the form of transformers' loading report."""
     return {
         "missing_keys": wanted.keys() - stored.keys() - layers,
         "unexpected_keys": [name for name in (stored.keys() | layers) - wanted.keys() if not whole(name)],
@@ -169,7 +169,7 @@ def _compare(
 def _read_parts(
     builder: Builder, cutting: Cutting, tensors: list[StoredTensor], place: Callable[[str], torch.device]
 ) -> None:
-    """Only the part of each tensor that this process keeps is read."""
+    """Read only this process's shard of each tensor."""
     for file in dict.fromkeys(tensor.file for tensor in tensors):
         with safe_open(str(file), framework="pt") as source:
             for tensor in tensors:

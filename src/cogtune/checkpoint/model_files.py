@@ -1,5 +1,4 @@
-"""What lies in a model folder: its configuration, its shards and their tensors, found and checked without reading a
-weight, so that every mistake has a name."""
+"""Contents of a model folder: find and check configuration, shards and tensors without reading weights."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ ROUTES = (
 
 
 def load_model_config(path: str | Path) -> CogVLM2Config:
-    """The model configuration of a folder or hub id.
+    """Return the model configuration of a folder or hub id.
 
     Raises:
         CheckpointError: no such folder, no ``config.json`` in it, or one that is not valid.
@@ -45,10 +44,10 @@ def load_model_config(path: str | Path) -> CogVLM2Config:
 
 
 def whole_folder(model: str | Path) -> Path:
-    """The model's folder; a hub id is fetched whole, licences included (from the cache, where it is there).
+    """Return the model's folder. A hub id is downloaded completely, licences included, unless it is cached.
 
     Raises:
-        CheckpointError: neither.
+        CheckpointError: neither a folder nor a hub repository that can be read.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
@@ -65,7 +64,7 @@ def whole_folder(model: str | Path) -> Path:
 
 
 def shard_files(folder: Path) -> dict[str, list[str]]:
-    """Shard file name -> names of the tensors it should hold (empty for a single file without an index).
+    """Map each shard file's name to the names of the tensors it should hold (empty for a single file without an index).
 
     Raises:
         CheckpointError: neither an index nor a single weight file, an index that is not valid JSON, or one that names
@@ -94,7 +93,7 @@ def shard_files(folder: Path) -> dict[str, list[str]]:
 
 
 def read_header(file: Path) -> dict[str, dict[str, Any]]:
-    """Names, dtypes, shapes and byte ranges of a safetensors file, without its payload.
+    """Return names, dtypes, shapes and byte ranges of a safetensors file, without reading its payload.
 
     Raises:
         CheckpointError: not a safetensors file, or shorter than its header says.
@@ -117,10 +116,10 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def check_folder(folder: Path) -> None:
-    """Every shard is there, complete, and holds what the index says.
+    """Check that every shard exists, is complete and holds the tensors that the index lists.
 
     Raises:
-        CheckpointError: naming the file.
+        CheckpointError: a shard is missing, truncated or lacks a tensor; the message names the file.
     """
     files = shard_files(folder)
     missing = sorted(name for name in files if not (folder / name).is_file())
@@ -141,7 +140,7 @@ def check_folder(folder: Path) -> None:
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a folder by name, in the order of its shards and of their bytes."""
+    """Return every tensor of a folder by name, in the order of its shards and of their bytes."""
     found: dict[str, StoredTensor] = {}
     for shard, names in sorted(shard_files(folder).items()):
         listed = set(names)
@@ -161,7 +160,7 @@ def _truncated(file: Path, size: int, expected: int | None) -> CheckpointError:
 
 
 def _require_found(path: str | Path) -> None:
-    """A path that is neither a folder nor shaped like a hub id is a typing mistake; say so before asking any hub."""
+    """Raise CheckpointError for a path that is neither a folder nor shaped like a hub id, before any hub is asked."""
     folder = Path(path)
     looks_like_id = str(path).count("/") == 1 and not str(path).startswith((".", "/", "~"))
     if not folder.is_dir() and not looks_like_id:

@@ -1,4 +1,4 @@
-"""Tensors into a model on the meta device, as they come: cast, placed, quantised, and unit by unit handed on."""
+"""Fill a model on the meta device tensor by tensor: cast, place, quantise, and pass complete units to an engine."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ from cogtune.model.quantized.host_embedding import HostEmbedding
 from cogtune.model.vision import GLUAdapter, PatchEmbedding, VisionLayer
 
 UNITS = (DecoderLayer, VisionLayer, PatchEmbedding, GLUAdapter)
-"""Kinds of modules that are handed on when complete; with them the embedding and the head."""
+"""Module classes that are passed to the placement when complete, as are the embedding and the head."""
 _NAMED_UNITS = ("embed_tokens", "lm_head")
 
 
 class Placement(Protocol):
-    """Where tensors go, and what happens to a unit once all of it is there (and quantised)."""
+    """Decides each tensor's device, and processes each unit when it is complete (and quantised)."""
 
     def device_for(self, name: str) -> torch.device:
-        """The device of the model's tensor ``name``."""
+        """Return the device of the model's tensor ``name``."""
         ...
 
     def finish(self, unit_name: str, module: nn.Module) -> None:
-        """``module`` is complete."""
+        """Process a complete unit, for example shard it."""
         ...
 
 
 @runtime_checkable
 class Cutting(Protocol):
-    """A placement that keeps a part of each tensor."""
+    """A placement that keeps a shard of each tensor."""
 
     def prepare(self, model: nn.Module) -> None:
-        """Make the model, on the meta device, as large as the part."""
+        """Resize the model's tensors, on the meta device, to this process's shard."""
         ...
 
     def read(self, name: str, whole: Any) -> torch.Tensor:
-        """The part of ``whole``, which is sliced like a tensor and reads only what is taken."""
+        """Return the shard of ``whole``, which is sliced like a tensor and reads only that slice."""
         ...
 
 
 class Builder:
-    """Fills ``root``, whose tensors are called ``prefix`` + their names in it."""
+    """Fills ``root``, whose tensors are named ``prefix`` + their names in it."""
 
     def __init__(
         self,
@@ -60,13 +60,13 @@ class Builder:
         self._root, self._prefix, self._dtype, self._placement = root, prefix, dtype, placement
         self._quantization = quantization or PLAIN
         names = list(root.state_dict())
-        self._layers = Counter(name.rpartition(".")[0] for name in names)  # tensors each module still lacks
+        self._layers = Counter(name.rpartition(".")[0] for name in names)  # module path -> number of missing tensors
         self._units = find_units(root)
         self._unit_of = {name: unit for name in names if (unit := self._find_unit(name)) is not None}
         self._left = Counter(self._unit_of.values())
 
     def add(self, name: str, value: torch.Tensor) -> None:
-        """Put a tensor, already on its device, where it belongs."""
+        """Store a tensor, which is on its device already, in its module."""
         name = name.removeprefix(self._prefix)
         path, _, key = name.rpartition(".")
         module = self._root.get_submodule(path)
@@ -74,7 +74,8 @@ class Builder:
         self.added(name, path)
 
     def replace(self, path: str, layer: nn.Module) -> None:
-        """Put a layer that was stored quantised in the place of a linear layer; its bias comes by itself."""
+        """Replace a linear layer by one that was stored quantised; its bias is a tensor of its own and is added
+        separately."""
         path = path.removeprefix(self._prefix)
         layer.bias = self._root.get_submodule(path).bias
         self._root.set_submodule(path, layer)
@@ -106,7 +107,7 @@ class Builder:
 
 
 def find_units(root: nn.Module) -> set[str]:
-    """Names of the units in a model."""
+    """Return the names of the units in a model."""
     return {
         name
         for name, module in root.named_modules()
@@ -115,7 +116,7 @@ def find_units(root: nn.Module) -> set[str]:
 
 
 def put(module: nn.Module, key: str, value: torch.Tensor) -> None:
-    """Replace a parameter or buffer; what an engine noted at a parameter stays with it."""
+    """Replace a parameter or buffer; the recorded number of whole values stays with a parameter."""
     old = getattr(module, key)
     if not isinstance(old, nn.Parameter):
         module.register_buffer(key, value)
@@ -126,7 +127,7 @@ def put(module: nn.Module, key: str, value: torch.Tensor) -> None:
 
 
 def require_filled(root: nn.Module) -> None:
-    """Every tensor is there; a bug otherwise, because names were compared before anything was read."""
+    """Assert that every tensor is filled. Names were compared before anything was read, so a failure is a bug."""
     tensors: Iterable[tuple[str, torch.Tensor]] = [*root.named_parameters(), *root.named_buffers()]
     empty = [name for name, value in tensors if value.is_meta]
     assert not empty, f"not filled: {empty[:8]}"

@@ -1,7 +1,7 @@
-"""Which frozen parts are kept in fewer bits, and how a layer gets there once it is loaded.
+"""Quantisation of frozen parts while a model loads.
 
-Quantising happens where the layer is, on the GPU while the model streams in: a layer's weights are there in full
-precision for a moment, so the peak is the quantised model and one layer.
+A layer is quantised on its own device, the GPU, as the model streams in. Only one layer at a time is there in full
+precision, so peak memory is the quantised model plus one layer.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ _FROM_BITSANDBYTES = ("nf4", "int8")
 
 
 def require_packages(quant: QuantSection) -> None:
-    """Raise SetupError where a format needs a package that is not installed."""
+    """Raise SetupError if a format needs a package that is not installed."""
     needed = [form for form in _FROM_BITSANDBYTES if form in quant.formats.values()]
     if needed:
         require_bitsandbytes(f"{needed[0]} weights")
 
 
 def convert(quant: QuantSection, name: str, layer: nn.Module) -> nn.Module:
-    """The complete layer called ``name`` in the model in its format: itself, or a module that computes about the same
-    from fewer bits."""
+    """Return the complete layer called ``name`` in its format: itself, or its quantised replacement."""
     if name == "model.embed_tokens":
         assert isinstance(layer, nn.Embedding)
         return HostEmbedding(layer.weight.data) if quant.embedding == "host" else layer
@@ -38,14 +37,14 @@ def convert(quant: QuantSection, name: str, layer: nn.Module) -> nn.Module:
 
 
 def device_for(quant: QuantSection, name: str, device: torch.device) -> torch.device:
-    """Where the tensor ``name`` goes in a model on ``device``."""
+    """Return the device of the tensor ``name`` in a model on ``device``."""
     on_host = quant.embedding == "host" and name == "model.embed_tokens.weight"
     return torch.device("cpu") if on_host else device
 
 
 def quantize_linear(layer: nn.Linear, form: str, *, keep_transposed: bool = False) -> nn.Module:
-    """A frozen layer in ``form`` (nf4, int8 or fp8), made on the device where ``layer`` is. ``keep_transposed`` is
-    fp8's second layout."""
+    """Quantise a frozen layer to ``form`` (nf4, int8 or fp8) on its device. ``keep_transposed``: keep fp8's transposed
+    weight."""
     if form == "fp8":
         from cogtune.model.quantized.fp8 import Fp8Linear
 
@@ -57,7 +56,7 @@ def quantize_linear(layer: nn.Linear, form: str, *, keep_transposed: bool = Fals
 
 
 def require_bitsandbytes(what: str) -> None:
-    """Raise SetupError, with the line to type, where bitsandbytes is not installed."""
+    """Raise SetupError, with the command to type, if bitsandbytes is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise SetupError(
             f"{what} need bitsandbytes, which is not installed",
@@ -67,7 +66,7 @@ def require_bitsandbytes(what: str) -> None:
 
 
 def mark_for_adapters(model: nn.Module) -> None:
-    """Tell peft, which looks for these names, that layers of bitsandbytes are among the model's."""
+    """Set the attributes by which peft recognises a model with bitsandbytes layers."""
     kinds = {type(module).__name__ for module in model.modules()}
     model.is_loaded_in_4bit = "FourBitLinear" in kinds  # type: ignore[assignment]
     model.is_loaded_in_8bit = "Int8Linear" in kinds  # type: ignore[assignment]

@@ -1,7 +1,7 @@
-"""Random weights, for tests, dry runs and measurements: a model in memory, or a folder in the published layout.
+"""Random weights for tests, dry runs and measurements: a model in memory, or a folder in the published layout.
 
-The one place that says what a random tensor holds. `random_model` is for tests: its outputs depend visibly on every
-input. `random_weights` and `fill_random` are for the full size: 63 tower and 32 decoder layers stay finite in bfloat16.
+`random_model` is for tests: its outputs depend visibly on every input. `random_weights` and `fill_random` are for the
+full size: activations stay finite in bfloat16 through 63 tower and 32 decoder layers.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ TINY_VISION: dict[str, Any] = {
 
 
 def tiny_config(**changes: Any) -> CogVLM2Config:
-    """A configuration of about 200,000 parameters; an image takes 6 tokens."""
+    """Return a configuration of about 200,000 parameters; an image takes 6 tokens."""
     vision = TINY_VISION | changes.pop("vision_config", {})
     return CogVLM2Config(**(TINY | changes), vision_config=vision)
 
 
 def published_config() -> CogVLM2Config:
-    """The published model's sizes."""
+    """Return the published model's configuration."""
     return CogVLM2Config(eos_token_id=[128001, 128009])
 
 
@@ -76,7 +76,7 @@ def make_tiny(
 
 
 def random_model(config: CogVLM2Config, seed: int) -> CogVLM2ForCausalLM:
-    """A float32 model whose weights follow from ``seed`` alone."""
+    """Return a float32 model whose weights depend on ``seed`` only."""
     model = CogVLM2ForCausalLM(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -100,10 +100,10 @@ def random_weights(
     placement: Placement | None = None,
     seed: int = 0,
 ) -> CogVLM2ForCausalLM:
-    """A model with `fill_random`'s values, made where they will be.
+    """Return a model with `fill_random`'s values, generated on their final device.
 
-    As when a checkpoint loads, a tensor comes at a time, layers are quantised when they are complete, and units are
-    handed to ``placement``: at no time is there more than the result and one layer.
+    As when a checkpoint loads, tensors come one by one, layers are quantised when complete, and units are passed to
+    ``placement``. Peak memory is the result plus one layer.
     """
     with torch.device("meta"):
         model = CogVLM2ForCausalLM(config)
@@ -120,7 +120,7 @@ def random_weights(
         home = device_for(quantization or PLAIN, name, place)
         generator = generators.setdefault(home.type, torch.Generator(home).manual_seed(seed))
         value = fill_random(torch.empty(shape, dtype=dtype, device=home), name, config, generator)
-        if cutting is not None:  # a part may be a view of the whole, which must not stay
+        if cutting is not None:  # copy: a shard may be a view, which would keep the whole tensor alive
             value = cutting.read(name, value).clone(memory_format=torch.contiguous_format)
         builder.add(name, value)
     require_filled(model)
@@ -131,9 +131,9 @@ def random_weights(
 
 
 def fill_random(value: torch.Tensor, name: str, config: CogVLM2Config, generator: torch.Generator) -> torch.Tensor:
-    """Fill ``value``, the tensor ``name`` (of its shape, or flat) on the generator's device, in place.
+    """Fill ``value``, the tensor ``name`` (in its shape, or flat), in place on the generator's device.
 
-    Norms are neutral and rotary frequencies are right; all else is normal with a standard deviation of 0.02.
+    Norms are neutral and rotary frequencies are correct; everything else is normal with a standard deviation of 0.02.
     """
     if name.endswith("inv_freq"):
         return value.copy_(inverse_frequencies(config.head_dim, float(config.rope_theta)))
@@ -143,7 +143,7 @@ def fill_random(value: torch.Tensor, name: str, config: CogVLM2Config, generator
 
 
 def write_published_config(folder: Path, config: CogVLM2Config) -> None:
-    """``config.json`` and ``generation_config.json`` as the published checkpoint writes them: ``auto_map`` and no
+    """Write ``config.json`` and ``generation_config.json`` as in the published checkpoint: ``auto_map``, no
     ``model_type``."""
     own = config.to_dict()
     # the published file leaves out the number of key/value heads, 8; another number has to be there

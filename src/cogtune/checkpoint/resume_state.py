@@ -1,11 +1,12 @@
-"""The one training checkpoint: engine-free, complete or absent, verified before it is used.
+"""The training checkpoint: independent of the engine, written atomically, verified before use.
 
-A run can be killed at any moment, also while it saves, so a checkpoint is built in a hidden folder, flushed to disk,
-described by a manifest of digests written last, and only then renamed to its name. Older checkpoints go after that.
+A run can be killed at any moment, also while it saves. So a checkpoint is built in a hidden folder, flushed to disk and
+described by a manifest of digests that is written last; then the folder is renamed. Older checkpoints are deleted after
+that.
 
     checkpoint-100/
       adapter_config.json  adapter_model.safetensors   the adapter, PEFT's own files
-      optimizer.safetensors   "master/<parameter>" (float32) and "<moment>/<parameter>", whatever engine wrote them
+      optimizer.safetensors   "master/<parameter>" (float32) and "<moment>/<parameter>", the same for every engine
       state.json              step, position in the data, counters, best evaluation
       rng.safetensors         "<rank>/cpu" and "<rank>/cuda"
       MANIFEST.json           size and sha256 of each of these
@@ -48,22 +49,22 @@ _LEFTOVER = re.compile(
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Everything but the adapter's own files that continuing bit by bit needs."""
+    """Everything but the adapter's own files that a bit-identical resume needs."""
 
     tensors: dict[str, torch.Tensor]
     """float32 masters as ``master/<parameter>`` and optimiser moments as ``<moment>/<parameter>``, on the CPU."""
     counters: dict[str, Any]
-    """What JSON holds: step, position, schedule, best evaluation, identity of the run."""
+    """JSON content: step, position, schedule, best evaluation, identity of the run."""
     rng: list[dict[str, torch.Tensor]]
     """Generator states of each rank: ``cpu`` and, on a GPU, ``cuda`` (uint8)."""
 
 
 def save(output: Path, step: int, state: TrainingState, write_adapter: Callable[[Path], None]) -> Path:
-    """Write ``output/checkpoint-<step>`` so that it is either whole or absent.
+    """Write ``output/checkpoint-<step>`` atomically.
 
     Raises:
         FileExistsError: something else has that name.
-        DiskFullError: no space; the partial folder is removed and earlier checkpoints are as they were.
+        DiskFullError: no space; the partial folder is removed and earlier checkpoints are unchanged.
     """
     final = checkpoint_path(output, step)
     if final.exists() and not _is_checkpoint(final):
@@ -81,10 +82,10 @@ def save(output: Path, step: int, state: TrainingState, write_adapter: Callable[
 
 
 def load(folder: Path) -> TrainingState:
-    """Read a checkpoint after checking it against its manifest.
+    """Read a checkpoint after verifying it against its manifest.
 
     Raises:
-        CheckpointError: the folder is not a whole checkpoint of this format.
+        CheckpointError: the folder is not a complete checkpoint of this format.
     """
     problem = find_problem(folder)
     if problem is not None:
@@ -110,13 +111,13 @@ def _read_rng(file: Path) -> list[dict[str, torch.Tensor]]:
 
 
 def read_counters(folder: Path) -> dict[str, Any]:
-    """The JSON part alone, for decisions that need no tensors."""
+    """Return the JSON part only, for decisions that need no tensors."""
     counters: dict[str, Any] = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     return counters
 
 
 def find_latest(output: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint of ``output``, and one line for every newer one that had to be skipped."""
+    """Return the newest complete checkpoint of ``output``, and one line for every newer one that was skipped."""
     skipped: list[str] = []
     for folder in sorted(list_checkpoints(output), key=step_of, reverse=True):
         problem = find_problem(folder)
@@ -127,7 +128,7 @@ def find_latest(output: Path) -> tuple[Path | None, list[str]]:
 
 
 def find_problem(folder: Path) -> str | None:
-    """Why ``folder`` cannot be used, or None when every file has the digest its manifest gives."""
+    """Return why ``folder`` cannot be used, or None if every file has the digest in its manifest."""
     if not folder.is_dir():
         return "no such folder"
     try:
@@ -158,9 +159,9 @@ def find_problem(folder: Path) -> str | None:
 
 
 def rotate(output: Path, step: int, keep: int, protect: Path | None) -> None:
-    """Of the checkpoints up to ``step``, delete all but the ``keep`` newest and ``protect`` (the best one).
+    """Delete checkpoints up to ``step``, except the ``keep`` newest and ``protect`` (the best one).
 
-    Later ones can only be unusable ones that the run fell back from; it will replace them when it gets there.
+    Later checkpoints can only be unusable ones that a resume skipped; the run will overwrite them.
     """
     own = [folder for folder in list_checkpoints(output) if step_of(folder) <= step and _is_checkpoint(folder)]
     newest_first = sorted(own, key=step_of, reverse=True)
@@ -170,9 +171,9 @@ def rotate(output: Path, step: int, keep: int, protect: Path | None) -> None:
 
 
 def remove_leftovers(output: Path) -> int:
-    """Delete what a killed run left behind, by its names; returns how many files and folders that were.
+    """Delete the leftovers of a killed run, found by name, and return their number.
 
-    Only for who holds the folder's lock.
+    The caller must hold the folder's lock.
     """
     leftovers = [path for path in output.iterdir() if _LEFTOVER.fullmatch(path.name)]
     for path in leftovers:
@@ -203,7 +204,7 @@ def list_checkpoints(output: Path) -> list[Path]:
 
 @contextmanager
 def partial_folder(output: Path, name: str) -> Iterator[Path]:
-    """A hidden folder that becomes ``output/name`` in one rename when the block ends well, and vanishes when not."""
+    """Yield a hidden folder that is renamed to ``output/name`` if the block succeeds, and deleted if it fails."""
     try:
         with files.growing_folder(output / name, replace=True, durable=True) as folder:
             yield folder

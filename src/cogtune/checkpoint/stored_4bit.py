@@ -1,8 +1,8 @@
-"""Linear layers that a folder holds in 4 bits already, in bitsandbytes' serialised layout.
+"""Linear layers stored in 4 bits, in bitsandbytes' serialised layout.
 
-Beside ``X.weight`` (the packed numbers) lie ``X.weight.absmax``, ``X.weight.quant_map``, with double quantisation
+Each has ``X.weight`` (the packed codes), ``X.weight.absmax``, ``X.weight.quant_map``, with double quantisation
 ``X.weight.nested_absmax`` and ``X.weight.nested_quant_map``, and ``X.weight.quant_state.bitsandbytes__fp4`` (or nf4):
-JSON as bytes. A layer is made when all of them have been read.
+JSON as bytes. A layer is built when all of them have been read.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _STATE = ".quant_state.bitsandbytes__"
 
 
 def find(names: Collection[str]) -> set[str]:
-    """Names of the weights that are stored packed (``X.weight``)."""
+    """Return the names of the weights that are stored packed (``X.weight``)."""
     return {name.partition(_STATE)[0] for name in names if _STATE in name}
 
 
 def owner(name: str, weights: Collection[str]) -> str | None:
-    """The packed weight that the tensor ``name`` is a part of."""
+    """Return the packed weight that the tensor ``name`` belongs to, or None."""
     if name in weights:
         return name
     weight, behind, _ = name.partition(".weight.")
@@ -33,7 +33,7 @@ def owner(name: str, weights: Collection[str]) -> str | None:
 
 
 class Collector:
-    """Gathers the parts of packed layers.
+    """Collects the tensors of packed layers and builds each layer when it is complete.
 
     Args:
         tensors: names of all tensors that will come.
@@ -48,7 +48,8 @@ class Collector:
         self._expected = Counter(owner(name, shapes) for name in tensors)
 
     def take(self, name: str, value: torch.Tensor) -> bool:
-        """Whether ``name`` is a part of a packed layer; the last part makes the layer."""
+        """Store ``name`` if it belongs to a packed layer, and return whether it does. The last tensor builds the
+        layer."""
         weight = owner(name, self._shapes)
         if weight is None:
             return False

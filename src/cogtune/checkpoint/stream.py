@@ -1,8 +1,8 @@
-"""Tensors of safetensors files, one after the other, each straight to where it will stay.
+"""Read the tensors of safetensors files one after the other, each straight to its final device.
 
-Several threads read ahead, because one does not reach the speed of page cache or disk. For the CPU they read into the
-tensor itself; for a GPU into a few pinned buffers, from which pieces are copied over while the next ones are read. So
-host memory holds those buffers and never a shard; the files' own pages belong to the system, once for all processes.
+Several threads prefetch, because one does not reach the speed of page cache or disk. For the CPU they read into the
+tensor itself. For a GPU they read into a few pinned buffers, from which pieces are copied while the next ones are read.
+So host memory holds those buffers and never a whole shard; the page cache is shared by all processes.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Number formats of the safetensors format that a model may be stored in."""
+"""Dtypes of the safetensors format that a model may be stored in."""
 
 PIECE = 32 * 2**20
 """Bytes read at a time."""
 AHEAD = 8
-"""Pieces underway; for a GPU that many pinned buffers, 256 MiB together."""
+"""Pieces in flight; for a GPU this is the number of pinned buffers, 256 MiB in total."""
 THREADS = 4
 
 
@@ -64,7 +64,7 @@ class StoredTensor:
 
 
 def find_stored(file: Path, header: dict[str, dict[str, Any]]) -> list[StoredTensor]:
-    """The tensors of a file in the order of their bytes, from its header (`checkpoint.model_files.read_header`)."""
+    """Return the tensors of a file in byte order, from its header (`checkpoint.model_files.read_header`)."""
     payload = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
     begin = file.stat().st_size - payload
     found = [
@@ -84,10 +84,10 @@ def find_stored(file: Path, header: dict[str, dict[str, Any]]) -> list[StoredTen
 def stream(
     tensors: Sequence[StoredTensor], device_for: Callable[[str], torch.device]
 ) -> Iterator[tuple[StoredTensor, torch.Tensor]]:
-    """Each tensor in its own number format on its device, in the given order (that of the files is fastest).
+    """Yield each tensor in its stored dtype on its device, in the given order (file order is fastest).
 
     Raises:
-        CheckpointError: a file that cannot be read to its end, or a number format this does not know.
+        CheckpointError: a file is truncated or unreadable, or has an unknown dtype.
     """
     with ThreadPoolExecutor(THREADS, "cogtune-read") as pool:
         reader = _Reader(pool)
@@ -99,10 +99,10 @@ def stream(
 
 @dataclass
 class _Piece:
-    """A part of a tensor underway: from ``offset`` of ``target`` (the whole tensor as bytes)."""
+    """A part of a tensor in flight, starting at ``offset`` of ``target`` (the whole tensor as bytes)."""
 
     stored: StoredTensor
-    target: torch.Tensor | None  # None: on a GPU, made when the tensor's first piece has been read
+    target: torch.Tensor | None  # None: on a GPU, allocated when the tensor's first piece has been read
     offset: int
     size: int
     slot: int | None
@@ -110,7 +110,7 @@ class _Piece:
 
 
 class _Reader:
-    """The pieces underway, in order."""
+    """The queue of pieces in flight, in order."""
 
     def __init__(self, pool: ThreadPoolExecutor) -> None:
         self._pool = pool
@@ -173,7 +173,7 @@ class _Reader:
             self._underway.append(piece)
 
     def _fetch(self, piece: _Piece) -> None:
-        """Runs in a thread."""
+        """Read one piece from its file. Runs in a worker thread."""
         if self._stopped.is_set() or piece.size == 0:
             return
         if piece.slot is None:
@@ -183,7 +183,7 @@ class _Reader:
             assert self._buffers is not None
             copied = self._copied[piece.slot]
             if copied is not None:
-                copied.synchronize()  # what lay in this buffer has to be on the GPU first
+                copied.synchronize()  # wait until the buffer's previous piece is on the GPU
             into = self._buffers[piece.slot, : piece.size]
         content: Any = into.numpy()
         view = memoryview(content)

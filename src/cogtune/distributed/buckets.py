@@ -1,4 +1,4 @@
-"""Gradients summed over ranks, many small tensors in one all-reduce."""
+"""All-reduce of gradients in buckets: many small tensors in one collective."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from cogtune.distributed.buffers import SUM_BUCKET
 
 
 def sum_in_buckets(tensors: Iterable[torch.Tensor], process_group: Any = None, *, factor: float = 1.0) -> None:
-    """Replace each tensor by ``factor`` times its sum over the ranks of ``process_group`` (None: all), in its own
-    number format. Collective: every rank gives tensors of the same shapes in the same order."""
+    """Replace each tensor in place by ``factor`` times its sum over the ranks of ``process_group`` (None: all).
+
+    The sum is in each tensor's own dtype. Collective: every rank passes tensors of the same shapes in the same order.
+    """
     if dist.get_world_size(process_group) == 1:
         return
     bucket: list[torch.Tensor] = []

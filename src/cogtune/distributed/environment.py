@@ -1,6 +1,6 @@
-"""What a launcher told this process in its environment: the only reader of ``RANK``, ``WORLD_SIZE`` and the like.
+"""The launcher's environment variables; the only module that reads ``RANK``, ``WORLD_SIZE`` and the like.
 
-torchrun, the deepspeed launcher and everything that speaks their protocol set them. Nothing here imports torch.
+torchrun, the deepspeed launcher and compatible launchers set them. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -11,42 +11,42 @@ from cogtune.errors import SetupError
 
 
 def is_launched() -> bool:
-    """Whether a launcher started this process."""
+    """Return whether a launcher started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def is_launched_by_torchrun() -> bool:
-    """torchrun, and ``parallel.launch`` through it, name their run."""
+    """Return whether torchrun started this process, also through ``parallel.launch``: it sets a run id."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def is_launched_by_deepspeed() -> bool:
-    """The deepspeed launcher alone sets CROSS_RANK."""
+    """Return whether the deepspeed launcher started this process: only it sets CROSS_RANK."""
     return is_launched() and "CROSS_RANK" in os.environ and not is_launched_by_torchrun()
 
 
 def rank() -> int:
-    """This process's number among all; 0 without a launcher."""
+    """Return this process's global rank; 0 without a launcher."""
     return _number("RANK") if is_launched() else 0
 
 
 def world_size() -> int:
-    """How many processes were launched; 1 without a launcher."""
+    """Return the number of launched processes; 1 without a launcher."""
     return _number("WORLD_SIZE") if is_launched() else 1
 
 
 def is_main() -> bool:
-    """Whether this process prints and writes: the only one, or the first of a launch."""
+    """Return whether this process prints and writes: the only one, or rank 0."""
     return rank() == 0
 
 
 def local_rank() -> int:
-    """This process's number on its machine; a launcher that does not say it runs on one machine."""
+    """Return this process's rank on its machine. A launcher that does not set it runs on one machine."""
     return _number("LOCAL_RANK") if "LOCAL_RANK" in os.environ else rank()
 
 
 def local_world_size() -> int:
-    """How many of the launched processes share this machine."""
+    """Return how many of the launched processes share this machine."""
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         if is_launched() and name in os.environ:
             return _number(name)
@@ -54,12 +54,12 @@ def local_world_size() -> int:
 
 
 def take_local_rank(number: int) -> None:
-    """Note a rank that a launcher passed as a flag; what stands in the environment wins."""
+    """Store a local rank that a launcher passed as a flag; a value in the environment takes precedence."""
     os.environ.setdefault("LOCAL_RANK", str(number))
 
 
 def is_local_rank_flag(word: str) -> bool:
-    """Whether ``word`` is the flag that ``deepspeed --module`` puts before a command, beside the environment."""
+    """Return whether ``word`` is the flag that ``deepspeed --module`` adds in front of a command."""
     return "LOCAL_RANK" in os.environ and word == f"--local_rank={os.environ['LOCAL_RANK']}"
 
 

@@ -1,7 +1,7 @@
-"""The processes of a launch: what they exchange, apart from gradients.
+"""The process group of a launch: exchange of everything but gradients.
 
-Counts, flags and errors travel over gloo on the CPU, also on a machine with GPUs, so that agreeing on them never waits
-for a device.
+Counts, flags and errors use gloo on the CPU, also on machines with GPUs, so that these collectives never wait for a
+GPU.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ _TIMEOUT = timedelta(minutes=60)  # rank 0 may write a large checkpoint, or read
 
 @dataclass(frozen=True)
 class Group:
-    """``rank`` of ``size`` is which share of the rows this process works on. With tensor parallelism ``copies``
-    neighbouring processes work on the same rows, each (``part``) on its share of every layer; sums and lists are over
-    the shares of the rows, so that nothing counts twice. ``distributed`` says whether a torch process group stands
-    behind it."""
+    """The data-parallel view of the launched processes.
+
+    ``rank`` of ``size`` selects this process's share of the rows. With tensor parallelism ``copies`` neighbouring
+    processes work on the same rows, each on its shard ``part`` of every layer. Sums and lists run over the shares of
+    the rows, so that nothing counts twice. ``distributed``: whether a torch process group exists.
+    """
 
     rank: int
     size: int
@@ -40,14 +42,14 @@ class Group:
 
     @classmethod
     def alone(cls) -> Group:
-        """One process, one device."""
+        """Return the group of a single process with one device."""
         return cls(0, 1, own_device(), False)
 
     @classmethod
     def join(cls, copies: int = 1) -> Group:
-        """Join the group the launcher described, over NCCL between GPUs and gloo between CPUs.
+        """Join the group that the launcher described, over NCCL between GPUs and gloo between CPUs.
 
-        ``copies``: how many neighbouring processes hold one model together (it divides their number).
+        ``copies``: how many neighbouring processes hold one model together; must divide the number of processes.
         """
         device = own_device(environment.local_rank())
         connect(device)
@@ -56,12 +58,12 @@ class Group:
 
     @property
     def local_size(self) -> int:
-        """How many of the group's processes share this machine, as the launcher says."""
+        """Number of the group's processes on this machine, as the launcher says."""
         return environment.local_world_size() if self.distributed else self.size
 
     @property
     def process(self) -> int:
-        """This process's number among all, by which its log is named."""
+        """This process's global rank, which names its log."""
         return self.rank * self.copies + self.part
 
     @property
@@ -69,7 +71,7 @@ class Group:
         return self.size * self.copies
 
     def flat(self) -> Group:
-        """The same processes for work that all of them share out, whether or not some hold a model together."""
+        """Return a group in which every process is a share of its own, whether or not some hold a model together."""
         return replace(self, rank=self.process, size=self.processes, copies=1, part=0)
 
     @property
@@ -77,7 +79,7 @@ class Group:
         return self.process == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Element-wise sum over ranks, in float64."""
+        """Return the element-wise sum over ranks, in float64. Collective."""
         if self.processes == 1:
             return [float(value) for value in values]
         total = torch.tensor(values, dtype=torch.float64)
@@ -88,11 +90,11 @@ class Group:
         return self.sum([float(flag)])[0] > 0
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's ``value``, in rank order, on every rank."""
+        """Return every rank's ``value``, in rank order, on every rank. Collective."""
         return self.gather_all(value)[:: self.copies]
 
     def gather_all(self, value: T) -> list[T]:
-        """The same from every process, copies too."""
+        """Return the same from every process, tensor-parallel copies included."""
         if self.processes == 1:
             return [value]
         values: list[Any] = [None] * self.processes
@@ -100,14 +102,14 @@ class Group:
         return values
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Do ``work`` on rank 0 only; every rank gets its result, or raises the error it raised."""
+        """Run ``work`` on rank 0 only; every rank returns its result or raises its error. Collective."""
         if self.processes == 1:
             return work()
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
                 outcome[0] = work()
-            except Exception as error:  # handed on to every rank, rank 0 included
+            except Exception as error:  # re-raised below on every rank, rank 0 included
                 outcome[1] = error
         cause = outcome[1]
         message = [outcome[0], None if cause is None else portable(cause, 0)]
@@ -118,15 +120,17 @@ class Group:
         return result
 
     def on_all(self, work: Callable[[], T]) -> list[T]:
-        """Do ``work`` on every rank; every rank gets all results in rank order. Where it failed, a rank raises its own
-        error, and the others raise the first of them."""
+        """Run ``work`` on every rank and return all results in rank order. Collective.
+
+        If it fails, a failing rank raises its own error, and all others raise the first one.
+        """
         if self.processes == 1:
             return [work()]
         mine: Exception | None = None
         value: T | None = None
         try:
             value = work()
-        except Exception as error:  # handed on to every rank
+        except Exception as error:  # re-raised below on every rank
             mine = error
         outcomes = self.gather_all((value, None if mine is None else portable(mine, self.process)))
         if mine is not None:
@@ -137,7 +141,7 @@ class Group:
         return [value for value, _ in outcomes[:: self.copies]]  # type: ignore[misc]
 
     def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Give every rank the tensors of rank 0, in place."""
+        """Overwrite the tensors of every rank with those of rank 0."""
         if self.processes > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
@@ -146,10 +150,10 @@ class Group:
         self.sum([0.0])
 
     def close(self) -> None:
-        """Wait for the others at the end of a run that went well.
+        """Wait for the other ranks at the end of a successful run.
 
-        The group itself is left to the end of the process: tearing gloo down beside a live DDP was seen to hang or
-        abort after a finished run (torch 2.13), and the command line ends such a process without teardown.
+        The process group itself stays open until the process ends. Destroying gloo next to a live DDP module can hang
+        or abort after a finished run (torch 2.13); the command line exits such a process without teardown.
         """
         if self.distributed:
             self.barrier()
@@ -157,21 +161,21 @@ class Group:
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """The ranks that hold one model together; ``process_group`` carries their activations."""
+    """The ranks that hold one model together. ``process_group`` carries their activations."""
 
     rank: int
     size: int
     process_group: Any = None
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """The ranks' tensors added up, as a new tensor; the same bits on every rank."""
+        """Return the all-reduced sum of the ranks' tensors as a new tensor, bit-identical on every rank."""
         total = x.contiguous().clone()
         if total.numel():
             dist.all_reduce(total, group=self.process_group)
         return total
 
     def gather(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Every rank's tensor (all of one shape), in rank order."""
+        """All-gather: return every rank's tensor (all of one shape), in rank order."""
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
         if x.numel():
             dist.all_gather(parts, x.contiguous(), group=self.process_group)
@@ -179,7 +183,7 @@ class TensorGroup:
 
 
 def connect(device: torch.device, timeout: timedelta = _TIMEOUT) -> None:
-    """Meet the other processes of the launch, unless that is done: over NCCL between GPUs, over gloo between CPUs.
+    """Initialise the process group, unless that is done: NCCL between GPUs, gloo between CPUs.
 
     Args:
         device: this process's; a GPU becomes the current one.
@@ -206,11 +210,12 @@ def connect(device: torch.device, timeout: timedelta = _TIMEOUT) -> None:
 
 
 def _restarted() -> dict[str, Any]:
-    """Where ranks meet that torchrun has started again on one host (``--max-restarts``).
+    """Return arguments of ``init_process_group`` for ranks that torchrun has restarted on one host
+    (``--max-restarts``).
 
-    Its store outlives them, and their predecessors' addresses are still in it: who looks first finds nobody there
-    (torch 2.13). So each life has names of its own. On several hosts lives are not counted alike; there torchrun has to
-    be told to make new stores (docs/guides/faults.md).
+    torchrun's store outlives the ranks and still holds their predecessors' addresses, so a rank that reads them first
+    finds nobody there (torch 2.13). Each restart therefore uses its own key prefix. On several hosts the restart counts
+    can differ; there torchrun has to be told to create new stores (docs/guides/faults.md).
     """
     ours = os.environ
     life, shared = ours.get("TORCHELASTIC_RESTART_COUNT", "0"), ours.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -223,7 +228,7 @@ def _restarted() -> dict[str, Any]:
 
 
 def portable(error: Exception, rank: int) -> CogtuneError:
-    """``error`` in a form that pickles, for the other ranks: ours as it is, any other by its text."""
+    """Return ``error`` in a form that pickles, for the other ranks: ours unchanged, any other as its text."""
     if isinstance(error, CogtuneError):
         return error
     return RunError(f"rank {rank} failed: {type(error).__name__}: {error}")

@@ -1,8 +1,7 @@
-"""Parameters of which this process holds a part, or that hold their values in another form.
+"""Sharded and packed parameters: what part of a parameter this process holds, and how many values the whole has.
 
-ZeRO-3 marks what it has partitioned by attributes of the parameter itself (``ds_id``, ``ds_numel``, ``ds_tensor``).
-DeepSpeed has no call that tells the same, and peft and transformers read them too; here is the only place where they
-are named.
+ZeRO-3 marks parameters that it has partitioned with attributes (``ds_id``, ``ds_numel``, ``ds_tensor``). DeepSpeed has
+no public function for the same; peft and transformers read these attributes too. Only this module names them.
 """
 
 from __future__ import annotations
@@ -13,27 +12,32 @@ import torch
 
 
 def is_partitioned(parameter: torch.Tensor) -> bool:
-    """Whether ZeRO-3 has given each rank its shard of it."""
+    """Return whether ZeRO-3 has partitioned ``parameter`` over the ranks.
+
+    A partitioned parameter's own data is empty until it is all-gathered, so its shape and ``numel()`` say nothing.
+    """
     return hasattr(parameter, "ds_id")
 
 
 def own_shard(parameter: Any) -> torch.Tensor:
-    """This rank's shard, flat, of a parameter that `is_partitioned`."""
+    """Return this rank's flat shard of a partitioned parameter."""
     shard: torch.Tensor = parameter.ds_tensor
     return shard
 
 
 def partitioned_numel(parameter: torch.Tensor) -> int:
-    """Elements of all ranks' shards together; of any other parameter those it has."""
+    """Return the number of elements of all ranks' shards together, or of the parameter itself if it is not
+    partitioned."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def note_whole_numel(parameter: torch.Tensor, count: int) -> None:
-    """Remember how many values of the model a parameter stands for that is cut or packed."""
+    """Record how many values of the whole model a sharded or packed parameter stands for."""
     parameter.whole_numel = count  # type: ignore[attr-defined]
 
 
 def whole_numel(parameter: torch.Tensor) -> int:
-    """How many values of the whole model a parameter stands for, whichever part of them lies here."""
+    """Return how many values of the whole model a parameter stands for, however much of it this process holds."""
+    # tensor parallelism and 4-bit packing record the count; ZeRO-3 keeps it in an attribute of its own
     noted: int = getattr(parameter, "whole_numel", parameter.numel())
     return partitioned_numel(parameter) if is_partitioned(parameter) else noted

@@ -1,9 +1,9 @@
-"""A model over several GPUs, or one and host memory, for answering.
+"""Device map: a model over several GPUs, or over GPUs and host memory, for inference.
 
-Whole decoder layers are spread, never parts of one; everything in front of them (embedding and the whole image path)
-and behind them (norm and head) is on the first device. So nothing is cut inside a residual block, logits come out where
-the inputs went in, and hidden states cross from device to device only between layers. What all layers read (tables,
-mask, routing) crosses once per device and forward pass.
+Only whole decoder layers are distributed. Everything in front of them (embedding and image path) and behind them (norm
+and head) is on the first device. So no residual block is split, logits come out on the device of the inputs, and hidden
+states cross devices only between layers. Inputs shared by all layers (tables, mask, routing) are copied once per device
+and forward pass.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from cogtune.model.routing import Routing
 
 GIB = 2**30
 RESERVE = 2 * GIB
-"""Of each GPU's free memory, what is left for activations, cache and libraries."""
+"""Free memory of each GPU that is reserved for activations, cache and libraries."""
 
 
 _BYTES = {"nf4": 0.53, "int8": 1.01, "fp8": 1.01}
-"""Of a weight with its share of the scales."""
+"""Bytes per weight, including its share of the scales."""
 
 
 @dataclass(frozen=True)
 class DeviceMap:
-    """Where decoder layers compute, by index, and which of them have their weights in host memory meanwhile."""
+    """The device of each decoder layer, by index; the weights of ``waiting`` layers are offloaded to host memory."""
 
     first: torch.device
     layers: tuple[torch.device, ...]
     waiting: frozenset[int] = frozenset()
 
     def device_for(self, name: str) -> torch.device:
-        """Where a loader puts the tensor ``name``."""
+        """Return the device on which a loader puts the tensor ``name``."""
         parts = name.split(".")
         if parts[:2] != ["model", "layers"]:
             return self.first
@@ -47,10 +47,10 @@ class DeviceMap:
         return torch.device("cpu") if index in self.waiting else self.layers[index]
 
     def finish(self, unit_name: str, module: nn.Module) -> None:
-        """Nothing to do for a unit by itself; see `connect`."""
+        """Do nothing for a single unit; see `connect`."""
 
     def connect(self, model: Any) -> None:
-        """Make a loaded model move what it computes from device to device."""
+        """Add hooks to a loaded model that move activations, and offloaded weights, between devices."""
         mover = _Mover()
         for index, layer in enumerate(model.model.layers):
             layer.register_forward_pre_hook(_Enter(mover, self.layers[index], new_pass=index == 0), with_kwargs=True)
@@ -61,7 +61,7 @@ class DeviceMap:
         model.model.norm.register_forward_pre_hook(_Enter(mover, self.first, new_pass=False), with_kwargs=True)
 
     def describe(self) -> str:
-        """One line for the user."""
+        """Return a one-line description for the user."""
         counts: dict[str, int] = {}
         for index, device in enumerate(self.layers):
             place = f"host memory, computed on {device}" if index in self.waiting else str(device)
@@ -79,16 +79,15 @@ def plan_device_map(
     dtype: torch.dtype,
     quantization: QuantSection,
 ) -> DeviceMap:
-    """Where the layers of a model go that is to be loaded.
+    """Assign the layers of a model that is about to be loaded to devices.
 
     Args:
         free: GPUs in order with their free bytes.
-        host: whether layers that fit nowhere may wait in host memory.
-        dtype: of what is not quantised.
-
+        host: whether layers that fit on no GPU may be offloaded to host memory.
+        dtype: of weights that are not quantised.
 
     Raises:
-        SetupError: the devices cannot hold the model, or layers in fewer bits would have to wait on the host.
+        SetupError: the devices cannot hold the model, or quantised layers would have to be offloaded.
     """
     if quantization.embedding == "host" or (host and quantization.experts != "none"):
         what = "quant.embedding host" if quantization.embedding == "host" else f"quant.experts {quantization.experts}"
@@ -110,7 +109,7 @@ def plan_device_map(
 def place_layers(
     sizes: Mapping[str, int], num_layers: int, free: Sequence[tuple[torch.device, int]], *, host: bool
 ) -> DeviceMap:
-    """Fill the devices in order.
+    """Fill the devices with layers, in order.
 
     Args:
         sizes: bytes of each tensor by name.
@@ -134,7 +133,7 @@ def place_layers(
             sum(sizes.values()), free, f"what is not decoder layers takes {rest / GIB:.1f} GiB of the first"
         )
     if host:
-        room[-1] -= max(each)  # a layer that waits in host memory is there while it computes
+        room[-1] -= max(each)  # room for the offloaded layer that computes
     layers: list[torch.device] = []
     waiting: set[int] = set()
     place = 0
@@ -162,7 +161,8 @@ def _too_small(total: int, free: Sequence[tuple[torch.device, int]], why: str) -
 
 
 class _Mover:
-    """Remembers what has been sent to a device in this forward pass; the original is kept, so its id stays its own."""
+    """Caches copies of shared inputs per device for one forward pass. It keeps the originals, so that their ids stay
+    unique."""
 
     def __init__(self) -> None:
         self._sent: dict[tuple[int, torch.device], tuple[Any, Any]] = {}
@@ -171,7 +171,7 @@ class _Mover:
         self._sent.clear()
 
     def send(self, value: Any, device: torch.device, *, once: bool) -> Any:
-        """``value`` on ``device`` if it is a tensor or a routing; anything else (a cache) as it is."""
+        """Return ``value`` on ``device`` if it is a tensor or a routing; anything else (a cache) unchanged."""
         if not isinstance(value, torch.Tensor | Routing):
             return value
         if isinstance(value, torch.Tensor) and (value.device == device or not once):
@@ -183,7 +183,7 @@ class _Mover:
 
 
 class _Enter:
-    """Before a module: its inputs come to its device."""
+    """Forward pre-hook: move a module's inputs to its device."""
 
     def __init__(self, mover: _Mover, device: torch.device, *, new_pass: bool) -> None:
         self._mover, self._device, self._new_pass = mover, device, new_pass
@@ -197,7 +197,7 @@ class _Enter:
 
 
 class _Guest:
-    """A layer whose weights are on a GPU only while it computes; the host's copies stay where they are."""
+    """Hooks of an offloaded layer: its weights are on the GPU only while it computes. The host copies stay in place."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

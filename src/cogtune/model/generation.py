@@ -23,7 +23,7 @@ class CogVLM2Generation(GenerationMixin):
     device: torch.device
 
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' ``generate()``, with ``token_type_ids`` and ``pixel_values`` or ``image_features``.
+        """Run transformers' ``generate()`` with ``token_type_ids`` and ``pixel_values`` or ``image_features``.
 
         Raises:
             ValueError: trees, labels or both kinds of image input; beams or several sequences of a prompt with several
@@ -39,8 +39,8 @@ class CogVLM2Generation(GenerationMixin):
             for name, fill in (("token_type_ids", torch.zeros_like), ("attention_mask", torch.ones_like)):
                 if kwargs.get(name) is None:
                     kwargs[name] = fill(input_ids)
-            # known once for the whole answer: rows without padding need no mask, with which attention is slower and
-            # may write out all scores
+            # Decide once for the whole answer: rows without padding need no mask. With one, attention is slower and
+            # may materialise all scores.
             kwargs["padded"] = not bool(kwargs["attention_mask"].all())
         pixels = kwargs.pop("pixel_values", None)
         if pixels is not None:
@@ -52,7 +52,8 @@ class CogVLM2Generation(GenerationMixin):
         return super().generate(inputs, *args, **kwargs)
 
     def _refuse_ambiguous_images(self, kwargs: dict[str, Any]) -> None:
-        """Rows are repeated for beams, and features along with them: right only for at most one image a row."""
+        """Raise ValueError for beams with several images per row: rows and features are repeated, which is correct for
+        one only."""
         config = kwargs.get("generation_config") or self.generation_config
         copies = max(
             kwargs.get("num_beams") or config.num_beams or 1,
@@ -79,8 +80,11 @@ class CogVLM2Generation(GenerationMixin):
         padded: bool = True,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The hook ``generate()`` calls before every forward: types, positions and mask of the whole sequence, ids of
-        the new columns only. ``padded``: whether the mask hides anything; one that does not is left out."""
+        """Prepare each forward pass of ``generate()``: types, positions and mask of the whole sequence, ids of new
+        columns only.
+
+        ``padded``: whether the mask hides anything; a mask that does not is dropped.
+        """
         past = past_key_values if cache is None else cache
         device = self.device
         input_ids = input_ids.to(device)
@@ -89,7 +93,7 @@ class CogVLM2Generation(GenerationMixin):
         new = input_ids.shape[1] if next_sequence_length is None else next_sequence_length
         whole = new == input_ids.shape[1]
         inputs: dict[str, Any] = {
-            # copies: a view has the whole row's length as its stride, another one for a compiler at every step
+            # Copy: a view's stride is the row length, which changes at every step and would trigger recompilation.
             "input_ids": input_ids[:, -new:].clone(memory_format=torch.contiguous_format),
             "token_type_ids": types[:, -new:].clone(memory_format=torch.contiguous_format),
             "attention_mask": mask,
@@ -104,8 +108,11 @@ class CogVLM2Generation(GenerationMixin):
         return inputs
 
     def _whole_types(self, input_ids: torch.Tensor, token_type_ids: torch.Tensor | None) -> torch.Tensor:
-        """Types of prompt and answer. ``generate()`` repeats the prompt's last type for every new token; where a prompt
-        ends in its image that would be wrong, so image tokens also have to hold the image's id."""
+        """Return the types of prompt and answer.
+
+        ``generate()`` repeats the prompt's last type for every new token, which is wrong for a prompt that ends in its
+        image. So image tokens must also have the image's id.
+        """
         if token_type_ids is None:
             return torch.zeros_like(input_ids)
         types = token_type_ids.to(input_ids.device)

@@ -1,4 +1,4 @@
-"""What every CogVLM2 model class inherits: initialisation, strict loading, and the published file layout."""
+"""Base class of all CogVLM2 models: initialisation, strict loading, and the published file layout."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAMES_SHOWN = 8
 
 
 class CogVLM2PreTrainedModel(PreTrainedModel):
-    """Base class; loading is strict, because a tensor that is silently missing is a wrong answer later."""
+    """Base class. Loading is strict, because a silently missing tensor gives wrong answers later."""
 
     config_class = CogVLM2Config
     base_model_prefix = "model"
@@ -29,7 +29,8 @@ class CogVLM2PreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """The hook transformers calls for tensors a checkpoint does not hold (and for models built from a config)."""
+        """Initialise a module's tensors. transformers calls this for tensors that a checkpoint lacks and for new
+        models."""
         std = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Conv2d):
             init.normal_(module.weight, mean=0.0, std=std)
@@ -54,21 +55,21 @@ class CogVLM2PreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a folder or hub id; like the base class, but every tensor has to fit.
+        """Load a folder or hub id like the base class, but require every tensor to fit.
 
         Raises:
             CheckpointError: a tensor is missing, left over or of the wrong shape, or the stored rotary tables of the
                 layers differ; the message names the tensors.
         """
         with_info = kwargs.pop("output_loading_info", False)
-        kwargs.setdefault("ignore_mismatched_sizes", True)  # so that all misfits are named at once, below
+        kwargs.setdefault("ignore_mismatched_sizes", True)  # require_exact reports all mismatches at once
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         require_exact(str(pretrained_model_name_or_path), info)
         model.remember_rotary()
         return (model, info) if with_info else model
 
     def remember_rotary(self) -> None:
-        """Take the rotary frequencies as they are now; later casts of the model do not reach them.
+        """Store the current rotary frequencies, out of reach of later casts of the model.
 
         Raises:
             CheckpointError: the layers' stored copies differ.
@@ -88,13 +89,13 @@ class CogVLM2PreTrainedModel(PreTrainedModel):
         decoder.rotary_frequencies = tensors[0].detach().clone()
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """Write the published names in shards of the published size."""
+        """Write the published tensor names in shards of the published size."""
         kwargs.setdefault("max_shard_size", PUBLISHED_SHARD_SIZE)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
 
 def require_exact(where: str, info: dict[str, Any]) -> None:
-    """Turn a loading report, in transformers' form, into an error that names what does not fit."""
+    """Raise CheckpointError if a loading report, in transformers' form, lists tensors that do not fit."""
     problems = []
     for kind, keys in (("missing", info["missing_keys"]), ("left over", info["unexpected_keys"])):
         if keys:

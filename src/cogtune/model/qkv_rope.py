@@ -1,7 +1,8 @@
-"""The heads of every token, from sorted order into rows and rotated, and their gradients on the way back.
+"""Queries, keys and values from sorted order into rows, with rotary embedding, and the backward pass.
 
-In a layer compiled for a GPU each direction is one pass over memory. Left to the compiler, the way there takes three
-kernels, and on the way back gradients are rotated and put beside each other in one kernel and gathered in the next.
+In a layer compiled for a GPU each direction is one fused kernel. The compiler alone would generate three for the
+forward pass. In the backward pass it would rotate and concatenate the gradients in one kernel and gather them in the
+next.
 
 Shapes: T tokens in sorted order, B rows, S columns, H query heads, K key/value heads, E head width, F fused projection
 ((H + 2K) * E: all of q, then k, then v).
@@ -27,10 +28,9 @@ Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 def rotate_into_rows(
     qkv_TF: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, routing: Routing, sizes: tuple[int, int, int]
 ) -> Heads:
-    """Queries and keys, rotated by their columns' tables [B, 1, S, E/2], and values; ``sizes``: H, K, E.
+    """Return rotated queries and keys, and values, in the row layout. Tables are [B, 1, S, E/2]; ``sizes`` is H, K, E.
 
-    A column without a token repeats the first token; attention never lets it reach a real one, so it brings no gradient
-    back.
+    A column without a token repeats the first token. Attention never lets it reach a real token, so its gradient is 0.
     """
     if routing.to_rows is None or routing.from_rows is None:
         return _rotated(qkv_TF, cos, sin, routing.num_rows, sizes)
@@ -45,7 +45,7 @@ def _rotated(
     heads = qkv_RF.view(rows, qkv_RF.shape[0] // rows, queries + 2 * keys, width)
     q, k, v = heads.split([queries, keys, keys], dim=2)
     cos, sin = cos.transpose(1, 2), sin.transpose(1, 2)
-    # a token's heads stay beside each other in memory: attention's gradients then lie as the way back reads them
+    # Keep all heads of a token adjacent in memory: attention's gradients then have the layout the backward pass reads.
     return rotate(q, cos, sin).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2), v.transpose(1, 2)
 
 
@@ -66,14 +66,14 @@ class _Heads(torch.autograd.Function):
             return _rotated(qkv.index_select(0, to_rows), cos, sin, rows, sizes)
         if not _fits_kernel(qkv):
             q, k, v = _rotated(qkv.index_select(0, to_rows), cos, sin, rows, sizes)
-            return q, k, v.clone()  # as a view it would keep the whole projection
-        # rounds once, as the compiler's own kernel would; uncompiled, each product of a bfloat16 table is rounded
+            return q, k, v.clone()  # a view would keep the whole projection alive
+        # Rounds once, like the compiler's own kernel; the eager path rounds each product with a bfloat16 table.
         q, k, v = qkv_rope.into_rows_on_gpu(qkv.contiguous(), cos, sin, to_rows, rows, sizes)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # Told the order, not asked for strides: a compiler would take them from the results, not from their gradients.
+        # Force the layout explicitly: a compiler assumes that gradients have the strides of the outputs.
         by_token = (gradient.transpose(1, 2).contiguous() for gradient in gradients)
         compute = qkv_rope.from_rows_on_gpu if _fits_kernel(gradients[0]) else _from_rows
         return compute(*by_token, *ctx.saved_tensors), *(None,) * 6
@@ -86,8 +86,10 @@ def _fits_kernel(x: torch.Tensor) -> bool:
 def _from_rows(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, from_rows: torch.Tensor
 ) -> torch.Tensor:
-    """Gradients of the heads [B, S, H or K, E] as the gradient of what they were made of [T, F]: a rotation's is the
-    rotation back."""
+    """Return the gradient of the fused projection [T, F] from those of the heads [B, S, H or K, E].
+
+    The gradient of a rotation is the inverse rotation.
+    """
     cos, sin = cos.transpose(1, 2), -sin.transpose(1, 2)
     heads = torch.cat([rotate(q, cos, sin), rotate(k, cos, sin), v], dim=2)
     return heads.view(heads.shape[0] * heads.shape[1], -1).index_select(0, from_rows)

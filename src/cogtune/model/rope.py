@@ -15,7 +15,7 @@ from cogtune.model.compiler_workarounds import cast_unless_same
 
 
 def inverse_frequencies(head_dim: int, theta: float, device: torch.device | None = None) -> torch.Tensor:
-    """``theta^(-2i/head_dim)`` for i in [0, head_dim/2), float32 [head_dim/2]."""
+    """Return ``theta^(-2i/head_dim)`` for i in [0, head_dim/2), float32 [head_dim/2]."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     return 1.0 / (theta**exponents)
 
@@ -34,16 +34,16 @@ class RotaryEmbedding(nn.Module):
 
 
 def rotary_tables(inv_freq: torch.Tensor, positions_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of every position, each [B, 1, S, E/2], computed wholly in ``inv_freq``'s dtype."""
+    """Return cosine and sine of every position, each [B, 1, S, E/2], computed entirely in ``inv_freq``'s dtype."""
     angles = positions_BS.to(inv_freq.dtype)[:, None, :, None] * inv_freq
     return angles.cos(), angles.sin()
 
 
 def rotate(x_BHSE: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the two halves of every head (half-split, not interleaved).
+    """Rotate the two halves of every head (half-split layout, not interleaved).
 
-    Tables of the same dtype rotate in it, each product and the sum rounded; float32 tables on bfloat16 heads rotate in
-    float32 and round once.
+    Tables of the heads' dtype rotate in that dtype and round each product and the sum. Float32 tables on bfloat16 heads
+    rotate in float32 and round once.
     """
     first, second = x_BHSE.chunk(2, dim=-1)
     rotated = torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)

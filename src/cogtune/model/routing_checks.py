@@ -1,4 +1,4 @@
-"""What `routing` refuses of a batch: shapes, masks with holes, segments that form no tree."""
+"""Checks of a batch's routing inputs: shapes, masks with holes, segments that form no tree."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from cogtune.configuration.shapes import TREE_ROOT, UNUSED_PARENT
 
 
 def require_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    """Raise ValueError where an input's shape is not that of ``input_ids``."""
+    """Raise ValueError unless an input has the shape of ``input_ids``."""
     if tuple(found) != tuple(expected):
         raise ValueError(f"{name} has shape {tuple(found)}; input_ids has {tuple(expected)}")
 
 
 def refuse_holes(mask: np.ndarray, lengths: np.ndarray) -> None:
-    """Raise ValueError for padding inside a row; it may stand at either end. ``lengths``: of the rows, [B]."""
+    """Raise ValueError for padding inside a row; it may only be at either end. ``lengths``: real tokens per row,
+    [B]."""
     width = mask.shape[1]
     first = mask.argmax(1)
     last = width - 1 - mask[:, ::-1].argmax(1)
@@ -24,8 +25,11 @@ def refuse_holes(mask: np.ndarray, lengths: np.ndarray) -> None:
 
 
 def require_parents(parents: np.ndarray, counts: np.ndarray) -> None:
-    """Raise ValueError unless parents [B, segments] come before their children, -1 for roots and -2 for unused entries.
-    ``counts``: of each row's segments, [B]."""
+    """Raise ValueError unless parents [B, segments] precede their children, with -1 for roots and -2 for unused
+    entries.
+
+    ``counts``: segments per row, [B].
+    """
     number = np.arange(parents.shape[1])[None]
     if (counts > parents.shape[1]).any():
         row = int(np.argmax(counts > parents.shape[1]))

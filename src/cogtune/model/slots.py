@@ -1,10 +1,9 @@
-"""Keys and values of many conversations at once: one slot each, all of one length, allocated once.
+"""Key/value cache for many conversations at once: one slot each, all of one length, allocated once.
 
 Shapes: N layers, S slots, C columns of a slot, K key/value heads, E head width, L new columns.
 
-A slot is filled by prefill through a `SlotView`, which is the cache that the model's forward writes to, and then grows
-by one column a decode step (``model.decode``). The columns behind a slot's length hold whatever was there before; no
-attention looks at them.
+Prefill fills a slot through a `SlotView`, the cache object that the model's forward pass writes to. Then each decode
+step adds one column (``model.decode``). Columns beyond a slot's length hold stale values that attention never reads.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from cogtune.configuration.model import CogVLM2Config
 
 
 class SlotCache:
-    """Room for ``slots`` sequences of at most ``columns`` tokens.
+    """Key/value cache for ``slots`` sequences of at most ``columns`` tokens.
 
     Args:
         config: layers, heads and head width.
@@ -33,27 +32,27 @@ class SlotCache:
         if slots < 1 or columns < 1:
             raise ValueError(f"{slots} slots of {columns} columns; both have to be at least 1")
         shape = (config.num_hidden_layers, slots, config.num_multi_query_heads, columns, config.head_dim)
-        # zeros, not empty: a masked column is multiplied by a probability of 0, and 0 times garbage may be NaN
+        # zeros, not empty: masked columns are multiplied by a probability of 0, and 0 times NaN is NaN
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
     @property
     def slots(self) -> int:
-        """How many sequences fit."""
+        """Number of sequences that fit."""
         return int(self.keys.shape[1])
 
     @property
     def columns(self) -> int:
-        """How many tokens fit in a slot."""
+        """Number of tokens that fit in a slot."""
         return int(self.keys.shape[3])
 
     @staticmethod
     def bytes_per_column(config: CogVLM2Config, dtype: torch.dtype) -> int:
-        """Memory of one token's keys and values in all layers."""
+        """Return the bytes of one token's keys and values in all layers."""
         return 2 * config.num_hidden_layers * config.num_multi_query_heads * config.head_dim * dtype.itemsize
 
     def resized(self, slots: int, columns: int) -> SlotCache:
-        """A larger cache that begins with what this one holds."""
+        """Return a larger cache whose beginning is a copy of this one."""
         found = SlotCache.__new__(SlotCache)
         layers, before, heads, length, width = self.keys.shape
         for name in ("keys", "values"):
@@ -64,7 +63,7 @@ class SlotCache:
         return found
 
     def copy_out(self, slot: int, columns: int) -> Prefix:
-        """A copy of a slot's first columns."""
+        """Return a copy of a slot's first columns."""
         return Prefix(self.keys[:, slot, :, :columns].clone(), self.values[:, slot, :, :columns].clone())
 
     def put(self, slot: int, prefix: Prefix) -> None:
@@ -81,33 +80,33 @@ class SlotCache:
 
 @dataclass(frozen=True)
 class Prefix:
-    """Keys and values of a sequence's first columns, each [N, K, L, E]: a picture's, to be used again."""
+    """Keys and values of a sequence's first columns (for example, a picture's), each [N, K, L, E], kept for reuse."""
 
     keys: torch.Tensor
     values: torch.Tensor
 
     @property
     def columns(self) -> int:
-        """L."""
+        """L, the number of columns."""
         return int(self.keys.shape[2])
 
     @property
     def nbytes(self) -> int:
-        """Memory it takes."""
+        """Size in bytes."""
         return self.keys.nbytes + self.values.nbytes
 
 
 class SlotView:
-    """One slot as the cache of a forward pass: what the model asks of transformers' caches, and no more.
+    """One slot as the cache of a forward pass, with the methods of transformers' caches that the model uses.
 
-    ``length`` columns are there already; the layers add new ones behind them, and `advance` counts them.
+    ``length`` columns are filled already; layers write new ones behind them, and `advance` counts them.
     """
 
     def __init__(self, cache: SlotCache, slot: int, length: int = 0) -> None:
         self._cache, self._slot, self.length = cache, slot, length
 
     def update(self, k: torch.Tensor, v: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write new keys and values [1, K, L, E]; returns all of the slot's so far, views [1, K, length + L, E].
+        """Write new keys and values [1, K, L, E] and return all of the slot's so far, as views [1, K, length + L, E].
 
         Raises:
             ValueError: the slot is too short.
@@ -121,13 +120,13 @@ class SlotView:
         return keys[self._slot : self._slot + 1, :, :end], values[self._slot : self._slot + 1, :, :end]
 
     def get_seq_length(self) -> int:
-        """How many columns are there."""
+        """Return the number of filled columns."""
         return self.length
 
     def get_mask_sizes(self, columns: int, layer: int) -> tuple[int, int]:
-        """Columns that ``columns`` new ones see, and the first of them."""
+        """Return how many columns ``columns`` new ones see, and the first of them."""
         return self.length + columns, 0
 
     def advance(self, columns: int) -> None:
-        """``columns`` new ones are there now."""
+        """Count ``columns`` new ones as filled."""
         self.length += columns

@@ -1,12 +1,12 @@
-"""Tensor parallelism: every layer's matrices cut over the ranks of a group, activations whole on each of them.
+"""Tensor parallelism: each layer's matrices are sharded over the ranks of a group, activations are replicated.
 
-A rank holds some attention heads, some columns of every MLP, some rows of the head and some columns of the embedding.
-A sublayer's first matrices are cut by rows (each rank computes its own heads or inner columns), its last one by columns
-(each rank's product is a share of the result), so one sum in the forward pass and one in the backward pass are all that
-ranks exchange. The fused projection is cut part by part: a rank's rows are [q_r | k_r | v_r].
+A rank holds some attention heads, some columns of every MLP, some rows of the head and some columns of the embedding. A
+sublayer's first matrices are sharded by rows (a rank computes its own heads or inner columns), its last one by columns
+(a rank's product is a partial sum). So ranks need one all-reduce in the forward pass and one in the backward pass. The
+fused projection is sharded section by section: a rank's rows are [q_r | k_r | v_r].
 
-Modules keep their classes and names; what changes is the size of their weights and two hooks per sublayer, so
-quantised layers, LoRA and gradient checkpointing work on a rank's share as they do on the whole.
+Modules keep their classes and names. Only the size of their weights changes, and each sublayer gets two hooks, so
+quantised layers, LoRA and activation checkpointing work on a shard as they do on the whole.
 
 Shapes are those of ``model.modeling``; R is the number of ranks.
 """
@@ -35,16 +35,16 @@ MOST_RANKS = 8
 
 @dataclass(frozen=True)
 class Cut:
-    """How one tensor is spread over ranks: along ``dim``, each section in equal parts (the last rank's may be smaller).
+    """How one tensor is sharded: along ``dim``, each section in equal parts (the last rank's may be smaller).
 
-    ``dim`` None: the tensor is added to a sum over ranks, so rank 0 has it and the others zeros.
+    ``dim`` None: the tensor is added to an all-reduced sum, so rank 0 keeps it and the others hold zeros.
     """
 
     dim: int | None
     sections: tuple[int, ...] = ()
 
     def ranges(self, rank: int, size: int) -> list[tuple[int, int]]:
-        """Start and stop along ``dim`` of what ``rank`` holds, section by section."""
+        """Return start and stop along ``dim`` of the part that ``rank`` holds, for each section."""
         found, offset = [], 0
         for length in self.sections:
             part = -(-length // size)
@@ -53,12 +53,15 @@ class Cut:
         return found
 
     def length(self, rank: int, size: int) -> int:
-        """How long ``dim`` is on ``rank``."""
+        """Return the length of ``dim`` on ``rank``."""
         return sum(stop - start for start, stop in self.ranges(rank, size))
 
     def take(self, whole: Any, rank: int, size: int) -> torch.Tensor:
-        """The part of ``rank``. ``whole`` is a tensor or anything that is sliced like one, such as safetensors' slices:
-        only the part is read then."""
+        """Return the shard of ``rank``.
+
+        ``whole`` is a tensor or anything that is sliced like one, such as safetensors' slices, of which only the shard
+        is read.
+        """
         if self.dim is None:
             value: torch.Tensor = whole[:]
             return value if rank == 0 else torch.zeros_like(value)
@@ -68,7 +71,7 @@ class Cut:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """The whole tensor again, from all ranks' parts in rank order."""
+        """Return the whole tensor from all ranks' shards, in rank order."""
         if self.dim is None:
             return parts[0]
         size = len(parts)
@@ -79,7 +82,7 @@ class Cut:
 
 
 class _Copy(torch.autograd.Function):
-    """Before a sublayer: nothing forward; backward, every rank's gradient is a share, and the sum is the gradient."""
+    """Input of a sublayer: identity in the forward pass, all-reduce of the gradients in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
@@ -92,7 +95,7 @@ class _Copy(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """Behind a sublayer: every rank's output is a share; the gradient of the sum is each share's gradient."""
+    """Output of a sublayer: all-reduce of the partial sums in the forward pass, identity in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
@@ -104,8 +107,11 @@ class _Sum(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """Columns of all ranks side by side; what follows is the same on every rank, so each takes its own part of the
-    gradient. ``width`` is that of the whole: parts are padded to one size on the way."""
+    """All-gather of columns; the backward pass takes this rank's slice.
+
+    What follows is the same on every rank, so the gradient is too. ``width`` is that of the whole: shards are padded to
+    one size for the collective.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: TensorGroup, width: int) -> torch.Tensor:
@@ -120,7 +126,7 @@ class _Gather(torch.autograd.Function):
 
 
 class SlicedDropout(nn.Dropout):
-    """Dropout on a rank's columns with the mask that one device would draw for all of them."""
+    """Dropout on a rank's columns with the mask that a single device would draw for all columns."""
 
     def __init__(self, p: float, group: TensorGroup, cut: Cut) -> None:
         super().__init__(p)
@@ -137,7 +143,7 @@ class SlicedDropout(nn.Dropout):
 
 
 def check_sizes(config: CogVLM2Config, size: int) -> None:
-    """Raise ConfigError when ``size`` ranks cannot share this model evenly."""
+    """Raise ConfigError if ``size`` ranks cannot share this model evenly."""
     vision = config.vision_config
     assert isinstance(vision, CogVLM2VisionConfig)
     counts = {
@@ -159,22 +165,23 @@ def check_sizes(config: CogVLM2Config, size: int) -> None:
 
 
 class SplitModel:
-    """Cuts a model's modules for one rank, and knows how each tensor was cut.
+    """Shards a model's modules for one rank and records how each tensor was cut.
 
-    A loader's ``placement``: `prepare` cuts the model on the meta device, so that it has the sizes to fill, and `read`
-    takes this rank's part of a tensor. `split` also works on modules whose weights are loaded.
+    It is a loader's ``placement``: `prepare` shards the model on the meta device, so that its tensors have the right
+    sizes, and `read` takes this rank's shard of a stored tensor. `split` also works on modules with loaded weights.
     """
 
     def __init__(self, group: TensorGroup, device: torch.device) -> None:
         self.group = group
         self.device = device
         self.cuts: dict[str, Cut] = {}
-        self._layers: dict[str, Cut] = {}  # by linear layer, and the embedding: how its weight is cut
-        self._done: set[str] = set()  # sublayers, embedding and head that are cut
-        self._gathering: dict[str, tuple[nn.Module, list[Any]]] = {}  # embedding and head: the module, its hooks
+        self._layers: dict[str, Cut] = {}  # path of a linear layer or the embedding -> cut of its weight
+        self._done: set[str] = set()  # paths of sublayers, embedding and head that are cut
+        self._gathering: dict[str, tuple[nn.Module, list[Any]]] = {}  # path of embedding or head -> module, its hooks
 
     def split(self, module: nn.Module, name: str = "") -> None:
-        """Cut everything in ``module``, which is called ``name`` in the model; what is cut already stays as it is."""
+        """Shard everything in ``module``, which is called ``name`` in the model; parts that are sharded already stay
+        unchanged."""
         for path, part in list(module.named_modules(prefix=name)):
             if path in self._done:
                 continue
@@ -207,27 +214,29 @@ class SplitModel:
                 self._done.add(path)
 
     def device_for(self, name: str) -> torch.device:
-        """Where a loader puts a tensor."""
+        """Return the device for a tensor."""
         return self.device
 
     def prepare(self, model: nn.Module) -> None:
-        """Cut a model on the meta device."""
+        """Shard a model on the meta device."""
         self.split(model)
 
     def finish(self, unit_name: str, module: nn.Module) -> None:
-        """Cut a unit that was loaded whole; one that `prepare` has cut stays as it is."""
+        """Shard a unit that was loaded whole; one that `prepare` has sharded stays unchanged."""
         self.split(module, unit_name)
 
     def read(self, name: str, whole: Any) -> torch.Tensor:
-        """This rank's part of the model's tensor ``name``; see `Cut.take`."""
+        """Return this rank's shard of the model's tensor ``name``; see `Cut.take`."""
         cut = self.cuts.get(name)
         value: torch.Tensor = whole[:] if cut is None else cut.take(whole, self.group.rank, self.group.size)
         return value
 
     @contextmanager
     def whole_sizes(self, model: nn.Module) -> Iterator[None]:
-        """Inside, layers name the sizes of the whole model: adapters are then made, drawn and loaded as on one device,
-        and cut afterwards."""
+        """Context in which layers report the sizes of the whole model.
+
+        Adapters are created, initialised and loaded in it as on one device, and sharded afterwards.
+        """
         layers = [(model.get_submodule(path), cut) for path, cut in self._layers.items()]
         linear = [(layer, cut) for layer, cut in layers if isinstance(layer, nn.Linear)]
         local = [(layer, layer.in_features, layer.out_features) for layer, _ in linear]
@@ -240,12 +249,11 @@ class SplitModel:
                 layer.in_features, layer.out_features = inside, outside
 
     def cut_of(self, path: str) -> Cut | None:
-        """How the weight of the layer ``path`` was cut; None: every rank has the whole."""
+        """Return how the weight of the layer ``path`` was cut, or None if every rank has the whole."""
         return self._layers.get(path)
 
     def connect(self, model: nn.Module) -> None:
-        """Where a quantised layer or an adapter has taken the place of the embedding or the head, what ranks exchange
-        there moves to it."""
+        """Move the hooks of the embedding and the head to the quantised layers or adapters that have replaced them."""
         for path, (known, hooks) in list(self._gathering.items()):
             now = model.get_submodule(path)
             if now is not known:
@@ -300,7 +308,7 @@ class SplitModel:
         setattr(layer, name, part)
 
     def _between(self, part: nn.Module) -> None:
-        """Gradients of what enters are summed over ranks, and what comes out is."""
+        """All-reduce gradients at the sublayer's input and outputs at its output."""
         part.register_forward_pre_hook(self._copy_hook)
         part.register_forward_hook(self._sum_hook)
 
@@ -311,8 +319,11 @@ class SplitModel:
         return _Sum.apply(out, self.group)
 
     def _gather_behind(self, path: str, module: nn.Module) -> None:
-        """All ranks' columns side by side behind the embedding, and behind the head, whose input is like a sublayer's.
-        The embedding is never trained, so no gradient goes through it."""
+        """All-gather the columns after the embedding and after the head, whose input gradients are all-reduced like a
+        sublayer's.
+
+        The embedding is never trained, so its output needs no gradient.
+        """
         width = sum(self._layers[path].sections)
         hooks = [module.register_forward_hook(lambda _module, _args, out: _Gather.apply(out, self.group, width))]
         if path.rpartition(".")[2] == "lm_head":

@@ -1,5 +1,5 @@
-"""Kernels written in Triton, one file for each job. They are imported only where `HAS_TRITON`; everywhere else the
-modules that use them compute the same with torch."""
+"""Triton kernels, one file per job. Import them only if `HAS_TRITON`; without Triton the modules that use them run the
+same computation with torch."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def kernel_available(x: torch.Tensor) -> bool:
-    """Whether kernels can run on ``x``: it lies on a GPU, and Triton is installed."""
+    """Return whether kernels can run on ``x``: it is on a GPU, and Triton is installed."""
     return HAS_TRITON and x.is_cuda

@@ -1,11 +1,11 @@
-"""Kernels of a decode step, for GPUs with Triton. Imported only there.
+"""Fused kernels of a decode step, for GPUs with Triton. Imported only there.
 
-A step is bandwidth-bound: it reads every weight of the language expert once, and the keys and values of its rows. What
-these kernels save is everything else: launches, small tensors on their way through memory, and columns of a slot that
-hold nothing. Weights are read as they are stored (16 bits, fp8, int8, NF4) and multiplied in float32.
+A step is bandwidth-bound: it reads every weight of the language expert once, and the keys and values of its rows. These
+kernels avoid everything else: kernel launches, round trips of small tensors through memory, and reads of unused columns
+of a slot. Weights are read in their storage format (16 bits, fp8, int8, NF4) and multiplied in float32.
 
 Shapes: R rows, I input and O output features, S slots, C columns, H query and K key/value heads, E head width, P parts
-that a row's columns are cut into.
+into which a row's columns are split.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import triton
 import triton.language as tl
 
 PLAIN, FP8, INT8, NF4 = 0, 1, 2, 3
-PART = 256  # columns that one program attends to; the same for any number of rows, and so is a row's result
+PART = 256  # columns per attention program; fixed, so that a row's result does not depend on the number of rows
 _BLOCK = 64
 MOST_ROWS = 64  # of `linear`: as many as one program holds
 
 
 @triton.jit
 def _taken(x, weight, at, mask, normed: tl.constexpr):
-    """Inputs in float32, times the norm's weight where there is one, and the inputs' squares."""
+    """Return inputs in float32, times the norm's weight if there is one, and the inputs' squares."""
     plain = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     values = plain
     if normed:
@@ -34,7 +34,7 @@ def _taken(x, weight, at, mask, normed: tl.constexpr):
 
 @triton.jit
 def _scales(absmax, outer, table, offset, first, blocks: tl.constexpr, per_outer: tl.constexpr, nested: tl.constexpr):
-    """Scales of ``blocks`` neighbouring blocks of 64 values each; ``first`` [N, 1] counts blocks."""
+    """Return the scales of ``blocks`` adjacent blocks of 64 values; ``first`` [N, 1] is the first block's index."""
     at = first + tl.arange(0, blocks)[None, :]
     scale = tl.load(absmax + at)
     if nested:
@@ -45,7 +45,7 @@ def _scales(absmax, outer, table, offset, first, blocks: tl.constexpr, per_outer
 @triton.jit
 def _dense(x, norm, weight, n, k0, ins: tl.constexpr, block_k: tl.constexpr, kind: tl.constexpr,
            normed: tl.constexpr):  # fmt: skip
-    """Products [block_n, 1] of one row with ``block_k`` columns of the weight, and the sum of its squares there [1]."""
+    """Return products [block_n, 1] of one row with ``block_k`` columns of the weight, and its sum of squares [1]."""
     k = k0 + tl.arange(0, block_k)
     inside = k < ins
     values, squares = _taken(x, norm, k, inside, normed)
@@ -58,8 +58,8 @@ def _dense(x, norm, weight, n, k0, ins: tl.constexpr, block_k: tl.constexpr, kin
 @triton.jit
 def _packed(x, norm, weight, code, absmax, outer, table, offset, n, k0, ins: tl.constexpr, groups: tl.constexpr,
             per_outer: tl.constexpr, nested: tl.constexpr, normed: tl.constexpr):  # fmt: skip
-    """As `_dense` of an NF4 weight, by blocks of 64 values [block_n, groups] and [groups]: a sum over all of them in
-    every round would cost more than the round."""
+    """Like `_dense` for an NF4 weight, but per block of 64 values: [block_n, groups] and [groups]. Reducing over the
+    blocks in every iteration would cost more than the iteration itself."""
     byte = tl.arange(0, groups)[:, None] * 32 + tl.arange(0, 32)[None, :]
     j = k0 // 2 + byte
     even, squares = _taken(x, norm, 2 * j, j >= 0, normed)
@@ -128,7 +128,7 @@ def _vector(x, norm, w0, s0, w1, s1, out, residual, small0, second0, small1, sec
 @triton.jit
 def _tile(x, weight, rows, n, k0, ins: tl.constexpr, block_r: tl.constexpr, block_k: tl.constexpr, kind: tl.constexpr,
           exact: tl.constexpr):  # fmt: skip
-    """Partial products [block_r, block_n] of several rows with ``block_k`` columns of the weight."""
+    """Return partial products [block_r, block_n] of several rows with ``block_k`` columns of the weight."""
     r = tl.arange(0, block_r)
     k = k0 + tl.arange(0, block_k)
     inside = k < ins
@@ -213,7 +213,7 @@ class Weight:
         per_outer: int = 1,
     ) -> None:
         self.kind, self.data, self.shape, self.per_outer, self.nested = kind, data, shape, per_outer, outer is not None
-        none = data  # an argument that the kernel does not look at still has to be a tensor
+        none = data  # placeholder: arguments that the kernel does not read must still be tensors
         self.scale = none if scale is None else scale
         self.code = none if code is None else code
         self.outer = none if outer is None else outer
@@ -235,12 +235,12 @@ def linear(
     updates: tuple[Update, Update] | tuple[Update] | None = None,
     tiles: dict[str, Any] | None = None,
 ) -> torch.Tensor:
-    """``x W'`` of at most `MOST_ROWS` rows [R, I] -> [R, O]; of a single one where the weight is NF4.
+    """Return ``x W'`` [R, O] of at most `MOST_ROWS` rows x [R, I]; of a single row if the weight is NF4.
 
     Args:
-        norm: weight [I] and epsilon of a root-mean-square norm of x that comes before the product. Of a single row x
-            times the weight is what is multiplied, and its scale is applied to the product.
-        gated: with it, silu(x W') * (x G') instead.
+        norm: weight [I] and epsilon of a root-mean-square norm applied to x before the product. For a single row, x
+            times the norm's weight is multiplied, and the norm's scale is applied to the product.
+        gated: a second weight G; the result is then silu(x W') * (x G').
         residual: [R, O], added to the result.
         updates: low-rank updates of ``weight`` and ``gated``.
         tiles: block_n, block_k and num_warps in place of this function's choice.
@@ -280,7 +280,7 @@ def linear(
 
 
 def _tiles(rows: int, features: int, width: int, kind: int, gated: bool) -> dict[str, int]:
-    """Tile sizes: the fastest of those tried on an H200 for this model's shapes (docs/log.md, 2026-11-30)."""
+    """Return the tile sizes that were fastest on an H200 for this model's shapes (docs/log.md, 2026-11-30)."""
     if rows > 16:
         block_n, block_k, warps, stages = (64, 64, 4, 4) if gated or features > 65536 else (32, 128, 4, 4)
     elif rows > 1:
@@ -347,7 +347,7 @@ def _attend(qkv, cos, sin, keys, values, slots, lengths, context, largest, total
         found = found * shrink[:, None] + tl.dot(weights.to(dtype), v, input_precision=exact)
         sums = sums * shrink + tl.sum(weights, 1)
         most = larger
-    if length < start + part:  # the newest column: rotated and written by the program whose part it is in
+    if length < start + part:  # the newest column: the program whose part contains it rotates and writes it
         k_new = qkv + row.to(tl.int64) * row_stride + (heads + group) * width
         k0 = tl.load(k_new + d).to(tl.float32)
         k1 = tl.load(k_new + half + d).to(tl.float32)
@@ -405,11 +405,11 @@ def slot_attention(
         qkv: [R, (H + 2K) * E].
         cos, sin: [R, E/2], of the newest tokens' positions.
         keys, values: one layer's [S, K, C, E]; column ``lengths`` of each row's slot is written.
-        slots: [R]; a row whose slot is S or more takes no part, and its result is any number.
-        lengths: [R], columns held before.
+        slots: [R]; a row whose slot is S or more is skipped, and its result is undefined.
+        lengths: [R], number of columns filled before this step.
 
     Returns:
-        The context [R, H * E]; only the columns that a slot holds are read.
+        The context [R, H * E]. Only filled columns of a slot are read.
     """
     rows = qkv.shape[0]
     num_slots, groups, columns, width = keys.shape

@@ -1,6 +1,6 @@
-"""The kernel that makes a weight of bitsandbytes' NF4 storage, for GPUs with Triton. Imported only there.
+"""Dequantisation of bitsandbytes' NF4 weights, for GPUs with Triton. Imported only there.
 
-One pass: codes, scales, and the scales' own scales are read once, and the weight is written once.
+One pass: codes, scales and the scales' own scales are read once, and the weight is written once.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
-_GROUPS = 64  # blocks of values a program makes: 64 blocks of 64 are 2 KB of codes and 8 KB of weight
+_GROUPS = 64  # blocks per program: 64 blocks of 64 values are 2 KB of codes and 8 KB of weight
 
 
 @triton.jit
 def _kernel(packed, absmax, code, outer_absmax, outer_code, offset, out, blocks, outer: tl.constexpr,
             half: tl.constexpr, groups: tl.constexpr, nested: tl.constexpr, use: tl.constexpr):  # fmt: skip
-    # `use` changes nothing: it keeps a compiler from taking the weight of the forward pass for that of the backward one
+    # `use` changes nothing: it keeps the compiler from saving the forward pass's weight for the backward pass
     block = tl.program_id(0) * groups + tl.arange(0, groups)
     inside = block < blocks
     if nested:
@@ -37,7 +37,7 @@ def _kernel(packed, absmax, code, outer_absmax, outer_code, offset, out, blocks,
 def dequantize_nf4(
     packed: torch.Tensor, state: tuple[Any, ...], sizes: tuple[int, int, int, int], dtype: torch.dtype, use: int = 0
 ) -> torch.Tensor:
-    """The weight [rows, columns] in ``dtype``, to the bit what bitsandbytes makes of the same storage.
+    """Return the weight [rows, columns] in ``dtype``, bit-identical to bitsandbytes' dequantisation.
 
     ``packed``: uint8, rows * columns / 2 of them; ``state``: scales of the blocks (float32, or uint8 with scales of
     their own), code, and for the latter the outer scales, the outer code and the offset, else None. ``sizes``: rows,

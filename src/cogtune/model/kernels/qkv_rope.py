@@ -1,7 +1,7 @@
-"""The kernels that take all heads into rows, rotated, and their gradients back, for GPUs with Triton. Imported only
-there.
+"""Fused gather and rotary embedding of queries, keys and values, and its backward pass, for GPUs with Triton. Imported
+only there.
 
-One program a token: the row of all three kinds of heads is read once on one side and written once on the other.
+One program per token: it reads the token's row of the fused projection once and writes the heads once, or vice versa.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 @triton.jit
 def _turned(heads_in, out, c, s, heads: tl.constexpr, half: tl.constexpr, heads_block: tl.constexpr,
             half_block: tl.constexpr):  # fmt: skip
-    """Both halves of every head of one token, turned by the angles of these cosines and sines."""
+    """Rotate both halves of every head of one token."""
     h, e = tl.arange(0, heads_block)[:, None], tl.arange(0, half_block)[None, :]
     inside = (h < heads) & (e < half)
     place = h * (2 * half) + e
@@ -68,8 +68,8 @@ def into_rows_on_gpu(
     qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, to_rows: torch.Tensor, rows: int,
     sizes: tuple[int, int, int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Rotated queries [B, S, H, E] and keys [B, S, K, E] and values of the tokens' fused projection [T, F], contiguous.
-    Tables [B, 1, S, E/2]; ``to_rows`` [B*S]: the token of every column."""
+    """Return rotated queries [B, S, H, E], rotated keys [B, S, K, E] and values from the fused projection [T, F],
+    contiguous. Tables are [B, 1, S, E/2]; ``to_rows`` [B*S]: the token of every column."""
     heads, kv_heads, width = sizes
     columns = to_rows.shape[0] // rows
     q, k, v = (qkv.new_empty(rows, columns, count, width) for count in (heads, kv_heads, kv_heads))
@@ -81,8 +81,8 @@ def into_rows_on_gpu(
 def from_rows_on_gpu(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, from_rows: torch.Tensor
 ) -> torch.Tensor:
-    """Gradients of rotated queries [B, S, H, E] and keys [B, S, K, E] and of values as the gradient of the tokens'
-    fused projection [T, F]; all contiguous. Tables [B, 1, S, E/2]; ``from_rows`` [T]: b * S + column of every token."""
+    """Return the gradient of the fused projection [T, F] from those of rotated queries [B, S, H, E], rotated keys
+    [B, S, K, E] and values, all contiguous. Tables are [B, 1, S, E/2]; ``from_rows`` [T]: b * S + column per token."""
     sizes = q.shape[2], k.shape[2], q.shape[3]
     out = q.new_empty(from_rows.shape[0], (sizes[0] + 2 * sizes[1]) * sizes[2])
     if from_rows.shape[0]:

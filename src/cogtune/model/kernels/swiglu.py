@@ -1,7 +1,7 @@
-"""The kernels of a gated product whose inputs carry low-rank updates, for GPUs with Triton. Imported only there.
+"""Fused SwiGLU product whose inputs have low-rank updates, for GPUs with Triton. Imported only there.
 
-A tile of each input is read once, and its update is a product of two thin blocks on the way: the updated inputs are
-never written.
+A tile of each input is read once, and its low-rank update is computed in registers, so the updated inputs are never
+written to memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _FORWARD_TILE, _BACKWARD_TILE = (64, 64), (32, 64)  # rows, columns: the fastest
 @triton.jit
 def _product(small, matrix, at_row, at_column, in_rows, in_columns, stride: tl.constexpr, rank: tl.constexpr,
              block: tl.constexpr):  # fmt: skip
-    """R columns of small, whose rows are ``stride`` long, times matrix [I, R], transposed: a tile, float32."""
+    """Return a float32 tile of ``small matrix'``: R columns of small (row stride ``stride``) and matrix [I, R]."""
     r = tl.arange(0, block)
     s = tl.load(small + at_row[:, None] * stride + r[None, :], mask=in_rows[:, None] & (r < rank)[None, :], other=0.0)
     there = in_columns[None, :] & (r < rank)[:, None]
@@ -26,7 +26,7 @@ def _product(small, matrix, at_row, at_column, in_rows, in_columns, stride: tl.c
 
 @triton.jit
 def _tile(row_block: tl.constexpr, column_block: tl.constexpr):
-    """Rows and columns of this program."""
+    """Return this program's rows and columns."""
     at_row = tl.program_id(0).to(tl.int64) * row_block + tl.arange(0, row_block)
     return at_row, tl.program_id(1) * column_block + tl.arange(0, column_block)
 
@@ -35,7 +35,7 @@ def _tile(row_block: tl.constexpr, column_block: tl.constexpr):
 def _inputs(gate, up, small, gate_matrix, up_matrix, place, inside, at_row, at_column, rows, width,
             gate_rank: tl.constexpr, gate_block: tl.constexpr, up_rank: tl.constexpr,
             up_block: tl.constexpr):  # fmt: skip
-    """What silu sees, and what it is multiplied by: a tile of each, float32."""
+    """Return float32 tiles of silu's input and of its factor."""
     in_rows, in_columns = at_row < rows, at_column < width
     g = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
     g += _product(small, gate_matrix, at_row, at_column, in_rows, in_columns, gate_rank + up_rank, gate_rank,
@@ -83,14 +83,14 @@ def _backward(gradient, down_small, down_matrix, gate, up, small, gate_matrix, u
 
 
 def _block(rank: int) -> int:
-    return max(16, triton.next_power_of_2(rank))  # the least that the card's products take
+    return max(16, triton.next_power_of_2(rank))  # tl.dot needs at least 16
 
 
 def product_on_gpu(
     gate: torch.Tensor, up: torch.Tensor, small: torch.Tensor, gate_matrix: torch.Tensor, up_matrix: torch.Tensor
 ) -> torch.Tensor:
-    """silu(gate + gate_small gate_matrix') * (up + up_small up_matrix') [M, I]; all contiguous and of one format,
-    matrices [I, R], ``small`` the columns of gate_small [M, R], then those of up_small."""
+    """Return silu(gate + gate_small gate_matrix') * (up + up_small up_matrix') [M, I]. All inputs are contiguous and
+    share one dtype; matrices are [I, R]; ``small`` holds the columns of gate_small [M, R], then those of up_small."""
     rows, width = gate.shape
     out = torch.empty_like(gate)
     down, across = _FORWARD_TILE
@@ -113,8 +113,8 @@ def gradients_on_gpu(
     gate_matrix: torch.Tensor,
     up_matrix: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of gate and up [M, I]; that of their product is gradient + down_small [M, R] down_matrix [R, I], or
-    gradient alone."""
+    """Return the gradients of gate and up [M, I]. The product's gradient is ``gradient`` + down_small [M, R]
+    down_matrix [R, I], or ``gradient`` alone."""
     rows, width = gate.shape
     gate_out, up_out = torch.empty_like(gate), torch.empty_like(up)
     down, across = _BACKWARD_TILE

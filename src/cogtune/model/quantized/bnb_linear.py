@@ -1,11 +1,10 @@
-"""Frozen linear layers in 4 and 8 bits through bitsandbytes. Imported only where such layers are made.
+"""Frozen linear layers in 4 and 8 bits through bitsandbytes. Imported only where such layers are created.
 
 Shapes: M tokens, I input and O output features.
 
-The storage, the rounding and the 4-bit products are bitsandbytes'. Its layers' own forward passes are not used: the
-4-bit one repacks weights for inference on some CPUs, after which gradients are lost; the 8-bit one rounds activations
-to 8 bits through float16, and keeps its input for a gradient that a frozen weight does not have, out of reach of
-recomputation.
+Storage, rounding and 4-bit products come from bitsandbytes, but its layers' forward passes are not used. The 4-bit one
+repacks weights for inference on some CPUs, which drops gradients. The 8-bit one quantises activations to 8 bits through
+float16, and saves its input for a gradient that a frozen weight does not have, which defeats activation checkpointing.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from cogtune.model.quantized.nf4 import block_sizes, dequantises, nf4_linear
 
 
 class FourBitLinear(bnb.nn.Linear4bit):
-    """Weight in 4 bits with double-quantised scales; computes in its input's number format."""
+    """Linear layer with 4-bit weights and double-quantised scales; computes in its input's dtype."""
 
     block_sizes: tuple[int, int, int, int]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        # the state is taken from the module: engines replace the parameter and do not know what is written on it
+        # Read the state from the module: engines replace the parameter and lose its attributes.
         if dequantises(x, self.quant_state):
             return nf4_linear(x, self.weight, self.quant_state, bias, self.block_sizes)
         product: torch.Tensor = bnb.matmul_4bit(x, self.weight, bias=bias, quant_state=self.quant_state)
@@ -37,7 +36,8 @@ class FourBitLinear(bnb.nn.Linear4bit):
 
 
 def to_nf4(layer: nn.Linear) -> FourBitLinear:
-    """``layer`` in NF4, double quantised, on its device; stored in its own number format, as sharding wants it."""
+    """Quantise ``layer`` to NF4 with double quantisation, on its device. The storage dtype is the layer's, as sharding
+    needs."""
     found = _four_bit(layer.in_features, layer.out_features, "nf4", layer.weight.dtype)
     found.weight = bnb.nn.Params4bit(
         layer.weight.data, requires_grad=False, quant_type="nf4", quant_storage=layer.weight.dtype, module=found
@@ -49,11 +49,12 @@ def to_nf4(layer: nn.Linear) -> FourBitLinear:
 
 
 def from_stored(parts: dict[str, torch.Tensor], shape: torch.Size, device: torch.device) -> FourBitLinear:
-    """A 4-bit layer without bias from the tensors that bitsandbytes stores of it, named behind ``.weight`` (the weight
-    itself ``""``).
+    """Build a 4-bit layer without bias from the tensors of bitsandbytes' serialised layout.
+
+    ``parts`` is keyed by the name behind ``.weight`` (the weight itself is ``""``).
 
     Raises:
-        ValueError: they are of a layer of another shape.
+        ValueError: the tensors describe a layer of another shape.
     """
     data, stats = parts[""], {f"weight.{name}": value for name, value in parts.items() if name}
     kind = next(name for name in parts if name.startswith("quant_state.bitsandbytes__")).rpartition("__")[2]
@@ -72,9 +73,9 @@ def _four_bit(inputs: int, outputs: int, kind: str, storage: torch.dtype) -> Fou
 
 
 class _Int8Product(torch.autograd.Function):
-    """``x (W S)' + b`` with integers W and a scale for each output feature, and a gradient for x alone.
+    """``x (W S)' + b`` with integers W and one scale per output feature, and a gradient for x alone.
 
-    Integers up to 127 are exact in every number format, so a scale is applied to the product, not to the weight.
+    Integers up to 127 are exact in every dtype, so the scale is applied to the product instead of the weight.
     """
 
     @staticmethod
@@ -92,7 +93,7 @@ class _Int8Product(torch.autograd.Function):
 
 
 class Int8Linear(bnb.nn.Linear8bitLt):
-    """Weight in 8 bits with a scale for each output feature; computes in its input's number format."""
+    """Linear layer with 8-bit weights and one scale per output feature; computes in its input's dtype."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         product: torch.Tensor = _Int8Product.apply(x, self.weight, self.state.SCB * (1 / 127), self.bias)
@@ -100,7 +101,7 @@ class Int8Linear(bnb.nn.Linear8bitLt):
 
 
 def to_int8(layer: nn.Linear) -> Int8Linear:
-    """``layer`` in 8 bits, on its device: each output feature's largest weight becomes 127."""
+    """Quantise ``layer`` to 8 bits on its device: each output feature's largest weight becomes 127."""
     rounded, largest, _ = bnb.functional.int8_vectorwise_quant(layer.weight.data.to(torch.float16))
     found = Int8Linear(layer.in_features, layer.out_features, bias=False, has_fp16_weights=False, device="meta")
     found.weight = bnb.nn.Int8Params(rounded, requires_grad=False, has_fp16_weights=False)

@@ -1,16 +1,17 @@
-"""Frozen linear layers in fp8 (e4m3): half the memory of bfloat16, and faster on cards that multiply it.
+"""Frozen linear layers in fp8 (e4m3): half the memory of bfloat16, and faster on GPUs with fp8 matrix units.
 
-Shapes: M tokens, I input and O output features. The weight [O, I] is rounded once, with one scale per output feature;
-inputs and gradients are rounded as they come, with one scale per token. Products are summed in higher precision by the
-card and scaled back. A row's largest element becomes e4m3's largest number, so rounding errs by up to 1/16 per element.
+Shapes: M tokens, I input and O output features. The weight [O, I] is quantised once, with one scale per output feature.
+Inputs and gradients are quantised on the fly, with one scale per token. The GPU accumulates products in higher
+precision and scales them back. A row's largest element becomes e4m3's largest number, so the relative rounding error is
+up to 1/16 per element.
 
-The gradient of the input is taken with the same rounded weight: the weight's scales go into the incoming gradient,
-because they belong to the features that product sums over. The card reads its second operand along the summed features,
-so the backward pass needs the weight transposed: made for the moment, or kept beside it (``keep_transposed``), which is
-faster and costs as much memory again, what bfloat16 costs.
+The gradient of the input uses the same quantised weight. Its scales belong to the output features, over which that
+product sums, so they are multiplied into the incoming gradient first. The fp8 product needs its second operand
+contiguous along the summed features, so the backward pass needs the transposed weight. It is either transposed on the
+fly or kept (``keep_transposed``), which is faster and takes as much memory in total as bfloat16.
 
-Between the layers of an MLP nothing but rounded values is needed, so activation and rounding are one step there: in
-`frozen_gated_mlp`, whose gradients are rounded in one step as well, and in `Fp8Linear.of_gelu`.
+Between the layers of an MLP only quantised values are needed, so activation and quantisation are fused: in
+`frozen_gated_mlp`, whose gradients are fused too, and in `Fp8Linear.of_gelu`.
 """
 
 from __future__ import annotations
@@ -28,14 +29,17 @@ from cogtune.system.gpu import gpu_of
 
 FORMAT = torch.float8_e4m3fn
 LARGEST = torch.finfo(FORMAT).max
-_SMALLEST = 1e-12  # of a row's largest element; a row of zeros stays zeros
+_SMALLEST = 1e-12  # lower bound of a row's largest element, so that a row of zeros stays zeros
 if HAS_TRITON:
     from cogtune.model.kernels import fp8
 
 
 def quantize_rows(x: torch.Tensor, column_scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x`` [M, I], times ``column_scale`` [I], in fp8, and the scale of each row, float32 [M, 1]: about ``quantized *
-    scale``. On a GPU with Triton in one pass over ``x``; a compiler fuses it with what makes ``x``."""
+    """Quantise ``x`` [M, I], times ``column_scale`` [I], to fp8 with a float32 scale per row [M, 1].
+
+    ``x`` is about ``quantized * scale``. On a GPU with Triton this is one pass over ``x``; a compiler fuses it with the
+    kernel that produces ``x``.
+    """
     if kernel_available(x) and not torch.compiler.is_compiling() and x.shape[0]:
         return fp8.quantize_on_gpu(x.contiguous(), column_scale, FORMAT, LARGEST, _SMALLEST)
     wide = x.float() if column_scale is None else x.float() * column_scale
@@ -48,7 +52,7 @@ def _fits_kernel(x: torch.Tensor) -> bool:
 
 
 def rounded_gelu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `quantize_rows` of the exact GELU of ``x`` [M, I], which is not rounded to x's format in between."""
+    """Apply the exact GELU to ``x`` [M, I] and `quantize_rows`, without rounding to x's dtype in between."""
     if _fits_kernel(x):
         quantized, scale = fp8.gelu_on_gpu(x.contiguous(), FORMAT, LARGEST, _SMALLEST)
         return quantized, scale
@@ -56,7 +60,8 @@ def rounded_gelu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def rounded_gated(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `quantize_rows` of silu(``gate``) * ``up``, both [M, I]; the product is not rounded to their format before."""
+    """Apply `quantize_rows` to silu(``gate``) * ``up``, both [M, I], without rounding the product to their dtype
+    first."""
     if _fits_kernel(gate):
         quantized, scale = fp8.gated_on_gpu(gate.contiguous(), up.contiguous(), FORMAT, LARGEST, _SMALLEST)
         return quantized, scale
@@ -66,8 +71,11 @@ def rounded_gated(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, t
 def rounded_gated_gradients(
     gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, gate_scale: torch.Tensor, up_scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of ``gate`` and ``up`` [M, I], given that of silu(gate) * up, as `quantize_rows` rounds them with
-    the column scales [I]: rounded gate, its scales, rounded up, its scales."""
+    """Return the quantised gradients of ``gate`` and ``up`` [M, I], given that of silu(gate) * up.
+
+    They are quantised by `quantize_rows` with the column scales [I]: quantised gate, its scales, quantised up, its
+    scales.
+    """
     if _fits_kernel(gate):
         one, two, three, four = fp8.gated_gradient_on_gpu(
             gradient.contiguous(), gate, up, gate_scale, up_scale, FORMAT, LARGEST, _SMALLEST
@@ -87,7 +95,7 @@ def scaled_product(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """``(a * scale_a) @ (b * scale_b).T + bias`` [M, N] of fp8 operands; scales are [M, 1] and [N, 1]."""
+    """Return ``(a * scale_a) @ (b * scale_b).T + bias`` [M, N] of fp8 operands; scales are [M, 1] and [N, 1]."""
     if a_MK.is_cuda:
         # The public torch.nn.functional.scaled_mm has no lowering in torch 2.11's compiler (decision 10).
         return torch._scaled_mm(
@@ -129,7 +137,7 @@ def _gradient_of_rounded(
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """x W' + b, with a gradient for x alone."""
+    """``x W' + b`` with a gradient for x alone."""
 
     @staticmethod
     def forward(
@@ -150,8 +158,10 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 class _FrozenGatedMLP(torch.autograd.Function):
-    """down(silu(gate(x)) * up(x)) with a gradient for x alone; keeps gate(x) and up(x). A layer is four arguments:
-    weight, scale, transposed weight or None, ones."""
+    """down(silu(gate(x)) * up(x)) with a gradient for x alone. Saves gate(x) and up(x).
+
+    A layer is four arguments: weight, scale, transposed weight or None, ones.
+    """
 
     @staticmethod
     def forward(ctx: Any, x_MD: torch.Tensor, *layers: Any) -> torch.Tensor:
@@ -174,7 +184,7 @@ class _FrozenGatedMLP(torch.autograd.Function):
 
 
 def frozen_gated_mlp(x: torch.Tensor, gate: Fp8Linear, up: Fp8Linear, down: Fp8Linear) -> torch.Tensor:
-    """down(silu(gate(x)) * up(x)) for x [..., D] and layers without biases."""
+    """Return down(silu(gate(x)) * up(x)) for x [..., D] and layers without biases."""
     flat = x.flatten(0, -2)
     if flat.shape[0] == 0:
         return x.new_zeros(*x.shape[:-1], down.out_features) + 0 * x.sum()
@@ -186,9 +196,9 @@ def frozen_gated_mlp(x: torch.Tensor, gate: Fp8Linear, up: Fp8Linear, down: Fp8L
 class Fp8Linear(nn.Linear):
     """A frozen linear layer with an fp8 weight.
 
-    Its tensors hold bit patterns in integers, so that no cast of the model, by whomever, reaches them: ``weight`` uint8
-    [O, I], ``scale_bits`` int32 [O] (float32), ``transposed`` uint8 [I, O] or None. ``ones_bits`` int32 [I] are the
-    second scales of the backward product, kept because making them costs the host a kernel a product.
+    Its tensors hold bit patterns as integers, so that no cast of the model changes them: ``weight`` uint8 [O, I],
+    ``scale_bits`` int32 [O] (float32), ``transposed`` uint8 [I, O] or None. ``ones_bits`` int32 [I] are the second
+    scales of the backward product; keeping them saves a kernel launch per product.
     """
 
     scale_bits: torch.Tensor
@@ -199,7 +209,7 @@ class Fp8Linear(nn.Linear):
     def from_weight(
         cls, weight: torch.Tensor, bias: torch.Tensor | None = None, *, keep_transposed: bool = False
     ) -> Fp8Linear:
-        """Round a weight [O, I], on its device; the bias stays as it is.
+        """Quantise a weight [O, I] on its device; the bias stays unchanged.
 
         Raises:
             SetupError: a GPU that does not multiply fp8.
@@ -223,15 +233,15 @@ class Fp8Linear(nn.Linear):
         return self.scale_bits.view(torch.float32)
 
     def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """What a product and its gradient take: weight, scale, transposed weight, ones."""
+        """Return the arguments of a product and its gradient: weight, scale, transposed weight, ones."""
         return self.weight, self.scale, self.transposed, self.ones_bits.view(torch.float32)
 
     def dequantized(self) -> torch.Tensor:
-        """The rounded weight as float32 [O, I]."""
+        """Return the quantised weight as float32 [O, I]."""
         return self.weight.view(FORMAT).float() * self.scale[:, None]
 
     def of_gelu(self, x: torch.Tensor) -> torch.Tensor:
-        """The layer's output for the exact GELU of x [..., I]; without a gradient."""
+        """Return the layer's output for the exact GELU of x [..., I]. Has no gradient."""
         flat = x.flatten(0, -2)
         if flat.shape[0] == 0:
             return x.new_zeros(*x.shape[:-1], self.out_features)

@@ -1,4 +1,4 @@
-"""A token embedding that stays in host memory: 1.05 GB at full size that the GPU need not hold."""
+"""A token embedding offloaded to host memory, which saves 1.05 GB of GPU memory at full size."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import nn
 
 
 class HostEmbedding(nn.Module):
-    """Looks ids up on the CPU and sends the rows to the ids' device. Frozen.
+    """Frozen embedding that looks up ids on the CPU and sends the rows to the ids' device.
 
-    The table is a plain attribute: it is no part of what moves with the model, is sharded or exchanged between ranks.
+    The table is a plain attribute, so it does not move with the model and is neither sharded nor broadcast.
     """
 
     def __init__(self, table_VD: torch.Tensor) -> None:
@@ -19,9 +19,9 @@ class HostEmbedding(nn.Module):
         self.num_embeddings, self.embedding_dim = table_VD.shape
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """int64 ids of any shape -> their rows [..., D] on the same device.
+        """Map int64 ids of any shape to their rows [..., D] on the same device.
 
-        Most of a batch are image positions, all with one id, so each id's row is sent once.
+        Most positions of a batch are image positions with one id, so only distinct rows are sent.
         """
         if ids.device.type == "cpu":
             return nn.functional.embedding(ids, self.table)

@@ -1,11 +1,11 @@
-"""Products with bitsandbytes' NF4 weights: the weight is made by one kernel, then multiplied at full speed.
+"""Products with bitsandbytes' NF4 weights: dequantise the weight with one kernel, then multiply at full speed.
 
-Shapes: M tokens, I input and O output features. A weight [O, I] is stored as bitsandbytes stores it: two 4-bit codes a
-byte, the first in the upper half, a scale for every 64 values, and these scales in 8 bits with scales of their own.
+Shapes: M tokens, I input and O output features. A weight [O, I] has bitsandbytes' storage layout: two 4-bit codes per
+byte, the first in the upper half, one scale per 64 values, and these scales in 8 bits with scales of their own.
 
-More than a few tokens at a time are multiplied fastest with the weight in the computation's number format, so forward
-and backward each make it anew and never keep it. Where there is Triton one kernel of ours makes it in half the time
-that bitsandbytes' three take (docs/log.md), to the bit what they make; elsewhere they do.
+For more than a few tokens, dequantising to the computation's dtype and calling a library product is fastest. So the
+forward and backward pass each dequantise the weight and never keep it. With Triton one kernel does this in half the
+time of bitsandbytes' three (docs/log.md), with identical bits; elsewhere bitsandbytes does it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from cogtune.model.kernels import HAS_TRITON, kernel_available
 
-_FEW = 16  # tokens up to which bitsandbytes' fused kernel reads less (decoding)
+_FEW = 16  # most tokens for which bitsandbytes' fused kernel reads less memory (decoding)
 if HAS_TRITON:
     from cogtune.model.kernels.nf4 import dequantize_nf4
 _FORWARD, _BACKWARD = 0, 1
@@ -29,7 +29,7 @@ def _fits_kernel(x: torch.Tensor, sizes: Sequence[int]) -> bool:
 
 
 def _weight(x: torch.Tensor, state: tuple[Any, ...], sizes: Sequence[int], use: int) -> torch.Tensor:
-    """The weight [O, I] in x's number format; ``absmax`` is float32 a block, or uint8 with scales of its own."""
+    """Dequantise the weight [O, I] to x's dtype. ``absmax`` is float32 per block, or uint8 with scales of its own."""
     packed, absmax, code, outer_absmax, outer_code, offset = state
     rows, columns, blocksize, outer_blocksize = sizes
     if _fits_kernel(x, sizes):
@@ -37,7 +37,7 @@ def _weight(x: torch.Tensor, state: tuple[Any, ...], sizes: Sequence[int], use: 
             packed, state[1:], (rows, columns, blocksize, outer_blocksize), x.dtype, use
         )
         return made
-    from bitsandbytes import functional as bnb  # whoever has such a weight has it
+    from bitsandbytes import functional as bnb  # always installed where such a weight exists
 
     if outer_absmax is not None:
         absmax = offset + bnb.dequantize_blockwise(
@@ -56,7 +56,7 @@ def _weight(x: torch.Tensor, state: tuple[Any, ...], sizes: Sequence[int], use: 
 
 
 class _Product(torch.autograd.Function):
-    """``x W' + b`` with a gradient for x alone; keeps the packed weight."""
+    """``x W' + b`` with a gradient for x alone. Saves the packed weight for the backward pass."""
 
     @staticmethod
     def forward(
@@ -72,8 +72,8 @@ class _Product(torch.autograd.Function):
         return found, None, None, None, None, None, None, None, None
 
 
-# The same for a compiler where bitsandbytes' kernels make the weight: one opaque step. They cost the host several times
-# what the function above does, whose kernel a compiler can launch itself.
+# The same as opaque custom ops, for compiled layers whose weight bitsandbytes dequantises. Custom ops have several
+# times the launch overhead of the function above, whose Triton kernel the compiler can launch itself.
 @torch.library.custom_op("cogtune::nf4_linear", mutates_args=())
 def _linear(
     x_MI: torch.Tensor,
@@ -129,7 +129,7 @@ _linear.register_autograd(_backward, setup_context=_remember)
 
 
 def block_sizes(state: Any) -> tuple[int, int, int, int]:
-    """Rows, columns, values of a block and blocks of an outer one, of a weight that bitsandbytes described."""
+    """Return rows, columns, block size and outer block size of a weight that a bitsandbytes quant state describes."""
     rows, columns = state.shape
     return rows, columns, state.blocksize, state.state2.blocksize if state.nested else 1
 
@@ -137,10 +137,10 @@ def block_sizes(state: Any) -> tuple[int, int, int, int]:
 def nf4_linear(
     x: torch.Tensor, packed: torch.Tensor, state: Any, bias: torch.Tensor | None, sizes: tuple[int, int, int, int]
 ) -> torch.Tensor:
-    """x [..., I] times a weight packed by bitsandbytes, in storage of any number format, plus a bias: [..., O].
+    """Multiply x [..., I] by a weight packed by bitsandbytes, in storage of any dtype, and add a bias: [..., O].
 
-    ``sizes`` is `block_sizes` of ``state``, kept by whoever owns the weight: to a compiler a module's numbers are
-    constants, those of any other object are not.
+    ``sizes`` is `block_sizes` of ``state``, stored on the module: the compiler treats a module's numbers as constants,
+    but not those of other objects.
     """
     outer = state.state2 if state.nested else None
     stored = (
@@ -156,8 +156,10 @@ def nf4_linear(
 
 
 def dequantises(x: torch.Tensor, state: Any) -> bool:
-    """Whether the whole weight is made for this input: on a GPU, NF4, and not a few tokens of decoding, for which
-    bitsandbytes reads the packed weight once."""
+    """Return whether the whole weight is dequantised for this input: on a GPU, NF4, and more than a few tokens.
+
+    For a few decoded tokens bitsandbytes' fused kernel reads the packed weight once.
+    """
     if not (x.is_cuda and state.quant_type == "nf4"):
         return False
     return (x.requires_grad and torch.is_grad_enabled()) or x.numel() > _FEW * x.shape[-1]
