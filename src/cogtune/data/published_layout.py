@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cogtune.data.formats.detect import LABEL_FOLDERS
+from cogtune.data.formats.markers import strip_ends
 from cogtune.data.formats.pictures import refuse_unread_own
 from cogtune.data.picture_headers import PictureHeader, check_picture, in_threads
 from cogtune.data.problems import BadRecordError, Problem, Problems
@@ -125,7 +126,7 @@ class FolderReader:
         for position, record in enumerate(records, start=1):
             source = f"{pair.label}, record {position}" if isinstance(root, list) else str(pair.label)
             try:
-                dialogues = record_dialogues(record, self.caption_question)
+                dialogues = [strip_ends(turns, 1) for turns in record_dialogues(record, self.caption_question)]
                 refuse_unread_own(record, ("image",), (pair.image.name,), "folder")
             except BadRecordError as bad:
                 pair.problems.append((bad.kind, source, bad.what))

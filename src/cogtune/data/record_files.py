@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cogtune.data.formats import arrow, coco, jsonfiles, table, vqa
 from cogtune.data.formats.item import Content, Item, RecordRules
+from cogtune.data.formats.markers import strip_ends
 from cogtune.data.picture_headers import PictureHeader, check_picture, in_threads
 from cogtune.data.picture_paths import Located, Places
 from cogtune.data.problems import BadRecordError, Problem, Problems
@@ -103,12 +104,13 @@ class RecordsReader:
 
     def _take(self, content: Content, file: Path, item: Item, groups: dict[str, _Group], ids: set[str]) -> None:
         """Put one record's conversations into their example's group."""
+        dialogues = [strip_ends(turns, len(content.images)) for turns in content.dialogues]
         images = tuple(self.places.locate(image, file.parent) for image in content.images)
         identity = self._identity(content, file, item, ids)
         group_key = "\0".join(str(image.path) for image in images) if images else item.where
         group = groups.setdefault(group_key, _Group(images))
-        for position, turns in enumerate(content.dialogues):
-            own = identity if len(content.dialogues) == 1 else f"{identity}#{position}"
+        for position, turns in enumerate(dialogues):
+            own = identity if len(dialogues) == 1 else f"{identity}#{position}"
             group.conversations.append(Conversation(own, turns, item.where))
 
     def _identity(self, content: Content, file: Path, item: Item, ids: set[str]) -> str:

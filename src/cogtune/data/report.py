@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from cogtune.data.formats.markers import left_tag
 from cogtune.data.picture_headers import PictureHeader
 from cogtune.data.records import Conversation, Example
 
@@ -45,8 +46,9 @@ class SourceReport:
 class DataReport:
     """Counts over all sources. ``bad``: records left out, by problem; ``repaired``: files, by kind of repair.
 
-    ``turned``: pictures with an EXIF orientation, which ``exif`` says what to do with; ``animated``: pictures of which
-    only the first frame is seen; ``special``: conversations whose text spells a special token.
+    ``turned``: pictures with an EXIF orientation, which ``exif`` says what to do with; ``animated``: those of which
+    only the first frame is seen; ``special``: conversations whose text spells a special token; ``tagged``: those about
+    a picture with a tag that looks like its marker, ``first_tag`` where the first stands and what it is.
     """
 
     sources: list[SourceReport] = field(default_factory=list)
@@ -63,6 +65,8 @@ class DataReport:
     turned: int = 0
     animated: int = 0
     special: int = 0
+    tagged: int = 0
+    first_tag: tuple[str, str] = ("", "")
 
     def count_header(self, header: PictureHeader) -> None:
         self.turned += header.turned
@@ -72,6 +76,11 @@ class DataReport:
         """Sum the sources, count special tokens in texts, and take the fingerprint."""
         examples = list(examples)
         self.special = sum(_has_special(conversation) for example in examples for conversation in example.conversations)
+        for conversation in (one for example in examples if example.images for one in example.conversations):
+            tag = left_tag(conversation.turns)
+            if tag is not None:
+                self.first_tag = self.first_tag if self.tagged else (conversation.source, tag)
+                self.tagged += 1
         for name in ("pictures", "conversations", "turns", "text_only"):
             setattr(self, name, sum(getattr(source, name) for source in self.sources))
         self.fingerprint = fingerprint(examples)
@@ -84,7 +93,7 @@ class DataReport:
         """A few sentences for the console, warnings last."""
         only = f" ({self.text_only} of them without a picture)" if self.text_only else ""
         first = f"{self.pictures} pictures, {self.conversations} conversations{only}, {self.turns} questions"
-        warnings = [f"warning: {what}" for _, _, what in self.warnings()]
+        warnings = [f"warning: {what}{where and f' ({where})'}" for _, where, what in self.warnings()]
         return [first, *self.remarks(), *warnings, *(f"note: {note}" for note in self.notes)]
 
     def remarks(self) -> list[str]:
@@ -109,11 +118,16 @@ class DataReport:
 
     def warnings(self) -> list[tuple[str, str, str]]:
         """What spoils training although it can be read: code, where, what."""
-        if not self.conversations or self.text_only / self.conversations <= _MOSTLY:
-            return []
-        share = f"{self.conversations - self.text_only} of {self.conversations} conversations have a picture"
-        what = f"{share}; if there should be more, look under which keys the records name them"
-        return [("few-pictures", "", what)]
+        found = []
+        if self.conversations and self.text_only / self.conversations > _MOSTLY:
+            share = f"{self.conversations - self.text_only} of {self.conversations} conversations have a picture"
+            what = f"{share}; if there should be more, look under which keys the records name them"
+            found.append(("few-pictures", "", what))
+        if self.tagged:
+            where, tag = self.first_tag
+            what = f"{self.tagged} conversations about a picture have a tag such as {tag}, which is trained as words"
+            found.append(("picture-tag", where, what))
+        return found
 
 
 def _has_special(conversation: Conversation) -> bool:

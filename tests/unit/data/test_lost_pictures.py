@@ -82,7 +82,14 @@ def test_a_key_that_would_be_dropped_is_named(tmp_path: Path, key: str, record: 
 
 
 def test_keys_that_lose_nothing_are_left_alone(tmp_path: Path) -> None:
-    extra = {"source": "coco", "history": [], "system": "", "imgs": None, "file_name": "p.png", "score": 3}
+    extra: dict[str, Any] = {
+        "source": "coco",
+        "history": [],
+        "system": "",
+        "imgs": None,
+        "file_name": "p.png",
+        "score": 3,
+    }
     assert read(tmp_path, {"image": "p.png", "conversations": [ASK, SAY], **extra}) == [("p.png", "color?")]
 
 

@@ -12,20 +12,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cogtune.data.formats.item import Content, RecordRules
+from cogtune.data.formats.markers import MARKER, without_markers
 from cogtune.data.formats.pictures import keys_text, picture_sources, refuse_unread
 from cogtune.data.problems import BadRecordError
 from cogtune.data.record_json import identity_of, is_unicode, kind_of
 from cogtune.data.records import Turn
 
-MARKER = "<image>"
+_MARKER = "<image>"
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 _OTHER_MEDIA = ("video", "videos", "audio", "audios")
 _RECORD_KEYS = ("id", "image", "images", "messages", "conversations", "system", *_OTHER_MEDIA)
 _MESSAGE_KEYS = ("from", "value", "role", "content", "image", "images")
 # a path where Qwen-VL's records name it, with what numbers it and the line break behind it
 _IMG = re.compile(r"(?:Picture[ ]*\d+[ ]*:[ ]*)?<img>\s*([^<>\n]+?)\s*</img>[ \t]*\n?")
-# the marker with the line break (or space) that separates it from the text, on one side
-_MARKER_AND_BREAK = re.compile(r"<image>[ \t]*\n|\n[ \t]*<image>|<image>[ ]?", re.DOTALL)
 
 
 @dataclass
@@ -142,7 +141,7 @@ def _from_parts(parts: Sequence[Any], number: int, role: str) -> _Message:
         elif kind in ("image_url", "input_image", "image"):
             image = next((part[key] for key in ("image_url", "image", "url", "path") if part.get(key)), None)
             if image is None and kind == "image":
-                texts.append(MARKER)  # the picture itself stands beside the messages
+                texts.append(_MARKER)  # the picture itself stands beside the messages
             else:
                 message.images.append(image)
         else:
@@ -166,22 +165,23 @@ def _text(value: Any, number: int, *, blank: bool = False) -> str:
 
 
 def _strip_markers(messages: list[_Message], images: int) -> None:
-    """Remove the ``<image>`` that stand for pictures; the model's pictures are always before the text."""
-    counts = {message.number: message.text.count(MARKER) for message in messages}
-    total = sum(counts.values())
-    if not total:
+    """Remove the markers that stand for pictures; the model's pictures are always before the text."""
+    found = {message.number: MARKER.findall(message.text) for message in messages}
+    markers = [marker for several in found.values() for marker in several]
+    if not markers:
         return
-    if total > max(images, 1):
+    if len(markers) > max(images, 1):
         most = "one was" if images <= 1 else f"{images} were"
-        raise BadRecordError("image-marker", f"{total} {MARKER} markers, at most {most} expected")
+        raise BadRecordError("image-marker", f"{len(markers)} {markers[0]} markers, at most {most} expected")
     if not images:
-        raise BadRecordError("image-marker", f"a {MARKER} marker, but the record names no picture")
+        raise BadRecordError("image-marker", f"a {markers[0]} marker, but the record names no picture")
     for message in messages:
-        if not counts[message.number]:
+        if not found[message.number]:
             continue
         if message.role != "user":
-            raise BadRecordError("image-marker", f"a {MARKER} marker in message {message.number}, from {message.role}")
-        message.text = _MARKER_AND_BREAK.sub("", message.text, count=counts[message.number])
+            what = f"a {found[message.number][0]} marker in message {message.number}, from {message.role}"
+            raise BadRecordError("image-marker", what)
+        message.text = without_markers(message.text)
         if not message.text.strip():
             raise BadRecordError("content", f"the content of message {message.number} is empty but for its marker")
 
