@@ -90,10 +90,17 @@ def launch(arguments: Sequence[str], asked: int | str, command: Sequence[str] = 
 
 def _report(failures: Mapping[int, Any], ranks: int) -> int:
     """Print the cause: the first failure that is not about another rank's end. Returns its exit code."""
-    order = sorted(failures, key=lambda rank: (_PEER_LOST in _text(failures[rank]), failures[rank].timestamp, rank))
-    rank, failure = order[0], failures[order[0]]
+    stopped = (128 + signal.SIGTERM, 128 + signal.SIGINT)
+
+    def blame(rank: int) -> tuple[bool, bool, int, int]:
+        # Times are whole seconds, and torchrun stops the other ranks within the second in which one fails.
+        failure = failures[rank]
+        return _PEER_LOST in _text(failure), failure.exitcode in stopped, failure.timestamp, rank
+
+    rank = min(failures, key=blame)
+    failure = failures[rank]
     code = int(failure.exitcode)
-    if code in (128 + signal.SIGTERM, 128 + signal.SIGINT):
+    if code in stopped:
         return code  # stopped and saved; rank 0 has said so
     print(f"rank {rank} of {ranks} failed first:\n{_text(failure)}", file=sys.stderr, flush=True)
     return code if code > 0 else 1

@@ -1,9 +1,10 @@
-"""``parallel.restarts``: what is started again, and how often."""
+"""What a launch started again, and how often (``parallel.restarts``); whose end is the cause of a failed one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -53,3 +54,19 @@ def test_what_a_restart_would_not_change_is_final(monkeypatch: pytest.MonkeyPatc
 def test_restarts_without_a_launcher_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"parallel\.restarts needs parallel\.launch"):
         load_config(None, {"model.path": "b", "data.path": "d", "train.output": "o", "parallel.restarts": "1"})
+
+
+def ended(code: int, message: str, second: int) -> SimpleNamespace:
+    """A rank's end as torch's launcher reports it."""
+    return SimpleNamespace(exitcode=code, message={"message": message}, timestamp=second)
+
+
+def test_the_cause_is_the_rank_that_failed_not_one_that_was_stopped_for_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """torch counts ends in whole seconds, and stops the other ranks at once."""
+    stopped = ended(143, "error[stopped]: stopped by SIGTERM before the first step", 7)
+    failed = ended(2, "error[image-damaged]: 002.png", 7)
+    assert launch._report({0: stopped, 1: failed}, 2) == 2
+    assert "rank 1 of 2 failed first:\nerror[image-damaged]" in capsys.readouterr().err
+    lost = ended(1, f"{launch._PEER_LOST}: rank 0", 6)
+    assert launch._report({0: stopped, 1: lost}, 2) == 143
+    assert launch._report({0: stopped, 1: stopped}, 2) == 143
