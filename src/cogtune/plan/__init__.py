@@ -1,5 +1,9 @@
-"""Memory, time and disk of a run before anything is loaded. Call it: ``cogtune.plan(config, card="24GiB")``; see
-`cogtune.plan.ask.plan` for its arguments and errors.
+"""Predict the memory, time and disk that a run needs, before any weight is loaded.
+
+The package is callable: ``cogtune.plan(config, card="24GiB")``. See `cogtune.plan.ask.plan` for arguments and errors.
+
+Example:
+    >>> config = cogtune.load_config("run.yaml")
 
 Example:
     >>> config = cogtune.load_config("run.yaml")

@@ -1,4 +1,4 @@
-"""The plan that a user asks for: of a configuration, on cards that are named, as an object with its text."""
+"""The public entry point: plan a configuration for given cards and return an object that prints as text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,34 @@ def plan(
     price: float | None = None,
     placeholders: Collection[str] = (),
 ) -> Plan:
-    """Say what a run takes on a card, and choose what fits it, before any weight is read.
+    """Predict what a run needs on a card, and choose the fastest settings that fit, before any weight is read.
+
+    Keys that the configuration sets stay as they are. The planner chooses the others: number formats, feature cache,
+    recomputed layers, optimiser and engine.
+
+    Example:
+        >>> plan = cogtune.plan(cogtune.load_config("run.yaml"), card="24GiB")
+        >>> print(plan)
+        >>> fitted = cogtune.load_config("run.yaml", plan.keys)
+
+    Args:
+        card: a size (``24GiB``), a name (``h100``, ``RTX 4090``), or ``auto``: this machine's cards with the memory
+            that is
+            free now. If they differ, the one with the least free memory counts.
+        cards: number of such cards.
+        price: price of a card per hour, in any currency.
+        placeholders: keys of ``config`` that were filled in because their value is not known yet. If ``data.path`` is
+            one
+            of them, the plan assumes typical rows.
+
+    Returns:
+        The plan: ``memory`` (bytes, by phase), ``times`` (seconds), ``keys`` (the configuration keys chosen), ``text``.
+
+    Raises:
+        PlanError: nothing fits; the hint names the smallest card that would.
+        ConfigError: unknown card, or fewer than one card.
+        SetupError: ``auto`` on a machine without a GPU.
+        DataError, CheckpointError, AdapterError: the data, the model or a LoRA target does not exist.
 
     Keys that the configuration gives stay as they are; of the others, number formats, feature cache, recomputed layers,
     optimiser and engine are chosen: the fastest that fits.
@@ -59,11 +86,12 @@ def plan(
 
 
 def choose_card(name: str = "auto", count: int = 1) -> Card:
-    """The card called ``name``; ``auto``: of this machine's ``count`` freest the one with the least free memory.
+    """Return the card called ``name``. With ``auto``, take this machine's ``count`` cards with the most free memory,
+    and return the one of them that has least.
 
     Raises:
-        ConfigError: an unknown card.
-        SetupError: there is none here.
+        ConfigError: unknown card.
+        SetupError: this machine has no GPU.
     """
     if name != "auto":
         return find_card(name)

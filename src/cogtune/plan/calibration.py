@@ -1,4 +1,4 @@
-"""Numbers that measurements gave and no formula does; each says where it comes from."""
+"""Constants that come from measurements, each with its source."""
 
 from __future__ import annotations
 
@@ -9,86 +9,92 @@ from cogtune.system.byte_sizes import GIB, MIB
 
 @dataclass(frozen=True)
 class Allocator:
-    """What the CUDA caching allocator reserves beyond what is in use, by what leaves gaps."""
+    """Fragmentation: bytes that the CUDA caching allocator reserves and does not use, as shares of allocated bytes."""
 
     share: float
-    """Of all that a step holds beyond weights and optimiser."""
+    """Share of everything a step allocates beyond weights and optimiser."""
     working: float
-    """Of one recomputed layer's tensors, which are made anew among what the other layers keep."""
+    """Share of the tensors of one recomputed layer, which are allocated between the activations of other layers."""
     update: float
-    """Of the adapter's float32 size: gradients lie between the activations. (1.8 under foreach AdamW.)"""
+    """Share of the adapter's float32 size: gradients are allocated between activations. (1.8 with foreach AdamW.)"""
     fixed: int
     per_layer: int
-    """Counted as in use, for a layer that keeps its tensors: some twenty lie in blocks up to a mebibyte larger."""
+    """Bytes per layer that keeps its activations: about twenty tensors, each in a block up to 1 MiB larger."""
 
     def slack(self, held: int, working: int = 0, update: int = 0) -> int:
-        """Bytes reserved and not in use at the peak."""
+        """Return the bytes that are reserved and unused at the peak."""
         return round(self.share * held + self.working * working + self.update * update + self.fixed)
 
 
 SEGMENTS = Allocator(share=0.04, working=0.58, update=1.0, fixed=100 * MIB, per_layer=9 * MIB)
-"""torch's default: a segment for each large tensor. Every row of `cogtune bench fit`, and of the NF4 memory sweep, on
-one H100 (torch 2.11) is met to 5 %; `python -m benchmarks.refit` compares."""
+"""The default allocator: one segment per large tensor. Within 5 % of every row of `cogtune bench fit` and of the NF4
+memory sweep on one H100 (torch 2.11); `python -m benchmarks.refit` compares.
+"""
 
 EXPANDABLE = Allocator(share=0.02, working=0.16, update=1.0, fixed=50 * MIB, per_layer=0)
-"""``expandable_segments:True``, which the command line asks for. Found before it was measured: the allocator's rules
-were applied to the allocations of a full-size step on the meta device, at every point of the memory sweep. Both memory
-sweeps, the other sweeps and the rows of `cogtune bench fit` that were then measured on one H100 (torch 2.11) are met to
-4 %, most of them to 1 %."""
+"""``expandable_segments:True``, which the command line sets. Derived by simulating the allocator on the allocations of
+a full-size step on the meta device, at every point of the memory sweep. Within 4 %, mostly 1 %, of both memory sweeps,
+the other sweeps and the rows of `cogtune bench fit` on one H100 (torch 2.11).
+"""
 
 
 CONTEXT = round(0.75 * GIB)
-"""Driver's figure less reserved: CUDA context, loaded kernels, handles of cuBLAS and cuDNN. On an H100 `cogtune bench
-train` shows 0.74 to 0.75 GiB; cards with fewer processors need less."""
+"""Memory that the driver reports beyond what the allocator reserves: CUDA context, kernels, cuBLAS and cuDNN handles.
+`cogtune bench train` shows 0.74 to 0.75 GiB on an H100; smaller cards need less.
+"""
 
 LIBRARIES = 40 * MIB
-"""Inside the allocator but of no tensor of ours: cuBLAS workspaces (32 MiB a stream on Hopper) and small buffers."""
+"""Inside the allocator, but in none of the counted tensors: cuBLAS workspaces (32 MiB per stream on Hopper) and small
+buffers.
+"""
 
 NCCL = 856 * MIB
-"""Outside the allocator: channels and buffers of NCCL. What ddp has of the driver's figure beyond what one card has
-beside its tensors, 1,844 of 988 MiB, on two H200 (eight-cards.json); fsdp2 on two H100 has as much (launches-h100.json:
-1.585 GiB beyond what is reserved, 0.749 on one card)."""
+"""NCCL's channels and buffers, outside the allocator. ddp on two H200 takes 1,844 MiB more from the driver than its
+tensors; one card takes 988 MiB (eight-cards.json). fsdp2 on two H100: 1.585 GiB against 0.749 GiB on one card
+(launches-h100.json).
+"""
 
 NCCL_SMALL_SUMS = 530 * MIB
-"""The same in addition where small tensors are summed over ranks as well: DeepSpeed's norms, and those of tensor
-parallelism. eight-cards.json: zero2 and tensor parallelism have 500 and 576 MiB more than the plan otherwise says; two
-H100 under ddp had 524 more than under fsdp2 (launches-h100.json). That NCCL then connects its cards a second way is a
-guess."""
+"""Additional NCCL memory where small tensors are all-reduced too: by DeepSpeed's norms and by tensor parallelism.
+eight-cards.json: zero2 and tensor parallelism take 500 and 576 MiB more than the plan without this term; ddp on two
+H100 took 524 MiB more than fsdp2 (launches-h100.json). Probably a second NCCL connection; this is not verified.
+"""
 
 HOST_PROCESS = round(3.0 * GIB)
-"""Anonymous memory of one training process: Python, torch, CUDA's host side, tokenizer."""
+"""Anonymous host memory of one training process: Python, torch, CUDA's host side, tokenizer."""
 
 HOST_WORKER = round(0.6 * GIB)
-"""Anonymous memory of one process that prepares rows."""
+"""Anonymous host memory of one data worker."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Of an H100, as reached: operations and bytes per second; seconds."""
+    """Throughput of an H100: operations and bytes per second, and fixed costs in seconds."""
 
     matmul: float
     half_rate_tokens: float
-    """Rows at which a matrix product reaches half its rate."""
+    """Rows at which a matrix product reaches half its peak rate."""
     decoder_attention: float
     half_rate_columns: float
-    """Columns at which causal attention reaches half its rate."""
+    """Columns at which causal attention reaches half its peak rate."""
     tower_attention: float
     memory: float
     eager_bytes: float
-    """Bytes read and written outside matrix products, per token and layer, forward and backward, at width 4096."""
+    """Bytes read and written outside matrix products, per token and decoder layer, forward and backward, at width 4096.
+    """
     compiled_bytes: float
     recomputed_bytes: float
-    """What recomputing adds to these bytes, as a share."""
+    """The share that recomputation adds to ``token_bytes``."""
     tower_bytes: float
-    """The same in the tower, forward alone, at width 1792."""
+    """Bytes read and written outside matrix products per token and tower layer, forward only, at width 1792."""
     unpack_seconds: float
-    """To unpack one 4-bit or 8-bit weight, once."""
+    """Seconds to dequantise one weight from 4 or 8 bits, once."""
     fixed: float
-    """Per optimiser step: launching, the loop, the loss's way to the host."""
+    """Fixed seconds per optimiser step: launching, the training loop, copying the loss to the host."""
     read: float
-    """From disk, where nothing better is known."""
+    """Read throughput of a disk of unknown speed."""
     overlap: float
-    """Share of a micro-batch's computation behind which communication hides."""
+    """Share of a micro-batch's computation that communication can overlap with."""
 
 
 RATES = Rates(
@@ -107,32 +113,36 @@ RATES = Rates(
     read=1.5e9,
     overlap=0.7,
 )
-"""Products and copies: ceilings measured on one H100 80GB HBM3 (torch 2.11): 755 TFLOP/s at 8192^3, 690 at 2305 rows,
-438 at 301; 2.97 TB/s. Tower attention: 1.0 ms for 9,217 queries of 9,216 keys on an H200
-(console/h200-2026-11-28-profile-2.log).
-Unpacking: what nf4-cached-r8 of fit-h100.json and fsdp2-nf4 of eight-cards.json ask for; the kernel alone takes 1.4
-(docs/log.md: 0.08 ms for 59 million values), and no row times int8. The others are least squares over the rows of
-sweep-batch, sweep-text, sweep-rank, cards and launches (H100, eager) and of speed and eight-cards (H200, compiled),
-rounded. `tests/unit/plan/test_measured.py` holds the plan to those rows."""
+"""Sources. Matrix products and copies: peaks measured on one H100 80GB HBM3 (torch 2.11): 755 TFLOP/s at 8192^3, 690 at
+2305 rows, 438 at 301; 2.97 TB/s. Tower attention: 1.0 ms for 9,217 queries and 9,216 keys on an H200
+(console/h200-2026-11-28-profile-2.log). Dequantisation: fitted to nf4-cached-r8 of fit-h100.json and fsdp2-nf4 of
+eight-cards.json; the kernel alone takes 1.4 (docs/log.md: 0.08 ms for 59 million values), and no row times int8. The
+others: least squares over the rows of sweep-batch, sweep-text, sweep-rank, cards and launches (H100, eager) and of
+speed and eight-cards (H200, compiled), rounded. `tests/unit/plan/test_measured.py` holds the plan to those rows.
+"""
 
 FP8_SPEEDUP = {"experts": 1.5, "tower": 1.85}
-"""fp8 against bfloat16 products, rounding fused: what the fp8 rows of speed-h200.json ask for. Steps with fp8 experts
-spread from 109 to 128 ms there."""
+"""Speed of fp8 against bfloat16 products, rounding included, fitted to the fp8 rows of speed-h200.json (steps with fp8
+experts took 109 to 128 ms there).
+"""
 
 
 @dataclass(frozen=True)
 class Launches:
-    """Kernels that the host launches one by one: no step is faster than that."""
+    """Kernel counts and the host's time to launch one.
+
+    A step cannot be faster than launching its kernels one by one.
+    """
 
     seconds: float
-    """For one kernel."""
+    """Seconds per kernel."""
     layer: int
-    """Of an uncompiled decoder layer, forward and backward, without adapters."""
+    """Kernels of an uncompiled decoder layer, forward and backward, without adapters."""
     compiled_layer: int
     adapter: int
-    """Of an adapted linear."""
+    """Kernels per adapted linear."""
     other: int
-    """Embedding, norm, head and loss."""
+    """Kernels of embedding, norm, head and loss."""
 
 
 HOST = Launches(
@@ -142,31 +152,33 @@ HOST = Launches(
     adapter=13,
     other=54,
 )
-"""``seconds`` is that of the two H200's host, and another host has another: 59.6 ms for a compiled step of text
-alone, of about 2,174 kernels (27 us), and 170.7 ms for 5,800 with rank 16 on every linear layer (29 us); times from
-speed-h200.json, kernels from console/h200-2026-11-28-profile-2.log, the former of a step with a picture. The H100's
-host took 208 ms for 6,500 (32 us, docs/log.md). Uncompiled: the operators of a step on the meta device, which a test
-counts. Compiled: those 2,174 without the head's and the adapters'."""
+"""``seconds`` was measured on the host of two H200; other hosts differ. A compiled text-only step took 59.6 ms for
+about 2,174 kernels (27 us each), and 170.7 ms for 5,800 with rank 16 on every linear layer (29 us); times from
+speed-h200.json, kernel counts from console/h200-2026-11-28-profile-2.log (the first count is of a step with a picture).
+The host of the H100 took 208 ms for 6,500 (32 us, docs/log.md). The uncompiled counts are the operators of a step on
+the meta device, which a test counts; the compiled ones are those 2,174 less head and adapters.
+"""
 
 
 @dataclass(frozen=True)
 class Gatherings:
-    """What gathering a layer's weights costs a step on top of what the link needs."""
+    """Overhead of gathering a layer's weights, beyond the transfer itself."""
 
     seconds: float
-    """Of a layer and micro-batch: both gatherings, copying out, launching."""
+    """Seconds per layer and micro-batch: both all-gathers, copying out, launching."""
     hidden: float
-    """Of a micro-batch's computation, the share that covers it."""
+    """Share of a micro-batch's computation that hides this overhead."""
 
 
 GATHERINGS = {"fsdp2": Gatherings(0.0036, 0.0), "zero3": Gatherings(0.0118, 0.15)}
-"""Two rows each, one with batch 4 and all layers recomputed on two H100 and one with batch 1 and nothing recomputed on
-two H200: fsdp2 1.224 s against 1.098 s on one card, and 0.299 s (cards-h100.json, eight-cards.json); zero3 1.318 s and
-0.548 s (cards-zero3-h100.json, eight-cards.json), units fetched as wholes."""
+"""Fitted to two rows each: batch 4 with all layers recomputed on two H100, and batch 1 without recomputation on two
+H200. fsdp2: 1.224 s (1.098 s on one card) and 0.299 s (cards-h100.json, eight-cards.json). zero3, gathering whole
+layers: 1.318 s and 0.548 s (cards-zero3-h100.json, eight-cards.json).
+"""
 
 DEEPSPEED_SECONDS = 0.008
-"""Of an optimiser step by DeepSpeed: zero2 1.106 s against 1.098 s on one card (cards-h100.json)."""
+"""Seconds that DeepSpeed adds per optimiser step: zero2 took 1.106 s, one card 1.098 s (cards-h100.json)."""
 
 TENSOR_LINK = 95e9
-"""Bytes per second that the sums of tensor parallelism reach between two H100: 0.731 s a step at batch 4
-(cards-h100.json)."""
+"""Bytes per second of tensor parallelism's all-reduces between two H100: 0.731 s a step at batch 4 (cards-h100.json).
+"""

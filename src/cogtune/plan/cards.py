@@ -1,7 +1,7 @@
-"""Cards that users have: memory as the driver reports it, and how fast they are.
+"""Known GPUs: their memory as the driver reports it, and their speed.
 
-The H100's rates are measured. Every other card's follow from its data sheet, at the share of its peaks that the H100
-reaches, and whatever is predicted with them is called an estimate; but for the H200, whose steps were measured as well.
+The H100's and H200's rates are measured. Those of other cards are scaled from their data sheets, at the share of peak
+that the H100 reaches, and predictions made with them are marked as estimates.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ from cogtune.system.byte_sizes import GIB, MIB, format_size, parse_size
 from cogtune.system.gpu import Gpu
 
 DESKTOP = round(0.45 * GIB)
-"""Of a card's memory: what the driver keeps for itself and a desktop may take, so never free."""
+"""Share of a card's memory that is never free: reserved by the driver, or used by a desktop."""
 
 
 @dataclass(frozen=True)
 class Card(Gpu):
-    """``memory`` and ``free`` in bytes; peaks in operations and bytes per second (dense bfloat16, or float16 where the
-    card has no bfloat16); ``link`` is the bandwidth to a sibling in one direction. ``holders``: what keeps memory of a
-    real card, from `cogtune.plan.local_cards`."""
+    """A GPU model, or one GPU of this machine.
+
+    ``memory`` and ``free`` in bytes; peaks in operations and bytes per second (dense bfloat16, or float16 on a card
+    without bfloat16); ``link``: bandwidth to another card, one direction. ``holders``: the processes that use a real
+    card's memory, from `cogtune.plan.local_cards`.
+    """
 
     memory: int
     flops: float
@@ -33,7 +36,7 @@ class Card(Gpu):
 
     @property
     def usable(self) -> int:
-        """What one process may take, its context included: the free memory where it is known."""
+        """Return what one process may use, CUDA context included: the free memory if it is known."""
         return self.memory - DESKTOP if self.free is None else self.free
 
 
@@ -72,17 +75,17 @@ CARDS = (
     _card("H100 80GB", (9, 0), 81559, 989, 3350, 360e9, measured=True),
     _card("H200 141GB", (9, 0), 143771, 989, 4800, 360e9, measured=True),
 )
-"""By memory, then speed. Sources: the makers' data sheets (dense rates with float32 accumulation)."""
+"""In order of memory, then speed. Source: the vendors' data sheets (dense rates with float32 accumulation)."""
 
 REFERENCE = next(card for card in CARDS if card.measured)
-"""The card whose rates `calibration.Rates` gives."""
+"""The card that `calibration.Rates` was measured on."""
 
 
 def find_card(text: str) -> Card:
-    """A card by name (``h100``, ``RTX 4090``, ``A100 40GB``) or by memory alone (``24GiB``, ``24 GB``).
+    """Find a card by name (``h100``, ``RTX 4090``, ``A100 40GB``) or by memory alone (``24GiB``, ``24 GB``).
 
-    A card of which only the memory is given has the rates of the slowest known card of about that memory, and computes
-    in every format. Card makers say GB and mean GiB, so both are read as GiB here.
+    A card that is given by its memory has the rates of the slowest known card of about that size, and is assumed to
+    support every number format. Vendors write GB and mean GiB, so both are read as GiB.
     """
     wanted = _plain(text)
     try:
@@ -111,13 +114,14 @@ def find_card(text: str) -> Card:
 
 
 def _names() -> tuple[list[tuple[Card, str]], list[tuple[Card, str]]]:
-    """Every card with its whole name, and with its name without the size."""
+    """Return every card with its full name, and with its name without the memory size."""
     return [(card, card.name) for card in CARDS], [(card, card.name.rsplit(" ", 1)[0]) for card in CARDS]
 
 
 def named_like(driver_name: str) -> Card:
-    """The known card behind a driver's name (``NVIDIA GeForce RTX 4090``), or one with the reference's rates scaled to
-    nothing better than an estimate. Who knows the card's compute capability puts it in the place of this one's."""
+    """Return the known card for a driver's name (``NVIDIA GeForce RTX 4090``), else a card with the H100's rates,
+    marked as an estimate. The caller sets the compute capability if it knows it.
+    """
     plain = _plain(driver_name)
     models = {_plain(card.name.rsplit(" ", 1)[0]): card for card in CARDS}
     hits = [model for model in models if model in plain]

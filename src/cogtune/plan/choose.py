@@ -1,7 +1,7 @@
-"""What fits, and of what fits the fastest: recomputed layers, cache or live tower, number formats, engine, batch.
+"""Choose the fastest settings that fit: recomputed layers, feature cache or live tower, number formats, engine, batch.
 
-Everything here compares `Memory.driver`, what a process takes of a card with its CUDA context, to a budget in bytes:
-the card's free memory.
+The budget is in bytes and is compared with `Memory.driver`, everything a process takes from the card including its CUDA
+context.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cogtune.system.byte_sizes import MIB
 
 MOST_ROWS = 512
 MARGIN_SHARE, MARGIN = 0.01, 256 * MIB
-"""What a choice leaves free of the budget where it can: predictions are not exact, and rows differ."""
+"""Bytes of the budget left free if possible: predictions are not exact, and rows differ in length."""
 
 
 def fits(setting: Setting, budget: int) -> bool:
@@ -27,8 +27,11 @@ def fits(setting: Setting, budget: int) -> bool:
 
 
 def checkpointing(setting: Setting, budget: int) -> Setting | None:
-    """``setting`` with as few decoder layers recomputed as the budget needs (the first ones; of a tower that trains as
-    large a share of its layers); None where not even recomputing all is enough."""
+    """Return ``setting`` with as few recomputed decoder layers as the budget needs, or None if recomputing all is not
+    enough.
+
+    The first layers are recomputed, and of a trainable tower the same share of its layers.
+    """
     layers = setting.sizes.num_hidden_layers
     if not fits(setting.with_recomputed(layers), budget):
         return None
@@ -44,18 +47,19 @@ def checkpointing(setting: Setting, budget: int) -> Setting | None:
 
 
 def tower_fits(setting: Setting, budget: int) -> bool:
-    """Whether the tower fits beside training, if need be with all layers recomputed."""
+    """Return whether the tower fits together with training, with all layers recomputed if necessary."""
     return checkpointing(replace(setting, tower="live"), budget) is not None
 
 
 def goes(setting: Setting, engine: str) -> bool:
-    """Whether the engine takes these settings, by the rules that training follows."""
+    """Return whether the engine accepts these settings, by the rules that training applies."""
     return refusal(setting.facts(engine)) is None
 
 
 def engine(setting: Setting, card: Card, ranks: int, candidates: Collection[str] = CHOICES) -> str:
-    """The engine for ``ranks`` such cards: the fastest of ``candidates`` under which the run fits; where it fits under
-    none, the one that needs least."""
+    """Return the engine for ``ranks`` such cards: the fastest of ``candidates`` that fits, else the one that needs
+    least.
+    """
     if ranks == 1:
         return "single"
     able = [replace(setting, engine=name, ranks=ranks) for name in candidates if goes(setting, name)]
@@ -69,7 +73,7 @@ def engine(setting: Setting, card: Card, ranks: int, candidates: Collection[str]
 
 
 def largest_batch(setting: Setting, budget: int) -> int:
-    """Most rows of a micro-batch that fit with every layer recomputed; 0 where not even one does."""
+    """Return the most rows of a micro-batch that fit with every layer recomputed; 0 if none does."""
     whole = setting.with_recomputed(setting.sizes.num_hidden_layers)
     if not fits(whole.with_batch(rows=1), budget):
         return 0
@@ -88,7 +92,7 @@ def largest_batch(setting: Setting, budget: int) -> int:
 
 @dataclass(frozen=True)
 class FittingSetting:
-    """A setting that fits, with its prediction."""
+    """A setting that fits, with its predicted memory and time."""
 
     setting: Setting
     memory: Memory
@@ -101,7 +105,7 @@ class FittingSetting:
 
 
 def best(setting: Setting, card: Card, fixed: Collection[str] = ()) -> FittingSetting | None:
-    """The fastest setting that fits ``setting.ranks`` such cards; None where none does.
+    """Return the fastest setting that fits ``setting.ranks`` such cards, or None.
 
     ``fixed``: dotted keys the user gave, whose values in ``setting`` stay: ``quant.experts``, ``quant.tower``,
     ``quant.embedding``, ``train.optimizer``, ``data.cache_features``, ``parallel.engine``,
@@ -112,7 +116,9 @@ def best(setting: Setting, card: Card, fixed: Collection[str] = ()) -> FittingSe
 
 
 def _first(family: Iterator[Setting], card: Card, fixed: Collection[str]) -> FittingSetting | None:
-    """Of settings from the plainest to the leanest, the first that fits."""
+    """Return the first setting of one family that fits; a family goes from the simplest to the one that needs least
+    memory.
+    """
     for candidate in family:
         if "train.gradient_checkpointing" in fixed:
             fitting = candidate if fits(candidate, card.usable) else None
@@ -124,7 +130,7 @@ def _first(family: Iterator[Setting], card: Card, fixed: Collection[str]) -> Fit
 
 
 def _families(setting: Setting, fixed: Collection[str]) -> Iterator[Iterator[Setting]]:
-    """Settings of one speed each, as iterators from the plainest to the leanest of that speed."""
+    """Yield families of settings that are equally fast, fastest family first."""
     formats = [setting.quant] if "quant.experts" in fixed else [_format(setting, "none"), _format(setting, "nf4")]
     towers: list[Tower] = [setting.tower]
     if "data.cache_features" not in fixed and setting.cacheable:
@@ -144,7 +150,9 @@ def _format(setting: Setting, name: str) -> QuantSection:
 
 
 def _leaner(setting: Setting, fixed: Collection[str]) -> Iterator[Setting]:
-    """``setting``, then with the tower in 4 bit too, the embedding on the host, and 8-bit moments."""
+    """Yield ``setting``, then variants that need less memory: the tower in 4 bits, the embedding on the host, 8-bit
+    moments.
+    """
     towers = [setting.quant.tower]
     if setting.tower == "live" and setting.quant.experts == "nf4" and "quant.tower" not in fixed:
         towers = ["none", "nf4"]
@@ -160,7 +168,7 @@ def _leaner(setting: Setting, fixed: Collection[str]) -> Iterator[Setting]:
 
 
 def smallest_card(setting: Setting, fixed: Collection[str] = ()) -> tuple[int, Card | None]:
-    """Bytes that one card has to have for the leanest setting, and the smallest known card that has them."""
+    """Return the bytes that the leanest setting needs on one card, and the smallest known card that has them."""
     layers = setting.sizes.num_hidden_layers
     keep = "train.gradient_checkpointing" in fixed
     needed = min(

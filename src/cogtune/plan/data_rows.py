@@ -1,4 +1,4 @@
-"""How long a data set's rows are: the longest decides memory, the average decides time."""
+"""The lengths of a data set's rows: the longest row decides memory, the average row decides time."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ TYPICAL_ROWS = 10_000
 
 @dataclass(frozen=True)
 class Rows:
-    """``largest`` and ``mean`` are batches of one row. ``typical``: no data was given, and the rows are this project's
-    usual sample. ``exact`` False: lengths are estimates, for want of the model's tokenizer."""
+    """Row lengths of a data set. ``largest`` and ``mean`` are batches of one row.
+
+    ``typical``: no data was given, and `TYPICAL` rows are assumed. ``exact`` is False if lengths are estimated because
+    the model's tokenizer is not available.
+    """
 
     count: int
     pictures: int
@@ -32,7 +35,10 @@ TYPICAL = Rows(TYPICAL_ROWS, TYPICAL_ROWS, S400, S400, typical=True)
 
 
 def summary(shapes: Sequence[RowShape], pictures: int, image_tokens: int) -> Rows:
-    """The rows of a data set whose images take ``image_tokens`` positions each; texts between them count as text."""
+    """Summarise the rows of a data set whose images take ``image_tokens`` positions each.
+
+    Text between images is text.
+    """
     if not shapes:
         return TYPICAL
     texts = [shape.tokens - shape.images * image_tokens for shape in shapes]
@@ -51,8 +57,8 @@ def summary(shapes: Sequence[RowShape], pictures: int, image_tokens: int) -> Row
 
 
 def read_rows(config: RunConfig, sizes: ModelSizes) -> Rows:
-    """Tokenise the training data of ``config`` and plan its rows, with the base's tokenizer and nothing else of it;
-    where that is not on this machine, lengths are estimated from the text.
+    """Tokenise the training data of ``config`` and plan its rows. Of the base model only the tokenizer is read; if it
+    is not on this machine, lengths are estimated from the text.
 
     Raises:
         DataError, CheckpointError: the data or the tokenizer cannot be read.

@@ -1,4 +1,4 @@
-"""From a run's configuration to a `Setting`, and which of its values the user has fixed."""
+"""Convert a run's configuration into a `Setting`, and tell which values the user has fixed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CHOSEN = (
     "data.cache_features",
     "parallel.engine",
 )
-"""Keys the planner may choose where the user has not."""
+"""Keys that the planner may choose if the user has not set them."""
 
 
 def setting_of(
@@ -45,15 +45,20 @@ def setting_of(
     card: Card | None = None,
     sizes: ModelSizes | None = None,
 ) -> Setting:
-    """The setting ``config`` describes, with the data's longest rows; what the planner chooses is at its plainest: the
-    live tower, no recomputation, and the whole model on each card.
+    """Return the setting that ``config`` describes, with the data's longest rows.
 
-    ``ranks`` processes share the work, ``local_ranks`` of them on each machine (None: all). ``card``: None for CPUs.
-    ``sizes``: the model's, where they are not those of ``model.path``.
+    Keys that the planner may choose have their simplest value: the tower runs live, no layer is recomputed, and every
+    card holds the whole model.
+
+    Args:
+        ranks: processes of the run.
+        local_ranks: processes per machine; None: all on one.
+        card: None for CPUs.
+        sizes: model sizes, if they are not those of ``model.path``.
 
     Raises:
-        AdapterError: a target that matches nothing.
-        SetupError: a number format that the card does not compute in.
+        AdapterError: a LoRA target that matches nothing.
+        SetupError: the card does not support the number format.
     """
     sizes, train = sizes or ModelSizes.from_folder(config.model.path), config.train
     lora, tensor = config.lora, config.parallel.tensor
@@ -84,7 +89,7 @@ def setting_of(
 
 
 def fixed_keys(config: RunConfig, placeholders: Mapping[str, Any] = {}) -> frozenset[str]:
-    """Of `CHOSEN`, the keys the user gave a value other than ``auto``, or other than a memory budget."""
+    """Return those of `CHOSEN` that the user set to something other than ``auto`` or a memory budget."""
     given = {key: value for key, value in explicit_values(config).items() if key not in placeholders}
     fixed = {key for key in CHOSEN if given.get(key, "auto") != "auto"}
     if budget_of(config) is not None:
@@ -93,12 +98,12 @@ def fixed_keys(config: RunConfig, placeholders: Mapping[str, Any] = {}) -> froze
 
 
 def budget_of(config: RunConfig) -> int | None:
-    """The size in ``train.gradient_checkpointing``, where it is one."""
+    """Return ``train.gradient_checkpointing`` in bytes if it is a memory budget."""
     return memory_budget(config.train.gradient_checkpointing)
 
 
 def recomputed(setting: Setting, policy: str | int) -> Setting:
-    """``setting`` with the layers a plain policy recomputes; ``auto`` and budgets recompute none yet."""
+    """Return ``setting`` with the layers that a fixed policy recomputes; ``auto`` and budgets recompute none yet."""
     decoder = recomputed_layers(policy, setting.sizes.num_hidden_layers)
     blocks = recomputed_layers(policy, setting.sizes.vision.num_hidden_layers)
     if decoder is None or blocks is None:
@@ -107,7 +112,7 @@ def recomputed(setting: Setting, policy: str | int) -> Setting:
 
 
 def _batch(config: RunConfig, rows: Rows, sizes: ModelSizes) -> MicroBatch:
-    """A micro-batch of the longest rows; with a token budget, as many of them as it holds."""
+    """Return a micro-batch of the longest rows; with a token budget, as many of them as fit it."""
     train, limit = config.train, config.data.batch_tokens
     count = train.batch_size
     if limit is not None:
@@ -122,7 +127,10 @@ def _tower(config: RunConfig, rows: Rows) -> Tower:
 
 
 def _engine(config: RunConfig, ranks: int) -> str:
-    """The planner's name for the engine: with tensor parallelism, that of what the models share the rows by."""
+    """Return the planner's name of the engine.
+
+    Under tensor parallelism, it is the engine of the data-parallel dimension.
+    """
     name = resolve_engine(config.parallel, ranks, launched=ranks > 1)
     if name == "tensor":
         return "ddp" if ranks > config.parallel.tensor else "single"
@@ -130,14 +138,17 @@ def _engine(config: RunConfig, ranks: int) -> str:
 
 
 def _compile(config: RunConfig, card: Card | None) -> Literal["auto"] | bool:
-    """As asked; ``auto`` is settled where there is nothing to compile for, else it follows the engine."""
+    """Resolve ``train.compile``: ``auto`` is False without a GPU that torch can compile for, else depends on the
+    engine.
+    """
     able = card is not None and card.compiled_for
     return "auto" if config.train.compile == "auto" and able else config.train.compile is True
 
 
 def _bucket(config: RunConfig) -> int:
-    """Values of the buffers for gradients that a DeepSpeed file asks for: one, or two where sending overlaps the
-    backward pass; 0 where it leaves their size to us."""
+    """Return the elements of DeepSpeed's gradient buffers from the user's DeepSpeed file: one buffer, or two if
+    communication overlaps the backward pass; 0 if the file leaves the size to cogtune.
+    """
     if config.parallel.deepspeed is None or not config.parallel.deepspeed.is_file():
         return 0
     zero = read_deepspeed(config.parallel.deepspeed).get("zero_optimization") or {}
@@ -146,6 +157,8 @@ def _bucket(config: RunConfig) -> int:
 
 
 def _keep_gathered(config: RunConfig) -> int:
-    """``auto`` takes only memory that is free after the first step."""
+    """Return ``parallel.keep_gathered``; ``auto`` counts as 0, because it uses only memory that is free after the first
+    step.
+    """
     asked = config.parallel.keep_gathered
     return 0 if asked == "auto" else int(asked)

@@ -1,4 +1,4 @@
-"""What follows a run, each in its own process: answering with the result, and merging the adapter into the base."""
+"""Memory of what follows a run, each in its own process: answering, and merging the adapter into the base model."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from cogtune.plan.setting import Setting
 from cogtune.system.byte_sizes import MIB
 
 NEW_TOKENS = 512
-"""Length of an answer unless `cogtune chat` is told otherwise."""
-_BLOCKS = 8 * 32 * MIB  # of rows in float32 that merging holds at a time
+"""Tokens of an answer, unless `cogtune chat` sets another limit."""
+_BLOCKS = 8 * 32 * MIB  # rows in float32 that a merge holds at a time
 
 
 def answer(setting: Setting, rows: int = 1, new_tokens: int = NEW_TOKENS) -> Phase:
-    """Answering ``rows`` prompts at once with one card, each as long as the setting's rows and with its images: the
-    whole model with its tower, keys and values of prompt and answer, and the largest of the moments of the first pass.
+    """Return the memory of generating answers to ``rows`` prompts in one batch on one card.
+
+    Every prompt is as long as the setting's rows and has its images. The card holds the whole model with the tower, the
+    KV cache of prompt and answer, and the largest temporary tensors of the prefill.
     """
     images = 0 if setting.tower == "none" else math.ceil(setting.batch.images)
     own = replace(
@@ -30,20 +32,20 @@ def answer(setting: Setting, rows: int = 1, new_tokens: int = NEW_TOKENS) -> Pha
     parts["adapter"] = FLOAT32 * own.adapter_parameters(trained_only=False)
     cache = _cache(own, own.batch.tokens(own.sizes) + rows * new_tokens)
     parts["keys and values"] = cache
-    passing = max(_first_pass(own), _tower(own) - cache)  # the tower is through before there is a cache
+    passing = max(_first_pass(own), _tower(own) - cache)  # the tower has finished before the KV cache is allocated
     parts["workspace"] = passing + LIBRARIES
     return Phase("answer", parts, allocator(own).slack(passing), host_loading(own))
 
 
 def _cache(setting: Setting, tokens: int) -> int:
-    """Of every layer; and one layer's twice, while it grows by a token."""
+    """Return the KV cache's bytes; one layer's cache exists twice while it grows by a token."""
     sizes = setting.sizes
     layer = tokens * 2 * sizes.num_multi_query_heads * sizes.head_dim * setting.width
     return (sizes.num_hidden_layers + 1) * layer
 
 
 def _tower(setting: Setting) -> int:
-    """Pixels as they come and as they are fed, and one block."""
+    """Return the tower's bytes: pixels as loaded and in the model's format, and one layer."""
     if setting.tower == "none":
         return 0
     vision = setting.sizes.vision
@@ -53,8 +55,10 @@ def _tower(setting: Setting) -> int:
 
 
 def _first_pass(setting: Setting) -> int:
-    """The GLU adapter, a decoder layer, or the logits of each row's last token: in the model's format, in float32, and
-    as they are sorted or scaled for drawing."""
+    """Return the temporary bytes of the prefill: the GLU adapter, a decoder layer, or the last token's logits.
+
+    The logits exist in the model's format, in float32, and sorted or scaled for sampling.
+    """
     batch, sizes = setting.batch, setting.sizes
     features = round(batch.rows * batch.images * sizes.grid_tokens * sizes.vision.hidden_size * setting.width)
     layer = max(layer.forward for layer in decoder(setting))
@@ -63,7 +67,7 @@ def _first_pass(setting: Setting) -> int:
 
 
 def merge(setting: Setting) -> Phase:
-    """Merging an adapter into a full model happens on the host, a block of rows at a time."""
+    """Return the memory of merging an adapter into a full model: on the host, one block of rows at a time."""
     adapter = FLOAT32 * replace(setting, tensor=1).adapter_parameters(trained_only=False)
     host = {"process": HOST_PROCESS, "blocks": _BLOCKS, "adapter": adapter}
     return Phase("merge", {}, 0, host)

@@ -1,7 +1,6 @@
-"""A first configuration for a data set and a card, with the reason for every value: what ``cogtune init`` writes.
+"""A first configuration for a data set and a card, with a reason for every value: what ``cogtune init`` writes.
 
-The rules are rules of thumb for LoRA on a base that already follows instructions; docs/guides/how-much-data.md says
-what to expect of them.
+The rules are rules of thumb for LoRA on an instruction-tuned base; docs/guides/how-much-data.md says what to expect.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from cogtune.plan.plan import Plan
 from cogtune.system.byte_sizes import format_size
 
 _SECTIONS = ("model", "data", "lora", "quant", "train", "eval", "parallel", "log")
-# Answers up to which a number of epochs, and a rank, is proposed.
+# Upper limits on the number of answers, with the epochs and rank that are proposed up to them.
 _EPOCHS = ((500, 10), (2_000, 5), (10_000, 3), (50_000, 2))
 _RANKS = ((1_000, 8), (20_000, 16))
 _MOST_ROWS, _STEPS_PER_EPOCH = 16, 50
@@ -32,28 +31,31 @@ _ROUND, _LONGEST = 64, 4096
 
 @dataclass
 class Proposal:
-    """Dotted keys with their values and the reasons; ``about`` says what they were made for."""
+    """Proposed dotted keys with their values and reasons; ``about`` says for which data and cards."""
 
     values: dict[str, Any] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     about: list[str] = field(default_factory=list)
 
     def put(self, key: str, value: Any, reason: str) -> None:
-        """Propose a value, unless the user gave one."""
+        """Propose a value, unless the user set one."""
         if key not in self.values:
             self.values[key] = value
             self.reasons[key] = reason
 
 
 def with_room(config: RunConfig) -> DataSection:
-    """The data section with the longest budgets that are ever proposed, where the user has set none."""
+    """Return the data section with the longest budgets that are ever proposed, unless the user set them."""
     given = explicit_values(config)
     names = ("max_input_len", "max_output_len")
     return config.data.model_copy(update={name: _LONGEST for name in names if f"data.{name}" not in given})
 
 
 def propose(config: RunConfig, placeholders: Mapping[str, str], report: CheckReport, cards: int) -> Proposal:
-    """Values for what ``config`` does not say, from what ``report`` found. ``cards`` share a step's rows."""
+    """Propose values for the keys that ``config`` leaves out, from the data check ``report``.
+
+    ``cards`` GPUs share a step.
+    """
     proposal = Proposal()
     for key, value in explicit_values(config).items():
         proposal.values[key] = value
@@ -132,7 +134,7 @@ def _size(proposal: Proposal, report: CheckReport, cards: int) -> None:
 
 
 def take_plan(proposal: Proposal, plan: Plan) -> None:
-    """Add what the planner chose for the card."""
+    """Add the values that the planner chose for the card."""
     proposal.about.append(
         f"Planned for {plan.setting.ranks} x {plan.card.name}: {format_size(plan.memory.driver)} of memory, about"
         f" {timedelta(seconds=round(plan.seconds))} for the run{' (an estimate)' if plan.estimate else ''}."
@@ -154,7 +156,7 @@ def take_plan(proposal: Proposal, plan: Plan) -> None:
 
 
 def to_yaml(proposal: Proposal, command: str) -> str:
-    """The commented configuration file."""
+    """Return the commented configuration file."""
     lines = [f"# Written by `{command}`. Change what you like: every value can stay, none has to."]
     lines += [f"# {line}" for line in proposal.about]
     for section in _SECTIONS:
@@ -171,7 +173,7 @@ def to_yaml(proposal: Proposal, command: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Data folders without a weight of their own as plain paths."""
+    """Replace data folders without a weight by plain paths."""
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, dict) and set(value) <= {"path", "weight"} and value.get("weight", 1.0) == 1.0:

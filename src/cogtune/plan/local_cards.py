@@ -1,4 +1,4 @@
-"""The cards of this machine and what is free on them, through ``nvidia-smi``, without loading torch."""
+"""This machine's GPUs and their free memory, read from ``nvidia-smi`` without loading torch."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from cogtune.system.byte_sizes import MIB
 
 
 class Query(Protocol):
-    """Runs ``nvidia-smi`` with these arguments and returns what it prints; raises OSError where that fails."""
+    """Runs ``nvidia-smi`` with these arguments and returns its output. Raises OSError if it fails."""
 
     def __call__(self, arguments: Sequence[str]) -> str: ...
 
 
 def nvidia_smi(arguments: Sequence[str]) -> str:
-    """See `Query`."""
+    """Run ``nvidia-smi``; see `Query`."""
     program = shutil.which("nvidia-smi")
     if program is None:
         raise OSError("nvidia-smi is not installed")
@@ -32,7 +32,7 @@ def nvidia_smi(arguments: Sequence[str]) -> str:
 
 
 def local_cards(query: Query = nvidia_smi) -> list[Card]:
-    """The cards this process may use, each with its free memory and who holds the rest.
+    """Return the cards this process may use, each with its free memory and the processes that use the rest.
 
     Raises:
         SetupError: there is none, or the driver does not answer.

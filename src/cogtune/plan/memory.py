@@ -1,4 +1,4 @@
-"""How much memory a run needs, by phase and part, on each GPU and on the host, before anything is loaded."""
+"""Predict the memory of a run by phase and part, on each GPU and on the host, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from cogtune.plan.step import peak
 from cogtune.system.byte_sizes import GIB
 
 FLOAT32 = 4
-BLOCK, NESTED = 64, 256  # bitsandbytes: weights that share a scale, scales that share a second one
+BLOCK, NESTED = 64, 256  # bitsandbytes: weights per scale, and scales per second-level scale
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Bytes on one GPU by part, at the moment of this phase when most is held; and on the host, per process."""
+    """Bytes at this phase's peak by part: on one GPU, and on the host per process."""
 
     name: str
     parts: Mapping[str, int]
     slack: int = 0
-    """Gaps between what is made and freed again and again: reserved by the allocator, and not in use."""
+    """Fragmentation: reserved by the allocator and unused, because tensors of different sizes come and go."""
     host: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -47,7 +47,7 @@ class Phase:
 
     @property
     def reserved(self) -> int:
-        """What the caching allocator takes from the card."""
+        """Bytes that the caching allocator reserves on the card."""
         return self.allocated + self.slack
 
     @property
@@ -57,7 +57,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Memory:
-    """A prediction: its phases in the order they run, and what lies outside the allocator."""
+    """A prediction: phases in the order they run, and what is allocated outside the caching allocator."""
 
     phases: tuple[Phase, ...]
     outside: int
@@ -68,12 +68,12 @@ class Memory:
 
     @property
     def reserved(self) -> int:
-        """Peak of what the allocator reserves, over all phases: what ``torch.cuda.max_memory_reserved`` shows."""
+        """Peak of ``torch.cuda.max_memory_reserved`` over all phases."""
         return self.peak.reserved
 
     @property
     def driver(self) -> int:
-        """What ``nvidia-smi`` shows for the process at that moment; this much has to be free on the card."""
+        """Bytes that ``nvidia-smi`` shows for the process at that peak; so much has to be free on the card."""
         return self.reserved + self.outside
 
     @property
@@ -85,7 +85,7 @@ class Memory:
 
 
 def predict(setting: Setting) -> Memory:
-    """The memory of a run under ``setting``, per rank."""
+    """Predict the memory of a run per rank."""
     phases = [_load(setting)]
     if setting.tower == "cached":
         phases.insert(0, fill(setting))
@@ -94,7 +94,7 @@ def predict(setting: Setting) -> Memory:
 
 
 def outside(setting: Setting) -> int:
-    """Bytes that the driver shows beyond the allocator's."""
+    """Return the bytes that the driver reports beyond the allocator's."""
     if setting.ranks == 1:
         return CONTEXT
     sums = setting.tensor > 1 or setting.deepspeed
@@ -102,10 +102,10 @@ def outside(setting: Setting) -> int:
 
 
 def weight_bytes(linear: Linear, form: str, dtype: str) -> int:
-    """A linear layer's bytes in a number format: ``none`` (the model's), ``nf4``, ``int8``, ``fp8``."""
+    """Return a linear layer's bytes in a number format: ``none`` (the model's own), ``nf4``, ``int8`` or ``fp8``."""
     bias = linear.outputs * BYTES[dtype] if linear.bias else 0
     count = linear.weights
-    if form == "nf4":  # half a byte a weight
+    if form == "nf4":  # 4 bits per weight
         return count // 2 + scale_bytes(linear, form) + bias
     if form == "int8":
         return count + linear.outputs * FLOAT32 + bias
@@ -115,13 +115,18 @@ def weight_bytes(linear: Linear, form: str, dtype: str) -> int:
 
 
 def scale_bytes(linear: Linear, form: str) -> int:
-    """Of an NF4 weight, what is not codes: a byte a block; their own float32 scales, two code tables and an offset."""
+    """Return the bytes of an NF4 weight besides its codes: one byte per block for its scale, the float32 second-level
+    scales, two code tables and an offset.
+    """
     scales = -(-linear.weights // BLOCK) if form == "nf4" else 0
     return scales + -(-scales // NESTED) * FLOAT32 + (16 + 256 + 1) * FLOAT32 if scales else 0
 
 
 def weights(setting: Setting, tower: bool | None = None) -> dict[str, int]:
-    """Bytes of the frozen weights on one rank's GPU, by part. ``tower``: whether it is loaded (default: if live)."""
+    """Return the bytes of the frozen weights on one rank's GPU by part.
+
+    ``tower``: is it loaded? (Default: if it runs live.)
+    """
     found = dict(_part_bytes(setting.sizes, setting.quant, setting.dtype))
     divided = setting.shards * setting.tensor
     named = {
@@ -131,7 +136,7 @@ def weights(setting: Setting, tower: bool | None = None) -> dict[str, int]:
     }
     if setting.tower == "live" if tower is None else tower:
         named["vision tower"] = found["tower"] // divided + (found["conv"] + found["tower_other"]) // setting.shards
-    if setting.shards > 1:  # fsdp2 divides parameters, and bitsandbytes' scales are none
+    if setting.shards > 1:  # fsdp2 shards parameters; bitsandbytes' scales are not parameters
         parts = {"experts": ("experts",), "embedding and head": ("head",), "GLU adapter and norms": ("glu_adapter",)}
         parts |= {"vision tower": ("tower",)} if "vision tower" in named else {}
         for name, whole in parts.items():
@@ -141,7 +146,7 @@ def weights(setting: Setting, tower: bool | None = None) -> dict[str, int]:
 
 
 def on_card(setting: Setting) -> dict[str, int]:
-    """`weights` of which the shards do not wait in host memory (``parallel.offload: weights``)."""
+    """Return `weights` without the shards that wait in host memory (``parallel.offload: weights``)."""
     return {} if setting.offload == "weights" else weights(setting)
 
 
@@ -159,8 +164,10 @@ def _part_bytes(sizes: ModelSizes, quant: QuantSection, dtype: str) -> dict[Part
 
 
 def optimizer_bytes(setting: Setting) -> int:
-    """AdamW's two moments on the card: float32, or a byte each with a scale a block of 256. SGD has none; paged ones
-    move to the host where the card is full."""
+    """Return the bytes of AdamW's two moments on the card: float32, or 8-bit with one scale per block of 256.
+
+    SGD has none. Paged moments can move to the host when the card is full.
+    """
     divided = setting.ranks if setting.deepspeed else 1
     if setting.optimizer == "sgd" or setting.offload == "optimizer":
         return 0
@@ -170,13 +177,13 @@ def optimizer_bytes(setting: Setting) -> int:
 
 
 def _moments(setting: Setting) -> int:
-    """AdamW's two moments of everything that trains."""
+    """Return the bytes of AdamW's two moments for all trainable parameters."""
     count = setting.adapter_parameters()
     return round(count * (2 + 2 * FLOAT32 / 256)) if "8bit" in setting.optimizer else 2 * FLOAT32 * count
 
 
 def adapter_bytes(setting: Setting) -> int:
-    """Float32 masters; ZeRO keeps rounded copies beside its share of them."""
+    """Return the bytes of the float32 master weights. ZeRO keeps a shard of them and a rounded copy of all weights."""
     total = setting.adapter_parameters(trained_only=False)
     if setting.deepspeed:
         masters = 0 if setting.offload == "optimizer" else FLOAT32 * setting.adapter_parameters() // setting.ranks
@@ -185,7 +192,7 @@ def adapter_bytes(setting: Setting) -> int:
 
 
 def batch_bytes(setting: Setting) -> int:
-    """One micro-batch's pictures or features; the tokens' own numbers are small."""
+    """Return the bytes of a micro-batch's pictures or features; token ids are negligible."""
     sizes, batch = setting.sizes, setting.batch
     pictures = batch.rows * batch.images
     if setting.tower == "live":
@@ -196,19 +203,19 @@ def batch_bytes(setting: Setting) -> int:
 
 
 def communication_bytes(setting: Setting) -> int:
-    """Buffers for what ranks exchange; what is gathered under sharding is counted by the moment (`plan.sharding`)."""
+    """Return the bytes of communication buffers. All-gather buffers of a sharded run are counted in `plan.sharding`."""
     if setting.ranks == 1:
         return 0
     trained = setting.adapter_parameters()
     if setting.engine == "ddp":
         return FLOAT32 * trained
-    if setting.deepspeed:  # allocated whole, whatever fills it
+    if setting.deepspeed:  # allocated at full size, however little it holds
         return (setting.bucket or min(ZERO_BUCKET, trained)) * setting.width
     return 0
 
 
 def allocator(setting: Setting) -> Allocator:
-    """The calibration of the allocator this run uses."""
+    """Return the calibration of the allocator this run uses."""
     return EXPANDABLE if setting.expandable else SEGMENTS
 
 
@@ -224,7 +231,7 @@ def _train(setting: Setting) -> Phase:
     parts["workspace"] = moment.workspace + LIBRARIES + gaps.per_layer * kept
     parts["batch"] = batch_bytes(setting)
     parts["communication"] = communication_bytes(setting) + moment.gathered.whole + moment.gathered.buffers
-    # at the update activations are gone, but all gradients are there, and what the optimiser makes of them
+    # at the optimiser step activations are free, but all gradients and the optimiser's temporary tensors exist
     spare = _update_bytes(setting) + FLOAT32 * setting.adapter_parameters() - moment.total
     if spare > 0:
         parts["workspace"] += spare
@@ -234,8 +241,11 @@ def _train(setting: Setting) -> Phase:
 
 
 def _update_bytes(setting: Setting) -> int:
-    """What an optimiser makes for a moment, all parameters at once: DeepSpeed's AdamW two lists, on its share; SGD one,
-    gradients with weight decay. The fused AdamW and 8-bit ones go tensor by tensor. Before it fsdp2 sums gradients."""
+    """Return the optimiser's temporary bytes, where it updates all parameters at once.
+
+    DeepSpeed's AdamW needs two lists over its shard; SGD needs one, of gradients with weight decay. Fused AdamW and
+    8-bit optimisers go tensor by tensor. fsdp2 reduces gradients before the step.
+    """
     trained = FLOAT32 * setting.adapter_parameters()
     if setting.engine == "fsdp2" and setting.optimizer != "sgd":
         return min(trained, FLOAT32 * SUM_BUCKET)
@@ -247,11 +257,13 @@ def _update_bytes(setting: Setting) -> int:
 
 
 def _load(setting: Setting) -> Phase:
-    """Shard by shard to the device; the largest tensor is there in the checkpoint's format while it is quantised."""
+    """Predict loading: the model arrives shard by shard, with the largest tensor also in the checkpoint's format while
+    it is quantised.
+    """
     parts = on_card(setting)
     experts = [x for x in setting.sizes.linears if x.part == "experts"]
     staged = 2 * max(x.weights for x in experts)
-    if setting.shards > 1:  # a layer is whole before it is sharded
+    if setting.shards > 1:  # a layer is complete on the card before it is sharded
         staged += sum(
             weight_bytes(x, format_of(x, setting.quant), setting.dtype) for x in experts if ".layers.0." in x.name
         )
@@ -260,7 +272,7 @@ def _load(setting: Setting) -> Phase:
 
 
 def fill(setting: Setting, images: int = 1) -> Phase:
-    """The tower alone over pictures, ``images`` at a time."""
+    """Predict filling the feature cache: the tower alone, ``images`` pictures at a time."""
     whole = replace(setting, engine="single", ranks=1, tensor=1)
     parts = {"vision tower": weights(whole, tower=True)["vision tower"]}
     vision = setting.sizes.vision
@@ -271,7 +283,7 @@ def fill(setting: Setting, images: int = 1) -> Phase:
 
 
 def _evaluate(setting: Setting) -> Phase:
-    """No gradients: one layer's tensors at a time, and the logits of the labelled tokens."""
+    """Predict evaluation: no gradients, one layer's activations at a time, and the logits of the labelled tokens."""
     rows = setting.eval_rows or setting.batch.rows
     own = setting.with_batch(rows=rows)
     vocabulary = min(own.batch.rows * own.batch.labelled, LOSS_CHUNK) * own.sizes.vocab_size
@@ -287,10 +299,10 @@ def _evaluate(setting: Setting) -> Phase:
 
 
 def _save(setting: Setting) -> Phase:
-    """Masters and moments are copied to the host one by one; nothing new on the GPU."""
+    """Predict saving: master weights and moments are copied to the host one by one; the GPU needs nothing new."""
     parts = on_card(setting) | {"adapter": adapter_bytes(setting), "optimizer": optimizer_bytes(setting)}
     host = dict(_host_training(setting))
-    host["checkpoint"] = 3 * FLOAT32 * replace(setting, tensor=1).adapter_parameters()  # whole on every rank
+    host["checkpoint"] = 3 * FLOAT32 * replace(setting, tensor=1).adapter_parameters()  # complete on every rank
     return Phase("save", parts, allocator(setting).fixed, host)
 
 
@@ -310,7 +322,7 @@ def _host_training(setting: Setting) -> dict[str, int]:
 
 
 def host_loading(setting: Setting) -> dict[str, int]:
-    """Of the process that loads a model, by part, in bytes."""
+    """Return the host bytes of a process that loads a model, by part."""
     host = {"process": HOST_PROCESS, "staging": GIB}
     if setting.quant.embedding == "host":
         host["embedding"] = setting.sizes.parameters("embedding") * setting.width

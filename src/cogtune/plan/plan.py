@@ -1,4 +1,4 @@
-"""The plan of a run: what is chosen for the given cards, what it takes, how long it lasts, what it costs."""
+"""The plan of a run: the settings chosen for the given cards, and their memory, duration, disk space and price."""
 
 from __future__ import annotations
 
@@ -25,15 +25,17 @@ from cogtune.system.byte_sizes import GIB, format_size
 
 
 class PlanError(InputError):
-    """Nothing that may be chosen fits the cards; ``nearest`` is the leanest setting that was tried."""
+    """Nothing that may be chosen fits the cards; ``nearest`` is the setting of least memory that was tried."""
 
     default_code = "plan-does-not-fit"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """``keys``: the configuration keys that make ``setting``, with their values; ``largest``: most rows of a batch that
-    fit with all layers recomputed. ``price``: money per card and hour, or None."""
+    """A plan. ``keys``: configuration keys that stand for ``setting``, with their values.
+
+    ``largest``: most rows of a micro-batch that fit with all layers recomputed. ``price``: per card and hour, or None.
+    """
 
     setting: Setting
     card: Card
@@ -46,24 +48,24 @@ class Plan:
     keep_checkpoints: int
     price: float | None = None
     text: str = ""
-    """The plan as ``cogtune plan`` prints it, where it was asked for with `cogtune.plan`."""
+    """The plan as ``cogtune plan`` prints it, if it was made with `cogtune.plan`."""
 
     def __str__(self) -> str:
         return self.text or repr(self)
 
     @property
     def cache(self) -> int:
-        """Disk for the feature cache."""
+        """Bytes of disk for the feature cache."""
         return self.rows.pictures * feature_bytes(self.setting) if self.setting.tower == "cached" else 0
 
     @property
     def checkpoints(self) -> int:
-        """Disk for the checkpoints that are kept, the best one and one being written."""
+        """Bytes of disk for checkpoints: those that are kept, the best one, and one being written."""
         return (self.keep_checkpoints + 2) * checkpoint_bytes(self.setting)
 
     @property
     def seconds(self) -> float:
-        """The whole run: loading, filling, all epochs."""
+        """Seconds of the whole run: loading, filling the feature cache, all epochs."""
         return self.times.load + self.times.fill + self.epochs * self.times.epoch
 
     @property
@@ -72,16 +74,16 @@ class Plan:
 
     @property
     def warnings(self) -> list[str]:
-        """What training with these settings warns of, in its words."""
+        """Warnings that training will print for these settings."""
         return list(filter(None, [float16_warning(self.setting.dtype)]))
 
     @property
     def estimate(self) -> bool:
-        """Whether the card's rates were not measured."""
+        """True if the card's rates were not measured."""
         return not self.card.measured
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; sizes in bytes, times in seconds."""
+        """Return plain values for JSON; sizes in bytes, times in seconds."""
         step = self.times.step
         return {
             "card": {"name": self.card.name, "memory": self.card.memory, "usable": self.card.usable,
@@ -120,15 +122,16 @@ def make_plan(
     placeholders: Collection[str] = (),
     price: float | None = None,
 ) -> Plan:
-    """The fastest plan for ``config`` on ``cards`` such cards.
+    """Return the fastest plan for ``config`` on ``cards`` such cards.
 
-    ``placeholders``: keys that were filled in for planning alone, so not the user's.
+    ``placeholders``: keys that were filled in for planning only, so they do not count as set by the user.
 
     Raises:
         PlanError: nothing fits; the hint names the smallest card that would.
-        AdapterError: a target that matches nothing.
-        ConfigError, SetupError: what training would refuse as well: settings that do not go together, a number format
-            that the card does not compute in.
+        AdapterError: a LoRA target that matches nothing.
+        ConfigError, SetupError: what training would refuse too: incompatible settings, a number format that the card
+            does
+            not support.
     """
     config = apply_deepspeed(config, world_size=cards)[0]
     check(config, resolve_engine(config.parallel, cards, launched=cards > 1))
@@ -143,7 +146,7 @@ def make_plan(
 
 
 def plan_of(config: RunConfig, setting: Setting, card: Card, rows: Rows, *, price: float | None = None) -> Plan:
-    """The plan of a setting that is settled."""
+    """Return the plan of a setting without choosing anything."""
     return Plan(
         setting=setting,
         card=card,
@@ -159,13 +162,13 @@ def plan_of(config: RunConfig, setting: Setting, card: Card, rows: Rows, *, pric
 
 
 def _as_given(config: RunConfig) -> dict[str, Any]:
-    """A policy of recomputation other than ``auto`` stays in the user's words."""
+    """Return the user's own ``train.gradient_checkpointing`` if it is a policy other than ``auto``."""
     policy = config.train.gradient_checkpointing
     return {} if policy == "auto" else {"train.gradient_checkpointing": policy}
 
 
 def keys_of(setting: Setting) -> dict[str, Any]:
-    """The configuration keys that stand for a setting, of those the planner may choose."""
+    """Return the configuration keys that stand for a setting, of those the planner may choose."""
     layers, recomputed = setting.sizes.num_hidden_layers, len(setting.decoder)
     policy = "none" if recomputed == 0 else "all" if recomputed == layers else "auto"
     keys: dict[str, Any] = {
@@ -183,7 +186,7 @@ def keys_of(setting: Setting) -> dict[str, Any]:
 
 
 def too_small(setting: Setting, card: Card, fixed: Collection[str]) -> PlanError:
-    """The error when nothing fits, with what would."""
+    """Return the error for a run that does not fit, with the smallest card that would do."""
     needed, able = smallest_card(setting, fixed)
     have = format_size(card.usable)
     holders = f" (in use: {', '.join(card.holders)})" if card.holders else ""
@@ -204,11 +207,11 @@ def too_small(setting: Setting, card: Card, fixed: Collection[str]) -> PlanError
 
 
 _PLAIN = {"quant.experts": "none", "quant.tower": "none", "quant.embedding": "device", "train.optimizer": "adamw"}
-"""Values that a configuration has without saying so."""
+"""Default values, which the written configuration leaves out."""
 
 
 def ready_config(config: RunConfig, plan: Plan, placeholders: Collection[str] = ()) -> dict[str, dict[str, Any]]:
-    """The user's keys and the chosen ones, as nested sections for a YAML file."""
+    """Return the user's keys and the chosen ones, as nested sections for a YAML file."""
     values = {key: value for key, value in explicit_values(config).items() if key not in placeholders}
     values |= {key: value for key, value in plan.keys.items() if key in values or value != _PLAIN.get(key)}
     nested: dict[str, dict[str, Any]] = {}

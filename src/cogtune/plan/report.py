@@ -1,4 +1,4 @@
-"""A plan as text for the console."""
+"""Format a plan as text for the console."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SHOWN = 4
 
 
 def lines(plan: Plan) -> Iterator[str]:
-    """The whole plan, a line each."""
+    """Yield the lines of the whole plan."""
     card, setting, rows = plan.card, plan.setting, plan.rows
     mark = " (an estimate: this card was not measured)" if plan.estimate else ""
     count = f"{setting.ranks} x " if setting.ranks > 1 else ""
@@ -53,7 +53,7 @@ def lines(plan: Plan) -> Iterator[str]:
 
 
 def _afterwards(plan: Plan) -> Iterator[str]:
-    """What the result needs once the run is over: the card for `chat` and `predict`, the host for `merge`."""
+    """Describe what the result needs after training: a card for `chat` and `predict`, host memory for `merge`."""
     phase, room = answer(plan.setting), plan.card.usable
     tokens = plan.setting.batch.tokens(plan.setting.sizes) // plan.setting.batch.rows
     yield f"{'answer':<9} {phase.reserved / GIB:6.1f}  one prompt of {tokens:,} tokens: {parts(phase)}"
@@ -63,7 +63,7 @@ def _afterwards(plan: Plan) -> Iterator[str]:
 
 
 def _leaner(setting: Setting, room: int) -> str:
-    """How to answer with less: the first flags that are enough, or the leanest there are."""
+    """Return the first flags with which answering fits, or those that need least memory."""
     lean = setting.quant.changed(experts="nf4", tower="nf4")
     flags, reserved = "--quant.experts nf4 --quant.tower nf4", answer(replace(setting, quant=lean)).reserved
     if reserved + CONTEXT > room:
@@ -74,7 +74,7 @@ def _leaner(setting: Setting, room: int) -> str:
 
 
 def summary(plan: Plan) -> str:
-    """The plan in one line, for the start of a run."""
+    """Return the plan in one line, for the start of a run."""
     memory = f"{plan.memory.driver / GIB:.1f} of {plan.card.usable / GIB:.1f} GiB"
     mark = ", estimated" if plan.estimate else ""
     step = f"{plan.times.step.seconds:.2f} s a step, {duration(plan.times.epoch)} an epoch{mark}"
@@ -82,7 +82,7 @@ def summary(plan: Plan) -> str:
 
 
 def chosen(plan: Plan) -> list[str]:
-    """What was chosen, in words."""
+    """Describe the chosen settings in words."""
     setting, layers = plan.setting, plan.setting.sizes.num_hidden_layers
     form = {"none": setting.dtype, "nf4": "NF4", "int8": "int8", "fp8": "fp8"}
     words = [f"experts in {form.get(setting.quant.experts, setting.quant.experts)}"]
@@ -103,14 +103,14 @@ def chosen(plan: Plan) -> list[str]:
 
 
 def parts(phase: Phase) -> str:
-    """The largest parts of a phase."""
+    """Return the largest parts of a phase."""
     largest = sorted(phase.parts.items(), key=lambda item: -item[1])
     shown = [f"{name} {size / GIB:.1f}" for name, size in largest[:_SHOWN] if size >= 0.05 * GIB]
     return ", ".join(shown)
 
 
 def compared(planned: Phase, reserved: int) -> str:
-    """Plan against actual, for a run that ran out of memory."""
+    """Compare planned with actual memory, for a run that ran out of it."""
     return f"planned {planned.reserved / GIB:.2f} GiB ({parts(planned)}), reserved {reserved / GIB:.2f} GiB"
 
 
@@ -145,7 +145,7 @@ def _disk(plan: Plan) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them."""
+    """Format seconds for people."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:

@@ -1,4 +1,4 @@
-"""What a prediction is about: the model's sizes, what trains, what is kept, one batch, and how it is spread."""
+"""The input of a prediction: model sizes, trainable parts, number formats, one micro-batch, and parallelism."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from cogtune.configuration.resolve import resolve_compile
 from cogtune.plan.sizes import Linear, ModelSizes
 
 Tower = Literal["live", "cached", "none"]
-"""The tower runs in every step; its output comes from the feature cache; there are no pictures."""
+"""``live``: the tower runs in every step. ``cached``: its output comes from the feature cache. ``none``: no pictures.
+"""
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch of one rank. Per row: pictures, other tokens (BOS and text), and those of them with a label."""
+    """One micro-batch of one rank.
+
+    Per row: pictures, other tokens (BOS and text), and how many of these have a label.
+    """
 
     rows: int = 1
     images: float = 1
@@ -30,7 +34,7 @@ class MicroBatch:
     labelled: int = 200
 
     def vision_tokens(self, sizes: ModelSizes) -> int:
-        """The vision expert's; an image's last token is the language expert's (spec 4.2)."""
+        """Return the tokens of the vision expert. An image's last token belongs to the language expert (spec 4.2)."""
         return round(self.rows * self.images * (sizes.image_tokens - 1))
 
     def language_tokens(self) -> int:
@@ -41,18 +45,20 @@ class MicroBatch:
 
 
 S400 = MicroBatch()
-"""The sample that this project's measurements use: a picture, 400 text tokens behind BOS, 200 of them with a label."""
+"""The sample of all measurements: one picture, BOS and 400 text tokens, 200 of them with a label."""
 
 
 def format_of(linear: Linear, quant: QuantSection) -> str:
-    """The number format of a linear layer; ``none`` is the model's own, ``fp8 twice`` is kept transposed as well."""
+    """Return a linear layer's number format: ``none`` is the model's own; ``fp8 twice`` keeps a transposed copy too."""
     return "fp8 twice" if quant.keeps_transposed(linear.name) else quant.format_of(linear.name)
 
 
 @dataclass(frozen=True)
 class LoraShape:
-    """LoRA: which linear layers carry it, and how wide it is. ``names`` is what `adapted_names` found; ``base``: fields
-    of peft's that make weights of the base train."""
+    """The LoRA adapter: linear layers (from `adapted_names`), rank and options.
+
+    ``base``: peft fields that make base weights trainable.
+    """
 
     names: frozenset[str]
     rank: int
@@ -62,9 +68,12 @@ class LoraShape:
 
 
 def adapted_names(sizes: ModelSizes, targets: Sequence[str], extra: Mapping[str, Any] | None = None) -> frozenset[str]:
-    """Names of the linear layers that ``targets`` put an adapter on; raises AdapterError as attaching would.
+    """Return the names of the linear layers that ``targets`` match.
 
-    ``extra``: of peft's further settings, ``layers_to_transform`` and ``exclude_modules`` are followed.
+    ``extra``: further peft settings; ``layers_to_transform`` and ``exclude_modules`` count.
+
+    Raises:
+        AdapterError: as attaching the adapter would.
     """
     suffixes = match_targets(module_kinds(sizes), targets)
     chosen = [x for x in sizes.linears if any(is_hit(x.name, suffix) for suffix in suffixes)]
@@ -79,7 +88,7 @@ def adapted_names(sizes: ModelSizes, targets: Sequence[str], extra: Mapping[str,
 
 
 def module_kinds(sizes: ModelSizes) -> dict[str, str]:
-    """Every linear layer, and the modules around them, as `match_targets` wants them."""
+    """Return all linear layers and their parent modules, in the form `match_targets` takes."""
     kinds: dict[str, str] = {}
     for linear in sizes.linears:
         parts = linear.name.split(".")
@@ -91,10 +100,13 @@ def module_kinds(sizes: ModelSizes) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Setting:
-    """Everything that decides memory and time. ``decoder`` and ``blocks``: indices of the decoder and tower layers
-    that are recomputed; ``accumulation`` micro-batches make a step; ``expandable``: the allocator's segments grow in
-    place; ``bucket``: values of DeepSpeed's buffers for gradients,
-    where its file gives them; ``keep_gathered``: layers that fsdp2 leaves whole from first to last use in a step."""
+    """Everything that decides memory and time.
+
+    ``decoder`` and ``blocks``: indices of the decoder and tower layers that are recomputed. ``accumulation``:
+    micro-batches per step. ``expandable``: the allocator uses expandable segments. ``bucket``: elements of DeepSpeed's
+    gradient buffers, if its configuration file sets them. ``keep_gathered``: layers that fsdp2 keeps gathered between
+    forward and backward.
+    """
 
     sizes: ModelSizes = field(default_factory=ModelSizes)
     batch: MicroBatch = S400
@@ -119,17 +131,17 @@ class Setting:
 
     @property
     def width(self) -> int:
-        """Bytes of one activation."""
+        """Bytes per activation."""
         return BYTES[self.dtype]
 
     @property
     def compiled(self) -> bool:
-        """Whether the layers are compiled; ``compile`` is ``auto`` only for cards that torch's compiler knows."""
+        """Are the layers compiled? ``compile`` is ``auto`` only for cards that torch can compile for."""
         return resolve_compile(self.compile, "tensor" if self.tensor > 1 else self.engine, able=True)
 
     @property
     def cacheable(self) -> bool:
-        """Whether the tower's output may come from the feature cache: there are pictures, and the tower is frozen."""
+        """Can the tower's output come from the feature cache? Yes if there are pictures and the tower is frozen."""
         return self.tower != "none" and not self.tower_trains
 
     @property
@@ -139,11 +151,11 @@ class Setting:
 
     @property
     def trained(self) -> dict[str, Linear]:
-        """Those whose adapter trains: in the last layer, what only image tokens pass through cannot reach the loss."""
+        """Linear layers whose adapter trains. In the last layer, the vision expert cannot reach the loss."""
         return _trained(self.sizes, self.adapter)
 
     def adapter_parameters(self, trained_only: bool = True) -> int:
-        """Parameters of the adapter that a rank holds; with DoRA a magnitude per output as well."""
+        """Return the adapter's parameters on one rank; DoRA adds one magnitude per output."""
         return _adapter_parameters(self.sizes, self.adapter, trained_only, self.tensor)
 
     @property
@@ -151,7 +163,7 @@ class Setting:
         return _tower_trains(self.sizes, self.adapter)
 
     def facts(self, engine: str) -> Facts:
-        """What the rules of `configuration.engine_rules` are about, under an engine."""
+        """Return the facts that `configuration.engine_rules` checks, for an engine."""
         return make_facts(
             "tensor" if self.tensor > 1 else engine,
             offload=self.offload,
@@ -165,17 +177,19 @@ class Setting:
 
     @property
     def deepspeed(self) -> bool:
-        """Whether the engine is DeepSpeed's: optimiser state is divided over ranks."""
+        """True for DeepSpeed's engines, which shard optimiser state over ranks."""
         return self.engine in ("zero1", "zero2", "zero3")
 
     @property
     def shards(self) -> int:
-        """Over how many ranks the frozen weights are divided."""
+        """Number of ranks that the frozen weights are sharded over."""
         return self.ranks // self.tensor if self.engine in ("zero3", "fsdp2") else 1
 
     def tokens_through(self, linear: Linear) -> int:
-        """Tokens of a micro-batch that one of the decoder's linears computes: its expert's; behind the last layer's
-        attention only those with a label, which are all language."""
+        """Return how many tokens of a micro-batch one decoder linear computes: those of its expert.
+
+        After the last layer's attention only labelled tokens are computed, and all of these are text.
+        """
         batch = self.batch
         if linear.layer == self.sizes.num_hidden_layers - 1 and linear.role != "query_key_value":
             return batch.rows * batch.labelled if linear.expert == "language" else 0
@@ -185,7 +199,9 @@ class Setting:
         return replace(self, batch=replace(self.batch, **changes))
 
     def with_recomputed(self, decoder: int, blocks: int | None = None) -> Setting:
-        """The first ``decoder`` decoder layers recomputed, and ``blocks`` tower layers (None: in proportion)."""
+        """Return a copy with the first ``decoder`` decoder layers and ``blocks`` tower layers recomputed (None: in
+        proportion).
+        """
         total, layers = self.sizes.vision.num_hidden_layers, self.sizes.num_hidden_layers
         tower = -(-total * decoder // layers) if blocks is None else blocks
         return replace(self, decoder=frozenset(range(decoder)), blocks=frozenset(range(tower)))
@@ -216,8 +232,11 @@ _BY_COLUMNS = ("dense", "down_proj", "dense_4h_to_h", "fc2")
 
 
 def shares(linear: Linear, tensor: int) -> tuple[int, int]:
-    """Inputs and outputs of what one of ``tensor`` ranks has of a linear layer: a sublayer's last one is cut by
-    columns, the GLU adapter's first not at all, all others by rows."""
+    """Return the inputs and outputs of one rank's shard of a linear layer.
+
+    Row-parallel: the last linear of a sublayer (inputs are split). Not split: the first of the GLU adapter.
+    Column-parallel: all others (outputs are split).
+    """
     if linear.role == "linear_proj":
         return linear.inputs, linear.outputs
     if linear.role in _BY_COLUMNS:

@@ -1,13 +1,13 @@
-"""What a sharded run has gathered beside its shards, moment by moment of a step.
+"""All-gathered weights of a sharded run at each moment of a step, in addition to the shards.
 
-A unit is what one all-gather fetches: a decoder layer, a tower layer, the embedding, the head. Its bytes lie in two
-places. Whole weights that the computation reads are ordinary memory. The all-gather itself writes into buffers that
-belong to a CUDA stream of its own; the allocator keeps a pool for each stream, and gives nothing of it to another.
+A unit is what one all-gather fetches: a decoder layer, a tower layer, the embedding or the head. Its bytes can be in
+two places. Complete weights that kernels read are ordinary memory. The all-gather writes into buffers that belong to a
+separate CUDA stream; the caching allocator has one pool per stream and never reuses its memory for another stream.
 
-fsdp2 gathers a unit into a buffer, copies it out, and frees the buffer when the next unit has been copied out; in the
-forward pass one layer is prefetched, and in the backward pass too, where a buffer is freed at once. zero3 gathers into
-a buffer and joins the weights in the same stream, so that all it holds counts as buffers. A test holds fsdp2's numbers
-to `fully_shard` itself.
+fsdp2 gathers a unit into a buffer, copies it out, and frees the buffer after the next unit has been copied out. The
+forward pass prefetches one layer; so does the backward pass, which frees a buffer at once. zero3 gathers into a buffer
+and joins the weights in the same stream, so all its bytes count as buffers. A test compares fsdp2's numbers with
+`fully_shard` itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cogtune.plan.sizes import Linear, ModelSizes
 
 @dataclass(frozen=True)
 class Gathered:
-    """Bytes of whole weights, and of the all-gather stream's buffers."""
+    """Bytes of complete weights, and of the all-gather stream's buffers."""
 
     whole: int = 0
     buffers: int = 0
@@ -34,10 +34,14 @@ NOTHING = Gathered()
 
 
 def unit_bytes(linears: Iterable[Linear], quant: QuantSection, dtype: str) -> int:
-    """What one all-gather of these linears moves: of an NF4 weight its codes (the scales are whole on every rank)."""
+    """Return the bytes of one all-gather of these linears.
+
+    Of an NF4 weight only the codes are sharded, not the scales.
+    """
     c, found = BYTES[dtype], 0
     for linear in linears:
         form = format_of(linear, quant)
+        # NF4 packs two weights into a byte; int8 and fp8 take one byte per weight
         each = linear.weights // 2 if form == "nf4" else linear.weights * (c if form == "none" else 1)
         found += each + (linear.outputs * c if linear.bias else 0)
     return found
@@ -45,7 +49,8 @@ def unit_bytes(linears: Iterable[Linear], quant: QuantSection, dtype: str) -> in
 
 @lru_cache(maxsize=64)
 def _units(sizes: ModelSizes, quant: QuantSection, dtype: str) -> tuple[int, int, int, int]:
-    """A decoder layer, a tower layer, the head and the embedding."""
+    """Return the bytes of a decoder layer, a tower layer, the head and the embedding."""
+    # every decoder layer and every tower layer has the same size, so layer 0 stands for all
     own = [[x for x in sizes.linears if name in x.name] for name in ("model.layers.0.", ".transformer.layers.0.")]
     own.append([x for x in sizes.linears if x.part == "head"])
     layer, block, head = (unit_bytes(linears, quant, dtype) for linears in own)
@@ -53,51 +58,57 @@ def _units(sizes: ModelSizes, quant: QuantSection, dtype: str) -> tuple[int, int
 
 
 class Gathering:
-    """What is gathered at each moment of a step under one setting; all zero where nothing is sharded.
+    """What is gathered at each moment of a step; all zero if nothing is sharded.
 
-    The head stays whole from the first moment to the last: the loss reads it at the end of the forward pass and at once
-    again in the backward pass."""
+    The head stays gathered from the start to the end of a step: the loss needs it at the end of the forward pass and at
+    the start of the backward pass.
+    """
 
     def __init__(self, setting: Setting) -> None:
         units = _units(setting.sizes, setting.quant, setting.dtype) if setting.shards > 1 else (0, 0, 0, 0)
         self.layer, self.block, self.head, self.embedding = units
         self.layers, self.zero3 = setting.sizes.num_hidden_layers, setting.engine == "zero3"
-        # parallel.keep_gathered: the first layers stay whole from their forward pass to their backward pass
+        # parallel.keep_gathered: these first layers stay gathered from their forward to their backward pass
         self.kept = min(setting.keep_gathered, self.layers) if setting.engine == "fsdp2" else 0
 
     def _at(self, unit: int, whole: int, ahead: int) -> Gathered:
-        """``whole`` units of ``unit`` bytes can be computed with, and ``ahead`` more are in buffers."""
-        if self.zero3:  # no second copy: a unit is in the buffer that it was gathered into, and one is prefetched
+        """``whole`` units of ``unit`` bytes are ready for use, and ``ahead`` more are in buffers."""
+        if self.zero3:  # zero3 computes from the buffer itself (no second copy) and prefetches one unit
             return Gathered(0, self.head + (whole + min(ahead, 1)) * unit)
         return Gathered(self.head + whole * unit, ahead * unit)
 
     def start(self) -> Gathered:
-        """The embedding is copied out, and the head's buffer is still there."""
+        """The embedding has been copied out, and the buffers of head and embedding are not free yet."""
         if self.zero3:
             return Gathered(0, self.head + self.embedding)
         return Gathered(self.head + self.embedding, self.head + self.embedding)
 
     def tower(self) -> Gathered:
-        """In the middle of the tower: as between two decoder layers."""
+        """A layer in the middle of the tower: its buffer and the next layer's, as between two decoder layers."""
         return self._at(self.block, 1, 2)
 
     def forward(self, index: int) -> Gathered:
-        """Layer ``index`` runs, and those in front of it that stay gathered lie there. Its own buffer is not yet free,
-        and the next layer's, where there is one, is being filled."""
+        """The forward pass of layer ``index``: this layer and earlier ones that stay gathered are complete.
+
+        Its buffer is not free yet, and the next layer's (unless this is the last) is being filled.
+        """
         return self._at(self.layer, 1 + min(index, self.kept), 2 if index < self.layers - 1 else 1)
 
     def loss(self) -> Gathered:
-        """The last layer's buffer is still there (fsdp2), or its weights are being gathered again (zero3)."""
+        """The loss. fsdp2 has not freed the last layer's buffer; zero3 is gathering that layer again."""
         return self._at(self.layer, self.kept, 1)
 
     def backward(self, index: int) -> Gathered:
-        """Layer ``index`` runs backward and the one in front of it is prefetched, unless it stayed whole. Layers behind
-        it are freed."""
+        """The backward pass of layer ``index``, which prefetches the layer before it unless that one stayed gathered.
+
+        Later layers have been freed.
+        """
         return self._at(self.layer, min(index, self.kept) + 1, 1 if index > self.kept else 0)
 
     def pool(self) -> int:
-        """The most that the buffers ever come to, which the allocator keeps for their stream alone."""
+        """Peak of the buffers over a step, which the allocator keeps in their stream's pool."""
         most = max(self.start().buffers, *(self.forward(index).buffers for index in range(self.layers)))
-        # Layers that wait in the device's queue hold their weights, and so does the one that runs: three. Measured
-        # beyond the rest of the plan: 2.9 layers in eight-cards.json, 2.2 (all recomputed) in cards-zero3-h100.json.
+        # The host runs ahead of the GPU, so layers that are queued hold their gathered weights, as does the running
+        # one: three layers. The measured rest is 2.9 layers in eight-cards.json and 2.2 (all recomputed) in
+        # cards-zero3-h100.json.
         return most + (ZERO3_LAYERS_AHEAD + 1) * self.layer if self.zero3 else most

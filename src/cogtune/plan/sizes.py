@@ -1,6 +1,6 @@
-"""The model by its sizes alone: every linear layer and every other weight, from ``config.json``, without torch.
+"""The model as sizes only: every linear layer and every other weight, from ``config.json``, without torch.
 
-A test holds this to the model itself on the meta device: the same names, shapes and number of parameters.
+A test compares names, shapes and parameter counts with the real model on the meta device.
 """
 
 from __future__ import annotations
@@ -16,17 +16,20 @@ from cogtune.configuration.quantization import part_of
 from cogtune.configuration.shapes import Shape, VisionShape
 
 Part = Literal["experts", "tower", "glu_adapter", "head", "embedding", "conv", "other", "tower_other"]
-"""What a run loads, quantises or leaves out together. ``tower_other`` and ``conv`` go with the tower."""
+"""Parts that a run loads, quantises or leaves out as a whole. ``tower_other`` and ``conv`` go with the tower."""
 
 
 EXPERTS = ("vision", "language")
-"""The decoder's two: an image's tokens pass through the one, all others through the other."""
+"""The two experts of a decoder layer: one computes image tokens, the other all other tokens."""
 
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear layer: its name in the model, its sizes, and where it stands: ``layer`` of the decoder or the tower,
-    ``expert`` of `EXPERTS` in the decoder, and ``role``, which is what a layer has one of (for each expert)."""
+    """One linear layer: its name in the model, its sizes and its place.
+
+    ``layer``: index in the decoder or the tower. ``expert``: one of `EXPERTS` in the decoder. ``role``: unique within a
+    layer (and expert), such as ``gate_proj``.
+    """
 
     name: str
     inputs: int
@@ -55,11 +58,11 @@ _WITH_BIAS = ("vision", "query_key_value")
 
 @dataclass(frozen=True)
 class ModelSizes(Shape):
-    """The sizes, and what follows from them."""
+    """The sizes in ``config.json``, and what follows from them."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelSizes:
-        """The sizes in a parsed ``config.json``; what it leaves out is as published."""
+        """Return the sizes in a parsed ``config.json``; missing fields have the published model's values."""
         vision = config.get("vision_config") or {}
         own = {f.name: int(config[f.name]) for f in fields(cls) if f.name in config}
         return cls(
@@ -69,7 +72,7 @@ class ModelSizes(Shape):
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ModelSizes:
-        """The sizes of a model folder; the published ones for a hub name or a folder that is not here yet."""
+        """Return the sizes of a model folder. A hub id or a folder that does not exist yet has the published model's."""
         file = Path(folder) / "config.json"
         return cls.from_config(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else cls()
 
@@ -89,12 +92,12 @@ class ModelSizes(Shape):
 
     @property
     def image_tokens(self) -> int:
-        """Positions of one image in the decoder: the grid, begin and end."""
+        """Positions of one image in the decoder: the grid, and the begin and end tokens."""
         return self.vision.image_tokens
 
     @cached_property
     def linears(self) -> tuple[Linear, ...]:
-        """Every linear layer, in the model's order."""
+        """All linear layers in the model's order."""
         return (*self._decoder_linears(), *self._vision_linears(), self._head())
 
     def _head(self) -> Linear:
@@ -138,7 +141,7 @@ class ModelSizes(Shape):
 
     @cached_property
     def decoder_layers(self) -> tuple[dict[tuple[str, str], Linear], ...]:
-        """Each decoder layer's linears, by expert and role."""
+        """The linears of each decoder layer, by expert and role."""
         found: list[dict[tuple[str, str], Linear]] = [{} for _ in range(self.num_hidden_layers)]
         for linear in self._decoder_linears():
             assert linear.layer is not None
@@ -153,16 +156,16 @@ class ModelSizes(Shape):
         return {
             "embedding": self.vocab_size * hidden,
             "conv": vision.hidden_size**2 * 4 + vision.hidden_size,
-            # patch embedding, class token, positions; two layer norms a block
+            # patch embedding, class token, positions; two layer norms per block
             "tower_other": patch
             + (1 + vision.num_positions) * vision.hidden_size
             + vision.num_hidden_layers * 4 * vision.hidden_size,
-            # norms of the decoder and the GLU adapter, begin and end of image
+            # norms of the decoder and the GLU adapter, begin-of-image and end-of-image tokens
             "other": (2 * self.num_hidden_layers + 1) * hidden + 2 * hidden + 2 * hidden,
         }
 
     def parameters(self, part: Part | None = None) -> int:
-        """Parameters of a part, or of the whole model."""
+        """Return the parameters of a part, or of the whole model."""
         own = sum(linear.parameters for linear in self.linears if part in (None, linear.part))
         other = self.other_parameters
         return own + (sum(other.values()) if part is None else other.get(part, 0))

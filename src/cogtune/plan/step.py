@@ -1,7 +1,7 @@
-"""A training step in time: what is held at the end of the forward pass, and the most that is ever held.
+"""Memory over a training step: what is held at the end of the forward pass, and the peak.
 
-The backward pass frees a layer's activations when it is through with them, so the moments that count are the tower's
-pass at the start, the loss, and every layer's own backward pass with what the layers before it still keep.
+The backward pass frees a layer's activations when it is done with them. So the peak is in the tower's pass at the
+start, in the loss, or in the backward pass of some layer while the layers before it still hold their activations.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from cogtune.plan.sharding import NOTHING, Gathered, Gathering
 
 @dataclass(frozen=True)
 class Moment:
-    """Bytes beyond weights and optimiser at one moment of a step: kept activations, gradients of the adapter so far,
-    the logits with theirs, and what the running operation needs. ``again``: of them, what a recomputed layer has just
-    made anew and needs. ``gathered``: of a sharded run, besides them."""
+    """Bytes beyond weights and optimiser at one moment of a step.
+
+    They are saved activations, the adapter's gradients so far, logits and their gradients, and the running operation's
+    temporary tensors. ``again``: the part that a recomputed layer has just computed again. ``gathered``: all-gathered
+    weights of a sharded run, not part of the rest.
+    """
 
     name: str
     activations: int
@@ -37,14 +40,14 @@ class Moment:
 
 
 def moments(setting: Setting) -> list[Moment]:
-    """The moments of one micro-batch at which the peak can be. With accumulation the gradients are there throughout."""
+    """Return the moments of one micro-batch that can be the peak. With accumulation, all gradients exist throughout."""
     layers = decoder(setting)
     kept = [_kept(layer, index in setting.decoder) for index, layer in enumerate(layers)]
     gradients = 4 * setting.adapter_parameters()
     before = gradients if setting.accumulation > 1 else 0
     ends, gathering = head(setting), Gathering(setting)
     vision = _vision(setting)
-    held = vision.saved  # the batch and the pictures' embeddings are small beside it, and counted apart
+    held = vision.saved  # the batch itself and the picture embeddings are small and counted separately
     found = [Moment("start", 0, before, 0, 0, gathered=gathering.start())]
     if vision.forward:
         found.append(Moment("tower", held, before, 0, vision.forward, gathered=gathering.tower()))
@@ -70,12 +73,12 @@ def moments(setting: Setting) -> list[Moment]:
 
 
 def peak(setting: Setting) -> Moment:
-    """The moment of a step at which most is held."""
+    """Return the moment of a step with the most bytes."""
     return max(moments(setting), key=lambda moment: moment.with_gathered)
 
 
 def end_of_forward(setting: Setting) -> int:
-    """Bytes of activations and logits held when the forward pass is through."""
+    """Return the bytes of activations and logits at the end of the forward pass."""
     loss = next(moment for moment in moments(setting) if moment.name == "loss")
     return loss.activations + loss.logits
 
@@ -85,7 +88,7 @@ def _kept(layer: Kept, recomputed: bool) -> int:
 
 
 def _vision(setting: Setting) -> Kept:
-    """Tower and GLU adapter together."""
+    """Add up the tower and the GLU adapter."""
     if setting.tower == "none" or not setting.batch.images:
         return Kept()
     adapter = glu_adapter(setting)

@@ -1,6 +1,7 @@
-"""How long a step, an epoch, filling the cache and loading take: operations and bytes over measured rates.
+"""Predict the time of a step, an epoch, filling the feature cache, and loading: operations and bytes over measured
+rates.
 
-Rates are the H100's, in `Rates`; another card's are scaled by its peaks and give estimates.
+The rates are the H100's (`Rates`). Those of other cards are scaled by their peaks and give estimates.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from cogtune.plan.sizes import Linear
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimiser step of one rank, by part, and what of the communication does not hide behind it.
-    ``launching``: what the host needs to launch the step's kernels, which goes on beside the rest."""
+    """Seconds of one optimiser step of one rank by part, including the communication that does not overlap computation.
+
+    ``launching``: the host's time to launch the step's kernels, in parallel to all else.
+    """
 
     decoder: float
     tower: float
@@ -36,7 +39,7 @@ class StepTime:
 
     @property
     def host(self) -> float:
-        """How long the card waits for the host."""
+        """Seconds that the card waits for the host."""
         return max(0.0, self.launching - self.decoder - self.tower - self.quantisation - self.update)
 
     @property
@@ -45,7 +48,7 @@ class StepTime:
 
 
 def scaled(card: Card) -> Rates:
-    """The reference's rates on ``card``, by the ratio of their peaks."""
+    """Return the H100's rates scaled to ``card`` by the ratio of their peaks."""
     compute, memory = card.flops / REFERENCE.flops, card.bandwidth / REFERENCE.bandwidth
     return replace(
         RATES,
@@ -58,7 +61,7 @@ def scaled(card: Card) -> Rates:
 
 
 def step_time(setting: Setting, card: Card) -> StepTime:
-    """One optimiser step, all its micro-batches, on ``setting.ranks`` cards."""
+    """Return the time of one optimiser step, with all its micro-batches, on ``setting.ranks`` cards."""
     rates = scaled(card)
     decoder = _decoder(setting, rates) / setting.tensor
     tower = tower_seconds(setting, card) / setting.tensor if setting.tower == "live" else 0.0
@@ -76,14 +79,16 @@ def step_time(setting: Setting, card: Card) -> StepTime:
 
 
 def kernels(setting: Setting) -> int:
-    """How many a micro-batch launches where nothing is recomputed, quantised or taken from the tower: what does more
-    than that keeps the card busy for longer than the host needs."""
+    """Return the kernel launches of a micro-batch without recomputation, quantisation or tower.
+
+    Any of these keeps the card busy for longer than the host needs to launch it, so they are not counted.
+    """
     each = HOST.compiled_layer if setting.compiled else HOST.layer
     return HOST.other + setting.sizes.num_hidden_layers * each + len(setting.trained) * HOST.adapter
 
 
 def _passes(setting: Setting) -> float:
-    """Forward passes' worth of linear layers: forward, input gradients, and what is recomputed."""
+    """Return the linear layers' work in forward passes: forward, input gradients, recomputation."""
     return 2 + len(setting.decoder) / setting.sizes.num_hidden_layers
 
 
@@ -95,7 +100,7 @@ def _decoder(setting: Setting, rates: Rates) -> float:
         for linear in layer.values():
             tokens = setting.tokens_through(linear)
             seconds += (2 + again) * _matmul(linear, tokens, _rate(setting, linear, rates))
-            if linear.name in setting.trained:  # A and B: forward, input and weight gradients
+            if linear.name in setting.trained:  # A and B: forward, input gradient and weight gradient
                 thin = 2 * tokens * setting.adapter.rank * (linear.inputs + linear.outputs)
                 seconds += (3 + again) * thin / rates.matmul
         columns = batch.text + round(batch.images * sizes.image_tokens)
@@ -112,13 +117,13 @@ def _decoder(setting: Setting, rates: Rates) -> float:
 
 
 def _rate(setting: Setting, linear: Linear, rates: Rates) -> Rates:
-    """fp8 products run at a rate of their own, rounding included."""
+    """Return the rates for a linear; fp8 products have their own, rounding included."""
     faster = FP8_SPEEDUP.get(linear.part, 1.0) if format_of(linear, setting.quant).startswith("fp8") else 1.0
     return replace(rates, matmul=rates.matmul * faster)
 
 
 def _matmul(linear: Linear, tokens: int, rates: Rates) -> float:
-    """Few rows fill the card badly: half the rate at ``half_rate_tokens``."""
+    """Return the seconds of a product. Few rows use the card badly: half the peak rate at ``half_rate_tokens`` rows."""
     return 2 * linear.weights * (tokens + rates.half_rate_tokens * (tokens > 0)) / rates.matmul
 
 
@@ -130,7 +135,7 @@ def _glu(setting: Setting, rates: Rates) -> float:
 
 
 def tower_seconds(setting: Setting, card: Card, images: float | None = None) -> float:
-    """The frozen tower's forward pass over the batch's pictures (or over ``images``)."""
+    """Return the seconds of the frozen tower's forward pass over ``images`` pictures (default: the batch's)."""
     rates, vision = scaled(card), setting.sizes.vision
     count = setting.batch.rows * setting.batch.images if images is None else images
     patches = count * vision.num_positions
@@ -149,7 +154,7 @@ def _unpacking(setting: Setting, rates: Rates) -> float:
 
 
 def traffic(setting: Setting) -> tuple[float, float]:
-    """Bytes one rank sends per micro-batch (gathered weights) and per optimiser step (gradients)."""
+    """Return the bytes one rank sends per micro-batch (gathered weights) and per optimiser step (gradients)."""
     if setting.ranks == setting.tensor:
         return 0.0, 0.0
     around = (setting.ranks - 1) / setting.ranks
@@ -161,7 +166,7 @@ def traffic(setting: Setting) -> tuple[float, float]:
 
 
 def _waiting(setting: Setting, rates: Rates, micro: float, link: float) -> float:
-    """Communication that computation does not cover: ``overlap`` of a micro-batch's time can hide it."""
+    """Return the seconds of communication that do not overlap computation; ``overlap`` of a micro-batch can hide it."""
     gathered, reduced = traffic(setting)
     seconds = _sums(setting, link)
     if gathered:
@@ -173,7 +178,7 @@ def _waiting(setting: Setting, rates: Rates, micro: float, link: float) -> float
 
 
 def _sums(setting: Setting, link: float) -> float:
-    """Tensor parallelism adds up the stream twice a layer and pass, and nothing hides it."""
+    """Return the seconds of tensor parallelism's all-reduces: two per layer and pass, with no overlap."""
     if setting.tensor == 1:
         return 0.0
     stream = setting.batch.tokens(setting.sizes) * setting.sizes.hidden_size * setting.width
@@ -184,7 +189,7 @@ def _sums(setting: Setting, link: float) -> float:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Seconds of a run's phases. ``rows``: in an epoch; ``pictures``: different ones to fill the cache with."""
+    """Seconds of a run's phases. ``rows``: per epoch. ``pictures``: distinct ones, to fill the feature cache with."""
 
     load: float
     fill: float
@@ -198,7 +203,7 @@ class Schedule:
 
 
 def schedule(setting: Setting, card: Card, *, rows: int, pictures: int, mean: MicroBatch) -> Schedule:
-    """A run's times. ``mean``: the average batch, where ``setting.batch`` is the largest."""
+    """Return a run's times. ``mean``: the average batch, if ``setting.batch`` is the largest."""
     own = setting.with_batch(images=mean.images, text=mean.text, labelled=mean.labelled)
     disk = RATES.read
     stored = 2 * (setting.sizes.parameters() - (0 if setting.tower == "live" else _tower(setting)))
@@ -217,12 +222,12 @@ def schedule(setting: Setting, card: Card, *, rows: int, pictures: int, mean: Mi
 
 
 def feature_bytes(setting: Setting) -> int:
-    """One picture in the feature cache."""
+    """Return the bytes of one picture in the feature cache."""
     return setting.sizes.grid_tokens * setting.sizes.vision.hidden_size * 2
 
 
 def checkpoint_bytes(setting: Setting) -> int:
-    """One training checkpoint: the adapter's file, masters and two moments in float32."""
+    """Return the bytes of a training checkpoint: the adapter's file, master weights and two moments in float32."""
     whole = replace(setting, tensor=1)
     return 4 * whole.adapter_parameters(trained_only=False) + 12 * whole.adapter_parameters()
 
