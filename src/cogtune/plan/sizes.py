@@ -72,7 +72,7 @@ class ModelSizes(Shape):
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ModelSizes:
-        """Return the sizes of a model folder. A hub id or a folder that does not exist yet has the published model's."""
+        """Return the sizes of a model folder; the published model's for a hub id or a folder that is not there yet."""
         file = Path(folder) / "config.json"
         return cls.from_config(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else cls()
 
