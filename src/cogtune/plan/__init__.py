@@ -4,9 +4,6 @@ The package is callable: ``cogtune.plan(config, card="24GiB")``. See `cogtune.pl
 
 Example:
     >>> config = cogtune.load_config("run.yaml")
-
-Example:
-    >>> config = cogtune.load_config("run.yaml")
     >>> plan = cogtune.plan(config, card="RTX 4090")
     >>> print(plan)
 """

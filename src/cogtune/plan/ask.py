@@ -35,13 +35,11 @@ def plan(
 
     Args:
         card: a size (``24GiB``), a name (``h100``, ``RTX 4090``), or ``auto``: this machine's cards with the memory
-            that is
-            free now. If they differ, the one with the least free memory counts.
+            that is free now. If they differ, the one with the least free memory counts.
         cards: number of such cards.
         price: price of a card per hour, in any currency.
         placeholders: keys of ``config`` that were filled in because their value is not known yet. If ``data.path`` is
-            one
-            of them, the plan assumes typical rows.
+            one of them, the plan assumes typical rows.
 
     Returns:
         The plan: ``memory`` (bytes, by phase), ``times`` (seconds), ``keys`` (the configuration keys chosen), ``text``.
@@ -51,31 +49,6 @@ def plan(
         ConfigError: unknown card, or fewer than one card.
         SetupError: ``auto`` on a machine without a GPU.
         DataError, CheckpointError, AdapterError: the data, the model or a LoRA target does not exist.
-
-    Keys that the configuration gives stay as they are; of the others, number formats, feature cache, recomputed layers,
-    optimiser and engine are chosen: the fastest that fits.
-
-    Example:
-        >>> plan = cogtune.plan(cogtune.load_config("run.yaml"), card="24GiB")
-        >>> print(plan)
-        >>> fitted = cogtune.load_config("run.yaml", plan.keys)
-
-    Args:
-        card: a size (``24GiB``), a name (``h100``, ``RTX 4090``), or ``auto``: this machine's, with what is free on it
-            now; of several the one with the least.
-        cards: how many such cards.
-        price: money per card and hour.
-        placeholders: keys of ``config`` that stand for what is not known yet; without ``data.path`` the rows are an
-            example's.
-
-    Returns:
-        The plan: ``memory`` (bytes, by phase), ``times`` (seconds), ``keys`` (the configuration keys chosen), ``text``.
-
-    Raises:
-        PlanError: nothing fits; the hint names the smallest card that would.
-        ConfigError: an unknown card, or fewer than one.
-        SetupError: ``auto`` on a machine without a card.
-        DataError, CheckpointError, AdapterError: data, model or targets that are not there.
     """
     if cards < 1:
         raise ConfigError(f"cards: found {cards}, expected at least 1", code="config-value")
