@@ -1,4 +1,4 @@
-"""Fits every answer and its history into the token budgets, and says what did not fit.
+"""Fits every answer and its history into the token budgets, and counts what did not fit.
 
 ``data.max_input_len`` counts the tokens of a prompt's text, ``data.max_output_len`` those of an answer; picture, BOS
 and EOS are not counted. A prompt over budget loses its oldest turns of history first and is never cut inside; a
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from cogtune.configuration.run_config import DataSection
     from cogtune.processing.encode import Encoder
 
-# Conversations whose prompts are tokenised in one call.
+# Number of conversations whose prompts are tokenised in one call.
 _CHUNK = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One answer to train: which turn of which conversation of an example, with the history from turn ``first`` on.
+    """One answer to train: a turn of a conversation, with the history from turn ``first`` on.
 
     ``cut`` says that the answer is longer than its budget and is trained up to it, without an end token. ``prompt`` and
     ``answer`` count text tokens, EOS included in ``answer``.
@@ -41,7 +41,7 @@ class Sample:
 
 @dataclass
 class BudgetReport:
-    """What the budgets did. ``trimmed`` counts answers that are trained without their oldest turns."""
+    """Counts of what the budgets did. ``trimmed``: answers that are trained without their oldest turns."""
 
     answers: int = 0
     dropped_long_prompt: int = 0
@@ -52,7 +52,7 @@ class BudgetReport:
 
     @property
     def trained(self) -> int:
-        """Answers that are trained, whole or truncated."""
+        """Number of answers that are trained, whole or truncated."""
         return self.answers - self.dropped_long_prompt - self.dropped_long_answer
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class BudgetReport:
 
 @dataclass(frozen=True)
 class FittedExample:
-    """The samples of one example and, for counting shared tokens, the text tokens of their prompts."""
+    """The samples of one example, and the text tokens of their prompts, from which shared tokens are counted."""
 
     index: int
     samples: list[Sample]
@@ -74,7 +74,7 @@ class _Tokenizer(Protocol):
 
 @dataclass
 class _Wanted:
-    """One answer on its way to a `Sample`: ``first`` and ``tokens`` are its history's start and its prompt."""
+    """One answer on its way to a `Sample`. ``first``: where its history starts; ``tokens``: its prompt."""
 
     example: int
     number: int
@@ -86,17 +86,19 @@ class _Wanted:
 
 
 class Budget:
-    """Applies ``data``'s budgets to examples with ``encoder``'s tokens and template; counts go into ``report``."""
+    """Applies the budgets of ``data`` with the tokens and template of ``encoder``; counts go into ``report``."""
 
     def __init__(self, encoder: Encoder, data: DataSection) -> None:
         self.encoder = encoder
         self.data = data
         self.report = BudgetReport()
         self.seen: Callable[[Conversation, int, int, int], None] | None = None
-        """Told of every answer: its conversation and turn, and the tokens of its fitted prompt and of the answer."""
+        """Called for every answer with its conversation, its turn, and the token counts of its fitted prompt and
+        answer.
+        """
 
     def fit(self, examples: Sequence[Example]) -> Iterator[FittedExample]:
-        """The samples of every example, in order; an example may be left with none.
+        """Yield the samples of every example in order; an example may have none left.
 
         Raises:
             DataError: for a question or an answer over budget, where the configuration says ``error``.
@@ -131,12 +133,16 @@ class Budget:
         yield from fitted.values()
 
     def _earliest(self, turn: int) -> int:
-        """The first turn that belongs to the history when there is room for all."""
+        """Return the first turn of the history if there is room for all of it."""
         return 0 if self.data.turns == "all" else max(0, turn - 1)
 
     def _trim(self, wanted: list[_Wanted]) -> None:
-        """Give every item the longest history that fits, by bisection over its first turn, all items together."""
+        """Give every item the longest history that fits: a binary search over the first turn, for all items in
+        lockstep.
+        """
         searches = [(item, longest_history(item.earliest, item.turn, self.data.max_input_len)) for item in wanted]
+        # Each search is a generator that asks for the tokens of one prompt at a time. All pending prompts are tokenised
+        # in one batched call per round, which is much faster than one call per prompt.
         for item, search in searches:
             item.first = next(search)
         while searches:
@@ -195,15 +201,16 @@ class Budget:
 
 
 def longest_history(earliest: int, turn: int, limit: int) -> Generator[int, list[int], tuple[int, list[int]]]:
-    """Find the smallest first turn of history, from ``earliest`` on, with which a prompt of ``turn`` fits ``limit``.
+    """Find the smallest first turn of history, from ``earliest`` on, with which the prompt of ``turn`` fits ``limit``.
 
-    Yields a first turn to try and is sent the tokens of that prompt. Returns the first turn and its tokens; ``turn``
-    (no history) where nothing fits. Dropping turns never lengthens a prompt, so bisection finds it.
+    Yields a first turn to try and expects the tokens of that prompt. Returns the first turn and its tokens; if nothing
+    fits, the first turn is ``turn`` (no history). Dropping turns never lengthens a prompt, so a binary search finds it.
     """
     tokens = yield earliest
     if len(tokens) <= limit or earliest == turn:
         return earliest, tokens
     low, high = earliest + 1, turn
+    # invariant: with history from ``high`` on the prompt fits, or ``high`` is ``turn`` and was not tried
     best: list[int] | None = None
     while low < high:
         middle = (low + high) // 2

@@ -1,7 +1,7 @@
-"""Look through a whole data set as training would read it, and say everything about it; no model, no GPU, no torch.
+"""Check a whole data set as training would read it and report everything about it, without model, GPU or torch.
 
-Headers and labels first, then what is there twice, then lengths. A finding is an error where training would stop, else
-a warning.
+The order is: file headers and labels, duplicates, lengths. A finding is an error if training would stop, else a
+warning.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from cogtune.configuration.run_config import DataSection
 
 ProgressCallback = Callable[[str, int, int], None]
-"""Told what is going on, how much of it is done, and of how much."""
+"""Called with the current phase, the number of items done, and their total."""
 _DOMINANT = 0.9
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about the data. ``code`` is an error's code, or the name of a warning; ``where`` file and record."""
+    """One finding about the data. ``code``: an error's code or a warning's name; ``where``: file and record."""
 
     level: str
     code: str
@@ -44,7 +44,7 @@ class Finding:
 
 @dataclass
 class CheckReport:
-    """Everything that was found; ``to_dict`` is what ``--json`` prints. ``exact`` False: lengths are estimates.
+    """All findings; ``to_dict`` is what ``--json`` prints. ``exact`` is False if lengths are estimates.
 
     ``shapes``: of every row that would be trained, for the planner.
     """
@@ -75,7 +75,7 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """Whether training would start."""
+        """Would training start?"""
         return not self.errors
 
     def add(self, level: str, code: str, where: str, what: str) -> None:
@@ -103,7 +103,7 @@ class CheckReport:
 
 
 def check(data: DataSection, seed: int, tokens: TokenFile, progress: ProgressCallback | None = None) -> CheckReport:
-    """Read everything that ``data`` names and report. Nothing is raised for bad data: it is in the report."""
+    """Read everything that ``data`` names and report on it. Bad data raises nothing: it is in the report."""
     began = time.monotonic()
     report = CheckReport(tokens.exact)
     tell = progress or (lambda *_: None)
@@ -129,7 +129,7 @@ def check(data: DataSection, seed: int, tokens: TokenFile, progress: ProgressCal
 def _read(
     data: DataSection, seed: int, report: CheckReport, tell: ProgressCallback, max_images: int
 ) -> tuple[list[Example], list[Example], int]:
-    """Training and validation examples, and how many problems were found."""
+    """Return training and validation examples, and the number of problems."""
 
     def done(count: int, total: int) -> None:
         tell("pictures and labels", count, total)
@@ -154,7 +154,7 @@ def _read(
 
 
 def _take(report: CheckReport, read: DataReport, problems: Problems, examples: int, data: DataSection) -> None:
-    """Problems are errors where they would stop training."""
+    """Report problems: as errors if they would stop training, else as warnings."""
     for key in ("pictures", "conversations", "turns", "text_only", "turned", "animated", "special"):
         report.counts[key] = report.counts.get(key, 0) + int(getattr(read, key))
     report.counts["bad"] = report.counts.get("bad", 0) + sum(problems.lost.values())
@@ -221,7 +221,7 @@ def _lengths(
     tokens: TokenFile,
     done: Callable[[int, int], None],
 ) -> None:
-    """Histograms, and what the budgets and ``data.max_row_tokens`` would do."""
+    """Add histograms of lengths, and what the budgets and ``data.max_row_tokens`` would do."""
     refused = {name for name in ("long_prompt", "long_answer") if getattr(data, name) == "error"}
     encoder = tokens.encoder()
     budget = Budget(encoder, data.model_copy(update=dict.fromkeys(refused, "drop")))

@@ -1,4 +1,4 @@
-"""Rows to a batch: right-padded tensors, and the routing that every layer uses."""
+"""Collate rows into a batch: right-padded tensors, and the routing that every layer uses."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from cogtune.configuration.shapes import IGNORED_LABEL, UNUSED_PARENT
 from cogtune.data.dataset import RowSample
 from cogtune.model.routing import Routing
 
-# Padding is dropped before the first layer (attention_mask 0), so the id that fills it is never looked up.
+# attention_mask 0 drops padding before the first layer, so its id is never looked up.
 _PADDING_ID = 0
 _PADDING_SEGMENT = -1
 
 
 def collate(rows: Sequence[RowSample], column_multiple: int = 1) -> dict[str, Any]:
-    """Keyword arguments for the model, plus ``record_ids`` (list) and ``num_labels`` (int), which the loop takes out.
+    """Return keyword arguments for the model, plus ``record_ids`` (list) and ``num_labels`` (int) for the training
+    loop.
 
     int64 [B, L]: ``input_ids``, ``token_type_ids``, ``attention_mask``, ``labels``, ``segment_ids``; int64 [B, S]:
     ``segment_parents``; float32 [N, 3, H, W]: ``pixel_values`` of all rows' images, row after row, or [N, Q, W]:

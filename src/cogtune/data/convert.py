@@ -1,4 +1,4 @@
-"""Write what was read, in any format, as ours: a folder of pictures and labels, or JSON lines."""
+"""Write a data set of any known format in cogtune's own: a folder of pictures and labels, or JSON lines."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _REMOVED = "what was written is removed"
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written; ``copied`` counts pictures that were copied (or linked) beside the records."""
+    """Counts of what was written; ``copied``: pictures that were copied or linked next to the records."""
 
     place: Path
     pictures: int
@@ -72,7 +72,7 @@ def _write_folder(examples: Sequence[Example], target: Path, link: bool, done: T
             (growing / name).mkdir()
         names = _Names()
         for number, example in enumerate(examples, start=1):
-            (picture,) = example.images  # both layouts name one
+            (picture,) = example.images  # both layouts name one picture per record
             name = names.take(picture)
             _place(picture, growing / "images" / name, link)
             records = [{"conversations": _messages(conversation)} for conversation in example.conversations]
@@ -139,7 +139,7 @@ def _conversations(examples: Iterable[Example]) -> int:
 
 
 def _relative(image: Path, folder: Path) -> str | None:
-    """``image`` from ``folder``, if it lies below it."""
+    """Return the path of ``image`` relative to ``folder``, if it lies below it."""
     below = os.path.relpath(os.path.abspath(image), os.path.abspath(folder))
     return None if below.startswith("..") else Path(below).as_posix()
 
@@ -160,7 +160,7 @@ def _place(source: Path, target: Path, link: bool) -> None:
 
 
 class _Names:
-    """File names in one folder: the picture's own, numbered where another with that stem was there before."""
+    """File names in one folder: the picture's own, with a number appended if that stem is taken."""
 
     def __init__(self) -> None:
         self._stems: set[str] = set()

@@ -1,4 +1,4 @@
-"""Rows for training: planned once from token counts, built from text and images when a worker asks for one."""
+"""Rows for training: planned once from token counts, and built from text and images when a worker asks for one."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 RowIndex = tuple[int, int]
 Features = Callable[[ImageRef], torch.Tensor]
-"""An image -> its features [Q, W]: what the vision tower makes of it."""
+"""Returns an image's features [Q, W]: the output of the vision tower."""
 
 
 @dataclass(frozen=True)
 class RowSample:
-    """One row of a batch; ``record_ids`` name its conversations.
+    """One row of a batch; ``record_ids`` are its conversations' ids.
 
     Its images, in their order, are either ``pixel_values``, each float32 [3, S, S], or ``image_features``, each [Q, W]:
     the vision tower's output for them.
@@ -43,7 +43,7 @@ class RowSample:
 
 @dataclass(frozen=True)
 class RowsReport:
-    """What the planned rows hold: the budgets' counts, and lengths in tokens (BOS and images included)."""
+    """Counts of the planned rows: the budgets' counts, and lengths in tokens (BOS and images included)."""
 
     budget: BudgetReport
     rows: int
@@ -57,7 +57,7 @@ class RowsReport:
         return {**self.budget.to_dict(), "trained_answers": self.budget.trained, **own}
 
     def lines(self) -> list[str]:
-        """A few sentences for the console."""
+        """Return a few sentences for the console."""
         budget = self.budget
         lines = [f"{budget.trained} answers in {self.rows} rows, {self.tokens} tokens, longest row {self.longest_row}"]
         counts = {
@@ -70,19 +70,20 @@ class RowsReport:
 
 
 class TrainRows(Dataset[RowSample]):
-    """Rows of ``examples``, indexed by ``(epoch, row)``, by a row's number for the first epoch, or by None for a filler
-    row (BOS, no label).
+    """Rows of ``examples``, indexed by ``(epoch, row)``, by a row number for the first epoch, or by None for a filler
+    row.
 
-    Every row has at least one label. Planning tokenises every text once and keeps counts only.
+    A filler row is BOS without a label. Every other row has at least one label. Planning tokenises every text once and
+    keeps counts only.
 
     Args:
         image_size: side of the square that images are resized to, in pixels.
-        seed: of the rounds that ``data.turns: one_random`` draws.
-        required: raise when no row is left; False for validation data.
+        seed: seeds the draws of ``data.turns: one_random``.
+        required: raise if no row is left; False for validation data.
 
     Raises:
-        DataError: for a text over budget where ``data`` says ``error``, or when no row is left.
-        ConfigError: when ``data.max_row_tokens`` is too small for one sample.
+        DataError: for a text over budget if ``data`` says ``error``, or if no row is left.
+        ConfigError: if ``data.max_row_tokens`` is too small for one sample.
     """
 
     def __init__(
@@ -129,26 +130,26 @@ class TrainRows(Dataset[RowSample]):
 
     @property
     def images(self) -> list[tuple[ImageRef, ...]]:
-        """The images of each row, in their order."""
+        """The images of each row, in order."""
         return [self._examples[plan.example].images for plan in self._plans]
 
     def use_features(self, features: Features | None) -> None:
-        """From now on rows carry what ``features`` gives for their images, and no file is decoded."""
+        """From now on, take images' features from ``features``; no image file is decoded."""
         self._features = features
 
     @property
     def weights(self) -> list[float]:
-        """How often an epoch shows each row."""
+        """Return how often an epoch shows each row."""
         return [self._examples[plan.example].weight for plan in self._plans]
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each row; with ``one_random`` the most it can take."""
+        """Return the tokens of each row; with ``one_random``, the most it can have."""
         return [plan.tokens for plan in self._plans]
 
     @property
     def shapes(self) -> list[RowShape]:
-        """What each row weighs, for predicting memory and time."""
+        """Return the shape of each row, to predict memory and time."""
         one_random = self._data.turns == "one_random"
         return [
             shape_of(plan, images=len(self._examples[plan.example].images), one_random=one_random)
@@ -161,17 +162,17 @@ class TrainRows(Dataset[RowSample]):
         return self.row(0, index) if isinstance(index, int) else self.row(*index)
 
     def filler(self) -> RowSample:
-        """A row that adds 0 to the loss and 0 to the token count."""
+        """Return a row that adds 0 to the loss and 0 to the token count."""
         bos = self._encoder.bos_id
         empty = Row([bos], token_type_ids=[0], labels=[IGNORED_LABEL], segment_ids=[0], segment_parents=[TREE_ROOT])
         return RowSample(empty, (), ())
 
     def row(self, epoch: int, index: int) -> RowSample:
-        """Build one row; the epoch matters for ``data.turns: one_random`` only.
+        """Build one row. The epoch matters only for ``data.turns: one_random``.
 
         Raises:
-            DataError: when an image cannot be decoded.
-            CogtuneError: when features cannot be read.
+            DataError: an image cannot be decoded.
+            CogtuneError: features cannot be read.
         """
         plan = self._plans[index]
         example = self._examples[plan.example]
@@ -188,7 +189,7 @@ class TrainRows(Dataset[RowSample]):
         return preprocess(read, self._image_size)
 
     def _drawn(self, example: Example, plan: RowPlan, epoch: int) -> list[Sample]:
-        """One round per conversation, and with probability 1/2 the round before it as history.
+        """Draw one round per conversation; with probability 1/2 the round before it is its history.
 
         The draw depends on (seed, epoch, conversation) only, so it is the same on every rank and in every worker.
         """
@@ -219,7 +220,10 @@ class TrainRows(Dataset[RowSample]):
             )
 
     def _fingerprint(self) -> str:
-        """SHA-256 over what is trained in which row: changes with data, split, budgets, tokenizer and template."""
+        """Return the SHA-256 of what is trained in which row.
+
+        It changes with data, split, budgets, tokenizer and template.
+        """
         digest = hashlib.sha256(f"{self._data.turns}\0{self._encoder.template}\0{self._image_size}\n".encode())
         for plan in self._plans:
             conversations = self._examples[plan.example].conversations

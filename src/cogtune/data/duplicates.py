@@ -1,4 +1,4 @@
-"""Pictures, questions and answers that a data set holds more than once, and what validation shares with training."""
+"""Find duplicate pictures, questions and answers, and pictures that validation shares with training."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Told = Callable[[int, int], None]
 
 
 def picture_contents(examples: Iterable[Example], done: Told | None = None) -> dict[Path, str]:
-    """What tells a picture's content from others': path -> digest of the file's bytes, or its place and size.
+    """Map each path to a value that is equal for equal pictures: a digest of the file, or its path and size.
 
-    Only files of which several have the same size are read: others cannot be equal.
+    Only files that share their size with another are read: no other file can be equal.
     """
     sizes: defaultdict[int, dict[str, list[Path]]] = defaultdict(dict)
     for example in examples:
@@ -48,8 +48,9 @@ def _digest(place: str) -> str:
 
 @dataclass
 class Repeated:
-    """Groups of places (``source`` of the conversations): pictures with the same content under several names; records
-    with the same question and answer; records with the same question and other answers."""
+    """Groups of places (``source`` of the conversations): one picture under several names; records with the same
+    question and answer; records with the same question and different answers.
+    """
 
     pictures: list[list[str]] = field(default_factory=list)
     records: list[list[str]] = field(default_factory=list)
@@ -57,7 +58,7 @@ class Repeated:
 
 
 def repeated(examples: Sequence[Example], contents: dict[Path, str], caption_question: str | None) -> Repeated:
-    """What stands in ``examples`` more than once. Several captions of a picture are no contradiction."""
+    """Find what ``examples`` contains more than once. Several captions of a picture do not contradict each other."""
     files: defaultdict[str, dict[str, str]] = defaultdict(dict)
     asked: defaultdict[tuple[tuple[str, ...], str], list[Conversation]] = defaultdict(list)
     for example in examples:
@@ -85,7 +86,7 @@ def _compare(question: str, conversations: list[Conversation], caption_question:
 
 
 def leaks(train: Sequence[Example], validation: Sequence[Example], contents: dict[Path, str]) -> list[tuple[str, str]]:
-    """Pairs of files, of validation and of training, that show the same picture."""
+    """Return pairs of files (validation, training) that show the same picture."""
     trained = {contents[image]: str(image) for example in train for image in example.images}
     return [
         (str(image), trained[contents[image]])

@@ -1,4 +1,4 @@
-"""Batches from worker processes, or from this one; an error in a worker arrives as it was raised."""
+"""Batches from worker processes or from this one; an error in a worker is raised here with its own type."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from cogtune.model.routing import GPU_COLUMNS
 def batches(
     rows: TrainRows, sampler: EpochSampler, workers: int = 0, *, for_gpu: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """One collated batch per item of the sampler, in its order; ``for_gpu``: in pinned memory and a GPU's layout.
+    """Yield one collated batch per item of the sampler, in order. ``for_gpu``: in pinned memory and a GPU's layout.
 
     Raises:
-        CogtuneError: as raised while a row was built, whichever process built it.
+        CogtuneError: as raised while a row was built, in whichever process.
     """
     loader: DataLoader[Any] = DataLoader(
         _Guarded(rows),  # type: ignore[arg-type]
@@ -32,7 +32,8 @@ def batches(
         collate_fn=functools.partial(_collate_or_error, column_multiple=GPU_COLUMNS if for_gpu else 1),
         num_workers=workers,
         worker_init_fn=_start_worker if workers else None,
-        generator=torch.Generator(),  # its own, so that making an iterator leaves the training's random numbers alone
+        # a generator of its own, so that making an iterator does not advance training's random state
+        generator=torch.Generator(),
         pin_memory=for_gpu,
     )
     for batch in loader:
@@ -42,7 +43,7 @@ def batches(
 
 
 class _Guarded:
-    """``TrainRows`` that returns an error as a value: raised in a worker, it would come back as a traceback's text."""
+    """Wraps `TrainRows` to return errors as values: raised in a worker, they would arrive as a traceback's text."""
 
     def __init__(self, rows: TrainRows) -> None:
         self._rows = rows
@@ -67,8 +68,10 @@ def _collate_or_error(items: Sequence[RowSample | CogtuneError], column_multiple
 
 
 def _start_worker(_: int) -> None:
-    """Workers are the parallelism: no threads inside them, and no tokenizer threads across the fork. A signal that asks
-    the whole run to stop is for the process that trains: it still needs this step's batches. Workers end with it."""
+    """Prepare a worker process: one thread, no tokenizer threads after the fork, and stop signals ignored.
+
+    A stop signal is for the training process, which still needs this step's batches; workers end with it.
+    """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -1,7 +1,7 @@
-"""A quick check of a picture file: what its header says, and whether its end is there. Pixels are not decoded.
+"""Quick check of a picture file: its header, and whether its end is there. Pixels are not decoded.
 
-A header cannot show that a file was cut off. The last bytes of a complete JPEG, PNG or GIF can, so only files whose
-end looks wrong (and formats without an end mark) are decoded here; anything subtler is found when training reads it.
+A header cannot show that a file was cut off. The last bytes of a complete JPEG, PNG or GIF can, so only files whose end
+looks wrong (and formats without an end mark) are decoded here. Other damage is found when training reads the file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cogtune.data.problems import BadRecordError
 from cogtune.processing.picture_formats import known_formats, unknown_picture
 
 _ORIENTATION = 0x0112
-# Formats whose headers say at once whether there is more than one frame.
+# Formats whose header shows whether there is more than one frame.
 _ANIMATED = ("GIF", "PNG", "WEBP")
 _END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND", "GIF": b";"}
 _TAIL = 64
@@ -33,8 +33,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class PictureHeader:
-    """What a look at a picture file found; ``size`` in bytes. ``turned``: its EXIF orientation is not the upright one;
-    ``animated``: only the first frame will be seen."""
+    """Result of a header check; ``size`` in bytes.
+
+    ``turned``: EXIF asks for a rotation; ``animated``: more than one frame, of which only the first is used.
+    """
 
     size: int
     turned: bool = False
@@ -42,7 +44,7 @@ class PictureHeader:
 
 
 def check_picture(path: Path, max_pixels: int | None) -> PictureHeader:
-    """What the header says, once it and the end of the file look right.
+    """Check a picture's header and the end of its file.
 
     Raises:
         BadRecordError: ``image-empty``, ``image-unreadable``, ``image-too-large`` or ``image-truncated``.
@@ -80,7 +82,7 @@ def check_picture(path: Path, max_pixels: int | None) -> PictureHeader:
 
 
 def _is_turned(image: Image.Image) -> bool:
-    """Whether a viewer would turn or mirror the picture. Only what the header has: no pixel is decoded for it."""
+    """Return whether a viewer would rotate or mirror the picture, from the header alone."""
     if "exif" not in image.info and image.format != "TIFF":
         return False
     return image.getexif().get(_ORIENTATION, 1) in range(2, 9)
@@ -98,7 +100,7 @@ def _decode(path: Path) -> None:
 
 @contextmanager
 def _headers_of_any_size() -> Iterator[None]:
-    """Let headers of any size be read: the limit here is ``data.max_pixels``, checked before anything is decoded."""
+    """Disable Pillow's pixel limit while headers are read: ``data.max_pixels`` is checked before decoding."""
     before = Image.MAX_IMAGE_PIXELS
     Image.init()
     Image.MAX_IMAGE_PIXELS = None
@@ -113,9 +115,9 @@ def _headers_of_any_size() -> Iterator[None]:
 def in_threads(
     work: Callable[[Item], Result], items: Iterable[Item], done: Callable[[int], None] | None = None
 ) -> list[Result]:
-    """``[work(item) for item in items]`` on a few threads: a data set is many small files, often on a slow disk.
+    """Return ``[work(item) for item in items]``, computed in a few threads: data sets are many small files.
 
-    ``done`` is told after each how many are finished.
+    ``done`` is called after each item with the number of finished ones.
     """
     results = []
     with _headers_of_any_size(), ThreadPoolExecutor(_THREADS) as pool:

@@ -1,4 +1,4 @@
-"""Where the pictures of a file of records are: below the allowed roots, or written out of the file itself."""
+"""Locate the pictures of a records file: below the allowed roots, or extracted from the file itself."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _NAME = 32
 
 
 def default_extract_dir() -> Path:
-    """``$XDG_CACHE_HOME/cogtune/pictures``, or below ``~/.cache``."""
+    """Return ``$XDG_CACHE_HOME/cogtune/pictures``, or that folder below ``~/.cache``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cogtune" / "pictures"
 
 
 @dataclass(frozen=True)
 class Root:
-    """A folder that picture paths may lie in: as written, and with its links resolved."""
+    """A folder that picture paths may lie in, as written and with symbolic links resolved."""
 
     path: Path
     absolute: str
@@ -35,7 +35,10 @@ class Root:
         return Root(path, os.path.abspath(path), os.path.realpath(path))
 
     def relative(self, target: str) -> str | None:
-        """``target`` (absolute and normal) below this root, or None. A root that is a link is the folder behind it."""
+        """Return the path of ``target`` (absolute, normalised) below this root, or None.
+
+        A linked root counts as its target.
+        """
         for base in (self.absolute, self.real):
             if target == base or target.startswith(base.rstrip(os.sep) + os.sep):
                 return os.path.relpath(target, base)
@@ -66,7 +69,7 @@ class Places:
     _written: set[str] = field(default_factory=set)
 
     def locate(self, image: PictureSource, folder: Path) -> Located:
-        """The file of ``image``, named in a file that lies in ``folder``; it need not exist.
+        """Return the file of ``image``, which a file in ``folder`` names; it need not exist.
 
         Raises:
             BadRecordError: ``image-outside``, a path that leaves every root; ``image-empty``.
@@ -91,7 +94,7 @@ class Places:
         return next((located for located in found if located.path.is_file()), found[0])
 
     def _prefix(self, root: Root) -> str:
-        """What tells equal paths below several roots apart, in keys."""
+        """Return what distinguishes equal paths below several roots in keys."""
         if len(self.image_roots) < 2:
             return ""
         name = Path(root.absolute).name
@@ -126,7 +129,7 @@ def _below(root: Root, name: str) -> Located | None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Complete or not at all, however many processes write the same picture."""
+    """Write the file completely or not at all, even if several processes write the same picture."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_bytes(path, data)

@@ -1,4 +1,4 @@
-"""What the model will see of a data set: rows as training builds them, token by token."""
+"""Show what the model sees of a data set: rows as training builds them, token by token."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Kind = Literal["context", "trained", "special", "picture"]
 
 @dataclass(frozen=True)
 class Token:
-    """One token, or ``count`` of them: the positions of images that touch, or the tokens of one character."""
+    """One token, or ``count`` tokens shown as one: adjacent image positions, or the tokens of one character."""
 
     text: str
     kind: Kind
@@ -36,7 +36,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of tokens in the tree. ``depth``: how many segments come before it on its path."""
+    """A segment of the tree. ``depth``: number of segments before it on its path."""
 
     number: int
     parent: int
@@ -45,13 +45,13 @@ class Segment:
 
     @property
     def trained(self) -> int:
-        """How many of its tokens have a label."""
+        """Number of its tokens with a label."""
         return sum(token.count for token in self.tokens if token.trained)
 
 
 @dataclass(frozen=True)
 class RowPreview:
-    """One row. ``dropped``: answers of the example that training leaves out, over the rows of this example."""
+    """One row. ``dropped``: answers of its example that training leaves out, over all rows of the example."""
 
     key: str
     images: tuple[ImageRef, ...]
@@ -65,8 +65,9 @@ class RowPreview:
 def preview_rows(
     examples: Sequence[Example], data: DataSection, tokens: TokenFile, count: int, record: str | None = None
 ) -> Iterator[RowPreview]:
-    """The rows of the first ``count`` examples, or of the one that ``record`` names: its key, a conversation's id, or
-    the name of its file.
+    """Yield the rows of the first ``count`` examples, or of the one that ``record`` names.
+
+    ``record`` is an example's key, a conversation's id, or a file name.
 
     Raises:
         DataError: no such record, or a text over budget where ``data`` says ``error``.
@@ -110,7 +111,7 @@ def _segments(row: Row, pieces: _Pieces) -> Iterator[Segment]:
 
 
 def _tokens(row: Row, places: list[int], pieces: _Pieces) -> Iterator[Token]:
-    """The tokens at ``places``; a picture's positions, and the tokens that make one character, are one of them."""
+    """Yield the tokens at ``places``, merging image positions and the tokens of one character."""
     for key, run in groupby(places, key=lambda place: _look(row, place)):
         ids = [row.input_ids[place] for place in run]
         if key == "picture":
@@ -126,7 +127,7 @@ def _look(row: Row, place: int) -> str:
 
 
 class _Pieces:
-    """Texts of tokens. Several that make up one character are shown together; stray bytes as numbers."""
+    """Text of tokens. Tokens that form one character together are shown together; stray bytes as numbers."""
 
     def __init__(self, tokens: TokenFile) -> None:
         self._tokenizer: Any = tokens.tokenizer
@@ -152,7 +153,7 @@ class _Pieces:
             yield Token(_numbers(held), plain, trained, count)
 
     def _content(self, id_: int) -> bytes | str:
-        """The bytes of a token, or the name of a special one."""
+        """Return the bytes of a token, or the name of a special token."""
         piece = self._tokenizer.id_to_token(id_)
         if piece is None:
             return f"<{id_}>"

@@ -1,4 +1,4 @@
-"""Previewed rows as one page that needs nothing else: no script, no font, no address outside of it."""
+"""Previewed rows as one self-contained HTML page: no script, no font, no external address."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _BRANCHES = ("#4878a8", "#c0603a", "#5a9a5a", "#9a5a9a", "#a8892c", "#4a9a9a")
 
 
 def page(rows: Iterable[RowPreview], *, title: str, exif: str = "ignore") -> str:
-    """The page. Pictures are the squares that the model is shown, as small ones; ``exif`` as in `read_image`."""
+    """Return the page, with small copies of the squares that the model sees; ``exif`` as in `read_image`."""
     body = "\n".join(_row(row, exif) for row in rows)
     legend = (
         '<p><span class="t context">context</span> <span class="t trained">trained</span> '

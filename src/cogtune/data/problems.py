@@ -1,4 +1,4 @@
-"""Bad input found while reading a data set: collected, then raised together or skipped and counted.
+"""Bad input in a data set: collected, then raised together, or skipped and counted.
 
 Reading goes on after a bad picture or record, so that one run names everything that is wrong. Problems that leave
 nothing to read (no ``images/``, no labels, two label folders and no choice) are raised at once.
@@ -61,7 +61,7 @@ SKIP_HINT = "or leave bad records out with data.on_bad: skip"
 
 @dataclass(frozen=True)
 class Problem:
-    """``where`` is the file (and record), ``what`` says what was found and what was expected."""
+    """One problem. ``where``: file and record; ``what``: what was found and what was expected."""
 
     kind: str
     where: str
@@ -74,7 +74,7 @@ class Problem:
 
 
 class BadRecordError(Exception):
-    """Raised while one record is parsed; the caller knows the file and turns it into a `Problem`."""
+    """Raised while parsing one record; the caller knows the file and turns it into a `Problem`."""
 
     def __init__(self, kind: str, what: str) -> None:
         super().__init__(what)
@@ -84,7 +84,7 @@ class BadRecordError(Exception):
 
 @dataclass
 class Problems:
-    """Everything found wrong in one reading, with the number of records each problem costs."""
+    """All problems of one reading, with the number of records that each affects."""
 
     found: list[Problem] = field(default_factory=list)
     lost: Counter[str] = field(default_factory=Counter)
@@ -100,7 +100,7 @@ class Problems:
         """Raise unless the problems may be skipped.
 
         Args:
-            good: records read without a problem.
+            good: number of records without a problem.
 
         Raises:
             DataError: with ``error``, for any problem; with ``skip``, when more than ``max_share`` of all records are

@@ -17,13 +17,13 @@ from cogtune.data.record_json import is_unicode, parse_json, record_dialogues
 from cogtune.data.records import Conversation, Example
 from cogtune.data.report import DataReport, SourceReport
 
-# What file managers and archivers leave behind; nobody means these as data.
+# Files that file managers and archivers leave behind.
 _LITTER = {"thumbs.db", "desktop.ini", "__macosx"}
 
 
 @dataclass
 class _Pair:
-    """One picture and its label file while they are read: what came of them, and what was wrong."""
+    """One picture and its label file: what was read, and what was wrong."""
 
     stem: str
     image: Path
@@ -37,7 +37,7 @@ class _Pair:
 
 @dataclass(frozen=True)
 class FolderReader:
-    """How one data folder is read. ``name`` starts its keys; ``split_name`` is the root folder's own name."""
+    """Reads one data folder. ``name`` starts its keys; ``split_name`` is the root folder's own name."""
 
     root: Path
     name: str
@@ -50,12 +50,12 @@ class FolderReader:
     def read(
         self, problems: Problems, report: DataReport, done: Callable[[int, int], None] | None = None
     ) -> list[Example]:
-        """Examples in the order of their stems; problems and counts go into the first two arguments.
+        """Return examples in the order of their stems; problems and counts go into the first two arguments.
 
-        ``done`` is told how many pictures of how many are looked at.
+        ``done`` is called with the number of pictures checked and their total.
 
         Raises:
-            DataError: for a folder without pictures or labels, or with several label folders and no choice.
+            DataError: a folder without pictures or labels, or with several label folders and no choice between them.
         """
         label_folder = self._label_folder()
         images = _by_stem(self.root / "images", problems, labels=False)
@@ -130,7 +130,7 @@ class FolderReader:
                 refuse_unread_own(record, ("image",), (pair.image.name,), "folder")
             except BadRecordError as bad:
                 pair.problems.append((bad.kind, source, bad.what))
-                number += 1  # the records after it keep their ids when it is repaired
+                number += 1  # so that the ids of later records do not change when it is repaired
                 continue
             for turns in dialogues:
                 identity = f"{self.name}/{pair.stem}#{number}"
@@ -150,7 +150,7 @@ class FolderReader:
 
 
 def _by_stem(folder: Path, problems: Problems, *, labels: bool) -> dict[str, Path | None]:
-    """The folder's files by stem; None where two have the same.
+    """Map stems to the folder's files; None if two files share a stem.
 
     Stems are in Unicode's composed form: archives made on macOS decompose accents.
     """

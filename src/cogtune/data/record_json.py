@@ -1,4 +1,4 @@
-"""From the text of a label to turns: JSON, the shape of a record, roles and contents. No file is opened here."""
+"""Parse a label's text into turns: JSON, record shape, roles and contents. No file is opened here."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from cogtune.data.problems import BadRecordError
 from cogtune.data.records import Turn
 
-# A string literal (kept), or a comma that only closes a list or an object (dropped).
+# A string literal (kept), or a comma before a closing bracket (dropped).
 _TRAILING_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[\]}])', re.DOTALL)
 
 
 def parse_json(data: bytes) -> tuple[Any, bool]:
-    """``(value, repaired)``: UTF-8 JSON, with or without a byte order mark.
+    """Parse UTF-8 JSON, with or without a byte order mark, and return ``(value, repaired)``.
 
     Commas before a closing bracket, as in the sample on the published data set's card, are accepted and reported as a
     repair.
@@ -34,13 +34,13 @@ def parse_json(data: bytes) -> tuple[Any, bool]:
             try:
                 return json.loads(without_commas), True
             except (ValueError, RecursionError):
-                pass  # the message about the text as written is the useful one
+                pass  # report the error in the text as written
         found = f"not valid JSON ({error})" if text.strip() else "empty, a record was expected"
         raise BadRecordError("bad-json", found) from error
 
 
 def record_dialogues(record: Any, caption_question: str | None) -> list[tuple[Turn, ...]]:
-    """The independent conversations of one record: one for ``conversations``, one per entry of ``captions``.
+    """Return a record's independent dialogues: one for ``conversations``, one per entry of ``captions``.
 
     Raises:
         BadRecordError: for a wrong shape, role, order or content; the message says which turn.
@@ -77,7 +77,7 @@ def _dialogue(entries: list[Any]) -> tuple[Turn, ...]:
 
 
 def _content(entry: Any, number: int, roles: tuple[str, ...]) -> str:
-    """The checked content of the ``number``-th message (from 1)."""
+    """Return the checked content of message ``number`` (from 1)."""
     if not isinstance(entry, dict):
         raise BadRecordError("wrong-root", f"message {number} is {kind_of(entry)}, an object was expected")
     for key in ("role", "content"):
@@ -91,7 +91,7 @@ def _content(entry: Any, number: int, roles: tuple[str, ...]) -> str:
 
 
 def checked_text(value: Any, what: str) -> str:
-    """``value``, which messages call ``what``, if it is a text that says something.
+    """Return ``value`` if it is a non-blank string; ``what`` names it in the message.
 
     Raises:
         BadRecordError: ``content``.
@@ -106,10 +106,10 @@ def checked_text(value: Any, what: str) -> str:
 
 
 def identity_of(record: dict[str, Any]) -> str | None:
-    """The record's own id, if it has one.
+    """Return the record's own id, or None.
 
     Raises:
-        BadRecordError: ``id``, for one that is neither a text nor a whole number.
+        BadRecordError: ``id``, if it is neither a string nor a whole number.
     """
     if "id" not in record:
         return None
@@ -122,7 +122,7 @@ def identity_of(record: dict[str, Any]) -> str | None:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether ``text`` can be written as UTF-8 (JSON escapes and file names can hold lone surrogates)."""
+    """Return whether ``text`` can be encoded as UTF-8 (JSON escapes and file names can hold lone surrogates)."""
     if text.isascii():
         return True
     try:
@@ -133,7 +133,7 @@ def is_unicode(text: str) -> bool:
 
 
 def kind_of(value: Any) -> str:
-    """JSON's name of a value's type, with its article."""
+    """Return the JSON name of a value's type, with its article."""
     if value is None:
         return "null"
     names = {bool: "a boolean", int: "a number", float: "a number", str: "a text", list: "a list", dict: "an object"}

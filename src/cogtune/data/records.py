@@ -1,4 +1,4 @@
-"""What a data set is made of: turns, conversations, and examples.
+"""The parts of a data set: turns, conversations and examples.
 
 An `Example` is the unit of splitting, ordering and tree building: images and all conversations about them, or a
 text-only record. Each answer in it is trained as a sample of its own (`data.budget.Sample`).
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ImageRef = Path
-"""What names one image: its file. Features are kept by it, so equal references show the same pixels."""
+"""Identifies an image by its file. Features are stored under it: equal references mean equal pixels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Images, in their order, and all conversations about them; without an image, one text-only record.
+    """Images in order with all conversations about them, or one text-only record.
 
     ``key`` is ``folder/stem`` (JSONL: ``folder/relative path``; text-only: the record's id), where ``folder`` is as
     much of the data root's path as it takes to tell the roots apart. ``split_key`` uses the root's own name only, so
@@ -50,7 +50,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question of a data set with its reference history: what prediction and evaluation ask."""
+    """One question with its reference history, as prediction and evaluation ask it."""
 
     id: str
     turn: int
@@ -61,7 +61,7 @@ class Question:
 
 
 def iter_questions(examples: Iterable[Example]) -> Iterator[Question]:
-    """Every question in the order of the data set; ``turn`` counts from 0 and ``history`` holds the turns before it."""
+    """Yield every question in data set order; ``turn`` counts from 0, and ``history`` holds the turns before it."""
     for example in examples:
         for conversation in example.conversations:
             pairs = tuple((turn.question, turn.answer) for turn in conversation.turns)

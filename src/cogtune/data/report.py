@@ -1,4 +1,4 @@
-"""What was read: counts, what was left out and why, and a fingerprint. Written into a run's ``data.json``."""
+"""What was read: counts, what was left out and why, and a fingerprint. Saved as a run's ``data.json``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cogtune.data.formats.markers import left_tag
 from cogtune.data.picture_headers import PictureHeader
 from cogtune.data.records import Conversation, Example
 
-# Special tokens of Llama-3's tokenizer, which text that spells them is tokenised to.
+# Special tokens of Llama-3's tokenizer. Text that spells one is tokenised to that token.
 SPECIAL_TOKEN = re.compile(
     r"<\|(?:begin_of_text|end_of_text|start_header_id|end_header_id|eot_id|eom_id|step_id|python_tag"
     r"|finetune_right_pad_id|image|reserved_special_token_\d+)\|>"
@@ -73,7 +73,7 @@ class DataReport:
         self.animated += header.animated
 
     def close(self, examples: Iterable[Example]) -> None:
-        """Sum the sources, count special tokens in texts, and take the fingerprint."""
+        """Sum the sources, count special tokens in the texts, and compute the fingerprint."""
         examples = list(examples)
         self.special = sum(_has_special(conversation) for example in examples for conversation in example.conversations)
         for conversation in (one for example in examples if example.images for one in example.conversations):
@@ -90,7 +90,7 @@ class DataReport:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """A few sentences for the console, warnings last."""
+        """Return a few sentences for the console, warnings last."""
         only = f" ({self.text_only} of them without a picture)" if self.text_only else ""
         first = f"{self.pictures} pictures, {self.conversations} conversations{only}, {self.turns} questions"
         warnings = [f"warning: {what}{where and f' ({where})'}" for _, where, what in self.warnings()]
@@ -136,9 +136,9 @@ def _has_special(conversation: Conversation) -> bool:
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
-    """SHA-256 over keys, picture sizes in bytes, weights and all texts, in order.
+    """Return the SHA-256 of keys, picture sizes in bytes, weights and all texts, in order.
 
-    Neither the place of the folders nor modification times count, so a copied or moved data set is the same one.
+    Folder paths and modification times do not count, so a copied or moved data set has the same fingerprint.
     """
     digest = hashlib.sha256()
     for example in examples:

@@ -1,4 +1,4 @@
-"""Which samples share a row: all of an example's, or as many as ``data.max_row_tokens`` allows; and their tokens."""
+"""Group samples into rows: all samples of an example, or as many as ``data.max_row_tokens`` allows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from cogtune.processing.encode import Encoded, Encoder
 class RowPlan:
     """One row: samples of one example, and its length in tokens (BOS and images included).
 
-    With ``data.turns: one_random`` it holds every round that may be drawn, and ``tokens`` is the most it can take.
+    With ``data.turns: one_random`` it holds every round that can be drawn, and ``tokens`` is the largest possible
+    length.
     """
 
     example: int
@@ -26,7 +27,7 @@ class RowPlan:
 
 @dataclass(frozen=True, slots=True)
 class RowShape:
-    """What a row weighs: its images, all its tokens, those with a label, and the answers it trains."""
+    """Size of a row: images, tokens, labelled tokens, and trained answers."""
 
     images: int
     tokens: int
@@ -35,7 +36,7 @@ class RowShape:
 
 
 def shape_of(plan: RowPlan, *, images: int, one_random: bool) -> RowShape:
-    """The shape of a planned row; where one of several rounds is drawn, of the longest."""
+    """Return the shape of a planned row; if one of several rounds is drawn, of the longest."""
     rounds: dict[int, list[int]] = {}
     for sample in plan.samples:
         rounds.setdefault(sample.conversation, []).append(sample.answer)
@@ -44,7 +45,7 @@ def shape_of(plan: RowPlan, *, images: int, one_random: bool) -> RowShape:
 
 
 def encode_sample(encoder: Encoder, example: Example, sample: Sample, max_output_len: int) -> Encoded:
-    """The tokens of one sample of ``example``, as they are trained."""
+    """Return the tokens of one sample of ``example``, as trained."""
     turns = example.conversations[sample.conversation].turns
     turn = turns[sample.turn]
     history = [(past.question, past.answer) for past in turns[sample.first : sample.turn]]
@@ -82,13 +83,16 @@ def plan_rows(fitted: FittedExample, *, head: int, limit: int | None, one_random
 
 @dataclass(frozen=True, slots=True)
 class _Unit:
-    """Samples that stay in one row. ``prompt``: the tokens of a single one; None: one of several is drawn per epoch."""
+    """Samples that stay in one row.
+
+    ``prompt``: the tokens of a single sample; None: one of several is drawn per epoch.
+    """
 
     samples: list[Sample]
     prompt: list[int] | None
 
     def tokens_beside(self, shared: SharedPrefixes) -> int:
-        """Tokens this adds to a row that has ``shared``; for a drawn one the most it can be."""
+        """Return how many tokens this adds to a row that has ``shared``; for a drawn unit, the largest number."""
         if self.prompt is None:
             return max(sample.prompt + sample.answer for sample in self.samples)
         return shared.added(self.prompt) + self.samples[0].answer
@@ -104,15 +108,15 @@ def _conversations(fitted: FittedExample) -> list[_Unit]:
 
 
 class SharedPrefixes:
-    """Counts the tokens of a set of prompts when equal beginnings are stored once."""
+    """Counts the tokens of a set of prompts if equal prefixes are stored once."""
 
     def __init__(self) -> None:
         self._sorted: list[list[int]] = []
 
     def added(self, prompt: list[int]) -> int:
-        """Tokens that ``prompt`` would add: those after its longest common beginning with any earlier one.
+        """Return how many tokens ``prompt`` adds: those after its longest common prefix with an earlier prompt.
 
-        In sorted order, that beginning is shared with one of the two neighbours.
+        In sorted order, the longest common prefix is with one of the two neighbours.
         """
         place = bisect_left(self._sorted, prompt)
         neighbours = self._sorted[max(0, place - 1) : place + 1]
@@ -123,7 +127,7 @@ class SharedPrefixes:
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the longest common beginning."""
+    """Return the length of the longest common prefix."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,4 +1,4 @@
-"""Which rows every rank reads, in which order: a function of (seed, epoch) only, the same for any number of ranks."""
+"""Assigns rows to ranks and batches. The order depends on (seed, epoch) only, not on the number of ranks."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ RowIndex = tuple[int, int]
 Position = tuple[int, int]
 
 _ORDER, _DRAW, _BLOCKS = 0, 1, 2
-# Grouping by length: rows are sorted within windows, and runs of a sorted window are put in a new random order. Both
-# numbers are fixed, so that the order depends neither on ranks nor on batch sizes.
+# Sorting by length: windows of _WINDOW shuffled rows are sorted, then cut into blocks of _BLOCK, and all blocks are
+# shuffled. Both sizes are constants, so the order depends neither on ranks nor on batch sizes.
 _WINDOW, _BLOCK = 512, 16
 
 
 class EpochSampler:
     """Batches of ``(epoch, row)`` for one rank; None is a filler row. Use it as a DataLoader's ``batch_sampler``.
 
-    A global batch takes the next ``world_size * batch_size`` rows of the epoch's order, rank 0 first; a step takes the
-    next ``accumulation`` global batches, fewer at an epoch's end. All ranks yield the same number of batches; only an
-    epoch's last global batch can hold fillers. With ``most_tokens`` a rank's rows of a step are the same, but cut into
-    batches of at most that many tokens; a rank with fewer batches than another in a step gets fillers.
+    A global batch is the next ``world_size * batch_size`` rows of the epoch's order, rank 0's rows first. A step is the
+    next ``accumulation`` global batches, fewer at the end of an epoch. All ranks yield the same number of batches,
+    since engines communicate in each of them; only an epoch's last global batch can hold fillers. With ``most_tokens``,
+    a rank's rows of a step are the same but are cut into batches of at most that many tokens; a rank with fewer batches
+    than another gets filler batches.
 
-    A position is ``(epoch, rows of it already taken, over all ranks)``. It means the same under any number of ranks.
+    A position is ``(epoch, rows already taken from it over all ranks)``, so it is valid for any number of ranks.
 
     Args:
-        weights: how often an epoch shows each row: floor(w) times, and once more by a seeded draw of the fraction.
+        weights: how often an epoch shows each row: floor(w) times, plus once with the probability of the fraction.
         epochs: iteration ends before this epoch.
-        start: the position to begin from, as after a resume.
+        start: the first position, after a resume for example.
         shuffle: False keeps the rows in their own order, for validation.
-        lengths: tokens of every row; needed by the next two.
-        by_length: the order brings rows of similar length together.
-        most_tokens: of a batch, instead of ``batch_size`` rows; a longer row is a batch of its own.
+        lengths: tokens of every row; required by the next two.
+        by_length: put rows of similar length next to each other.
+        most_tokens: token limit of a batch, instead of ``batch_size`` rows; a longer row is a batch of its own.
     """
 
     def __init__(
@@ -83,11 +84,11 @@ class EpochSampler:
         return self.world_size * self.batch_size
 
     def order(self, epoch: int) -> npt.NDArray[np.int64]:
-        """The rows of an epoch in the order in which they are trained."""
+        """Return the rows of an epoch in training order."""
         return self._order(epoch)
 
     def rows_in_epoch(self, epoch: int) -> int:
-        """How many rows an epoch shows; with fractional weights it varies a little between epochs."""
+        """Return the rows of an epoch; with fractional weights it varies a little between epochs."""
         return len(self._counts(epoch)) if self._weights is None else int(self._counts(epoch).sum())
 
     @property
@@ -96,11 +97,13 @@ class EpochSampler:
         return self.global_batch * self.accumulation
 
     def steps_in_epoch(self, epoch: int, rows_taken: int = 0) -> int:
-        """How many steps an epoch still has after ``rows_taken`` of its rows."""
+        """Return the steps left in an epoch after ``rows_taken`` of its rows."""
         return -(-max(0, self.rows_in_epoch(epoch) - rows_taken) // self.step_rows)
 
+    # -(-a // b) is division rounded up, here and below
+
     def step(self, position: Position) -> tuple[int, Position]:
-        """How many batches every rank gets in the step at ``position``, and where the sampler stands after it."""
+        """Return the number of batches per rank in the step at ``position``, and the position after it."""
         epoch, taken = position
         end = min(taken + self.step_rows, self.rows_in_epoch(epoch))
         batches = -(-(end - taken) // self.global_batch)
@@ -109,7 +112,7 @@ class EpochSampler:
         return batches, (epoch + 1, 0) if end == self.rows_in_epoch(epoch) else (epoch, end)
 
     def __len__(self) -> int:
-        """Batches of this rank from ``start`` to the end of the last epoch."""
+        """Return this rank's batches from ``start`` to the end of the last epoch."""
         position, batches = self.start, 0
         while position[0] < self.epochs:
             found, position = self.step(position)
@@ -125,18 +128,21 @@ class EpochSampler:
             position = after
 
     def _cut(self, epoch: int, taken: int, rank: int) -> list[list[RowIndex | None]]:
-        """The batches of a rank in the step that begins after ``taken`` rows."""
+        """Return a rank's batches in the step that starts after ``taken`` rows."""
         order = self.order(epoch)
+        # this rank's slice of every global batch of the step
         parts = [
             order[base + rank * self.batch_size :][: self.batch_size].tolist()
             for base in range(taken, min(taken + self.step_rows, len(order)), self.global_batch)
         ]
         batches: list[list[RowIndex | None]] = []
+        # fixed number of rows: the slices are the batches, filled up with None
         if self.most_tokens is None:
             for part in parts:
                 batches.append([(epoch, row) for row in part])
                 batches[-1] += [None] * (self.batch_size - len(part))
             return batches
+        # token limit: pack the same rows greedily, in order
         room = 0
         for row in chain.from_iterable(parts):
             length = int(self._lengths[row])
@@ -148,10 +154,11 @@ class EpochSampler:
         return batches
 
     def _counts(self, epoch: int) -> npt.NDArray[np.int64]:
-        """How often each row is shown in an epoch."""
+        """Return how often each row is shown in an epoch."""
         if self._weights is None:
             return np.ones(self.num_rows, dtype=np.int64)
         whole = np.floor(self._weights)
+        # uniform float64 in [0, 1) from the upper 53 bits
         draws = (self._raw(epoch, _DRAW, self.num_rows) >> np.uint64(11)) * 2.0**-53
         return (whole + (draws < self._weights - whole)).astype(np.int64)
 
@@ -163,7 +170,7 @@ class EpochSampler:
         return self._grouped(rows, epoch) if self._by_length else rows
 
     def _grouped(self, rows: npt.NDArray[np.int64], epoch: int) -> npt.NDArray[np.int64]:
-        """The same rows with similar lengths side by side: blocks of a sorted window, in random order."""
+        """Return the rows with similar lengths next to each other, in shuffled blocks."""
         windows = [rows[start : start + _WINDOW] for start in range(0, len(rows), _WINDOW)]
         windows = [window[np.argsort(self._lengths[window], kind="stable")] for window in windows]
         blocks = [window[start : start + _BLOCK] for window in windows for start in range(0, len(window), _BLOCK)]
@@ -172,7 +179,7 @@ class EpochSampler:
         return np.concatenate([blocks[i] for i in np.argsort(self._raw(epoch, _BLOCKS, len(blocks)), kind="stable")])
 
     def _raw(self, epoch: int, purpose: int, count: int) -> npt.NDArray[np.uint64]:
-        """Random 64-bit numbers. Raw bit streams never change between numpy releases; its ``permutation`` may."""
+        """Return random 64-bit numbers. PCG64's raw stream is stable across numpy releases; ``permutation`` is not."""
         entropy = np.random.SeedSequence([self.seed, epoch, purpose])
         return np.asarray(np.random.PCG64(entropy).random_raw(count), dtype=np.uint64)
 

@@ -1,4 +1,4 @@
-"""From ``data.path`` to examples: finds each entry's format, names it, reads it and settles what was wrong."""
+"""Read ``data.path`` into examples: detect each entry's format, name it, read it, and report what was wrong."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cogtune.configuration.input_sections import SourceSection
 
 Done = Callable[[int, int], None]
-"""Told how many pictures of how many of an entry are looked at."""
+"""Called with the number of an entry's pictures that were checked, and their total."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _places(data: SourceSection) -> Places:
 
 
 def _entries(item: Any, data: SourceSection, report: DataReport) -> list[_Entry]:
-    """``item``: a path, or an object with ``path`` and ``weight``."""
+    """Yield the formats found in ``item``: a path, or an object with ``path`` and ``weight``."""
     plain = isinstance(item, (str, os.PathLike))
     path, weight = (Path(item), 1.0) if plain else (Path(item.path), float(item.weight))
     sources = find_sources(path.expanduser(), data.format, data.split, report.notes)
@@ -126,7 +126,7 @@ def _absolute(path: Path) -> Path:
 
 
 def _names(paths: Sequence[Path]) -> dict[Path, str]:
-    """For each path its own name, with as many parents as it takes to tell the different ones apart."""
+    """Map each path to its own name, with as many parents as needed to distinguish the paths."""
     names: dict[Path, str] = {}
     absolute = {path: _absolute(path).parts for path in paths}
     different = set(absolute.values())
@@ -139,7 +139,7 @@ def _names(paths: Sequence[Path]) -> dict[Path, str]:
 
 
 def _merged(examples: list[Example]) -> list[Example]:
-    """Join examples whose images several files of records name with the same weight; the first place counts."""
+    """Join examples with the same images and weight from several records files, at the first one's place."""
     merged: dict[tuple[str, float], Example] = {}
     for example in examples:
         slot = (example.key, example.weight)
@@ -153,7 +153,7 @@ def _merged(examples: list[Example]) -> list[Example]:
 
 
 def _without_repeated_ids(examples: list[Example], problems: Problems) -> list[Example]:
-    """Drop and report every conversation whose id was used before: predictions are found by their ids."""
+    """Drop and report conversations whose id was used before: predictions are found by their ids."""
     seen: dict[str, str] = {}
     kept: list[Example] = []
     for example in examples:

@@ -1,4 +1,4 @@
-"""Training and validation examples: a seeded hash of each example's key decides, or the user's own folders do."""
+"""Split examples into training and validation: by a seeded hash of each key, or by the user's own folders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DataSplit:
-    """What a run reads. ``validation_report`` is None unless validation has folders of its own."""
+    """The data of a run. ``validation_report`` is None unless validation has its own folders."""
 
     train: list[Example]
     validation: list[Example]
@@ -27,7 +27,7 @@ class DataSplit:
     validation_report: DataReport | None = None
 
     def to_dict(self) -> dict[str, object]:
-        """Counts and fingerprints for ``data.json``."""
+        """Return counts and fingerprints for ``data.json``."""
         own = self.validation_report
         return {
             **self.report.to_dict(),
@@ -38,10 +38,10 @@ class DataSplit:
 
 
 def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """``(train, validation)``, both in the given order.
+    """Return ``(train, validation)``, both in the given order.
 
-    Each example's side depends on (seed, its own key) only: adding records moves nothing. Examples that show the same
-    file go the same way, as do text-only records with the same text.
+    The side of an example depends on (seed, key) only, so adding records moves no other. Examples that show the same
+    file go to the same side, as do text-only records with the same text.
     """
     if share <= 0:
         return list(examples), []
@@ -55,9 +55,9 @@ def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Ex
 
 
 def read_and_split(data: DataSection, seed: int, *, max_images: int = 1) -> DataSplit:
-    """Everything a training run reads, split as ``data.validation`` or ``data.validation_share`` says.
+    """Read all data of a training run, split by ``data.validation`` or ``data.validation_share``.
 
-    ``max_images``: how many images a prompt of the model takes.
+    ``max_images``: the most images a prompt of the model takes.
 
     Raises:
         DataError: for bad input; when a picture is in both training and validation folders; when nothing is left to
@@ -83,16 +83,19 @@ def read_and_split(data: DataSection, seed: int, *, max_images: int = 1) -> Data
 
 
 def _draw(key: str, seed: int) -> float:
-    """A number in [0, 1) from the key and the seed, the same on every machine."""
+    """Return a number in [0, 1) from key and seed, the same on every machine."""
     digest = hashlib.sha256(f"{seed}\0{key}".encode()).digest()
     return int.from_bytes(digest[:7], "big") / 2.0**56
 
 
 def _keys_by_file(examples: Iterable[Example]) -> dict[str, str]:
-    """For each image file one key. Files that examples show together form a group, whose key is the first in
-    alphabetical order of its examples' own."""
+    """Map each image file to one key.
+
+    Files that an example shows together form a group, whose key is the alphabetically first key of its examples.
+    """
     shown = [(example.split_key, [os.path.realpath(image) for image in example.images]) for example in examples]
-    parent = {file: file for _, files in shown for file in files}  # a forest, one tree for all files that go together
+    # union-find: a forest with one tree per group of files
+    parent = {file: file for _, files in shown for file in files}
 
     def root(file: str) -> str:
         while parent[file] != file:
@@ -111,7 +114,7 @@ def _keys_by_file(examples: Iterable[Example]) -> dict[str, str]:
 
 
 def refuse_overlap(train: Iterable[Example], validation: Iterable[Example]) -> None:
-    """Raise DataError ``data-overlap`` where both have a picture file, or the text of a text-only record."""
+    """Raise DataError ``data-overlap`` if both share a picture file or a text-only record's text."""
     trained = {place: example for example in train for place in _places(example)}
     for example in validation:
         for place in _places(example):
@@ -126,5 +129,5 @@ def refuse_overlap(train: Iterable[Example], validation: Iterable[Example]) -> N
 
 
 def _places(example: Example) -> set[str]:
-    """What an example shows: its image files, or its text."""
+    """Return what an example shows: its image files, or its text."""
     return {os.path.realpath(image) for image in example.images} or {example.split_key}

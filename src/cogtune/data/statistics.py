@@ -1,4 +1,4 @@
-"""Numbers that describe texts: lengths, languages, and how evenly short answers are spread."""
+"""Statistics of texts: lengths, languages, and how evenly short answers are distributed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TRACKED = 100_000
 
 @dataclass
 class Histogram:
-    """How many values lie in each range; ``counts[i]`` from ``edges[i - 1]`` up to ``edges[i]``, that one excluded."""
+    """Counts per range; ``counts[i]`` covers ``edges[i - 1]`` up to, not including, ``edges[i]``."""
 
     counts: list[int] = field(default_factory=lambda: [0] * (len(_EDGES) + 1))
     total: int = 0
@@ -39,7 +39,7 @@ class Histogram:
         self.most = max(self.most, value)
 
     def ranges(self) -> list[tuple[str, int]]:
-        """``(range, count)`` from the first to the last range that holds something."""
+        """Return ``(range, count)`` from the first to the last non-empty range."""
         low = (0, *_EDGES)
         names = [f"{a}" if b - a == 1 else f"{a}-{b - 1}" for a, b in zip(low, _EDGES, strict=False)]
         names.append(f"{_EDGES[-1]}+")
@@ -53,7 +53,7 @@ class Histogram:
 
 @dataclass
 class Answers:
-    """Which answers there are. Closed ones are short and few: then how often each comes matters."""
+    """Distribution of answers. Closed answers are short and few, so that the count of each matters."""
 
     counts: Counter[str] = field(default_factory=Counter)
     long: int = 0
@@ -68,7 +68,7 @@ class Answers:
 
     @property
     def closed(self) -> bool:
-        """Whether the data asks for one of a few answers: most are short, and each comes ten times on average."""
+        """Does the data ask for one of a few answers? Most are short, and each occurs ten times on average."""
         short = self.counts.total()
         return short > self.long and short >= 10 * len(self.counts)
 
@@ -85,7 +85,7 @@ class Answers:
 
 
 def script_of(text: str) -> str:
-    """The writing most of the text's letters are in, as a name; kana make it Japanese. ``none`` without letters."""
+    """Return the script of most of the text's letters; kana mean Japanese, ``none`` means no letters."""
     if text.isascii():
         return "Latin" if _SCRIPTS["Latin"].search(text) else "none"
     counts = {name: len(pattern.findall(text)) for name, pattern in _SCRIPTS.items()}

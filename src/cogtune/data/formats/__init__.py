@@ -1,1 +1,1 @@
-"""Formats of other tools, read as they are: each module turns a file into `cogtune.data.formats.item.Item`."""
+"""Readers for other tools' formats: each module turns a file into `cogtune.data.formats.item.Item`."""

@@ -23,7 +23,7 @@ from cogtune.system.names import inside
 
 _SHARD = re.compile(r"(?P<split>.+?)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?$")
 _READ = ("id", "question", "answer", "caption", "captions", "text")
-_BATCH = 64  # rows in memory at once; a row may hold a picture of several MB
+_BATCH = 64  # rows in memory at once; one row can hold a picture of several MB
 
 
 def items(file: Path, rules: RecordRules) -> Iterator[Item]:
@@ -49,9 +49,9 @@ def items(file: Path, rules: RecordRules) -> Iterator[Item]:
 
 
 def split_files(folder: Path, split: str | None) -> tuple[list[Path], str | None]:
-    """The files of one split of a data set folder, and a note about the splits that are not read.
+    """Return the files of one split of a data set folder, and a note about splits that are not read.
 
-    Understood are what ``save_to_disk`` writes (``dataset_dict.json`` or ``state.json`` beside ``.arrow`` files) and a
+    Supported are what ``save_to_disk`` writes (``dataset_dict.json`` or ``state.json`` next to ``.arrow`` files) and a
     repository's ``.parquet`` files, in the folder or in ``data``, split by their names or folders.
 
     Raises:
@@ -89,13 +89,13 @@ def _splits(folder: Path) -> dict[str, list[Path]]:
         if files:
             break
     plain = [name for name in found if name not in ("train", "test", "validation", "val", "dev")]
-    if found and len(plain) == len(found):  # names that are no splits: all files are one set
+    if found and len(plain) == len(found):  # the names are not splits: all files are one set
         return {"train": [file for files in found.values() for file in files]}
     return found
 
 
 def _saved_files(folder: Path) -> list[Path]:
-    """The files that ``state.json`` lists, in its order."""
+    """Return the files that ``state.json`` lists, in its order."""
     state = folder / "state.json"
     try:
         names = [entry["filename"] for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
@@ -146,7 +146,7 @@ def _check_columns(names: list[str], where: str) -> None:
 def _later(row: dict[str, Any], rules: RecordRules) -> Callable[[], Content]:
     def read() -> Content:
         if "messages" in row or "conversations" in row:
-            # Arrow fills what a part or message does not have with null
+            # Arrow fills fields that a part or message lacks with null
             return read_conversation(_without_nulls(row), rules, "hf")
         pictures = "image" if "image" in row else "images"
         images = row[pictures]

@@ -14,10 +14,10 @@ from cogtune.data.records import Turn
 
 
 def items(file: Path, rules: RecordRules) -> Iterator[Item]:
-    """One record per annotation, in the file's order; its question is ``data.caption_question``.
+    """Yield one record per annotation, in the file's order; its question is ``data.caption_question``.
 
     Raises:
-        DataError: a file that is not of this format.
+        DataError: the file is not in this format.
     """
     root, repaired = read_json(file)
     images, annotations = (root.get(key) if isinstance(root, dict) else None for key in ("images", "annotations"))

@@ -1,4 +1,4 @@
-"""Which format an entry of ``data.path`` is in: told by its files, or named by ``data.format``."""
+"""Detect the format of an entry of ``data.path`` from its files, unless ``data.format`` names it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SNIFFED = 2**20
 
 @dataclass(frozen=True)
 class Source:
-    """Files of one format below ``root``; none for ``folder``."""
+    """Files of one format below ``root``; empty for the format ``folder``."""
 
     form: str
     root: Path
@@ -31,13 +31,13 @@ class Source:
 
 
 def find_sources(path: Path, form: str, split: str | None, notes: list[str]) -> list[Source]:
-    """What ``path`` holds, by format; ``notes`` gets what is there and not read.
+    """Find the files of ``path`` by format; ``notes`` receives a line for what is there and not read.
 
     Args:
         form: ``data.format``.
 
     Raises:
-        DataError: nothing there, nothing that is known, or something else than ``form``.
+        DataError: nothing there, no known format, or another format than ``form``.
     """
     if not path.exists():
         raise Problem("no-such-path", str(path), "no such file or folder").error()
@@ -88,7 +88,7 @@ def _in_folder(path: Path, form: str, split: str | None, notes: list[str]) -> li
 
 
 def _by_format(path: Path, files: list[Path], lines: list[Path], notes: list[str]) -> Iterator[Source]:
-    """JSON lines if there are any; else JSON files that are data; else tables."""
+    """Yield JSON lines if there are any; else JSON files that hold data; else tables."""
     chosen = lines
     if not chosen:
         chosen = [file for file in files if file.suffix.lower() == ".json" and sniff(file) is not None]
@@ -111,13 +111,13 @@ def _file_format(file: Path, form: str) -> str:
 
 
 def _unknown(file: Path) -> str:
-    read_json(file)  # a file that is no JSON at all has its own message
+    read_json(file)  # a file that is not JSON has its own message
     what = "no known format: a list of conversations, COCO captions or VQA questions were expected"
     raise Problem("format", str(file), what).error()
 
 
 def _is_saved(path: Path) -> bool:
-    """Whether a folder is a Hugging Face data set: what ``save_to_disk`` wrote, or Parquet files."""
+    """Return whether a folder is a Hugging Face data set: written by ``save_to_disk``, or Parquet files."""
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return True
     return any(next(path.glob(pattern), None) for pattern in ("*.parquet", "data/*.parquet", "*.arrow"))
@@ -136,7 +136,7 @@ def _flat(pairs: list[tuple[Path, Path]]) -> tuple[Path, ...]:
 
 
 def sniff(file: Path) -> str | None:
-    """The format of a ``.json`` or ``.jsonl`` file by its first record; None where it is none of them."""
+    """Return the format of a ``.json`` or ``.jsonl`` file from its first record, or None."""
     try:
         if file.suffix.lower() in LINES:
             line = next((line for _, line in numbered_lines(file)), b"")
@@ -151,7 +151,7 @@ def sniff(file: Path) -> str | None:
 
 
 def _first_of_list(head: str, file: Path) -> Any:
-    """The first record of a list, without parsing the rest where that can be avoided: such files are large."""
+    """Return the first record of a list; such files are large, so the rest is not parsed if possible."""
     try:
         return json.JSONDecoder().raw_decode(head[1:].lstrip())[0]
     except ValueError:

@@ -1,4 +1,4 @@
-"""JSON lines and JSON lists of conversations: our own records, LLaVA, ShareGPT, ms-swift, OpenAI."""
+"""JSON lines and JSON lists of conversations: cogtune's own records, LLaVA, ShareGPT, ms-swift, OpenAI."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LINES = (".jsonl", ".ndjson")
 
 
 def items(file: Path, form: str, rules: RecordRules) -> Iterator[Item]:
-    """The records of a ``.jsonl`` file, or of a ``.json`` file with a list of them.
+    """Yield the records of a ``.jsonl`` file, or of a ``.json`` file with a list.
 
     Raises:
         DataError: a file that cannot be read, or whose root is no list.
@@ -39,7 +39,7 @@ def items(file: Path, form: str, rules: RecordRules) -> Iterator[Item]:
 
 
 def own_record(record: Any, rules: RecordRules) -> Content:
-    """A record of ours with its ``image``."""
+    """Parse a record in cogtune's own form, with its ``image``."""
     dialogues = record_dialogues(record, rules.caption_question)
     if "image" not in record:
         raise BadRecordError("image-path", 'the record has no "image"')
@@ -68,7 +68,7 @@ def _later(record: Any, parse: Parse, repaired: bool) -> Callable[[], Content]:
 
 
 def read_json(file: Path) -> tuple[Any, bool]:
-    """``(root, repaired)`` of a JSON file.
+    """Return ``(root, repaired)`` of a JSON file.
 
     Raises:
         DataError: it cannot be read, or is no JSON.
@@ -82,7 +82,7 @@ def read_json(file: Path) -> tuple[Any, bool]:
 
 
 def numbered_lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """``(number from 1, line)`` of every line that is not blank."""
+    """Yield ``(number from 1, line)`` for every line that is not blank."""
     try:
         with file.open("rb") as stream:
             for number, line in enumerate(stream, start=1):

@@ -1,4 +1,4 @@
-"""CSV and TSV with a header: ``image,question,answer``, or ``image,caption``; ``id`` if there is one."""
+"""CSV and TSV with a header: ``image,question,answer`` or ``image,caption``, and optionally ``id``."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _LARGEST_CELL = 2**27
 
 
 def items(file: Path, rules: RecordRules) -> Iterator[Item]:
-    """One record per row; rows are counted as lines of the file, the header being line 1.
+    """Yield one record per row. Rows are numbered as lines of the file; the header is line 1.
 
     Raises:
-        DataError: a file that is not UTF-8 or whose header lacks a column.
+        DataError: the file is not UTF-8, or its header lacks a column.
     """
     try:
         text = file.read_bytes().decode("utf-8-sig")
@@ -49,7 +49,7 @@ def items(file: Path, rules: RecordRules) -> Iterator[Item]:
 
 
 def check_columns(header: list[str], where: str) -> None:
-    """Refuse a table without the columns that are read.
+    """Raise if the header lacks a required column.
 
     Raises:
         DataError: ``data-columns``, with the columns found.
@@ -80,7 +80,7 @@ def _later(header: list[str], row: list[str], rules: RecordRules) -> Callable[[]
 
 
 def row_content(row: Mapping[str, str], rules: RecordRules) -> Content:
-    """The record of one row of texts."""
+    """Build the record of one row."""
     image = row["image"].strip()
     if not image:
         raise BadRecordError("image-path", f"the cell image is empty; a text-only row says {TEXT_ONLY}")

@@ -1,6 +1,6 @@
 """VQAv2: a questions file and an annotations file, matched by ``question_id``.
 
-The answer that is trained is the annotation's ``multiple_choice_answer``, the most frequent of the ten.
+The trained answer is the annotation's ``multiple_choice_answer``, the most frequent of ten.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from cogtune.data.records import Turn
 
 
 def pair_files(path: Path) -> list[tuple[Path, Path]]:
-    """``(questions, annotations)`` of a folder, or of one of the two files and its partner beside it.
+    """Return ``(questions, annotations)`` of a folder, or of one of the two files and its partner in the same folder.
 
-    Of several pairs, files belong together whose names differ only by what tells the two kinds apart.
+    If there are several pairs, files match whose names differ only in the part that tells questions from annotations.
 
     Raises:
-        DataError: a file without its partner.
+        DataError: a file without a partner.
     """
     folder = path if path.is_dir() else path.parent
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() == ".json" and file.is_file())
@@ -102,7 +102,9 @@ def _later(
 
 
 def picture_names(image_id: Any, subtype: str | None) -> tuple[str, ...]:
-    """Where COCO keeps a picture: its name of 2014 (with the subset) and of 2017, alone and in the subset's folder."""
+    """Return the possible paths of a COCO picture: its 2014 name (with the subset) and its 2017 name, alone and in the
+    subset's folder.
+    """
     if isinstance(image_id, str) and not image_id.isdigit():
         return (image_id,)
     try:
