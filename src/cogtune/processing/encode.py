@@ -1,8 +1,8 @@
-"""From question, history and answer to token ids, types and labels: the one place for training and for chat.
+"""Encode question, history and answer into token ids, types and labels; shared by training and chat.
 
 A sequence is BOS, the images' placeholder positions, the prompt's text and, in training, the answer and EOS. A model of
-video frames reads a frame's number behind it. The placeholder id is also the padding id and may even occur in text;
-only the types tell an image's positions apart.
+video frames reads a frame's number after each image. The placeholder id is also the padding id and can occur in text,
+so only the types identify an image's positions.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ TEXT, IMAGE = 0, 1
 Part = Sequence[int] | Literal["image"]
 """A piece of a prompt: the tokens of a text, or an image."""
 
-_REMEMBERED, _LONGEST_REMEMBERED = 4096, 256  # texts, and characters of one
+_REMEMBERED, _LONGEST_REMEMBERED = 4096, 256  # most cached texts, and most characters of one
 
 
 @dataclass(frozen=True)
 class Encoded:
     """One sequence; the three lists have the same length.
 
-    ``token_type_ids`` is 1 on the images' positions, ``labels`` is -100 before the answer, ``prompt_len`` counts what
-    comes before the answer (BOS and images included).
+    ``token_type_ids`` is 1 at image positions. ``labels`` is -100 before the answer. ``prompt_len`` counts the tokens
+    before the answer, BOS and images included.
     """
 
     input_ids: list[int]
@@ -41,7 +41,7 @@ class Encoded:
 
 
 class Encoder:
-    """Builds `Encoded` sequences. Sees no pixels: it knows how many positions an image takes and what follows.
+    """Builds `Encoded` sequences without pixels: it knows only how many positions an image takes.
 
     Text that contains special tokens as strings is tokenised as the published code does: to those tokens' ids.
 
@@ -74,7 +74,7 @@ class Encoder:
         self.eos_id = eos_id
         self.image_id = image_id
         self.template = check_template(template)
-        # Short questions and answers come back all the time ("yes"), and asking the tokenizer costs more than they do.
+        # Short questions and answers ("yes") repeat often, and a cache lookup is faster than the tokenizer.
         self._known: dict[str, list[int]] = {}
 
     def encode(
@@ -95,7 +95,10 @@ class Encoder:
         return self.assemble(parts, answer_ids)
 
     def assemble(self, parts: Sequence[Part], answer_ids: Sequence[int] | None = None) -> Encoded:
-        """Join BOS, ``parts`` and the answer; ``answer_ids`` without EOS, None for a sequence to be continued."""
+        """Join BOS, ``parts`` and the answer.
+
+        ``answer_ids`` has no EOS; None leaves the sequence open for generation.
+        """
         ids, types = [self.bos_id], [TEXT]
         for part in parts:
             if isinstance(part, str):
@@ -113,7 +116,7 @@ class Encoder:
         )
 
     def image_parts(self, images: int, template: str | None = None) -> list[Part]:
-        """What stands before a prompt's text: ``images`` images, each with the text behind it, if there is any.
+        """Return what precedes a prompt's text: ``images`` images, each followed by its text if the template has one.
 
         Raises:
             InputError: more images than the model takes.
@@ -137,7 +140,7 @@ class Encoder:
             )
 
     def head_tokens(self, images: int, template: str | None = None) -> int:
-        """How many tokens stand before a prompt's text: BOS, ``images`` images and the texts behind them.
+        """Return the number of tokens before a prompt's text: BOS, ``images`` images and their texts.
 
         Raises:
             InputError: more images than the model takes.
@@ -146,14 +149,15 @@ class Encoder:
         return 1 + sum(self.num_image_tokens if isinstance(part, str) else len(part) for part in parts)
 
     def prompt_ids(self, query: str, history: Turns = (), template: str | None = None) -> list[int]:
-        """The tokens of the prompt's text, without BOS and images.
+        """Return the tokens of the prompt's text, without BOS and images.
 
-        The joined text is tokenised as a whole: tokens merge across the parts (a full stop and a newline, for example).
+        The joined text is tokenised as a whole, because tokens merge across parts (a full stop and a newline, for
+        example).
         """
         return self._ids(build_prompt(query, history, self.template if template is None else template))
 
     def answer_ids(self, answer: str) -> list[int]:
-        """The tokens of an answer as a target, without EOS: tokenised on its own, with no space before it."""
+        """Return the tokens of an answer as a target, without EOS: tokenised separately, with no space before it."""
         if not isinstance(answer, str):
             raise InputError(f"the answer is {type(answer).__name__}, not text")
         return self._ids(answer)

@@ -24,7 +24,7 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 PREPROCESSING = 1
-"""Changes whenever the same picture would give other numbers, so that nothing computed from the old ones is reused."""
+"""Increased whenever preprocessing gives other numbers for a picture, which invalidates cached features."""
 
 _HEADER_LOCK = threading.Lock()
 
@@ -63,7 +63,7 @@ def to_rgb(image: Image.Image, where: str, *, exif: str = "ignore") -> Image.Ima
         return image.convert("RGB")
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's decoders answer damaged data with nearly any exception
+    except Exception as error:  # Pillow's decoders raise nearly any exception for damaged data
         raise DataError(
             f"{where}: the picture is incomplete or damaged ({error})",
             hint="copy or download it again, or remove it together with its label",
@@ -81,14 +81,14 @@ def preprocess(image: Image.Image, size: int) -> torch.Tensor:
 
 
 def resize(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
-    """The first half of `preprocess`: uint8 ``[size, size, 3]``, which decides everything that follows."""
+    """Resize, the first half of `preprocess`: uint8 ``[size, size, 3]``. The second half depends on nothing else."""
     if image.mode != "RGB":
         image = image.convert("RGB")
     return np.array(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def normalise(resized: npt.NDArray[np.uint8]) -> torch.Tensor:
-    """The second half of `preprocess`: float32 ``[3, size, size]`` from uint8 ``[size, size, 3]``."""
+    """Normalise, the second half of `preprocess`: float32 ``[3, size, size]`` from uint8 ``[size, size, 3]``."""
     import torch
 
     pixels = torch.from_numpy(resized).permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
@@ -102,7 +102,7 @@ def _per_channel(values: tuple[float, ...]) -> torch.Tensor:
 
 
 def _open_header(path: Path, max_pixels: int | None) -> Image.Image:
-    """Read the header only, and refuse too many pixels."""
+    """Read only the header, and refuse pictures with too many pixels."""
     try:
         image = _open_any_size(path) if max_pixels is not None else Image.open(path, formats=known_formats())
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -113,7 +113,7 @@ def _open_header(path: Path, max_pixels: int | None) -> Image.Image:
             hint=f"check the file, or convert it to one of {', '.join(known_formats())}",
             code="image-unreadable",
         ) from error
-    except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow's plugins raise for broken headers
+    except (OSError, ValueError, SyntaxError, EOFError) as error:  # exceptions of Pillow's plugins for broken headers
         raise DataError(
             f"{path}: the picture cannot be read ({error})",
             hint="check the file's permissions, or copy or download it again",
@@ -127,7 +127,7 @@ def _open_header(path: Path, max_pixels: int | None) -> Image.Image:
 
 
 def _open_any_size(path: Path) -> Image.Image:
-    """``Image.open`` without Pillow's own pixel limit, which would win over a higher ``max_pixels``."""
+    """Open without Pillow's own pixel limit, which would override a higher ``max_pixels``."""
     with _HEADER_LOCK:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:

@@ -1,4 +1,4 @@
-"""What a processor reads from a checkpoint: configuration and tokenizer files of a folder or a hub repository."""
+"""Read a checkpoint's configuration and tokenizer files from a folder or a hub repository."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OPTIONAL_FILES = ("special_tokens_map.json", "added_tokens.json", "chat_template
 
 
 def find_folder(path_or_id: str | os.PathLike[str], **hub: Any) -> Path:
-    """The folder itself, or the local copy of a hub repository's small files (never weights, never code).
+    """Return the folder itself, or the local copy of a hub repository's small files (never weights, never code).
 
     Args:
         hub: ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``force_download`` of huggingface_hub.
@@ -54,7 +54,8 @@ def _download(path_or_id: str | os.PathLike[str], folder: Path, hub: dict[str, A
         )
     try:
         return Path(snapshot_download(name, allow_patterns=[*REQUIRED_FILES, *OPTIONAL_FILES], **hub))
-    except (OSError, HFValidationError) as error:  # also what huggingface_hub raises for no network and no such id
+    # huggingface_hub raises it for a missing network and for an unknown id
+    except (OSError, HFValidationError) as error:
         raise CheckpointError(
             f"{name}: neither a folder here nor a hub repository that can be read ({str(error).strip():.300})",
             hint="check the name and the network, or download the checkpoint and give its folder",
@@ -63,7 +64,7 @@ def _download(path_or_id: str | os.PathLike[str], folder: Path, hub: dict[str, A
 
 
 def read_config(folder: Path) -> CogVLM2Config:
-    """The folder's ``config.json``, with everything a processor needs.
+    """Read the folder's ``config.json`` and check that it has everything a processor needs.
 
     Raises:
         CheckpointError: not readable, without a special id, or with an unknown template.
@@ -87,7 +88,7 @@ def read_config(folder: Path) -> CogVLM2Config:
 
 
 def special_ids(config: CogVLM2Config) -> tuple[int, int, int]:
-    """BOS, the EOS that ends an answer (the first one), and the picture's placeholder, which is also padding.
+    """Return BOS, the EOS that ends an answer (the first one), and the image placeholder, which is also padding.
 
     Raises:
         CheckpointError: one is not there.
@@ -104,18 +105,18 @@ def special_ids(config: CogVLM2Config) -> tuple[int, int, int]:
 
 
 def read_tokenizer(folder: Path, config: CogVLM2Config) -> Any:
-    """The folder's fast tokenizer.
+    """Read the folder's fast tokenizer.
 
     Raises:
         CheckpointError: not readable, with ids the model has no embedding for, or with a file elsewhere.
     """
     _check_names(folder / "tokenizer_config.json")
     try:
-        # Without the flag, transformers takes every large tokenizer beside a config without model_type for a broken
-        # Mistral one, and says so.
+        # Without this flag, transformers warns that every large tokenizer whose config has no model_type is a broken
+        # Mistral tokenizer.
         own = str(folder / "tokenizer.json")  # whatever path tokenizer_config.json may say
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, fix_mistral_regex=False, tokenizer_file=own)
-    except Exception as error:  # the tokenizers library raises bare Exception for a file it cannot parse
+    except Exception as error:  # the tokenizers library raises a bare Exception for a file it cannot parse
         raise CheckpointError(
             f"{folder / 'tokenizer.json'}: the tokenizer cannot be read ({error})",
             hint="copy tokenizer.json and tokenizer_config.json from the published checkpoint again",
@@ -148,6 +149,6 @@ def copy_files(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for name in (*REQUIRED_FILES, *OPTIONAL_FILES):
         destination = target / name
-        kept = name == "config.json" and destination.exists()  # a model saved there wrote its own
+        kept = name == "config.json" and destination.exists()  # a model saved in the same folder has written its own
         if (source / name).is_file() and not kept and source.resolve() != target.resolve():
             shutil.copyfile(source / name, destination)

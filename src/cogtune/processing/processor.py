@@ -1,4 +1,4 @@
-"""The processor: pictures, question, history and answer in, the model's inputs out; and text back from ids."""
+"""The processor: turns pictures, question, history and answer into the model's inputs, and ids back into text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cogtune.processing.model_folder import copy_files, find_folder, read_config
 from cogtune.processing.prompt import Turns
 
 _HUB_OPTIONS = {"revision", "cache_dir", "token", "local_files_only", "force_download"}
-# transformers' AutoProcessor passes these on; none has a meaning for a class that runs no remote code.
+# transformers' AutoProcessor passes these on; they mean nothing to a class that runs no remote code.
 _AUTO_OPTIONS = {"trust_remote_code", "_from_auto", "_commit_hash", "code_revision"}
 
 
@@ -103,7 +103,7 @@ class CogVLM2Processor:
         images: int = 0,
         template: str | None = None,
     ) -> Encoded:
-        """The tokens alone; ``images`` says how many there are. For use with image features computed before."""
+        """Return the tokens only, for ``images`` images whose features were computed before."""
         return self.encoder.encode(query, history, answer, images, template)
 
     def __call__(
@@ -116,7 +116,7 @@ class CogVLM2Processor:
         *,
         images: Sequence[Any] | None = None,
     ) -> BatchFeature:
-        """The model's inputs for one question: int64 ``[1, L]`` tensors, and ``pixel_values`` for its pictures.
+        """Return the model's inputs for one question: int64 ``[1, L]`` tensors, and ``pixel_values`` for its pictures.
 
         Args:
             image: a PIL image or a path; None for a text-only question, which uses the same template.
@@ -163,7 +163,7 @@ class CogVLM2Processor:
         return torch.stack([self._square(image) for image in shown])
 
     def _square(self, image: Any) -> torch.Tensor:
-        """One picture as the tower takes it: float32 ``[3, S, S]``."""
+        """Return one picture as the tower takes it: float32 ``[3, S, S]``."""
         if isinstance(image, (str, os.PathLike)):
             picture = read_image(os.fspath(image))
         elif isinstance(image, Image.Image):
@@ -176,7 +176,7 @@ class CogVLM2Processor:
         return preprocess(picture, self.image_size)
 
     def pad_left(self, rows: Sequence[Mapping[str, torch.Tensor]]) -> BatchFeature:
-        """One batch for ``generate`` from several calls' results: padding goes to the left, to the longest row.
+        """Batch several calls' results for ``generate``, padded on the left to the longest row.
 
         ``pixel_values`` holds the pictures of the rows that have one, in order. ``labels`` must be in all rows or none.
 
@@ -197,14 +197,14 @@ class CogVLM2Processor:
         return BatchFeature(data)
 
     def decode(self, ids: Iterable[int] | torch.Tensor) -> str:
-        """The text of generated ids (a list or a ``[L]`` tensor), special tokens left out, spaces as generated."""
+        """Decode generated ids (a list or a ``[L]`` tensor), without special tokens, spaces as generated."""
         plain = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
         text: str = self.tokenizer.decode(plain, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
 
 def _listed(images: Any) -> list[Any]:
-    """None, one picture, or a list or tuple of them, as a list."""
+    """Return None, one picture, or a list or tuple of pictures as a list."""
     if images is None:
         return []
     return list(images) if isinstance(images, (list, tuple)) else [images]
@@ -217,7 +217,7 @@ def _not_empty(images: list[Any]) -> list[Any]:
 
 
 def _stack_right(rows: Sequence[Mapping[str, torch.Tensor]], key: str, fill: int) -> torch.Tensor:
-    """``[1, L_i]`` tensors to ``[B, max L]``, aligned on the right."""
+    """Stack ``[1, L_i]`` tensors into ``[B, max L]``, aligned on the right."""
     width = max(row[key].shape[1] for row in rows)
     out = torch.full((len(rows), width), fill, dtype=torch.int64)
     for place, row in enumerate(rows):
@@ -226,12 +226,12 @@ def _stack_right(rows: Sequence[Mapping[str, torch.Tensor]], key: str, fill: int
 
 
 def _register() -> None:
-    """Let ``AutoProcessor`` find this class for folders whose ``config.json`` names the model type."""
+    """Register the class with ``AutoProcessor`` for folders whose ``config.json`` names the model type."""
     try:
         from transformers import AutoProcessor
     except ImportError:
-        # It needs torchvision to import if one is installed, and fails with one built for another torch. Nothing here
-        # uses torchvision, so only AutoProcessor itself is out of reach then.
+        # AutoProcessor imports torchvision if it is installed, which fails if it was built for another torch. Nothing
+        # here uses torchvision, so then only AutoProcessor is unavailable.
         return
     AutoProcessor.register(CogVLM2Config, CogVLM2Processor, exist_ok=True)
 

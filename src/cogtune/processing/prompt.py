@@ -1,7 +1,7 @@
 """The text around a question: the three published templates.
 
-There is no system prompt, no token between turns, and no space after the last ``Answer:``: an answer is tokenised on
-its own. Text-only questions use the same templates.
+There is no system prompt, no token between turns, and no space after the last ``Answer:``, because an answer is
+tokenised separately. Text-only questions use the same templates.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Turns = Sequence[tuple[str, str]]
 
 
 def check_template(template: str) -> str:
-    """``template`` if it is one of `TEMPLATES`, else an InputError that names them."""
+    """Return ``template`` if it is one of `TEMPLATES`, else raise InputError with their names."""
     if template not in TEMPLATES:
         raise InputError(
             f"{template!r} is not a template; there are {', '.join(TEMPLATES)}",
@@ -29,7 +29,7 @@ def check_template(template: str) -> str:
 
 
 def build_prompt(query: str, history: Turns = (), template: str = "chat") -> str:
-    """The text after BOS and the images, up to where the answer starts.
+    """Return the text after BOS and the images, up to where the answer starts.
 
     Args:
         history: earlier (question, answer) pairs, oldest first. Template ``base`` has no room for them.
@@ -51,9 +51,9 @@ def build_prompt(query: str, history: Turns = (), template: str = "chat") -> str
 
 
 def image_text(number: int, template: str = "chat") -> str:
-    """The text behind the ``number``-th image, from 0, for a model whose images are numbered.
+    """Return the text after image ``number`` (from 0), for a model with numbered images.
 
-    Only template ``chat`` has one. It is tokenised on its own.
+    Only template ``chat`` has one. It is tokenised separately.
     """
     return str(number) if check_template(template) == "chat" else ""
 

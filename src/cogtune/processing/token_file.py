@@ -1,6 +1,6 @@
 """A checkpoint's tokenizer and sizes from two small files, without torch and transformers.
 
-For commands that only look at data. Without the files, lengths are estimated from the text.
+For commands that only check data. If the files are missing, lengths are estimated from the text.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from cogtune.configuration.shapes import BOS_ID, EOS_ID, PAD_ID, VisionShape
 from cogtune.errors import CheckpointError
 from cogtune.processing.encode import Encoder
 
-# What an estimate takes for one token: a word's beginning of up to eight letters, three digits, one CJK character.
+# An estimated token: the first up to eight letters of a word, up to three digits, or one CJK character.
 _PIECE = re.compile(r" ?[A-Za-z]{1,8}|\d{1,3}|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\s*\n+|[^\sA-Za-z\d]{1,2}")
 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """A tokenizer as `Encoder` uses it, with the numbers of its model that decide lengths.
+    """A tokenizer for `Encoder`, with the model sizes that decide lengths.
 
-    ``exact`` False: there is no tokenizer file, and tokens are estimates. ``image_size`` in pixels.
+    ``exact`` is False if there is no tokenizer file and tokens are estimated. ``image_size`` in pixels.
     """
 
     tokenizer: Any
@@ -46,7 +46,7 @@ class TokenFile:
         return ids
 
     def encoder(self) -> Encoder:
-        """What builds this model's sequences; where ``exact`` is False, of about the right length."""
+        """Return this model's encoder; if ``exact`` is False, its sequences have approximately the right length."""
         return Encoder(
             self,
             num_image_tokens=self.num_image_tokens,
@@ -58,17 +58,17 @@ class TokenFile:
 
 
 def estimated_tokens(text: str) -> list[int]:
-    """Stand-ins for the tokens of ``text``: about as many, and equal where the text is equal."""
+    """Return stand-ins for the tokens of ``text``: about as many, and equal for equal texts."""
     return [hash(piece) for piece in _PIECE.findall(text)]
 
 
 def find_token_file(model: str | None, template: str | None = None) -> TokenFile:
-    """The tokenizer of ``model``: a folder, a ``tokenizer.json``, or a hub id whose files are in the local cache.
+    """Return the tokenizer of ``model``: a folder, a ``tokenizer.json``, or a hub id in the local cache.
 
-    Nothing is fetched. Where there is no such file, lengths are estimated and sizes are the published model's.
+    Nothing is downloaded. If there is no such file, lengths are estimated and sizes are the published model's.
 
     Raises:
-        CheckpointError: the file is there and cannot be read.
+        CheckpointError: the file exists and cannot be read.
     """
     folder = None if model is None else _local_folder(model)
     config = _config(folder)
@@ -126,7 +126,7 @@ def _tokenizer(file: Path) -> Any:
 
     try:
         return Tokenizer.from_file(str(file))
-    except Exception as error:  # the tokenizers library raises bare Exception
+    except Exception as error:  # the tokenizers library raises a bare Exception
         raise CheckpointError(
             f"{file}: the tokenizer cannot be read ({error})",
             hint="copy tokenizer.json from the published checkpoint again",

@@ -1,7 +1,7 @@
-"""The tokenizer files of a checkpoint: reading them, and writing a byte-level one for small models.
+"""Writing a checkpoint's tokenizer files: a byte-level BPE for small models.
 
-The written tokenizer has the form of Llama-3's (byte-level BPE, Llama-3's split pattern, special tokens outside the
-text vocabulary), so small checkpoints take the code path of the published one. Any UTF-8 text has ids.
+It has the form of Llama-3's (byte-level BPE, Llama-3's split pattern, special tokens outside the text vocabulary), so
+small checkpoints use the code path of the published one. Any UTF-8 text can be encoded.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from cogtune.errors import ConfigError
 
-# Splits text into the pieces within which byte pairs may merge.
+# Splits text into pieces; byte pairs merge only within a piece.
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -25,7 +25,7 @@ NUM_BYTES = 256
 
 @cache
 def byte_symbols() -> tuple[str, ...]:
-    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
+    """Return the printable character for each byte in a byte-level vocabulary (GPT-2's table)."""
     kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     symbols = {byte: chr(byte) for byte in kept}
     moved = (byte for byte in range(NUM_BYTES) if byte not in symbols)
@@ -66,7 +66,7 @@ def write_byte_tokenizer(
     free = (id_ for id_ in range(vocab_size) if id_ not in special)
     vocab = {text: next(free) for text in [*symbols, *(left + right for left, right in pairs)]}
     special.update({id_: f"<|reserved_special_token_{number}|>" for number, id_ in enumerate(free, start=1)})
-    # A tokenizer.json numbers added tokens after the text vocabulary, unless the vocabulary itself names their ids.
+    # A tokenizer.json numbers added tokens after the text vocabulary, unless the vocabulary contains them.
     vocab.update({text: id_ for id_, text in special.items()})
     write_tokenizer_files(folder, vocab=vocab, merges=pairs, special=special, bos=bos, clean_up=False)
 
@@ -99,7 +99,7 @@ def write_tokenizer_files(
         "special_tokens_map.json": ends,
     }
     for name, content in files.items():
-        indent = None if name == "tokenizer.json" else 2  # indented, a large one would take several seconds
+        indent = None if name == "tokenizer.json" else 2  # indenting a large file would take several seconds
         (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
 
 
@@ -113,7 +113,7 @@ def _tokenizer_json(
     split = {"type": "Split", "pattern": {"Regex": LLAMA3_SPLIT}, "behavior": "Isolated", "invert": False}
     begin = {"SpecialToken": {"id": BOS, "type_id": 0}}
     text, second = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
-    # As in Llama-3's file, plain encoding adds BOS; the encoder of this package asks for no special tokens.
+    # As in Llama-3's file, plain encoding adds BOS; cogtune's encoder asks for no special tokens.
     template = {
         "type": "TemplateProcessing",
         "single": [begin, text],
