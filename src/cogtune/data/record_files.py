@@ -1,4 +1,4 @@
-"""Files of records that name their pictures: records that name the same pictures become one example."""
+"""Files of records that name their pictures: records with the same pictures become one example."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cogtune.data.report import DataReport, SourceReport
 
 @dataclass
 class _Group:
-    """The conversations on the same images (none: one text-only record), gathered before their files are looked at."""
+    """Conversations on the same images (or one text-only record), collected before the files are opened."""
 
     images: tuple[Located, ...]
     conversations: list[Conversation] = field(default_factory=list)
@@ -29,9 +29,9 @@ class _Group:
 
 @dataclass(frozen=True)
 class RecordsReader:
-    """How the files of one entry of ``data.path`` are read, all in the same ``form``.
+    """Reads the files of one entry of ``data.path``, all in the format ``form``.
 
-    ``names`` gives each file the name that stands in ids: ``name:number`` for a record without an own id.
+    ``names`` gives the name of each file in ids: ``name:number`` for a record without an id of its own.
     """
 
     form: str
@@ -48,12 +48,12 @@ class RecordsReader:
     def read(
         self, problems: Problems, report: DataReport, done: Callable[[int, int], None] | None = None
     ) -> list[Example]:
-        """Examples in the order of their first record; problems and counts go into the first two arguments.
+        """Return examples in the order of their first record; problems and counts go into the first two arguments.
 
-        ``done`` is told how many pictures of how many are looked at.
+        ``done`` is called with the number of pictures checked and their total.
 
         Raises:
-            DataError: when the files hold no record, or a file is not of this format.
+            DataError: the files hold no record, or a file is not in this format.
         """
         groups: dict[str, _Group] = {}
         ids: set[str] = set()
@@ -103,7 +103,7 @@ class RecordsReader:
             yield from ((file, item) for item in reader(file))
 
     def _take(self, content: Content, file: Path, item: Item, groups: dict[str, _Group], ids: set[str]) -> None:
-        """Put one record's conversations into their example's group."""
+        """Add one record's conversations to the group of its example."""
         dialogues = [strip_ends(turns, len(content.images)) for turns in content.dialogues]
         images = tuple(self.places.locate(image, file.parent) for image in content.images)
         identity = self._identity(content, file, item, ids)
@@ -114,7 +114,10 @@ class RecordsReader:
             group.conversations.append(Conversation(own, turns, item.where))
 
     def _identity(self, content: Content, file: Path, item: Item, ids: set[str]) -> str:
-        """Ids of our own records are what their author says; elsewhere they are often repeated, and made unique."""
+        """Return a record's id.
+
+        Ids of cogtune's own format stay as written; others often repeat and are made unique.
+        """
         name = self.names[file]
         if self.form == "jsonl":
             return content.identity or f"{name}:{item.number}"
@@ -154,7 +157,7 @@ class RecordsReader:
 
 
 def text_key(conversations: Iterable[Conversation]) -> str:
-    """What a text-only record is split by: its text, wherever it stands."""
+    """Return the key by which a text-only record is split: a digest of its text, independent of its place."""
     digest = hashlib.sha256()
     for conversation in conversations:
         for turn in conversation.turns:

@@ -1,8 +1,7 @@
-"""A conversation about images, or about none, and the loop that reads it line by line.
+"""A conversation about images or none, and the loop that reads it line by line.
 
 The prompt is the model's own template around the whole conversation, rebuilt for every question by the functions that
-training uses. Answers go to ``write``; everything else (notes, mistakes, prompts) to ``note``, so that with piped input
-standard output holds the answers alone.
+training uses. Answers go to ``write``; notes, errors and prompts to ``note``. So piped output holds only answers.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ ReadLine = Callable[[], str | None]
 
 
 class Chat:
-    """Images, history, and how to answer."""
+    """A conversation: its images, its history, and how to answer."""
 
     def __init__(
         self,
@@ -51,7 +50,7 @@ class Chat:
         self.history: list[tuple[str, str]] = []
 
     def show(self, path: str | Path) -> str:
-        """Take a picture and start again; returns what to tell the user.
+        """Load a picture and start a new conversation; returns what to tell the user.
 
         Raises:
             DataError: not a readable picture; the conversation stays as it was.
@@ -62,11 +61,12 @@ class Chat:
         return f"picture: {path} ({image.width} x {image.height}){restarted}"
 
     def clear(self) -> None:
-        """Forget picture and conversation."""
+        """Forget pictures and history."""
         self.images, self.history = (), []
 
     def ask(self, query: str, write: Write, note: Write) -> str:
-        """Stream the answer to ``query`` and remember both. Ctrl-C stops it; what came so far is the answer then.
+        """Stream the answer to ``query`` and add both to the history. Ctrl-C stops it; what was generated so far is
+        kept.
 
         Raises:
             DataError: the question alone does not fit.
@@ -106,7 +106,7 @@ class Chat:
 def run_chat(chat: Chat, read_line: ReadLine, write: Write, note: Write) -> None:
     """Read questions and commands until ``/quit`` or the end of the input (None).
 
-    Mistakes are said and the conversation goes on; KeyboardInterrupt between answers ends it.
+    Errors are printed and the conversation goes on; KeyboardInterrupt between answers ends it.
     """
     while (line := read_line()) is not None:
         word, _, rest = line.rstrip("\r\n").partition(" ")
@@ -139,7 +139,7 @@ def _command(chat: Chat, word: str, rest: str, note: Write) -> None:
 
 
 def _path(text: str) -> str:
-    """A path as typed or dropped into a terminal, which adds quotes or backslashes before spaces."""
+    """Return a path that was typed or dropped into a terminal, which adds quotes or escapes spaces."""
     if Path(text).expanduser().exists():
         return text
     try:

@@ -1,8 +1,8 @@
-"""Closed questions: how likely each of the given answers is, for all questions on a picture in one forward pass.
+"""Closed questions: the probability of each given answer, for all questions on a picture in one forward pass.
 
-The questions are a tree behind the picture and each answer, with its end token, is a leaf, so the picture is computed
-once and every path is to the token what it would be alone. An answer's score is its log probability; over a question's
-choices they are normalised. Nothing is calibrated: a model that favours "yes" favours it here too.
+Questions branch from the picture as a tree, and each answer with its end token is a leaf. So the picture is computed
+once, and every path has the same tokens as on its own. An answer's score is its log probability, normalised over the
+question's choices. Scores are not calibrated: a model that favours "yes" favours it here too.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from cogtune.model.attention import row_mask
 from cogtune.model.routing import GPU_COLUMNS, Routing
 from cogtune.processing.encode import Encoder
 
-_AT_ONCE = 512  # targets whose logits are held together: 0.25 GiB at full size
+_AT_ONCE = 512  # targets whose logits are held at a time: 0.25 GiB at full size
 
 
 @dataclass(frozen=True)
 class ClosedQuestion:
-    """A question and the answers it may have."""
+    """A question and its possible answers."""
 
     query: str
     choices: tuple[str, ...]
@@ -34,7 +34,7 @@ class ClosedQuestion:
 
 @dataclass(frozen=True)
 class ChoiceScores:
-    """What a model makes of a closed question.
+    """Scores of a closed question.
 
     Attributes:
         log_probabilities: of each whole choice with its end token, in the order of the choices.
@@ -45,14 +45,14 @@ class ChoiceScores:
 
     @property
     def probabilities(self) -> tuple[float, ...]:
-        """Normalised over the choices: they sum to 1."""
+        """Probabilities normalised over the choices; they sum to 1."""
         largest = max(self.log_probabilities)
         weights = [math.exp(value - largest) for value in self.log_probabilities]
         return tuple(weight / sum(weights) for weight in weights)
 
     @property
     def best(self) -> str:
-        """The likeliest choice; of equal ones the first."""
+        """The most likely choice; the first of equal ones."""
         return self.choices[self.log_probabilities.index(max(self.log_probabilities))]
 
 
@@ -64,7 +64,7 @@ def score_choices(
     image_features: torch.Tensor | None,
     template: str | None = None,
 ) -> list[ChoiceScores]:
-    """Score every choice of every question about the same images, or about none, in one pass.
+    """Score every choice of every question about the same images (or about none) in one forward pass.
 
     Args:
         model: the model whose answers are scored (not wrapped by peft).
@@ -103,7 +103,7 @@ def _check(question: ClosedQuestion) -> None:
 
 
 class _Row:
-    """A tree in the model's terms: BOS and picture as the root, then segments, parents first."""
+    """A tree as the model's inputs: BOS and picture as the root, then segments, parents first."""
 
     def __init__(self, root: Any) -> None:
         self.ids, self.types = list(root.input_ids), list(root.token_type_ids)
@@ -112,7 +112,7 @@ class _Row:
         self.label_counts: list[int] = []
 
     def add(self, parent: int, ids: list[int], *, labelled: bool = False) -> int:
-        """Append a segment; returns its number."""
+        """Append a segment and return its number."""
         number = len(self.parents)
         self.parents.append(parent)
         self.ids += ids
@@ -125,7 +125,7 @@ class _Row:
 
 
 def _label_log_probabilities(model: Any, row: _Row, image_features: torch.Tensor | None) -> torch.Tensor:
-    """Log probability of every labelled token on its path, in the row's order, float32 on the CPU."""
+    """Return the log probability of every labelled token on its path, in row order, float32 on the CPU."""
     ids, types, labels, segments, parents = (
         torch.tensor([values]) for values in (row.ids, row.types, row.labels, row.segments, row.parents)
     )

@@ -1,9 +1,8 @@
-"""Decode steps with their state on the device, as CUDA graphs where there is a GPU.
+"""Decode steps with their state on the device, as CUDA graphs on a GPU.
 
-Of every slot the device knows the newest token, its position, the slot's length and how the row chooses; a step reads
-them, decodes, chooses, and writes them back. The host only says which slots take part. A graph is captured for each
-number of rows that is a power of two, when it first comes; rows that only fill it up have a slot of their own that
-holds nothing.
+For every slot the device holds the newest token, its position, the slot's length and the sampling settings. A step
+reads them, decodes, samples and writes them back; the host only says which slots take part. One graph per power-of-two
+number of rows is captured on first use. Rows that pad a graph use a spare slot that holds no request.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from cogtune.model.slots import SlotCache
 
 
 class DecodeSteps:
-    """Steps over the slots of ``cache``."""
+    """Runs steps over the slots of ``cache``."""
 
     _token: torch.Tensor
     _position: torch.Tensor
@@ -35,8 +34,8 @@ class DecodeSteps:
         self.use(cache)
 
     def use(self, cache: SlotCache) -> None:
-        """Go on with another cache, at least as large, that begins with what the last one held."""
-        rows, device = cache.slots + 1, cache.keys.device  # the last row is nobody's: it only fills up a graph
+        """Switch to another cache, at least as large, that starts with the content of the last one."""
+        rows, device = cache.slots + 1, cache.keys.device  # the last row is the spare slot that pads a graph
         kinds = (torch.int64,) * 3 + (torch.float32,) * 2 + (torch.int64,) * 3
         state = [torch.zeros(rows, dtype=kind, device=device) for kind in kinds]
         if self._host_lengths:
@@ -57,7 +56,7 @@ class DecodeSteps:
     def begin(
         self, slot: int, logits_V: torch.Tensor, position: int, length: int, decoding: Decoding, seed: int
     ) -> torch.Tensor:
-        """A slot was prefilled: choose its first token [1] and remember how it goes on."""
+        """Start a prefilled slot: sample its first token [1] and store its decoding state."""
         device = self._token.device
         temperature = decoding.temperature if decoding.sample else 0.0
         whole = torch.tensor([position, length, decoding.top_k, seed, 0]).to(device, non_blocking=True)
@@ -73,7 +72,10 @@ class DecodeSteps:
         return token
 
     def step(self, slots: list[int], sample: bool) -> torch.Tensor:
-        """The next token of each of ``slots`` [R]; whether any of them draws decides what is computed."""
+        """Return the next token of each of ``slots`` [R].
+
+        ``sample``: does any of them sample? If not, all are greedy.
+        """
         columns = max(self._host_lengths[slot] for slot in slots) + 1
         for slot in slots:
             self._host_lengths[slot] += 1
@@ -89,7 +91,7 @@ class DecodeSteps:
         return recorded.tokens[: len(slots)]
 
     def _record(self, rows: int, sample: bool) -> _Recorded:
-        """Capture a step of ``rows`` rows. It runs twice before, on nobody's slot, to compile what is compiled."""
+        """Capture a step of ``rows`` rows, after two warm-up runs on the spare slot that compile its kernels."""
         slots = torch.full((rows,), self._cache.slots, device=self._token.device)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -98,7 +100,7 @@ class DecodeSteps:
                 self._computed(slots, None, sample)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # other threads may allocate meanwhile, for pictures say; that is no part of the step
+        # other threads may allocate meanwhile, for pictures for example; that is not part of the step
         with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
             tokens = self._computed(slots, None, sample)
         self._memory = graph.pool()
@@ -128,7 +130,7 @@ class DecodeSteps:
 
 @dataclass(frozen=True)
 class _Recorded:
-    """A captured step: where it reads its slots and leaves its tokens."""
+    """A captured step: its input tensors for slots and its output tokens."""
 
     graph: Any
     slots: torch.Tensor
@@ -136,7 +138,7 @@ class _Recorded:
 
 
 def _fused(model: Any) -> Any:
-    """The step in kernels of its own, where they can compute this model."""
+    """Return the step with fused kernels, if they support this model."""
     if not kernel_available(next(model.parameters())):
         return None
     from cogtune.model.fused_decode import FusedDecode

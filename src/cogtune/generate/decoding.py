@@ -1,4 +1,4 @@
-"""How the next token is chosen."""
+"""Settings of how the next token is chosen."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from cogtune.configuration.model import CogVLM2Config
 from cogtune.errors import ConfigError
 
 LIBRARY_TOP_K = 50
-"""What transformers takes where a checkpoint that samples names no ``top_k``, as the published one does not."""
+"""transformers' default ``top_k``, for a sampling checkpoint that names none (as the published one)."""
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """Greedy unless ``sample``; then temperature, ``top_p`` and ``top_k`` (0: off) shape the draw."""
+    """Greedy unless ``sample``. Then ``temperature``, ``top_p`` and ``top_k`` (0: off) apply."""
 
     max_new_tokens: int = 512
     sample: bool = False
@@ -26,7 +26,7 @@ class Decoding:
     top_k: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what has no meaning. Raises ConfigError naming the flag."""
+        """Check the values. Raises ConfigError with the flag's name."""
         checks = {
             "--max-new-tokens": (self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
             "--temperature": (self.temperature, self.temperature > 0, "above 0; for the likeliest token use --greedy"),
@@ -41,11 +41,11 @@ class Decoding:
     def from_section(
         cls, section: GenerateSection, *, max_new_tokens: int = 512, published: GenerationConfig | None = None
     ) -> Decoding:
-        """As the configuration's ``generate`` section says.
+        """Return the settings of the configuration's ``generate`` section.
 
         Args:
-            max_new_tokens: where the section names none.
-            published: the checkpoint's own way, for what the section leaves open; None: greedy.
+            max_new_tokens: used if the section names none.
+            published: the checkpoint's own settings, for what the section leaves open; None: greedy.
         """
         tokens = section.max_new_tokens or max_new_tokens
         plain = cls(tokens) if published is None else cls.from_checkpoint(published, tokens)
@@ -55,7 +55,7 @@ class Decoding:
 
     @classmethod
     def from_checkpoint(cls, published: GenerationConfig, max_new_tokens: int) -> Decoding:
-        """The checkpoint's own way (published: sample at temperature 0.6 with top_p 0.9)."""
+        """Return the checkpoint's own settings (published: sample at temperature 0.6 with top_p 0.9)."""
         if not published.do_sample:
             return cls(max_new_tokens)
         return cls(
@@ -74,7 +74,7 @@ class Decoding:
         top_p: float | None = None,
         top_k: int | None = None,
     ) -> Decoding:
-        """A copy with what the user typed; naming a sampling option means sampling.
+        """Return a copy with the user's values; a sampling option implies sampling.
 
         Raises:
             ConfigError: greedy together with a sampling option, or a value out of range.
@@ -89,7 +89,7 @@ class Decoding:
         return Decoding(**{**asdict(self), "sample": self.sample or bool(given), **given})
 
     def to_generation_config(self, config: CogVLM2Config, published: GenerationConfig) -> GenerationConfig:
-        """transformers' form, with every end token that configuration or checkpoint name."""
+        """Convert to transformers' GenerationConfig, with every end token of configuration and checkpoint."""
         ends = published.eos_token_id
         ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
         sampling: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
@@ -103,6 +103,6 @@ class Decoding:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that decide the answer: without the sampling options where they are not used."""
+        """Return the plain values that decide the answer; without sampling, sampling options are left out."""
         values = asdict(self)
         return values if self.sample else {"max_new_tokens": self.max_new_tokens, "sample": False}

@@ -34,8 +34,8 @@ from cogtune.processing.encode import Encoded
 from cogtune.processing.processor import CogVLM2Processor
 
 GIB = 2**30
-_IDLE = 5.0  # seconds after which the thread ends
-_COLUMNS = 512  # slots grow by this many
+_IDLE = 5.0  # idle seconds after which the thread ends
+_COLUMNS = 512  # slots grow by this many columns
 Result = TypeVar("Result")
 Listener = Callable[[str | BaseException | None], None]
 
@@ -45,12 +45,12 @@ class Request:
     """One question.
 
     Args:
-        encoded: the prompt's tokens, with the images' positions if there are any.
-        images: what stands at those positions, in their order.
-        decoding: how tokens are chosen, and how many at most.
-        seed: of the draws, where ``decoding`` draws. The same seed draws the same whatever else is being answered.
+        encoded: the prompt's tokens, with positions for its images.
+        images: the images at those positions, in order.
+        decoding: how tokens are chosen, and the most tokens.
+        seed: random seed if ``decoding`` samples. The draws do not depend on what else is being answered.
         stop: texts that end the answer; they are not part of it.
-        image_keys: tell images apart, equal for equal ones; None: digests of the pixels, computed by `submit`.
+        image_keys: equal for equal images; None: digests of the pixels, computed by `submit`.
     """
 
     encoded: Encoded
@@ -62,7 +62,7 @@ class Request:
 
 
 class Pending(Answer):
-    """An answer that is being computed: iterate for its pieces, or ask for the whole `text`.
+    """An answer that is being computed: iterate over its pieces, or ask for the whole `text`.
 
     Attributes:
         finish_reason: ``stop`` (an end token or a stop text), ``length`` (the most tokens allowed) or ``cancelled``;
@@ -103,22 +103,22 @@ class Pending(Answer):
 
     @property
     def done(self) -> bool:
-        """Whether nothing more will come."""
+        """Has it ended?"""
         return self._ended.is_set()
 
     @property
     def cancelled(self) -> bool:
-        """Whether somebody asked for its end."""
+        """Was `cancel` called?"""
         return self._cancelled.is_set()
 
     def push(self, text: str) -> None:
-        """Hand a piece to the reader (for the engine)."""
+        """Hand a piece to the reader; called by the engine."""
         self._pieces.put(text)
         if self._listener is not None:
             self._listener(text)
 
     def end(self, reason: str | None, error: BaseException | None = None) -> None:
-        """No more pieces (for the engine)."""
+        """End the answer; called by the engine."""
         self.finish_reason = reason
         self._ended.set()
         self._pieces.put(error)
@@ -139,7 +139,7 @@ class _Active:
 
 @dataclass(eq=False)
 class _Flight:
-    """Tokens on their way from the device, and whose they are."""
+    """Tokens being copied from the device, and the requests they belong to."""
 
     tokens: torch.Tensor
     rows: list[_Active]
@@ -226,7 +226,7 @@ class Engine:
     def score(
         self, images: Sequence[Image.Image], questions: Sequence[ClosedQuestion], template: str | None = None
     ) -> list[ChoiceScores]:
-        """How likely each choice of each closed question about the same images is; see `generate.choices`.
+        """Return the score of each choice of each closed question about the same images; see `generate.choices`.
 
         Raises:
             InputError: no choices, equal ones, or more tokens than fit.
@@ -254,8 +254,10 @@ class Engine:
         return future.result()
 
     def _take(self, queue: deque[Any], item: Any) -> None:
-        """Queue what the thread is to do, and see that there is one. It ends when it was idle for a while, so that an
-        engine that nobody holds any more gives its memory back."""
+        """Queue work for the thread, and start the thread if necessary.
+
+        The thread ends when it was idle for a while, so that an engine without references frees its memory.
+        """
         if self._closing:
             raise RunError("the engine is closed: it takes no more questions", code="engine-closed")
         queue.append(item)
@@ -270,26 +272,26 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether it takes requests."""
+        """Does it take requests?"""
         return not self._closing
 
     @property
     def waiting(self) -> int:
-        """How many requests have no slot yet."""
+        """Number of requests without a slot."""
         return len(self._queue)
 
     @property
     def running(self) -> int:
-        """How many requests have a slot."""
+        """Number of requests with a slot."""
         return len(self._active)
 
     @property
     def free_slots(self) -> int:
-        """How many answers could begin now."""
+        """Number of answers that could start now."""
         return self.slots - len(self._active)
 
     def close(self) -> None:
-        """Take no more requests, finish those there are, and end."""
+        """Take no more requests, finish the current ones, and end."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -318,7 +320,7 @@ class Engine:
         return bool(self._queue or self._work or self._active or self._flights)
 
     def _guarded(self, work: Callable[[], None]) -> None:
-        """An error of the device or of our own ends the answers under way, and nothing else."""
+        """Run ``work``; an error ends the current answers, but not the engine."""
         try:
             work()
         except BaseException as error:
@@ -339,7 +341,7 @@ class Engine:
             self._collect(self._flights.popleft())
 
     def _admit(self) -> None:
-        """Prefill the next request: one while others decode, as many as there are slots while none does."""
+        """Prefill the next request: one while others decode, else one per free slot."""
         with self._changed:
             if not self._queue or len(self._active) == self.slots:
                 return
@@ -365,7 +367,7 @@ class Engine:
         self._flights.append(self._flight(first, [row]))
 
     def _room(self, columns: int) -> tuple[SlotCache, DecodeSteps]:
-        """A cache with a free slot of at least ``columns``: made, or made larger, where there is none."""
+        """Return a cache with a free slot of at least ``columns``, creating or growing it if necessary."""
         columns = min(-(-columns // _COLUMNS) * _COLUMNS, self.columns)
         if self._cache is None or self._steps is None:
             self._cache = SlotCache(self.model.config, 1, columns, self.model.dtype, self.model.device)
@@ -396,7 +398,7 @@ class Engine:
         return _Flight(there, rows, arrived)
 
     def _collect(self, flight: _Flight) -> None:
-        """Hand a step's tokens to the answers they belong to; those that are complete give up their slots."""
+        """Hand a step's tokens to their answers; finished answers free their slots."""
         for token, row in zip(flight.wait(), flight.rows, strict=False):
             pending = row.pending
             if pending.done:
@@ -423,7 +425,10 @@ class Engine:
             row.pending.end(reason, error)
 
     def _prefill(self, request: Request, cache: SlotCache, slot: int) -> tuple[torch.Tensor, int, int]:
-        """Fill a slot with a prompt; a picture seen before is copied. Returns logits, next position and length."""
+        """Prefill a slot with a prompt, copying the prefix of a known picture.
+
+        Returns logits, next position and length.
+        """
         ids = torch.tensor([request.encoded.input_ids])
         types = torch.tensor([request.encoded.token_type_ids])
         view = SlotView(cache, slot)
@@ -431,7 +436,7 @@ class Engine:
             logits, position = prefill(self.model, view, ids, types)
             return logits, position, view.length
         assert request.image_keys is not None
-        beginning = int(types[0].nonzero().max()) + 1  # up to the last image's end
+        beginning = int(types[0].nonzero().max()) + 1  # up to the end of the last image
         words = tuple(ids[0, :beginning][types[0, :beginning] == 0].tolist())
         key = ("prefix", request.image_keys, words)
         kept = self.pictures.get(key)
@@ -447,7 +452,7 @@ class Engine:
         return logits, position, view.length
 
     def _features(self, images: Sequence[Image.Image], keys: Sequence[bytes]) -> torch.Tensor | None:
-        """The tower's output [N, grid * grid, width]; None without images."""
+        """Return the tower's output [N, grid * grid, width], or None without images."""
         if not images:
             return None
         found = []
@@ -461,7 +466,9 @@ class Engine:
 
 
 class _AnswerText:
-    """Tokens to text that may be shown already: whole characters, and nothing that a stop text may begin."""
+    """Turns tokens into text that can be shown: whole characters, and nothing that could be the start of a
+    stop text.
+    """
 
     def __init__(self, processor: CogVLM2Processor, stop: Sequence[str]) -> None:
         self._pieces = TextPieces(processor.decode)
@@ -470,11 +477,11 @@ class _AnswerText:
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """The text that can be shown now."""
+        """Add a token and return the text that can be shown now."""
         return self._shown(self._pieces.push(token))
 
     def finish(self) -> str:
-        """What is left at the end."""
+        """Return the rest at the end."""
         if self.stopped:
             return ""
         text = self._shown(self._pieces.finish())
@@ -497,7 +504,7 @@ class _AnswerText:
 
 
 def _end_tokens(model: Any) -> frozenset[int]:
-    """Tokens that end an answer, as configuration and checkpoint name them."""
+    """Return the end tokens of configuration and checkpoint."""
     named = model.generation_config.eos_token_id
     named = [] if named is None else [named] if isinstance(named, int) else list(named)
     return frozenset({*model.config.eos_token_ids, *named})

@@ -1,7 +1,7 @@
-"""A model that answers: one question as a stream, or many at once.
+"""The public generator: one question as a stream, or many at once.
 
-Questions, images and history become tokens by the same functions as in training, and an engine answers them
-(`generate.engine`): many at a time, and with what it computed of an image kept for the next question about it.
+Questions, images and history are encoded by the functions that training uses, and an engine answers them
+(`generate.engine`): many at a time, reusing what it computed of an image for the next question about it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Generator:
         queue_ahead: how many questions it pays to have under way, in multiples of ``slots``.
     """
 
-    queue_ahead = 2  # while answers are computed, the next images are read
+    queue_ahead = 2  # while answers are computed, the next images are decoded
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class Generator:
         max_pixels: int | None = None,
         slots: int = 8,
     ) -> None:
-        # peft puts its layers into the base model; its own generate() would only pass the call on
+        # peft injects its layers into the base model; its own generate() would only forward the call
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.processor = processor
         self.template = template
@@ -84,17 +84,17 @@ class Generator:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         device: torch.device = self.model.device
         return device
 
     def close(self) -> None:
-        """No more questions: the engine ends, and processes that hold the model together may."""
+        """End the engine; with tensor parallelism, let the other processes end."""
         if self._engine is not None:
             self._engine.close()
 
     def answer(self, images: Images, question: str, history: Turns = (), decoding: Decoding | None = None) -> str:
-        """The answer to one question, white space around it left out.
+        """Answer one question; surrounding white space is stripped.
 
         Args:
             images: a PIL image, the path of a file, several of them in a list, or None for a question about none.
@@ -111,7 +111,7 @@ class Generator:
 
     @property
     def engine(self) -> Engine:
-        """What answers; made when it is first asked for."""
+        """The engine, created on first use."""
         if self._engine is None:
             self._engine = Engine(self.model, self.processor, slots=self.slots)
         return self._engine
@@ -122,7 +122,7 @@ class Generator:
         decoding: Decoding | None = None,
         seeds: Sequence[int] | None = None,
     ) -> list[str]:
-        """One answer per question, all computed at once; see `answer`.
+        """Answer several questions at once; see `answer`.
 
         Args:
             asks: ``(images, question)`` or ``(images, question, history)`` each.
@@ -139,7 +139,7 @@ class Generator:
         return [answer.text() for answer in pending]
 
     def stream(self, images: Images, question: str, history: Turns = (), decoding: Decoding | None = None) -> Answer:
-        """The answer to one question, piece by piece; see `answer`.
+        """Answer one question piece by piece; see `answer`.
 
         Returns:
             An iterator over texts; its ``stop()`` ends the answer.
@@ -153,7 +153,8 @@ class Generator:
             return self.submit((images, question, history), decoding, _drawn_seeds(1)[0])
 
     def submit(self, ask: Ask | tuple[Images, str], decoding: Decoding | None = None, seed: int = 0) -> Answer:
-        """Ask without waiting: the answer's ``text()`` waits. ``seed`` is of the draws, where ``decoding`` draws.
+        """Start answering without waiting; the result's ``text()`` waits. ``seed``: random seed if ``decoding``
+        samples.
 
         Raises:
             InputError, DataError: as for `answer`.
@@ -162,7 +163,7 @@ class Generator:
         return self.engine.submit(Request(encoded, images, wanted, seed))
 
     def score(self, images: Images, questions: Sequence[ClosedQuestion]) -> list[ChoiceScores]:
-        """How likely each of the given answers to each question about the same images is; see `generate.choices`.
+        """Return the score of each given answer to each question about the same images; see `generate.choices`.
 
         Raises:
             InputError: no choices, equal ones, or more tokens than fit. DataError: a file that cannot be read.
@@ -173,7 +174,7 @@ class Generator:
     def _asked(
         self, ask: Ask | tuple[Images, str], decoding: Decoding | None
     ) -> tuple[Encoded, tuple[Image.Image, ...], Decoding]:
-        """A question's tokens and images; its answer may have no more tokens than there is room for."""
+        """Return a question's tokens, images and settings; the answer is limited to the tokens that fit."""
         images = tuple(self._opened(image) for image in listed(ask[0]))
         history = ask[2] if len(ask) == 3 else ()
         encoded = self.processor.encode(ask[1], history, images=len(images), template=self.template)
@@ -183,13 +184,13 @@ class Generator:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Files that are named several times are read once; those of the call before are remembered."""
+        """Decode a file once if several questions name it; files of the previous call are remembered."""
         self._earlier, self._files = self._files, {}
         yield
         self._earlier = {}
 
     def _opened(self, image: Picture) -> Image.Image:
-        """An image, read where it is a file's path; the same object for a file of this call or of the one before."""
+        """Return an image, decoding a path; the same object for a file of this call or of the previous one."""
         if isinstance(image, Image.Image):
             return image
         path = Path(image).expanduser()
@@ -203,13 +204,13 @@ class Generator:
 
 
 def _drawn_seeds(count: int) -> list[int]:
-    """Seeds from torch's random numbers, so that ``torch.manual_seed`` makes answers repeatable."""
+    """Draw seeds from torch's generator, so that ``torch.manual_seed`` makes answers repeatable."""
     found: list[int] = torch.randint(2**62, (count,)).tolist()
     return found
 
 
 def listed(images: Images) -> list[Picture]:
-    """One, several or no images as a list."""
+    """Return one, several or no images as a list."""
     if images is None:
         return []
     return [images] if isinstance(images, Image.Image | str | os.PathLike) else list(images)

@@ -1,4 +1,4 @@
-"""How much of a conversation fits in front of a question."""
+"""Cut a conversation's history to what fits before a question."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Turns = Sequence[tuple[str, str]]
 
 
 def prompt_limit(config: CogVLM2Config, *, head: int, max_new_tokens: int, max_input_len: int | None = None) -> int:
-    """How many tokens a prompt's text may have.
+    """Return the most tokens that a prompt's text may have.
 
-    That is what the model's context leaves beside the answer and the ``head`` tokens before the text (BOS and images:
-    `Encoder.head_tokens`), and no more than ``max_input_len``. An answer limit as large as the context leaves the
-    prompt half of the room.
+    That is the model's context less the answer and the ``head`` tokens before the text (BOS and images:
+    `Encoder.head_tokens`), and at most ``max_input_len``. If the answer limit is as large as the context, the prompt
+    gets half of the room.
     """
     room = config.max_position_embeddings - head
     limit = max(room - max_new_tokens, room // 2)
@@ -27,10 +27,10 @@ def prompt_limit(config: CogVLM2Config, *, head: int, max_new_tokens: int, max_i
 def fit_history(
     encoder: Encoder, query: str, history: Turns, limit: int, template: str | None = None
 ) -> tuple[list[tuple[str, str]], int]:
-    """The newest turns of ``history`` with which the prompt has at most ``limit`` tokens, and how many were left out.
+    """Return the newest turns of ``history`` that fit ``limit`` prompt tokens, and the number of turns left out.
 
     Raises:
-        DataError: the question alone is longer.
+        DataError: the question alone is too long.
     """
     turns = list(history)
     search = longest_history(0, len(turns), limit)

@@ -1,4 +1,4 @@
-"""Remembering the last training, so that its result can be talked to without naming it again.
+"""Remembers the last training run, so that chat and predict can use its result by default.
 
 A small JSON file in the user's state folder (``$XDG_STATE_HOME/cogtune``, by default ``~/.local/state/cogtune``).
 """
@@ -26,7 +26,7 @@ class LastRun:
 
 
 def state_file() -> Path:
-    """Where it is remembered."""
+    """Return the file's path."""
     root = os.environ.get("XDG_STATE_HOME")
     return (Path(root) if root else Path.home() / ".local" / "state") / "cogtune" / "last_run.json"
 
@@ -39,20 +39,20 @@ def write_last_run(
     template: str | None = None,
     rope_precision: str = "checkpoint",
 ) -> bool:
-    """Remember a finished training; whether that was possible (a home that cannot be written is no reason to fail)."""
+    """Save a finished run. Returns whether that was possible (an unwritable home folder is not an error)."""
     base = str(Path(model).expanduser().resolve()) if Path(model).expanduser().is_dir() else str(model)
     run = LastRun(base, str(adapter.resolve()), str(output.resolve()), template, rope_precision)
     try:
         path = state_file()
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_json(path, asdict(run))
-    except (OSError, RuntimeError):  # Path.home() raises RuntimeError where there is none
+    except (OSError, RuntimeError):  # Path.home() raises RuntimeError without a home folder
         return False
     return True
 
 
 def read_last_run() -> LastRun:
-    """The last training on this machine by this user.
+    """Return this user's last training run on this machine.
 
     Raises:
         InputError: there was none, or its adapter is gone.

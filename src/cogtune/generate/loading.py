@@ -1,4 +1,4 @@
-"""From what a user names to a model that answers: base, adapter, device and number format."""
+"""Load a model for answering: base, adapter, device and number format."""
 
 from __future__ import annotations
 
@@ -45,19 +45,17 @@ GENERATOR_KEYS = (
     "data.exif",
     "data.max_pixels",
 )
-"""How the keys begin that a `Generator` follows; the others belong to a chat or to a data set."""
+"""Prefixes of the keys that a `Generator` uses; the others belong to a chat or a data set."""
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """What an `AnswerConfig` comes to on this machine.
+    """An `AnswerConfig` with every default resolved for this machine.
 
     Attributes:
         model, adapter: the base's folder or hub id, and the adapter's folder.
-        device: where the model is, or begins.
-        others: further devices that decoder layers are spread over; ``cpu``, the last, is where weights wait.
-        config: the keys, those that nobody gave as the adapter's training had them.
-        notes: lines that say so.
+        device: the model's device, or the first of several.
+        others: further devices for decoder layers; ``cpu``, the last, holds weights that are offloaded.
     """
 
     config: AnswerConfig
@@ -70,7 +68,7 @@ class Resolved:
 
     @property
     def tensor(self) -> int:
-        """Processes that hold the model together."""
+        """Number of tensor-parallel processes."""
         return self.config.parallel.tensor
 
     @property
@@ -119,14 +117,12 @@ def load_generator(
 
 
 def resolve(config: AnswerConfig) -> Resolved:
-    """Fill in defaults, before anything is loaded.
+    """Resolve defaults before anything is loaded.
 
-    Without ``model.path``, the base is the one the adapter names. An output folder of a run stands for its adapter.
-    Template, number formats, rotary positions and the rules for pictures are the training's unless they are given; an
-    adapter or a merged model says them (`cogtune.adapters.provenance`).
+    Without ``model.path``, the base is the one that the adapter names. A run's output folder stands for its adapter.
 
     Raises:
-        AdapterError, ConfigError, SetupError: what is missing or does not go together.
+        AdapterError, ConfigError, SetupError: what is missing or incompatible.
     """
     adapter = None if config.generate.adapter is None else find_adapter(config.generate.adapter)
     model = config.model.path
@@ -181,7 +177,7 @@ def load_resolved(choice: Resolved, progress: Callable[[str], None] = lambda lin
 
 
 def _ways(choice: Resolved) -> dict[str, Any]:
-    """How a generator asks and answers where a call does not say."""
+    """Return a generator's default settings."""
     config = choice.config
     return {
         "template": config.model.template,
@@ -193,7 +189,7 @@ def _ways(choice: Resolved) -> dict[str, Any]:
 
 
 def _load_base(choice: Resolved, placement: Placement | None) -> CogVLM2ForCausalLM:
-    """The base in the chosen number formats, where ``placement`` puts it."""
+    """Load the base in the chosen number formats, placed as ``placement`` says."""
     return load_model(
         choice.model,
         dtype=choice.dtype,
@@ -205,7 +201,7 @@ def _load_base(choice: Resolved, placement: Placement | None) -> CogVLM2ForCausa
 
 
 def _device_map(choice: Resolved) -> DeviceMap | None:
-    """Where layers go when there are several devices, by what is free on them now."""
+    """Return the device map for several devices, by their free memory."""
     if not choice.others:
         return None
     cards = [device for device in (choice.device, *choice.others) if device.type == "cuda"]
@@ -216,7 +212,7 @@ def _device_map(choice: Resolved) -> DeviceMap | None:
 
 
 def _load_part(choice: Resolved, group: TensorGroup, progress: Callable[[str], None]) -> LockstepGenerator:
-    """This process's part of base and adapter."""
+    """Load this rank's shard of base and adapter."""
     processor = CogVLM2Processor.from_pretrained(choice.model)
     progress(f"loading {choice.model} ({choice.dtype_name}, {choice.tensor} x {choice.device.type})")
     split = SplitModel(group, choice.device)
@@ -231,8 +227,10 @@ def _load_part(choice: Resolved, group: TensorGroup, progress: Callable[[str], N
 
 
 def follow(choice: Resolved) -> bool:
-    """The whole work of a process that does not lead: load its part and run what rank 0 runs. False where this process
-    has work of its own: it leads, or is alone."""
+    """Run a follower process to its end: load its shard and repeat what rank 0 runs.
+
+    Returns False if this process is not a follower: it is rank 0, or alone.
+    """
     if choice.tensor == 1 or environment.is_main():
         return False
     group = start(choice.device)
@@ -242,18 +240,18 @@ def follow(choice: Resolved) -> bool:
 
 
 def dismiss(choice: Resolved) -> None:
-    """Rank 0 has nothing to do: the others need not load either."""
+    """Tell the other ranks that rank 0 has nothing to do, so that they need not load."""
     if choice.tensor > 1:
         start(choice.device, needed=False)
 
 
 def choose_devices(name: str) -> list[torch.device]:
-    """One device as `choose_device` says; ``all`` GPUs; or GPUs joined by commas, with ``cpu`` as the last where layers
-    may wait in host memory.
+    """Parse devices: one as in `choose_device`, ``all`` GPUs, or GPUs joined by commas, optionally with ``cpu`` last
+    for layers offloaded to host memory.
 
     Raises:
         ConfigError: not such a list.
-        SetupError: a device that is not there.
+        SetupError: a device does not exist.
     """
     if name == "all":
         cards = [torch.device(f"cuda:{number}") for number in range(torch.cuda.device_count())]
@@ -272,11 +270,11 @@ def choose_devices(name: str) -> list[torch.device]:
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` (the first GPU, or under a launcher this process's), ``cpu``, ``cuda``, ``cuda:1``...
+    """Parse ``auto`` (the first GPU, or under a launcher this process's), ``cpu``, ``cuda``, ``cuda:1``...
 
     Raises:
         ConfigError: not a device.
-        SetupError: one that is not there.
+        SetupError: the device does not exist.
     """
     if name == "auto":
         return own_device(environment.local_rank() if environment.world_size() > 1 else 0)

@@ -1,8 +1,7 @@
-"""What was computed of pictures, to be used again: the tower's features, and the keys and values of BOS and picture.
+"""Caches what was computed of pictures: the tower's features, and the KV cache of BOS and picture (the prefix).
 
-The tower and the picture's 2,306 positions cost far more than a question, and questions about one picture come in
-turns, in a data set and from several users. Entries are found by the picture's content, and the least recently used go
-first where the budget is spent.
+The tower and the 2,306 positions of a picture cost far more than a question, and several questions usually concern one
+picture. Entries are keyed by the picture's content; the least recently used are evicted when the budget is exceeded.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from cogtune.model.slots import Prefix
 
 
 class PictureCache:
-    """Tensors and prefixes within ``budget`` bytes, the least recently used given up first."""
+    """An LRU cache of tensors and prefixes within ``budget`` bytes."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
@@ -28,11 +27,11 @@ class PictureCache:
 
     @property
     def nbytes(self) -> int:
-        """Memory of all entries."""
+        """Bytes of all entries."""
         return self._bytes
 
     def get(self, key: Hashable) -> torch.Tensor | Prefix | None:
-        """What is kept under ``key``, which then counts as used."""
+        """Return the entry of ``key`` and mark it as used."""
         found = self._entries.get(key)
         if found is None:
             self.misses += 1
@@ -42,7 +41,7 @@ class PictureCache:
         return found
 
     def put(self, key: Hashable, entry: torch.Tensor | Prefix) -> None:
-        """Keep ``entry``, unless it alone is larger than the budget."""
+        """Add ``entry``, unless it alone is larger than the budget."""
         self.drop(key)
         if entry.nbytes > self.budget:
             return
@@ -53,19 +52,19 @@ class PictureCache:
             self._bytes -= oldest.nbytes
 
     def drop(self, key: Hashable) -> None:
-        """Forget one entry, if it is there."""
+        """Remove an entry if it exists."""
         entry = self._entries.pop(key, None)
         if entry is not None:
             self._bytes -= entry.nbytes
 
     def clear(self) -> None:
-        """Forget everything, to make room on the device."""
+        """Remove everything, to free memory on the device."""
         self._entries.clear()
         self._bytes = 0
 
 
 def image_digest(image: Image.Image) -> bytes:
-    """A digest of an image's pixels: equal images have equal ones, wherever they were read from."""
+    """Return a digest of an image's pixels, independent of the file."""
     head = f"{image.mode} {image.size}".encode()
     palette = image.palette.tobytes() if image.palette is not None else b""
     return hashlib.blake2b(head + palette + image.tobytes(), digest_size=16).digest()

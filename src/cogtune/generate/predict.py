@@ -1,8 +1,8 @@
-"""Answering a data set: questions in, JSON lines out, batched, in the data's order, and continued where it stopped.
+"""Answer a data set in batches, as JSON lines in data order, resuming where it stopped.
 
-A question is asked with its reference history (what the data set says was answered before), or, with
-``own_history``, with the model's own earlier answers; then the turns of a conversation wait for each other and a batch
-takes one turn from each of several conversations.
+A question is asked with its reference history (the data set's answers) or, with ``own_history``, with the model's own
+earlier answers. In the second case the turns of a conversation wait for each other, and a batch takes one turn from
+each of several conversations.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from cogtune.processing.image import read_image
 
 OnProgress = Callable[[int, int], None]
 _HORIZON = 16
-"""How far questions run ahead of the file, in multiples of those under way."""
+"""How far questions run ahead of the file, in multiples of those in progress."""
 
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """How a data set is answered."""
+    """Settings of a prediction run."""
 
     batch_size: int = 8
     own_history: bool = False
@@ -40,7 +40,7 @@ class PredictOptions:
 
 @dataclass
 class PredictReport:
-    """Counts of one call. ``earlier``: answers an interrupted run had left."""
+    """Counts of one call. ``earlier``: answers found in the file."""
 
     questions: int = 0
     answered: int = 0
@@ -54,7 +54,7 @@ class PredictReport:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """A few sentences for the console."""
+        """Return a few sentences for the console."""
         lines = [f"{self.answered} of {self.questions} questions answered"]
         if self.earlier:
             lines[0] += f", and {self.earlier} by an earlier run"
@@ -67,7 +67,7 @@ class PredictReport:
 
 
 class Predictor:
-    """Answers ``questions`` with ``generator`` into ``file``; ``data`` says what to do with what cannot be read."""
+    """Answers ``questions`` with ``generator`` into ``file``; ``data`` says how to treat unreadable input."""
 
     def __init__(
         self,
@@ -93,14 +93,13 @@ class Predictor:
         self._images: dict[tuple[ImageRef, ...], tuple[Image.Image, ...] | DataError] = {}
 
     def run(self) -> PredictReport:
-        """Answer what the file does not hold yet.
+        """Answer what the file does not contain yet.
 
-        Whatever ends it early (an error, Ctrl-C), every answer computed is kept.
+        Every computed answer is kept, however the run ends (an error, Ctrl-C).
 
         Raises:
-            DataError: a picture or question that cannot be used, unless ``data.on_bad`` is ``skip`` and it is one of
-                few.
-            OutOfMemoryError, DiskFullError: with everything before in the file.
+            DataError: an unusable picture or question, unless ``data.on_bad`` is ``skip`` and few are bad.
+            OutOfMemoryError, DiskFullError: all earlier answers are in the file.
         """
         with self.file:
             try:
@@ -112,7 +111,7 @@ class Predictor:
         return self.report
 
     def _answer_all(self) -> None:
-        """Keep questions under way until none is left, and write answers as they become next in the data's order."""
+        """Keep questions in progress until none is left, and write answers in data order."""
         running: dict[int, Answer] = {}
         try:
             while True:
@@ -128,7 +127,7 @@ class Predictor:
                 for place in [place for place, answer in running.items() if answer.done]:
                     self._take(place, running)
                 self._flush()
-        except DataError:  # a question that cannot be asked ends the run; those before it are answered all the same
+        except DataError:  # a question that cannot be asked ends the run, but earlier ones are still answered
             for place in list(running):
                 self._take(place, running)
             self._flush()
@@ -142,8 +141,9 @@ class Predictor:
         self.report.answered += 1
 
     def _ready(self, running: Mapping[int, Answer]) -> list[int]:
-        """Positions that can be asked now, in the data's order: not too far ahead of what is written, and with own
-        history only behind the turn before."""
+        """Return positions that can be asked now, in data order: not too far ahead of the file and, with own history,
+        only after the previous turn.
+        """
         end = min(self.file.next + _HORIZON * self._ahead, len(self.questions))
         return [place for place in range(self.file.next, end) if place not in running and self._is_ready(place)]
 
@@ -183,7 +183,7 @@ class Predictor:
         return images, question.question, kept
 
     def _read(self, images: tuple[ImageRef, ...]) -> tuple[Image.Image, ...]:
-        """An example's images, read once for all its questions: the same objects, so that the tower runs once too."""
+        """Read an example's images once for all its questions: the same objects, so the tower runs once too."""
         if images and images not in self._images:
             kept = list(self._images)[-self._ahead :]
             self._images = {key: self._images[key] for key in kept}
@@ -199,7 +199,7 @@ class Predictor:
         return found
 
     def _skip(self, place: int, error: DataError) -> None:
-        """Count a question that cannot be asked, and the later turns that build on it; or raise."""
+        """Count a question that cannot be asked, and later turns that depend on it; or raise."""
         if self.data.on_bad == "error":
             hint = f"{error.hint}; or leave it out with --data.on_bad skip"
             raise DataError(error.message, hint=hint, code=error.code) from error
@@ -220,7 +220,7 @@ class Predictor:
             ) from error
 
     def _flush(self) -> None:
-        """Write what is next in the data's order."""
+        """Write the answers that are next in data order."""
         before = self.file.next
         while self.file.next in self.answers or self.file.next in self.bad:
             place = self.file.next

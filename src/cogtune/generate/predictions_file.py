@@ -1,7 +1,7 @@
-"""The file of predictions: one JSON line per question, in the data's order, and a sidecar that says what made them.
+"""The predictions file: one JSON line per question in data order, and a sidecar with the settings that made them.
 
-A line counts once its newline is written. A file that ends in the middle of a line (a killed run, a full disk) is cut
-back to its last whole line, and the run goes on from there.
+A line counts once its newline is written. A file that ends inside a line (after a kill or a full disk) is truncated to
+its last complete line, and the run goes on from there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ELSE = "give another --output, or remove this file and its .meta.json to start 
 
 
 def record(question: Question, answer: str) -> dict[str, Any]:
-    """The line of one answered question; of several images ``image`` is the list."""
+    """Return the line of an answered question; for several images, ``image`` is a list."""
     images = [str(image) for image in question.images]
     return {
         "id": question.id,
@@ -42,17 +42,17 @@ def record(question: Question, answer: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class AnswerSettings:
-    """What decides the answers (compared on continuing) and where it lay (only shown)."""
+    """Settings that decide the answers (compared on resuming), and paths (only shown)."""
 
     decides: dict[str, Any]
     shown: dict[str, Any]
 
 
 class PredictionFile:
-    """Appends records to ``path``; ``path.meta.json`` holds the settings and answers not yet in their turn.
+    """Appends records to ``path``; ``path.meta.json`` holds the settings and answers that wait for an earlier one.
 
     Raises:
-        OutputFolderError: the file is not one of ours, was made with other settings or data, or cannot be written.
+        OutputFolderError: not a predictions file, or made with other settings or data.
     """
 
     def __init__(self, path: Path, settings: AnswerSettings, questions: Sequence[Question]) -> None:
@@ -60,10 +60,10 @@ class PredictionFile:
         self.meta = path.with_name(path.name + ".meta.json")
         self.settings = settings
         self.done: dict[int, str] = {}
-        """Position in ``questions`` -> answer, of what the file holds already."""
+        """Position in ``questions`` -> answer, for the answers in the file."""
         self.pending: dict[int, str] = {}
         self.next = 0
-        """The first position behind the file's last line."""
+        """The first position after the file's last line."""
         self._stream: BinaryIO | None = None
         if path.exists() and not path.is_file():
             raise OutputFolderError(f"{path}: not a file", hint="--output names the .jsonl file to write")
@@ -88,10 +88,10 @@ class PredictionFile:
         self._stream.close()
 
     def append(self, question: Question, answer: str) -> None:
-        """Write one line, whole or not at all.
+        """Write one line completely or not at all.
 
         Raises:
-            DiskFullError, RunError: no space, or the place is lost; the lines before stay.
+            DiskFullError: no space; earlier lines are safe.
         """
         assert self._stream is not None
         line = json.dumps(record(question, answer), ensure_ascii=False).encode() + b"\n"
@@ -106,14 +106,14 @@ class PredictionFile:
                 raise
 
     def keep_for_later(self, answers: dict[int, str]) -> None:
-        """Answers that are computed but wait for an earlier question: the next run takes them from the sidecar."""
+        """Save computed answers that wait for an earlier question in the sidecar, for the next run."""
         later = {str(place): answer for place, answer in answers.items()}
         meta = {"decides": self.settings.decides, "made_with": self.settings.shown, "pending": later}
         with explained(self.meta, **_SAFE):
             files.write_json(self.meta, meta, durable=True)
 
     def finish(self) -> None:
-        """Everything to disk."""
+        """Flush everything to disk."""
         assert self._stream is not None
         with explained(self.path, **_SAFE):
             os.fsync(self._stream.fileno())
@@ -175,6 +175,6 @@ def _key(question: Question) -> tuple[str, int, str]:
 
 
 def _shown(value: Any) -> str:
-    """Digests are only compared; a dozen characters show that they differ."""
+    """Shorten digests to a dozen characters for a message; they are only compared."""
     text = value if isinstance(value, str) else json.dumps(value)
     return f"{text[:12]}..." if len(text) == 64 and set(text) <= set("0123456789abcdef") else text

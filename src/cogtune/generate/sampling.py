@@ -1,7 +1,7 @@
-"""The next token of every row, each by its own rules: greedy, or drawn with temperature, top-k, top-p and a seed.
+"""Sample the next token of every row with its own settings: greedy, or temperature, top-k, top-p and a seed.
 
-A draw adds noise to the logits and takes the largest (Gumbel's trick). The noise is a hash of the row's seed, its step
-and the token, so a row draws the same whatever shares its batch, on any device, and nothing waits for a random state.
+Sampling adds Gumbel noise to the logits and takes the maximum. The noise is a hash of the row's seed, its step and the
+token, so a row's draws do not depend on its batch or device, and no random state has to be synchronised.
 
 Shapes: R rows, V vocabulary.
 """
@@ -15,7 +15,7 @@ import torch
 
 @dataclass(frozen=True)
 class SamplingRows:
-    """How each row chooses; all [R]. ``temperature`` 0: the likeliest token. ``top_k`` 0 and ``top_p`` 1: no limit."""
+    """Settings of each row, all [R]. ``temperature`` 0: greedy. ``top_k`` 0 and ``top_p`` 1: no limit."""
 
     temperature: torch.Tensor
     top_p: torch.Tensor
@@ -25,7 +25,7 @@ class SamplingRows:
 
 
 def choose(logits_RV: torch.Tensor, rows: SamplingRows | None) -> torch.Tensor:
-    """The chosen tokens, int64 [R]. ``rows`` None: every row is greedy, and nothing is sorted."""
+    """Return the chosen tokens, int64 [R]. ``rows`` None: every row is greedy, and nothing is sorted."""
     likeliest = logits_RV.argmax(-1)
     if rows is None:
         return likeliest
@@ -37,7 +37,7 @@ def choose(logits_RV: torch.Tensor, rows: SamplingRows | None) -> torch.Tensor:
 
 
 def _allowed(logits_RV: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
-    """Which tokens top-k and then top-p leave, bool [R, V]; of tokens equal to the last one left, all."""
+    """Return the tokens that top-k and then top-p keep, bool [R, V]; all tokens tied with the last one are kept."""
     ordered = logits_RV.sort(-1, descending=True).values
     last = torch.where(rows.top_k > 0, rows.top_k, logits_RV.shape[1]).clamp(max=logits_RV.shape[1]) - 1
     ordered = ordered.masked_fill(ordered < ordered.gather(1, last[:, None]), -torch.inf)
@@ -49,10 +49,10 @@ def _allowed(logits_RV: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
 
 
 def _gumbel(seed_R: torch.Tensor, step_R: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """Noise of Gumbel's distribution, float32 [R, V]: a hash of (seed, step, token) as a uniform number."""
+    """Return Gumbel noise, float32 [R, V], from a hash of (seed, step, token) as a uniform number."""
     token = torch.arange(vocabulary, device=seed_R.device)
     mixed = _mix(_mix(seed_R * -0x61C8864680B583EB + step_R)[:, None] + token)
-    # 24 bits: every value is exact in float32, and none is 0 or 1
+    # 24 bits: exact in float32, and never 0 or 1
     uniform = ((mixed & 0xFFFFFF).float() + 0.5) * 2.0**-24
     return -torch.log(-torch.log(uniform))
 
@@ -65,5 +65,5 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def _shifted(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """The logical right shift: torch's repeats the sign bit."""
+    """Shift right logically: torch's shift repeats the sign bit."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

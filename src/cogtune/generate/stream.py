@@ -18,8 +18,8 @@ _INCOMPLETE = "\ufffd"
 class TextPieces:
     """Turns token ids into text, one at a time.
 
-    A character may be spread over several byte-level tokens; it comes out with its last one. White space at either end
-    of the answer is left out, so the pieces joined are the stripped answer.
+    A character can take several byte-level tokens; it is emitted with the last one. White space at both ends of the
+    answer is dropped, so the joined pieces are the stripped answer.
     """
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
@@ -30,10 +30,10 @@ class TextPieces:
         self._begun = False
 
     def push(self, token: int) -> str:
-        """The text that this token completes, often none."""
+        """Return the text that this token completes, often none."""
         self._waiting.append(token)
         text = self._decode(self._waiting)
-        # only the last mark can be a character whose bytes are still to come
+        # only the last replacement character can be one whose bytes are still to come
         whole = text.removesuffix(_INCOMPLETE)
         piece, self._given = whole[self._given :], len(whole)
         if whole == text:
@@ -41,7 +41,7 @@ class TextPieces:
         return self._trimmed(piece)
 
     def finish(self) -> str:
-        """What an answer that ends inside a character still holds."""
+        """Return what an answer that ends inside a character still holds."""
         text = self._decode(self._waiting) if self._waiting else ""
         piece, self._waiting, self._given = text[self._given :], [], 0
         return self._trimmed(piece)
@@ -55,10 +55,10 @@ class TextPieces:
 
 
 class Answer(Iterator[str]):
-    """An answer being computed: iterate for its pieces, or ask for its whole `text`."""
+    """An answer being computed: iterate over its pieces, or ask for the whole `text`."""
 
     def text(self) -> str:
-        """The whole answer, white space around it left out. Waits for its end.
+        """Wait for the end and return the whole stripped answer.
 
         Raises:
             OutOfMemoryError, RunError: it could not be computed.
@@ -68,7 +68,7 @@ class Answer(Iterator[str]):
     @property
     @abstractmethod
     def done(self) -> bool:
-        """Whether nothing more has to be computed for it."""
+        """Is it finished?"""
 
     @abstractmethod
     def stop(self) -> None:
@@ -99,7 +99,7 @@ class StreamedAnswer(Answer):
 
     @property
     def done(self) -> bool:
-        """Whether the thread has ended."""
+        """Has the thread ended?"""
         return not self._thread.is_alive()
 
     def stop(self) -> None:
@@ -112,13 +112,13 @@ class StreamedAnswer(Answer):
         try:
             generate(_Pushing(pieces, self._queue.put), _StopWhenSet(self._stop))
             self._queue.put(pieces.finish())
-        except BaseException as error:  # whatever it is, the reader of the pieces has to get it
+        except BaseException as error:  # any error has to reach the reader of the pieces
             end = error
         self._queue.put(end)
 
 
 class _Pushing(BaseStreamer):
-    """The streamer ``generate()`` calls: first with the prompt, then with each token."""
+    """The streamer that ``generate()`` calls: first with the prompt, then with each token."""
 
     def __init__(self, pieces: TextPieces, put: Callable[[str], None]) -> None:
         self._pieces = pieces
@@ -133,7 +133,7 @@ class _Pushing(BaseStreamer):
             self._put(self._pieces.push(token))
 
     def end(self) -> None:
-        """Nothing to do: what is left is fetched when ``generate()`` has returned."""
+        """Does nothing: the rest is fetched when ``generate()`` has returned."""
 
 
 class _StopWhenSet(StoppingCriteria):

@@ -1,7 +1,7 @@
-"""Answering with a model that several processes hold together (``parallel.tensor``).
+"""Answering with a tensor-parallel model (``parallel.tensor``).
 
-Rank 0 reads, asks and writes as it would alone. Whatever its generator runs on the model it announces first, and the
-other ranks do nothing but run the same: the same inputs, the same random numbers, the same end.
+Rank 0 reads, asks and writes as if alone. It broadcasts every call on the model first, and the other ranks repeat it
+with the same inputs, the same random numbers and the same end.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def check_launched(size: int) -> None:
 
 
 def start(device: torch.device, *, needed: bool = True) -> TensorGroup | None:
-    """Meet the other processes; None when rank 0 says that there is nothing to do (``needed``)."""
+    """Meet the other processes; returns None if rank 0 has nothing to do (``needed``)."""
     group = join(device)
     return group if _announced({} if needed else None) is not None else None
 
@@ -55,7 +55,7 @@ def join(device: torch.device) -> TensorGroup:
 
 
 class LockstepGenerator(TransformersGenerator):
-    """A generator on every rank; rank 0's is used, the others `follow`."""
+    """A generator on every rank: rank 0 uses it, the other ranks `follow`."""
 
     def __init__(self, model: Any, processor: Any, *, group: TensorGroup, **ways: Any) -> None:
         super().__init__(model, processor, **ways)
@@ -63,7 +63,7 @@ class LockstepGenerator(TransformersGenerator):
         self._broken = False
 
     def follow(self) -> None:
-        """Run what rank 0 runs, until it is done."""
+        """Repeat what rank 0 runs until it is done."""
         while (call := _announced(None)) is not None:
             _set_random(call.pop("random"), self.device)
             if "pixels" in call:
@@ -74,7 +74,7 @@ class LockstepGenerator(TransformersGenerator):
                 super()._generate(inputs, call["decoding"], **stops)
 
     def close(self) -> None:
-        """Let the others end. After a call that failed they are left to the launcher, which ends them."""
+        """Let the others end. After a failed call the launcher ends them."""
         if self.group.rank == 0 and not self._broken:
             _announced(None)
 
@@ -101,7 +101,7 @@ class LockstepGenerator(TransformersGenerator):
 
 
 class _CommonStop(StoppingCriteria):
-    """Rank 0's wish to stop, asked at every token by all."""
+    """A stopping criterion: all ranks ask at every token whether rank 0 wants to stop."""
 
     def __init__(self, criteria: Sequence[StoppingCriteria] | None) -> None:
         self._criteria = criteria
@@ -115,7 +115,7 @@ class _CommonStop(StoppingCriteria):
 
 
 def _announced(call: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Rank 0's ``call`` on every rank."""
+    """Broadcast rank 0's ``call`` to every rank."""
     message = [call]
     dist.broadcast_object_list(message, src=0, device=torch.device("cpu"))
     return message[0]

@@ -1,5 +1,5 @@
-"""Answers by transformers' ``generate()``: the engine's oracle, and the way for models that several devices or
-processes hold together.
+"""Answers through transformers' ``generate()``: the engine's test oracle, and the way to answer with models that are
+spread over several devices or processes.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from cogtune.generate.stream import Answer, StreamedAnswer, TextPieces
 
 
 class TransformersGenerator(Generator):
-    """As `Generator`, in batches through the model's ``generate()``.
+    """Like `Generator`, in batches through the model's ``generate()``.
 
-    The tower's output is kept while questions about the same image follow each other.
+    The tower's output is reused while consecutive questions are about the same image.
     """
 
     queue_ahead = 1
@@ -35,7 +35,7 @@ class TransformersGenerator(Generator):
         self._batch = _Batch([])
 
     def close(self) -> None:
-        """No more questions: processes that hold the model together may end."""
+        """With tensor parallelism, let the other processes end."""
 
     def answer_batch(
         self,
@@ -43,10 +43,10 @@ class TransformersGenerator(Generator):
         decoding: Decoding | None = None,
         seeds: Sequence[int] | None = None,
     ) -> list[str]:
-        """One answer per question, all computed at once; see `Generator.answer_batch`.
+        """Answer several questions at once; see `Generator.answer_batch`.
 
-        Rows are padded on the left, which changes nothing but rounding. Draws depend on what is asked together:
-        the first of ``seeds`` is that of the batch.
+        Rows are padded on the left, which changes only rounding. Random draws depend on the whole batch: its seed is
+        the first of ``seeds``.
         """
         if not asks:
             return []
@@ -60,7 +60,7 @@ class TransformersGenerator(Generator):
         return [self.processor.decode(self._until_end(row[start:].tolist())).strip() for row in ids]
 
     def stream(self, images: Images, question: str, history: Turns = (), decoding: Decoding | None = None) -> Answer:
-        """The answer to one question, piece by piece, from a thread; see `Generator.stream`."""
+        """Answer one question piece by piece, from a thread; see `Generator.stream`."""
         wanted = decoding or self.decoding
         ends = set(self._generation_config(wanted).eos_token_id)
         pieces = TextPieces(lambda ids: self.processor.decode([token for token in ids if token not in ends]))
@@ -74,14 +74,14 @@ class TransformersGenerator(Generator):
         return StreamedAnswer(generate, pieces)
 
     def submit(self, ask: Ask | tuple[Images, str], decoding: Decoding | None = None, seed: int = 0) -> Answer:
-        """Ask without waiting: the question joins a batch, which is computed when one of its answers is read."""
+        """Add the question to a batch, which is computed when one of its answers is read."""
         if self._batch.answers is not None or len(self._batch.asks) == self.slots:
             self._batch = _Batch([])
         self._batch.asks.append((ask, decoding, seed))
         return _BatchedAnswer(self, self._batch, len(self._batch.asks) - 1)
 
     def score(self, images: Images, questions: Sequence[ClosedQuestion]) -> list[ChoiceScores]:
-        """Closed questions need the model in one place.
+        """Closed questions need the model in one place, so this always raises.
 
         Raises:
             SetupError: always.
@@ -93,7 +93,7 @@ class TransformersGenerator(Generator):
         )
 
     def compute(self, batch: _Batch) -> list[str]:
-        """A batch's answers, computed once."""
+        """Compute a batch's answers once."""
         if batch.answers is None:
             asks, decodings, seeds = zip(*batch.asks, strict=True)
             batch.answers = self.answer_batch(asks, decodings[0], seeds)
@@ -122,7 +122,7 @@ class TransformersGenerator(Generator):
 
     @torch.no_grad()
     def _encoded(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """The tower's output [N, grid * grid, width]; images of the last batch are not computed again."""
+        """Return the tower's output [N, grid * grid, width]; the last batch's images are not computed again."""
         wanted = {id(image): image for image in images}
         kept = {key: self._features[key] for key in wanted if key in self._features}
         new = [image for key, image in wanted.items() if key not in kept]
@@ -146,7 +146,7 @@ class TransformersGenerator(Generator):
         return ids
 
     def _until_end(self, ids: list[int]) -> list[int]:
-        """Without the end token and the padding behind it."""
+        """Drop the end token and the padding after it."""
         ends = set(self._generation_config(GREEDY).eos_token_id)
         return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
 
@@ -172,11 +172,11 @@ class _BatchedAnswer(Answer):
 
     @property
     def done(self) -> bool:
-        """Whether its batch was computed."""
+        """Was its batch computed?"""
         return self._batch.answers is not None
 
     def stop(self) -> None:
-        """Nothing runs before an answer is read."""
+        """Does nothing: no computation runs before an answer is read."""
         self._read = True
 
 
@@ -192,8 +192,11 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _no_defaults(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """transformers fills what a call leaves open from the model's own settings; ours leave nothing open on purpose
-    (the checkpoint's ``max_length``, for one, would count the picture)."""
+    """Disable the model's own generation settings inside the block.
+
+    transformers fills what a call leaves open from those settings; cogtune's calls leave some open on purpose (the
+    checkpoint's ``max_length``, for example, would count the picture).
+    """
     before, model.generation_config = model.generation_config, config
     try:
         yield

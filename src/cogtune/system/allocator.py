@@ -1,9 +1,9 @@
-"""How torch's allocator takes GPU memory: in expandable segments, unless the user has said something else.
+"""Let torch's allocator use expandable segments, unless the user has chosen otherwise.
 
-Its default takes a segment of its own for every large tensor, and what is left of one is lost to larger tensors. A
-training step makes and frees tensors of many sizes, so far more is reserved than is ever in use. An expandable segment
-grows in place instead. torch reads the setting from the environment when it first looks for a GPU, so it has to be
-there before torch is imported; nothing here imports it.
+By default the CUDA caching allocator takes a segment for every large tensor, and a segment cannot serve a larger tensor
+later. A training step allocates tensors of many sizes, so much more is reserved than is ever used. An expandable
+segment grows in place instead. torch reads the setting from the environment when it first uses a GPU, so it must be set
+before torch is imported; this module does not import it.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import sys
 
 SETTING = "PYTORCH_ALLOC_CONF"
 _NAMES = (SETTING, "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-"""All that torch reads; the later two are its older names."""
+"""The environment variables that torch reads; the later two are older names."""
 _EXPANDABLE = "expandable_segments:True"
 
 
 def prepare_allocator() -> None:
-    """Ask for expandable segments, in this process and those it starts, where torch has them and nobody has set
-    anything. Only NVIDIA's on Linux: elsewhere torch would warn and go on without."""
+    """Ask for expandable segments, in this process and its children, unless an allocator setting exists.
+
+    Only for NVIDIA GPUs on Linux: elsewhere torch would print a warning and ignore it.
+    """
     if not sys.platform.startswith("linux") or any(name in os.environ for name in _NAMES):
         return
     try:
@@ -33,12 +35,12 @@ def prepare_allocator() -> None:
 
 
 def expandable() -> bool:
-    """Whether the environment asks for expandable segments."""
+    """Return whether the environment asks for expandable segments."""
     return re.search(r"expandable_segments\s*:\s*true", _asked()[1], re.IGNORECASE) is not None
 
 
 def describe_allocator() -> str:
-    """The setting in words, for a log."""
+    """Describe the setting in words, for a log."""
     name, value = _asked()
     if not name:
         return "GPU memory in torch's default segments"

@@ -1,4 +1,4 @@
-"""Amounts of memory and disk as people write them."""
+"""Sizes of memory and disk as people write them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]+)\s*")
 
 
 def parse_size(text: str) -> int:
-    """Bytes in ``text``: a number with its unit, such as ``30GiB`` (2^30) or ``30 GB`` (10^9), in any case.
+    """Return the bytes in ``text``: a number with a unit such as ``30GiB`` (2^30) or ``30 GB`` (10^9), in any case.
 
     Raises:
-        ValueError: it is no such size, or not more than 0.
+        ValueError: not such a size, or not more than 0.
     """
     match = _SIZE.fullmatch(text)
     unit = _UNITS.get(match[2].lower()) if match else None
@@ -26,7 +26,7 @@ def parse_size(text: str) -> int:
 
 
 def format_size(size: float) -> str:
-    """``size`` bytes in the unit that leaves the fewest digits, with one decimal below 100: ``10.3 GiB``."""
+    """Format ``size`` bytes in the largest unit that fits, with one decimal below 100: ``10.3 GiB``."""
     for name, unit in (("TiB", TIB), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
         if abs(size) >= unit:
             value = size / unit

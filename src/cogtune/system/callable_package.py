@@ -1,7 +1,6 @@
-"""Packages that are also the function they are named after: ``cogtune.train(config)`` beside ``cogtune.train.run``.
+"""Packages that can be called like the function of their name: ``cogtune.train(config)`` next to ``cogtune.train.run``.
 
-Importing a package's module binds the package as an attribute of its parent, so a function of the same name could not
-stay there.
+Importing a package binds it as an attribute of its parent, so a function of the same name would be overwritten.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class _CallablePackage(ModuleType):
 
 
 def make_callable(package: str, module: str, name: str) -> None:
-    """Let calls of ``package`` go to the function ``name`` of ``module``, which is imported by the first one."""
+    """Forward calls of ``package`` to the function ``name`` of ``module``, which is imported on the first call."""
     found = sys.modules[package]
     found.__class__ = _CallablePackage
     found._function = (module, name)  # type: ignore[attr-defined]

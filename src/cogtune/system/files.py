@@ -32,12 +32,12 @@ PARTIAL, REPLACED = ".partial", ".replaced"
 MARK = ".cogtune-unfinished"
 
 _STALE_SECONDS = 3600.0
-_GRACE_SECONDS = 60.0  # containers may share a host's name and not its processes
+_GRACE_SECONDS = 60.0  # containers can share a host name and still have separate process numbers
 _WRITER = re.compile(r"\.(?P<process>\d+)\.\d+" + re.escape(PARTIAL))
 
 
 def write_text(path: Path, text: str, *, durable: bool = False) -> None:
-    """Write a text file, whole or not at all, and remove what killed writers of the same file left behind."""
+    """Write a text file atomically, and remove what killed writers of the same file left."""
     clear_leftovers(path)
     write_bytes(path, text.encode(), durable=durable)
 
@@ -50,14 +50,17 @@ def clear_leftovers(path: Path, *, locked: bool = False) -> None:
 
 
 def write_json(path: Path, value: Any, *, indent: int = 1, durable: bool = False) -> None:
-    """`write_text` of ``value`` as readable JSON, in UTF-8."""
+    """Write ``value`` as readable JSON in UTF-8; see `write_text`."""
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n", durable=durable)
 
 
 def write_bytes(path: Path, content: bytes, *, durable: bool = False, mode: int | None = None) -> None:
-    """Write a file, whole or not at all; ``mode``: permissions other than the umask's. OSError as the system raises it.
+    """Write a file atomically. ``mode``: permissions, if not the umask's.
 
-    A link at ``path`` is replaced and not followed. A device or a pipe is written into.
+    A symbolic link at ``path`` is replaced, not followed. A device or a pipe is written into.
+
+    Raises:
+        OSError: as the system raises it.
     """
     if _is_special(path):
         path.write_bytes(content)
@@ -71,7 +74,7 @@ def write_bytes(path: Path, content: bytes, *, durable: bool = False, mode: int 
 
 @contextmanager
 def growing(path: Path, *, durable: bool = False) -> Iterator[Path]:
-    """A hidden file's path to write to; it becomes ``path`` when the block ends well, and is removed when not."""
+    """Yield a hidden path to write to. It becomes ``path`` if the block succeeds, and is removed if it fails."""
     if _is_special(path):
         yield path
         return
@@ -89,13 +92,9 @@ def growing(path: Path, *, durable: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def growing_folder(path: Path, *, replace: bool = False, durable: bool = False, marked: bool = False) -> Iterator[Path]:
-    """A hidden folder that becomes ``path`` in one rename when the block ends well, and vanishes when not.
+    """Yield a hidden folder that becomes ``path`` in one rename if the block succeeds, and is removed if it fails.
 
-    What a killed one left behind is removed first, which its mark tells. ``replace``: a folder that is there already
-    gives way. ``marked``: the mark stays in the folder until `unmark`.
-
-    Raises:
-        FileExistsError: something else has the hidden name.
+    Leftovers of an earlier attempt are removed first. ``replace``: an existing folder is replaced.
     """
     folder, old = partial_path(path), path.with_name(hidden(path.name) + REPLACED)
     remove_unfinished(folder)
@@ -146,13 +145,13 @@ def unmark(folder: Path) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a new file; all bytes that are not streamed go through here."""
+    """Write a new file; everything that is not streamed is written here."""
     with path.open("xb") as file:
         file.write(content)
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder. Renamed first: a kill in the middle must not leave a half-empty one under its name."""
+    """Delete a folder. It is renamed first, so that a kill leaves no half-deleted folder under its name."""
     doomed = folder.with_name(hidden(folder.name) + REPLACED)
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
@@ -170,7 +169,7 @@ def link(path: Path, target: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file or folder to disk, so that the rename that follows cannot overtake its content."""
+    """Flush a file or folder to disk, so that a later rename cannot overtake its content."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -179,7 +178,7 @@ def sync(path: Path) -> None:
 
 
 def partial_path(path: Path) -> Path:
-    """The hidden name under which the folder ``path`` is built."""
+    """Return the hidden name under which the folder ``path`` is built."""
     return path.with_name(hidden(path.name) + PARTIAL)
 
 
@@ -189,7 +188,7 @@ def is_hidden(name: str) -> bool:
 
 
 def is_abandoned(partial: Path) -> bool:
-    """Whether no living writer can be behind a hidden file of `growing`: a write takes well under a second."""
+    """Return whether the writer of a hidden file of `growing` is surely gone. A write takes well under a second."""
     writer = _WRITER.search(partial.name)
     if writer is None or writer.end() != len(partial.name):
         return False
@@ -203,7 +202,7 @@ def is_abandoned(partial: Path) -> bool:
 
 
 def is_running(process: int) -> bool:
-    """Whether a process of this machine is still there."""
+    """Return whether a process of this machine is running."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
@@ -214,7 +213,7 @@ def is_running(process: int) -> bool:
 
 
 def hidden(name: str, room: int = 10) -> str:
-    """The beginning of a hidden name for ``name``, no longer than leaves ``room`` bytes behind it."""
+    """Return the start of a hidden name for ``name``, cut so that ``room`` bytes are left for the rest."""
     hidden = f".{name}"
     if len(os.fsencode(hidden)) + room <= LONGEST_NAME:
         return hidden
@@ -234,7 +233,7 @@ def _escaped(text: str) -> str:
 
 
 def _is_special(path: Path) -> bool:
-    """A device or a pipe, such as /dev/stdout."""
+    """Return whether the path is a device or a pipe, such as /dev/stdout."""
     try:
         mode = path.stat().st_mode
     except OSError:

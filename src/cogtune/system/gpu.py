@@ -1,4 +1,4 @@
-"""What a GPU computes in, by its compute capability, and which GPU a torch device is. Imports torch only when asked."""
+"""What a GPU supports by its compute capability, and which GPU a torch device is. Imports torch only if asked."""
 
 from __future__ import annotations
 
@@ -10,45 +10,45 @@ if TYPE_CHECKING:
 
 FIRST_WITH_BFLOAT16 = (8, 0)  # Ampere
 FIRST_WITH_FP8 = (8, 9)  # Ada and Hopper
-FIRST_COMPILED_FOR = (7, 0)  # Volta: torch's compiler generates no kernels for older cards
+FIRST_COMPILED_FOR = (7, 0)  # Volta; torch's compiler generates no kernels for older cards
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A card's name and its compute capability: ``(7, 5)`` is a T4's."""
+    """A GPU's name and compute capability, such as ``(7, 5)`` for a T4."""
 
     name: str
     capability: tuple[int, int]
 
     @property
     def bfloat16(self) -> bool:
-        """Whether it computes in bfloat16."""
+        """Does it compute in bfloat16?"""
         return self.capability >= FIRST_WITH_BFLOAT16
 
     @property
     def fp8(self) -> bool:
-        """Whether it multiplies fp8."""
+        """Does it have fp8 matrix products?"""
         return self.capability >= FIRST_WITH_FP8
 
     @property
     def compiled_for(self) -> bool:
-        """Whether torch's compiler can generate kernels for it."""
+        """Can torch's compiler generate kernels for it?"""
         return self.capability >= FIRST_COMPILED_FOR
 
     def described(self) -> str:
-        """Its name with its compute capability, for a message."""
+        """Its name and compute capability, for a message."""
         return f"{self.name} (compute capability {self.capability[0]}.{self.capability[1]})"
 
 
 def own_device(local_rank: int = 0) -> torch.device:
-    """Where a process works unless told otherwise: on the GPU of its number on this machine, or on the CPU."""
+    """Return a process's default device: the GPU with its number on this machine, or the CPU."""
     import torch
 
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def gpu_of(device: torch.device) -> Gpu | None:
-    """The GPU behind a torch device; None: it is a CPU."""
+    """Return the GPU behind a torch device; None for a CPU."""
     import torch
 
     if device.type != "cuda":

@@ -1,4 +1,4 @@
-"""Where the Hugging Face hub's own tools keep what they fetch, by their rules."""
+"""Paths in the Hugging Face hub's own cache."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 
 
 def hub_cache() -> Path:
-    """Their cache: HF_HUB_CACHE, or ``hub`` under HF_HOME."""
+    """Return the cache folder: HF_HUB_CACHE, or ``hub`` under HF_HOME."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
 
 
 def cached_file(kind: str, names: Iterable[str], sha256: str, size: int) -> Path | None:
-    """The file of this digest that the cache holds of a repository under one of its names, if it is whole.
+    """Return the cached file with this digest from a repository with one of these names, if it is complete.
 
-    ``kind``: model or dataset. Large files lie there under their digest.
+    ``kind``: model or dataset. The cache stores large files under their digest.
     """
     for name in names:
         blob = hub_cache() / f"{kind}s--{name.replace('/', '--')}" / "blobs" / sha256

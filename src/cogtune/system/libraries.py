@@ -1,7 +1,7 @@
-"""Which versions of the libraries this package was tested with, and which are known not to work.
+"""Library versions that cogtune was tested with, and versions that are known not to work.
 
-The floors are those of ``pyproject.toml`` (a test compares them). A version above what was tested may well work, so it
-is only mentioned; a version that is known to give wrong results or to fail is refused before anything is loaded.
+The lowest versions equal those of ``pyproject.toml`` (tested). A newer version than tested is only mentioned; a version
+that is known to fail or to give wrong results is refused before anything is loaded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Version = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Tested:
-    """Oldest and newest version the tests were run with; of the newest, patch releases count as tested."""
+    """Oldest and newest version that was tested; all patch releases of the newest count as tested."""
 
     oldest: str
     newest: str
@@ -39,7 +39,7 @@ TESTED = {
 
 @dataclass(frozen=True)
 class Broken:
-    """Versions ``first <= v < fixed`` of ``library`` are refused, because of ``reason``."""
+    """Versions ``first <= v < fixed`` of ``library`` are refused, for ``reason``."""
 
     library: str
     first: str
@@ -56,13 +56,13 @@ KNOWN_BROKEN = (
 
 
 def parse(version: str) -> Version:
-    """The leading numbers of a version: ``2.11.0+cu130`` -> (2, 11, 0)."""
+    """Return the leading numbers of a version: ``2.11.0+cu130`` -> (2, 11, 0)."""
     match = re.match(r"\d+(?:\.\d+)*", version)
     return tuple(int(part) for part in match[0].split(".")) if match else ()
 
 
 def broken(library: str, version: str) -> Broken | None:
-    """The known fault of this version, if there is one."""
+    """Return the known fault of this version, or None."""
     found = parse(version)
     for fault in KNOWN_BROKEN:
         if fault.library == library and parse(fault.first) <= found < parse(fault.fixed):
@@ -71,7 +71,7 @@ def broken(library: str, version: str) -> Broken | None:
 
 
 def outside_tested(library: str, version: str) -> str | None:
-    """ "older" or "newer" than what was tested, or None."""
+    """Return "older" or "newer" if the version is outside the tested range, else None."""
     tested, found = TESTED[library], parse(version)
     if found < parse(tested.oldest):
         return "older"
@@ -80,7 +80,7 @@ def outside_tested(library: str, version: str) -> str | None:
 
 
 def installed(library: str) -> str | None:
-    """The installed version, or None."""
+    """Return the installed version, or None."""
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
@@ -88,10 +88,10 @@ def installed(library: str) -> str | None:
 
 
 def refuse_broken(find: Callable[[str], str | None] = installed) -> None:
-    """Before a command that needs them: no library in a version known to be broken.
+    """Raise if an installed library has a version that is known to be broken.
 
     Raises:
-        SetupError: naming the library, its version, the reason and the command that repairs it.
+        SetupError: with the library, its version, the reason and the command that repairs it.
     """
     for library in dict.fromkeys(fault.library for fault in KNOWN_BROKEN):
         version = find(library)

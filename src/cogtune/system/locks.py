@@ -1,15 +1,15 @@
-"""The lock that a process keeps on the place it writes to, so that no second one writes there.
+"""A lock on the place that a process writes to, so that no second process writes there.
 
-A lock is a small hidden file that says who holds it, under a lock of the operating system (flock), which the system
-gives back whatever ends the process. A lock file that is left behind is told apart by where its holder ran:
+A lock is a small hidden file with its holder's name, held under a lock of the operating system (flock), which is
+released when the process ends in any way. A stale lock file is recognised by where its holder ran:
 
-* On this machine: flock says for certain that it is gone. The lock is taken over.
-* On another one that shares the disk: whether flock reaches that far nobody can say. A living holder renews the file
-  every few seconds, so it is watched for a minute, and taken over if nobody renews it.
-* Where the disk has no flock, the file itself is the lock: whoever makes it has it, and the two rules above are applied
-  by process number and by watching.
+* On this machine: flock proves that the holder is gone, and the lock is taken over.
+* On another machine that shares the disk: flock may not reach that far. A live holder renews the file every few
+  seconds, so the file is watched for a minute and taken over if nobody renews it.
+* On a disk without flock, the file itself is the lock: whoever creates it holds it, and the two rules above are applied
+  with process numbers and by watching.
 
-A process whose lock was taken over after all is told so by `Lock.require`, before it replaces anything.
+A process that lost its lock after all finds out in `Lock.require`, before it replaces anything.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FOLDER_LOCK = f".cogtune{LOCK}"
 RENEW_SECONDS = 10.0
 WATCH_SECONDS = 60.0
 FORGOTTEN_SECONDS = 3600.0
-"""After so long without a renewal a lock of another machine needs no watching."""
+"""Seconds without renewal after which another machine's lock is taken over without watching."""
 
 _POLL_SECONDS = 1.0
 _MOST = 1 << 14
@@ -49,17 +49,17 @@ Say = Callable[[str], None]
 
 
 def lock_folder(folder: Path, instead: str, say: Say | None = None) -> Lock:
-    """A lock on everything in ``folder``, which is made if it is not there. Arguments and errors: `Lock`."""
+    """Lock everything in ``folder``, which is created if necessary. Arguments and errors: `Lock`."""
     return Lock(folder, folder / FOLDER_LOCK, instead, say)
 
 
 def lock_beside(place: Path, instead: str, say: Say | None = None) -> Lock:
-    """A lock on a file, or on a folder that appears when it is whole. Arguments and errors: `Lock`."""
+    """Lock a file, or a folder that is created atomically. Arguments and errors: `Lock`."""
     return Lock(place, place.with_name(files.hidden(place.name) + LOCK), instead, say)
 
 
 class Lock:
-    """A lock on ``place``, from its making until `release` or the end of the process; a context manager.
+    """A lock on ``place`` until `release` or the end of the process; a context manager.
 
     Args:
         place: the folder or file that is written, for messages.
@@ -95,11 +95,11 @@ class Lock:
 
     @property
     def is_held(self) -> bool:
-        """Whether the lock's file is still this process's."""
+        """Is the lock's file still this process's?"""
         return self._file >= 0 and _read(self.path) == self._own
 
     def require(self) -> None:
-        """Before something is replaced: the place is still this process's.
+        """Check that the place still belongs to this process, before something is replaced.
 
         Raises:
             RunError: ``output-lost``: the place is gone, or another process has taken the lock over.
@@ -126,8 +126,8 @@ class Lock:
         )
 
     def renew(self) -> None:
-        """Show other machines that the holder lives."""
-        with suppress(OSError):  # a place that is gone is `require`'s to report
+        """Show other machines that the holder is alive."""
+        with suppress(OSError):  # `require` reports a place that is gone
             os.utime(self._file)
 
     def release(self) -> None:
@@ -143,7 +143,7 @@ class Lock:
         self._remove_folders()
 
     def forget(self) -> None:
-        """In a forked child: it must not keep its parent's lock alive."""
+        """Drop the lock in a forked child, which must not keep its parent's lock alive."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
@@ -155,13 +155,13 @@ class Lock:
 
 
 class _Taking:
-    """One attempt to get a lock."""
+    """One attempt to take a lock."""
 
     def __init__(self, place: Path, path: Path, own: Process, instead: str, say: Say) -> None:
         self._place, self._path, self._own, self._instead, self._say = place, path, own, instead, say
 
     def take(self) -> int:
-        """The open file of a lock that is ours now."""
+        """Return the open file of a lock that now belongs to this process."""
         while True:
             file, is_new = self._open()
             keep = False
@@ -181,24 +181,24 @@ class _Taking:
                     os.close(file)
 
     def _open(self) -> tuple[int, bool]:
-        """The lock's file, and whether it was made by this."""
+        """Return the lock's file, and whether this call created it."""
         for _ in range(_MOST_TRIES):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(FileExistsError, FileNotFoundError):  # the latter: its last holder has removed the folder
+            with suppress(FileExistsError, FileNotFoundError):  # the latter: the last holder has removed the folder
                 return os.open(self._path, _FLAGS | os.O_CREAT | os.O_EXCL, 0o666), True
             with suppress(FileNotFoundError):
                 return os.open(self._path, _FLAGS), False
         return os.open(self._path, _FLAGS | os.O_CREAT | os.O_EXCL, 0o666), True
 
     def _take_away(self) -> None:
-        """Where there is no flock: remove the lock file of a process that is gone. Renaming it, only one can."""
+        """Without flock: remove the lock file of a dead process. It is renamed first, which only one process can do."""
         try:
             content = self._path.read_bytes()
         except FileNotFoundError:
             return
         self._require_free(content, certain=False)
         taken = self._path.with_name(f"{self._path.name}.{os.getpid()}.{time.monotonic_ns()}")
-        with suppress(FileNotFoundError):  # somebody else was faster; the next round finds whose it is
+        with suppress(FileNotFoundError):  # another process was faster; the next round shows who
             self._path.rename(taken)
             if taken.read_bytes() != content:  # and has it already
                 taken.rename(self._path)
@@ -206,7 +206,7 @@ class _Taking:
                 taken.unlink()
 
     def _require_free(self, content: bytes, *, certain: bool) -> None:
-        """Nobody is behind a lock file of this content; ``certain``: flock has been given to us."""
+        """Raise unless nobody holds a lock file with this content. ``certain``: this process has its flock."""
         other = _parse(content)
         if other is None and content.strip(b"\0"):
             raise OutputFolderError(
@@ -218,7 +218,7 @@ class _Taking:
             raise self._in_use(other)
 
     def _write(self, file: int) -> bool:
-        """Say in the file whose it is; False: it is not the one at its path any more."""
+        """Write this process's name into the file. Returns False if it is no longer the file at its path."""
         try:
             os.ftruncate(file, 0)
             os.pwrite(file, self._own.text().encode("utf-8", "replace"), 0)
@@ -243,7 +243,7 @@ class _Taking:
         return gone
 
     def _is_renewed(self, other: str) -> bool:
-        """Watch a lock whose holder cannot be asked."""
+        """Watch a lock whose holder cannot be checked."""
         before = _renewed(self._path)
         if before is None or time.time() - before / 1e9 > FORGOTTEN_SECONDS:
             return False
@@ -257,13 +257,13 @@ class _Taking:
         return False
 
     def _has_rebooted(self, other: Process) -> bool:
-        """Whether ``other`` ran before this machine was started anew."""
+        """Return whether this machine was restarted after ``other`` ran."""
         renewed, started = _renewed(self._path), machine_started()
         same = other.host == socket.gethostname() and not other.is_of_this_machine
         return same and renewed is not None and started is not None and renewed / 1e9 < started
 
     def _named(self, file: int) -> Process | None:
-        """Who holds it; a holder writes its name as soon as it has the lock."""
+        """Return the holder; it writes its name as soon as it has the lock."""
         for _ in range(20):
             other = _parse(os.pread(file, _MOST, 0))
             if other is not None:
@@ -286,20 +286,22 @@ class _Taking:
 
 @contextmanager
 def turn(path: Path, mode: int = 0o666) -> Iterator[None]:
-    """Inside the block no other process of this machine, and where flock reaches others, of theirs, is inside a block
-    for the same ``path``. Meant for moments: who comes second waits. A place that cannot be written, or a disk without
-    flock, gives no such promise."""
+    """Inside the block, no other process is inside a block for the same ``path``; a second one waits.
+
+    It holds among the processes of this machine, and of others if flock reaches them. Meant for short operations. There
+    is no such guarantee on a disk without flock or in a place that cannot be written.
+    """
     file = -1
     with suppress(OSError):
         while True:
             file = os.open(path, _FLAGS | os.O_CREAT, mode)
-            with suppress(PermissionError):  # another user's
+            with suppress(PermissionError):  # owned by another user
                 os.fchmod(file, mode)
             with suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
             if os.fstat(file).st_nlink:
                 break
-            _close(file)  # removed by whoever had it before
+            _close(file)  # removed by its last holder
             file = -1
     try:
         yield
@@ -311,7 +313,7 @@ def turn(path: Path, mode: int = 0o666) -> Iterator[None]:
 
 
 _held: set[Lock] = set()
-"""The locks of this process, renewed by a thread."""
+"""The locks of this process, which a thread renews."""
 
 
 def _renew() -> None:
@@ -341,7 +343,7 @@ def _say(line: str) -> None:
 
 
 def _flock(file: int) -> bool | None:
-    """Whether the lock is ours now; None: this disk has none."""
+    """Return whether the lock was acquired; None if the disk has no flock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # the latter over a network, by what is written of it
@@ -354,7 +356,7 @@ def _flock(file: int) -> bool | None:
 
 
 def _close(file: int) -> None:
-    """Give back flock too where a forked child has the file open."""
+    """Release flock too if a forked child has the file open."""
     with suppress(OSError):
         fcntl.flock(file, fcntl.LOCK_UN)
     os.close(file)
@@ -372,7 +374,7 @@ def _read(path: Path) -> Process | None:
 
 
 def _renewed(path: Path) -> int | None:
-    """When a lock was last renewed, in nanoseconds. It is opened: a network disk may answer for a path from memory."""
+    """Return when a lock was last renewed, in nanoseconds. Opening it forces a network disk to look."""
     try:
         with path.open("rb") as file:
             return os.fstat(file.fileno()).st_mtime_ns

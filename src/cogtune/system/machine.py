@@ -1,4 +1,4 @@
-"""What a measurement says of where it ran: cores, versions of libraries, the commit of the code."""
+"""Facts about the machine for a measurement's record: cores, library versions, commit."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _ROOT = Path(__file__).resolve().parents[3]
 
 
 def cores() -> int:
-    """Cores this process may use."""
+    """Return the number of cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def versions(names: Iterable[str]) -> dict[str, str]:
-    """Versions of those libraries that are installed."""
+    """Return the installed versions of these libraries."""
     found = {}
     for name in names:
         try:
@@ -28,9 +28,8 @@ def versions(names: Iterable[str]) -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of the checkout this runs from, or of the file COMMIT beside it where git's folder did not travel.
-
-    None for an installed package.
+    """Return the checkout's commit, or that in its file COMMIT if there is no .git folder; None for an installed
+    package.
     """
     marker = _ROOT / "COMMIT"
     if marker.is_file():

@@ -1,4 +1,4 @@
-"""Which process: also when machines and containers share a disk, and process numbers come around again."""
+"""Identify a process uniquely, even if machines or containers share a disk and process numbers are reused."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ _LONGEST_COMMAND = 200
 
 @dataclass(frozen=True)
 class Process:
-    """A process as it describes itself to others. ``boot`` and ``processes`` tell machines and containers of one host
-    name apart, and ``started`` a process from a later one with its number."""
+    """A process as it identifies itself.
+
+    ``boot`` and ``processes`` distinguish machines and containers with one host name; ``started`` distinguishes
+    processes with one number.
+    """
 
     number: int
     started: str
@@ -45,7 +48,7 @@ class Process:
 
     @staticmethod
     def parse(text: str) -> Process | None:
-        """The process that wrote ``text``; None where none did."""
+        """Parse the process that wrote ``text``; None if no process did."""
         try:
             values = json.loads(text)
             return Process(int(values.pop("number")), **{name: str(value) for name, value in values.items()})
@@ -63,12 +66,12 @@ class Process:
 
     @property
     def is_running(self) -> bool:
-        """For a visible one: whether its process is still there."""
+        """Is the process running? Only meaningful if it is visible."""
         return files.is_running(self.number) and self.started == _started(self.number)
 
     @property
     def is_visible(self) -> bool:
-        """Whether its process number means something here; that of another container does not."""
+        """Does its process number mean something here? That of another container does not."""
         return self.is_of_this_machine and self.processes == _processes()
 
     def __str__(self) -> str:
@@ -77,7 +80,7 @@ class Process:
 
 
 def machine_started() -> float | None:
-    """When this machine was started, in seconds since 1970; None where the system does not say."""
+    """Return when this machine was started, in seconds since 1970; None if unknown."""
     try:
         return time.time() - float(Path("/proc/uptime").read_text(encoding="ascii").split()[0])
     except (OSError, ValueError):
@@ -89,7 +92,7 @@ def _printable(text: str) -> str:
 
 
 def _started(process: int) -> str:
-    """When a process of this machine started, in ticks; "" where the system does not say."""
+    """Return when a process of this machine started, in clock ticks; "" if unknown."""
     try:
         told = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
         return told.rpartition(")")[2].split()[19]
@@ -106,7 +109,7 @@ def _boot() -> str:
 
 
 def _processes() -> str:
-    """Of which container process numbers are meant."""
+    """Return the id of the process-number namespace (container)."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:

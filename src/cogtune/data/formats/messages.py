@@ -1,6 +1,6 @@
-"""Conversations as other tools write them: roles and their names, system messages, ``<image>`` markers, content parts.
+"""Conversations in other tools' forms: role names, system messages, ``<image>`` markers, content parts.
 
-Read here are LLaVA (``conversations`` of ``from``/``value``, ``image``), ShareGPT and ms-swift (``messages`` or
+Supported are LLaVA (``conversations`` of ``from``/``value``, ``image``), ShareGPT and ms-swift (``messages`` or
 ``conversations``, ``images``) and OpenAI (``messages`` whose contents are lists of parts).
 """
 
@@ -29,7 +29,7 @@ _IMG = re.compile(r"(?:Picture[ ]*\d+[ ]*:[ ]*)?<img>\s*([^<>\n]+?)\s*</img>[ \t
 
 @dataclass
 class _Message:
-    """``number`` counts the record's messages from 1; ``images`` are those among its parts."""
+    """One message. ``number`` counts from 1 within the record; ``images`` are the images among its parts."""
 
     number: int
     role: str
@@ -38,7 +38,7 @@ class _Message:
 
 
 def read_conversation(record: Any, rules: RecordRules, expected: str) -> Content:
-    """The conversation and the pictures of one record; ``expected`` is the format's name, for messages.
+    """Parse the conversation and pictures of one record; ``expected`` is the format's name for messages.
 
     Raises:
         BadRecordError: a wrong shape, role, order or content; more pictures than the model takes, more markers than
@@ -67,7 +67,7 @@ def _refuse_other_media(record: dict[str, Any]) -> None:
 
 
 def _images_of(record: dict[str, Any]) -> list[Any]:
-    """Pictures that stand beside the conversation: ``image`` (one, or a list) or ``images`` (a list, or one)."""
+    """Return pictures listed next to the conversation: ``image`` or ``images``, each one value or a list."""
     found: list[Any] = []
     for key in ("image", "images"):
         value = record.get(key)
