@@ -1,4 +1,5 @@
-"""Engines: how a training step is spread over devices. `start` picks one; one that is not active is an error."""
+"""Engines: how a training step is distributed over devices. `start` selects one; requesting an unavailable one is an
+error."""
 
 from __future__ import annotations
 
@@ -17,12 +18,13 @@ __all__ = ["Engine", "able", "choose", "start"]
 
 
 def choose(config: RunConfig) -> str:
-    """The engine's name for this process, from ``parallel`` and from what launched it; ``auto`` where several processes
-    run and the planner is to choose between `CHOICES`.
+    """Return the engine's name for this process, from ``parallel`` and from its launcher.
+
+    The name is ``auto`` if several processes run and the planner is to choose between `CHOICES`.
 
     Raises:
-        ConfigError: the engine asked for needs a launcher, cannot be used with the one that was used, or does not go
-            with another setting; or no engine does.
+        ConfigError: the requested engine needs a launcher, does not work with the one that was used, or conflicts with
+            another setting; or no engine fits.
     """
     _check_launch(config, world_size())
     name = resolve_engine(
@@ -33,13 +35,13 @@ def choose(config: RunConfig) -> str:
 
 
 def able(config: RunConfig) -> list[str]:
-    """Those of `CHOICES` that are installed and go with every setting."""
+    """Return those of `CHOICES` that are installed and compatible with every setting."""
     deepspeed = importlib.util.find_spec("deepspeed") is not None
     return [name for name in CHOICES if (deepspeed or name != "zero2") and refusal(facts_of(config, name)) is None]
 
 
 def _check_launch(config: RunConfig, ranks: int) -> None:
-    """Raises ConfigError where the processes that were started are not those that ``parallel`` needs."""
+    """Raise ConfigError if the launched processes are not those that ``parallel`` needs."""
     asked, wanted = config.parallel.engine, config.parallel.launch
     if is_launched() and isinstance(wanted, int) and wanted != ranks:
         raise ConfigError(
@@ -67,7 +69,7 @@ def _check_launch(config: RunConfig, ranks: int) -> None:
 
 
 def _check_tensor(config: RunConfig, ranks: int) -> None:
-    """Raises ConfigError when this many ranks cannot be models of ``parallel.tensor`` ranks each."""
+    """Raise ConfigError if the ranks cannot be divided into models of ``parallel.tensor`` ranks each."""
     size = config.parallel.tensor
     if not is_launched() or ranks % size:
         raise ConfigError(
@@ -81,9 +83,9 @@ def _check_tensor(config: RunConfig, ranks: int) -> None:
 def start(
     config: RunConfig, name: str | None = None, planned: Callable[[Group], str] = lambda group: CHOICES[0]
 ) -> Engine:
-    """Join the process group, if there is one, and take a device. Call ``close`` on the result at the end.
+    """Join the process group, if there is one, and return the engine. Call ``close`` on its group at the end.
 
-    ``name``: what `choose` said; None: it is asked. ``planned``: asked in its turn where it said ``auto``.
+    ``name``: the result of `choose`; None: call it here. ``planned``: called to resolve ``auto``.
     """
     name = choose(config) if name is None else name
     if name == "auto":

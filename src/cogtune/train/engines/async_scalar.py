@@ -1,4 +1,4 @@
-"""Scalars copied from the device without waiting for it."""
+"""Scalars copied from device to host without blocking."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import torch
 
 
 class AsyncScalar:
-    """A scalar whose copy to the host is queued when this is made, right behind the work that computes it. Reading it
-    waits for that copy only, not for what the device was given to do after it. One on the host is there at once."""
+    """A scalar whose copy to the host is enqueued at construction, right behind the kernels that compute it.
+
+    Reading it waits for that copy only, not for work that was enqueued later. A scalar on the host is available at
+    once.
+    """
 
     def __init__(self, value: torch.Tensor) -> None:
         self._value, self._arrival = value.detach(), None
@@ -21,14 +24,16 @@ class AsyncScalar:
         self._made = time.perf_counter()
 
     def value(self) -> float:
-        """The number; waits until it is there."""
+        """Return the number; blocks until the copy has finished."""
         if self._arrival is not None:
             self._arrival.synchronize()
         return float(self._value)
 
     def seconds_since(self, earlier: AsyncScalar) -> float:
-        """Between the two arrivals, by the device's clock where both came from there: the host looks at one number
-        early and at another late. Waits until both are there."""
+        """Return the seconds between the two copies; blocks until both have finished.
+
+        For two GPU scalars this is GPU time, independent of when the host reads them.
+        """
         if self._arrival is None or earlier._arrival is None:
             return self._made - earlier._made
         for arrival in (earlier._arrival, self._arrival):

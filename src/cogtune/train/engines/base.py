@@ -1,7 +1,7 @@
-"""What the loop asks of an engine, and what all engines share.
+"""The interface between the training loop and an engine, and the code that all engines share.
 
-An engine wraps the model, runs backward and steps, and hands out its state by parameter name so that a checkpoint does
-not know which engine wrote it.
+An engine wraps the model, runs backward passes and steps, and exposes its state by parameter name, so that a checkpoint
+does not depend on the engine that wrote it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,12 @@ MASTER = "master"
 
 @dataclass(frozen=True)
 class StepResult:
-    """``norm`` is that of the whole step's gradient before clipping. ``decided`` is whether the step was applied; None:
-    the device applies it if the norm is finite, and the host has not looked. `grad_norm` and `applied` wait for it."""
+    """Outcome of an optimiser step.
+
+    ``norm`` is the norm of the whole step's gradient before clipping. ``decided`` is whether the step was applied;
+    None: the device decides (it applies the step if the norm is finite), and the host has not read the result.
+    `grad_norm` and `applied` block until it is known.
+    """
 
     norm: AsyncScalar
     decided: bool | None = None
@@ -39,18 +43,18 @@ class StepResult:
 
     @property
     def applied(self) -> bool:
-        """False when weights and optimiser state were left alone."""
+        """False if weights and optimiser state were left unchanged."""
         return math.isfinite(self.grad_norm) if self.decided is None else self.decided
 
 
 class Engine(ABC):
-    """One per process, for the whole run."""
+    """Base class of engines; one instance per process, for the whole run."""
 
     name: str
     fuses_optimizer = True
-    """Whether the optimiser's tensors stay the ones it was built with, so that it may be the fused one."""
+    """Whether the optimiser keeps the tensors it was built with, which the fused one requires."""
     symbolic_sizes = True
-    """Whether compiled layers may take sizes for symbols from the start (`model.compile.compile_layers`)."""
+    """Whether compiled layers may treat sizes as symbolic from the start (`model.compile.compile_layers`)."""
 
     def __init__(self, group: Group, config: RunConfig) -> None:
         self.group = group
@@ -64,32 +68,38 @@ class Engine(ABC):
 
     @property
     def loss_factor(self) -> float:
-        """By what the loop multiplies this rank's share of the loss: engines average gradients over ranks, the loss of
-        a step is a sum over them."""
+        """Factor by which the loop multiplies this rank's share of the loss.
+
+        A step's loss is a sum over ranks; the factor compensates for engines that average gradients.
+        """
         return float(self.group.size)
 
     @property
     def scaled(self) -> bool:
-        """Whether losses are scaled (float16), so that a step with overflowing gradients is skipped, not an error."""
+        """Whether losses are scaled (float16), so that a step with overflowing gradients is skipped instead of an
+        error."""
         return False
 
     def wrap(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Take over ``model`` (on this rank's device) and its optimiser; trainable weights become rank 0's."""
+        """Wrap ``model`` (on this rank's device) and its optimiser; broadcasts rank 0's trainable weights."""
         self.optimizer = optimizer
         self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.group.broadcast([value.data for value in self.parameters.values()])
         self.module = self._wrap(model)
 
     def attaching(self, model: nn.Module) -> AbstractContextManager[Any] | None:
-        """Encloses the moment in which peft reads the shapes of a model that `placement` has sharded."""
+        """Return a context in which peft reads the shapes of a model that `placement` has sharded, or None if none is
+        needed."""
         return None
 
     @abstractmethod
     def _wrap(self, model: nn.Module) -> nn.Module: ...
 
     def _refuse_trained(self, sharded: Iterable[str]) -> None:
-        """Raise ConfigError where a weight of the base trains of which each rank has a part, as ``sharded`` names them:
-        `configuration.engine_rules` sees ``lora.extra``, and not what the file of an adapter to start from asks for."""
+        """Raise ConfigError if a sharded base weight, one of the names in ``sharded``, would be trained.
+
+        `configuration.engine_rules` checks ``lora.extra``, but not what the file of an adapter to start from asks for.
+        """
         name = next(iter(sharded), None)
         if name is not None:
             raise ConfigError(
@@ -99,11 +109,12 @@ class Engine(ABC):
             )
 
     def describe(self) -> str:
-        """One line for the log, after `wrap`: what this rank holds of the model, as counted."""
+        """Return a log line about what this rank holds of the model, as counted. Call it after `wrap`."""
         return f"{self.name}: the whole model on rank {self.group.rank}"
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
-        """Encloses forward and backward of one micro-batch; ``last`` is the one whose gradients complete the step."""
+        """Return a context for forward and backward pass of one micro-batch. ``last``: its gradients complete the
+        step."""
         return nullcontext()
 
     @abstractmethod
@@ -111,23 +122,26 @@ class Engine(ABC):
 
     @abstractmethod
     def step(self) -> StepResult:
-        """Clip the whole step's gradient, update, clear gradients. A gradient that is not finite changes nothing,
-        whether the host has looked at it or not."""
+        """Clip the whole step's gradient, update the weights and clear the gradients.
+
+        A gradient that is not finite changes nothing, whether or not the host has read the norm.
+        """
 
     def counters(self) -> dict[str, Any]:
-        """What of the engine goes into the checkpoint's JSON."""
+        """Return the engine's part of the checkpoint's JSON."""
         return {"optimizer_steps": optimizer_steps(self.optimizer)}
 
     @abstractmethod
     def state(self) -> dict[str, torch.Tensor]:
-        """float32 masters and moments by parameter name, on the CPU; collective, the same on every rank."""
+        """Return float32 masters and moments by parameter name, on the CPU. Collective; the result is the same on every
+        rank."""
 
     @abstractmethod
     def load_state(self, tensors: dict[str, torch.Tensor], counters: dict[str, Any]) -> None:
-        """Put back what `state` and `counters` gave, whatever engine they came from."""
+        """Restore the results of `state` and `counters`, whichever engine they came from."""
 
     def check_names(self, tensors: dict[str, torch.Tensor]) -> list[str]:
-        """The kinds of moments in ``tensors``; raises when they are not about exactly the parameters that train."""
+        """Return the kinds of moments in ``tensors``; raises if they do not match the trained parameters exactly."""
         saved = {key.partition("/")[2]: value for key, value in tensors.items() if key.startswith(f"{MASTER}/")}
         shapes = {name: tuple(value.shape) for name, value in saved.items()}
         expected = {name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in self.parameters.items()}
@@ -141,12 +155,12 @@ class Engine(ABC):
 
 
 def optimizer_steps(optimizer: torch.optim.Optimizer) -> int:
-    """How many updates the optimiser counts for itself (AdamW's bias correction); 0 if it does not count."""
+    """Return how many updates the optimiser has counted (for AdamW's bias correction); 0 if it does not count."""
     steps = [int(state["step"]) for state in optimizer.state.values() if "step" in state]
     return max(steps, default=0)
 
 
 def fresh_state(parameter: torch.Tensor, kinds: list[str], steps: int) -> dict[str, torch.Tensor]:
-    """Optimiser state of one parameter with its moments at zero, to be filled from a checkpoint."""
+    """Return optimiser state of one parameter with zero moments, to be filled from a checkpoint."""
     moments = {kind: torch.zeros_like(parameter, memory_format=torch.preserve_format) for kind in kinds}
     return {"step": torch.tensor(float(steps)), **moments} if kinds else {}

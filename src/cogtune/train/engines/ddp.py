@@ -1,9 +1,9 @@
-"""The whole model on every rank, gradients averaged by torch's DistributedDataParallel.
+"""Data parallelism: the whole model on every rank, gradients averaged by torch's DistributedDataParallel.
 
-DDP lays its buckets out anew behind the first backward pass, in the order in which gradients came. From three ranks on
-a sum depends on where in a bucket a value stands (each part of it is added up beginning with another rank), so a run
-that goes on in a new process would round differently than one that never stopped. All gradients are therefore summed
-in one piece, in the order of the model's parameters; an adapter's are small.
+After the first backward pass, DDP rebuilds its buckets in the order in which gradients arrived. With three or more
+ranks, the rounding of a ring all-reduce depends on a value's offset in its bucket, so a resumed run would round
+differently than an uninterrupted one. Therefore all gradients are all-reduced in one bucket, in the order of the
+model's parameters; an adapter's gradients are small.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from cogtune.train.engines.single import SingleEngine
 
 
 class DdpEngine(SingleEngine):
-    """Every trainable parameter takes part in every step on every rank (the model sees to it), so nothing is searched
-    for unused parameters. Inputs are moved by the loop and rank 0's weights sent by `wrap`, not by DDP."""
+    """Every trainable parameter receives a gradient in every step on every rank (the model guarantees it), so DDP does
+    not search for unused parameters. The loop moves inputs to the device and `wrap` broadcasts rank 0's weights."""
 
     name = "ddp"
 
@@ -45,7 +45,7 @@ class DdpEngine(SingleEngine):
         return self._ddp
 
     def _ddp_group(self) -> Any:
-        """The ranks whose gradients are averaged; None: all."""
+        """Return the process group over which gradients are averaged; None: all ranks."""
         return None
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
@@ -53,7 +53,8 @@ class DdpEngine(SingleEngine):
 
 
 def _average_in_order(parameters: list[nn.Parameter]) -> Callable[[Any, Any], torch.futures.Future[torch.Tensor]]:
-    """DDP's hook for a bucket of all gradients: their average over ranks, summed in the order of ``parameters``."""
+    """Return DDP's communication hook for a single bucket: the average over ranks, reduced in the order of
+    ``parameters``."""
     places = {id(parameter): place for place, parameter in enumerate(parameters)}
 
     def average(group: Any, bucket: Any) -> torch.futures.Future[torch.Tensor]:
@@ -71,4 +72,4 @@ def _average_in_order(parameters: list[nn.Parameter]) -> Callable[[Any, Any], to
         sent: torch.futures.Future[Any] = dist.all_reduce(flat, group=group, async_op=True).get_future()
         return sent.then(put_back)
 
-    return lambda group, bucket: average(group, bucket)  # without annotations, of which DDP reads no strings
+    return lambda group, bucket: average(group, bucket)  # DDP checks annotations and rejects postponed (string) ones

@@ -1,9 +1,9 @@
-"""Frozen weights sharded over ranks by torch's ``fully_shard``, one unit at a time; adapters whole on every rank.
+"""FSDP2: frozen weights sharded over ranks by torch's ``fully_shard``, one unit at a time; adapters replicated.
 
-A unit (a decoder layer, a tower layer, the embedding, ...) is sharded as soon as its weights are there, so no rank ever
-holds the whole model. Before a unit runs its shards are gathered, and dropped after it. Adapters stay outside: small,
-float32, the same on every rank; their gradients are summed over ranks once per step, so that optimiser, checkpoint and
-loss are those of one device.
+A unit (a decoder layer, a tower layer, the embedding, ...) is sharded as soon as its weights are loaded, so no rank
+ever holds the whole model. A unit's shards are all-gathered before it runs and freed after it. Adapters stay outside
+FSDP: they are small, float32 and the same on every rank. Their gradients are all-reduced once per step, so optimiser,
+checkpoint and loss are those of a single device.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from cogtune.train.engines.base import StepResult
 from cogtune.train.engines.single import SingleEngine
 from cogtune.train.log import log
 
-_SPARE = 0.8  # of the memory that is free after a step, what gathered layers may take
+_SPARE = 0.8  # share of the memory left free by the first step that gathered layers may use
 _ROOT = ("lm_head",)
-"""Units that stay with the root: the loss may read the head's weight itself, and needs it at the end of the forward and
-at once again in the backward pass."""
+"""Units that belong to the root: the loss may read the head's weight directly, and needs it at the end of the forward
+pass and again at the start of the backward pass."""
 
 
 class Fsdp2Engine(SingleEngine):
-    """Sums of all ranks: the loss is not multiplied by the number of ranks, because gradients are not averaged."""
+    """Gradients are summed over ranks instead of averaged, so the loss is not multiplied by the number of ranks."""
 
     name = "fsdp2"
-    symbolic_sizes = False  # of a sharded module even the number of heads would become a symbol (decision 15)
+    symbolic_sizes = False  # in a sharded module even the number of heads would become symbolic (decision 15)
 
     def __init__(self, group: Group, config: RunConfig) -> None:
         super().__init__(group, config)
         self._mesh = init_device_mesh(group.device.type, (group.size,), mesh_dim_names=("shard",))
-        self.placement = self  # what a loader asks; see `device_for` and `finish`
+        self.placement = self  # the loader calls `device_for` and `finish`
         self._kept: list[FSDPModule] = []
         self._keep_decided = config.parallel.keep_gathered != "auto"
 
@@ -57,7 +57,7 @@ class Fsdp2Engine(SingleEngine):
         return 1.0
 
     def device_for(self, name: str) -> torch.device:
-        """Where a loader puts a tensor before `finish` shards its unit."""
+        """Return the device on which a loader puts a tensor before `finish` shards its unit."""
         return self.device
 
     def finish(self, unit_name: str, module: nn.Module) -> None:
@@ -67,7 +67,8 @@ class Fsdp2Engine(SingleEngine):
             self._shard(module, set(), reshard_after_forward=True)
 
     def _shard(self, module: nn.Module, outside: set[nn.Parameter], *, reshard_after_forward: bool) -> None:
-        """Outputs and inputs keep their number format: a rounded loss is not the single device's."""
+        """Apply ``fully_shard`` without casts of inputs and outputs: a rounded loss would differ from that of a single
+        device."""
         before = [(layer, _weight(layer)) for layer in module.modules() if _weight(layer) is not None]
         fully_shard(
             module,
@@ -77,7 +78,7 @@ class Fsdp2Engine(SingleEngine):
             offload_policy=self._offload_policy(),
             ignored_params=outside,
         )
-        for layer, weight in before:
+        for layer, weight in before:  # fully_shard has replaced the parameters
             _copy_facts(weight, layer.weight)
 
     def _offload_policy(self) -> OffloadPolicy:
@@ -87,8 +88,11 @@ class Fsdp2Engine(SingleEngine):
 
     @contextmanager
     def attaching(self, model: nn.Module) -> Iterator[None]:
-        """peft takes the local part of a sharded weight for its shape (that is right under tensor parallel), so it is
-        shown a stand-in of the whole shape that holds a single value."""
+        """Show peft the whole shapes of sharded weights while it attaches adapters.
+
+        peft takes a sharded weight's local shape, which is right for tensor parallelism but not here. Each weight is
+        replaced by an expanded stand-in of the whole shape that stores a single value.
+        """
         sharded = [(layer, _weight(layer)) for layer in model.modules() if isinstance(_weight(layer), DTensor)]
         for layer, weight in sharded:
             value = torch.zeros(1, dtype=weight.dtype, device=self.device).expand(weight.shape)
@@ -110,7 +114,7 @@ class Fsdp2Engine(SingleEngine):
         for unit in module.modules():
             if isinstance(unit, VisionModel):
                 unit.sharded = True
-        for before, after in pairwise(layers):
+        for before, after in pairwise(layers):  # all-gather the next layer while this one computes
             before.set_modules_to_forward_prefetch([after])
         self._layers = layers
         if self.config.parallel.keep_gathered != "auto":
@@ -125,7 +129,7 @@ class Fsdp2Engine(SingleEngine):
         return f"fsdp2: rank {self.group.rank} holds {own:,} of {whole:,} frozen values{where}{kept}"
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
-        for layer in self._kept:
+        for layer in self._kept:  # free kept layers only after the step's last micro-batch
             layer.set_reshard_after_backward(last, recurse=False)
         return nullcontext()
 
@@ -138,13 +142,14 @@ class Fsdp2Engine(SingleEngine):
         return result
 
     def _keep(self, count: int) -> None:
-        """Let the first ``count`` layers stay gathered from their first use in a step to their last."""
+        """Keep the first ``count`` layers gathered from their first use in a step to their last."""
         self._kept = self._layers[:count]
         for layer in self._kept:
             layer.set_reshard_after_forward(False, recurse=False)
 
     def _spare_layers(self) -> int:
-        """How many layers fit, gathered, into the memory the first step left free; the same number on every rank."""
+        """Return how many gathered layers fit into the memory that the first step left free, the minimum over all
+        ranks."""
         if self.config.train.accumulation == 1 or self.device.type != "cuda" or not self._layers:
             return 0
         free = torch.cuda.mem_get_info(self.device)[0]
@@ -157,7 +162,7 @@ class Fsdp2Engine(SingleEngine):
 
 
 def _is_layer(name: str) -> bool:
-    """Layers are the units with a number."""
+    """Return whether ``name`` is that of a layer: a unit with a number."""
     return name.rpartition(".")[2].isdigit()
 
 
@@ -170,14 +175,14 @@ def _weight(layer: nn.Module) -> Any:
 
 
 def _copy_facts(weight: Any, other: Any) -> None:
-    """How bitsandbytes quantised a weight is written on the parameter itself, and peft asks for it there."""
+    """Copy bitsandbytes' quantisation attributes from one parameter to another: peft reads them from the parameter."""
     for name in ("compress_statistics", "quant_type", "blocksize", "quant_storage"):
         if hasattr(weight, name) and not hasattr(other, name):
             setattr(other, name, getattr(weight, name))
 
 
 def _require_sharded(model: nn.Module, outside: set[nn.Parameter], ranks: int) -> tuple[int, int]:
-    """Values of frozen weights on this rank and altogether; an engine that does not shard is an error."""
+    """Return the number of frozen values on this rank and in total; raises if a weight is not sharded."""
     own = whole = 0
     for name, value in model.named_parameters():
         if value in outside:

@@ -1,4 +1,4 @@
-"""One device; also the base of DDP, which differs only in how gradients meet."""
+"""Training on one device; also the base class of DDP, which differs in how gradients are reduced."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cogtune.train.optim import moments, restore_moments, skips_on_device, step_
 
 
 class SingleEngine(Engine):
-    """Master weights are the model's own trainable parameters, float32."""
+    """The master weights are the model's own trainable parameters, in float32."""
 
     name = "single"
 
@@ -46,8 +46,8 @@ class SingleEngine(Engine):
         return result
 
     def _clip(self) -> torch.Tensor:
-        """Scale gradients to ``train.max_grad_norm`` where they are longer; returns their norm before, on the device:
-        nothing here may wait for it."""
+        """Clip gradients to a norm of ``train.max_grad_norm`` and return their norm before, on the device without
+        blocking."""
         return nn.utils.clip_grad_norm_(self.parameters.values(), self.config.train.max_grad_norm)
 
     def counters(self) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""Tensor parallelism: neighbouring ranks hold one model together (``model.tensor_parallel``); groups of them share the
-rows as ranks do under DDP.
+"""Tensor parallelism: neighbouring ranks hold one model together (``model.tensor_parallel``), and data parallelism over
+such groups as with DDP.
 
-Each rank trains its share of the adapter. What every rank of a group has whole (LoRA's A before a layer cut by rows,
-its B behind one cut by columns) gets a share of its gradient on each of them, added up once per step. Checkpoints hold
-whole tensors, as every engine's do.
+Each rank trains its shard of the adapter. Replicated adapter weights (LoRA's A before a layer sharded by rows, its B
+after one sharded by columns) receive a partial gradient on each rank of a group; these are all-reduced once per step.
+Checkpoints hold whole tensors, as those of every engine do.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from cogtune.train.engines.single import SingleEngine
 
 
 class TensorEngine(DdpEngine):
-    """``parallel.tensor`` ranks per model; with more ranks than that, DDP over equal parts of the models."""
+    """``parallel.tensor`` ranks per model; with more ranks, DDP over the same shards of all models."""
 
     name = "tensor"
 
@@ -73,14 +73,15 @@ class TensorEngine(DdpEngine):
             if value.grad is not None and (part is None or part.cut is None):
                 (shares if part is not None and part.shares else same).append(value.grad)
         sum_in_buckets(shares, self._tensor.process_group)
-        # equal already, unless a kernel adds in no fixed order; then ranks must not drift apart
+        # Replicated gradients are equal already unless a kernel is nondeterministic; average them, so that ranks cannot
+        # drift apart.
         sum_in_buckets(same, self._tensor.process_group, factor=1 / self._tensor.size)
         if self.scaled:
             self._share_overflow()
         return super().step()
 
     def _share_overflow(self) -> None:
-        """A step that overflows on one rank is skipped on all: the scaler looks at its own rank's gradients only."""
+        """Skip a step on all ranks if it overflows on one: the gradient scaler checks its own rank's gradients only."""
         gradients = [value.grad for value in self.parameters.values() if value.grad is not None]
         finite = all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
         if self.group.any(not finite) and gradients:
@@ -116,7 +117,7 @@ class TensorEngine(DdpEngine):
 
 
 def make_groups(group: Group) -> tuple[TensorGroup, Any]:
-    """The ranks that hold this rank's model, and those that hold the same part of another one. Collective."""
+    """Return the ranks that hold this rank's model, and those that hold the same shard of other models. Collective."""
     tensor = rows = None
     for model in range(group.size):
         made = dist.new_group([model * group.copies + part for part in range(group.copies)])
@@ -128,7 +129,7 @@ def make_groups(group: Group) -> tuple[TensorGroup, Any]:
 
 
 def _require_split(model: nn.Module, split: SplitModel) -> tuple[int, int]:
-    """Values of frozen weights on this rank and altogether, as counted; an engine that is not active is an error."""
+    """Return the number of frozen values on this rank and in total, as counted; raises if the model is not sharded."""
     own = whole = 0
     size = split.group.size
     for name, value in model.named_parameters():

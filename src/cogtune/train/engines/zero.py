@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO stages 1 and 2: optimiser state, and in stage 2 gradients too, sharded over ranks.
 
-Only public DeepSpeed calls are used, and torch's own optimiser, so that nothing has to be compiled on a GPU. Masters
-and moments leave and enter through the full-tensor calls, by parameter name.
+Uses public DeepSpeed calls and torch's own optimiser, so nothing has to be compiled for a GPU. Masters and moments are
+read and written through the full-tensor calls, by parameter name.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from cogtune.train.engines.base import MASTER, Engine, StepResult, fresh_state
 
 
 class ZeroEngine(Engine):
-    """In bfloat16 or float16 DeepSpeed keeps float32 masters beside the model's rounded copies; in float32 too."""
+    """DeepSpeed keeps float32 masters in addition to the model's weights, for every compute dtype."""
 
     name = "zero2"
-    fuses_optimizer = False  # DeepSpeed puts flat shards in their place, on the CPU if asked to
+    fuses_optimizer = False  # DeepSpeed replaces the parameters by flat shards, on the CPU if asked to
 
     def __init__(self, group: Group, config: RunConfig) -> None:
         super().__init__(group, config)
@@ -51,8 +51,8 @@ class ZeroEngine(Engine):
 
         settings = self._settings(next(value.dtype for value in model.parameters() if not value.requires_grad))
         fill_in(settings["zero_optimization"], self._bucket())
-        # DeepSpeed rounds every parameter to the compute dtype. What trains has its masters; an adapter that does not
-        # (it cannot influence the loss) is put back, so that its file is float32 whatever engine wrote it.
+        # DeepSpeed casts every parameter to the compute dtype. Trained ones have masters. Adapters that are not trained
+        # (they cannot influence the loss) are restored, so that their file is float32 with every engine.
         unrounded = {
             name: value.data
             for name, value in model.named_parameters()
@@ -85,14 +85,15 @@ class ZeroEngine(Engine):
         for kind, block in (("optimizer", "offload_optimizer"), ("weights", "offload_param")):
             if offload == kind:
                 settings["zero_optimization"].setdefault(block, {"device": "cpu", "pin_memory": True})
-        # with offload, torch's AdamW runs on the CPU; DeepSpeed's own would have to be compiled
+        # with offload use torch's AdamW on the CPU; DeepSpeed's CPU optimiser would have to be compiled
         settings.setdefault("zero_force_ds_cpu_optimizer", False)
         if dtype == torch.bfloat16:  # otherwise a gradient of NaN would reach the weights
             settings["bf16"].setdefault("check_grad_overflow", True)
         return settings
 
     def _bucket(self) -> dict[str, Any]:
-        """DeepSpeed reserves its bucket for gradients at once; its default of 500 million values is a gigabyte."""
+        """Limit DeepSpeed's gradient bucket, which it allocates up front: its default of 500 million values takes a
+        gigabyte."""
         return {
             "reduce_bucket_size": max(1, min(ZERO_BUCKET, sum(value.numel() for value in self.parameters.values())))
         }
@@ -102,7 +103,7 @@ class ZeroEngine(Engine):
         return nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
-        # the loop's loss is already the step's; DeepSpeed must not divide it by accumulation steps again
+        # the loop's loss is already normalised for the whole step; DeepSpeed must not divide it by accumulation steps
         self._deepspeed.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> StepResult:
@@ -143,7 +144,7 @@ class ZeroEngine(Engine):
         kinds = self.check_names(tensors)
         trained = list(self.parameters.values())
         for group in self.optimizer.param_groups:
-            for shard in group["params"]:  # DeepSpeed has put its flat shards in the place of the parameters
+            for shard in group["params"]:  # DeepSpeed has replaced the parameters by its flat shards
                 if kinds:
                     self.optimizer.state[shard] = fresh_state(shard, kinds, counters["optimizer_steps"])
                     lazy_init_hp_params_optimizer_state(trained, shard, self.optimizer.state)
@@ -156,7 +157,7 @@ class ZeroEngine(Engine):
 
 
 def fill_in(settings: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Put into the ``zero_optimization`` block what the user's file leaves open; DeepSpeed knows some keys by two
+    """Add settings that the user's ``zero_optimization`` block leaves open. DeepSpeed accepts some keys under two
     names."""
     for key, value in wanted.items():
         if key not in settings and key.removeprefix("stage3_") not in settings:

@@ -1,7 +1,7 @@
-"""DeepSpeed ZeRO stage 3: the frozen weights are sharded too, a unit at a time while the model loads.
+"""DeepSpeed ZeRO stage 3: frozen weights are sharded too, unit by unit while the model loads.
 
-``deepspeed.zero.Init(module=...)`` partitions a unit as soon as its weights are there, so no rank ever holds the whole
-model. Before a layer runs DeepSpeed gathers its weights, and drops them after it; `zero3_units` says what it gathers.
+``deepspeed.zero.Init(module=...)`` partitions a unit as soon as its weights are loaded, so no rank ever holds the whole
+model. DeepSpeed all-gathers a layer's weights before it runs and frees them after it; `zero3_units` chooses the units.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cogtune.train.engines.zero3_units import chooses_leaves, fetch_settings, ho
 
 
 class Zero3Engine(ZeroEngine):
-    """Masters, moments and frozen weights in shards; adapters compute in copies rounded to the model's dtype."""
+    """Masters, moments and frozen weights are sharded; adapters compute with copies in the model's dtype."""
 
     name = "zero3"
 
@@ -31,7 +31,7 @@ class Zero3Engine(ZeroEngine):
         self._dtype: torch.dtype | None = None
 
     def device_for(self, name: str) -> torch.device:
-        """Where a loader puts a tensor before `finish` shards its unit."""
+        """Return the device on which a loader puts a tensor before `finish` shards its unit."""
         return self.device
 
     def finish(self, unit_name: str, module: nn.Module) -> None:
@@ -54,9 +54,9 @@ class Zero3Engine(ZeroEngine):
             if isinstance(unit, VisionModel):
                 unit.sharded = True
         for name, value in model.named_parameters():
-            if "lora_" in name and not value.requires_grad:  # its file is float32 whatever engine wrote it
+            if "lora_" in name and not value.requires_grad:  # keep float32 values for the adapter file
                 self.unchanged[name] = value.data.clone().cpu()
-            if not is_partitioned(value):  # DeepSpeed casts a model only where nothing of it is partitioned yet
+            if not is_partitioned(value):  # DeepSpeed skips its own cast if any parameter is partitioned already
                 value.data = value.data.to(self._dtype)
         self._settle_units(model)
         self._deepspeed, *_ = deepspeed.initialize(
@@ -73,7 +73,7 @@ class Zero3Engine(ZeroEngine):
         return module
 
     def _settle_units(self, model: nn.Module) -> None:
-        """What is fetched in one piece, and when; the user's DeepSpeed file may say otherwise, key by key."""
+        """Set what is all-gathered in one piece, and when. Keys of the user's DeepSpeed file take precedence."""
         from deepspeed.utils import set_z3_leaf_module
 
         zero = self._shared_settings["zero_optimization"]
@@ -97,8 +97,8 @@ class Zero3Engine(ZeroEngine):
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
         kinds = self.check_names(tensors)
-        # The optimiser's state is made by its first step, and a continued run needs it before; DeepSpeed has no call
-        # that gives the flat shards it belongs to.
+        # The optimiser creates its state lazily in its first step, but a resumed run needs it before. DeepSpeed has no
+        # public call that returns the flat shards the state belongs to.
         for shard in self._deepspeed.optimizer.fp32_partitioned_groups_flat:
             if kinds:
                 self.optimizer.state[shard] = fresh_state(shard, kinds, counters["optimizer_steps"])
@@ -113,7 +113,7 @@ class Zero3Engine(ZeroEngine):
                 safe_set_local_optimizer_state(parameter, self._part(moment, parameter), kind)
 
     def _part(self, value: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
-        """This rank's shard of a whole tensor, the last ones padded with zeros as DeepSpeed does."""
+        """Return this rank's shard of a whole tensor, padded with zeros at the end as DeepSpeed does."""
         size = own_shard(parameter).numel()
         flat = torch.zeros(size * self.group.size, dtype=value.dtype, device=value.device)
         flat[: value.numel()] = value.flatten()

@@ -1,8 +1,8 @@
-"""What ZeRO-3 gathers in one piece, and how far ahead of the computation.
+"""What ZeRO-3 all-gathers in one piece, and how far ahead of the computation.
 
-Left to itself DeepSpeed treats every linear map as a unit: a decoder layer with adapters has some fifty, each with its
-own gathering, bookkeeping and waiting, three times a step under recomputation. A layer declared a leaf is fetched once
-as a whole, while the layer before it computes.
+By default DeepSpeed treats every linear layer as a unit. A decoder layer with adapters has some fifty, each with its
+own all-gather, bookkeeping and synchronisation, three times per step under activation checkpointing. A layer declared a
+leaf module is gathered once as a whole, prefetched while the previous layer computes.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from cogtune.model.modeling import DecoderLayer
 from cogtune.model.vision import GLUAdapter, PatchEmbedding, VisionLayer
 
 _PERSISTENT = 2**20
-"""Values up to which a weight stays whole on every rank: norms, biases and most adapters. DeepSpeed's own limit of
-100,000 lies in the middle of the adapters' sizes, and each one above it would be a gathering of its own."""
+"""Weights with up to this many values are replicated on every rank: norms, biases and most adapters. DeepSpeed's
+default of 100,000 is in the middle of the adapters' sizes, and each one above it would be an all-gather of its own."""
 
 
 def leaf_units(model: nn.Module) -> list[nn.Module]:
-    """The units to fetch as wholes.
+    """Return the units to gather as a whole.
 
-    DeepSpeed reduces a leaf's gradients when the gradient of its *input* is there, and at once, before there are any,
-    where no input has one. So of each stack the first unit that trains stays divided: nothing below it has a gradient.
+    DeepSpeed reduces a leaf's gradients when the gradient of its *input* arrives. If no input has one, it does so at
+    once, before there are any gradients. So the first unit of each stack that trains is not a leaf: nothing below it
+    has a gradient.
     """
     leaves: list[nn.Module] = []
     for kind in (PatchEmbedding, VisionLayer, GLUAdapter, DecoderLayer):
@@ -39,10 +40,10 @@ def leaf_units(model: nn.Module) -> list[nn.Module]:
 
 
 def fetch_settings(model: nn.Module, leaves: Iterable[nn.Module], whole: int = _PERSISTENT) -> dict[str, int]:
-    """DeepSpeed's ``stage3_*`` keys for these leaves: fetch one layer ahead, keep none beyond its use.
+    """Return DeepSpeed's ``stage3_*`` keys for these leaves: prefetch one layer, free each one after its use.
 
-    While a layer runs, the next one is being fetched; the head stays gathered from the start of the forward pass to the
-    end of the backward pass. ``whole``: the number of values up to which a weight is not partitioned.
+    While a layer runs, the next one is gathered. The head stays gathered from the start of the forward pass to the end
+    of the backward pass. ``whole``: the number of values up to which a weight is not partitioned.
     """
     largest = max((sum(size for size in _sizes(leaf) if size > whole) for leaf in leaves), default=0)
     rest = max(
@@ -58,22 +59,22 @@ def fetch_settings(model: nn.Module, leaves: Iterable[nn.Module], whole: int = _
 
 
 def persistent_values(settings: dict[str, Any]) -> int:
-    """Up to how many values a weight stays whole: as the user's file says, or ours."""
+    """Return up to how many values a weight is replicated: the user's setting, or ours."""
     ours = settings.get("param_persistence_threshold", _PERSISTENT)
     return int(settings.get("stage3_param_persistence_threshold", ours))
 
 
 def chooses_leaves(settings: dict[str, Any]) -> bool:
-    """Whether the user's file says itself what is a unit."""
+    """Return whether the user's file defines the units itself."""
     names = ("leaf_module", "stage3_module_granularity_threshold", "module_granularity_threshold")
     return any(name in settings for name in names)
 
 
 def hold_back(leaves: Iterable[nn.Module], device: torch.device) -> None:
-    """Keep the host at most a few layers ahead of the device.
+    """Limit how many layers the host may enqueue ahead of the device.
 
-    Fetching waits for nothing that the device computes, so a host that runs ahead would have gathered layer after
-    layer, none of which the device has used and freed yet.
+    All-gathers do not wait for the device's computation. Without a limit, a host that runs ahead would have gathered
+    layer after layer, none of which the device has used and freed yet.
     """
     if device.type != "cuda":
         return
