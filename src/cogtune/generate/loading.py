@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cogtune.adapters.attach import find_adapter, find_base, load_adapter
+from cogtune.adapters.attach import adapter_shapes, find_adapter, find_base, load_adapter
 from cogtune.adapters.provenance import inherit
 from cogtune.adapters.tensor_parallel import split_adapter
 from cogtune.checkpoint.load import load_model
@@ -24,12 +24,14 @@ from cogtune.distributed import environment
 from cogtune.distributed.group import TensorGroup
 from cogtune.errors import ConfigError, SetupError
 from cogtune.generate.decoding import Decoding
+from cogtune.generate.fit import able, explained_loading, fit, free_memory, parameters
 from cogtune.generate.generator import Generator
 from cogtune.generate.tensor_parallel import LockstepGenerator, check_launched, start
 from cogtune.generate.transformers_generator import TransformersGenerator
 from cogtune.model.device_map import DeviceMap, plan_device_map
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.tensor_parallel import SplitModel, check_sizes
+from cogtune.plan.sizes import ModelSizes
 from cogtune.processing.processor import CogVLM2Processor
 from cogtune.system.gpu import gpu_of, own_device
 
@@ -131,8 +133,8 @@ def resolve(config: AnswerConfig) -> Resolved:
             raise ConfigError("no model given", hint="give --model BASE, --adapter DIR, or both", code="config-missing")
         model = find_base(adapter)
     tensor, name = config.parallel.tensor, config.generate.device
+    given = frozenset(explicit_values(config))
     config, notes = inherit(config, adapter or Path(model).expanduser(), formats=tensor == 1)
-    require_packages(config.quant)
     if tensor > 1:
         check_tensor(config.quant, tensor)
     check_launched(tensor)
@@ -146,8 +148,40 @@ def resolve(config: AnswerConfig) -> Resolved:
     if tensor > 1:
         check_sizes(load_model_config(model), tensor)
     dtype = torch_dtype(config.model.dtype, device)
+    if tensor == 1:
+        config, more = _fitted(config, model, adapter, dtype, device, given, several=bool(others))
+        notes += more
+    require_packages(config.quant)
     check_formats(config.quant, gpu_of(device))
     return Resolved(config, model, adapter, dtype, device, tuple(others), tuple(notes))
+
+
+def _fitted(
+    config: AnswerConfig,
+    model: str,
+    adapter: Path | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    given: frozenset[str],
+    *,
+    several: bool,
+) -> tuple[AnswerConfig, list[str]]:
+    """``config`` with number formats that the device computes in and has the memory for; ``several`` devices have
+    theirs shared out later."""
+    quant, lines = able(config.quant, gpu_of(device), given)
+    free = free_memory(device)
+    if free is not None and not several:
+        quant, more = fit(
+            ModelSizes.from_folder(model),
+            quant,
+            str(dtype).removeprefix("torch."),
+            free=free,
+            given=given,
+            adapter=0 if adapter is None else parameters(adapter_shapes(adapter)),
+            rows=config.generate.batch_size if config.data.path else 1,
+        )
+        lines += more
+    return config.model_copy(update={"quant": quant}), lines
 
 
 def load_resolved(choice: Resolved, progress: Callable[[str], None] = lambda line: None) -> Generator:
@@ -155,6 +189,7 @@ def load_resolved(choice: Resolved, progress: Callable[[str], None] = lambda lin
 
     Raises:
         CheckpointError, AdapterError: a folder that is not whole, or an adapter for another base.
+        OutOfMemoryError: the device is too small; the hint names the flags that take less.
     """
     for line in choice.notes:
         progress(line)
@@ -165,15 +200,16 @@ def load_resolved(choice: Resolved, progress: Callable[[str], None] = lambda lin
     processor = CogVLM2Processor.from_pretrained(choice.model)
     progress(f"loading {choice.model} ({choice.dtype_name}, {choice.device})")
     device_map = _device_map(choice)
-    model = _load_base(choice, device_map)
-    if device_map is not None:
-        progress(device_map.describe())
-        device_map.connect(model)
-    if choice.adapter is not None:
-        progress(f"with the adapter in {choice.adapter}")
-        model = load_adapter(model, choice.adapter)
-    kind = Generator if device_map is None else TransformersGenerator
-    return kind(model, processor, **_ways(choice))
+    with explained_loading(choice.model, choice.device, choice.config.quant):
+        model = _load_base(choice, device_map)
+        if device_map is not None:
+            progress(device_map.describe())
+            device_map.connect(model)
+        if choice.adapter is not None:
+            progress(f"with the adapter in {choice.adapter}")
+            model = load_adapter(model, choice.adapter)
+        kind = Generator if device_map is None else TransformersGenerator
+        return kind(model, processor, **_ways(choice))
 
 
 def _ways(choice: Resolved) -> dict[str, Any]:
@@ -216,7 +252,8 @@ def _load_part(choice: Resolved, group: TensorGroup, progress: Callable[[str], N
     processor = CogVLM2Processor.from_pretrained(choice.model)
     progress(f"loading {choice.model} ({choice.dtype_name}, {choice.tensor} x {choice.device.type})")
     split = SplitModel(group, choice.device)
-    model = _load_base(choice, split)
+    with explained_loading(choice.model, choice.device, choice.config.quant):
+        model = _load_base(choice, split)
     if choice.adapter is not None:
         progress(f"with the adapter in {choice.adapter}")
         model = load_adapter(model, choice.adapter, building=split.whole_sizes(model))

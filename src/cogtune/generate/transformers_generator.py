@@ -212,5 +212,5 @@ def _explained_out_of_memory(rows: int) -> Iterator[None]:
         smaller = f"--batch-size {max(rows // 2, 1)}, " if rows > 1 else ""
         raise OutOfMemoryError(
             f"out of memory while answering {rows} question{'s' if rows > 1 else ''} at once",
-            hint=f"try {smaller}--model.dtype bfloat16, fewer --max-new-tokens, or another --device",
+            hint=f"try {smaller}--quant.experts nf4 --quant.tower nf4, fewer --max-new-tokens, or another --device",
         ) from error

@@ -54,3 +54,11 @@ def gpu_of(device: torch.device) -> Gpu | None:
     if device.type != "cuda":
         return None
     return Gpu(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a GPU or the host has no memory left. The CPU allocator raises a plain RuntimeError;
+    only its text tells."""
+    import torch
+
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -11,6 +11,7 @@ import torch
 from cogtune.configuration.run_config import RunConfig
 from cogtune.distributed.group import Group
 from cogtune.errors import NonFiniteError, OutOfMemoryError, RunError
+from cogtune.system.gpu import is_out_of_memory
 
 _NAMED_RECORDS = 20
 
@@ -64,12 +65,6 @@ def phase(name: str, config: RunConfig, device: torch.device) -> Iterator[None]:
         place = "the GPU" if device.type == "cuda" else "this machine"
         hint = f"try {next_setting(name, config)}"
         raise OutOfMemoryError(f"out of memory on {place} while {name}", hint=hint) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """The CPU allocator raises a plain RuntimeError; only its text tells."""
-    text = str(error)
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text
 
 
 def explain_peers(error: BaseException) -> RunError | None:

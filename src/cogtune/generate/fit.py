@@ -1,0 +1,101 @@
+"""Whether a model fits the card it is to answer on, before it is loaded, and what to do where it does not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from cogtune.configuration.quantization import QuantSection
+from cogtune.errors import OutOfMemoryError
+from cogtune.plan.inference import answer
+from cogtune.plan.memory import FLOAT32, outside
+from cogtune.plan.setting import Setting
+from cogtune.plan.sizes import ModelSizes
+from cogtune.system.byte_sizes import format_size
+from cogtune.system.gpu import Gpu, is_out_of_memory
+
+_LEANER = (("experts", "nf4"), ("tower", "nf4"), ("embedding", "host"))
+"""What makes a model smaller, in the order in which it is tried: from what saves most."""
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a GPU now; None: the device is a CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def needed(sizes: ModelSizes, quant: QuantSection, dtype: str, adapter: int, rows: int) -> int:
+    """Bytes that answering ``rows`` questions at once takes of a card; ``adapter``: parameters of the adapter."""
+    setting = Setting(sizes=sizes, quant=quant, dtype=dtype)
+    return answer(setting, rows=rows).reserved + FLOAT32 * adapter + outside(setting)
+
+
+def fit(
+    sizes: ModelSizes, quant: QuantSection, dtype: str, *, free: int, given: Collection[str], adapter: int, rows: int
+) -> tuple[QuantSection, list[str]]:
+    """``quant``, or where that is too large for ``free`` bytes the nearest formats that fit, and what to say of it.
+
+    Args:
+        given: keys that the user gave, whose values stay.
+        adapter: parameters of the adapter.
+        rows: questions answered at once.
+    """
+    plain = needed(sizes, quant, dtype, adapter, rows)
+    if plain <= free:
+        return quant, []
+    found, changed = quant, list[str]()
+    for name, value in _LEANER:
+        if f"quant.{name}" in given or getattr(found, name) == value:
+            continue
+        found, changed = found.changed(**{name: value}), [*changed, f"quant.{name} {value}"]
+        size = needed(sizes, found, dtype, adapter, rows)
+        if size <= free:
+            told = f"{format_size(plain)} would be needed and {format_size(free)} are free"
+            return found, [f"{told}: taking {', '.join(changed)}, which needs {format_size(size)}"]
+    told = f"{format_size(plain)} are planned for, and {format_size(free)} are free"
+    return quant, [f"warning: {told}; it may not fit: {spare(quant)}"]
+
+
+def able(quant: QuantSection, gpu: Gpu | None, given: Collection[str]) -> tuple[QuantSection, list[str]]:
+    """``quant`` with int8 where the training's fp8 is nothing that this card computes in, and what to say of it."""
+    if gpu is None or gpu.fp8:
+        return quant, []
+    names = [n for n in ("experts", "tower") if getattr(quant, n) == "fp8" and f"quant.{n}" not in given]
+    if not names:
+        return quant, []
+    taken = ", ".join(f"quant.{name} int8" for name in names)
+    return quant.changed(**dict.fromkeys(names, "int8")), [f"{gpu.described()} does not compute in fp8: taking {taken}"]
+
+
+def spare(quant: QuantSection) -> str:
+    """The flags that make the model smaller than it is with ``quant``, as a hint names them."""
+    flags = [f"--quant.{name} {value}" for name, value in _LEANER[:2] if getattr(quant, name) != value]
+    if not flags and quant.embedding != "host":
+        flags = ["--quant.embedding host"]
+    if flags:
+        return f"try {' '.join(flags)}"
+    return "let layers wait in host memory (--device cuda:0,cpu), or take a card with more memory"
+
+
+def parameters(shapes: dict[str, list[int]]) -> int:
+    """How many there are in tensors of these shapes."""
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+@contextmanager
+def explained_loading(model: str, device: torch.device, quant: QuantSection) -> Iterator[None]:
+    """A lack of memory inside the block, where a model is loaded, as an error that names what takes less.
+
+    Raises:
+        OutOfMemoryError: in place of torch's.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        place = f"the GPU ({device})" if device.type == "cuda" else "this machine"
+        hint = spare(quant) if device.type == "cuda" else f"try --model.dtype bfloat16; or {spare(quant)}"
+        raise OutOfMemoryError(f"out of memory on {place} while loading {model}", hint=hint) from error

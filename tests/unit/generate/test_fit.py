@@ -1,0 +1,132 @@
+"""What answers on a card that is too small for it, and what is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from cogtune.adapters.provenance import Provenance, write_provenance
+from cogtune.cli.main import main
+from cogtune.configuration.load import load_answer_config
+from cogtune.configuration.quantization import PLAIN, QuantSection
+from cogtune.errors import OutOfMemoryError
+from cogtune.generate import loading
+from cogtune.generate.fit import able, explained_loading, fit, needed, spare
+from cogtune.plan.cards import find_card
+from cogtune.plan.sizes import ModelSizes
+from cogtune.system.byte_sizes import GIB
+from tests.support.adapters import write_adapter
+
+SIZES = ModelSizes()
+FOUR_BITS = QuantSection(experts="nf4", tower="nf4")
+
+
+def fitted(memory: str, quant: QuantSection = PLAIN, given: frozenset[str] = frozenset()) -> tuple[QuantSection, str]:
+    free = find_card(memory).usable
+    found, lines = fit(SIZES, quant, "bfloat16", free=free, given=given, adapter=0, rows=1)
+    if "warning" not in "".join(lines):
+        assert needed(SIZES, found, "bfloat16", 0, 1) <= free
+    return found, "".join(lines)
+
+
+def test_a_model_that_fits_stays_as_it_is() -> None:
+    assert fitted("80GiB") == (PLAIN, "")
+    assert fitted("24GiB", FOUR_BITS) == (FOUR_BITS, "")
+
+
+@pytest.mark.parametrize(
+    ("memory", "changed"),
+    [("24GiB", {"experts": "nf4"}), ("16GiB", {"experts": "nf4", "tower": "nf4"})],
+)
+def test_the_nearest_formats_that_fit_are_taken_and_said(memory: str, changed: dict[str, str]) -> None:
+    quant, line = fitted(memory)
+    assert quant == PLAIN.changed(**changed)
+    assert ", ".join(f"quant.{name} {form}" for name, form in changed.items()) in line
+    assert "are free" in line
+
+
+def test_a_key_that_was_given_stays_and_a_lack_is_said_before_loading() -> None:
+    given = frozenset({"quant.experts", "quant.tower", "quant.embedding"})
+    quant, line = fitted("24GiB", given=given)
+    assert quant == PLAIN
+    assert line.startswith("warning: ")
+    assert "--quant.experts nf4 --quant.tower nf4" in line
+
+
+def test_fp8_of_a_training_is_int8_on_a_card_without_it() -> None:
+    old, new = find_card("RTX 3090"), find_card("h100")
+    trained = QuantSection(experts="fp8")
+    found, lines = able(trained, old, frozenset())
+    assert found.experts == "int8"
+    assert "taking quant.experts int8" in lines[0]
+    assert able(trained, new, frozenset()) == (trained, [])
+    assert able(trained, None, frozenset()) == (trained, [])
+    assert able(trained, old, frozenset({"quant.experts"})) == (trained, [])  # said as an error later
+
+
+def test_the_hint_names_what_is_not_used_yet() -> None:
+    assert spare(PLAIN) == "try --quant.experts nf4 --quant.tower nf4"
+    assert spare(QuantSection(experts="nf4")) == "try --quant.tower nf4"
+    assert spare(FOUR_BITS) == "try --quant.embedding host"
+    assert "card with more memory" in spare(FOUR_BITS.changed(embedding="host"))
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 224.00 MiB"), MemoryError()]
+)
+def test_a_lack_of_memory_while_loading_is_an_error_with_the_flags_that_fit(error: Exception) -> None:
+    on_gpu = explained_loading("base", torch.device("cuda:0"), PLAIN)
+    with pytest.raises(OutOfMemoryError, match=r"on the GPU \(cuda:0\) while loading base") as refused, on_gpu:
+        raise error
+    assert refused.value.hint == "try --quant.experts nf4 --quant.tower nf4"
+    with pytest.raises(RuntimeError, match="other"), explained_loading("base", torch.device("cuda:0"), PLAIN):
+        raise RuntimeError("other")
+
+
+@pytest.mark.parametrize("command", ["chat", "predict", "serve"])
+def test_every_command_that_answers_says_so(
+    command: str,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 224.00 MiB")
+
+    monkeypatch.setattr(loading, "load_model", full)
+    data = tmp_path / "data.jsonl"
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
+    data.write_text(json.dumps({"image": None, "conversations": turns}) + "\n")
+    more = {
+        "chat": ["--query", "hello"],
+        "predict": ["--data", str(data), "--output", str(tmp_path / "answers.jsonl")],
+        "serve": [],
+    }[command]
+    assert main([command, "--model", str(tiny_checkpoint), "--device", "cpu", *more]) == 1
+    err = capsys.readouterr().err
+    assert "error[out-of-memory]" in err
+    assert "--quant.experts nf4 --quant.tower nf4" in err
+    assert "Traceback" not in err
+
+
+def test_a_run_s_formats_are_taken_and_then_the_nearest_that_fit(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run on a 16 GiB card had its tower's output from the feature cache; answering needs the tower as well."""
+    pytest.importorskip("bitsandbytes")
+    folder = write_adapter(tiny_checkpoint, tmp_path / "adapter")
+    write_provenance(folder, Provenance({"quant.experts": "nf4", "model.dtype": "bfloat16"}))
+    monkeypatch.setattr(loading.ModelSizes, "from_folder", lambda folder: SIZES)
+    monkeypatch.setattr(loading, "free_memory", lambda device: 15 * GIB)
+    resolved = loading.resolve(load_answer_config(None, {"adapter": folder, "device": "cpu"}))
+    assert resolved.config.quant == FOUR_BITS
+    assert resolved.notes[0] == "as in training: quant.experts nf4, model.dtype bfloat16"
+    assert "taking quant.tower nf4" in resolved.notes[1]
+    fixed = {"quant.tower": "none", "quant.embedding": "device"}
+    kept = loading.resolve(load_answer_config(None, {"adapter": folder, "device": "cpu"} | fixed))
+    assert kept.config.quant == QuantSection(experts="nf4")
+    assert kept.notes[1].startswith("warning: ")
