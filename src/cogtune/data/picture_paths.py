@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,10 +89,10 @@ class Places:
         ]
         if not found:
             named = ", ".join(str(root.path) for root in roots)
-            raise BadRecordError("image-outside", f"the picture {names[0]} is outside of {named}")
+            raise BadRecordError("image-outside", f"the picture {shown_path(names[0])} is outside of {named}")
         if len(found) == 1:
             return found[0]
-        return next((located for located in found if located.path.is_file()), found[0])
+        return next((located for located in found if _exists(located.path)), found[0])
 
     def _prefix(self, root: Root) -> str:
         """Return what distinguishes equal paths below several roots in keys."""
@@ -116,6 +117,18 @@ class Places:
             _write(path, data)
         self._written.add(digest)
         return Located(path, digest)
+
+
+def shown_path(path: Path | str) -> str:
+    """``path`` as messages show it: names over 80 characters are cut."""
+    return re.sub(r"([^/]{77})[^/]{4,}", r"\1...", str(path))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # told when the picture is looked at
+        return False
 
 
 def _below(root: Root, name: str) -> Located | None:

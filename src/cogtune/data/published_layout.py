@@ -155,8 +155,11 @@ def _by_stem(folder: Path, problems: Problems, *, labels: bool) -> dict[str, Pat
     Stems are in Unicode's composed form: archives made on macOS decompose accents.
     """
     files: dict[str, Path | None] = {}
-    with os.scandir(folder) as scan:
-        entries = sorted(scan, key=lambda entry: entry.name)
+    try:
+        with os.scandir(folder) as scan:
+            entries = sorted(scan, key=lambda entry: entry.name)
+    except OSError as error:
+        raise Problem("no-such-path", str(folder), f"cannot be read ({error.strerror})").error() from error
     for entry in entries:
         path = folder / entry.name
         if entry.name.startswith(".") or entry.name.lower() in _LITTER:

@@ -11,7 +11,7 @@ from cogtune.data.formats import arrow, coco, jsonfiles, table, vqa
 from cogtune.data.formats.item import Content, Item, RecordRules
 from cogtune.data.formats.markers import strip_ends
 from cogtune.data.picture_headers import PictureHeader, check_picture, in_threads
-from cogtune.data.picture_paths import Located, Places
+from cogtune.data.picture_paths import Located, Places, shown_path
 from cogtune.data.problems import BadRecordError, Problem, Problems
 from cogtune.data.records import Conversation, Example, Turn
 from cogtune.data.report import DataReport, SourceReport
@@ -132,11 +132,11 @@ class RecordsReader:
     def _check(self, group: _Group) -> _Group:
         for path in (image.path for image in group.images):
             try:
-                if not path.is_file():
-                    raise BadRecordError("image-missing", f"the picture {path} does not exist")
+                if not _is_file(path):
+                    raise BadRecordError("image-missing", f"the picture {shown_path(path)} does not exist")
                 group.headers.append(check_picture(path, self.max_pixels))
             except BadRecordError as bad:
-                named = "" if bad.kind == "image-missing" else f"{path}: "
+                named = "" if bad.kind == "image-missing" else f"{shown_path(path)}: "
                 group.problem = (bad.kind, named + bad.what)
                 break
         return group
@@ -154,6 +154,14 @@ class RecordsReader:
             split_key=f"{self.split_name}/{names}",
             image_bytes=tuple(header.size for header in group.headers),
         )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError) as error:  # a name too long, a folder without permission
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise BadRecordError("image-unreadable", f"the picture cannot be reached ({reason})") from error
 
 
 def text_key(conversations: Iterable[Conversation]) -> str:

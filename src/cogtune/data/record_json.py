@@ -86,7 +86,7 @@ def _content(entry: Any, number: int, roles: tuple[str, ...]) -> str:
     role, content = entry["role"], entry["content"]
     if role not in roles:
         expected = " or ".join(f'"{name}"' for name in roles)
-        raise BadRecordError("role", f"message {number} has the role {json.dumps(role)}, {expected} was expected")
+        raise BadRecordError("role", f"message {number} has the role {json.dumps(role):.80}, {expected} was expected")
     return checked_text(content, f"the content of message {number}")
 
 
@@ -115,10 +115,16 @@ def identity_of(record: dict[str, Any]) -> str | None:
         return None
     identity = record["id"]
     if isinstance(identity, bool) or not isinstance(identity, (str, int)) or not is_unicode(str(identity)):
-        raise BadRecordError("id", f'"id" is {identity!r}')
+        raise BadRecordError("id", f'"id" is {shown(identity)}')
     if not str(identity).strip():
         raise BadRecordError("id", '"id" is empty')
     return str(identity)
+
+
+def shown(value: Any, limit: int = 80) -> str:
+    """``value`` as messages show it: at most ``limit`` characters."""
+    text = repr(value[:limit] if isinstance(value, (str, bytes)) else value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def is_unicode(text: str) -> bool:

@@ -14,6 +14,7 @@ from cogtune.data.picture_paths import Places, default_extract_dir
 from cogtune.data.problems import Problem, Problems
 from cogtune.data.published_layout import FolderReader
 from cogtune.data.record_files import RecordsReader
+from cogtune.data.record_json import shown
 from cogtune.data.records import Example
 from cogtune.data.report import DataReport
 from cogtune.errors import DataError
@@ -103,7 +104,10 @@ def _entries(item: Any, data: SourceSection, report: DataReport) -> list[_Entry]
     """Yield the formats found in ``item``: a path, or an object with ``path`` and ``weight``."""
     plain = isinstance(item, (str, os.PathLike))
     path, weight = (Path(item), 1.0) if plain else (Path(item.path), float(item.weight))
-    sources = find_sources(path.expanduser(), data.format, data.split, report.notes)
+    try:
+        sources = find_sources(path.expanduser(), data.format, data.split, report.notes)
+    except OSError as error:
+        raise Problem("no-such-path", shown(str(path)), f"cannot be read ({error.strerror})").error() from error
     return [_Entry(source, weight) for source in sources]
 
 
@@ -160,7 +164,7 @@ def _without_repeated_ids(examples: list[Example], problems: Problems) -> list[E
         conversations = []
         for conversation in example.conversations:
             if conversation.id in seen:
-                what = f"the id {conversation.id!r} was already used in {seen[conversation.id]}"
+                what = f"the id {shown(conversation.id)} was already used in {seen[conversation.id]}"
                 problems.add("duplicate-id", conversation.source, what)
             else:
                 seen[conversation.id] = conversation.source

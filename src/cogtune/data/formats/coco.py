@@ -8,8 +8,9 @@ from typing import Any
 
 from cogtune.data.formats.item import Content, Item, RecordRules
 from cogtune.data.formats.jsonfiles import read_json
+from cogtune.data.formats.pictures import picture_sources
 from cogtune.data.problems import BadRecordError, Problem
-from cogtune.data.record_json import checked_text, kind_of
+from cogtune.data.record_json import checked_text, kind_of, shown
 from cogtune.data.records import Turn
 
 
@@ -38,12 +39,12 @@ def _later(annotation: Any, names: dict[Any, Any], rules: RecordRules, repaired:
                 raise BadRecordError("missing-key", f'the annotation has no "{key}" (coco captions were expected)')
         name = names.get(annotation["image_id"])
         if not isinstance(name, str) or not name:
-            raise BadRecordError("image-path", f'no file_name in "images" for image_id {annotation["image_id"]!r}')
+            raise BadRecordError("image-path", f'no file_name in "images" for image_id {shown(annotation["image_id"])}')
         if not rules.caption_question:
             raise BadRecordError("caption-question", "captions, and data.caption_question is empty")
         caption = checked_text(annotation["caption"], "the caption")
         own = annotation.get("id")
         identity = None if own is None else f"caption-{own}"
-        return Content([(Turn(rules.caption_question, caption),)], (name,), identity, repaired)
+        return Content([(Turn(rules.caption_question, caption),)], picture_sources((name,)), identity, repaired)
 
     return read

@@ -9,9 +9,9 @@ from typing import Any
 
 from cogtune.data.formats.item import Content, Item, RecordRules
 from cogtune.data.formats.messages import read_conversation
-from cogtune.data.formats.pictures import refuse_unread_own
+from cogtune.data.formats.pictures import picture_sources, refuse_unread_own
 from cogtune.data.problems import BadRecordError, Problem
-from cogtune.data.record_json import identity_of, is_unicode, kind_of, parse_json, record_dialogues
+from cogtune.data.record_json import identity_of, kind_of, parse_json, record_dialogues, shown
 
 Parse = Callable[[Any], Content]
 LINES = (".jsonl", ".ndjson")
@@ -44,10 +44,10 @@ def own_record(record: Any, rules: RecordRules) -> Content:
     if "image" not in record:
         raise BadRecordError("image-path", 'the record has no "image"')
     image = record["image"]
-    if image is not None and (not isinstance(image, str) or not image or "\0" in image or not is_unicode(image)):
-        raise BadRecordError("image-path", f'"image" is {image!r}, a path or null was expected')
+    if image is not None and (not isinstance(image, str)):
+        raise BadRecordError("image-path", f'"image" is {shown(image)}, a path or null was expected')
     refuse_unread_own(record, ("image",), () if image is None else (image,), "jsonl")
-    return Content(dialogues, () if image is None else (image,), identity_of(record))
+    return Content(dialogues, picture_sources((image,)), identity_of(record))
 
 
 def _parsed_later(line: bytes, parse: Parse) -> Callable[[], Content]:

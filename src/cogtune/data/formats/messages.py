@@ -15,7 +15,7 @@ from cogtune.data.formats.item import Content, RecordRules
 from cogtune.data.formats.markers import MARKER, without_markers
 from cogtune.data.formats.pictures import keys_text, picture_sources, refuse_unread
 from cogtune.data.problems import BadRecordError
-from cogtune.data.record_json import identity_of, is_unicode, kind_of
+from cogtune.data.record_json import identity_of, is_unicode, kind_of, shown
 from cogtune.data.records import Turn
 
 _MARKER = "<image>"
@@ -125,7 +125,7 @@ def _message(entry: Any, number: int) -> _Message:
     role = _ROLES.get(entry[names[0]]) if isinstance(entry[names[0]], str) else None
     if role is None:
         expected = " or ".join(f'"{name}"' for name in _ROLES)
-        raise BadRecordError("role", f"message {number} has the role {entry[names[0]]!r}, {expected} was expected")
+        raise BadRecordError("role", f"message {number} has the role {shown(entry[names[0]])}, {expected} was expected")
     content = entry[names[1]]
     if isinstance(content, list | tuple):
         return _from_parts(content, number, role)
@@ -145,7 +145,7 @@ def _from_parts(parts: Sequence[Any], number: int, role: str) -> _Message:
             else:
                 message.images.append(image)
         else:
-            found = f"the type {kind!r}" if isinstance(part, dict) else kind_of(part)
+            found = f"the type {shown(kind)}" if isinstance(part, dict) else kind_of(part)
             raise BadRecordError("content-part", f"message {number} has a part of {found}, text or image_url expected")
     message.text = "\n".join(text for text in texts if text)
     if not message.text.strip():

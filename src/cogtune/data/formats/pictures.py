@@ -11,7 +11,7 @@ from urllib.parse import unquote, unquote_to_bytes, urlparse
 
 from cogtune.data.formats.item import Embedded, PictureSource
 from cogtune.data.problems import BadRecordError
-from cogtune.data.record_json import is_unicode
+from cogtune.data.record_json import is_unicode, shown
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".heic", ".avif")
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
@@ -52,12 +52,18 @@ def picture_source(image: Any) -> str | Embedded | None:
             "image-path", f"the picture is an object with {keys_text(image)}, bytes or a path expected"
         )
     if not isinstance(image, str) or not image.strip() or "\0" in image or not is_unicode(image):
-        raise BadRecordError("image-path", f"the picture is {image!r:.80}, a path was expected")
-    scheme = urlparse(image).scheme.lower() if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", image) else ""
+        raise BadRecordError("image-path", f"the picture is {shown(image)}, a path was expected")
+    if is_base64_picture(image):
+        return Embedded(_base64(image, "image-unreadable", "a picture"))
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", image)
+    scheme = match[1].lower() if match else ""
     if scheme == "data":
         return Embedded(_data_url(image))
     if scheme == "file":
-        return unquote(urlparse(image).path)
+        path = unquote(_url_path(image))
+        if not path or "\0" in path:
+            raise BadRecordError("image-path", f"the picture is {shown(image)}, which names no file")
+        return path
     if scheme in ("http", "https", "ftp", "s3", "gs", "oss"):
         raise BadRecordError("image-url", f"the picture is on the web ({image:.80}); a file was expected")
     return image
@@ -69,10 +75,21 @@ def _data_url(url: str) -> bytes:
         raise BadRecordError("image-url", "a data: URL without a comma before its content")
     if not head.lower().endswith(";base64"):
         return unquote_to_bytes(body)
+    return _base64(body, "image-url", "a data: URL")
+
+
+def _base64(text: str, kind: str, what: str) -> bytes:
     try:
-        return base64.b64decode(re.sub(r"\s", "", body), validate=True)
+        return base64.b64decode(re.sub(r"\s", "", text), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise BadRecordError("image-url", f"a data: URL that is not valid base64 ({error})") from error
+        raise BadRecordError(kind, f"{what} that is not valid base64 ({error})") from error
+
+
+def _url_path(url: str) -> str:
+    try:
+        return urlparse(url).path
+    except ValueError as error:
+        raise BadRecordError("image-url", f"the picture is {shown(url)}, which is no URL ({error})") from error
 
 
 def refuse_unread(
@@ -139,12 +156,6 @@ def _base_name(path: str) -> str:
 def is_base64_picture(text: str) -> bool:
     """Whether ``text`` is a picture file in base64, by its first letters; no path of this length looks like it."""
     return text.startswith(_BASE64_MAGIC) and _BASE64.fullmatch(text) is not None
-
-
-def shown(value: Any, limit: int = 80) -> str:
-    """``value`` as messages show it: at most ``limit`` characters."""
-    text = repr(value[:limit] if isinstance(value, (str, bytes)) else value)
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def keys_text(mapping: Mapping[Any, Any]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from cogtune.data.formats.item import Content, Item, RecordRules
-from cogtune.data.formats.pictures import refuse_unread
+from cogtune.data.formats.pictures import picture_sources, refuse_unread
 from cogtune.data.problems import BadRecordError, Problem
 from cogtune.data.record_json import checked_text
 from cogtune.data.records import Turn
@@ -92,4 +92,4 @@ def row_content(row: Mapping[str, str], rules: RecordRules) -> Content:
         raise BadRecordError("caption-question", "captions, and data.caption_question is empty")
     images = () if image == TEXT_ONLY else (image,)
     refuse_unread(row, _READ, images, "csv")
-    return Content([(turn,)], images, row.get("id") or None)
+    return Content([(turn,)], picture_sources(images), row.get("id") or None)

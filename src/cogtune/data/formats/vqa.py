@@ -11,8 +11,9 @@ from typing import Any
 
 from cogtune.data.formats.item import Content, Item
 from cogtune.data.formats.jsonfiles import read_json
+from cogtune.data.formats.pictures import picture_sources
 from cogtune.data.problems import BadRecordError, Problem
-from cogtune.data.record_json import checked_text, kind_of
+from cogtune.data.record_json import checked_text, kind_of, shown
 from cogtune.data.records import Turn
 
 
@@ -96,7 +97,9 @@ def _later(
             raise BadRecordError("missing-key", 'its annotation has no "multiple_choice_answer"')
         question = checked_text(entry["question"], "the question")
         turn = Turn(question, checked_text(answer["multiple_choice_answer"], "the answer"))
-        return Content([(turn,)], (picture_names(entry["image_id"], subtype),), str(entry["question_id"]), repaired)
+        names = picture_names(entry["image_id"], subtype)
+        images = picture_sources(names) if len(names) == 1 else (names,)
+        return Content([(turn,)], images, str(entry["question_id"]), repaired)
 
     return read
 
@@ -109,8 +112,8 @@ def picture_names(image_id: Any, subtype: str | None) -> tuple[str, ...]:
         return (image_id,)
     try:
         number = f"{int(image_id):012d}"
-    except (TypeError, ValueError) as error:
-        raise BadRecordError("image-path", f"image_id is {image_id!r}, a number was expected") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise BadRecordError("image-path", f"image_id is {shown(image_id)}, a number was expected") from error
     names = [f"COCO_{subtype}_{number}.jpg"] if subtype else []
     names.append(f"{number}.jpg")
     folders = [""] + ([f"{subtype}/"] if subtype else []) + ["images/"]
