@@ -63,7 +63,7 @@ def _require_own(file: Path) -> None:
     except (OSError, ValueError, TypeError, RecursionError):
         own = False
     if not own:
-        raise OutputFolderError(f"{file}: exists, and is no result of a measurement", hint="name another with --json")
+        raise OutputFolderError(f"{file}: exists, and is not a result file", hint="name another with --json")
 
 
 class Results:

@@ -62,7 +62,7 @@ _MEANT = {
 
 _PLANNED = {
     "web": "`cogtune chat` answers in the terminal",
-    "eval": "`cogtune predict` writes each answer beside its reference",
+    "eval": "`cogtune predict` writes each answer with its reference",
     "export": "`cogtune merge` writes a full model in the published layout",
     "report": "metrics.jsonl in the output folder, and `tensorboard --logdir OUT`, show how a training went",
     "runs": "each output folder holds its run: config.yaml, metrics.jsonl, run.log",

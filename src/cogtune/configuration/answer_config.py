@@ -1,7 +1,7 @@
-"""Answering: which model, which data, and how, as chat, predict and Python ask for it.
+"""Configuration of answering: model, data and settings, for chat, predict and Python.
 
-An `AnswerConfig` shares its keys with a run's configuration, so a run's file serves both: each command takes the keys
-that concern it and leaves the others aside.
+An `AnswerConfig` shares its keys with a run's configuration, so one file serves both: each command uses its own keys
+and ignores the others.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class GenerateSection(Section):
 
 
 class AnswerConfig(Section):
-    """What answers, and how. Build it with `cogtune.configuration.load.load_answer_config`."""
+    """The configuration of answering. Build it with `cogtune.configuration.load.load_answer_config`."""
 
     command: ClassVar[str] = "cogtune predict"
 

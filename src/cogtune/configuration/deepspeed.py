@@ -1,7 +1,8 @@
-"""A user's DeepSpeed file beside our keys: who wins, and what finally reaches DeepSpeed. Plain dictionaries only.
+"""Merges a user's DeepSpeed file with cogtune's keys into the dictionary for DeepSpeed. Plain dictionaries only.
 
-The file wins over defaults. A key that the user gave as well, with another value, is an error naming both. "auto" in
-the file leaves a value to our key. Our loop owns optimiser, schedule and accumulation, so those become our keys.
+The file overrides defaults. If the user also set a key to another value, that is an error that names both. "auto" in
+the file leaves a value to cogtune's key. cogtune's loop owns optimiser, schedule and accumulation, so those settings
+become cogtune's keys.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _READ = (
     "optimizer",
     "scheduler",
 )
-"""Keys whose misspelling would go unnoticed: DeepSpeed takes any key at the top level."""
+"""Known top-level keys: DeepSpeed accepts any key there, so a misspelt one would go unnoticed."""
 _ZERO_KEYS = (
     "stage",
     "offload_optimizer",
@@ -46,13 +47,13 @@ _ZERO_KEYS = (
     "allgather_bucket_size",
     "round_robin_gradients",
 )
-"""Keys of the zero_optimization block. At the top level DeepSpeed ignores them without a word."""
+"""Keys of the zero_optimization block, which DeepSpeed silently ignores at the top level."""
 
 
 def read_deepspeed(path: str | Path) -> DeepSpeedDict:
-    """The content of a DeepSpeed file (YAML, or JSON by its suffix); raises ConfigError where it cannot be one."""
+    """Return the content of a DeepSpeed file (YAML, or JSON by suffix). Raises ConfigError if it cannot be one."""
     content = read_mapping(path, "DeepSpeed file")
-    if "bfloat16" in content and "bf16" not in content:  # DeepSpeed's older name of the block
+    if "bfloat16" in content and "bf16" not in content:  # DeepSpeed's old name of the block
         content["bf16"] = content.pop("bfloat16")
     for name in ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler"):
         if name in content and not isinstance(content[name], dict):
@@ -101,9 +102,9 @@ def merge_deepspeed(
 def apply_deepspeed(
     config: RunConfig, *, explicit: Set[str] | None = None, world_size: int = 1, names: Mapping[str, str] = {}
 ) -> tuple[RunConfig, list[str]]:
-    """The configuration after its DeepSpeed file, if it names one, had its say; and the warnings about that file.
+    """Return the configuration with its DeepSpeed file applied, if it names one, and warnings about that file.
 
-    Applying it again changes nothing. ``explicit`` None: the keys that were given when the configuration was made.
+    Applying it twice changes nothing. ``explicit`` None: the keys that were set when the configuration was made.
     """
     if config.parallel.deepspeed is None:
         return config, []
@@ -114,17 +115,17 @@ def apply_deepspeed(
 
 
 def deepspeed_settings(config: RunConfig, dtype: str, world_size: int) -> DeepSpeedDict:
-    """The dictionary for ``deepspeed.initialize``, of a configuration that its DeepSpeed file was applied to.
+    """Return the dictionary for ``deepspeed.initialize``, from a configuration with its DeepSpeed file applied.
 
     Args:
-        dtype: the model's, ``bfloat16``, ``float16`` or ``float32``.
+        dtype: the model's: ``bfloat16``, ``float16`` or ``float32``.
 
     Raises:
         ConfigError: file and configuration differ, so the loop would follow one and DeepSpeed the other.
     """
     user = read_deepspeed(config.parallel.deepspeed) if config.parallel.deepspeed is not None else {}
     config = with_values(config, {"model.dtype": dtype})
-    # accumulation follows the global batch when a run goes on with another number of ranks, whatever the file says
+    # accumulation follows the global batch when a run resumes with another number of ranks, whatever the file says
     settled = known_keys().keys() - {"train.accumulation"}
     settings, _, _ = merge_deepspeed(user, config, settled, world_size=world_size)
     return {**settings, "gradient_accumulation_steps": config.train.accumulation}
@@ -133,7 +134,7 @@ def deepspeed_settings(config: RunConfig, dtype: str, world_size: int) -> DeepSp
 def _statements(
     user: Mapping[str, Any], config: RunConfig, world_size: int, file: str
 ) -> Iterator[tuple[str, Any, str]]:
-    """What the file says about our keys: (key, value, the file's own words)."""
+    """Yield the file's values for cogtune's keys: (key, value, the file's own words)."""
     stage = (user.get("zero_optimization") or {}).get("stage", 0) if user else "auto"
     if stage != "auto":
         if stage not in (1, 2, 3):
@@ -153,10 +154,12 @@ def _statements(
     if total is not None:
         rows = (micro or config.train.batch_size) * world_size
         if total % rows:
-            raise ConfigError(f"{file}: train_batch_size {total} is no multiple of {rows} rows on {world_size} ranks")
+            raise ConfigError(
+                f"{file}: train_batch_size {total} is not a multiple of {rows} rows on {world_size} ranks"
+            )
         yield "train.accumulation", total // rows, f"train_batch_size: {total}"
     clipping = _number(user, "gradient_clipping", float, file)
-    if clipping is not None:  # 0 is DeepSpeed's "never"
+    if clipping is not None:  # DeepSpeed's 0 means never
         yield "train.max_grad_norm", clipping or float("inf"), f"gradient_clipping: {clipping:g}"
     yield from _block(user, "optimizer", _OPTIMIZERS, "train.optimizer", _OPTIMIZER_PARAMS, file)
     yield from _block(user, "scheduler", _SCHEDULES, "train.schedule", _SCHEDULER_PARAMS, file)
@@ -171,7 +174,7 @@ _HARMLESS_PARAMS = {
     "total_num_steps": None,
     "warmup_type": None,
 }
-"""Parameters that change nothing here, with the only value that does not (None: any)."""
+"""Parameters without effect here, with the only value they may have (None: any)."""
 
 
 def _block(
@@ -237,13 +240,13 @@ def _final(user: Mapping[str, Any], config: RunConfig, ours: Mapping[str, Any]) 
         for block, name in (("bf16", "bfloat16"), ("fp16", "float16")):
             if dtype == name or block in user:
                 final[block] = {**_without_auto(user.get(block) or {}), "enabled": dtype == name}
-    # The optimiser is torch's own, so that every engine takes the same steps.
+    # The optimiser is torch's, so that every engine takes the same steps.
     final["zero_allow_untested_optimizer"] = True
     return _without_auto(final)
 
 
 def _without_auto(block: Mapping[str, Any]) -> dict[str, Any]:
-    """An "auto" that is no key of ours is DeepSpeed's to choose, which it does where the key is absent."""
+    """Drop "auto" values that stand for none of cogtune's keys: DeepSpeed chooses these if the key is absent."""
     return {key: value for key, value in block.items() if value != "auto"}
 
 
@@ -256,7 +259,7 @@ def _warnings(user: Mapping[str, Any], file: str) -> Iterator[str]:
             )
     for name in user.keys() - {*_READ, *_ZERO_KEYS}:
         for near in difflib.get_close_matches(name, _READ, n=1, cutoff=0.85):
-            yield f"{file}: `{name}` is no DeepSpeed key and does nothing; did you mean `{near}`?"
+            yield f"{file}: `{name}` is not a DeepSpeed key and has no effect; did you mean `{near}`?"
     if user.get("activation_checkpointing"):
         yield (
             f"{file}: `activation_checkpointing` has no effect on this model; "

@@ -1,6 +1,7 @@
-"""Which settings an engine takes: one table, from which a run and its plan are checked and the documentation is made.
+"""One table of the settings that engines do not support; runs and plans are checked with it and the docs are rendered
+from it.
 
-What no rule refuses works. Every rule is about two keys; the first of nearly all is the engine.
+What no rule refuses is supported. Every rule is about two keys; the first is nearly always the engine.
 """
 
 from __future__ import annotations
@@ -15,19 +16,22 @@ from cogtune.errors import ConfigError
 
 ENGINE = "parallel.engine"
 ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2", "tensor")
-"""``tensor`` is ``parallel.tensor`` above 1, alone or with ddp."""
+"""``tensor`` means ``parallel.tensor`` above 1, alone or with ddp."""
 
 CHOICES = ("ddp", "zero2", "fsdp2")
-"""What ``parallel.engine auto`` chooses from where several ranks share a run: of equally fast ones the first is taken.
-zero3 is not among them: fsdp2 needs as little memory and was faster wherever both were measured."""
+"""Engines that ``parallel.engine auto`` chooses from on several ranks, in order of preference for equal speed. zero3 is
+not among them: fsdp2 needs as little memory and was faster wherever both were measured.
+"""
 
 Facts = Mapping[str, Collection[str]]
-"""Keys of a configuration to the values they have, in the words of `RULES`; the engine is the one that was chosen."""
+"""Configuration keys and their values, as spelled in `RULES`; the engine is the chosen one."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Values of one key that do not go with values of others: why, and what to do instead, in both languages."""
+    """Values of one key that are incompatible with values of other keys: why, and what to do instead, in both
+    languages.
+    """
 
     with_values: tuple[str, ...]
     keys: tuple[str, ...]
@@ -39,7 +43,7 @@ class Rule:
     with_key: str = ENGINE
 
     def pairs(self) -> Iterator[Pair]:
-        """Every two values that it refuses."""
+        """Yield every pair of values that it refuses."""
         for other, key, value in product(self.with_values, self.keys, self.values):
             yield (self.with_key, other), (key, value)
 
@@ -47,86 +51,86 @@ class Rule:
 Pair = tuple[tuple[str, str], tuple[str, str]]
 
 _TRAIN_BASE = ("modules_to_save", "trainable_token_indices", "bias")
-"""Fields of peft's LoraConfig, in ``lora.extra``, that make weights of the base train."""
+"""Fields of peft's LoraConfig, in ``lora.extra``, that make base weights trainable."""
 
 RULES = (
     Rule(
         ("single", "ddp", "zero1", "zero2", "tensor"),
         ("parallel.offload",),
         ("weights",),
-        "it keeps the frozen weights where they are used",
+        "it computes with the frozen weights in place; only fsdp2 and zero3 gather them before use",
         "fsdp2 or zero3 with parallel.offload weights",
-        "它把冻结权重放在使用它们的设备上",
+        "它直接使用卡上的冻结权重；只有 fsdp2 和 zero3 在使用前才收集权重",
         "用 fsdp2 或 zero3 配合 parallel.offload weights",
     ),
     Rule(
         ("single", "ddp", "fsdp2", "tensor"),
         ("parallel.offload",),
         ("optimizer",),
-        "it keeps the adapter's masters and moments, which are small, beside the adapter",
+        "it keeps optimiser state on the card; for an adapter it is small",
         "zero1, zero2 or zero3 with parallel.offload optimizer",
-        "适配器的主权重和动量很小，它把它们留在适配器旁边",
+        "它把优化器状态留在卡上；适配器的优化器状态很小",
         "用 zero1、zero2 或 zero3 配合 parallel.offload optimizer",
     ),
     Rule(
         ("zero3", "fsdp2", "tensor"),
         ("lora.dora",),
         ("true",),
-        "DoRA measures whole weights, and a rank has a part of each",
+        "DoRA computes norms of complete weights, and each rank holds a shard",
         "ddp or zero2 with lora.dora, or leave lora.dora out",
-        "DoRA 需要完整的权重，而每个进程只有其中一部分",
+        "DoRA 要计算完整权重的范数，而每个进程只有一个分片",
         "用 ddp 或 zero2 配合 lora.dora，或去掉 lora.dora",
     ),
     Rule(
         ("zero3", "fsdp2", "tensor"),
         ("lora.extra",),
         _TRAIN_BASE,
-        "it makes weights of the base train, and a rank has a part of each",
+        "it makes base weights trainable, and each rank holds only a shard of them",
         "ddp or zero2 with it, or train adapters only",
-        "它会让基座模型的权重参与训练，而每个进程只有其中一部分",
+        "它会让基座模型的权重参与训练，而每个进程只有一个分片",
         "用 ddp 或 zero2，或只训练适配器",
     ),
     Rule(
         ("zero3", "tensor"),
         tuple(f"quant.{part}" for part in PARTS),
         ("nf4", "int8", "fp8"),
-        "it divides weights, and can divide only those in the model's number format",
-        "ddp or zero2 with it, which leave each rank all frozen weights, or fsdp2 with nf4",
-        "它要切分权重，而只能切分模型自身数值格式的权重",
+        "it shards weights, and supports that only in the model's own number format",
+        "ddp or zero2 with it (each rank holds all frozen weights), or fsdp2 with nf4",
+        "它要切分权重，而只支持切分模型自身数值格式的权重",
         "用 ddp 或 zero2（每个进程保留全部冻结权重），或用 fsdp2 配合 nf4",
     ),
     Rule(
         ("fsdp2",),
         tuple(f"quant.{part}" for part in PARTS),
         ("int8", "fp8"),
-        "it divides weights, and can divide only those in the model's number format and in nf4",
-        "ddp or zero2 with it, which leave each rank all frozen weights, or fsdp2 with nf4",
-        "它要切分权重，而只能切分模型自身数值格式和 nf4 的权重",
+        "it shards weights, and supports that only in the model's own number format and in nf4",
+        "ddp or zero2 with it (each rank holds all frozen weights), or fsdp2 with nf4",
+        "它要切分权重，而只支持切分模型自身数值格式和 nf4 的权重",
         "用 ddp 或 zero2（每个进程保留全部冻结权重），或用 fsdp2 配合 nf4",
     ),
     Rule(
         ("tensor",),
         ("quant.embedding",),
         ("host",),
-        "each rank has some of the embedding's columns on its device",
+        "each rank holds a shard of the embedding's columns on its device",
         "quant.embedding device, or leave it out",
-        "每个进程在自己的设备上保存嵌入的一部分列",
+        "每个进程在自己的设备上保存嵌入的一部分列（一个分片）",
         "设 quant.embedding 为 device，或不设",
     ),
     Rule(
         ("zero1", "zero2", "zero3", "tensor"),
         ("train.optimizer",),
         ("adamw8bit", "paged_adamw", "paged_adamw8bit"),
-        "it divides moments, and bitsandbytes keeps them in blocks that it does not know",
+        "it shards optimiser state, and cannot split bitsandbytes' blockwise-quantised moments",
         "single, ddp or fsdp2 with it, or train.optimizer adamw",
-        "它要切分动量，而 bitsandbytes 按它不认识的分块保存动量",
+        "它要切分优化器状态，而无法切分 bitsandbytes 按块量化的动量",
         "用 single、ddp 或 fsdp2，或设 train.optimizer 为 adamw",
     ),
     Rule(
         ("vision-tower",),
         ("data.cache_features",),
         ("on",),
-        "a tower that trains gives another output in every step",
+        "the output of a tower that trains changes in every step",
         "data.cache_features off, or leave the tower out of lora.targets",
         "参与训练的视觉塔每一步输出都不同",
         "设 data.cache_features 为 off，或从 lora.targets 中去掉视觉塔",
@@ -136,7 +140,7 @@ RULES = (
 
 
 def refusal(facts: Facts) -> tuple[Rule, Pair] | None:
-    """The first rule that refuses ``facts``, and the two values it is about."""
+    """Return the first rule that refuses ``facts``, and the two values it is about."""
     for rule in RULES:
         for pair in rule.pairs():
             if all(value in facts.get(key, ()) for key, value in pair):
@@ -145,9 +149,9 @@ def refusal(facts: Facts) -> tuple[Rule, Pair] | None:
 
 
 def check(config: RunConfig, engine: str) -> None:
-    """Raise ConfigError, with what to do instead, where ``engine`` does not go with a setting of ``config``.
+    """Raise ConfigError, with an alternative, if ``engine`` does not support a setting of ``config``.
 
-    ``engine``: one of `ENGINES`, or ``auto``: then one of `CHOICES` has to.
+    ``engine``: one of `ENGINES`, or ``auto``, for which one of `CHOICES` has to support it.
     """
     if engine == "auto":
         engine = next((name for name in CHOICES if refusal(facts_of(config, name)) is None), CHOICES[0])
@@ -157,7 +161,7 @@ def check(config: RunConfig, engine: str) -> None:
 
 
 def check_tensor(quant: QuantSection, ranks: int) -> None:
-    """Raise ConfigError where ``ranks`` that answer together, each with a part of every layer, cannot hold a format."""
+    """Raise ConfigError if tensor-parallel inference over ``ranks`` does not support a number format."""
     found = refusal({ENGINE: ("tensor",)} | _formats(quant))
     if found is not None:
         raise _error(*found, ranks, instead="one of the two, and leave the other out")
@@ -177,7 +181,7 @@ def _error(rule: Rule, pair: Pair, ranks: int, instead: str | None = None) -> Co
 
 
 def facts_of(config: RunConfig, engine: str) -> Facts:
-    """What ``config`` says of the keys that rules are about. ``data.cache_features auto`` takes only what goes."""
+    """Return the facts of ``config``. ``data.cache_features auto`` is never refused."""
     return make_facts(
         engine,
         offload=config.parallel.offload,
@@ -201,7 +205,7 @@ def make_facts(
     optimizer: str,
     quant: QuantSection,
 ) -> Facts:
-    """`Facts` of what a run or a plan knows. ``base``: as `trained_base` finds it; ``cached``: features are."""
+    """Return the facts of a run or a plan. ``base``: from `trained_base`; ``cached``: are features cached?"""
     return {
         ENGINE: (engine,),
         "parallel.offload": (offload,),
@@ -215,7 +219,7 @@ def make_facts(
 
 
 def trained_base(extra: Mapping[str, object]) -> frozenset[str]:
-    """The fields of ``lora.extra`` that make weights of the base train."""
+    """Return the fields of ``lora.extra`` that make base weights trainable."""
     return frozenset(name for name in _TRAIN_BASE if extra.get(name) and extra[name] != "none")
 
 

@@ -1,4 +1,4 @@
-"""What kind of value a field of a section takes: for the checks, and as help and messages say it."""
+"""Value types of configuration fields: for checks, help and messages."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from pydantic.fields import FieldInfo
 
 @dataclass(frozen=True)
 class Shown:
-    """In a field's annotation: the type as help and messages show it, where its parts would not say it."""
+    """An annotation that gives the type's name in help and messages, if the type itself would not say it."""
 
     text: str
 
 
 def is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
-    """Whether a field holds a section: fields of its own."""
+    """Return whether a field holds a section, with fields of its own."""
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 @cache
 def fields_of(model: type[BaseModel]) -> Mapping[str, FieldInfo]:
-    """The fields of a configuration by dotted key (``train.lr``), or those of a section by name (``lr``)."""
+    """Return a configuration's fields by dotted key (``train.lr``), or a section's by name (``lr``)."""
     found: dict[str, FieldInfo] = {}
     for name, field in model.model_fields.items():
         if is_section(field.annotation):
@@ -38,8 +38,9 @@ def fields_of(model: type[BaseModel]) -> Mapping[str, FieldInfo]:
 
 
 def kinds(annotation: Any) -> tuple[frozenset[str], frozenset[str]]:
-    """Kinds of value an annotation takes, of: bool, int, float, text, list, mapping, null; and, for a list, the kinds
-    of its items."""
+    """Return the kinds of value that an annotation accepts (bool, int, float, text, list, mapping, null), and the kinds
+    of a list's items.
+    """
     annotation, _ = _strip(annotation)
     origin = get_origin(annotation)
     if origin in (Union, UnionType):
@@ -47,7 +48,7 @@ def kinds(annotation: Any) -> tuple[frozenset[str], frozenset[str]]:
         return frozenset().union(*(p[0] for p in parts)), frozenset().union(*(p[1] for p in parts))
     if origin is tuple:
         return frozenset({"list"}), kinds(get_args(annotation)[0])[0]
-    if is_section(annotation):  # an item such as a data folder, which may be a path alone
+    if is_section(annotation):  # an item such as a data folder can be just a path
         return frozenset({"text", "mapping"}), frozenset()
     simple = {bool: "bool", int: "int", float: "float", NoneType: "null", str: "text", Path: "text"}
     kind = "text" if origin is Literal else "mapping" if origin is dict else simple[annotation]
@@ -55,12 +56,12 @@ def kinds(annotation: Any) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def type_text(field: FieldInfo) -> str:
-    """A field's type with its bounds: ``whole number >= 1``."""
+    """Return a field's type with its bounds: ``whole number >= 1``."""
     return _annotation_text(field.annotation, list(field.metadata))
 
 
 def value_text(value: Any) -> str:
-    """A default as help shows it."""
+    """Format a default value for help."""
     match value:
         case None:
             return "null"
@@ -74,7 +75,7 @@ def value_text(value: Any) -> str:
 
 
 def _strip(annotation: Any) -> tuple[Any, list[Any]]:
-    """An annotation without Annotated, and the metadata it carried."""
+    """Strip Annotated and return the annotation and its metadata."""
     metadata: list[Any] = []
     while get_origin(annotation) is Annotated:
         annotation, *more = get_args(annotation)

@@ -1,13 +1,13 @@
-"""Which keys make two configurations the same run, and which may change when a run goes on in its folder.
+"""Decides which keys make two configurations the same run, and which may change when a run resumes.
 
-Starting in a folder that holds a run continues it if it is *the same run*. Every key stands in exactly one of the five
-sets below (a test holds them to that):
+Starting in a folder that contains a run resumes it if it is *the same run*. Every key is in exactly one of these five
+sets (tested):
 
-* `BY_FINGERPRINT`: names a thing on disk. Not the path but what lies there is compared, by stored fingerprints.
-* `GLOBAL_BATCH`: compared as one number, rows per rank x ranks x accumulation.
-* `MAY_GROW`: a longer run continues a shorter one.
-* `MAY_CHANGE`: logging, saving, evaluation, spreading over devices, and what only trades memory against time.
-* everything else: has to be equal, and is what `identity` returns.
+* `BY_FINGERPRINT`: names something on disk. Its content is compared by stored fingerprints, not its path.
+* `GLOBAL_BATCH`: compared as one number: rows per rank x ranks x accumulation.
+* `MAY_GROW`: a longer run resumes a shorter one.
+* `MAY_CHANGE`: logging, saving, evaluation, parallelism, and what only trades memory for time.
+* everything else: must be equal; `identity` returns these.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ MAY_CHANGE = frozenset(
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
-    """Dotted key to plain value, for every key that must be equal for two configurations to be the same run.
+    """Return the keys and plain values that must be equal for two configurations to be the same run.
 
-    What lies behind paths, and the global batch, are not in it: the run compares its stored fingerprints and number.
+    Contents of paths and the global batch are not included: the run compares its stored fingerprints and number.
     """
     free = BY_FINGERPRINT | GLOBAL_BATCH | MAY_GROW | MAY_CHANGE
     dumped = config.model_dump(mode="json")

@@ -1,4 +1,4 @@
-"""What a run starts from: the base model and the data. Answering reads the same keys, as far as they concern it."""
+"""Configuration of a run's inputs: base model and data. Answering uses some of the same keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of configuration keys: what help, error messages, documentation and continuation rules are made from."""
+"""The table of configuration keys, used by help, error messages, documentation and the rules for resuming."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ALIASES = {
     "adapter": "lora.start_from",
     "resume": "train.resume",
 }
-"""The short flags (``--model`` ...) of a run and the keys they stand for."""
+"""Short flags (``--model`` ...) of a run, and their keys."""
 
 ANSWER_ALIASES = {
     "model": "model.path",
@@ -38,7 +38,7 @@ ANSWER_ALIASES = {
     "batch-size": "generate.batch_size",
     "own-history": "generate.own_history",
 }
-"""The short flags of answering. There are no others."""
+"""Short flags of answering, and their keys."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Key:
     required: bool
     alias: str | None
     kinds: frozenset[str]
-    """Kinds of value it takes, of: bool, int, float, text, list, mapping, null."""
+    """Kinds of value it accepts: bool, int, float, text, list, mapping, null."""
     item_kinds: frozenset[str]
-    """For a list: the kinds of its items."""
+    """For a list, the kinds of its items."""
 
     @property
     def section(self) -> str:
@@ -62,13 +62,13 @@ class Key:
 
 
 def aliases(root: type[Section] = RunConfig) -> Mapping[str, str]:
-    """The short flags of a configuration, without dashes, and the keys they stand for."""
+    """Return a configuration's short flags (without dashes) and their keys."""
     return ANSWER_ALIASES if root is AnswerConfig else ALIASES
 
 
 @cache
 def known_keys(root: type[Section] = RunConfig) -> Mapping[str, Key]:
-    """Every key of a configuration by its name, in the order of the sections."""
+    """Return every key of a configuration by name, in section order."""
     alias_of = {key: f"--{alias}" for alias, key in aliases(root).items()}
     return {name: _key(name, field, alias_of.get(name)) for name, field in fields_of(root).items()}
 
@@ -88,13 +88,13 @@ def _key(name: str, field: FieldInfo, alias: str | None) -> Key:
 
 
 def describe_keys(root: type[Section] = RunConfig) -> tuple[Key, ...]:
-    """All keys in the order of the sections."""
+    """Return all keys in section order."""
     return tuple(known_keys(root).values())
 
 
 @cache
 def sections(root: type[Section] = RunConfig) -> Mapping[str, type[Section]]:
-    """The sections of a configuration by name."""
+    """Return the sections of a configuration by name."""
     found: dict[str, type[Section]] = {}
     for name, field in root.model_fields.items():
         assert isinstance(field.annotation, type)
@@ -103,5 +103,7 @@ def sections(root: type[Section] = RunConfig) -> Mapping[str, type[Section]]:
 
 
 def nearest_key(name: str, extra: Iterable[str] = (), root: type[Section] = RunConfig) -> str | None:
-    """The key (or one of ``extra``, such as a command's own flags) a misspelt or foreign name most likely means."""
+    """Return the key (or one of ``extra``, such as a command's own flags) that a misspelt or foreign name most likely
+    means.
+    """
     return nearest(name, list(known_keys(root)), [*aliases(root), *extra])

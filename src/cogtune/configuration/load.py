@@ -1,5 +1,7 @@
-"""From a YAML file, flags and values of a Python program to a checked configuration, with errors that name file, flag
-or key, what was found and what was expected."""
+"""Build a checked configuration from a YAML file, flags and Python values.
+
+Errors name file, flag or key, what was found and what was expected.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ from cogtune.errors import ConfigError
 
 _EXTRA = "lora.extra"
 _ROOTS: tuple[type[Section], ...] = (RunConfig, AnswerConfig)
-"""Whose keys may stand in one file; each command leaves the others' aside."""
+"""Configurations whose keys may share a file; each command ignores the others' keys."""
 
 Config = TypeVar("Config", RunConfig, AnswerConfig)
 
@@ -52,7 +54,7 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
 def load_config_with(
     path: str | Path | None, overrides: Mapping[str, Any], defaults: Mapping[str, str]
 ) -> tuple[RunConfig, dict[str, str]]:
-    """As `load_config`, with texts for keys that nobody gave; also returns which of ``defaults`` were used."""
+    """Like `load_config`, with default texts for keys that were not set; also returns which ``defaults`` were used."""
     entries = _entries(path, overrides, RunConfig)
     used = {key: text for key, text in defaults.items() if key not in entries}
     entries |= {key: Entry(parse_flag(known_keys()[key], text, key), key) for key, text in used.items()}
@@ -60,13 +62,15 @@ def load_config_with(
 
 
 def load_answer_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> AnswerConfig:
-    """Read how questions are to be answered; ``path`` may be a run's file, of which the keys that concern answering
-    are taken. Otherwise as `load_config`."""
+    """Read the configuration of answering.
+
+    ``path`` may be a run's file: keys that do not concern answering are ignored. Otherwise like `load_config`.
+    """
     return from_entries(_entries(path, overrides or {}, AnswerConfig), AnswerConfig)
 
 
 def from_entries(entries: Mapping[str, Entry], root: type[Config]) -> Config:
-    """The configuration of dotted keys and their values.
+    """Build the configuration from dotted keys and their values.
 
     Raises:
         ConfigError: listing every problem.
@@ -90,7 +94,7 @@ def from_entries(entries: Mapping[str, Entry], root: type[Config]) -> Config:
 
 
 def with_values(config: Config, values: Mapping[str, Any]) -> Config:
-    """A checked copy with some dotted keys replaced; keys keep being explicit or default as they were.
+    """Return a checked copy with some dotted keys replaced; keys stay explicit or default as they were.
 
     Raises:
         ConfigError: as `load_config` does.
@@ -101,7 +105,7 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def explicit_values(config: Section) -> dict[str, Any]:
-    """The keys that were given, not left at their defaults, with their values as plain data."""
+    """Return the keys that were set explicitly, with plain values."""
     given = config.model_dump(mode="json", exclude_unset=True)
     return {f"{section}.{name}": value for section, fields in given.items() for name, value in fields.items()}
 
@@ -109,7 +113,7 @@ def explicit_values(config: Section) -> dict[str, Any]:
 def unknown_key(
     name: str, message: str, *, flag: bool = False, extra: Sequence[str] = (), root: type[Section] = RunConfig
 ) -> ConfigError:
-    """The error for a key or flag that does not exist here, with the nearest one that does."""
+    """Return the error for an unknown key or flag, with the nearest known one."""
     dashes = "--" if flag else ""
     elsewhere = [
         other for other in _ROOTS if other is not root and (name in known_keys(other) or name in aliases(other))
@@ -123,7 +127,7 @@ def unknown_key(
 
 
 def parse_flag(key: Key | None, text: str | Sequence[Any], flag: str) -> Any:
-    """A flag's text, or its texts where it was repeated, as a value of its key's type.
+    """Parse a flag's text (or its texts, if it was repeated) into a value of its key's type.
 
     Args:
         key: None for a field of lora.extra, whose text is plain YAML.
@@ -161,7 +165,7 @@ def _flatten(mapping: Mapping[Any, Any], path: Path) -> Iterator[tuple[str, Any]
             yield str(top), value
         elif isinstance(value, dict):
             yield from ((f"{top}.{name}", inner) for name, inner in value.items())
-        elif value is not None:  # None: a section whose lines are all commented out
+        elif value is not None:  # None: a section with only comments
             hint = f"write `{short[top]}: {value}`" if top in short else f"indent the keys of {top} under it"
             raise ConfigError(f"{path}: `{top}` is a section, found {describe(value)}", hint=hint)
 
@@ -190,7 +194,7 @@ def _override_entries(overrides: Mapping[str, Any], root: type[Section]) -> dict
 
 
 def _sections_apart(overrides: Mapping[str, Any], root: type[Section]) -> Iterator[tuple[str, Any]]:
-    """Names and values, the keys of a section that is given as a mapping one by one."""
+    """Yield names and values, with a section that is given as a mapping split into its keys."""
     for name, value in overrides.items():
         if name in sections(root) and isinstance(value, Mapping):
             yield from ((f"{name}.{inner}", inside) for inner, inside in value.items())
@@ -199,25 +203,25 @@ def _sections_apart(overrides: Mapping[str, Any], root: type[Section]) -> Iterat
 
 
 def _is_typed(value: Any) -> bool:
-    """Whether a value is a flag's text, or a list of which some items are: texts are read as if they were typed."""
+    """Return whether a value is a flag's text, or a list that contains texts: these are parsed as if typed."""
     return isinstance(value, str) or (isinstance(value, list | tuple) and any(isinstance(item, str) for item in value))
 
 
 def _plain(value: Any) -> Any:
-    """A value of a Python program as a file would have it."""
+    """Convert a Python value to its form in a file."""
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, list | tuple | set | frozenset):
         return [_plain(item) for item in value]
     if isinstance(value, Mapping):
         return {str(name): _plain(inner) for name, inner in value.items()}
-    if isinstance(value, Integral | Real) and not isinstance(value, bool):  # numpy's numbers too
+    if isinstance(value, Integral | Real) and not isinstance(value, bool):  # including numpy's numbers
         return int(value) if isinstance(value, Integral) else float(value)
     return value
 
 
 def _wrong_type(key: str, entry: Entry, root: type[Section]) -> str | None:
-    """pydantic would take the text "16" for a number and true for 1; a configuration file means what it says."""
+    """Reject types that pydantic would coerce (the text "16" to a number, true to 1)."""
     if key.startswith(f"{_EXTRA}."):
         return None
     known = known_keys(root)[key]
@@ -248,7 +252,7 @@ def _items(key: Key, text: str, flag: str) -> list[Any]:
         return value if isinstance(value, list) else [value]
     if text.startswith("{") and "mapping" in key.item_kinds:
         return [_yaml(text, flag)]
-    # commas inside brackets belong to a pattern such as `layers\.[0-9]{1,2}\.`
+    # a comma inside brackets belongs to a pattern such as `layers\.[0-9]{1,2}\.`
     parts = [part.strip() for part in re.split(r",(?![^\[({]*[\])}])", text) if part.strip()]
     return parts if "text" in key.item_kinds else [_yaml(part, flag) for part in parts]
 

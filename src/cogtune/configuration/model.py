@@ -37,7 +37,7 @@ class CogVLM2VisionConfig(PreTrainedConfig):
 
     @property
     def patch_grid(self) -> int:
-        """Patches on one side of the picture (96 at full size)."""
+        """Patches along one side of the picture (96 at full size)."""
         return self.image_size // self.patch_size
 
 
@@ -91,7 +91,7 @@ class CogVLM2Config(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
-        """Part of the strict dataclass protocol: refuse shapes the model cannot have."""
+        """Refuse sizes that the model cannot have. Called by transformers' strict dataclass protocol."""
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
@@ -113,7 +113,7 @@ class CogVLM2Config(PreTrainedConfig):
 
     @property
     def image_size(self) -> int:
-        """Side of the square picture the tower takes, in pixels."""
+        """Side of the tower's square input picture, in pixels."""
         return int(self.vision_config.image_size)  # type: ignore[union-attr]
 
     @property
@@ -123,7 +123,7 @@ class CogVLM2Config(PreTrainedConfig):
 
     @property
     def num_image_tokens(self) -> int:
-        """Positions one image takes: the grid plus begin- and end-of-image (2306 at full size)."""
+        """Positions of one image: the grid and the begin and end tokens (2306 at full size)."""
         return self.grid**2 + 2
 
     @property
@@ -133,7 +133,7 @@ class CogVLM2Config(PreTrainedConfig):
 
     @property
     def numbered_images(self) -> bool:
-        """Whether the chat template puts an image's number behind it, as a model of video frames reads it."""
+        """Does the chat template put a number after each image, as a model of video frames expects?"""
         return False
 
     @property

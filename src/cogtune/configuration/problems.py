@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in one error that names every place, what was found, and what was expected."""
+"""Collects all problems of a configuration in one error: each place, what was found, and what was expected."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cogtune.errors import ConfigError
 
 @dataclass(frozen=True)
 class Entry:
-    """One value and where it was given: ``run.yaml: lora.rank``, ``--lora.rank``, or in Python ``lora.rank``."""
+    """A value and where it was set: ``run.yaml: lora.rank``, ``--lora.rank``, or in Python ``lora.rank``."""
 
     value: Any
     source: str
@@ -29,7 +29,7 @@ def explain(
     entries: Mapping[str, Entry] | None = None,
     aliases: Mapping[str, str] | None = None,
 ) -> ConfigError:
-    """The error a user sees for ``error``.
+    """Convert a pydantic error into a ConfigError.
 
     Args:
         model: the configuration or section that was being made.
@@ -66,7 +66,7 @@ def explain(
 
 
 def keys_hint(model: type[BaseModel]) -> str:
-    """Where to look the keys up."""
+    """Return a hint where to look up the keys."""
     command = getattr(model, "command", "cogtune train")
     return f"`{command} --help` lists every key with its type, default and meaning"
 
@@ -80,7 +80,7 @@ def _code(problems: Mapping[str, str], missing: list[str], unknown: list[str]) -
 
 
 def _details(error: ValidationError) -> Iterator[ErrorDetails]:
-    """All problems. A section inside explains its own, so they are in the cause of its error."""
+    """Yield all problems; a nested section has its own error, which is the cause of the outer one."""
     for detail in error.errors():
         inner = getattr(detail.get("ctx", {}).get("error"), "__cause__", None)
         if isinstance(inner, ValidationError):
@@ -91,18 +91,18 @@ def _details(error: ValidationError) -> Iterator[ErrorDetails]:
 
 
 def _key(detail: ErrorDetails, model: type[BaseModel]) -> str:
-    """The key a problem is about: as much of its place as is names of fields, or as an unknown name."""
+    """Return the key of a problem: the part of its location that consists of field names, plus an unknown name."""
     names = [str(part) for part in detail["loc"][:2]]
     return names[0] if names and names[0] in fields_of(model) else ".".join(names)
 
 
 def _inside(detail: ErrorDetails, key: str) -> bool:
-    """Whether the problem lies within the key's value, as in one of a list of folders."""
+    """Return whether the problem is inside the key's value, for example in one of several folders."""
     return len(detail["loc"]) > key.count(".") + 1
 
 
 def _required(key: str, model: type[BaseModel]) -> list[str]:
-    """``key``, or of a whole section that is missing the keys that have to be given."""
+    """Return ``key`` or, for a missing section, its required keys."""
     section = model.model_fields.get(key)
     if section is None or not is_section(section.annotation):
         return [key]

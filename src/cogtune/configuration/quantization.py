@@ -1,6 +1,6 @@
-"""Number formats of the frozen weights: the ``quant`` section, by which a model is loaded, planned and asked.
+"""Number formats of the frozen weights: the ``quant`` section, used to load, plan and query a model.
 
-It needs no torch. A new quantised part is a field here and the names of its layers in `PARTS`.
+Needs no torch. To add a quantised part, add a field here and its layers' names to `PARTS`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ PARTS = {
     "glu_adapter": "model.vision.linear_proj.",
     "head": "lm_head",
 }
-"""Keys of the section that name a part of the model with linear layers, and how the names of these layers begin."""
+"""Keys of the section that stand for a part of the model, with the prefixes of its linear layers' names."""
 
 
 def part_of(name: str) -> str | None:
-    """The part of `PARTS` that a linear layer belongs to, by its name in the model; None: it is never quantised."""
+    """Return the part of `PARTS` that a linear layer belongs to; None: it is never quantised."""
     return next((part for part, prefix in PARTS.items() if name.startswith(prefix)), None)
 
 
@@ -54,22 +54,22 @@ class QuantSection(Section):
 
     @property
     def formats(self) -> dict[str, str]:
-        """Each part of `PARTS` with its number format."""
+        """Return the number format of each part in `PARTS`."""
         return {"experts": self.experts, "tower": self.tower, "glu_adapter": self.glu_adapter, "head": self.head}
 
     def changed(self, **values: str) -> QuantSection:
-        """The same with other values of some keys."""
+        """Return a copy with some keys changed."""
         return QuantSection.model_validate(self.model_dump() | values)
 
     def format_of(self, name: str) -> str:
-        """The format of the linear layer called ``name`` in the model."""
+        """Return the format of the linear layer ``name``."""
         part = part_of(name)
         return "none" if part is None else self.formats[part]
 
     def keeps_transposed(self, name: str) -> bool:
-        """Whether the fp8 weight of the layer ``name`` is kept in both layouts."""
+        """Return whether the fp8 weight of layer ``name`` is kept in both layouts."""
         return self.fp8_layouts == "two" and part_of(name) == "experts" and self.experts == "fp8"
 
 
 PLAIN = QuantSection()
-"""Everything in the number format of the model, on its device."""
+"""Everything in the model's own number format, on its device."""

@@ -1,8 +1,8 @@
-"""What every ``auto`` comes to, by one rule each: for a run, its plan, a measurement and an answer alike.
+"""Resolves every ``auto`` by one rule each, for runs, plans, measurements and answers.
 
-Facts about the machine come in as data, so that the planner can ask for cards that are not here. Two keys need more
-than such facts: `cogtune.plan.choose` sets how many layers are recomputed by the memory that is free, and
-`cogtune.features.choose` whether features are cached by the disk and by how often the data shows each picture.
+Facts about the machine are arguments, so that the planner can ask about cards it does not have. Two keys need more than
+such facts: `cogtune.plan.choose` decides by free memory how many layers are recomputed, and `cogtune.features.choose`
+decides by disk space and repetitions of pictures whether features are cached.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ if TYPE_CHECKING:
     import torch
 
 _MOST_WORKERS = 8
-# One core for the process that trains and one for its backward pass.
+# One core for the training process and one for its backward pass.
 _RESERVED_CORES = 2
 _COMPILED = ("single", "ddp")
-"""Engines that leave a layer's weights whole on its device; exchanging them inside a layer would break its graph."""
+"""Engines that keep whole layers on their device. Collectives inside a layer would break its compiled graph."""
 
 
 def resolve_dtype(asked: str, gpu: Gpu | None) -> str:
-    """``model.dtype``; ``auto`` is bfloat16 on a GPU that computes in it, float16 on an older one, float32 on a CPU.
+    """Resolve ``model.dtype``: ``auto`` is bfloat16 on a GPU that supports it, float16 on an older one, float32 on a
+    CPU.
 
-    ``gpu``: None for a CPU. What a DeepSpeed file says of the format is in ``asked`` already.
+    ``gpu``: None for a CPU. ``asked`` already includes a DeepSpeed file's format.
 
     Raises:
-        SetupError: bfloat16 asked of a GPU without it.
+        SetupError: bfloat16 on a GPU without it.
     """
     if asked == "auto":
         return "float32" if gpu is None else "bfloat16" if gpu.bfloat16 else "float16"
@@ -47,7 +48,7 @@ def resolve_dtype(asked: str, gpu: Gpu | None) -> str:
 
 
 def torch_dtype(asked: str, device: torch.device) -> torch.dtype:
-    """`resolve_dtype` for a device that is here, as torch's. Raises SetupError as it does."""
+    """Return `resolve_dtype` for a device of this machine as a torch dtype. Raises SetupError likewise."""
     import torch
 
     dtype: torch.dtype = getattr(torch, resolve_dtype(asked, gpu_of(device)))
@@ -55,7 +56,7 @@ def torch_dtype(asked: str, device: torch.device) -> torch.dtype:
 
 
 def float16_warning(dtype: str) -> str | None:
-    """What to tell a user whose training computes in ``dtype``, where that is float16."""
+    """Return the warning for training in float16, or None for another ``dtype``."""
     if dtype != "float16":
         return None
     return (
@@ -65,13 +66,13 @@ def float16_warning(dtype: str) -> str | None:
 
 
 def check_formats(quant: QuantSection, gpu: Gpu | None) -> None:
-    """Raise SetupError, with what can be done, where ``gpu`` does not compute in a format of ``quant``."""
+    """Raise SetupError, with alternatives, if ``gpu`` does not support a format of ``quant``."""
     if "fp8" in quant.formats.values():
         require_fp8(gpu)
 
 
 def require_fp8(gpu: Gpu | None) -> None:
-    """Raise SetupError, with what can be done, where ``gpu`` does not multiply fp8; a CPU (None) does it in float32."""
+    """Raise SetupError, with alternatives, if ``gpu`` has no fp8 products; a CPU (None) computes them in float32."""
     if gpu is not None and not gpu.fp8:
         raise SetupError(
             f"{gpu.described()} does not compute in fp8; cards from {_version(FIRST_WITH_FP8)} on (Ada, Hopper) do",
@@ -81,10 +82,10 @@ def require_fp8(gpu: Gpu | None) -> None:
 
 
 def resolve_engine(parallel: ParallelSection, ranks: int, *, launched: bool, by_deepspeed: bool = False) -> str:
-    """The engine's name: ``tensor`` where ranks divide each layer, else as asked; ``auto`` where nothing decides it but
-    what fits, and the planner chooses.
+    """Return the engine's name: ``tensor`` under tensor parallelism, else as asked. ``auto`` is left for the planner if
+    only memory decides.
 
-    ``launched``: a launcher started this process, ``by_deepspeed``: it was DeepSpeed's.
+    ``launched``: a launcher started this process; ``by_deepspeed``: it was DeepSpeed's.
     """
     if parallel.tensor > 1:
         return "tensor"
@@ -98,12 +99,14 @@ def resolve_engine(parallel: ParallelSection, ranks: int, *, launched: bool, by_
 
 
 def resolve_compile(asked: Literal["auto"] | bool, engine: str, *, able: bool) -> bool:
-    """``train.compile``; ``auto``: where torch is ``able`` to generate kernels and the engine leaves layers whole."""
+    """Resolve ``train.compile``: ``auto`` is on if torch can (``able``) generate kernels and the engine keeps layers
+    whole.
+    """
     return able and engine in _COMPILED if asked == "auto" else asked
 
 
 def resolve_workers(asked: int | None, local_ranks: int = 1, cores: int | None = None) -> int:
-    """``data.workers``; None: what this machine's cores give each of the ``local_ranks`` processes that train on it.
+    """Resolve ``data.workers``: by default the cores per training process, of which there are ``local_ranks`` here.
 
     ``cores``: None for those this process may use.
     """
@@ -115,8 +118,9 @@ def resolve_workers(asked: int | None, local_ranks: int = 1, cores: int | None =
 
 
 def recomputed_layers(policy: str | int, layers: int) -> tuple[int, ...] | None:
-    """Indices of the layers, of ``layers``, that ``train.gradient_checkpointing`` recomputes: ``none``, ``all``, or
-    every k-th from the first. None: ``auto`` or a size, for the planner to answer."""
+    """Return the indices of the layers that ``train.gradient_checkpointing`` recomputes: none, all, or every k-th from
+    the first. Returns None for ``auto`` or a size, which the planner resolves.
+    """
     if policy == "none":
         return ()
     if policy == "all":
@@ -125,7 +129,7 @@ def recomputed_layers(policy: str | int, layers: int) -> tuple[int, ...] | None:
 
 
 def memory_budget(policy: str | int) -> int | None:
-    """The bytes that ``train.gradient_checkpointing`` keeps a run under, where it is a size."""
+    """Return the memory budget in bytes, if ``train.gradient_checkpointing`` is a size."""
     if isinstance(policy, int) or policy in ("auto", "none", "all"):
         return None
     return parse_size(policy)

@@ -1,5 +1,7 @@
-"""The published model's sizes, token ids and tensor names, the marks in its inputs, and a size that planner and model
-share: the one place where they stand, without torch and transformers."""
+"""Sizes, token ids and tensor names of the published model, special values in its inputs, and the loss's chunk size.
+
+Needs neither torch nor transformers.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +9,20 @@ from dataclasses import dataclass, field
 
 BOS_ID, EOS_ID, PAD_ID = 128000, 128001, 128002
 IGNORED_LABEL = -100
-"""The label of a token that is not trained, as in torch's cross-entropy."""
+"""Label of a token without a loss, as in torch's cross-entropy."""
 TREE_ROOT = -1
-"""In ``segment_parents``: the segment begins a tree."""
+"""In ``segment_parents``: the segment is the root of a tree."""
 UNUSED_PARENT = -2
-"""In ``segment_parents``: the row has no such segment."""
+"""In ``segment_parents``: padding; the row has no such segment."""
 
 LOSS_CHUNK = 512
-"""Tokens whose logits exist at a time: 263 MB in float32 with the published vocabulary."""
+"""Tokens whose logits are computed at a time: 263 MB in float32 with the published vocabulary."""
 
 VISION = "model.vision."
 TOWER_PARTS = ("patch_embedding", "transformer", "conv")
-"""Modules of `VisionModel` in front of the GLU adapter, whose output is cached while they are frozen."""
+"""Modules of `VisionModel` before the GLU adapter. Their output is cached while they are frozen."""
 TOWER = tuple(f"{VISION}{part}." for part in TOWER_PARTS)
-"""Beginnings of the names of their tensors."""
+"""Prefixes of their tensors' names."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class VisionShape:
 
     @property
     def image_tokens(self) -> int:
-        """Positions of one image in the decoder: the grid, begin and end (2306 at full size)."""
+        """Positions of one image in the decoder: the grid and the begin and end tokens (2306 at full size)."""
         return self.grid_tokens + 2
 
 

@@ -1,4 +1,4 @@
-"""The key that a misspelt or foreign name most likely means."""
+"""Suggests the key that a misspelt or foreign name most likely means."""
 
 from __future__ import annotations
 
@@ -36,14 +36,16 @@ _NAMES_ELSEWHERE = {
     "load_in_4bit": "quant.experts",
     "load_in_8bit": "quant.experts",
 }
-"""What other trainers call some of our keys, so that a habit gets the right answer."""
+"""Other trainers' names for cogtune's keys."""
 
 _FIRST_SECTIONS = ("train", "generate")
-"""Where several sections have a key of one name, a name without its section most likely means theirs."""
+"""For a name that exists in several sections, the section that is most likely meant."""
 
 
 def nearest(name: str, keys: Sequence[str], others: Iterable[str] = ()) -> str | None:
-    """The one of ``keys`` (dotted: ``train.lr``) or ``others`` (short flags, say) that ``name`` most likely means."""
+    """Return the one of ``keys`` (dotted: ``train.lr``) or ``others`` (such as short flags) that ``name`` most likely
+    means.
+    """
     name = name.lower().strip("-").replace("-", "_")
     last = name.rpartition(".")[2]
     others = {other.replace("-", "_"): other for other in others}

@@ -1,4 +1,4 @@
-"""Types of a run's keys: what a section is, and how its values are read and checked."""
+"""Base class of sections, and types that parse and check their values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
     command: ClassVar[str] = "cogtune train"
-    """Whose help lists the keys."""
+    """The command whose help lists the keys."""
 
     def __init__(self, **values: Any) -> None:
         """Check ``values``.
@@ -36,7 +36,7 @@ class Section(BaseModel):
 
 
 def _one_or_many(value: object) -> object:
-    """A single item stands for a list of one, so that ``path: folder`` needs no brackets."""
+    """Turn a single item into a list of one, so that ``path: folder`` needs no brackets."""
     return [value] if isinstance(value, str | Path | Mapping | BaseModel) else value
 
 
@@ -70,7 +70,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _recompute(value: object) -> object:
-    """A policy in its one spelling: none, all, auto, a whole number, or a size as it was written."""
+    """Normalise a policy: none, all, auto, a whole number, or a size as written."""
     if isinstance(value, bool) or value in ("true", "false"):
         return "all" if value in (True, "true") else "none"
     if isinstance(value, str) and value not in ("auto", "none", "all"):
@@ -79,12 +79,12 @@ def _recompute(value: object) -> object:
             return value.strip()
         value = int(value)
     if isinstance(value, int) and value < 1:
-        raise ValueError(f"every {value}-th layer means nothing; 1 is every layer, none is no layer")
+        raise ValueError(f"{value} is not a valid layer interval; 1 is every layer, none is no layer")
     return value
 
 
 def _switch(value: object) -> object:
-    """YAML reads a bare ``on`` and ``off`` as true and false."""
+    """Turn YAML's true and false, its reading of bare ``on`` and ``off``, back into on and off."""
     return (
         {True: "on", False: "off", "true": "on", "false": "off"}.get(value, value)
         if isinstance(value, bool | str)
@@ -93,13 +93,15 @@ def _switch(value: object) -> object:
 
 
 def _budget(value: object) -> object:
-    """A size, or a percentage of the disk, as it was written."""
+    """Check a size or a percentage of the disk, and keep it as written."""
     if isinstance(value, str):
         percentage = value.strip().removesuffix("%")
         if percentage == value.strip():
             parse_size(value)
         elif not percentage.strip().replace(".", "", 1).isdigit() or not 0 < float(percentage) <= 100:
-            raise ValueError(f"`{value}` is no share of the disk; write one from 1% to 100%, or a size such as 500GB")
+            raise ValueError(
+                f"`{value}` is not a share of the disk; write one from 1% to 100%, or a size such as 500GB"
+            )
         return value.strip()
     return value
 

@@ -1,4 +1,4 @@
-"""YAML as people mean it: ``1e-4`` is a number, a key given twice is an error, errors name the line."""
+"""YAML with numbers as people write them (``1e-4``), an error for a repeated key, and line numbers in errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cogtune.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's numbers, without dates and base-60 integers, and refusing repeated keys."""
+    """SafeLoader with YAML 1.2's numbers, no dates or base-60 integers, and an error for repeated keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -43,7 +43,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse_value(text: str) -> Any:
-    """The value that ``text`` would have in a file; raises ValueError where it is not YAML."""
+    """Return the value of ``text`` in a YAML file. Raises ValueError if it is not YAML."""
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -51,7 +51,7 @@ def parse_value(text: str) -> Any:
 
 
 def read_mapping(path: str | Path, what: str = "configuration file") -> dict[str, Any]:
-    """The mapping at the root of a YAML (or, by its suffix, JSON) file; an empty file is an empty mapping.
+    """Return the mapping at the root of a YAML file (or JSON, by suffix); an empty file is an empty mapping.
 
     Raises:
         ConfigError: the file is missing, unreadable, not YAML, or no mapping.
@@ -84,7 +84,7 @@ def read_mapping(path: str | Path, what: str = "configuration file") -> dict[str
 
 
 def describe(value: object) -> str:
-    """A value as an error message shows it, with its YAML type."""
+    """Format a value for an error message, with its YAML type."""
     match value:
         case None:
             return "null"

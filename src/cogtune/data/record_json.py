@@ -101,7 +101,7 @@ def checked_text(value: Any, what: str) -> str:
     if not value.strip():
         raise BadRecordError("content", f"{what} is empty")
     if not is_unicode(value):
-        raise BadRecordError("content", f"{what} has half a surrogate pair, which is no character")
+        raise BadRecordError("content", f"{what} has half a surrogate pair, which is not a character")
     return value
 
 

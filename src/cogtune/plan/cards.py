@@ -108,7 +108,7 @@ def find_card(text: str) -> Card:
     known = ", ".join(card.name for card in CARDS)
     hint = next((f"did you mean `{card.name}`?" for card in CARDS if [_plain(card.name)] == near_names), None)
     raise ConfigError(
-        f"--card: `{text}` is no card known here and no size",
+        f"--card: `{text}` is neither a known card nor a size",
         hint=hint or f"give a size such as 24GiB, or one of {known}",
     )
 

@@ -41,7 +41,7 @@ def lines(plan: Plan) -> Iterator[str]:
         f"{'peak':<9} {plan.memory.driver / GIB:6.1f}  as nvidia-smi shows it: {plan.memory.reserved / GIB:.1f}"
         f" reserved and {outside:.1f} of CUDA's own, of {card.usable / GIB:.1f} usable"
     )
-    yield f"{'host':<9} {plan.memory.host / GIB:6.1f}  per process, besides the files' pages"
+    yield f"{'host':<9} {plan.memory.host / GIB:6.1f}  per process, not counting cached file pages"
     yield ""
     yield from _afterwards(plan)
     yield ""

@@ -18,10 +18,10 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text)
     unit = _UNITS.get(match[2].lower()) if match else None
     if match is None or unit is None:
-        raise ValueError(f"`{text}` is no size; write a number and its unit, such as 30GiB or 30GB")
+        raise ValueError(f"`{text}` is not a size; write a number and its unit, such as 30GiB or 30GB")
     size = round(float(match[1]) * unit)
     if size < 1:
-        raise ValueError(f"`{text}` is nothing; a size is more than 0")
+        raise ValueError(f"`{text}` is zero bytes; a size must be more than 0")
     return size
 
 

@@ -158,7 +158,7 @@ def _text(value: Any, number: int, *, blank: bool = False) -> str:
     if not isinstance(value, str):
         raise BadRecordError("content", f"{where} is {kind_of(value)}, a text was expected")
     if not is_unicode(value):
-        raise BadRecordError("content", f"{where} has half a surrogate pair, which is no character")
+        raise BadRecordError("content", f"{where} has half a surrogate pair, which is not a character")
     if not blank and not value.strip():
         raise BadRecordError("content", f"{where} is empty")
     return value
