@@ -1,4 +1,4 @@
-"""Batches for one rank, grouped into optimiser steps; and how many steps a run has."""
+"""Batches for one rank, grouped into optimiser steps, and the number of steps of a run."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True)
 class StepBatches:
-    """One optimiser step of this rank: up to ``accumulation`` micro-batches, and the position in the data after it."""
+    """One optimiser step of this rank: up to ``accumulation`` micro-batches, and the data position after them."""
 
     batches: list[Batch]
     position: Position
 
 
 class Feed:
-    """Training rows in steps. Where it stands is counted here, so prefetching workers do not blur it.
+    """Training rows grouped into steps. The position counts consumed batches, so prefetching workers do not affect it.
 
     A step never crosses an epoch: the last step of an epoch may have fewer micro-batches, the same on every rank.
     """
@@ -44,7 +44,7 @@ class Feed:
         return self._sampler((0, 0), 1).steps_in_epoch(epoch)
 
     def total_steps(self) -> int:
-        """``train.max_steps``, or the steps of ``train.epochs``; 0 when small weights leave those epochs empty."""
+        """Return ``train.max_steps``, or the steps of ``train.epochs``; 0 if small weights leave those epochs empty."""
         train = self._config.train
         steps = sum(self.steps_in_epoch(epoch) for epoch in range(train.epochs))
         return min(train.max_steps or steps, steps) if steps == 0 else train.max_steps or steps
@@ -53,7 +53,7 @@ class Feed:
         return self._sampler((0, 0), 1).rows_in_epoch(epoch)
 
     def shown(self, start: Position, steps: int) -> npt.NDArray[np.int64]:
-        """How often each row is trained on in the next ``steps`` steps, over all ranks."""
+        """Return how often each row is trained on in the next ``steps`` steps, over all ranks."""
         sampler = self._sampler((0, 0), 1)
         counts = np.zeros(len(self.rows), dtype=np.int64)
         (epoch, taken), step_rows = start, sampler.step_rows
@@ -65,13 +65,13 @@ class Feed:
         return counts
 
     def steps(self, start: Position) -> Iterator[StepBatches]:
-        """Steps from a position on, epoch after epoch without end."""
+        """Yield steps from a position on, epoch after epoch without end."""
         sampler = self._sampler(start, 2**31)
         position, step, count, after = start, list[Batch](), 0, start
         workers = resolve_workers(self._config.data.workers, self._group.local_size)
         on_gpu = self._group.device.type == "cuda"
         for batch in batches(self.rows, sampler, workers, for_gpu=on_gpu):
-            while not step and count == 0:  # small weights can leave an epoch empty: a step without a batch
+            while not step and count == 0:  # small weights can leave an epoch empty: skip it
                 count, after = sampler.step(position)
                 position = after if count == 0 else position
             step.append(batch)
@@ -98,7 +98,8 @@ class Feed:
 
 
 def validation_batches(rows: TrainRows, config: RunConfig, group: Group) -> Iterator[Batch]:
-    """Every validation row once, split over ranks; a rank that runs out gets fillers, so all get as many batches."""
+    """Return batches with every validation row once, distributed over ranks; short ranks get fillers, so all have as
+    many."""
     size = config.eval.batch_size or config.train.batch_size
     sampler = EpochSampler(len(rows), size, group.rank, group.size, shuffle=False)
     workers = resolve_workers(config.data.workers, group.local_size)
@@ -106,6 +107,6 @@ def validation_batches(rows: TrainRows, config: RunConfig, group: Group) -> Iter
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The model's arguments on ``device``; what the loop counts stays behind."""
+    """Move the model's arguments to ``device``; drop what only the loop uses."""
     arguments = {name: value for name, value in batch.items() if name not in ("record_ids", "num_labels")}
     return {name: value.to(device, non_blocking=True) for name, value in arguments.items()}

@@ -1,4 +1,4 @@
-"""What makes a run fail, in errors that say what to do: numbers that are not finite, memory, the other processes."""
+"""Turn failures of a run into errors that say what to do: non-finite numbers, memory, lost peers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NAMED_RECORDS = 20
 
 
 def check_losses(losses: torch.Tensor, records: Sequence[Sequence[str]], group: Group) -> float:
-    """The step's loss: the sum of all ranks' shares.
+    """Return the step's loss, summed over all ranks.
 
     Args:
         losses: this rank's shares, one per micro-batch, on the CPU; ``records`` names what was in each.
@@ -38,7 +38,8 @@ def check_losses(losses: torch.Tensor, records: Sequence[Sequence[str]], group: 
 
 
 def bad_gradient(norm: float, step: int, records: Sequence[Sequence[str]], group: Group) -> NonFiniteError:
-    """The error for a finite loss whose gradient is not; every rank calls it. ``step`` counts from 1."""
+    """Return the error for a gradient that is not finite although the loss is; every rank calls it. ``step`` counts
+    from 1."""
     mine = [name for names in records for name in names]
     return NonFiniteError(
         f"step {step}: the gradient's norm is {norm} although the loss is finite; the step had {named(group, mine)}; "
@@ -48,7 +49,7 @@ def bad_gradient(norm: float, step: int, records: Sequence[Sequence[str]], group
 
 
 def named(group: Group, records: Sequence[str]) -> str:
-    """All ranks' records as text, a long list cut."""
+    """Return all ranks' records as text; a long list is truncated."""
     names = [name for mine in group.gather(list(records)) for name in mine]
     more = f" and {len(names) - _NAMED_RECORDS} more" if len(names) > _NAMED_RECORDS else ""
     return "record " * (len(names) == 1) + "records " * (len(names) != 1) + ", ".join(names[:_NAMED_RECORDS]) + more
@@ -56,7 +57,7 @@ def named(group: Group, records: Sequence[str]) -> str:
 
 @contextmanager
 def phase(name: str, config: RunConfig, device: torch.device) -> Iterator[None]:
-    """Turn a lack of memory inside the block into an OutOfMemoryError that says the phase and what to try next."""
+    """Turn an out-of-memory failure inside the block into an OutOfMemoryError with the phase and what to try next."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -68,7 +69,7 @@ def phase(name: str, config: RunConfig, device: torch.device) -> Iterator[None]:
 
 
 def explain_peers(error: BaseException) -> RunError | None:
-    """The error to show where ``error`` is about the other processes of the run; None where it is not."""
+    """Return the error to show if ``error`` is about the run's other processes, otherwise None."""
     text = str(error)
     if any(words in text for words in ("Connection closed by peer", "Connection reset by peer", "Broken pipe")):
         return RunError(
@@ -93,7 +94,7 @@ def explain_peers(error: BaseException) -> RunError | None:
 
 
 def next_setting(name: str, config: RunConfig) -> str:
-    """The cheapest setting that is not used yet and would help in this phase."""
+    """Return the cheapest setting that is not used yet and would save memory in this phase."""
     if name == "loading the model":
         return "a card with more memory: the frozen weights alone do not fit"
     if name == "validation" and (config.eval.batch_size or config.train.batch_size) > 1:

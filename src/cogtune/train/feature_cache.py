@@ -1,4 +1,4 @@
-"""Step 3 of a run: the features of its pictures, where training from the cache is possible and pays."""
+"""Features of a run's pictures: decide whether to train from the cache, and fill it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from cogtune.train.progress import Progress
 from cogtune.train.run_inputs import Inputs
 from cogtune.train.stop_signal import StopSignal
 
-_WORTH_COMPILING = 1000  # pictures: compiling takes up to a minute and saves about a tenth of their time
+_WORTH_COMPILING = 1000  # pictures; compilation takes up to a minute and makes the tower about 10 % faster
 _NARROW = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
@@ -53,13 +53,13 @@ def ensure(
     total: int,
     tower_fits: bool | None = None,
 ) -> FeatureReader | None:
-    """Decide as ``data.cache_features`` says, fill what is missing, and give what reads it; None: the tower runs.
+    """Decide as ``data.cache_features`` says, compute missing features, and return a reader; None: the tower runs.
 
-    Collective. ``progress`` and ``total`` steps say what of the data is still to be shown; ``tower_fits``: whether the
-    tower fits beside training, None where that is not known.
+    Collective. ``progress`` and ``total`` steps determine which data remains; ``tower_fits``: whether the tower fits in
+    memory during training, None if that is not known.
 
     Raises:
-        ConfigError, FeatureCacheError: asked for and not possible.
+        ConfigError, FeatureCacheError: caching was requested and is not possible.
         DataError: a picture that cannot be read.
         DiskFullError: no space for the features.
     """
@@ -95,10 +95,10 @@ def ensure(
 
 
 def fill_cache(config: RunConfig) -> FillReport:
-    """Fill the cache for every picture of the data, validation included, before any run: ``cogtune data cache``.
+    """Compute the features of every picture of the data, validation included, before any run: ``cogtune data cache``.
 
-    Started by torchrun, all processes share the work. Raises what `ensure` raises with ``data.cache_features: on``, and
-    Stopped after a signal; what was computed stays.
+    Under torchrun all processes share the work. Raises what `ensure` raises with ``data.cache_features: on``, and
+    Stopped after a signal; computed features are kept.
     """
     with StopSignal(), console(environment.rank(), config.log.level), ExitStack() as stack:
         config = with_values(
@@ -135,7 +135,7 @@ def _refuse_trained_tower(model_config: CogVLM2Config, config: RunConfig) -> Non
 def open_cache(
     config: RunConfig, model_config: CogVLM2Config, images: set[ImageRef], group: Group, dtype: torch.dtype
 ) -> FeatureCache:
-    """The cache as this run would use it, looked through; says how large it is and will be. Collective."""
+    """Open the cache for this run, look up its pictures, and log the present and the final size. Collective."""
     data = config.data
     root = (data.cache_dir or default_folder()).expanduser()
     fingerprint = group.on_main(lambda: tower_fingerprint(whole_folder(config.model.path)))
@@ -154,7 +154,7 @@ def open_cache(
 
 
 def fill(config: RunConfig, cache: FeatureCache, group: Group, dtype: torch.dtype) -> FillReport:
-    """Evict what the budget asks for, say how long it will take, load the tower, fill, free the tower. Collective."""
+    """Evict to fit the budget, log an estimate of the time, load the tower, compute, free the tower. Collective."""
     device, data, path = group.device, config.data, config.model.path
     removed = cache.make_room(data.cache_budget)
     if removed:
@@ -178,7 +178,7 @@ def fill(config: RunConfig, cache: FeatureCache, group: Group, dtype: torch.dtyp
 
 
 def _loader(config: RunConfig, dtype: torch.dtype, device: torch.device, pictures: int) -> Callable[[], Tower]:
-    """Loads the tower; compiled as ``train.compile`` says, by itself only for enough pictures to make up for it."""
+    """Return a function that loads the tower, compiled as ``train.compile`` says; ``auto`` needs enough pictures."""
     able = can_compile(device) and pictures >= _WORTH_COMPILING
     compiles = resolve_compile(config.train.compile, "single", able=able)
 
@@ -201,7 +201,7 @@ def _choose(config: RunConfig, cache: FeatureCache, demand: Demand) -> CacheChoi
 
 
 def _demand(config: RunConfig, inputs: Inputs, feed: Feed, progress: Progress, total: int) -> tuple[int, set[ImageRef]]:
-    """How often the tower would run, and on which images, from here to the end of the run, validation included."""
+    """Return how often the tower would run until the end of the run, and on which images, validation included."""
     steps = max(0, total - progress.step)
     counts = feed.shown(progress.position, steps)
     showings, images = 0, set[ImageRef]()

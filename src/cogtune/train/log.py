@@ -1,7 +1,7 @@
-"""Where a run's words and numbers go.
+"""Log messages and metrics of a run.
 
-Words: the console (rank 0) and ``run.log`` (``run.rank1.log`` ... on other ranks), through the logger ``cogtune``.
-Numbers: ``metrics.jsonl``, one JSON object a line, the one record that TensorBoard and reports show.
+Messages go through the logger ``cogtune`` to the console (rank 0) and to ``run.log`` (``run.rank1.log`` ... on other
+ranks). Metrics go to ``metrics.jsonl``, one JSON object per line, the single source for TensorBoard and reports.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _TAGS = {
 
 
 class _Console(logging.Handler):
-    """Plain lines on standard output, readable through a pipe; what kind of line it is stands in front of warnings."""
+    """Plain lines on standard output, readable through a pipe; warnings and errors have their level in front."""
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
@@ -48,7 +48,7 @@ class _Console(logging.Handler):
 
 @contextmanager
 def console(rank: int, level: str = "info") -> Iterator[None]:
-    """Show messages from ``level`` on (info, warning, error) on the console, on rank 0 only."""
+    """Show messages of at least ``level`` (info, warning, error) on the console, on rank 0 only."""
     handler: logging.Handler = _Console() if rank == 0 else logging.NullHandler()
     handler.setLevel(level.upper())
     with _attached(handler):
@@ -56,7 +56,7 @@ def console(rank: int, level: str = "info") -> Iterator[None]:
 
 
 class _LogFile(logging.FileHandler):
-    """A line that cannot be written ends the run, as any other output that is lost; the library prints a traceback."""
+    """A log file whose write errors end the run, like any other lost output; logging itself would print a traceback."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         with explained(Path(self.baseFilename), late=True):
@@ -65,7 +65,7 @@ class _LogFile(logging.FileHandler):
 
 @contextmanager
 def log_file(output: Path, rank: int) -> Iterator[None]:
-    """Append messages, with time, to this rank's file."""
+    """Append messages with timestamps to this rank's file."""
     path = output / ("run.log" if rank == 0 else f"run.rank{rank}.log")
     with explained(path, late=True):
         handler = _LogFile(path, encoding="utf-8")
@@ -97,10 +97,10 @@ def _attached(handler: logging.Handler) -> Iterator[None]:
 
 
 class Metrics:
-    """Writes the record on rank 0; on other ranks every call does nothing.
+    """Writes the metrics on rank 0; does nothing on other ranks.
 
     Args:
-        step: the step the run continues from. Later lines, of a life that was killed, are dropped.
+        step: the step the run resumes from. Later lines, of a run that was killed, are dropped.
     """
 
     def __init__(self, output: Path, *, active: bool, tensorboard: bool, step: int) -> None:
@@ -124,7 +124,7 @@ class Metrics:
             self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             self._file.flush()
             if self._writer is not None:
-                os.stat(self._path)  # where the folder is gone, the writer's own thread would print a traceback
+                os.stat(self._path)  # raise here if the folder is gone; the writer's thread would print a traceback
                 for name, tag in _TAGS.get(kind, {}).items():
                     if values.get(name) is not None:
                         self._writer.add_scalar(tag, values[name], step)
@@ -140,7 +140,7 @@ class Metrics:
 
 
 def read_metrics(output: Path) -> list[dict[str, Any]]:
-    """All lines of a run's record; a last line torn by a kill is left out."""
+    """Return all lines of a run's metrics, without a last line that is incomplete after a kill."""
     lines = []
     for line in (output / METRICS_FILE).read_text(encoding="utf-8").splitlines():
         try:
@@ -151,7 +151,7 @@ def read_metrics(output: Path) -> list[dict[str, Any]]:
 
 
 def last_losses(output: Path) -> tuple[float | None, float | None]:
-    """The last training loss and the last validation loss of a run's record; None for one that it does not have."""
+    """Return the last training loss and the last validation loss of a run's metrics, each None if there is none."""
     found: dict[str, float] = {}
     if (output / METRICS_FILE).is_file():
         found = {line["kind"]: line["loss"] for line in read_metrics(output) if line.get("loss") is not None}
@@ -166,7 +166,7 @@ def _drop_after(path: Path, step: int) -> None:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The device's peak so far; on a CPU, this process's peak."""
+    """Return the device's peak memory so far; on a CPU, this process's peak."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,11 +1,12 @@
-"""The loop: one for all engines.
+"""The training loop, one for all engines.
 
-The loss of a step is the sum over the labelled tokens of the global batch, divided by their number: under accumulation
-(each micro-batch's sum is divided by the step's count) and over ranks (``Engine.loss_factor`` undoes their averaging).
+The loss of a step is the sum over the labelled tokens of the global batch, divided by their number. This holds under
+accumulation (each micro-batch's sum is divided by the step's count) and over ranks (``Engine.loss_factor`` compensates
+for averaging).
 
-A step may stay *open*: launched, while nobody has looked at its gradient. The device then never waits for the host to
-look; a gradient that is not finite is found one step late, with weights and optimiser as they were before it, because
-the device itself leaves them alone. Nothing is validated, saved or ended behind an open step.
+A step may stay *open*: it is launched, but the host has not read its gradient norm yet. So the GPU never waits for the
+host. A gradient that is not finite is detected one step late, with weights and optimiser unchanged, because the GPU
+itself skips the update. The loop closes an open step before it validates, saves or ends.
 """
 
 from __future__ import annotations
@@ -69,13 +70,14 @@ class Loop:
         self._open: StepReport | None = None
 
     def run(self) -> None:
-        """Raises Stopped after a signal (the state is saved), NonFiniteError, OutOfMemoryError, DiskFullError."""
+        """Run the loop. Raises Stopped after a signal (the state is saved), NonFiniteError, OutOfMemoryError,
+        DiskFullError."""
         progress, engine = self.progress, self.engine
         self.reporter = Reporter(self.metrics, progress, self.total_steps, self.config.log.steps, engine.device)
         self.stop.wait_for_step()
         engine.module.train()
         if self.validation is not None and self._validation_due() and progress.validated_step != progress.step:
-            self._pause()  # a signal cut this step's validation short; the best checkpoint may hang on it
+            self._pause()  # a signal interrupted this step's validation, which may decide the best checkpoint
         if progress.step < self.total_steps and not progress.stopped_early:
             try:
                 self._steps()
@@ -97,8 +99,10 @@ class Loop:
                 break
 
     def _train(self, step: StepBatches) -> StepReport:
-        """One optimiser step over this rank's micro-batches; closes the one before as soon as the device has this
-        one's work."""
+        """Run one optimiser step over this rank's micro-batches.
+
+        The previous step is closed as soon as this one's work is enqueued on the device.
+        """
         engine = self.engine
         records = [batch["record_ids"] for batch in step.batches]
         counted = engine.group.sum([_labels(step.batches), len(_real_rows(step.batches)), _tokens(step.batches)])
@@ -106,7 +110,7 @@ class Loop:
         self.progress.labels += labels
         self.progress.samples += int(counted[1])
         self.progress.tokens += int(counted[2])
-        if labels == 0:  # rows without a label are dropped with the data, so this is an engine's bug, never a batch's
+        if labels == 0:  # the data pipeline drops rows without a label, so this is a bug
             raise AssertionError(f"a step without a label: {records}")
         losses = []
         with phase("training", self.config, engine.device):
@@ -124,9 +128,9 @@ class Loop:
         return StepReport(total, labels, result, records)
 
     def _close(self) -> None:
-        """Look at the gradient of the step that was done last, if it is open still, and write the step's line.
+        """Read the gradient norm of the last step, if it is still open, and write the step's log line.
 
-        Collective where the gradient is not finite; its norm is the same on every rank.
+        Collective if the gradient is not finite; its norm is the same on every rank.
         """
         report, self._open = self._open, None
         if report is not None:
@@ -134,8 +138,7 @@ class Loop:
             self.reporter.arrived(report.result.norm)
 
     def _abandon(self) -> None:
-        """An error ends the run; what there is to say about an open step before it is said. Not collective: the error
-        may be this rank's alone."""
+        """Report an open step before an error ends the run. Not collective: the error may be on this rank only."""
         report, self._open = self._open, None
         if report is None:
             return
@@ -170,12 +173,12 @@ class Loop:
         progress.window_loss += report.loss * report.labels
         progress.window_labels += report.labels
         with warnings.catch_warnings():
-            # the schedule counts a step that float16 skipped too; torch takes that for a mistaken order of calls
+            # the schedule also advances for steps that float16 skipped; torch warns of a wrong order of calls
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
             self.schedule.step()
 
     def _pause(self) -> None:
-        """Whatever is due between two steps: validation, a checkpoint, the end after a signal."""
+        """Do what is due between two steps: validation, a checkpoint, the end of the run after a signal."""
         progress, train = self.progress, self.config.train
         last = progress.step == self.total_steps
         due = last or progress.step % train.save_steps == 0
@@ -196,12 +199,12 @@ class Loop:
         self.reporter.away(time.perf_counter() - began)
 
     def _validation_due(self) -> bool:
-        """Whether the step that was done last, if there is one, is followed by a validation."""
+        """Return whether a validation follows the last step, if there was one."""
         step, every = self.progress.step, self.config.eval.steps or self.config.train.save_steps
         return step > 0 and (step == self.total_steps or step % every == 0)
 
     def _validate(self) -> bool:
-        """Measure on validation data; whether the loss is the best so far."""
+        """Measure the loss on validation data; return whether it is the best so far."""
         if self.validation is None:
             return False
         with phase("validation", self.config, self.engine.device):
@@ -230,7 +233,7 @@ class Loop:
         return better
 
     def _epochs(self) -> float:
-        """Passes over the data so far."""
+        """Return the number of passes over the data so far."""
         rows = self.feed.rows_in_epoch(self.progress.epoch)
         return self.progress.epoch + (self.progress.rows_taken / rows if rows else 0.0)
 
@@ -244,5 +247,5 @@ def _tokens(batches: list[Batch]) -> int:
 
 
 def _real_rows(batches: list[Batch]) -> list[Any]:
-    """Rows that are not fillers: those with a label."""
+    """Return the rows that are not padding of the batch: those with a label."""
     return [row for batch in batches for row in batch["labels"] if bool((row != IGNORED_LABEL).any())]

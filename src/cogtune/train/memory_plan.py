@@ -1,6 +1,7 @@
-"""A run's plan against the memory that is free now: said first, refused where it does not fit, compared at the end.
+"""A run's memory plan against the memory that is free now: log it, refuse a run that does not fit, compare it at the
+end.
 
-On a CPU nothing is refused: what a machine without a GPU can spare is not known well enough; a shortage is a warning.
+On a CPU nothing is refused, because the memory a machine can spare is not known well enough; a shortage is a warning.
 """
 
 from __future__ import annotations
@@ -37,19 +38,19 @@ from cogtune.train.run_inputs import Inputs
 _EVERYTHING = frozenset(
     {"quant.experts", "quant.tower", "quant.embedding", "train.optimizer", "parallel.engine", "data.cache_features"}
 )
-"""Keys a run follows as they are; `cogtune plan` may choose them, a run may not."""
+"""Keys that `cogtune plan` may choose, but a run takes from its configuration unchanged."""
 
 
 @dataclass(frozen=True)
 class Layers:
-    """Which decoder and tower layers are recomputed."""
+    """The decoder and tower layers that are recomputed in the backward pass."""
 
     decoder: frozenset[int] = frozenset()
     tower: frozenset[int] = frozenset()
 
 
 class MemoryPlan:
-    """What a run takes of its card. ``card`` is None on a CPU; it and every decision are the same on every rank."""
+    """The memory plan of a run on its card. ``card`` is None on a CPU. All its decisions are the same on every rank."""
 
     def __init__(self, config: RunConfig, rows: Rows, setting: Setting, card: Card | None, force: bool) -> None:
         self.config, self.rows, self.card, self.force = config, rows, card, force
@@ -57,7 +58,7 @@ class MemoryPlan:
 
     @property
     def tower_fits(self) -> bool | None:
-        """Whether the live tower fits beside training; None where memory is not known."""
+        """Whether the tower fits in memory during training; None if the memory is not known."""
         if self.card is None or self.setting.tower == "none":
             return None
         return tower_fits(self.setting, self._budget)
@@ -69,7 +70,8 @@ class MemoryPlan:
         return self.card.usable if limit is None else min(limit, self.card.usable)
 
     def check(self) -> None:
-        """Refuse, before anything is filled or loaded, a run that would fit in no way its settings allow.
+        """Refuse a run that fits under none of its allowed settings, before features are computed or weights are
+        loaded.
 
         Raises:
             PlanError: it does not fit.
@@ -80,7 +82,8 @@ class MemoryPlan:
         self._settle(_leanest_tower(self.config, self.setting))
 
     def settle(self, cached: bool) -> Layers:
-        """Which layers are recomputed, now that it is known whether features are cached; says the plan in one line.
+        """Choose the layers to recompute, now that it is known whether features are cached, and log the plan in one
+        line.
 
         Raises:
             PlanError: it does not fit.
@@ -93,7 +96,7 @@ class MemoryPlan:
         return Layers(self.setting.decoder, self.setting.blocks)
 
     def _settle(self, setting: Setting) -> Setting:
-        """``setting`` with as many layers recomputed as its policy says or the memory needs."""
+        """Return ``setting`` with as many layers recomputed as its policy says or the memory needs."""
         assert self.card is not None
         policy = self.config.train.gradient_checkpointing
         if policy == "auto" or budget_of(self.config) is not None:
@@ -121,7 +124,7 @@ class MemoryPlan:
         raise PlanError(what, hint=self._nearest(setting))
 
     def _nearest(self, setting: Setting) -> str:
-        """The flags of the nearest plan that fits, changing as few settings as possible."""
+        """Return the flags of the nearest plan that fits, changing as few settings as possible."""
         assert self.card is not None
         room = replace(self.card, free=self._budget)
         fixed = set(_EVERYTHING)
@@ -148,7 +151,7 @@ class MemoryPlan:
 
     @contextmanager
     def explaining(self, device: torch.device) -> Iterator[None]:
-        """Put plan against actual into an OutOfMemoryError that passes through."""
+        """Add the planned and the actual memory to an OutOfMemoryError raised inside the block."""
         try:
             yield
         except OutOfMemoryError as error:
@@ -164,10 +167,10 @@ class MemoryPlan:
 def check_memory(
     config: RunConfig, inputs: Inputs, engine: Engine, accumulation: int, *, force: bool = False
 ) -> MemoryPlan:
-    """The memory plan of this run, planned for the rank whose card has the least free memory; collective.
+    """Return the memory plan of this run, for the rank whose card has the least free memory. Collective.
 
     Raises:
-        PlanError: the run fits in no way its settings allow; not with ``force``, and never on a CPU.
+        PlanError: the run fits under none of its allowed settings; not with ``force``, and never on a CPU.
     """
     rows, card, group = _rows(config, inputs), _least_card(engine.group), engine.group
     setting = setting_of(config, rows, ranks=group.processes, local_ranks=group.local_size, card=card)
@@ -179,8 +182,11 @@ def check_memory(
 
 
 def auto_engine(config: RunConfig, inputs: Inputs, group: Group) -> str:
-    """What ``parallel.engine: auto`` comes to where torchrun or our own launcher started several processes: the
-    planner's choice for the card with the least free memory. Collective."""
+    """Resolve ``parallel.engine: auto`` for several processes: the planner's choice for the card with the least free
+    memory.
+
+    Collective.
+    """
     card = _least_card(group)
     name = fitting_engine(config, _rows(config, inputs), card, group.size)
     if card is not None:
@@ -189,8 +195,10 @@ def auto_engine(config: RunConfig, inputs: Inputs, group: Group) -> str:
 
 
 def fitting_engine(config: RunConfig, rows: Rows, card: Card | None, ranks: int) -> str:
-    """The fastest engine that is installed, goes with the settings and fits such cards; number formats stay as they
-    are. Without a GPU: the first that goes with them."""
+    """Return the fastest engine that is installed, compatible with the settings and fits the cards.
+
+    Number formats are not changed. Without a GPU, returns the first compatible engine.
+    """
     if card is None:
         return able(config)[0]
     setting = setting_of(config, rows, ranks=ranks, card=card)
@@ -198,7 +206,7 @@ def fitting_engine(config: RunConfig, rows: Rows, card: Card | None, ranks: int)
 
 
 def _leanest_tower(config: RunConfig, setting: Setting) -> Setting:
-    """``setting`` with cached features where the run may take them."""
+    """Return ``setting`` with cached features if the run may use them."""
     cached = config.data.cache_features == "auto" and setting.cacheable
     return replace(setting, tower="cached") if cached else setting
 
@@ -210,14 +218,14 @@ def _rows(config: RunConfig, inputs: Inputs) -> Rows:
 
 
 def _least_card(group: Group) -> Card | None:
-    """Of all ranks' cards the one with the least free memory; None on CPUs."""
+    """Return the card with the least free memory over all ranks, or None on CPUs."""
     own = _own_card(group.device) if group.device.type == "cuda" else None
     found = [card for card in group.gather(own) if card is not None]
     return min(found, key=lambda card: card.usable, default=None)
 
 
 def _own_card(device: torch.device) -> Card:
-    """This rank's card with what is free on it; what this process has taken already counts as free."""
+    """Return this rank's card with its free memory; memory that this process has reserved already counts as free."""
     free, total = torch.cuda.mem_get_info(device)
     name = torch.cuda.get_device_name(device)
     usable = free + torch.cuda.memory_reserved(device) + CONTEXT
@@ -226,8 +234,10 @@ def _own_card(device: torch.device) -> Card:
 
 
 def _holders(name: str) -> tuple[str, ...]:
-    """Who holds memory of this card, as far as ``nvidia-smi`` says it. It counts cards in its own order, so where
-    several of this name are visible nobody is named."""
+    """Return the processes that use memory of this card, according to ``nvidia-smi``.
+
+    ``nvidia-smi`` numbers cards in its own order, so with several visible cards of this name the result is empty.
+    """
     with suppress(SetupError):
         same = [card for card in local_cards() if card.name == name]
         mine = f"(pid {os.getpid()})"
@@ -243,7 +253,7 @@ def _flags(before: Setting, after: Setting) -> str:
 
 
 def _free_host_memory() -> int | None:
-    """Bytes that Linux says are available; None elsewhere."""
+    """Return the bytes that Linux reports as available; None on other systems."""
     file = Path("/proc/meminfo")
     if not file.is_file():
         return None

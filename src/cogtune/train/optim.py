@@ -1,4 +1,4 @@
-"""The optimiser and the course of the learning rate."""
+"""The optimiser and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from cogtune.configuration.run_config import TrainSection
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], train: TrainSection, *, fused: bool = False) -> Optimizer:
-    """One group: adapters have neither biases nor norms to spare from weight decay. ``fused``: AdamW as one kernel on
-    GPUs, without copies of the moments; hundreds of small tensors cost the host little then."""
+    """Build the optimiser with one parameter group: adapters have no biases or norms to exempt from weight decay.
+
+    ``fused``: use the fused AdamW on GPUs. It makes no copies of the moments and needs few kernel launches for hundreds
+    of small tensors.
+    """
     trained = list(parameters)
     if train.optimizer == "sgd":
         return SGD(trained, lr=train.lr, weight_decay=train.weight_decay)
@@ -34,15 +37,15 @@ def build_optimizer(parameters: Iterable[nn.Parameter], train: TrainSection, *, 
 
 
 def skips_on_device(optimizer: Optimizer) -> bool:
-    """Whether `step_if_finite` works with this optimiser: torch's AdamW as one kernel does."""
+    """Return whether `step_if_finite` supports this optimiser: torch's fused AdamW does."""
     return isinstance(optimizer, AdamW) and all(group["fused"] for group in optimizer.param_groups)
 
 
 def step_if_finite(optimizer: Any, norm: torch.Tensor) -> None:
-    """The update, unless ``norm`` is not finite: then weights, moments and the count of steps stay as they are.
+    """Update the weights unless ``norm`` is not finite; then weights, moments and the step count stay unchanged.
 
-    The device decides, so the host neither waits for the norm nor knows it. ``found_inf`` is what torch's GradScaler
-    tells such optimisers; one that is left behind would speak for later steps too.
+    The device decides, so the host does not wait for the norm. ``found_inf`` is the attribute through which torch's
+    GradScaler tells fused optimisers to skip. It is deleted afterwards, so that it does not affect later steps.
     """
     optimizer.found_inf = torch.isfinite(norm).logical_not().float()
     try:
@@ -52,20 +55,23 @@ def step_if_finite(optimizer: Any, norm: torch.Tensor) -> None:
 
 
 def moments(optimizer: Any, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
-    """What the optimiser remembers of a parameter, on the CPU, exactly: 8-bit moments stay in 8 bits, with the scales
-    of their blocks. Tables that are the same for all (bitsandbytes' ``qmap``) are made anew by `restore_moments`."""
+    """Return the optimiser's state of a parameter on the CPU, exactly: 8-bit moments stay in 8 bits, with their block
+    scales.
+
+    Tables that are the same for all parameters (bitsandbytes' ``qmap``) are recreated by `restore_moments`.
+    """
     found = {}
     for kind, value in optimizer.state[parameter].items():
         if torch.is_tensor(value) and (value.shape == parameter.shape or kind in _SCALES) and kind != "step":
             if value.is_cuda or getattr(value, "is_paged", False):
-                torch.cuda.synchronize()  # paged memory is read by the host itself
+                torch.cuda.synchronize()  # the host reads paged memory directly
             narrow = value.dtype == torch.uint8
             found[kind] = (value.detach() if narrow else value.detach().float()).cpu()
     return found
 
 
 def restore_moments(optimizer: Any, parameter: nn.Parameter, found: dict[str, torch.Tensor], steps: int) -> None:
-    """Put back what `moments` gave, after ``steps`` updates."""
+    """Restore the result of `moments`, after ``steps`` updates."""
     if not found:
         return
     if "state1" not in found:
@@ -94,10 +100,10 @@ def warmup_steps(train: TrainSection, total: int) -> int:
 
 
 def lr_factor(train: TrainSection, total: int) -> Callable[[int], float]:
-    """Factor on the learning rate at step 0, 1, ... ``total`` - 1.
+    """Return the learning rate factor as a function of the step, 0 to ``total`` - 1.
 
-    Warm-up ends at its last step and never begins at 0, so that no step is wasted: with w steps they are 1/w, ..., w/w.
-    After it, cosine and linear fall from 1 towards 0, which step ``total`` would reach.
+    Warm-up never starts at 0, so that no step is wasted: its w steps have factors 1/w, ..., w/w. After it, cosine and
+    linear decay from 1 towards 0, which step ``total`` would reach.
     """
     warmup = warmup_steps(train, total)
 
@@ -113,7 +119,7 @@ def lr_factor(train: TrainSection, total: int) -> Callable[[int], float]:
 
 
 def build_schedule(optimizer: Optimizer, train: TrainSection, total: int, step: int) -> LambdaLR:
-    """The schedule as it stands before step number ``step`` (0 at the start; more when a run continues)."""
+    """Return the schedule as it is before step number ``step`` (0 at the start; more when a run resumes)."""
     for group in optimizer.param_groups:
         group["initial_lr"] = train.lr
     return LambdaLR(optimizer, lr_factor(train, total), last_epoch=step - 1)

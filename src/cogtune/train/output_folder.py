@@ -1,8 +1,8 @@
-"""Starting in an output folder: new, going on, finished, or somebody else's.
+"""Start in an output folder: new, resumed, finished, or occupied by another run.
 
-``run.json`` says what run a folder holds. It is compared with the run that wants to start: everything that decides what
-is learnt has to be equal, logging, saving, evaluation and parallelism may differ, and a longer run continues a shorter
-one (`cogtune.configuration.identity` says which key is which).
+``run.json`` describes the run that a folder holds. It is compared with the run that wants to start: everything that
+decides what is learnt has to be equal. Logging, saving, evaluation and parallelism may differ, and a longer run
+continues a shorter one (`cogtune.configuration.identity` classifies the keys).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from cogtune.system.locks import Lock, lock_folder
 RUN_FILE = "run.json"
 _CONTINUES = "then run the same command again: it continues"
 
-# Options of a run that starts in a new folder from another run's checkpoint may change these too; the data's order and
-# the meaning of the optimiser's moments do not hang on them.
+# A run that starts in a new folder from another run's checkpoint may change these too: neither the order of the data
+# nor the optimiser's moments depend on them.
 _FREE_ON_RESUME = frozenset(
     f"train.{name}"
     for name in ("lr", "schedule", "warmup_steps", "warmup_ratio", "weight_decay", "betas", "eps", "max_grad_norm")
@@ -35,15 +35,15 @@ _FREE_ON_RESUME = frozenset(
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What makes two runs the same one."""
+    """The values by which two starts are recognised as the same run."""
 
     keys: dict[str, Any]
     """Configuration values that must be equal."""
     fingerprints: dict[str, str]
-    """Configuration key of a path -> fingerprint of what lies there."""
+    """Configuration key of a path -> fingerprint of its content."""
 
     def differences(self, stored: RunIdentity, free: frozenset[str] = frozenset()) -> list[str]:
-        """One line for each key that differs, naming it and both values."""
+        """Return one line for each key that differs, with its name and both values."""
         lines = []
         for key in sorted((self.keys.keys() | stored.keys.keys()) - free):
             if self.keys.get(key) != stored.keys.get(key):
@@ -56,7 +56,7 @@ class RunIdentity:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The content of ``run.json``; also kept in every checkpoint, so that one is enough to go on from."""
+    """The content of ``run.json``. Every checkpoint contains it too, so that a checkpoint alone is enough to resume."""
 
     identity: RunIdentity
     batch_size: int
@@ -82,14 +82,14 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class Start:
-    """What was decided: where to write, what to load first, what to tell the user."""
+    """The decision how to start: where to write, what to load first, what to tell the user."""
 
     output: Path
     checkpoint: Path | None
     messages: list[str]
     warnings: list[str]
     result: dict[str, Any] = field(default_factory=dict)
-    """Of a run that is finished already: its ``result``; then nothing is left to do."""
+    """The ``result`` of a run that is finished already, so that nothing is left to do; otherwise empty."""
 
     @property
     def finished(self) -> bool:
@@ -97,7 +97,7 @@ class Start:
 
 
 class Claim:
-    """The run's hold on its output folder; a context manager that gives it back. Rank 0 takes it."""
+    """The run's lock on its output folder, a context manager that releases it. Rank 0 takes it."""
 
     def __init__(self, config: RunConfig, say: Callable[[str], None]) -> None:
         self._config, self._say = config, say
@@ -114,7 +114,7 @@ class Claim:
             self._lock.release()
 
     def take(self) -> None:
-        """Lock the folder; with ``train.restart`` the next sibling that nobody else has begun meanwhile.
+        """Lock the folder; with ``train.restart`` the next numbered sibling that no other run has started in meanwhile.
 
         Raises:
             OutputFolderError: another process writes there, or it cannot be written.
@@ -134,10 +134,11 @@ class Claim:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Where something in the folder is replaced: it is still this run's, and the system's errors get names.
+        """Context for replacing files in the folder: checks that the lock is still held and translates the system's
+        errors.
 
         Raises:
-            RunError, DiskFullError: it is not, or cannot be written any more.
+            RunError, DiskFullError: the lock is lost, or the folder cannot be written any more.
         """
         if self._lock is not None:
             self._lock.require()
@@ -146,7 +147,7 @@ class Claim:
 
     @contextmanager
     def naming_last_state(self) -> Iterator[None]:
-        """Errors about a place that is full or lost say what the run can go on from."""
+        """Add to errors about a full or lost folder what the run can resume from."""
         try:
             yield
         except RunError as error:
@@ -167,13 +168,13 @@ def _last_state(output: Path) -> str:
 
 
 def is_finished(output: Path) -> bool:
-    """Whether the run that ``output`` holds had come to its end."""
+    """Return whether the run in ``output`` has finished."""
     record = read_record(output)
     return record is not None and record.finished
 
 
 def choose_output(config: RunConfig) -> Path:
-    """``train.output``, or with ``train.restart`` its first numbered sibling that does not exist."""
+    """Return ``train.output``, or with ``train.restart`` its first numbered sibling that does not exist."""
     output = config.train.output
     if not config.train.restart or is_empty(output):
         return output
@@ -184,17 +185,17 @@ def choose_output(config: RunConfig) -> Path:
 
 
 def is_empty(output: Path) -> bool:
-    """Whether nothing lies there yet; hidden files do not count."""
+    """Return whether the folder is missing or empty; hidden files do not count."""
     if output.exists() and not output.is_dir():
         raise OutputFolderError(f"{output}: not a folder", hint="choose another --output")
     return not output.exists() or all(path.name.startswith(".") for path in output.iterdir())
 
 
 def read_record(output: Path) -> RunRecord | None:
-    """The run that ``output`` holds; None when it is empty.
+    """Return the record of the run in ``output``, or None if the folder is empty.
 
     Raises:
-        OutputFolderError: there is something else in it.
+        OutputFolderError: the folder holds something else.
     """
     if is_empty(output):
         return None
@@ -215,7 +216,7 @@ def write_record(output: Path, record: RunRecord) -> None:
 
 
 def resume_source(path: Path) -> tuple[Path, RunRecord]:
-    """The checkpoint that ``train.resume`` names (or the last one of the output folder it names) and its run."""
+    """Return the checkpoint that ``train.resume`` names (or the last one of the output folder it names) and its run."""
     folder: Path | None = path
     if (path / RUN_FILE).is_file():
         folder, _ = checkpoints.find_latest(path)
@@ -227,7 +228,7 @@ def resume_source(path: Path) -> tuple[Path, RunRecord]:
 
 
 def derive_accumulation(config: RunConfig, ranks: int, stored: RunRecord | None) -> tuple[int, list[str]]:
-    """Micro-batches per step, so that a continued run keeps its global batch on another number of ranks."""
+    """Return the micro-batches per step, so that a resumed run keeps its global batch on another number of ranks."""
     asked, rows = config.train.accumulation, config.train.batch_size * ranks
     if stored is None or rows * asked == stored.global_batch:
         return asked, []
@@ -251,7 +252,7 @@ def derive_accumulation(config: RunConfig, ranks: int, stored: RunRecord | None)
 
 
 def decide(config: RunConfig, output: Path, now: RunRecord, stored: RunRecord | None) -> Start:
-    """Compare the run that wants to start with what ``output`` holds.
+    """Compare the run that wants to start with the run in ``output``.
 
     Raises:
         OutputFolderError: the folder belongs to another run; names the keys that differ.

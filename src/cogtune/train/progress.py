@@ -1,4 +1,4 @@
-"""How far a run is: what the checkpoint keeps of it, and what the user sees of it."""
+"""Progress of a run: the counters in a checkpoint, and the log lines that the user sees."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cogtune.train.log import Metrics, duration, log, peak_memory_gib
 
 @dataclass
 class Progress:
-    """Counters of a run; all of them are in the checkpoint, so that a continued run reports as if never stopped."""
+    """Counters of a run. All are in the checkpoint, so that a resumed run reports as if it had never stopped."""
 
     step: int = 0
     epoch: int = 0
@@ -46,7 +46,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class _Line:
-    """What is known of a line when its step is launched; its gradient's norm comes later."""
+    """The values of a log line that are known when its step is launched; the gradient norm arrives later."""
 
     step: int
     epoch: float
@@ -59,9 +59,10 @@ class _Line:
 
 
 class Reporter:
-    """Writes a line of numbers every ``log.steps`` steps: averages over the window, so that noise shows less.
+    """Writes a line of metrics every ``log.steps`` steps, averaged over that window to reduce noise.
 
-    A window lasts from one norm's arrival to another's, so its speed is right whenever the host looks at them.
+    A window lasts from the arrival of one gradient norm to that of another, so its speed is correct whenever the host
+    reads them.
     """
 
     def __init__(self, metrics: Metrics, progress: Progress, total: int, every: int, device: torch.device) -> None:
@@ -70,11 +71,12 @@ class Reporter:
         self._start = time.perf_counter()
         self._window_start = AsyncScalar(torch.zeros((), device=device))
         self._window = (progress.samples, progress.tokens)
-        self._away = 0.0  # seconds since the window began that were not training
+        self._away = 0.0  # seconds of the window that were spent on validation and saving
         self._line: _Line | None = None
 
     def away(self, seconds: float) -> None:
-        """Validation and saving do not count into the speed; they begin when the device has done the last step."""
+        """Exclude time spent on validation and saving from the speed. Both begin after the device has finished the last
+        step."""
         self._away += seconds
 
     def step(self, lr: float, epoch: float) -> None:
@@ -90,7 +92,7 @@ class Reporter:
         self._window = (progress.samples, progress.tokens)
 
     def arrived(self, norm: AsyncScalar) -> None:
-        """Write the line of the last step, if it has one; ``norm`` is that of its gradient."""
+        """Write the line of the last step, if it has one; ``norm`` is its gradient norm."""
         line, self._line = self._line, None
         if line is None:
             return

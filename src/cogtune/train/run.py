@@ -1,4 +1,4 @@
-"""A training run from beginning to end; each step is a line here and a module beside it."""
+"""A training run from start to finish: `_train` is the main path, and each of its steps has a module of its own."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ _TOLD = ("cogtune", "python", "torch", "transformers", "peft", "safetensors")  #
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run left behind.
+    """Results of a run.
 
     Attributes:
-        output, adapter: its folder, and the one of the adapter in it; no adapter after a dry run.
-        steps: optimiser steps done, those of earlier lives of the run counted in.
-        best_step, best_loss: of the checkpoint with the best validation loss, which the adapter is of.
+        output, adapter: the run's folder, and the adapter's folder in it; no adapter after a dry run.
+        steps: optimiser steps completed, including those before a resume.
+        best_step, best_loss: of the checkpoint with the best validation loss, which is the adapter's.
         loss: mean training loss per label over the last ``log.steps`` steps, in nats.
-        validation_loss: of the last validation. Both are None where nothing was trained or validated.
+        validation_loss: of the last validation. Both are None if nothing was trained or validated.
     """
 
     output: Path
@@ -74,7 +74,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class RunStart:
-    """Where to write, where to begin, and how many steps to go."""
+    """Where to write, where to start, and how many steps remain."""
 
     folder: output_folder.Start
     record: output_folder.RunRecord
@@ -83,10 +83,11 @@ class RunStart:
 
 
 def train(config: RunConfig, *, dry_run: bool = False, force: bool = False) -> TrainResult:
-    """Fine-tune as ``config`` says, or go on where an earlier run in the same folder stopped.
+    """Fine-tune as ``config`` says, or resume an earlier run in the same folder.
 
-    What ``cogtune train`` prints goes to standard output and to ``run.log``. Nothing is left behind in the process:
-    Ctrl-C and SIGTERM are handled until it returns (the state is saved, then `cogtune.errors.Stopped` is raised).
+    What ``cogtune train`` prints goes to standard output and to ``run.log``. Ctrl-C and SIGTERM are handled until the
+    function returns: the state is saved, then `cogtune.errors.Stopped` is raised. The previous signal handlers are
+    restored.
 
     Example:
         >>> config = cogtune.load_config(None, {"model": "cogvlm2", "data": "my-data", "output": "output"})
@@ -96,10 +97,10 @@ def train(config: RunConfig, *, dry_run: bool = False, force: bool = False) -> T
     Args:
         config: see `cogtune.load_config`.
         dry_run: stop before weights are loaded, and write nothing.
-        force: start a run whose plan does not fit.
+        force: start a run even if its memory plan does not fit.
 
     Raises:
-        InputError: something about configuration, base, data or output folder is wrong; nothing was changed.
+        InputError: configuration, base, data or output folder are invalid; nothing was changed.
         RunError: out of memory, disk full, a loss that is not finite; the last checkpoint is intact.
         Stopped: after SIGTERM or Ctrl-C; the state is saved.
     """
@@ -155,7 +156,7 @@ def _train(config: RunConfig, dry_run: bool, force: bool) -> TrainResult:
 def _features(
     config: RunConfig, inputs: Inputs, engine: Engine, dtype: torch.dtype, start: RunStart, tower_fits: bool | None
 ) -> Iterator[FeatureReader | None]:
-    """Rows carry cached features inside the block, where the run is to be trained from them."""
+    """Provide cached features to the rows inside the block, if the run trains from the cache."""
     progress, checkpoint = Progress(), start.folder.checkpoint
     if checkpoint is not None:
         progress = Progress.from_dict(checkpoints.read_counters(checkpoint)["progress"])
@@ -173,8 +174,8 @@ def _features(
 
 @contextmanager
 def _run_start(config: RunConfig, inputs: Inputs, engine: Engine, dry_run: bool) -> Iterator[RunStart]:
-    """Rank 0 looks at the output folder, claims it where it will be written, and decides; every rank follows, or raises
-    the same error. The claim lasts as long as the block."""
+    """Inspect the output folder on rank 0 and decide how to start; every rank gets the decision or raises the same
+    error."""
     claim = output_folder.Claim(config, log.warning)
 
     def decide() -> tuple[output_folder.Start, output_folder.RunRecord, list[str]]:
@@ -208,7 +209,7 @@ def _run_start(config: RunConfig, inputs: Inputs, engine: Engine, dry_run: bool)
 
 
 def _announce(config: RunConfig, inputs: Inputs, engine: Engine, dtype: torch.dtype, start: RunStart) -> None:
-    """Everything a user may want to stop the run for, before weights are read."""
+    """Log everything for which a user may want to stop the run before weights are read."""
     for line in [*inputs.lines(), *start.folder.messages]:
         log.info(line)
     for line in [*start.folder.warnings, *filter(None, [float16_warning(_name(dtype))])]:
@@ -226,7 +227,7 @@ def _announce(config: RunConfig, inputs: Inputs, engine: Engine, dtype: torch.dt
 
 
 def _name(dtype: torch.dtype) -> str:
-    """As ``model.dtype`` spells it."""
+    """Return the dtype's name as in ``model.dtype``."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -241,7 +242,7 @@ def _nothing_to_do(start: RunStart, dry_run: bool, group: Group) -> TrainResult:
 
 
 def _write_beside(config: RunConfig, inputs: Inputs, engine: Engine, start: RunStart) -> None:
-    """What travels with the results: the run's record first, because it makes the folder ours."""
+    """Write the files that accompany the results, the run's record first: it claims the folder for this run."""
     output = start.folder.output
     with start.claim.writing():
         output_folder.write_record(output, start.record)
@@ -254,10 +255,11 @@ def _write_beside(config: RunConfig, inputs: Inputs, engine: Engine, start: RunS
 def _build(
     config: RunConfig, engine: Engine, dtype: torch.dtype, start: RunStart, layers: Layers, *, cached: bool
 ) -> tuple[PeftModel, Progress]:
-    """Base, adapter and optimiser in the engine, in the state of the checkpoint to start from if there is one."""
+    """Load base and adapter and build the optimiser in the engine; restore the checkpoint to resume from, if there is
+    one."""
     checkpoint = start.folder.checkpoint
     if compiles(config, engine):
-        prepare_compiling(engine.device)  # beside the loading
+        prepare_compiling(engine.device)  # compile workers start while weights load
     model = assemble(load_base(config, engine, dtype, cached=cached), config, engine, checkpoint, layers)
     log.info(engine.describe())
     if checkpoint is not None:
@@ -267,9 +269,9 @@ def _build(
 
 
 def load_base(config: RunConfig, engine: Engine, dtype: torch.dtype, *, cached: bool = False) -> CogVLM2ForCausalLM:
-    """The frozen model as ``config`` wants it, on this rank's device or as much of it as the engine leaves there.
+    """Load the frozen model on this rank's device, or the shard of it that the engine keeps there.
 
-    ``cached``: without the vision tower, for batches that carry its output.
+    ``cached``: without the vision tower, for batches that contain its output.
     """
     with phase("loading the model", config, engine.device):
         return load_model(
@@ -290,10 +292,11 @@ def assemble(
     checkpoint: Path | None = None,
     layers: Layers | None = None,
 ) -> PeftModel:
-    """Adapter, recomputation, compilation and optimiser on ``base``, wrapped by ``engine``: ready for its first step.
+    """Add adapter, activation checkpointing, compilation and optimiser to ``base``, wrapped by ``engine`` for its first
+    step.
 
-    ``checkpoint``: a training checkpoint whose adapter is put in place of a fresh one. ``layers``: which are
-    recomputed; None: as ``train.gradient_checkpointing`` says, and none where it leaves that to the planner.
+    ``checkpoint``: a training checkpoint whose adapter replaces the fresh one. ``layers``: the layers to recompute;
+    None: as ``train.gradient_checkpointing`` says, and none if it leaves the choice to the planner.
     """
     torch.manual_seed(config.train.seed)  # the adapter's first weights: the same on every rank
     with phase("attaching the adapter", config, engine.device):
@@ -311,12 +314,12 @@ def assemble(
 
 
 def compiles(config: RunConfig, engine: Engine) -> bool:
-    """Whether the layers of this run are compiled."""
+    """Return whether the layers of this run are compiled."""
     return resolve_compile(config.train.compile, engine.name, able=can_compile(engine.device))
 
 
 def _recompute(base: CogVLM2ForCausalLM, config: RunConfig, layers: Layers | None) -> None:
-    """Switch on the recomputation of ``layers``, and say it."""
+    """Enable activation checkpointing for ``layers`` and log it."""
     decoder, tower = len(base.model.layers), base.config.vision_config.num_hidden_layers
     if layers is None:
         policy = config.train.gradient_checkpointing
@@ -368,7 +371,7 @@ def _fit(
     progress: Progress,
     stop: StopSignal,
 ) -> TrainResult:
-    """The loop, and the result it leaves in ``adapter/``."""
+    """Run the training loop and export the result to ``adapter/``."""
     output, total = start.folder.output, start.record.total_steps
     provenance = _provenance(config, inputs, engine)
     save = saver.Saver(engine, model, start.claim, start.record, progress, config, provenance)

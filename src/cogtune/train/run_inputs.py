@@ -1,4 +1,4 @@
-"""What a run reads before any weight: configuration of the base, tokenizer, data. CPU only, the same on every rank."""
+"""Inputs that a run reads before any weight: base configuration, tokenizer, data. CPU only, the same on every rank."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tok
 
 @dataclass(frozen=True)
 class Inputs:
-    """Rows to train and, if there are any, to validate on; and what makes this run the same one next time."""
+    """Rows to train on and, if there are any, to validate on; and the identity by which a later start recognises the
+    run."""
 
     split: DataSplit
     rows: TrainRows
@@ -42,7 +43,7 @@ class Inputs:
     identity: RunIdentity
 
     def data_json(self) -> dict[str, Any]:
-        """The content of ``data.json``."""
+        """Return the content of ``data.json``."""
         validation = None if self.validation is None else self.validation.report.to_dict()
         return {**self.split.to_dict(), "train_rows": self.rows.report.to_dict(), "validation_rows": validation}
 
@@ -58,7 +59,7 @@ class Inputs:
         }
 
     def lines(self) -> list[str]:
-        """The data report for the console."""
+        """Return the data report for the console."""
         lines = [f"data: {line}" for line in self.split.report.lines()]
         lines += [f"training: {line}" for line in self.rows.report.lines()]
         if self.validation is None:
@@ -67,10 +68,10 @@ class Inputs:
 
 
 def read_inputs(config: RunConfig) -> Inputs:
-    """Check the base folder and the adapter's targets, read and split the data, plan its rows.
+    """Check the base folder and the adapter's targets, read and split the data, and build its rows.
 
     Raises:
-        CheckpointError, AdapterError, DataError, ConfigError: whatever is wrong with them, before a weight is read.
+        CheckpointError, AdapterError, DataError, ConfigError: one of them is invalid; no weight has been read.
     """
     base = Path(config.model.path)
     model_config = load_model_config(config.model.path)
@@ -106,7 +107,7 @@ def read_inputs(config: RunConfig) -> Inputs:
 
 
 def _identity(config: RunConfig, base: Path, data: DataSplit) -> RunIdentity:
-    """What must not change for a run to go on in its folder, wherever base and data lie meanwhile."""
+    """Return what must stay the same for a run to resume in its folder. Base and data may move meanwhile."""
     fingerprints = {
         "model.path": model_fingerprint(base),
         "data.path": data.report.fingerprint,
@@ -117,7 +118,7 @@ def _identity(config: RunConfig, base: Path, data: DataSplit) -> RunIdentity:
 
 
 def versions(device: torch.device) -> dict[str, Any]:
-    """The content of ``versions.json``."""
+    """Return the content of ``versions.json``."""
     import cogtune
 
     found: dict[str, Any] = {"cogtune": cogtune.__version__, "python": platform.python_version()}

@@ -1,4 +1,4 @@
-"""Writes and restores a run's checkpoints, and at the end its adapter."""
+"""Write and restore a run's checkpoints, and export its adapter at the end."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ADAPTER_FOLDER = "adapter"
 
 
 class Saver:
-    """Called by the loop when a checkpoint is due; collective, rank 0 writes."""
+    """Saves a checkpoint when the loop calls it. Collective; rank 0 writes."""
 
     def __init__(
         self,
@@ -45,7 +45,8 @@ class Saver:
         self._progress, self._config, self._provenance = progress, config, provenance
 
     def __call__(self, better: bool) -> None:
-        """Save ``checkpoint-<step>``; ``better``: it becomes ``best``. Old ones go only after it is whole."""
+        """Save ``checkpoint-<step>``; ``better``: link it as ``best``. Old checkpoints are deleted only after it is
+        complete."""
         tensors = self._engine.state()
         counters = {
             "progress": self._progress.to_dict(),
@@ -73,23 +74,23 @@ class Saver:
 
 
 def restore_adapter(model: PeftModel, checkpoint: Path) -> None:
-    """Put a checkpoint's adapter into the model, before an engine takes its masters from it."""
+    """Load a checkpoint's adapter into the model, before an engine copies its master weights."""
     outcome = set_peft_model_state_dict(model, load_file(checkpoint / WEIGHTS_NAME))
     if outcome.unexpected_keys:
         raise CheckpointError(f"{checkpoint}: its adapter has {outcome.unexpected_keys[0]}, which this model has not")
 
 
 def restore(engine: Engine, checkpoint: Path, output: Path, total_steps: int) -> Progress:
-    """Put masters, moments and random numbers back; returns the progress so far."""
+    """Restore masters, moments and random number generators; return the progress so far."""
     state = checkpoints.load(checkpoint)
     engine.load_state(state.tensors, state.counters["engine"])
     progress = Progress.from_dict(state.counters["progress"])
-    if checkpoint.parent.resolve() != output.resolve():  # the best one so far stays in the other run's folder
+    if checkpoint.parent.resolve() != output.resolve():  # the best checkpoint is in the other run's folder
         progress.best_loss = progress.best_step = None
     if state.counters["run"]["total_steps"] < total_steps:  # the user wants more than the run that stopped early
         progress.stopped_early, progress.validations_without_better = False, 0
     seed_dropout(engine, progress.step)
-    if len(state.rng) == engine.group.size:  # on another number of ranks the seed above stands in
+    if len(state.rng) == engine.group.size:  # with another number of ranks the seed above is used instead
         own = state.rng[engine.group.rank]
         torch.set_rng_state(own["cpu"])
         if engine.device.type == "cuda" and "cuda" in own:
@@ -98,15 +99,16 @@ def restore(engine: Engine, checkpoint: Path, output: Path, total_steps: int) ->
 
 
 def seed_dropout(engine: Engine, step: int) -> None:
-    """Random numbers of this rank from here on: different on every rank, the same in every run."""
+    """Seed this rank's random numbers: different on every rank, the same in every run."""
     text = f"{engine.config.train.seed} {engine.group.rank} {step}"
     torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") % 2**63)
 
 
 def export_adapter(output: Path, progress: Progress) -> tuple[Path, str]:
-    """Copy the result to ``output/adapter``: the best checkpoint's adapter if there was validation, else the last's.
+    """Copy the result to ``output/adapter``: the best checkpoint's adapter if there was validation, else the last
+    one's.
 
-    What a user has put beside an earlier one stays.
+    Files that a user has added to an earlier export are kept.
     """
     kind, source = "last", checkpoints.checkpoint_path(output, progress.step)
     if progress.best_step is not None:
@@ -136,7 +138,8 @@ def _keep_others(before: Path, folder: Path) -> None:
 
 @contextmanager
 def _masters(engine: Engine, model: PeftModel, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Let the model hold the float32 masters while its adapter is written; ZeRO has rounded copies or parts in it."""
+    """Put the float32 masters into the model while its adapter is written; ZeRO keeps rounded copies or shards
+    there."""
     whole = {name: tensors[f"{MASTER}/{name}"] for name in engine.parameters} | engine.unchanged
     held = {name: value for name, value in model.named_parameters() if name in whole}
     copies = {name: parameter.data for name, parameter in held.items()}

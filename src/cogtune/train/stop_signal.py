@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end a run between two steps, with its state saved."""
+"""SIGTERM and Ctrl-C end a run between two steps, after its state is saved."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ _CONTINUES = "run the same command again: it continues from there"
 
 
 class StopSignal:
-    """SIGTERM and Ctrl-C. Until `wait_for_step`, there is nothing to save and they stop at once; after it they are
-    noted, and the loop stops at the end of its step, after saving. A second Ctrl-C does not wait."""
+    """Handler of SIGTERM and Ctrl-C.
+
+    Before `wait_for_step` there is nothing to save, and a signal ends the run at once. After it, a signal is recorded,
+    and the loop stops at the end of its step, after saving. A second Ctrl-C ends the run immediately.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None

@@ -1,4 +1,4 @@
-"""Validation: the same sums as in training, over every validation row exactly once."""
+"""Validation: the same loss as in training, over every validation row exactly once."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Validation:
 
 
 def validate(engine: Engine, rows: TrainRows, config: RunConfig, stop: StopSignal) -> Validation | None:
-    """The loss over ``rows``, summed over ranks; None when a signal asked to stop before the end."""
-    total = torch.zeros((), dtype=torch.float64, device=engine.device)  # there, so that the host runs ahead
+    """Return the loss over ``rows``, summed over ranks, or None if a signal asked to stop before the end."""
+    total = torch.zeros((), dtype=torch.float64, device=engine.device)  # on the device: no synchronisation per batch
     labels = 0
     engine.module.eval()
     try:
