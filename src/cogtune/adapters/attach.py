@@ -1,8 +1,8 @@
-"""Adapters on a base model, through peft: attach new ones, load and save folders, say what trains.
+"""Adapters on a base model, through peft: attach new ones, load and save folders, report what trains.
 
-Adapter weights are float32 master weights that compute in the model's dtype. peft's own way is to cast every input to
-the adapter's float32, which doubles the saved activations; its public switch turns that off, and
-``adapters.lora_layers`` casts the small weights instead.
+Adapter weights are float32 masters that compute in the model's dtype. By default peft casts every input to the
+adapter's float32, which doubles the saved activations. Its public switch turns that off, and ``adapters.lora_layers``
+casts the small weights instead.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _CONTINUED = {
 
 
 class LoraSettings(Protocol):
-    """What `attach` reads of the run configuration's ``lora`` section."""
+    """The fields of the run configuration's ``lora`` section that `attach` reads."""
 
     @property
     def targets(self) -> Sequence[str]: ...
@@ -64,7 +64,7 @@ class LoraSettings(Protocol):
 
 @dataclass(frozen=True)
 class RegionCount:
-    """How much of one region an adapter covers; ``trained`` is False for parts that cannot influence the loss."""
+    """The adapter's modules and parameters in one region; ``trained`` is False if they cannot influence the loss."""
 
     region: str
     modules: int
@@ -120,10 +120,10 @@ def load_adapter(
     folder = Path(folder)
     shapes = adapter_shapes(folder)
     try:
-        with _quiet():  # that tensors are missing, _require_loaded turns into an error
+        with _quiet():  # _require_loaded reports missing tensors as an error
             if building is None:
                 wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, low_cpu_mem_usage=False)
-            else:  # the same in two steps, because only the first is to be enclosed
+            else:  # the same in two steps, because the context must enclose the first only
                 config = PeftConfig.from_pretrained(str(folder))
                 config.inference_mode = not trainable
                 with building:
@@ -146,12 +146,12 @@ def save_adapter(model: PeftModel, folder: str | Path) -> None:
     if config.base_model_name_or_path:
         config.base_model_name_or_path = stored_base(config.base_model_name_or_path)
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
-    # safetensors makes its files for the owner alone; peft opens the other as every program does
+    # safetensors creates its files readable by the owner only; apply the umask as for peft's other file
     (Path(folder) / WEIGHTS_NAME).chmod(stat.S_IMODE((Path(folder) / CONFIG_NAME).stat().st_mode))
 
 
 def adapter_shapes(folder: Path) -> dict[str, list[int]]:
-    """Names and shapes of the tensors in an adapter folder.
+    """Return names and shapes of the tensors in an adapter folder.
 
     Raises:
         AdapterError: the folder holds no readable adapter.
@@ -175,16 +175,16 @@ def adapter_shapes(folder: Path) -> dict[str, list[int]]:
 
 
 def base_name(folder: Path) -> str | None:
-    """The base model an adapter says it was trained on."""
+    """Return the base model that an adapter says it was trained on."""
     name = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("base_model_name_or_path")
     return None if name is None else str(name)
 
 
 def find_adapter(folder: str | Path) -> Path:
-    """The adapter folder that ``folder`` is, or the one in it if it is a run's output.
+    """Return ``folder`` if it is an adapter folder, or the adapter folder in it if it is a run's output.
 
     Raises:
-        AdapterError: neither.
+        AdapterError: it is neither.
     """
     folder = Path(folder).expanduser()
     inside = folder / "adapter"
@@ -195,10 +195,10 @@ def find_adapter(folder: str | Path) -> Path:
 
 
 def find_base(adapter: Path) -> str:
-    """The base model that an adapter names: a folder that is here, or a name on the hub.
+    """Return the base model that an adapter names: an existing folder, or a name on the hub.
 
     Raises:
-        AdapterError: it names none, or a folder of another machine.
+        AdapterError: the adapter names no base, or a folder that does not exist on this machine.
     """
     model = base_name(adapter)
     if not model:
@@ -218,7 +218,7 @@ def find_base(adapter: Path) -> str:
 
 
 def describe(model: PeftModel) -> list[RegionCount]:
-    """What the adapter covers, by region, in the model's order."""
+    """Return what the adapter covers, by region, in the model's order."""
     counts: dict[tuple[str, bool], list[int]] = {}
     for name, layer in _lora_layers(model):
         parameters = [p for n, p in layer.named_parameters() if "lora_" in n]
@@ -231,8 +231,8 @@ def describe(model: PeftModel) -> list[RegionCount]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Leaves out two warnings of peft's: a deprecation between it and transformers, about which a user can do nothing,
-    and missing adapter keys, which `_require_loaded` makes an error."""
+    """Suppress two of peft's warnings: an internal deprecation, and missing adapter keys, which `_require_loaded`
+    raises."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
         warnings.filterwarnings("ignore", "Found missing adapter keys.*", UserWarning)
@@ -240,7 +240,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _prepare(model: PeftModel) -> PeftModel:
-    """Float32 masters, compute in the model's dtype, and no training of what cannot influence the loss."""
+    """Convert to float32 masters that compute in the model's dtype, and freeze what cannot influence the loss."""
     convert_lora_layers(model)
     for name in dead_ends(model):
         for parameter_name, parameter in model.get_submodule(name).named_parameters():
@@ -250,12 +250,12 @@ def _prepare(model: PeftModel) -> PeftModel:
 
 
 def computed_by_peft(model: PeftModel) -> list[str]:
-    """Adapted modules whose update peft's own, slower forward computes (DoRA, say)."""
+    """Return adapted modules whose update peft's own, slower forward computes (for example, DoRA)."""
     return [name for name, layer in _lora_layers(model) if plain_adapter(layer) is None]
 
 
 def dead_ends(model: PeftModel) -> list[str]:
-    """Adapted modules that no gradient reaches; their adapter stays in the file as initialised."""
+    """Return adapted modules that receive no gradient; their adapter stays in the file as initialised."""
     return [name for name, _ in _lora_layers(model) if is_dead_end(name, model.config.num_hidden_layers)]
 
 
@@ -264,14 +264,15 @@ def _lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
 
 
 def check_continued(folder: Path, lora: LoraSettings) -> None:
-    """An adapter that is continued has its own rank and targets. A setting that says otherwise would be ignored, so it
-    is an error; one left at its default says nothing.
+    """Check settings against an adapter that is trained further, which has its own rank and targets.
+
+    A setting that differs would be ignored, so it is an error; one at its default is not compared.
 
     Raises:
         AdapterError: the folder holds no readable adapter.
-        ConfigError: naming the setting and both values.
+        ConfigError: a setting differs; the message has both values.
     """
-    adapter_shapes(folder)  # the folder is an adapter's, or the error says so
+    adapter_shapes(folder)  # raises unless the folder is an adapter's
     stored = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     default = LoraSection()
     for field, key in _CONTINUED.items():
@@ -310,7 +311,7 @@ def _check_extra(extra: dict[str, Any], own: dict[str, Any]) -> None:
 
 
 def _require_loaded(model: PeftModel, folder: Path, shapes: dict[str, list[int]]) -> None:
-    """Every tensor of the file is in the model, and the other way round."""
+    """Check that the file's tensors and the model's adapter tensors are the same set."""
     loaded = {name: list(t.shape) for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
     for name in sorted(set(loaded) ^ set(shapes)):
         where = "the file holds no" if name in loaded else "the base model has no place for"

@@ -1,4 +1,4 @@
-"""Turns the layers that peft has made for an adapter into this project's, which compute faster and keep less."""
+"""Convert peft's LoRA layers to this project's, which are faster and save fewer activations."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from cogtune.adapters.lora_layers import AdaptedLayer, AddedLinear, ComputeCastL
 
 
 def convert_lora_layers(model: nn.Module) -> None:
-    """Put this project's layers in the place of those that peft has just made in ``model``.
+    """Replace the layers that peft has just created in ``model`` by this project's.
 
-    Weights become float32; they, all settings and all names stay. Layers of other kinds (embeddings, convolutions) stay
-    peft's.
+    Weights become float32; their values, all settings and all names stay the same. Other classes (embeddings,
+    convolutions) remain peft's.
     """
     for path, layer in list(model.named_modules()):
         if isinstance(layer, LoraLayer):
@@ -24,7 +24,7 @@ def convert_lora_layers(model: nn.Module) -> None:
             kind = _kind_for(layer)
             if kind is not None:
                 converted = kind.__new__(kind)
-                converted.__setstate__(vars(layer))  # as a copy is made
+                converted.__setstate__(vars(layer))  # takes over all state, like copy.copy
                 model.set_submodule(path, converted)
 
 
@@ -39,7 +39,7 @@ def _kind_for(layer: LoraLayer) -> type[AdaptedLayer] | None:
 
 
 def _take_masters(layer: Any) -> None:
-    """float32 weights in both small layers, which compute in the format of their input."""
+    """Replace both small layers by ones with float32 weights that compute in their input's dtype."""
     for pair, small in ((layer.lora_A, ComputeCastLinear), (layer.lora_B, AddedLinear)):
         for name, linear in pair.items():
             if type(linear) is nn.Linear:

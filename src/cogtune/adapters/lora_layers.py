@@ -1,11 +1,11 @@
-"""How an adapted layer computes: ``base(x) + (x A') (s B)'`` with float32 A and B, in the model's number format.
+"""Forward passes of adapted layers: ``base(x) + (x A') (s B)'`` with float32 A and B, computed in the model's dtype.
 
-peft's own forward multiplies the whole update by its scale and casts what it needs; here the scale is taken into the
-small matrix, so neither pass reads and writes an activation for it, and all that is kept for the backward pass is x
-(once for all adapters that share it) and x A'. The base layer is called as a module, whatever it is: quantised, sharded
-or plain. Everything else about the layer stays peft's: its files, merging, switching adapters off.
+peft's own forward multiplies the whole update by its scale and casts its inputs. Here the scale is folded into the
+small matrix, so neither the forward nor the backward pass reads and writes an activation for it. Only x (once for all
+adapters that share it) and x A' are saved for the backward pass. The base layer is called as a module, whether
+quantised, sharded or plain. Everything else remains peft's: files, merging, disabling adapters.
 
-``adapters.lora_conversion`` puts these layers in the place of peft's; those on bitsandbytes' layers are in
+``adapters.lora_conversion`` replaces peft's layers with these; those for bitsandbytes layers are in
 ``adapters.lora_layers_bnb``.
 """
 
@@ -32,21 +32,21 @@ class ComputeCastLinear(nn.Linear):
 
 
 class AddedLinear(ComputeCastLinear):
-    """The second matrix of an update: given ``onto``, adds ``scale`` times its result to that."""
+    """The second matrix of an update: given ``onto``, adds ``scale`` times its output to it."""
 
     def forward(self, x: torch.Tensor, onto: torch.Tensor | None = None, scale: float = 1.0) -> torch.Tensor:
         return super().forward(x) if onto is None else add_product(onto, x, self.scaled(scale, x.dtype))
 
     def scaled(self, scale: float, dtype: torch.dtype) -> torch.Tensor:
-        """The weight times ``scale``, in ``dtype``."""
+        """Return the weight times ``scale``, in ``dtype``."""
         return (self.weight * scale).to(dtype)
 
 
 class AdaptedLayer(LoraLayer):
-    """What the layers below share; each is one of peft's with another forward."""
+    """Common base of the layers below, each of which is one of peft's with another forward pass."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As peft's, which also computes whatever this does not know (see `plain_adapter`)."""
+        """Compute the layer; peft's own forward handles every case that `plain_adapter` does not recognise."""
         name = plain_adapter(self)
         if name is None or args or kwargs:
             result: torch.Tensor = super().forward(x, *args, **kwargs)
@@ -57,10 +57,10 @@ class AdaptedLayer(LoraLayer):
         return added
 
     def low_rank_update(self, dtype: torch.dtype) -> LowRankUpdate | None:
-        """The parts of the update, for `model.swiglu`, which computes three layers together."""
+        """Return the parts of the update for `model.swiglu`, which computes three layers together."""
         name = plain_adapter(self)
         if name is None or 0 in (self.lora_A[name].weight.numel(), self.lora_B[name].weight.numel()):
-            return None  # not here before the layer is called as a module: ZeRO-3 divides what is not small
+            return None  # partitioned by ZeRO-3, which gathers a weight only when the layer is called as a module
         dropout = self.lora_dropout[name]
         drops = self.training and getattr(dropout, "p", 0.0) > 0
         second = self.lora_B[name].scaled(self.scaling[name], dtype)
@@ -68,12 +68,15 @@ class AdaptedLayer(LoraLayer):
 
 
 class LoraLinear(AdaptedLayer, lora.Linear):
-    """On a linear layer in 16 or 32 bits or in fp8."""
+    """An adapted linear layer in 16 or 32 bits or in fp8."""
 
 
 def plain_adapter(layer: Any) -> str | None:
-    """The adapter that a layer computes in this module's way; None where peft's own forward has to: no adapter or
-    several, merged, switched off, DoRA and other variants, an update with a bias, a layer of another kind."""
+    """Return the adapter that this module can compute for a layer, or None if peft's own forward has to.
+
+    That is the case for no adapter or several, merged or disabled adapters, DoRA and other variants, an update with a
+    bias, and layers of other classes.
+    """
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None
     name: str = layer.active_adapters[0]

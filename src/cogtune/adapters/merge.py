@@ -1,11 +1,11 @@
-"""Merging an adapter into a full model, a block of rows at a time, without a GPU and without loading the model.
+"""Merge an adapter into a full model block by block, without a GPU and without loading the model.
 
-Every shard is written with the header of the base's, so names, shapes, formats and layout are the published ones; a
-tensor the adapter does not touch is copied byte for byte, and so is every other file (licences, tokenizer,
-configuration). Memory holds a few blocks of rows and one pair of the adapter's factors.
+Every shard is written with the base's header, so names, shapes, dtypes and layout are the published ones. Tensors that
+the adapter does not change are copied byte for byte, and so are all other files (licences, tokenizer, configuration).
+Memory holds a few blocks of rows and one pair of the adapter's factors.
 
-The result grows in a hidden folder beside ``output``, gets its index last and its name in one rename. What a killed
-merge leaves has neither index nor name, cannot be loaded, and is removed by the next merge.
+The result is written to a hidden folder next to ``output``; its index is written last, then the folder is renamed. A
+killed merge leaves neither an index nor the final name, so it cannot be loaded, and the next merge removes it.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from cogtune.system.locks import lock_beside
 BLOCK_BYTES = 32 * 2**20
 """Size of a block of rows in float32."""
 
-# Other forms of the unmerged weights; beside merged shards they would be a trap.
+# Other formats of the unmerged weights; next to merged shards they could be loaded by mistake.
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".bin.index.json")
 _NOT_COPIED = {".git", ".cache"}
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did. ``changed`` and ``copied`` count tensors; ``notes`` are sentences for the user."""
+    """Results of a merge. ``changed`` and ``copied`` count tensors; ``notes`` are sentences for the user."""
 
     output: Path
     changed: int
@@ -122,7 +122,7 @@ def _tensors(base: Path, shards: list[str]) -> dict[str, tuple[str, tuple[int, .
 
 
 def _write_shard(source: SafetensorsFile, target: Path, changes: Changes, factors: SafetensorsFile) -> int:
-    """Write one shard; returns how many of its tensors changed."""
+    """Write one shard; return how many of its tensors changed."""
     changed = 0
     with target.open("xb") as stream:
         stream.write(source.prefix())
@@ -162,7 +162,7 @@ def _write_changed(
 
 
 def _other_files(base: Path, shards: list[str]) -> tuple[list[str], list[str]]:
-    """Files to copy, and weight files of other forms that are not; paths relative to ``base``."""
+    """Return files to copy, and weight files of other formats that are not copied; paths are relative to ``base``."""
     copied: list[str] = []
     left_out: list[str] = []
     for parent, folders, names in os.walk(base):
@@ -175,9 +175,10 @@ def _other_files(base: Path, shards: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _require_own(base: Path, name: str) -> None:
-    """A file that is copied lies in the base itself, or in the cache of a hub that the base is a part of.
+    """Check that a copied file is inside the base folder, or in the cache of a hub that the base belongs to.
 
-    A stranger's folder could otherwise have any file of this machine copied into a model that is then passed on.
+    Otherwise a symbolic link in a stranger's folder could copy any file of this machine into a model that is then
+    shared.
     """
     path, home = (base / name).resolve(), base.resolve()
     blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
@@ -216,7 +217,7 @@ def _require_new(output: Path, base: Path) -> None:
 
 @contextmanager
 def _partial(output: Path, size: int, notes: list[str]) -> Iterator[Path]:
-    """The hidden folder that becomes ``output`` when the block ends well, and vanishes when not."""
+    """Yield a hidden folder that is renamed to ``output`` if the block succeeds, and deleted if it fails."""
     with explained(output, kept="the unfinished folder was removed", then=f"{size / 1e9:.1f} GB are needed"):
         leftover = files.partial_path(output)
         if files.remove_unfinished(leftover):

@@ -1,4 +1,4 @@
-"""What an adapter does to each tensor of its base: the merge arithmetic, in float32, a block of rows at a time.
+"""Merge arithmetic: how an adapter changes each tensor of its base, in float32, block by block.
 
     LoRA   W + scale * B A                       scale = alpha / rank, with rsLoRA alpha / sqrt(rank)
     DoRA   m * (W + scale * B A) / norm of its rows
@@ -35,7 +35,7 @@ _FACTORS = {
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
 }
-# Variants whose result is not W + scale * B A. The value says what they do instead.
+# Variants whose result is not W + scale * B A, and what they compute instead.
 _UNMERGEABLE = {
     "alora_invocation_tokens": "it acts only after its invocation tokens",
     "arrow_config": "it chooses between adapters for every token",
@@ -55,14 +55,14 @@ _HARMLESS_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 @dataclass
 class Change:
-    """The tensors of the adapter file that change one module or tensor; ``scale`` multiplies the product."""
+    """The adapter tensors that change one module or tensor; ``scale`` multiplies the product."""
 
     module: str
     factors: dict[str, str] = field(default_factory=dict)
     scale: float = 1.0
 
     def apply(self, rows: torch.Tensor, first: int, adapter: SafetensorsFile) -> torch.Tensor:
-        """Rows ``first``... of the base's weight [n, ...], changed: float32 of the same shape."""
+        """Return rows ``first``... of the base's weight [n, ...] with the change applied: float32 of the same shape."""
         last = first + rows.shape[0]
         wide = rows.float()
         if "a" in self.factors:
@@ -79,13 +79,13 @@ class Change:
         return changed
 
     def apply_bias(self, rows: torch.Tensor, first: int, adapter: SafetensorsFile) -> torch.Tensor:
-        """Entries ``first``... of the base's bias with the adapter's own (``lora_bias``): float32."""
+        """Return entries ``first``... of the base's bias with the adapter's own (``lora_bias``) added: float32."""
         return rows.float() + adapter.read(self.factors["bias"], first, first + rows.shape[0]).float() * self.scale
 
 
 @dataclass(frozen=True)
 class Changes:
-    """All changes of one adapter, by name of the base's tensor."""
+    """All changes of one adapter, by the base tensor's name."""
 
     weights: dict[str, Change]
     biases: dict[str, Change]
@@ -100,7 +100,7 @@ class Changes:
 
 
 def read_changes(folder: Path, base: Mapping[str, tuple[str, tuple[int, ...]]]) -> Changes:
-    """What the adapter in ``folder`` changes of a base whose tensors have these (format, shape).
+    """Return what the adapter in ``folder`` changes in a base whose tensors have these (dtype, shape).
 
     Raises:
         AdapterError: no readable adapter, a kind that cannot be merged, or one made for another base.
@@ -163,7 +163,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _parse(key: str, folder: Path) -> tuple[str, str | None]:
-    """``(module, factor)`` of a tensor of LoRA, or ``(name in the base, None)`` of one that replaces the base's."""
+    """Return ``(module, factor)`` for a LoRA tensor, or ``(name in the base, None)`` for one that replaces the
+    base's."""
     name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
     for ending, factor in _FACTORS.items():
         if name.endswith(f".{ending}"):
@@ -178,7 +179,7 @@ def _parse(key: str, folder: Path) -> tuple[str, str | None]:
 
 
 def _scale(change: Change, config: dict[str, Any], shapes: dict[str, list[int]], folder: Path) -> float:
-    """peft's scale of a module: its own alpha and rank where a pattern names it."""
+    """Return peft's scale of a module, with alpha and rank from a pattern that names it."""
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     rank = ranks.get(get_pattern_key(list(ranks), change.module), config.get("r", 8))
     alpha = alphas.get(get_pattern_key(list(alphas), change.module), config.get("lora_alpha", 8))
@@ -213,7 +214,7 @@ def _require_place(name: str, base: Mapping[str, tuple[str, tuple[int, ...]]], f
 
 
 def _require_fit(change: Change, wanted: tuple[int, ...], shapes: dict[str, list[int]], folder: Path) -> None:
-    """The product of the factors has the shape of the weight."""
+    """Check that the product of the factors has the shape of the weight."""
     if "a" in change.factors:
         a, b = shapes[change.factors["a"]], shapes[change.factors["b"]]
         product = (b[0], *a[1:])

@@ -1,7 +1,7 @@
-"""Reading safetensors files in rows, so that no tensor, and certainly no shard, has to be in memory as a whole.
+"""Read safetensors files in rows, so that no whole tensor or shard has to be in memory.
 
-The format is a length, a JSON header and the payload; ``checkpoint.model_files`` checks the header, the rest is
-seeking. Memory mapping would do the same, but its pages count as the process's own wherever memory is limited.
+The format is a length, a JSON header and the payload. ``checkpoint.model_files`` checks the header; the rest is
+seeking. Memory mapping would work too, but its pages count towards the process's memory where memory is limited.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-"""Number formats that arithmetic is done on; tensors of any other are only copied."""
+"""Dtypes that can be computed with; tensors of any other are only copied."""
 
 CHUNK = 16 * 2**20
 """Bytes copied at a time."""
@@ -50,16 +50,16 @@ class SafetensorsFile:
         self._stream.close()
 
     def prefix(self) -> bytes:
-        """Everything before the payload."""
+        """Return everything before the payload."""
         return self._bytes(0, self.payload_start)
 
     def chunks(self, tensor: StoredTensor) -> Iterator[bytes]:
-        """A tensor's bytes, a piece at a time."""
+        """Yield a tensor's bytes in chunks."""
         for start in range(tensor.start, tensor.stop, CHUNK):
             yield self._bytes(start, min(start + CHUNK, tensor.stop))
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
-        """Rows ``first`` to ``last`` (exclusive) of a tensor, in its own number format: [rows, ...]."""
+        """Return rows ``first`` to ``last`` (exclusive) of a tensor in its own dtype: [rows, ...]."""
         tensor = self.tensors[name]
         dtype = DTYPES[tensor.dtype]
         last = tensor.rows if last is None else last

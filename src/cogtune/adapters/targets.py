@@ -1,7 +1,7 @@
-"""Which modules an adapter goes on: named sets, module names as peft matches them, and patterns.
+"""Target modules of an adapter: named sets, module names as peft matches them, and patterns.
 
-The published module names invite mistakes: ``gate_proj`` also hits the GLU adapter, ``linear_proj`` also hits a
-container, ``dense`` hits only the tower (spec 2.4). So a name that matches nothing or a container is an error, and the
+The published module names are ambiguous: ``gate_proj`` also matches the GLU adapter, ``linear_proj`` also matches a
+container, ``dense`` matches only the tower (spec 2.4). A name that matches nothing or a container is an error, and the
 named sets spell out suffixes that hit exactly what they say.
 """
 
@@ -46,7 +46,7 @@ LINEAR = "Linear"
 
 
 def resolve_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
-    """peft's ``target_modules`` for ``targets`` on this model; see `match_targets`."""
+    """Return peft's ``target_modules`` for ``targets`` on this model; see `match_targets`."""
     from torch import nn
 
     kinds = {
@@ -57,7 +57,7 @@ def resolve_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
 
 
 def adapted_modules(model: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Names of the modules that ``targets`` hit on this model; see `match_targets` for what is an error."""
+    """Return the names of the modules that ``targets`` match on this model; see `match_targets` for errors."""
     chosen = resolve_targets(model, targets)
     return [name for name, _ in model.named_modules() if any(is_hit(name, target) for target in chosen)]
 
@@ -90,7 +90,7 @@ def match_targets(kinds: Mapping[str, str], targets: Sequence[str]) -> list[str]
 
 
 def is_hit(name: str, target: str) -> bool:
-    """peft's rule for lists: the whole name, or its end behind a dot."""
+    """Apply peft's rule for lists: a target matches the whole name, or its end after a dot."""
     return name == target or name.endswith("." + target)
 
 
@@ -98,8 +98,11 @@ _DEAD_ENDS = ("vision_expert_dense", *_expert("vision")["-mlp"])
 
 
 def is_dead_end(name: str, num_layers: int) -> bool:
-    """Whether no label is behind the linear layer ``name`` of a decoder with ``num_layers`` layers: in the last one,
-    image tokens need no output projection and no MLP."""
+    """Return whether the output of the linear layer ``name`` cannot influence the loss.
+
+    This is so in the last of ``num_layers`` decoder layers for the vision expert: image tokens have no labels there, so
+    their output projection and MLP are not needed.
+    """
     if f".layers.{num_layers - 1}." not in f".{name}" or ".vision." in name:
         return False
     return any(is_hit(name, suffix) for suffix in _DEAD_ENDS)
@@ -109,7 +112,7 @@ _PICTURES_ONLY = {"vision-experts-attention", "vision-experts-mlp", "vision-towe
 
 
 def region(name: str) -> str:
-    """The named set a module belongs to, for reports; ``other`` outside all of them."""
+    """Return the named set that a module belongs to, for reports; ``other`` outside all of them."""
     for known in (
         "vision-experts-attention",
         "vision-experts-mlp",
@@ -124,10 +127,10 @@ def region(name: str) -> str:
 
 
 def check_reached(names: Iterable[str]) -> None:
-    """That text alone reaches one of the modules ``names``; asked where no record has a picture.
+    """Check that text alone reaches one of the modules ``names``; called if no record has a picture.
 
     Raises:
-        AdapterError: all of them see nothing but pictures, so none of them would train.
+        AdapterError: all of them process pictures only, so none of them would train.
     """
     regions = {region(name) for name in names}
     if regions <= _PICTURES_ONLY:

@@ -1,7 +1,7 @@
-"""An adapter on a model that is cut over ranks: made whole, then cut like the layers it is on.
+"""Adapters under tensor parallelism: created whole, then sharded like the layers they are on.
 
-LoRA adds B·A to a layer's weight W [out, in]. Where a rank has some rows of W it needs those rows of B and all of A;
-where it has some columns, those columns of A and all of B. What every rank has whole must stay equal on all of them.
+LoRA adds B·A to a layer's weight W [out, in]. A rank with some rows of W needs those rows of B and all of A. A rank
+with some columns needs those columns of A and all of B. Replicated tensors must stay equal on all ranks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cogtune.model.tensor_parallel import Cut, SlicedDropout, SplitModel
 ALLOWED_EXTRA = frozenset(
     {"alpha_pattern", "exclude_modules", "layers_pattern", "layers_to_transform", "rank_pattern", "revision"}
 )
-"""Fields of peft's LoraConfig beyond the ``lora`` section that mean the same on a rank's share of a layer."""
+"""Fields of peft's LoraConfig beyond the ``lora`` section that mean the same on a shard of a layer."""
 
 
 _PREFIX = "base_model.model."  # peft's, before a module's name in the base
@@ -29,15 +29,18 @@ _PREFIX = "base_model.model."  # peft's, before a module's name in the base
 
 @dataclass(frozen=True)
 class AdapterPart:
-    """One adapter tensor. ``cut``: how it is spread, None where every rank has the whole. ``shares``: such a whole
-    tensor gets a share of its gradient on each rank; otherwise every rank computes the same gradient."""
+    """How one adapter tensor is sharded.
+
+    ``cut``: its sharding, None if it is replicated. ``shares``: a replicated tensor receives a partial gradient on each
+    rank; otherwise every rank computes the same gradient.
+    """
 
     cut: Cut | None
     shares: bool
 
 
 def check_extra(extra: Mapping[str, Any]) -> None:
-    """Raise ConfigError for fields of ``lora.extra`` that may look at whole layers."""
+    """Raise ConfigError for fields of ``lora.extra`` that may depend on whole layers."""
     wrong = sorted(extra.keys() - ALLOWED_EXTRA)
     if wrong:
         raise ConfigError(
@@ -50,10 +53,10 @@ def check_extra(extra: Mapping[str, Any]) -> None:
 
 
 def split_adapter(model: PeftModel, split: SplitModel) -> dict[str, AdapterPart]:
-    """Cut the adapter tensors of ``model``, in place; returns how, by parameter name.
+    """Shard the adapter tensors of ``model`` in place; return how, by parameter name.
 
     Raises:
-        ConfigError: the adapter (one that was loaded) is of a kind that cannot be cut.
+        ConfigError: a loaded adapter is of a kind that cannot be sharded.
     """
     _check_loaded(model)
     parts: dict[str, AdapterPart] = {}
@@ -75,7 +78,7 @@ def split_adapter(model: PeftModel, split: SplitModel) -> dict[str, AdapterPart]
 
 
 def _part(linear: nn.Linear, own: Cut | None, layers: Cut | None, split: SplitModel) -> AdapterPart:
-    """Cut ``linear`` as ``own`` says; ``layers`` is the cut of the layer that the adapter is on."""
+    """Shard ``linear`` as ``own`` says; ``layers`` is the cut of the adapted layer."""
     if own is None:
         return AdapterPart(None, shares=layers is not None)
     group = split.group
@@ -86,7 +89,7 @@ def _part(linear: nn.Linear, own: Cut | None, layers: Cut | None, split: SplitMo
 
 
 def _check_loaded(model: PeftModel) -> None:
-    """What an adapter's own file asks for; a fresh one was checked with the configuration."""
+    """Check the settings of a loaded adapter; those of a fresh one were checked with the configuration."""
     default = LoraConfig()
     for config in model.peft_config.values():
         whole = [name for name in ("lora_bias", "modules_to_save", "use_dora") if getattr(config, name, None)]

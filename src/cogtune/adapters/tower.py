@@ -1,4 +1,4 @@
-"""Whether an adapter would train in the vision tower, found without weights: then its output is not constant."""
+"""Determine without weights whether an adapter trains in the vision tower, whose output is then not constant."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cogtune.model.modeling import CogVLM2ForCausalLM
 
 
 def tower_trains(config: CogVLM2Config, lora: LoraSettings) -> bool:
-    """Whether anything in front of the GLU adapter would get a gradient under these settings.
+    """Return whether anything in front of the GLU adapter would get a gradient under these settings.
 
     Raises:
         AdapterError, ConfigError: as `attach` does.
@@ -34,7 +34,7 @@ def tower_trains(config: CogVLM2Config, lora: LoraSettings) -> bool:
         return False
     if not extra:
         return True
-    attach(model, lora)  # peft's other fields can narrow the choice again; only peft itself knows how
+    attach(model, lora)  # other fields can narrow peft's choice of modules, so let peft itself decide
     return model.model.vision.tower_trains()
 
 

@@ -1,4 +1,4 @@
-"""The HTTP application: OpenAI's chat completions, closed questions, health and metrics, over one engine."""
+"""The HTTP application: OpenAI's chat completions, closed questions, health and metrics, on one engine."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """How a server answers.
+    """Settings of a server.
 
     Attributes:
         model: the name of the model in ``/v1/models``; requests may name it, or leave ``model`` out.
         template: of the prompts; None: the checkpoint's own.
-        decoding: where a request does not say.
-        most_tokens: of one answer.
-        most_waiting: requests in the queue; further ones are answered 429.
-        seconds: for a request from its arrival to its last token.
-        body_bytes: of a request.
-        keys: API keys; none: no key is asked for.
+        decoding: default for requests that set nothing.
+        most_tokens: maximum tokens of one answer.
+        most_waiting: maximum length of the queue; further requests are answered 429.
+        seconds: time limit of a request from its arrival to its last token.
+        body_bytes: maximum size of a request body.
+        keys: API keys; none: no key is required.
     """
 
     model: str
@@ -60,7 +60,7 @@ class ServerOptions:
 
 
 class _Metrics:
-    """Counters of this server alone, so that a process may hold several."""
+    """Counters of this server, not of the process, so that a process may run several servers."""
 
     def __init__(self, engine: Engine) -> None:
         self.registry = CollectorRegistry()
@@ -76,7 +76,7 @@ class _Metrics:
 
 
 class _Limited:
-    """ASGI middleware: refuses a body that is too large, whatever its header says, before it is read whole."""
+    """ASGI middleware that refuses a body above the limit while it arrives, whatever its header says."""
 
     def __init__(self, app: Any, most: int) -> None:
         self.app, self.most = app, most
@@ -99,9 +99,9 @@ class _Limited:
 
 
 def make_app(engine: Engine, options: ServerOptions) -> FastAPI:
-    """The application of a running engine, which it closes when it ends.
+    """Return the application of a running engine; it closes the engine at shutdown.
 
-    Answers under way are finished first; new requests are answered 503 meanwhile.
+    Running answers are finished first; new requests are answered 503 meanwhile.
     """
     server = _Server(engine, options)
 
@@ -136,7 +136,7 @@ class _Server:
         return JSONResponse(found.body(), found.status, found.headers())
 
     def guarded(self, route: str, work: Callable[[Request], Any]) -> Any:
-        """``work`` behind the key, with errors as answers, counted and timed."""
+        """Run ``work`` after the key check; turn errors into responses, and record count and time."""
 
         async def answered(request: Request) -> Response:
             began = time.perf_counter()
@@ -162,7 +162,7 @@ class _Server:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         digest = hashlib.sha256(given.strip().encode()).digest()
-        # every key is compared, and in constant time
+        # compare with every key, in constant time
         good = sum(hmac.compare_digest(digest, known) for known in self._digests)
         if scheme.lower() != "bearer" or not good:
             raise Refusal(401, "give a valid API key: Authorization: Bearer KEY", reason="invalid_api_key")
@@ -321,7 +321,7 @@ class _Server:
 
 
 class _Answer:
-    """A pending answer whose pieces arrive in the event loop, without a thread for each."""
+    """A pending answer whose pieces arrive in the event loop, without a thread per answer."""
 
     def __init__(self, engine: Engine, question: Question) -> None:
         self._loop = asyncio.get_running_loop()

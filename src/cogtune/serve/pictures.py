@@ -1,8 +1,8 @@
-"""Pictures that requests bring: data URLs, and addresses of hosts that the operator allowed.
+"""Pictures in requests: data URLs, and URLs of hosts that the operator has allowed.
 
-Nothing is fetched unless its host is on the list. Then its name is resolved once, every address has to be a global one,
-and that address is what is dialled: a name that resolves to something else a moment later, or a redirect, cannot reach
-a machine of the server's own network. Redirects are followed a few times, each checked as the first.
+Only hosts on the list are contacted. A host's name is resolved once, every address must be a global one, and the
+connection uses that address. So neither a DNS change between check and connection nor a redirect can reach a machine in
+the server's own network. A few redirects are followed, each checked like the first URL.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _MIB = 2**20
 
 @dataclass(frozen=True)
 class PictureLimits:
-    """What a request's pictures may be.
+    """Limits on a request's pictures.
 
     Attributes:
-        pixels: of all pictures of a request together, told from their headers before anything is decoded.
-        bytes: of one picture's file.
+        pixels: maximum of all pictures of a request together, read from their headers before anything is decoded.
+        bytes: maximum size of one picture's file.
         hosts: names of hosts that pictures are fetched from; none: nothing is fetched.
-        seconds: for one picture to arrive.
-        exif: ``apply`` turns pictures as their orientation says, ``ignore`` does not, as in training.
+        seconds: time limit for fetching one picture.
+        exif: ``apply`` rotates pictures by their orientation tag, ``ignore`` does not, as in training.
     """
 
     pixels: int = 40_000_000
@@ -54,7 +54,7 @@ def open_pictures(addresses: Sequence[str], limits: PictureLimits) -> tuple[Imag
     """Decode a request's pictures to RGB.
 
     Raises:
-        Refusal: 400 for what is no picture, comes from nowhere allowed, or is too large.
+        Refusal: 400 for data that is no picture, a source that is not allowed, or a picture that is too large.
     """
     opened = [_opened(_content(address, limits)) for address in addresses]
     pixels = sum(image.width * image.height for image in opened)
@@ -132,7 +132,7 @@ def _fetched(address: str, limits: PictureLimits) -> bytes:
 
 
 def _connected(host: str, port: int | None, secure: bool, deadline: float) -> http.client.HTTPConnection:
-    """A connection to an address that was checked, whatever the name resolves to later."""
+    """Return a connection to the checked address, whatever the name resolves to later."""
     place = port or (443 if secure else 80)
     left = max(deadline - time.monotonic(), 0.01)
     try:

@@ -1,7 +1,7 @@
-"""A request's body to what it asks for: every field is honoured, or refused by its name.
+"""Parse request bodies: every field is honoured, or refused by its name.
 
-The bodies are those of OpenAI's ``/v1/chat/completions``, with the further fields that servers of open models take.
-Checked by hand and not by OpenAI's types, which let unknown fields pass and do not say which field is wrong.
+The bodies are those of OpenAI's ``/v1/chat/completions``, with the further fields that servers of open models accept.
+They are not parsed with OpenAI's types, which accept unknown fields and do not say which field is wrong.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stop_token_ids": (None, []),
     "verbosity": (None,),
 }
-"""Fields this server does not have, and the values that ask for nothing: any other value is refused."""
+"""Fields this server does not implement, and their neutral values: any other value is refused."""
 _NOTED = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 """Fields about the caller: they change no answer anywhere."""
 _OWN = (
@@ -61,11 +61,11 @@ class Message:
 
 @dataclass(frozen=True)
 class ChatCall:
-    """What a chat request asks for.
+    """A parsed chat request.
 
     Attributes:
-        question, history, images: as for a generator; images are addresses still.
-        answers: how many (OpenAI's ``n``); each draws with a seed of its own, ``seed`` and those behind it.
+        question, history, images: as for a generator; images are still URLs.
+        answers: how many (OpenAI's ``n``); answer i uses the seed ``seed`` + i.
     """
 
     model: str | None
@@ -82,7 +82,7 @@ class ChatCall:
 
 @dataclass(frozen=True)
 class ScoreCall:
-    """What a request for closed questions asks for."""
+    """A parsed request for closed questions."""
 
     model: str | None
     images: tuple[str, ...]
@@ -90,11 +90,11 @@ class ScoreCall:
 
 
 def read_chat(body: Any, default: Decoding, most_tokens: int) -> ChatCall:
-    """A body of ``/v1/chat/completions``.
+    """Parse a body of ``/v1/chat/completions``.
 
     Args:
-        default: how tokens are chosen where the request does not say.
-        most_tokens: no answer may be longer.
+        default: sampling settings for fields that the request does not set.
+        most_tokens: maximum length of an answer.
 
     Raises:
         Refusal: 400, naming the field.
@@ -122,7 +122,7 @@ def read_chat(body: Any, default: Decoding, most_tokens: int) -> ChatCall:
 
 
 def read_score(body: Any) -> ScoreCall:
-    """A body of ``/v1/score``: ``{"image": address, "questions": [{"question", "choices"}, ...]}``.
+    """Parse a body of ``/v1/score``: ``{"image": address, "questions": [{"question", "choices"}, ...]}``.
 
     Raises:
         Refusal: 400, naming the field.
@@ -153,7 +153,7 @@ def read_score(body: Any) -> ScoreCall:
 
 
 def _conversation(messages: Any) -> tuple[str, tuple[tuple[str, str], ...], tuple[str, ...]]:
-    """The last question, the turns before it, and all images, from OpenAI's list of messages."""
+    """Return the last question, the turns before it, and all images, from OpenAI's list of messages."""
     if not isinstance(messages, list) or not messages:
         raise bad_request("messages", "messages is a list of at least one message")
     turns = [_message(message, f"messages[{number}]") for number, message in enumerate(messages)]

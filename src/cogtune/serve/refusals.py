@@ -1,4 +1,4 @@
-"""What a server answers instead of doing what was asked: a status, and OpenAI's error object."""
+"""Error responses: a status and OpenAI's error object."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from cogtune.errors import CogtuneError, InputError, OutOfMemoryError
 
 
 class Refusal(Exception):
-    """A request that is not served.
+    """An error response to a request.
 
     Attributes:
         status: the HTTP status.
-        param: the field of the request that is to blame, if one is.
-        reason: a word for programs, OpenAI's ``code``.
-        retry_after: seconds after which the same request may be served.
+        param: the field of the request that caused it, if one did.
+        reason: a machine-readable code, OpenAI's ``code``.
+        retry_after: seconds after which the same request may succeed.
     """
 
     def __init__(
@@ -30,23 +30,23 @@ class Refusal(Exception):
         )
 
     def body(self) -> dict[str, Any]:
-        """OpenAI's error object."""
+        """Return OpenAI's error object."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.reason}}
 
     def headers(self) -> dict[str, str]:
-        """Headers that belong to it."""
+        """Return the headers of this response."""
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
         return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
 
 
 def bad_request(param: str | None, message: str, reason: str = "invalid_value") -> Refusal:
-    """A 400 that names the field."""
+    """Return a 400 that names the field."""
     return Refusal(400, message, param=param, reason=reason)
 
 
 def refusal_of(error: BaseException) -> Refusal:
-    """The answer to a request that ended in ``error``. What is not the request's fault says no more than that."""
+    """Return the response to a request that failed with ``error``. Internal errors reveal no details."""
     if isinstance(error, Refusal):
         return error
     if isinstance(error, InputError):
