@@ -1,9 +1,9 @@
-"""A stand-in for the published computation, on our model's own weights, to measure against in the same run.
+"""A reimplementation of the published training step on our model's weights, as the baseline in the same measurement.
 
-Written from the specification of what the published code and its fine-tuning script compute, and how: rows padded to
-the script's full budget, an explicit causal mask and softmax attention in every decoder layer, tokens gathered to their
-expert by boolean masks and scattered back, float32 logits at every position, every decoder layer recomputed, the tower
-(memory-efficient attention) in every step, peft as it is. Nothing of the faster path is used but the weights.
+It follows what the published code and its fine-tuning script compute, and how: rows padded to the script's full budget,
+an explicit causal mask and softmax attention in every decoder layer, tokens gathered to their expert by boolean masks
+and scattered back, float32 logits at every position, every decoder layer recomputed, the tower (memory-efficient
+attention) in every step, and plain peft. It shares only the weights with cogtune's faster path.
 
 Shapes: B rows, L padded columns, D hidden, H query heads, K key/value heads, E head width.
 """
@@ -31,23 +31,26 @@ _COUNTED_SHORT = 3  # the script counts 2,303 tokens for a picture that takes 2,
 
 
 def published_length(config: CogVLM2Config) -> int:
-    """To how many columns the script pads with 512 + 512 text tokens: 3,327 at full size."""
+    """Return the columns to which the script pads with 512 + 512 text tokens: 3,327 at full size."""
     return config.num_image_tokens - _COUNTED_SHORT + INPUT_BUDGET + OUTPUT_BUDGET
 
 
 class PublishedModel(nn.Module):
-    """Takes our collated batches (single answers only) and returns the loss; ``columns``: what rows are padded to."""
+    """Takes cogtune's collated batches (single answers only) and returns the loss.
+
+    ``columns``: length that rows are padded to.
+    """
 
     def __init__(self, model: nn.Module, base: CogVLM2ForCausalLM, columns: int) -> None:
         super().__init__()
         self.adapted, self.columns = model, columns
-        self._base = [base]  # in a list: its parameters are registered once, through the adapted model
+        self._base = [base]  # in a list, so that its parameters are registered only once, through the adapted model
 
     def forward(
         self, input_ids: torch.Tensor, token_type_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor,
         segment_parents: torch.Tensor, pixel_values: torch.Tensor | None = None, **ignored: Any,
     ) -> CogVLM2Output:  # fmt: skip
-        """Padded on the right; the loss is the mean over labelled tokens."""
+        """Run a step on rows padded on the right; the loss is the mean over labelled tokens."""
         _require_chain(segment_parents)
         base, width = self._base[0], max(self.columns, input_ids.shape[1])
         fill = (0, width - input_ids.shape[1])
@@ -80,7 +83,7 @@ def _require_chain(parents: torch.Tensor) -> None:
 
 
 def _images(vision: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """Tower, convolution, GLU adapter and the two learned vectors: [N, Q + 2, D]."""
+    """Run tower, convolution, GLU adapter and the two learned vectors: [N, Q + 2, D]."""
     x = vision.patch_embedding(pixels.to(vision.conv.weight.dtype))
     with record_function("cogtune.tower"), sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         for block in vision.transformer.layers:
@@ -104,7 +107,9 @@ def _tower_attention(attention: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[B, 1, L, L]: 0 where a column is seen, the dtype's lowest number where not; both causes add up."""
+    """Return the mask [B, 1, L, L]: 0 where a column is visible, else the dtype's minimum, added for each of two
+    causes.
+    """
     length, lowest = mask.shape[1], torch.finfo(dtype).min
     causal = torch.full((length, length), lowest, dtype=dtype, device=mask.device).triu(1)
     padding = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask == 0, lowest)
@@ -163,7 +168,9 @@ def _attention(
 def _rotary(
     frequencies: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tables for every position up to the largest (asked of the device in every layer), then each token's row."""
+    """Return tables up to the largest position (synchronising with the device in every layer), then each
+    token's row.
+    """
     longest = int(positions.max()) + 1
     index = torch.arange(longest, dtype=frequencies.dtype, device=positions.device)
     angles = torch.outer(index, frequencies)

@@ -1,6 +1,6 @@
-"""``cogtune bench fit``: what each setting needs of a card, loading included, each row in a process of its own.
+"""``cogtune bench fit``: peak memory of each setting, loading included, each row in its own process.
 
-Rows for smaller cards run with the allocator capped at what such a card leaves to it.
+Rows for smaller cards run with the allocator capped at what such a card has.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SHARED = (
     "tokens_per_second", "lora_mfu", "first_step_s", "prefill_ms", "load_s", "ready_s", "pictures_per_second",
     "seconds",
 )  # fmt: skip
-"""What a row that shared its card does not say: times, and the driver's figure."""
+"""Fields that are left out of a row that shared its card: times, and the driver's figure."""
 _RANK8 = ("--lora.targets", "vision_expert_query_key_value", "--lora.rank", "8")
 _RANK16 = ("--lora.targets", "experts", "--lora.rank", "16")
 _RECOMPUTE = ("--train.gradient_checkpointing", "all")
@@ -36,7 +36,7 @@ _CACHED = ("--features", "cached")
 
 @dataclass(frozen=True)
 class FitRow:
-    """``words``: behind ``cogtune bench``; ``cap``: GiB the allocator may have, or None."""
+    """A row. ``words``: arguments of ``cogtune bench``; ``cap``: limit of the allocator in GiB, or None."""
 
     words: tuple[str, ...]
     cap: int | None = None
@@ -62,17 +62,17 @@ ROWS: dict[str, FitRow] = dict([
     ("inference-bf16", FitRow(("decode",))),
     ("inference-nf4", FitRow(("decode", *_NF4, "--quant.tower", "nf4"))),
 ])  # fmt: skip
-"""The setting's name (its adapter's rank last) -> how it is measured. Small cards first: they matter most."""
+"""Name of a setting (its adapter's rank last) -> how it is measured. Small cards first: they matter most."""
 
 
 def run_rows(
     names: Sequence[str], results: Results, *, model: str, extra: Sequence[str] = (), capped: bool = True
 ) -> None:
-    """Run rows by name (all without any), print and keep each as it ends; a row that fails is a row with its error.
+    """Run rows by name (all if none is given), and print and save each as it ends. A failed row keeps its error.
 
-    Rows joined by ``+`` run at the same time on one card: peaks of a process's own memory do not mind, so those are
-    kept, while times and the driver's figure would be of all of them together and are left out.
-    ``model``: a checkpoint folder; ``extra``: further words for every row that trains.
+    Rows joined by ``+`` run at the same time on one card. A process's own peaks are not affected and are kept; times
+    and the driver's figure would cover all of them and are left out. ``model``: a checkpoint folder; ``extra``: further
+    arguments for rows that train.
 
     Raises:
         ConfigError: no such row.
@@ -82,7 +82,7 @@ def run_rows(
     if unknown:
         raise ConfigError(f"no row `{unknown[0]}`", hint=f"one of {', '.join(ROWS)}")
     for group in groups:
-        with ThreadPoolExecutor(len(group)) as pool:  # each only waits for its process
+        with ThreadPoolExecutor(len(group)) as pool:  # each thread only waits for its process
             running = [pool.submit(_run, name, ROWS[name], _words(name, model, extra, capped)) for name in group]
             for done in as_completed(running):
                 row = done.result()
@@ -94,7 +94,7 @@ def run_rows(
 
 
 def _words(name: str, model: str, extra: Sequence[str], capped: bool) -> list[str]:
-    """What stands behind ``cogtune bench`` for this row."""
+    """Return the arguments of ``cogtune bench`` for this row."""
     row = ROWS[name]
     trains = row.words[0] == "train"
     words = [*row.words, "--model.path", model, *(extra if trains else ())]
@@ -102,7 +102,7 @@ def _words(name: str, model: str, extra: Sequence[str], capped: bool) -> list[st
 
 
 def _run(name: str, row: FitRow, words: list[str]) -> dict[str, Any]:
-    """One row in its own process."""
+    """Run one row in its own process."""
     found: dict[str, Any] = {
         "name": name,
         "command": shown_command(["cogtune", "bench", *words]),
@@ -124,7 +124,7 @@ def _run(name: str, row: FitRow, words: list[str]) -> dict[str, Any]:
 
 
 def _reason(text: str) -> str:
-    """From the error's own line on, where there is one."""
+    """Return the error message from its first own line on."""
     start = text.rfind("error[")
     return text[start:][:600] if start >= 0 else text[-600:]
 
@@ -136,7 +136,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def as_table(results: Results) -> str:
-    """Measured peaks beside the planner's prediction."""
+    """Format measured peaks next to the planner's predictions."""
     cells = []
     for row in results.rows:
         if "error" in row:

@@ -1,10 +1,10 @@
 """``cogtune bench make-checkpoint``: a random checkpoint in the published layout, for measurements at full size.
 
-Names, shapes, number format, shards and their contents, index and configuration are those of the published folder; the
-weights are random, and so are its answers. Values are made on the GPU where there is one and written by threads, piece
-by piece, so neither memory holds more than one tensor. The index is written last: a folder without it does not load.
+Names, shapes, number format, shards, index and configuration equal those of the published folder; the weights are
+random, so its answers are meaningless. Values are made on the GPU if there is one, and threads write them piece by
+piece, so no more than one tensor is in memory. The index is written last: a folder without it does not load.
 
-The tokenizer is one of bytes: it has the published vocabulary's size and ids of special tokens, not its words.
+The tokenizer is byte-level: it has the published vocabulary's size and special token ids, but not its words.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Written:
-    """What was made. ``seconds`` includes flushing to disk."""
+    """Result; ``seconds`` includes flushing to disk."""
 
     folder: Path
     bytes: int
@@ -51,7 +51,7 @@ class Written:
 
 
 def plan_shards(config: CogVLM2Config, limit: int = SHARD_LIMIT) -> list[Shapes]:
-    """Tensors of each shard: in the order of the modules, a new shard where the limit would be passed."""
+    """Return the tensors of each shard, in module order, starting a new shard when the limit would be exceeded."""
     with torch.device("meta"):
         model = CogVLM2ForCausalLM(config)
     shards: list[Shapes] = [{}]
@@ -74,10 +74,10 @@ def make_checkpoint(
     seed: int = 0,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Written:
-    """Write ``full`` (39 GB) or ``tiny`` (400 kB) into the new folder ``folder``.
+    """Write the preset ``full`` (39 GB) or ``tiny`` (400 kB) into the new folder ``folder``.
 
     Raises:
-        OutputFolderError: it holds files already.
+        OutputFolderError: it contains files already.
         DiskFullError: too little space, before or while writing.
     """
     config = published_config() if preset == "full" else tiny_config()
@@ -125,7 +125,7 @@ def _write_small_files(folder: Path, config: Any, weight_map: dict[str, str], to
 
 
 def header_of(shapes: Shapes) -> bytes:
-    """The beginning of a safetensors file: length, and JSON padded to 8 bytes; the tensors lie sorted by name."""
+    """Return the start of a safetensors file: length, and JSON padded to 8 bytes; tensors are sorted by name."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name, shape in sorted(shapes.items()):
@@ -138,7 +138,7 @@ def header_of(shapes: Shapes) -> bytes:
 
 
 class _Writer:
-    """Makes values on ``device`` and hands them to threads in pieces; a few buffers go round."""
+    """Makes values on ``device`` and passes them to writer threads through a few reused buffers."""
 
     def __init__(self, pool: ThreadPoolExecutor, config: CogVLM2Config, device: torch.device, seed: int) -> None:
         self._pool, self._config, self._device = pool, config, device
@@ -148,7 +148,7 @@ class _Writer:
         self._next = 0
 
     def write(self, file: Path, shapes: Shapes) -> int:
-        """Write one shard, flushed to disk; returns its size in bytes."""
+        """Write one shard and flush it to disk; returns its size in bytes."""
         header = header_of(shapes)
         size = len(header) + sum(2 * math.prod(shape) for shape in shapes.values())
         with file.open("wb") as stream:
@@ -184,7 +184,7 @@ class _Writer:
 
 
 def _write_at(file: Path, offset: int, content: torch.Tensor) -> None:
-    """Runs in a thread."""
+    """Runs in a writer thread."""
     numbers: Any = content.numpy()
     view = memoryview(numbers)
     with file.open("rb+", buffering=0) as stream:

@@ -1,4 +1,4 @@
-"""Times and memory of a block of steps, taken where the loop asks for its next batch."""
+"""Times and memory of a block of steps, taken when the loop asks for its next batch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cogtune.train.batches import Batch, StepBatches
 
 @dataclass
 class Timing:
-    """One block: seconds of every measured step, and what else was seen. Blocks of one variant are joined."""
+    """One block: seconds of every measured step, and its other measurements. Blocks of one variant are joined."""
 
     steps: list[float] = field(default_factory=list)
     waits: list[float] = field(default_factory=list)
@@ -50,7 +50,7 @@ class Timing:
         return statistics.median(self.steps)
 
     def to_dict(self) -> dict[str, Any]:
-        """Milliseconds, GiB, shares."""
+        """Return milliseconds, GiB and shares."""
         return {
             "median_ms": round(1000 * self.median, 3),
             "min_ms": round(1000 * min(self.steps), 3),
@@ -68,10 +68,10 @@ class Timing:
 
 
 class TimedFeed:
-    """Hands the training loop its batches, again and again, and keeps the time between two requests.
+    """Feeds the training loop its batches repeatedly and measures the time between two requests.
 
-    On a GPU the moments are device events: the time between the ends of two steps on the device, as in a run, without
-    a wait of the host in between.
+    On a GPU the times are between device events at the ends of two steps, as in a real run, without synchronising the
+    host.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class TimedFeed:
         return self._warm + self._steps
 
     def rows_in_epoch(self, epoch: int) -> int:
-        """The loop divides by it to say how much of the data has been seen; here there is no end."""
+        """Return the divisor for the share of the data seen; there is no end here."""
         return 0
 
     def steps(self, start: Position) -> Iterator[StepBatches]:
@@ -119,7 +119,7 @@ class TimedFeed:
             yield StepBatches(batches, (0, number + 1))
 
     def finish(self) -> Timing:
-        """Close the books after the loop has returned: it leaves without asking for a batch after its last step."""
+        """Finish the measurement after the loop has returned: it asks for no batch after its last step."""
         self._marks.append(self._mark())
         wait(self._device)
         timing = self.timing
@@ -141,20 +141,21 @@ def _seconds(earlier: Any, later: Any) -> float:
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done all it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def reset_peak(device: torch.device) -> None:
-    """Begin a new measurement of device memory, with nothing in the allocator's reserve."""
+    """Start a new measurement of device memory, with an empty allocator cache."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def memory_gib(device: torch.device) -> tuple[float, float, float | None]:
-    """Peak allocated and reserved since the last reset, and what the driver says this card has in use now.
+    """Return peak allocated and reserved memory since the last reset, and the memory of the card that the driver
+    reports used.
 
     On a CPU: the process's peak resident memory twice, and None.
     """
@@ -168,8 +169,9 @@ def memory_gib(device: torch.device) -> tuple[float, float, float | None]:
 
 
 def host_memory_gib() -> dict[str, float]:
-    """This process on the host, where the system tells: the most it ever held, and what of it is its own now and what
-    is pages of files, which all processes of a host share."""
+    """Return this process's host memory, if the system reports it: the peak, current anonymous memory, and file pages,
+    which processes share.
+    """
     file = Path("/proc/self/status")
     lines = dict(line.split(":", 1) for line in file.read_text().splitlines() if ":" in line) if file.exists() else {}
     names = {"VmHWM": "host_peak_gib", "RssAnon": "host_own_gib", "RssFile": "host_files_gib"}
@@ -177,10 +179,10 @@ def host_memory_gib() -> dict[str, float]:
 
 
 def cap_memory(size: str) -> None:
-    """Let this process's allocator reserve at most ``size`` of the first GPU, as if the card were smaller.
+    """Limit this process's allocator to ``size`` of the first GPU, as if the card were smaller.
 
     Raises:
-        ConfigError: no such size, more than the card has, or no GPU.
+        ConfigError: not a size, more than the card has, or no GPU.
     """
     try:
         wanted = parse_size(size)

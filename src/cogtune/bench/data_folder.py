@@ -11,20 +11,20 @@ from PIL import Image
 
 
 def dialogue(*texts: str) -> dict[str, Any]:
-    """A record whose messages alternate user and assistant."""
+    """Return a record whose messages alternate between user and assistant."""
     roles = ("user", "assistant")
     return {"conversations": [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)]}
 
 
 def write_image(path: Path, color: tuple[int, int, int] = (200, 30, 30), size: tuple[int, int] = (24, 16)) -> Path:
-    """A picture of one colour, in the format that the suffix names."""
+    """Write a picture of one colour, in the format of the suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, color).save(path)
     return path
 
 
 def write_label(path: Path, record: Any) -> Path:
-    """One record as a label file."""
+    """Write one record as a label file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
     return path
@@ -38,7 +38,7 @@ def write_folder(
     suffix: str = ".jpg",
     size: tuple[int, int] = (24, 16),
 ) -> Path:
-    """``root`` with one picture and one label file per stem of ``records``."""
+    """Fill ``root`` with one picture and one label file per stem of ``records``."""
     for number, (stem, record) in enumerate(records.items()):
         write_image(root / "images" / f"{stem}{suffix}", (number * 37 % 256, number * 59 % 256, 90), size)
         write_label(root / labels / f"{stem}.json", record)

@@ -1,4 +1,4 @@
-"""``cogtune bench loader``: does preparing rows keep up with a card that takes so many samples a second?"""
+"""``cogtune bench loader``: can data workers keep up with a card that takes a given number of samples per second?"""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _WARM = 2.0  # seconds until the workers have started and their queues are full
 def measure_loader(
     config: RunConfig, results: Results, *, rate: float, seconds: float, pictures: int, side: int
 ) -> None:
-    """Take ``rate`` samples a second for ``seconds``, from pictures of ``side`` pixels and from stored features."""
+    """Take ``rate`` samples per second for ``seconds``, from pictures of ``side`` pixels and from cached features."""
     for cached in (False, True):
         with tempfile.TemporaryDirectory() as name:
             row = _measure(config, Path(name), cached, rate, seconds, pictures, side)
@@ -62,7 +62,7 @@ def _measure(
         taken += size
         due += size / rate
         time.sleep(max(0.0, due - time.perf_counter()))
-        due = max(due, time.perf_counter())  # a card that waited does not work faster afterwards
+        due = max(due, time.perf_counter())  # a card that had to wait does not work faster afterwards
     took = time.perf_counter() - began
     began, most = time.perf_counter(), 0
     while time.perf_counter() - began < seconds:
@@ -77,7 +77,7 @@ def _measure(
 
 
 def _stored(model: Any, root: Path, images: set[Path]) -> Any:
-    """Random features of every picture, in the store's own files."""
+    """Return random features of every picture in a feature cache's own files."""
     store = Store(root, make_variant("random", model, "bfloat16", "bfloat16"))
     store.prepare("random")
     layout: Layout = store.variant.layout

@@ -1,4 +1,4 @@
-"""``cogtune bench decode``: memory and speed of answers: the picture and the prompt, then token by token."""
+"""``cogtune bench decode``: memory and speed of answering: prefill with a picture, then decode steps."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from cogtune.train import engines
 def measure_decoding(
     config: RunConfig, results: Results, *, context: int, tokens: int, rows: Sequence[int], adapter: bool = False
 ) -> None:
-    """Answers to prompts of one picture and text, together ``context`` positions; greedy, no end token.
+    """Generate answers to prompts of one picture and text, ``context`` positions in total; greedy, no end token.
 
-    First ``generate()``, the oracle, at two lengths, so that the time per token does not hold the prompt's. Then the
-    engine's parts: a new picture, a question about a known one, and decode steps of each number of ``rows``. With
-    ``adapter``, one of ``config.lora`` with random weights is on the model.
+    First ``generate()``, the oracle, at two lengths, so that the time per token excludes the prefill. Then the engine's
+    parts: a new picture, a question about a known one, and decode steps for each number of ``rows``. With ``adapter``,
+    the model has a LoRA of ``config.lora`` with random weights.
     """
     engine = engines.start(config)
     device, dtype = engine.device, torch_dtype(config.model.dtype, engine.device)
@@ -43,7 +43,7 @@ def measure_decoding(
     shared: dict[str, Any] = {"context": context, "load_s": round(time.perf_counter() - began, 2)}
     shared["load_reserved_gib"] = round(memory_gib(device)[1], 3)
     prompt = _prompt(model, context, device)
-    for _ in range(2):  # the first also finds kernels
+    for _ in range(2):  # the first run also selects kernels
         first = _timed(lambda: _answer(model, prompt, 1), device)
     short, long = (_timed(lambda n=n: _answer(model, prompt, n), device) for n in (1 + tokens // 8, 1 + tokens))
     oracle = _answer(model, prompt, 1 + tokens)[0, context:].tolist()
@@ -80,7 +80,7 @@ def _measure_steps(
 
     def begin(count: int) -> list[int]:
         found = [int(steps.begin(slot, logits, position, ids.shape[1], greedy, 0)) for slot in range(count)]
-        steps.step(list(range(count)), False)  # the first also captures
+        steps.step(list(range(count)), False)  # the first run also captures the graph
         return found
 
     for count in rows:

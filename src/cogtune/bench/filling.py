@@ -1,4 +1,4 @@
-"""``cogtune bench fill``: how fast the feature cache fills, files read and written included."""
+"""``cogtune bench fill``: how fast the feature cache fills, including file reads and writes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ from cogtune.train.feature_cache import fill, open_cache
 
 
 def measure_filling(config: RunConfig, results: Results, *, pictures: int, side: int) -> None:
-    """Fill a fresh cache with noise of ``side`` pixels, once to warm up (a few pictures) and once measured."""
+    """Fill an empty cache from noise pictures of ``side`` pixels, once to warm up (a few pictures) and once
+    measured.
+    """
     engine = engines.start(config)
     dtype, model = torch_dtype(config.model.dtype, engine.device), model_config(config.model.path)
     reset_peak(engine.device)
@@ -48,7 +50,7 @@ def measure_filling(config: RunConfig, results: Results, *, pictures: int, side:
 
 
 def _random(config: RunConfig, engine: Engine, dtype: torch.dtype, images: list[Path], folder: Path) -> dict[str, Any]:
-    """Random weights, the tower alone: the decoder's are freed before filling begins."""
+    """Measure with random weights and the tower alone: the decoder is freed before filling."""
     began = time.perf_counter()
     quantization = config.quant
     require_packages(quantization)
@@ -84,7 +86,7 @@ def _random(config: RunConfig, engine: Engine, dtype: torch.dtype, images: list[
 def _from_checkpoint(
     config: RunConfig, engine: Engine, dtype: torch.dtype, images: list[Path], folder: Path
 ) -> dict[str, Any]:
-    """As a run does it; each filling loads the tower, which is in its peak but not in its rate."""
+    """Measure as in a run: each filling loads the tower, which counts in its peak memory but not in its speed."""
     config = with_values(config, {"data.cache_dir": str(folder / "features")})
     began, reports = time.perf_counter(), []
     for part in (images[:4], images[4:]):

@@ -1,9 +1,9 @@
-"""Floating-point operations of a training step, by the rule that LoRA-MFU is quoted with.
+"""Floating-point operations of a training step, counted as LoRA-MFU is defined.
 
-LoRA-MFU = (2 x the forward operations of the layers trained through + the forward operations of what only runs forward)
-/ time / the card's dense bf16 peak. Recomputation is not counted, nor are adapters, norms and the optimiser. A decoder
-layer counts whole (the last one too, although image tokens need only a part of it there); attention counts the pairs of
-tokens that see each other; the head counts labelled tokens.
+LoRA-MFU = (2 x the forward operations of layers that gradients pass through + the forward operations of forward-only
+layers) / time / the card's dense bf16 peak. Recomputation, adapters, norms and the optimiser do not count. A decoder
+layer counts fully (also the last one, of which image tokens need only a part); attention counts pairs of tokens that
+see each other; the head counts labelled tokens.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any
 from cogtune.plan.sizes import EXPERTS, ModelSizes
 
 DENSE_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-"""bf16 operations a second, without sparsity, by a part of the card's name."""
+"""Dense bf16 operations per second, by a part of the card's name."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one forward pass has to process: all counts over the whole batch."""
+    """Work of one forward pass, counted over the whole batch."""
 
     tokens: int
-    pairs: int  # of a token and one that it sees, itself included
+    pairs: int  # pairs of a token and one that it sees, itself included
     labels: int
     images: int
     rows: int
@@ -34,7 +34,7 @@ class Flops:
 
     tower: int
     glu_adapter: int
-    decoder_layer: int  # one of them
+    decoder_layer: int  # one layer
     layers: int
     head: int
 
@@ -44,7 +44,7 @@ class Flops:
 
 
 def work_of(batch: dict[str, Any], num_image_tokens: int) -> Work:
-    """Count a collated batch; in a tree a token sees its ancestors and what stands before it in its segment."""
+    """Count a collated batch. In a tree, a token sees its ancestors and the earlier tokens of its segment."""
     pairs = 0
     for segments, parents in zip(batch["segment_ids"], batch["segment_parents"], strict=True):
         lengths = segments[segments >= 0].bincount().tolist()
@@ -63,8 +63,10 @@ def work_of(batch: dict[str, Any], num_image_tokens: int) -> Work:
 
 
 def forward_flops(sizes: ModelSizes, work: Work) -> Flops:
-    """Two operations per weight and token, four per head width and pair in attention (scores, and their sum)."""
-    # a token passes through one of the experts, which are alike
+    """Count two operations per weight and token, and four per head width and pair in attention (scores and weighted
+    sum).
+    """
+    # a token passes through one of the two experts, which have the same size
     decoder = sum(x.weights for (expert, _), x in sizes.decoder_layers[0].items() if expert == EXPERTS[0])
     vision, grid = sizes.vision, sizes.grid_tokens
     block = sum(x.weights for x in sizes.linears if x.part == "tower" and x.layer == 0)
@@ -83,10 +85,10 @@ def forward_flops(sizes: ModelSizes, work: Work) -> Flops:
 
 
 def step_flops(flops: Flops, *, live_tower: bool, first_trained_layer: int = 0, vision_trains: str = "") -> int:
-    """Operations of a training step.
+    """Return the operations of a training step.
 
-    ``first_trained_layer``: no gradient goes below it. ``vision_trains``: "glu" where the GLU adapter has a LoRA,
-    "tower" where the tower has one; both are then trained through.
+    ``first_trained_layer``: gradients stop there. ``vision_trains``: "glu" if the GLU adapter has a LoRA, "tower" if
+    the tower has one; gradients then pass through both.
     """
     through = flops.layers if vision_trains else flops.layers - first_trained_layer
     decoder = flops.decoder_layer * (flops.layers + through)
@@ -96,7 +98,7 @@ def step_flops(flops: Flops, *, live_tower: bool, first_trained_layer: int = 0, 
 
 
 def trained_extent(names: list[str], layers: int) -> tuple[int, str]:
-    """From the names of trained parameters: the first decoder layer among them, and ``vision_trains``."""
+    """Return the first trained decoder layer and ``vision_trains``, from the names of trained parameters."""
     decoder = [int(name.split(".layers.")[1].split(".")[0]) for name in names if ".vision." not in name]
     vision = [name for name in names if ".vision." in name]
     if any(".transformer." in name or ".conv." in name or ".patch_embedding." in name for name in vision):
@@ -105,5 +107,5 @@ def trained_extent(names: list[str], layers: int) -> tuple[int, str]:
 
 
 def peak_rate(card: str) -> float | None:
-    """The card's dense bf16 rate, or None where it is not known."""
+    """Return the card's dense bf16 rate, or None if unknown."""
     return next((rate for name, rate in DENSE_PEAK.items() if name in card), None)

@@ -1,7 +1,7 @@
-"""``cogtune bench load``: how long loading takes beside a plain read of the same bytes, and what it holds meanwhile.
+"""``cogtune bench load``: time and memory of loading, compared with a plain read of the same bytes.
 
-Every mode is a process of its own, so that peaks are its own:
-``python -m cogtune.bench.model_loading MODE MODEL DEVICE``.
+Each mode runs in its own process, so that its peaks are its own: ``python -m cogtune.bench.model_loading MODE MODEL
+DEVICE``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MODES: dict[str, dict[str, Any]] = {
     "int8-no-tower": {"quantization": QuantSection(experts="int8"), "vision_tower": False},
     "tower": {"tower": True},
 }
-"""Name -> what is passed to the loader; ``tower``: the vision tower alone."""
+"""Name -> arguments of the loader; ``tower``: only the vision tower."""
 
 GB = 10**9
 _RESULT = "RESULT "
@@ -45,7 +45,7 @@ _ROW_SECONDS = 600
 
 
 def run_modes(names: Sequence[str], results: Results, *, model: str, device: str) -> None:
-    """Measure modes by name (all without any); a mode that fails is a row with its error.
+    """Measure modes by name (all if none is given); a failed mode keeps its error.
 
     Raises:
         ConfigError: no such mode.
@@ -68,17 +68,17 @@ def run_modes(names: Sequence[str], results: Results, *, model: str, device: str
 
 
 def measure(name: str, model: str, device: torch.device) -> dict[str, Any]:
-    """Read the bytes that a mode needs, plainly, then load the mode."""
+    """Read the bytes that a mode needs without parsing them, then load the mode."""
     options = dict(MODES[name])
     tower_only = options.pop("tower", False)
     dtype = torch.bfloat16
     if "quantization" in options:
-        importlib.import_module("bitsandbytes")  # seconds that are not loading
+        importlib.import_module("bitsandbytes")  # time that is not loading
     if device.type == "cuda":
         torch.zeros(1, device=device)
     pieces = list(_pieces(Path(model), tower_only, options.get("vision_tower", True)))
     size = sum(length for _, _, length in pieces)
-    first, again = _read(pieces), _read(pieces)  # the first may come from the disk
+    first, again = _read(pieces), _read(pieces)  # the first read may come from the disk
     before, began = host_memory_gib(), time.perf_counter()
     if tower_only:
         loaded: Any = load_tower(model, dtype=dtype, device=device)
@@ -99,7 +99,7 @@ def measure(name: str, model: str, device: torch.device) -> dict[str, Any]:
 
 
 def _pieces(folder: Path, tower_only: bool, tower: bool) -> Iterator[tuple[Path, int, int]]:
-    """File, offset and length of what a mode reads."""
+    """Yield file, offset and length of everything a mode reads."""
     for stored in stored_tensors(folder).values():
         inside = stored.name.startswith(TOWER)
         if inside if tower_only else (tower or not inside):
@@ -108,7 +108,7 @@ def _pieces(folder: Path, tower_only: bool, tower: bool) -> Iterator[tuple[Path,
 
 
 def _read(pieces: Sequence[tuple[Path, int, int]]) -> float:
-    """Seconds to read all pieces with as many threads as the loader has, keeping nothing."""
+    """Return the seconds to read all pieces with as many threads as the loader, discarding the data."""
     local = threading.local()
 
     def read(piece: tuple[Path, int, int]) -> None:
@@ -137,7 +137,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def as_table(results: Results) -> str:
-    """The rows beside each other."""
+    """Format the rows as a table."""
     cells: list[list[Any]] = []
     for row in results.rows:
         if "error" in row:

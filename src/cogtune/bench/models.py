@@ -1,4 +1,4 @@
-"""The base model a measurement runs on: a checkpoint folder through the ordinary loading, or random weights."""
+"""The base model of a measurement: a checkpoint folder through the ordinary loader, or random weights."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from cogtune.train.engines.base import Engine
 from cogtune.train.run import load_base
 
 RANDOM = {"random": published_config, "random-tiny": tiny_config}
-"""Names that stand in ``model.path`` for weights made on the device: of the published sizes, or of a test's."""
+"""Values of ``model.path`` for random weights on the device: published sizes, or a test's."""
 
 
 def model_config(path: str) -> CogVLM2Config:
-    """The sizes of a checkpoint folder or of random weights."""
+    """Return the configuration of a checkpoint folder or of random weights."""
     return RANDOM[path]() if path in RANDOM else load_model_config(path)
 
 
 def build_base(config: RunConfig, engine: Engine, dtype: torch.dtype, *, cached: bool) -> CogVLM2ForCausalLM:
-    """The frozen base, quantised and sharded as ``config`` and ``engine`` say; ``cached``: without its tower."""
+    """Build the frozen base, quantised and sharded for ``config`` and ``engine``; ``cached``: without its tower."""
     if config.model.path not in RANDOM:
         return load_base(config, engine, dtype, cached=cached)
     quantization = config.quant

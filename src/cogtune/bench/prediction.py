@@ -1,4 +1,4 @@
-"""What ``cogtune plan`` says of a measured setting, to stand beside the measurement."""
+"""The prediction of ``cogtune plan`` for a measured setting, to be shown next to the measurement."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from cogtune.system.byte_sizes import GIB
 
 
 def setting_for(variant: Variant, model: CogVLM2Config, work: Work, *, card: str, ranks: int = 1) -> Setting:
-    """The planner's words for a variant and one of its batches; ``card``: the driver's name, empty for a CPU."""
+    """Return the planner's setting for a variant and one of its batches; ``card``: the driver's name, empty
+    for a CPU.
+    """
     config, sizes = variant.config, ModelSizes.from_config(model.to_dict())
     images = work.images / work.rows
     batch = MicroBatch(
@@ -38,10 +40,9 @@ def setting_for(variant: Variant, model: CogVLM2Config, work: Work, *, card: str
 def predicted(
     variant: Variant, model: CogVLM2Config, work: Work, *, card: str, ranks: int = 1
 ) -> dict[str, Any] | None:
-    """GiB of loading and of training, and milliseconds of a step; None for what the planner does not know: the
-    baseline, and a policy it would choose itself.
+    """Return GiB of loading and of training, and milliseconds per step (only for a named card).
 
-    Without a name of a card there are no milliseconds.
+    Returns None for what the planner does not model: the baseline, and a policy that the planner would choose itself.
     """
     policy = variant.config.train.gradient_checkpointing
     if variant.baseline or (isinstance(policy, str) and policy not in ("none", "all")):

@@ -1,4 +1,4 @@
-"""What every measurement says beside its numbers, how it is printed, and the file it is written to row by row."""
+"""The facts every measurement records, its table, and its result file, which is written row by row."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LIBRARIES = ("transformers", "peft", "bitsandbytes", "triton", "deepspeed", "sa
 
 
 def circumstances(command: str) -> dict[str, Any]:
-    """Command, date, commit, card and versions."""
+    """Return command, date, commit, card and versions."""
     own = {"cogtune": cogtune.__version__, "python": platform.python_version()}
     return {
         "command": command,
@@ -35,8 +35,7 @@ def circumstances(command: str) -> dict[str, Any]:
 
 
 def shown_command(words: Sequence[str]) -> str:
-    """A command as a result file keeps it: one that anybody can type. The file it writes is left out, and of a folder
-    of this machine only the last name stands."""
+    """Return a command without local details: no result file, and only the last name of a local folder."""
     kept, rest = list[str](), list(words)
     while rest:
         word = rest.pop(0)
@@ -49,7 +48,7 @@ def shown_command(words: Sequence[str]) -> str:
 
 
 def write_result(file: Path, record: Mapping[str, Any]) -> None:
-    """A result file, whole or not at all."""
+    """Write a result file atomically."""
     with explained(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         files.write_json(file, record)
@@ -67,7 +66,7 @@ def _require_own(file: Path) -> None:
 
 
 class Results:
-    """Rows of one measurement. With a file, it is whole after every row, so a run cut short keeps what it had."""
+    """Rows of one measurement. The file, if any, is complete after every row, so an interrupted run keeps its rows."""
 
     def __init__(self, kind: str, command: str, file: Path | None) -> None:
         if file is not None:
@@ -81,7 +80,7 @@ class Results:
         return rows
 
     def add(self, row: dict[str, Any]) -> None:
-        """A new row, or the newer state of the row with the same name."""
+        """Add a row, or replace the row with the same name."""
         places = [index for index, other in enumerate(self.rows) if other["name"] == row["name"]]
         if places:
             self.rows[places[0]] = row
@@ -95,12 +94,12 @@ class Results:
         write_result(self._file, self.record)
 
     def line(self) -> str:
-        """All of it as one line of JSON."""
+        """Return everything as one line of JSON."""
         return json.dumps(self.record)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Plain text in columns: the first to the left, numbers to the right, ``-`` for what there is not."""
+    """Format plain text columns: the first aligned left, numbers right, ``-`` for a missing value."""
     cells = [
         [str(column) for column in columns],
         *[["-" if cell is None else str(cell) for cell in row] for row in rows],

@@ -1,7 +1,7 @@
-"""Synthetic rows of a known shape, made by the code that makes a user's rows: trees, routing and collation included.
+"""Synthetic rows of a given shape, built by the code that builds a user's rows: trees, routing, collation.
 
-A preset says how many questions a picture has and how many tokens each takes. Text is random characters, each of them
-one token, so lengths are exact and no checkpoint's tokenizer is needed; ids spread over the whole vocabulary.
+A preset gives the questions per picture and the tokens of each. Text is random characters, each one token, so lengths
+are exact without a checkpoint's tokenizer; ids are spread over the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from cogtune.model.routing import GPU_COLUMNS
 from cogtune.processing.encode import Encoder
 
 _TEMPLATE = len("Question:  Answer:")
-_FIRST_CHARACTER, _CHARACTERS = 0x4E00, 20_000  # CJK ideographs: none of them is a special token or white space
+_FIRST_CHARACTER, _CHARACTERS = 0x4E00, 20_000  # CJK ideographs: none is a special token or white space
 
 
 @dataclass(frozen=True)
 class Preset:
-    """The shape of a row: ``conversations`` on the same ``images`` (or on none), each of ``rounds`` questions.
+    """Shape of a row: ``conversations`` on the same ``images`` (or on none), each with ``rounds`` questions.
 
-    ``question`` counts the tokens of a round's prompt (template included), ``answer`` those with a label (EOS
-    included). Earlier rounds stand before later ones as history.
+    ``question``: tokens of a round's prompt (template included); ``answer``: labelled tokens (EOS included). Earlier
+    rounds are the history of later ones.
     """
 
     conversations: int
@@ -57,7 +57,7 @@ PRESETS = {
     "text-only": Preset(1, 1, 200, 200, images=0),
     "512+512": Preset(1, 1, 512, 512),
 }
-"""``vqa1`` is one question of ``vqa10`` in a row of its own; ``512+512`` fills the published script's budgets."""
+"""``vqa1`` is one question of ``vqa10`` in its own row; ``512+512`` fills the published script's budgets."""
 
 
 def preset(name: str) -> Preset:
@@ -88,7 +88,7 @@ def preset(name: str) -> Preset:
 
 
 class CharacterTokenizer:
-    """One token a character, in the two forms in which processing calls a tokenizer."""
+    """A tokenizer with one token per character, with the two call forms that processing uses."""
 
     def __init__(self, vocabulary: int) -> None:
         self._vocabulary = vocabulary
@@ -102,7 +102,7 @@ class CharacterTokenizer:
 
 
 def synthetic_rows(shape: Preset, count: int, config: CogVLM2Config, folder: Path, *, side: int) -> TrainRows:
-    """``count`` rows of ``shape``, each about images of its own: smooth noise of ``side`` pixels, written into
+    """Return ``count`` rows of ``shape``, each with its own images: smooth noise of ``side`` pixels, saved in
     ``folder``.
 
     Raises:
@@ -142,7 +142,7 @@ def _example(shape: Preset, number: int, folder: Path, side: int) -> Example:
 
 
 def _names(number: int, images: int) -> range:
-    """Numbers of an example's image files: its own, and those behind 10,000 for each further image."""
+    """Return the numbers of an example's image files: its own, and beyond 10,000 for each further image."""
     return range(number, number + images * 10_000, 10_000)
 
 
@@ -151,7 +151,7 @@ def _noise(file: Path, seed: int, side: int) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         coarse, generator = max(2, side // 8), torch.Generator().manual_seed(seed)
         pixels = torch.randint(0, 256, (coarse, coarse, 3), dtype=torch.uint8, generator=generator)
-        # enlarged, so that the file is as long, and decoding it as slow, as a photograph's
+        # enlarged noise, so that file size and decoding time are like a photograph's
         Image.fromarray(pixels.numpy()).resize((side, side), Image.Resampling.BICUBIC).save(file, quality=90)
     return file
 
@@ -168,10 +168,10 @@ def synthetic_batches(
     device: torch.device,
     rank: int = 0,
 ) -> list[dict[str, Any]]:
-    """``count`` different batches as the loop receives them, in host memory (pinned for a GPU).
+    """Return ``count`` different batches as the loop receives them, in host memory (pinned for a GPU).
 
-    ``cached``: random numbers stand for the tower's output; timing does not depend on their values. Every ``rank`` has
-    rows of its own.
+    ``cached``: random features replace the tower's output; their values do not affect timing. Every ``rank`` has its
+    own rows.
     """
     each = batch_size * count
     rows = synthetic_rows(shape, (rank + 1) * each, config, folder / str(rank), side=64)
@@ -192,7 +192,7 @@ def _pinned(value: Any) -> Any:
 
 
 def answers_of(batch: dict[str, Any]) -> int:
-    """How many answers a batch trains: runs of labels that end with their row's segment."""
+    """Return the number of answers in a batch: runs of labels that end with their segment."""
     count = 0
     for labels, segments in zip(batch["labels"], batch["segment_ids"], strict=True):
         count += len(set(segments[labels != IGNORED_LABEL].tolist()))

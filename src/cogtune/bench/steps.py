@@ -1,4 +1,4 @@
-"""Blocks of training steps for one assembled model: the loop itself runs them, on batches made beforehand."""
+"""Runs blocks of training steps of an assembled model through the training loop, on batches made beforehand."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DIFFERENT_BATCHES = 4
 
 
 class Loading:
-    """What it took to get the base onto its device: seconds, and the peak of device memory."""
+    """Loading the base onto its device: seconds, and peak device memory."""
 
     def __init__(self, began: float, device: torch.device, without_tower: bool) -> None:
         wait(device)
@@ -53,10 +53,10 @@ class Loading:
 
 
 class Bench:
-    """One base model with one adapter, in one engine; variants that differ in data and recomputation share it."""
+    """One base model with one adapter and engine, shared by variants that differ only in data and recomputation."""
 
     def __init__(self, variant: Variant, *, cached: bool = False) -> None:
-        """``cached``: no variant will give pixels, so the tower is left out."""
+        """``cached``: no variant uses pixels, so the tower is left out."""
         began = time.perf_counter()
         self.config, self.engine = variant.config, engines.start(variant.config)
         self.dtype = torch_dtype(variant.config.model.dtype, self.engine.device)
@@ -73,7 +73,7 @@ class Bench:
         self.engine.module.train()
 
     def _wrap_published(self) -> None:
-        """peft with its own defaults, and its own casts, as the published script uses it."""
+        """Apply peft with its own defaults and casts, as the published script does."""
         lora = self.config.lora
         settings = LoraConfig(
             r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, task_type="CAUSAL_LM",
@@ -86,7 +86,10 @@ class Bench:
         self.engine.wrap(published, build_optimizer(trained, self.config.train))
 
     def batches(self, variant: Variant, folder: Path) -> list[Batch]:
-        """Batches of the variant's preset. The published computation knows no cache of the tower's output."""
+        """Return batches of the variant's preset.
+
+        The baseline always gets pixels: the published code has no feature cache.
+        """
         if variant.baseline and variant.cached:
             raise ConfigError("the baseline runs the tower in every step: it has no features=cached")
         return synthetic_batches(
@@ -96,10 +99,10 @@ class Bench:
         )  # fmt: skip
 
     def run(self, variant: Variant, batches: list[Batch], *, warm: int, steps: int, from_empty: bool = True) -> Timing:
-        """``warm`` steps that are not measured and ``steps`` that are; the adapter trains on from block to block.
+        """Run ``warm`` steps unmeasured and ``steps`` measured; the adapter keeps training from block to block.
 
-        ``from_empty``: the allocator begins without reserves, so that the peak is this block's own; its first steps
-        then wait for memory.
+        ``from_empty``: start with an empty allocator cache, so that the peak is this block's own; its first steps are
+        slower.
         """
         config = variant.config
         if not variant.baseline:
@@ -122,7 +125,7 @@ class Bench:
         return timing
 
     def save_seconds(self) -> float:
-        """How long the state of a training checkpoint takes to gather and to write. Collective."""
+        """Return the seconds to gather and write a training checkpoint's state. Collective."""
         wait(self.engine.device)
         began = time.perf_counter()
         state = self.engine.state()
@@ -134,7 +137,7 @@ class Bench:
 
 
 class _Losses(Metrics):
-    """Keeps what the loop reports, instead of writing it."""
+    """Collects what the loop reports, instead of writing it."""
 
     def __init__(self) -> None:
         super().__init__(Path(), active=False, tensorboard=False, step=0)
@@ -145,7 +148,7 @@ class _Losses(Metrics):
 
 
 def set_recomputed(base: CogVLM2ForCausalLM, config: RunConfig) -> None:
-    """Which layers recompute from now on, where the policy names them; ``auto`` and sizes stay as assembled."""
+    """Set which layers are recomputed, if the policy names them; ``auto`` and sizes stay as assembled."""
     policy, tower = config.train.gradient_checkpointing, base.config.vision_config.num_hidden_layers
     decoder = recomputed_layers(policy, len(base.model.layers))
     if decoder is not None:

@@ -1,4 +1,4 @@
-"""Series of one setting that grows: what a longer text, a larger batch, more questions or a higher rank cost."""
+"""Series with one growing setting: the cost of longer text, larger batches, more questions or a higher rank."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from cogtune.bench.report import Results, table
 from cogtune.errors import ConfigError
 
 MOST_OVER_FIT = 1.3
-"""A point may cost this much more than the straight line between its neighbours says."""
+"""Allowed excess of a point over the straight line between its neighbours."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """``points``: values of the setting that grows. ``words``: a value -> the words of its variant. ``tiny``: values
-    small enough for a test."""
+    """A series.
+
+    ``points``: values of the setting; ``words``: a value -> arguments of its variant; ``tiny``: values small enough for
+    a test.
+    """
 
     points: tuple[int, ...]
     words: Callable[[int], str]
@@ -37,10 +40,10 @@ NAMES = ("memory", *SERIES)
 
 
 def sweep_variants(name: str, *, tiny: bool = False) -> list[str]:
-    """The ``--variant`` texts of a sweep, in an order in which neighbours share an assembled model.
+    """Return a sweep's ``--variant`` texts, ordered so that neighbours share an assembled model.
 
-    ``memory`` is every batch of 1, 2, 4, 8 with every text of 100, 400, 1000, all layers recomputed, the tower's output
-    given: what the planner's word is held to.
+    ``memory`` is every batch of 1, 2, 4, 8 with every text of 100, 400, 1000, all layers recomputed, with cached
+    features: it tests the planner.
 
     Raises:
         ConfigError: no such sweep.
@@ -60,8 +63,7 @@ def sweep_variants(name: str, *, tiny: bool = False) -> list[str]:
 
 
 def over_the_line(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Inner points of (value, cost), by value, and how many times the straight line between their neighbours they
-    cost."""
+    """Return inner points of (value, cost) by value, with their ratio to the straight line between their neighbours."""
     found = []
     ordered = sorted(points)
     for index in range(1, len(ordered) - 1):
@@ -72,7 +74,7 @@ def over_the_line(points: Sequence[tuple[float, float]]) -> list[tuple[float, fl
 
 
 def check_series(name: str, results: Results) -> dict[str, Any]:
-    """Times and peaks of a series against the lines between neighbours; kept in the record under ``check``."""
+    """Compare times and peaks of a series with the line between neighbours; saved in the record as ``check``."""
     rows = [(int(row["name"].rpartition("-")[2]), row) for row in results.rows if "error" not in row]
     found: dict[str, Any] = {"series": name, "allowed": MOST_OVER_FIT}
     for key in ("median_ms", "allocated_gib"):
@@ -85,7 +87,7 @@ def check_series(name: str, results: Results) -> dict[str, Any]:
 
 
 def against_plan(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Measured and predicted peaks, GiB, and whether they agree within 5 % or 0.5 GiB, whichever is larger."""
+    """Format measured and predicted peaks in GiB, and whether they agree within 5 % or 0.5 GiB, whichever is larger."""
     cells = []
     for row in rows:
         plan = row.get("plan")

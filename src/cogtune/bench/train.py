@@ -1,4 +1,4 @@
-"""``cogtune bench train``: variants of a training step, measured in one process on one card, in turns."""
+"""``cogtune bench train``: variants of a training step, measured alternately in one process on one card."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _PROFILED = 2
 def measure(
     variants: Sequence[Variant], results: Results, *, warm: int, steps: int, rounds: int, breakdown: bool
 ) -> None:
-    """Measure every variant ``rounds`` times, in turns, and print and keep each row as it comes.
+    """Measure every variant ``rounds`` times, alternating, and print and save each row.
 
-    Neighbouring variants that can share an assembled model do; a variant that fails is a row with its error.
+    Neighbouring variants share an assembled model if they can; a failed variant keeps its error.
     """
     joined: dict[str, Timing] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -63,7 +63,7 @@ def _measure_group(
             row = _measure_one(bench, variant, joined, folder, counts, breakdown)
         except Exception as error:
             traceback.print_exc(limit=-6)
-            if bench is not None:  # a backward pass that broke off has left gradients
+            if bench is not None:  # an interrupted backward pass has left gradients
                 bench.engine.optimizer.zero_grad(set_to_none=True)
             row = _identity(variant) | {"error": f"{type(error).__name__}: {str(error)[:400]}"}
         if is_main():
@@ -81,7 +81,7 @@ def _measure_one(
     timing.join(bench.run(variant, batches, warm=counts[0], steps=counts[1]))
     row = _identity(variant) | _rates(bench, variant, batches, timing) | timing.to_dict() | bench.loading.to_dict()
     if variant.cached and bench.loading.tower_held:
-        row["plan"] = None  # its prediction is for a run that leaves the tower out
+        row["plan"] = None  # its prediction is for a run without the tower
     row["peak_reserved_gib"] = max(row["reserved_gib"], row["load_reserved_gib"])
     row |= {"ready_s": round(bench.ready, 2), **_by_rank(bench, row)}
     if breakdown:
@@ -95,7 +95,7 @@ def _measure_one(
 
 
 def _by_rank(bench: Bench, row: dict[str, Any]) -> dict[str, Any]:
-    """What differs between the processes of a launch: memory of each card and of its process on the host."""
+    """Return what differs between ranks: memory of each card and of its process on the host."""
     group = bench.engine.group
     if group.processes == 1:
         return {}
@@ -113,9 +113,9 @@ def _identity(variant: Variant) -> dict[str, Any]:
 
 
 def _rates(bench: Bench, variant: Variant, batches: list[dict[str, Any]], timing: Timing) -> dict[str, Any]:
-    """Samples, answers and tokens a second, and the share of the cards' rate that useful work takes.
+    """Return samples, answers and tokens per second, and the share of the cards' peak rate (MFU).
 
-    Under tensor parallelism the cards of a group hold one model: its rows count once, and its work is shared out.
+    Under tensor parallelism a group of cards holds one model, so its rows count once and its work is divided.
     """
     config, batch, group = bench.base.config, batches[0], bench.engine.group
     accumulation = variant.config.train.accumulation
@@ -143,7 +143,7 @@ def _rates(bench: Bench, variant: Variant, batches: list[dict[str, Any]], timing
 
 
 def _release() -> None:
-    """Give the model's memory back before the next one is built."""
+    """Free the model's memory before the next one is built."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -161,8 +161,10 @@ def _say(row: dict[str, Any]) -> None:
 
 
 def as_table(results: Results) -> str:
-    """The rows as text; ratios are against the baseline where there is one, else against the first row, and only for
-    rows of its preset: another is other work."""
+    """Format the rows.
+
+    Ratios are against the baseline if there is one, else against the first row, and only between rows of one preset.
+    """
     whole = [row for row in results.rows if "error" not in row]
     if not whole:
         return "nothing was measured"
@@ -190,7 +192,7 @@ def as_table(results: Results) -> str:
 
 
 def _breakdown(rows: list[dict[str, Any]]) -> str:
-    """Where the time of profiled steps went, and the kernels that took longest."""
+    """Format where the time of profiled steps went, and the longest kernels."""
     kinds = list(rows[0]["breakdown_ms"])
     cells = [[row["name"], *[f"{row['breakdown_ms'][kind]:.2f}" for kind in kinds], row["kernels"]] for row in rows]
     parts = ["milliseconds of a profiled step:\n" + table(["variant", *kinds, "kernels"], cells)]

@@ -14,12 +14,12 @@ from cogtune.errors import ConfigError
 BASELINE = "baseline"
 _OWN = ("preset", "features")
 _SHARED = ("batch_size", "accumulation")
-"""Settings of ``train`` that two variants on one assembled model may differ in; recomputation is one more."""
+"""Settings of ``train`` in which two variants of one assembled model may differ, besides recomputation."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """``cached``: the tower's output is given instead of pixels. ``baseline``: the published computation's stand-in."""
+    """A variant. ``cached``: features are given instead of pixels. ``baseline``: the published training step."""
 
     name: str
     preset: str
@@ -30,7 +30,7 @@ class Variant:
 
     @property
     def model_key(self) -> str:
-        """Equal for variants that can run on one assembled model, one after the other."""
+        """A key that is equal for variants that can share an assembled model."""
         values = self.config.model_dump(mode="json")
         train = {key: value for key, value in values.pop("train").items() if key not in _SHARED}
         policy = train["gradient_checkpointing"]
@@ -43,13 +43,13 @@ class Variant:
 def parse_variants(
     texts: Sequence[str], overrides: Mapping[str, Sequence[str]], *, preset: str, cached: bool
 ) -> list[Variant]:
-    """Variants from the command line: ``NAME key=value key=value``, on top of the command's own ``overrides``.
+    """Parse variants from the command line: ``NAME key=value key=value``, on top of the command's ``overrides``.
 
-    A variant called ``baseline`` is the published computation. Without any text there is one variant, called after its
+    A variant called ``baseline`` is the published training step. Without texts there is one variant, named after its
     preset.
 
     Raises:
-        ConfigError: a name given twice, a word that is no ``key=value``, an unknown key or a wrong value.
+        ConfigError: a repeated name, a word that is not ``key=value``, an unknown key or a wrong value.
     """
     if not texts:
         return [_variant(preset, {}, overrides, preset, cached)]
@@ -101,4 +101,4 @@ _DEFAULTS: dict[str, Sequence[str]] = {
     "lora.rank": ["8"],
     "train.gradient_checkpointing": ["none"],
 }
-"""A measurement's starting point: the setting that the published table and its baseline have."""
+"""A measurement's default setting: that of the published table and its baseline."""

@@ -1,4 +1,4 @@
-"""What the commands that answer questions share: their keys and their model."""
+"""Shared by the commands that answer questions: their keys, and loading their model."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ if TYPE_CHECKING:
     from cogtune.generate.loading import Resolved
 
 MODEL_KEYS = ("model.", "quant.", "parallel.tensor", "generate.adapter", "generate.device")
-"""The keys that say which model answers, and where."""
+"""Keys that choose the model and its place."""
 DECODING_KEYS = tuple(
     f"generate.{name}"
     for name in ("max_new_tokens", "max_input_len", "greedy", "temperature", "top_p", "top_k", "seed")
 )
-"""Those that say how."""
+"""Keys that choose how it answers."""
 
 
 def load(resolved: Resolved) -> Generator:
-    """The model, with what it says on standard error: some libraries log to stdout when first imported."""
+    """Load the model. Output goes to standard error: some libraries log to stdout when first imported."""
     from cogtune.generate.loading import load_resolved
 
     with contextlib.redirect_stdout(sys.stderr):
@@ -28,5 +28,5 @@ def load(resolved: Resolved) -> Generator:
 
 
 def note(text: str) -> None:
-    """Something to know, beside the answers."""
+    """Print a note, separate from the answers."""
     print(text, file=sys.stderr, flush=True)

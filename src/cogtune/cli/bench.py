@@ -237,7 +237,7 @@ def _make_checkpoint(flags: _MakeFlags, line: Arguments) -> None:
 
 
 def _overrides(line: Arguments, tiny: bool) -> dict[str, list[str]]:
-    """The keys that were typed; ``tiny`` is a model of its own."""
+    """Return the keys that were typed, with ``tiny`` as a model of its own."""
     return ({"model.path": ["random-tiny"]} if tiny else {}) | line.overrides
 
 
@@ -276,7 +276,7 @@ def _measure(
 
 
 def _command() -> str:
-    """The command line, without where its results go; see `shown_command`."""
+    """Return the command line without its result file; see `shown_command`."""
     from cogtune.bench.report import shown_command
 
     return shown_command(["cogtune", *sys.argv[1:]])
@@ -291,7 +291,7 @@ def _takes_keys(
     *examples: str,
     places: tuple[str, ...] = (),
 ) -> Command:
-    """A command of this group whose further flags are configuration keys."""
+    """Return a command of this group that also accepts configuration keys as flags."""
     return Command(
         name=f"bench {name}",
         summary=summary,

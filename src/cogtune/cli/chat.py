@@ -51,7 +51,7 @@ def _chat(flags: _Flags, line: Arguments) -> None:
     section, data = resolved.config.generate, resolved.config.data
     if follow(resolved):
         return
-    if flags.image is not None:  # a wrong path is an error before minutes of loading
+    if flags.image is not None:  # report a wrong path before loading, which takes minutes
         read_image(flags.image.expanduser(), max_pixels=data.max_pixels, exif=data.exif)
     generator = load(resolved)
     decoding = Decoding.from_section(section, max_new_tokens=2048, published=generator.published)
@@ -65,7 +65,7 @@ def _chat(flags: _Flags, line: Arguments) -> None:
 
 
 def _talk(chat: Chat, query: str | None) -> None:
-    """Ask ``query``, or what is typed until the end."""
+    """Ask ``query``, or questions that are typed until the end of input."""
     from cogtune.generate.chat import run_chat
 
     if query is not None:
@@ -73,14 +73,14 @@ def _talk(chat: Chat, query: str | None) -> None:
         _write("\n")
         return
     if sys.stdin.isatty():
-        with contextlib.suppress(ImportError):  # not on every system
-            importlib.import_module("readline")  # line editing for input(), by being imported
+        with contextlib.suppress(ImportError):  # not available on every system
+            importlib.import_module("readline")  # importing it enables line editing for input()
         note("ask a question; /help lists the commands")
     run_chat(chat, _read_line, _write, note)
 
 
 def _last(config: AnswerConfig) -> AnswerConfig:
-    """The last training's model and adapter, where the flags name none."""
+    """Use the last training's model and adapter if the flags name none."""
     from cogtune.configuration.load import explicit_values, with_values
     from cogtune.generate.last_run import read_last_run
 
@@ -101,10 +101,10 @@ def _write(text: str) -> None:
 
 
 def _read_line() -> str | None:
-    """The next line of input; None at its end. A terminal gets a prompt and line editing."""
+    """Return the next line of input, None at its end. On a terminal with a prompt and line editing."""
     if not sys.stdin.isatty():
         line = sys.stdin.readline()
-        # bytes that are not UTF-8 arrive as lone surrogates, which no tokenizer takes
+        # bytes that are not UTF-8 arrive as lone surrogates, which no tokenizer accepts
         return line.encode("utf-8", "surrogateescape").decode("utf-8", "replace") if line else None
     try:
         return input("> ")

@@ -1,6 +1,6 @@
-"""What a command of ``cogtune`` is: its texts, its own flags, and whose configuration keys it takes.
+"""A command of ``cogtune``: its texts, its own flags, and the configuration keys it accepts.
 
-A command's own flags are the fields of a dataclass, so that their names, types and defaults are those of the code:
+A command's own flags are the fields of a dataclass, so their names, types and defaults are part of the code:
 
     @dataclass(frozen=True)
     class _Flags:
@@ -30,19 +30,19 @@ def flag(
     choices: tuple[str, ...] = (),
     also: tuple[str, ...] = (),
 ) -> Any:
-    """A field that is a flag; without ``default`` it is required. ``also``: other names for it."""
+    """Declare a dataclass field that is a flag; required if it has no ``default``. ``also``: other names for it."""
     metadata = {"help": help, "metavar": metavar, "least": least, "choices": choices, "also": also}
     return dataclasses.field(default=default, metadata=metadata, kw_only=True)
 
 
 @dataclass(frozen=True)
 class NoFlags:
-    """Of a command that has none."""
+    """Flags of a command that has none."""
 
 
 @dataclass(frozen=True)
 class Flag:
-    """One of a command's own flags. ``kind``: bool, int, float, str or Path; ``many``: it may be repeated."""
+    """One of a command's own flags. ``kind``: bool, int, float, str or Path; ``many``: it can be repeated."""
 
     name: str
     field: str
@@ -57,14 +57,14 @@ class Flag:
 
     @property
     def usage(self) -> str:
-        """As a usage line has it: ``--count N``."""
+        """Format for a usage line: ``--count N``."""
         return f"--{self.name}" if self.kind is bool else f"--{self.name} {self.metavar}"
 
     def read(self, text: str) -> Any:
-        """The value that ``text`` stands for.
+        """Parse ``text`` into the flag's value.
 
         Raises:
-            ConfigError: none of this flag's.
+            ConfigError: not a valid value.
         """
         if self.choices and text not in self.choices:
             raise self._wrong(text, " or ".join(self.choices))
@@ -119,10 +119,10 @@ class Command:
     needs_model: bool = True
 
     def __call__(self, words: list[str]) -> int:
-        """Run it with the words behind its name.
+        """Run the command with the words after its name.
 
         Raises:
-            ConfigError: they do not make sense; and whatever the command raises.
+            ConfigError: the words are wrong; and whatever the command raises.
         """
         flags = list(own_flags(self.flags))
         line = split_arguments(
@@ -171,7 +171,7 @@ class Command:
 
 
 def own_flags(kind: type[Any]) -> Iterator[Flag]:
-    """The flags that the fields of a dataclass are."""
+    """Yield the flags that a dataclass declares."""
     types = get_type_hints(kind)
     for field in dataclasses.fields(kind):
         inner, many = _plain(types[field.name])
@@ -191,7 +191,7 @@ def own_flags(kind: type[Any]) -> Iterator[Flag]:
 
 
 def _plain(annotation: Any) -> tuple[type[Any], bool]:
-    """The type of one value, and whether there may be several."""
+    """Return the type of a single value, and whether several are allowed."""
     if get_origin(annotation) in (Union, UnionType):
         (annotation,) = (part for part in get_args(annotation) if part is not NoneType)
     if get_origin(annotation) is tuple:

@@ -55,7 +55,7 @@ def _cache(flags: _Flags, line: Arguments) -> int:
 
 
 def _config(line: Arguments, *unneeded: str) -> RunConfig:
-    """The configuration; keys that are required for training and mean nothing here need not be given."""
+    """Read the configuration; keys that only training requires may be missing."""
     from cogtune.configuration.keys import ALIASES
     from cogtune.configuration.load import load_config
 

@@ -1,4 +1,4 @@
-"""``cogtune data check``: look through a data set before anything is trained on it."""
+"""``cogtune data check``: check a data set before training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands about a data set share: which configuration keys count for them, and how they are read."""
+"""Shared by the commands about data: their configuration keys, and reading them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ KEYS = ("model.path", "model.template", "data.path", "data.", "train.seed")
 
 
 def data_config(line: Arguments) -> tuple[RunConfig, str | None]:
-    """The configuration of a command about data, and the model if one is named. The positional argument may be data."""
+    """Return the configuration of a data command, and the model if one is named.
+
+    The positional argument can be data.
+    """
     from cogtune.configuration.load import load_config_with
 
     path, overrides = line.config, dict(line.overrides)

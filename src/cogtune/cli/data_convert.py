@@ -1,4 +1,4 @@
-"""``cogtune data convert``: other formats into ours."""
+"""``cogtune data convert``: convert other formats to cogtune's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``cogtune data preview``: what the model will see, token by token."""
+"""``cogtune data preview``: show what the model will see, token by token."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _print_row(console: Console, row: RowPreview, width: int, exif: str) -> None
 
 
 def _print_picture(console: Console, path: Path, width: int, exif: str) -> None:
-    """The square the model sees, two pixels a character."""
+    """Print the square that the model sees, two pixels per character."""
     from rich.text import Text
 
     from cogtune.processing.image import read_image

@@ -1,4 +1,4 @@
-"""``cogtune demo``: the whole main job on the tiny model that the package ships."""
+"""``cogtune demo``: train, evaluate, merge and chat with the tiny model in the package."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class _Flags:
 
 def _demo(flags: _Flags, line: Arguments) -> None:
     started = time.perf_counter()
-    # Threads that wait by spinning stand still together as soon as another program wants a core: measured five times
-    # slower beside a busy one. OpenMP reads this when torch is imported.
+    # OpenMP threads that wait by spinning stall each other when another program uses a core: five times slower in a
+    # measurement. OpenMP reads this variable when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from cogtune.demo.run import run
 

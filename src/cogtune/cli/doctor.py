@@ -1,4 +1,4 @@
-"""``cogtune doctor``: what this machine has, what is missing, and the exact fix."""
+"""``cogtune doctor``: report what this machine has, what is missing, and how to fix it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``cogtune download``: the published model or data set, resumable."""
+"""``cogtune download``: download the published model or data set; an interrupted download resumes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The texts of ``--help``, made from what commands, flags and keys say of themselves."""
+"""The texts of ``--help``, built from the descriptions of commands, flags and keys."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ENDINGS = "`cogtune COMMAND --help` explains one. Exit codes: 0 done, 1 the run
 
 
 def overview(commands: Iterable[Command], groups: Iterable[tuple[str, str]]) -> list[str]:
-    """``cogtune --help``. ``groups``: the first word of commands that have two, and what they are about."""
+    """Yield ``cogtune --help``. ``groups``: the first word of two-word commands, with a summary."""
     of_group = dict(groups)
     shown: dict[str, str] = {}
     for command in commands:
@@ -43,14 +43,14 @@ def overview(commands: Iterable[Command], groups: Iterable[tuple[str, str]]) -> 
 
 
 def group_help(name: str, about: str, commands: Sequence[Command]) -> list[str]:
-    """``cogtune data --help``."""
+    """Return ``cogtune data --help``."""
     rows = [(command.name.partition(" ")[2], command.summary) for command in commands]
     ending = _ENDINGS.replace("COMMAND", f"{name} COMMAND")
     return [f"usage: cogtune {name} COMMAND [...]", "", about, "", "Commands:", *_columns(rows), "", ending]
 
 
 def command_help(command: Command) -> list[str]:
-    """``cogtune train --help``."""
+    """Return ``cogtune train --help``."""
     flags = list(own_flags(command.flags))
     lines = [f"usage: {_usage(command, flags)}", "", *command.about.strip().split("\n"), ""]
     lines += ["Examples:", *(f"  {example}" for example in command.examples), ""]
@@ -101,7 +101,7 @@ def _most_used(command: Command) -> list[str]:
 
 
 def _all_keys(command: Command) -> Iterator[str]:
-    """Every key that counts with type, default and meaning, by section."""
+    """Yield every key of the command with type, default and meaning, by section."""
     from cogtune.configuration.keys import describe_keys, sections
 
     root = root_of(command.keys)
@@ -123,7 +123,7 @@ def _first_paragraph(text: str | None) -> str:
 
 
 def _columns(rows: Iterable[tuple[str, str]]) -> list[str]:
-    """Two columns; the second is wrapped, and begins on a line of its own where the first is long."""
+    """Format two columns. The second is wrapped, and starts on its own line if the first is long."""
     rows = list(rows)
     column = min(max(len(left) for left, _ in rows), 34) + 4
     lines = []

@@ -1,4 +1,4 @@
-"""``cogtune init``: a commented configuration for a data set and a card."""
+"""``cogtune init``: write a commented configuration for a data set and a card."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ def _init(flags: _Flags, line: Arguments) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
     with explained(target), files.growing(target) as growing:
         growing.write_text(text, encoding="utf-8")
-        load_config(growing)  # what was written has to be a configuration
+        load_config(growing)  # what was written must be a valid configuration
     print(text)
     on = f" --card {shlex.quote(flags.card)}" if flags.card else ""
     print(f"wrote {target}; next: cogtune plan {target}{on}, then cogtune train {target}")
 
 
 def _configuration(line: Arguments) -> tuple[RunConfig, dict[str, str]]:
-    """The configuration that flags give, and the required keys that were filled in."""
+    """Return the configuration from flags, and the required keys that were filled in."""
     from cogtune.configuration.load import load_config_with
     from cogtune.configuration.run_config import PUBLISHED_MODEL
 
@@ -89,7 +89,7 @@ def _configuration(line: Arguments) -> tuple[RunConfig, dict[str, str]]:
 
 
 def _card(flags: _Flags) -> Card | None:
-    """The card to plan for, if there is one."""
+    """Return the card to plan for, or None."""
     from cogtune.plan.ask import choose_card
 
     try:
@@ -113,7 +113,7 @@ def _refuse_bad(report: CheckReport) -> None:
 
 
 def _planned(proposal: Proposal, report: CheckReport, card: Card, cards: int, image_tokens: int) -> Plan:
-    """The plan of the proposed configuration on these cards."""
+    """Return the plan of the proposed configuration on these cards."""
     from cogtune.configuration.load import from_entries
     from cogtune.configuration.problems import Entry
     from cogtune.configuration.run_config import RunConfig

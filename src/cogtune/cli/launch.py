@@ -1,7 +1,7 @@
-"""``parallel.launch``: one command starts a process per device, through torchrun and on a free port.
+"""``parallel.launch``: start one process per device from one command, through torchrun on a free port.
 
-torchrun's agent runs in this process, so that a signal to the command reaches every rank, and the ranks' exit codes and
-errors come back here: the first error is the last thing on the screen, with its rank.
+torchrun's agent runs in this process, so a signal to the command reaches every rank, and the ranks' exit codes and
+errors return here. The first error is the last thing on the screen, with its rank.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from cogtune.checkpoint import resume_state as checkpoints
 from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import ConfigError
 
-_SECONDS_TO_SAVE = "50"  # from a signal to SIGKILL: a step and a checkpoint; torchrun's own 30 can be short
+# seconds from a signal to SIGKILL: a step and a checkpoint can take longer than torchrun's own 30
+_SECONDS_TO_SAVE = "50"
 _SECONDS_BEFORE_RESTART = 1.0
 _PEER_LOST = "error[peer-lost]"
 _FINAL = (0, 2, 128 + signal.SIGINT, 128 + signal.SIGTERM)
-"""Exit codes that a restart would not change: done, wrong input, stopped by the user or the cluster."""
+"""Exit codes after which a restart is useless: done, wrong input, stopped by the user or the cluster."""
 
 
 def count_ranks(asked: int | str) -> int:
-    """How many processes ``parallel.launch`` means; raises ConfigError where ``all`` finds no GPU."""
+    """Return the number of processes for ``parallel.launch``. Raises ConfigError if ``all`` finds no GPU."""
     import torch
 
     if asked != "all":
@@ -43,8 +44,11 @@ def count_ranks(asked: int | str) -> int:
 
 
 def launch_until_done(arguments: Sequence[str], config: RunConfig) -> int:
-    """`launch` a training run; one that fails is started again, and goes on from its last checkpoint, until it has
-    failed ``parallel.restarts`` times more without a new checkpoint. Wrong input and a signal end it at once."""
+    """`launch` a training run, and restart it from its last checkpoint when it fails.
+
+    It gives up after ``parallel.restarts`` failures in a row without a new checkpoint. Wrong input and signals end it
+    at once.
+    """
     asked, failures = config.parallel.launch, 0
     assert asked is not None
     newest = _newest_step(config.train.output)
@@ -64,12 +68,12 @@ def launch_until_done(arguments: Sequence[str], config: RunConfig) -> int:
 
 
 def _newest_step(output: Path) -> int:
-    """The last step of which there is a checkpoint, whole or not; -1 without one."""
+    """Return the step of the newest checkpoint, complete or not; -1 without one."""
     return max((checkpoints.step_of(folder) for folder in checkpoints.list_checkpoints(output)), default=-1)
 
 
 def launch(arguments: Sequence[str], asked: int | str, command: Sequence[str] = ("train",)) -> int:
-    """Run ``cogtune COMMAND ARGUMENTS`` once per device of this machine; returns the exit code for the whole."""
+    """Run ``cogtune COMMAND ARGUMENTS`` once per device of this machine and return the common exit code."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
@@ -89,7 +93,7 @@ def launch(arguments: Sequence[str], asked: int | str, command: Sequence[str] = 
 
 
 def _report(failures: Mapping[int, Any], ranks: int) -> int:
-    """Print the cause: the first failure that is not about another rank's end. Returns its exit code."""
+    """Print the cause: the first failure that was not caused by another rank's end. Returns its exit code."""
     stopped = (128 + signal.SIGTERM, 128 + signal.SIGINT)
 
     def blame(rank: int) -> tuple[bool, bool, int, int]:
@@ -101,7 +105,7 @@ def _report(failures: Mapping[int, Any], ranks: int) -> int:
     failure = failures[rank]
     code = int(failure.exitcode)
     if code in stopped:
-        return code  # stopped and saved; rank 0 has said so
+        return code  # stopped and saved; rank 0 has reported it
     print(f"rank {rank} of {ranks} failed first:\n{_text(failure)}", file=sys.stderr, flush=True)
     return code if code > 0 else 1
 
@@ -123,7 +127,7 @@ def _text(failure: Any) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torchrun logs a rank's failure in its own words; ours, with the rank's message, come after."""
+    """Silence torchrun's own log of a rank's failure; our message with the rank's error follows."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

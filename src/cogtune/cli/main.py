@@ -1,6 +1,6 @@
-"""The command ``cogtune``: one short file per command, and one place that turns errors into exit codes.
+"""The command ``cogtune``: one short module per command, and one place that turns errors into exit codes.
 
-Nothing here imports torch, transformers or pydantic: help has to answer at once.
+Nothing here imports torch, transformers or pydantic, so that help is fast.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ COMMANDS = {
     "bench load": "bench",
     "bench make-checkpoint": "bench",
 }
-"""Every command in the order of the help, and the module of this package that has it among its ``COMMANDS``."""
+"""Every command in the order of the help, with the module of this package that lists it in ``COMMANDS``."""
 
 GROUPS = {"data": "Look at data sets and prepare them.", "bench": "Measure this machine."}
-"""The first words of commands that have two."""
+"""The first words of two-word commands."""
 
 _MEANT = {
     "finetune": "train", "fine-tune": "train", "sft": "train", "fit": "train", "run": "train", "infer": "predict",
@@ -58,7 +58,7 @@ _MEANT = {
     "check": "data check", "validate": "data check", "preview": "data preview", "convert": "data convert",
     "cache": "data cache", "benchmark": "bench", "estimate": "plan", "memory": "plan", "config": "init", "new": "init",
 }  # fmt: skip
-"""What other tools call what is here."""
+"""Other tools' names for commands."""
 
 _PLANNED = {
     "web": "`cogtune chat` answers in the terminal",
@@ -68,31 +68,31 @@ _PLANNED = {
     "runs": "each output folder holds its run: config.yaml, metrics.jsonl, run.log",
     "compare": "`tensorboard --logdir` shows several output folders side by side",
 }
-"""Commands that are not there yet, and what does some of it today."""
+"""Commands that do not exist yet, and what to use today."""
 
 _BUG_REPORT = "this is a bug in cogtune; please report it with the lines above"
 
 
 def find_command(name: str) -> Command:
-    """The command called ``name``, from its module."""
+    """Import and return the command ``name``."""
     found: tuple[Command, ...] = importlib.import_module(f"cogtune.cli.{COMMANDS[name]}").COMMANDS
     return next(command for command in found if command.name == name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point: run the command line and return its exit code."""
+    """Entry point: run the command line and return the exit code."""
     prepare_allocator()
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and environment.is_local_rank_flag(given[0]):
-        given.pop(0)  # `deepspeed --module cogtune ...` says it here as well as in the environment, which we read
+        given.pop(0)  # `deepspeed --module cogtune ...` passes it here and in the environment, which is what we read
     return guarded(lambda: dispatch(given))
 
 
 def dispatch(words: list[str]) -> int:
-    """Run the command that ``words`` begin with, or print the help they ask for.
+    """Run the command that ``words`` start with, or print the help they ask for.
 
     Raises:
-        InputError: there is no such command; and whatever the command raises.
+        InputError: no such command; and whatever the command raises.
     """
     from cogtune.cli import help
 
@@ -126,7 +126,7 @@ def dispatch(words: list[str]) -> int:
 
 
 def _unknown(name: str) -> InputError:
-    """The error for a command that does not exist."""
+    """Return the error for an unknown command."""
     if name.startswith("-"):
         return InputError(f"No such flag `{name}` before a command", hint="`cogtune --help` lists both", code="usage")
     if name in _PLANNED:
@@ -140,11 +140,11 @@ def _unknown(name: str) -> InputError:
 
 
 def guarded(call: Callable[[], object]) -> int:
-    """Run ``call`` as a command: its errors as text on stderr, and the exit code they stand for.
+    """Run ``call`` as a command: print its errors to stderr and return the exit code for them.
 
-    An int that ``call`` returns is its exit code; anything else is 0. A process that trained together with others ends
-    here: torch's teardown of a process group can hang or abort after everything is done and saved. So does one of
-    torchrun's ranks that could not meet the others: gloo's threads were seen to keep such a process for ever.
+    The exit code is ``call``'s result if that is an int, else 0. A process of a distributed run exits here directly:
+    tearing down torch's process group can hang or abort after everything was saved. So does a rank under torchrun that
+    could not reach the others: gloo's threads can keep it alive for ever.
     """
     code = _run(call)
     distributed = sys.modules.get("torch.distributed")
@@ -163,7 +163,7 @@ def _run(call: Callable[[], object]) -> int:
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except CogtuneError as error:
-        if error.code == "stopped":  # every rank of a run stops alike; rank 0 says it
+        if error.code == "stopped":  # every rank stops; rank 0 reports it
             is_main = environment.is_main()
             return _complain(error.render(), error.exit_code) if is_main else error.exit_code
         told = _report_to_launcher(error.render(), error.code == "peer-lost")
@@ -171,7 +171,7 @@ def _run(call: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         return _complain("stopped by Ctrl-C", 130)
     except BrokenPipeError:
-        # whoever read our output has gone (`| head`): nothing to tell, and the interpreter must not try to flush
+        # the reader of our output is gone (`| head`), and the interpreter must not try to flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
@@ -185,9 +185,10 @@ def _run(call: Callable[[], object]) -> int:
 
 
 def _report_to_launcher(text: str, consequence: bool = False) -> bool:
-    """Leave ``text`` where torchrun looks for a rank's error, in its format; True: our own launcher will print it.
+    """Write ``text`` where torchrun looks for a rank's error, in its format. True: our own launcher will print it.
 
-    torchrun takes the earliest error for the cause, so a mere ``consequence`` of another rank's end is dated later.
+    torchrun takes the earliest error as the cause, so a mere ``consequence`` of another rank's failure gets a later
+    time.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
@@ -195,7 +196,7 @@ def _report_to_launcher(text: str, consequence: bool = False) -> bool:
     stamp = str(int(time.time()) + (60 if consequence else 0))
     content = {"message": {"message": text, "extraInfo": {"py_callstack": "", "timestamp": stamp}}}
     try:
-        files.write_json(Path(path), content)  # a rank may be killed here, and torchrun cannot read half a file
+        files.write_json(Path(path), content)  # the rank can be killed here, and torchrun cannot read half a file
     except OSError:
         return False
     return "COGTUNE_LAUNCHED" in os.environ

@@ -1,4 +1,4 @@
-"""``cogtune merge``: an adapter into a full model."""
+"""``cogtune merge``: merge an adapter into a full model."""
 
 from __future__ import annotations
 

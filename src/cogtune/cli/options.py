@@ -1,6 +1,6 @@
-"""A command line, word by word: places, a command's own flags, and configuration keys ``--section.key value``.
+"""Parses a command line: positional words, a command's own flags, and configuration keys ``--section.key value``.
 
-It is split here, by hand, because the keys come from the fields of `RunConfig` and `AnswerConfig`.
+The parser is our own because the keys come from the fields of `RunConfig` and `AnswerConfig`.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
     from cogtune.configuration.values import Section
 
 KeysOf = Literal["run", "answer", "none"]
-"""Whose configuration keys a command takes as flags: those of `RunConfig`, of `AnswerConfig`, or none."""
+"""The configuration whose keys a command accepts as flags: `RunConfig`, `AnswerConfig`, or none."""
 
 _BOOLEANS = frozenset({"true", "false", "yes", "no", "on", "off"})
 
 
 @dataclass
 class Arguments:
-    """What stood on the command line.
+    """A parsed command line.
 
     Attributes:
-        words: all of it.
-        places: the words that are no flag and no flag's value, in order.
+        words: the whole command line.
+        places: positional words, in order.
         overrides: configuration key or short flag -> its texts.
         switches: the command's own flags without a value.
-        values: its own flags with one -> their texts.
+        values: its own flags with a value -> their texts.
     """
 
     words: tuple[str, ...] = ()
@@ -42,12 +42,12 @@ class Arguments:
 
     @property
     def config(self) -> str | None:
-        """The configuration file, where a command takes one."""
+        """The configuration file, if the command takes one."""
         return self.places[0] if self.places else None
 
 
 def root_of(keys: KeysOf) -> type[Section] | None:
-    """The configuration whose keys are meant."""
+    """Return the configuration class that has the keys."""
     if keys == "none":
         return None
     from cogtune.configuration.answer_config import AnswerConfig
@@ -64,15 +64,15 @@ def split_arguments(
     places: int = 1,
     keys: KeysOf = "run",
 ) -> Arguments:
-    """Sort the words of a command line. A key of type true/false needs no value.
+    """Parse the words of a command line. A true/false key needs no value.
 
     Args:
         switches: the command's own flags without a value.
-        values: its own flags with one.
-        places: the most words that are neither flags nor values; ``--config FILE`` is the first of them too.
+        values: its own flags with a value.
+        places: the most positional words; ``--config FILE`` also counts as the first of them.
 
     Raises:
-        ConfigError: an unknown flag, a flag without its value, or a word too many.
+        ConfigError: an unknown flag, a flag without its value, or too many words.
     """
     splitter = _Splitter(keys, [*switches, *values, *(["config"] if places and keys != "none" else [])])
     found = Arguments(tuple(arguments))
@@ -101,7 +101,7 @@ def split_arguments(
 
 
 class _Splitter:
-    """Knows which flags are keys; imports the configuration only where a command takes keys."""
+    """Knows which flags are keys; imports the configuration only if the command accepts keys."""
 
     def __init__(self, keys: KeysOf, own: list[str]) -> None:
         self.own = own
@@ -114,10 +114,10 @@ class _Splitter:
             self.known, self.short = dict(known_keys(self.root)), dict(aliases(self.root))
 
     def kinds(self, flag: str) -> frozenset[str]:
-        """The kinds of value that the key behind ``flag`` takes.
+        """Return the kinds of value that the key of ``flag`` accepts.
 
         Raises:
-            ConfigError: it is no key, with the nearest flag that exists.
+            ConfigError: not a key; the message names the nearest flag.
         """
         name = flag.removeprefix("--")
         key = self.short.get(name, name)
@@ -143,8 +143,10 @@ def _take_place(found: Arguments, word: str, most: int) -> None:
 
 
 def _stands_alone(kinds: frozenset[str], rest: Sequence[str]) -> bool:
-    """Whether a flag that may be true or false has no value behind it. Where it may be a text as well, any word that
-    is no flag is its value."""
+    """Return whether a true/false flag has no value after it.
+
+    If it also accepts text, any following word that is not a flag is its value.
+    """
     if not rest or rest[0].startswith("--"):
         return True
     return kinds == {"bool"} and rest[0].lower() not in _BOOLEANS

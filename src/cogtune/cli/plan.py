@@ -1,4 +1,4 @@
-"""``cogtune plan``: memory, time and disk of a run, before anything is loaded."""
+"""``cogtune plan``: predict memory, time and disk of a run before anything is loaded."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _plan(flags: _Flags, line: Arguments) -> None:
 
 
 def _configuration(path: str | None, overrides: Mapping[str, Any]) -> tuple[RunConfig, dict[str, str]]:
-    """The configuration, and the required keys that were missing and filled in for planning."""
+    """Return the configuration, and the required keys that were filled in for planning."""
     from cogtune.configuration.load import load_config_with
     from cogtune.configuration.run_config import PUBLISHED_MODEL
 
@@ -87,7 +87,7 @@ def _base_of(adapter: Path) -> str | None:
 
 
 def _per_hour(text: str) -> float:
-    """A price, which may be written as ``2.5/h``."""
+    """Parse a price, which can be written as ``2.5/h``."""
     try:
         value = float(text.split("/", 1)[0])
     except ValueError:

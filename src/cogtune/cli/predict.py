@@ -72,14 +72,14 @@ def _predict(flags: _Flags, line: Arguments) -> None:
 
 
 def _settings(resolved: Resolved, decoding: Decoding, options: PredictOptions, report: DataReport) -> AnswerSettings:
-    """What decides the answers, under the names of the flags."""
+    """Return what decides the answers, under the names of the flags."""
     from cogtune.checkpoint.fingerprint import adapter_fingerprint, model_fingerprint
     from cogtune.generate.predictions_file import AnswerSettings
 
     config = resolved.config
     sampled: dict[str, int] = {"seed": options.seed} if decoding.sample else {}
     if decoding.sample and (resolved.tensor > 1 or resolved.others):
-        sampled["batch-size"] = options.batch_size  # a split model draws for a batch, not for a row
+        sampled["batch-size"] = options.batch_size  # a model that is spread over devices samples per batch, not per row
     decides = {
         "model": model_fingerprint(resolved.model),
         "adapter": None if resolved.adapter is None else adapter_fingerprint(resolved.adapter),

@@ -1,4 +1,4 @@
-"""How commands show on standard error how far they are."""
+"""Progress of commands on standard error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on standard error, one line per kind of work."""
+    """A progress bar on standard error, with one line per kind of work."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -33,7 +33,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 
 class ProgressLine:
-    """A line on stderr: rewritten in a terminal, one every half minute elsewhere."""
+    """A line on stderr: rewritten in place on a terminal, else one line every half minute."""
 
     def __init__(self, unit: str) -> None:
         self._unit = unit
@@ -42,7 +42,7 @@ class ProgressLine:
         self._terminal = sys.stderr.isatty()
 
     def __call__(self, done: int, total: int) -> None:
-        """``done`` of ``total`` are finished, with what was finished before this start."""
+        """Show that ``done`` of ``total`` are finished, including what an earlier start finished."""
         now = time.monotonic()
         if self._first is None:
             self._first = done

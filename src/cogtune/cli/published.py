@@ -1,7 +1,7 @@
-"""The published demo's training command, ``peft_lora.py``: its flags and defaults, as a configuration of this package.
+"""The published fine-tuning command, ``peft_lora.py``: its flags and defaults, as a cogtune configuration.
 
-What differs on purpose: the learning rate's default; budgets that mean what they say; every answer of a conversation is
-trained; the split is the same on every rank and in every run; runs continue where they stopped.
+Differences on purpose: the learning rate's default; budgets are exact; every answer of a conversation is trained; the
+split is the same on every rank and in every run; interrupted runs resume.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _validation_share(text: str) -> float:
 
 @dataclass(frozen=True)
 class _Flag:
-    """A flag of the original script: its default there, the key it sets, and how its text becomes the key's value."""
+    """A flag of the original script: its default there, its key here, and how to convert its text."""
 
     default: str
     key: str | None
@@ -106,25 +106,25 @@ FLAGS: dict[str, _Flag] = {
     "local_rank": _Flag("-1", None, "Set by the launcher."),
 }
 _SAME_AS_PUBLISHED = {"train.schedule": "linear", "train.weight_decay": 0.01}
-"""What the original script does without a flag: a linear schedule, and torch's default decay in AdamW."""
+"""The original script's fixed settings: a linear schedule, and torch's default weight decay in AdamW."""
 
 
 def train_published(arguments: Sequence[str]) -> None:
-    """Train as ``peft_lora.py`` with these arguments does; raises ConfigError for what is wrong with them."""
+    """Train with ``peft_lora.py``'s arguments. Raises ConfigError for wrong ones."""
     config, notes = configure(arguments, launched=environment.is_launched(), world_size=environment.world_size())
     if environment.is_main():
         for note in notes:
             print(note, file=sys.stderr)
 
-    from cogtune.train.run import train  # after the checks: it imports torch
+    from cogtune.train.run import train  # after the checks, because it imports torch
 
     train(config)
 
 
 def configure(arguments: Sequence[str], *, launched: bool = False, world_size: int = 1) -> tuple[RunConfig, list[str]]:
-    """The configuration these arguments stand for, and what to tell the user about it.
+    """Return the configuration for these arguments, and notes for the user.
 
-    ``launched``: whether a launcher started this process; without one the run uses one device and no ZeRO.
+    ``launched``: a launcher started this process; if not, the run uses one device and no ZeRO.
     """
     typed = _typed(arguments)
     _take_local_rank(typed.get("local_rank", [FLAGS["local_rank"].default])[0])
@@ -143,7 +143,7 @@ def configure(arguments: Sequence[str], *, launched: bool = False, world_size: i
     explicit = {flag.key: f"--{name}" for name, flag in FLAGS.items() if name in typed and flag.key is not None}
     config = from_entries(entries, RunConfig)
     config, warnings = apply_deepspeed(config, explicit=explicit.keys(), world_size=world_size, names=explicit)
-    if not launched:  # elsewhere train() reads the file again and says it
+    if not launched:  # otherwise train() reads the file again and prints the warnings
         notes += [f"warning: {warning}" for warning in warnings]
         config = with_values(config, {"parallel.engine": "single", "parallel.deepspeed": None})
         notes.append("note: not started by a launcher: one device, no ZeRO; `deepspeed peft_lora.py ...` uses all GPUs")
@@ -151,7 +151,7 @@ def configure(arguments: Sequence[str], *, launched: bool = False, world_size: i
 
 
 def _take_local_rank(text: str) -> None:
-    """Launchers that pass the rank as a flag may leave it out of the environment, where the engines look for it."""
+    """Copy a rank that a launcher passes as a flag to the environment, where the engines look for it."""
     try:
         rank = int(text)
     except ValueError:
@@ -168,7 +168,7 @@ def _value(name: str, flag: _Flag, texts: list[str]) -> Any:
 
 
 def _labels(folder: Path) -> str:
-    """The original reads labels_en and nothing else; a folder without it is read by what there is."""
+    """Return the label folder: labels_en, the only one the original reads, or whatever the data folder has."""
     return "labels_en" if (folder / "labels_en").is_dir() else "auto"
 
 
@@ -181,7 +181,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _typed(arguments: Sequence[str]) -> Mapping[str, list[str]]:
-    """The flags that were given, each with its texts."""
+    """Return the flags that were given, with their texts."""
     parser = _Parser(
         prog="peft_lora.py",
         description="Fine-tune CogVLM2 with LoRA: the published demo's command. `cogtune train` can do more.",

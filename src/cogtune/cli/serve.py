@@ -101,7 +101,7 @@ def _options(
 
 
 def _keys(flags: _Flags) -> tuple[str, ...]:
-    """Keys from the file and the environment: never from a flag, which every user of the machine can read."""
+    """Read API keys from file and environment, never from a flag, which every user of the machine can see."""
     text = os.environ.get(KEY_VARIABLE, "")
     if flags.api_key_file is not None:
         try:
@@ -114,7 +114,7 @@ def _keys(flags: _Flags) -> tuple[str, ...]:
 
 
 def _check(config: AnswerConfig, flags: _Flags, keys: tuple[str, ...]) -> None:
-    """What is wrong, before minutes of loading."""
+    """Check the settings before loading, which takes minutes."""
     missing = [name for name in ("fastapi", "uvicorn", "openai", "prometheus_client") if not _is_there(name)]
     if missing:
         raise SetupError(

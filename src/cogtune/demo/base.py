@@ -1,4 +1,4 @@
-"""Where the files lie that the package ships for the demo."""
+"""Paths of the files that the package ships for the demo."""
 
 from __future__ import annotations
 

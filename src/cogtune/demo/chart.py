@@ -1,4 +1,4 @@
-"""Line charts as SVG: in the demo's page, whose style sheet decides their looks, or files of their own."""
+"""Line charts as SVG, for the demo's page (styled by its CSS) or as separate files."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Line:
-    """A named line; ``style`` is its CSS class, which goes before the rest. With ``dots`` its points are marked.
+    """A named line. ``style``: its CSS class, drawn before the others. ``dots``: mark its points.
 
-    ``right``: its values are on an axis of their own, at the right.
+    ``right``: its values have an axis of their own on the right.
     """
 
     name: str
@@ -32,8 +32,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Frame:
-    """Pixels of the drawing and around its lines, and the words on it: what it is (for readers without eyes), above it,
-    and below the horizontal axis."""
+    """Size and margins in pixels, and the texts: a description (for screen readers), the title, and the x
+    axis's label.
+    """
 
     label: str
     width: int = 720
@@ -54,21 +55,21 @@ class _Axis:
     log: bool
 
     def share(self, value: float) -> float:
-        """How far up ``value`` is, 0 to 1; on a logarithmic axis what is below its end is at its end."""
+        """Return the height of ``value``, 0 to 1. On a logarithmic axis, values below the end are drawn at the end."""
         if not self.log:
             return (value - self.low) / (self.high - self.low)
         return math.log(max(value, self.low) / self.low) / math.log(self.high / self.low)
 
 
 def loss_chart(lines: Sequence[Line]) -> str:
-    """Loss over steps on a logarithmic axis with a legend below it, for a page; lines without points are left out."""
+    """Draw the loss over steps on a logarithmic axis with a legend; lines without points are left out."""
     drawn = [line for line in lines if line.points]
     legend = "".join(f'<span><i class="{line.style}"></i>{escape(line.name)}</span>' for line in drawn)
     return f'{line_chart(drawn, Frame("Loss over optimiser steps"), log=True)}<p class="legend">{legend}</p>'
 
 
 def line_chart(lines: Sequence[Line], frame: Frame, *, log: bool = False, named: bool = False) -> str:
-    """The lines over a horizontal axis from 0; ``named``: with their names at the right."""
+    """Draw lines over an x axis from 0; ``named``: with their names on the right."""
     last = max(x for line in lines for x, _ in line.points)
     axes = {side: _axis([y for line in lines if line.right == side for _, y in line.points], log)
             for side in {line.right for line in lines}}  # fmt: skip
@@ -129,7 +130,7 @@ def _axis(values: Sequence[float], log: bool) -> _Axis:
 
 
 def _ticks(most: float) -> list[float]:
-    """Round numbers from 0 up to the first at or above ``most``."""
+    """Return round numbers from 0 to the first that is at least ``most``."""
     rough = max(most / 5, 1e-9)
     unit = 10.0 ** math.floor(math.log10(rough))
     stride = next(factor * unit for factor in (1, 2, 2.5, 5, 10) if factor * unit >= rough)

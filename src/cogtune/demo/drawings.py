@@ -1,10 +1,10 @@
-"""What the demo's tiny base is pretrained on: one drawn form per picture and its description.
+"""The pretraining data of the demo's tiny base: pictures of one shape, with descriptions and questions.
 
-The task differs from the demo's own (easy-VQA) on purpose. Here the model describes ("a small red triangle in the top
-left"), says where a form is and how large, and judges statements about size and place ("Was it not drawn large?"). It
-is never asked for a colour or a shape, nor whether there is one. So the base has useful sight and words, and still
-cannot answer the demo's questions. The style is different too: jittered colours, tilted and outlined forms, plain,
-shaded or speckled backgrounds of any brightness.
+The task differs from the demo's own (easy-VQA) on purpose. Here the model describes pictures ("a small red triangle in
+the top left"), says where a shape is and how large, and judges statements about size and place ("Was it not drawn
+large?"). It is never asked for a colour or a shape, nor whether there is one. So the base has learned to see and to use
+words, but cannot answer the demo's questions. The style differs too: varied colours, rotated and outlined shapes,
+plain, shaded or speckled backgrounds of any brightness.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-SIDE = 64  # pixels
-_SCALE = 4  # drawn larger and reduced, for smooth edges
+SIDE = 64  # side in pixels
+_SCALE = 4  # drawn larger and scaled down, for smooth edges
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (225, 30, 30),
@@ -45,12 +45,12 @@ WHERE = ("Where was it drawn?", "Say its place.")
 HOW_LARGE = ("How large was it drawn?", "Say its size.")
 CLAIM = "Was it {negation}drawn {what}?"
 NEGATED = 0.25  # share of statements with a "not"
-_CONTRAST = 110.0  # least distance in RGB between a form and what lies behind it
+_CONTRAST = 110.0  # minimum RGB distance between a shape and its background
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture of one form and the words for it."""
+    """A picture of one shape, and its words."""
 
     image: Image.Image
     colour: str
@@ -60,11 +60,11 @@ class Drawing:
 
     @property
     def description(self) -> str:
-        """The sentence the base learns to write."""
+        """Return the sentence that the base learns to write."""
         return f"a {self.size} {self.colour} {self.form} in the {self.place}"
 
     def conversations(self, rng: random.Random) -> list[tuple[str, str]]:
-        """Some questions and answers about this picture, each in one of its wordings; the description always."""
+        """Return some questions and answers about this picture in random wordings, and always the description."""
         asked = [(rng.choice(DESCRIBE), self.description)]
         asked.append(self._claim(self.size, list(SIZES), "{}", rng))
         asked.append(self._claim(self.place, [place for row in PLACES for place in row], "in the {}", rng))
@@ -75,7 +75,7 @@ class Drawing:
         return asked
 
     def _claim(self, truth: str, choices: list[str], wording: str, rng: random.Random) -> tuple[str, str]:
-        """A statement to be judged, about a size or a place: half of them true, some negated."""
+        """Return a statement about a size or a place to be judged: half are true, some are negated."""
         true, negated = rng.random() < 0.5, rng.random() < NEGATED
         said = truth if true else rng.choice([choice for choice in choices if choice != truth])
         question = CLAIM.format(negation="not " if negated else "", what=wording.format(said))
@@ -83,7 +83,7 @@ class Drawing:
 
 
 def draw(rng: random.Random) -> Drawing:
-    """One random drawing; everything about it comes from ``rng``."""
+    """Return a random drawing, determined by ``rng``."""
     colour, form, size = rng.choice(list(COLOURS)), rng.choice(FORMS), rng.choice(list(SIZES))
     radius = rng.uniform(*SIZES[size])
     paint = _jitter(COLOURS[colour], 16, rng)
@@ -97,7 +97,7 @@ def draw(rng: random.Random) -> Drawing:
 
 
 def _centre(rng: random.Random, third: int, radius: float) -> float:
-    """A coordinate inside one third of the side that keeps the form in the picture."""
+    """Return a coordinate in one third of the side that keeps the shape inside the picture."""
     low, high = third * SIDE / 3, (third + 1) * SIDE / 3
     return min(max(rng.uniform(low + 2, high - 2), radius + 1), SIDE - radius - 1)
 
@@ -108,7 +108,7 @@ def _jitter(colour: Sequence[int], amount: int, rng: random.Random) -> tuple[int
 
 
 def _background(paint: tuple[int, int, int], rng: random.Random) -> Image.Image:
-    """Plain, shaded from top to bottom, or speckled; far enough from the form's colour to see it."""
+    """Fill the background: plain, shaded from top to bottom, or speckled, with enough contrast to the shape."""
     while True:
         bright = rng.random() < 0.75
         low, high = (185, 255) if bright else (0, 255)
@@ -130,7 +130,7 @@ def _background(paint: tuple[int, int, int], rng: random.Random) -> Image.Image:
 
 
 def _outline(paint: tuple[int, int, int], rng: random.Random) -> tuple[int, int, int]:
-    """Three forms in four have no outline of their own; the rest a darker or lighter one."""
+    """Return the outline's colour: three shapes in four have none; the others a darker or lighter one."""
     if rng.random() < 0.75:
         return paint
     shade = rng.choice((-50, 50))
@@ -166,7 +166,7 @@ def _turned(x: float, y: float, angle: float) -> tuple[float, float]:
 
 
 def _corners(form: str, rng: random.Random) -> list[tuple[float, float]]:
-    """Corners within the unit circle, y downwards."""
+    """Return the corners within the unit circle, y downwards."""
     if form == "square":
         return _box(0.8, 0.8)
     if form == "rectangle":

@@ -1,4 +1,4 @@
-"""easy-VQA as a data folder in the published layout: 5,000 pictures of one shape each, about ten questions a picture.
+"""easy-VQA as a data folder in the published layout: 5,000 pictures of one shape, about ten questions each.
 
 The data set is the PyPI package ``easy-vqa`` (MIT licence). Only its files are used, found through the installation's
 records: the package is not imported, because it also installs a top-level package called ``test``.
@@ -23,7 +23,7 @@ SPLITS = ("train", "test")
 
 @dataclass(frozen=True)
 class VqaPicture:
-    """One picture with its questions and answers; ``name`` is its file's stem in the data folder."""
+    """A picture with its questions and answers; ``name`` is its file's stem in the data folder."""
 
     name: str
     file: Path
@@ -31,10 +31,10 @@ class VqaPicture:
 
 
 def find_easy_vqa() -> Path:
-    """The folder with ``train/`` and ``test/`` inside the installed package.
+    """Return the folder with ``train/`` and ``test/`` in the installed package.
 
     Raises:
-        SetupError: the package is not installed, or not whole.
+        SetupError: the package is not installed or incomplete.
     """
     install = f"{sys.executable} -m pip install {PACKAGE}"
     try:
@@ -58,7 +58,7 @@ def find_easy_vqa() -> Path:
 
 
 def read_split(folder: Path, split: str, limit: int | None = None) -> list[VqaPicture]:
-    """The pictures of ``train`` or ``test`` in the order of their numbers; ``limit``: only so many."""
+    """Return the first ``limit`` (or all) pictures of ``train`` or ``test`` in the order of their numbers."""
     questions: dict[int, list[tuple[str, str]]] = {}
     for question, answer, number in json.loads((folder / split / "questions.json").read_text(encoding="utf-8")):
         questions.setdefault(int(number), []).append((question, answer))
@@ -69,9 +69,9 @@ def read_split(folder: Path, split: str, limit: int | None = None) -> list[VqaPi
 
 
 def write_folder(pictures: Sequence[VqaPicture], target: Path) -> None:
-    """Write ``target/images`` and ``target/labels``: a label file is a list of records, one conversation a question.
+    """Write ``target/images`` and ``target/labels``. A label file is a list of records, one conversation per question.
 
-    The folder gets its name when it is complete; one that is already there is kept.
+    The folder is renamed to ``target`` when it is complete; an existing one is kept.
     """
     if target.is_dir():
         return

@@ -1,4 +1,4 @@
-"""The pictures and questions that the demo shows: chosen by position, never by how well they were answered."""
+"""Pictures and questions that the demo shows, chosen by position, not by how well they were answered."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from cogtune.generate.generator import Generator
 from cogtune.processing.image import read_image
 
 PICTURES = 12
-_LONGEST_SHOWN = 24  # tokens: enough for the base's descriptions
+_LONGEST_SHOWN = 24  # tokens, enough for the base's descriptions
 
 
 @dataclass
 class ShownPicture:
-    """A picture, one question of each kind it has with the right answer, and what each model said to them."""
+    """A picture with one question of each kind, the right answers, and each model's answers."""
 
     picture: VqaPicture
     image: Image.Image
@@ -28,7 +28,7 @@ class ShownPicture:
 
 
 def choose(pictures: Sequence[VqaPicture], count: int = PICTURES) -> list[ShownPicture]:
-    """Pictures at even distances through the test set."""
+    """Return evenly spaced pictures of the test set."""
     count = min(count, len(pictures))
     chosen = [pictures[number * len(pictures) // count] for number in range(count)]
     return [ShownPicture(picture, read_image(picture.file), _one_of_each_kind(picture)) for picture in chosen]
@@ -42,7 +42,7 @@ def _one_of_each_kind(picture: VqaPicture) -> list[tuple[str, str]]:
 
 
 def fill(examples: Sequence[ShownPicture], name: str, generator: Generator) -> None:
-    """Add the answers of a model, under ``name``."""
+    """Add a model's answers under ``name``."""
     asks = [(example.image, question, ()) for example in examples for question, _ in example.questions]
     answers = iter(generator.answer_batch(asks, Decoding(max_new_tokens=_LONGEST_SHOWN)))
     for example in examples:

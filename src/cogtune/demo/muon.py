@@ -1,7 +1,7 @@
-"""Muon, for the pretraining of the demo's base: momentum whose matrices are made orthogonal before they are applied.
+"""Muon, the optimiser for pretraining the demo's base: momentum with orthogonalised update matrices.
 
-It needs about half of AdamW's steps here, measured at equal sizes, and the base has to be made on a laptop. torch's own
-Muon orthogonalises in bfloat16, which most CPUs compute slowly; this one uses the parameters' format.
+It needs about half of AdamW's steps here (measured at equal sizes), and the base must be trainable on a laptop. torch's
+own Muon orthogonalises in bfloat16, which is slow on most CPUs; this one uses the parameters' dtype.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _ROUNDS = 5
-_LIKE_ADAM = 0.2  # scales an update to the size an AdamW step has, so that learning rates compare
+_LIKE_ADAM = 0.2  # scales an update to the size of an AdamW step, so that learning rates are comparable
 
 
 class Muon(torch.optim.Optimizer):
-    """For 2D weights of hidden layers; embeddings, head, norms and biases go to AdamW.
+    """For 2D weights of hidden layers; use AdamW for embeddings, head, norms and biases.
 
     Args:
         weight_decay: decoupled, as in AdamW.
@@ -29,7 +29,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -44,7 +44,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """The matrix with its singular values brought close to 1, by Newton-Schulz rounds."""
+    """Return the matrix with its singular values brought close to 1 by Newton-Schulz iterations."""
     wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = wide / (wide.norm() + 1e-7)
     a, b, c = _NEWTON_SCHULZ

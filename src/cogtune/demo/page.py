@@ -1,4 +1,4 @@
-"""The demo's page: one HTML file with everything inline, readable without a network."""
+"""The demo's page: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from cogtune.demo.score import KINDS
 from cogtune.system import files
 
 _ROWS = {"base": "tiny base, untuned", "blind": "tuned, every picture blanked", "tuned": "tuned"}
-_ORDER = {"base": 1, "blind": 2, "tuned": 3}  # what needs no picture comes first
+_ORDER = {"base": 1, "blind": 2, "tuned": 3}  # baselines that need no picture come first
 
 
 def write(
     file: Path, record: dict[str, Any], examples: Sequence[ShownPicture], metrics: Sequence[dict[str, Any]]
 ) -> None:
-    """Write the page from the demo's record, its examples and the run's metrics."""
+    """Write the page for the demo's record, its examples and the run's metrics."""
     files.write_text(file, render(record, examples, metrics))
 
 
 def render(record: dict[str, Any], examples: Sequence[ShownPicture], metrics: Sequence[dict[str, Any]]) -> str:
-    """The page's text."""
+    """Return the page's HTML."""
     scores, data = record["scores"], record["data"]
     body = [
         "<h1>cogtune demo</h1>",

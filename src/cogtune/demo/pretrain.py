@@ -1,9 +1,8 @@
-"""Make the tiny base that the package ships: ``python -m cogtune.demo.pretrain``.
+"""Train the tiny base that the package ships: ``python -m cogtune.demo.pretrain``.
 
-A small CogVLM2 with random weights learns to describe drawings (``demo.drawings``) and to repeat words, all of it:
-tower, adapter, both experts, embeddings, head. Same model class, encoder, tree rows and collator as fine-tuning; only
-the loop is its own, because here every parameter trains. The result is written in the published layout, then loaded
-from there and asked to describe drawings it has not seen.
+A small CogVLM2 with random weights learns to describe drawings (``demo.drawings``) and to repeat words. Every parameter
+trains: tower, adapter, both experts, embeddings, head. Model class, encoder, tree rows and collator are those of
+fine-tuning; the loop is separate. The result is saved in the published layout, loaded again and tested on new drawings.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ STEPS, BATCH, TEXT_ROWS = 1250, 64, 4
 LR, MUON_LR = 3e-3, 2e-3
 WARM_UP, WEIGHT_DECAY, CLIP = 100, 0.05, 1.0
 SEED, TEST_SEED, TEST_DRAWINGS = 1, 1_000_003, 1000
-SHARD_SHARE = 0.6  # of all bytes: two shards
+SHARD_SHARE = 0.6  # bytes per shard, which gives two shards
 
 
 def config() -> CogVLM2Config:
@@ -75,7 +74,7 @@ def config() -> CogVLM2Config:
 
 @torch.no_grad()
 def initialise(model: CogVLM2ForCausalLM) -> None:
-    """Random weights of a scale at which so small a model learns fast."""
+    """Initialise random weights with a scale at which so small a model learns fast."""
     into_residual = (2 * model.config.num_hidden_layers) ** -0.5
     for name, parameter in model.named_parameters():
         if "embed_tokens" in name:
@@ -98,7 +97,7 @@ class DrawnRows:
         self.words = words.words()
 
     def batch(self, rng: random.Random) -> dict[str, Any]:
-        """Arguments for the model."""
+        """Return the model's arguments."""
         rows = [self._drawing(draw(rng), rng) for _ in range(BATCH)] + [self._text(rng) for _ in range(TEXT_ROWS)]
         batch = collate(rows)
         del batch["record_ids"], batch["num_labels"]
@@ -115,7 +114,7 @@ class DrawnRows:
 
 
 class Stream(IterableDataset[dict[str, Any]]):
-    """The batches of a run, one after the other, made in a process of their own while the last one trains."""
+    """The batches of a run in order; another process prepares the next one during training."""
 
     def __init__(self, rows: DrawnRows) -> None:
         self.rows = rows
@@ -127,7 +126,7 @@ class Stream(IterableDataset[dict[str, Any]]):
 
 
 def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of hidden layers, AdamW for everything else."""
+    """Return Muon for the matrices of hidden layers, and AdamW for all other parameters."""
     hidden: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
@@ -139,7 +138,7 @@ def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
 
 
 def train(model: CogVLM2ForCausalLM, rows: DrawnRows, steps: int) -> Iterator[tuple[int, float]]:
-    """Train every parameter; yields step and loss. Warm-up, then a cosine to zero."""
+    """Train every parameter, yielding step and loss. Warm-up, then cosine decay to zero."""
     batches = iter(DataLoader(Stream(rows), batch_size=None, num_workers=1, prefetch_factor=4))
     steppers = optimizers(model)
     model.train()
@@ -159,18 +158,20 @@ def train(model: CogVLM2ForCausalLM, rows: DrawnRows, steps: int) -> Iterator[tu
 
 
 def save(model: CogVLM2ForCausalLM, folder: Path) -> None:
-    """Write the published layout: bfloat16 shards with an index, configuration and tokenizer files."""
+    """Save in the published layout: bfloat16 shards with an index, configuration and tokenizer files."""
     model.to("cpu", torch.bfloat16)
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     model.save_pretrained(folder, max_shard_size=math.ceil(size * SHARD_SHARE))
     for shard in folder.glob("*.safetensors"):
-        shard.chmod(0o644)  # written as private files; a package's files are for all
+        shard.chmod(0o644)  # saved with private permissions; a package's files are for everybody
     write_published_config(folder, model.config)
     words.write(folder)
 
 
 def describe_new(folder: Path, count: int) -> dict[str, float]:
-    """Share of new drawings whose colour, form, size, place, and whole description the saved base gets right."""
+    """Return the share of new drawings whose colour, shape, size, place, and whole description the saved base gets
+    right.
+    """
     generator = Generator(load_model(folder), CogVLM2Processor.from_pretrained(folder))
     rng = random.Random(TEST_SEED)
     drawings = [draw(rng) for _ in range(count)]
@@ -188,7 +189,7 @@ def describe_new(folder: Path, count: int) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train, save, measure, and write the numbers down."""
+    """Train, save, measure, and write the results."""
     parser = argparse.ArgumentParser(prog="python -m cogtune.demo.pretrain", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--output", type=Path, default=BASE, help="folder for the base (default: the package's own)")
     parser.add_argument("--results", type=Path, help="JSON file for what was measured")

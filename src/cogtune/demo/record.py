@@ -1,4 +1,4 @@
-"""What every committed result says about where it came from."""
+"""Records where a committed result came from."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "num
 
 
 def use_all_cores() -> None:
-    """As many threads as cores, unless OMP_NUM_THREADS says otherwise (torch alone takes half on many laptops)."""
+    """Use as many threads as cores, unless OMP_NUM_THREADS is set (torch alone uses half on many laptops)."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(cores())
 
 
 def provenance(command: str) -> dict[str, Any]:
-    """Command, commit, date, machine and library versions."""
+    """Return command, commit, date, machine and library versions."""
     found = dict.fromkeys(_LIBRARIES, "not installed") | versions(_LIBRARIES)
     return {
         "command": command,
@@ -43,19 +43,19 @@ def provenance(command: str) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Readable JSON, in one piece."""
+    """Write readable JSON atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(path, content, indent=2)
 
 
 class Clock:
-    """Wall and processor seconds (all threads) since it was made."""
+    """Measures wall time and CPU time (all threads) since its creation."""
 
     def __init__(self) -> None:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
     def read(self) -> dict[str, float]:
-        """``seconds`` and ``cpu_seconds``, rounded to hundredths."""
+        """Return ``seconds`` and ``cpu_seconds``, rounded to hundredths."""
         wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
         return {"seconds": round(wall, 2), "cpu_seconds": round(cpu, 2)}
 

@@ -1,4 +1,7 @@
-"""The demo: the whole main job on the tiny base, with no network and no GPU; each phase is a line of ``run``."""
+"""The demo: train, evaluate, merge and chat with the tiny base, without network or GPU.
+
+Each phase is a line of ``run``.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +31,13 @@ from cogtune.system.locks import FOLDER_LOCK, lock_folder
 from cogtune.train.log import read_metrics
 from cogtune.train.run import train
 
-MARKER = ".cogtune-demo"  # says that the folder is a demo's, so that running again may go on in it
+MARKER = ".cogtune-demo"  # marks a demo's folder, in which a rerun may continue
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Folders:
-    """Where the demo writes."""
+    """Folders that the demo writes."""
 
     output: Path
 
@@ -65,7 +68,7 @@ class Folders:
 
 @dataclass
 class DemoResults:
-    """What the demo finds out, as it goes."""
+    """Results that the demo collects."""
 
     train: list[VqaPicture]
     test: list[VqaPicture]
@@ -76,7 +79,7 @@ class DemoResults:
 
     @contextmanager
     def phase(self, name: str, say: Say) -> Iterator[None]:
-        """Say what begins and note how long it took."""
+        """Announce a phase and record its duration."""
         say(f"\n== {name}")
         clock = Clock()
         yield
@@ -92,7 +95,7 @@ def run(
     changes: Mapping[str, Any] | None = None,
     say: Say = print,
 ) -> dict[str, Any]:
-    """Do everything, write it to ``output``, and return the content of its ``demo.json``.
+    """Run all phases, write the results to ``output``, and return the content of its ``demo.json``.
 
     Args:
         started: ``time.perf_counter()`` when the command began, for the total time.
@@ -151,7 +154,7 @@ def _run(
 
 
 def settings(folders: Folders, changes: Mapping[str, Any] | None = None) -> RunConfig:
-    """The demo's configuration: the shipped settings with the paths of this run."""
+    """Return the demo's configuration: the shipped settings with this run's paths."""
     given = yaml.safe_load(SETTINGS.read_text(encoding="utf-8"))
     given["model"] = {"path": str(BASE)}
     given["data"]["path"] = [str(folders.train_data)]
@@ -160,7 +163,7 @@ def settings(folders: Folders, changes: Mapping[str, Any] | None = None) -> RunC
 
 
 def _claim(output: Path) -> bool:
-    """Take the folder; True if it is an earlier demo's, in which this one goes on."""
+    """Take the folder; True if it is an earlier demo's, which is continued."""
     if (output / MARKER).is_file():
         return True
     if any(path.name != FOLDER_LOCK for path in output.iterdir()):
@@ -199,7 +202,7 @@ def _said(found: Score, what: str, say: Say) -> Score:
 
 
 def _ask_merged(folders: Folders, results: DemoResults, say: Say) -> list[dict[str, str]]:
-    """Talk to the merged folder as ``cogtune chat`` does, about the first three pictures of the page."""
+    """Ask the merged model, as ``cogtune chat`` would, about the first three pictures of the page."""
     generator = load_generator(folders.merged)
     asked = []
     for number, example in enumerate(results.examples[:3]):
@@ -215,7 +218,7 @@ def _ask_merged(folders: Folders, results: DemoResults, say: Say) -> list[dict[s
 def _numbers(results: DemoResults, config: RunConfig, answers: list[dict[str, str]]) -> dict[str, Any]:
     losses = [line for line in results.metrics if line["kind"] == "train"]
     used = config.model_dump(mode="json")
-    del used["data"]["path"], used["train"]["output"]  # in the demo's own folder, wherever that was
+    del used["data"]["path"], used["train"]["output"]  # relative to the demo's own folder
     return {
         "data": {
             "train": {"pictures": len(results.train), "questions": _questions(results.train)},

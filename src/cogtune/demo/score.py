@@ -1,7 +1,7 @@
-"""Measuring a model on the demo's test questions: exact answers, counted by kind of question.
+"""Scores a model on the demo's test questions: exact answers, counted by kind of question.
 
-Answers come from the ordinary generation engine, in large batches. As a word more makes an answer wrong, no more tokens
-are generated than the longest right answer has, with its end.
+Answers come from the ordinary generation engine in large batches. An extra word makes an answer wrong, so no more
+tokens are generated than the longest right answer has, end token included.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ KINDS = ("yes or no", "shape", "colour")
 
 @dataclass(frozen=True)
 class Score:
-    """The answers of one measurement in the order of the questions, and how many are right, in all and by kind."""
+    """Answers of one measurement in question order, and the number of right ones, in total and by kind."""
 
     answers: tuple[str, ...]
     right: int
@@ -44,14 +44,14 @@ class Score:
 
 
 def kind_of(question: str, answer: str) -> str:
-    """What a question asks for."""
+    """Return the kind of a question."""
     if answer in ("yes", "no"):
         return KINDS[0]
     return KINDS[2] if "color" in question else KINDS[1]
 
 
 def score(answers: Sequence[str], pictures: Sequence[VqaPicture]) -> Score:
-    """Compare answers with the references, letter by letter."""
+    """Compare answers with references exactly."""
     asked = [(question, reference) for picture in pictures for question, reference in picture.questions]
     total: Counter[str] = Counter()
     right: Counter[str] = Counter()
@@ -64,14 +64,14 @@ def score(answers: Sequence[str], pictures: Sequence[VqaPicture]) -> Score:
 
 
 def measure(generator: Generator, pictures: Sequence[VqaPicture], *, blank: bool = False) -> Score:
-    """Ask every question about every picture; ``blank``: with a white picture in the place of each."""
+    """Ask every question about every picture; ``blank``: replace every picture by a white one."""
     white = Image.new("RGB", (generator.processor.image_size,) * 2, "white")
     asks: list[Ask] = []
     for picture in pictures:
         image = white if blank else read_image(picture.file)
         asks += [(image, question, ()) for question, _ in picture.questions]
     decoding = Decoding(max_new_tokens=_longest(generator, pictures) + 1)
-    # the same question about the same picture has the same answer: blanked, most questions are repetitions
+    # equal questions about equal pictures have equal answers, and blank pictures are all equal
     distinct = list({(id(ask[0]), ask[1]): ask for ask in asks}.values())
     answers: dict[tuple[int, str], str] = {}
     for start in range(0, len(distinct), BATCH):
@@ -87,8 +87,9 @@ def _longest(generator: Generator, pictures: Iterable[VqaPicture]) -> int:
 
 
 def without_pictures(train: Sequence[VqaPicture], test: Sequence[VqaPicture]) -> dict[str, Score]:
-    """What needs no picture at all, learned from the training answers: always the most frequent answer, and the most
-    frequent answer to each question's text."""
+    """Return the scores of two baselines without pictures, from the training answers: the most frequent answer, and the
+    most frequent answer to each question's text.
+    """
     everything: Counter[str] = Counter()
     by_text: dict[str, Counter[str]] = {}
     for picture in train:

@@ -1,7 +1,7 @@
-"""The tiny base's tokenizer: whole English words where it knows them, bytes elsewhere.
+"""The tiny base's tokenizer: known English words are one token each, everything else is bytes.
 
-The file has the form of Llama-3's (``processing.tokenizer``): a piece of text that is in the vocabulary is one token,
-anything else falls apart into bytes, so that any UTF-8 text still has ids.
+Its file has the form of Llama-3's (``processing.tokenizer``): text that is in the vocabulary is one token, all else is
+split into bytes, so any UTF-8 text can be encoded.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from cogtune.demo.drawings import CLAIM, COLOURS, DESCRIBE, FORMS, HOW_LARGE, PLACES, SIZES, WHERE
 from cogtune.processing.tokenizer import BOS, EOS, EOT, NUM_BYTES, PAD, byte_symbols, write_tokenizer_files
 
-SPEAK = "Repeat:"  # the text-only task that gives every word an embedding and an output row
+SPEAK = "Repeat:"  # the text-only task that trains the embedding and output row of every word
 
 _TEMPLATE = "Question Answer Short answer"
 _COMMON = """
@@ -26,7 +26,7 @@ which white who why wide with without write yes you zero
 
 
 def words() -> list[str]:
-    """Every word with a token of its own, in vocabulary order."""
+    """Return every word with a token, in vocabulary order."""
     asked = [*DESCRIBE, *WHERE, *HOW_LARGE, CLAIM.format(negation="not ", what="in")]
     said = [*COLOURS, *FORMS, *SIZES, *(" ".join(row) for row in PLACES)]
     found = (
@@ -40,13 +40,13 @@ def words() -> list[str]:
 
 
 def special_ids() -> dict[str, int]:
-    """Ids of the special tokens: they follow the text vocabulary, as in Llama-3's file."""
+    """Return the ids of special tokens: after the text vocabulary, as in Llama-3's file."""
     first = NUM_BYTES + 2 * len(words())
     return {token: first + number for number, token in enumerate((BOS, EOS, PAD, EOT))}
 
 
 def vocab_size() -> int:
-    """Bytes, each word with and without a space before it, and the special tokens."""
+    """Return the vocabulary's size: bytes, each word with and without a leading space, and special tokens."""
     return NUM_BYTES + 2 * len(words()) + len(special_ids())
 
 

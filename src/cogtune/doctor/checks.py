@@ -1,6 +1,6 @@
-"""What is wrong with a machine, and the exact fix: each check looks at the facts and finds nothing, or says it.
+"""Checks of a machine, each with the exact fix: a check looks at the facts and returns a finding or nothing.
 
-A finding's code is in the catalogue of errors, so that it has its cause and remedy in both languages.
+A finding's code is in the error catalogue, so its cause and fix exist in both languages.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ MODEL_BYTES = 39_006_214_656
 SMALL_SHARED_MEMORY = GIB
 SMALL_HOST_MEMORY = 16 * GIB
 _DRIVERS = {13: 580, 12: 525, 11: 450}
-"""Oldest NVIDIA driver for each major CUDA version (minor versions are compatible within a major one)."""
+"""Oldest NVIDIA driver per major CUDA version (minor versions are compatible within a major one)."""
 _NO_PEER_TO_PEER = ("RTX 30", "RTX 40", "RTX 50")
-"""Consumer cards whose driver offers no peer-to-peer copies; NCCL has been seen to hang trying."""
+"""Consumer cards whose driver has no peer-to-peer copies; NCCL can hang trying them."""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """``found`` says what is there; ``fix`` is a command or a setting that repairs it."""
+    """One finding. ``found``: what is there; ``fix``: a command or a setting that repairs it."""
 
     level: Level
     code: str
@@ -34,7 +34,7 @@ class Diagnosis:
 
 
 def check(facts: Facts) -> list[Diagnosis]:
-    """Everything there is to say about a machine, errors first."""
+    """Return all findings about a machine, errors first."""
     found = [finding for one in CHECKS for finding in one(facts)]
     order = ("error", "warning", "note")
     return sorted(found, key=lambda finding: order.index(finding.level))

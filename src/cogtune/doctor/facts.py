@@ -1,4 +1,6 @@
-"""What this machine is: read once, without judgement, so that every judgement can be tested on a made-up machine."""
+"""Facts about this machine, collected once and without judgement, so that checks can be tested with invented
+machines.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ GIB = 1024**3
 
 @dataclass(frozen=True)
 class GpuFacts:
-    """One card as its driver describes it; memory in bytes, ``capability`` such as (9, 0)."""
+    """A GPU as its driver describes it; memory in bytes, ``capability`` such as (9, 0)."""
 
     name: str
     total: int
@@ -32,7 +34,7 @@ class GpuFacts:
 
 @dataclass(frozen=True)
 class Facts:
-    """The machine. Sizes in bytes; None where something could not be found out."""
+    """Facts of a machine. Sizes in bytes; None if unknown."""
 
     python: tuple[int, ...]
     system: str
@@ -56,7 +58,7 @@ class Facts:
 
 
 def read_facts(*, network: bool, folder: Path) -> Facts:
-    """Look at this machine. ``network``: also try the model hubs; ``folder``: whose disk results would go to."""
+    """Collect this machine's facts. ``network``: also contact the model hubs; ``folder``: on the disk for results."""
     versions = {name: version for name in LIBRARIES if (version := installed(name)) is not None}
     cuda, hip = _torch_build() if "torch" in versions else (None, None)
     environment = {name: value for name, value in os.environ.items() if name.startswith(("HF_", "NCCL_"))}
@@ -84,7 +86,7 @@ def read_facts(*, network: bool, folder: Path) -> Facts:
 
 
 def _torch_build() -> tuple[str | None, str | None]:
-    """CUDA and ROCm version torch was built for, without importing torch: its version file holds both."""
+    """Return the CUDA and ROCm versions torch was built for, from its version file, without importing torch."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None, None
@@ -94,7 +96,7 @@ def _torch_build() -> tuple[str | None, str | None]:
 
 
 def _torchvision_needs() -> str | None:
-    """The torch version the installed torchvision was built for."""
+    """Return the torch version that the installed torchvision was built for."""
     try:
         needs = importlib.metadata.requires("torchvision") or []
     except importlib.metadata.PackageNotFoundError:
@@ -104,7 +106,7 @@ def _torchvision_needs() -> str | None:
 
 
 def _driver() -> str | None:
-    """The NVIDIA driver's version, by its own tool; None where there is none."""
+    """Return the NVIDIA driver's version from its own tool, or None."""
     try:
         found = subprocess.run(
             ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
@@ -120,7 +122,7 @@ def _driver() -> str | None:
 
 
 def _gpus() -> tuple[GpuFacts, ...]:
-    import torch  # only a CUDA build gets here
+    import torch  # only for a CUDA build
 
     found = []
     for index in range(torch.cuda.device_count()):
@@ -159,7 +161,9 @@ def _disk_free(folder: Path) -> dict[str, int]:
 
 
 def _reachable(environment: dict[str, str]) -> dict[str, bool]:
-    """Whether each hub answers at all; one plain request to its front page, nothing about this machine in it."""
+    """Return whether each hub answers one plain request to its front page, which contains nothing about this
+    machine.
+    """
     import urllib.error
     import urllib.request
 
@@ -171,7 +175,7 @@ def _reachable(environment: dict[str, str]) -> dict[str, bool]:
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5)
             found[url] = True
         except urllib.error.HTTPError:
-            found[url] = True  # it answered
+            found[url] = True  # an error status is an answer too
         except (OSError, ValueError):
             found[url] = False
     return found

@@ -1,4 +1,4 @@
-"""The doctor's findings as text, in the language of the error messages, and as JSON."""
+"""Format the doctor's findings as text, in the language of the error messages, and as JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WORDS = {
 
 
 def lines(facts: Facts, findings: list[Diagnosis]) -> list[str]:
-    """The machine in a few lines, then each finding with its fix."""
+    """Yield a few lines about the machine, then each finding with its fix."""
     words = _WORDS[language()]
     text = [*_machine(facts), ""]
     for finding in findings:
@@ -32,7 +32,7 @@ def lines(facts: Facts, findings: list[Diagnosis]) -> list[str]:
 
 
 def to_dict(facts: Facts, findings: list[Diagnosis]) -> dict[str, Any]:
-    """For ``--json``."""
+    """Return the content of ``--json``."""
     return {"machine": asdict(facts), "findings": [asdict(finding) for finding in findings]}
 
 

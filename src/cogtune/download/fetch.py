@@ -1,4 +1,4 @@
-"""A repository of a hub into a folder: listed, space checked, fetched file by file, and checked as a whole."""
+"""Download a hub repository into a folder: list it, check the disk space, fetch each file, and check the whole."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ _SKIPPED = (".gitattributes",)
 
 @dataclass(frozen=True)
 class Downloaded:
-    """``fetched``, ``present`` and ``cached`` (found in the hub's own cache) count files; ``size`` is that of the whole
-    repository in bytes."""
+    """Counts of files: ``fetched``, ``present``, and ``cached`` (taken from the hub's own cache). ``size``: bytes of
+    the whole repository.
+    """
 
     folder: Path
     fetched: int
@@ -38,7 +39,9 @@ class Downloaded:
 
 
 def endpoint_of(source: Source) -> str:
-    """The hub's address: HF_ENDPOINT (a mirror) for hf, MODELSCOPE_ENDPOINT for modelscope, or the public ones."""
+    """Return the hub's address: HF_ENDPOINT (a mirror) for hf, MODELSCOPE_ENDPOINT for modelscope, or the
+    public one.
+    """
     if source == "hf":
         return os.environ.get("HF_ENDPOINT", HF_ENDPOINT).rstrip("/")
     return os.environ.get("MODELSCOPE_ENDPOINT", MODELSCOPE_ENDPOINT).rstrip("/")
@@ -54,16 +57,15 @@ def download(
     pause: Callable[[float], None] | None = None,
     timeout: float = Client.timeout,
 ) -> Downloaded:
-    """Fetch what is missing of ``repository`` into ``folder``; ``progress(path, done, total)`` counts all files' bytes.
+    """Download the files of ``repository`` that ``folder`` lacks. ``progress(path, done, total)`` counts bytes of all
+    files.
 
-    What the Hugging Face hub's own cache holds is taken from there: as a second name for the same bytes, or copied
-    where it lies on another disk. A line on which nothing comes for ``timeout`` seconds is taken up again.
+    Files in the Hugging Face hub's own cache are hard-linked, or copied from another disk. A connection without data
+    for ``timeout`` seconds is reopened.
 
     Raises:
-        InputError: offline by HF_HUB_OFFLINE, no such repository, or too little space for what is missing.
-        OutputFolderError: another process fetches into ``folder``, it cannot be written, or a file in it has the name
-            of one of the repository's and another size.
-        DownloadError: the hub stays silent, or a file arrived wrong.
+        InputError: HF_HUB_OFFLINE is set, no such repository, or too little disk space.
+        DownloadError: the hub does not respond, or a file arrived damaged.
     """
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
         raise InputError(
@@ -117,7 +119,7 @@ def _download(
 
 
 def _cached(repository: Repository, missing: list[RemoteFile]) -> dict[str, Path]:
-    """Of the files that are missing, those in the hub's own cache, by their path in the repository."""
+    """Return the missing files that are in the hub's own cache, by their path in the repository."""
     found = {}
     for file in missing:
         if file.sha256 is not None:
@@ -128,12 +130,12 @@ def _cached(repository: Repository, missing: list[RemoteFile]) -> dict[str, Path
 
 
 def _link(cached: dict[str, Path], folder: Path) -> None:
-    """Give these files a second name in ``folder`` where they lie on its disk."""
+    """Hard-link these files into ``folder``, if they are on the same disk."""
     for path, blob in cached.items():
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.with_name(target.name + PART).unlink(missing_ok=True)
-        with suppress(OSError):  # another disk, or one without second names: it is copied later
+        with suppress(OSError):  # another disk, or one without hard links: it is copied later
             os.link(blob, target)
 
 
@@ -144,7 +146,10 @@ def _copy(blob: Path, target: Path) -> None:
 
 
 def _is_there(path: Path, file: RemoteFile) -> bool:
-    """A file of the right size counts as fetched: ours get their name after the check, hand-copied ones are trusted."""
+    """Return whether a file of the right size exists.
+
+    It counts as downloaded: ours are renamed only after the check, and files copied by hand are trusted.
+    """
     return path.is_file() and path.stat().st_size == file.size
 
 

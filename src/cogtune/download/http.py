@@ -1,4 +1,4 @@
-"""Requests to a hub, through the standard library: proxies from the environment, redirects followed, one time-out."""
+"""HTTP requests to a hub with the standard library: proxies from the environment, redirects, one time-out."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from urllib.request import Request, urlopen
 _LONGEST_JSON = 1 << 26
 
 BROKEN = (OSError, http.client.HTTPException)
-"""What a request or a read may raise when the line or the hub fails (URLError and time-outs are OSErrors)."""
+"""Exceptions of a request or a read when connection or hub fails (URLError and time-outs are OSErrors)."""
 
 
 @dataclass(frozen=True)
 class Client:
-    """``token`` goes to the hub itself and to no place it redirects to; nothing else about this machine is sent."""
+    """An HTTP client.
+
+    ``token`` is sent to the hub itself, never to a redirect's target; nothing else about this machine is.
+    """
 
     token: str | None = None
     timeout: float = 30.0
     headers: dict[str, str] = field(default_factory=lambda: {"User-Agent": "cogtune"})
 
     def open(self, url: str, start: int = 0) -> http.client.HTTPResponse:
-        """The answer, from byte ``start`` on. Raises HTTPError for a refusal, and what `BROKEN` names."""
+        """Open ``url`` from byte ``start`` on. Raises HTTPError for a refusal, and the exceptions in `BROKEN`."""
         request = Request(url, headers=self.headers | ({"Range": f"bytes={start}-"} if start else {}))
         if self.token:
             request.add_unredirected_header("Authorization", f"Bearer {self.token}")
@@ -32,7 +35,7 @@ class Client:
         return answer
 
     def json(self, url: str) -> Any:
-        """The JSON at ``url``; None when the hub says there is no such thing, or none for us."""
+        """Return the JSON at ``url``; None if it does not exist or access is denied."""
         try:
             with self.open(url) as answer:
                 return json.loads(answer.read(_LONGEST_JSON))  # what is cut off is no JSON

@@ -1,4 +1,4 @@
-"""What a hub holds: every file of a repository with its size and digest, by the hubs' plain HTTP interfaces."""
+"""List a hub repository: every file with its size and digest, through the hubs' HTTP interfaces."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """``path`` inside the repository, size in bytes, sha256 where the hub gives it, and where to get it."""
+    """A file: its path in the repository, size in bytes, sha256 if the hub has it, and URL."""
 
     path: str
     size: int
@@ -28,10 +28,10 @@ class RemoteFile:
 
 
 def list_files(client: Client, source: Source, endpoint: str, repository: Repository) -> list[RemoteFile]:
-    """The files of the first of the repository's names that the hub knows.
+    """List the files of the first of the repository's names that the hub knows.
 
     Raises:
-        DownloadError: the hub does not answer, or knows none of the names.
+        DownloadError: the hub does not respond, or knows none of the names.
     """
     tried = []
     for name in repository.names(source):
@@ -121,7 +121,7 @@ def _wrong(endpoint: str, found: object, what: str = "") -> DownloadError:
 
 
 def _get(client: Client, url: str) -> Any:
-    """The JSON at ``url``, or None if there is none for us."""
+    """Return the JSON at ``url``; None if it does not exist or access is denied."""
     try:
         return client.json(url)
     except (*BROKEN, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Where the published model and data lie: the same files on two hubs, under the organisation's old and new name."""
+"""Locations of the published model and data: the same files on two hubs, under an old and a new organisation name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MODELSCOPE_ENDPOINT = "https://www.modelscope.cn"
 
 @dataclass(frozen=True)
 class Repository:
-    """One repository and its names, tried in order; ``kind`` as the hubs call it."""
+    """A repository and its names, tried in order; ``kind`` as the hubs call it."""
 
     name: str
     kind: Literal["model", "dataset"]
@@ -36,7 +36,7 @@ VARIANTS = {
     "int4": _model("int4", f"{_CHAT}-int4"),
     "chinese-int4": _model("chinese-int4", f"{_CHAT.replace('chat', 'chinese-chat')}-int4"),
 }
-"""Which model: the published chat model, the Chinese one, and their 4-bit copies."""
+"""The model's variants: the published chat model, the Chinese one, and their 4-bit copies."""
 
 DATA = Repository(
     "CogVLM-SFT-311K",

@@ -1,4 +1,4 @@
-"""One file from a hub to disk: resumed where it stopped, retried when the line breaks, checked before it counts."""
+"""Download one file: resumed where it stopped, retried when the connection breaks, and checked before it is renamed."""
 
 from __future__ import annotations
 
@@ -30,8 +30,10 @@ def fetch(
     *,
     pause: Callable[[float], None] = time.sleep,
 ) -> None:
-    """``file`` as ``target``. What an earlier call left in ``target.part`` is continued; a line that breaks is taken
-    up again, with growing pauses, as long as something arrives. ``advance`` is told the bytes that count as done.
+    """Download ``file`` to ``target``, resuming from ``target.part``.
+
+    A broken connection is reopened, with growing pauses, as long as data arrives. ``advance`` is called with the bytes
+    that are done.
 
     Raises:
         DownloadError: the hub stays silent, or what arrived has another size or digest.
@@ -40,7 +42,7 @@ def fetch(
     part = target.with_name(target.name + PART)
     part.parent.mkdir(parents=True, exist_ok=True)
     done = part.stat().st_size if part.is_file() else 0
-    if done > file.size:  # not a beginning of this file
+    if done > file.size:  # not the beginning of this file
         part.unlink()
         done = 0
     advance(done)
@@ -53,7 +55,8 @@ def fetch(
         except HTTPError as error:
             done = part.stat().st_size if part.is_file() else 0
             reason = f"HTTP {error.code} {error.reason}"
-            failures = failures if error.code >= 500 or error.code == 429 else ATTEMPTS  # it will say the same again
+            # it would give the same answer again
+            failures = failures if error.code >= 500 or error.code == 429 else ATTEMPTS
         except BROKEN as error:
             done = part.stat().st_size if part.is_file() else 0
             silent = isinstance(error, TimeoutError)
@@ -74,9 +77,9 @@ def fetch(
 
 
 def _append(client: Client, file: RemoteFile, part: Path, done: int, advance: Callable[[int], None]) -> int:
-    """Ask for the rest and write it behind what is there; the new length."""
+    """Request the rest and append it; returns the new length."""
     with client.open(file.url, done) as answer:
-        if done and answer.status != http.client.PARTIAL_CONTENT:  # this server cannot continue
+        if done and answer.status != http.client.PARTIAL_CONTENT:  # this server does not support ranges
             advance(-done)
             done = 0
         with _opened(part, "ab" if done else "wb") as write:
@@ -110,7 +113,7 @@ def _opened(part: Path, mode: str) -> Iterator[Callable[[bytes], None]]:
 
 
 def _check(file: RemoteFile, part: Path) -> None:
-    """Size, and the digest where the hub told one. A file that fails is removed, so that a rerun starts it anew."""
+    """Check size and digest (if the hub has one). A file that fails is removed, so that a rerun starts it again."""
     found = part.stat().st_size
     wrong = f"{found:,} bytes; the hub's list says {file.size:,}" if found != file.size else None
     if wrong is None and file.sha256 is not None and digest(part) != file.sha256:
@@ -125,6 +128,6 @@ def _check(file: RemoteFile, part: Path) -> None:
 
 
 def digest(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
+    """Return a file's sha256 in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
