@@ -1,1 +1,1 @@
-"""The feature cache: what the frozen vision tower computes of a picture, kept on disk. See docs/concepts."""
+"""The feature cache: the frozen vision tower's output for each picture, stored on disk. See docs/concepts."""

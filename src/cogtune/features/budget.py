@@ -1,4 +1,4 @@
-"""How much disk the cache may take, and making room by removing what no run needs."""
+"""The cache's disk budget, and eviction of features that no run needs."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from cogtune.features.ownership import is_features, label
 from cogtune.features.store import CachedFile, scan
 from cogtune.system.byte_sizes import parse_size
 
-_HEADROOM = 2**30  # left free on the disk whatever the budget says: checkpoints are written while a run goes on
+_HEADROOM = 2**30  # always left free on the disk, for the checkpoints of a running training
 
 
 @dataclass(frozen=True)
 class Space:
-    """Bytes: what the cache takes, what is free on its disk, how much it may take, what of it may be evicted, and what
-    runs that are filling it have reserved."""
+    """Bytes used by the cache, free on its disk, allowed by the budget, evictable, and reserved by runs that are
+    filling it."""
 
     taken: int
     free: int
     budget: int
     evictable: int
     victims: tuple[CachedFile, ...]
-    """Files that may be evicted, least recently used first."""
+    """Evictable files, least recently used first."""
     reserved: int = 0
 
     def excess(self, more: int) -> int:
-        """Bytes to evict before ``more`` bytes fit; more than ``evictable`` if they cannot."""
+        """Return the bytes to evict before ``more`` bytes fit; more than ``evictable`` if they cannot fit."""
         wanted = self.reserved + more
         return max(self.taken + wanted - self.budget, wanted - self.free, 0)
 
@@ -39,8 +39,8 @@ class Space:
 
 
 def measure(root: Path, budget: str, needed: Collection[str], own: Lease | None = None) -> Space:
-    """Look at the cache. ``needed`` files, as ``variant/digest``, and those that other leases than ``own`` hold are no
-    victims."""
+    """Measure the cache. ``needed`` files (``variant/digest``) and those that leases other than ``own`` hold are not
+    evictable."""
     files = scan(root)
     taken = sum(file.size for file in files)
     free = max(0, shutil.disk_usage(_existing(root)).free - _HEADROOM)
@@ -52,13 +52,13 @@ def measure(root: Path, budget: str, needed: Collection[str], own: Lease | None 
 
 
 def evict(space: Space, more: int) -> tuple[int, int]:
-    """Remove victims until ``more`` bytes fit; returns how many files and bytes that were."""
+    """Remove victims until ``more`` bytes fit; return the number of files and bytes removed."""
     count = size = 0
     excess = space.excess(more)
     for file in space.victims:
         if size >= excess:
             break
-        with suppress(PermissionError):  # another user's, in a folder that is not ours to write
+        with suppress(PermissionError):  # another user's file in a folder that we cannot write to
             if is_features(file.path):
                 file.path.unlink(missing_ok=True)
                 count, size = count + 1, size + file.size

@@ -1,4 +1,4 @@
-"""The feature cache of one run: what it needs, what of it is missing, filling it, reading from it."""
+"""The feature cache of one run: look up its pictures, compute missing features, read them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from cogtune.features.store import FeatureCacheError, Store, make_folder, mark, 
 from cogtune.features.variant import FeatureVariant
 from cogtune.system.file_errors import is_disk_full
 
-_ROUND = 4  # batches between two moments at which the processes hear of each other
+_ROUND = 4  # batches between two exchanges of progress and errors
 _SHOWN = 10
 _SAY_SECONDS = 10.0
 _TELL_SECONDS = 1.0
@@ -41,7 +41,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class FillReport:
-    """Over all processes; ``seconds`` and ``peak_bytes`` (device memory, loading included) are the largest."""
+    """Totals over all processes; ``seconds`` and ``peak_bytes`` (device memory, loading included) are maxima over
+    them."""
 
     computed: int
     found: int
@@ -51,11 +52,11 @@ class FillReport:
 
     @property
     def rate(self) -> float:
-        """Pictures per second over all processes, reading and writing included."""
+        """Pictures per second over all processes, including reading and writing."""
         return self.computed / self.seconds if self.seconds else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         mean = sum(self.errors) / len(self.errors) if self.errors else 0.0
         numbers = {
             "computed": self.computed,
@@ -67,7 +68,7 @@ class FillReport:
         return {**numbers, "pictures_per_second": self.rate, "relative_error": error}
 
     def lines(self) -> list[str]:
-        """A few sentences for the console."""
+        """Return a few sentences for the console."""
         peak = f", {self.peak_bytes / 2**30:.2f} GiB at most" if self.peak_bytes else ""
         lines = [f"{self.computed} computed in {self.seconds:.1f} s, {self.rate:.2f} pictures/s{peak}"]
         if self.found:
@@ -79,7 +80,7 @@ class FillReport:
 
 
 class FeatureCache:
-    """Made by every process of a run together; ``images`` may name a file twice; ``exif`` as in `read_image`."""
+    """Created by every process of a run together. ``images`` may contain a file twice; ``exif`` as in `read_image`."""
 
     def __init__(
         self, root: Path, variant: FeatureVariant, images: Collection[ImageRef], ranks: Group, *, exif: str = "ignore"
@@ -107,14 +108,14 @@ class FeatureCache:
 
     @property
     def more_bytes(self) -> int:
-        """Disk that filling takes, at most."""
+        """Upper bound of the disk space that filling takes."""
         return self.lookup.to_compute * self.picture_bytes
 
     def _names(self, digests: Mapping[str, str]) -> set[str]:
         return {f"{self.store.variant.name}/{digest}" for digest in digests.values()}
 
     def space(self, budget: str) -> Space:
-        """Disk, budget and what could be evicted, as rank 0 sees it. Collective."""
+        """Return disk space, budget and evictable bytes as rank 0 sees them. Collective."""
         needed = self._needed()
         return self._ranks.on_main(lambda: measure(self._root, budget, needed, self._filling))
 
@@ -123,22 +124,22 @@ class FeatureCache:
 
     @property
     def problem(self) -> str | None:
-        """Why what is missing cannot be written, or None."""
+        """Return why missing features cannot be written, or None."""
         return self._problem
 
     def _begin(self) -> None:
-        """From here on, what is found (and marked as used) or computed stays."""
+        """Protect features from eviction from now on, both those found (and marked as used) and those computed."""
         if not self._filling.is_begun:
             self._filling.begin(self.store.variant.name)
 
     def _mark_earlier(self) -> None:
-        """Mark a cache that an earlier version left without a mark."""
-        with suppress(OSError, FeatureCacheError):  # it may be there to be read only
+        """Mark a cache that an earlier version created without a mark."""
+        with suppress(OSError, FeatureCacheError):  # the cache may be read-only
             if self._ranks.rank == 0 and is_cache(self._root):
                 mark(self._root)
 
     def _try_writing(self) -> str | None:
-        """Why the cache cannot be written, or None. Collective."""
+        """Return why the cache cannot be written, or None. Collective."""
 
         def attempt() -> str | None:
             probe = self._root / f".probe-{socket.gethostname()}-{os.getpid()}"
@@ -153,7 +154,7 @@ class FeatureCache:
         return next(filter(None, self._ranks.gather(attempt())), None)
 
     def make_room(self, budget: str) -> str | None:
-        """Evict what has to go before filling, and reserve the room; a line about it. Collective.
+        """Evict to make room before filling, reserve the room, and return a log line about it. Collective.
 
         Raises:
             ConfigError: ``cache-budget``: another run has taken the room meanwhile.
@@ -162,7 +163,7 @@ class FeatureCache:
 
         def work() -> str | None:
             make_folder(self._root, self._root)
-            with turn(self._root):  # two runs that measure at once would both take the same room
+            with turn(self._root):  # lock: two runs that measure at the same time would both reserve the same room
                 space = measure(self._root, budget, needed, self._filling)
                 if not space.fits(self.more_bytes):
                     raise ConfigError(
@@ -188,7 +189,7 @@ class FeatureCache:
         model: str,
         say: Callable[[str], None],
     ) -> FillReport:
-        """Compute what is missing; every process its share, and all end together. ``load`` gives the tower.
+        """Compute missing features; every process computes its share, and all end together. ``load`` returns the tower.
 
         Raises, on every process, the first error of any:
             DataError: pictures that cannot be read.
@@ -221,7 +222,7 @@ class FeatureCache:
     def _compute(
         self, load: Callable[[], Tower], settings: FillSettings, device: torch.device, say: Callable[[str], None]
     ) -> Filled:
-        """Rounds of a few batches; between them the processes hear of each other's progress and errors."""
+        """Work in rounds of a few batches; between rounds the processes exchange progress and errors."""
         missing, total = self.lookup.missing, self.lookup.to_compute
         with ExitStack() as stack:
 
@@ -251,12 +252,12 @@ class FeatureCache:
             return filler.filled
 
     def _on_all(self, work: Callable[[], T]) -> list[T]:
-        """`Group.on_all` with the system's errors about files as ours."""
+        """Run `Group.on_all` with the system's file errors translated to ours."""
 
         return self._ranks.on_all(lambda: _named(work))
 
     def _refuse_bad(self, filled: Filled) -> None:
-        """All pictures that could not be read, once the others are done. Collective."""
+        """Report all unreadable pictures after the others are done. Collective."""
         bad = [error for part in self._ranks.gather(filled.bad) for error in part]
         if bad:
             others = "".join(f"\n  {error.message}" for error in bad[1:_SHOWN])
@@ -268,7 +269,7 @@ class FeatureCache:
             )
 
     def reader(self, dtype: torch.dtype) -> FeatureReader:
-        """Reads any picture's features as ``dtype``. Collective: every process learns what the others found."""
+        """Return a reader of any picture's features as ``dtype``. Collective: processes exchange what they found."""
         digests: dict[str, str] = {}
         for part in self._ranks.gather(self._digests):
             digests |= part
@@ -280,13 +281,13 @@ class FeatureCache:
         return FeatureReader(self.store, digests, dtype, self._lease)
 
     def release(self) -> None:
-        """What was found is not needed after all, or no more."""
+        """Release the claim on the run's features."""
         self._lease.remove()
         self._filling.remove()
 
 
 def _named(work: Callable[[], T]) -> T:
-    """``work()`` with the system's errors about files as ours; a signal's message says what is left."""
+    """Run ``work()`` with the system's file errors translated to ours; a signal's message says what is kept."""
     try:
         return work()
     except Stopped as error:
@@ -309,7 +310,7 @@ def _named(work: Callable[[], T]) -> T:
 
 
 class _FillProgress:
-    """A line every ten seconds: how far, how fast, how long still."""
+    """Logs a line every ten seconds: pictures done, speed, remaining time."""
 
     def __init__(self, total: int, say: Callable[[str], None]) -> None:
         self._total, self._say = total, say
@@ -317,7 +318,7 @@ class _FillProgress:
 
     @property
     def is_news(self) -> bool:
-        """Once a second."""
+        """Return True at most once per second."""
         now = time.perf_counter()
         is_news = now - self._told >= _TELL_SECONDS
         self._told = now if is_news else self._told

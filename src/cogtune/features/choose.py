@@ -1,4 +1,4 @@
-"""Whether a run trains from the cache: what `data.cache_features: auto` decides, and why."""
+"""Decide whether a run trains from the cache (`data.cache_features: auto`), and give the reason."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from cogtune.features.store import FeatureCacheError
 
 @dataclass(frozen=True)
 class Demand:
-    """What a run would ask of the tower.
+    """A run's demand for tower outputs.
 
     Attributes:
-        showings: how often it would run on a picture without a cache, over the rest of the run.
-        pictures, to_compute: different pictures among them, and those without features yet.
-        more_bytes: disk that their features take.
-        tower_fits: whether the tower fits beside training; None: not known.
+        showings: how often the tower would run on a picture without a cache, over the rest of the run.
+        pictures, to_compute: number of distinct pictures, and of those without features.
+        more_bytes: disk space that their features take.
+        tower_fits: whether the tower fits in memory during training; None: not known.
     """
 
     showings: int
@@ -39,10 +39,10 @@ class CacheChoice:
 def choose(
     asked: Literal["auto", "on"], demand: Demand, space: Space, budget: str, unwritable: str | None
 ) -> CacheChoice:
-    """The decision, before anything is computed.
+    """Decide before anything is computed.
 
     Raises:
-        ConfigError, FeatureCacheError: ``on`` was asked for and cannot be had.
+        ConfigError, FeatureCacheError: ``on`` was requested and is not possible.
     """
     obstacle = None
     if demand.to_compute and unwritable is not None:
@@ -71,7 +71,7 @@ def choose(
 
 @dataclass(frozen=True)
 class Obstacle:
-    """What stands against the cache."""
+    """A reason against the cache."""
 
     what: str
     code: str
@@ -92,7 +92,7 @@ class Obstacle:
 
 
 def size_text(size: int) -> str:
-    """Bytes as disks are sold: ``1.29 TB``, ``8.3 MB``."""
+    """Return bytes in decimal units: ``1.29 TB``, ``8.3 MB``."""
     for name, unit in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
         if size >= unit:
             return f"{size / unit:.2f} {name}" if size < 10 * unit else f"{size / unit:.1f} {name}"

@@ -1,4 +1,4 @@
-"""What the feature cache holds, and emptying it."""
+"""Statistics of the feature cache, and clearing it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from cogtune.system import files
 
 
 def stat(root: Path, budget: str) -> dict[str, Any]:
-    """Counts and bytes of the cache and of each variant in it, as plain values for JSON."""
+    """Return counts and bytes of the cache and of each variant, as plain values for JSON."""
     space = measure(root, budget, ())
     held = lease.leased(root)
     return {
@@ -47,7 +47,7 @@ def stat(root: Path, budget: str) -> dict[str, Any]:
 
 
 def lines(found: dict[str, Any]) -> list[str]:
-    """The same for people."""
+    """Return the same as text for the console."""
     text = [
         f"{found['folder']}: {size_text(found['bytes'])}; budget {size_text(found['budget_bytes'])}, "
         f"{size_text(found['free_bytes'])} free on its disk"
@@ -64,8 +64,11 @@ def lines(found: dict[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class Cleared:
-    """``removed`` and ``size`` (bytes) of features; ``kept``: those that running runs need; ``others``: files in the
-    cache's folders that are none of its own, and stay."""
+    """Results of `clear`.
+
+    ``removed`` features and their ``size`` in bytes; ``kept``: features that running runs need; ``others``: foreign
+    files in the cache's folders, which are kept.
+    """
 
     removed: int = 0
     size: int = 0
@@ -74,7 +77,7 @@ class Cleared:
 
 
 def clear(root: Path) -> Cleared:
-    """Remove all features but those that running runs need, and if none are left, the cache's index and mark.
+    """Remove all features that no running run needs, and if none are left, the cache's index and mark.
 
     Raises:
         OutputFolderError: ``root`` is no feature cache; nothing was removed.
@@ -119,7 +122,7 @@ def _clear_variant(folder: Path, held: lease.Held) -> Cleared:
 
 
 def _clear_rest(root: Path) -> None:
-    """Index, what is left of leases, and the mark; only what is recognised, and folders only where nothing is left."""
+    """Remove the index, remaining leases and the mark: only recognised files, and only empty folders."""
     index = root / INDEX_FOLDER / INDEX_FILE
     if may_be_index(index):
         index.unlink(missing_ok=True)
@@ -130,7 +133,7 @@ def _clear_rest(root: Path) -> None:
 
 
 def _remove_empty(folder: Path) -> None:
-    with suppress(OSError):  # something is in it, or it is no folder
+    with suppress(OSError):  # not empty, or not a folder
         folder.rmdir()
 
 

@@ -1,4 +1,4 @@
-"""How long filling takes, before it starts: the tower's work against what the device does in a moment's trial."""
+"""Estimate of the time to fill the cache: the tower's FLOPs over the device's speed in a short trial."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 
 from cogtune.configuration.model import CogVLM2Config, CogVLM2VisionConfig
 
-# What is not a matrix product (GELU, norms, residuals) and attention make the tower slower than the product alone: on
-# an H100 it ran at 0.72 of it (reference measurement: 218 ms for 117 TFLOP where the product alone does 745 TFLOP/s).
+# Attention and elementwise operations (GELU, norms, residuals) make the tower slower than the matrix product alone: on
+# an H100 it reached 0.72 of its speed (reference: 218 ms for 117 TFLOP; the product alone runs at 745 TFLOP/s).
 _SHARE = 0.7
 _ROWS = 4096
 
 
 def tower_flops(config: CogVLM2Config) -> float:
-    """Floating point operations of the tower for one picture (117e12 at full size)."""
+    """Return the floating point operations of the tower for one picture (117e12 at full size)."""
     vision = config.vision_config
     assert isinstance(vision, CogVLM2VisionConfig)
     tokens, width, inner = vision.patch_grid**2 + 1, vision.hidden_size, vision.intermediate_size
@@ -25,7 +25,7 @@ def tower_flops(config: CogVLM2Config) -> float:
 
 
 def seconds_per_picture(config: CogVLM2Config, device: torch.device, dtype: torch.dtype) -> float:
-    """An estimate from a matrix product of the tower's shape, tried on the device."""
+    """Estimate the seconds per picture from a matrix product of the tower's shape, timed on the device."""
     vision = config.vision_config
     assert isinstance(vision, CogVLM2VisionConfig)
     width, inner = vision.hidden_size, vision.intermediate_size

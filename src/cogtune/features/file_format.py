@@ -1,4 +1,4 @@
-"""One picture's features as a file: a safetensors file of fixed size whose header holds a digest of all it says.
+"""File format of one picture's features: a safetensors file of fixed size whose header holds a digest of its content.
 
 Shapes: Q grid cells, W tower width, G groups of W that share a scale (float8 only).
 """
@@ -26,12 +26,12 @@ _SAFETENSORS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float8"
 
 
 class DamagedError(Exception):
-    """A file that is not what was written: torn, overwritten, or under another name."""
+    """A file whose content was not written by `pack`: truncated, overwritten, or under another name."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Shape [cells, width] and number format of stored features; all files of one layout have the same size."""
+    """Shape [cells, width] and dtype of stored features; all files of one layout have the same size."""
 
     cells: int
     width: int
@@ -39,7 +39,7 @@ class Layout:
 
     @property
     def groups(self) -> int:
-        """Scales per cell: one for 128 channels, or one for all where they do not divide."""
+        """Scales per cell: one per 128 channels, or one for all if 128 does not divide the width."""
         return self.width // _GROUP if self.width % _GROUP == 0 else 1
 
     @property
@@ -56,7 +56,7 @@ class Layout:
 
 
 def pack(features_QW: torch.Tensor, layout: Layout, name: str) -> bytes:
-    """The file's bytes. ``name`` goes into the digest, so that a file under a wrong name is noticed."""
+    """Return the file's bytes. The digest includes ``name``, so that a file under a wrong name is detected."""
     if tuple(features_QW.shape) != (layout.cells, layout.width):
         raise ValueError(f"features of shape {tuple(features_QW.shape)}, expected {(layout.cells, layout.width)}")
     if layout.stored == "float8":
@@ -68,10 +68,10 @@ def pack(features_QW: torch.Tensor, layout: Layout, name: str) -> bytes:
 
 
 def unpack(content: bytearray, layout: Layout, name: str) -> torch.Tensor:
-    """Features [Q, W] in the stored format (float32 where that is float8), sharing memory with ``content``.
+    """Return features [Q, W] in the stored dtype (float32 for float8), sharing memory with ``content``.
 
     Raises:
-        DamagedError: the bytes are not those that `pack` made for this layout and name.
+        DamagedError: the bytes are not those that `pack` returned for this layout and name.
     """
     if len(content) != layout.file_bytes:
         raise DamagedError(f"{len(content):,} bytes, expected {layout.file_bytes:,}")
@@ -88,7 +88,7 @@ def unpack(content: bytearray, layout: Layout, name: str) -> torch.Tensor:
 
 
 def name_in(head: bytes) -> str | None:
-    """The name that the first `HEADER_BYTES` of a file give; None of a file that `pack` did not make."""
+    """Return the name in the first `HEADER_BYTES` of a file, or None if `pack` did not make the file."""
     try:
         metadata = json.loads(head[8:HEADER_BYTES])["__metadata__"]
         name = metadata["name"] if str(metadata["format"]).startswith(_FORMATS) else None
@@ -98,12 +98,13 @@ def name_in(head: bytes) -> str | None:
 
 
 def is_blank(head: bytes) -> bool:
-    """Whether there is nothing in it: empty or zeros, as a power failure may leave a file."""
+    """Return whether a file is empty or all zeros, as after a power failure."""
     return not head.strip(b"\0")
 
 
 def quantise(features_QW: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """float8_e4m3 values [Q, W] and float32 scales [Q, G]: each group's largest magnitude becomes float8's largest."""
+    """Return float8_e4m3 values [Q, W] and float32 scales [Q, G]; each group's largest magnitude maps to float8's
+    largest."""
     wide = features_QW.float().unflatten(1, (groups, -1))
     scales = wide.abs().amax(-1) / torch.finfo(torch.float8_e4m3fn).max
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
@@ -111,12 +112,12 @@ def quantise(features_QW: torch.Tensor, groups: int) -> tuple[torch.Tensor, torc
 
 
 def dequantise(values_QW: torch.Tensor, scales_QG: torch.Tensor) -> torch.Tensor:
-    """float32 [Q, W]."""
+    """Return float32 features [Q, W]."""
     return (values_QW.float().unflatten(1, (scales_QG.shape[1], -1)) * scales_QG[..., None]).flatten(1)
 
 
 def relative_error(features_QW: torch.Tensor, layout: Layout) -> float:
-    """||stored - features|| / ||features|| of one picture."""
+    """Return ||stored - features|| / ||features|| of one picture."""
     wide = features_QW.double()
     if layout.stored == "float8":
         back = dequantise(*quantise(features_QW, layout.groups)).double()
@@ -137,7 +138,7 @@ def _digest(layout: Layout, name: str, payload: bytes | memoryview) -> str:
 
 
 def _header(layout: Layout, name: str, digest: str) -> bytes:
-    """Padded with spaces, as the format allows, to a size that does not depend on the content."""
+    """Return the header, padded with spaces, as the format allows, to a size that does not depend on the content."""
     end = layout.payload_bytes
     described: dict[str, object] = {
         "__metadata__": {"format": FORMAT, "name": name, "sha256": digest},

@@ -1,10 +1,8 @@
-"""The tower over the pictures whose features are missing.
+"""Run the tower on the pictures whose features are missing.
 
-Threads decode and preprocess (Pillow, NumPy and hashing leave the interpreter free), the device computes, other threads
-write; at any time only a few pictures are in memory. What is written stays, so a filling that was killed goes on where
-it was.
-
-Shapes: N pictures of a batch, Q grid cells, W tower width.
+Reader threads decode and preprocess (Pillow, NumPy and hashing release the GIL), the device computes, and writer
+threads write; only a few pictures are in memory at a time. Written files are kept, so an interrupted fill resumes where
+it stopped.
 """
 
 from __future__ import annotations
@@ -27,12 +25,12 @@ from cogtune.processing.image import normalise, read_image, resize
 
 Tower = Callable[[torch.Tensor], torch.Tensor]
 """Pixels [N, 3, side, side] on the device -> features [N, Q, W]: `VisionModel.features`."""
-_AHEAD = 4  # decoded batches that wait for the device, and written ones that wait for the disk
+_AHEAD = 4  # batches that are decoded ahead of the device, and batches that wait for the disk
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """A picture on its way: ``pixels`` None where its features turned out to be there already."""
+    """A picture in the pipeline; ``pixels`` is None if its features already exist."""
 
     image: ImageRef
     stamp: Stamp
@@ -43,20 +41,20 @@ class Decoded:
 
 @dataclass
 class Filled:
-    """What was done so far, by this rank. ``digests``: path -> digest of the pixels."""
+    """Work done so far by this rank. ``digests``: path -> digest of the pixels."""
 
     digests: dict[str, str] = field(default_factory=dict)
     computed: int = 0
     found: int = 0
     bad: list[DataError] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
-    """||stored - features|| / ||features|| of each computed picture, where the stored format is narrower."""
+    """||stored - features|| / ||features|| of each computed picture, if the stored dtype is narrower."""
     seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class FillSettings:
-    """``batch``: pictures per forward pass. ``skip_bad``: go on after a picture that cannot be read, and list it."""
+    """``batch``: pictures per forward pass. ``skip_bad``: list pictures that cannot be read and continue."""
 
     image_size: int
     max_pixels: int | None
@@ -71,7 +69,7 @@ class Filler:
     """Computes and stores the features of ``images``, a few at a time; use it as a context manager.
 
     Args:
-        device: where ``tower`` is; a CUDA device is kept busy while the batch before is copied back and written.
+        device: the tower's device; on CUDA a batch computes while the previous one is copied back and written.
     """
 
     def __init__(
@@ -85,7 +83,7 @@ class Filler:
     ) -> None:
         self.filled = Filled()
         self._tower, self._store, self._index, self._settings, self._device = tower, store, index, settings, device
-        # a thread's CUDA device is the first until it says otherwise, and pinning memory would wake that one up
+        # threads start on CUDA device 0, where pinning memory would create a context
         choose = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
         self._readers = ThreadPoolExecutor(max(1, settings.workers), "cogtune-decode", choose)
         self._writers = ThreadPoolExecutor(2, "cogtune-write")
@@ -103,7 +101,7 @@ class Filler:
         self._writers.shutdown(wait=True, cancel_futures=True)
 
     def advance(self, pictures: int) -> bool:
-        """Take in up to ``pictures`` more; whether any are left.
+        """Process up to ``pictures`` more; return whether any are left.
 
         Raises:
             DataError: a picture that cannot be read, unless ``skip_bad``.
@@ -125,7 +123,7 @@ class Filler:
         return left
 
     def _decode(self, images: Sequence[ImageRef]) -> Iterator[Decoded | DataError]:
-        """In order, decoding ahead."""
+        """Yield pictures in order, decoding ahead."""
         ahead: deque[Future[Decoded | DataError]] = deque()
         most = self._settings.workers + _AHEAD * self._settings.batch
         for image in images:
@@ -136,7 +134,7 @@ class Filler:
             yield ahead.popleft().result()
 
     def _decode_one(self, image: ImageRef) -> Decoded | DataError:
-        """Runs in a thread."""
+        """Decode one picture. Runs in a thread."""
         settings = self._settings
         try:
             stamp, content = _identify(image)
@@ -161,9 +159,9 @@ class Filler:
             return
         self._index.add(decoded.stamp, decoded.content, decoded.digest)
         self.filled.digests[str(decoded.image)] = decoded.digest
-        # another process may have been faster since it was decoded, and two files may hold the same picture
+        # another process may have written it meanwhile, and two files may hold the same picture
         if decoded.pixels is None or decoded.digest in self._started or self._store.has(decoded.digest):
-            self._store.touch(decoded.digest)  # used now, so that it is claimed
+            self._store.touch(decoded.digest)  # mark as used, so that this run's lease covers it
             self.filled.found += 1
             return
         self._started.add(decoded.digest)
@@ -172,7 +170,7 @@ class Filler:
             self._launch()
 
     def _launch(self) -> None:
-        """Start the tower on the waiting pictures; the batch before is collected while it runs."""
+        """Launch the tower on the waiting pictures; collect the previous batch while it runs."""
         batch, self._waiting = self._waiting, []
         if not batch:
             return
@@ -190,7 +188,7 @@ class Filler:
         self._collect(1)
 
     def _collect(self, leave: int) -> None:
-        """Hand finished batches to the writers."""
+        """Pass finished batches to the writers."""
         while len(self._underway) > leave:
             batch, features, done = self._underway.popleft()
             if done is not None:
@@ -200,7 +198,7 @@ class Filler:
         self._settle(_AHEAD * self._settings.batch)
 
     def _write(self, digest: str, features_QW: torch.Tensor) -> tuple[str, float | None]:
-        """Runs in a thread."""
+        """Write one picture's features. Runs in a thread."""
         if not bool(torch.isfinite(features_QW).all()):
             raise CogtuneError(
                 f"the tower's output for a picture is not finite (pixels {digest})",
@@ -212,7 +210,7 @@ class Filler:
         return digest, measured
 
     def _settle(self, leave: int) -> None:
-        """Wait until no more than ``leave`` files are being written; raises what a writer raised."""
+        """Wait until at most ``leave`` writes are pending; raises a writer's error."""
         while len(self._writing) > leave:
             _, measured = self._writing.popleft().result()
             self.filled.computed += 1

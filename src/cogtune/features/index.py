@@ -1,10 +1,10 @@
-"""Which pixels a picture file holds, remembered, so that a run need not decode a data set to find its features.
+"""Index of picture files to pixel digests, so that a run need not decode a data set to find its features.
 
-Two ways lead to the digest of the pixels: the file's stamp (path, size, times), and where that is new, as after copying
-a data set, the digest of the file's bytes. A stamp is trusted only if the file was last changed well before it was
-read, so that a change within the clock's resolution cannot hide; ``ctime``, which no tool can set back, is part of it.
+There are two lookups: by the file's stamp (path, size, times), and if that is unknown, as after copying a data set, by
+the digest of the file's bytes. A stamp is trusted only if the file was last changed well before it was read, so that a
+change within the clock's resolution cannot go unnoticed. It includes ``ctime``, which no tool can set back.
 
-The index is a text file that processes append to, one line for each picture, each with a checksum: torn lines are
+The index is a text file to which processes append, one line per picture, each with a checksum. Incomplete lines are
 ignored, and losing the file costs only time.
 """
 
@@ -33,11 +33,11 @@ _SETTLED_NANOSECONDS = 2_000_000_000
 
 @dataclass(frozen=True)
 class Stamp:
-    """A file's path, size and times, as one short text."""
+    """A file's path, size and times as a short text."""
 
     text: str
     settled: bool
-    """Whether the file had been left alone for a while, so that the stamp is sure to change with its content."""
+    """Whether the file was unchanged for long enough that any later change must change the stamp."""
 
     @staticmethod
     def of(path: Path) -> Stamp:
@@ -51,7 +51,7 @@ class Stamp:
 
 
 class PictureIndex:
-    """The index of one cache folder, for pictures preprocessed to ``image_size``; ``exif`` as in `read_image`."""
+    """The index of one cache folder for pictures preprocessed to ``image_size``; ``exif`` as in `read_image`."""
 
     def __init__(self, root: Path, image_size: int, exif: str = "ignore") -> None:
         jpeg = pillow_features.version("libjpeg_turbo") or pillow_features.version("jpg")
@@ -70,20 +70,20 @@ class PictureIndex:
         self.compactable = lines > 1000 and lines > 2 * len(self._by_stamp)
 
     def find(self, stamp: Stamp) -> str | None:
-        """The digest of the pixels of a file that has not changed since it was indexed."""
+        """Return the pixel digest of a file that has not changed since it was indexed."""
         return self._by_stamp.get(stamp.text)
 
     def find_content(self, content: str) -> str | None:
-        """The digest of the pixels of a file with these bytes (`content_digest`), wherever it lies."""
+        """Return the pixel digest of a file with these bytes (`content_digest`), at any path."""
         return self._by_content.get(content)
 
     @property
     def has_contents(self) -> bool:
-        """Whether there is anything that `find_content` could find."""
+        """Return whether `find_content` could find anything."""
         return bool(self._by_content)
 
     def add(self, stamp: Stamp, content: str, pixels: str) -> None:
-        """Remember; ``stamp`` was taken before the file was read."""
+        """Add a picture; ``stamp`` was taken before the file was read."""
         self._by_content[content] = pixels
         if not stamp.settled:
             return
@@ -92,7 +92,7 @@ class PictureIndex:
         self._new.append(f"{fields}\t{checksum(fields.encode())}\n")
 
     def flush(self) -> None:
-        """Append what is new. OSError as the system raises it; FeatureCacheError: another file has the index's name."""
+        """Append new entries. Raises OSError, and FeatureCacheError if another file has the index's name."""
         if not self._new:
             return
         self._require_own()
@@ -100,16 +100,16 @@ class PictureIndex:
         text = "".join(self._new).encode("ascii")
         descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
-            with suppress(PermissionError):  # another user's file keeps the permissions that user gave it
+            with suppress(PermissionError):  # another user's file: keep its permissions
                 os.fchmod(descriptor, stat.S_IMODE(self._root.stat().st_mode) & 0o666)
-            # a line of its own first: whoever was killed while appending may have left half a line
+            # start with a newline: a process killed while appending may have left half a line
             os.write(descriptor, b"\n" + text)
         finally:
             os.close(descriptor)
         self._new.clear()
 
     def compact(self) -> None:
-        """Write the file anew without repeated and torn lines, those of other settings kept."""
+        """Rewrite the file without repeated and incomplete lines; lines of other settings are kept."""
         self._require_own()
         kept: dict[tuple[str, str], str] = {}
         for line in self._path.read_text(encoding="ascii", errors="replace").splitlines():
@@ -131,18 +131,19 @@ class PictureIndex:
 
 @lru_cache(maxsize=4096)
 def _real(folder: str) -> str:
-    """The folder's true path: pictures come in few folders, and resolving every file's would take longest of all."""
+    """Return the resolved folder, cached: pictures are in few folders, and resolving every file would dominate the
+    time."""
     return os.path.realpath(folder)
 
 
 def content_digest(path: Path) -> str:
-    """Digest of a file's bytes."""
+    """Return the digest of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 
 def pixel_digest(resized: npt.NDArray[np.uint8], image_size: int) -> str:
-    """Digest of a picture as the tower sees it: uint8 [size, size, 3] after resizing."""
+    """Return the digest of a picture as the tower sees it: uint8 [size, size, 3] after resizing."""
     digest = hashlib.sha256(f"{image_size}\0".encode())
     digest.update(np.ascontiguousarray(resized).data)
     return digest.hexdigest()[:40]

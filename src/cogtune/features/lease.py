@@ -1,15 +1,16 @@
-"""What runs that are going on need: no other run may remove those files, nor take the room that is kept for them.
+"""Leases: which features running runs need. Other runs must not remove those files, nor use the disk space reserved for
+them.
 
 A lease is a file of lines:
 
-    by {process}               whose it is (`system.processes`)
-    since VARIANT SECONDS      all features of a variant that were written or used after a moment: those of a run that
+    by {process}               its owner (`system.processes`)
+    since VARIANT SECONDS      all features of a variant that were written or used after a time: those of a run that
                                is looking for them, or computing them
-    reserve BYTES              disk that a run still needs
+    reserve BYTES              disk space that a run still needs
     VARIANT/DIGEST             features that a run needs
 
-It counts while its process is there; where that cannot be seen, while it is younger than a day, and a reservation or a
-moment while it is younger than an hour: reading features, and computing them, renews it.
+A lease is valid while its process exists. If that cannot be checked, it is valid for a day, and its reservation and
+``since`` lines for an hour; reading and computing features renew it.
 """
 
 from __future__ import annotations
@@ -30,13 +31,12 @@ from cogtune.system.processes import Process
 _RENEW_SECONDS = 60.0
 _VALID_SECONDS = 24 * 3600.0
 _FILLING_SECONDS = 3600.0
-_SLACK_SECONDS = 2.0  # a file's time may be that of the clock's last tick
+_SLACK_SECONDS = 2.0  # resolution of file times
 
 
 class Lease:
-    """This process's claim. In a cache that it may only read there is none: then nobody of its kind can evict either,
-    and those who may write see to their own.
-    """
+    """This process's claim. There is none in a cache that it may only read: a process without write access cannot
+    evict, and those with it protect their own features."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -47,11 +47,12 @@ class Lease:
         self._renewed = 0.0
 
     def claim(self, files: Iterable[str]) -> None:
-        """Claim these feature files, given as ``variant/digest``, and no others."""
+        """Claim exactly these feature files, given as ``variant/digest``."""
         self._write("".join(f"{name}\n" for name in files))
 
     def begin(self, variant: str) -> None:
-        """Claim, besides, all of a variant that is written or used from now on, by the clock of the cache's disk."""
+        """Additionally claim all features of a variant written or used from now on, by the clock of the cache's
+        disk."""
         self._write("")
         with suppress(OSError):
             self._since = f"since {variant} {self._path.stat().st_mtime - _SLACK_SECONDS}\n"
@@ -59,27 +60,27 @@ class Lease:
 
     @property
     def is_begun(self) -> bool:
-        """Whether `begin` was called."""
+        """Return whether `begin` was called."""
         return bool(self._since)
 
     def reserve(self, size: int) -> None:
-        """After `begin`: keep room for ``size`` more bytes."""
+        """Reserve disk space for ``size`` more bytes, after `begin`."""
         self._write(f"{self._since}reserve {size}\n")
 
     @property
     def is_due(self) -> bool:
-        """Whether it was last claimed or renewed a while ago."""
+        """Return whether the last claim or renewal was a while ago."""
         return time.monotonic() - self._renewed > _RENEW_SECONDS
 
     def renew(self) -> None:
-        """Called at every read, by any process of the run; touches the file once a minute."""
+        """Renew the lease; called at every read by any process of the run, touches the file at most once a minute."""
         if self.is_due:
             self._renewed = time.monotonic()
             with suppress(OSError):
                 os.utime(self._path)
 
     def remove(self) -> None:
-        """At the end of the run; does something only in the process that claimed."""
+        """Remove the lease at the end of the run; only the process that claimed it does."""
         if os.getpid() == self._owner:
             with suppress(OSError):
                 self._path.unlink(missing_ok=True)
@@ -96,21 +97,21 @@ class Lease:
 
 @dataclass
 class Held:
-    """What running runs hold: features by name, features of a variant since a moment, and bytes of disk."""
+    """Claims of running runs: features by name, features of a variant since a time, and bytes of disk space."""
 
     names: set[str] = field(default_factory=set)
     since: dict[str, float] = field(default_factory=dict)
     reserved: int = 0
 
     def holds(self, name: str, used: float) -> bool:
-        """Whether a run needs the features ``variant/digest``, written or last used at ``used``."""
+        """Return whether a run needs the features ``variant/digest``, written or last used at ``used``."""
         return name in self.names or used >= self.since.get(name.partition("/")[0], float("inf"))
 
     def add(self, line: str, *, filling: bool) -> None:
         kind, _, rest = line.partition(" ")
         if kind == "by":
             return
-        with suppress(ValueError):  # a damaged line claims nothing; the others in its file still do
+        with suppress(ValueError):  # skip a damaged line; the others in its file are valid
             if kind == "since" and filling:
                 variant, moment = rest.split()
                 self.since[variant] = min(float(moment), self.since.get(variant, float("inf")))
@@ -121,7 +122,7 @@ class Held:
 
 
 def leased(root: Path, own: Lease | None = None) -> Held:
-    """What running runs hold, ``own`` left out. Leases that ran out are removed; files that are no leases are not."""
+    """Return what running runs hold, without ``own``. Expired leases are removed; files that are no leases are kept."""
     held = Held()
     for path in (root / CLAIMS_FOLDER).glob(f"*{CLAIM_SUFFIX}"):
         if (own is not None and own.is_at(path)) or not is_claim(path):
@@ -141,7 +142,7 @@ def _is_valid(name: str, lines: list[str], age: float) -> bool:
     process = Process.parse(lines[0].removeprefix("by ")) if lines and lines[0].startswith("by ") else None
     if process is not None and process.is_visible:
         return process.is_running
-    if process is None:  # of an earlier version
+    if process is None:  # written by an earlier version
         host, number = name.removesuffix(CLAIM_SUFFIX).rsplit(".", 2)[:2]
         if host == socket.gethostname() and not is_running(int(number)) and age > _RENEW_SECONDS:
             return False

@@ -1,4 +1,4 @@
-"""Which of a run's pictures have their features already; every process looks at its share."""
+"""Look up which of a run's pictures have features already; every process looks up its share."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ _CHUNK = 256
 
 @dataclass(frozen=True)
 class Lookup:
-    """``present``: path -> digest of this process's pictures that are there; ``missing``: its other ones. ``pictures``
-    and ``to_compute`` count over all processes; a picture never seen before counts as one to compute."""
+    """Results of a lookup.
+
+    ``present``: path -> digest of this process's pictures with features; ``missing``: its other pictures. ``pictures``
+    and ``to_compute`` count over all processes; a picture that is not in the index counts as one to compute.
+    """
 
     present: dict[str, str]
     missing: list[ImageRef]
@@ -31,7 +34,7 @@ class Lookup:
 
 
 def look_up(images: Collection[ImageRef], store: Store, index: PictureIndex, ranks: Group) -> Lookup:
-    """Look for the features of ``images``; those found are marked as used now."""
+    """Look up the features of ``images`` and mark those found as used now."""
     mine, pictures = _share(sorted(set(images), key=os.fspath), store.root, ranks)
 
     def look(some: Sequence[ImageRef]) -> list[str | None]:
@@ -45,7 +48,7 @@ def look_up(images: Collection[ImageRef], store: Store, index: PictureIndex, ran
 
 
 def look_at_contents(before: Lookup, store: Store, index: PictureIndex, ranks: Group) -> Lookup:
-    """For a cache that can only be read: find missing pictures by the bytes of their files too, as filling does."""
+    """For a read-only cache: find missing pictures by the bytes of their files too, as filling does."""
 
     def look(some: Sequence[ImageRef]) -> list[str | None]:
         return [_look_at_content(image, store, index) for image in some]
@@ -67,7 +70,7 @@ def _look_at_content(image: ImageRef, store: Store, index: PictureIndex) -> str 
 
 
 def _look(image: ImageRef, store: Store, index: PictureIndex) -> str | None:
-    with suppress(OSError):  # whoever reads the picture says what is wrong with it
+    with suppress(OSError):  # reading the picture later reports the error
         digest = index.find(Stamp.of(image))
         if digest is not None and store.has(digest):
             store.touch(digest)
@@ -76,8 +79,10 @@ def _look(image: ImageRef, store: Store, index: PictureIndex) -> str | None:
 
 
 def _share(images: Sequence[ImageRef], root: Path, ranks: Group) -> tuple[list[ImageRef], int]:
-    """This process's pictures, and how many there are over all: each once where all processes see the same cache, else
-    each once for every machine."""
+    """Return this process's pictures and the total number.
+
+    If all processes see the same cache, each picture is assigned to one process, otherwise to one process per machine.
+    """
     if ranks.size == 1:
         return list(images), len(images)
     hosts = ranks.gather(socket.gethostname())
@@ -89,7 +94,7 @@ def _share(images: Sequence[ImageRef], root: Path, ranks: Group) -> tuple[list[I
 
 
 def _is_shared(root: Path, ranks: Group) -> bool:
-    """Whether what rank 0 writes is seen by all."""
+    """Return whether all ranks see what rank 0 writes."""
 
     def write() -> Path | None:
         probe = root / f".probe-{uuid.uuid4().hex}"
@@ -100,7 +105,7 @@ def _is_shared(root: Path, ranks: Group) -> bool:
         return None
 
     probe = ranks.on_main(write)
-    if probe is None:  # read-only: nothing will be filled, so it is shared or complete
+    if probe is None:  # read-only, so nothing will be computed
         return True
     seen = ranks.gather(probe.exists())
     if ranks.rank == 0:

@@ -1,8 +1,8 @@
-"""What in a folder belongs to the feature cache. Nothing else is ever removed or overwritten.
+"""Which files in a folder belong to the feature cache. No other file is ever removed or overwritten.
 
-A cache has a mark, and of what lies below it, a file is the cache's own if its name and its content say so: features by
-the header that names them, a variant's description by the digest that is its folder's name, the index and the claims by
-the form of their lines. A cache of an earlier version has no mark; it is recognised by its files, and marked then.
+A cache has a mark. A file below it belongs to the cache if both its name and its content say so: features by the name
+in their header, a variant's description by the digest that is its folder's name, index and leases by the format of
+their lines. A cache of an earlier version has no mark; it is recognised by its files, and then marked.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _PARTIAL = re.compile(rf"\.([0-9a-f]{{40}}({re.escape(SUFFIX)})?|about(\.json)?)
 _CLAIM = re.compile(rf".+\.\d+\.\d+{re.escape(CLAIM_SUFFIX)}")
 _CLAIM_LINE = re.compile(r"\S+/\S+|(by|since|reserve) .*")
 _FIELDS = 4
-_MOST = 1 << 16  # bytes of a description; longer ones are somebody else's
+_MOST = 1 << 16  # maximum bytes of a description; longer files are foreign
 
 
 def mark_text() -> str:
-    """The content of a cache's mark."""
+    """Return the content of a cache's mark."""
     about = "Features of pictures, kept by cogtune; `cogtune data cache --clear` empties this folder of them."
     return json.dumps({**_KIND, "about": about}, indent=1) + "\n"
 
@@ -49,12 +49,12 @@ def is_marked(root: Path) -> bool:
 
 
 def is_cache(root: Path) -> bool:
-    """Whether ``root`` is a feature cache: by its mark, or without one, by what lies in it."""
+    """Return whether ``root`` is a feature cache, by its mark, or without one, by its files."""
     return is_marked(root) or any(True for _ in variants(root)) or is_index(root / INDEX_FOLDER / INDEX_FILE)
 
 
 def require_cache(root: Path) -> None:
-    """Before anything is removed.
+    """Check that ``root`` is a feature cache, before anything is removed.
 
     Raises:
         OutputFolderError: ``cache-foreign``: there is something, and it is no feature cache.
@@ -72,7 +72,7 @@ def require_cache(root: Path) -> None:
 
 
 def variants(root: Path) -> Iterator[Path]:
-    """The folders of the cache that hold features."""
+    """Return the folders of the cache that hold features."""
     with suppress(FileNotFoundError, NotADirectoryError), os.scandir(root) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if _VARIANT.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
@@ -82,7 +82,7 @@ def variants(root: Path) -> Iterator[Path]:
 
 
 def describe(folder: Path) -> dict[str, Any] | None:
-    """What a variant's folder says of itself, if that is what its name is the digest of."""
+    """Return the description in a variant's folder, if the folder's name is its digest."""
     values = _json(folder / ABOUT)
     if values is None or not isinstance(values.get("model"), str):
         return None
@@ -91,7 +91,7 @@ def describe(folder: Path) -> dict[str, Any] | None:
 
 
 def feature_files(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """What lies in a variant's folder under the names of features."""
+    """Return the files in a variant's folder that are named like features."""
     for part in _parts(folder):
         with suppress(FileNotFoundError), os.scandir(part) as entries:
             for entry in entries:
@@ -101,19 +101,19 @@ def feature_files(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def leftovers(folder: Path) -> Iterator[Path]:
-    """Files that writers in a variant's folder have begun."""
+    """Return unfinished files of writers in a variant's folder."""
     for part in [folder, *_parts(folder)]:
         with suppress(FileNotFoundError), os.scandir(part) as entries:
             yield from [part / entry.name for entry in entries if _PARTIAL.fullmatch(entry.name)]
 
 
 def label(path: Path) -> str:
-    """``variant/digest`` of a feature file: its name in claims and in its own header."""
+    """Return ``variant/digest`` of a feature file: its name in leases and in its own header."""
     return f"{path.parent.parent.name}/{path.name.removesuffix(SUFFIX)}"
 
 
 def is_features(path: Path) -> bool:
-    """Whether a file holds features, by its header, or nothing at all (torn by a power failure)."""
+    """Return whether a file holds features, by its header, or is blank (after a power failure)."""
     try:
         with path.open("rb") as file:
             head = file.read(HEADER_BYTES)
@@ -123,7 +123,7 @@ def is_features(path: Path) -> bool:
 
 
 def is_index(path: Path) -> bool:
-    """Whether a file is an index of pictures: it has a line of one."""
+    """Return whether a file is a picture index: it has a valid line."""
     try:
         with path.open(encoding="ascii", errors="replace") as file:
             return any(index_fields(line) is not None for line in file)
@@ -132,14 +132,14 @@ def is_index(path: Path) -> bool:
 
 
 def may_be_index(path: Path) -> bool:
-    """The same, or nothing is in it, or it is not there."""
+    """Return whether a file is an index, is blank or does not exist."""
     with suppress(FileNotFoundError):
         return path.stat().st_size == 0 or is_index(path)
     return True
 
 
 def index_fields(line: str) -> list[str] | None:
-    """Scope, stamp, content and pixels in a line of the index; None of a line whose checksum is another."""
+    """Return scope, stamp, content and pixels of a line of the index, or None if its checksum is wrong."""
     body, _, check = line.rstrip("\n").rpartition("\t")
     fields = body.split("\t")
     return fields if len(fields) == _FIELDS and check == checksum(body.encode("ascii", "replace")) else None
@@ -150,7 +150,7 @@ def checksum(content: bytes) -> str:
 
 
 def is_claim(path: Path) -> bool:
-    """Whether a file is a claim of a run."""
+    """Return whether a file is a lease of a run."""
     if not _CLAIM.fullmatch(path.name) or not path.is_file():
         return False
     with suppress(OSError):

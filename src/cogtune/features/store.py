@@ -4,11 +4,11 @@
     CACHE/<variant>/about.json                     what the variant is
     CACHE/<variant>/ab/abcdef....safetensors       one picture; the name is the digest of its pixels
     CACHE/index/pictures.tsv                       which picture files hold which pixels (`features.index`)
-    CACHE/leases/...                               what runs that are going on need (`features.lease`)
+    CACHE/leases/...                               what running runs need (`features.lease`)
 
-A file is written under a hidden name of its own and renamed, so it is whole or absent, and two processes that write the
-same one do no harm. New folders and files take the permissions of the cache's folder: make that one writable for a
-group (and setgid), and the whole cache is the group's.
+Files are written atomically: under a unique hidden name, then renamed. Two processes may write the same file. New
+folders and files take the permissions of the cache's folder: to share the cache with a group, make that folder
+group-writable and setgid.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ _REPAIR = "run the same command again: it fills what is missing and continues fr
 
 
 class FeatureCacheError(RunError):
-    """The feature cache lost or cannot take a file that the run needs."""
+    """The feature cache lost a file that the run needs, or cannot store it."""
 
     default_code = "cache"
 
 
 def default_folder() -> Path:
-    """``$XDG_CACHE_HOME/cogtune/features``, or below ``~/.cache``."""
+    """Return ``$XDG_CACHE_HOME/cogtune/features``, or the folder below ``~/.cache``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cogtune" / "features"
 
 
 class Store:
-    """The files of one variant."""
+    """The feature files of one variant."""
 
     def __init__(self, root: Path, variant: FeatureVariant) -> None:
         self.root = root
@@ -69,18 +69,18 @@ class Store:
         return Path(self._place(digest))
 
     def _place(self, digest: str) -> str:
-        """`path` as text: a run asks for every picture's when it starts."""
+        """Return `path` as text, which is faster: a run asks for every picture's path when it starts."""
         return f"{self._prefix}{digest[:2]}{os.sep}{digest}{SUFFIX}"
 
     def has(self, digest: str) -> bool:
-        """Whether the picture's file is there and of the right size; its content is checked when it is read."""
+        """Return whether the picture's file exists with the right size; its content is checked when it is read."""
         try:
             return os.stat(self._place(digest)).st_size == self._file_bytes
         except OSError:
             return False
 
     def write(self, digest: str, features_QW: torch.Tensor) -> None:
-        """Store features [Q, W] (CPU). OSError as the system raises it; nothing is left behind then.
+        """Store features [Q, W] (CPU). Raises OSError from the system; no partial file remains.
 
         Raises:
             FeatureCacheError: ``cache-foreign``: another file has this name.
@@ -92,11 +92,11 @@ class Store:
         write_atomically(path, pack(features_QW, self.layout, self._label(digest)), self.root)
 
     def read(self, digest: str) -> torch.Tensor:
-        """Features [Q, W] in the stored format; float32 where that is float8.
+        """Return features [Q, W] in the stored dtype; float32 for float8.
 
         Raises:
-            FeatureCacheError: ``cache-missing``, or ``cache-damaged``: the file is then removed, so that the next
-                filling makes it anew.
+            FeatureCacheError: ``cache-missing``, or ``cache-damaged``: the file is then removed, so that the next fill
+                computes it again.
         """
         path = self.path(digest)
         try:
@@ -115,7 +115,7 @@ class Store:
             ) from error
 
     def remove(self, digest: str) -> bool:
-        """Whether the file is gone afterwards; one that is none of the cache's own stays."""
+        """Remove a file; return whether it is gone. Foreign files are kept."""
         path = self.path(digest)
         with suppress(OSError):
             if is_features(path):
@@ -123,16 +123,17 @@ class Store:
         return not path.exists()
 
     def touch(self, digest: str) -> None:
-        """Note that the file was used now: what was not used longest is evicted first. A read-only cache keeps none."""
+        """Mark the file as used now; the least recently used files are evicted first. Does nothing in a read-only
+        cache."""
         with suppress(OSError):
             os.utime(self._place(digest))
 
     def prepare(self, model: str) -> None:
-        """Mark the cache, make the variant's folder and describe it; remove what killed writers left behind. OSError as
-        it comes.
+        """Mark the cache, create and describe the variant's folder, and remove unfinished files of killed writers.
 
         Raises:
             FeatureCacheError: ``cache-foreign``: other files have these names.
+            OSError: from the system.
         """
         make_folder(self.folder, self.root)
         mark(self.root)
@@ -148,20 +149,20 @@ class Store:
 
 
 def mark(root: Path) -> None:
-    """Mark ``root`` as a cache. OSError as it comes; FeatureCacheError: another file has the mark's name."""
+    """Mark ``root`` as a cache. Raises OSError, and FeatureCacheError if another file has the mark's name."""
     if not is_marked(root):
         _write_own(root / MARK, mark_text(), root)
 
 
 def _write_own(path: Path, text: str, root: Path) -> None:
-    """Write a description where there is none, or nothing in it."""
+    """Write a description if the file is missing or blank."""
     if path.exists() and not (path.is_file() and is_blank(path.read_bytes())):
         raise foreign(path)
     write_atomically(path, text.encode(), root)
 
 
 def foreign(path: Path) -> FeatureCacheError:
-    """The error for a file that stands where one of the cache's own belongs."""
+    """Return the error for a foreign file with the name of one of the cache's own."""
     return FeatureCacheError(
         f"{path}: in the way: the feature cache keeps a file of its own under this name, and this is none",
         hint="move it away, or choose another folder with data.cache_dir",
@@ -171,33 +172,33 @@ def foreign(path: Path) -> FeatureCacheError:
 
 @contextmanager
 def turn(root: Path) -> Iterator[None]:
-    """A moment in which no other process measures, evicts from or clears the cache."""
+    """Lock out other processes that measure, evict from or clear the cache."""
     mode = stat.S_IMODE(root.stat().st_mode) & 0o666 if root.is_dir() else 0o666
     with locks.turn(root / locks.FOLDER_LOCK, mode):
         yield
 
 
 def make_folder(folder: Path, root: Path) -> None:
-    """Make ``folder`` (at or below ``root``) and its parents, with ``root``'s permissions."""
+    """Create ``folder`` (at or below ``root``) and its parents, with ``root``'s permissions."""
     missing = [path for path in (folder, *folder.parents) if path.is_relative_to(root) and not path.exists()]
     for path in reversed(missing):
         path.mkdir(parents=True, exist_ok=True)
         if path != root:
-            with suppress(PermissionError):  # another user made it at the same moment
+            with suppress(PermissionError):  # another user created it at the same time
                 path.chmod(stat.S_IMODE(root.stat().st_mode))
 
 
 def write_atomically(path: Path, content: bytes, root: Path) -> None:
-    """Write a file that is whole or absent, with the read and write permissions of ``root``.
+    """Write a file atomically, with the read and write permissions of ``root``.
 
-    It is not flushed to disk: a kill cannot tear it, and what a power failure tears is noticed by size and digest.
+    It is not flushed to disk: a kill cannot truncate it, and damage by a power failure is detected by size and digest.
     """
     files.write_bytes(path, content, mode=stat.S_IMODE(root.stat().st_mode) & 0o666)
 
 
 @dataclass(frozen=True)
 class CachedFile:
-    """A file of the cache: bytes, and when it was last used (seconds since 1970)."""
+    """A file of the cache: size in bytes, and time of last use (seconds since 1970)."""
 
     path: Path
     size: int
@@ -205,11 +206,11 @@ class CachedFile:
 
 
 def scan(root: Path) -> list[CachedFile]:
-    """Every feature file of the cache."""
+    """Return every feature file of the cache."""
     found = []
     for folder in variants(root):
         for entry in feature_files(folder):
-            with suppress(FileNotFoundError):  # removed by another process meanwhile
+            with suppress(FileNotFoundError):  # another process removed it meanwhile
                 status = entry.stat(follow_symlinks=False)
                 found.append(CachedFile(Path(entry.path), status.st_size, status.st_mtime))
     return found

@@ -1,4 +1,4 @@
-"""What, besides the picture, decides features: one folder of the cache holds the files of one such variant."""
+"""Variants: everything besides the picture that determines its features. Each variant has one folder in the cache."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class FeatureVariant:
 
 
 def folder_name(decides: dict[str, Any]) -> str:
-    """The name of the folder for what ``decides`` (a `FeatureVariant` as plain values)."""
+    """Return the folder's name for ``decides`` (a `FeatureVariant` as plain values)."""
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def make_variant(tower: str, config: CogVLM2Config, compute: str, stored: str) -> FeatureVariant:
-    """The variant of a base model's tower."""
+    """Return the variant of a base model's tower."""
     vision = config.vision_config
     assert isinstance(vision, CogVLM2VisionConfig)
     names = ("image_size", "patch_size", "in_channels", "hidden_size", "intermediate_size", "num_hidden_layers")
