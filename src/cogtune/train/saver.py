@@ -13,14 +13,15 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from cogtune.adapters.attach import CONFIG_NAME, WEIGHTS_NAME, save_adapter
-from cogtune.adapters.provenance import PROVENANCE_NAME, Provenance, write_provenance
+from cogtune.adapters.model_card import CARD_NAME, is_own_card, write_card
+from cogtune.adapters.provenance import PROVENANCE_NAME, Provenance, read_provenance, write_provenance
 from cogtune.checkpoint import resume_state as checkpoints
 from cogtune.checkpoint.resume_state import TrainingState
 from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import CheckpointError
 from cogtune.system import files
 from cogtune.train.engines.base import MASTER, Engine
-from cogtune.train.log import log
+from cogtune.train.log import last_losses, log
 from cogtune.train.output_folder import Claim, RunRecord
 from cogtune.train.progress import Progress
 
@@ -62,6 +63,8 @@ class Saver:
             with _masters(self._engine, self._model, state.tensors):
                 save_adapter(self._model, folder)
             write_provenance(folder, self._provenance)
+            losses = {"best validation so far": self._progress.best_loss}
+            write_card(folder, self._provenance, losses, self._progress.step)
 
         with self._claim.writing():
             folder = checkpoints.save(self._output, self._progress.step, state, write_adapter)
@@ -121,8 +124,19 @@ def export_adapter(output: Path, progress: Progress) -> tuple[Path, str]:
         for name in (CONFIG_NAME, WEIGHTS_NAME, PROVENANCE_NAME):
             if (source / name).is_file() or name != PROVENANCE_NAME:  # an earlier version's checkpoint has none
                 shutil.copyfile(source / name, folder / name)
+        _write_card(output, folder, checkpoints.step_of(source), progress.best_loss)
         _keep_others(output / ADAPTER_FOLDER, folder)
     return output / ADAPTER_FOLDER, f"the {kind} checkpoint's, step {checkpoints.step_of(source)}"
+
+
+def _write_card(output: Path, folder: Path, step: int, best_loss: float | None) -> None:
+    """The result's model card, unless the user has written one."""
+    there, provenance = output / ADAPTER_FOLDER / CARD_NAME, read_provenance(folder)
+    if provenance is None or (there.exists() and not is_own_card(there)):
+        return
+    train, validation = last_losses(output)
+    losses = {"training, last": train, "validation, last": validation, "validation, best": best_loss}
+    write_card(folder, provenance, losses, step)
 
 
 def _keep_others(before: Path, folder: Path) -> None:

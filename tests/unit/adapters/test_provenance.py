@@ -13,6 +13,7 @@ import torch
 
 from cogtune.adapters.attach import base_name
 from cogtune.adapters.merge import merge
+from cogtune.adapters.model_card import write_card
 from cogtune.adapters.provenance import (
     INHERITED,
     PROVENANCE_NAME,
@@ -192,3 +193,38 @@ def test_a_merged_model_answers_as_its_adapter_does(run: Path, tmp_path: Path) -
     assert any("model.template vqa" in note for note in report.notes)
     merged = load_generator(tmp_path / "merged", keys={"device": "cpu", "max-new-tokens": 4})
     assert merged.template == "vqa"
+
+
+def test_the_model_card_names_base_data_settings_losses_licence_and_use(run: Path) -> None:
+    card = (run / "adapter" / "README.md").read_text()
+    assert "[More Information Needed]" not in card
+    for text in (
+        "`base`",
+        "| pictures | 4 |",
+        "model.template vqa",
+        "| training, last |",
+        "cogtune chat",
+        "trained for 1 ",
+    ):
+        assert text in card
+    assert 'a name that begins with "Llama 3"' in card
+    assert "Built with Meta Llama 3" in card
+    assert str(run.parent) not in card  # it is passed on; the user's folders are nobody's business
+    assert "[More Information Needed]" not in (run / "last" / "README.md").read_text()
+
+
+def test_a_name_from_a_file_stays_a_name_in_the_card(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "adapter", tmp_path / "adapter")
+    write_card(tmp_path / "adapter", Provenance({}, base={"path": "/x/`<b>\n# no"}), {}, 3)
+    assert "`?<b>?# no`" in (tmp_path / "adapter" / "README.md").read_text()
+
+
+def test_a_card_that_the_user_wrote_stays(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data", 4)
+    train(make_config(tiny_checkpoint, data, tmp_path / "out", train__max_steps=1))
+    card = tmp_path / "out" / "adapter" / "README.md"
+    train(make_config(tiny_checkpoint, data, tmp_path / "out", train__max_steps=2))
+    assert "trained for 2 steps" in card.read_text()
+    card.write_text("mine")
+    train(make_config(tiny_checkpoint, data, tmp_path / "out", train__max_steps=3))
+    assert card.read_text() == "mine"
