@@ -54,7 +54,7 @@ def _predict(flags: _Flags, line: Arguments) -> None:
     if follow(resolved):
         return
     with lock_beside(flags.output, "choose another --output", note):
-        examples, report = read_sources(config.data)
+        examples, report = read_sources(config.data, open_questions=True)
         print("\n".join(report.lines()))
         questions = list(iter_questions(examples))
         file = PredictionFile(flags.output, _settings(resolved, decoding, options, report), questions)

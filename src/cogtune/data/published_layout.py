@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cogtune.data.formats.detect import LABEL_FOLDERS
+from cogtune.data.formats.item import RecordRules
 from cogtune.data.formats.markers import strip_ends
 from cogtune.data.formats.pictures import refuse_unread_own
 from cogtune.data.picture_headers import PictureHeader, check_picture, in_threads
 from cogtune.data.problems import BadRecordError, Problem, Problems
 from cogtune.data.record_json import is_unicode, parse_json, record_dialogues
-from cogtune.data.records import Conversation, Example
+from cogtune.data.records import Conversation, Example, Turn
 from cogtune.data.report import DataReport, SourceReport
 
 # Files that file managers and archivers leave behind.
@@ -27,7 +28,7 @@ class _Pair:
 
     stem: str
     image: Path
-    label: Path
+    label: Path | None
     header: PictureHeader = field(default_factory=lambda: PictureHeader(0))
     conversations: list[Conversation] = field(default_factory=list)
     problems: list[tuple[str, str, str]] = field(default_factory=list)
@@ -44,7 +45,7 @@ class FolderReader:
     split_name: str
     weight: float
     labels: str
-    caption_question: str | None
+    rules: RecordRules
     max_pixels: int | None
 
     def read(
@@ -57,6 +58,8 @@ class FolderReader:
         Raises:
             DataError: a folder without pictures or labels, or with several label folders and no choice between them.
         """
+        if self._is_unlabelled():
+            return self._read_unlabelled(problems, report, done)
         label_folder = self._label_folder()
         images = _by_stem(self.root / "images", problems, labels=False)
         labels = _by_stem(label_folder, problems, labels=True)
@@ -70,7 +73,39 @@ class FolderReader:
             for stem in sorted(images.keys() & labels.keys())
             if (image := images[stem]) is not None and (label := labels[stem]) is not None
         ]
-        source = SourceReport(str(self.root), label_folder.name, self.weight)
+        return self._examples(pairs, label_folder.name, problems, report, done)
+
+    def _is_unlabelled(self) -> bool:
+        found = any((self.root / name).is_dir() for name in LABEL_FOLDERS)
+        return self.rules.open_questions and self.labels == "auto" and not found
+
+    def _read_unlabelled(
+        self, problems: Problems, report: DataReport, done: Callable[[int, int], None] | None
+    ) -> list[Example]:
+        """Every picture of ``images/``, or of the folder itself, with the question for captions and no answer."""
+        question = self.rules.caption_question
+        if not question:
+            what = "pictures without labels, and data.caption_question is empty"
+            raise Problem("caption-question", str(self.root), what).error()
+        folder = self.root / "images" if (self.root / "images").is_dir() else self.root
+        pairs = []
+        for stem, image in _by_stem(folder, problems, labels=False).items():
+            if image is not None:
+                conversation = Conversation(f"{self.name}/{stem}#0", (Turn(question, ""),), str(image))
+                pairs.append(_Pair(stem, image, None, conversations=[conversation]))
+        if not pairs:
+            raise Problem("no-images", str(folder), "the folder holds no picture").error()
+        return self._examples(pairs, "no labels", problems, report, done)
+
+    def _examples(
+        self,
+        pairs: list[_Pair],
+        labels: str,
+        problems: Problems,
+        report: DataReport,
+        done: Callable[[int, int], None] | None,
+    ) -> list[Example]:
+        source = SourceReport(str(self.root), labels, self.weight)
         report.sources.append(source)
         examples = []
         told = None if done is None else lambda count: done(count, len(pairs))
@@ -111,22 +146,25 @@ class FolderReader:
             pair.image_ok = True
         except BadRecordError as bad:
             pair.problems.append((bad.kind, str(pair.image), bad.what))
+        return pair if pair.label is None else self._read_label(pair, pair.label)
+
+    def _read_label(self, pair: _Pair, label: Path) -> _Pair:
         try:
-            root, pair.repaired = parse_json(pair.label.read_bytes())
+            root, pair.repaired = parse_json(label.read_bytes())
             records = root if isinstance(root, list) else [root]
             if not records:
                 raise BadRecordError("no-records", "the list of records is empty")
         except BadRecordError as bad:
-            pair.problems.append((bad.kind, str(pair.label), bad.what))
+            pair.problems.append((bad.kind, str(label), bad.what))
             return pair
         except OSError as error:
-            pair.problems.append(("bad-json", str(pair.label), f"the label cannot be read ({error})"))
+            pair.problems.append(("bad-json", str(label), f"the label cannot be read ({error})"))
             return pair
         number = 0
         for position, record in enumerate(records, start=1):
-            source = f"{pair.label}, record {position}" if isinstance(root, list) else str(pair.label)
+            source = f"{label}, record {position}" if isinstance(root, list) else str(label)
             try:
-                dialogues = [strip_ends(turns, 1) for turns in record_dialogues(record, self.caption_question)]
+                dialogues = [strip_ends(turns, 1) for turns in self._dialogues(record)]
                 refuse_unread_own(record, ("image",), (pair.image.name,), "folder")
             except BadRecordError as bad:
                 pair.problems.append((bad.kind, source, bad.what))
@@ -137,6 +175,9 @@ class FolderReader:
                 pair.conversations.append(Conversation(identity, turns, source))
                 number += 1
         return pair
+
+    def _dialogues(self, record: object) -> list[tuple[Turn, ...]]:
+        return record_dialogues(record, self.rules.caption_question, open_questions=self.rules.open_questions)
 
     def _example(self, pair: _Pair) -> Example:
         return Example(

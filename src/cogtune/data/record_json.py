@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from cogtune.data.problems import BadRecordError
@@ -39,7 +40,9 @@ def parse_json(data: bytes) -> tuple[Any, bool]:
         raise BadRecordError("bad-json", found) from error
 
 
-def record_dialogues(record: Any, caption_question: str | None) -> list[tuple[Turn, ...]]:
+def record_dialogues(
+    record: Any, caption_question: str | None, *, open_questions: bool = False
+) -> list[tuple[Turn, ...]]:
     """Return a record's independent dialogues: one for ``conversations``, one per entry of ``captions``.
 
     Raises:
@@ -57,20 +60,23 @@ def record_dialogues(record: Any, caption_question: str | None) -> list[tuple[Tu
     if not entries:
         raise BadRecordError("turns", f'"{keys[0]}" is empty')
     if keys[0] == "conversations":
-        return [_dialogue(entries)]
+        return [_dialogue(entries, open_questions)]
     if not caption_question:
         raise BadRecordError("caption-question", "a record of captions, and data.caption_question is empty")
     captions = [_content(entry, number, ("caption",)) for number, entry in enumerate(entries, start=1)]
     return [(Turn(caption_question, caption),) for caption in captions]
 
 
-def _dialogue(entries: list[Any]) -> tuple[Turn, ...]:
+def _dialogue(entries: list[Any], open_questions: bool) -> tuple[Turn, ...]:
     contents = []
+    entries = without_blank_answer(entries) if open_questions else entries
     for number, entry in enumerate(entries, start=1):
         contents.append(_content(entry, number, ("user", "assistant")))
         expected = "user" if number % 2 else "assistant"
         if entry["role"] != expected:
             raise BadRecordError("turns", f'message {number} is from "{entry["role"]}", "{expected}" was expected')
+    if open_questions and len(contents) % 2:
+        contents.append("")
     if len(contents) % 2:
         raise BadRecordError("turns", f"{len(contents)} messages, the last question has no answer")
     return tuple(Turn(*pair) for pair in zip(contents[::2], contents[1::2], strict=True))
@@ -88,6 +94,19 @@ def _content(entry: Any, number: int, roles: tuple[str, ...]) -> str:
         expected = " or ".join(f'"{name}"' for name in roles)
         raise BadRecordError("role", f"message {number} has the role {json.dumps(role):.80}, {expected} was expected")
     return checked_text(content, f"the content of message {number}")
+
+
+def without_blank_answer(entries: Sequence[Any]) -> list[Any]:
+    """The messages without a last one that is an assistant's and says nothing: the place of an answer to come."""
+    last = entries[-1] if entries else None
+    if isinstance(last, dict) and last.get("role", last.get("from")) in ("assistant", "gpt"):
+        return list(entries if not is_blank(last.get("content", last.get("value"))) else entries[:-1])
+    return list(entries)
+
+
+def is_blank(value: Any) -> bool:
+    """Whether a content says nothing: null, an empty list, or a text of white space."""
+    return value is None or value == [] or (isinstance(value, str) and not value.strip())
 
 
 def checked_text(value: Any, what: str) -> str:

@@ -50,13 +50,16 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question with its reference history, as prediction and evaluation ask it."""
+    """One question with its reference history, as prediction and evaluation ask it.
+
+    ``reference`` is None where the data set has no answer.
+    """
 
     id: str
     turn: int
     images: tuple[ImageRef, ...]
     question: str
-    reference: str
+    reference: str | None
     history: tuple[tuple[str, str], ...]
 
 
@@ -66,4 +69,4 @@ def iter_questions(examples: Iterable[Example]) -> Iterator[Question]:
         for conversation in example.conversations:
             pairs = tuple((turn.question, turn.answer) for turn in conversation.turns)
             for number, (question, reference) in enumerate(pairs):
-                yield Question(conversation.id, number, example.images, question, reference, pairs[:number])
+                yield Question(conversation.id, number, example.images, question, reference or None, pairs[:number])

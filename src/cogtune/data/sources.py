@@ -35,23 +35,31 @@ class _Entry:
 
 
 def read_sources(
-    data: SourceSection, paths: Sequence[Any] | None = None, *, max_images: int = 1
+    data: SourceSection, paths: Sequence[Any] | None = None, *, max_images: int = 1, open_questions: bool = False
 ) -> tuple[list[Example], DataReport]:
     """Read every folder and file of ``data.path`` (or of ``paths``), for a model of ``max_images`` images a prompt.
 
     Entries are read in the given order; a folder's examples in the order of their names, others in that of the records.
 
+    With ``open_questions``, as prediction asks for them, a last question needs no answer, and a folder of pictures no
+    labels: each picture is asked ``data.caption_question``.
+
     Raises:
         DataError: for bad input, unless ``data.on_bad`` is ``skip`` and no more than ``data.max_bad_share`` is bad.
     """
-    examples, report, problems = collect_sources(data, paths, max_images=max_images)
+    examples, report, problems = collect_sources(data, paths, max_images=max_images, open_questions=open_questions)
     good = sum(len(example.conversations) for example in examples)
     problems.settle(good, data.on_bad, data.max_bad_share)
     return examples, report
 
 
 def collect_sources(
-    data: SourceSection, paths: Sequence[Any] | None = None, done: Done | None = None, *, max_images: int = 1
+    data: SourceSection,
+    paths: Sequence[Any] | None = None,
+    done: Done | None = None,
+    *,
+    max_images: int = 1,
+    open_questions: bool = False,
 ) -> tuple[list[Example], DataReport, Problems]:
     """As `read_sources`, with what is wrong with single records returned instead of raised.
 
@@ -77,9 +85,9 @@ def collect_sources(
             "weight": entry.weight,
             "max_pixels": data.max_pixels,
         }
-        rules = RecordRules(data.caption_question, data.system, max_images)
+        rules = RecordRules(data.caption_question, data.system, max_images, open_questions)
         reader: FolderReader | RecordsReader = (
-            FolderReader(labels=data.labels, caption_question=data.caption_question, **common)
+            FolderReader(labels=data.labels, rules=rules, **common)
             if entry.source.form == "folder"
             else RecordsReader(entry.source.form, entry.source.files, names=files, rules=rules, places=places, **common)
         )

@@ -39,7 +39,7 @@ def items(file: Path, rules: RecordRules) -> Iterator[Item]:
         for batch in _batches(pyarrow, file):
             names = [name.lower() for name in batch.schema.names]
             if not number:
-                _check_columns(names, str(file))
+                _check_columns(names, str(file), rules.open_questions)
             for values in batch.to_pylist():
                 number += 1
                 row = {name.lower(): value for name, value in values.items()}
@@ -134,11 +134,11 @@ def _batches(pyarrow: Any, file: Path) -> Iterator[Any]:
                 yield batch.slice(start, _BATCH)
 
 
-def _check_columns(names: list[str], where: str) -> None:
+def _check_columns(names: list[str], where: str, open_questions: bool) -> None:
     conversation = {"messages", "conversations"} & set(names)
     picture = {"image", "images"} & set(names)
     texts = {"question", "answer"} <= set(names) or {"caption", "captions", "text"} & set(names)
-    if not conversation and not (picture and texts):
+    if not conversation and not (picture and (texts or open_questions)):
         what = "messages, or image with question and answer or with caption, were expected as columns; found: "
         raise Problem("columns", where, what + (", ".join(names) or "none")).error()
 
@@ -161,11 +161,13 @@ def _later(row: dict[str, Any], rules: RecordRules) -> Callable[[], Content]:
 
 def _dialogues(row: dict[str, Any], rules: RecordRules) -> list[tuple[Turn, ...]]:
     if "question" in row:
-        return [(Turn(checked_text(row["question"], "the question"), checked_text(row["answer"], "the answer")),)]
+        return [(Turn(checked_text(row["question"], "the question"), rules.answer(row.get("answer"))),)]
     captions = row.get("caption", row.get("captions", row.get("text")))
     if not rules.caption_question:
         raise BadRecordError("caption-question", "captions, and data.caption_question is empty")
     question = rules.caption_question
+    if not {"caption", "captions", "text"} & row.keys():
+        return [(Turn(question, ""),)]
     texts = captions if isinstance(captions, list) else [captions]
     return [(Turn(question, checked_text(text, "the caption")),) for text in texts]
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from cogtune.data.problems import BadRecordError
+from cogtune.data.record_json import checked_text, is_blank
 from cogtune.data.records import Turn
 
 
@@ -44,11 +46,23 @@ class Item:
 
 @dataclass(frozen=True)
 class RecordRules:
-    """Settings for reading records: ``data.caption_question``, ``data.system``, and the most images of a prompt."""
+    """Settings for reading records: ``data.caption_question``, ``data.system``, and the most images of a prompt.
+
+    ``open_questions``: a last question needs no answer (for prediction).
+    """
 
     caption_question: str | None
     system: str = "error"
     max_images: int = 1
+    open_questions: bool = False
+
+    def answer(self, value: Any) -> str:
+        """The checked answer of a row; empty where it is missing and may be.
+
+        Raises:
+            BadRecordError: ``content``.
+        """
+        return "" if self.open_questions and is_blank(value) else checked_text(value, "the answer")
 
     def check_images(self, count: int) -> None:
         """Raise BadRecordError ``several-images`` if a record has more images than the model takes."""

@@ -40,7 +40,7 @@ def items(file: Path, form: str, rules: RecordRules) -> Iterator[Item]:
 
 def own_record(record: Any, rules: RecordRules) -> Content:
     """Parse a record in cogtune's own form, with its ``image``."""
-    dialogues = record_dialogues(record, rules.caption_question)
+    dialogues = record_dialogues(record, rules.caption_question, open_questions=rules.open_questions)
     if "image" not in record:
         raise BadRecordError("image-path", 'the record has no "image"')
     image = record["image"]

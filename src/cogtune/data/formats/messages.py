@@ -15,7 +15,7 @@ from cogtune.data.formats.item import Content, RecordRules
 from cogtune.data.formats.markers import MARKER, without_markers
 from cogtune.data.formats.pictures import keys_text, picture_sources, refuse_unread
 from cogtune.data.problems import BadRecordError
-from cogtune.data.record_json import identity_of, is_unicode, kind_of, shown
+from cogtune.data.record_json import identity_of, is_unicode, kind_of, shown, without_blank_answer
 from cogtune.data.records import Turn
 
 _MARKER = "<image>"
@@ -47,7 +47,7 @@ def read_conversation(record: Any, rules: RecordRules, expected: str) -> Content
     if not isinstance(record, dict):
         raise BadRecordError("wrong-root", f"{kind_of(record)} found, an object was expected")
     _refuse_other_media(record)
-    messages = _messages(record, expected)
+    messages = _messages(record, expected, rules.open_questions)
     for message in messages:
         _take_paths(message)
     images = [*_images_of(record), *(image for message in messages for image in message.images)]
@@ -56,7 +56,7 @@ def read_conversation(record: Any, rules: RecordRules, expected: str) -> Content
         refuse_unread(entry, _MESSAGE_KEYS, images, expected, f"message {number}: ")
     rules.check_images(len(images))
     _strip_markers(messages, len(images))
-    turns = _turns(_without_system(messages, rules.system))
+    turns = _turns(_without_system(messages, rules.system), rules.open_questions)
     return Content([turns], picture_sources(images), identity_of(record))
 
 
@@ -97,7 +97,7 @@ def _take_paths(message: _Message) -> None:
         raise BadRecordError("content", f"the content of message {message.number} is empty but for its picture")
 
 
-def _messages(record: dict[str, Any], expected: str) -> list[_Message]:
+def _messages(record: dict[str, Any], expected: str, open_questions: bool) -> list[_Message]:
     keys = [key for key in ("messages", "conversations") if key in record]
     if len(keys) != 1:
         found = "both" if keys else f"{keys_text(record)} found"
@@ -107,6 +107,7 @@ def _messages(record: dict[str, Any], expected: str) -> list[_Message]:
         raise BadRecordError("wrong-root", f'"{keys[0]}" is {kind_of(entries)}, a list was expected')
     if not len(entries):
         raise BadRecordError("turns", f'"{keys[0]}" is empty')
+    entries = without_blank_answer(entries) if open_questions else entries
     messages = [_message(entry, number) for number, entry in enumerate(entries, start=1)]
     for message, entry in zip(messages, entries, strict=True):
         message.images = [*_images_of(entry), *message.images]
@@ -200,12 +201,14 @@ def _without_system(messages: list[_Message], policy: str) -> list[_Message]:
     return rest
 
 
-def _turns(messages: list[_Message]) -> tuple[Turn, ...]:
+def _turns(messages: list[_Message], open_questions: bool) -> tuple[Turn, ...]:
     for place, message in enumerate(messages):
         expected = "assistant" if place % 2 else "user"
         if message.role != expected:
             what = f"message {message.number} is from the {message.role}, the {expected} was expected"
             raise BadRecordError("turns", what)
+    if open_questions and len(messages) % 2:
+        messages = [*messages, _Message(0, "assistant", "")]
     if len(messages) % 2:
         raise BadRecordError("turns", f"{len(messages)} messages, the last question has no answer")
     return tuple(Turn(q.text, a.text) for q, a in zip(messages[::2], messages[1::2], strict=True))

@@ -36,7 +36,7 @@ def items(file: Path, rules: RecordRules) -> Iterator[Item]:
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         header = [name.strip().lower() for name in next(rows, [])]
-        check_columns(header, str(file))
+        check_columns(header, str(file), rules.open_questions)
         while True:
             line = rows.line_num + 1
             row = next(rows, None)
@@ -48,7 +48,7 @@ def items(file: Path, rules: RecordRules) -> Iterator[Item]:
         raise Problem("table", str(file), f"line {rows.line_num}: {error}").error() from error
 
 
-def check_columns(header: list[str], where: str) -> None:
+def check_columns(header: list[str], where: str, open_questions: bool) -> None:
     """Raise if the header lacks a required column.
 
     Raises:
@@ -57,7 +57,8 @@ def check_columns(header: list[str], where: str) -> None:
     repeated = sorted({name for name in header if name and header.count(name) > 1})
     if repeated:
         raise Problem("columns", where, f"the column {', '.join(repeated)} stands there twice").error()
-    if "image" not in header or not ({"question", "answer"} <= set(header) or "caption" in header):
+    texts = open_questions or {"question", "answer"} <= set(header) or "caption" in header
+    if "image" not in header or not texts:
         found = ", ".join(name for name in header if name) or "none"
         raise Problem("columns", where, f"the columns image, question, answer were expected; found: {found}").error()
 
@@ -85,9 +86,10 @@ def row_content(row: Mapping[str, str], rules: RecordRules) -> Content:
     if not image:
         raise BadRecordError("image-path", f"the cell image is empty; a text-only row says {TEXT_ONLY}")
     if "question" in row:
-        turn = Turn(checked_text(row["question"], "the question"), checked_text(row["answer"], "the answer"))
+        turn = Turn(checked_text(row["question"], "the question"), rules.answer(row.get("answer")))
     elif rules.caption_question:
-        turn = Turn(rules.caption_question, checked_text(row["caption"], "the caption"))
+        caption = checked_text(row["caption"], "the caption") if "caption" in row else ""
+        turn = Turn(rules.caption_question, caption)
     else:
         raise BadRecordError("caption-question", "captions, and data.caption_question is empty")
     images = () if image == TEXT_ONLY else (image,)
