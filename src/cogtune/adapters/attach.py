@@ -38,7 +38,7 @@ _CONTINUED = {
     "rslora": "use_rslora",
     "dora": "use_dora",
 }
-"""Fields of the lora section, and what PEFT's configuration file calls them."""
+"""Fields of the lora section and their names in PEFT's configuration file."""
 
 
 class LoraSettings(Protocol):
@@ -73,14 +73,14 @@ class RegionCount:
 
 
 def attach(model: nn.Module, lora: LoraSettings, *, building: AbstractContextManager[Any] | None = None) -> PeftModel:
-    """Put a fresh LoRA adapter on ``model``, or the one in ``lora.start_from``; only the adapter trains.
+    """Attach a new LoRA adapter to ``model``, or the one in ``lora.start_from``; only the adapter trains.
 
-    ``building`` encloses the moment in which peft looks at the base's weights to shape the adapter's.
+    ``building`` is a context for the step in which peft reads the base's weight shapes.
 
     Raises:
-        AdapterError: a target matches nothing or hits a container.
-        ConfigError: ``lora.extra`` has a key peft's LoraConfig does not know, or sets one that has its own field; or a
-            setting differs from the adapter in ``lora.start_from``, which brings its own.
+        AdapterError: a target matches nothing or matches a container.
+        ConfigError: ``lora.extra`` has a key that peft's LoraConfig does not know, or one with a field of its own; or
+            a setting differs from the adapter in ``lora.start_from``, which has its own.
     """
     if lora.start_from is not None:
         check_continued(Path(lora.start_from), lora)
@@ -112,7 +112,7 @@ def load_adapter(
     trainable: bool = False,
     building: AbstractContextManager[Any] | None = None,
 ) -> PeftModel:
-    """Put the adapter in ``folder`` (PEFT's layout; the published demo's load unchanged) on ``model``.
+    """Load the adapter in ``folder`` (PEFT's layout; the published demo's adapters load unchanged) onto ``model``.
 
     Raises:
         AdapterError: no adapter there, or one made for another base; the message names the first tensor that differs.
@@ -140,8 +140,10 @@ def load_adapter(
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> None:
-    """Write the adapter in PEFT's layout (``adapter_config.json``, ``adapter_model.safetensors``), with its base by
-    absolute path and the permissions that the umask gives."""
+    """Write the adapter in PEFT's layout (``adapter_config.json``, ``adapter_model.safetensors``).
+
+    The base is stored as an absolute path; files get the permissions of the umask.
+    """
     config = model.peft_config[model.active_adapter]
     if config.base_model_name_or_path:
         config.base_model_name_or_path = stored_base(config.base_model_name_or_path)

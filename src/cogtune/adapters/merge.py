@@ -56,7 +56,7 @@ def merge(
     base: str | Path | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> MergeReport:
-    """Write the full model that ``base`` with ``adapter`` is to the new folder ``output``, in the published layout.
+    """Merge ``adapter`` into ``base`` and write the full model to the new folder ``output``, in the published layout.
 
     Works on a block of rows at a time, in float32, without a GPU; memory stays far below one shard.
 
@@ -72,7 +72,7 @@ def merge(
         progress: gets a line per shard.
 
     Raises:
-        CheckpointError: the base is not a complete model folder, or has files that lie elsewhere.
+        CheckpointError: the base is not a complete model folder, or has links to files outside it.
         AdapterError: the adapter cannot be merged, is for another base, or makes a tensor that is not finite.
         OutputFolderError: ``output`` exists, cannot be written, or another process writes it.
         DiskFullError: not enough space, before or while writing; nothing is left behind.
@@ -81,7 +81,7 @@ def merge(
     base = whole_folder(find_base(adapter) if base is None else base)
     _require_new(output, base)
     with lock_beside(output, "choose another --output", progress):
-        _require_new(output, base)  # another merge may have ended meanwhile
+        _require_new(output, base)  # another merge may have finished meanwhile
         return _merge(base, adapter, output, progress)
 
 

@@ -49,7 +49,7 @@ _UNMERGEABLE = {
     "use_qalora": "its factors belong to groups of quantised columns",
     "velora_config": "its projections are compressed",
 }
-# Other starts (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base's own weights before training.
+# Other initialisations (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base's own weights before training.
 _HARMLESS_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
@@ -90,7 +90,7 @@ class Changes:
     weights: dict[str, Change]
     biases: dict[str, Change]
     replaced: dict[str, str]
-    """Name of the base's tensor -> name in the adapter file of what takes its place."""
+    """Name of the base's tensor -> name of its replacement in the adapter file."""
 
     def __len__(self) -> int:
         return len(self.weights) + len(self.biases) + len(self.replaced)

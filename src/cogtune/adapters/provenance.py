@@ -1,8 +1,8 @@
-"""What an adapter folder says about itself, in ``cogtune.json``: how its training read questions and pictures and held
-the base's weights, what it was trained on, and by which versions. Answering takes the same settings from it.
+"""Provenance of an adapter folder, in ``cogtune.json``: the training's settings, data counts and library versions.
 
-The file may come from a stranger. It is read through a list of known keys with their types: nothing in it is executed,
-fetched or opened.
+The settings say how training read questions and pictures and in which formats it held the base's weights; inference
+takes the same ones. The file may come from a stranger. It is parsed with a list of known keys and their types: nothing
+in it is executed, fetched or opened.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from cogtune.system import files
 PROVENANCE_NAME = "cogtune.json"
 FORMAT = 1
 FORMAT_KEYS = tuple(f"quant.{name}" for name in ("experts", "tower", "glu_adapter", "head", "embedding"))
-"""Where and in which number format answering holds each part of the base."""
+"""Device and number format of each part of the base in inference."""
 INHERITED = ("model.template", "model.dtype", "model.rope_precision", *FORMAT_KEYS, "data.exif", "data.max_pixels")
-"""Keys that answering takes from the training where the user gives none."""
+"""Keys that inference takes from the training unless the user sets them."""
 
 _LARGEST = 1 << 20
 _HUB_NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
@@ -56,20 +56,20 @@ class Provenance:
 def provenance_of(
     config: RunConfig, *, fingerprint: str, data: Mapping[str, int], versions: Mapping[str, str]
 ) -> Provenance:
-    """What the adapter of a run with this configuration says. ``fingerprint``: of the base's content."""
+    """Return the provenance of a run with this configuration. ``fingerprint``: of the base's content."""
     flat = config.model_dump(mode="json")
     settings = {key: flat[key.split(".")[0]][key.split(".")[1]] for key in INHERITED}
     return Provenance(settings, _base(config.model.path, fingerprint), dict(data), dict(versions))
 
 
 def stored_base(name: str) -> str:
-    """How a file names a base: a folder by its absolute path, which holds from every folder; a hub's name as it is."""
+    """Return how a file names a base: a folder by its absolute path, a hub name unchanged."""
     path = Path(name).expanduser()
     return str(path.absolute()) if path.is_dir() else name
 
 
 def hub_name(model: str | Path) -> str | None:
-    """The base's name on the hub: what is no folder here, or lies in the hub's own cache. None: not known."""
+    """Return the base's name on the hub, for a hub id or a folder in the hub's cache; None: not known."""
     path = Path(model).expanduser()
     if not path.is_dir():
         return str(model) if _HUB_NAME.fullmatch(str(model)) else None
@@ -88,17 +88,17 @@ def _base(model: str, fingerprint: str) -> dict[str, str]:
 
 
 def write_provenance(folder: Path, provenance: Provenance) -> None:
-    """Write ``cogtune.json``, whole or not at all."""
+    """Write ``cogtune.json`` atomically."""
     content = asdict(provenance)
     content.pop("unknown")
     files.write_json(folder / PROVENANCE_NAME, {"format": FORMAT, **content})
 
 
 def read_provenance(folder: Path) -> Provenance | None:
-    """What the folder says about itself; None: it says nothing, as the adapters of other programs.
+    """Return the provenance in the folder; None if there is none, as in adapters of other programs.
 
     Raises:
-        AdapterError: the file cannot be read, or a known key has a value of another type or out of its range.
+        AdapterError: the file cannot be read, or a known key has a value of a wrong type or out of range.
     """
     path = folder / PROVENANCE_NAME
     if not path.is_file():
@@ -144,7 +144,7 @@ def _mapping(path: Path, content: Mapping[str, Any], key: str) -> dict[str, Any]
 
 
 def _check(path: Path, settings: Mapping[str, Any]) -> None:
-    """The values are such as the configuration takes."""
+    """Check that the configuration accepts the values."""
     try:
         from_entries({key: Entry(value, f"{path}: {key}") for key, value in settings.items()}, AnswerConfig)
     except ConfigError as error:
@@ -161,19 +161,19 @@ def _wrong(path: Path, key: str, value: object, expected: str) -> AdapterError:
 
 
 def shown(value: object) -> str:
-    """A stranger's text as a terminal may show it."""
+    """Return a stranger's text in a form that is safe for a terminal."""
     text = ascii(value) if not isinstance(value, str) or not value.isprintable() else value
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def inherit(config: AnswerConfig, folder: Path, *, formats: bool = True) -> tuple[AnswerConfig, list[str]]:
-    """``config`` with the settings of the training that made ``folder`` where the user gave none, and what to say.
+    """Return ``config`` with the training's settings where the user set none, and messages about it.
 
-    A larger ``data.max_pixels`` than the default is not taken: it is a guard against pictures that exhaust the memory,
-    and the folder may be a stranger's.
+    A ``data.max_pixels`` above the default is not taken: it protects against pictures that exhaust the memory, and the
+    folder may be a stranger's.
 
     Args:
-        formats: False where the base cannot be quantised; the number formats are then left as they are.
+        formats: False if the base cannot be quantised; the number formats then stay unchanged.
 
     Raises:
         AdapterError: as `read_provenance` does.
@@ -205,7 +205,7 @@ def inherit(config: AnswerConfig, folder: Path, *, formats: bool = True) -> tupl
 
 
 def said(provenance: Provenance) -> str:
-    """Its settings that are not the default ones, for a message."""
+    """Return its non-default settings, for a message."""
     plain = AnswerConfig().model_dump(mode="json")
     changed = {k: v for k, v in provenance.settings.items() if v != plain[k.split(".")[0]][k.split(".")[1]]}
     return ", ".join(f"{key} {_text(value)}" for key, value in changed.items())

@@ -98,7 +98,7 @@ def load_tower(
 
 def _folder(path: str | Path) -> Path:
     """Return the model's folder, after checking it."""
-    load_model_config(path)  # its errors are the first to be shown
+    load_model_config(path)  # report its errors first
     folder = whole_folder(path)
     check_folder(folder)
     return folder

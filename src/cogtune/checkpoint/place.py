@@ -82,7 +82,7 @@ class Builder:
         self.added(f"{path}.weight", path)
 
     def added(self, name: str, path: str) -> None:
-        """Count a tensor, and finish what it completes."""
+        """Count a tensor as filled, and process the layer and the unit that it completes."""
         self._layers[path] -= 1
         if self._layers[path] == 0:
             self._complete_layer(path)

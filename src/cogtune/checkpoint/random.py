@@ -146,7 +146,7 @@ def write_published_config(folder: Path, config: CogVLM2Config) -> None:
     """Write ``config.json`` and ``generation_config.json`` as in the published checkpoint: ``auto_map``, no
     ``model_type``."""
     own = config.to_dict()
-    # the published file leaves out the number of key/value heads, 8; another number has to be there
+    # the published file omits the number of key/value heads if it is 8
     shapes = [key for key in TINY if key != "num_multi_query_heads" or own[key] != 8]
     keys = [*shapes, "rms_norm_eps", "hidden_act", "initializer_range", "template_version", "use_cache"]
     published = {

@@ -97,7 +97,7 @@ def load(folder: Path) -> TrainingState:
 
 
 def _read_rng(file: Path) -> list[dict[str, torch.Tensor]]:
-    """Generator states by rank; the names come from a file, so their number bounds the ranks."""
+    """Return the generator states by rank. Names come from a file, so the number of states bounds the ranks."""
     found: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in load_file(file).items():
         name = re.fullmatch(r"(\d{1,9})/(cpu|cuda)", key, re.ASCII)
@@ -182,7 +182,8 @@ def remove_leftovers(output: Path) -> int:
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    """Whether this made it, whole or damaged; a folder of another program may be called the same."""
+    """Return whether ``folder`` is one of our checkpoints, complete or damaged; another program may use the same
+    name."""
     return (
         folder.is_dir()
         and not folder.is_symlink()

@@ -70,7 +70,7 @@ class Projection:
 
     @property
     def most_rows(self) -> int:
-        """How many rows the kernels compute; 0 if they cannot read a weight.
+        """Most rows that the kernels compute; 0 if they cannot read a weight.
 
         NF4 is read directly for one row only: with more rows dequantising the weight is faster.
         """

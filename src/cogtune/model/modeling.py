@@ -31,7 +31,7 @@ from cogtune.model.vision import VisionModel
 
 @dataclass
 class CogVLM2Output(ModelOutput):
-    """loss: scalar float32; logits: float32 [B, L, V] (0 at padding); past_key_values: the extended cache."""
+    """Outputs. loss: scalar float32; logits: float32 [B, L, V] (0 at padding); past_key_values: the extended cache."""
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
@@ -237,11 +237,11 @@ class CogVLM2ForCausalLM(CogVLM2PreTrainedModel, CogVLM2Generation, GenerationMi
             labels: int64 [B, L] aligned with ``input_ids``, -100 ignored.
             segment_ids, segment_parents: the tree; see ``model.routing``.
             num_items_in_batch: divides the summed loss; absent: the number of labelled tokens.
-            return_logits: None: yes without labels, no with them.
-            past_key_values (or ``cache``): a transformers cache; ``use_cache`` makes one.
+            return_logits: whether to return logits; None: only without labels.
+            past_key_values (or ``cache``): a transformers cache; ``use_cache`` creates one.
             logits_to_keep: only the last columns' logits (0: all).
             position_ids: only read behind a non-empty cache; elsewhere positions follow from the types.
-            routing: made by the collator; computed here when absent.
+            routing: built by the collator; computed here when absent.
             inputs_embeds, output_attentions, output_hidden_states, return_dict: peft and transformers pass these
                 names; this model has no such inputs or outputs and refuses them when set.
 

@@ -24,8 +24,8 @@ from cogtune.configuration.shapes import IGNORED_LABEL, TREE_ROOT, UNUSED_PARENT
 from cogtune.model.routing_checks import refuse_holes, require_parents, require_shape
 
 GPU_COLUMNS = 64
-"""Attention layouts on a GPU have a multiple of this many columns. Its kernels work on blocks of 64 or 128, so the
-added columns cost nothing, and cuDNN plans a kernel per length: real data then meets tens of lengths, not thousands."""
+"""Attention layouts on a GPU are padded to a multiple of this many columns. Kernels work on blocks of 64 or 128, so the
+added columns are free. cuDNN builds a plan per length, and real data then has tens of lengths instead of thousands."""
 
 
 @dataclass(frozen=True)
@@ -43,20 +43,20 @@ class Routing:
     from_rows: torch.Tensor | None  # [T] sorted -> b * S + column
     positions: torch.Tensor  # [B, S] rotary positions, 0 at padding
     image_slots: torch.Tensor  # sorted index of every image token, in row-major order
-    decoding: bool = False  # one new column behind a cache may see everything, so attention is not causal
+    decoding: bool = False  # one new column behind a cache sees everything, so attention is not causal
     image_runs: tuple[int, ...] = ()  # length of every image run
     row_segments: torch.Tensor | None = None  # [B, S] segment of every token, G at padding; None: no tree
     ancestors: torch.Tensor | None = None  # bool [B, G + 1, G + 1]: a segment sees itself and its ancestors
-    prefix: int = 0  # in a tree: the first columns, in which no row branches, so that causal attention is right
+    prefix: int = 0  # in a tree: number of leading columns before any row branches, where causal attention is correct
     row_mask: torch.Tensor | None = None  # bool [B, S] real columns; None unless the layout has padding to hide
     empty: torch.Tensor | None = None  # bool [B*S, 1] columns without a token; None where every column has one
-    kept: torch.Tensor | None = None  # [K] sorted indices, ascending: whose last hidden state is needed
+    kept: torch.Tensor | None = None  # [K] sorted indices, ascending, of tokens whose last hidden state is needed
     num_vision_kept: int = 0
-    # The kept tokens as rows of Q queries, for the last layer's attention; None where they are most of the tokens.
+    # The kept tokens as rows of Q queries, for the last layer's attention; None if they fill over half of the columns.
     query_tokens: torch.Tensor | None = None  # [B*Q] sorted index (a row with fewer repeats token 0, never read)
     query_columns: torch.Tensor | None = None  # [B, Q] column, 0 where there is none
-    from_queries: torch.Tensor | None = None  # [K] place among the B*Q
-    predictors: torch.Tensor | None = None  # [M] index into kept; None where it would be 0..K-1
+    from_queries: torch.Tensor | None = None  # [K] index among the B*Q queries
+    predictors: torch.Tensor | None = None  # [M] index into kept; None if it would be 0..K-1
     targets: torch.Tensor | None = None  # [M] labels
 
     @property

@@ -356,7 +356,7 @@ def _leave_result(config: RunConfig, start: RunStart, progress: Progress) -> tup
 
 
 def _provenance(config: RunConfig, inputs: Inputs, engine: Engine) -> Provenance:
-    """What travels inside every adapter folder of the run."""
+    """Return the provenance that every adapter folder of the run contains."""
     known = {name: version for name, version in versions(engine.device).items() if name in _TOLD and version}
     fingerprint = inputs.identity.fingerprints["model.path"]
     return provenance_of(config, fingerprint=fingerprint, data=inputs.counts(), versions=known)

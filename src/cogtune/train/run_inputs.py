@@ -28,7 +28,7 @@ _OTHER_PARTS = (
     "modules_to_save",
     "trainable_token_indices",
     "target_parameters",
-)  # of peft's, trained beside the targets
+)  # peft's options that train more than the targets
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy", "deepspeed")
 
 
@@ -48,7 +48,7 @@ class Inputs:
         return {**self.split.to_dict(), "train_rows": self.rows.report.to_dict(), "validation_rows": validation}
 
     def counts(self) -> dict[str, int]:
-        """How much is trained on, as an adapter folder says it."""
+        """Return the amount of training data, for the adapter folder."""
         report = self.split.report
         return {
             "pictures": report.pictures,

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-WIDEST = 8192  # values of a row
+WIDEST = 8192  # largest row that fits in registers
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def _add_norm(x, update, weight, bias, out, width, eps: tl.constexpr, block: tl.
 def add_norm_on_gpu(
     x: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    """``x`` + LayerNorm(``update``), both [M, W] and contiguous."""
+    """Return ``x`` + LayerNorm(``update``), both [M, W] and contiguous."""
     rows, width = x.shape
     out = torch.empty_like(x)
     block = triton.next_power_of_2(width)

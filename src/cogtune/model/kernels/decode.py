@@ -19,7 +19,7 @@ import triton.language as tl
 PLAIN, FP8, INT8, NF4 = 0, 1, 2, 3
 PART = 256  # columns per attention program; fixed, so that a row's result does not depend on the number of rows
 _BLOCK = 64
-MOST_ROWS = 64  # of `linear`: as many as one program holds
+MOST_ROWS = 64  # most rows of `linear`: what one program can hold
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-WIDEST = 16384  # values of a row that registers hold
+WIDEST = 16384  # largest row that fits in registers
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def _put(value, out, scales, row, place, inside, width, largest: tl.constexpr, s
 
 @triton.jit
 def _put_fast(value, out, scales, row, place, inside, width, largest: tl.constexpr, smallest: tl.constexpr):
-    # one division a row; the conversion itself keeps values to what the format holds
+    # one division per row; the conversion itself clamps to the format's range
     scale = tl.maximum(tl.max(tl.abs(value), 0), smallest) / largest
     tl.store(out + row * width + place, (value * (1.0 / scale)).to(out.dtype.element_ty), mask=inside)
     tl.store(scales + row, scale)
