@@ -95,7 +95,7 @@ class TimedFeed:
         return self._warm + self._steps
 
     def rows_in_epoch(self, epoch: int) -> int:
-        """Return the divisor for the share of the data seen; there is no end here."""
+        """Return the length of an epoch for the loop's progress; the feed itself never ends."""
         return 0
 
     def steps(self, start: Position) -> Iterator[StepBatches]:

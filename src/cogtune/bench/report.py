@@ -55,7 +55,7 @@ def write_result(file: Path, record: Mapping[str, Any]) -> None:
 
 
 def _require_own(file: Path) -> None:
-    """A result replaces an earlier one, and nothing else."""
+    """Refuse to overwrite anything but an earlier result."""
     try:
         content = file.read_bytes() if file.is_file() else b""
         own = not content.strip() or "kind" in json.loads(content)

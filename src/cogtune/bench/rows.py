@@ -61,8 +61,8 @@ PRESETS = {
 
 
 def preset(name: str) -> Preset:
-    """A preset by name, or of a given shape: ``text=600``, ``questions=5``, ``rounds=3``, joined by ``/``, on top of
-    ``s400`` (half of the text is the answer) or, with questions, of ``vqa1``.
+    """Return a preset by name, or a shape: ``text=600``, ``questions=5``, ``rounds=3``, joined by ``/``, applied to
+    ``s400`` (half of the text is the answer) or, with questions, to ``vqa1``.
 
     Raises:
         ConfigError: no such preset or shape.

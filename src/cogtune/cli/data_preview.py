@@ -64,7 +64,7 @@ def _preview(flags: _Flags, line: Arguments) -> None:
 
 
 def _require_own(target: Path) -> None:
-    """``--html`` replaces a page that it wrote before, and nothing else."""
+    """Refuse to overwrite anything but a page that ``--html`` wrote."""
     try:
         head = target.read_bytes()[:65536] if target.is_file() else b""
     except OSError:

@@ -76,7 +76,7 @@ def _configuration(path: str | None, overrides: Mapping[str, Any]) -> tuple[RunC
 
 
 def _base_of(adapter: Path) -> str | None:
-    """The base that an adapter's ``cogtune.json`` names, where it can be planned for from here."""
+    """Return the base that an adapter's ``cogtune.json`` names, if it can be planned for from here."""
     from cogtune.adapters.provenance import read_provenance
 
     found = read_provenance(adapter.expanduser())
@@ -110,7 +110,7 @@ _MADE = "# Made by `cogtune plan`"
 
 
 def _require_own(file: Path) -> None:
-    """``--write`` replaces what it wrote before, and nothing else."""
+    """Refuse to overwrite anything but a file that ``--write`` wrote."""
     try:
         own = not file.is_file() or file.read_bytes()[: len(_MADE)] == _MADE.encode()
     except OSError:

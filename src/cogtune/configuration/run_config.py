@@ -70,7 +70,7 @@ class RunConfig(Section):
         return self
 
     def to_yaml(self) -> str:
-        """Every key with its value; `load_config` of this text gives an equal configuration."""
+        """Return a YAML file with every key; `load_config` of this text gives an equal configuration."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 

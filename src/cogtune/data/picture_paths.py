@@ -120,7 +120,7 @@ class Places:
 
 
 def shown_path(path: Path | str) -> str:
-    """``path`` as messages show it: names over 80 characters are cut."""
+    """Return ``path`` for a message, with names over 80 characters cut."""
     return re.sub(r"([^/]{77})[^/]{4,}", r"\1...", str(path))
 
 

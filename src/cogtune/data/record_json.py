@@ -141,7 +141,7 @@ def identity_of(record: dict[str, Any]) -> str | None:
 
 
 def shown(value: Any, limit: int = 80) -> str:
-    """``value`` as messages show it: at most ``limit`` characters."""
+    """Return ``value`` for a message, with at most ``limit`` characters."""
     text = repr(value[:limit] if isinstance(value, (str, bytes)) else value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 

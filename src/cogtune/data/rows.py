@@ -57,7 +57,7 @@ def encode_sample(encoder: Encoder, example: Example, sample: Sample, max_output
 
 
 def plan_rows(fitted: FittedExample, *, head: int, limit: int | None, one_random: bool) -> list[RowPlan]:
-    """The rows of one example, in the order of its samples; none when it has no sample.
+    """Return the rows of one example, in the order of its samples; none if it has no sample.
 
     Args:
         head: tokens before the text (BOS, images and the texts behind them), shared by all samples of a row.

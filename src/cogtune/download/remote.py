@@ -98,7 +98,7 @@ def _list(entries: Any, endpoint: str) -> list[dict[str, Any]]:
 
 
 def _file(path: Any, size: Any, digest: Any, root: str, endpoint: str) -> RemoteFile:
-    """An entry of a list, checked: a plain name below the folder, a size, and a digest or none."""
+    """Return a checked list entry: a plain name below the folder, a size, and a digest or None."""
     if problem := name_problem(path, nested=True):
         raise _wrong(endpoint, path, f"which {problem}")
     if isinstance(size, str) and size.isdecimal():

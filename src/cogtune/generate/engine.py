@@ -267,7 +267,7 @@ class Engine:
         self._changed.notify()
 
     def answer(self, requests: Sequence[Request]) -> list[str]:
-        """All answers, in the order of the requests."""
+        """Return all answers, in the order of the requests."""
         return [pending.text() for pending in [self.submit(request) for request in requests]]
 
     @property

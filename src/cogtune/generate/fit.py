@@ -1,4 +1,4 @@
-"""Whether a model fits the card it is to answer on, before it is loaded, and what to do where it does not."""
+"""Check before loading whether a model fits the card it will answer on, and find formats that do."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from cogtune.system.byte_sizes import format_size
 from cogtune.system.gpu import Gpu, is_out_of_memory
 
 _LEANER = (("experts", "nf4"), ("tower", "nf4"), ("embedding", "host"))
-"""What makes a model smaller, in the order in which it is tried: from what saves most."""
+"""Settings that make a model smaller, in the order in which they are tried: largest saving first."""
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that are free on a GPU now; None: the device is a CPU."""
+    """Return the free bytes of a GPU now, or None for a CPU."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 def needed(sizes: ModelSizes, quant: QuantSection, dtype: str, adapter: int, rows: int) -> int:
-    """Bytes that answering ``rows`` questions at once takes of a card; ``adapter``: parameters of the adapter."""
+    """Return the bytes that answering ``rows`` questions at once takes; ``adapter``: parameters of the adapter."""
     setting = Setting(sizes=sizes, quant=quant, dtype=dtype)
     return answer(setting, rows=rows).reserved + FLOAT32 * adapter + outside(setting)
 
@@ -35,10 +35,10 @@ def needed(sizes: ModelSizes, quant: QuantSection, dtype: str, adapter: int, row
 def fit(
     sizes: ModelSizes, quant: QuantSection, dtype: str, *, free: int, given: Collection[str], adapter: int, rows: int
 ) -> tuple[QuantSection, list[str]]:
-    """``quant``, or where that is too large for ``free`` bytes the nearest formats that fit, and what to say of it.
+    """Return ``quant`` or, if it needs more than ``free`` bytes, the nearest formats that fit, and notes for the user.
 
     Args:
-        given: keys that the user gave, whose values stay.
+        given: keys that the user set, whose values stay.
         adapter: parameters of the adapter.
         rows: questions answered at once.
     """
@@ -59,7 +59,7 @@ def fit(
 
 
 def able(quant: QuantSection, gpu: Gpu | None, given: Collection[str]) -> tuple[QuantSection, list[str]]:
-    """``quant`` with int8 where the training's fp8 is nothing that this card computes in, and what to say of it."""
+    """Return ``quant`` with int8 instead of a run's fp8 if this card does not support fp8, and notes for the user."""
     if gpu is None or gpu.fp8:
         return quant, []
     names = [n for n in ("experts", "tower") if getattr(quant, n) == "fp8" and f"quant.{n}" not in given]
@@ -70,7 +70,7 @@ def able(quant: QuantSection, gpu: Gpu | None, given: Collection[str]) -> tuple[
 
 
 def spare(quant: QuantSection) -> str:
-    """The flags that make the model smaller than it is with ``quant``, as a hint names them."""
+    """Return the flags that make the model smaller than ``quant`` does, for a hint."""
     flags = [f"--quant.{name} {value}" for name, value in _LEANER[:2] if getattr(quant, name) != value]
     if not flags and quant.embedding != "host":
         flags = ["--quant.embedding host"]
@@ -80,16 +80,16 @@ def spare(quant: QuantSection) -> str:
 
 
 def parameters(shapes: dict[str, list[int]]) -> int:
-    """How many there are in tensors of these shapes."""
+    """Return the number of parameters in tensors of these shapes."""
     return sum(math.prod(shape) for shape in shapes.values())
 
 
 @contextmanager
 def explained_loading(model: str, device: torch.device, quant: QuantSection) -> Iterator[None]:
-    """A lack of memory inside the block, where a model is loaded, as an error that names what takes less.
+    """Turn an out-of-memory error while a model is loaded into one that names smaller settings.
 
     Raises:
-        OutOfMemoryError: in place of torch's.
+        OutOfMemoryError: instead of torch's.
     """
     try:
         yield

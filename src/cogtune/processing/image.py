@@ -1,6 +1,6 @@
-"""Pictures: reading files of the formats in `picture_formats`, and the published preprocessing, bit for bit.
+"""Reading picture files in the formats of `picture_formats`, and the published preprocessing, bit for bit.
 
-torch is imported only where a tensor is made: commands that look at data read pictures without it.
+torch is imported only when a tensor is made, so commands that check data can read pictures without it.
 """
 
 from __future__ import annotations
@@ -72,10 +72,10 @@ def to_rgb(image: Image.Image, where: str, *, exif: str = "ignore") -> Image.Ima
 
 
 def preprocess(image: Image.Image, size: int) -> torch.Tensor:
-    """The model's input for one picture: float32 ``[3, size, size]``, normalised.
+    """Return the model's input for one picture: float32 ``[3, size, size]``, normalised.
 
-    Resizes to a square without regard to the aspect ratio: bicubic and antialiased, on 8-bit RGB, before scaling to
-    [0, 1]. Bit-equal to torchvision's Resize on a PIL image, ToTensor and Normalize.
+    Resizes to a square without regard to the aspect ratio: bicubic and antialiased, on 8-bit RGB, before scaling to [0,
+    1]. Bit-equal to torchvision's Resize on a PIL image, ToTensor and Normalize.
     """
     return normalise(resize(image, size))
 

@@ -132,8 +132,10 @@ def read_tokenizer(folder: Path, config: CogVLM2Config) -> Any:
 
 
 def _check_names(file: Path) -> None:
-    """Other files that the tokenizer's configuration names lie beside it. Two keys name where it was once saved, and
-    are not followed."""
+    """Check that other files which the tokenizer's configuration names are in its folder.
+
+    Two keys only record where it was saved once, and are not followed.
+    """
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

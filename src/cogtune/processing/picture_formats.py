@@ -1,4 +1,4 @@
-"""Which picture formats are opened: in checks, training, answers and the server alike. Needs no numpy or torch."""
+"""The picture formats that checks, training, answers and the server open. Needs neither numpy nor torch."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from PIL import Image
 FORMATS = (
     "JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "QOI", "PCX",
 )  # fmt: skip
-"""Formats of Pillow's that are opened, told by content. Each is decoded in this process, and only when pixels are asked
-for. Of the others EPS and WMF start external programs, and icons decode what is in them before any limit applies."""
+"""Pillow formats that are opened, detected by content. Each is decoded in this process, and only when pixels are
+needed. Of the others, EPS and WMF start external programs, and icons decode their content before any limit applies.
+"""
 
 
 @cache
 def known_formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this installation of Pillow has."""
+    """Return those of `FORMATS` that this installation of Pillow supports."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def unknown_picture(file: Path | bytes) -> str:
-    """What to say of a file that none of `FORMATS` opens: the format it seems to be in, told by its first bytes."""
+    """Describe a file that none of `FORMATS` opens: the format that its first bytes suggest."""
     if isinstance(file, bytes):
         start = file[:16]
     else:

@@ -1,4 +1,4 @@
-"""What the system says of files, as errors of the catalogue: which place, why, what is safe, what to do."""
+"""Turns the system's errors about files into cogtune's errors: which file, why, what is safe, what to do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """No space or no quota left. safetensors reports the system's error only in its text, hence the second test."""
+    """Return whether there is no space or quota left. safetensors gives the system's error only in its text."""
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
         return True
     return isinstance(error, Exception) and any(f"(os error {code})" in str(error) for code in _DISK_FULL)
@@ -24,12 +24,12 @@ def is_disk_full(error: BaseException) -> bool:
 
 @contextmanager
 def explained(path: Path, *, kept: str = "", then: str = "", late: bool = False) -> Iterator[None]:
-    """The system's errors about files inside the block, where ``path`` is written, as errors of the catalogue.
+    """Turn the system's errors about files, raised while ``path`` is written, into cogtune's errors.
 
     Args:
         kept: what is safe, in words.
-        then: what to do when the reason is gone; it follows the remedy in the hint.
-        late: the place could be written before.
+        then: what to do once the reason is gone; it follows the remedy in the hint.
+        late: the place could be written earlier.
 
     Raises:
         DiskFullError: no space or no quota is left.
@@ -55,8 +55,9 @@ def explained(path: Path, *, kept: str = "", then: str = "", late: bool = False)
 
 
 def system_reason(error: Exception) -> tuple[str, str] | None:
-    """What is wrong with which file, and what to do, for an error of the machine that nothing has named yet: no
-    permission, a full or failing disk, too many open files. None for any other error."""
+    """Describe a system error that no other code has explained (no permission, a full or failing disk, too many open
+    files): the problem with its file, and what to do. Returns None for any other error.
+    """
     number = _system_error(error)
     if number is None or number not in _MACHINE:
         return None
@@ -77,7 +78,7 @@ def _reason(error: Exception, number: int) -> str:
 
 
 def _system_error(error: Exception) -> int | None:
-    """The system's number of an error about a file; None of any other error."""
+    """Return the errno of an error about a file, or None for any other error."""
     if isinstance(error, OSError):
         return None if isinstance(error, ConnectionError | TimeoutError) else error.errno
     if isinstance(error, CogtuneError):
@@ -87,7 +88,7 @@ def _system_error(error: Exception) -> int | None:
 
 
 def _is_other(named: str | bytes, path: Path) -> bool:
-    """Whether the system's error names another file than ``path`` and what is being built for it."""
+    """Return whether the error names a file other than ``path`` and its hidden copy."""
     other = Path(os.fsdecode(named))
     return other != path and not is_hidden(other.name)
 

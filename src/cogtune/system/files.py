@@ -1,13 +1,13 @@
-"""Files and folders that are whole or absent.
+"""Atomic file and folder writes.
 
-What cogtune writes for others to read is built under a hidden name beside its place, and renamed when it is complete:
+A file or folder that others read is written under a hidden name in the same folder and renamed when it is complete:
 
     .run.json.<host>.<process>.<nanoseconds>.partial    a file: every writer has a name of its own
-    .checkpoint-5.partial                               a folder: one name, so whoever makes it holds the place's lock;
-                                                        a mark in it says that cogtune made it
+    .checkpoint-5.partial                               a folder: one name, so its writer must hold the folder's lock;
+                                                        a marker file in it shows that cogtune made it
 
-So a reader, a kill or a full disk never leaves half a file under its name. ``durable`` also flushes to disk before the
-rename, for what a power failure must not tear.
+So a reader never sees half a file, even after a kill or with a full disk. ``durable`` also flushes to disk before the
+rename, to survive a power failure.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def write_text(path: Path, text: str, *, durable: bool = False) -> None:
 
 
 def clear_leftovers(path: Path, *, locked: bool = False) -> None:
-    """Remove what killed writers of the file ``path`` left; ``locked``: by the caller's lock there is no other."""
+    """Remove what killed writers of the file ``path`` left; ``locked``: the caller's lock excludes other writers."""
     for leftover in path.parent.glob(f"{_escaped(hidden(path.name, room=80))}.*{PARTIAL}"):
         if is_abandoned(leftover) or (locked and _WRITER.search(leftover.name)):
             leftover.unlink(missing_ok=True)
@@ -112,7 +112,7 @@ def growing_folder(path: Path, *, replace: bool = False, durable: bool = False, 
             path.rename(old)
         folder.rename(path)
         if not marked:
-            unmark(path)  # after it: whatever a kill leaves under the hidden name has the mark
+            unmark(path)  # afterwards, so whatever a kill leaves under the hidden name has the marker
         if durable:
             sync(path.parent)
         if replace:
@@ -123,14 +123,18 @@ def growing_folder(path: Path, *, replace: bool = False, durable: bool = False, 
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Whether ``folder`` is one of `growing_folder` that its maker could not finish: it has the mark, or nothing."""
+    """Return whether ``folder`` is an unfinished one of `growing_folder`: it has the marker, or is empty."""
     if folder.is_symlink() or not folder.is_dir():
         return False
     return (folder / MARK).is_file() or not any(folder.iterdir())
 
 
 def remove_unfinished(folder: Path) -> bool:
-    """Remove what a killed `growing_folder` left; whether there was anything. FileExistsError: it is none."""
+    """Remove what a killed `growing_folder` left, and return whether there was anything.
+
+    Raises:
+        FileExistsError: the folder is not one of `growing_folder`.
+    """
     if not os.path.lexists(folder):
         return False
     if not is_unfinished(folder):
@@ -140,7 +144,7 @@ def remove_unfinished(folder: Path) -> bool:
 
 
 def unmark(folder: Path) -> None:
-    """The folder is whole."""
+    """Remove the marker: the folder is complete."""
     (folder / MARK).unlink(missing_ok=True)
 
 
@@ -159,7 +163,11 @@ def remove_folder(folder: Path) -> None:
 
 
 def link(path: Path, target: str) -> None:
-    """Point ``path`` at ``target`` (a name beside it) in one atomic step. FileExistsError: something else is there."""
+    """Point the link ``path`` at ``target`` (a name in the same folder) in one atomic step.
+
+    Raises:
+        FileExistsError: ``path`` is something other than a link.
+    """
     if path.exists() and not path.is_symlink():
         raise FileExistsError(errno.EEXIST, "something other than a link is there", str(path))
     temporary = partial_path(path)
@@ -183,7 +191,7 @@ def partial_path(path: Path) -> Path:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a name is one that files are built or locked under, which nobody has to know."""
+    """Return whether a name is internal: files are written or locked under it."""
     return name.startswith(".") and (_WRITER.search(name) is not None or name.endswith(".lock"))
 
 

@@ -1,6 +1,6 @@
-"""Names of files that come from a stranger's file: an index of weights, a manifest, the list of a hub.
+"""Check file names that come from an untrusted file: a weight index, a manifest, a hub's file list.
 
-They are plain names inside their own folder, or nothing is done with them.
+Such a name is a plain name inside its own folder, or it is refused.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from pathlib import Path
 from cogtune.errors import CogtuneError, InputError
 
 LONGEST_NAME = 255
-"""Bytes of one name; what Linux and macOS file systems take."""
+"""Most bytes of a file name on Linux and macOS file systems."""
 
-# what Windows keeps for devices, and what cogtune builds files and locks under
+# names that Windows reserves for devices, and cogtune's names for partial files and locks
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?|\..*\.(partial|replaced|lock)", re.IGNORECASE)
 
 
@@ -26,9 +26,9 @@ def inside(
     nested: bool = False,
     error: Callable[..., CogtuneError] = InputError,
 ) -> Path:
-    """The path of ``name`` in ``folder``, where ``name`` comes from a file of a stranger.
+    """Return the path of ``name`` in ``folder``, where ``name`` comes from an untrusted file.
 
-    ``named_by``: that file, for the message. ``nested``: names may lie in folders below, divided by ``/``.
+    ``named_by``: that file, for the message. ``nested``: ``name`` may contain folders, separated by ``/``.
 
     Raises:
         error: with the code ``unsafe-name``, for every other name (`name_problem`).
@@ -48,7 +48,7 @@ def inside(
 
 
 def name_problem(name: object, *, nested: bool = False) -> str | None:
-    """Why ``name`` is no plain name of a file, or None. ``nested``: it may have folders, divided by ``/``."""
+    """Return why ``name`` is not a plain file name, or None. ``nested``: it may contain folders, separated by ``/``."""
     if not isinstance(name, str):
         return "is not a text"
     if name.startswith("/") or re.match(r"[A-Za-z]:", name):

@@ -127,7 +127,7 @@ def test_optimizer_and_schedule_become_our_keys() -> None:
 def test_a_global_batch_gives_the_accumulation() -> None:
     user = {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 2}}
     assert changes(user, world_size=4)["train.accumulation"] == 2
-    with pytest.raises(ConfigError, match="no multiple"):
+    with pytest.raises(ConfigError, match="not a multiple"):
         changes(user, world_size=3)
     with pytest.raises(ConfigError, match="train_batch_size"):
         changes({**user, "gradient_accumulation_steps": 4}, world_size=4)

@@ -197,7 +197,7 @@ def test_cards_by_name_and_size(text: str, name: str) -> None:
 
 
 def test_an_unknown_card_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no card known") as caught:
+    with pytest.raises(ConfigError, match="neither a known card nor a size") as caught:
         find_card("RTX 4900")
     assert "RTX" in (caught.value.hint or "")
 

@@ -27,7 +27,7 @@ _BATCH = 64  # rows in memory at once; one row can hold a picture of several MB
 
 
 def items(file: Path, rules: RecordRules) -> Iterator[Item]:
-    """One record per row.
+    """Yield one record per row.
 
     Raises:
         SetupError: pyarrow is not installed.

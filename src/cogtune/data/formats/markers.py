@@ -1,6 +1,6 @@
-"""Markers that stand for a picture in a text, as the data of other models has them: they are no words to train on.
+"""Image markers of other models' data: they stand for a picture and must not be trained as text.
 
-The model's pictures always stand before the text, so a marker only says that there is one.
+The model's pictures always come before the text, so a marker only says that there is one.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ _ONE = "|".join(
     )
 )
 MARKER = re.compile(_ONE, re.IGNORECASE)
-# the marker with the line break (or space) that separates it from the text, on one side
+# the marker, with the line break or space that separates it from the text on one side
 _WITH_BREAK = re.compile(rf"(?:{_ONE})[ \t]*\n|\n[ \t]*(?:{_ONE})|(?:{_ONE})[ ]?", re.IGNORECASE)
 _TAG = re.compile(r"<[^<>\n]{0,40}(?:image|img)[^<>\n]{0,40}>", re.IGNORECASE)
 
 
 def without_markers(text: str) -> str:
-    """``text`` without its markers, wherever they stand."""
+    """Return ``text`` without its markers."""
     return _WITH_BREAK.sub("", text)
 
 
 def strip_ends(turns: tuple[Turn, ...], images: int) -> tuple[Turn, ...]:
-    """``turns`` without the markers at either end of the questions, as many as there are pictures.
+    """Return ``turns`` without the markers at either end of the questions, as many as there are pictures.
 
     Raises:
-        BadRecordError: ``content``, a question that is nothing else.
+        BadRecordError: ``content``, if a question consists of markers only.
     """
     if not images or not any("<" in turn.question for turn in turns):
         return turns
@@ -57,7 +57,7 @@ def _strip_turn(turn: Turn, number: int, images: int) -> Turn:
 
 
 def left_tag(turns: Sequence[Turn]) -> str | None:
-    """A tag that looks like a marker in a question, or a marker in an answer; it would be trained as words."""
+    """Return a tag that looks like a marker in a question, or a marker in an answer, which would be trained as text."""
     for turn in turns:
         for pattern, text in ((_TAG, turn.question), (MARKER, turn.answer)):
             found = pattern.search(text) if "<" in text else None

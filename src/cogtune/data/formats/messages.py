@@ -23,7 +23,7 @@ _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "ass
 _OTHER_MEDIA = ("video", "videos", "audio", "audios")
 _RECORD_KEYS = ("id", "image", "images", "messages", "conversations", "system", *_OTHER_MEDIA)
 _MESSAGE_KEYS = ("from", "value", "role", "content", "image", "images")
-# a path where Qwen-VL's records name it, with what numbers it and the line break behind it
+# Qwen-VL's path tags, with the numbering before and the line break after them
 _IMG = re.compile(r"(?:Picture[ ]*\d+[ ]*:[ ]*)?<img>\s*([^<>\n]+?)\s*</img>[ \t]*\n?")
 
 
@@ -79,13 +79,13 @@ def _images_of(record: dict[str, Any]) -> list[Any]:
 
 
 def _entries(record: dict[str, Any]) -> list[tuple[dict[str, Any], int]]:
-    """The objects that the messages were read from, with their numbers from 1."""
+    """Return the objects that the messages were read from, with their numbers from 1."""
     entries: Sequence[dict[str, Any]] = record["messages" if "messages" in record else "conversations"]
     return [(entry, number) for number, entry in enumerate(entries, start=1)]
 
 
 def _take_paths(message: _Message) -> None:
-    """Make the paths between ``<img>`` tags the message's pictures; they are no words."""
+    """Move the paths in ``<img>`` tags from a message's text to its pictures."""
     paths = _IMG.findall(message.text)
     if not paths:
         return
@@ -142,7 +142,7 @@ def _from_parts(parts: Sequence[Any], number: int, role: str) -> _Message:
         elif kind in ("image_url", "input_image", "image"):
             image = next((part[key] for key in ("image_url", "image", "url", "path") if part.get(key)), None)
             if image is None and kind == "image":
-                texts.append(_MARKER)  # the picture itself stands beside the messages
+                texts.append(_MARKER)  # the picture itself is listed next to the messages
             else:
                 message.images.append(image)
         else:
@@ -166,7 +166,7 @@ def _text(value: Any, number: int, *, blank: bool = False) -> str:
 
 
 def _strip_markers(messages: list[_Message], images: int) -> None:
-    """Remove the markers that stand for pictures; the model's pictures are always before the text."""
+    """Remove the markers of pictures: the model's pictures always come before the text."""
     found = {message.number: MARKER.findall(message.text) for message in messages}
     markers = [marker for several in found.values() for marker in several]
     if not markers:

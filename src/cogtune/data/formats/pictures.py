@@ -1,4 +1,4 @@
-"""Pictures as records name them: paths, URLs, bytes; and what looks like a picture where none is read."""
+"""Pictures as records name them (paths, URLs, bytes), and content that looks like a picture under an unknown key."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cogtune.data.record_json import is_unicode, shown
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".heic", ".avif")
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
-# how base64 of these begins; BMP's two bytes say too little
+# start of these formats in base64; BMP's two bytes would match too much
 _BASE64_MAGIC = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
 _PICTURE_KEY = re.compile(r"(image|img|picture|photo|pic)s?(_?(path|url|file|list)s?)?_?\d*", re.IGNORECASE)
@@ -24,7 +24,7 @@ _LONGEST_PATH = 4096
 
 
 def picture_sources(images: Sequence[Any]) -> tuple[PictureSource, ...]:
-    """What a record says about its pictures; an entry that is None is none.
+    """Return the pictures that a record names; None entries are skipped.
 
     Raises:
         BadRecordError: see `picture_source`.
@@ -33,9 +33,9 @@ def picture_sources(images: Sequence[Any]) -> tuple[PictureSource, ...]:
 
 
 def picture_source(image: Any) -> str | Embedded | None:
-    """What a record says about its picture, as a path or bytes.
+    """Return a record's picture as a path or bytes.
 
-    Understood are paths, ``file:`` and ``data:`` URLs, ``{"bytes": ..., "path": ...}``, ``{"url": ...}``.
+    Supported are paths, ``file:`` and ``data:`` URLs, ``{"bytes": ..., "path": ...}`` and ``{"url": ...}``.
 
     Raises:
         BadRecordError: ``image-path``, ``image-url``.
@@ -95,15 +95,15 @@ def _url_path(url: str) -> str:
 def refuse_unread(
     record: Mapping[Any, Any], read: Sequence[str], pictures: Sequence[Any], form: str, where: str = ""
 ) -> None:
-    """Refuse a record with content under a key that ``form`` does not read, so that nothing of it is lost in silence.
+    """Refuse a record with content under a key that ``form`` does not read, so that nothing is lost silently.
 
-    That is a picture, or a text of the conversation. Beside ``pictures`` that are read, a name of a file under a key
-    that is not called like a picture is one more word about them, and stays.
+    Content is a picture or a text of the conversation. If ``pictures`` were read, a file name under a key that is not
+    named like a picture is further information about them, and is allowed.
 
     Args:
         read: the keys that the format reads.
-        pictures: what is read as the record's pictures.
-        where: starts the message, for a key inside a message of the record.
+        pictures: the record's pictures that were read.
+        where: start of the message, for a key inside one of the record's messages.
 
     Raises:
         BadRecordError: ``unread-key``, naming the key.
@@ -120,7 +120,7 @@ def refuse_unread(
 
 
 def refuse_unread_own(record: Mapping[str, Any], read: Sequence[str], pictures: Sequence[Any], form: str) -> None:
-    """`refuse_unread` for a record of ours that was parsed, and for its messages.
+    """Apply `refuse_unread` to a record in cogtune's own format, and to its messages.
 
     Raises:
         BadRecordError: ``unread-key``.
@@ -144,7 +144,7 @@ def _is_picture(value: Any, *, paths: bool) -> bool:
 
 
 def _same_file(value: Any, pictures: Sequence[Any]) -> bool:
-    """Whether ``value`` is the name of one of the pictures, which several keys often give."""
+    """Return whether ``value`` is the name of one of the pictures; often several keys name the same file."""
     names = {_base_name(picture) for picture in pictures if isinstance(picture, str)}
     return isinstance(value, str) and _base_name(value) in names
 
@@ -154,10 +154,12 @@ def _base_name(path: str) -> str:
 
 
 def is_base64_picture(text: str) -> bool:
-    """Whether ``text`` is a picture file in base64, by its first letters; no path of this length looks like it."""
+    """Return whether ``text`` is a picture file in base64, by its first letters; paths of such a length do not look
+    like it.
+    """
     return text.startswith(_BASE64_MAGIC) and _BASE64.fullmatch(text) is not None
 
 
 def keys_text(mapping: Mapping[Any, Any]) -> str:
-    """The keys of an object, for messages."""
+    """List an object's keys for a message."""
     return ", ".join(map(str, mapping)) or "nothing"

@@ -54,7 +54,7 @@ def _common(file: Path) -> str:
 
 
 def items(questions: Path, annotations: Path) -> Iterator[Item]:
-    """One record per question, in the file's order.
+    """Yield one record per question, in the file's order.
 
     Raises:
         DataError: a file that is not of this format, or annotations for questions that are not there.
