@@ -17,6 +17,7 @@ from cogtune.generate.decoding import Decoding
 from cogtune.model.decode import decode, prefill
 from cogtune.model.fused_decode import FusedDecode
 from cogtune.model.kernels import decode as kernels
+from cogtune.model.kernels.slot_attention import slot_attention
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.rope import rotate
 from cogtune.model.slots import SlotCache, SlotView
@@ -93,7 +94,7 @@ def test_attention_over_slots(dtype: torch.dtype, length: int) -> None:
     angle = torch.rand(3, width // 2, device="cuda") * 6
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     slots, lengths = torch.tensor([2, 4, 0], device="cuda"), torch.tensor([length, 5, 7], device="cuda")
-    found = kernels.slot_attention(qkv, cos, sin, keys, values, slots, lengths, heads)
+    found = slot_attention(qkv, cos, sin, keys, values, slots, lengths, heads)
     q, k, v = qkv.double().view(3, -1, 1, width).split([heads, groups, groups], 1)
     q, k = (rotate(part, cos.double()[:, None, None], sin.double()[:, None, None]) for part in (q, k))
     for row, slot in ((0, 2), (2, 0)):  # slot 4 is not there

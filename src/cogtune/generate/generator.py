@@ -20,8 +20,9 @@ from transformers import GenerationConfig
 
 from cogtune.generate.choices import ChoiceScores, ClosedQuestion
 from cogtune.generate.decoding import Decoding
-from cogtune.generate.engine import Engine, Request
+from cogtune.generate.engine import Engine
 from cogtune.generate.history import Turns
+from cogtune.generate.requests import Request
 from cogtune.generate.stream import Answer
 from cogtune.processing.encode import Encoded
 from cogtune.processing.image import read_image

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from cogtune.model.kernels import decode as kernels
+from cogtune.model.kernels.slot_attention import slot_attention
 from cogtune.model.modeling import CogVLM2ForCausalLM, RMSNorm
 from cogtune.model.quantized.fp8 import Fp8Linear
 from cogtune.model.quantized.host_embedding import HostEmbedding
@@ -196,7 +197,7 @@ class FusedDecode:
             keys, values, heads = cache.keys[index], cache.values[index], layer.heads
 
             def attend(qkv: torch.Tensor, keys: Any = keys, values: Any = values, heads: int = heads) -> torch.Tensor:
-                return kernels.slot_attention(qkv, cos, sin, keys, values, slots_R, lengths_R, heads)
+                return slot_attention(qkv, cos, sin, keys, values, slots_R, lengths_R, heads)
 
             h = layer(h, attend)
         return self._head(h, norm=decoder.norm).float()

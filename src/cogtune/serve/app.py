@@ -22,9 +22,10 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from starlette.concurrency import run_in_threadpool
 
 from cogtune.generate.decoding import Decoding
-from cogtune.generate.engine import Engine, Pending
-from cogtune.generate.engine import Request as Question
+from cogtune.generate.engine import Engine
 from cogtune.generate.history import prompt_limit
+from cogtune.generate.requests import Pending
+from cogtune.generate.requests import Request as Question
 from cogtune.serve.pictures import PictureLimits, open_pictures
 from cogtune.serve.protocol import ChatCall, read_chat, read_score
 from cogtune.serve.refusals import Refusal, refusal_of

@@ -16,9 +16,10 @@ from cogtune.errors import InputError, OutOfMemoryError, RunError
 from cogtune.generate.choices import ClosedQuestion, score_choices
 from cogtune.generate.decode_steps import DecodeSteps
 from cogtune.generate.decoding import Decoding
-from cogtune.generate.engine import Engine, Request
+from cogtune.generate.engine import Engine
 from cogtune.generate.generator import Ask, Generator
 from cogtune.generate.picture_cache import PictureCache, image_digest
+from cogtune.generate.requests import Request
 from cogtune.processing.processor import CogVLM2Processor
 
 DECODING = Decoding(max_new_tokens=24)

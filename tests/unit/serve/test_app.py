@@ -20,8 +20,9 @@ from cogtune.checkpoint.load import load_model
 from cogtune.generate.choices import ClosedQuestion
 from cogtune.generate.decode_steps import DecodeSteps
 from cogtune.generate.decoding import Decoding
-from cogtune.generate.engine import Engine, Request
+from cogtune.generate.engine import Engine
 from cogtune.generate.generator import Generator
+from cogtune.generate.requests import Request
 from cogtune.processing.processor import CogVLM2Processor
 from cogtune.serve.app import ServerOptions, make_app
 from tests.unit.serve.test_pictures import data_url

@@ -1,11 +1,10 @@
 """Fused kernels of a decode step, for GPUs with Triton. Imported only there.
 
 A step is bandwidth-bound: it reads every weight of the language expert once, and the keys and values of its rows. These
-kernels avoid everything else: kernel launches, round trips of small tensors through memory, and reads of unused columns
-of a slot. Weights are read in their storage format (16 bits, fp8, int8, NF4) and multiplied in float32.
+kernels avoid kernel launches and round trips of small tensors through memory. Weights are read in their storage format
+(16 bits, fp8, int8, NF4) and multiplied in float32. Attention is in ``kernels.slot_attention``.
 
-Shapes: R rows, I input and O output features, S slots, C columns, H query and K key/value heads, E head width, P parts
-into which a row's columns are split.
+Shapes: R rows, I input and O output features.
 """
 
 from __future__ import annotations
@@ -17,9 +16,7 @@ import triton
 import triton.language as tl
 
 PLAIN, FP8, INT8, NF4 = 0, 1, 2, 3
-PART = 256  # columns per attention program; fixed, so that a row's result does not depend on the number of rows
-_BLOCK = 64
-MOST_ROWS = 64  # most rows of `linear`: what one program can hold
+MOST_ROWS = 16  # of `linear`; more rows go through the modules
 
 
 @triton.jit
@@ -274,16 +271,13 @@ def linear(
         _norm[(rows,)](x, *norm[:1], normed, norm[1], width=width, block=triton.next_power_of_2(width), num_warps=8)
         x = normed
     exact = "ieee" if x.dtype == torch.float32 else "tf32"
-    block_r = max(16, triton.next_power_of_2(rows))
-    _few[grid](x, *products, rows, features, exact=exact, block_r=block_r, **options)
+    _few[grid](x, *products, rows, features, exact=exact, block_r=16, **options)
     return out
 
 
 def _tiles(rows: int, features: int, width: int, kind: int, gated: bool) -> dict[str, int]:
     """Return the tile sizes that were fastest on an H200 for this model's shapes (docs/log.md, 2026-11-30)."""
-    if rows > 16:
-        block_n, block_k, warps, stages = (64, 64, 4, 4) if gated or features > 65536 else (32, 128, 4, 4)
-    elif rows > 1:
+    if rows > 1:
         block_n, block_k, warps, stages = (64, 128, 4, 4) if gated or features > 65536 else (16, 256, 2, 4)
     elif features <= 512:  # the first matrix of an update
         block_n, block_k, warps, stages = 1, 4096, 8, 1
@@ -298,134 +292,3 @@ def _tiles(rows: int, features: int, width: int, kind: int, gated: bool) -> dict
     if kind == NF4:
         block_k = min(block_k, width & -width)  # divides the width
     return {"block_n": block_n, "block_k": block_k, "num_warps": warps, "num_stages": stages}
-
-
-@triton.jit
-def _attend(qkv, cos, sin, keys, values, slots, lengths, context, largest, total, scale, row_stride, slot_stride,
-            head_stride, num_slots, parts, heads: tl.constexpr, groups: tl.constexpr, width: tl.constexpr,
-            part: tl.constexpr, block: tl.constexpr, exact: tl.constexpr):  # fmt: skip
-    row, group, number = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    slot = tl.load(slots + row).to(tl.int64)
-    if slot >= num_slots:
-        return
-    length = tl.load(lengths + row).to(tl.int32)
-    start = number * part
-    if start > length:
-        return
-    half: tl.constexpr = width // 2
-    each: tl.constexpr = heads // groups
-    d = tl.arange(0, half)
-    g = tl.arange(0, 16)
-    mine = g < each
-    turn_cos = tl.load(cos + row * half + d).to(tl.float32)
-    turn_sin = tl.load(sin + row * half + d).to(tl.float32)
-    dtype = keys.dtype.element_ty
-    q_at = qkv + row.to(tl.int64) * row_stride + (group * each + g)[:, None] * width + d[None, :]
-    q0 = tl.load(q_at, mask=mine[:, None], other=0.0).to(tl.float32)
-    q1 = tl.load(q_at + half, mask=mine[:, None], other=0.0).to(tl.float32)
-    first = (q0 * turn_cos[None, :] - q1 * turn_sin[None, :]).to(dtype)
-    second = (q0 * turn_sin[None, :] + q1 * turn_cos[None, :]).to(dtype)
-    base = slot * slot_stride + group.to(tl.int64) * head_stride
-    e = tl.arange(0, width)
-    most = tl.full([16], -float("inf"), tl.float32)
-    sums = tl.zeros([16], tl.float32)
-    found = tl.zeros([16, width], tl.float32)
-    for column in range(0, part, block):
-        at = start + column + tl.arange(0, block)
-        there = at < length
-        k_at = keys + base + at.to(tl.int64)[:, None] * width + d[None, :]
-        k0 = tl.load(k_at, mask=there[:, None], other=0.0)
-        k1 = tl.load(k_at + half, mask=there[:, None], other=0.0)
-        scores = tl.dot(first, tl.trans(k0), input_precision=exact)
-        scores = tl.dot(second, tl.trans(k1), scores, input_precision=exact) * scale
-        scores = tl.where(there[None, :], scores, -float("inf"))
-        larger = tl.maximum(most, tl.max(scores, 1))
-        safe = tl.where(larger == -float("inf"), 0.0, larger)  # no column yet: every exponential is 0, not NaN
-        shrink = tl.exp(most - safe)
-        weights = tl.exp(scores - safe[:, None])
-        v = tl.load(values + base + at.to(tl.int64)[:, None] * width + e[None, :], mask=there[:, None], other=0.0)
-        found = found * shrink[:, None] + tl.dot(weights.to(dtype), v, input_precision=exact)
-        sums = sums * shrink + tl.sum(weights, 1)
-        most = larger
-    if length < start + part:  # the newest column: the program whose part contains it rotates and writes it
-        k_new = qkv + row.to(tl.int64) * row_stride + (heads + group) * width
-        k0 = tl.load(k_new + d).to(tl.float32)
-        k1 = tl.load(k_new + half + d).to(tl.float32)
-        new0 = (k0 * turn_cos - k1 * turn_sin).to(dtype)
-        new1 = (k0 * turn_sin + k1 * turn_cos).to(dtype)
-        v_new = tl.load(k_new + groups * width + e)
-        place = base + length.to(tl.int64) * width
-        tl.store(keys + place + d, new0)
-        tl.store(keys + place + half + d, new1)
-        tl.store(values + place + e, v_new)
-        score = tl.sum(first.to(tl.float32) * new0.to(tl.float32)[None, :], 1)
-        score = (score + tl.sum(second.to(tl.float32) * new1.to(tl.float32)[None, :], 1)) * scale
-        larger = tl.maximum(most, score)
-        shrink, weight = tl.exp(most - larger), tl.exp(score - larger)
-        found = found * shrink[:, None] + weight[:, None] * v_new.to(tl.float32)[None, :]
-        sums = sums * shrink + weight
-        most = larger
-    head = (row * heads + group * each + g).to(tl.int64) * parts + number
-    tl.store(largest + head, most, mask=mine)
-    tl.store(total + head, sums, mask=mine)
-    tl.store(context + head[:, None] * width + e[None, :], found, mask=mine[:, None])
-
-
-@triton.jit
-def _combine(context, largest, total, slots, lengths, out, num_slots, parts, heads: tl.constexpr, width: tl.constexpr,
-             part: tl.constexpr, most_parts: tl.constexpr):  # fmt: skip
-    row, head = tl.program_id(0), tl.program_id(1)
-    if tl.load(slots + row) >= num_slots:
-        return
-    used = tl.load(lengths + row).to(tl.int32) // part + 1
-    p = tl.arange(0, most_parts)
-    e = tl.arange(0, width)
-    start = (row * heads + head).to(tl.int64) * parts
-    most = tl.load(largest + start + p, mask=p < used, other=-float("inf"))
-    share = tl.exp(most - tl.max(most, 0))
-    sums = tl.sum(share * tl.load(total + start + p, mask=p < used, other=0.0), 0)
-    found = tl.load(context + (start + p)[:, None] * width + e[None, :], mask=(p < used)[:, None], other=0.0)
-    mean = tl.sum(found * share[:, None], 0) / sums
-    tl.store(out + (row * heads + head).to(tl.int64) * width + e, mean.to(out.dtype.element_ty))
-
-
-def slot_attention(
-    qkv: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    slots: torch.Tensor,
-    lengths: torch.Tensor,
-    heads: int,
-) -> torch.Tensor:
-    """Rotate the newest token's heads, write its keys and values into the slots, and attend to all of them.
-
-    Args:
-        qkv: [R, (H + 2K) * E].
-        cos, sin: [R, E/2], of the newest tokens' positions.
-        keys, values: one layer's [S, K, C, E]; column ``lengths`` of each row's slot is written.
-        slots: [R]; a row whose slot is S or more is skipped, and its result is undefined.
-        lengths: [R], number of columns filled before this step.
-
-    Returns:
-        The context [R, H * E]. Only filled columns of a slot are read.
-    """
-    rows = qkv.shape[0]
-    num_slots, groups, columns, width = keys.shape
-    parts = triton.cdiv(columns, PART)
-    context = torch.empty(rows * heads * parts, width, dtype=torch.float32, device=qkv.device)
-    largest = torch.empty(rows * heads * parts, dtype=torch.float32, device=qkv.device)
-    total = torch.empty_like(largest)
-    out = torch.empty(rows, heads * width, dtype=qkv.dtype, device=qkv.device)
-    exact = "ieee" if qkv.dtype == torch.float32 else "tf32"
-    _attend[(rows, groups, parts)](
-        qkv, cos, sin, keys, values, slots, lengths, context, largest, total, width**-0.5, qkv.stride(0),
-        keys.stride(0), keys.stride(1), num_slots, parts, heads=heads, groups=groups, width=width, part=PART,
-        block=_BLOCK, exact=exact, num_warps=4,
-    )  # fmt: skip
-    _combine[(rows, heads)](
-        context, largest, total, slots, lengths, out, num_slots, parts, heads=heads, width=width, part=PART,
-        most_parts=triton.next_power_of_2(parts), num_warps=4,
-    )  # fmt: skip
-    return out

@@ -1,0 +1,141 @@
+"""What the engine is asked, and the answer as it comes: from any thread, piece by piece or whole."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from cogtune.generate.decoding import Decoding
+from cogtune.generate.stream import Answer, TextPieces
+from cogtune.processing.encode import Encoded
+from cogtune.processing.processor import CogVLM2Processor
+
+Listener = Callable[[str | BaseException | None], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question.
+
+    Args:
+        encoded: the prompt's tokens, with positions for its images.
+        images: the images at those positions, in order.
+        decoding: how tokens are chosen, and the most tokens.
+        seed: random seed if ``decoding`` samples. The draws do not depend on what else is being answered.
+        stop: texts that end the answer; they are not part of it.
+        image_keys: equal for equal images; None: digests of the pixels, computed by `submit`.
+    """
+
+    encoded: Encoded
+    images: tuple[Image.Image, ...]
+    decoding: Decoding
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    image_keys: tuple[bytes, ...] | None = None
+
+
+class Pending(Answer):
+    """An answer that is being computed: iterate over its pieces, or ask for the whole `text`.
+
+    Attributes:
+        finish_reason: ``stop`` (an end token or a stop text), ``length`` (the most tokens allowed) or ``cancelled``;
+            None before the end.
+        token_ids: the answer's tokens so far, without an end token.
+    """
+
+    def __init__(self, request: Request, listener: Listener | None = None) -> None:
+        self.request = request
+        self._listener = listener
+        self.finish_reason: str | None = None
+        self.token_ids: list[int] = []
+        self._pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
+        self._ended = threading.Event()
+        self._cancelled = threading.Event()
+        self._read = False
+
+    def __next__(self) -> str:
+        while not self._read:
+            item = self._pieces.get()
+            if isinstance(item, str):
+                if item:
+                    return item
+                continue
+            self._read = True
+            if item is not None:
+                raise item
+        raise StopIteration
+
+    def cancel(self) -> None:
+        """End it after the token being computed; the pieces so far stay valid."""
+        self._cancelled.set()
+
+    def stop(self) -> None:
+        """`cancel`, and wait until its slot is free."""
+        self.cancel()
+        self._ended.wait()
+
+    @property
+    def done(self) -> bool:
+        """Has it ended?"""
+        return self._ended.is_set()
+
+    @property
+    def cancelled(self) -> bool:
+        """Was `cancel` called?"""
+        return self._cancelled.is_set()
+
+    def push(self, text: str) -> None:
+        """Hand a piece to the reader; called by the engine."""
+        self._pieces.put(text)
+        if self._listener is not None:
+            self._listener(text)
+
+    def end(self, reason: str | None, error: BaseException | None = None) -> None:
+        """End the answer; called by the engine."""
+        self.finish_reason = reason
+        self._ended.set()
+        self._pieces.put(error)
+        if self._listener is not None:
+            self._listener(error)
+
+
+class AnswerText:
+    """Turns tokens into text that can be shown: whole characters, and nothing that could be the start of a
+    stop text.
+    """
+
+    def __init__(self, processor: CogVLM2Processor, stop: Sequence[str]) -> None:
+        self._pieces = TextPieces(processor.decode)
+        self._stop = [text for text in stop if text]
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """Add a token and return the text that can be shown now."""
+        return self._shown(self._pieces.push(token))
+
+    def finish(self) -> str:
+        """Return the rest at the end."""
+        if self.stopped:
+            return ""
+        text = self._shown(self._pieces.finish())
+        rest, self._held = ("", "") if self.stopped else (self._held, "")
+        return text + rest
+
+    def _shown(self, piece: str) -> str:
+        if not self._stop:
+            return piece
+        text = self._held + piece
+        places = [place for place in (text.find(stop) for stop in self._stop) if place >= 0]
+        if places:
+            self.stopped, self._held = True, ""
+            return text[: min(places)].rstrip()
+        held = max(
+            (size for stop in self._stop for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0
+        )
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
