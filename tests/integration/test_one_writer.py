@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import resource
 import shutil
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from cogtune.cli.main import main
 from cogtune.errors import DiskFullError, OutputFolderError, RunError
@@ -22,7 +26,7 @@ from cogtune.train import saver
 from cogtune.train.loop import Loop
 from cogtune.train.run import train
 from tests.support.adapters import write_adapter
-from tests.support.data_folders import dialogue, write_folder, write_image
+from tests.support.data_folders import dialogue, write_folder, write_image, write_label
 from tests.support.lock_holder import holder, kill
 from tests.support.training import make_config, write_data
 
@@ -237,6 +241,42 @@ def test_clearing_the_cache_does_not_disturb_a_run_that_trains_from_it(
     train(make_config(tiny_checkpoint, data, tmp_path / "out", **values))
     assert (cleared[0].removed, cleared[0].kept) == (0, 4)
     assert clear(cache).removed == 4
+
+
+def test_runs_that_fill_at_once_keep_the_budget_together(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Each measured before the others had written, and all took the same room: 2.7 times the budget."""
+    cache, draw = tmp_path / "cache", random.Random(0)
+    for name in "abc":
+        (tmp_path / name / "images").mkdir(parents=True)
+        for number in range(40):
+            pixels = draw.randbytes(192)
+            Image.frombytes("RGB", (8, 8), pixels).save(tmp_path / name / "images" / f"{number}.png")
+            write_label(tmp_path / name / "labels" / f"{number}.json", dialogue("What?", "That."))
+    words = [sys.executable, "-m", "cogtune", "data", "cache", "--model", tiny_checkpoint, "--data.workers", 1]
+    words += ["--data.cache_dir", cache, "--model.dtype", "float32"]
+
+    def fill(name: str, budget: int) -> subprocess.Popen[str]:
+        more = ["--data", tmp_path / name, "--data.cache_budget", f"{budget}B"]
+        return subprocess.Popen([*map(str, [*words, *more])], cwd=ROOT, text=True, stderr=subprocess.PIPE)
+
+    assert fill("a", 10**9).wait(timeout=120) == 0
+    taken = sum(path.stat().st_size for path in cache.glob("*/??/*"))
+    clear(cache)
+    budget, most = taken + taken // 2, 0
+    three = [fill(name, budget) for name in "abc"]
+    while any(process.poll() is None for process in three):
+        sizes = []
+        for path in cache.glob("*/??/[!.]*"):
+            with suppress(FileNotFoundError):
+                sizes.append(path.stat().st_size)
+        most = max(most, sum(sizes))
+        time.sleep(0.01)
+    said = [process.communicate()[1] for process in three]
+    codes = [process.returncode for process in three]
+    assert most <= budget
+    assert 0 in codes, said
+    assert all(code == 0 or "error[cache-budget]" in text for code, text in zip(codes, said, strict=True)), said
+    assert not list((cache / "leases").glob("*"))
 
 
 def test_a_cache_that_may_only_be_read_serves_data_that_was_copied(

@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 class FakeHub:
     """``break_after``: bytes after which each answer ends; ``stall_after``: or falls silent with the line open;
     ``ranges``: whether it can continue; ``lies``: path to the size the list claims; ``missing``: names it does not
-    know; ``status``: an error for every file."""
+    know; ``status``: an error for every file; ``listing``: what it answers instead of a list."""
 
     files: dict[str, bytes]
     break_after: int | None = None
@@ -26,6 +26,7 @@ class FakeHub:
     corrupt: bool = False
     missing: tuple[str, ...] = ()
     status: int | None = None
+    listing: object = None
     requests: list[tuple[str, str | None, str | None]] = field(default_factory=list)
     url: str = ""
     closing: threading.Event = field(default_factory=threading.Event)
@@ -46,6 +47,8 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
                 self.send_error(404)
             elif "/resolve/" in path:
                 self._file(path.split("/resolve/")[1].split("/", 1)[1])
+            elif hub.listing is not None:
+                self._json(hub.listing)
             elif "/tree/" in path:
                 self._json([_hf_entry(hub, name) for name in hub.files])
             else:

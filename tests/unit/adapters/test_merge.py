@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tracemalloc
 from pathlib import Path
@@ -237,6 +238,88 @@ def test_an_existing_output_is_not_touched(base: Path, adapter: Path, tmp_path: 
     assert [path.name for path in output.iterdir()] == ["mine.txt"]
     with pytest.raises(OutputFolderError, match="inside the base"):
         merge(adapter, base / "merged", base)
+
+
+def renamed(base: Path, folder: Path, prefix: str) -> Path:
+    """A copy of ``base`` whose index names its shards with a prefix; they lie in ``folder/shared``."""
+    shutil.copytree(base, folder / "base")
+    (folder / "shared").mkdir()
+    for shard in (folder / "base").glob("*.safetensors"):
+        shard.rename(folder / "shared" / shard.name)
+    index = json.loads((folder / "base" / INDEX_NAME).read_text())
+    index["weight_map"] = {name: prefix + shard for name, shard in index["weight_map"].items()}
+    (folder / "base" / INDEX_NAME).write_text(json.dumps(index))
+    return folder / "base"
+
+
+@pytest.mark.parametrize("where", ["above", "absolute", "below", "link"])
+def test_shards_that_lie_elsewhere_are_refused_before_anything_is_written(
+    base: Path, adapter: Path, tmp_path: Path, where: str
+) -> None:
+    """Case 04: they were emptied, or written outside of --output."""
+    prefix = {"above": "../shared/", "absolute": f"{tmp_path}/shared/", "below": "sub/", "link": ""}[where]
+    stranger = renamed(base, tmp_path, prefix)
+    if where == "link":
+        for shard in (tmp_path / "shared").iterdir():
+            (stranger / shard.name).symlink_to(shard)
+    elif where == "below":
+        (stranger / "sub").symlink_to(tmp_path / "shared")
+    (tmp_path / "victim" / "shared").mkdir(parents=True)
+    before = digests(tmp_path)
+    for output in (tmp_path / "merged", tmp_path / "victim" / "merged"):
+        with pytest.raises(CheckpointError) as caught:
+            merge(adapter, output, stranger)
+        assert caught.value.code == "unsafe-name"
+        assert digests(tmp_path) == before
+        assert not output.exists()
+    if where == "link":
+        load_model(stranger)  # reading through links that one has made oneself is no harm
+    else:
+        with pytest.raises(CheckpointError, match=INDEX_NAME):
+            load_model(stranger)
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "dangling"])
+def test_no_file_from_elsewhere_gets_into_a_merged_model(base: Path, adapter: Path, tmp_path: Path, kind: str) -> None:
+    """A stranger's folder could have a private key copied into a model that is then passed on."""
+    shutil.copytree(base, tmp_path / "base")
+    secret = tmp_path / "id_rsa"
+    secret.write_text("secret")
+    notes = tmp_path / "base" / "notes.txt"
+    if kind == "pipe":
+        os.mkfifo(notes)
+    else:
+        notes.symlink_to(secret if kind == "link" else "nowhere")
+    with pytest.raises(CheckpointError, match=r"notes\.txt") as caught:
+        merge(adapter, tmp_path / "merged", tmp_path / "base")
+    assert caught.value.code == "unsafe-name"
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_base_in_the_hubs_own_cache_is_merged(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """Its files are links into the same repository's blobs."""
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "1234", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(path for path in base.iterdir() if path.is_file()):
+        shutil.copyfile(file, blobs / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    merge(adapter, tmp_path / "merged", snapshot)
+    merge(adapter, tmp_path / "other", base)
+    merged, other = digests(tmp_path / "merged"), digests(tmp_path / "other")
+    assert {name: merged[name] for name in merged if name.endswith(".safetensors")} == {
+        name: other[name] for name in other if name.endswith(".safetensors")
+    }
+    assert not any(path.is_symlink() for path in (tmp_path / "merged").iterdir())
+
+
+def test_a_folder_of_somebody_else_under_the_hidden_name_stays(base: Path, adapter: Path, tmp_path: Path) -> None:
+    mine = tmp_path / ".merged.partial" / "thesis.tex"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(OutputFolderError, match="not made by cogtune"):
+        merge(adapter, tmp_path / "merged", base)
+    assert mine.read_text() == "mine"
 
 
 def edited(adapter: Path, target: Path, config: dict[str, Any] | None = None, **tensors: Any) -> Path:

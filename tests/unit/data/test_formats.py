@@ -6,6 +6,7 @@ import builtins
 import io
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,27 @@ def test_parquet_with_messages_and_a_list_of_images(tmp_path: Path) -> None:
 def test_saved_data_set(tmp_path: Path, form: str) -> None:
     folder = save_to_disk(tmp_path / "set", EMBEDDED)
     assert len(read(folder, format=form, extract_dir=tmp_path / "out")) == 2
+
+
+@pytest.mark.parametrize("name", ["../secret.arrow", "/etc/passwd", "a\0b", "", 7, None])
+def test_a_saved_data_set_names_only_files_of_its_own(tmp_path: Path, name: object) -> None:
+    folder = save_to_disk(tmp_path / "set" / "train", EMBEDDED)
+    shutil.copyfile(folder / "data-00000-of-00001.arrow", tmp_path / "set" / "secret.arrow")
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
+    error = refused(folder)
+    assert error.code == "unsafe-name"
+    assert "state.json" in error.message
+    (tmp_path / "set" / "dataset_dict.json").write_text(json.dumps({"splits": [name]}))
+    error = refused(tmp_path / "set")
+    assert error.code == "unsafe-name"
+    assert "dataset_dict.json" in error.message
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"splits": 7}', "{}"])
+def test_a_broken_list_of_splits(tmp_path: Path, text: str) -> None:
+    save_to_disk(tmp_path / "set" / "train", EMBEDDED)
+    (tmp_path / "set" / "dataset_dict.json").write_text(text)
+    assert refused(tmp_path / "set").code == "data-table"
 
 
 def test_saved_splits(tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ import shutil
 import pytest
 
 from cogtune.cli.main import main
+from cogtune.download import transfer
 from cogtune.download.fetch import download
 from cogtune.download.sources import DATA, VARIANTS
-from cogtune.errors import CheckpointError, DownloadError, InputError
+from cogtune.errors import CheckpointError, DiskFullError, DownloadError, InputError, OutputFolderError, RunError
 from tests.support.fake_hub import FakeHub, serving
+from tests.support.lock_holder import holder, kill
 
 CHAT = VARIANTS["chat"]
 
@@ -206,6 +208,128 @@ def test_a_path_that_leaves_the_folder_is_refused(hub, tmp_path):
     hub.files["../evil"] = b"x"
     with pytest.raises(DownloadError, match="outside the folder"):
         fetch(tmp_path / "model")
+
+
+def entry(path="a.json", size=2, **more):
+    return {"type": "file", "path": path, "size": size, **more}
+
+
+LISTINGS = {
+    "a text": "files",
+    "an object": {"files": []},
+    "no objects": ["a.json"],
+    "without a path": [{"type": "file", "size": 2}],
+    "a path that is a number": [entry(7)],
+    "an absolute path": [entry("/etc/cron.d/x")],
+    "a path above": [entry("a/../../x")],
+    "a folder's name": [entry("a/")],
+    "a Windows path": [entry("C:\\x")],
+    "a control character": [entry("a\n.json")],
+    "a long name": [entry("x" * 256)],
+    "a lock of ours": [entry(".cogtune.lock")],
+    "without a size": [{"type": "file", "path": "a.json"}],
+    "a size that is a text": [entry(size="many")],
+    "a size below zero": [entry(size=-1)],
+    "a size that is true": [entry(size=True)],
+    "a size beyond all disks": [entry(size=10**30)],
+    "a size with a fraction": [entry(size=2.5)],
+    "lfs of another type": [entry(lfs=[1])],
+    "a digest of another form": [entry(lfs={"oid": "../x", "size": 2})],
+    "one file twice": [entry(), entry()],
+    "a file that is a folder too": [entry("a"), entry("a/b")],
+    "a file and its beginning": [entry("a"), entry("a.part")],
+}
+
+
+@pytest.mark.parametrize("listing", LISTINGS.values(), ids=LISTINGS)
+@pytest.mark.parametrize("source", ["hf", "modelscope"])
+def test_a_list_that_is_none_is_an_error_and_nothing_is_written(hub, tmp_path, listing, source):
+    if source == "modelscope":
+        names = {"type": "Type", "path": "Path", "size": "Size"}
+
+        def turned(one):
+            if not isinstance(one, dict):
+                return one
+            lfs = one.get("lfs")
+            digest = {"Sha256": lfs["oid"] if isinstance(lfs, dict) else lfs} if lfs else {}
+            return {**{names[key]: value for key, value in one.items() if key in names}, "Type": "blob", **digest}
+
+        files = [turned(one) for one in listing] if isinstance(listing, list) else listing
+        listing = {"Success": True, "Data": {"Files": files}}
+    hub.listing = listing
+    with pytest.raises(DownloadError) as caught:
+        fetch(tmp_path / "model", source=source)
+    assert caught.value.code == "download-wrong"
+    assert len(caught.value.message) < 400
+    assert caught.value.message.isprintable()
+    assert not list(tmp_path.iterdir())
+    assert not any("/resolve/" in path for path, *_ in hub.requests)
+
+
+@pytest.mark.parametrize("answer", [[], 7, "x", {"Data": None}, {"Data": {"Files": None}}, {"Data": {}}])
+def test_an_answer_of_the_other_hub_that_is_no_list(hub, tmp_path, answer):
+    hub.listing = answer
+    with pytest.raises(DownloadError) as caught:
+        fetch(tmp_path / "model", source="modelscope")
+    assert caught.value.code == "download-wrong"
+
+
+def test_no_more_is_written_than_the_list_says_and_a_byte(hub, tmp_path, monkeypatch):
+    """300 MiB were written for a file of 2 bytes."""
+    hub.files, hub.lies = {"config.json": b"x" * 3_000_000}, {"config.json": 2}
+    check, sizes = transfer._check, []
+    monkeypatch.setattr(transfer, "_check", lambda file, part: (sizes.append(part.stat().st_size), check(file, part)))
+    with pytest.raises(DownloadError, match="3 bytes; the hub's list says 2"):
+        fetch(tmp_path / "model")
+    assert sizes == [3]
+
+
+@pytest.mark.parametrize("kind", ["text", "folder", "link"])
+def test_a_file_of_somebody_else_is_not_overwritten(hub, tmp_path, kind):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    mine = folder / "config.json"
+    if kind == "text":
+        mine.write_text("mine")
+    elif kind == "folder":
+        mine.mkdir()
+    else:
+        mine.symlink_to("nowhere")
+    with pytest.raises(OutputFolderError, match="nothing is overwritten") as caught:
+        fetch(folder)
+    assert caught.value.code == "download-conflict"
+    assert os.listdir(folder) == ["config.json"]
+    assert not any("/resolve/" in path for path, *_ in hub.requests)
+
+
+def test_two_downloads_into_one_folder(hub, tmp_path):
+    with holder(tmp_path / "model") as other:
+        with pytest.raises(OutputFolderError, match=f"in use by process {other.pid}"):
+            fetch(tmp_path / "model")
+        assert hub.requests == []
+        kill(other)
+    fetch(tmp_path / "model")
+    assert same(tmp_path / "model", hub)
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, DiskFullError), (errno.EROFS, RunError)])
+def test_a_disk_that_takes_no_more_is_not_taken_for_a_line_that_broke(hub, tmp_path, monkeypatch, number, kind):
+    class Full:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def write(self, block):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(transfer, "open", lambda *given, **options: Full(), raising=False)
+    with pytest.raises(kind) as caught:
+        fetch(tmp_path / "model")
+    assert "what was fetched stays" in caught.value.message
+    assert "run the same command again" in caught.value.hint
+    assert len([1 for path, *_ in hub.requests if "/resolve/" in path]) == 1
 
 
 def test_offline_forbids_fetching(hub, tmp_path, monkeypatch):

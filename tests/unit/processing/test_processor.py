@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 
@@ -226,3 +227,21 @@ def test_hub_ids_are_read_from_the_hubs_cache(make_folder, tmp_path, monkeypatch
 def test_unknown_options_are_refused(make_folder):
     with pytest.raises(InputError, match="no option use_fast"):
         CogVLM2Processor.from_pretrained(make_folder(), use_fast=True)
+
+
+def test_the_tokenizer_is_the_folders_own_whatever_its_configuration_names(make_folder, tmp_path):
+    """A stranger's file names another one of this machine."""
+    folder, other = make_folder(), tmp_path / "other.json"
+    other.write_text((folder / "tokenizer.json").read_text().replace('"A"', '"Z"', 1))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    wanted = CogVLM2Processor.from_pretrained(folder)(query="ABC")["input_ids"]
+    saved = {"tokenizer_file": str(other), "special_tokens_map_file": "/content/model/special_tokens_map.json"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | saved))
+    assert torch.equal(CogVLM2Processor.from_pretrained(folder)(query="ABC")["input_ids"], wanted)
+    for key in ("vocab_file", "merges_file", "gguf_file"):
+        for name in ("../other.json", str(other), "a/../../other.json"):
+            (folder / "tokenizer_config.json").write_text(json.dumps(config | {key: name}))
+            with pytest.raises(CheckpointError) as caught:
+                CogVLM2Processor.from_pretrained(folder)
+            assert caught.value.code == "unsafe-name"
+            assert "tokenizer_config.json" in caught.value.message

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from cogtune.checkpoint import resume_state as checkpoints
 from cogtune.checkpoint.resume_state import TrainingState
@@ -24,6 +25,13 @@ def state(value: float = 1.0) -> TrainingState:
 
 def save(output: Path, step: int, value: float = 1.0) -> Path:
     return checkpoints.save(output, step, state(value), lambda folder: (folder / "adapter.txt").write_text("adapter"))
+
+
+def manifest(folder: Path, *, files: object = None, entries: dict[str, object] | None = None) -> None:
+    """Change what the manifest says."""
+    values = json.loads((folder / "MANIFEST.json").read_text())
+    values["files"] = files if entries is None else values["files"] | entries
+    (folder / "MANIFEST.json").write_text(json.dumps(values))
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
@@ -45,6 +53,12 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
         (lambda f: os.truncate(f / "optimizer.safetensors", 50), "has 50 bytes"),
         (lambda f: (f / "adapter.txt").write_text("Adapter"), "sha256"),
         (lambda f: (f / "MANIFEST.json").write_text(json.dumps({"format": 99, "files": {}})), "format 99"),
+        (lambda f: manifest(f, files=[1]), "cannot be read"),
+        (lambda f: manifest(f, files={"optimizer.safetensors": 7}), "does not list"),
+        (lambda f: manifest(f, entries={"state.json": 7}), "cannot be read"),
+        (lambda f: manifest(f, entries={"../../secret": {"bytes": 1, "sha256": "0"}}), "has a folder in it"),
+        (lambda f: manifest(f, entries={"/etc/passwd": {"bytes": 1, "sha256": "0"}}), "absolute"),
+        (lambda f: manifest(f, entries={"a\nb": {"bytes": 1, "sha256": "0"}}), "no file name should have"),
     ],
 )
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tmp_path: Path, damage: object, says: str) -> None:
@@ -110,3 +124,35 @@ def test_leftovers_of_a_killed_save_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".last.partial").symlink_to("checkpoint-6")
     assert checkpoints.remove_leftovers(tmp_path) == 2
     assert checkpoints.find_latest(tmp_path) == (folder, [])
+
+
+@pytest.mark.parametrize(
+    "names", [["999999999/cpu"], ["0/cpu", "2/cpu"], ["-1/cpu"], ["0/cpu/x"], ["x/cpu"], ["0/tpu"], ["٣/cpu"], ["cpu"]]
+)
+def test_forged_random_numbers_are_refused(tmp_path: Path, names: list[str]) -> None:
+    """A rank of 999,999,999 took 7 GB."""
+    folder = save(tmp_path, 5)
+    save_file({name: torch.zeros(1, dtype=torch.uint8) for name in names}, folder / "rng.safetensors")
+    manifest(folder, entries={"rng.safetensors": checkpoints._digest(folder / "rng.safetensors")})
+    with pytest.raises(CheckpointError, match="not the random numbers of a run"):
+        checkpoints.load(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoint-007", "checkpoint-٣", "checkpoint-", "checkpoint-" + "9" * 30, "checkpoint-1a"]
+)
+def test_only_plain_numbers_name_checkpoints(tmp_path: Path, name: str) -> None:
+    save(tmp_path, 5).rename(tmp_path / name)
+    assert checkpoints.list_checkpoints(tmp_path) == []
+    checkpoints.rotate(tmp_path, 10**40, keep=1, protect=None)
+    assert (tmp_path / name).is_dir()
+
+
+def test_a_link_under_a_checkpoints_name_is_not_removed(tmp_path: Path) -> None:
+    """Somebody keeps one on another disk."""
+    elsewhere = save(tmp_path / "a", 1).rename(tmp_path / "elsewhere")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "checkpoint-1").symlink_to(elsewhere)
+    save(tmp_path / "out", 2)
+    checkpoints.rotate(tmp_path / "out", 2, keep=1, protect=None)
+    assert checkpoints.find_problem(tmp_path / "out" / "checkpoint-1") is None
