@@ -103,10 +103,13 @@ def _print_picture(console: Console, path: Path, width: int, exif: str) -> None:
     """Print the square that the model sees, two pixels per character."""
     from rich.text import Text
 
+    from cogtune.data.picture_headers import turned_note
     from cogtune.processing.image import read_image
 
-    image = read_image(path, exif=exif)
+    image, note = read_image(path, exif=exif), turned_note(path, exif)
     console.print(f"{path} ({image.width} x {image.height}, made square)", style="dim", markup=False)
+    if note is not None:
+        console.print(note, style="bold red", markup=False)
     if not console.is_terminal:
         return
     pixels = image.resize((width, width)).load()

@@ -81,6 +81,13 @@ def check_picture(path: Path, max_pixels: int | None) -> PictureHeader:
     return header
 
 
+def turned_note(path: Path, exif: str) -> str | None:
+    """What to say beside a picture that is shown: that its EXIF orientation is, or is not, followed; None: upright."""
+    if not check_picture(path, None).turned:
+        return None
+    return "turned as its EXIF says" if exif == "apply" else "EXIF: data.exif apply would turn it"
+
+
 def _is_turned(image: Image.Image) -> bool:
     """Return whether a viewer would rotate or mirror the picture, from the header alone."""
     if "exif" not in image.info and image.format != "TIFF":

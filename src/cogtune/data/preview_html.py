@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from PIL import Image
 
+from cogtune.data.picture_headers import turned_note
 from cogtune.data.preview import RowPreview, Segment, Token
 from cogtune.data.records import ImageRef
 
@@ -18,7 +19,9 @@ body { font: 15px/1.6 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem
 h1 { font-size: 1.4rem; } h2 { font-size: 1.05rem; margin: 2.5rem 0 .3rem; word-break: break-all; }
 p.about { color: #666; margin: 0 0 .6rem; word-break: break-all; }
 .row { display: flex; gap: 1.2rem; align-items: flex-start; flex-wrap: wrap; } .tree { flex: 1; min-width: 20rem; }
-figure { margin: 0; } figcaption { font-size: .8rem; color: #666; } img { max-width: 16rem; border: 1px solid #ccc; }
+figure { margin: 0; position: relative; }
+.turned { position: absolute; top: 0; left: 0; background: #c0392b; color: #fff; font-size: .8rem; padding: 1px 6px; }
+ figcaption { font-size: .8rem; color: #666; } img { max-width: 16rem; border: 1px solid #ccc; }
 .segment { border-left: 4px solid var(--branch); margin: .35rem 0 .35rem 0; padding: .1rem 0 .1rem .7rem; }
 .name { font-size: .78rem; color: #666; display: block; }
 .t { white-space: pre-wrap; border-radius: 3px; padding: 1px 0; }
@@ -100,5 +103,7 @@ def _figure(path: ImageRef, exif: str) -> str:
     stream = io.BytesIO()
     square.save(stream, "JPEG", quality=85)
     data = base64.b64encode(stream.getvalue()).decode()
+    note = turned_note(path, exif)
+    mark = f'<span class="turned">{html.escape(note)}</span>' if note else ""
     caption = f"{html.escape(path.name)}, {image.width} x {image.height}, made square as the model sees it"
-    return f'<figure><img alt="" src="data:image/jpeg;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+    return f'<figure><img alt="" src="data:image/jpeg;base64,{data}">{mark}<figcaption>{caption}</figcaption></figure>'

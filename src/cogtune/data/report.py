@@ -21,6 +21,9 @@ SPECIAL_TOKEN = re.compile(
 _MOSTLY = 0.9  # of conversations without a picture, above which a set for a vision-language model is a likely mistake
 
 
+_MANY_TURNED = 0.01  # share of the pictures
+
+
 @dataclass
 class SourceReport:
     """One entry of ``data.path``: ``labels`` is the label folder's name, or the format of a file."""
@@ -119,6 +122,12 @@ class DataReport:
     def warnings(self) -> list[tuple[str, str, str]]:
         """What spoils training although it can be read: code, where, what."""
         found = []
+        if self.exif == "ignore" and many_turned(self.turned, self.pictures):
+            what = (
+                f"{self.turned} of {self.pictures} pictures lie on their side, upside down or mirrored as they are"
+                " stored: data.exif apply turns them as a viewer does; use the same for training and answering"
+            )
+            found.append(("turned-pictures", "", what))
         if self.conversations and self.text_only / self.conversations > _MOSTLY:
             share = f"{self.conversations - self.text_only} of {self.conversations} conversations have a picture"
             what = f"{share}; if there should be more, look under which keys the records name them"
@@ -128,6 +137,11 @@ class DataReport:
             what = f"{self.tagged} conversations about a picture have a tag such as {tag}, which is trained as words"
             found.append(("picture-tag", where, what))
         return found
+
+
+def many_turned(turned: int, pictures: int) -> bool:
+    """Whether so many pictures have an EXIF orientation that turning them is worth proposing."""
+    return pictures > 0 and turned / pictures > _MANY_TURNED
 
 
 def _has_special(conversation: Conversation) -> bool:

@@ -16,6 +16,7 @@ from cogtune.configuration.keys import known_keys
 from cogtune.configuration.load import explicit_values
 from cogtune.configuration.run_config import DataSection, RunConfig
 from cogtune.data.check import CheckReport
+from cogtune.data.report import many_turned
 from cogtune.plan.plan import Plan
 from cogtune.system.byte_sizes import format_size
 
@@ -67,6 +68,7 @@ def propose(config: RunConfig, placeholders: Mapping[str, str], report: CheckRep
         proposal.reasons["train.output"] = "everything the run writes; the same command again continues"
     proposal.about += _about(report)
     _lengths(proposal, report)
+    _orientation(proposal, report)
     _validation(proposal, report)
     _size(proposal, report, cards)
     return proposal
@@ -92,6 +94,13 @@ def _lengths(proposal: Proposal, report: CheckReport) -> None:
         if histogram.most > default:
             value = min(_LONGEST, -(-histogram.most // _ROUND) * _ROUND)
             proposal.put(key, value, f"the longest {what} has {histogram.most} tokens; {default}, the default, cuts it")
+
+
+def _orientation(proposal: Proposal, report: CheckReport) -> None:
+    turned, pictures = report.counts["turned"], report.counts["pictures"]
+    if many_turned(turned, pictures):
+        share = f"{turned} of {pictures} pictures are stored turned or mirrored"
+        proposal.put("data.exif", "apply", f"{share}: they are trained as a viewer shows them")
 
 
 def _validation(proposal: Proposal, report: CheckReport) -> None:

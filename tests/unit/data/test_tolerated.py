@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from cogtune.cli.main import main
+from cogtune.data.check import check
 from cogtune.data.dataset import TrainRows
+from cogtune.data.preview_html import _figure
 from cogtune.data.sources import read_sources
 from cogtune.processing.image import preprocess, read_image
 from cogtune.processing.processor import CogVLM2Processor
+from cogtune.processing.token_file import find_token_file
 from tests.support.data_folders import dialogue, section, write_folder, write_label, write_lines
 
 
@@ -101,3 +105,47 @@ def test_texts_that_spell_special_tokens_are_kept_counted_and_said(tmp_path: Pat
     assert report.special == 1
     assert pictures[0].conversations[0].turns[0].question == "What is <|end_of_text|>?"
     assert any(line.startswith("warning: 1 conversations spell special tokens") for line in report.lines())
+
+
+def photos(root: Path, count: int, turned_ones: int) -> Path:
+    """Pictures, the first of them with the orientation of a phone held upright."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for number in range(count):
+        more = {"exif": exif} if number < turned_ones else {}
+        one_picture(root, Image.new("RGB", (30, 20), (number, 9, 9)), f"{number}.jpg", **more)
+    return root
+
+
+def test_turning_is_proposed_where_more_than_one_in_a_hundred_is_turned(tmp_path: Path) -> None:
+    few, many = photos(tmp_path / "few", 100, 1), photos(tmp_path / "many", 100, 2)
+    tokens = find_token_file(None)
+
+    def proposed(root: Path, **values: str) -> list[str]:
+        found = check(section(root, **values), 0, tokens).warnings
+        return [finding.what for finding in found if finding.code == "turned-pictures"]
+
+    assert proposed(few) == []
+    (what,) = proposed(many)
+    assert what.startswith("2 of 100 pictures")
+    assert "data.exif apply" in what
+    assert proposed(many, exif="apply") == []
+
+
+def test_init_proposes_it_with_the_reason(tmp_path: Path) -> None:
+    for root, proposed in ((photos(tmp_path / "a", 20, 1), True), (photos(tmp_path / "b", 20, 0), False)):
+        assert main(["init", str(root), "--output", str(root / "run.yaml"), "--card", "24GiB"]) == 0
+        text = (root / "run.yaml").read_text()
+        assert ("# 1 of 20 pictures are stored turned or mirrored" in text) == proposed
+        assert ("exif: apply" in text) == proposed
+
+
+@pytest.mark.parametrize(
+    ("exif", "note"), [("ignore", "data.exif apply would turn it"), ("apply", "turned as its EXIF says")]
+)
+def test_the_preview_marks_a_turned_picture(tmp_path: Path, exif: str, note: str) -> None:
+    root = photos(tmp_path / "set", 2, 1)
+    first, second = sorted((root / "images").iterdir())
+    assert '<span class="turned">' in _figure(first, exif)
+    assert note in _figure(first, exif)
+    assert "turned" not in _figure(second, exif)
