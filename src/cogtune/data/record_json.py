@@ -28,16 +28,51 @@ def parse_json(data: bytes) -> tuple[Any, bool]:
     except UnicodeDecodeError as error:
         raise BadRecordError("bad-json", f"not UTF-8 (byte {error.start})") from error
     try:
-        return json.loads(text), False
+        return json.loads(text, object_pairs_hook=_object), False
     except (ValueError, RecursionError) as error:
         without_commas = _TRAILING_COMMA.sub(lambda match: match.group(1) or "", text)
         if without_commas != text:
             try:
-                return json.loads(without_commas), True
+                return json.loads(without_commas, object_pairs_hook=_object), True
             except (ValueError, RecursionError):
                 pass  # report the error in the text as written
         found = f"not valid JSON ({error})" if text.strip() else "empty, a record was expected"
         raise BadRecordError("bad-json", found) from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of ``pairs``; of a repeated key JSON would keep the last value and lose the others."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise BadRecordError("bad-json", f"the key {json.dumps(repeated):.80} stands twice in one object")
+    return found
+
+
+def by_identity(entries: Sequence[Any], key: str) -> tuple[dict[str | float, dict[str, Any]], set[str | float]]:
+    """The objects among ``entries`` by their ``key``, a text or a number, and the keys that stand there twice."""
+    found: dict[str | float, dict[str, Any]] = {}
+    repeated = set()
+    for entry in entries:
+        identity = entry.get(key) if isinstance(entry, dict) else None
+        if isinstance(identity, (str, int, float)):
+            repeated |= {identity} & found.keys()
+            found[identity] = entry
+    return found, repeated
+
+
+def checked_identity(value: Any, repeated: set[str | float], what: str) -> str | float:
+    """``value``, which messages call ``what``, if it names one thing.
+
+    Raises:
+        BadRecordError: ``id``, ``duplicate-id``.
+    """
+    if not isinstance(value, (str, int, float)):
+        raise BadRecordError("id", f"{what} is {shown(value)}, a text or a whole number was expected")
+    if value in repeated:
+        raise BadRecordError("duplicate-id", f"{what} {shown(value)} stands there more than once")
+    return value
 
 
 def record_dialogues(

@@ -110,8 +110,3 @@ def test_an_answer_missing_in_the_middle_is_refused(tmp_path: Path) -> None:
     path = lines(image=None, conversations=[ASK, SAY | {"content": ""}, ASK, SAY])(tmp_path)
     with pytest.raises(DataError, match="message 2"):
         asked(path)
-
-
-def test_pictures_alone_need_the_caption_question(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="caption_question"):
-        asked(images_alone(tmp_path), caption_question="")

@@ -169,6 +169,8 @@ def _dialogues(row: dict[str, Any], rules: RecordRules) -> list[tuple[Turn, ...]
     if not {"caption", "captions", "text"} & row.keys():
         return [(Turn(question, ""),)]
     texts = captions if isinstance(captions, list) else [captions]
+    if not texts:
+        raise BadRecordError("content", "the list of captions is empty")
     return [(Turn(question, checked_text(text, "the caption")),) for text in texts]
 
 

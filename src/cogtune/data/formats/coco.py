@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from cogtune.data.formats.item import Content, Item, RecordRules
 from cogtune.data.formats.jsonfiles import read_json
 from cogtune.data.formats.pictures import picture_sources
 from cogtune.data.problems import BadRecordError, Problem
-from cogtune.data.record_json import checked_text, kind_of, shown
+from cogtune.data.record_json import by_identity, checked_identity, checked_text, kind_of, shown
 from cogtune.data.records import Turn
 
 
@@ -25,19 +26,26 @@ def items(file: Path, rules: RecordRules) -> Iterator[Item]:
     if not isinstance(images, list) or not isinstance(annotations, list):
         what = f'{kind_of(root)} found, an object with the lists "images" and "annotations" was expected (coco)'
         raise Problem("wrong-root", str(file), what).error()
-    names = {image.get("id"): image.get("file_name") for image in images if isinstance(image, dict)}
+    names, repeated = by_identity(images, "id")
+    later = partial(_later, names=names, repeated=repeated, rules=rules)
     for number, annotation in enumerate(annotations, start=1):
-        yield Item(number, f"{file}, annotation {number}", _later(annotation, names, rules, repaired and number == 1))
+        yield Item(number, f"{file}, annotation {number}", later(annotation, repaired=repaired and number == 1))
 
 
-def _later(annotation: Any, names: dict[Any, Any], rules: RecordRules, repaired: bool) -> Callable[[], Content]:
+def _later(
+    annotation: Any,
+    names: dict[str | float, dict[str, Any]],
+    repeated: set[str | float],
+    rules: RecordRules,
+    repaired: bool,
+) -> Callable[[], Content]:
     def read() -> Content:
         if not isinstance(annotation, dict):
             raise BadRecordError("wrong-root", f"{kind_of(annotation)} found, an object was expected")
         for key in ("image_id", "caption"):
             if key not in annotation:
                 raise BadRecordError("missing-key", f'the annotation has no "{key}" (coco captions were expected)')
-        name = names.get(annotation["image_id"])
+        name = names.get(checked_identity(annotation["image_id"], repeated, "image_id"), {}).get("file_name")
         if not isinstance(name, str) or not name:
             raise BadRecordError("image-path", f'no file_name in "images" for image_id {shown(annotation["image_id"])}')
         if not rules.caption_question:

@@ -13,7 +13,7 @@ from cogtune.data.formats.item import Content, Item
 from cogtune.data.formats.jsonfiles import read_json
 from cogtune.data.formats.pictures import picture_sources
 from cogtune.data.problems import BadRecordError, Problem
-from cogtune.data.record_json import checked_text, kind_of, shown
+from cogtune.data.record_json import by_identity, checked_identity, checked_text, kind_of, shown
 from cogtune.data.records import Turn
 
 
@@ -61,16 +61,17 @@ def items(questions: Path, annotations: Path) -> Iterator[Item]:
     """
     root, repaired = _read(questions, "questions")
     answers_root, _ = _read(annotations, "annotations")
-    answers = {entry.get("question_id"): entry for entry in answers_root["annotations"] if isinstance(entry, dict)}
+    answers, repeated = by_identity(answers_root["annotations"], "question_id")
     subtype = root.get("data_subtype") or answers_root.get("data_subtype")
-    asked = {entry.get("question_id") for entry in root["questions"] if isinstance(entry, dict)}
+    asked, twice = by_identity(root["questions"], "question_id")
+    repeated |= twice
     left = [key for key in answers if key not in asked]
     if left:
         what = f"{len(left)} annotations without a question in {questions.name} (question_id {left[0]}, ...)"
         raise Problem("vqa-pair", str(annotations), what).error()
     for number, entry in enumerate(root["questions"], start=1):
         where = f"{questions}, question {number}"
-        yield Item(number, where, _later(entry, answers, subtype, annotations, repaired and number == 1))
+        yield Item(number, where, _later(entry, answers, repeated, subtype, annotations, repaired and number == 1))
 
 
 def _read(file: Path, key: str) -> tuple[dict[str, Any], bool]:
@@ -82,7 +83,12 @@ def _read(file: Path, key: str) -> tuple[dict[str, Any], bool]:
 
 
 def _later(
-    entry: Any, answers: dict[Any, Any], subtype: str | None, annotations: Path, repaired: bool
+    entry: Any,
+    answers: dict[str | float, dict[str, Any]],
+    repeated: set[str | float],
+    subtype: str | None,
+    annotations: Path,
+    repaired: bool,
 ) -> Callable[[], Content]:
     def read() -> Content:
         if not isinstance(entry, dict):
@@ -90,7 +96,7 @@ def _later(
         for key in ("image_id", "question", "question_id"):
             if key not in entry:
                 raise BadRecordError("missing-key", f'the question has no "{key}"')
-        answer = answers.get(entry["question_id"])
+        answer = answers.get(checked_identity(entry["question_id"], repeated, "question_id"))
         if answer is None:
             raise BadRecordError("vqa-pair", f"no annotation for question_id {entry['question_id']} in {annotations}")
         if "multiple_choice_answer" not in answer:
