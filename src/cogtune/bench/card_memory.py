@@ -150,7 +150,7 @@ def as_table(results: Results) -> str:
             None if said is None else f"{max(said, plan['load_reserved_gib']):.2f}",
             None if driver is None else f"{driver:.2f}", row.get("cap_gib"),
             None if speed is None else f"{speed:.1f}", None if "load_s" not in row else f"{row['load_s']:.1f}",
-            "beside others" if "together" in row else "",
+            "shared card" if "together" in row else "",
         ])  # fmt: skip
     columns = ["row", "reserved GiB", "plan", "driver", "cap", "ms", "load s", "note"]
     return table(columns, cells)

@@ -24,27 +24,27 @@ Without --model, random weights of the published sizes are made on the device. A
 baseline is a stand-in of the published computation. Presets: s400, sft311k-multi, vqa10, vqa1, caption, text-only,
 512+512, or a shape such as text=600 or questions=5."""
 _BASELINE = """\
-Measure a stand-in of the published computation: rows padded to the script's budget, explicit masked attention, tokens
-gathered and scattered by masks, float32 logits everywhere, every layer recomputed, the tower in every step."""
+Measure a reimplementation of the published training step: rows padded to the script's budget, explicit masked attention,
+tokens gathered and scattered by masks, float32 logits everywhere, every layer recomputed, the tower in every step."""
 _SWEEP = """\
-Measure what grows with a setting: NAME is memory (batch x text, beside the planner's word), text, batch, questions or
-rank. Each point is held to the straight line between its neighbours."""
+Measure how cost grows with a setting. NAME is memory (batch x text, compared with the plan), text, batch, questions
+or rank. Each point is compared with the straight line between its neighbours."""
 _FIT = """\
-Measure what each setting needs of a card, loading included: every row a process of its own, twenty steps, the
-allocator capped at 11, 15 or 23 GiB where the row is for a card of 12, 16 or 24 GB.
+Measure the GPU memory of each setting, loading included: each row runs twenty steps in its own process, with the
+allocator capped at 11, 15 or 23 GiB for a card of 12, 16 or 24 GB.
 
-Further keys, such as --train.compile false, hold for every row that trains."""
+Further keys, such as --train.compile false, apply to every row that trains."""
 _DECODE = "Measure an answer: memory, the time for picture and prompt, tokens a second."
 _FILL = "Measure how fast the feature cache fills, decoding and writing included."
 _LOADER = """\
-Measure whether preparing rows keeps up: pictures of 1344 pixels decoded, and features read, while samples are taken at
-a steady rate. Needs no GPU."""
+Measure whether data workers keep up: pictures of 1344 pixels are decoded, and features read, while samples are taken
+at a steady rate. Needs no GPU."""
 _LOAD = """\
-Measure loading, each mode in a process of its own: time beside a plain read of the same bytes, host memory, GPU
+Measure loading, each mode in its own process: time compared with a plain read of the same bytes, host memory, GPU
 memory."""
 _MAKE = """\
 Write a random checkpoint in the published layout: 39 GB in 8 shards with index, configuration and a byte tokenizer.
-Its answers mean nothing; its sizes, names and files are those of the published one."""
+Its answers are meaningless; its sizes, names and files are those of the published one."""
 
 
 @dataclass(frozen=True)

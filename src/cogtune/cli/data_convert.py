@@ -12,8 +12,8 @@ from cogtune.cli.progress import progress_bar
 from cogtune.errors import ConfigError
 
 _ABOUT = """\
-Write a data set in any format that training reads as ours. TARGET is a new folder with images/ and labels/, or a new
-file that ends in .jsonl. Pictures are copied beside the records where they have to be.
+Convert a data set from any format that training reads to cogtune's own. TARGET is a new folder with
+images/ and labels/, or a new file that ends in .jsonl; pictures outside that file's folder are copied next to it.
 
 Training reads the other formats as they are; convert to change records by hand, or to have pictures out of a file."""
 

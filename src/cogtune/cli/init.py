@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from cogtune.plan.plan import Plan
 
 _ABOUT = """\
-Look at a data set and at the card, and write a configuration with the reason beside every value: epochs, rank, rate,
-batch and steps for this much data, number formats and recomputation for this much memory. Nothing is loaded.
+Look at a data set and at the card, and write a configuration with a reason for every value: epochs, rank, learning
+rate, batch size and steps from the data, number formats and recomputation from the memory. No model is loaded.
 
 Then: cogtune data check run.yaml, cogtune plan run.yaml, cogtune train run.yaml"""
 _SHOWN = 3

@@ -32,7 +32,7 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
     """Read a run's configuration.
 
     A text among ``overrides`` is read as one that is typed after the flag: ``"3e-4"`` is a number, ``"a,b"`` a list of
-    two, and so are the texts in a list. Every other value stands for itself.
+    two, and so are the texts in a list. Every other value is used as it is.
 
     Example:
         >>> config = cogtune.load_config("run.yaml", {"train.lr": 3e-4, "lora": {"rank": 8, "targets": ["experts"]}})

@@ -1,11 +1,12 @@
-"""A run: every key's type, default, allowed range and meaning are written once, at the field of its section.
+"""The configuration of a run. Every key's type, default, range and meaning are defined once, at its field.
 
-The sections stand in `configuration.input_sections` (model, data), `configuration.quantization` (quant) and
+The sections are in `configuration.input_sections` (model, data), `configuration.quantization` (quant) and
 `configuration.training_sections` (all others).
+
 A run is a `RunConfig`: sections of frozen, checked values. It comes from a YAML file, from ``--section.key value``
 flags, or from both (`configuration.load.load_config`), or is made in Python; an unknown key, a wrong type, a value out
-of range or a contradiction is an error before anything is loaded. `RunConfig.to_yaml` writes it back, every key
-resolved, beside the results.
+of range or a contradiction is an error before anything is loaded. `RunConfig.to_yaml` writes it with every key
+resolved; a run saves that with its results.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ _OWN_LORA_FIELDS = {
 
 
 def _contradictions(config: RunConfig) -> Iterator[str]:
-    """Pairs of values that cannot both be meant. A default never contradicts anything: only a changed value does."""
+    """Yield pairs of values that contradict each other. Only changed values count, never defaults."""
     data, train = config.data, config.train
     validates = bool(data.validation) or data.validation_share > 0
 

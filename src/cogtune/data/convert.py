@@ -34,11 +34,11 @@ class Converted:
 
 
 def write(examples: Sequence[Example], target: Path, *, link: bool = False, done: Told | None = None) -> Converted:
-    """Write ``examples`` to ``target``: JSON lines where it ends in ``.jsonl``, else a folder in the published layout.
+    """Write ``examples`` to ``target``: JSON lines if it ends in ``.jsonl``, else a folder in the published layout.
 
-    A folder gets copies of the pictures, with ``link`` symbolic links to them. Lines name pictures that lie below the
-    file's folder by their path, and others by their copies in a folder beside the file. ``target`` appears when it is
-    whole; what a killed conversion left is removed by the next one.
+    A folder contains copies of the pictures or, with ``link``, symbolic links to them. JSON lines refer to pictures
+    below the file's folder by path, and to copies of others in a new folder next to the file. ``target`` is renamed
+    into place when it is complete; the next conversion removes what a killed one left.
 
     Raises:
         OutputFolderError: ``target`` exists, cannot be written, or another process writes it.
