@@ -24,8 +24,9 @@ Without --model, random weights of the published sizes are made on the device. A
 baseline is a stand-in of the published computation. Presets: s400, sft311k-multi, vqa10, vqa1, caption, text-only,
 512+512, or a shape such as text=600 or questions=5."""
 _BASELINE = """\
-Measure a reimplementation of the published training step: rows padded to the script's budget, explicit masked attention,
-tokens gathered and scattered by masks, float32 logits everywhere, every layer recomputed, the tower in every step."""
+Measure a reimplementation of the published training step: rows padded to the script's budget, explicit masked
+attention, tokens gathered and scattered by masks, float32 logits everywhere, every layer recomputed, the tower
+in every step."""
 _SWEEP = """\
 Measure how cost grows with a setting. NAME is memory (batch x text, compared with the plan), text, batch, questions
 or rank. Each point is compared with the straight line between its neighbours."""
