@@ -168,7 +168,7 @@ class _DecoderLayer:
             asking = self.setting.batch.rows * self.setting.batch.labelled
             v = 2 * self.groups  # the k and v part of the fused projection
             mask = asking * (n // self.setting.batch.rows)
-        # Per token: G heads of k and v's heads. Per query: q and the output, and log-sum-exp in float32.
+        # saved per token: k (G heads) and v; per query: q, the output, and log-sum-exp in float32
         keys = n * (v + self.groups) * width * self.c
         return mask + keys + asking * self.heads * (2 * width * self.c + FLOAT32)
 
