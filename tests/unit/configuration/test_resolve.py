@@ -62,6 +62,7 @@ class Machine:
             monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
             monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some card")
             monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (REFERENCE.memory, REFERENCE.memory))
         monkeypatch.setattr(memory_plan, "_least_card", lambda group: self.card)
         monkeypatch.setattr(Group, "alone", lambda: Group(0, 1, self.device, False))
 
