@@ -12,6 +12,7 @@ from cogtune.adapters.attach import attach, save_adapter
 from cogtune.checkpoint.load import load_model
 from cogtune.cli.main import main
 from cogtune.configuration.run_config import LoraSection
+from cogtune.generate.transformers_generator import TransformersGenerator
 from tests.support import tensor_cases
 from tests.support.launching import launch, torchrun
 from tests.support.training import write_data
@@ -97,9 +98,11 @@ def test_parts_read_from_the_files_are_those_cut_from_the_model(found: tuple[Res
 
 
 def test_predict_on_two_ranks_writes_what_one_device_writes(
-    found: tuple[Results, list[Results]], tiny_checkpoint: Path, tmp_path: Path
+    found: tuple[Results, list[Results]], tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sampled answers, so that random numbers have to agree; a second call finds nothing to do and ends."""
+    """Sampled answers, so that random numbers have to agree; a second call finds nothing to do and ends. One device
+    answers through ``generate()`` here, as a split model does: the engine draws each answer by a seed of its own."""
+    monkeypatch.setattr("cogtune.generate.loading.Generator", TransformersGenerator)
     data = write_data(tmp_path / "data", 3)
     words = ["predict", "--model", str(tiny_checkpoint), "--data", str(data), "--max-new-tokens", "5"]
     words += ["--temperature", "1", "--batch-size", "4", "--output"]
