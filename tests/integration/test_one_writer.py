@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from cogtune.cli.main import main
+from cogtune.cli.main import guarded, main
 from cogtune.errors import DiskFullError, OutputFolderError, RunError
 from cogtune.features.contents import clear
 from cogtune.features.reader import FeatureReader
@@ -357,7 +357,7 @@ def test_convert_goes_on_after_a_kill(tmp_path: Path, kind: str, capsys: pytest.
 import os, shutil, signal, sys
 from pathlib import Path
 import cogtune.data.convert as convert
-from cogtune.cli.main import main
+from cogtune.cli.main import guarded, main
 point, left = int(sys.argv[1]), 0
 def dying(original):
     def wrapped(*given, **options):
@@ -446,7 +446,8 @@ def test_a_place_that_cannot_be_written_is_no_bug(
 def test_a_file_that_may_not_be_read_is_no_bug(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What nothing else has named: the last net. Root may read everything, so the error is made by hand."""
+    """Data is refused by name; the last net names what nothing else has. Root may read everything, so the error is made
+    by hand."""
     folder = write_folder(tmp_path / "data", {"a": dialogue("a?", "A")})
 
     def refuse(*given: object, **options: object) -> None:
@@ -455,7 +456,11 @@ def test_a_file_that_may_not_be_read_is_no_bug(
     monkeypatch.setattr(saver, "save_adapter", refuse)
     monkeypatch.setattr(os, "scandir", refuse)
     monkeypatch.setattr(os, "listdir", refuse)
-    assert main(["data", "check", str(folder)]) == 1
+    assert main(["data", "check", str(folder)]) == 2
+    told = capsys.readouterr()
+    assert "cannot be read (Permission denied)" in told.out
+    assert "Traceback" not in told.err
+    assert guarded(lambda: refuse() or 0) == 1
     said = capsys.readouterr().err
     assert f"error[file-access]: {folder / 'images'}: permission denied" in said
     assert "Traceback" not in said
