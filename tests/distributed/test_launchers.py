@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from cogtune.train.log import read_metrics
 from tests.support.launching import cogtune_launch, deepspeed, launch, torchrun
+from tests.support.lock_holder import holder, kill
 from tests.support.training import write_data
 
 SECONDS_TO_FAIL = 60
@@ -49,6 +50,22 @@ def test_torchrun(tiny_checkpoint: Path, folder: Path, tmp_path: Path) -> None:
     assert (output / "adapter" / "adapter_model.safetensors").is_file()
     assert "done: the adapter" in (output / "run.rank1.log").read_text()
     assert json.loads((output / "run.json").read_text())["finished"]
+
+
+def test_a_launch_into_a_folder_that_is_being_written(tiny_checkpoint: Path, folder: Path, tmp_path: Path) -> None:
+    """Every rank ends, and the cause is said; the lock of a killed process is taken over by rank 0 for all."""
+    output = tmp_path / "out"
+    words = ["-m", "cogtune", "train", *train_flags(tiny_checkpoint, folder, output)]
+    with holder(output) as other:
+        launched = launch(torchrun(*words), timeout=SECONDS_TO_FAIL)
+        assert launched.code != 0
+        assert f"error[output-in-use]: {output}: in use by process {other.pid}" in launched.output
+        assert not list(output.glob("[!.]*"))
+        kill(other)
+    launched = launch(torchrun(*words))
+    assert launched.code == 0, launched.output
+    assert launched.output.count(f"taking over from process {other.pid}") == 1
+    assert not (output / ".cogtune.lock").exists()
 
 
 def test_torchrun_starts_a_killed_run_again(tiny_checkpoint: Path, folder: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from cogtune.checkpoint.stream import StoredTensor
 from cogtune.errors import AdapterError, CheckpointError, DiskFullError, OutputFolderError
 from cogtune.system import files
 from cogtune.system.file_errors import explained
-from cogtune.system.locks import lock_beside
+from cogtune.system.locks import Lock, lock_beside
 
 BLOCK_BYTES = 32 * 2**20
 """Size of a block of rows in float32."""
@@ -80,12 +80,12 @@ def merge(
     adapter, output = find_adapter(adapter), Path(output)
     base = whole_folder(find_base(adapter) if base is None else base)
     _require_new(output, base)
-    with lock_beside(output, "choose another --output", progress):
+    with lock_beside(output, "choose another --output", progress) as lock:
         _require_new(output, base)  # another merge may have finished meanwhile
-        return _merge(base, adapter, output, progress)
+        return _merge(base, adapter, output, progress, lock)
 
 
-def _merge(base: Path, adapter: Path, output: Path, progress: Callable[[str], None]) -> MergeReport:
+def _merge(base: Path, adapter: Path, output: Path, progress: Callable[[str], None], lock: Lock) -> MergeReport:
     check_folder(base)
     shards = sorted(shard_files(base))
     others, left_out = _other_files(base, shards)
@@ -104,6 +104,7 @@ def _merge(base: Path, adapter: Path, output: Path, progress: Callable[[str], No
         if provenance is not None:
             write_provenance(folder, provenance)
         for number, shard in enumerate(shards, start=1):
+            lock.require()
             with SafetensorsFile(base / shard) as source, SafetensorsFile(adapter / WEIGHTS_NAME) as factors:
                 count = _write_shard(source, folder / shard, changes, factors)
             changed, copied = changed + count, copied + len(source.tensors) - count

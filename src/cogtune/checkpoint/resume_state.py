@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 
@@ -93,7 +94,11 @@ def load(folder: Path) -> TrainingState:
             f"{folder}: not a usable training checkpoint: {problem}",
             hint=_ANOTHER,
         )
-    return TrainingState(load_file(folder / OPTIMIZER_FILE), read_counters(folder), _read_rng(folder / RNG_FILE))
+    try:
+        return TrainingState(load_file(folder / OPTIMIZER_FILE), read_counters(folder), _read_rng(folder / RNG_FILE))
+    except (OSError, SafetensorError) as error:
+        message = f"{folder}: it changed while it was read ({error}); does a run still write there?"
+        raise CheckpointError(message, hint=_ANOTHER) from error
 
 
 def _read_rng(file: Path) -> list[dict[str, torch.Tensor]]:
@@ -151,9 +156,14 @@ def find_problem(folder: Path) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != entry.get("bytes"):
-            return f"{name} has {path.stat().st_size} bytes; {entry.get('bytes')} were written"
-        if _digest(path) != entry:
+        try:
+            size = path.stat().st_size
+            found = _digest(path) if size == entry.get("bytes") else None
+        except OSError as error:  # also where a run that goes on has just removed it
+            return f"{name} cannot be read: {error.strerror}"
+        if found is None:
+            return f"{name} has {size} bytes; {entry.get('bytes')} were written"
+        if found != entry:
             return f"{name} is corrupt: its sha256 is not the recorded one"
     return None
 

@@ -53,11 +53,11 @@ def _predict(flags: _Flags, line: Arguments) -> None:
     config = resolved.config
     if follow(resolved):
         return
-    with lock_beside(flags.output, "choose another --output", note):
+    with lock_beside(flags.output, "choose another --output", note) as lock:
         examples, report = read_sources(config.data, open_questions=True)
         print("\n".join(report.lines()))
         questions = list(iter_questions(examples))
-        file = PredictionFile(flags.output, _settings(resolved, decoding, options, report), questions)
+        file = PredictionFile(flags.output, _settings(resolved, decoding, options, report), questions, lock)
         if file.next == len(questions):
             print(f"{flags.output}: complete, {len(file.done)} answers; nothing to do")
             dismiss(resolved)

@@ -18,7 +18,7 @@ from cogtune.errors import InputError, OutputFolderError
 from cogtune.system import files
 from cogtune.system.file_errors import explained
 from cogtune.system.hub_cache import cached_file, hub_cache
-from cogtune.system.locks import lock_folder
+from cogtune.system.locks import Lock, lock_folder
 
 _SPARE = 1 << 30
 _CONTINUES = "then run the same command again: it continues"
@@ -73,8 +73,9 @@ def download(
             hint=f"unset HF_HUB_OFFLINE; or copy the folder from another machine to {folder}",
             code="download-offline",
         )
-    with lock_folder(folder, "name another folder with --output", say), explained(folder, then=_CONTINUES):
-        return _download(repository, folder, source, say, progress, pause, timeout)
+    instead = "name another folder with --output"
+    with lock_folder(folder, instead, say) as lock, explained(folder, then=_CONTINUES):
+        return _download(repository, folder, source, say, progress, pause, timeout, lock)
 
 
 def _download(
@@ -85,6 +86,7 @@ def _download(
     progress: Callable[[str, int, int], None],
     pause: Callable[[float], None] | None,
     timeout: float,
+    lock: Lock,
 ) -> Downloaded:
     endpoint = endpoint_of(source)
     client = Client(os.environ.get("HF_TOKEN") if source == "hf" else None, timeout)
@@ -107,6 +109,7 @@ def _download(
             done += count
             progress(path, done, size)
 
+        lock.require()
         extra = {} if pause is None else {"pause": pause}
         if file.path in cached:
             _copy(cached[file.path], folder / file.path)

@@ -18,6 +18,7 @@ from cogtune.data.records import Question
 from cogtune.errors import OutputFolderError
 from cogtune.system import files
 from cogtune.system.file_errors import explained
+from cogtune.system.locks import Lock
 
 _SAFE: Any = {
     "kept": "every answer before is in the file",
@@ -51,12 +52,17 @@ class AnswerSettings:
 class PredictionFile:
     """Appends records to ``path``; ``path.meta.json`` holds the settings and answers that wait for an earlier one.
 
+    ``lock``: the caller's lock on ``path``, looked at before every line.
+
     Raises:
         OutputFolderError: not a predictions file, or made with other settings or data.
     """
 
-    def __init__(self, path: Path, settings: AnswerSettings, questions: Sequence[Question]) -> None:
+    def __init__(
+        self, path: Path, settings: AnswerSettings, questions: Sequence[Question], lock: Lock | None = None
+    ) -> None:
         self.path = path
+        self._lock = lock
         self.meta = path.with_name(path.name + ".meta.json")
         self.settings = settings
         self.done: dict[int, str] = {}
@@ -91,9 +97,11 @@ class PredictionFile:
         """Write one line completely or not at all.
 
         Raises:
-            DiskFullError: no space; earlier lines are safe.
+            DiskFullError: no space; earlier lines are safe. RunError: the file is lost, or another process's by now.
         """
         assert self._stream is not None
+        if self._lock is not None:
+            self._lock.require()
         line = json.dumps(record(question, answer), ensure_ascii=False).encode() + b"\n"
         size = os.fstat(self._stream.fileno()).st_size
         with explained(self.path, **_SAFE):
