@@ -1,12 +1,13 @@
-"""What quantised base weights cost in right answers: the demo's task, trained on each kind of frozen weights.
+"""What fewer bits cost in right answers: the demo's task, trained on each kind of frozen weights or cached features.
 
     python -m benchmarks.quality benchmarks/results/quality.json [--rows nf4,fp8] [--folder DIR] [--together 4]
 
 Every row is the run of ``cogtune demo`` (base, easy-VQA, settings, seed) with one change: the number format of the
-frozen linear layers of the experts, and of the tower where the name says so. The adapter answers the test questions on
-the weights it was trained on, and once more on the plain ones. A row is a process of its own and is written when it
-ends; one that is in the file without an error is not run again (``--again`` does), and with ``--folder`` a run that was
-stopped goes on. Needs easy-vqa (any folder on PYTHONPATH that holds the installed package will do) and no network.
+frozen linear layers of the experts, and of the tower where the name says so; or that of cached features. The adapter
+answers the test questions on the weights it was trained on, and once more on the plain ones. A row is a process of its
+own and is written when it ends; one that is in the file without an error is not run again (``--again`` does), and with
+``--folder`` a run that was stopped goes on. Needs easy-vqa (any folder on PYTHONPATH that holds the installed package
+will do) and no network.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fp8-tower": {"quant.experts": "fp8", "quant.tower": "fp8"},
     "int8": {"quant.experts": "int8"},
     "int8-tower": {"quant.experts": "int8", "quant.tower": "int8"},
+    "cached": {"data.cache_features": "on"},
+    "cached-float8": {"data.cache_features": "on", "data.cache_dtype": "float8"},
 }
 """A row's name and the configuration keys that differ from the demo's."""
 ALLOWED_POINTS = 2.0  # of the quantised rows below the plain one, in percentage points
@@ -59,7 +62,8 @@ def run_row(name: str, folder: Path, dtype: str, limits: tuple[int | None, int |
                       for split, limit in zip(easyvqa.SPLITS, limits, strict=True))  # fmt: skip
     easyvqa.write_folder(training, folders.train_data)
     # compiling takes longer than this model's whole training; a CPU does not compile in any case
-    changes = {"model.dtype": dtype, "train.compile": False, **VARIANTS[name]}
+    features = str(folder / "features")
+    changes = {"model.dtype": dtype, "train.compile": False, "data.cache_dir": features, **VARIANTS[name]}
     config = settings(folders, changes)
     clock = Clock()
     result = train(config)
@@ -86,7 +90,7 @@ def _where(model: torch.nn.Module) -> dict[str, Any]:
 
 def _settings(config: RunConfig) -> dict[str, Any]:
     used = config.model_dump(mode="json")
-    del used["data"]["path"], used["train"]["output"]  # folders of this machine
+    del used["data"]["path"], used["data"]["cache_dir"], used["train"]["output"]  # folders of this machine
     return {section: used[section] for section in ("lora", "train", "eval", "data", "quant")}
 
 

@@ -43,7 +43,8 @@ def _measure(
     model = model_config(config.model.path)
     rows = synthetic_rows(PRESETS["s400"], pictures, model, folder / "pictures", side=8 if cached else side)
     if cached:
-        rows.use_features(_stored(model, folder / "features", {image for images in rows.images for image in images}))
+        images = {image for shown in rows.images for image in shown}
+        rows.use_features(_stored(model, _stored_in(config), folder / "features", images))
     workers, size = resolve_workers(config.data.workers), config.train.batch_size
     on_gpu = torch.cuda.is_available()
 
@@ -70,15 +71,21 @@ def _measure(
         most += size
     fastest = most / (time.perf_counter() - began)
     return {
-        "name": "cached features" if cached else f"jpeg {side} px", "asked_samples_per_second": rate, "taken": taken,
-        "wait_share": round(waited / took, 5), "workers": workers, "batch_size": size,
+        "name": f"cached features, {_stored_in(config)}" if cached else f"jpeg {side} px",
+        "asked_samples_per_second": rate, "taken": taken, "wait_share": round(waited / took, 5),
+        "workers": workers, "batch_size": size,
         "most_samples_per_second": round(fastest, 2), "pictures": pictures,
     }  # fmt: skip
 
 
-def _stored(model: Any, root: Path, images: set[Path]) -> Any:
+def _stored_in(config: RunConfig) -> str:
+    """Return the number format of the cache's files; auto: what a GPU computes in."""
+    return "bfloat16" if config.data.cache_dtype == "auto" else config.data.cache_dtype
+
+
+def _stored(model: Any, stored: str, root: Path, images: set[Path]) -> Any:
     """Return random features of every picture in a feature cache's own files."""
-    store = Store(root, make_variant("random", model, "bfloat16", "bfloat16"))
+    store = Store(root, make_variant("random", model, "bfloat16", stored))
     store.prepare("random")
     layout: Layout = store.variant.layout
     digests = {}
