@@ -4,20 +4,18 @@ Every error says what was found, what was expected and where (``message``), what
 stable ``code`` that scripts and search engines can match. The command line prints both lines and exits with
 ``exit_code``: 2 when the input is wrong, 1 when a run failed, 128 + signal when it was stopped.
 
-What a code means and what to do about it stands once, in both languages, in ``errors.toml`` beside this file. With
-``COGTUNE_LANG=zh`` that Chinese text comes first and what was found, in English, after it.
+What a code means and what to do about it stands once, in both languages, in ``errors.toml`` beside this file, for the
+documentation. Messages and hints are written as `cogtune.language` says.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from functools import cache, partial
 from importlib import resources
 from typing import NamedTuple
 
-LANGUAGE_VARIABLE = "COGTUNE_LANG"
-LANGUAGES = ("en", "zh")
+from cogtune.language import LANGUAGES, VARIABLE, short_name, tr
 
 
 class ErrorText(NamedTuple):
@@ -33,44 +31,35 @@ class ErrorText(NamedTuple):
 @cache
 def catalogue() -> dict[str, ErrorText]:
     """Every error code in the order of the page, from ``errors.toml``."""
-    import tomllib  # only an error in Chinese and the documentation need it
+    import tomllib  # only the documentation needs it
 
     sections = tomllib.loads(resources.files("cogtune").joinpath("errors.toml").read_text(encoding="utf-8"))
     return {code: ErrorText(name, **texts) for name, entries in sections.items() for code, texts in entries.items()}
 
 
-def language() -> str:
-    """The language of error messages: ``COGTUNE_LANG``, English when unset (``zh_CN.UTF-8`` counts as zh).
+def check_language() -> None:
+    """Check that there are messages in the language of ``COGTUNE_LANG``, if that is set.
 
     Raises:
-        InputError: a language there is no catalogue for.
+        InputError: there are none.
     """
-    asked = os.environ.get(LANGUAGE_VARIABLE, "") or "en"
-    short = asked.replace("-", "_").split("_")[0].lower()
-    if short not in LANGUAGES:
+    asked = os.environ.get(VARIABLE)
+    if asked and short_name(asked) not in LANGUAGES:
         raise InputError(
-            f"{LANGUAGE_VARIABLE} is {asked}; there is {' and '.join(LANGUAGES)}",
-            hint=f"unset {LANGUAGE_VARIABLE} for English",
+            tr("{variable} is {asked}; there is en and zh", variable=VARIABLE, asked=asked),
+            hint=tr("unset {variable} to follow the locale (LANG), or set it to en or zh", variable=VARIABLE),
             code="language",
         )
-    return short
 
 
 def render(code: str, message: str, hint: str | None = None) -> str:
-    """What the command line prints of an error: ``error[code]: message`` and, if there is one, ``hint: ...``.
+    """What the command line prints of an error: ``error[code]: message`` and, if there is one, ``hint: ...``."""
+    said = tr("error[{code}]: {message}", code=code, message=message)
+    return f"{said}\n{_hint(hint)}" if hint else said
 
-    In Chinese the catalogue's cause and remedy come first, and the message and hint follow as the details.
-    """
-    try:
-        chinese = language() == "zh"
-    except InputError:
-        chinese = False  # the command line refuses the variable before anything else; a library call goes on in English
-    if not chinese:
-        return f"error[{code}]: {message}" + (f"\nhint: {hint}" if hint else "")
-    entry = catalogue().get(code)
-    cause, fix = (entry.cause_zh, entry.fix_zh) if entry else ("没有登记的错误码", "见详情")
-    fix = re.sub(r"\[([^]]+)\]\(([^)]+)\)", r"\1（docs/zh/\2）", fix)  # the pages' links, for a terminal
-    return f"错误[{code}]：{cause}\n详情：{message}\n处理：{fix}" + (f"\n提示：{hint}" if hint else "")
+
+def _hint(hint: str) -> str:
+    return tr("hint: {hint}", hint=hint)
 
 
 class CogtuneError(Exception):
@@ -86,7 +75,7 @@ class CogtuneError(Exception):
         self.code = code or self.default_code
 
     def __str__(self) -> str:
-        return self.message if self.hint is None else f"{self.message}\nhint: {self.hint}"
+        return self.message if self.hint is None else f"{self.message}\n{_hint(self.hint)}"
 
     def render(self) -> str:
         """The text the command line prints; see `render`."""

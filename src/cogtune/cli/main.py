@@ -17,7 +17,7 @@ from pathlib import Path
 import cogtune
 from cogtune.cli.command import Command
 from cogtune.distributed import environment
-from cogtune.errors import CogtuneError, InputError, language, render
+from cogtune.errors import CogtuneError, InputError, check_language, render
 from cogtune.system import files
 from cogtune.system.allocator import prepare_allocator
 from cogtune.system.file_errors import system_reason
@@ -158,7 +158,7 @@ def guarded(call: Callable[[], object]) -> int:
 
 def _run(call: Callable[[], object]) -> int:
     try:
-        language()
+        check_language()
         result = call()
         sys.stdout.flush()
         return result if isinstance(result, int) else 0

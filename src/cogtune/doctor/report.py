@@ -7,7 +7,8 @@ from typing import Any
 
 from cogtune.doctor.checks import Diagnosis
 from cogtune.doctor.facts import GIB, Facts
-from cogtune.errors import catalogue, language
+from cogtune.errors import catalogue
+from cogtune.language import language
 
 _WORDS = {
     "en": {"error": "error", "warning": "warning", "note": "note", "fix": "fix", "fine": "everything looks right"},

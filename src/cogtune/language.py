@@ -1,0 +1,98 @@
+"""What a user reads, in the user's language.
+
+A message is an English template with named values, where it is said; its Chinese twin has the same names and is kept
+in ``zh/<package>.toml`` beside this file, under the English template:
+
+    tr("{path}: {count} pictures are missing", path=path, count=missing)
+
+    "{path}: {count} pictures are missing" = "{path}：缺少 {count} 张图片"
+
+Values are formatted as `str.format` does (``{share:.1f}``), a brace is written twice, and a value named ``s`` (English
+plurals) may be left out in Chinese. A template that is kept in a table first is marked there with `phrase`. Help texts
+of commands, flags and configuration keys are such templates without a mark.
+
+What programs read (``--json``, JSON lines, an API's answers) stays English: see `english`.
+"""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from importlib import resources
+from typing import Literal
+
+VARIABLE = "COGTUNE_LANG"
+LOCALE_VARIABLES = ("LC_ALL", "LC_MESSAGES", "LANG")
+LANGUAGES = ("en", "zh")
+
+_english_only: ContextVar[bool] = ContextVar("english_only", default=False)
+
+
+def language() -> Literal["en", "zh"]:
+    """Return the language of messages: that of ``COGTUNE_LANG``, else of the locale's variables, else English."""
+    if _english_only.get():
+        return "en"
+    names = (VARIABLE, *LOCALE_VARIABLES)
+    asked = next((value for name in names if (value := os.environ.get(name))), "")
+    return "zh" if short_name(asked) == "zh" else "en"
+
+
+def short_name(language: str) -> str:
+    """``zh_CN.UTF-8`` -> ``zh``."""
+    return language.replace("-", "_").replace(".", "_").split("_")[0].lower()
+
+
+@contextmanager
+def english() -> Iterator[None]:
+    """Make `tr` English inside, for what programs read."""
+    token = _english_only.set(True)
+    try:
+        yield
+    finally:
+        _english_only.reset(token)
+
+
+def tr(template: str, /, **values: object) -> str:
+    """Return the message in the user's language.
+
+    Args:
+        template: its English text, with ``{name}`` where a value stands.
+        values: the values by name.
+
+    Raises:
+        KeyError: the template names a value that is not given.
+    """
+    if language() == "zh":
+        template = chinese().get(template, template)
+    return template.format(**values)
+
+
+def phrase(template: str) -> str:
+    """Mark a template that `tr` gets later, so that the tests look for its twin."""
+    return template
+
+
+@cache
+def chinese() -> dict[str, str]:
+    """Return every English template with its Chinese twin."""
+    import tomllib  # only messages in Chinese need it
+
+    found: dict[str, str] = {}
+    for file in resources.files("cogtune").joinpath("zh").iterdir():
+        if file.name.endswith(".toml"):
+            found |= tomllib.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def width(shown: str) -> int:
+    """Return how many columns of a terminal ``shown`` takes: Chinese characters take two."""
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in shown)
+
+
+def padded(shown: str, columns: int) -> str:
+    """Return ``shown`` with blanks after it, so that it takes at least ``columns`` columns of a terminal."""
+    return shown + " " * (columns - width(shown))

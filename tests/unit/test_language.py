@@ -1,0 +1,263 @@
+"""Messages in the user's language, and that each one in the source has its Chinese twin.
+
+CONTRIBUTING.md says how a message is written; `NOT_MOVED` names the modules that do not do so yet, and only shrinks.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import string
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cogtune import language
+from cogtune.language import english, padded, tr, width
+
+SOURCE = Path(language.__file__).parent
+CHINESE = re.compile(r"[\u4e00-\u9fff]")
+PROSE = re.compile(r"[A-Za-z]{2,}[,:;]? [a-z]{2,}")
+"""Two words in a row: what a message has, and a key, a flag or a file's name has not."""
+
+PROGRAMMING_ERRORS = {"TypeError", "ValueError", "RuntimeError", "NotImplementedError", "KeyError", "AttributeError"}
+
+NOT_MOVED: tuple[str, ...] = (
+    "adapters",
+    "bench",
+    "checkpoint",
+    "cli",
+    "configuration",
+    "data",
+    "demo",
+    "distributed",
+    "doctor",
+    "download",
+    "features",
+    "generate",
+    "model",
+    "plan",
+    "processing",
+    "serve",
+    "system",
+    "train",
+)
+"""Modules and folders below src/cogtune whose messages are still bare strings."""
+
+ENGLISH: dict[str, set[str]] = {}
+"""Module -> its texts that are no messages: for a model, a file of another program, or the reader of the source."""
+
+
+def modules() -> Iterator[tuple[str, ast.Module]]:
+    for file in sorted(SOURCE.rglob("*.py")):
+        yield file.relative_to(SOURCE).as_posix(), ast.parse(file.read_text(encoding="utf-8"))
+
+
+def catalogue_of(module: str) -> str:
+    return module.split("/")[0] if "/" in module else "cogtune"
+
+
+def templates(tree: ast.Module) -> Iterator[ast.expr]:
+    """Yield the first argument of each call of `tr` and `phrase`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("tr", "phrase") and node.args:
+            yield node.args[0]
+
+
+def help_texts() -> Iterator[tuple[str, str]]:
+    """Yield package and text of all help that commands, flags and configuration keys declare."""
+    return iter(())
+
+
+def catalogues() -> dict[str, dict[str, str]]:
+    files = sorted((SOURCE / "zh").glob("*.toml"))
+    return {file.stem: tomllib.loads(file.read_text(encoding="utf-8")) for file in files}
+
+
+def used() -> dict[str, set[str]]:
+    """Every template of the source by the catalogue that has its twin."""
+    found: dict[str, set[str]] = {}
+    for module, tree in modules():
+        for template in templates(tree):
+            if isinstance(template, ast.Constant):
+                found.setdefault(catalogue_of(module), set()).add(template.value)
+    for package, template in help_texts():
+        found.setdefault(package, set()).add(template)
+    return found
+
+
+def names(template: str) -> list[str]:
+    parsed = string.Formatter().parse(template)
+    return sorted({f"{name}" for _, name, _, _ in parsed if name is not None} - {"s"})
+
+
+def bare(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Yield line and text of each string that reads like a message and is no template."""
+    no_message: set[int] = set()
+
+    def leave_out(node: ast.AST) -> None:
+        no_message.update(id(inner) for inner in ast.walk(node))
+
+    for template in templates(tree):
+        leave_out(template)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            leave_out(node)  # documentation
+        elif isinstance(node, ast.Assert):
+            leave_out(node)
+        elif isinstance(node, ast.Call):
+            name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+            if name in ("Field", "flag", "Command", "compile"):  # help texts are looked at where they are shown
+                leave_out(node)
+            elif name in (
+                "TypeError",
+                "ValueError",
+                "RuntimeError",
+                "NotImplementedError",
+                "KeyError",
+                "AttributeError",
+            ):
+                leave_out(node)  # for the programmer who calls us
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr) and id(node) not in no_message:
+            pieces = [part.value if isinstance(part, ast.Constant) else "{}" for part in node.values]
+            no_message.update(id(part) for part in node.values if isinstance(part, ast.Constant))
+            if PROSE.search("".join(pieces)):
+                yield node.lineno, "".join(pieces)
+    for node in ast.walk(tree):
+        is_text = isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in no_message
+        if is_text and PROSE.search(node.value):
+            yield node.lineno, node.value
+
+
+def moved(module: str) -> bool:
+    return not any(module == entry or module.startswith(f"{entry}/") for entry in NOT_MOVED)
+
+
+def test_every_message_of_the_source_is_a_template():
+    missed = [
+        f"src/cogtune/{module}:{line}: {said}"
+        for module, tree in modules()
+        if moved(module)
+        for line, said in bare(tree)
+        if said not in ENGLISH.get(module, ())
+    ]
+    assert not missed, 'write tr("...", name=value):\n' + "\n".join(missed)
+
+
+def test_the_list_of_modules_that_are_not_moved_shrinks():
+    left = {module for module, tree in modules() if any(said not in ENGLISH.get(module, ()) for _, said in bare(tree))}
+    for entry in NOT_MOVED:
+        assert any(module == entry or module.startswith(f"{entry}/") for module in left), f"{entry} is moved"
+
+
+def test_a_template_is_written_where_it_is_used():
+    """A template made by the program has no twin; what is chosen from a table is marked there with `phrase`."""
+    wrong = [
+        f"src/cogtune/{module}:{template.lineno}"
+        for module, tree in modules()
+        for template in templates(tree)
+        if isinstance(template, ast.JoinedStr | ast.BinOp)
+    ]
+    assert wrong == []
+
+
+def test_every_template_has_its_twin():
+    twins = catalogues()
+    missing = [
+        f'zh/{package}.toml: "{template}" = ""'
+        for package, said in used().items()
+        for template in sorted(said)
+        if template not in twins.get(package, {})
+    ]
+    assert not missing, "\n".join(missing)
+
+
+def test_every_twin_is_used():
+    said = used()
+    unused = [
+        f"zh/{package}.toml: {template}"
+        for package, twins in catalogues().items()
+        for template in twins
+        if template not in said.get(package, ())
+    ]
+    assert not unused, "\n".join(unused)
+
+
+def test_twins_have_the_values_of_their_templates():
+    for package, twins in catalogues().items():
+        for template, twin in twins.items():
+            assert names(twin) == names(template), f"zh/{package}.toml: {template}"
+            assert all(name.isidentifier() for name in names(template)), template
+
+
+def test_twins_are_chinese():
+    for package, twins in catalogues().items():
+        for template, twin in twins.items():
+            assert CHINESE.search(twin) or not re.search(r"[A-Za-z]{2}", re.sub(r"{[^}]*}", "", template)), (
+                f"zh/{package}.toml: {template}"
+            )
+            assert not CHINESE.search(template)
+            spaced = re.search(r"[\u4e00-\u9fff] +[\u4e00-\u9fff]|[\u4e00-\u9fff][,;:!?](?!\d)", twin)
+            assert not spaced, f"zh/{package}.toml: blank or Latin punctuation in `{twin}`"
+
+
+def test_a_template_says_the_same_in_every_package():
+    seen: dict[str, str] = {}
+    for package, twins in catalogues().items():
+        for template, twin in twins.items():
+            assert seen.setdefault(template, twin) == twin, f"zh/{package}.toml: {template}"
+
+
+@pytest.fixture
+def no_language(monkeypatch):
+    for name in (language.VARIABLE, *language.LOCALE_VARIABLES):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, "en"),
+        ({"COGTUNE_LANG": "zh"}, "zh"),
+        ({"COGTUNE_LANG": "zh_CN.UTF-8"}, "zh"),
+        ({"LANG": "zh_CN.UTF-8"}, "zh"),
+        ({"LANG": "zh_TW"}, "zh"),
+        ({"LANG": "C.UTF-8"}, "en"),
+        ({"LANG": "de_DE.UTF-8"}, "en"),
+        ({"LANG": "zh_CN.UTF-8", "LC_ALL": "C"}, "en"),
+        ({"LANG": "zh_CN.UTF-8", "LC_MESSAGES": "en_US.UTF-8"}, "en"),
+        ({"LANG": "en_US.UTF-8", "LC_MESSAGES": "zh_CN.UTF-8"}, "zh"),
+        ({"LANG": "zh_CN.UTF-8", "COGTUNE_LANG": "en"}, "en"),
+        ({"LANG": "en_US.UTF-8", "COGTUNE_LANG": "zh"}, "zh"),
+        ({"LANG": "zh_CN.UTF-8", "COGTUNE_LANG": ""}, "zh"),
+    ],
+)
+def test_the_variable_wins_over_the_locale(monkeypatch, no_language, variables, expected):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert language.language() == expected
+
+
+def test_values_are_put_into_either_language(monkeypatch):
+    assert tr("{variable} is {asked}; there is en and zh", variable="A", asked="{b}") == "A is {b}; there is en and zh"
+    monkeypatch.setenv("COGTUNE_LANG", "zh")
+    assert tr("hint: {hint}", hint="x") == "提示：x"
+    assert tr("no such template: {hint}", hint="x") == "no such template: x"
+    with english():
+        assert tr("hint: {hint}", hint="x") == "hint: x"
+
+
+def test_chinese_takes_two_columns():
+    assert width("显存 GiB") == 8
+    assert padded("显存", 6) == "显存  "
+    assert padded("memory", 3) == "memory"
+
+
+def test_english_reads_no_catalogue():
+    code = "import sys, cogtune.cli.main as m; m.main(['--help']); assert 'tomllib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env={"PATH": "", "LANG": "C"})
