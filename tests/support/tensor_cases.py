@@ -43,7 +43,7 @@ def main(base: Path, adapter: Path, output: Path, *more: str) -> None:
         "gradients": gradients(base, adapter, group, torch.float64),
         "dropout": gradients(base, adapter, group, torch.float64, recompute=True, dropout=0.4),
         "bfloat16": gradients(base, adapter, group, torch.bfloat16),
-        "nf4": gradients(base, adapter, group, torch.float32, quantization=QuantSection(experts="nf4", head="int8")),
+        "nf4": gradients(base, adapter, group, torch.float32, quantization=QuantSection(experts="nf4", tower="int8")),
         "answers": answers(base, adapter, group),
         "first": first_adapter(base, group),
         "read": read_parts(base, group),

@@ -120,7 +120,7 @@ RULES = (
     Rule(
         ("zero1", "zero2", "zero3", "tensor"),
         ("train.optimizer",),
-        ("adamw8bit", "paged_adamw", "paged_adamw8bit"),
+        ("adamw8bit",),
         "it shards optimiser state, and cannot split bitsandbytes' blockwise-quantised moments",
         "single, ddp or fsdp2 with it, or train.optimizer adamw",
         "它要切分优化器状态，而无法切分 bitsandbytes 按块量化的动量",

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cogtune.configuration.withdrawn import CONSTANT
+
 if TYPE_CHECKING:
     from cogtune.configuration.run_config import RunConfig
 
@@ -59,9 +61,10 @@ MAY_CHANGE = frozenset(
 def identity(config: RunConfig) -> dict[str, Any]:
     """Return the keys and plain values that must be equal for two configurations to be the same run.
 
-    Contents of paths and the global batch are not included: the run compares its stored fingerprints and number.
+    Contents of paths and the global batch are not included: the run compares its stored fingerprints and number. Keys
+    of earlier versions are, so that their runs can be continued.
     """
     free = BY_FINGERPRINT | GLOBAL_BATCH | MAY_GROW | MAY_CHANGE
     dumped = config.model_dump(mode="json")
     values = {f"{section}.{name}": value for section, fields in dumped.items() for name, value in fields.items()}
-    return {key: value for key, value in values.items() if key not in free}
+    return CONSTANT | {key: value for key, value in values.items() if key not in free}

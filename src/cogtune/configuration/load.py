@@ -18,6 +18,7 @@ from cogtune.configuration.keys import Key, aliases, known_keys, nearest_key, se
 from cogtune.configuration.problems import Entry, explain, keys_hint
 from cogtune.configuration.run_config import RunConfig
 from cogtune.configuration.values import Section
+from cogtune.configuration.withdrawn import INSTEAD
 from cogtune.configuration.yaml_text import describe, parse_value, read_mapping
 from cogtune.errors import ConfigError
 
@@ -119,7 +120,9 @@ def unknown_key(
         other for other in _ROOTS if other is not root and (name in known_keys(other) or name in aliases(other))
     ]
     near = nearest_key(name, extra, root)
-    if elsewhere and (near is None or near.rpartition(".")[2] != name.rpartition(".")[2].replace("-", "_")):
+    if name in INSTEAD:
+        hint = INSTEAD[name]
+    elif elsewhere and (near is None or near.rpartition(".")[2] != name.rpartition(".")[2].replace("-", "_")):
         hint = f"it belongs to another command: `{elsewhere[0].command} --help`"
     else:
         hint = f"did you mean `{dashes}{near}`?" if near else keys_hint(root)

@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 
 from cogtune.configuration.field_types import fields_of, is_section, type_text
 from cogtune.configuration.suggestions import nearest
+from cogtune.configuration.withdrawn import INSTEAD
 from cogtune.configuration.yaml_text import describe
 from cogtune.errors import ConfigError
 
@@ -39,8 +40,10 @@ def explain(
     problems: dict[str, str] = {}
     missing: list[str] = []
     unknown: list[str] = []
+    instead: str | None = None
     for detail in _details(error):
         key = _key(detail, model)
+        instead = instead or INSTEAD.get(key) or INSTEAD.get(f"{key}={detail['input']}")
         if detail["type"] == "missing" and not _inside(detail, key):
             missing += _required(key, model)
         elif detail["type"] == "extra_forbidden" and key not in fields_of(model):
@@ -62,7 +65,8 @@ def explain(
     elif unknown:
         near = [found for key in unknown if (found := nearest(key, list(fields_of(model))))]
         hint = f"did you mean {', '.join(f'`{key}`' for key in near)}?" if near else None
-    return ConfigError("\n  ".join(lines), hint=hint or keys_hint(model), code=_code(problems, missing, unknown))
+    hint = instead or hint or keys_hint(model)
+    return ConfigError("\n  ".join(lines), hint=hint, code=_code(problems, missing, unknown))
 
 
 def keys_hint(model: type[BaseModel]) -> str:

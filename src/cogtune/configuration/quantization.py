@@ -11,12 +11,7 @@ from pydantic import Field
 
 from cogtune.configuration.values import Section
 
-PARTS = {
-    "experts": "model.layers.",
-    "tower": "model.vision.transformer.",
-    "glu_adapter": "model.vision.linear_proj.",
-    "head": "lm_head",
-}
+PARTS = {"experts": "model.layers.", "tower": "model.vision.transformer."}
 """Keys of the section that stand for a part of the model, with the prefixes of its linear layers' names."""
 
 
@@ -37,10 +32,6 @@ class QuantSection(Section):
     tower: Literal["none", "nf4", "int8", "fp8"] = Field(
         default="none", description="Linear layers of the vision tower, live or filling the feature cache."
     )
-    glu_adapter: Literal["none", "int8"] = Field(
-        default="none", description="Linear layers between the tower and the decoder."
-    )
-    head: Literal["none", "int8"] = Field(default="none", description="The layer that gives the logits.")
     fp8_layouts: Literal["one", "two"] = Field(
         default="one",
         description="two: keep the experts' fp8 weights transposed as well, as the backward pass reads them: faster,"
@@ -55,7 +46,7 @@ class QuantSection(Section):
     @property
     def formats(self) -> dict[str, str]:
         """Return the number format of each part in `PARTS`."""
-        return {"experts": self.experts, "tower": self.tower, "glu_adapter": self.glu_adapter, "head": self.head}
+        return {"experts": self.experts, "tower": self.tower}
 
     def changed(self, **values: str) -> QuantSection:
         """Return a copy with some keys changed."""

@@ -52,10 +52,8 @@ class TrainSection(Section):
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="Decoupled weight decay.")
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="AdamW's two averaging factors.")
     eps: float = Field(default=1e-8, gt=0, allow_inf_nan=False, description="AdamW's guard against division by zero.")
-    optimizer: Literal["adamw", "sgd", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = Field(
-        default="adamw",
-        description="Optimiser. adamw8bit: AdamW with moments in 8 bits; paged_adamw, paged_adamw8bit: in memory that"
-        " moves to the host where the GPU's is short. The last three are bitsandbytes'.",
+    optimizer: Literal["adamw", "sgd", "adamw8bit"] = Field(
+        default="adamw", description="Optimiser. adamw8bit: bitsandbytes' AdamW with moments in 8 bits."
     )
     max_grad_norm: float = Field(
         default=1.0, gt=0, description="Longer gradients are scaled to this norm. .inf: never."

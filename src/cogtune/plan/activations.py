@@ -327,7 +327,7 @@ def glu_adapter(setting: Setting) -> Kept:
 def head(setting: Setting) -> Kept:
     """Return the bytes of final norm, head and loss, which see labelled tokens only, in chunks of `LOSS_CHUNK`.
 
-    For a frozen, unquantised head that is whole on this card, the forward pass computes the gradient chunk by chunk
+    For a frozen head that is whole on this card, the forward pass computes the gradient chunk by chunk
     while it has the logits: saved are the norm's input and that gradient; ``forward`` is one chunk's logits and
     probabilities in float32. Any other head saves the logits of a single chunk; of several chunks it recomputes them in
     the backward pass.
@@ -337,7 +337,7 @@ def head(setting: Setting) -> Kept:
     norm = k * (sizes.hidden_size + 1) * FLOAT32
     chunk = min(k, LOSS_CHUNK) * sizes.vocab_size
     narrow = c if c != FLOAT32 else 0  # logits in the model's format, before the cast to float32
-    if setting.quant.head == "none" and "lm_head" not in setting.trained and setting.tensor == 1:
+    if "lm_head" not in setting.trained and setting.tensor == 1:
         return Kept(saved=norm + k * sizes.hidden_size * c, forward=chunk * 2 * FLOAT32)
     if k <= LOSS_CHUNK:
         return Kept(saved=norm + chunk * FLOAT32, backward=2 * chunk * FLOAT32, forward=chunk * FLOAT32)

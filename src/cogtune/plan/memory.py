@@ -166,20 +166,14 @@ def _part_bytes(sizes: ModelSizes, quant: QuantSection, dtype: str) -> dict[Part
 def optimizer_bytes(setting: Setting) -> int:
     """Return the bytes of AdamW's two moments on the card: float32, or 8-bit with one scale per block of 256.
 
-    SGD has none. Paged moments can move to the host when the card is full.
+    SGD has none.
     """
     divided = setting.ranks if setting.deepspeed else 1
     if setting.optimizer == "sgd" or setting.offload == "optimizer":
         return 0
-    if setting.optimizer.startswith("paged"):
-        return 0
-    return _moments(setting) // divided
-
-
-def _moments(setting: Setting) -> int:
-    """Return the bytes of AdamW's two moments for all trainable parameters."""
     count = setting.adapter_parameters()
-    return round(count * (2 + 2 * FLOAT32 / 256)) if "8bit" in setting.optimizer else 2 * FLOAT32 * count
+    moments = round(count * (2 + 2 * FLOAT32 / 256)) if "8bit" in setting.optimizer else 2 * FLOAT32 * count
+    return moments // divided
 
 
 def adapter_bytes(setting: Setting) -> int:
@@ -312,8 +306,6 @@ def _host_training(setting: Setting) -> dict[str, int]:
     host["batches"] = batch_bytes(setting) * (prefetched + 2 * setting.accumulation)
     if setting.quant.embedding == "host":
         host["embedding"] = setting.sizes.parameters("embedding") * setting.width
-    if setting.optimizer.startswith("paged"):
-        host["optimizer"] = _moments(setting)
     if setting.offload == "optimizer":
         host["optimizer"] = 3 * FLOAT32 * setting.adapter_parameters() // setting.ranks
     if setting.offload == "weights":

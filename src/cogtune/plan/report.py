@@ -67,8 +67,7 @@ def _leaner(setting: Setting, room: int) -> str:
     lean = setting.quant.changed(experts="nf4", tower="nf4")
     flags, reserved = "--quant.experts nf4 --quant.tower nf4", answer(replace(setting, quant=lean)).reserved
     if reserved + CONTEXT > room:
-        lean = lean.changed(head="int8", glu_adapter="int8", embedding="host")
-        flags += " --quant.head int8 --quant.glu_adapter int8 --quant.embedding host"
+        lean, flags = lean.changed(embedding="host"), f"{flags} --quant.embedding host"
         reserved = answer(replace(setting, quant=lean)).reserved
     return f"with {flags} it takes {reserved / GIB:.1f}"
 

@@ -42,7 +42,8 @@ class Linear:
     @cached_property
     def part(self) -> Part:
         """The part it belongs to."""
-        return cast(Part, part_of(self.name))
+        quantisable = cast(Part | None, part_of(self.name))
+        return quantisable or ("head" if self.name == "lm_head" else "glu_adapter")
 
     @property
     def weights(self) -> int:

@@ -29,10 +29,9 @@ def build_optimizer(parameters: Iterable[nn.Parameter], train: TrainSection, *, 
         fuses = fused and all(parameter.is_cuda for parameter in trained)
         return AdamW(trained, lr=train.lr, fused=fuses or None, **settings)
     require_bitsandbytes(f"the optimiser {train.optimizer}'s states")
-    from bitsandbytes import optim
+    from bitsandbytes.optim import AdamW8bit
 
-    kinds = {"adamw8bit": optim.AdamW8bit, "paged_adamw": optim.PagedAdamW, "paged_adamw8bit": optim.PagedAdamW8bit}
-    made: Optimizer = kinds[train.optimizer](trained, lr=train.lr, **settings)
+    made: Optimizer = AdamW8bit(trained, lr=train.lr, **settings)
     return made
 
 
@@ -63,8 +62,6 @@ def moments(optimizer: Any, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
     found = {}
     for kind, value in optimizer.state[parameter].items():
         if torch.is_tensor(value) and (value.shape == parameter.shape or kind in _SCALES) and kind != "step":
-            if value.is_cuda or getattr(value, "is_paged", False):
-                torch.cuda.synchronize()  # the host reads paged memory directly
             narrow = value.dtype == torch.uint8
             found[kind] = (value.detach() if narrow else value.detach().float()).cpu()
     return found
@@ -86,8 +83,6 @@ def restore_moments(optimizer: Any, parameter: nn.Parameter, found: dict[str, to
                 optimizer.init_state(group, parameter, number, index)
     state = optimizer.state[parameter]
     state["step"] = steps
-    if parameter.is_cuda:
-        torch.cuda.synchronize()
     for kind, value in found.items():
         state[kind].copy_(value)
 

@@ -12,6 +12,7 @@ from cogtune.configuration import identity as rules
 from cogtune.configuration.answer_config import AnswerConfig
 from cogtune.configuration.keys import ALIASES, ANSWER_ALIASES, describe_keys, known_keys, nearest_key
 from cogtune.configuration.load import load_config
+from cogtune.configuration.withdrawn import CONSTANT
 
 NEEDED = {"model": "base", "data": "pictures", "output": "out"}
 SOURCE = Path(cogtune.__file__).parent
@@ -56,8 +57,14 @@ def test_the_nearest_key_of_answering() -> None:
 
 def test_every_key_stands_in_one_rule_of_continuation() -> None:
     free = [rules.BY_FINGERPRINT, rules.GLOBAL_BATCH, rules.MAY_GROW, rules.MAY_CHANGE]
-    equal = set(rules.identity(load_config(None, NEEDED)))
+    equal = rules.identity(load_config(None, NEEDED)).keys() - CONSTANT.keys()
     assert sorted([*equal, *(key for names in free for key in names)]) == sorted(known_keys())
+
+
+def test_a_run_of_a_version_with_more_keys_goes_on_where_nothing_else_is_learnt() -> None:
+    now = rules.identity(load_config(None, NEEDED))
+    assert not CONSTANT.keys() & known_keys().keys()
+    assert now["quant.head"] == "none", "as in the record of a run that did not set it"
 
 
 @pytest.mark.parametrize(

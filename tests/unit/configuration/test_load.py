@@ -298,6 +298,33 @@ def test_a_wrong_python_value_names_the_key(name: str, value: object, message: s
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "instead"),
+    [
+        ("quant.head", "int8", "leave it out; quant.experts, quant.tower and quant.embedding make a model smaller"),
+        ("quant.glu_adapter", "none", "leave it out; "),
+        ("train.optimizer", "paged_adamw", "use train.optimizer adamw8bit, "),
+        ("train.optimizer", "paged_adamw8bit", "use train.optimizer adamw8bit, "),
+    ],
+)
+def test_what_earlier_versions_had_is_refused_with_what_to_use_instead(
+    tmp_path: Path, key: str, value: str, instead: str
+) -> None:
+    section, name = key.split(".")
+    file = written(tmp_path, f"{section}: {{{name}: {value}}}")
+    made = {"model": {"path": "m"}, "data": {"path": "d"}, "train": {"output": "o"}}
+    made[section] = made.get(section, {}) | {name: value}
+    for refused in (
+        lambda: load_config(None, NEEDED | {key: value}),
+        lambda: load_config(file, NEEDED),
+        lambda: RunConfig(**made),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            refused()
+        assert key in caught.value.message
+        assert (caught.value.hint or "").startswith(instead)
+
+
+@pytest.mark.parametrize(
     ("values", "message", "hint", "code"),
     [
         ({"train": {"output": "o", "learning_rate": 1}}, "unknown key `train.learning_rate`",

@@ -134,7 +134,7 @@ def test_what_was_asked_for_stays() -> None:
     assert resolve_dtype("float32", Gpu("H100", (9, 0))) == "float32"
     assert resolve_dtype("bfloat16", None) == "bfloat16"
     assert resolve_dtype("float16", None) == "float16"
-    check_formats(QuantSection(experts="nf4", head="int8"), Gpu("T4", (7, 5)))
+    check_formats(QuantSection(experts="nf4", tower="int8"), Gpu("T4", (7, 5)))
     check_formats(QuantSection(experts="fp8"), None)
     check_formats(QuantSection(experts="fp8"), Gpu("RTX 4090", (8, 9)))
 

@@ -74,7 +74,7 @@ def test_wrong_choices_are_said_before_anything_loads(
         load_generator(keys=choice)
 
 
-@pytest.mark.parametrize(("key", "value"), [("quant.head", "int8"), ("quant.embedding", "host")])
+@pytest.mark.parametrize(("key", "value"), [("quant.tower", "int8"), ("quant.embedding", "host")])
 def test_ranks_that_divide_each_layer_hold_no_quantised_part(key: str, value: str) -> None:
     with pytest.raises(ConfigError, match=f"{key} {value} does not go with parallel.tensor 2") as refused:
         resolve(**{"model": "base", "parallel.tensor": "2", key: value})
