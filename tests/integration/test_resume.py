@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ from typing import Any
 import pytest
 
 from cogtune.checkpoint import resume_state as checkpoints
-from cogtune.errors import OutputFolderError, Stopped
+from cogtune.errors import CheckpointError, OutputFolderError, Stopped
 from cogtune.train.log import read_metrics
 from cogtune.train.loop import Loop
 from cogtune.train.run import train
@@ -175,6 +178,57 @@ def test_resume_starts_a_new_folder_from_a_checkpoint(
     with pytest.raises(OutputFolderError, match="is at step 8 already"):
         train(make_config(tiny_checkpoint, data, tmp_path / "fourth", train__resume=str(first)))
     assert not (tmp_path / "fourth").exists()
+
+
+def rewrite_state(checkpoint: Path, *path: str, value: Any) -> None:
+    """Set one value of ``state.json``, and have the manifest agree."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    inner = state
+    for name in path[:-1]:
+        inner = inner[name]
+    inner[path[-1]] = value
+    content = json.dumps(state if path != ("",) else value).encode()
+    (checkpoint / "state.json").write_bytes(content)
+    manifest = json.loads((checkpoint / "MANIFEST.json").read_text())
+    manifest["files"]["state.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (checkpoint / "MANIFEST.json").write_text(json.dumps(manifest))
+
+
+def test_resume_takes_links_and_renamed_folders_and_refuses_what_no_run_writes(
+    tiny_checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    first = tmp_path / "first"
+    train(make_config(tiny_checkpoint, data, first, train__save_steps=1, train__max_steps=2))
+    shutil.copytree(first / "checkpoint-1", tmp_path / "renamed")
+    (tmp_path / "link").symlink_to(tmp_path / "renamed")
+
+    def resumed(path: Path, output: str, **values: Any) -> int:
+        keys = {"train__resume": str(path), "train__max_steps": 3}
+        return train(make_config(tiny_checkpoint, data, tmp_path / output, **keys), **values).steps
+
+    assert resumed(first / "last", "from-last") == 3
+    assert [step for step, _ in losses(tmp_path / "from-last")] == [3]
+    assert resumed(tmp_path / "link", "from-link") == 3
+    assert [step for step, _ in losses(tmp_path / "from-link")] == [2, 3]
+    with pytest.raises(CheckpointError, match="MANIFEST") as caught:
+        resumed(first / "adapter", "no")
+    assert f"--adapter {first / 'adapter'}" in str(caught.value.hint)
+    wrong: list[tuple[Any, ...]] = [
+        ("progress", "step", "7"),
+        ("progress", "rows_taken", -1),
+        ("progress", None),
+        ("run", {}),
+        ("run", "identity", "keys", []),
+        ("run", "batch_size", 2.5),
+        ("", [1]),
+    ]
+    for *path, value in wrong:
+        shutil.copytree(first / "checkpoint-1", tmp_path / "wrong")
+        rewrite_state(tmp_path / "wrong", *path, value=value)
+        with pytest.raises(CheckpointError, match=r"state\.json"):
+            resumed(tmp_path / "wrong", "no", dry_run=True)
+        shutil.rmtree(tmp_path / "wrong")
+    assert not (tmp_path / "no").exists()
 
 
 def test_a_corrupt_checkpoint_is_skipped_with_a_warning(

@@ -90,9 +90,12 @@ def load(folder: Path) -> TrainingState:
     """
     problem = find_problem(folder)
     if problem is not None:
+        adapter = (folder / "adapter_config.json").is_file() and not (folder / MANIFEST).is_file()
         raise CheckpointError(
             f"{folder}: not a usable training checkpoint: {problem}",
-            hint=_ANOTHER,
+            hint=f"to train this adapter further, without the optimiser's state: --adapter {folder}; or {_ANOTHER}"
+            if adapter
+            else _ANOTHER,
         )
     try:
         return TrainingState(load_file(folder / OPTIMIZER_FILE), read_counters(folder), _read_rng(folder / RNG_FILE))
@@ -116,8 +119,17 @@ def _read_rng(file: Path) -> list[dict[str, torch.Tensor]]:
 
 
 def read_counters(folder: Path) -> dict[str, Any]:
-    """Return the JSON part only, for decisions that need no tensors."""
-    counters: dict[str, Any] = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    """Return the JSON part only, for decisions that need no tensors.
+
+    Raises:
+        CheckpointError: it is no JSON object.
+    """
+    try:
+        counters = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder / STATE_FILE}: not JSON: {error}", hint=_ANOTHER) from error
+    if not isinstance(counters, dict):
+        raise CheckpointError(f"{folder / STATE_FILE}: found no JSON object", hint=_ANOTHER)
     return counters
 
 

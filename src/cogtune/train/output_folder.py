@@ -8,7 +8,7 @@ continues a shorter one (`cogtune.configuration.identity` classifies the keys).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,10 +17,11 @@ from typing import Any
 
 from cogtune.checkpoint import resume_state as checkpoints
 from cogtune.configuration.run_config import RunConfig
-from cogtune.errors import OutputFolderError, RunError
+from cogtune.errors import CheckpointError, OutputFolderError, RunError
 from cogtune.system import files
 from cogtune.system.file_errors import explained
 from cogtune.system.locks import Lock, lock_folder
+from cogtune.train.progress import Progress
 
 RUN_FILE = "run.json"
 _CONTINUES = "then run the same command again: it continues"
@@ -75,7 +76,16 @@ class RunRecord:
         return {**asdict(self), "global_batch": self.global_batch}
 
     @staticmethod
-    def from_dict(values: dict[str, Any]) -> RunRecord:
+    def from_dict(values: Any) -> RunRecord:
+        """Raises TypeError or KeyError if these are not the values of a run."""
+        if not isinstance(values, dict) or not isinstance(values["identity"], dict):
+            raise TypeError("no run's record")
+        for name in ("batch_size", "accumulation", "ranks", "total_steps"):
+            if isinstance(values[name], bool) or not isinstance(values[name], int) or values[name] < 1:
+                raise TypeError(f"{name} is {values[name]!a:.60}, a whole number above 0 was expected")
+        for name, value in values["identity"].items():
+            if not isinstance(value, dict):
+                raise TypeError(f"identity.{name} is {value!a:.60}, an object was expected")
         known = {key: value for key, value in values.items() if key in RunRecord.__dataclass_fields__}
         return RunRecord(**{**known, "identity": RunIdentity(**values["identity"])})
 
@@ -216,15 +226,35 @@ def write_record(output: Path, record: RunRecord) -> None:
 
 
 def resume_source(path: Path) -> tuple[Path, RunRecord]:
-    """Return the checkpoint that ``train.resume`` names (or the last one of the output folder it names) and its run."""
-    folder: Path | None = path
+    """Return the checkpoint that ``train.resume`` names (or the last one of the output folder it names) and its run.
+
+    Links (``last``, ``best``) are followed; a checkpoint may have any name.
+
+    Raises:
+        OutputFolderError, CheckpointError: no usable checkpoint is there.
+    """
+    folder: Path | None = path.resolve() if path.is_symlink() else path
     if (path / RUN_FILE).is_file():
         folder, _ = checkpoints.find_latest(path)
         if folder is None:
             raise OutputFolderError(f"{path}: holds no usable checkpoint", hint="give a checkpoint-N folder")
     assert folder is not None
-    state = checkpoints.load(folder)
-    return folder, RunRecord.from_dict(state.counters["run"])
+    return folder, record_of(checkpoints.load(folder).counters, folder)
+
+
+def record_of(counters: Mapping[str, Any], checkpoint: Path) -> RunRecord:
+    """Return the run of a checkpoint's counters.
+
+    Raises:
+        CheckpointError: they hold none.
+    """
+    try:
+        return RunRecord.from_dict(counters.get("run"))
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{checkpoint / checkpoints.STATE_FILE}: no record of a run in it ({error})",
+            hint="give another checkpoint of that run, or that run's output folder",
+        ) from error
 
 
 def derive_accumulation(config: RunConfig, ranks: int, stored: RunRecord | None) -> tuple[int, list[str]]:
@@ -302,7 +332,7 @@ def _start_new(config: RunConfig, output: Path, now: RunRecord) -> Start:
             f"{checkpoint}: cannot be resumed with these settings; these keys differ:\n  " + "\n  ".join(lines),
             hint="use the settings of that run; only the learning rate's, and what only logs or saves, may change",
         )
-    step = checkpoints.step_of(checkpoint)
+    step = Progress.of(checkpoints.read_counters(checkpoint), checkpoint).step
     if now.total_steps <= step:
         raise OutputFolderError(
             f"{checkpoint}: is at step {step} already, and this run ends at step {now.total_steps}",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from cogtune.data.sampler import Position
+from cogtune.errors import CheckpointError
 from cogtune.train.engines.async_scalar import AsyncScalar
 from cogtune.train.log import Metrics, duration, log, peak_memory_gib
 
@@ -40,8 +43,31 @@ class Progress:
         return asdict(self)
 
     @staticmethod
-    def from_dict(values: dict[str, Any]) -> Progress:
-        return Progress(**{field.name: values[field.name] for field in fields(Progress) if field.name in values})
+    def of(counters: Mapping[str, Any], checkpoint: Path) -> Progress:
+        """Return the progress that a checkpoint's counters hold.
+
+        Raises:
+            CheckpointError: it is missing, or a counter has a value of another type or below 0.
+        """
+        values = counters.get("progress")
+        if not isinstance(values, dict):
+            raise damaged(checkpoint, "progress", values)
+        known = {field.name: values[field.name] for field in fields(Progress) if field.name in values}
+        for name, value in known.items():
+            plain, optional = getattr(Progress, name), name in ("best_loss", "best_step", "validated_step")
+            kinds = (bool,) if isinstance(plain, bool) else (int, float) if "loss" in name else (int,)
+            fits = isinstance(value, kinds) and isinstance(value, bool) == (kinds == (bool,))
+            if not (value is None if optional and not fits else fits and (value >= 0 or "loss" in name)):
+                raise damaged(checkpoint, f"progress.{name}", value)
+        return Progress(**known)
+
+
+def damaged(checkpoint: Path, key: str, value: object) -> CheckpointError:
+    """Return the error for a value of ``state.json`` that no run writes."""
+    return CheckpointError(
+        f"{checkpoint / 'state.json'}: {key} is {value!a:.60}, which no run writes",
+        hint="give another checkpoint of that run, or that run's output folder",
+    )
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ def _features(
     """Provide cached features to the rows inside the block, if the run trains from the cache."""
     progress, checkpoint = Progress(), start.folder.checkpoint
     if checkpoint is not None:
-        progress = Progress.from_dict(checkpoints.read_counters(checkpoint)["progress"])
+        progress = Progress.of(checkpoints.read_counters(checkpoint), checkpoint)
     reader = feature_cache.ensure(
         config, inputs, start.feed, engine.group.flat(), dtype, progress, start.record.total_steps, tower_fits
     )

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
@@ -22,8 +23,8 @@ from cogtune.errors import CheckpointError
 from cogtune.system import files
 from cogtune.train.engines.base import MASTER, Engine
 from cogtune.train.log import last_losses, log
-from cogtune.train.output_folder import Claim, RunRecord
-from cogtune.train.progress import Progress
+from cogtune.train.output_folder import Claim, RunRecord, record_of
+from cogtune.train.progress import Progress, damaged
 
 ADAPTER_FOLDER = "adapter"
 
@@ -86,11 +87,13 @@ def restore_adapter(model: PeftModel, checkpoint: Path) -> None:
 def restore(engine: Engine, checkpoint: Path, output: Path, total_steps: int) -> Progress:
     """Restore masters, moments and random number generators; return the progress so far."""
     state = checkpoints.load(checkpoint)
-    engine.load_state(state.tensors, state.counters["engine"])
-    progress = Progress.from_dict(state.counters["progress"])
+    engine.load_state(state.tensors, _engine_counters(state, checkpoint))
+    progress = Progress.of(state.counters, checkpoint)
     if checkpoint.parent.resolve() != output.resolve():  # the best checkpoint is in the other run's folder
         progress.best_loss = progress.best_step = None
-    if state.counters["run"]["total_steps"] < total_steps:  # the user wants more than the run that stopped early
+    if (
+        record_of(state.counters, checkpoint).total_steps < total_steps
+    ):  # the user wants more than the run that stopped early
         progress.stopped_early, progress.validations_without_better = False, 0
     seed_dropout(engine, progress.step)
     if len(state.rng) == engine.group.size:  # with another number of ranks the seed above is used instead
@@ -99,6 +102,15 @@ def restore(engine: Engine, checkpoint: Path, output: Path, total_steps: int) ->
         if engine.device.type == "cuda" and "cuda" in own:
             torch.cuda.set_rng_state(own["cuda"], engine.device)
     return progress
+
+
+def _engine_counters(state: TrainingState, checkpoint: Path) -> dict[str, Any]:
+    """The part of the counters that the engine wrote, with the optimiser's count of steps."""
+    counters = state.counters.get("engine")
+    steps = counters.get("optimizer_steps") if isinstance(counters, dict) else None
+    if not isinstance(counters, dict) or not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+        raise damaged(checkpoint, "engine", counters)
+    return counters
 
 
 def seed_dropout(engine: Engine, step: int) -> None:
