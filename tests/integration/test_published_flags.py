@@ -126,9 +126,10 @@ def published_file(folder: Path) -> Path:
 
 def test_a_file_wins_over_defaults_and_its_misplaced_offload_is_named(tmp_path: Path) -> None:
     config, notes = configure(["--ds_config", str(published_file(tmp_path))], launched=True, world_size=2)
-    assert (config.train.batch_size, config.train.accumulation, config.parallel.engine) == (1, 2, "zero2")
+    assert (config.train.batch_size, config.train.accumulation, config.parallel.engine) == (2, 2, "zero2")
     _, warnings = apply_deepspeed(config, world_size=2)  # what train() says when it reads the file
     assert [text for text in warnings if "`offload_optimizer`" in text]
+    assert [text for text in warnings if "batch_size is 2" in text and "train_micro_batch_size_per_gpu: 1" in text]
     assert not any(note.startswith("warning: ") for note in notes), "said twice"
     _, notes = configure(["--ds_config", str(published_file(tmp_path))])
     assert [note for note in notes if note.startswith("warning: ") and "`offload_optimizer`" in note]
@@ -137,7 +138,7 @@ def test_a_file_wins_over_defaults_and_its_misplaced_offload_is_named(tmp_path: 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--batch_size", "2"], ("--batch_size is 2", "train_micro_batch_size_per_gpu: 1")),
+        (["--torch_type", "torch.float32"], ("--torch_type is float32", "bf16.enabled: true")),
         (["--torch_type", "torch.float16"], ("--torch_type is float16", "bf16.enabled: true")),
     ],
 )
@@ -151,7 +152,15 @@ def test_a_typed_flag_against_the_file_is_an_error_naming_both(
 
 
 def test_a_typed_flag_that_agrees_is_none(tmp_path: Path) -> None:
-    assert configure(["--ds_config", str(published_file(tmp_path)), "--batch_size", "1"])[0].train.batch_size == 1
+    config, notes = configure(["--ds_config", str(published_file(tmp_path)), "--batch_size", "1"])
+    assert config.train.batch_size == 1
+    assert not any("batch_size" in note for note in notes)
+
+
+def test_the_loaders_batch_is_the_flags_whatever_the_file_says(tmp_path: Path) -> None:
+    config, notes = configure(["--ds_config", str(published_file(tmp_path)), "--batch_size", "3"])
+    assert config.train.batch_size == 3
+    assert any("--batch_size is 3" in note for note in notes)
 
 
 def test_without_a_deepspeed_file_it_runs_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,7 +140,11 @@ def configure(arguments: Sequence[str], *, launched: bool = False, world_size: i
             notes.append("note: there is no ds_config.yaml here; using ZeRO stage 2 with DeepSpeed's defaults")
     entries["data.labels"] = Entry(_labels(Path(entries["data.path"].value[0])), "--dataset_path")
 
-    explicit = {flag.key: f"--{name}" for name, flag in FLAGS.items() if name in typed and flag.key is not None}
+    explicit = {
+        flag.key: f"--{name}"
+        for name, flag in FLAGS.items()
+        if flag.key is not None and (name in typed or name == "batch_size")  # the original's loader takes it always
+    }
     config = from_entries(entries, RunConfig)
     config, warnings = apply_deepspeed(config, explicit=explicit.keys(), world_size=world_size, names=explicit)
     if not launched:  # otherwise train() reads the file again and prints the warnings

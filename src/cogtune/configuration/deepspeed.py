@@ -25,7 +25,7 @@ DeepSpeedDict = dict[str, Any]
 _OPTIMIZERS = {"adam": "adamw", "adamw": "adamw", "sgd": "sgd"}
 _SCHEDULES = {"warmuplr": "constant", "warmupdecaylr": "linear", "warmupcosinelr": "cosine"}
 _OURS = ("train_batch_size", "optimizer", "scheduler", "activation_checkpointing")
-_READ = (
+TOP_LEVEL = (
     "train_micro_batch_size_per_gpu",
     "train_batch_size",
     "gradient_accumulation_steps",
@@ -58,7 +58,29 @@ def read_deepspeed(path: str | Path) -> DeepSpeedDict:
     for name in ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler"):
         if name in content and not isinstance(content[name], dict):
             raise ConfigError(f"{path}: `{name}`: found {describe(content[name])}, expected a mapping")
+        if name in ("optimizer", "scheduler") and not isinstance(content.get(name, {}).get("params") or {}, dict):
+            raise ConfigError(f"{path}: `{name}.params`: found {describe(content[name]['params'])}, expected a mapping")
+    if "zero_optimization" not in content:
+        _refuse_other_file(content, path)
     return content
+
+
+def _refuse_other_file(content: Mapping[str, Any], path: str | Path) -> None:
+    """Raise ConfigError for a file without ``zero_optimization`` that is no DeepSpeed file, or nested too deep."""
+    if "compute_environment" in content or "distributed_type" in content:
+        inner = content.get("deepspeed_config")
+        named = inner.get("deepspeed_config_file") if isinstance(inner, dict) else None
+        raise ConfigError(
+            f"{path}: this is a configuration of accelerate, not a DeepSpeed file",
+            hint=f"give the DeepSpeed file that it names: {named}"
+            if named
+            else "write its settings as a DeepSpeed file; ds_config.yaml of this project is one to start from",
+        )
+    for name, inner in content.items():
+        if isinstance(inner, dict) and "zero_optimization" in inner:
+            raise ConfigError(
+                f"{path}: the settings stand one level too deep, under `{name}`", hint=f"move them out of `{name}`"
+            )
 
 
 def merge_deepspeed(
@@ -72,7 +94,8 @@ def merge_deepspeed(
     """Join a DeepSpeed file's content with a configuration.
 
     Args:
-        explicit: dotted keys the user gave, which may not contradict the file.
+        explicit: dotted keys the user gave, which may not contradict the file. ``train.batch_size`` wins instead: the
+            file's micro-batch only tells DeepSpeed what the loader does.
         names: what to call a key in messages (a flag).
 
     Returns:
@@ -84,8 +107,15 @@ def merge_deepspeed(
     file = str(config.parallel.deepspeed or "the DeepSpeed file")
     ours: dict[str, Any] = {}
     said_by: dict[str, str] = {}
+    warnings = list(_warnings(user, file))
     for key, value, origin in _statements(user, config, world_size, file):
         given = _value(config, key)
+        if key == "train.batch_size" and key in explicit and given != value:
+            warnings.append(
+                f"{names.get(key, key)} is {given}: so many rows are in a forward pass on each device; "
+                f"`{origin}` in {file} is not used"
+            )
+            continue
         if key in explicit and given not in ("auto", None) and not _equal(given, value):
             raise ConfigError(
                 f"{names.get(key, key)} is {given}, but {file} says `{origin}` and means {value}",
@@ -96,7 +126,7 @@ def merge_deepspeed(
             raise ConfigError(f"{file}: `{said_by[key]}` means {key} {ours[key]}, but `{origin}` means {value}")
         ours[key], said_by[key] = value, origin
     changes = {key: value for key, value in ours.items() if not _equal(_value(config, key), value)}
-    return _final(user, config, ours), changes, list(_warnings(user, file))
+    return _final(user, config, ours), changes, warnings
 
 
 def apply_deepspeed(
@@ -135,12 +165,15 @@ def _statements(
     user: Mapping[str, Any], config: RunConfig, world_size: int, file: str
 ) -> Iterator[tuple[str, Any, str]]:
     """Yield the file's values for cogtune's keys: (key, value, the file's own words)."""
-    stage = (user.get("zero_optimization") or {}).get("stage", 0) if user else "auto"
+    block = user.get("zero_optimization")
+    stage = (block or {}).get("stage") if user else "auto"
     if stage != "auto":
-        if stage not in (1, 2, 3):
-            hint = "set zero_optimization.stage to 1, 2 or 3, or use torchrun for plain data parallel training"
+        if stage not in (1, 2, 3) or isinstance(stage, bool):
+            found = "it is missing" if stage is None else f"found {describe(stage)}"
             raise ConfigError(
-                f"{file}: zero_optimization.stage: found {describe(stage)}, expected 1, 2 or 3", hint=hint
+                f"{file}: zero_optimization.stage: {found}, expected 1, 2 or 3",
+                hint="set it to 1, 2 or 3; plain data parallel training needs no DeepSpeed file: "
+                "`cogtune train ... --parallel.launch all --parallel.engine ddp`",
             )
         yield "parallel.engine", f"zero{stage}", f"zero_optimization.stage: {stage}"
     yield from _dtype(user, file)
@@ -170,7 +203,17 @@ _SCHEDULER_PARAMS = {"warmup_max_lr": "train.lr", "warmup_num_steps": "train.war
 _HARMLESS_PARAMS = {
     "torch_adam": None,
     "adam_w_mode": True,
+    "amsgrad": False,
+    "bias_correction": True,
+    "fused": None,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "maximize": False,
     "warmup_min_lr": 0,
+    "warmup_min_ratio": 0,
+    "cos_min_ratio": 0,
+    "last_batch_iteration": -1,
     "total_num_steps": None,
     "warmup_type": None,
 }
@@ -194,8 +237,10 @@ def _block(
         if param in params:
             yield params[param], tuple(value) if isinstance(value, list) else value, f"{name}.params.{param}: {value}"
         elif param not in _HARMLESS_PARAMS or _HARMLESS_PARAMS[param] not in (None, value):
-            hint = "remove it; schedule and optimiser are this program's own, set by train.*"
-            raise ConfigError(f"{file}: {name}.params.{param}: {value} cannot be followed here", hint=hint)
+            raise ConfigError(
+                f"{file}: {name}.params.{param}: {value!a:.80} cannot be followed here",
+                hint="remove it; schedule and optimiser are this program's own, set by train.*",
+            )
 
 
 def _dtype(user: Mapping[str, Any], file: str) -> Iterator[tuple[str, str, str]]:
@@ -257,8 +302,8 @@ def _warnings(user: Mapping[str, Any], file: str) -> Iterator[str]:
                 f"{file}: `{name}` stands at the top level, where DeepSpeed ignores it; it is off. "
                 f"To switch it on, indent it under `zero_optimization`"
             )
-    for name in user.keys() - {*_READ, *_ZERO_KEYS}:
-        for near in difflib.get_close_matches(name, _READ, n=1, cutoff=0.85):
+    for name in user.keys() - {*TOP_LEVEL, *_ZERO_KEYS}:
+        for near in difflib.get_close_matches(name, TOP_LEVEL, n=1, cutoff=0.85):
             yield f"{file}: `{name}` is not a DeepSpeed key and has no effect; did you mean `{near}`?"
     if user.get("activation_checkpointing"):
         yield (
@@ -267,8 +312,11 @@ def _warnings(user: Mapping[str, Any], file: str) -> Iterator[str]:
         )
     if user.get("wall_clock_breakdown") is True:
         yield f"{file}: `wall_clock_breakdown: true` waits for the device at every stage and slows each step"
-    if ((user.get("scheduler") or {}).get("params") or {}).get("total_num_steps", "auto") != "auto":
+    schedule = (user.get("scheduler") or {}).get("params") or {}
+    if schedule.get("total_num_steps", "auto") != "auto":
         yield f"{file}: `scheduler.params.total_num_steps` is not used; the length follows from data and epochs"
+    if schedule.get("warmup_type", "auto") not in ("auto", "linear"):
+        yield f"{file}: `scheduler.params.warmup_type` is not followed; the warm-up is linear"
 
 
 def _value(config: RunConfig, key: str) -> Any:

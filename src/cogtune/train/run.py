@@ -39,6 +39,7 @@ from cogtune.system.gpu import gpu_of
 from cogtune.train import engines, feature_cache, output_folder, saver
 from cogtune.train.batches import Feed
 from cogtune.train.engines import Engine
+from cogtune.train.engines.zero_settings import check_settings
 from cogtune.train.failures import explain_peers, phase
 from cogtune.train.log import Metrics, console, last_losses, log, log_file
 from cogtune.train.loop import Loop
@@ -126,6 +127,7 @@ def _train(config: RunConfig, dry_run: bool, force: bool) -> TrainResult:
         for line in warnings:
             log.warning(line)
         name = engines.choose(config)
+        check_settings(config, name)
         inputs = read_inputs(config)
         engine = engines.start(config, name, lambda group: auto_engine(config, inputs, group))
         dtype = torch_dtype(config.model.dtype, engine.device)

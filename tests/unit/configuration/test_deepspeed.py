@@ -51,13 +51,84 @@ def test_the_file_wins_over_defaults() -> None:
 
 
 def test_what_was_typed_and_differs_is_an_error_naming_both() -> None:
+    flag = {"train.max_grad_norm": "--max_grad_norm"}
     with pytest.raises(ConfigError) as caught:
-        merge_deepspeed(
-            PUBLISHED, config(train__batch_size="2"), {"train.batch_size"}, names={"train.batch_size": "--batch_size"}
-        )
-    assert "--batch_size is 2" in caught.value.message
-    assert "train_micro_batch_size_per_gpu: 1" in caught.value.message
-    assert changes(PUBLISHED, {"train.batch_size"}, train__batch_size="1")  # typed and equal
+        merge_deepspeed(PUBLISHED, config(train__max_grad_norm="2"), set(flag), names=flag)
+    assert "--max_grad_norm is 2" in caught.value.message
+    assert "gradient_clipping: 1" in caught.value.message
+    assert changes(PUBLISHED, set(flag), train__max_grad_norm="1")  # typed and equal
+
+
+def test_the_batch_of_the_loader_wins_over_the_files_micro_batch_and_says_so() -> None:
+    """In the published script --batch_size feeds the loader; its file's micro-batch of 1 was bookkeeping."""
+    final, changed, warnings = merge_deepspeed(
+        PUBLISHED, config(train__batch_size="2"), {"train.batch_size"}, names={"train.batch_size": "--batch_size"}
+    )
+    assert "train.batch_size" not in changed
+    assert final["train_micro_batch_size_per_gpu"] == 2
+    (warning,) = [text for text in warnings if "--batch_size is 2" in text]
+    assert "train_micro_batch_size_per_gpu: 1" in warning
+    whole = {**PUBLISHED, "train_batch_size": 8}
+    assert merge_deepspeed(whole, config(train__batch_size="2"), {"train.batch_size"}, world_size=8)[1] == {
+        "parallel.engine": "zero2",
+        "model.dtype": "bfloat16",
+    }
+
+
+def test_betas_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam", "params": {"betas": [0.9, 1]}}}')
+    with pytest.raises(ConfigError, match=r"train\.betas"):
+        apply_deepspeed(config(parallel__deepspeed=str(path)))
+    path.write_text(path.read_text().replace("1]", "0.95]"))
+    assert apply_deepspeed(config(parallel__deepspeed=str(path)))[0].train.betas == (0.9, 0.95)
+
+
+@pytest.mark.parametrize(
+    ("block", "params"),
+    [
+        ("optimizer", {"amsgrad": False, "bias_correction": True, "torch_adam": True, "fused": True}),
+        ("scheduler", {"last_batch_iteration": -1, "warmup_min_lr": 0, "warmup_type": "linear"}),
+        ("scheduler", {"warmup_min_ratio": 0, "cos_min_ratio": 0}),
+    ],
+)
+def test_parameters_at_values_that_change_nothing_are_taken(block: str, params: dict[str, Any]) -> None:
+    kind = {"optimizer": "AdamW", "scheduler": "WarmupCosineLR" if "cos_min_ratio" in params else "WarmupLR"}[block]
+    user = {"zero_optimization": {"stage": 2}, block: {"type": kind, "params": params}}
+    _, changed, warnings = merge_deepspeed(user, config(), set())
+    assert changed["parallel.engine"] == "zero2"
+    assert not warnings
+    for name in params.keys() & {"amsgrad", "bias_correction", "last_batch_iteration", "warmup_min_ratio"}:
+        with pytest.raises(ConfigError, match=name):
+            merge_deepspeed({**user, block: {"type": kind, "params": {name: 7}}}, config(), set())
+
+
+def test_a_logarithmic_warm_up_is_said_to_be_linear() -> None:
+    params = {"warmup_type": "log"}
+    user = {"zero_optimization": {"stage": 2}, "scheduler": {"type": "WarmupLR", "params": params}}
+    (warning,) = merge_deepspeed(user, config(), set())[2]
+    assert "warm-up is linear" in warning
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("compute_environment: LOCAL_MACHINE\ndeepspeed_config: {zero_stage: 2}", "accelerate", "DeepSpeed file"),
+        ("distributed_type: DEEPSPEED\ndeepspeed_config: {deepspeed_config_file: z.json}", "accelerate", "z.json"),
+        ("deepspeed: {zero_optimization: {stage: 2}}", "under `deepspeed`", "move them"),
+        ("train_micro_batch_size_per_gpu: 1", "it is missing", "parallel.engine ddp"),
+        ("zero_optimization: {stage: 0}", "found whole number 0", "parallel.engine ddp"),
+        ("zero_optimization: {stage: 2}\noptimizer: {type: Adam, params: [1]}", "optimizer.params", None),
+    ],
+)
+def test_other_files_are_called_what_they_are(tmp_path: Path, text: str, message: str, hint: str | None) -> None:
+    path = tmp_path / "ds.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        apply_deepspeed(config(parallel__deepspeed=str(path)))
+    assert message in caught.value.message
+    assert str(path) in caught.value.message
+    assert hint is None or hint in str(caught.value.hint)
 
 
 def test_auto_leaves_the_value_to_our_key() -> None:
