@@ -16,7 +16,7 @@ IMPORTS = {
     "deepspeed": ["deepspeed"],
     "quant": ["bitsandbytes"],
     "data": ["pyarrow"],
-    "metrics": ["sacrebleu", "rouge_score"],
+    "metrics": ["sacrebleu", "rouge_score", "nltk", "jiwer", "rapidfuzz"],
     "track": ["wandb", "mlflow", "swanlab"],
     "serve": ["fastapi", "uvicorn"],
     "web": ["gradio"],
