@@ -48,8 +48,8 @@ def unknown(text: str) -> list[str]:
         ]
         wrong += [place for place in places if not any((root / place).exists() for root in (SOURCE, ROOT))]
         files = [SOURCE / place for place in places if place.endswith(".py") and (SOURCE / place).is_file()]
-        names = [code for code in codes if re.fullmatch(r"[A-Za-z]\w+(?:\.\w+)?", code)]
-        known = OTHER | set(known_keys()) | {"errors.toml"} | {found for file in files for found in defined(file)}
+        names = [code for code in codes if re.fullmatch(r"[A-Za-z]\w+(?:\.\w+)?", code) and code not in places]
+        known = OTHER | set(known_keys()) | {found for file in files for found in defined(file)}
         wrong += [code for code in names if code not in known]
     return wrong
 

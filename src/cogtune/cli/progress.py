@@ -7,6 +7,8 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from cogtune.system.durations import format_clock
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -50,16 +52,10 @@ class ProgressLine:
             return
         self._last = now
         speed = (done - self._first) / max(now - self._start, 1e-9)
-        left = f", {_duration((total - done) / speed)} left" if speed and done < total else ""
+        left = f", {format_clock((total - done) / speed)} left" if speed and done < total else ""
         text = f"{done}/{total} {self._unit}, {speed:.2f}/s{left}"
         if self._terminal:
             end = "\n" if done == total else ""
             print(f"\r{text:<70}", end=end, file=sys.stderr, flush=True)
         else:
             print(text, file=sys.stderr, flush=True)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"

@@ -52,7 +52,7 @@ def _serve(flags: _Flags, line: Arguments) -> None:
 
     import uvicorn
 
-    from cogtune.generate.engine import Engine
+    from cogtune.generate.engine import InferenceEngine
     from cogtune.generate.loading import resolve
     from cogtune.serve.app import make_app
 
@@ -60,7 +60,7 @@ def _serve(flags: _Flags, line: Arguments) -> None:
     config = resolved.config
     generator = load(resolved)
     columns = min(flags.columns, generator.processor.config.max_position_embeddings)
-    engine = Engine(generator.model, generator.processor, slots=flags.slots, columns=columns)
+    engine = InferenceEngine(generator.model, generator.processor, slots=flags.slots, columns=columns)
     name = flags.name or Path(resolved.adapter or resolved.model).expanduser().resolve().name
     app = make_app(engine, _options(config, flags, keys, generator, name))
     note(f"serving {name} on http://{flags.host}:{flags.port}/v1: {flags.slots} answers at once, {columns} tokens each")

@@ -21,6 +21,7 @@ from cogtune.configuration.values import Section
 from cogtune.configuration.withdrawn import INSTEAD
 from cogtune.configuration.yaml_text import describe, parse_value, read_mapping
 from cogtune.errors import ConfigError
+from cogtune.language import tr
 
 _EXTRA = "lora.extra"
 _ROOTS: tuple[type[Section], ...] = (RunConfig, AnswerConfig)
@@ -121,7 +122,7 @@ def unknown_key(
     ]
     near = nearest_key(name, extra, root)
     if name in INSTEAD:
-        hint = INSTEAD[name]
+        hint = tr(INSTEAD[name])
     elif elsewhere and (near is None or near.rpartition(".")[2] != name.rpartition(".")[2].replace("-", "_")):
         hint = f"it belongs to another command: `{elsewhere[0].command} --help`"
     else:

@@ -14,6 +14,7 @@ from cogtune.configuration.suggestions import nearest
 from cogtune.configuration.withdrawn import INSTEAD
 from cogtune.configuration.yaml_text import describe
 from cogtune.errors import ConfigError
+from cogtune.language import tr
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def explain(
     elif unknown:
         near = [found for key in unknown if (found := nearest(key, list(fields_of(model))))]
         hint = f"did you mean {', '.join(f'`{key}`' for key in near)}?" if near else None
-    hint = instead or hint or keys_hint(model)
+    hint = tr(instead) if instead else hint or keys_hint(model)
     return ConfigError("\n  ".join(lines), hint=hint, code=_code(problems, missing, unknown))
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-_FORMATS = "leave it out; quant.experts, quant.tower and quant.embedding make a model smaller"
-_OPTIMISER = "use train.optimizer adamw8bit, whose moments take a quarter of the memory"
+from cogtune.language import phrase
+
+_FORMATS = phrase("leave it out; quant.experts, quant.tower and quant.embedding make a model smaller")
+_OPTIMISER = phrase("use train.optimizer adamw8bit, whose moments take a quarter of the memory")
 
 INSTEAD = {
     "quant.glu_adapter": _FORMATS,
@@ -11,7 +13,7 @@ INSTEAD = {
     "train.optimizer=paged_adamw": _OPTIMISER,
     "train.optimizer=paged_adamw8bit": _OPTIMISER,
 }
-"""A key, or ``key=value``, and what to use instead of it."""
+"""A key, or ``key=value``, and a template that says what to use instead of it."""
 
 CONSTANT = {"quant.glu_adapter": "none", "quant.head": "none"}
 """Keys that are gone and decided what is learnt: the value that every run has now."""

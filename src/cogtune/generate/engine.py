@@ -5,7 +5,7 @@ its answer ends; others join and leave meanwhile. Between two steps at most one 
 picture holds up the answers under way once, not until the queue is empty. The host reads a step's tokens while the
 device works on the next step: an answer that has ended costs one token too many, and no step waits for the host.
 
-One thread owns the model and the device. `Engine.submit` and what it returns may be used from any thread.
+One thread owns the model and the device. `InferenceEngine.submit` and what it returns may be used from any thread.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class _Flight:
         return self.tokens.tolist()
 
 
-class Engine:
+class InferenceEngine:
     """Answers requests with ``model`` (plain or with adapters in place) and its ``processor``.
 
     Args:
@@ -209,7 +209,7 @@ class Engine:
         if thread is not None and threading.current_thread() is not thread:
             thread.join()
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> InferenceEngine:
         return self
 
     def __exit__(self, *_: object) -> None:

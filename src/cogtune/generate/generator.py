@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 
 from cogtune.generate.choices import ChoiceScores, ClosedQuestion
 from cogtune.generate.decoding import Decoding
-from cogtune.generate.engine import Engine
+from cogtune.generate.engine import InferenceEngine
 from cogtune.generate.history import Turns
 from cogtune.generate.requests import Request
 from cogtune.generate.stream import Answer
@@ -81,7 +81,7 @@ class Generator:
         self._earlier: dict[tuple[str, int, int], Image.Image] = {}
         self.published: GenerationConfig = self.model.generation_config
         self.slots = slots
-        self._engine: Engine | None = None
+        self._engine: InferenceEngine | None = None
 
     @property
     def device(self) -> torch.device:
@@ -111,10 +111,10 @@ class Generator:
         return self.answer_batch([(images, question, history)], decoding)[0]
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> InferenceEngine:
         """The engine, created on first use."""
         if self._engine is None:
-            self._engine = Engine(self.model, self.processor, slots=self.slots)
+            self._engine = InferenceEngine(self.model, self.processor, slots=self.slots)
         return self._engine
 
     def answer_batch(

@@ -11,6 +11,7 @@ from cogtune.plan.memory import Phase
 from cogtune.plan.plan import Plan
 from cogtune.plan.setting import Setting
 from cogtune.system.byte_sizes import GIB, format_size
+from cogtune.system.durations import format_duration
 
 _SHOWN = 4
 
@@ -76,7 +77,7 @@ def summary(plan: Plan) -> str:
     """Return the plan in one line, for the start of a run."""
     memory = f"{plan.memory.driver / GIB:.1f} of {plan.card.usable / GIB:.1f} GiB"
     mark = ", estimated" if plan.estimate else ""
-    step = f"{plan.times.step.seconds:.2f} s a step, {duration(plan.times.epoch)} an epoch{mark}"
+    step = f"{plan.times.step.seconds:.2f} s a step, {format_duration(plan.times.epoch)} an epoch{mark}"
     return f"plan: {memory} ({plan.memory.peak.name}), {', '.join(chosen(plan))}; {step}"
 
 
@@ -126,13 +127,11 @@ def _times(plan: Plan) -> Iterator[str]:
     said = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in shares.items() if seconds >= 0.001)
     rows = setting.batch.rows * setting.ranks // setting.tensor * setting.accumulation
     yield f"time     a step of {rows} row{'s' if rows > 1 else ''} {step.seconds:.2f} s ({said})"
-    yield f"         an epoch of {times.steps:,} steps {duration(times.epoch)}"
+    yield f"         an epoch of {times.steps:,} steps {format_duration(times.epoch)}"
     epochs = f"{plan.epochs} epoch{'s' if plan.epochs > 1 else ''}"
-    filling = f"filling the cache {duration(times.fill)}, " if times.fill else ""
-    yield (
-        f"         the whole run {duration(plan.seconds)} without validation: loading {duration(times.load)}, "
-        f"{filling}{epochs} {duration(plan.epochs * times.epoch)}"
-    )
+    filling = f"filling the cache {format_duration(times.fill)}, " if times.fill else ""
+    parts = f"loading {format_duration(times.load)}, {filling}{epochs} {format_duration(plan.epochs * times.epoch)}"
+    yield f"         the whole run {format_duration(plan.seconds)} without validation: {parts}"
     if plan.rows.typical:
         yield f"         for the example's {plan.rows.count:,} pictures, one row each: --data DIR counts yours"
 
@@ -141,14 +140,3 @@ def _disk(plan: Plan) -> str:
     pictures = f"{'the example' if plan.rows.typical else 'the data'}'s {plan.rows.pictures:,} pictures"
     found: Mapping[str, int] = {f"feature cache of {pictures}": plan.cache, "checkpoints": plan.checkpoints}
     return ", ".join(f"{name} {format_size(size)}" for name, size in found.items() if size)
-
-
-def duration(seconds: float) -> str:
-    """Format seconds for people."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    if seconds < 48 * 3600:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 86400:.1f} days"

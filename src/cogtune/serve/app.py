@@ -22,7 +22,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from starlette.concurrency import run_in_threadpool
 
 from cogtune.generate.decoding import Decoding
-from cogtune.generate.engine import Engine
+from cogtune.generate.engine import InferenceEngine
 from cogtune.generate.history import prompt_limit
 from cogtune.generate.requests import Pending
 from cogtune.generate.requests import Request as Question
@@ -63,7 +63,7 @@ class ServerOptions:
 class _Metrics:
     """Counters of this server, not of the process, so that a process may run several servers."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: InferenceEngine) -> None:
         self.registry = CollectorRegistry()
         made: dict[str, Any] = {"registry": self.registry, "namespace": "cogtune"}
         self.requests = Counter("requests", "Requests by route and status.", ["route", "status"], **made)
@@ -99,7 +99,7 @@ class _Limited:
         await self.app(scope, counted, send)
 
 
-def make_app(engine: Engine, options: ServerOptions) -> FastAPI:
+def make_app(engine: InferenceEngine, options: ServerOptions) -> FastAPI:
     """Return the application of a running engine; it closes the engine at shutdown.
 
     Running answers are finished first; new requests are answered 503 meanwhile.
@@ -124,7 +124,7 @@ def make_app(engine: Engine, options: ServerOptions) -> FastAPI:
 
 
 class _Server:
-    def __init__(self, engine: Engine, options: ServerOptions) -> None:
+    def __init__(self, engine: InferenceEngine, options: ServerOptions) -> None:
         self.engine, self.options = engine, options
         self.metrics = _Metrics(engine)
         self.closing = False
@@ -324,7 +324,7 @@ class _Server:
 class _Answer:
     """A pending answer whose pieces arrive in the event loop, without a thread per answer."""
 
-    def __init__(self, engine: Engine, question: Question) -> None:
+    def __init__(self, engine: InferenceEngine, question: Question) -> None:
         self._loop = asyncio.get_running_loop()
         self._pieces: asyncio.Queue[str | BaseException | None] = asyncio.Queue()
         self.first: float | None = None

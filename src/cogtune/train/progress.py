@@ -12,8 +12,9 @@ import torch
 
 from cogtune.data.sampler import Position
 from cogtune.errors import CheckpointError
+from cogtune.system.durations import format_clock
 from cogtune.train.engines.async_scalar import AsyncScalar
-from cogtune.train.log import Metrics, duration, log, peak_memory_gib
+from cogtune.train.log import Metrics, log, peak_memory_gib
 
 
 @dataclass
@@ -140,6 +141,6 @@ class Reporter:
             f"step {line.step}/{self._total}  epoch {line.epoch:.2f}  "
             f"loss {line.loss:.4f}  lr {line.lr:.2e}  grad {grad_norm:.3f}  "
             f"{line.samples / seconds:.2f} samples/s  {line.tokens / seconds:.0f} tokens/s  "
-            f"{line.memory_gib:.2f} GiB  ETA {duration(left)}"
+            f"{line.memory_gib:.2f} GiB  ETA {format_clock(left)}"
         )
         self._window_start, self._away = norm, 0.0

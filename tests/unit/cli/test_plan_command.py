@@ -12,7 +12,7 @@ import pytest
 from cogtune.adapters.provenance import Provenance, write_provenance
 from cogtune.cli.main import main
 from cogtune.configuration.load import load_config
-from cogtune.plan.report import duration
+from cogtune.system.durations import format_duration
 from tests.support.training import write_data
 
 
@@ -50,9 +50,9 @@ def test_the_whole_run_is_said_and_an_example_called_one(
     assert main(["plan", "--card", "24GiB", *epochs]) == 0
     lines = capsys.readouterr().out.splitlines()
     (run,) = (line for line in lines if "the whole run" in line)
-    assert f"the whole run {duration(seconds['run'])} without validation" in run
+    assert f"the whole run {format_duration(seconds['run'])} without validation" in run
     assert "filling the cache" in run
-    assert f"3 epochs {duration(3 * seconds['epoch'])}" in run
+    assert f"3 epochs {format_duration(3 * seconds['epoch'])}" in run
     assert sum("example" in line for line in lines) == 3  # of data, time and disk
     data = write_data(tmp_path / "data")
     assert main(["plan", "--card", "24GiB", "--model", str(tiny_checkpoint), "--data", str(data)]) == 0

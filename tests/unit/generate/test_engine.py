@@ -16,7 +16,7 @@ from cogtune.errors import InputError, OutOfMemoryError, RunError
 from cogtune.generate.choices import ClosedQuestion, score_choices
 from cogtune.generate.decode_steps import DecodeSteps
 from cogtune.generate.decoding import Decoding
-from cogtune.generate.engine import Engine
+from cogtune.generate.engine import InferenceEngine
 from cogtune.generate.generator import Ask, Generator
 from cogtune.generate.picture_cache import PictureCache, image_digest
 from cogtune.generate.requests import Request
@@ -31,8 +31,8 @@ def parts(tiny_checkpoint: Path) -> tuple[Any, CogVLM2Processor]:
 
 
 @pytest.fixture
-def engine(parts: tuple[Any, CogVLM2Processor]) -> Iterator[Engine]:
-    with Engine(*parts, slots=3, columns=400) as found:
+def engine(parts: tuple[Any, CogVLM2Processor]) -> Iterator[InferenceEngine]:
+    with InferenceEngine(*parts, slots=3, columns=400) as found:
         yield found
 
 
@@ -56,20 +56,22 @@ def wanted(parts: tuple[Any, CogVLM2Processor], asks: list[Ask]) -> list[str]:
     return [generator.answer_batch([ask], DECODING)[0] for ask in asks]
 
 
-def _request(engine: Engine, ask: Ask, decoding: Decoding = DECODING, **options: Any) -> Request:
+def _request(engine: InferenceEngine, ask: Ask, decoding: Decoding = DECODING, **options: Any) -> Request:
     picture, query, history = ask
     images = () if picture is None else (picture,)
     return Request(engine.processor.encode(query, history, images=len(images)), images, decoding, **options)
 
 
-def test_answers_are_those_of_generate(engine: Engine, asks: list[Ask], wanted: list[str]) -> None:
+def test_answers_are_those_of_generate(engine: InferenceEngine, asks: list[Ask], wanted: list[str]) -> None:
     assert engine.answer([_request(engine, ask) for ask in asks]) == wanted
     assert engine.pictures.hits == 2  # red and blue come twice each: their keys and values are copied
     assert engine.free_slots == 3
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_whatever_comes_and_goes_meanwhile(engine: Engine, asks: list[Ask], wanted: list[str], seed: int) -> None:
+def test_whatever_comes_and_goes_meanwhile(
+    engine: InferenceEngine, asks: list[Ask], wanted: list[str], seed: int
+) -> None:
     """Requests arrive at random moments, some are cancelled, lengths differ; each whole answer is as if alone."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randint(len(asks), (14,), generator=generator).tolist()
@@ -93,7 +95,7 @@ def test_whatever_comes_and_goes_meanwhile(engine: Engine, asks: list[Ask], want
     assert (engine.free_slots, engine.running, engine.waiting) == (3, 0, 0)
 
 
-def test_a_seed_draws_the_same_alone_and_in_company(engine: Engine, asks: list[Ask]) -> None:
+def test_a_seed_draws_the_same_alone_and_in_company(engine: InferenceEngine, asks: list[Ask]) -> None:
     drawing = Decoding(max_new_tokens=16, sample=True, temperature=1.5, top_p=0.95)
     alone = engine.answer([_request(engine, asks[0], drawing, seed=11)])[0]
     crowd = [_request(engine, ask, drawing, seed=place) for place, ask in enumerate(asks)]
@@ -102,14 +104,16 @@ def test_a_seed_draws_the_same_alone_and_in_company(engine: Engine, asks: list[A
     assert engine.answer([_request(engine, asks[0], drawing, seed=12)])[0] != alone
 
 
-def test_pieces_join_to_the_answer(engine: Engine, asks: list[Ask], wanted: list[str]) -> None:
+def test_pieces_join_to_the_answer(engine: InferenceEngine, asks: list[Ask], wanted: list[str]) -> None:
     pieces = list(engine.submit(_request(engine, asks[1])))
     assert "".join(pieces) == wanted[1]
     assert all(pieces)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
-def test_a_stop_text_ends_the_answer_before_it(engine: Engine, asks: list[Ask], wanted: list[str], length: int) -> None:
+def test_a_stop_text_ends_the_answer_before_it(
+    engine: InferenceEngine, asks: list[Ask], wanted: list[str], length: int
+) -> None:
     whole = wanted[1]
     stop = whole[4 : 4 + length]
     pending = engine.submit(_request(engine, asks[1], stop=(stop, "never in it")))
@@ -119,7 +123,7 @@ def test_a_stop_text_ends_the_answer_before_it(engine: Engine, asks: list[Ask], 
     assert missing.text() == whole
 
 
-def test_a_cancelled_answer_gives_its_slot_back(engine: Engine, asks: list[Ask]) -> None:
+def test_a_cancelled_answer_gives_its_slot_back(engine: InferenceEngine, asks: list[Ask]) -> None:
     endless = Decoding(max_new_tokens=280)
     pending = engine.submit(_request(engine, asks[2], endless))
     first = next(pending)
@@ -129,7 +133,7 @@ def test_a_cancelled_answer_gives_its_slot_back(engine: Engine, asks: list[Ask])
     assert ("".join([first, *pending])) is not None
 
 
-def test_what_does_not_go_together_is_refused(engine: Engine, asks: list[Ask]) -> None:
+def test_what_does_not_go_together_is_refused(engine: InferenceEngine, asks: list[Ask]) -> None:
     with pytest.raises(InputError, match="there is room for"):
         engine.submit(_request(engine, asks[0], Decoding(max_new_tokens=400)))
     encoded = engine.processor.encode("What?", images=1)
@@ -142,7 +146,7 @@ def test_what_does_not_go_together_is_refused(engine: Engine, asks: list[Ask]) -
 
 @pytest.mark.parametrize("where", ["prefill", "step"])
 def test_an_error_ends_the_answers_under_way_and_no_others(
-    engine: Engine, asks: list[Ask], wanted: list[str], monkeypatch: pytest.MonkeyPatch, where: str
+    engine: InferenceEngine, asks: list[Ask], wanted: list[str], monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
         monkeypatch.undo()
@@ -156,7 +160,7 @@ def test_an_error_ends_the_answers_under_way_and_no_others(
     assert engine.free_slots == 3
 
 
-def test_closed_questions_are_scored_between_steps(engine: Engine, asks: list[Ask], wanted: list[str]) -> None:
+def test_closed_questions_are_scored_between_steps(engine: InferenceEngine, asks: list[Ask], wanted: list[str]) -> None:
     """While answers are under way, which stay as they are; an error reaches the one who asked."""
     running = [engine.submit(_request(engine, ask)) for ask in asks[:3]]
     questions = [ClosedQuestion("Is it red?", ("yes", "no"))]
@@ -170,7 +174,7 @@ def test_closed_questions_are_scored_between_steps(engine: Engine, asks: list[As
 
 
 def test_closing_finishes_what_was_accepted(parts: tuple[Any, CogVLM2Processor], asks: list[Ask]) -> None:
-    engine = Engine(*parts, slots=2, columns=400)
+    engine = InferenceEngine(*parts, slots=2, columns=400)
     running = [engine.submit(_request(engine, ask)) for ask in asks]
     engine.close()
     assert all(pending.done and pending.finish_reason in ("stop", "length") for pending in running)
@@ -183,7 +187,7 @@ def test_slots_grow_with_what_is_asked(
     """While answers are under way, which go on in the larger cache; an idle engine's thread ends."""
     monkeypatch.setattr("cogtune.generate.engine._COLUMNS", 16)
     monkeypatch.setattr("cogtune.generate.engine._IDLE", 0.05)
-    with Engine(*parts, slots=4, columns=400) as engine:
+    with InferenceEngine(*parts, slots=4, columns=400) as engine:
         running = [engine.submit(_request(engine, ask)) for ask in (asks[4], asks[1], asks[2], asks[0], asks[5])]
         assert [pending.text() for pending in running] == [wanted[place] for place in (4, 1, 2, 0, 5)]
         assert engine._cache is not None

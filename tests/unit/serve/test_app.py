@@ -20,7 +20,7 @@ from cogtune.checkpoint.load import load_model
 from cogtune.generate.choices import ClosedQuestion
 from cogtune.generate.decode_steps import DecodeSteps
 from cogtune.generate.decoding import Decoding
-from cogtune.generate.engine import Engine
+from cogtune.generate.engine import InferenceEngine
 from cogtune.generate.generator import Generator
 from cogtune.generate.requests import Request
 from cogtune.processing.processor import CogVLM2Processor
@@ -34,7 +34,7 @@ Start = Callable[..., "Running"]
 class Running:
     """A server in a thread, its engine, and clients."""
 
-    def __init__(self, engine: Engine, options: ServerOptions) -> None:
+    def __init__(self, engine: InferenceEngine, options: ServerOptions) -> None:
         self.engine = engine
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
@@ -73,7 +73,9 @@ def start(parts: tuple[Any, CogVLM2Processor]) -> Iterator[Start]:
 
     def begin(slots: int = 2, columns: int = 600, **options: Any) -> Running:
         settings = {"model": "tiny", "keys": (KEY,), "decoding": Decoding(max_new_tokens=20), "most_tokens": 400}
-        running.append(Running(Engine(*parts, slots=slots, columns=columns), ServerOptions(**(settings | options))))
+        running.append(
+            Running(InferenceEngine(*parts, slots=slots, columns=columns), ServerOptions(**(settings | options)))
+        )
         return running[-1]
 
     yield begin
