@@ -1,8 +1,8 @@
 """A decode step with fused Triton kernels, for GPUs: six launches per layer, no synchronisation with the host.
 
 Computes what `model.decode.decode` does with fewer roundings: a norm's scale is applied after the product that follows
-it. Up to `MOST_ROWS` rows, products read weights in their storage format and include the adapters. With more rows the
-modules compute the products, because library kernels are faster there.
+it. With few rows, products read weights in their storage format and include the adapters. With more rows the modules
+compute the products, because library kernels are faster there; norms and silu(gate) * up stay fused.
 
 Shapes: R rows, D hidden, V vocabulary, I input and O output features.
 """
@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from torch.nn import functional
 
 from cogtune.model.kernels import decode as kernels
-from cogtune.model.kernels.slot_attention import slot_attention
+from cogtune.model.kernels.slot_attention import NARROWEST_HEAD, slot_attention
 from cogtune.model.modeling import CogVLM2ForCausalLM, RMSNorm
 from cogtune.model.quantized.fp8 import Fp8Linear
 from cogtune.model.quantized.host_embedding import HostEmbedding
@@ -78,7 +77,9 @@ class Projection:
         kinds = [weight.kind if weight is not None else None for weight in self.weights]
         if None in kinds:
             return 0
-        return 1 if kernels.NF4 in kinds else kernels.MOST_ROWS
+        if kernels.NF4 in kinds:
+            return 1
+        return kernels.MOST_GATED_ROWS if kinds == [kernels.PLAIN] * 2 else kernels.MOST_ROWS
 
     def __call__(self, x: torch.Tensor, *, norm: Any = None, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Map [R, I] to [R, O]; two products give silu(first) * second.
@@ -86,7 +87,8 @@ class Projection:
         The module ``norm`` is applied before, ``residual`` is added after.
         """
         if x.shape[0] > self.most_rows:
-            return self._by_modules(x if norm is None else norm(x), residual)
+            normed = x if norm is None else kernels.root_mean_square_norm(x, norm.weight, norm.eps)
+            return self._by_modules(normed, residual)
         weight, *gated = self.weights
         assert weight is not None
         before = None if norm is None else (norm.weight, norm.eps)
@@ -101,7 +103,7 @@ class Projection:
     def _by_modules(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         found: torch.Tensor = self.modules[0](x)
         if len(self.modules) == 2:
-            found = functional.silu(found) * self.modules[1](x)
+            found = kernels.silu_product(found, self.modules[1](x))
         return found if residual is None else residual + found
 
 
@@ -172,9 +174,11 @@ class FusedDecode:
 
     @staticmethod
     def fits(model: CogVLM2ForCausalLM) -> bool:
-        """Return whether the kernels support ``model``: the norms are the model's own, and the embedding is on the
-        GPU."""
+        """Return whether the kernels support ``model``: the norms are the model's own, the embedding is on the GPU, and
+        heads are as wide as `slot_attention` needs."""
         layers: Any = model.model.layers
+        if model.config.head_dim < NARROWEST_HEAD:
+            return False
         norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
         plain = all(type(norm) is RMSNorm for norm in (*norms, model.model.norm))
         return plain and not isinstance(model.model.embed_tokens, HostEmbedding)

@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 
 PLAIN, FP8, INT8, NF4 = 0, 1, 2, 3
-MOST_ROWS = 16  # of `linear`; more rows go through the modules
+MOST_ROWS, MOST_GATED_ROWS = 16, 64
+"""Most rows of `linear` for which it is faster than library kernels (docs/log.md, 2026-11-30): of one product, and of
+two that share their input."""
 
 
 @triton.jit
@@ -185,6 +187,16 @@ def _norm(x, weight, out, eps, width: tl.constexpr, block: tl.constexpr):
     tl.store(out + row * width + d, normed.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _gate(first, second, out, total, block: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    inside = at < total
+    gate = tl.load(first + at, mask=inside, other=0.0).to(tl.float32)
+    silu = (gate / (1 + tl.exp(-gate))).to(out.dtype.element_ty).to(tl.float32)
+    found = silu * tl.load(second + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, found.to(out.dtype.element_ty), mask=inside)
+
+
 class Weight:
     """A frozen weight [O, I] as its layer stores it.
 
@@ -232,7 +244,7 @@ def linear(
     updates: tuple[Update, Update] | tuple[Update] | None = None,
     tiles: dict[str, Any] | None = None,
 ) -> torch.Tensor:
-    """Return ``x W'`` [R, O] of at most `MOST_ROWS` rows x [R, I]; of a single row if the weight is NF4.
+    """Return ``x W'`` [R, O] of rows x [R, I], R at most 64; of a single row if the weight is NF4.
 
     Args:
         norm: weight [I] and epsilon of a root-mean-square norm applied to x before the product. For a single row, x
@@ -267,17 +279,31 @@ def linear(
         )  # fmt: skip
         return out
     if norm is not None:
-        normed = torch.empty_like(x)
-        _norm[(rows,)](x, *norm[:1], normed, norm[1], width=width, block=triton.next_power_of_2(width), num_warps=8)
-        x = normed
+        x = root_mean_square_norm(x, *norm)
     exact = "ieee" if x.dtype == torch.float32 else "tf32"
-    _few[grid](x, *products, rows, features, exact=exact, block_r=16, **options)
+    _few[grid](x, *products, rows, features, exact=exact, block_r=max(16, triton.next_power_of_2(rows)), **options)
+    return out
+
+
+def root_mean_square_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return the norm [R, I] of the rows of x [R, I] times ``weight`` [I], rounded once."""
+    out, width = torch.empty_like(x), x.shape[1]
+    _norm[(x.shape[0],)](x, weight, out, eps, width=width, block=triton.next_power_of_2(width), num_warps=8)
+    return out
+
+
+def silu_product(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Return silu(first) * second [R, O] of contiguous tensors, in one launch; silu is rounded as torch rounds it."""
+    out = torch.empty_like(first)
+    _gate[(triton.cdiv(first.numel(), 2048),)](first, second, out, first.numel(), block=2048, num_warps=8)
     return out
 
 
 def _tiles(rows: int, features: int, width: int, kind: int, gated: bool) -> dict[str, int]:
     """Return the tile sizes that were fastest on an H200 for this model's shapes (docs/log.md, 2026-11-30)."""
-    if rows > 1:
+    if rows > 16:
+        block_n, block_k, warps, stages = (64, 64, 4, 4) if gated else (32, 128, 4, 4)
+    elif rows > 1:
         block_n, block_k, warps, stages = (64, 128, 4, 4) if gated or features > 65536 else (16, 256, 2, 4)
     elif features <= 512:  # the first matrix of an update
         block_n, block_k, warps, stages = 1, 4096, 8, 1

@@ -14,6 +14,7 @@ import triton.language as tl
 
 PART = 256  # columns per attention program; fixed, so that a row's result does not depend on the number of rows
 _BLOCK = 64
+NARROWEST_HEAD = 32  # tl.dot multiplies halves of a head, and needs 16 columns
 
 
 @triton.jit
