@@ -21,9 +21,18 @@ GOLDEN_FILE = Path(__file__).parents[1] / "golden" / "cogvlm2-golden.json"
 TOLERANCE = 2e-5  # float32; a second plain implementation agreed within 9e-7, the rest is room for other kernels
 
 
+FAMILY_FILE = GOLDEN_FILE.with_name("family-golden.json")
+
+
 @cache
 def golden() -> dict[str, Any]:
     return json.loads(GOLDEN_FILE.read_text())
+
+
+@cache
+def family() -> dict[str, Any]:
+    """The fixtures of the published video model."""
+    return json.loads(FAMILY_FILE.read_text())
 
 
 def hashed_uniform(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -71,3 +80,17 @@ def golden_model() -> CogVLM2ForCausalLM:
 
 def golden_images(count: int) -> torch.Tensor:
     return torch.stack([torch.from_numpy(2 * hashed_uniform(f"image{i}", (3, 8, 8))).float() for i in range(count)])
+
+
+def video_model() -> CogVLM2ForCausalLM:
+    config = CogVLM2Config(**family()["config"], architectures=["CogVLMVideoForCausalLM"])
+    model = CogVLM2ForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(hashed_weight(name, tuple(parameter.shape)))
+    return model.eval()
+
+
+def video_frames(numbers: list[int]) -> torch.Tensor:
+    frames = [torch.from_numpy(2 * hashed_uniform(f"image{n}", (3, 8, 8))).float() for n in numbers]
+    return torch.stack(frames) if frames else torch.zeros(0, 3, 8, 8)

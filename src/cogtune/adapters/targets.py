@@ -74,7 +74,7 @@ def match_targets(kinds: Mapping[str, str], targets: Sequence[str]) -> list[str]
     chosen: dict[str, None] = {}
     for target in targets:
         if target in TARGET_SETS:
-            chosen |= dict.fromkeys(TARGET_SETS[target])
+            chosen |= dict.fromkeys(_of_set(target, kinds))
             continue
         is_pattern = bool(set(target) & _PATTERN_CHARACTERS)
         hits = _matching_pattern(target, kinds) if is_pattern else [n for n in kinds if is_hit(n, target)]
@@ -87,6 +87,21 @@ def match_targets(kinds: Mapping[str, str], targets: Sequence[str]) -> list[str]
     if not chosen:
         raise AdapterError("lora.targets is empty; nothing would train", hint=_sets_hint(), code="adapter-targets")
     return list(chosen)
+
+
+def _of_set(target: str, kinds: Mapping[str, str]) -> list[str]:
+    """Return the suffixes of a named set that this model has: a video model has no vision experts."""
+    if not any(is_hit(name, TARGET_SETS["language-experts"][0]) for name in kinds):
+        return list(TARGET_SETS[target])  # a part of a model; whoever asked knows which
+    found = [suffix for suffix in TARGET_SETS[target] if any(is_hit(name, suffix) for name in kinds)]
+    if not found and target.startswith("vision-experts"):
+        instead = target.replace("vision-", "")
+        raise AdapterError(
+            f"lora.targets: `{target}` matches nothing: a video model has one expert for all tokens",
+            hint=f"name that one, --lora.targets {instead}",
+            code="adapter-targets",
+        )
+    return found or list(TARGET_SETS[target])
 
 
 def is_hit(name: str, target: str) -> bool:

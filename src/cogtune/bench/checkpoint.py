@@ -23,7 +23,14 @@ from typing import Any
 import torch
 
 from cogtune.checkpoint.model_files import INDEX_NAME
-from cogtune.checkpoint.random import fill_random, published_config, tiny_config, write_published_config
+from cogtune.checkpoint.random import (
+    fill_random,
+    published_config,
+    published_video_config,
+    tiny_config,
+    tiny_video_config,
+    write_published_config,
+)
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.errors import DiskFullError, OutputFolderError
 from cogtune.model.modeling import CogVLM2ForCausalLM
@@ -35,6 +42,12 @@ from cogtune.system.locks import lock_beside
 SHARD_LIMIT = 5 * 10**9
 PIECE = 64 * 2**20
 SLOTS = 6
+PRESETS: dict[str, Callable[[], CogVLM2Config]] = {
+    "full": published_config,
+    "video": published_video_config,
+    "tiny": tiny_config,
+    "tiny-video": tiny_video_config,
+}
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -74,14 +87,14 @@ def make_checkpoint(
     seed: int = 0,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Written:
-    """Write the preset ``full`` (39 GB) or ``tiny`` (400 kB) into the new folder ``folder``.
+    """Write one of `PRESETS` (39 GB, 25 GB, and below 400 kB) into the new folder ``folder``.
 
     Raises:
         OutputFolderError: it contains files already.
         DiskFullError: too little space, before or while writing.
     """
-    config = published_config() if preset == "full" else tiny_config()
-    shards = plan_shards(config, SHARD_LIMIT if preset == "full" else 150_000)
+    config = PRESETS[preset]()
+    shards = plan_shards(config, 150_000 if preset.startswith("tiny") else SHARD_LIMIT)
     total = sum(2 * math.prod(shape) for shard in shards for shape in shard.values())
     began = time.perf_counter()
     what = "remove the unfinished folder"

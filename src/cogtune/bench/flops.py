@@ -67,7 +67,7 @@ def forward_flops(sizes: ModelSizes, work: Work) -> Flops:
     sum).
     """
     # a token passes through one of the two experts, which have the same size
-    decoder = sum(x.weights for (expert, _), x in sizes.decoder_layers[0].items() if expert == EXPERTS[0])
+    decoder = sum(x.weights for (expert, _), x in sizes.decoder_layers[0].items() if expert == EXPERTS[-1])
     vision, grid = sizes.vision, sizes.grid_tokens
     block = sum(x.weights for x in sizes.linears if x.part == "tower" and x.layer == 0)
     patches = vision.num_positions

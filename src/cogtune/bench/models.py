@@ -6,14 +6,25 @@ import torch
 
 from cogtune.checkpoint.model_files import load_model_config
 from cogtune.checkpoint.quantize import require_packages
-from cogtune.checkpoint.random import published_config, random_weights, tiny_config
+from cogtune.checkpoint.random import (
+    published_config,
+    published_video_config,
+    random_weights,
+    tiny_config,
+    tiny_video_config,
+)
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.configuration.run_config import RunConfig
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.train.engines.base import Engine
 from cogtune.train.run import load_base
 
-RANDOM = {"random": published_config, "random-tiny": tiny_config}
+RANDOM = {
+    "random": published_config,
+    "random-video": published_video_config,
+    "random-tiny": tiny_config,
+    "random-tiny-video": tiny_video_config,
+}
 """Values of ``model.path`` for random weights on the device: published sizes, or a test's."""
 
 

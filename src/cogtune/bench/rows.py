@@ -54,10 +54,13 @@ PRESETS = {
     "vqa10": Preset(10, 1, 20, 10),
     "vqa1": Preset(1, 1, 20, 10),
     "caption": Preset(1, 1, 20, 300),
+    "clip24": Preset(1, 1, 32, 256, images=24),
+    "clip24x10": Preset(10, 1, 32, 64, images=24),
     "text-only": Preset(1, 1, 200, 200, images=0),
     "512+512": Preset(1, 1, 512, 512),
 }
-"""``vqa1`` is one question of ``vqa10`` in its own row; ``512+512`` fills the published script's budgets."""
+"""``vqa1`` is one question of ``vqa10`` in its own row; ``512+512`` fills the published script's budgets; ``clip24`` is
+a caption of a clip of 24 frames, for a video model, ``clip24x10`` ten short ones."""
 
 
 def preset(name: str) -> Preset:
@@ -182,7 +185,7 @@ def synthetic_batches(
     batches = []
     for start in range(rank * each, (rank + 1) * each, batch_size):
         samples = [rows.row(0, index) for index in range(start, start + batch_size)]
-        batch = collate(samples, column_multiple=GPU_COLUMNS if on_gpu else 1)
+        batch = collate(samples, GPU_COLUMNS if on_gpu else 1, vision_experts=rows.vision_experts)
         batches.append({name: _pinned(value) for name, value in batch.items()} if on_gpu else batch)
     return batches
 

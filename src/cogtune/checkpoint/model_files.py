@@ -11,6 +11,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
 from cogtune.checkpoint.stream import StoredTensor, find_stored
+from cogtune.configuration.architectures import refuse_foreign
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.errors import CheckpointError
 from cogtune.system.names import inside
@@ -27,7 +28,7 @@ def load_model_config(path: str | Path) -> CogVLM2Config:
     """Return the model configuration of a folder or hub id.
 
     Raises:
-        CheckpointError: no such folder, no ``config.json`` in it, or one that is not valid.
+        CheckpointError: no such folder, no ``config.json`` in it, one that is not valid, or another architecture's.
     """
     folder = Path(path)
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -35,6 +36,7 @@ def load_model_config(path: str | Path) -> CogVLM2Config:
             f"{folder}: no config.json; expected a model folder", hint=ROUTES, code="checkpoint-config"
         )
     _require_found(path)
+    refuse_foreign(path)
     try:
         return CogVLM2Config.from_pretrained(path)
     except (OSError, ValueError, TypeError) as error:

@@ -15,6 +15,7 @@ import torch
 
 from cogtune.checkpoint.place import Builder, Cutting, Placement, require_filled
 from cogtune.checkpoint.quantize import device_for, mark_for_adapters
+from cogtune.configuration.architectures import FRAMES, PICTURES
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.configuration.quantization import PLAIN, QuantSection
 from cogtune.model.modeling import CogVLM2ForCausalLM
@@ -42,6 +43,7 @@ TINY_VISION: dict[str, Any] = {
     "num_heads": 2,
     "num_positions": 17,
 }
+_VIDEO: dict[str, Any] = {"architectures": [FRAMES], "template_version": "base"}
 
 
 def tiny_config(**changes: Any) -> CogVLM2Config:
@@ -53,6 +55,17 @@ def tiny_config(**changes: Any) -> CogVLM2Config:
 def published_config() -> CogVLM2Config:
     """Return the published model's configuration."""
     return CogVLM2Config(eos_token_id=[128001, 128009])
+
+
+def tiny_video_config(**changes: Any) -> CogVLM2Config:
+    """Return the configuration of a tiny video model: one expert, frames of 6 tokens."""
+    return tiny_config(**(_VIDEO | {"eos_token_id": 257} | changes))
+
+
+def published_video_config() -> CogVLM2Config:
+    """Return the configuration of the four published video models."""
+    vision = {"image_size": 224, "num_positions": 257}
+    return CogVLM2Config(**_VIDEO, eos_token_id=128001, max_position_embeddings=2048, vision_config=vision)
 
 
 def make_tiny(
@@ -146,14 +159,15 @@ def write_published_config(folder: Path, config: CogVLM2Config) -> None:
     """Write ``config.json`` and ``generation_config.json`` as in the published checkpoint: ``auto_map``, no
     ``model_type``."""
     own = config.to_dict()
+    architecture = PICTURES if config.vision_experts else FRAMES
     # the published file omits the number of key/value heads if it is 8
-    shapes = [key for key in TINY if key != "num_multi_query_heads" or own[key] != 8]
+    shapes = [key for key in TINY if key != "num_multi_query_heads" or own[key] != 8 or not config.vision_experts]
     keys = [*shapes, "rms_norm_eps", "hidden_act", "initializer_range", "template_version", "use_cache"]
     published = {
-        "architectures": ["CogVLMForCausalLM"],
+        "architectures": [architecture],
         "auto_map": {
             "AutoConfig": "configuration_cogvlm.CogVLMConfig",
-            "AutoModelForCausalLM": "modeling_cogvlm.CogVLMForCausalLM",
+            "AutoModelForCausalLM": f"modeling_cogvlm.{architecture}",
         },
         "vision_config": {
             key: own["vision_config"][key]

@@ -119,7 +119,12 @@ class _LoadFlags:
 
 @dataclass(frozen=True)
 class _MakeFlags:
-    preset: str = flag("full", "full, or tiny: 400 kB. Default: full.", "NAME", choices=("full", "tiny"))
+    preset: str = flag(
+        "full",
+        "full (39 GB), video (25 GB), tiny or tiny-video (400 kB). Default: full.",
+        "NAME",
+        choices=("full", "video", "tiny", "tiny-video"),
+    )
     device: str = flag("auto", "Where values are made. auto: the GPU, if there is one.", "NAME")
     seed: int = flag(0, "Of the values.", "N", least=0)
 

@@ -23,7 +23,12 @@ licences, the data under CC BY-NC 4.0."""
 class _Flags:
     output: Path | None = flag(None, "Folder for the files. Default: the repository's name.", "DIR")
     source: str = flag("hf", "The hub. Default: hf.", "hf|modelscope", choices=("hf", "modelscope"))
-    variant: str = flag("chat", "Which model: chat, chinese-chat, int4, chinese-int4. Default: chat.", "NAME")
+    variant: str = flag(
+        "chat",
+        "Which model: chat, chinese-chat, int4, chinese-int4, or of clips: caption, video-chat, video-base,"
+        " visionreward-video. Default: chat.",
+        "NAME",
+    )
 
 
 def _download(flags: _Flags, line: Arguments) -> None:

@@ -59,7 +59,7 @@ def _serve(flags: _Flags, line: Arguments) -> None:
     resolved = resolve(config)
     config = resolved.config
     generator = load(resolved)
-    columns = min(flags.columns, generator.processor.config.max_position_embeddings)
+    columns = min(flags.columns, generator.processor.config.most_tokens)
     engine = InferenceEngine(generator.model, generator.processor, slots=flags.slots, columns=columns)
     name = flags.name or Path(resolved.adapter or resolved.model).expanduser().resolve().name
     app = make_app(engine, _options(config, flags, keys, generator, name))

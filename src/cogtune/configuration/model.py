@@ -6,11 +6,13 @@ The published file has no ``model_type``, lacks ``num_multi_query_heads`` and ``
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from cogtune.configuration.architectures import has_vision_experts
 from cogtune.configuration.shapes import BOS_ID, EOS_ID, PAD_ID, Shape, VisionShape
 
 ROPE_PRECISIONS = ("checkpoint", "float32")
@@ -43,7 +45,8 @@ class CogVLM2VisionConfig(PreTrainedConfig):
 
 @strict
 class CogVLM2Config(PreTrainedConfig):
-    """CogVLM2 with vision experts (``cogvlm2-llama3-chat-19B``): the numbers that make the architecture.
+    """CogVLM2, with vision experts (``cogvlm2-llama3-chat-19B``) or without (``cogvlm2-llama3-caption`` and the other
+    video models): the numbers that make the architecture.
 
     Example:
         >>> config = CogVLM2Config.from_pretrained("cogvlm2")
@@ -78,9 +81,13 @@ class CogVLM2Config(PreTrainedConfig):
     pad_token_id: int | None = PAD_ID
     tie_word_embeddings: bool = False
     use_cache: bool = True
+    vision_experts: bool | None = None
+    """Whether image tokens have expert weights of their own. None: as ``architectures`` says."""
     vision_config: dict[str, Any] | PreTrainedConfig | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.vision_experts is None:
+            self.vision_experts = has_vision_experts(self.architectures)
         if self.vision_config is None:
             self.vision_config = CogVLM2VisionConfig()
         elif isinstance(self.vision_config, dict):
@@ -127,14 +134,31 @@ class CogVLM2Config(PreTrainedConfig):
         return self.grid**2 + 2
 
     @property
+    def most_tokens(self) -> int:
+        """Most tokens of a prompt with its answer.
+
+        The video models' files say 2048 positions, which nothing holds them to: 24 frames alone are 1,608 tokens, but
+        take 96 positions. Their language model was trained for Llama 3's 8192.
+        """
+        return self.max_position_embeddings if self.vision_experts else max(self.max_position_embeddings, 8192)
+
+    @property
     def max_images(self) -> int:
-        """Most images of one prompt."""
-        return 1
+        """Most images of one prompt. A video model has no limit of its own; its images are a clip's frames."""
+        return 1 if self.vision_experts else sys.maxsize
 
     @property
     def numbered_images(self) -> bool:
         """Does the chat template put a number after each image, as a model of video frames expects?"""
-        return False
+        return not self.vision_experts
+
+    @property
+    def default_template(self) -> str:
+        """The template where none is asked for: ``template_version``.
+
+        The video models' file says "base" even where every published script asks them in "chat", so theirs is "chat".
+        """
+        return "chat" if self.numbered_images else self.template_version
 
     @property
     def eos_token_ids(self) -> list[int]:

@@ -59,4 +59,6 @@ class Shape:
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
     num_multi_query_heads: int = 8
+    vision_experts: bool = True
+    """Whether image tokens have expert weights of their own; the video models have one expert for all tokens."""
     vision: VisionShape = field(default_factory=VisionShape)

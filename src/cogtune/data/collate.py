@@ -16,13 +16,15 @@ _PADDING_ID = 0
 _PADDING_SEGMENT = -1
 
 
-def collate(rows: Sequence[RowSample], column_multiple: int = 1) -> dict[str, Any]:
+def collate(rows: Sequence[RowSample], column_multiple: int = 1, *, vision_experts: bool = True) -> dict[str, Any]:
     """Return keyword arguments for the model, plus ``record_ids`` (list) and ``num_labels`` (int) for the training
     loop.
 
     int64 [B, L]: ``input_ids``, ``token_type_ids``, ``attention_mask``, ``labels``, ``segment_ids``; int64 [B, S]:
     ``segment_parents``; float32 [N, 3, H, W]: ``pixel_values`` of all rows' images, row after row, or [N, Q, W]:
     ``image_features`` where those come from the cache; both absent when there is none.
+
+    ``vision_experts``: as in `Routing.build`.
     """
     input_ids = _padded([sample.row.input_ids for sample in rows], _PADDING_ID)
     lengths = torch.tensor([len(sample.row.input_ids) for sample in rows])
@@ -41,6 +43,7 @@ def collate(rows: Sequence[RowSample], column_multiple: int = 1) -> dict[str, An
         segment_parents=batch["segment_parents"],
         labels=batch["labels"],
         column_multiple=column_multiple,
+        vision_experts=vision_experts,
     )
     for name in ("pixel_values", "image_features"):
         images = [image for sample in rows for image in getattr(sample, name)]

@@ -129,6 +129,11 @@ class TrainRows(Dataset[RowSample]):
         return len(self._plans)
 
     @property
+    def vision_experts(self) -> bool:
+        """Whether the rows' model has experts to sort tokens by; a video model, which numbers its images, has one."""
+        return not self._encoder.numbered_images
+
+    @property
     def images(self) -> list[tuple[ImageRef, ...]]:
         """The images of each row, in order."""
         return [self._examples[plan.example].images for plan in self._plans]

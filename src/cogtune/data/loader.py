@@ -29,7 +29,9 @@ def batches(
     loader: DataLoader[Any] = DataLoader(
         _Guarded(rows),  # type: ignore[arg-type]
         batch_sampler=sampler,
-        collate_fn=functools.partial(_collate_or_error, column_multiple=GPU_COLUMNS if for_gpu else 1),
+        collate_fn=functools.partial(
+            _collate_or_error, column_multiple=GPU_COLUMNS if for_gpu else 1, vision_experts=rows.vision_experts
+        ),
         num_workers=workers,
         worker_init_fn=_start_worker if workers else None,
         # a generator of its own, so that making an iterator does not advance training's random state
@@ -58,13 +60,15 @@ class _Guarded:
             return error
 
 
-def _collate_or_error(items: Sequence[RowSample | CogtuneError], column_multiple: int) -> dict[str, Any] | CogtuneError:
+def _collate_or_error(
+    items: Sequence[RowSample | CogtuneError], column_multiple: int, vision_experts: bool
+) -> dict[str, Any] | CogtuneError:
     rows: list[RowSample] = []
     for item in items:
         if isinstance(item, CogtuneError):
             return item
         rows.append(item)
-    return collate(rows, column_multiple)
+    return collate(rows, column_multiple, vision_experts=vision_experts)
 
 
 def _start_worker(_: int) -> None:

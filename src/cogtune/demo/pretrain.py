@@ -99,7 +99,7 @@ class DrawnRows:
     def batch(self, rng: random.Random) -> dict[str, Any]:
         """Return the model's arguments."""
         rows = [self._drawing(draw(rng), rng) for _ in range(BATCH)] + [self._text(rng) for _ in range(TEXT_ROWS)]
-        batch = collate(rows)
+        batch = collate(rows, vision_experts=not self.encoder.numbered_images)
         del batch["record_ids"], batch["num_labels"]
         return batch
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from cogtune.configuration.architectures import VIDEO_MODELS
 from cogtune.configuration.run_config import PUBLISHED_MODEL
 
 Source = Literal["hf", "modelscope"]
@@ -35,8 +36,8 @@ VARIANTS = {
     "chinese-chat": _model("chinese-chat", _CHAT.replace("chat", "chinese-chat")),
     "int4": _model("int4", f"{_CHAT}-int4"),
     "chinese-int4": _model("chinese-int4", f"{_CHAT.replace('chat', 'chinese-chat')}-int4"),
-}
-"""The model's variants: the published chat model, the Chinese one, and their 4-bit copies."""
+} | {name: _model(name, repository) for name, repository in VIDEO_MODELS.items()}
+"""The model's variants: the published chat model, the Chinese one, their 4-bit copies, and the video models."""
 
 DATA = Repository(
     "CogVLM-SFT-311K",

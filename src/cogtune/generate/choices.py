@@ -81,10 +81,10 @@ def score_choices(
         prompt = row.add(0, encoder.prompt_ids(question.query, question.history, template))
         for choice in question.choices:
             row.add(prompt, [*encoder.answer_ids(choice), encoder.eos_id], labelled=True)
-    if len(row.ids) > model.config.max_position_embeddings:
+    if len(row.ids) > model.config.most_tokens:
         raise InputError(
             f"{len(questions)} questions with all their choices take {len(row.ids)} tokens; "
-            f"{model.config.max_position_embeddings} fit",
+            f"{model.config.most_tokens} fit",
             hint="ask fewer at once",
             code="question-too-long",
         )
@@ -130,8 +130,11 @@ def _label_log_probabilities(model: Any, row: _Row, image_features: torch.Tensor
         torch.tensor([values]) for values in (row.ids, row.types, row.labels, row.segments, row.parents)
     )
     device = model.device
+    two = bool(model.config.vision_experts)
     multiple = GPU_COLUMNS if device.type == "cuda" else 1
-    routing = Routing.build(types, None, segments, parents, labels, column_multiple=multiple).to(device)
+    routing = Routing.build(types, None, segments, parents, labels, column_multiple=multiple, vision_experts=two).to(
+        device
+    )
     features = model.image_features_of(routing, None, image_features)
     hidden = model.model(ids.to(device), routing, features, None, row_mask(routing))
     if routing.predictors is not None:

@@ -86,7 +86,7 @@ class InferenceEngine:
         self.processor = processor
         self.model.eval()
         config = self.model.config
-        self.columns = config.max_position_embeddings if columns is None else columns
+        self.columns = config.most_tokens if columns is None else columns
         device = self.model.device
         self.slots = slots
         self._cache: SlotCache | None = None

@@ -180,7 +180,7 @@ class Generator:
         history = ask[2] if len(ask) == 3 else ()
         encoded = self.processor.encode(ask[1], history, images=len(images), template=self.template)
         wanted = decoding or self.decoding
-        room = self.processor.config.max_position_embeddings - len(encoded)
+        room = self.processor.config.most_tokens - len(encoded)
         return encoded, images, replace(wanted, max_new_tokens=max(1, min(wanted.max_new_tokens, room)))
 
     @contextmanager

@@ -19,7 +19,7 @@ def prompt_limit(config: CogVLM2Config, *, head: int, max_new_tokens: int, max_i
     `Encoder.head_tokens`), and at most ``max_input_len``. If the answer limit is as large as the context, the prompt
     gets half of the room.
     """
-    room = config.max_position_embeddings - head
+    room = config.most_tokens - head
     limit = max(room - max_new_tokens, room // 2)
     return limit if max_input_len is None else min(limit, max_input_len)
 

@@ -24,14 +24,15 @@ from cogtune.model.routing import Routing
 
 
 def by_expert(
-    x_TD: torch.Tensor, num_vision: int, vision: nn.Module, language: nn.Module, *, text_only: bool = False
+    x_TD: torch.Tensor, num_vision: int, vision: nn.Module | None, language: nn.Module, *, text_only: bool = False
 ) -> torch.Tensor:
     """Apply each expert to its own contiguous slice.
 
     Both experts always run, with zero rows if need be, so that sharded or trained parameters join every collective on
-    every rank. ``text_only``: no rank has image tokens, as behind a cache, so only the language expert runs.
+    every rank. ``text_only``: no rank has image tokens, as behind a cache, so only the language expert runs. A model
+    without ``vision`` experts has one expert for all tokens.
     """
-    if text_only:
+    if text_only or vision is None:
         return language(x_TD)
     # One split instead of two slices: its backward pass is one cat, that of two slices is two zero-filled tensors and
     # an addition.
@@ -123,8 +124,9 @@ class ExpertAttention(nn.Module):
         self.num_kv_heads = config.num_multi_query_heads
         width = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         self.rotary_emb = RotaryEmbedding(self.head_dim, float(config.rope_theta))
-        self.vision_expert_query_key_value = nn.Linear(config.hidden_size, width, bias=True)
-        self.vision_expert_dense = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        two = config.vision_experts
+        self.vision_expert_query_key_value = nn.Linear(config.hidden_size, width, bias=True) if two else None
+        self.vision_expert_dense = nn.Linear(config.hidden_size, config.hidden_size, bias=False) if two else None
         self.language_expert_query_key_value = nn.Linear(config.hidden_size, width, bias=False)
         self.language_expert_dense = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 

@@ -51,7 +51,7 @@ def prefill(
             raise ValueError("images are prefilled at the beginning of a slot; only text follows a kept beginning")
         routing = Routing.decode(torch.arange(start, start + columns)[None])
     else:
-        routing = Routing.build(token_type_ids, keep_columns=True)
+        routing = Routing.build(token_type_ids, keep_columns=True, vision_experts=bool(model.config.vision_experts))
     following = int(routing.positions.max()) + 1
     routing = routing.keep_last(1).to(device)
     features = model.image_features_of(routing, None, image_features)

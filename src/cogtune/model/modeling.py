@@ -1,5 +1,7 @@
 """CogVLM2 in native PyTorch: a Llama-3 decoder in which every image token has expert weights of its own.
 
+The video models have one expert for all tokens (``config.vision_experts``); nothing else differs.
+
 Shapes: B rows and L columns of the input, T real tokens in sorted order [vision | language], K kept tokens, D hidden,
 V vocabulary, N images, Q cells of an image's grid. ``model.routing`` explains the orders.
 
@@ -76,7 +78,7 @@ class ExpertMLP(nn.Module):
     def __init__(self, config: CogVLM2Config) -> None:
         super().__init__()
         self.language_mlp = GatedMLP(config)
-        self.vision_mlp = GatedMLP(config)
+        self.vision_mlp = GatedMLP(config) if config.vision_experts else None
 
     def forward(self, x_TD: torch.Tensor, num_vision: int, text_only: bool = False) -> torch.Tensor:
         return by_expert(x_TD, num_vision, self.vision_mlp, self.language_mlp, text_only=text_only)
@@ -273,7 +275,7 @@ class CogVLM2ForCausalLM(CogVLM2PreTrainedModel, CogVLM2Generation, GenerationMi
             if routing is None:
                 keep_columns = past is not None or logits_to_keep > 0
                 given = (token_type_ids, attention_mask, segment_ids, segment_parents, labels)
-                routing = _route(input_ids, given, keep_columns)
+                routing = _route(input_ids, given, keep_columns, bool(self.config.vision_experts))
             routing = routing.to(input_ids.device)
             features = self.image_features_of(routing, pixel_values, image_features)
         if labels is None:
@@ -339,7 +341,9 @@ class CogVLM2ForCausalLM(CogVLM2PreTrainedModel, CogVLM2Generation, GenerationMi
         return image_features
 
 
-def _route(input_ids: torch.Tensor, given: tuple[torch.Tensor | None, ...], keep_columns: bool) -> Routing:
+def _route(
+    input_ids: torch.Tensor, given: tuple[torch.Tensor | None, ...], keep_columns: bool, vision_experts: bool
+) -> Routing:
     """Compute the routing of a batch that came without one; the index arithmetic runs on the CPU."""
     types, mask, segment_ids, segment_parents, labels = (None if t is None else t.cpu() for t in given)
     if types is None:
@@ -347,7 +351,9 @@ def _route(input_ids: torch.Tensor, given: tuple[torch.Tensor | None, ...], keep
     if types.shape != input_ids.shape:
         raise ValueError(f"token_type_ids has shape {tuple(types.shape)}; input_ids has {tuple(input_ids.shape)}")
     multiple = GPU_COLUMNS if input_ids.is_cuda else 1
-    return Routing.build(types, mask, segment_ids, segment_parents, labels, keep_columns, multiple)
+    return Routing.build(
+        types, mask, segment_ids, segment_parents, labels, keep_columns, multiple, vision_experts=vision_experts
+    )
 
 
 def _logits_loss(logits: torch.Tensor, routing: Routing, num_items: torch.Tensor | int | None) -> torch.Tensor:

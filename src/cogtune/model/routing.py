@@ -92,6 +92,8 @@ class Routing:
         labels: torch.Tensor | None = None,
         keep_columns: bool = False,
         column_multiple: int = 1,
+        *,
+        vision_experts: bool = True,
     ) -> Routing:
         """Compute everything a forward needs from integer tensors on the CPU.
 
@@ -102,11 +104,12 @@ class Routing:
             labels: [B, L], -100 ignored; sets ``kept``, ``predictors`` and ``targets``.
             keep_columns: keep the input's columns (S = L), as a key/value cache expects, instead of left-aligning rows.
             column_multiple: round S up to a multiple of it; see `GPU_COLUMNS`.
+            vision_experts: False for a model with one expert: nothing is sorted, sorted order is packed order.
 
         Raises:
             ValueError: shapes that differ, holes in the mask, a malformed tree, a label at padding.
         """
-        builder = _Builder(token_type_ids, attention_mask, segment_ids, segment_parents)
+        builder = _Builder(token_type_ids, attention_mask, segment_ids, segment_parents, vision_experts)
         return builder.routing(labels, keep_columns, column_multiple)
 
     @classmethod
@@ -183,6 +186,7 @@ class _Builder:
         attention_mask: torch.Tensor | None,
         segment_ids: torch.Tensor | None,
         segment_parents: torch.Tensor | None,
+        vision_experts: bool = True,
     ) -> None:
         types = token_type_ids.numpy()
         self.shape = types.shape
@@ -205,6 +209,8 @@ class _Builder:
         else:
             self._plain_rows()
         self._routes()
+        if not vision_experts:
+            self.vision = np.zeros(self.num_tokens, bool)
 
     def _plain_rows(self) -> None:
         """Treat every row as one segment that starts at position 0."""

@@ -189,7 +189,7 @@ class SplitModel:
             if isinstance(part, ExpertAttention):
                 self._attention(path, part)
             elif isinstance(part, ExpertMLP):
-                for expert in ("language_mlp", "vision_mlp"):
+                for expert in ("language_mlp", "vision_mlp")[: 2 if part.vision_mlp is not None else 1]:
                     self._gated(f"{path}.{expert}", getattr(part, expert), ("gate_proj", "up_proj"), "down_proj")
                 self._between(part)
             elif isinstance(part, GLUAdapter):
@@ -264,7 +264,8 @@ class SplitModel:
     def _attention(self, path: str, part: ExpertAttention) -> None:
         width, size = part.head_dim, self.group.size
         sections = (part.num_heads * width, part.num_kv_heads * width, part.num_kv_heads * width)
-        for expert in ("language_expert", "vision_expert"):
+        both = part.vision_expert_dense is not None
+        for expert in ("language_expert", "vision_expert")[: 2 if both else 1]:
             fused, dense = (getattr(part, f"{expert}_{name}") for name in ("query_key_value", "dense"))
             self._linear(f"{path}.{expert}_query_key_value", fused, Cut(0, sections))
             self._linear(f"{path}.{expert}_dense", dense, Cut(1, (part.num_heads * width,)))

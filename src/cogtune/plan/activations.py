@@ -103,7 +103,10 @@ class _DecoderLayer:
         self.is_last = index == sizes.num_hidden_layers - 1
         self.tokens = batch.tokens(sizes)
         # In the last layer all tokens need a key and a value, but only labelled tokens go through the rest of it.
-        self.behind = {expert: setting.tokens_through(self.linears[expert, "down_proj"]) for expert in EXPERTS}
+        self.experts = sizes.experts
+        self.behind = dict.fromkeys(EXPERTS, 0) | {
+            expert: setting.tokens_through(self.linears[expert, "down_proj"]) for expert in self.experts
+        }
         self.all_behind = sum(self.behind.values())
         # Autograd stops at the first parameter that trains. These say which points of the layer need a gradient, and so
         # which operations save their inputs: any of it, all of it, the MLP's input, attention.
@@ -114,7 +117,7 @@ class _DecoderLayer:
 
     def _of(self, *roles: str, expert: str | None = None) -> list[Linear]:
         """Return the linears with these roles, of one expert or of both."""
-        return [self.linears[each, role] for each in ([expert] if expert else EXPERTS) for role in roles]
+        return [self.linears[each, role] for each in self.experts if expert in (None, each) for role in roles]
 
     def _trains(self, *roles: str) -> bool:
         return any(linear.name in self.setting.trained for linear in self._of(*roles))
@@ -200,7 +203,7 @@ class _DecoderLayer:
         stream = self.hidden * self.c + FLOAT32
         total = (self.tokens * self.needs_input_gradient + self.all_behind) * stream
         total += self._heads() + 2 * self.all_behind * self.inner * self.c
-        for expert in EXPERTS:
+        for expert in self.experts:
             for roles in (("query_key_value",), ("dense",), ("gate_proj", "up_proj"), ("down_proj",)):
                 group = self._of(*roles, expert=expert)  # linears that share one input
                 tokens, (inputs, _) = self.setting.tokens_through(group[0]), shares(group[0], self.setting.tensor)
@@ -243,7 +246,7 @@ class _DecoderLayer:
         output.
         """
         setting = self.setting
-        vision = setting.batch.vision_tokens(setting.sizes)
+        vision = setting.batch.image_tokens(setting.sizes)
         widest = setting.batch.rows * setting.batch.labelled if self.is_last else self._widest()
         wide = 3 * widest * self.inner
         projected = self.tokens * (2 * setting.sizes.qkv_width + self.hidden)

@@ -282,7 +282,9 @@ def _evaluate(setting: Setting) -> Phase:
     own = setting.with_batch(rows=rows)
     vocabulary = min(own.batch.rows * own.batch.labelled, LOSS_CHUNK) * own.sizes.vocab_size
     tokens = own.batch.tokens(own.sizes)
-    wide = 3 * max(own.batch.vision_tokens(own.sizes), own.batch.language_tokens()) * own.sizes.intermediate_size
+    wide = (
+        3 * max(own.batch.vision_tokens(own.sizes), own.batch.language_tokens(own.sizes)) * own.sizes.intermediate_size
+    )
     running = (wide + 4 * tokens * own.sizes.hidden_size) * own.width
     if own.tower == "live":
         running = max(running, tower_forward(own))

@@ -33,15 +33,20 @@ class MicroBatch:
     text: int = 401
     labelled: int = 200
 
-    def vision_tokens(self, sizes: ModelSizes) -> int:
-        """Return the tokens of the vision expert. An image's last token belongs to the language expert (spec 4.2)."""
+    def image_tokens(self, sizes: ModelSizes) -> int:
+        """Return the images' tokens without each one's last, which the language expert computes (spec 4.2)."""
         return round(self.rows * self.images * (sizes.image_tokens - 1))
 
-    def language_tokens(self) -> int:
-        return round(self.rows * (self.text + self.images))
+    def vision_tokens(self, sizes: ModelSizes) -> int:
+        """Return the tokens of the vision expert."""
+        return self.image_tokens(sizes) if sizes.vision_experts else 0
+
+    def language_tokens(self, sizes: ModelSizes) -> int:
+        """Return the tokens of the language expert: without vision experts, all."""
+        return self.tokens(sizes) - self.vision_tokens(sizes)
 
     def tokens(self, sizes: ModelSizes) -> int:
-        return self.vision_tokens(sizes) + self.language_tokens()
+        return self.image_tokens(sizes) + round(self.rows * (self.text + self.images))
 
 
 S400 = MicroBatch()
@@ -193,7 +198,7 @@ class Setting:
         batch = self.batch
         if linear.layer == self.sizes.num_hidden_layers - 1 and linear.role != "query_key_value":
             return batch.rows * batch.labelled if linear.expert == "language" else 0
-        return batch.vision_tokens(self.sizes) if linear.expert == "vision" else batch.language_tokens()
+        return batch.vision_tokens(self.sizes) if linear.expert == "vision" else batch.language_tokens(self.sizes)
 
     def with_batch(self, **changes: Any) -> Setting:
         return replace(self, batch=replace(self.batch, **changes))

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from cogtune.configuration.architectures import VIDEO_MODELS, reads_clips, refuse_foreign
 from cogtune.configuration.quantization import part_of
 from cogtune.configuration.shapes import Shape, VisionShape
 
@@ -65,17 +66,31 @@ class ModelSizes(Shape):
     def from_config(cls, config: Mapping[str, Any]) -> ModelSizes:
         """Return the sizes in a parsed ``config.json``; missing fields have the published model's values."""
         vision = config.get("vision_config") or {}
-        own = {f.name: int(config[f.name]) for f in fields(cls) if f.name in config}
+        own = {f.name: int(config[f.name]) for f in fields(cls) if f.name in config and f.name != "vision_experts"}
         return cls(
             **own,
+            vision_experts=not reads_clips(config),
             vision=VisionShape(**{f.name: int(vision[f.name]) for f in fields(VisionShape) if f.name in vision}),
         )
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ModelSizes:
-        """Return the sizes of a model folder; the published model's for a hub id or a folder that is not there yet."""
+        """Return the sizes of a model folder; those of the published model for a hub id or a folder that is
+        not there yet, by its name: a video model's or the picture models'.
+
+        Raises:
+            CheckpointError: the folder of another architecture.
+        """
         file = Path(folder) / "config.json"
-        return cls.from_config(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else cls()
+        if not file.is_file():
+            return VIDEO if str(folder).rstrip("/").rpartition("/")[2] in VIDEO_MODELS.values() else cls()
+        refuse_foreign(folder)
+        return cls.from_config(json.loads(file.read_text(encoding="utf-8")))
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """The experts of a decoder layer, of `EXPERTS`; a video model has only that called language."""
+        return EXPERTS if self.vision_experts else EXPERTS[1:]
 
     @property
     def head_dim(self) -> int:
@@ -108,11 +123,11 @@ class ModelSizes(Shape):
         hidden, inner = self.hidden_size, self.intermediate_size
         for index in range(self.num_hidden_layers):
             layer = f"model.layers.{index}"
-            for expert in EXPERTS:
+            for expert in self.experts:
                 for role, inputs, outputs in (("query_key_value", hidden, self.qkv_width), ("dense", hidden, hidden)):
                     name, bias = f"{layer}.self_attn.{expert}_expert_{role}", (expert, role) == _WITH_BIAS
                     yield Linear(name, inputs, outputs, bias, index, expert, role)
-            for expert in reversed(EXPERTS):
+            for expert in reversed(self.experts):
                 for role, inputs, outputs in (
                     ("gate_proj", hidden, inner),
                     ("up_proj", hidden, inner),
@@ -170,3 +185,7 @@ class ModelSizes(Shape):
         own = sum(linear.parameters for linear in self.linears if part in (None, linear.part))
         other = self.other_parameters
         return own + (sum(other.values()) if part is None else other.get(part, 0))
+
+
+VIDEO = ModelSizes(vision_experts=False, vision=VisionShape(image_size=224, num_positions=257))
+"""The four published video models."""

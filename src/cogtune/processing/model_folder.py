@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from transformers import PreTrainedTokenizerFast
 
+from cogtune.configuration.architectures import refuse_foreign
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.errors import CheckpointError
 from cogtune.processing.prompt import TEMPLATES
@@ -67,8 +68,9 @@ def read_config(folder: Path) -> CogVLM2Config:
     """Read the folder's ``config.json`` and check that it has everything a processor needs.
 
     Raises:
-        CheckpointError: not readable, without a special id, or with an unknown template.
+        CheckpointError: not readable, of another architecture, without a special id, or with an unknown template.
     """
+    refuse_foreign(folder)
     try:
         config = CogVLM2Config.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:

@@ -46,7 +46,7 @@ class CogVLM2Processor:
             bos_id=bos,
             eos_id=eos,
             image_id=self._pad_id,
-            template=config.template_version,
+            template=config.default_template,
             max_images=config.max_images,
             numbered_images=config.numbered_images,
         )

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cogtune.configuration.architectures import reads_clips
 from cogtune.configuration.shapes import BOS_ID, EOS_ID, PAD_ID, VisionShape
 from cogtune.errors import CheckpointError
 from cogtune.processing.encode import Encoder
@@ -24,6 +26,7 @@ class TokenFile:
     """A tokenizer for `Encoder`, with the model sizes that decide lengths.
 
     ``exact`` is False if there is no tokenizer file and tokens are estimated. ``image_size`` in pixels.
+    ``reads_clips``: the model is a video model, whose images are a clip's frames.
     """
 
     tokenizer: Any
@@ -34,6 +37,7 @@ class TokenFile:
     bos_id: int
     eos_id: int
     image_id: int
+    reads_clips: bool = False
 
     def __call__(self, texts: list[str], *, add_special_tokens: bool, verbose: bool = False) -> dict[str, Any]:
         if not self.exact:
@@ -54,6 +58,8 @@ class TokenFile:
             eos_id=self.eos_id,
             image_id=self.image_id,
             template=self.template,
+            max_images=sys.maxsize if self.reads_clips else 1,
+            numbered_images=self.reads_clips,
         )
 
 
@@ -75,11 +81,13 @@ def find_token_file(model: str | None, template: str | None = None) -> TokenFile
     tokenizer = None if folder is None else _tokenizer(folder / "tokenizer.json")
     vision = config.get("vision_config") or {}
     shape = VisionShape(**{name: int(vision[name]) for name in ("image_size", "patch_size") if name in vision})
+    clips = reads_clips(config)
     eos = config.get("eos_token_id", EOS_ID)
     return TokenFile(
         tokenizer=tokenizer,
         exact=tokenizer is not None,
-        template=template or str(config.get("template_version", "chat")),
+        template=template or ("chat" if clips else str(config.get("template_version", "chat"))),
+        reads_clips=clips,
         num_image_tokens=shape.image_tokens,
         image_size=shape.image_size,
         bos_id=int(config.get("bos_token_id", BOS_ID)),

@@ -8,10 +8,17 @@ from torch import nn
 
 from cogtune import CogVLM2Config, CogVLM2ForCausalLM
 from cogtune.adapters.targets import TARGET_SETS, is_hit, resolve_targets
-from cogtune.checkpoint.random import TINY, TINY_VISION, make_tiny, tiny_config
+from cogtune.checkpoint.random import (
+    TINY,
+    TINY_VISION,
+    make_tiny,
+    published_video_config,
+    tiny_config,
+    tiny_video_config,
+)
 from cogtune.errors import AdapterError
-from cogtune.plan.setting import adapted_names
-from cogtune.plan.sizes import ModelSizes
+from cogtune.plan.setting import LoraShape, Setting, adapted_names
+from cogtune.plan.sizes import VIDEO, ModelSizes
 
 
 def meta_model(config: CogVLM2Config) -> CogVLM2ForCausalLM:
@@ -24,8 +31,10 @@ def meta_model(config: CogVLM2Config) -> CogVLM2ForCausalLM:
     [
         (CogVLM2Config(), ModelSizes()),
         (tiny_config(), ModelSizes.from_config({**TINY, "vision_config": TINY_VISION})),
+        (published_video_config(), VIDEO),
+        (tiny_video_config(), ModelSizes.from_config(tiny_video_config().to_dict())),
     ],
-    ids=["full", "tiny"],
+    ids=["full", "tiny", "video", "tiny-video"],
 )
 def test_linears_and_parameters_are_the_models(config: CogVLM2Config, sizes: ModelSizes) -> None:
     model = meta_model(config)
@@ -47,6 +56,18 @@ def test_a_folders_config_is_read_and_a_hub_name_has_the_published_sizes(tmp_pat
     assert ModelSizes.from_folder(make_tiny(tmp_path / "tiny")).hidden_size == TINY["hidden_size"]
     assert ModelSizes.from_folder("THUDM/cogvlm2-llama3-chat-19B") == ModelSizes()
     assert ModelSizes().parameters() == 19_503_105_280
+
+
+def test_a_video_model_is_planned_as_one_by_folder_and_by_hub_name(tmp_path) -> None:
+    folder = make_tiny(tmp_path / "tiny", vision_experts=False)
+    assert not ModelSizes.from_folder(folder).vision_experts
+    for name in ("THUDM/cogvlm2-llama3-caption", "zai-org/VisionReward-Video"):
+        assert ModelSizes.from_folder(name) == VIDEO
+    assert VIDEO.parameters() == 12_507_530_496
+    assert VIDEO.image_tokens == 66
+    # LoRA per unit of rank on all layers of the one expert (family: 327,680 + 262,144 + 3 x 589,824)
+    adapter = LoraShape(adapted_names(VIDEO, ["experts"]), 1)
+    assert Setting(sizes=VIDEO, adapter=adapter).adapter_parameters() == 327_680 + 262_144 + 3 * 589_824
 
 
 @pytest.mark.parametrize(

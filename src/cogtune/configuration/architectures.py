@@ -1,0 +1,82 @@
+"""The published models' architectures, as ``architectures`` in ``config.json`` names them.
+
+Needs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cogtune.errors import CheckpointError
+
+PICTURES = "CogVLMForCausalLM"
+"""``cogvlm2-llama3-chat-19B`` and its Chinese twin: one picture, two experts."""
+FRAMES = "CogVLMVideoForCausalLM"
+"""``cogvlm2-llama3-caption``, ``cogvlm2-video-llama3-chat`` and ``-base``, ``VisionReward-Video``: a clip's frames, one
+expert."""
+OWN = "CogVLM2ForCausalLM"
+"""Folders that cogtune writes; their ``vision_experts`` tells which of the two they are."""
+
+VIDEO_MODELS = {
+    "caption": "cogvlm2-llama3-caption",
+    "video-chat": "cogvlm2-video-llama3-chat",
+    "video-base": "cogvlm2-video-llama3-base",
+    "visionreward-video": "VisionReward-Video",
+}
+"""The video models by the names that ``cogtune download`` gives them, and their repositories."""
+
+_TRANSFORMERS = "transformers has this model itself: load it with AutoModelForImageTextToText"
+_FOREIGN = {
+    "CogAgentForCausalLM": (
+        "CogAgent, the first CogVLM with a second tower of 1120 pixels",
+        "its own repository's finetune_demo trains it, https://github.com/THUDM/CogVLM",
+    ),
+    "ChatGLMForConditionalGeneration": ("GLM-4V-9B, another line of models", "ms-swift and LLaMA-Factory train it"),
+    "ChatGLMModel": ("a ChatGLM model", "ms-swift and LLaMA-Factory train it"),
+    "Glm4vForConditionalGeneration": ("GLM-4.1V", _TRANSFORMERS),
+    "Glm4vMoeForConditionalGeneration": ("GLM-4.5V", _TRANSFORMERS),
+    "LlamaForCausalLM": ("a Llama language model without a vision tower", _TRANSFORMERS.partition(":")[0]),
+}
+
+
+def architecture_of(config: Mapping[str, Any]) -> str | None:
+    """Return the architecture that a parsed ``config.json`` names, or None."""
+    names = config.get("architectures")
+    return str(names[0]) if isinstance(names, list | tuple) and names else None
+
+
+def has_vision_experts(architectures: Sequence[str] | None) -> bool:
+    """Return whether a published model with this ``architectures`` has vision experts."""
+    return FRAMES not in (architectures or ())
+
+
+def reads_clips(config: Mapping[str, Any]) -> bool:
+    """Return whether a parsed ``config.json`` is a video model's: one expert, a clip's frames as its images."""
+    own = config.get("vision_experts")
+    return not own if own is not None else not has_vision_experts(config.get("architectures"))
+
+
+def refuse_foreign(folder: str | Path) -> None:
+    """Check that the ``config.json`` of ``folder``, if it can be read, is a CogVLM2's.
+
+    One that names no architecture counts as CogVLM2's: its tensors are compared name by name when it loads.
+
+    Raises:
+        CheckpointError: another architecture; the hint says what to use instead.
+    """
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # whoever reads the file says what is wrong with it
+    name = architecture_of(config) if isinstance(config, dict) else None
+    if name is None or name in (PICTURES, FRAMES, OWN):
+        return
+    what, instead = _FOREIGN.get(name, ("another model", "look for it in ms-swift or transformers, which know many"))
+    raise CheckpointError(
+        f"{folder}: its architecture is {name}: {what}; expected was a CogVLM2 model",
+        hint=f"{instead}. cogtune reads the models that `cogtune download model --variant` names",
+        code="checkpoint-architecture",
+    )

@@ -1,0 +1,74 @@
+"""A folder of another architecture is named as what it is, wherever a model is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cogtune import CogVLM2Config, CogVLM2Processor
+from cogtune.checkpoint.model_files import load_model_config
+from cogtune.checkpoint.random import make_tiny
+from cogtune.errors import CheckpointError
+from cogtune.plan.sizes import ModelSizes
+from cogtune.processing.token_file import find_token_file
+
+READERS: list[Callable[[Path], object]] = [load_model_config, CogVLM2Processor.from_pretrained, ModelSizes.from_folder]
+
+
+def _named(folder: Path, architecture: str) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": [architecture]}))
+    return folder
+
+
+@pytest.mark.parametrize("read", READERS, ids=["checkpoint", "processor", "plan"])
+@pytest.mark.parametrize(
+    ("architecture", "said", "instead"),
+    [
+        ("CogAgentForCausalLM", "CogAgent", "finetune_demo"),
+        ("ChatGLMForConditionalGeneration", "GLM-4V-9B", "ms-swift"),
+        ("Glm4vForConditionalGeneration", "GLM-4.1V", "transformers has this model itself"),
+        ("Qwen2VLForConditionalGeneration", "another model", "ms-swift"),
+    ],
+)
+def test_foreign_folders(tmp_path, read, architecture: str, said: str, instead: str) -> None:
+    folder = _named(make_tiny(tmp_path / "tiny"), architecture)
+    with pytest.raises(CheckpointError) as caught:
+        read(folder)
+    assert caught.value.code == "checkpoint-architecture"
+    assert architecture in caught.value.message
+    assert said in caught.value.message
+    assert instead in caught.value.hint
+
+
+def test_a_foreign_config_that_this_model_could_not_even_hold(tmp_path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["ChatGLMForConditionalGeneration"], "vision_config": 3}')
+    with pytest.raises(CheckpointError) as caught:
+        load_model_config(tmp_path)
+    assert caught.value.code == "checkpoint-architecture"
+
+
+def test_a_video_folder(tmp_path) -> None:
+    folder = make_tiny(tmp_path / "tiny", vision_experts=False, eos_token_id=257, template_version="base")
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["CogVLMVideoForCausalLM"]
+    config = load_model_config(folder)
+    assert (config.vision_experts, config.numbered_images, config.eos_token_ids) == (False, True, [257])
+    assert config.template_version == "base"  # as published; but every published script asks in "chat"
+    processor = CogVLM2Processor.from_pretrained(folder)
+    assert processor.encoder.template == "chat"
+    tokens = find_token_file(str(folder))
+    own, quick = processor.encoder, tokens.encoder()
+    assert own.encode("What?", images=3).input_ids == quick.encode("What?", images=3).input_ids
+    assert find_token_file(str(folder), "base").encoder().template == "base"
+    config.save_pretrained(tmp_path / "saved")
+    assert CogVLM2Config.from_pretrained(tmp_path / "saved").vision_experts is False
+
+
+def test_a_picture_folder_stays_one(tmp_path) -> None:
+    config = load_model_config(make_tiny(tmp_path / "tiny"))
+    assert (config.vision_experts, config.numbered_images, config.max_images) == (True, False, 1)
+    config.save_pretrained(tmp_path / "saved")
+    assert CogVLM2Config.from_pretrained(tmp_path / "saved").vision_experts is True
