@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from cogtune.errors import AdapterError
+from cogtune.language import tr
 
 if TYPE_CHECKING:
     from torch import nn
@@ -97,8 +98,8 @@ def _of_set(target: str, kinds: Mapping[str, str]) -> list[str]:
     if not found and target.startswith("vision-experts"):
         instead = target.replace("vision-", "")
         raise AdapterError(
-            f"lora.targets: `{target}` matches nothing: a video model has one expert for all tokens",
-            hint=f"name that one, --lora.targets {instead}",
+            tr("lora.targets: `{target}` matches nothing: a video model has one expert for all tokens", target=target),
+            hint=tr("name that one: --lora.targets {instead}", instead=instead),
             code="adapter-targets",
         )
     return found or list(TARGET_SETS[target])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cogtune.errors import CheckpointError
+from cogtune.language import phrase, tr
 
 PICTURES = "CogVLMForCausalLM"
 """``cogvlm2-llama3-chat-19B`` and its Chinese twin: one picture, two experts."""
@@ -28,18 +29,20 @@ VIDEO_MODELS = {
 }
 """The video models by the names that ``cogtune download`` gives them, and their repositories."""
 
-_TRANSFORMERS = "transformers has this model itself: load it with AutoModelForImageTextToText"
+_TRANSFORMERS = phrase("transformers has this model itself: load it with AutoModelForImageTextToText")
+_OTHERS = phrase("ms-swift and LLaMA-Factory train it")
 _FOREIGN = {
     "CogAgentForCausalLM": (
-        "CogAgent, the first CogVLM with a second tower of 1120 pixels",
-        "its own repository's finetune_demo trains it, https://github.com/THUDM/CogVLM",
+        phrase("CogAgent, the first CogVLM with a second tower of 1120 pixels"),
+        phrase("its own repository's finetune_demo trains it, https://github.com/THUDM/CogVLM"),
     ),
-    "ChatGLMForConditionalGeneration": ("GLM-4V-9B, another line of models", "ms-swift and LLaMA-Factory train it"),
-    "ChatGLMModel": ("a ChatGLM model", "ms-swift and LLaMA-Factory train it"),
-    "Glm4vForConditionalGeneration": ("GLM-4.1V", _TRANSFORMERS),
-    "Glm4vMoeForConditionalGeneration": ("GLM-4.5V", _TRANSFORMERS),
-    "LlamaForCausalLM": ("a Llama language model without a vision tower", _TRANSFORMERS.partition(":")[0]),
+    "ChatGLMForConditionalGeneration": (phrase("GLM-4V-9B, another line of models"), _OTHERS),
+    "ChatGLMModel": (phrase("a ChatGLM model"), _OTHERS),
+    "Glm4vForConditionalGeneration": (phrase("GLM-4.1V, another line of models"), _TRANSFORMERS),
+    "Glm4vMoeForConditionalGeneration": (phrase("GLM-4.5V, another line of models"), _TRANSFORMERS),
+    "LlamaForCausalLM": (phrase("a Llama language model without a vision tower"), _OTHERS),
 }
+_UNKNOWN = (phrase("another model"), phrase("look for it in ms-swift or transformers, which know many"))
 
 
 def architecture_of(config: Mapping[str, Any]) -> str | None:
@@ -74,9 +77,11 @@ def refuse_foreign(folder: str | Path) -> None:
     name = architecture_of(config) if isinstance(config, dict) else None
     if name is None or name in (PICTURES, FRAMES, OWN):
         return
-    what, instead = _FOREIGN.get(name, ("another model", "look for it in ms-swift or transformers, which know many"))
+    what, instead = _FOREIGN.get(name, _UNKNOWN)
     raise CheckpointError(
-        f"{folder}: its architecture is {name}: {what}; expected was a CogVLM2 model",
-        hint=f"{instead}. cogtune reads the models that `cogtune download model --variant` names",
+        tr("{folder}: its architecture is {name}: {what}; expected was a CogVLM2 model", folder=folder, name=name,
+           what=tr(what)),
+        hint=tr("{instead}. cogtune reads the models that `cogtune download model --variant` names",
+                instead=tr(instead)),
         code="checkpoint-architecture",
-    )
+    )  # fmt: skip
