@@ -28,6 +28,7 @@ from cogtune.adapters.provenance import read_provenance, stored_base
 from cogtune.adapters.targets import is_dead_end, region, resolve_targets
 from cogtune.configuration.run_config import LoraSection
 from cogtune.errors import AdapterError, ConfigError
+from cogtune.language import tr
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -101,7 +102,7 @@ def attach(model: nn.Module, lora: LoraSettings, *, building: AbstractContextMan
         with _quiet(), building or nullcontext():
             wrapped = get_peft_model(model, config)
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise ConfigError(f"lora: peft refuses these settings: {error}", code="config-lora") from error
+        raise ConfigError(tr("lora: peft refuses these settings: {error}", error=error), code="config-lora") from error
     return _prepare(wrapped)
 
 
@@ -131,8 +132,14 @@ def load_adapter(
                 wrapped.load_adapter(str(folder), "default", is_trainable=trainable, low_cpu_mem_usage=False)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise AdapterError(
-            f"{folder}: this adapter does not fit the base model: {_first_line(error)}",
-            hint=f"it was trained on {base_name(folder) or 'an unnamed base'}; pass that model",
+            tr(
+                "{folder}: this adapter does not fit the base model: {first_line}",
+                folder=folder,
+                first_line=_first_line(error),
+            ),
+            hint=tr(
+                "it was trained on {base_name}; pass that model", base_name=base_name(folder) or tr("an unnamed base")
+            ),
             code="adapter-base",
         ) from error
     _require_loaded(wrapped, folder, shapes)
@@ -161,8 +168,8 @@ def adapter_shapes(folder: Path) -> dict[str, list[int]]:
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise AdapterError(
-                f"{folder}: no {name}; expected an adapter folder as PEFT writes it",
-                hint="after `cogtune train` the adapter is in OUTPUT/adapter, and in every OUTPUT/checkpoint-N",
+                tr("{folder}: no {name}; expected an adapter folder as PEFT writes it", folder=folder, name=name),
+                hint=tr("after `cogtune train` the adapter is in OUTPUT/adapter, and in every OUTPUT/checkpoint-N"),
                 code="adapter-missing",
             )
     try:
@@ -170,8 +177,8 @@ def adapter_shapes(folder: Path) -> dict[str, list[int]]:
             return {name: list(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise AdapterError(
-            f"{folder / WEIGHTS_NAME}: not readable: {error}",
-            hint="the file is damaged; copy it again",
+            tr("{path}: not readable: {error}", path=folder / WEIGHTS_NAME, error=error),
+            hint=tr("the file is damaged; copy it again"),
             code="adapter-read",
         ) from error
 
@@ -205,15 +212,17 @@ def find_base(adapter: Path) -> str:
     model = base_name(adapter)
     if not model:
         raise AdapterError(
-            f"{adapter}: does not say what base it was trained on", hint="give --model BASE", code="adapter-base"
+            tr("{adapter}: does not say what base it was trained on", adapter=adapter),
+            hint=tr("give --model BASE"),
+            code="adapter-base",
         )
     path = Path(model).expanduser()
     if not path.is_dir() and (path.is_absolute() or model.count("/") != 1 or model.startswith(".")):
         provenance = read_provenance(adapter)
         hub = provenance.base.get("hub") if provenance is not None else None
         raise AdapterError(
-            f"{adapter}: names {model} as its base, which is not here",
-            hint=f"give --model BASE; on the hub it is {hub}" if hub else "give --model BASE",
+            tr("{adapter}: names {model} as its base, which is not here", adapter=adapter, model=model),
+            hint=tr("give --model BASE; on the hub it is {hub}", hub=hub) if hub else tr("give --model BASE"),
             code="adapter-base",
         )
     return model
@@ -281,16 +290,29 @@ def check_continued(folder: Path, lora: LoraSettings) -> None:
         asked, there = getattr(lora, field), stored.get(key, getattr(default, field))
         if asked not in (getattr(default, field), there):
             raise ConfigError(
-                f"lora.{field} is {asked}, but the adapter in lora.start_from ({folder}) has {there}",
-                hint=f"leave lora.{field} out to go on with that adapter, or lora.start_from to begin a new one",
+                tr(
+                    "lora.{field} is {asked}, but the adapter in lora.start_from ({folder}) has {there}",
+                    field=field,
+                    asked=asked,
+                    folder=folder,
+                    there=there,
+                ),
+                hint=tr(
+                    "leave lora.{field} out to go on with that adapter, or lora.start_from to begin a new one",
+                    field=field,
+                ),
                 code="config-contradiction",
             )
     given = {"targets": list(lora.targets) != list(default.targets), "extra": dict(lora.extra) != dict(default.extra)}
     for field, differs in given.items():
         if differs:
             raise ConfigError(
-                f"lora.{field} and lora.start_from: the adapter that is continued ({folder}) brings its own",
-                hint=f"leave one of the two out; {folder / CONFIG_NAME} says what it covers",
+                tr(
+                    "lora.{field} and lora.start_from: the adapter that is continued ({folder}) brings its own",
+                    field=field,
+                    folder=folder,
+                ),
+                hint=tr("leave one of the two out; {path} says what it covers", path=folder / CONFIG_NAME),
                 code="config-contradiction",
             )
 
@@ -300,14 +322,14 @@ def _check_extra(extra: dict[str, Any], own: dict[str, Any]) -> None:
     for key in extra:
         if key in own:
             raise ConfigError(
-                f"lora.extra.{key} has its own field in the lora section",
-                hint="set that field instead",
+                tr("lora.extra.{key} has its own field in the lora section", key=key),
+                hint=tr("set that field instead"),
                 code="config-lora",
             )
         if key not in known:
             raise ConfigError(
-                f"lora.extra.{key}: peft's LoraConfig has no such field",
-                hint=f"it has {', '.join(sorted(known - set(own)))}",
+                tr("lora.extra.{key}: peft's LoraConfig has no such field", key=key),
+                hint=tr("it has {known}", known=", ".join(sorted(known - set(own)))),
                 code="config-lora",
             )
 
@@ -316,10 +338,12 @@ def _require_loaded(model: PeftModel, folder: Path, shapes: dict[str, list[int]]
     """Check that the file's tensors and the model's adapter tensors are the same set."""
     loaded = {name: list(t.shape) for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
     for name in sorted(set(loaded) ^ set(shapes)):
-        where = "the file holds no" if name in loaded else "the base model has no place for"
+        where = tr("the file holds no") if name in loaded else tr("the base model has no place for")
         raise AdapterError(
             f"{folder}: {where} {name}",
-            hint=f"it was trained on {base_name(folder) or 'an unnamed base'}; pass that model",
+            hint=tr(
+                "it was trained on {base_name}; pass that model", base_name=base_name(folder) or tr("an unnamed base")
+            ),
             code="adapter-base",
         )
 

@@ -27,6 +27,7 @@ from cogtune.adapters.safetensors_rows import CHUNK, DTYPES, SafetensorsFile
 from cogtune.checkpoint.model_files import INDEX_NAME, check_folder, shard_files, whole_folder
 from cogtune.checkpoint.stream import StoredTensor
 from cogtune.errors import AdapterError, CheckpointError, DiskFullError, OutputFolderError
+from cogtune.language import tr
 from cogtune.system import files
 from cogtune.system.file_errors import explained
 from cogtune.system.locks import Lock, lock_beside
@@ -80,7 +81,7 @@ def merge(
     adapter, output = find_adapter(adapter), Path(output)
     base = whole_folder(find_base(adapter) if base is None else base)
     _require_new(output, base)
-    with lock_beside(output, "choose another --output", progress) as lock:
+    with lock_beside(output, tr("choose another --output"), progress) as lock:
         _require_new(output, base)  # another merge may have finished meanwhile
         return _merge(base, adapter, output, progress, lock)
 
@@ -94,7 +95,13 @@ def _merge(base: Path, adapter: Path, output: Path, progress: Callable[[str], No
     changes, provenance = read_changes(adapter, _tensors(base, shards)), read_provenance(adapter)
     notes = _notes(base, adapter, left_out)
     if provenance is not None and (settings := said(provenance)):
-        notes.append(f"{PROVENANCE_NAME} in it names the training's settings, and answering takes them: {settings}")
+        notes.append(
+            tr(
+                "{provenance_name} in it names the training's settings, and answering takes them: {settings}",
+                provenance_name=PROVENANCE_NAME,
+                settings=settings,
+            )
+        )
     size = sum((base / name).stat().st_size for name in [*shards, *others])
     with _partial(output, size, notes) as folder:
         changed = copied = 0
@@ -108,7 +115,16 @@ def _merge(base: Path, adapter: Path, output: Path, progress: Callable[[str], No
             with SafetensorsFile(base / shard) as source, SafetensorsFile(adapter / WEIGHTS_NAME) as factors:
                 count = _write_shard(source, folder / shard, changes, factors)
             changed, copied = changed + count, copied + len(source.tensors) - count
-            progress(f"{shard} ({number} of {len(shards)}): {count} of {len(source.tensors)} tensors changed")
+            progress(
+                tr(
+                    "{shard} ({number} of {shards}): {count} of {tensors} tensors changed",
+                    shard=shard,
+                    number=number,
+                    shards=len(shards),
+                    count=count,
+                    tensors=len(source.tensors),
+                )
+            )
         if INDEX_NAME in others:
             _copy(base / INDEX_NAME, folder / INDEX_NAME)
     return MergeReport(output, changed, copied, size, tuple(notes))
@@ -155,8 +171,16 @@ def _write_changed(
         narrow = wide.to(DTYPES[tensor.dtype]).contiguous()
         if not bool(torch.isfinite(narrow).all()):
             raise AdapterError(
-                f"{tensor.name}: not finite after merging (rows {first} to {last - 1}, stored as {tensor.dtype})",
-                hint="the adapter holds NaN or values too large for that format; use an earlier checkpoint of the run",
+                tr(
+                    "{name}: not finite after merging (rows {first} to {last}, stored as {dtype})",
+                    name=tensor.name,
+                    first=first,
+                    last=last - 1,
+                    dtype=tensor.dtype,
+                ),
+                hint=tr(
+                    "the adapter holds NaN or values too large for that format; use an earlier checkpoint of the run"
+                ),
                 code="adapter-non-finite",
             )
         stream.write(narrow.view(torch.uint8).numpy().tobytes())
@@ -184,10 +208,14 @@ def _require_own(base: Path, name: str) -> None:
     path, home = (base / name).resolve(), base.resolve()
     blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
     if not path.is_file() or not (path.is_relative_to(home) or path.is_relative_to(blobs)):
-        what = f"a link to {path}, outside the folder" if path.is_file() else "neither a file nor a link to one"
+        what = (
+            tr("a link to {path}, outside the folder", path=path)
+            if path.is_file()
+            else tr("neither a file nor a link to one")
+        )
         raise CheckpointError(
-            f"{base / name}: {what}; a merge copies only files of the base itself",
-            hint=f"if you put the link there: cp -rL {base} COPY, and merge with --model COPY",
+            tr("{path}: {what}; a merge copies only files of the base itself", path=base / name, what=what),
+            hint=tr("if you put the link there: cp -rL {base} COPY, and merge with --model COPY", base=base),
             code="unsafe-name",
         )
 
@@ -197,32 +225,46 @@ def _notes(base: Path, adapter: Path, left_out: list[str]) -> list[str]:
     recorded = base_name(adapter)
     if recorded and Path(recorded).name != base.resolve().name and Path(recorded).resolve() != base.resolve():
         notes.append(
-            f"the adapter names {recorded} as its base, this base is {base}; "
-            "names and shapes fit, but whether it is the same model is yours to know"
+            tr(
+                "the adapter names {recorded} as its base, this base is {base}; names and shapes fit,"
+                " but whether it is the same model is yours to know",
+                recorded=recorded,
+                base=base,
+            )
         )
     if left_out:
-        notes.append(f"not copied, as they hold weights without the adapter: {', '.join(left_out)}")
+        notes.append(
+            tr("not copied, as they hold weights without the adapter: {left_out}", left_out=", ".join(left_out))
+        )
     return notes
 
 
 def _require_new(output: Path, base: Path) -> None:
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise OutputFolderError(f"{output}: exists already", hint="choose another --output; nothing is overwritten")
+        raise OutputFolderError(
+            tr("{output}: exists already", output=output), hint=tr("choose another --output; nothing is overwritten")
+        )
     if not base.is_dir():
         raise CheckpointError(
-            f"{base}: no such model folder", hint="pass the base model's folder", code="checkpoint-missing"
+            tr("{base}: no such model folder", base=base),
+            hint=tr("pass the base model's folder"),
+            code="checkpoint-missing",
         )
     if output.resolve().is_relative_to(base.resolve()):
-        raise OutputFolderError(f"{output}: lies inside the base model", hint="choose an --output outside it")
+        raise OutputFolderError(
+            tr("{output}: lies inside the base model", output=output), hint=tr("choose an --output outside it")
+        )
 
 
 @contextmanager
 def _partial(output: Path, size: int, notes: list[str]) -> Iterator[Path]:
     """Yield a hidden folder that is renamed to ``output`` if the block succeeds, and deleted if it fails."""
-    with explained(output, kept="the unfinished folder was removed", then=f"{size / 1e9:.1f} GB are needed"):
+    with explained(
+        output, kept=tr("the unfinished folder was removed"), then=tr("{size:.1f} GB are needed", size=size / 1e9)
+    ):
         leftover = files.partial_path(output)
         if files.remove_unfinished(leftover):
-            notes.append(f"removed {leftover}, left by an interrupted merge")
+            notes.append(tr("removed {leftover}, left by an interrupted merge", leftover=leftover))
         with files.growing_folder(output, durable=True) as folder:
             _require_space(folder, size)
             yield folder
@@ -232,8 +274,13 @@ def _require_space(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < size:
         raise DiskFullError(
-            f"{folder.parent}: {free / 1e9:.1f} GB free; the merged model needs {size / 1e9:.1f} GB",
-            hint="free some space, or choose an --output on another disk",
+            tr(
+                "{parent}: {free:.1f} GB free; the merged model needs {size:.1f} GB",
+                parent=folder.parent,
+                free=free / 1e9,
+                size=size / 1e9,
+            ),
+            hint=tr("free some space, or choose an --output on another disk"),
         )
 
 

@@ -23,6 +23,7 @@ from peft.utils.other import get_pattern_key
 from cogtune.adapters.attach import CONFIG_NAME, WEIGHTS_NAME, adapter_shapes, base_name
 from cogtune.adapters.safetensors_rows import DTYPES, SafetensorsFile
 from cogtune.errors import AdapterError
+from cogtune.language import phrase, tr
 
 PREFIX = "base_model.model."
 
@@ -37,17 +38,17 @@ _FACTORS = {
 }
 # Variants whose result is not W + scale * B A, and what they compute instead.
 _UNMERGEABLE = {
-    "alora_invocation_tokens": "it acts only after its invocation tokens",
-    "arrow_config": "it chooses between adapters for every token",
-    "fan_in_fan_out": "it stores its factors transposed, which no linear layer of this model uses",
-    "kasa_config": "its factors are scaled by singular values",
-    "layer_replication": "it repeats layers, so the result has other names than the base",
-    "monteclora_config": "its factors are sampled",
-    "target_parameters": "it adapts bare parameters",
-    "trainable_token_indices": "it replaces single rows of the embedding",
-    "use_bdlora": "its factors are block-diagonal",
-    "use_qalora": "its factors belong to groups of quantised columns",
-    "velora_config": "its projections are compressed",
+    "alora_invocation_tokens": phrase("it acts only after its invocation tokens"),
+    "arrow_config": phrase("it chooses between adapters for every token"),
+    "fan_in_fan_out": phrase("it stores its factors transposed, which no linear layer of this model uses"),
+    "kasa_config": phrase("its factors are scaled by singular values"),
+    "layer_replication": phrase("it repeats layers, so the result has other names than the base"),
+    "monteclora_config": phrase("its factors are sampled"),
+    "target_parameters": phrase("it adapts bare parameters"),
+    "trainable_token_indices": phrase("it replaces single rows of the embedding"),
+    "use_bdlora": phrase("its factors are block-diagonal"),
+    "use_qalora": phrase("its factors belong to groups of quantised columns"),
+    "velora_config": phrase("its projections are compressed"),
 }
 # Other initialisations (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base's own weights before training.
 _HARMLESS_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
@@ -122,7 +123,9 @@ def read_changes(folder: Path, base: Mapping[str, tuple[str, tuple[int, ...]]]) 
         if "bias" in change.factors:
             biases[f"{module}.bias"] = change
     if not weights and not replaced:
-        raise AdapterError(f"{folder / WEIGHTS_NAME}: holds no tensors", hint="train again", code="adapter-read")
+        raise AdapterError(
+            tr("{path}: holds no tensors", path=folder / WEIGHTS_NAME), hint=tr("train again"), code="adapter-read"
+        )
     changes = Changes(weights, biases, replaced)
     for name in [*weights, *biases, *replaced]:
         _require_place(name, base, folder)
@@ -140,23 +143,29 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise AdapterError(f"{path}: not JSON: {error}", hint="copy the adapter again", code="adapter-read") from error
+        raise AdapterError(
+            tr("{path}: not JSON: {error}", path=path, error=error),
+            hint=tr("copy the adapter again"),
+            code="adapter-read",
+        ) from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
         raise AdapterError(
-            f"{path}: peft_type is {kind!r}; only LoRA (and DoRA) adapters can be merged",
-            hint="use it unmerged with `cogtune chat --adapter`",
+            tr("{path}: peft_type is {kind!r}; only LoRA (and DoRA) adapters can be merged", path=path, kind=kind),
+            hint=tr("use it unmerged with `cogtune chat --adapter`"),
             code="adapter-merge",
         )
-    reasons = {key: why for key, why in _UNMERGEABLE.items() if config.get(key)}
+    reasons = {key: tr(why) for key, why in _UNMERGEABLE.items() if config.get(key)}
     start = config.get("init_lora_weights")
     if start not in _HARMLESS_STARTS:
-        reasons["init_lora_weights"] = f"{start!r} changes the base's own weights at the start of training"
+        reasons["init_lora_weights"] = tr(
+            "{start!r} changes the base's own weights at the start of training", start=start
+        )
     if reasons:
         listed = "; ".join(f"{key}: {why}" for key, why in reasons.items())
         raise AdapterError(
-            f"{path}: this adapter cannot be merged shard by shard: {listed}",
-            hint="use it unmerged with `cogtune chat --adapter`, or convert it to plain LoRA with peft",
+            tr("{path}: this adapter cannot be merged shard by shard: {listed}", path=path, listed=listed),
+            hint=tr("use it unmerged with `cogtune chat --adapter`, or convert it to plain LoRA with peft"),
             code="adapter-merge",
         )
     return dict(config)
@@ -171,8 +180,8 @@ def _parse(key: str, folder: Path) -> tuple[str, str | None]:
             return name.removesuffix(f".{ending}"), factor
     if not key.startswith(PREFIX) or "lora_" in name:
         raise AdapterError(
-            f"{folder / WEIGHTS_NAME}: {key} is not a tensor of plain LoRA or DoRA",
-            hint="use the adapter unmerged with `cogtune chat --adapter`",
+            tr("{path}: {key} is not a tensor of plain LoRA or DoRA", path=folder / WEIGHTS_NAME, key=key),
+            hint=tr("use the adapter unmerged with `cogtune chat --adapter`"),
             code="adapter-merge",
         )
     return name, None
@@ -187,9 +196,13 @@ def _scale(change: Change, config: dict[str, Any], shapes: dict[str, list[int]],
     pair = next((p for p in pairs if all(half in change.factors for half in p)), None)
     if pair is None:
         raise AdapterError(
-            f"{folder / WEIGHTS_NAME}: {change.module} has {', '.join(sorted(change.factors.values()))}, "
-            "but a change needs both factors",
-            hint="the file is incomplete; copy it again",
+            tr(
+                "{path}: {module} has {values}, but a change needs both factors",
+                path=folder / WEIGHTS_NAME,
+                module=change.module,
+                values=", ".join(sorted(change.factors.values())),
+            ),
+            hint=tr("the file is incomplete; copy it again"),
             code="adapter-read",
         )
     found = shapes[change.factors[pair[0]]][0]
@@ -201,14 +214,21 @@ def _scale(change: Change, config: dict[str, Any], shapes: dict[str, list[int]],
 def _require_place(name: str, base: Mapping[str, tuple[str, tuple[int, ...]]], folder: Path) -> None:
     if name not in base:
         raise AdapterError(
-            f"{folder}: changes {name}, which the base model does not have",
-            hint=f"it was trained on {base_name(folder) or 'an unnamed base'}; pass that model",
+            tr("{folder}: changes {name}, which the base model does not have", folder=folder, name=name),
+            hint=tr(
+                "it was trained on {base_name}; pass that model", base_name=base_name(folder) or tr("an unnamed base")
+            ),
             code="adapter-base",
         )
     if base[name][0] not in DTYPES:
         raise AdapterError(
-            f"{folder}: changes {name}, which the base model stores as {base[name][0]}",
-            hint=f"merge into the unquantised base; its tensors are {', '.join(DTYPES)}",
+            tr(
+                "{folder}: changes {name}, which the base model stores as {base}",
+                folder=folder,
+                name=name,
+                base=base[name][0],
+            ),
+            hint=tr("merge into the unquantised base; its tensors are {dtypes}", dtypes=", ".join(DTYPES)),
             code="adapter-base",
         )
 
@@ -224,7 +244,7 @@ def _require_fit(change: Change, wanted: tuple[int, ...], shapes: dict[str, list
         product = (a[1], b[0])
         inner = (a[0], b[1])
     if inner[0] != inner[1] or product != wanted:
-        raise _misfit(folder, change.module, list(product), f"{list(wanted)} in the base model")
+        raise _misfit(folder, change.module, list(product), tr("{wanted} in the base model", wanted=list(wanted)))
     magnitude = shapes[change.factors["magnitude"]] if "magnitude" in change.factors else [wanted[0]]
     if math.prod(magnitude) != wanted[0]:
         raise _misfit(folder, change.factors["magnitude"], magnitude, f"{wanted[0]} magnitudes")
@@ -232,7 +252,13 @@ def _require_fit(change: Change, wanted: tuple[int, ...], shapes: dict[str, list
 
 def _misfit(folder: Path, what: str, found: list[int], expected: str) -> AdapterError:
     return AdapterError(
-        f"{folder}: {what} has shape {found}, expected {expected}",
-        hint=f"it was trained on {base_name(folder) or 'an unnamed base'}; pass that model",
+        tr(
+            "{folder}: {what} has shape {found}, expected {expected}",
+            folder=folder,
+            what=what,
+            found=found,
+            expected=expected,
+        ),
+        hint=tr("it was trained on {base_name}; pass that model", base_name=base_name(folder) or tr("an unnamed base")),
         code="adapter-base",
     )

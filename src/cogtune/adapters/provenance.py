@@ -19,6 +19,7 @@ from cogtune.configuration.load import explicit_values, from_entries, with_value
 from cogtune.configuration.problems import Entry
 from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import AdapterError, ConfigError
+from cogtune.language import tr
 from cogtune.system import files
 
 PROVENANCE_NAME = "cogtune.json"
@@ -112,34 +113,36 @@ def read_provenance(folder: Path) -> Provenance | None:
         parts[part] = _mapping(path, content, part)
         for key, value in parts[part].items():
             if isinstance(value, bool) or not isinstance(value, kinds):
-                raise _wrong(path, f"{part}.{key}", value, "a text" if kinds == (str,) else "a whole number")
+                raise _wrong(path, f"{part}.{key}", value, "a text" if kinds == (str,) else tr("a whole number"))
     hub = parts["base"].get("hub")
     if hub is not None and not _HUB_NAME.fullmatch(hub):
-        raise _wrong(path, "base.hub", hub, "a name on the hub, such as owner/name")
+        raise _wrong(path, "base.hub", hub, tr("a name on the hub, such as owner/name"))
     known = {key: value for key, value in settings.items() if key in INHERITED}
     _check(path, known)
     return Provenance(known, **parts, unknown=tuple(unknown))
 
 
 def _content(path: Path) -> dict[str, Any]:
-    hint = "copy the folder again; or remove the file, and give the settings as flags"
+    hint = tr("copy the folder again; or remove the file, and give the settings as flags")
     try:
         if path.stat().st_size > _LARGEST:
             raise ValueError(f"{path.stat().st_size} bytes; at most {_LARGEST} are expected")
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{path}: cannot be read: {error}", hint=hint, code="adapter-read") from error
+        raise AdapterError(
+            tr("{path}: cannot be read: {error}", path=path, error=error), hint=hint, code="adapter-read"
+        ) from error
     if not isinstance(content, dict):
-        raise AdapterError(f"{path}: found no JSON object", hint=hint, code="adapter-read")
+        raise AdapterError(tr("{path}: found no JSON object", path=path), hint=hint, code="adapter-read")
     if content.get("format") != FORMAT:
-        raise _wrong(path, "format", content.get("format"), f"{FORMAT}, which this version reads")
+        raise _wrong(path, "format", content.get("format"), tr("{format}, which this version reads", format=FORMAT))
     return content
 
 
 def _mapping(path: Path, content: Mapping[str, Any], key: str) -> dict[str, Any]:
     value = content.get(key, {})
     if not isinstance(value, dict):
-        raise _wrong(path, key, value, "an object")
+        raise _wrong(path, key, value, tr("an object"))
     return value
 
 
@@ -148,14 +151,20 @@ def _check(path: Path, settings: Mapping[str, Any]) -> None:
     try:
         from_entries({key: Entry(value, f"{path}: {key}") for key, value in settings.items()}, AnswerConfig)
     except ConfigError as error:
-        hint = "copy the folder again; or remove the file, and give the settings as flags"
+        hint = tr("copy the folder again; or remove the file, and give the settings as flags")
         raise AdapterError(error.message, hint=hint, code="adapter-read") from error
 
 
 def _wrong(path: Path, key: str, value: object, expected: str) -> AdapterError:
     return AdapterError(
-        f"{path}: {shown(key)}: found {shown(value)}, expected {expected}",
-        hint="copy the folder again; or remove the file, and give the settings as flags",
+        tr(
+            "{path}: {key}: found {value}, expected {expected}",
+            path=path,
+            key=shown(key),
+            value=shown(value),
+            expected=expected,
+        ),
+        hint=tr("copy the folder again; or remove the file, and give the settings as flags"),
         code="adapter-read",
     )
 
@@ -184,7 +193,7 @@ def inherit(config: AnswerConfig, folder: Path, *, formats: bool = True) -> tupl
     lines = []
     if provenance.unknown:
         names = ", ".join(shown(name) for name in provenance.unknown[:5])
-        lines.append(f"{folder / PROVENANCE_NAME}: unknown keys are left aside: {names}")
+        lines.append(tr("{path}: unknown keys are left aside: {names}", path=folder / PROVENANCE_NAME, names=names))
     given, now = explicit_values(config), config.model_dump(mode="json")
     taken: dict[str, Any] = {}
     instead = []
@@ -194,13 +203,17 @@ def inherit(config: AnswerConfig, folder: Path, *, formats: bool = True) -> tupl
         if value == current:
             continue
         if key in given or (key in FORMAT_KEYS and not formats) or (key == "data.max_pixels" and value > current):
-            instead.append(f"{key} {_text(current)} instead of {_text(value)}")
+            instead.append(
+                tr("{key} {current} instead of {value}", key=key, current=_text(current), value=_text(value))
+            )
         else:
             taken[key] = value
     if taken:
-        lines.append(f"as in training: {', '.join(f'{key} {_text(value)}' for key, value in taken.items())}")
+        lines.append(
+            tr("as in training: {items}", items=", ".join((f"{key} {_text(value)}" for key, value in taken.items())))
+        )
     if instead:
-        lines.append(f"other than in training: {', '.join(instead)}")
+        lines.append(tr("other than in training: {instead}", instead=", ".join(instead)))
     return (with_values(config, taken) if taken else config), lines
 
 

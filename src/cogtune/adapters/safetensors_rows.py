@@ -15,6 +15,7 @@ import torch
 
 from cogtune.checkpoint.model_files import read_header
 from cogtune.checkpoint.stream import StoredTensor, find_stored
+from cogtune.language import tr
 
 DTYPES = {
     "F64": torch.float64,
@@ -74,6 +75,13 @@ class SafetensorsFile:
         while len(content) < stop - start:
             piece = self._stream.read(stop - start - len(content))
             if not piece:
-                raise EOFError(f"{self.path}: ended at byte {start + len(content)}, {stop} expected")
+                raise EOFError(
+                    tr(
+                        "{path}: ended at byte {start}, {stop} expected",
+                        path=self.path,
+                        start=start + len(content),
+                        stop=stop,
+                    )
+                )
             content = piece if not content else content + piece
         return content

@@ -86,7 +86,7 @@ def match_targets(kinds: Mapping[str, str], targets: Sequence[str]) -> list[str]
             raise _container(target, containers[0], kinds)
         chosen |= dict.fromkeys(hits if is_pattern else [target])
     if not chosen:
-        raise AdapterError("lora.targets is empty; nothing would train", hint=_sets_hint(), code="adapter-targets")
+        raise AdapterError(tr("lora.targets is empty; nothing would train"), hint=_sets_hint(), code="adapter-targets")
     return list(chosen)
 
 
@@ -151,10 +151,15 @@ def check_reached(names: Iterable[str]) -> None:
     regions = {region(name) for name in names}
     if regions <= _PICTURES_ONLY:
         raise AdapterError(
-            f"no training record has a picture, and lora.targets covers only what pictures pass through "
-            f"({', '.join(sorted(regions))}): nothing would train",
-            hint="name the text's expert as well, --lora.targets experts, or see with `cogtune data check` why the "
-            "pictures were not found",
+            tr(
+                "no training record has a picture, and lora.targets covers only what pictures pass"
+                " through ({regions}): nothing would train",
+                regions=", ".join(sorted(regions)),
+            ),
+            hint=tr(
+                "name the text's expert as well, --lora.targets experts, or see with `cogtune data"
+                " check` why the pictures were not found"
+            ),
             code="adapter-idle",
         )
 
@@ -164,8 +169,8 @@ def _matching_pattern(pattern: str, kinds: Mapping[str, str]) -> list[str]:
         compiled = re.compile(pattern)
     except re.error as error:
         raise AdapterError(
-            f"lora.targets: `{pattern}` is not a regular expression: {error}",
-            hint="a target with special characters is matched as a regular expression over whole module names",
+            tr("lora.targets: `{pattern}` is not a regular expression: {error}", pattern=pattern, error=error),
+            hint=tr("a target with special characters is matched as a regular expression over whole module names"),
             code="adapter-targets",
         ) from error
     return [name for name, kind in kinds.items() if compiled.fullmatch(name) and kind == LINEAR]
@@ -175,8 +180,8 @@ def _nothing(target: str, kinds: Mapping[str, str]) -> AdapterError:
     names = {".".join(name.split(".")[-parts:]) for name, kind in kinds.items() if kind == LINEAR for parts in (1, 2)}
     near = _nearest(target, [*TARGET_SETS, *sorted(names)])
     return AdapterError(
-        f"lora.targets: `{target}` matches none of this model's modules",
-        hint=f"did you mean {near}? {_sets_hint()}" if near else _sets_hint(),
+        tr("lora.targets: `{target}` matches none of this model's modules", target=target),
+        hint=tr("did you mean {near}? {sets_hint}", near=near, sets_hint=_sets_hint()) if near else _sets_hint(),
         code="adapter-targets",
     )
 
@@ -184,8 +189,17 @@ def _nothing(target: str, kinds: Mapping[str, str]) -> AdapterError:
 def _container(target: str, name: str, kinds: Mapping[str, str]) -> AdapterError:
     inside = [n for n, kind in kinds.items() if n.startswith(name + ".") and kind == LINEAR][:4]
     return AdapterError(
-        f"lora.targets: `{target}` hits {name}, a {kinds[name]}; an adapter goes on linear layers",
-        hint=f"name the layers inside it ({', '.join(inside) or 'it has none'}). {_sets_hint()}",
+        tr(
+            "lora.targets: `{target}` hits {name}, a {kinds}; an adapter goes on linear layers",
+            target=target,
+            name=name,
+            kinds=kinds[name],
+        ),
+        hint=tr(
+            "name the layers inside it ({inside}). {sets_hint}",
+            inside=", ".join(inside) or tr("it has none"),
+            sets_hint=_sets_hint(),
+        ),
         code="adapter-targets",
     )
 
@@ -196,4 +210,7 @@ def _nearest(target: str, names: Iterable[str]) -> str:
 
 
 def _sets_hint() -> str:
-    return f"the named sets are {', '.join(TARGET_SETS)}; `cogtune plan --targets` lists every name"
+    return tr(
+        "the named sets are {target_sets}; `cogtune plan --targets` lists every name",
+        target_sets=", ".join(TARGET_SETS),
+    )

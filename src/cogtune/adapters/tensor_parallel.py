@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from cogtune.errors import ConfigError
+from cogtune.language import tr
 from cogtune.model.tensor_parallel import Cut, SlicedDropout, SplitModel
 
 ALLOWED_EXTRA = frozenset(
@@ -44,10 +45,16 @@ def check_extra(extra: Mapping[str, Any]) -> None:
     wrong = sorted(extra.keys() - ALLOWED_EXTRA)
     if wrong:
         raise ConfigError(
-            f"lora.extra.{wrong[0]} does not go with parallel.tensor: it may look at whole layers, and a rank has a"
-            " part of each",
-            hint=f"leave it out, or spread the model with parallel.engine fsdp2 instead; with parallel.tensor "
-            f"lora.extra takes {', '.join(sorted(ALLOWED_EXTRA))}",
+            tr(
+                "lora.extra.{wrong} does not go with parallel.tensor: it may look at whole layers, and a"
+                " rank has a part of each",
+                wrong=wrong[0],
+            ),
+            hint=tr(
+                "leave it out, or spread the model with parallel.engine fsdp2 instead; with"
+                " parallel.tensor lora.extra takes {allowed_extra}",
+                allowed_extra=", ".join(sorted(ALLOWED_EXTRA)),
+            ),
             code="config-value",
         )
 
@@ -97,7 +104,7 @@ def _check_loaded(model: PeftModel) -> None:
             whole.append("bias")
         if whole:
             raise ConfigError(
-                f"this adapter uses peft's {whole[0]}, which does not go with parallel.tensor",
-                hint="merge it first (cogtune merge), or use one device or parallel.engine ddp",
+                tr("this adapter uses peft's {whole}, which does not go with parallel.tensor", whole=whole[0]),
+                hint=tr("merge it first (cogtune merge), or use one device or parallel.engine ddp"),
                 code="config-value",
             )

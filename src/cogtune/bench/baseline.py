@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.configuration.shapes import IGNORED_LABEL
 from cogtune.errors import ConfigError
+from cogtune.language import tr
 from cogtune.model.modeling import CogVLM2ForCausalLM, CogVLM2Output
 from cogtune.model.routing import row_positions
 
@@ -79,7 +80,9 @@ class PublishedModel(nn.Module):
 
 def _require_chain(parents: torch.Tensor) -> None:
     if parents.shape[1] > 2:
-        raise ConfigError("the published computation trains one answer a row", hint="use a preset with one question")
+        raise ConfigError(
+            tr("the published computation trains one answer a row"), hint=tr("use a preset with one question")
+        )
 
 
 def _images(vision: Any, pixels: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 
 from cogtune.bench.report import Results, shown_command, table
 from cogtune.errors import ConfigError
+from cogtune.language import tr
 
 ROW_SECONDS = 300
 _SHARED = (
@@ -80,7 +81,7 @@ def run_rows(
     groups = [name.split("+") for name in names] or [[name] for name in ROWS]
     unknown = [name for group in groups for name in group if name not in ROWS]
     if unknown:
-        raise ConfigError(f"no row `{unknown[0]}`", hint=f"one of {', '.join(ROWS)}")
+        raise ConfigError(tr("no row `{unknown}`", unknown=unknown[0]), hint=tr("one of {rows}", rows=", ".join(ROWS)))
     for group in groups:
         with ThreadPoolExecutor(len(group)) as pool:  # each thread only waits for its process
             running = [pool.submit(_run, name, ROWS[name], _words(name, model, extra, capped)) for name in group]
@@ -116,7 +117,7 @@ def _run(name: str, row: FitRow, words: list[str]) -> dict[str, Any]:
             done = subprocess.run(command, capture_output=True, text=True, timeout=ROW_SECONDS)
             told = (done.stderr or done.stdout).strip()
         except subprocess.TimeoutExpired:
-            told = f"not done after {ROW_SECONDS} s"
+            told = tr("not done after {row_seconds} s", row_seconds=ROW_SECONDS)
         found["wall_s"] = round(time.perf_counter() - began, 1)
         rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
     measured = rows[-1] if rows else {"error": _reason(told)}
@@ -132,7 +133,12 @@ def _reason(text: str) -> str:
 def _line(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{row['name']}: {row['error']} ({row['wall_s']:.0f} s)"
-    return f"{row['name']}: {row['peak_reserved_gib']:.2f} GiB reserved, {row['wall_s']:.0f} s in all"
+    return tr(
+        "{name}: {peak_reserved_gib:.2f} GiB reserved, {wall_s:.0f} s in all",
+        name=row["name"],
+        peak_reserved_gib=row["peak_reserved_gib"],
+        wall_s=row["wall_s"],
+    )
 
 
 def as_table(results: Results) -> str:
@@ -150,7 +156,7 @@ def as_table(results: Results) -> str:
             None if said is None else f"{max(said, plan['load_reserved_gib']):.2f}",
             None if driver is None else f"{driver:.2f}", row.get("cap_gib"),
             None if speed is None else f"{speed:.1f}", None if "load_s" not in row else f"{row['load_s']:.1f}",
-            "shared card" if "together" in row else "",
+            tr("shared card") if "together" in row else "",
         ])  # fmt: skip
     columns = ["row", "reserved GiB", "plan", "driver", "cap", "ms", "load s", "note"]
     return table(columns, cells)

@@ -33,6 +33,7 @@ from cogtune.checkpoint.random import (
 )
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.errors import DiskFullError, OutputFolderError
+from cogtune.language import tr
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.processing.tokenizer import write_byte_tokenizer
 from cogtune.system import files
@@ -97,8 +98,8 @@ def make_checkpoint(
     shards = plan_shards(config, 150_000 if preset.startswith("tiny") else SHARD_LIMIT)
     total = sum(2 * math.prod(shape) for shard in shards for shape in shard.values())
     began = time.perf_counter()
-    what = "remove the unfinished folder"
-    with lock_beside(folder, "choose a new folder", progress), explained(folder, then=what, late=True):
+    what = tr("remove the unfinished folder")
+    with lock_beside(folder, tr("choose a new folder"), progress), explained(folder, then=what, late=True):
         _require_room(folder, total)
         weight_map: dict[str, str] = {}
         with ThreadPoolExecutor(SLOTS, "cogtune-write") as pool:
@@ -114,13 +115,20 @@ def make_checkpoint(
 
 def _require_room(folder: Path, total: int) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputFolderError(f"{folder}: exists and is not an empty folder", hint="choose a new folder")
+        raise OutputFolderError(
+            tr("{folder}: exists and is not an empty folder", folder=folder), hint=tr("choose a new folder")
+        )
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < total + 2**28:
         raise DiskFullError(
-            f"{folder}: {free / 1e9:.1f} GB free; the checkpoint takes {total / 1e9:.1f} GB",
-            hint="free some space, or choose another disk",
+            tr(
+                "{folder}: {free:.1f} GB free; the checkpoint takes {total:.1f} GB",
+                folder=folder,
+                free=free / 1e9,
+                total=total / 1e9,
+            ),
+            hint=tr("free some space, or choose another disk"),
         )
 
 

@@ -16,6 +16,7 @@ import torch
 
 from cogtune.data.sampler import Position
 from cogtune.errors import ConfigError
+from cogtune.language import tr
 from cogtune.model.compile import compiled_graphs
 from cogtune.system.byte_sizes import GIB, parse_size
 from cogtune.train.batches import Batch, StepBatches
@@ -187,10 +188,10 @@ def cap_memory(size: str) -> None:
     try:
         wanted = parse_size(size)
     except ValueError as error:
-        raise ConfigError(f"--cap: {error}") from error
+        raise ConfigError(tr("--cap: {error}", error=error)) from error
     if not torch.cuda.is_available():
-        raise ConfigError("--cap bounds a GPU's memory, and there is no GPU", hint="leave --cap out")
+        raise ConfigError(tr("--cap bounds a GPU's memory, and there is no GPU"), hint=tr("leave --cap out"))
     total = torch.cuda.mem_get_info()[1]
     if wanted > total:
-        raise ConfigError(f"--cap is {size}, but the card has {total / GIB:.1f} GiB")
+        raise ConfigError(tr("--cap is {size}, but the card has {total:.1f} GiB", size=size, total=total / GIB))
     torch.cuda.set_per_process_memory_fraction(wanted / total)

@@ -19,6 +19,7 @@ from cogtune.data.sampler import EpochSampler
 from cogtune.features.file_format import Layout
 from cogtune.features.store import Store
 from cogtune.features.variant import make_variant
+from cogtune.language import tr
 
 _WARM = 2.0  # seconds until the workers have started and their queues are full
 
@@ -32,8 +33,15 @@ def measure_loader(
             row = _measure(config, Path(name), cached, rate, seconds, pictures, side)
         results.add(row)
         print(
-            f"{row['name']}: waits {100 * row['wait_share']:.2f} % at {rate:g} samples/s, {row['workers']} workers; "
-            f"as fast as it can: {row['most_samples_per_second']:.1f} samples/s"
+            tr(
+                "{name}: waits {wait_share:.2f} % at {rate:g} samples/s, {workers} workers; as fast as"
+                " it can: {most_samples_per_second:.1f} samples/s",
+                name=row["name"],
+                wait_share=100 * row["wait_share"],
+                rate=rate,
+                workers=row["workers"],
+                most_samples_per_second=row["most_samples_per_second"],
+            )
         )
 
 
@@ -71,7 +79,7 @@ def _measure(
         most += size
     fastest = most / (time.perf_counter() - began)
     return {
-        "name": f"cached features, {_stored_in(config)}" if cached else f"jpeg {side} px",
+        "name": tr("cached features, {stored_in}", stored_in=_stored_in(config)) if cached else f"jpeg {side} px",
         "asked_samples_per_second": rate, "taken": taken, "wait_share": round(waited / took, 5),
         "workers": workers, "batch_size": size,
         "most_samples_per_second": round(fastest, 2), "pictures": pictures,

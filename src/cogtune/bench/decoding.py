@@ -16,6 +16,7 @@ from cogtune.configuration.resolve import torch_dtype
 from cogtune.configuration.run_config import RunConfig
 from cogtune.generate.decode_steps import DecodeSteps
 from cogtune.generate.decoding import Decoding
+from cogtune.language import tr
 from cogtune.model.decode import prefill
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.slots import SlotCache, SlotView
@@ -93,7 +94,7 @@ def _measure_steps(
         (place for place, pair in enumerate(zip(answer, oracle, strict=True)) if pair[0] != pair[1]), tokens + 1
     )
     results.rows[-1]["tokens_as_generate"] = f"{same} of {tokens + 1}"
-    print(f"the first {same} of {tokens + 1} tokens are those of generate()")
+    print(tr("the first {same} of {tokens} tokens are those of generate()", same=same, tokens=tokens + 1))
 
 
 def _fill(
@@ -116,14 +117,29 @@ def _add(
 ) -> None:
     allocated, reserved, driver = memory_gib(device)
     rate = 1000 * rows / milliseconds
-    results.add({
-        "name": name, **shared, "rows": rows, "step_ms": round(milliseconds, 3), "tokens_per_second": round(rate, 1),
-        "allocated_gib": round(allocated, 3), "reserved_gib": round(reserved, 3),
-        "peak_reserved_gib": round(max(reserved, shared["load_reserved_gib"]), 3),
-        "driver_gib": None if driver is None else round(driver, 3),
-    })  # fmt: skip
-    print(f"{name}: {milliseconds:.2f} ms a step, {rate:.0f} tokens/s; "
-          f"{reserved:.2f} GiB reserved", flush=True)  # fmt: skip
+    results.add(
+        {
+            "name": name,
+            **shared,
+            "rows": rows,
+            "step_ms": round(milliseconds, 3),
+            "tokens_per_second": round(rate, 1),
+            "allocated_gib": round(allocated, 3),
+            "reserved_gib": round(reserved, 3),
+            "peak_reserved_gib": round(max(reserved, shared["load_reserved_gib"]), 3),
+            "driver_gib": None if driver is None else round(driver, 3),
+        }
+    )
+    print(
+        tr(
+            "{name}: {milliseconds:.2f} ms a step, {rate:.0f} tokens/s; {reserved:.2f} GiB reserved",
+            name=name,
+            milliseconds=milliseconds,
+            rate=rate,
+            reserved=reserved,
+        ),
+        flush=True,
+    )
 
 
 def _prompt(model: CogVLM2ForCausalLM, context: int, device: torch.device) -> dict[str, torch.Tensor]:

@@ -21,6 +21,7 @@ from cogtune.configuration.run_config import RunConfig
 from cogtune.features.cache import FeatureCache, FillReport
 from cogtune.features.fill import FillSettings, Tower
 from cogtune.features.variant import make_variant
+from cogtune.language import tr
 from cogtune.model.compile import can_compile, compile_layers, prepare_compiling
 from cogtune.train import engines
 from cogtune.train.engines.base import Engine
@@ -46,7 +47,13 @@ def measure_filling(config: RunConfig, results: Results, *, pictures: int, side:
     row |= {"allocated_gib": round(allocated, 3), "reserved_gib": round(reserved, 3)}
     row |= {"driver_gib": None if driver is None else round(driver, 3), "batch": config.data.cache_batch, "side": side}
     results.add({"name": "fill", **row})
-    print(f"{row['pictures_per_second']:.2f} pictures/s, {row['peak_reserved_gib']:.2f} GiB reserved")
+    print(
+        tr(
+            "{pictures_per_second:.2f} pictures/s, {peak_reserved_gib:.2f} GiB reserved",
+            pictures_per_second=row["pictures_per_second"],
+            peak_reserved_gib=row["peak_reserved_gib"],
+        )
+    )
 
 
 def _random(config: RunConfig, engine: Engine, dtype: torch.dtype, images: list[Path], folder: Path) -> dict[str, Any]:

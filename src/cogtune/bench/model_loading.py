@@ -27,6 +27,7 @@ from cogtune.checkpoint.stream import PIECE, THREADS
 from cogtune.configuration.quantization import QuantSection
 from cogtune.configuration.shapes import TOWER
 from cogtune.errors import ConfigError
+from cogtune.language import tr
 
 MODES: dict[str, dict[str, Any]] = {
     "bf16": {},
@@ -52,7 +53,9 @@ def run_modes(names: Sequence[str], results: Results, *, model: str, device: str
     """
     unknown = [name for name in names if name not in MODES]
     if unknown:
-        raise ConfigError(f"no mode `{unknown[0]}`", hint=f"one of {', '.join(MODES)}")
+        raise ConfigError(
+            tr("no mode `{unknown}`", unknown=unknown[0]), hint=tr("one of {modes}", modes=", ".join(MODES))
+        )
     for name in names or MODES:
         command = [sys.executable, "-m", "cogtune.bench.model_loading", name, model, device]
         try:
@@ -60,7 +63,7 @@ def run_modes(names: Sequence[str], results: Results, *, model: str, device: str
             lines = [line for line in done.stdout.splitlines() if line.startswith(_RESULT)]
             told = (done.stderr or done.stdout).strip()[-600:]
         except subprocess.TimeoutExpired:
-            lines, told = [], f"not done after {_ROW_SECONDS} s"
+            lines, told = [], tr("not done after {row_seconds} s", row_seconds=_ROW_SECONDS)
         found = json.loads(lines[-1].removeprefix(_RESULT)) if lines else {"error": told}
         results.add({"name": name, **found})
         print(_line(results.rows[-1]), flush=True)
@@ -130,9 +133,15 @@ def _read(pieces: Sequence[tuple[Path, int, int]]) -> float:
 def _line(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{row['name']}: {row['error']}"
-    return (
-        f"{row['name']}: {row['load_s']:.1f} s, {row['load_gb_s']:.2f} GB/s; plain read {row['read_gb_s']:.2f} GB/s "
-        f"(first {row['first_read_s']:.1f} s); host {row.get('host_peak_gib', 0):.2f} GiB at most"
+    return tr(
+        "{name}: {load_s:.1f} s, {load_gb_s:.2f} GB/s; plain read {read_gb_s:.2f} GB/s (first"
+        " {first_read_s:.1f} s); host {get:.2f} GiB at most",
+        name=row["name"],
+        load_s=row["load_s"],
+        load_gb_s=row["load_gb_s"],
+        read_gb_s=row["read_gb_s"],
+        first_read_s=row["first_read_s"],
+        value=row.get("host_peak_gib", 0),
     )
 
 
@@ -147,7 +156,17 @@ def as_table(results: Results) -> str:
         numbers = [row["read_bytes"] / GB, row["load_s"], row["load_gb_s"], row["read_gb_s"], row["host_before_gib"]]
         numbers += [row.get("host_peak_gib"), device.get("reserved"), device.get("after")]
         cells.append([row["name"], *[None if number is None else f"{number:.2f}" for number in numbers]])
-    columns = ["mode", "GB", "load s", "GB/s", "plain GB/s", "host before", "host peak", "GPU reserved", "GPU after"]
+    columns = [
+        "mode",
+        "GB",
+        "load s",
+        "GB/s",
+        "plain GB/s",
+        tr("host before"),
+        tr("host peak"),
+        tr("GPU reserved"),
+        tr("GPU after"),
+    ]
     return table(columns, cells)
 
 

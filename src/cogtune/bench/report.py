@@ -13,6 +13,7 @@ import torch
 
 import cogtune
 from cogtune.errors import OutputFolderError
+from cogtune.language import tr
 from cogtune.system import files
 from cogtune.system.file_errors import explained
 from cogtune.system.machine import commit, cores, versions
@@ -62,7 +63,9 @@ def _require_own(file: Path) -> None:
     except (OSError, ValueError, TypeError, RecursionError):
         own = False
     if not own:
-        raise OutputFolderError(f"{file}: exists, and is not a result file", hint="name another with --json")
+        raise OutputFolderError(
+            tr("{file}: exists, and is not a result file", file=file), hint=tr("name another with --json")
+        )
 
 
 class Results:

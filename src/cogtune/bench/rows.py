@@ -22,6 +22,7 @@ from cogtune.data.collate import collate
 from cogtune.data.dataset import TrainRows
 from cogtune.data.records import Conversation, Example, Turn
 from cogtune.errors import ConfigError
+from cogtune.language import tr
 from cogtune.model.routing import GPU_COLUMNS
 from cogtune.processing.encode import Encoder
 
@@ -77,8 +78,11 @@ def preset(name: str) -> Preset:
         key, equals, value = part.partition("=")
         if not equals or not value.isdigit() or key not in ("text", "questions", "rounds"):
             raise ConfigError(
-                f"no preset `{name}`",
-                hint=f"one of {', '.join(PRESETS)}, or a shape: text=600, questions=5, rounds=3, joined by /",
+                tr("no preset `{name}`", name=name),
+                hint=tr(
+                    "one of {presets}, or a shape: text=600, questions=5, rounds=3, joined by /",
+                    presets=", ".join(PRESETS),
+                ),
             )
         number = int(value)
         if key == "text":
@@ -112,7 +116,12 @@ def synthetic_rows(shape: Preset, count: int, config: CogVLM2Config, folder: Pat
         ConfigError: a question too short to hold the prompt's template.
     """
     if shape.question <= _TEMPLATE or shape.answer < 1:
-        raise ConfigError(f"a question takes more than {_TEMPLATE} tokens (the template), an answer at least one")
+        raise ConfigError(
+            tr(
+                "a question takes more than {template} tokens (the template), an answer at least one",
+                template=_TEMPLATE,
+            )
+        )
     specials = (config.bos_token_id, *config.eos_token_ids, config.pad_token_id)
     encoder = Encoder(
         CharacterTokenizer(min(token for token in specials if token is not None)),

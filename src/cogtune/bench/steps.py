@@ -20,6 +20,7 @@ from cogtune.bench.variants import Variant
 from cogtune.configuration.resolve import recomputed_layers, torch_dtype
 from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import ConfigError
+from cogtune.language import tr
 from cogtune.model.activation_checkpointing import enable_checkpointing
 from cogtune.model.compile import prepare_compiling
 from cogtune.model.modeling import CogVLM2ForCausalLM
@@ -91,7 +92,7 @@ class Bench:
         The baseline always gets pixels: the published code has no feature cache.
         """
         if variant.baseline and variant.cached:
-            raise ConfigError("the baseline runs the tower in every step: it has no features=cached")
+            raise ConfigError(tr("the baseline runs the tower in every step: it has no features=cached"))
         return synthetic_batches(
             preset(variant.preset), self.base.config, folder, batch_size=variant.config.train.batch_size,
             count=DIFFERENT_BATCHES, cached=variant.cached, dtype=self.dtype, device=self.engine.device,

@@ -8,6 +8,7 @@ from typing import Any
 
 from cogtune.bench.report import Results, table
 from cogtune.errors import ConfigError
+from cogtune.language import tr
 
 MOST_OVER_FIT = 1.3
 """Allowed excess of a point over the straight line between its neighbours."""
@@ -51,13 +52,18 @@ def sweep_variants(name: str, *, tiny: bool = False) -> list[str]:
     if name == "memory":
         batches, texts = (_TINY_BATCHES, _TINY_TEXTS) if tiny else (_BATCHES, _TEXTS)
         return [
-            f"batch-{b}-text-{t} preset=text={t} train.batch_size={b} train.gradient_checkpointing=all features=cached"
+            tr(
+                "batch-{b}-text-{t} preset=text={t} train.batch_size={b}"
+                " train.gradient_checkpointing=all features=cached",
+                b=b,
+                t=t,
+            )
             for b in batches
             for t in texts
         ]
     series = SERIES.get(name)
     if series is None:
-        raise ConfigError(f"no sweep `{name}`", hint=f"one of {', '.join(NAMES)}")
+        raise ConfigError(tr("no sweep `{name}`", name=name), hint=tr("one of {names}", names=", ".join(NAMES)))
     points = series.tiny if tiny else series.points
     return [f"{name}-{point} features=cached {series.words(point)}" for point in points]
 
@@ -92,7 +98,7 @@ def against_plan(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         plan = row.get("plan")
         if "error" in row or not plan or "error" in plan:
-            cells.append([row["name"], None, None, None, (row.get("error") or "no prediction")[:60]])
+            cells.append([row["name"], None, None, None, (row.get("error") or tr("no prediction"))[:60]])
             continue
         measured, said = row["reserved_gib"], plan["reserved_gib"]
         agrees = abs(said - measured) <= max(0.05 * measured, 0.5)

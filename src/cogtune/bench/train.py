@@ -22,6 +22,7 @@ from cogtune.bench.rows import answers_of
 from cogtune.bench.steps import Bench
 from cogtune.bench.variants import Variant
 from cogtune.distributed.environment import is_main
+from cogtune.language import tr
 from cogtune.plan.sizes import ModelSizes
 
 _PROFILED = 2
@@ -59,7 +60,14 @@ def _measure_group(
             if bench is None:
                 bench = Bench(variant, cached=all(other.cached for other in group))
                 if is_main():
-                    print(f"# {variant.name}: model ready after {time.perf_counter() - began:.1f} s", flush=True)
+                    print(
+                        tr(
+                            "# {name}: model ready after {perf_counter:.1f} s",
+                            name=variant.name,
+                            perf_counter=time.perf_counter() - began,
+                        ),
+                        flush=True,
+                    )
             row = _measure_one(bench, variant, joined, folder, counts, breakdown)
         except Exception as error:
             traceback.print_exc(limit=-6)
@@ -154,8 +162,16 @@ def _say(row: dict[str, Any]) -> None:
         print(f"{row['name']}: {row['error']}", flush=True)
         return
     print(
-        f"{row['name']}: {row['median_ms']:.1f} ms ({row['min_ms']:.1f} to {row['max_ms']:.1f}), "
-        f"{row['samples_per_second']:.2f} samples/s, {row['reserved_gib']:.2f} GiB reserved",
+        tr(
+            "{name}: {median_ms:.1f} ms ({min_ms:.1f} to {max_ms:.1f}), {samples_per_second:.2f}"
+            " samples/s, {reserved_gib:.2f} GiB reserved",
+            name=row["name"],
+            median_ms=row["median_ms"],
+            min_ms=row["min_ms"],
+            max_ms=row["max_ms"],
+            samples_per_second=row["samples_per_second"],
+            reserved_gib=row["reserved_gib"],
+        ),
         flush=True,
     )
 
@@ -167,7 +183,7 @@ def as_table(results: Results) -> str:
     """
     whole = [row for row in results.rows if "error" not in row]
     if not whole:
-        return "nothing was measured"
+        return tr("nothing was measured")
     anchor = next((row for row in whole if row["name"] == "baseline"), whole[0])
     cells = []
     for row in whole:
@@ -195,9 +211,9 @@ def _breakdown(rows: list[dict[str, Any]]) -> str:
     """Format where the time of profiled steps went, and the longest kernels."""
     kinds = list(rows[0]["breakdown_ms"])
     cells = [[row["name"], *[f"{row['breakdown_ms'][kind]:.2f}" for kind in kinds], row["kernels"]] for row in rows]
-    parts = ["milliseconds of a profiled step:\n" + table(["variant", *kinds, "kernels"], cells)]
+    parts = [tr("milliseconds of a profiled step:\n") + table(["variant", *kinds, "kernels"], cells)]
     for row in rows:
         longest = [[f"{kernel['ms']:.3f}", kernel["count"], kernel["name"]] for kernel in row["longest_kernels"]]
         lines = [f"{ms:>9} ms {count:>7g}x  {name}" for ms, count, name in longest]
-        parts.append("\n".join([f"{row['name']}, the longest kernels of a step:", *lines]))
+        parts.append("\n".join([tr("{name}, the longest kernels of a step:", name=row["name"]), *lines]))
     return "\n\n".join(parts)

@@ -10,6 +10,7 @@ from cogtune.configuration.load import load_config
 from cogtune.configuration.resolve import memory_budget
 from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import ConfigError
+from cogtune.language import tr
 
 BASELINE = "baseline"
 _OWN = ("preset", "features")
@@ -61,10 +62,12 @@ def parse_variants(
         for word in words:
             key, equals, value = word.partition("=")
             if not equals:
-                raise ConfigError(f"--variant `{text}`: `{word}` is not key=value")
+                raise ConfigError(tr("--variant `{text}`: `{word}` is not key=value", text=text, word=word))
             changes[ALIASES.get(key, key)] = value
         if any(other.name == name for other in variants):
-            raise ConfigError(f"--variant `{name}` is given twice", hint="names tell the rows of the table apart")
+            raise ConfigError(
+                tr("--variant `{name}` is given twice", name=name), hint=tr("names tell the rows of the table apart")
+            )
         variants.append(_variant(name, changes, overrides, preset, cached))
     return variants
 
@@ -77,14 +80,17 @@ def _variant(
     keys = {key: [value] for key, value in changes.items() if key not in own}
     features = own.get("features", "live" if baseline or not cached else "cached")
     if features not in ("live", "cached"):
-        raise ConfigError(f"features is `{features}`; it is live or cached")
+        raise ConfigError(tr("features is `{features}`; it is live or cached", features=features))
     given = {ALIASES.get(key, key): value for key, value in overrides.items()}
     config = load_config(None, {**_DEFAULTS, **given, **keys})
     policy = config.train.gradient_checkpointing
     if memory_budget(policy) is not None:
         raise ConfigError(
-            f"train.gradient_checkpointing is {policy}: a measurement has no plan that would keep a size",
-            hint="name the layers: none, all, or a number k for every k-th",
+            tr(
+                "train.gradient_checkpointing is {policy}: a measurement has no plan that would keep a size",
+                policy=policy,
+            ),
+            hint=tr("name the layers: none, all, or a number k for every k-th"),
             code="config-value",
         )
     return Variant(name, own.get("preset", preset), features == "cached", baseline, config, changes)

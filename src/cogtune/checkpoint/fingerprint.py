@@ -10,6 +10,7 @@ from typing import Any
 from cogtune.checkpoint.model_files import read_header, shard_files
 from cogtune.configuration.shapes import TOWER
 from cogtune.errors import CheckpointError
+from cogtune.language import tr
 
 _PROBE = 1024
 _TOWER_PROBE = 4096
@@ -73,8 +74,8 @@ def tower_fingerprint(folder: str | Path) -> str:
                 digest.update(file.read(length))
     if not found:
         raise CheckpointError(
-            f"{root}: its shards hold no vision tower ({TOWER[1]}...)",
-            hint="give a CogVLM2 model folder in the published layout",
+            tr("{root}: its shards hold no vision tower ({tower}...)", root=root, tower=TOWER[1]),
+            hint=tr("give a CogVLM2 model folder in the published layout"),
             code="checkpoint-tensors",
         )
     return digest.hexdigest()

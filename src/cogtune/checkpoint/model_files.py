@@ -14,13 +14,14 @@ from cogtune.checkpoint.stream import StoredTensor, find_stored
 from cogtune.configuration.architectures import refuse_foreign
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.errors import CheckpointError
+from cogtune.language import phrase, tr
 from cogtune.system.names import inside
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-ROUTES = (
-    "fetch it with `cogtune download model --output cogvlm2` (from Hugging Face) or `cogtune download model --source "
-    "modelscope --output cogvlm2`, then pass that folder"
+ROUTES = phrase(
+    "fetch it with `cogtune download model --output cogvlm2` (from Hugging Face) or `cogtune"
+    " download model --source modelscope --output cogvlm2`, then pass that folder"
 )
 
 
@@ -33,7 +34,9 @@ def load_model_config(path: str | Path) -> CogVLM2Config:
     folder = Path(path)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"{folder}: no config.json; expected a model folder", hint=ROUTES, code="checkpoint-config"
+            tr("{folder}: no config.json; expected a model folder", folder=folder),
+            hint=tr(ROUTES),
+            code="checkpoint-config",
         )
     _require_found(path)
     refuse_foreign(path)
@@ -41,7 +44,9 @@ def load_model_config(path: str | Path) -> CogVLM2Config:
         return CogVLM2Config.from_pretrained(path)
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(
-            f"{path}: config.json cannot be read: {error}", hint=ROUTES, code="checkpoint-config"
+            tr("{path}: config.json cannot be read: {error}", path=path, error=error),
+            hint=tr(ROUTES),
+            code="checkpoint-config",
         ) from error
 
 
@@ -59,8 +64,12 @@ def whole_folder(model: str | Path) -> Path:
         return Path(snapshot_download(str(model)))
     except (OSError, HFValidationError) as error:
         raise CheckpointError(
-            f"{model}: neither a folder here nor a hub repository that can be read ({str(error).strip():.300})",
-            hint="check name and network, or download the model and give its folder",
+            tr(
+                "{model}: neither a folder here nor a hub repository that can be read ({error:.300})",
+                model=model,
+                error=str(error).strip(),
+            ),
+            hint=tr("check name and network, or download the model and give its folder"),
             code="checkpoint-missing",
         ) from error
 
@@ -78,7 +87,9 @@ def shard_files(folder: Path) -> dict[str, list[str]]:
             weight_map: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"{index}: not a weight index: {error}", hint=ROUTES, code="checkpoint-index"
+                tr("{index}: not a weight index: {error}", index=index, error=error),
+                hint=tr(ROUTES),
+                code="checkpoint-index",
             ) from error
         shards: dict[str, list[str]] = {}
         for name, file in weight_map.items():
@@ -88,8 +99,13 @@ def shard_files(folder: Path) -> dict[str, list[str]]:
     if (folder / SINGLE_NAME).is_file():
         return {SINGLE_NAME: []}
     raise CheckpointError(
-        f"{folder}: no weights; expected {INDEX_NAME} with its shards, or {SINGLE_NAME}",
-        hint=ROUTES,
+        tr(
+            "{folder}: no weights; expected {index_name} with its shards, or {single_name}",
+            folder=folder,
+            index_name=INDEX_NAME,
+            single_name=SINGLE_NAME,
+        ),
+        hint=tr(ROUTES),
         code="checkpoint-shards",
     )
 
@@ -127,16 +143,26 @@ def check_folder(folder: Path) -> None:
     missing = sorted(name for name in files if not (folder / name).is_file())
     if missing:
         raise CheckpointError(
-            f"{folder}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing[:8])}",
-            hint=ROUTES,
+            tr(
+                "{folder}: {count} of {files} shards are missing: {names}",
+                folder=folder,
+                count=len(missing),
+                files=len(files),
+                names=", ".join(missing[:8]),
+            ),
+            hint=tr(ROUTES),
             code="checkpoint-shards",
         )
     for name, expected in files.items():
         absent = sorted(set(expected) - set(read_header(folder / name)))
         if absent:
             raise CheckpointError(
-                f"{folder / name}: the index places {absent[0]} here, the file does not hold it",
-                hint="index and shards are from different versions; fetch the folder again",
+                tr(
+                    "{path}: the index places {absent} here, the file does not hold it",
+                    path=folder / name,
+                    absent=absent[0],
+                ),
+                hint=tr("index and shards are from different versions; fetch the folder again"),
                 code="checkpoint-index",
             )
 
@@ -153,10 +179,10 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _truncated(file: Path, size: int, expected: int | None) -> CheckpointError:
-    wanted = "a safetensors file" if expected is None else f"{expected:,} bytes"
+    wanted = tr("a safetensors file") if expected is None else f"{expected:,} bytes"
     return CheckpointError(
-        f"{file}: {size:,} bytes; expected {wanted}",
-        hint=f"the download broke off: {ROUTES}",
+        tr("{file}: {size:,} bytes; expected {wanted}", file=file, size=size, wanted=wanted),
+        hint=tr("the download broke off: {routes}", routes=tr(ROUTES)),
         code="checkpoint-truncated",
     )
 
@@ -166,4 +192,4 @@ def _require_found(path: str | Path) -> None:
     folder = Path(path)
     looks_like_id = str(path).count("/") == 1 and not str(path).startswith((".", "/", "~"))
     if not folder.is_dir() and not looks_like_id:
-        raise CheckpointError(f"{path}: no such model folder", hint=ROUTES, code="checkpoint-missing")
+        raise CheckpointError(tr("{path}: no such model folder", path=path), hint=tr(ROUTES), code="checkpoint-missing")

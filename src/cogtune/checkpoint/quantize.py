@@ -13,6 +13,7 @@ from torch import nn
 
 from cogtune.configuration.quantization import QuantSection
 from cogtune.errors import SetupError
+from cogtune.language import tr
 from cogtune.model.quantized.host_embedding import HostEmbedding
 
 _FROM_BITSANDBYTES = ("nf4", "int8")
@@ -59,7 +60,7 @@ def require_bitsandbytes(what: str) -> None:
     """Raise SetupError, with the command to type, if bitsandbytes is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise SetupError(
-            f"{what} need bitsandbytes, which is not installed",
+            tr("{what} need bitsandbytes, which is not installed", what=what),
             hint='pip install "cogtune[quant]"',
             code="no-bitsandbytes",
         )

@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 
 from cogtune.errors import CheckpointError, DiskFullError
+from cogtune.language import phrase, tr
 from cogtune.system import files
 from cogtune.system.file_errors import is_disk_full
 from cogtune.system.names import name_problem
@@ -40,7 +41,7 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 RNG_FILE = "rng.safetensors"
 FORMAT = 1
-_ANOTHER = "give a checkpoint-N folder of an earlier run, or that run's output folder"
+_ANOTHER = phrase("give a checkpoint-N folder of an earlier run, or that run's output folder")
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
 _LEFTOVER = re.compile(
     r"\.(checkpoint-\d+|adapter|last|best)\.(partial|replaced)"
@@ -69,7 +70,7 @@ def save(output: Path, step: int, state: TrainingState, write_adapter: Callable[
     """
     final = checkpoint_path(output, step)
     if final.exists() and not _is_checkpoint(final):
-        raise FileExistsError(errno.EEXIST, "something other than a checkpoint is there", str(final))
+        raise FileExistsError(errno.EEXIST, tr("something other than a checkpoint is there"), str(final))
     with partial_folder(output, final.name) as folder:
         write_adapter(folder)
         files.write_file(folder / OPTIMIZER_FILE, serialize(state.tensors))
@@ -92,16 +93,24 @@ def load(folder: Path) -> TrainingState:
     if problem is not None:
         adapter = (folder / "adapter_config.json").is_file() and not (folder / MANIFEST).is_file()
         raise CheckpointError(
-            f"{folder}: not a usable training checkpoint: {problem}",
-            hint=f"to train this adapter further, without the optimiser's state: --adapter {folder}; or {_ANOTHER}"
+            tr("{folder}: not a usable training checkpoint: {problem}", folder=folder, problem=problem),
+            hint=tr(
+                "to train this adapter further, without the optimiser's state: --adapter {folder}; or {another}",
+                folder=folder,
+                another=tr(_ANOTHER),
+            )
             if adapter
-            else _ANOTHER,
+            else tr(_ANOTHER),
         )
     try:
         return TrainingState(load_file(folder / OPTIMIZER_FILE), read_counters(folder), _read_rng(folder / RNG_FILE))
     except (OSError, SafetensorError) as error:
-        message = f"{folder}: it changed while it was read ({error}); does a run still write there?"
-        raise CheckpointError(message, hint=_ANOTHER) from error
+        message = tr(
+            "{folder}: it changed while it was read ({error}); does a run still write there?",
+            folder=folder,
+            error=error,
+        )
+        raise CheckpointError(message, hint=tr(_ANOTHER)) from error
 
 
 def _read_rng(file: Path) -> list[dict[str, torch.Tensor]]:
@@ -110,11 +119,17 @@ def _read_rng(file: Path) -> list[dict[str, torch.Tensor]]:
     for key, value in load_file(file).items():
         name = re.fullmatch(r"(\d{1,9})/(cpu|cuda)", key, re.ASCII)
         if name is None:
-            raise CheckpointError(f"{file}: not the random numbers of a run: it holds {key[:80]!r}", hint=_ANOTHER)
+            raise CheckpointError(
+                tr("{file}: not the random numbers of a run: it holds {key!r}", file=file, key=key[:80]),
+                hint=tr(_ANOTHER),
+            )
         found.setdefault(int(name[1]), {})[name[2]] = value
     if sorted(found) != list(range(len(found))):
         ranks = ", ".join(str(rank) for rank in sorted(found)[:8])
-        raise CheckpointError(f"{file}: not the random numbers of a run: those of ranks {ranks}", hint=_ANOTHER)
+        raise CheckpointError(
+            tr("{file}: not the random numbers of a run: those of ranks {ranks}", file=file, ranks=ranks),
+            hint=tr(_ANOTHER),
+        )
     return [found[rank] for rank in range(len(found))]
 
 
@@ -127,9 +142,11 @@ def read_counters(folder: Path) -> dict[str, Any]:
     try:
         counters = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder / STATE_FILE}: not JSON: {error}", hint=_ANOTHER) from error
+        raise CheckpointError(
+            tr("{path}: not JSON: {error}", path=folder / STATE_FILE, error=error), hint=tr(_ANOTHER)
+        ) from error
     if not isinstance(counters, dict):
-        raise CheckpointError(f"{folder / STATE_FILE}: found no JSON object", hint=_ANOTHER)
+        raise CheckpointError(tr("{path}: found no JSON object", path=folder / STATE_FILE), hint=tr(_ANOTHER))
     return counters
 
 
@@ -147,36 +164,40 @@ def find_latest(output: Path) -> tuple[Path | None, list[str]]:
 def find_problem(folder: Path) -> str | None:
     """Return why ``folder`` cannot be used, or None if every file has the digest in its manifest."""
     if not folder.is_dir():
-        return "no such folder"
+        return tr("no such folder")
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         entries: dict[str, dict[str, Any]] = dict(manifest["files"])
         written_format = manifest["format"]
     except FileNotFoundError:
-        return f"incomplete: {MANIFEST} is missing"
+        return tr("incomplete: {manifest} is missing", manifest=MANIFEST)
     except (OSError, ValueError, KeyError, TypeError):
-        return f"{MANIFEST} cannot be read"
+        return tr("{manifest} cannot be read", manifest=MANIFEST)
     if written_format != FORMAT:
-        return f"written in format {written_format}; this version reads format {FORMAT}"
+        return tr(
+            "written in format {written_format}; this version reads format {format}",
+            written_format=written_format,
+            format=FORMAT,
+        )
     if missing := {OPTIMIZER_FILE, STATE_FILE, RNG_FILE} - entries.keys():
-        return f"{MANIFEST} does not list {sorted(missing)[0]}"
+        return tr("{manifest} does not list {missing}", manifest=MANIFEST, missing=sorted(missing)[0])
     for name, entry in entries.items():
         if (wrong := name_problem(name)) is not None:
             return f"{MANIFEST} names {name[:80]!a}, which {wrong}"
         if not isinstance(entry, dict):
-            return f"{MANIFEST} cannot be read"
+            return tr("{manifest} cannot be read", manifest=MANIFEST)
         path = folder / name
         if not path.is_file():
-            return f"{name} is missing"
+            return tr("{name} is missing", name=name)
         try:
             size = path.stat().st_size
             found = _digest(path) if size == entry.get("bytes") else None
         except OSError as error:  # also where a run that goes on has just removed it
-            return f"{name} cannot be read: {error.strerror}"
+            return tr("{name} cannot be read: {strerror}", name=name, strerror=error.strerror)
         if found is None:
-            return f"{name} has {size} bytes; {entry.get('bytes')} were written"
+            return tr("{name} has {size} bytes; {value} were written", name=name, size=size, value=entry.get("bytes"))
         if found != entry:
-            return f"{name} is corrupt: its sha256 is not the recorded one"
+            return tr("{name} is corrupt: its sha256 is not the recorded one", name=name)
     return None
 
 
@@ -234,8 +255,10 @@ def partial_folder(output: Path, name: str) -> Iterator[Path]:
     except BaseException as error:
         if is_disk_full(error):
             raise DiskFullError(
-                f"{output / name}: no space left while saving; earlier checkpoints are untouched",
-                hint="free some space (or lower train.keep_checkpoints) and run the same command again: it continues",
+                tr("{path}: no space left while saving; earlier checkpoints are untouched", path=output / name),
+                hint=tr(
+                    "free some space (or lower train.keep_checkpoints) and run the same command again: it continues"
+                ),
             ) from error
         raise
 

@@ -15,6 +15,7 @@ import torch
 from cogtune.checkpoint.place import Builder
 from cogtune.checkpoint.quantize import require_bitsandbytes
 from cogtune.errors import CheckpointError
+from cogtune.language import tr
 
 _STATE = ".quant_state.bitsandbytes__"
 
@@ -42,7 +43,7 @@ class Collector:
 
     def __init__(self, tensors: Iterable[str], builder: Builder, shapes: Mapping[str, torch.Size]) -> None:
         if shapes:
-            require_bitsandbytes("the folder's 4-bit weights")
+            require_bitsandbytes(tr("the folder's 4-bit weights"))
         self._builder, self._shapes = builder, shapes
         self._parts: dict[str, dict[str, torch.Tensor]] = {weight: {} for weight in shapes}
         self._expected = Counter(owner(name, shapes) for name in tensors)
@@ -66,8 +67,8 @@ class Collector:
             layer = from_stored(parts, self._shapes[weight], parts[""].device)
         except (KeyError, ValueError) as error:
             raise CheckpointError(
-                f"{weight}: its 4-bit parts do not make this layer: {error}",
-                hint="check that config.json belongs to these shards and that every shard is complete",
+                tr("{weight}: its 4-bit parts do not make this layer: {error}", weight=weight, error=error),
+                hint=tr("check that config.json belongs to these shards and that every shard is complete"),
                 code="checkpoint-tensors",
             ) from error
         self._builder.replace(weight.removesuffix(".weight"), layer)

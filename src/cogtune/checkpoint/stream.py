@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from cogtune.errors import CheckpointError
+from cogtune.language import tr
 
 DTYPES = {
     "F64": torch.float64,
@@ -193,7 +194,7 @@ class _Reader:
                 while view:
                     count = file.readinto(view)
                     if not count:
-                        raise _unreadable(piece.stored, "it ends too early")
+                        raise _unreadable(piece.stored, tr("it ends too early"))
                     view = view[count:]
         except OSError as error:
             raise _unreadable(piece.stored, str(error)) from error
@@ -211,13 +212,21 @@ class _Reader:
 
 def _dtype(stored: StoredTensor) -> torch.dtype:
     if stored.dtype not in DTYPES:
-        raise _unreadable(stored, f"{stored.name} is stored as {stored.dtype}; known are {', '.join(DTYPES)}")
+        raise _unreadable(
+            stored,
+            tr(
+                "{name} is stored as {dtype}; known are {dtypes}",
+                name=stored.name,
+                dtype=stored.dtype,
+                dtypes=", ".join(DTYPES),
+            ),
+        )
     return DTYPES[stored.dtype]
 
 
 def _unreadable(stored: StoredTensor, why: str) -> CheckpointError:
     return CheckpointError(
-        f"{stored.file}: the weights cannot be read: {why}",
-        hint="fetch the file again; if it lies on a network disk, check that",
+        tr("{file}: the weights cannot be read: {why}", file=stored.file, why=why),
+        hint=tr("fetch the file again; if it lies on a network disk, check that"),
         code="checkpoint-read",
     )

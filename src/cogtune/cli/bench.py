@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cogtune.cli.command import Command, flag
 from cogtune.cli.options import Arguments
 from cogtune.errors import ConfigError
+from cogtune.language import tr
 
 if TYPE_CHECKING:
     from cogtune.bench.report import Results
@@ -162,7 +163,7 @@ def _fit(flags: _FitFlags, line: Arguments) -> None:
     if not model:
         raise ConfigError(
             "bench fit loads a checkpoint in every row, and none is named",
-            hint="--model DIR; `cogtune bench make-checkpoint DIR` writes a random one of the published size",
+            hint=tr("--model DIR; `cogtune bench make-checkpoint DIR` writes a random one of the published size"),
             code="config-missing",
         )
     extra = [word for key, values in overrides.items() for value in values for word in (f"--{key}", value)]
@@ -184,7 +185,9 @@ def _decode(flags: _DecodeFlags, line: Arguments) -> None:
 
     counts = [int(count) for count in flags.rows.split(",") if count.strip().isdigit() and int(count) > 0]
     if len(counts) != len(flags.rows.split(",")):
-        raise ConfigError(f"--rows is {flags.rows}; it is whole numbers above 0, such as 1,8,32", code="config-value")
+        raise ConfigError(
+            tr("--rows is {rows}; it is whole numbers above 0, such as 1,8,32", rows=flags.rows), code="config-value"
+        )
     measure_decoding(
         _config(line, flags.tiny),
         _results("decode", flags.json),
@@ -237,8 +240,15 @@ def _make_checkpoint(flags: _MakeFlags, line: Arguments) -> None:
     )
     speed = made.bytes / 1e9 / made.seconds
     print(
-        f"{folder}: {made.tensors} tensors in {made.shards} shards, {made.bytes:,} bytes, {made.seconds:.1f} s, "
-        f"{speed:.2f} GB/s"
+        tr(
+            "{folder}: {tensors} tensors in {shards} shards, {bytes:,} bytes, {seconds:.1f} s, {speed:.2f} GB/s",
+            folder=folder,
+            tensors=made.tensors,
+            shards=made.shards,
+            bytes=made.bytes,
+            seconds=made.seconds,
+            speed=speed,
+        )
     )
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from cogtune.cli.answering import DECODING_KEYS, MODEL_KEYS, load, note
 from cogtune.cli.command import Command, flag
 from cogtune.cli.options import Arguments
+from cogtune.language import tr
 
 if TYPE_CHECKING:
     from cogtune.configuration.answer_config import AnswerConfig
@@ -38,7 +39,7 @@ def _chat(flags: _Flags, line: Arguments) -> None:
     if flags.last:
         config = _last(config)
     if line.config is not None and config.generate.adapter is None:
-        note(f"{line.config} names no adapter: the base model answers alone (--adapter DIR)")
+        note(tr("{config} names no adapter: the base model answers alone (--adapter DIR)", config=line.config))
 
     import torch
 
@@ -75,7 +76,7 @@ def _talk(chat: Chat, query: str | None) -> None:
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # not available on every system
             importlib.import_module("readline")  # importing it enables line editing for input()
-        note("ask a question; /help lists the commands")
+        note(tr("ask a question; /help lists the commands"))
     run_chat(chat, _read_line, _write, note)
 
 
@@ -87,7 +88,7 @@ def _last(config: AnswerConfig) -> AnswerConfig:
     if config.generate.adapter is not None:
         return config
     run = read_last_run()
-    note(f"the last training: {run.output}")
+    note(tr("the last training: {output}", output=run.output))
     values = {"generate.adapter": run.adapter, "model.path": run.model, "model.template": run.template}
     if config.model.path is None:
         values["model.rope_precision"] = run.rope_precision

@@ -19,6 +19,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from cogtune.cli.options import Arguments, KeysOf, split_arguments
 from cogtune.errors import ConfigError
+from cogtune.language import tr
 
 
 def flag(
@@ -81,7 +82,10 @@ class Flag:
         return value
 
     def _wrong(self, text: str, expected: str) -> ConfigError:
-        return ConfigError(f"--{self.name}: found `{text}`, expected {expected}", code="config-value")
+        return ConfigError(
+            tr("--{name}: found `{text}`, expected {expected}", name=self.name, text=text, expected=expected),
+            code="config-value",
+        )
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,9 @@ class Command:
 
     def _missing(self, what: str) -> ConfigError:
         return ConfigError(
-            f"missing: {what}", hint=f"`cogtune {self.name} --help` shows examples", code="config-missing"
+            tr("missing: {what}", what=what),
+            hint=tr("`cogtune {name} --help` shows examples", name=self.name),
+            code="config-missing",
         )
 
     def _refuse_uncounted(self, line: Arguments) -> None:
@@ -164,8 +170,8 @@ class Command:
         for name in line.overrides:
             if not aliases(root).get(name, name).startswith(self.counted):
                 raise ConfigError(
-                    f"--{name} means nothing in `cogtune {self.name}`",
-                    hint=f"leave it out; `cogtune {self.name} --help` lists what counts",
+                    tr("--{name} means nothing in `cogtune {self_name}`", name=name, self_name=self.name),
+                    hint=tr("leave it out; `cogtune {name} --help` lists what counts", name=self.name),
                     code="config-unknown-key",
                 )
 

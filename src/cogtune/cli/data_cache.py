@@ -13,6 +13,7 @@ from cogtune.cli.command import Command, flag
 from cogtune.cli.options import Arguments
 from cogtune.distributed import environment
 from cogtune.errors import ConfigError
+from cogtune.language import tr
 
 if TYPE_CHECKING:
     from cogtune.configuration.run_config import RunConfig
@@ -43,7 +44,9 @@ class _Flags:
 
 def _cache(flags: _Flags, line: Arguments) -> int:
     if flags.stat and flags.clear:
-        raise ConfigError("--stat and --clear: one shows the cache, the other empties it", hint="give one of them")
+        raise ConfigError(
+            tr("--stat and --clear: one shows the cache, the other empties it"), hint=tr("give one of them")
+        )
     if flags.stat or flags.clear:
         return _look(_config(line, "model", "data", "output"), flags)
     config = _config(line, "output")
@@ -82,9 +85,22 @@ def _look(config: RunConfig, flags: _Flags) -> int:
         counts = {"removed": done.removed, "removed_bytes": done.size, "kept": done.kept, "others": done.others}
         print(json.dumps({"folder": str(root), **counts}))
     else:
-        busy = f"; {done.kept} kept, which running runs need" if done.kept else ""
-        others = f"; {done.others} other files left alone, which are none of the cache's own" if done.others else ""
-        print(f"{root}: {done.removed} pictures' features removed ({size_text(done.size)}){busy}{others}")
+        busy = tr("; {kept} kept, which running runs need", kept=done.kept) if done.kept else ""
+        others = (
+            tr("; {others} other files left alone, which are none of the cache's own", others=done.others)
+            if done.others
+            else ""
+        )
+        print(
+            tr(
+                "{root}: {removed} pictures' features removed ({size}){busy}{others}",
+                root=root,
+                removed=done.removed,
+                size=size_text(done.size),
+                busy=busy,
+                others=others,
+            )
+        )
     return 0
 
 

@@ -11,6 +11,7 @@ from cogtune.cli.command import Command, flag
 from cogtune.cli.data_config import KEYS, data_config
 from cogtune.cli.options import Arguments
 from cogtune.cli.progress import progress_bar
+from cogtune.language import tr
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,7 +48,7 @@ def _check(flags: _Flags, line: Arguments) -> int:
     with progress_bar() as progress:
         report = check(config.data, config.train.seed, tokens, progress)
     if model is not None and not tokens.exact:
-        report.notes.append(f"no tokenizer.json at {model}: lengths are estimates")
+        report.notes.append(tr("no tokenizer.json at {model}: lengths are estimates", model=model))
     if flags.json:
         print(json.dumps(report.to_dict(), ensure_ascii=False, indent=1))
     else:
@@ -62,38 +63,63 @@ def _print(report: CheckReport) -> None:
     counts = report.counts
     if counts:
         only = f", {counts['text_only']} without a picture" if counts["text_only"] else ""
-        console.print(f"{counts['pictures']} pictures, {counts['conversations']} conversations{only}", markup=False)
-        console.print(f"{counts['turns']} questions; {counts['bad']} records cannot be used", markup=False)
+        console.print(
+            tr(
+                "{pictures} pictures, {conversations} conversations{only}",
+                pictures=counts["pictures"],
+                conversations=counts["conversations"],
+                only=only,
+            ),
+            markup=False,
+        )
+        console.print(
+            tr("{turns} questions; {bad} records cannot be used", turns=counts["turns"], bad=counts["bad"]),
+            markup=False,
+        )
     if "train_pictures" in counts:
-        sides = f"{counts['train_pictures']} for training, {counts['validation_pictures']} for validation"
-        console.print(f"pictures and text-only records: {sides}", markup=False)
+        sides = tr(
+            "{train_pictures} for training, {validation_pictures} for validation",
+            train_pictures=counts["train_pictures"],
+            validation_pictures=counts["validation_pictures"],
+        )
+        console.print(tr("pictures and text-only records: {sides}", sides=sides), markup=False)
     for source in report.sources:
-        console.print(f"  {source['path']}: {source['labels']}, {source['conversations']} conversations", markup=False)
+        console.print(
+            tr(
+                "  {path}: {labels}, {conversations} conversations",
+                path=source["path"],
+                labels=source["labels"],
+                conversations=source["conversations"],
+            ),
+            markup=False,
+        )
     for note in report.notes:
         console.print(note, markup=False)
     if report.answers.number:
         _lengths(console, report)
         _texts(console, report)
     _findings(console, "warnings", "yellow", report.warnings)
-    _findings(console, "errors: training would stop", "red", report.errors)
-    verdict = "training would start" if report.ok else "training would stop"
-    console.print(f"checked in {report.seconds:.1f} s: {verdict}", style="bold", markup=False)
+    _findings(console, tr("errors: training would stop"), "red", report.errors)
+    verdict = tr("training would start") if report.ok else tr("training would stop")
+    console.print(
+        tr("checked in {seconds:.1f} s: {verdict}", seconds=report.seconds, verdict=verdict), style="bold", markup=False
+    )
 
 
 def _lengths(console: Console, report: CheckReport) -> None:
-    mark = "" if report.exact else " (ESTIMATED: name the model's folder with --model for exact lengths)"
+    mark = "" if report.exact else tr(" (ESTIMATED: name the model's folder with --model for exact lengths)")
     for name, histogram in (
-        ("tokens of a prompt", report.prompts),
-        ("tokens of an answer", report.answers),
-        ("tokens of a row, with the picture", report.rows),
+        (tr("tokens of a prompt"), report.prompts),
+        (tr("tokens of an answer"), report.answers),
+        (tr("tokens of a row, with the picture"), report.rows),
     ):
         _histogram(console, f"{name}{mark}", histogram)
     budget, answers = report.budget, max(1, report.budget["answers"])
     for key, what in {
-        "dropped_long_prompt": "answers dropped: the question is longer than data.max_input_len",
-        "dropped_long_answer": "answers dropped: longer than data.max_output_len",
-        "truncated_answers": "answers truncated to data.max_output_len",
-        "trimmed": "answers trained without their oldest turns",
+        "dropped_long_prompt": tr("answers dropped: the question is longer than data.max_input_len"),
+        "dropped_long_answer": tr("answers dropped: longer than data.max_output_len"),
+        "truncated_answers": tr("answers truncated to data.max_output_len"),
+        "trimmed": tr("answers trained without their oldest turns"),
     }.items():
         if budget[key]:
             console.print(f"{budget[key]} ({100 * budget[key] / answers:.1f} %) {what}", markup=False)
@@ -103,7 +129,9 @@ def _histogram(console: Console, title: str, histogram: Histogram) -> None:
     if not histogram.number:
         return
     mean = histogram.total / histogram.number
-    console.print(f"\n{title}: mean {mean:.1f}, longest {histogram.most}", markup=False)
+    console.print(
+        tr("\n{title}: mean {mean:.1f}, longest {most}", title=title, mean=mean, most=histogram.most), markup=False
+    )
     largest = max(count for _, count in histogram.ranges())
     for name, count in histogram.ranges():
         console.print(f"  {name:>10} {count:>8} {'█' * round(_BAR * count / largest)}", markup=False)
@@ -112,11 +140,14 @@ def _histogram(console: Console, title: str, histogram: Histogram) -> None:
 def _texts(console: Console, report: CheckReport) -> None:
     total = max(1, sum(report.languages.values()))
     parts = [f"{name} {100 * count / total:.1f} %" for name, count in report.languages.items()]
-    console.print(f"\nwriting of the texts: {', '.join(parts)}", markup=False)
+    console.print(tr("\nwriting of the texts: {parts}", parts=", ".join(parts)), markup=False)
     if report.closed.closed:
         answers = report.closed.to_dict(8)
         shares = ", ".join(f"{answer} {100 * share:.1f} %" for answer, share in answers["shares"].items())
-        console.print(f"{answers['different']} different short answers: {shares}", markup=False)
+        console.print(
+            tr("{different} different short answers: {shares}", different=answers["different"], shares=shares),
+            markup=False,
+        )
 
 
 def _findings(console: Console, title: str, colour: str, findings: Sequence[Finding]) -> None:
@@ -131,7 +162,7 @@ def _findings(console: Console, title: str, colour: str, findings: Sequence[Find
             place = f"{finding.where}: " if finding.where else ""
             console.print(f"  {place}{finding.what}", markup=False)
         if count > _SHOWN:
-            console.print(f"  ... and {count - _SHOWN} more (--json lists all)", markup=False)
+            console.print(tr("  ... and {count} more (--json lists all)", count=count - _SHOWN), markup=False)
 
 
 COMMANDS = (

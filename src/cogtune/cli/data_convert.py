@@ -10,6 +10,7 @@ from cogtune.cli.data_config import KEYS, data_config
 from cogtune.cli.options import Arguments
 from cogtune.cli.progress import progress_bar
 from cogtune.errors import ConfigError
+from cogtune.language import tr
 
 _ABOUT = """\
 Convert a data set from any format that training reads to cogtune's own. TARGET is a new folder with
@@ -26,7 +27,9 @@ class _Flags:
 def _convert(flags: _Flags, line: Arguments) -> None:
     source, target = line.places
     if Path(source).suffix.lower() in (".yaml", ".yml"):
-        raise ConfigError(f"{source}: a configuration is not converted", hint="name a folder or a file of data")
+        raise ConfigError(
+            tr("{source}: a configuration is not converted", source=source), hint=tr("name a folder or a file of data")
+        )
     config, _ = data_config(line)
 
     from cogtune.data.convert import write
@@ -44,8 +47,14 @@ def _convert(flags: _Flags, line: Arguments) -> None:
     print("\n".join(report.lines()))
     how = "linked" if flags.link else "copied"
     print(
-        f"{written.place}: {written.conversations} conversations on {written.pictures} pictures"
-        f" ({written.copied} {how})"
+        tr(
+            "{place}: {conversations} conversations on {pictures} pictures ({copied} {how})",
+            place=written.place,
+            conversations=written.conversations,
+            pictures=written.pictures,
+            copied=written.copied,
+            how=how,
+        )
     )
 
 

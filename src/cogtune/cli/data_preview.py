@@ -10,6 +10,7 @@ from cogtune.cli.command import Command, flag
 from cogtune.cli.data_config import KEYS, data_config
 from cogtune.cli.options import Arguments
 from cogtune.errors import CheckpointError, OutputFolderError
+from cogtune.language import phrase, tr
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 _ABOUT = """\
 Show rows as training builds them: the picture, and the tree of its questions and answers with every token coloured by
 whether it is trained. Only the model's tokenizer file is needed."""
-_TITLE = "what the model sees"
+_TITLE = phrase("what the model sees")
 _BRANCHES = ("blue", "yellow", "magenta", "cyan", "red", "bright_black")
 
 
@@ -44,8 +45,8 @@ def _preview(flags: _Flags, line: Arguments) -> None:
     tokens = find_token_file(model, config.model.template)
     if not tokens.exact:
         raise CheckpointError(
-            "tokens are shown with the model's tokenizer, and there is none" + (f" at {model}" if model else ""),
-            hint="name the model's folder with --model; tokenizer.json and config.json are enough",
+            tr("tokens are shown with the model's tokenizer, and there is none") + (f" at {model}" if model else ""),
+            hint=tr("name the model's folder with --model; tokenizer.json and config.json are enough"),
             code="checkpoint-tokenizer",
         )
     examples, _ = read_sources(config.data, max_images=tokens.encoder().max_images)
@@ -60,7 +61,7 @@ def _preview(flags: _Flags, line: Arguments) -> None:
     title = f"{', '.join(str(folder.path) for folder in config.data.path)}: {_TITLE}"
     with explained(target):
         files.write_text(target, page(rows, title=title, exif=config.data.exif))
-    print(f"wrote {target}")
+    print(tr("wrote {target}", target=target))
 
 
 def _require_own(target: Path) -> None:
@@ -71,8 +72,8 @@ def _require_own(target: Path) -> None:
         return  # the error when it is written says more
     if head and f"{_TITLE}</title>".encode() not in head:
         raise OutputFolderError(
-            f"{target}: exists, and `cogtune data preview` did not write it",
-            hint="name another .html file",
+            tr("{target}: exists, and `cogtune data preview` did not write it", target=target),
+            hint=tr("name another .html file"),
             code="convert-target",
         )
 
@@ -81,7 +82,9 @@ def _print(rows: object, width: int, exif: str) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
-    console.print("grey: context; green: trained; violet: special token; underlined: every other token", style="dim")
+    console.print(
+        tr("grey: context; green: trained; violet: special token; underlined: every other token"), style="dim"
+    )
     for row in rows:  # type: ignore[attr-defined]
         _print_row(console, row, width, exif)
 
@@ -89,10 +92,13 @@ def _print(rows: object, width: int, exif: str) -> None:
 def _print_row(console: Console, row: RowPreview, width: int, exif: str) -> None:
     console.print()
     console.print(row.key, style="bold", markup=False)
-    dropped = f"; {row.dropped} answers left out for their length" if row.dropped else ""
-    console.print(f"{row.tokens} tokens, {row.trained} trained{dropped}", markup=False)
+    dropped = tr("; {dropped} answers left out for their length", dropped=row.dropped) if row.dropped else ""
+    console.print(
+        tr("{tokens} tokens, {trained} trained{dropped}", tokens=row.tokens, trained=row.trained, dropped=dropped),
+        markup=False,
+    )
     for source in row.sources:
-        console.print(f"from {source}", style="dim", markup=False)
+        console.print(tr("from {source}", source=source), style="dim", markup=False)
     for image in row.images if width else ():
         _print_picture(console, image, width, exif)
     for segment in row.segments:
@@ -107,7 +113,11 @@ def _print_picture(console: Console, path: Path, width: int, exif: str) -> None:
     from cogtune.processing.image import read_image
 
     image, note = read_image(path, exif=exif), turned_note(path, exif)
-    console.print(f"{path} ({image.width} x {image.height}, made square)", style="dim", markup=False)
+    console.print(
+        tr("{path} ({width} x {height}, made square)", path=path, width=image.width, height=image.height),
+        style="dim",
+        markup=False,
+    )
     if note is not None:
         console.print(note, style="bold red", markup=False)
     if not console.is_terminal:

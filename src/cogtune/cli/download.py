@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cogtune.cli.command import Command, flag
 from cogtune.cli.options import Arguments
+from cogtune.language import tr
 
 _ABOUT = """\
 Fetch the published model or its training set; run again, it goes on where it stopped.
@@ -41,11 +42,14 @@ def _download(flags: _Flags, line: Arguments) -> None:
 
     (what,) = line.places
     for name, value, known in (
-        ("what to download", what, ("model", "data")),
+        (tr("what to download"), what, ("model", "data")),
         ("--variant", flags.variant, tuple(VARIANTS)),
     ):
         if value not in known:
-            raise ConfigError(f"{name}: {value!r}; there is {', '.join(known)}", code="config-value")
+            raise ConfigError(
+                tr("{name}: {value!r}; there is {known}", name=name, value=value, known=", ".join(known)),
+                code="config-value",
+            )
     repository = VARIANTS[flags.variant] if what == "model" else DATA
     folder = flags.output or Path(repository.hf[0].split("/")[1])
     console = Console(stderr=True)
@@ -59,11 +63,16 @@ def _download(flags: _Flags, line: Arguments) -> None:
             say=lambda line: print(line, file=sys.stderr),
             progress=lambda path, done, total: bar.update(task, description=path, completed=done, total=total),
         )
-    cached = f", {result.cached} from the hub's cache" if result.cached else ""
-    counts = f"{result.fetched} files fetched, {result.present} were there{cached}"
-    print(f"{result.folder}: {counts}, {result.size / 1e9:.2f} GB")
+    cached = tr(", {cached} from the hub's cache", cached=result.cached) if result.cached else ""
+    counts = tr(
+        "{fetched} files fetched, {present} were there{cached}",
+        fetched=result.fetched,
+        present=result.present,
+        cached=cached,
+    )
+    print(tr("{folder}: {counts}, {size:.2f} GB", folder=result.folder, counts=counts, size=result.size / 1e9))
     if what == "data":
-        print(f"unpack it: unzip {folder}/CogVLM-SFT-311K.zip -d {folder}", file=sys.stderr)
+        print(tr("unpack it: unzip {folder}/CogVLM-SFT-311K.zip -d {folder}", folder=folder), file=sys.stderr)
 
 
 COMMANDS = (

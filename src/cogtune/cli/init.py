@@ -11,6 +11,7 @@ from cogtune.cli.command import Command, flag
 from cogtune.cli.options import Arguments
 from cogtune.cli.progress import progress_bar
 from cogtune.errors import ConfigError, DataError, OutputFolderError, SetupError
+from cogtune.language import tr
 
 if TYPE_CHECKING:
     from cogtune.configuration.run_config import RunConfig
@@ -39,7 +40,8 @@ def _init(flags: _Flags, line: Arguments) -> None:
     target = flags.output
     if target.exists() and not flags.force:
         raise OutputFolderError(
-            f"{target}: exists already", hint="name another with --output, or --force to replace it"
+            tr("{target}: exists already", target=target),
+            hint=tr("name another with --output, or --force to replace it"),
         )
     config, used = _configuration(line)
     card, cards = _card(flags), flags.cards
@@ -57,7 +59,7 @@ def _init(flags: _Flags, line: Arguments) -> None:
     _refuse_bad(report)
     proposal = propose(config, used, report, cards)
     if card is None:
-        proposal.about.append("No card was found: `cogtune plan` with this file and --card says what fits which.")
+        proposal.about.append(tr("No card was found: `cogtune plan` with this file and --card says what fits which."))
     else:
         take_plan(proposal, _planned(proposal, report, card, cards, tokens.num_image_tokens))
     text = to_yaml(proposal, "cogtune init")
@@ -68,7 +70,7 @@ def _init(flags: _Flags, line: Arguments) -> None:
         load_config(growing)  # what was written must be a valid configuration
     print(text)
     on = f" --card {shlex.quote(flags.card)}" if flags.card else ""
-    print(f"wrote {target}; next: cogtune plan {target}{on}, then cogtune train {target}")
+    print(tr("wrote {target}; next: cogtune plan {target}{on}, then cogtune train {target}", target=target, on=on))
 
 
 def _configuration(line: Arguments) -> tuple[RunConfig, dict[str, str]]:
@@ -79,11 +81,13 @@ def _configuration(line: Arguments) -> tuple[RunConfig, dict[str, str]]:
     overrides = dict(line.overrides)
     if line.config is not None:
         if Path(line.config).suffix.lower() in (".yaml", ".yml"):
-            raise ConfigError(f"{line.config}: a configuration already", hint="`cogtune init` takes data")
+            raise ConfigError(
+                tr("{config}: a configuration already", config=line.config), hint=tr("`cogtune init` takes data")
+            )
         given = overrides.pop("data", []) + overrides.pop("data.path", [])
         overrides["data"] = [line.config, *given]
     if not {"data", "data.path"} & overrides.keys():
-        raise ConfigError("no data is named", hint="cogtune init DATA", code="config-missing")
+        raise ConfigError(tr("no data is named"), hint="cogtune init DATA", code="config-missing")
     needed = {"model.path": PUBLISHED_MODEL, "train.output": "output"}
     return load_config_with(None, overrides, needed)
 
@@ -106,8 +110,13 @@ def _refuse_bad(report: CheckReport) -> None:
     shown = "\n  ".join(f"{f.where}: {f.what}" if f.where else f.what for f in report.errors[:_SHOWN])
     count = len(report.errors)
     raise DataError(
-        f"training would stop: {count} {'problem' if count == 1 else 'problems'} in the data, first:\n  {shown}",
-        hint="`cogtune data check` lists them all; --data.on_bad skip leaves bad records out",
+        tr(
+            "training would stop: {count} {value} in the data, first:\n  {shown}",
+            count=count,
+            value="problem" if count == 1 else "problems",
+            shown=shown,
+        ),
+        hint=tr("`cogtune data check` lists them all; --data.on_bad skip leaves bad records out"),
         code=report.errors[0].code,
     )
 

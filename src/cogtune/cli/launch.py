@@ -19,6 +19,7 @@ from typing import Any
 from cogtune.checkpoint import resume_state as checkpoints
 from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import ConfigError
+from cogtune.language import tr
 
 # seconds from a signal to SIGKILL: a step and a checkpoint can take longer than torchrun's own 30
 _SECONDS_TO_SAVE = "50"
@@ -37,8 +38,8 @@ def count_ranks(asked: int | str) -> int:
     devices = torch.cuda.device_count()
     if devices == 0:
         raise ConfigError(
-            "parallel.launch is all, but this machine has no GPU to count",
-            hint="give the number of processes: --parallel.launch 2",
+            tr("parallel.launch is all, but this machine has no GPU to count"),
+            hint=tr("give the number of processes: --parallel.launch 2"),
         )
     return devices
 
@@ -59,7 +60,11 @@ def launch_until_done(arguments: Sequence[str], config: RunConfig) -> int:
         if failures > config.parallel.restarts:
             return code
         print(
-            f"restart {failures} of at most {config.parallel.restarts} without a new checkpoint (parallel.restarts)",
+            tr(
+                "restart {failures} of at most {restarts} without a new checkpoint (parallel.restarts)",
+                failures=failures,
+                restarts=config.parallel.restarts,
+            ),
             file=sys.stderr,
             flush=True,
         )
@@ -106,7 +111,11 @@ def _report(failures: Mapping[int, Any], ranks: int) -> int:
     code = int(failure.exitcode)
     if code in stopped:
         return code  # stopped and saved; rank 0 has reported it
-    print(f"rank {rank} of {ranks} failed first:\n{_text(failure)}", file=sys.stderr, flush=True)
+    print(
+        tr("rank {rank} of {ranks} failed first:\n{failure}", rank=rank, ranks=ranks, failure=_text(failure)),
+        file=sys.stderr,
+        flush=True,
+    )
     return code if code > 0 else 1
 
 
@@ -115,14 +124,16 @@ def _text(failure: Any) -> str:
     if isinstance(message, dict):
         return str(message.get("message", ""))
     if failure.exitcode >= 0:
-        return f"it ended with exit code {failure.exitcode} and left no message"
+        return tr("it ended with exit code {exitcode} and left no message", exitcode=failure.exitcode)
     name = failure.signal_name()
     causes = {
-        "SIGKILL": "somebody killed it, or the machine ran out of memory (dmesg says so)",
-        "SIGABRT": "a library gave up, as NCCL does when a rank has waited too long for the others: see its lines "
-        "above, and run with NCCL_DEBUG=INFO",
+        "SIGKILL": tr("somebody killed it, or the machine ran out of memory (dmesg says so)"),
+        "SIGABRT": tr(
+            "a library gave up, as NCCL does when a rank has waited too long for the others: see its"
+            " lines above, and run with NCCL_DEBUG=INFO"
+        ),
     }
-    return f"it was ended by {name}: {causes.get(name, 'see its lines above')}"
+    return tr("it was ended by {name}: {value}", name=name, value=causes.get(name, tr("see its lines above")))
 
 
 @contextmanager

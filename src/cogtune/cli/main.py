@@ -18,6 +18,7 @@ import cogtune
 from cogtune.cli.command import Command
 from cogtune.distributed import environment
 from cogtune.errors import CogtuneError, InputError, check_language, render
+from cogtune.language import phrase, tr
 from cogtune.system import files
 from cogtune.system.allocator import prepare_allocator
 from cogtune.system.file_errors import system_reason
@@ -49,7 +50,7 @@ COMMANDS = {
 }
 """Every command in the order of the help, with the module of this package that lists it in ``COMMANDS``."""
 
-GROUPS = {"data": "Look at data sets and prepare them.", "bench": "Measure this machine."}
+GROUPS = {"data": phrase("Look at data sets and prepare them."), "bench": phrase("Measure this machine.")}
 """The first words of two-word commands."""
 
 _MEANT = {
@@ -61,16 +62,16 @@ _MEANT = {
 """Other tools' names for commands."""
 
 _PLANNED = {
-    "web": "`cogtune chat` answers in the terminal",
-    "eval": "`cogtune predict` writes each answer with its reference",
-    "export": "`cogtune merge` writes a full model in the published layout",
-    "report": "metrics.jsonl in the output folder, and `tensorboard --logdir OUT`, show how a training went",
-    "runs": "each output folder holds its run: config.yaml, metrics.jsonl, run.log",
-    "compare": "`tensorboard --logdir` shows several output folders side by side",
+    "web": phrase("`cogtune chat` answers in the terminal"),
+    "eval": phrase("`cogtune predict` writes each answer with its reference"),
+    "export": phrase("`cogtune merge` writes a full model in the published layout"),
+    "report": phrase("metrics.jsonl in the output folder, and `tensorboard --logdir OUT`, show how a training went"),
+    "runs": phrase("each output folder holds its run: config.yaml, metrics.jsonl, run.log"),
+    "compare": phrase("`tensorboard --logdir` shows several output folders side by side"),
 }
 """Commands that do not exist yet, and what to use today."""
 
-_BUG_REPORT = "this is a bug in cogtune; please report it with the lines above"
+_BUG_REPORT = phrase("this is a bug in cogtune; please report it with the lines above")
 
 
 def find_command(name: str) -> Command:
@@ -128,14 +129,20 @@ def dispatch(words: list[str]) -> int:
 def _unknown(name: str) -> InputError:
     """Return the error for an unknown command."""
     if name.startswith("-"):
-        return InputError(f"No such flag `{name}` before a command", hint="`cogtune --help` lists both", code="usage")
+        return InputError(
+            tr("No such flag `{name}` before a command", name=name),
+            hint=tr("`cogtune --help` lists both"),
+            code="usage",
+        )
     if name in _PLANNED:
-        return InputError(f"`cogtune {name}` is not there yet", hint=_PLANNED[name], code="usage")
+        return InputError(tr("`cogtune {name}` is not there yet", name=name), hint=tr(_PLANNED[name]), code="usage")
     near = difflib.get_close_matches(name, [*COMMANDS, *GROUPS], n=1, cutoff=0.7)
     meant = _MEANT.get(name, near[0] if near else None)
-    hint = "`cogtune --help` lists the commands"
+    hint = tr("`cogtune --help` lists the commands")
     return InputError(
-        f"No such command `{name}`", hint=f"did you mean `cogtune {meant}`? {hint}" if meant else hint, code="usage"
+        tr("No such command `{name}`", name=name),
+        hint=tr("did you mean `cogtune {meant}`? {hint}", meant=meant, hint=hint) if meant else hint,
+        code="usage",
     )
 
 
@@ -169,7 +176,7 @@ def _run(call: Callable[[], object]) -> int:
         told = _report_to_launcher(error.render(), error.code == "peer-lost")
         return error.exit_code if told else _complain(error.render(), error.exit_code)
     except KeyboardInterrupt:
-        return _complain("stopped by Ctrl-C", 130)
+        return _complain(tr("stopped by Ctrl-C"), 130)
     except BrokenPipeError:
         # the reader of our output is gone (`| head`), and the interpreter must not try to flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -180,7 +187,7 @@ def _run(call: Callable[[], object]) -> int:
             text = render("file-access", *reason)
             return 1 if _report_to_launcher(text) else _complain(text, 1)
         traceback.print_exc()
-        text = render("bug", f"{type(error).__name__}: {error}", _BUG_REPORT)
+        text = render("bug", f"{type(error).__name__}: {error}", tr(_BUG_REPORT))
         return 1 if _report_to_launcher(text) else _complain(text, 1)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from cogtune.cli.answering import note
 from cogtune.cli.command import Command, flag
 from cogtune.cli.options import Arguments
+from cogtune.language import tr
 
 _ABOUT = """\
 Merge an adapter into its base: a full model in the published layout.
@@ -35,8 +36,16 @@ def _merge(flags: _Flags, line: Arguments) -> None:
     report = merge(flags.adapter, flags.output, flags.model, note)
     for text in report.notes:
         note(f"note: {text}")
-    print(f"{flags.output}: {report.changed} tensors merged, {report.copied} copied, {size_text(report.bytes)}")
-    note(f"next: cogtune chat --model {flags.output}")
+    print(
+        tr(
+            "{output}: {changed} tensors merged, {copied} copied, {size}",
+            output=flags.output,
+            changed=report.changed,
+            copied=report.copied,
+            size=size_text(report.bytes),
+        )
+    )
+    note(tr("next: cogtune chat --model {output}", output=flags.output))
 
 
 COMMANDS = (

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from cogtune.errors import ConfigError
+from cogtune.language import tr
 
 if TYPE_CHECKING:
     from cogtune.configuration.keys import Key
@@ -85,7 +86,11 @@ def split_arguments(
         flag, equals, value = word.partition("=")
         name = flag.removeprefix("--")
         if name in switches and equals:
-            raise ConfigError(f"{flag} takes no value, found `{value}`", hint=f"write {flag} alone", code="usage")
+            raise ConfigError(
+                tr("{flag} takes no value, found `{value}`", flag=flag, value=value),
+                hint=tr("write {flag} alone", flag=flag),
+                code="usage",
+            )
         if name in switches:
             found.switches.add(name)
         elif name in values:
@@ -127,18 +132,20 @@ class _Splitter:
             return frozenset()
         if self.root is None:
             near = difflib.get_close_matches(name.lstrip("-"), self.own, n=1)
-            hint = f"did you mean `--{near[0]}`?" if near else None
-            raise ConfigError(f"unknown flag `{flag}`", hint=hint, code="usage")
+            hint = tr("did you mean `--{near}`?", near=near[0]) if near else None
+            raise ConfigError(tr("unknown flag `{flag}`", flag=flag), hint=hint, code="usage")
         from cogtune.configuration.load import unknown_key
 
-        raise unknown_key(flag.lstrip("-"), f"unknown flag `{flag}`", flag=True, extra=self.own, root=self.root)
+        raise unknown_key(
+            flag.lstrip("-"), tr("unknown flag `{flag}`", flag=flag), flag=True, extra=self.own, root=self.root
+        )
 
 
 def _take_place(found: Arguments, word: str, most: int) -> None:
     if len(found.places) == most:
-        before = f": the place before it is taken by `{found.places[-1]}`" if found.places else ""
-        hint = "values follow their flag: --flag value"
-        raise ConfigError(f"unexpected argument `{word}`{before}", hint=hint, code="usage")
+        before = tr(": the place before it is taken by `{places}`", places=found.places[-1]) if found.places else ""
+        hint = tr("values follow their flag: --flag value")
+        raise ConfigError(tr("unexpected argument `{word}`{before}", word=word, before=before), hint=hint, code="usage")
     found.places.append(word)
 
 
@@ -155,6 +162,8 @@ def _stands_alone(kinds: frozenset[str], rest: Sequence[str]) -> bool:
 def _next_value(flag: str, rest: list[str]) -> str:
     if not rest or rest[0].startswith("--"):
         raise ConfigError(
-            f"{flag} needs a value", hint=f"{flag} VALUE, or {flag}=VALUE where it starts with `--`", code="usage"
+            tr("{flag} needs a value", flag=flag),
+            hint=tr("{flag} VALUE, or {flag}=VALUE where it starts with `--`", flag=flag),
+            code="usage",
         )
     return rest.pop(0)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cogtune.cli.command import Command, flag
 from cogtune.cli.options import Arguments
 from cogtune.errors import ConfigError, OutputFolderError
+from cogtune.language import tr
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -70,7 +71,7 @@ def _configuration(path: str | None, overrides: Mapping[str, Any]) -> tuple[RunC
     if "model.path" in used and config.lora.start_from is not None:
         base = _base_of(config.lora.start_from)
         if base is not None:
-            print(f"the base of {config.lora.start_from}: {base}", file=sys.stderr)
+            print(tr("the base of {start_from}: {base}", start_from=config.lora.start_from, base=base), file=sys.stderr)
             config, used = load_config_with(path, overrides, needed | {"model.path": base})
     return config, used
 
@@ -93,7 +94,7 @@ def _per_hour(text: str) -> float:
     except ValueError:
         value = -1.0
     if value < 0:
-        raise ConfigError(f"--price: found `{text}`, expected a number >= 0", code="config-value")
+        raise ConfigError(tr("--price: found `{text}`, expected a number >= 0", text=text), code="config-value")
     return value
 
 
@@ -103,7 +104,7 @@ def _targets(config: RunConfig) -> list[str]:
 
     names = [linear.name for linear in ModelSizes.from_folder(config.model.path).linears]
     sets = [f"{name}: {', '.join(suffixes)}" for name, suffixes in TARGET_SETS.items()]
-    return ["named sets:", *(f"  {line}" for line in sets), "linear layers:", *(f"  {name}" for name in names)]
+    return [tr("named sets:"), *(f"  {line}" for line in sets), tr("linear layers:"), *(f"  {name}" for name in names)]
 
 
 _MADE = "# Made by `cogtune plan`"
@@ -117,7 +118,7 @@ def _require_own(file: Path) -> None:
         own = True  # the error when it is written says more
     if not own:
         raise OutputFolderError(
-            f"{file}: exists, and `cogtune plan` did not write it", hint="name another with --write"
+            tr("{file}: exists, and `cogtune plan` did not write it", file=file), hint=tr("name another with --write")
         )
 
 
@@ -134,7 +135,7 @@ def _write(file: Path, config: RunConfig, plan: Plan, placeholders: Mapping[str,
     text = yaml.safe_dump(nested, sort_keys=False, allow_unicode=True, width=120)
     with explained(file):
         files.write_text(file, f"{_MADE} for {about}.\n{text}")
-    print(f"wrote {file}")
+    print(tr("wrote {file}", file=file))
 
 
 COMMANDS = (

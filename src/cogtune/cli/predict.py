@@ -11,6 +11,7 @@ from cogtune.cli.command import Command, flag
 from cogtune.cli.options import Arguments
 from cogtune.cli.progress import ProgressLine
 from cogtune.errors import ConfigError
+from cogtune.language import tr
 
 if TYPE_CHECKING:
     from cogtune.data.report import DataReport
@@ -36,7 +37,7 @@ def _predict(flags: _Flags, line: Arguments) -> None:
 
     config = load_answer_config(line.config, line.overrides)
     if not config.data.path:
-        raise ConfigError("no data is named", hint="give --data DIR", code="config-missing")
+        raise ConfigError(tr("no data is named"), hint=tr("give --data DIR"), code="config-missing")
 
     from cogtune.data.records import iter_questions
     from cogtune.data.sources import read_sources
@@ -53,22 +54,22 @@ def _predict(flags: _Flags, line: Arguments) -> None:
     config = resolved.config
     if follow(resolved):
         return
-    with lock_beside(flags.output, "choose another --output", note) as lock:
+    with lock_beside(flags.output, tr("choose another --output"), note) as lock:
         examples, report = read_sources(config.data, open_questions=True)
         print("\n".join(report.lines()))
         questions = list(iter_questions(examples))
         file = PredictionFile(flags.output, _settings(resolved, decoding, options, report), questions, lock)
         if file.next == len(questions):
-            print(f"{flags.output}: complete, {len(file.done)} answers; nothing to do")
+            print(tr("{output}: complete, {done} answers; nothing to do", output=flags.output, done=len(file.done)))
             dismiss(resolved)
             return
         if file.done:
-            print(f"{flags.output}: continuing behind {len(file.done)} answers")
+            print(tr("{output}: continuing behind {done} answers", output=flags.output, done=len(file.done)))
         generator = load(resolved)
         progress = ProgressLine("questions")
         done = Predictor(generator, questions, file, config.data, decoding, options, progress).run()
         generator.close()
-        print("\n".join([*done.lines(), f"written to {flags.output}"]))
+        print("\n".join([*done.lines(), tr("written to {output}", output=flags.output)]))
 
 
 def _settings(resolved: Resolved, decoding: Decoding, options: PredictOptions, report: DataReport) -> AnswerSettings:

@@ -13,6 +13,7 @@ from cogtune.cli.answering import DECODING_KEYS, MODEL_KEYS, load, note
 from cogtune.cli.command import Command, flag
 from cogtune.cli.options import Arguments
 from cogtune.errors import ConfigError, SetupError
+from cogtune.language import tr
 
 if TYPE_CHECKING:
     from cogtune.configuration.answer_config import AnswerConfig
@@ -63,9 +64,18 @@ def _serve(flags: _Flags, line: Arguments) -> None:
     engine = InferenceEngine(generator.model, generator.processor, slots=flags.slots, columns=columns)
     name = flags.name or Path(resolved.adapter or resolved.model).expanduser().resolve().name
     app = make_app(engine, _options(config, flags, keys, generator, name))
-    note(f"serving {name} on http://{flags.host}:{flags.port}/v1: {flags.slots} answers at once, {columns} tokens each")
+    note(
+        tr(
+            "serving {name} on http://{host}:{port}/v1: {slots} answers at once, {columns} tokens each",
+            name=name,
+            host=flags.host,
+            port=flags.port,
+            slots=flags.slots,
+            columns=columns,
+        )
+    )
     if not keys:
-        note("no API key is asked for: only this machine reaches it")
+        note(tr("no API key is asked for: only this machine reaches it"))
     uvicorn.run(
         app, host=flags.host, port=flags.port, log_level="warning", timeout_graceful_shutdown=int(flags.timeout)
     )
@@ -82,7 +92,7 @@ def _options(
     try:
         body = parse_size(flags.max_body)
     except ValueError as error:
-        raise ConfigError(f"--max-body: {error}", code="config-value") from error
+        raise ConfigError(tr("--max-body: {error}", error=error), code="config-value") from error
     pixels = flags.max_request_pixels
     if config.data.max_pixels is not None:
         pixels = min(pixels, config.data.max_pixels)
@@ -107,9 +117,14 @@ def _keys(flags: _Flags) -> tuple[str, ...]:
         try:
             text += "\n" + flags.api_key_file.expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--api-key-file {flags.api_key_file}: {error}", code="config-value") from error
+            raise ConfigError(
+                tr("--api-key-file {api_key_file}: {error}", api_key_file=flags.api_key_file, error=error),
+                code="config-value",
+            ) from error
         if not text.strip():
-            raise ConfigError(f"--api-key-file {flags.api_key_file} holds no key", code="config-value")
+            raise ConfigError(
+                tr("--api-key-file {api_key_file} holds no key", api_key_file=flags.api_key_file), code="config-value"
+            )
     return tuple(dict.fromkeys(key.strip() for key in text.splitlines() if key.strip()))
 
 
@@ -118,18 +133,22 @@ def _check(config: AnswerConfig, flags: _Flags, keys: tuple[str, ...]) -> None:
     missing = [name for name in ("fastapi", "uvicorn", "openai", "prometheus_client") if not _is_there(name)]
     if missing:
         raise SetupError(
-            f"cogtune serve needs {', '.join(missing)}", hint='pip install "cogtune[serve]"', code="no-server-packages"
+            tr("cogtune serve needs {missing}", missing=", ".join(missing)),
+            hint='pip install "cogtune[serve]"',
+            code="no-server-packages",
         )
     if config.parallel.tensor > 1:
         raise ConfigError(
-            "serve answers with a model on one device, not with --parallel.tensor",
-            hint="start one server a card, behind a load balancer",
+            tr("serve answers with a model on one device, not with --parallel.tensor"),
+            hint=tr("start one server a card, behind a load balancer"),
             code="config-combination",
         )
     if not keys and not _is_loopback(flags.host):
         raise ConfigError(
-            f"--host {flags.host} can be reached from other machines, and there is no API key",
-            hint=f"give --api-key-file PATH or {KEY_VARIABLE}, or leave --host at 127.0.0.1",
+            tr("--host {host} can be reached from other machines, and there is no API key", host=flags.host),
+            hint=tr(
+                "give --api-key-file PATH or {key_variable}, or leave --host at 127.0.0.1", key_variable=KEY_VARIABLE
+            ),
             code="serve-open",
         )
 

@@ -16,6 +16,7 @@ from cogtune.configuration.keys import known_keys
 from cogtune.configuration.load import explicit_values, with_values
 from cogtune.configuration.yaml_text import describe, read_mapping
 from cogtune.errors import ConfigError
+from cogtune.language import tr
 
 if TYPE_CHECKING:
     from cogtune.configuration.run_config import RunConfig
@@ -52,14 +53,28 @@ _ZERO_KEYS = (
 
 def read_deepspeed(path: str | Path) -> DeepSpeedDict:
     """Return the content of a DeepSpeed file (YAML, or JSON by suffix). Raises ConfigError if it cannot be one."""
-    content = read_mapping(path, "DeepSpeed file")
+    content = read_mapping(path, tr("DeepSpeed file"))
     if "bfloat16" in content and "bf16" not in content:  # DeepSpeed's old name of the block
         content["bf16"] = content.pop("bfloat16")
     for name in ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler"):
         if name in content and not isinstance(content[name], dict):
-            raise ConfigError(f"{path}: `{name}`: found {describe(content[name])}, expected a mapping")
+            raise ConfigError(
+                tr(
+                    "{path}: `{name}`: found {found}, expected a mapping",
+                    path=path,
+                    name=name,
+                    found=describe(content[name]),
+                )
+            )
         if name in ("optimizer", "scheduler") and not isinstance(content.get(name, {}).get("params") or {}, dict):
-            raise ConfigError(f"{path}: `{name}.params`: found {describe(content[name]['params'])}, expected a mapping")
+            raise ConfigError(
+                tr(
+                    "{path}: `{name}.params`: found {found}, expected a mapping",
+                    path=path,
+                    name=name,
+                    found=describe(content[name]["params"]),
+                )
+            )
     if "zero_optimization" not in content:
         _refuse_other_file(content, path)
     return content
@@ -71,15 +86,16 @@ def _refuse_other_file(content: Mapping[str, Any], path: str | Path) -> None:
         inner = content.get("deepspeed_config")
         named = inner.get("deepspeed_config_file") if isinstance(inner, dict) else None
         raise ConfigError(
-            f"{path}: this is a configuration of accelerate, not a DeepSpeed file",
-            hint=f"give the DeepSpeed file that it names: {named}"
+            tr("{path}: this is a configuration of accelerate, not a DeepSpeed file", path=path),
+            hint=tr("give the DeepSpeed file that it names: {named}", named=named)
             if named
-            else "write its settings as a DeepSpeed file; ds_config.yaml of this project is one to start from",
+            else tr("write its settings as a DeepSpeed file; ds_config.yaml of this project is one to start from"),
         )
     for name, inner in content.items():
         if isinstance(inner, dict) and "zero_optimization" in inner:
             raise ConfigError(
-                f"{path}: the settings stand one level too deep, under `{name}`", hint=f"move them out of `{name}`"
+                tr("{path}: the settings stand one level too deep, under `{name}`", path=path, name=name),
+                hint=tr("move them out of `{name}`", name=name),
             )
 
 
@@ -104,7 +120,7 @@ def merge_deepspeed(
     Raises:
         ConfigError: a contradiction, or a setting that this loop cannot follow.
     """
-    file = str(config.parallel.deepspeed or "the DeepSpeed file")
+    file = str(config.parallel.deepspeed or tr("the DeepSpeed file"))
     ours: dict[str, Any] = {}
     said_by: dict[str, str] = {}
     warnings = list(_warnings(user, file))
@@ -112,18 +128,41 @@ def merge_deepspeed(
         given = _value(config, key)
         if key == "train.batch_size" and key in explicit and given != value:
             warnings.append(
-                f"{names.get(key, key)} is {given}: so many rows are in a forward pass on each device; "
-                f"`{origin}` in {file} is not used"
+                tr(
+                    "{value} is {given}: so many rows are in a forward pass on each device; `{origin}` in"
+                    " {file} is not used",
+                    value=names.get(key, key),
+                    given=given,
+                    origin=origin,
+                    file=file,
+                )
             )
             continue
         if key in explicit and given not in ("auto", None) and not _equal(given, value):
             raise ConfigError(
-                f"{names.get(key, key)} is {given}, but {file} says `{origin}` and means {value}",
-                hint=f"remove one of the two, or write `auto` in {file}",
+                tr(
+                    "{flag} is {given}, but {file} says `{origin}` and means {value}",
+                    flag=names.get(key, key),
+                    given=given,
+                    file=file,
+                    origin=origin,
+                    value=value,
+                ),
+                hint=tr("remove one of the two, or write `auto` in {file}", file=file),
                 code="config-contradiction",
             )
         if key in ours and not _equal(ours[key], value):
-            raise ConfigError(f"{file}: `{said_by[key]}` means {key} {ours[key]}, but `{origin}` means {value}")
+            raise ConfigError(
+                tr(
+                    "{file}: `{said_by}` means {key} {ours}, but `{origin}` means {value}",
+                    file=file,
+                    said_by=said_by[key],
+                    key=key,
+                    ours=ours[key],
+                    origin=origin,
+                    value=value,
+                )
+            )
         ours[key], said_by[key] = value, origin
     changes = {key: value for key, value in ours.items() if not _equal(_value(config, key), value)}
     return _final(user, config, ours), changes, warnings
@@ -169,11 +208,13 @@ def _statements(
     stage = (block or {}).get("stage") if user else "auto"
     if stage != "auto":
         if stage not in (1, 2, 3) or isinstance(stage, bool):
-            found = "it is missing" if stage is None else f"found {describe(stage)}"
+            found = tr("it is missing") if stage is None else f"found {describe(stage)}"
             raise ConfigError(
-                f"{file}: zero_optimization.stage: {found}, expected 1, 2 or 3",
-                hint="set it to 1, 2 or 3; plain data parallel training needs no DeepSpeed file: "
-                "`cogtune train ... --parallel.launch all --parallel.engine ddp`",
+                tr("{file}: zero_optimization.stage: {found}, expected 1, 2 or 3", file=file, found=found),
+                hint=tr(
+                    "set it to 1, 2 or 3; plain data parallel training needs no DeepSpeed file: `cogtune"
+                    " train ... --parallel.launch all --parallel.engine ddp`"
+                ),
             )
         yield "parallel.engine", f"zero{stage}", f"zero_optimization.stage: {stage}"
     yield from _dtype(user, file)
@@ -188,7 +229,13 @@ def _statements(
         rows = (micro or config.train.batch_size) * world_size
         if total % rows:
             raise ConfigError(
-                f"{file}: train_batch_size {total} is not a multiple of {rows} rows on {world_size} ranks"
+                tr(
+                    "{file}: train_batch_size {total} is not a multiple of {rows} rows on {world_size} ranks",
+                    file=file,
+                    total=total,
+                    rows=rows,
+                    world_size=world_size,
+                )
             )
         yield "train.accumulation", total // rows, f"train_batch_size: {total}"
     clipping = _number(user, "gradient_clipping", float, file)
@@ -229,7 +276,15 @@ def _block(
     kind = str(block.get("type", ""))
     if kind.lower() not in types:
         known = ", ".join(sorted(types))
-        raise ConfigError(f"{file}: {name}.type: found {kind!r}, expected one of {known} (in any case)")
+        raise ConfigError(
+            tr(
+                "{file}: {name}.type: found {kind!r}, expected one of {known} (in any case)",
+                file=file,
+                name=name,
+                kind=kind,
+                known=known,
+            )
+        )
     yield key, types[kind.lower()], f"{name}.type: {kind}"
     for param, value in (block.get("params") or {}).items():
         if value == "auto":
@@ -238,8 +293,14 @@ def _block(
             yield params[param], tuple(value) if isinstance(value, list) else value, f"{name}.params.{param}: {value}"
         elif param not in _HARMLESS_PARAMS or _HARMLESS_PARAMS[param] not in (None, value):
             raise ConfigError(
-                f"{file}: {name}.params.{param}: {value!a:.80} cannot be followed here",
-                hint="remove it; schedule and optimiser are this program's own, set by train.*",
+                tr(
+                    "{file}: {name}.params.{param}: {value!a:.80} cannot be followed here",
+                    file=file,
+                    name=name,
+                    param=param,
+                    value=value,
+                ),
+                hint=tr("remove it; schedule and optimiser are this program's own, set by train.*"),
             )
 
 
@@ -247,14 +308,21 @@ def _dtype(user: Mapping[str, Any], file: str) -> Iterator[tuple[str, str, str]]
     enabled = {name: user[name].get("enabled", False) for name in ("bf16", "fp16") if user.get(name)}
     for name, value in enabled.items():
         if value not in (True, False, "auto"):
-            raise ConfigError(f"{file}: {name}.enabled: found {describe(value)}, expected true, false or auto")
+            raise ConfigError(
+                tr(
+                    "{file}: {name}.enabled: found {found}, expected true, false or auto",
+                    file=file,
+                    name=name,
+                    found=describe(value),
+                )
+            )
     on = [name for name, value in enabled.items() if value is True]
     if len(on) == 2:
-        raise ConfigError(f"{file}: bf16.enabled and fp16.enabled are both true", hint="keep one")
+        raise ConfigError(tr("{file}: bf16.enabled and fp16.enabled are both true", file=file), hint=tr("keep one"))
     if on:
-        yield "model.dtype", {"bf16": "bfloat16", "fp16": "float16"}[on[0]], f"{on[0]}.enabled: true"
+        yield "model.dtype", {"bf16": "bfloat16", "fp16": "float16"}[on[0]], tr("{on}.enabled: true", on=on[0])
     elif enabled and "auto" not in enabled.values():
-        yield "model.dtype", "float32", " and ".join(f"{name}.enabled: false" for name in enabled)
+        yield "model.dtype", "float32", " and ".join(tr("{name}.enabled: false", name=name) for name in enabled)
 
 
 def _number(user: Mapping[str, Any], name: str, kind: Callable[[Any], Any], file: str) -> Any:
@@ -263,8 +331,16 @@ def _number(user: Mapping[str, Any], name: str, kind: Callable[[Any], Any], file
         return None
     lowest = 1 if kind is int else 0
     if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float) or value < lowest:
-        expected = "a whole number of at least 1" if kind is int else "a number of at least 0"
-        raise ConfigError(f"{file}: {name}: found {describe(value)}, expected {expected} or auto")
+        expected = tr("a whole number of at least 1") if kind is int else tr("a number of at least 0")
+        raise ConfigError(
+            tr(
+                "{file}: {name}: found {found}, expected {expected} or auto",
+                file=file,
+                name=name,
+                found=describe(value),
+                expected=expected,
+            )
+        )
     return kind(value)
 
 
@@ -299,24 +375,40 @@ def _warnings(user: Mapping[str, Any], file: str) -> Iterator[str]:
     for name in _ZERO_KEYS:
         if name in user:
             yield (
-                f"{file}: `{name}` stands at the top level, where DeepSpeed ignores it; it is off. "
-                f"To switch it on, indent it under `zero_optimization`"
+                tr(
+                    "{file}: `{name}` stands at the top level, where DeepSpeed ignores it; it is off. To"
+                    " switch it on, indent it under `zero_optimization`",
+                    file=file,
+                    name=name,
+                )
             )
     for name in user.keys() - {*TOP_LEVEL, *_ZERO_KEYS}:
         for near in difflib.get_close_matches(name, TOP_LEVEL, n=1, cutoff=0.85):
-            yield f"{file}: `{name}` is not a DeepSpeed key and has no effect; did you mean `{near}`?"
+            yield tr(
+                "{file}: `{name}` is not a DeepSpeed key and has no effect; did you mean `{near}`?",
+                file=file,
+                name=name,
+                near=near,
+            )
     if user.get("activation_checkpointing"):
         yield (
-            f"{file}: `activation_checkpointing` has no effect on this model; "
-            "use --train.gradient_checkpointing to save memory"
+            tr(
+                "{file}: `activation_checkpointing` has no effect on this model; use"
+                " --train.gradient_checkpointing to save memory",
+                file=file,
+            )
         )
     if user.get("wall_clock_breakdown") is True:
-        yield f"{file}: `wall_clock_breakdown: true` waits for the device at every stage and slows each step"
+        yield tr(
+            "{file}: `wall_clock_breakdown: true` waits for the device at every stage and slows each step", file=file
+        )
     schedule = (user.get("scheduler") or {}).get("params") or {}
     if schedule.get("total_num_steps", "auto") != "auto":
-        yield f"{file}: `scheduler.params.total_num_steps` is not used; the length follows from data and epochs"
+        yield tr(
+            "{file}: `scheduler.params.total_num_steps` is not used; the length follows from data and epochs", file=file
+        )
     if schedule.get("warmup_type", "auto") not in ("auto", "linear"):
-        yield f"{file}: `scheduler.params.warmup_type` is not followed; the warm-up is linear"
+        yield tr("{file}: `scheduler.params.warmup_type` is not followed; the warm-up is linear", file=file)
 
 
 def _value(config: RunConfig, key: str) -> Any:

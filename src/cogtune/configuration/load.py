@@ -124,9 +124,9 @@ def unknown_key(
     if name in INSTEAD:
         hint = tr(INSTEAD[name])
     elif elsewhere and (near is None or near.rpartition(".")[2] != name.rpartition(".")[2].replace("-", "_")):
-        hint = f"it belongs to another command: `{elsewhere[0].command} --help`"
+        hint = tr("it belongs to another command: `{command} --help`", command=elsewhere[0].command)
     else:
-        hint = f"did you mean `{dashes}{near}`?" if near else keys_hint(root)
+        hint = tr("did you mean `{dashes}{near}`?", dashes=dashes, near=near) if near else keys_hint(root)
     return ConfigError(message, hint=hint, code="config-unknown-key")
 
 
@@ -140,7 +140,9 @@ def parse_flag(key: Key | None, text: str | Sequence[Any], flag: str) -> Any:
     if key is not None and "list" in key.kinds:
         return [item for one in texts for item in (_items(key, one, flag) if isinstance(one, str) else [_plain(one)])]
     if len(texts) != 1:
-        raise ConfigError(f"{flag} is given {len(texts)} times", hint="it takes one value; keep one")
+        raise ConfigError(
+            tr("{flag} is given {texts} times", flag=flag, texts=len(texts)), hint=tr("it takes one value; keep one")
+        )
     return _scalar(key.kinds if key else frozenset(), texts[0], flag)
 
 
@@ -153,12 +155,12 @@ def _file_entries(path: Path, root: type[Section]) -> Iterator[tuple[str, Entry]
     seen: set[str] = set()
     for key, value in _flatten(read_mapping(path), path):
         if key in seen:
-            raise ConfigError(f"{path}: `{key}` is given twice", hint="keep one of the two")
+            raise ConfigError(tr("{path}: `{key}` is given twice", path=path, key=key), hint=tr("keep one of the two"))
         seen.add(key)
         if _is_key(key, root):
             yield key, Entry(value, f"{path}: {key}")
         elif not any(_is_key(key, other) for other in _ROOTS):
-            raise unknown_key(key, f"{path}: unknown key `{key}`", root=root)
+            raise unknown_key(key, tr("{path}: unknown key `{key}`", path=path, key=key), root=root)
 
 
 def _flatten(mapping: Mapping[Any, Any], path: Path) -> Iterator[tuple[str, Any]]:
@@ -170,8 +172,13 @@ def _flatten(mapping: Mapping[Any, Any], path: Path) -> Iterator[tuple[str, Any]
         elif isinstance(value, dict):
             yield from ((f"{top}.{name}", inner) for name, inner in value.items())
         elif value is not None:  # None: a section with only comments
-            hint = f"write `{short[top]}: {value}`" if top in short else f"indent the keys of {top} under it"
-            raise ConfigError(f"{path}: `{top}` is a section, found {describe(value)}", hint=hint)
+            hint = (
+                f"write `{short[top]}: {value}`" if top in short else tr("indent the keys of {top} under it", top=top)
+            )
+            raise ConfigError(
+                tr("{path}: `{top}` is a section, found {found}", path=path, top=top, found=describe(value)),
+                hint=hint,
+            )
 
 
 def _is_key(name: str, root: type[Section]) -> bool:
@@ -191,7 +198,10 @@ def _override_entries(overrides: Mapping[str, Any], root: type[Section]) -> dict
             what = "flag" if typed else "key"
             raise unknown_key(bare, f"unknown {what} `{source}`", flag=typed, root=root)
         if key in entries:
-            raise ConfigError(f"{entries[key].source} and {source} are the same key", hint="give one of them")
+            raise ConfigError(
+                tr("{source} and {other} are the same key", source=entries[key].source, other=source),
+                hint=tr("give one of them"),
+            )
         plain = parse_flag(known_keys(root).get(key), value, source) if typed else _plain(value)
         entries[key] = Entry(plain, source)
     return entries
@@ -265,4 +275,7 @@ def _yaml(text: str, flag: str) -> Any:
     try:
         return parse_value(text)
     except ValueError as error:
-        raise ConfigError(f"{flag}: `{text}` is not a YAML value: {error}", hint="put quotes around it") from error
+        raise ConfigError(
+            tr("{flag}: `{text}` is not a YAML value: {error}", flag=flag, text=text, error=error),
+            hint=tr("put quotes around it"),
+        ) from error

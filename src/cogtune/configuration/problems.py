@@ -48,7 +48,7 @@ def explain(
         if detail["type"] == "missing" and not _inside(detail, key):
             missing += _required(key, model)
         elif detail["type"] == "extra_forbidden" and key not in fields_of(model):
-            problems[key] = f"unknown key `{key}`"
+            problems[key] = tr("unknown key `{key}`", key=key)
             unknown.append(key)
         elif not detail["loc"]:
             problems[""] = str(detail["ctx"]["error"])
@@ -62,10 +62,10 @@ def explain(
         if aliases:
             hint = "give " + " ".join(f"--{short.get(key, key)} ..." for key in missing)
         else:
-            hint = "give them: they have no default"
+            hint = tr("give them: they have no default")
     elif unknown:
         near = [found for key in unknown if (found := nearest(key, list(fields_of(model))))]
-        hint = f"did you mean {', '.join(f'`{key}`' for key in near)}?" if near else None
+        hint = tr("did you mean {near}?", near=", ".join(f"`{key}`" for key in near)) if near else None
     hint = tr(instead) if instead else hint or keys_hint(model)
     return ConfigError("\n  ".join(lines), hint=hint, code=_code(problems, missing, unknown))
 
@@ -73,7 +73,7 @@ def explain(
 def keys_hint(model: type[BaseModel]) -> str:
     """Return a hint where to look up the keys."""
     command = getattr(model, "command", "cogtune train")
-    return f"`{command} --help` lists every key with its type, default and meaning"
+    return tr("`{command} --help` lists every key with its type, default and meaning", command=command)
 
 
 def _code(problems: Mapping[str, str], missing: list[str], unknown: list[str]) -> str:
@@ -118,13 +118,19 @@ def _problem(key: str, detail: ErrorDetails, model: type[BaseModel], entries: Ma
     entry = entries.get(key)
     where = entry.source if entry else key
     field = fields_of(model).get(key)
-    expected = type_text(field) if field is not None else "a mapping of keys"
+    expected = type_text(field) if field is not None else tr("a mapping of keys")
     whole = detail["type"] == "missing" or detail["type"].startswith("too_")  # a list of the wrong length
     item = detail["loc"][key.count(".") + 1 :][:1]
     inside = "".join(f"[{part}]" for part in item if isinstance(part, int) and not whole)
     if detail["type"] == "value_error":
         return f"{where}{inside}: {detail['ctx']['error']}"
     if detail["type"] == "extra_forbidden":
-        return f"{where}{inside}: unknown key `{detail['loc'][-1]}`, expected {expected}"
+        return tr(
+            "{where}{inside}: unknown key `{loc}`, expected {expected}",
+            where=where,
+            inside=inside,
+            loc=detail["loc"][-1],
+            expected=expected,
+        )
     found = describe(entry.value if entry and inside == "" else detail["input"])
     return f"{where}{inside}: found {found}, expected {expected}"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from cogtune.configuration.quantization import QuantSection
 from cogtune.configuration.training_sections import ParallelSection
 from cogtune.errors import SetupError
+from cogtune.language import tr
 from cogtune.system import machine
 from cogtune.system.byte_sizes import parse_size
 from cogtune.system.gpu import FIRST_WITH_BFLOAT16, FIRST_WITH_FP8, Gpu, gpu_of
@@ -39,9 +40,16 @@ def resolve_dtype(asked: str, gpu: Gpu | None) -> str:
         return "float32" if gpu is None else "bfloat16" if gpu.bfloat16 else "float16"
     if asked == "bfloat16" and gpu is not None and not gpu.bfloat16:
         raise SetupError(
-            f"{gpu.described()} does not compute in bfloat16; cards from {_version(FIRST_WITH_BFLOAT16)} on do",
-            hint="leave model.dtype out or use --model.dtype float16 (training then scales its losses; the narrow "
-            "range can still give NaN), --model.dtype float32 (twice the memory), or a newer card",
+            tr(
+                "{described} does not compute in bfloat16; cards from {version} on do",
+                described=gpu.described(),
+                version=_version(FIRST_WITH_BFLOAT16),
+            ),
+            hint=tr(
+                "leave model.dtype out or use --model.dtype float16 (training then scales its losses;"
+                " the narrow range can still give NaN), --model.dtype float32 (twice the memory), or a"
+                " newer card"
+            ),
             code="no-bfloat16",
         )
     return asked
@@ -59,9 +67,10 @@ def float16_warning(dtype: str) -> str | None:
     """Return the warning for training in float16, or None for another ``dtype``."""
     if dtype != "float16":
         return None
-    return (
-        "float16: losses are scaled and steps with overflowing gradients are skipped, but this model was trained in "
-        "bfloat16 and its activations can exceed float16's range: the loss can become NaN, and the run then stops"
+    return tr(
+        "float16: losses are scaled and steps with overflowing gradients are skipped, but this"
+        " model was trained in bfloat16 and its activations can exceed float16's range: the loss"
+        " can become NaN, and the run then stops"
     )
 
 
@@ -75,8 +84,12 @@ def require_fp8(gpu: Gpu | None) -> None:
     """Raise SetupError, with alternatives, if ``gpu`` has no fp8 products; a CPU (None) computes them in float32."""
     if gpu is not None and not gpu.fp8:
         raise SetupError(
-            f"{gpu.described()} does not compute in fp8; cards from {_version(FIRST_WITH_FP8)} on (Ada, Hopper) do",
-            hint="use nf4 or int8 instead of fp8, or none",
+            tr(
+                "{described} does not compute in fp8; cards from {version} on (Ada, Hopper) do",
+                described=gpu.described(),
+                version=_version(FIRST_WITH_FP8),
+            ),
+            hint=tr("use nf4 or int8 instead of fp8, or none"),
             code="no-fp8",
         )
 

@@ -27,6 +27,7 @@ from cogtune.configuration.training_sections import (
     TrainSection,
 )
 from cogtune.configuration.values import DataFolder, DataFormat, Engine, Section
+from cogtune.language import tr
 
 __all__ = [
     "PUBLISHED_MODEL", "DataFolder", "DataFormat", "DataSection", "Engine", "EvalSection", "LogSection", "LoraSection",
@@ -91,35 +92,49 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
     validates = bool(data.validation) or data.validation_share > 0
 
     if data.validation and data.validation_share not in (0, _default(DataSection, "validation_share")):
-        yield "data.validation and data.validation_share: both say where validation data comes from; keep one"
+        yield tr("data.validation and data.validation_share: both say where validation data comes from; keep one")
     if config.eval.patience is not None and not validates:
-        yield "eval.patience needs validation data, but data.validation_share is 0 and data.validation is empty"
+        yield tr("eval.patience needs validation data, but data.validation_share is 0 and data.validation is empty")
     if config.eval.steps is not None and not validates:
-        yield "eval.steps needs validation data, but data.validation_share is 0 and data.validation is empty"
+        yield tr("eval.steps needs validation data, but data.validation_share is 0 and data.validation is empty")
     if data.on_bad == "error" and data.max_bad_share != _default(DataSection, "max_bad_share"):
-        yield "data.max_bad_share has a meaning only with data.on_bad: skip"
+        yield tr("data.max_bad_share has a meaning only with data.on_bad: skip")
     for name in sorted(_OWN_LORA_FIELDS.keys() & config.lora.extra.keys()):
-        yield f"lora.extra.{name}: this is {_OWN_LORA_FIELDS[name]}; set it there"
+        yield tr(
+            "lora.extra.{name}: this is {own_lora_fields}; set it there",
+            name=name,
+            own_lora_fields=_OWN_LORA_FIELDS[name],
+        )
     if train.warmup_steps is not None and train.warmup_ratio != _default(TrainSection, "warmup_ratio"):
-        yield "train.warmup_steps and train.warmup_ratio: both set the warm-up; keep one"
+        yield tr("train.warmup_steps and train.warmup_ratio: both set the warm-up; keep one")
     if train.warmup_steps and train.max_steps and train.warmup_steps >= train.max_steps:
-        yield f"train.warmup_steps {train.warmup_steps} leaves nothing of train.max_steps {train.max_steps}"
+        yield tr(
+            "train.warmup_steps {warmup_steps} leaves nothing of train.max_steps {max_steps}",
+            warmup_steps=train.warmup_steps,
+            max_steps=train.max_steps,
+        )
     for name in ("betas", "eps"):
         if train.optimizer == "sgd" and getattr(train, name) != _default(TrainSection, name):
-            yield f"train.{name} belongs to adamw, but train.optimizer is sgd"
+            yield tr("train.{name} belongs to adamw, but train.optimizer is sgd", name=name)
     if config.quant.fp8_layouts == "two" and config.quant.experts != "fp8":
-        yield f"quant.fp8_layouts is about fp8 experts, but quant.experts is {config.quant.experts}"
+        yield tr("quant.fp8_layouts is about fp8 experts, but quant.experts is {experts}", experts=config.quant.experts)
     if train.restart and train.resume is not None:
-        yield "train.restart starts from nothing and train.resume from a checkpoint; keep one"
+        yield tr("train.restart starts from nothing and train.resume from a checkpoint; keep one")
     if config.parallel.restarts and config.parallel.launch is None:
-        yield "parallel.restarts needs parallel.launch: who starts the processes starts them again"
+        yield tr("parallel.restarts needs parallel.launch: who starts the processes starts them again")
     if config.parallel.tensor > 1 and config.parallel.engine not in ("auto", "ddp"):
         yield (
-            f"parallel.tensor {config.parallel.tensor} divides each layer, and its models share the rows by ddp, but "
-            f"parallel.engine is {config.parallel.engine}"
+            tr(
+                "parallel.tensor {tensor} divides each layer, and its models share the rows by ddp, but"
+                " parallel.engine is {engine}",
+                tensor=config.parallel.tensor,
+                engine=config.parallel.engine,
+            )
         )
     if config.parallel.deepspeed is not None and config.parallel.engine in ("single", "ddp", "fsdp2"):
-        yield f"parallel.deepspeed names a DeepSpeed file, but parallel.engine is {config.parallel.engine}"
+        yield tr(
+            "parallel.deepspeed names a DeepSpeed file, but parallel.engine is {engine}", engine=config.parallel.engine
+        )
 
 
 def _default(section: type[Section], name: str) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from cogtune.errors import ConfigError
+from cogtune.language import tr
 
 
 class _Loader(yaml.SafeLoader):
@@ -20,7 +21,9 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             name = str(getattr(key, "value", key))
             if name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key `{name}` is given twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, tr("key `{name}` is given twice", name=name), key.start_mark
+                )
             seen.add(name)
         return super().construct_mapping(node, deep=deep)
 
@@ -50,36 +53,55 @@ def parse_value(text: str) -> Any:
         raise ValueError(_problem(error)) from error
 
 
-def read_mapping(path: str | Path, what: str = "configuration file") -> dict[str, Any]:
+def read_mapping(path: str | Path, what: str | None = None) -> dict[str, Any]:
     """Return the mapping at the root of a YAML file (or JSON, by suffix); an empty file is an empty mapping.
 
     Raises:
         ConfigError: the file is missing, unreadable, not YAML, or no mapping.
     """
     path = Path(path)
+    what = what or tr("configuration file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         near = sorted(p.name for p in path.parent.glob("*.y*ml"))[:5] if path.parent.is_dir() else []
-        hint = f"in {path.parent}/ there is: {', '.join(near)}" if near else "check the path"
-        raise ConfigError(f"{path}: this {what} does not exist", hint=hint, code="config-file") from None
+        hint = (
+            tr("in {parent}/ there is: {near}", parent=path.parent, near=", ".join(near))
+            if near
+            else tr("check the path")
+        )
+        raise ConfigError(
+            tr("{path}: this {what} does not exist", path=path, what=what), hint=hint, code="config-file"
+        ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"{path}: not UTF-8 text at byte {error.start}", hint="save it as UTF-8", code="config-file"
+            tr("{path}: not UTF-8 text at byte {start}", path=path, start=error.start),
+            hint=tr("save it as UTF-8"),
+            code="config-file",
         ) from error
     except OSError as error:
-        raise ConfigError(f"{path}: cannot read this {what}: {error.strerror}", code="config-file") from error
+        raise ConfigError(
+            tr("{path}: cannot read this {what}: {strerror}", path=path, what=what, strerror=error.strerror),
+            code="config-file",
+        ) from error
     try:
         value = json.loads(text) if path.suffix == ".json" else yaml.load(text, _Loader)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}:{error.lineno}: not JSON: {error.msg}", code="config-file") from error
+        raise ConfigError(
+            tr("{path}:{lineno}: not JSON: {msg}", path=path, lineno=error.lineno, msg=error.msg), code="config-file"
+        ) from error
     except yaml.YAMLError as error:
-        hint = "indent with spaces; put text with special characters in quotes"
-        raise ConfigError(f"{path}: not YAML: {_problem(error)}", hint=hint, code="config-file") from error
+        hint = tr("indent with spaces; put text with special characters in quotes")
+        raise ConfigError(
+            tr("{path}: not YAML: {problem}", path=path, problem=_problem(error)), hint=hint, code="config-file"
+        ) from error
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: found {describe(value)}, expected `key: value` lines", code="config-file")
+        raise ConfigError(
+            tr("{path}: found {found}, expected `key: value` lines", path=path, found=describe(value)),
+            code="config-file",
+        )
     return value
 
 
@@ -89,9 +111,9 @@ def describe(value: object) -> str:
         case None:
             return "null"
         case bool():
-            return f"true/false value {str(value).lower()}"
+            return tr("true/false value {value}", value=str(value).lower())
         case int():
-            return f"whole number {value}"
+            return tr("whole number {value}", value=value)
         case float():
             return f"number {value}"
         case str():

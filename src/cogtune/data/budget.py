@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from cogtune.data.records import Conversation, Example
 from cogtune.errors import DataError
+from cogtune.language import tr
 from cogtune.processing.prompt import build_prompt
 
 if TYPE_CHECKING:
@@ -180,12 +181,14 @@ class Budget:
         return Sample(item.number, item.turn, item.first, cut, len(item.tokens), length)
 
     def _too_long(self, item: _Wanted, part: str, found: int, key: str, limit: int) -> DataError:
-        where = f"{item.conversation.source}: the {part} of turn {item.turn + 1}"
+        where = tr(
+            "{source}: the {part} of turn {turn}", source=item.conversation.source, part=part, turn=item.turn + 1
+        )
         policy = "long_prompt" if part == "question" else "long_answer"
-        others = "drop" if part == "question" else "drop or truncate"
+        others = "drop" if part == "question" else tr("drop or truncate")
         return DataError(
-            f"{where} has {found} tokens, data.{key} allows {limit}",
-            hint=f"raise data.{key}, or set data.{policy} to {others}",
+            tr("{where} has {found} tokens, data.{key} allows {limit}", where=where, found=found, key=key, limit=limit),
+            hint=tr("raise data.{key}, or set data.{policy} to {others}", key=key, policy=policy, others=others),
             code="data-too-long",
         )
 

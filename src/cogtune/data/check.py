@@ -22,6 +22,7 @@ from cogtune.data.sources import collect_sources
 from cogtune.data.split import refuse_overlap, split
 from cogtune.data.statistics import Answers, Histogram, scripts
 from cogtune.errors import DataError
+from cogtune.language import tr
 from cogtune.processing.token_file import TokenFile
 
 if TYPE_CHECKING:
@@ -115,13 +116,13 @@ def check(data: DataSection, seed: int, tokens: TokenFile, progress: ProgressCal
         return report
     _describe(report, [*examples, *validation])
     contents = duplicates.picture_contents(
-        [*examples, *validation], lambda done, total: tell("pictures of equal size", done, total)
+        [*examples, *validation], lambda done, total: tell(tr("pictures of equal size"), done, total)
     )
     _repeated(report, examples, validation, contents, data)
     _lengths(report, examples, data, tokens, lambda done, total: tell("texts", done, total))
     _dominant_answer(report)
     if not examples and not found:
-        report.add("error", "data-nothing-left", "", "nothing to train on")
+        report.add("error", "data-nothing-left", "", tr("nothing to train on"))
     report.seconds = time.monotonic() - began
     return report
 
@@ -132,7 +133,7 @@ def _read(
     """Return training and validation examples, and the number of problems."""
 
     def done(count: int, total: int) -> None:
-        tell("pictures and labels", count, total)
+        tell(tr("pictures and labels"), count, total)
 
     examples, read, problems = collect_sources(data, done=done, max_images=max_images)
     _take(report, read, problems, len(examples), data)
@@ -148,7 +149,10 @@ def _read(
         return examples, validation, found + len(own_problems.found)
     train, validation = split(examples, data.validation_share, seed)
     if examples and not train:
-        what = f"data.validation_share {data.validation_share:g} leaves nothing to train on"
+        what = tr(
+            "data.validation_share {validation_share:g} leaves nothing to train on",
+            validation_share=data.validation_share,
+        )
         report.add("error", "data-split", "", what)
     return train, validation, found
 
@@ -169,7 +173,7 @@ def _take(report: CheckReport, read: DataReport, problems: Problems, examples: i
         problems.settle(read.conversations, data.on_bad, data.max_bad_share)
     except DataError as error:
         if error.code == "data-bad-share":
-            report.add("error", error.code, "", error.message.split("; the first")[0])
+            report.add("error", error.code, "", error.message.split(tr("; the first"))[0])
 
 
 def problem_code(problem: Problem) -> str:
@@ -197,16 +201,33 @@ def _repeated(
 ) -> None:
     found = duplicates.repeated([*train, *validation], contents, data.caption_question)
     for first, *others in found.pictures:
-        report.add("warning", "duplicate-picture", others[0], f"the same picture as {first}{_more(others)}")
+        report.add(
+            "warning",
+            "duplicate-picture",
+            others[0],
+            tr("the same picture as {first}{more}", first=first, more=_more(others)),
+        )
     for first, *others in found.records:
         report.add(
-            "warning", "duplicate-record", others[0], f"the same questions and answers as {first}{_more(others)}"
+            "warning",
+            "duplicate-record",
+            others[0],
+            tr("the same questions and answers as {first}{more}", first=first, more=_more(others)),
         )
     for first, *others in found.contradictions:
-        what = f"the question of {first} about the same picture or none, with another answer{_more(others)}"
+        what = tr(
+            "the question of {first} about the same picture or none, with another answer{more}",
+            first=first,
+            more=_more(others),
+        )
         report.add("warning", "other-answer", others[0], what)
     for held, trained in duplicates.leaks(train, validation, contents):
-        report.add("warning", "validation-leak", held, f"validation shows the picture that training has as {trained}")
+        report.add(
+            "warning",
+            "validation-leak",
+            held,
+            tr("validation shows the picture that training has as {trained}", trained=trained),
+        )
     report.counts["train_pictures"], report.counts["validation_pictures"] = len(train), len(validation)
 
 
@@ -237,7 +258,12 @@ def _lengths(
             if name in refused and length > limit:
                 key = "max_input_len" if name == "long_prompt" else "max_output_len"
                 level = "error" if report.exact else "warning"
-                report.add(level, "data-too-long", where, f"{length} tokens, data.{key} allows {limit}")
+                report.add(
+                    level,
+                    "data-too-long",
+                    where,
+                    tr("{length} tokens, data.{key} allows {limit}", length=length, key=key, limit=limit),
+                )
 
     budget.seen = seen
     for fitted in budget.fit(examples):
@@ -249,12 +275,18 @@ def _lengths(
             report.shapes.append(shape_of(row, images=len(example.images), one_random=one_random))
             if data.max_row_tokens is not None and row.tokens > data.max_row_tokens:
                 where = example.conversations[row.samples[0].conversation].source
-                what = f"one answer takes {row.tokens} tokens, data.max_row_tokens is {data.max_row_tokens}"
+                what = tr(
+                    "one answer takes {tokens} tokens, data.max_row_tokens is {max_row_tokens}",
+                    tokens=row.tokens,
+                    max_row_tokens=data.max_row_tokens,
+                )
                 report.add("error" if report.exact else "warning", "data-max-row-tokens", where, what)
         done(fitted.index + 1, len(examples))
     report.budget = {**budget.report.to_dict(), "trained": budget.report.trained}
     if examples and not budget.report.trained:
-        what = f"none of {budget.report.answers} answers fits data.max_input_len and data.max_output_len"
+        what = tr(
+            "none of {answers} answers fits data.max_input_len and data.max_output_len", answers=budget.report.answers
+        )
         report.add("error" if report.exact else "warning", "data-nothing-left", "", what)
 
 
@@ -265,5 +297,9 @@ def _dominant_answer(report: CheckReport) -> None:
     answer, count = closed.counts.most_common(1)[0]
     share = count / (closed.counts.total() + closed.long)
     if share >= _DOMINANT:
-        what = f"{100 * share:.1f} % of the answers are `{answer}`: a model that always says it is right as often"
+        what = tr(
+            "{share:.1f} % of the answers are `{answer}`: a model that always says it is right as often",
+            share=100 * share,
+            answer=answer,
+        )
         report.add("warning", "one-answer", "", what)

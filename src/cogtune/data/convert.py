@@ -15,12 +15,13 @@ from typing import Any
 
 from cogtune.data.records import Conversation, Example
 from cogtune.errors import DataError, OutputFolderError
+from cogtune.language import phrase, tr
 from cogtune.system import files
 from cogtune.system.file_errors import explained
 from cogtune.system.locks import lock_beside
 
 Told = Callable[[int, int], None]
-_REMOVED = "what was written is removed"
+_REMOVED = phrase("what was written is removed")
 
 
 @dataclass(frozen=True)
@@ -47,24 +48,29 @@ def write(examples: Sequence[Example], target: Path, *, link: bool = False, done
     """
     _require_new(target)
     writer = _write_lines if target.suffix.lower() == ".jsonl" else _write_folder
-    again = "then run the same command again"
-    with lock_beside(target, "name another target"), explained(target, kept=_REMOVED, then=again):
+    again = tr("then run the same command again")
+    with lock_beside(target, tr("name another target")), explained(target, kept=tr(_REMOVED), then=again):
         _require_new(target)  # another conversion may have ended meanwhile
         return writer(examples, target, link, done)
 
 
 def _require_new(target: Path) -> None:
     if os.path.lexists(target):
-        raise OutputFolderError(f"{target}: exists already", hint="name a new one", code="convert-target")
+        raise OutputFolderError(
+            tr("{target}: exists already", target=target), hint=tr("name a new one"), code="convert-target"
+        )
 
 
 def _write_folder(examples: Sequence[Example], target: Path, link: bool, done: Told | None) -> Converted:
     lonely = [example for example in examples if not example.images]
     if lonely:
         raise DataError(
-            f"{lonely[0].conversations[0].source}: a text-only record ({len(lonely)} in all); a folder matches labels"
-            " with pictures",
-            hint="write JSON lines instead: name a target that ends in .jsonl",
+            tr(
+                "{source}: a text-only record ({lonely} in all); a folder matches labels with pictures",
+                source=lonely[0].conversations[0].source,
+                lonely=len(lonely),
+            ),
+            hint=tr("write JSON lines instead: name a target that ends in .jsonl"),
             code="convert-text-only",
         )
     with files.growing_folder(target) as growing:
@@ -89,7 +95,9 @@ def _write_lines(examples: Sequence[Example], target: Path, link: bool, done: To
         shutil.rmtree(beside)  # of a conversion that was killed between its last two renames
     if os.path.lexists(beside):
         raise OutputFolderError(
-            f"{beside}: exists already, and would hold the pictures", hint="name a new target", code="convert-target"
+            tr("{beside}: exists already, and would hold the pictures", beside=beside),
+            hint=tr("name a new target"),
+            code="convert-target",
         )
     files.clear_leftovers(target, locked=True)
     names, copied, with_picture = _Names(), 0, 0
@@ -152,8 +160,8 @@ def _place(source: Path, target: Path, link: bool) -> None:
         source.open("rb").close()
     except OSError as error:
         raise DataError(
-            f"{source}: the picture cannot be read ({error.strerror})",
-            hint="check the path and the file's permissions",
+            tr("{source}: the picture cannot be read ({strerror})", source=source, strerror=error.strerror),
+            hint=tr("check the path and the file's permissions"),
             code="image-missing" if isinstance(error, FileNotFoundError) else "image-unreadable",
         ) from error
     shutil.copyfile(source, target)

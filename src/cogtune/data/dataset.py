@@ -15,6 +15,7 @@ from cogtune.data.budget import Budget, BudgetReport, Sample
 from cogtune.data.records import Example, ImageRef
 from cogtune.data.rows import RowPlan, RowShape, encode_sample, plan_rows, shape_of
 from cogtune.errors import ConfigError, DataError
+from cogtune.language import tr
 from cogtune.processing.encode import Encoder
 from cogtune.processing.image import preprocess, read_image
 from cogtune.processing.tree import Row, build_tree
@@ -59,7 +60,15 @@ class RowsReport:
     def lines(self) -> list[str]:
         """Return a few sentences for the console."""
         budget = self.budget
-        lines = [f"{budget.trained} answers in {self.rows} rows, {self.tokens} tokens, longest row {self.longest_row}"]
+        lines = [
+            tr(
+                "{trained} answers in {rows} rows, {tokens} tokens, longest row {longest_row}",
+                trained=budget.trained,
+                rows=self.rows,
+                tokens=self.tokens,
+                longest_row=self.longest_row,
+            )
+        ]
         counts = {
             "questions longer than data.max_input_len dropped": budget.dropped_long_prompt,
             "answers longer than data.max_output_len dropped": budget.dropped_long_answer,
@@ -119,9 +128,14 @@ class TrainRows(Dataset[RowSample]):
         )
         if required and not self._plans:
             raise DataError(
-                f"nothing to train on: none of {budget.report.answers} answers fits (too long:"
-                f" {budget.report.dropped_long_prompt} questions, {budget.report.dropped_long_answer} answers)",
-                hint="raise data.max_input_len and data.max_output_len",
+                tr(
+                    "nothing to train on: none of {answers} answers fits (too long: {dropped_long_prompt}"
+                    " questions, {dropped_long_answer} answers)",
+                    answers=budget.report.answers,
+                    dropped_long_prompt=budget.report.dropped_long_prompt,
+                    dropped_long_answer=budget.report.dropped_long_answer,
+                ),
+                hint=tr("raise data.max_input_len and data.max_output_len"),
                 code="data-nothing-left",
             )
 
@@ -218,9 +232,16 @@ class TrainRows(Dataset[RowSample]):
         if longest is not None and longest.tokens > limit:
             source = self._examples[longest.example].conversations[longest.samples[0].conversation].source
             raise ConfigError(
-                f"data.max_row_tokens is {limit}, but one answer with its prompt and picture takes {longest.tokens}"
-                f" tokens ({source})",
-                hint=f"raise data.max_row_tokens to {longest.tokens} or more, or lower data.max_input_len",
+                tr(
+                    "data.max_row_tokens is {limit}, but one answer with its prompt and picture takes"
+                    " {tokens} tokens ({source})",
+                    limit=limit,
+                    tokens=longest.tokens,
+                    source=source,
+                ),
+                hint=tr(
+                    "raise data.max_row_tokens to {tokens} or more, or lower data.max_input_len", tokens=longest.tokens
+                ),
                 code="data-max-row-tokens",
             )
 

@@ -18,6 +18,7 @@ from typing import TypeVar
 from PIL import Image, UnidentifiedImageError
 
 from cogtune.data.problems import BadRecordError
+from cogtune.language import tr
 from cogtune.processing.picture_formats import known_formats, unknown_picture
 
 _ORIENTATION = 0x0112
@@ -53,13 +54,18 @@ def check_picture(path: Path, max_pixels: int | None) -> PictureHeader:
         with path.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             if size == 0:
-                raise BadRecordError("image-empty", "the picture is empty (0 bytes)")
+                raise BadRecordError("image-empty", tr("the picture is empty (0 bytes)"))
             with Image.open(stream, formats=known_formats()) as image:
                 width, height = image.size
                 if max_pixels is not None and width * height > max_pixels:
                     raise BadRecordError(
                         "image-too-large",
-                        f"{width} x {height} pixels, more than data.max_pixels ({max_pixels})",
+                        tr(
+                            "{width} x {height} pixels, more than data.max_pixels ({max_pixels})",
+                            width=width,
+                            height=height,
+                            max_pixels=max_pixels,
+                        ),
                     )
                 form = image.format or ""
                 header = PictureHeader(
@@ -77,7 +83,7 @@ def check_picture(path: Path, max_pixels: int | None) -> PictureHeader:
     except (BadRecordError, MemoryError):
         raise
     except Exception as error:  # Pillow's plugins answer broken headers with nearly any exception
-        raise BadRecordError("image-unreadable", f"the picture cannot be read ({error})") from error
+        raise BadRecordError("image-unreadable", tr("the picture cannot be read ({error})", error=error)) from error
     return header
 
 
@@ -85,7 +91,7 @@ def turned_note(path: Path, exif: str) -> str | None:
     """What to say beside a picture that is shown: that its EXIF orientation is, or is not, followed; None: upright."""
     if not check_picture(path, None).turned:
         return None
-    return "turned as its EXIF says" if exif == "apply" else "EXIF: data.exif apply would turn it"
+    return tr("turned as its EXIF says") if exif == "apply" else tr("EXIF: data.exif apply would turn it")
 
 
 def _is_turned(image: Image.Image) -> bool:
@@ -102,7 +108,7 @@ def _decode(path: Path) -> None:
     except MemoryError:
         raise
     except Exception as error:  # and so do its decoders
-        raise BadRecordError("image-truncated", f"the picture is incomplete ({error})") from error
+        raise BadRecordError("image-truncated", tr("the picture is incomplete ({error})", error=error)) from error
 
 
 @contextmanager

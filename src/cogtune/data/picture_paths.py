@@ -11,6 +11,7 @@ from pathlib import Path
 from cogtune.data.formats.item import Embedded, PictureSource
 from cogtune.data.problems import BadRecordError
 from cogtune.errors import DiskFullError, OutputFolderError
+from cogtune.language import tr
 from cogtune.system import files
 from cogtune.system.file_errors import is_disk_full
 
@@ -89,7 +90,10 @@ class Places:
         ]
         if not found:
             named = ", ".join(str(root.path) for root in roots)
-            raise BadRecordError("image-outside", f"the picture {shown_path(names[0])} is outside of {named}")
+            raise BadRecordError(
+                "image-outside",
+                tr("the picture {shown_path} is outside of {named}", shown_path=shown_path(names[0]), named=named),
+            )
         if len(found) == 1:
             return found[0]
         return next((located for located in found if _exists(located.path)), found[0])
@@ -109,7 +113,7 @@ class Places:
 
     def _extract(self, data: bytes) -> Located:
         if not data:
-            raise BadRecordError("image-empty", "the picture inside the record is empty (0 bytes)")
+            raise BadRecordError("image-empty", tr("the picture inside the record is empty (0 bytes)"))
         digest = hashlib.sha256(data).hexdigest()[:_NAME]
         suffix = next((suffix for mark, suffix in _SUFFIXES.items() if data.startswith(mark)), ".img")
         path = self.extract_dir / digest[:2] / f"{digest}{suffix}"
@@ -148,9 +152,15 @@ def _write(path: Path, data: bytes) -> None:
         files.write_bytes(path, data)
     except OSError as error:
         if is_disk_full(error):
-            raise DiskFullError(f"{path.parent}: no space for the pictures that come inside the data") from error
+            raise DiskFullError(
+                tr("{parent}: no space for the pictures that come inside the data", parent=path.parent)
+            ) from error
         raise OutputFolderError(
-            f"{path.parent}: the pictures that come inside the data cannot be written there ({error})",
-            hint="name another folder with data.extract_dir",
+            tr(
+                "{parent}: the pictures that come inside the data cannot be written there ({error})",
+                parent=path.parent,
+                error=error,
+            ),
+            hint=tr("name another folder with data.extract_dir"),
             code="extract-dir",
         ) from error

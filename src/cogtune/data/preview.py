@@ -13,6 +13,7 @@ from cogtune.data.budget import Budget
 from cogtune.data.records import Example, ImageRef
 from cogtune.data.rows import encode_sample, plan_rows
 from cogtune.errors import DataError
+from cogtune.language import tr
 from cogtune.processing.encode import IMAGE
 from cogtune.processing.token_file import TokenFile
 from cogtune.processing.tokenizer import byte_symbols
@@ -77,9 +78,10 @@ def preview_rows(
         chosen = [example for example in examples if _is_named(example, record)]
         if not chosen:
             raise DataError(
-                f"no record is called {record}", hint="give an id as predictions have it, or a picture's file name",
+                tr("no record is called {record}", record=record),
+                hint=tr("give an id as predictions have it, or a picture's file name"),
                 code="preview-record",
-            )  # fmt: skip
+            )
     encoder, pieces = tokens.encoder(), _Pieces(tokens)
     for fitted in Budget(encoder, data).fit(chosen):
         example = chosen[fitted.index]

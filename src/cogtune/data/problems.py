@@ -11,52 +11,57 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cogtune.errors import DataError
+from cogtune.language import phrase, tr
 
 #: kind of problem -> what the user can do about it. The kind is also the error's code: ``image-...`` as in
 #: `cogtune.processing.image.read_image`, the others as ``data-<kind>``.
 HINTS: dict[str, str] = {
-    "no-images": "a data folder holds images/ and labels/ (or labels_en/, labels_zh/), or *.jsonl files",
-    "no-labels": "put one <picture's name>.json per picture into labels/ (or labels_en/, labels_zh/)",
-    "label-choice": "choose one with data.labels",
-    "no-such-path": "data.path takes a folder with images/ and labels/, or a file as shown in docs/guides/data.md",
-    "format": "name the format with data.format; docs/guides/data.md shows what each looks like",
-    "split-choice": "choose one with data.split",
-    "columns": "rename the columns: image, question, answer (or image, caption)",
-    "table": "export it again; in CSV, a cell with a comma, a quote or a line break stands in double quotes",
-    "table-encoding": "save it in UTF-8: most spreadsheets write another encoding unless told",
-    "vqa-pair": "put VQAv2's questions file and annotations file of the same split side by side",
-    "image-root": "data.image_root takes the folder that the picture paths in the records are relative to",
-    "image-missing": "add the picture, or remove the label",
-    "label-missing": "add the label, or remove the picture",
-    "same-stem": "pictures and labels are matched by name without suffix: rename one of the two",
-    "name": "rename the file in UTF-8",
-    "not-a-file": "put the files directly into the folder; folders inside it are not read",
-    "image-unreadable": "replace the picture by one that an image viewer can open",
-    "image-truncated": "fetch the picture again: the file ends too early",
-    "image-empty": "fetch the picture again: the file has zero bytes",
-    "image-too-large": "make the picture smaller, or raise data.max_pixels if you trust where it comes from",
-    "image-path": "a picture is a path relative to the file (or to data.image_root), or null for a text-only record",
-    "image-outside": "allow the folder that holds the pictures with data.image_root",
-    "image-url": "fetch the pictures, and name the files in the data; nothing is fetched while training",
-    "image-marker": "a record has one picture, and <image> at most once, in a question",
-    "several-images": "the model sees one picture: split the record, or join its pictures to one",
-    "media": "leave such records out",
-    "system": "set data.system: prepend, to put it before the first question; or remove it",
-    "unread-key": "rename the key to one that the format reads (docs/guides/data.md), or remove it",
-    "content-part": "a part is of the type text or image_url",
-    "bad-json": "the file must be valid JSON in UTF-8",
-    "wrong-root": 'a record is an object: {"conversations": [{"role": "user", "content": "..."}, ...]}',
-    "no-records": "a label file holds one record or a list of at least one",
-    "missing-key": 'a record has "conversations" or "captions"; a turn has "role" and "content"',
-    "turns": "a conversation alternates user and assistant and ends with the assistant",
-    "role": 'the roles are "user" and "assistant" in conversations, "caption" in captions',
-    "content": "every content is a non-empty text",
-    "caption-question": "set data.caption_question to the question that the captions answer",
-    "id": "an id is a text or a whole number",
-    "duplicate-id": "give every record its own id, and every folder only once",
-    "extra-file": "only .json files belong into the label folder",
+    "no-images": phrase("a data folder holds images/ and labels/ (or labels_en/, labels_zh/), or *.jsonl files"),
+    "no-labels": phrase("put one <picture's name>.json per picture into labels/ (or labels_en/, labels_zh/)"),
+    "label-choice": phrase("choose one with data.labels"),
+    "no-such-path": phrase(
+        "data.path takes a folder with images/ and labels/, or a file as shown in docs/guides/data.md"
+    ),
+    "format": phrase("name the format with data.format; docs/guides/data.md shows what each looks like"),
+    "split-choice": phrase("choose one with data.split"),
+    "columns": phrase("rename the columns: image, question, answer (or image, caption)"),
+    "table": phrase("export it again; in CSV, a cell with a comma, a quote or a line break stands in double quotes"),
+    "table-encoding": phrase("save it in UTF-8: most spreadsheets write another encoding unless told"),
+    "vqa-pair": phrase("put VQAv2's questions file and annotations file of the same split side by side"),
+    "image-root": phrase("data.image_root takes the folder that the picture paths in the records are relative to"),
+    "image-missing": phrase("add the picture, or remove the label"),
+    "label-missing": phrase("add the label, or remove the picture"),
+    "same-stem": phrase("pictures and labels are matched by name without suffix: rename one of the two"),
+    "name": phrase("rename the file in UTF-8"),
+    "not-a-file": phrase("put the files directly into the folder; folders inside it are not read"),
+    "image-unreadable": phrase("replace the picture by one that an image viewer can open"),
+    "image-truncated": phrase("fetch the picture again: the file ends too early"),
+    "image-empty": phrase("fetch the picture again: the file has zero bytes"),
+    "image-too-large": phrase("make the picture smaller, or raise data.max_pixels if you trust where it comes from"),
+    "image-path": phrase(
+        "a picture is a path relative to the file (or to data.image_root), or null for a text-only record"
+    ),
+    "image-outside": phrase("allow the folder that holds the pictures with data.image_root"),
+    "image-url": phrase("fetch the pictures, and name the files in the data; nothing is fetched while training"),
+    "image-marker": phrase("a record has one picture, and <image> at most once, in a question"),
+    "several-images": phrase("the model sees one picture: split the record, or join its pictures to one"),
+    "media": phrase("leave such records out"),
+    "system": phrase("set data.system: prepend, to put it before the first question; or remove it"),
+    "unread-key": phrase("rename the key to one that the format reads (docs/guides/data.md), or remove it"),
+    "content-part": phrase("a part is of the type text or image_url"),
+    "bad-json": phrase("the file must be valid JSON in UTF-8"),
+    "wrong-root": phrase('a record is an object: {{"conversations": [{{"role": "user", "content": "..."}}, ...]}}'),
+    "no-records": phrase("a label file holds one record or a list of at least one"),
+    "missing-key": phrase('a record has "conversations" or "captions"; a turn has "role" and "content"'),
+    "turns": phrase("a conversation alternates user and assistant and ends with the assistant"),
+    "role": phrase('the roles are "user" and "assistant" in conversations, "caption" in captions'),
+    "content": phrase("every content is a non-empty text"),
+    "caption-question": phrase("set data.caption_question to the question that the captions answer"),
+    "id": phrase("an id is a text or a whole number"),
+    "duplicate-id": phrase("give every record its own id, and every folder only once"),
+    "extra-file": phrase("only .json files belong into the label folder"),
 }
-SKIP_HINT = "or leave bad records out with data.on_bad: skip"
+SKIP_HINT = phrase("or leave bad records out with data.on_bad: skip")
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,9 @@ class Problem:
     what: str
 
     def error(self, *, more: str = "", skippable: bool = False) -> DataError:
-        hint = HINTS[self.kind] + (f"; {SKIP_HINT}" if skippable else "")
+        hint = tr(HINTS[self.kind])
+        if skippable:
+            hint = tr("{hint}; {other}", hint=hint, other=tr(SKIP_HINT))
         code = self.kind if self.kind.startswith("image-") else f"data-{self.kind}"
         return DataError(f"{self.where}: {self.what}{more}", hint=hint, code=code)
 
@@ -117,9 +124,17 @@ class Problems:
         if share > max_share or good == 0:
             examples = "\n  ".join(self.examples())
             raise DataError(
-                f"{bad} of {good + bad} records are bad ({100 * share:.1f} %, allowed: {100 * max_share:g} %): "
-                f"{counts_text(self.lost)}; the first:\n  {examples}",
-                hint="repair the data, or raise data.max_bad_share",
+                tr(
+                    "{bad} of {good} records are bad ({share:.1f} %, allowed: {max_share:g} %): {lost}; the"
+                    " first:\n  {examples}",
+                    bad=bad,
+                    good=good + bad,
+                    share=100 * share,
+                    max_share=100 * max_share,
+                    lost=counts_text(self.lost),
+                    examples=examples,
+                ),
+                hint=tr("repair the data, or raise data.max_bad_share"),
                 code="data-bad-share",
             )
 

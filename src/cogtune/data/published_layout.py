@@ -17,6 +17,7 @@ from cogtune.data.problems import BadRecordError, Problem, Problems
 from cogtune.data.record_json import is_unicode, parse_json, record_dialogues
 from cogtune.data.records import Conversation, Example, Turn
 from cogtune.data.report import DataReport, SourceReport
+from cogtune.language import tr
 
 # Files that file managers and archivers leave behind.
 _LITTER = {"thumbs.db", "desktop.ini", "__macosx"}
@@ -64,9 +65,9 @@ class FolderReader:
         images = _by_stem(self.root / "images", problems, labels=False)
         labels = _by_stem(label_folder, problems, labels=True)
         if not images:
-            raise Problem("no-images", str(self.root / "images"), "the folder holds no picture").error()
+            raise Problem("no-images", str(self.root / "images"), tr("the folder holds no picture")).error()
         if not labels:
-            raise Problem("no-labels", str(label_folder), "the folder holds no .json file").error()
+            raise Problem("no-labels", str(label_folder), tr("the folder holds no .json file")).error()
         _report_unmatched(images, labels, label_folder, self.root / "images", problems)
         pairs = [
             _Pair(stem, image, label)
@@ -85,7 +86,7 @@ class FolderReader:
         """Every picture of ``images/``, or of the folder itself, with the question for captions and no answer."""
         question = self.rules.caption_question
         if not question:
-            what = "pictures without labels, and data.caption_question is empty"
+            what = tr("pictures without labels, and data.caption_question is empty")
             raise Problem("caption-question", str(self.root), what).error()
         folder = self.root / "images" if (self.root / "images").is_dir() else self.root
         pairs = []
@@ -94,8 +95,8 @@ class FolderReader:
                 conversation = Conversation(f"{self.name}/{stem}#0", (Turn(question, ""),), str(image))
                 pairs.append(_Pair(stem, image, None, conversations=[conversation]))
         if not pairs:
-            raise Problem("no-images", str(folder), "the folder holds no picture").error()
-        return self._examples(pairs, "no labels", problems, report, done)
+            raise Problem("no-images", str(folder), tr("the folder holds no picture")).error()
+        return self._examples(pairs, tr("no labels"), problems, report, done)
 
     def _examples(
         self,
@@ -124,20 +125,22 @@ class FolderReader:
 
     def _label_folder(self) -> Path:
         if not (self.root / "images").is_dir():
-            raise Problem("no-images", str(self.root), "no folder images/ in it").error()
+            raise Problem("no-images", str(self.root), tr("no folder images/ in it")).error()
         present = [name for name in LABEL_FOLDERS if (self.root / name).is_dir()]
         found = " and ".join(f"{name}/" for name in present) or "none"
         if self.labels != "auto":
             if self.labels not in present:
                 raise Problem(
-                    "no-labels", str(self.root), f"data.labels asks for {self.labels}/; label folders here: {found}"
+                    "no-labels",
+                    str(self.root),
+                    tr("data.labels asks for {labels}/; label folders here: {found}", labels=self.labels, found=found),
                 ).error()
             return self.root / self.labels
         if not present:
             wanted = "/, ".join(LABEL_FOLDERS)
-            raise Problem("no-labels", str(self.root), f"no label folder in it ({wanted}/)").error()
+            raise Problem("no-labels", str(self.root), tr("no label folder in it ({wanted}/)", wanted=wanted)).error()
         if len(present) > 1:
-            raise Problem("label-choice", str(self.root), f"several label folders: {found}").error()
+            raise Problem("label-choice", str(self.root), tr("several label folders: {found}", found=found)).error()
         return self.root / present[0]
 
     def _read_pair(self, pair: _Pair) -> _Pair:
@@ -153,12 +156,12 @@ class FolderReader:
             root, pair.repaired = parse_json(label.read_bytes())
             records = root if isinstance(root, list) else [root]
             if not records:
-                raise BadRecordError("no-records", "the list of records is empty")
+                raise BadRecordError("no-records", tr("the list of records is empty"))
         except BadRecordError as bad:
             pair.problems.append((bad.kind, str(label), bad.what))
             return pair
         except OSError as error:
-            pair.problems.append(("bad-json", str(label), f"the label cannot be read ({error})"))
+            pair.problems.append(("bad-json", str(label), tr("the label cannot be read ({error})", error=error)))
             return pair
         number = 0
         for position, record in enumerate(records, start=1):
@@ -200,23 +203,25 @@ def _by_stem(folder: Path, problems: Problems, *, labels: bool) -> dict[str, Pat
         with os.scandir(folder) as scan:
             entries = sorted(scan, key=lambda entry: entry.name)
     except OSError as error:
-        raise Problem("no-such-path", str(folder), f"cannot be read ({error.strerror})").error() from error
+        raise Problem(
+            "no-such-path", str(folder), tr("cannot be read ({strerror})", strerror=error.strerror)
+        ).error() from error
     for entry in entries:
         path = folder / entry.name
         if entry.name.startswith(".") or entry.name.lower() in _LITTER:
             continue
         if not is_unicode(entry.name):
-            problems.add("name", ascii(str(path)), "the file's name is not UTF-8")
+            problems.add("name", ascii(str(path)), tr("the file's name is not UTF-8"))
         elif entry.is_dir():
-            problems.add("not-a-file", str(path), "a folder, a file was expected")
+            problems.add("not-a-file", str(path), tr("a folder, a file was expected"))
         elif labels and path.suffix.lower() != ".json":
-            problems.add("extra-file", str(path), "not a .json file")
+            problems.add("extra-file", str(path), tr("not a .json file"))
         else:
             stem = unicodedata.normalize("NFC", path.stem)
             if stem in files:
                 other = files[stem]
-                beside = f" as {other.name}" if other is not None else " as others"
-                problems.add("same-stem", str(path), f"the same name without suffix{beside}")
+                beside = f" as {other.name}" if other is not None else tr(" as others")
+                problems.add("same-stem", str(path), tr("the same name without suffix{beside}", beside=beside))
                 files[stem] = None
             else:
                 files[stem] = path
@@ -231,6 +236,14 @@ def _report_unmatched(
     problems: Problems,
 ) -> None:
     for stem in sorted(labels.keys() - images.keys()):
-        problems.add("image-missing", str(labels[stem] or stem), f"no picture named {stem!r} in {image_folder}")
+        problems.add(
+            "image-missing",
+            str(labels[stem] or stem),
+            tr("no picture named {stem!r} in {image_folder}", stem=stem, image_folder=image_folder),
+        )
     for stem in sorted(images.keys() - labels.keys()):
-        problems.add("label-missing", str(images[stem] or stem), f"no label named '{stem}.json' in {label_folder}")
+        problems.add(
+            "label-missing",
+            str(images[stem] or stem),
+            tr("no label named '{stem}.json' in {label_folder}", stem=stem, label_folder=label_folder),
+        )

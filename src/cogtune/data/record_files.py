@@ -15,6 +15,7 @@ from cogtune.data.picture_paths import Located, Places, shown_path
 from cogtune.data.problems import BadRecordError, Problem, Problems
 from cogtune.data.records import Conversation, Example, Turn
 from cogtune.data.report import DataReport, SourceReport
+from cogtune.language import tr
 
 
 @dataclass
@@ -69,7 +70,7 @@ class RecordsReader:
                 problems.add(bad.kind, item.where, bad.what)
         if not records:
             named = ", ".join(str(file) for file in self.files)
-            raise Problem("no-records", named, "no record in it").error()
+            raise Problem("no-records", named, tr("no record in it")).error()
         source = SourceReport(str(self.root), self.form, self.weight)
         report.sources.append(source)
         examples = []
@@ -133,7 +134,9 @@ class RecordsReader:
         for path in (image.path for image in group.images):
             try:
                 if not _is_file(path):
-                    raise BadRecordError("image-missing", f"the picture {shown_path(path)} does not exist")
+                    raise BadRecordError(
+                        "image-missing", tr("the picture {shown_path} does not exist", shown_path=shown_path(path))
+                    )
                 group.headers.append(check_picture(path, self.max_pixels))
             except BadRecordError as bad:
                 named = "" if bad.kind == "image-missing" else f"{shown_path(path)}: "
@@ -161,7 +164,9 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError) as error:  # a name too long, a folder without permission
         reason = error.strerror if isinstance(error, OSError) else error
-        raise BadRecordError("image-unreadable", f"the picture cannot be reached ({reason})") from error
+        raise BadRecordError(
+            "image-unreadable", tr("the picture cannot be reached ({reason})", reason=reason)
+        ) from error
 
 
 def text_key(conversations: Iterable[Conversation]) -> str:

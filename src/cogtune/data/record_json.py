@@ -9,6 +9,7 @@ from typing import Any
 
 from cogtune.data.problems import BadRecordError
 from cogtune.data.records import Turn
+from cogtune.language import tr
 
 # A string literal (kept), or a comma before a closing bracket (dropped).
 _TRAILING_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[\]}])', re.DOTALL)
@@ -26,7 +27,7 @@ def parse_json(data: bytes) -> tuple[Any, bool]:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadRecordError("bad-json", f"not UTF-8 (byte {error.start})") from error
+        raise BadRecordError("bad-json", tr("not UTF-8 (byte {start})", start=error.start)) from error
     try:
         return json.loads(text, object_pairs_hook=_object), False
     except (ValueError, RecursionError) as error:
@@ -36,7 +37,7 @@ def parse_json(data: bytes) -> tuple[Any, bool]:
                 return json.loads(without_commas, object_pairs_hook=_object), True
             except (ValueError, RecursionError):
                 pass  # report the error in the text as written
-        found = f"not valid JSON ({error})" if text.strip() else "empty, a record was expected"
+        found = tr("not valid JSON ({error})", error=error) if text.strip() else tr("empty, a record was expected")
         raise BadRecordError("bad-json", found) from error
 
 
@@ -46,7 +47,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         repeated = next(name for name in names if names.count(name) > 1)
-        raise BadRecordError("bad-json", f"the key {json.dumps(repeated):.80} stands twice in one object")
+        raise BadRecordError(
+            "bad-json", tr("the key {dumps:.80} stands twice in one object", dumps=json.dumps(repeated))
+        )
     return found
 
 
@@ -69,9 +72,13 @@ def checked_identity(value: Any, repeated: set[str | float], what: str) -> str |
         BadRecordError: ``id``, ``duplicate-id``.
     """
     if not isinstance(value, (str, int, float)):
-        raise BadRecordError("id", f"{what} is {shown(value)}, a text or a whole number was expected")
+        raise BadRecordError(
+            "id", tr("{what} is {value}, a text or a whole number was expected", what=what, value=shown(value))
+        )
     if value in repeated:
-        raise BadRecordError("duplicate-id", f"{what} {shown(value)} stands there more than once")
+        raise BadRecordError(
+            "duplicate-id", tr("{what} {value} stands there more than once", what=what, value=shown(value))
+        )
     return value
 
 
@@ -84,20 +91,24 @@ def record_dialogues(
         BadRecordError: for a wrong shape, role, order or content; the message says which turn.
     """
     if not isinstance(record, dict):
-        raise BadRecordError("wrong-root", f"{kind_of(record)} found, an object was expected")
+        raise BadRecordError("wrong-root", tr("{kind_of} found, an object was expected", kind_of=kind_of(record)))
     keys = [key for key in ("conversations", "captions") if key in record]
     if len(keys) != 1:
         found = "both" if keys else "neither"
-        raise BadRecordError("missing-key", f'"conversations" or "captions" was expected, {found} found')
+        raise BadRecordError(
+            "missing-key", tr('"conversations" or "captions" was expected, {found} found', found=found)
+        )
     entries = record[keys[0]]
     if not isinstance(entries, list):
-        raise BadRecordError("wrong-root", f'"{keys[0]}" is {kind_of(entries)}, a list was expected')
+        raise BadRecordError(
+            "wrong-root", tr('"{keys}" is {kind_of}, a list was expected', keys=keys[0], kind_of=kind_of(entries))
+        )
     if not entries:
-        raise BadRecordError("turns", f'"{keys[0]}" is empty')
+        raise BadRecordError("turns", tr('"{keys}" is empty', keys=keys[0]))
     if keys[0] == "conversations":
         return [_dialogue(entries, open_questions)]
     if not caption_question:
-        raise BadRecordError("caption-question", "a record of captions, and data.caption_question is empty")
+        raise BadRecordError("caption-question", tr("a record of captions, and data.caption_question is empty"))
     captions = [_content(entry, number, ("caption",)) for number, entry in enumerate(entries, start=1)]
     return [(Turn(caption_question, caption),) for caption in captions]
 
@@ -109,26 +120,47 @@ def _dialogue(entries: list[Any], open_questions: bool) -> tuple[Turn, ...]:
         contents.append(_content(entry, number, ("user", "assistant")))
         expected = "user" if number % 2 else "assistant"
         if entry["role"] != expected:
-            raise BadRecordError("turns", f'message {number} is from "{entry["role"]}", "{expected}" was expected')
+            raise BadRecordError(
+                "turns",
+                tr(
+                    'message {number} is from "{role}", "{expected}" was expected',
+                    number=number,
+                    role=entry["role"],
+                    expected=expected,
+                ),
+            )
     if open_questions and len(contents) % 2:
         contents.append("")
     if len(contents) % 2:
-        raise BadRecordError("turns", f"{len(contents)} messages, the last question has no answer")
+        raise BadRecordError(
+            "turns", tr("{contents} messages, the last question has no answer", contents=len(contents))
+        )
     return tuple(Turn(*pair) for pair in zip(contents[::2], contents[1::2], strict=True))
 
 
 def _content(entry: Any, number: int, roles: tuple[str, ...]) -> str:
     """Return the checked content of message ``number`` (from 1)."""
     if not isinstance(entry, dict):
-        raise BadRecordError("wrong-root", f"message {number} is {kind_of(entry)}, an object was expected")
+        raise BadRecordError(
+            "wrong-root",
+            tr("message {number} is {kind_of}, an object was expected", number=number, kind_of=kind_of(entry)),
+        )
     for key in ("role", "content"):
         if key not in entry:
-            raise BadRecordError("missing-key", f'message {number} has no "{key}"')
+            raise BadRecordError("missing-key", tr('message {number} has no "{key}"', number=number, key=key))
     role, content = entry["role"], entry["content"]
     if role not in roles:
         expected = " or ".join(f'"{name}"' for name in roles)
-        raise BadRecordError("role", f"message {number} has the role {json.dumps(role):.80}, {expected} was expected")
-    return checked_text(content, f"the content of message {number}")
+        raise BadRecordError(
+            "role",
+            tr(
+                "message {number} has the role {dumps:.80}, {expected} was expected",
+                number=number,
+                dumps=json.dumps(role),
+                expected=expected,
+            ),
+        )
+    return checked_text(content, tr("the content of message {number}", number=number))
 
 
 def without_blank_answer(entries: Sequence[Any]) -> list[Any]:
@@ -151,11 +183,13 @@ def checked_text(value: Any, what: str) -> str:
         BadRecordError: ``content``.
     """
     if not isinstance(value, str):
-        raise BadRecordError("content", f"{what} is {kind_of(value)}, a text was expected")
+        raise BadRecordError(
+            "content", tr("{what} is {kind_of}, a text was expected", what=what, kind_of=kind_of(value))
+        )
     if not value.strip():
-        raise BadRecordError("content", f"{what} is empty")
+        raise BadRecordError("content", tr("{what} is empty", what=what))
     if not is_unicode(value):
-        raise BadRecordError("content", f"{what} has half a surrogate pair, which is not a character")
+        raise BadRecordError("content", tr("{what} has half a surrogate pair, which is not a character", what=what))
     return value
 
 
@@ -169,9 +203,9 @@ def identity_of(record: dict[str, Any]) -> str | None:
         return None
     identity = record["id"]
     if isinstance(identity, bool) or not isinstance(identity, (str, int)) or not is_unicode(str(identity)):
-        raise BadRecordError("id", f'"id" is {shown(identity)}')
+        raise BadRecordError("id", tr('"id" is {identity}', identity=shown(identity)))
     if not str(identity).strip():
-        raise BadRecordError("id", '"id" is empty')
+        raise BadRecordError("id", tr('"id" is empty'))
     return str(identity)
 
 
@@ -196,5 +230,12 @@ def kind_of(value: Any) -> str:
     """Return the JSON name of a value's type, with its article."""
     if value is None:
         return "null"
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "a text", list: "a list", dict: "an object"}
+    names = {
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        str: "a text",
+        list: "a list",
+        dict: tr("an object"),
+    }
     return names.get(type(value), type(value).__name__)

@@ -12,6 +12,7 @@ from typing import Any
 from cogtune.data.formats.markers import left_tag
 from cogtune.data.picture_headers import PictureHeader
 from cogtune.data.records import Conversation, Example
+from cogtune.language import tr
 
 # Special tokens of Llama-3's tokenizer. Text that spells one is tokenised to that token.
 SPECIAL_TOKEN = re.compile(
@@ -94,7 +95,7 @@ class DataReport:
 
     def lines(self) -> list[str]:
         """Return a few sentences for the console, warnings last."""
-        only = f" ({self.text_only} of them without a picture)" if self.text_only else ""
+        only = tr(" ({text_only} of them without a picture)", text_only=self.text_only) if self.text_only else ""
         first = f"{self.pictures} pictures, {self.conversations} conversations{only}, {self.turns} questions"
         warnings = [f"warning: {what}{where and f' ({where})'}" for _, where, what in self.warnings()]
         return [first, *self.remarks(), *warnings, *(f"note: {note}" for note in self.notes)]
@@ -103,19 +104,24 @@ class DataReport:
         """What was done to single pictures and records."""
         lines = []
         if self.turned:
-            done = "turned upright" if self.exif == "apply" else "left as they are (data.exif: apply turns them)"
-            lines.append(f"{self.turned} pictures have an EXIF orientation: {done}")
+            done = (
+                tr("turned upright") if self.exif == "apply" else tr("left as they are (data.exif: apply turns them)")
+            )
+            lines.append(tr("{turned} pictures have an EXIF orientation: {done}", turned=self.turned, done=done))
         if self.animated:
-            lines.append(f"{self.animated} pictures are animated: the first frame is used")
+            lines.append(tr("{animated} pictures are animated: the first frame is used", animated=self.animated))
         if self.special:
             lines.append(
-                f"warning: {self.special} conversations spell special tokens such as <|end_of_text|>, which the"
-                " tokenizer takes for the tokens themselves, as in the published code"
+                tr(
+                    "warning: {special} conversations spell special tokens such as <|end_of_text|>, which"
+                    " the tokenizer takes for the tokens themselves, as in the published code",
+                    special=self.special,
+                )
             )
         if self.repaired:
             lines.append("repaired: " + ", ".join(f"{count} {kind}" for kind, count in self.repaired.items()))
         if self.bad:
-            lines.append("left out: " + ", ".join(f"{count} {kind}" for kind, count in self.bad.items()))
+            lines.append(tr("left out: ") + ", ".join(f"{count} {kind}" for kind, count in self.bad.items()))
             lines += [f"  {example}" for example in self.bad_examples]
         return lines
 
@@ -123,18 +129,29 @@ class DataReport:
         """What spoils training although it can be read: code, where, what."""
         found = []
         if self.exif == "ignore" and many_turned(self.turned, self.pictures):
-            what = (
-                f"{self.turned} of {self.pictures} pictures lie on their side, upside down or mirrored as they are"
-                " stored: data.exif apply turns them as a viewer does; use the same for training and answering"
+            what = tr(
+                "{turned} of {pictures} pictures lie on their side, upside down or mirrored as they are"
+                " stored: data.exif apply turns them as a viewer does; use the same for training and"
+                " answering",
+                turned=self.turned,
+                pictures=self.pictures,
             )
             found.append(("turned-pictures", "", what))
         if self.conversations and self.text_only / self.conversations > _MOSTLY:
-            share = f"{self.conversations - self.text_only} of {self.conversations} conversations have a picture"
-            what = f"{share}; if there should be more, look under which keys the records name them"
+            share = tr(
+                "{conversations} of {self_conversations} conversations have a picture",
+                conversations=self.conversations - self.text_only,
+                self_conversations=self.conversations,
+            )
+            what = tr("{share}; if there should be more, look under which keys the records name them", share=share)
             found.append(("few-pictures", "", what))
         if self.tagged:
             where, tag = self.first_tag
-            what = f"{self.tagged} conversations about a picture have a tag such as {tag}, which is trained as words"
+            what = tr(
+                "{tagged} conversations about a picture have a tag such as {tag}, which is trained as words",
+                tagged=self.tagged,
+                tag=tag,
+            )
             found.append(("picture-tag", where, what))
         return found
 

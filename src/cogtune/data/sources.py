@@ -18,6 +18,7 @@ from cogtune.data.record_json import shown
 from cogtune.data.records import Example
 from cogtune.data.report import DataReport
 from cogtune.errors import DataError
+from cogtune.language import tr
 
 if TYPE_CHECKING:
     from cogtune.configuration.input_sections import SourceSection
@@ -70,7 +71,7 @@ def collect_sources(
     given = list(data.path if paths is None else paths)
     entries = [entry for item in given for entry in _entries(item, data, report)]
     if not entries:
-        raise DataError("data.path is empty", hint="name a folder: --data DIR", code="data-no-such-path")
+        raise DataError(tr("data.path is empty"), hint=tr("name a folder: --data DIR"), code="data-no-such-path")
     _refuse_repeats(entries)
     folders = _names([entry.source.root for entry in entries])
     files = _names([file for entry in entries for file in entry.source.files])
@@ -93,7 +94,9 @@ def collect_sources(
         )
         examples += reader.read(problems, report, done)
     if data.image_root and not places.used:
-        raise Problem("image-root", str(data.image_root[0]), "data.image_root is given, and no record uses it").error()
+        raise Problem(
+            "image-root", str(data.image_root[0]), tr("data.image_root is given, and no record uses it")
+        ).error()
     examples = _without_repeated_ids(_merged(examples), problems)
     report.bad, report.bad_examples = dict(problems.lost), problems.examples()
     report.exif = data.exif
@@ -104,7 +107,7 @@ def collect_sources(
 def _places(data: SourceSection) -> Places:
     for root in data.image_root:
         if not root.expanduser().is_dir():
-            raise Problem("image-root", str(root), "data.image_root names no folder").error()
+            raise Problem("image-root", str(root), tr("data.image_root names no folder")).error()
     return Places(data.image_root, (data.extract_dir or default_extract_dir()).expanduser())
 
 
@@ -115,7 +118,9 @@ def _entries(item: Any, data: SourceSection, report: DataReport) -> list[_Entry]
     try:
         sources = find_sources(path.expanduser(), data.format, data.split, report.notes)
     except OSError as error:
-        raise Problem("no-such-path", shown(str(path)), f"cannot be read ({error.strerror})").error() from error
+        raise Problem(
+            "no-such-path", shown(str(path)), tr("cannot be read ({strerror})", strerror=error.strerror)
+        ).error() from error
     return [_Entry(source, weight) for source in sources]
 
 
@@ -126,8 +131,8 @@ def _refuse_repeats(entries: Iterable[_Entry]) -> None:
             real = os.path.realpath(path)
             if real in seen:
                 raise DataError(
-                    f"{path}: named twice in data.path",
-                    hint="to see its records more often, give it a weight: {path: DIR, weight: 2}",
+                    tr("{path}: named twice in data.path", path=path),
+                    hint=tr("to see its records more often, give it a weight: {{path: DIR, weight: 2}}"),
                     code="data-duplicate-id",
                 )
             seen.add(real)
@@ -172,7 +177,9 @@ def _without_repeated_ids(examples: list[Example], problems: Problems) -> list[E
         conversations = []
         for conversation in example.conversations:
             if conversation.id in seen:
-                what = f"the id {shown(conversation.id)} was already used in {seen[conversation.id]}"
+                what = tr(
+                    "the id {id} was already used in {seen}", id=shown(conversation.id), seen=seen[conversation.id]
+                )
                 problems.add("duplicate-id", conversation.source, what)
             else:
                 seen[conversation.id] = conversation.source

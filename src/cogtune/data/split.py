@@ -12,6 +12,7 @@ from cogtune.data.records import Example
 from cogtune.data.report import DataReport
 from cogtune.data.sources import read_sources
 from cogtune.errors import DataError
+from cogtune.language import tr
 
 if TYPE_CHECKING:
     from cogtune.configuration.run_config import DataSection
@@ -71,13 +72,21 @@ def read_and_split(data: DataSection, seed: int, *, max_images: int = 1) -> Data
     train, validation = split(examples, data.validation_share, seed)
     if not train:
         raise DataError(
-            f"data.validation_share {data.validation_share:g} of {len(examples)} pictures leaves none to train on",
-            hint="add data, or set data.validation_share: 0",
+            tr(
+                "data.validation_share {validation_share:g} of {examples} pictures leaves none to train on",
+                validation_share=data.validation_share,
+                examples=len(examples),
+            ),
+            hint=tr("add data, or set data.validation_share: 0"),
             code="data-split",
         )
     if data.validation_share > 0 and not validation:
         report.notes.append(
-            f"validation is empty: the share {data.validation_share:g} of {len(examples)} pictures chose none"
+            tr(
+                "validation is empty: the share {validation_share:g} of {examples} pictures chose none",
+                validation_share=data.validation_share,
+                examples=len(examples),
+            )
         )
     return DataSplit(train, validation, report)
 
@@ -122,8 +131,12 @@ def refuse_overlap(train: Iterable[Example], validation: Iterable[Example]) -> N
                 continue
             sources = example.conversations[0].source, trained[place].conversations[0].source
             raise DataError(
-                f"{sources[0]}: validation has the picture or text that training has in {sources[1]}",
-                hint="leave it out of one of the two, or use data.validation_share instead of data.validation",
+                tr(
+                    "{source}: validation has the picture or text that training has in {trained}",
+                    source=sources[0],
+                    trained=sources[1],
+                ),
+                hint=tr("leave it out of one of the two, or use data.validation_share instead of data.validation"),
                 code="data-overlap",
             )
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cogtune.errors import SetupError
+from cogtune.language import tr
 from cogtune.system import files
 
 PACKAGE = "easy-vqa"
@@ -36,12 +37,12 @@ def find_easy_vqa() -> Path:
     Raises:
         SetupError: the package is not installed or incomplete.
     """
-    install = f"{sys.executable} -m pip install {PACKAGE}"
+    install = tr("{executable} -m pip install {package}", executable=sys.executable, package=PACKAGE)
     try:
         distribution = importlib.metadata.distribution(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
         raise SetupError(
-            f"the demo's pictures come with the package {PACKAGE}, which is not installed",
+            tr("the demo's pictures come with the package {package}, which is not installed", package=PACKAGE),
             hint=install,
             code="no-easy-vqa",
         ) from None
@@ -50,8 +51,13 @@ def find_easy_vqa() -> Path:
                if not (folder / split / "questions.json").is_file()]  # fmt: skip
     if missing:
         raise SetupError(
-            f"{PACKAGE} {distribution.version} is installed, but {missing[0]} is not there",
-            hint=f"{install} --force-reinstall --no-deps",
+            tr(
+                "{package} {version} is installed, but {missing} is not there",
+                package=PACKAGE,
+                version=distribution.version,
+                missing=missing[0],
+            ),
+            hint=tr("{install} --force-reinstall --no-deps", install=install),
             code="no-easy-vqa",
         )
     return folder

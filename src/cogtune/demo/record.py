@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from cogtune.language import tr
 from cogtune.system import files
 from cogtune.system.machine import commit, cores, versions
 
@@ -26,7 +27,7 @@ def use_all_cores() -> None:
 
 def provenance(command: str) -> dict[str, Any]:
     """Return command, commit, date, machine and library versions."""
-    found = dict.fromkeys(_LIBRARIES, "not installed") | versions(_LIBRARIES)
+    found = dict.fromkeys(_LIBRARIES, tr("not installed")) | versions(_LIBRARIES)
     return {
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -63,6 +64,6 @@ class Clock:
 def _cpu_name() -> str:
     if sys.platform == "linux":
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
+            if line.startswith(tr("model name")):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

@@ -27,6 +27,7 @@ from cogtune.demo.score import Score, measure, without_pictures
 from cogtune.errors import OutputFolderError
 from cogtune.generate.generator import Generator
 from cogtune.generate.loading import load_generator
+from cogtune.language import tr
 from cogtune.system.locks import FOLDER_LOCK, lock_folder
 from cogtune.train.log import read_metrics
 from cogtune.train.run import train
@@ -106,7 +107,7 @@ def run(
         SetupError: easy-VQA is not installed.
         OutputFolderError: ``output`` holds something else, cannot be written, or another process writes there.
     """
-    with lock_folder(output, "name a new folder: cogtune demo --output DIR", say):
+    with lock_folder(output, tr("name a new folder: cogtune demo --output DIR"), say):
         return _run(output, command, started, pictures, changes, say)
 
 
@@ -126,23 +127,23 @@ def _run(
     continued = _claim(folders.output)
     record = provenance(command)
     results = _read(source, pictures)
-    with results.phase("writing easy-VQA as a data folder", say):
+    with results.phase(tr("writing easy-VQA as a data folder"), say):
         _write_data(folders, results, say)
-    with results.phase("the untuned base", say):
+    with results.phase(tr("the untuned base"), say):
         _measure(results, "base", load_generator(BASE), say)
     with results.phase("fine-tuning", say):
         config = settings(folders, changes or {})
         adapter = train(config).adapter
         results.metrics = read_metrics(folders.run)
     tuned = load_generator(BASE, adapter=adapter)
-    with results.phase("the tuned model", say):
+    with results.phase(tr("the tuned model"), say):
         _measure(results, "tuned", tuned, say)
-    with results.phase("the tuned model, blind", say):
-        results.scores["blind"] = _said(measure(tuned, results.test, blank=True), "with every picture blanked", say)
+    with results.phase(tr("the tuned model, blind"), say):
+        results.scores["blind"] = _said(measure(tuned, results.test, blank=True), tr("with every picture blanked"), say)
     with results.phase("merging", say):
         if not folders.merged.exists():
             merge(folders.run / "adapter", folders.merged, BASE, say)
-    with results.phase("three questions to the merged model", say):
+    with results.phase(tr("three questions to the merged model"), say):
         answers = _ask_merged(folders, results, say)
     record |= _numbers(results, config, answers)
     record["total_seconds"] = round(time.perf_counter() - began, 2)
@@ -168,8 +169,8 @@ def _claim(output: Path) -> bool:
         return True
     if any(path.name != FOLDER_LOCK for path in output.iterdir()):
         raise OutputFolderError(
-            f"{output}: not empty, and not the output of a demo",
-            hint="name a new folder: cogtune demo --output DIR",
+            tr("{output}: not empty, and not the output of a demo", output=output),
+            hint=tr("name a new folder: cogtune demo --output DIR"),
             code="output-not-demo",
         )
     (output / MARKER).touch()
@@ -191,13 +192,21 @@ def _write_data(folders: Folders, results: DemoResults, say: Say) -> None:
 
 
 def _measure(results: DemoResults, name: str, generator: Generator, say: Say) -> None:
-    results.scores[name] = _said(measure(generator, results.test), "on held-out test pictures", say)
+    results.scores[name] = _said(measure(generator, results.test), tr("on held-out test pictures"), say)
     fill(results.examples, name, generator)
 
 
 def _said(found: Score, what: str, say: Say) -> Score:
     kinds = ", ".join(f"{kind} {100 * right / total:.1f} %" for kind, (right, total) in found.by_kind.items())
-    say(f"{100 * found.accuracy:.2f} % of {found.total:,} questions right {what} ({kinds})")
+    say(
+        tr(
+            "{accuracy:.2f} % of {total:,} questions right {what} ({kinds})",
+            accuracy=100 * found.accuracy,
+            total=found.total,
+            what=what,
+            kinds=kinds,
+        )
+    )
     return found
 
 
@@ -240,10 +249,17 @@ def _questions(pictures: list[VqaPicture]) -> int:
 def _say_where(folders: Folders, record: dict[str, Any], say: Say) -> None:
     scores = record["scores"]
     base, blind, tuned = (100 * scores[name]["accuracy"] for name in ("base", "blind", "tuned"))
-    say(f"\n== done in {record['total_seconds']:.0f} s")
-    say(f"accuracy: base {base:.2f} %, tuned {tuned:.2f} %, tuned but blind {blind:.2f} %")
+    say(tr("\n== done in {total_seconds:.0f} s", total_seconds=record["total_seconds"]))
+    say(
+        tr(
+            "accuracy: base {base:.2f} %, tuned {tuned:.2f} %, tuned but blind {blind:.2f} %",
+            base=base,
+            tuned=tuned,
+            blind=blind,
+        )
+    )
     say(f"page          {folders.page}")
     say(f"adapter       {folders.run / 'adapter'}")
-    say(f"merged model  {folders.merged}")
+    say(tr("merged model  {merged}", merged=folders.merged))
     say(f"TensorBoard   tensorboard --logdir={folders.run}")
-    say(f"talk to it    cogtune chat --model {folders.merged}")
+    say(tr("talk to it    cogtune chat --model {merged}", merged=folders.merged))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 
 from cogtune.errors import SetupError
+from cogtune.language import tr
 
 
 def is_launched() -> bool:
@@ -67,7 +68,7 @@ def _number(name: str) -> int:
     text = os.environ[name]
     if not text.isdecimal():
         raise SetupError(
-            f"the environment variable {name} is {text!r}, expected a whole number",
-            hint=f"a launcher (torchrun, deepspeed) sets it; without one, unset {name}",
+            tr("the environment variable {name} is {text!r}, expected a whole number", name=name, text=text),
+            hint=tr("a launcher (torchrun, deepspeed) sets it; without one, unset {name}", name=name),
         )
     return int(text)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from cogtune.distributed import environment
 from cogtune.errors import CogtuneError, RunError, SetupError
+from cogtune.language import tr
 from cogtune.system.gpu import own_device
 
 T = TypeVar("T")
@@ -203,9 +204,14 @@ def connect(device: torch.device, timeout: timedelta = _TIMEOUT) -> None:
         if "address already in use" not in str(error).lower():
             raise
         raise SetupError(
-            f"port {os.environ.get('MASTER_PORT')}, where the processes of this run meet, is used by another program",
-            hint="another run on this machine? Give this one a port: deepspeed --master_port 29501 ..., or "
-            "torchrun --standalone ..., which finds a free one",
+            tr(
+                "port {value}, where the processes of this run meet, is used by another program",
+                value=os.environ.get("MASTER_PORT"),
+            ),
+            hint=tr(
+                "another run on this machine? Give this one a port: deepspeed --master_port 29501 ...,"
+                " or torchrun --standalone ..., which finds a free one"
+            ),
         ) from error
 
 
@@ -231,4 +237,4 @@ def portable(error: Exception, rank: int) -> CogtuneError:
     """Return ``error`` in a form that pickles, for the other ranks: ours unchanged, any other as its text."""
     if isinstance(error, CogtuneError):
         return error
-    return RunError(f"rank {rank} failed: {type(error).__name__}: {error}")
+    return RunError(tr("rank {rank} failed: {name}: {error}", rank=rank, name=type(error).__name__, error=error))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cogtune.doctor.facts import GIB, Facts, GpuFacts
+from cogtune.language import tr
 from cogtune.system.gpu import FIRST_WITH_BFLOAT16, FIRST_WITH_FP8
 from cogtune.system.libraries import TESTED, broken, outside_tested, parse
 
@@ -43,27 +44,49 @@ def check(facts: Facts) -> list[Diagnosis]:
 def _python(facts: Facts) -> Iterator[Diagnosis]:
     if facts.python < (3, 11):
         version = ".".join(map(str, facts.python))
-        yield Diagnosis("error", "doctor-python", f"Python {version}; 3.11 or newer is needed", "install Python 3.12")
+        yield Diagnosis(
+            "error",
+            "doctor-python",
+            tr("Python {version}; 3.11 or newer is needed", version=version),
+            "install Python 3.12",
+        )
 
 
 def _libraries(facts: Facts) -> Iterator[Diagnosis]:
     needed = [name for name in TESTED if name not in ("deepspeed", "bitsandbytes")]
     for name in needed:
         if name not in facts.versions:
-            yield Diagnosis("error", "doctor-missing", f"{name} is not installed", f'pip install "{_range(name)}"')
+            yield Diagnosis(
+                "error",
+                "doctor-missing",
+                tr("{name} is not installed", name=name),
+                tr('pip install "{range}"', range=_range(name)),
+            )
     for name, version in facts.versions.items():
         if name not in TESTED:
             continue
         fault, side = broken(name, version), outside_tested(name, version)
         if fault is not None:
             yield Diagnosis(
-                "error", "doctor-broken", f"{name} {version}: {fault.reason}", f'pip install "{_range(name)}"'
+                "error",
+                "doctor-broken",
+                f"{name} {version}: {tr(fault.reason)}",
+                tr('pip install "{range}"', range=_range(name)),
             )
         elif side is not None:
             tested = TESTED[name]
-            text = f"{name} {version} is {side} than what was tested ({tested.oldest} to {tested.newest})"
+            text = tr(
+                "{name} {version} is {side} than what was tested ({oldest} to {newest})",
+                name=name,
+                version=version,
+                side=side,
+                oldest=tested.oldest,
+                newest=tested.newest,
+            )
             level: Level = "error" if side == "older" else "note"
-            yield Diagnosis(level, "doctor-untested", text, f'if something fails: pip install "{_range(name)}"')
+            yield Diagnosis(
+                level, "doctor-untested", text, tr('if something fails: pip install "{range}"', range=_range(name))
+            )
 
 
 def _range(name: str) -> str:
@@ -78,8 +101,13 @@ def _torchvision(facts: Facts) -> Iterator[Diagnosis]:
         yield Diagnosis(
             "error",
             "doctor-torchvision",
-            f"torchvision {facts.versions.get('torchvision')} was built for torch {needs}, and torch is {torch}: "
-            "transformers fails when it imports it",
+            tr(
+                "torchvision {value} was built for torch {needs}, and torch is {torch}: transformers fails"
+                " when it imports it",
+                value=facts.versions.get("torchvision"),
+                needs=needs,
+                torch=torch,
+            ),
             "pip uninstall torchvision   (it is not needed here)",
         )
 
@@ -91,16 +119,19 @@ def _torch_build(facts: Facts) -> Iterator[Diagnosis]:
         yield Diagnosis(
             "error",
             "doctor-rocm",
-            "torch is a ROCm build; AMD cards are not supported yet",
-            "use an NVIDIA card or a CPU",
+            tr("torch is a ROCm build; AMD cards are not supported yet"),
+            tr("use an NVIDIA card or a CPU"),
         )
     elif facts.torch_cuda is None and facts.driver is not None:
         torch = facts.versions["torch"].split("+")[0]
         yield Diagnosis(
             "error",
             "doctor-cpu-torch",
-            f"there is an NVIDIA card (driver {facts.driver}), but torch is its CPU build and cannot use it",
-            f"pip install --force-reinstall torch=={torch}   (from the default index: the CUDA build)",
+            tr(
+                "there is an NVIDIA card (driver {driver}), but torch is its CPU build and cannot use it",
+                driver=facts.driver,
+            ),
+            tr("pip install --force-reinstall torch=={torch}   (from the default index: the CUDA build)", torch=torch),
         )
     elif facts.torch_cuda is not None and facts.driver is not None:
         oldest = _DRIVERS.get(parse(facts.torch_cuda)[0])
@@ -108,23 +139,34 @@ def _torch_build(facts: Facts) -> Iterator[Diagnosis]:
             yield Diagnosis(
                 "error",
                 "doctor-driver",
-                f"driver {facts.driver}; torch is built for CUDA {facts.torch_cuda}, which needs {oldest} or newer",
-                f"install driver {oldest} or newer, or a torch built for an older CUDA",
+                tr(
+                    "driver {driver}; torch is built for CUDA {torch_cuda}, which needs {oldest} or newer",
+                    driver=facts.driver,
+                    torch_cuda=facts.torch_cuda,
+                    oldest=oldest,
+                ),
+                tr("install driver {oldest} or newer, or a torch built for an older CUDA", oldest=oldest),
             )
     elif facts.torch_cuda is not None and facts.system == "Linux":
         yield Diagnosis(
             "note",
             "doctor-no-gpu",
-            "no NVIDIA driver answers; everything runs on the CPU, which is enough for `cogtune demo`",
-            "in a container: docker run --gpus all; on a machine with a card: install the NVIDIA driver",
+            tr("no NVIDIA driver answers; everything runs on the CPU, which is enough for `cogtune demo`"),
+            tr("in a container: docker run --gpus all; on a machine with a card: install the NVIDIA driver"),
         )
 
 
 def _cards(facts: Facts) -> Iterator[Diagnosis]:
     if facts.torch_cuda is not None and facts.driver is not None and not facts.gpus:
         shown = facts.visible_devices
-        why = f"CUDA_VISIBLE_DEVICES is {shown!r}" if shown is not None else "torch sees none of its cards"
-        yield Diagnosis("error", "doctor-hidden", f"the driver answers, but {why}", "unset CUDA_VISIBLE_DEVICES")
+        why = (
+            tr("CUDA_VISIBLE_DEVICES is {shown!r}", shown=shown)
+            if shown is not None
+            else tr("torch sees none of its cards")
+        )
+        yield Diagnosis(
+            "error", "doctor-hidden", tr("the driver answers, but {why}", why=why), "unset CUDA_VISIBLE_DEVICES"
+        )
     for index, card in enumerate(facts.gpus):
         yield from _card(index, card)
     if len({card.name for card in facts.gpus}) > 1:
@@ -132,8 +174,8 @@ def _cards(facts: Facts) -> Iterator[Diagnosis]:
         yield Diagnosis(
             "note",
             "doctor-mixed",
-            f"cards of different kinds ({names}); a run over all goes at the pace of the slowest",
-            "choose with CUDA_VISIBLE_DEVICES=0,1",
+            tr("cards of different kinds ({names}); a run over all goes at the pace of the slowest", names=names),
+            tr("choose with CUDA_VISIBLE_DEVICES=0,1"),
         )
 
 
@@ -142,24 +184,36 @@ def _card(index: int, card: GpuFacts) -> Iterator[Diagnosis]:
         yield Diagnosis(
             "warning",
             "doctor-bfloat16",
-            f"card {index} ({card.name}) cannot compute in bfloat16, which the model was made in",
-            "it computes in float16, which may overflow: look at the warnings, or use a card of the Ampere generation "
-            "or newer",
+            tr(
+                "card {index} ({name}) cannot compute in bfloat16, which the model was made in",
+                index=index,
+                name=card.name,
+            ),
+            tr(
+                "it computes in float16, which may overflow: look at the warnings, or use a card of the"
+                " Ampere generation or newer"
+            ),
         )
     elif card.capability < FIRST_WITH_FP8:
         yield Diagnosis(
             "note",
             "doctor-fp8",
-            f"card {index} ({card.name}) has no fp8; nf4 and int8 work",
-            "leave quant.experts and quant.tower at something else than fp8",
+            tr("card {index} ({name}) has no fp8; nf4 and int8 work", index=index, name=card.name),
+            tr("leave quant.experts and quant.tower at something else than fp8"),
         )
     used = card.total - card.free
     if used > GIB:
         yield Diagnosis(
             "warning",
             "doctor-occupied",
-            f"card {index} ({card.name}): {used / GIB:.1f} of {card.total / GIB:.1f} GiB are already in use",
-            "nvidia-smi shows by whom; choose another card with CUDA_VISIBLE_DEVICES",
+            tr(
+                "card {index} ({name}): {used:.1f} of {total:.1f} GiB are already in use",
+                index=index,
+                name=card.name,
+                used=used / GIB,
+                total=card.total / GIB,
+            ),
+            tr("nvidia-smi shows by whom; choose another card with CUDA_VISIBLE_DEVICES"),
         )
 
 
@@ -169,7 +223,10 @@ def _peer_to_peer(facts: Facts) -> Iterator[Diagnosis]:
         yield Diagnosis(
             "warning",
             "doctor-peer-to-peer",
-            f"several {', '.join(consumer)}: these cards cannot copy to each other directly, and NCCL may hang trying",
+            tr(
+                "several {consumer}: these cards cannot copy to each other directly, and NCCL may hang trying",
+                consumer=", ".join(consumer),
+            ),
             "export NCCL_P2P_DISABLE=1",
         )
 
@@ -180,7 +237,7 @@ def _quantisation(facts: Facts) -> Iterator[Diagnosis]:
             yield Diagnosis(
                 "note",
                 "doctor-no-quant",
-                "bitsandbytes is not installed: no nf4 or int8 weights, no 8-bit optimisers",
+                tr("bitsandbytes is not installed: no nf4 or int8 weights, no 8-bit optimisers"),
                 'pip install "cogtune[quant]"',
             )
         return
@@ -192,8 +249,13 @@ def _quantisation(facts: Facts) -> Iterator[Diagnosis]:
         yield Diagnosis(
             "error",
             "doctor-bitsandbytes",
-            f"bitsandbytes {facts.versions['bitsandbytes']} has no library for CUDA {facts.torch_cuda} (only: {have})",
-            f'pip install --force-reinstall --no-deps "{_range("bitsandbytes")}"',
+            tr(
+                "bitsandbytes {bitsandbytes} has no library for CUDA {torch_cuda} (only: {have})",
+                bitsandbytes=facts.versions["bitsandbytes"],
+                torch_cuda=facts.torch_cuda,
+                have=have,
+            ),
+            tr('pip install --force-reinstall --no-deps "{range}"', range=_range("bitsandbytes")),
         )
 
 
@@ -205,8 +267,12 @@ def _deepspeed(facts: Facts) -> Iterator[Diagnosis]:
             yield Diagnosis(
                 "warning",
                 "doctor-compiler",
-                f"deepspeed is installed, but {name} is not on PATH; it compiles a part of itself at the first start",
-                f"apt install {package}",
+                tr(
+                    "deepspeed is installed, but {name} is not on PATH; it compiles a part of itself at the"
+                    " first start",
+                    name=name,
+                ),
+                tr("apt install {package}", package=package),
             )
 
 
@@ -215,15 +281,18 @@ def _memory(facts: Facts) -> Iterator[Diagnosis]:
         yield Diagnosis(
             "warning",
             "doctor-shared-memory",
-            f"/dev/shm has {facts.shared_memory / GIB:.2f} GiB; data workers and NCCL pass their data through it",
+            tr(
+                "/dev/shm has {shared_memory:.2f} GiB; data workers and NCCL pass their data through it",
+                shared_memory=facts.shared_memory / GIB,
+            ),
             "docker run --shm-size 8g (or --ipc host); without: --data.workers 0",
         )
     if facts.memory is not None and facts.gpus and facts.memory < SMALL_HOST_MEMORY:
         yield Diagnosis(
             "warning",
             "doctor-memory",
-            f"{facts.memory / GIB:.0f} GiB of host memory",
-            "`cogtune plan` says what a run needs; fewer data workers need less",
+            tr("{memory:.0f} GiB of host memory", memory=facts.memory / GIB),
+            tr("`cogtune plan` says what a run needs; fewer data workers need less"),
         )
 
 
@@ -233,29 +302,36 @@ def _disk(facts: Facts) -> Iterator[Diagnosis]:
             yield Diagnosis(
                 "warning",
                 "doctor-disk",
-                f"{place}: {free / GIB:.0f} GiB free; the published model takes {MODEL_BYTES / GIB:.0f}",
-                "free some space, or put HF_HOME (downloads) or --train.output (results) on another disk",
+                tr(
+                    "{place}: {free:.0f} GiB free; the published model takes {model_bytes:.0f}",
+                    place=place,
+                    free=free / GIB,
+                    model_bytes=MODEL_BYTES / GIB,
+                ),
+                tr("free some space, or put HF_HOME (downloads) or --train.output (results) on another disk"),
             )
 
 
 def _network(facts: Facts) -> Iterator[Diagnosis]:
     if facts.environment.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
-        yield Diagnosis("note", "doctor-offline", "HF_HUB_OFFLINE is set: nothing is fetched", "unset HF_HUB_OFFLINE")
+        yield Diagnosis(
+            "note", "doctor-offline", tr("HF_HUB_OFFLINE is set: nothing is fetched"), "unset HF_HUB_OFFLINE"
+        )
     silent = [url for url, answers in facts.reachable.items() if not answers]
     if silent and len(silent) == len(facts.reachable):
         yield Diagnosis(
             "warning",
             "doctor-network",
-            f"no hub answers: {', '.join(silent)}",
-            "export HF_ENDPOINT=https://YOUR-MIRROR, set https_proxy, or copy the model's folder here by hand",
+            tr("no hub answers: {silent}", silent=", ".join(silent)),
+            tr("export HF_ENDPOINT=https://YOUR-MIRROR, set https_proxy, or copy the model's folder here by hand"),
         )
     for url in silent if len(silent) < len(facts.reachable) else ():
         other = "modelscope" if "modelscope" not in url else "hf"
         yield Diagnosis(
             "note",
             "doctor-hub",
-            f"{url} does not answer",
-            f"cogtune download model --source {other}, or set HF_ENDPOINT",
+            tr("{url} does not answer", url=url),
+            tr("cogtune download model --source {other}, or set HF_ENDPOINT", other=other),
         )
 
 
@@ -264,15 +340,21 @@ def _platform(facts: Facts) -> Iterator[Diagnosis]:
         yield Diagnosis(
             "note",
             "doctor-wsl",
-            "this is WSL2: the driver is the one in Windows, and Linux sees half of the memory unless told otherwise",
+            tr(
+                "this is WSL2: the driver is the one in Windows, and Linux sees half of the memory"
+                " unless told otherwise"
+            ),
             "memory=48GB under [wsl2] in %UserProfile%\\.wslconfig, then `wsl --shutdown`; keep data on the Linux disk",
         )
     elif facts.system != "Linux":
         yield Diagnosis(
             "note",
             "doctor-platform",
-            f"{facts.system}: the demo and small models run on the CPU; GPU training is for Linux and WSL2",
-            "on Windows install WSL2 to use an NVIDIA card",
+            tr(
+                "{system}: the demo and small models run on the CPU; GPU training is for Linux and WSL2",
+                system=facts.system,
+            ),
+            tr("on Windows install WSL2 to use an NVIDIA card"),
         )
 
 

@@ -8,10 +8,16 @@ from typing import Any
 from cogtune.doctor.checks import Diagnosis
 from cogtune.doctor.facts import GIB, Facts
 from cogtune.errors import catalogue
-from cogtune.language import language
+from cogtune.language import language, phrase, tr
 
 _WORDS = {
-    "en": {"error": "error", "warning": "warning", "note": "note", "fix": "fix", "fine": "everything looks right"},
+    "en": {
+        "error": "error",
+        "warning": "warning",
+        "note": "note",
+        "fix": "fix",
+        "fine": phrase("everything looks right"),
+    },
     "zh": {"error": "错误", "warning": "警告", "note": "提示", "fix": "处理", "fine": "一切正常"},
 }
 
@@ -42,11 +48,28 @@ def _machine(facts: Facts) -> list[str]:
     shown = [f"{name} {versions[name]}" for name in ("torch", "transformers", "peft") if name in versions]
     text = [f"Python {'.'.join(map(str, facts.python))} on {facts.system}; {', '.join(shown)}"]
     for index, card in enumerate(facts.gpus):
-        text.append(f"card {index}: {card.name}, {card.free / GIB:.1f} of {card.total / GIB:.1f} GiB free")
+        text.append(
+            tr(
+                "card {index}: {name}, {free:.1f} of {total:.1f} GiB free",
+                index=index,
+                name=card.name,
+                free=card.free / GIB,
+                total=card.total / GIB,
+            )
+        )
     if not facts.gpus:
-        text.append("no GPU in use: CPU")
+        text.append(tr("no GPU in use: CPU"))
     if facts.memory is not None and facts.memory_available is not None:
-        text.append(f"host memory: {facts.memory_available / GIB:.0f} of {facts.memory / GIB:.0f} GiB available")
-    text += [f"disk: {free / GIB:.0f} GiB free at {place}" for place, free in facts.disk_free.items()]
-    text += [f"{url}: {'answers' if answers else 'no answer'}" for url, answers in facts.reachable.items()]
+        text.append(
+            tr(
+                "host memory: {memory_available:.0f} of {memory:.0f} GiB available",
+                memory_available=facts.memory_available / GIB,
+                memory=facts.memory / GIB,
+            )
+        )
+    text += [
+        tr("disk: {free:.0f} GiB free at {place}", free=free / GIB, place=place)
+        for place, free in facts.disk_free.items()
+    ]
+    text += [f"{url}: {('answers' if answers else tr('no answer'))}" for url, answers in facts.reachable.items()]
     return text

@@ -15,13 +15,14 @@ from cogtune.download.remote import PART, RemoteFile, list_files
 from cogtune.download.sources import HF_ENDPOINT, MODELSCOPE_ENDPOINT, Repository, Source
 from cogtune.download.transfer import fetch
 from cogtune.errors import InputError, OutputFolderError
+from cogtune.language import phrase, tr
 from cogtune.system import files
 from cogtune.system.file_errors import explained
 from cogtune.system.hub_cache import cached_file, hub_cache
 from cogtune.system.locks import Lock, lock_folder
 
 _SPARE = 1 << 30
-_CONTINUES = "then run the same command again: it continues"
+_CONTINUES = phrase("then run the same command again: it continues")
 _SKIPPED = (".gitattributes",)
 
 
@@ -69,12 +70,12 @@ def download(
     """
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
         raise InputError(
-            "HF_HUB_OFFLINE is set, so nothing is fetched",
-            hint=f"unset HF_HUB_OFFLINE; or copy the folder from another machine to {folder}",
+            tr("HF_HUB_OFFLINE is set, so nothing is fetched"),
+            hint=tr("unset HF_HUB_OFFLINE; or copy the folder from another machine to {folder}", folder=folder),
             code="download-offline",
         )
-    instead = "name another folder with --output"
-    with lock_folder(folder, instead, say) as lock, explained(folder, then=_CONTINUES):
+    instead = tr("name another folder with --output")
+    with lock_folder(folder, instead, say) as lock, explained(folder, then=tr(_CONTINUES)):
         return _download(repository, folder, source, say, progress, pause, timeout, lock)
 
 
@@ -97,9 +98,24 @@ def _download(
     _link(cached, folder)
     missing = [file for file in missing if not _is_there(folder / file.path, file)]
     size, left = sum(file.size for file in listed), _left(folder, missing)
-    say(f"{repository.name} from {endpoint}: {len(listed)} files, {size / 1e9:.2f} GB; {left / 1e9:.2f} GB to fetch")
+    say(
+        tr(
+            "{name} from {endpoint}: {listed} files, {size:.2f} GB; {left:.2f} GB to fetch",
+            name=repository.name,
+            endpoint=endpoint,
+            listed=len(listed),
+            size=size / 1e9,
+            left=left / 1e9,
+        )
+    )
     if cached:
-        say(f"{len(cached)} of them are in the hub's own cache, {hub_cache()}, and are taken from there")
+        say(
+            tr(
+                "{cached} of them are in the hub's own cache, {hub_cache}, and are taken from there",
+                cached=len(cached),
+                hub_cache=hub_cache(),
+            )
+        )
     _require_space(folder, left)
     done = size - sum(file.size for file in missing)
     for file in missing:
@@ -161,11 +177,16 @@ def _require_free(folder: Path, missing: list[RemoteFile]) -> None:
     for file in missing:
         target = folder / file.path
         if os.path.lexists(target):
-            found = f"{target.stat().st_size:,} bytes" if target.is_file() else "no file"
+            found = f"{target.stat().st_size:,} bytes" if target.is_file() else tr("no file")
             raise OutputFolderError(
-                f"{target}: there is something else ({found}; the hub's file has {file.size:,} bytes), and nothing is "
-                "overwritten",
-                hint="remove it or move it away, or name another folder with --output; then run the command again",
+                tr(
+                    "{target}: there is something else ({found}; the hub's file has {size:,} bytes), and"
+                    " nothing is overwritten",
+                    target=target,
+                    found=found,
+                    size=file.size,
+                ),
+                hint=tr("remove it or move it away, or name another folder with --output; then run the command again"),
                 code="download-conflict",
             )
 
@@ -180,7 +201,12 @@ def _require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(there).free
     if needed + _SPARE > free:
         raise InputError(
-            f"{folder}: {free / 1e9:.1f} GB free; {needed / 1e9:.1f} GB are to be fetched, and 1 GB should stay free",
-            hint="free some space, or name a folder on another disk with --output",
+            tr(
+                "{folder}: {free:.1f} GB free; {needed:.1f} GB are to be fetched, and 1 GB should stay free",
+                folder=folder,
+                free=free / 1e9,
+                needed=needed / 1e9,
+            ),
+            hint=tr("free some space, or name a folder on another disk with --output"),
             code="download-space",
         )

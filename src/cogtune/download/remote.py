@@ -11,6 +11,7 @@ from urllib.parse import quote
 from cogtune.download.http import BROKEN, Client
 from cogtune.download.sources import Repository, Source
 from cogtune.errors import DownloadError, InputError
+from cogtune.language import tr
 from cogtune.system.names import name_problem
 
 PART = ".part"
@@ -41,8 +42,8 @@ def list_files(client: Client, source: Source, endpoint: str, repository: Reposi
             return found
         tried.append(name)
     raise InputError(
-        f"{endpoint}: no repository {' or '.join(tried)} can be read there",
-        hint="is it gated? Accept its licence on its page and set HF_TOKEN; or use the other --source",
+        tr("{endpoint}: no repository {tried} can be read there", endpoint=endpoint, tried=" or ".join(tried)),
+        hint=tr("is it gated? Accept its licence on its page and set HF_TOKEN; or use the other --source"),
         code="download-repository",
     )
 
@@ -53,7 +54,7 @@ def _require_distinct(found: list[RemoteFile], endpoint: str) -> None:
     parts = {file.path + PART for file in found}
     folders = {parent.as_posix() for name in names for parent in PurePosixPath(name).parents}
     if len(names) < len(found) or names & folders or names & parts:
-        raise _wrong(endpoint, "files of one name")
+        raise _wrong(endpoint, tr("files of one name"))
 
 
 def _try(client: Client, source: Source, endpoint: str, kind: str, name: str) -> list[RemoteFile] | None:
@@ -104,18 +105,23 @@ def _file(path: Any, size: Any, digest: Any, root: str, endpoint: str) -> Remote
     if isinstance(size, str) and size.isdecimal():
         size = int(size)
     if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 1 << 50:
-        raise _wrong(endpoint, size, f"as the size of {path}")
+        raise _wrong(endpoint, size, tr("as the size of {path}", path=path))
     if digest and not (isinstance(digest, str) and _SHA256.fullmatch(digest)):
-        raise _wrong(endpoint, digest, f"as the sha256 of {path}")
+        raise _wrong(endpoint, digest, tr("as the sha256 of {path}", path=path))
     return RemoteFile(path, size, digest.lower() if digest else None, f"{root}/{quote(path)}")
 
 
 def _wrong(endpoint: str, found: object, what: str = "") -> DownloadError:
     text = ascii(found)
     return DownloadError(
-        f"{endpoint}: its list of files is not one: it names {text[:120]}{'...' * (len(text) > 120)}"
+        tr(
+            "{endpoint}: its list of files is not one: it names {text}{value}",
+            endpoint=endpoint,
+            text=text[:120],
+            value="..." * (len(text) > 120),
+        )
         + (f", {what}" if what else ""),
-        hint="do not use this mirror",
+        hint=tr("do not use this mirror"),
         code="download-wrong",
     )
 
@@ -127,6 +133,6 @@ def _get(client: Client, url: str) -> Any:
     except (*BROKEN, ValueError) as error:
         raise DownloadError(
             f"{url}: {type(error).__name__}: {error}",
-            hint="no network? Set https_proxy, HF_ENDPOINT for a mirror, or use the other --source",
+            hint=tr("no network? Set https_proxy, HF_ENDPOINT for a mirror, or use the other --source"),
             code="download-network",
         ) from error

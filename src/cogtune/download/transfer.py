@@ -15,11 +15,12 @@ from urllib.error import HTTPError
 from cogtune.download.http import BROKEN, Client
 from cogtune.download.remote import PART, RemoteFile
 from cogtune.errors import DownloadError
+from cogtune.language import phrase, tr
 from cogtune.system.file_errors import explained
 
 ATTEMPTS = 8
 _BLOCK = 1 << 20
-_CONTINUES = "then run the same command again: it continues"
+_CONTINUES = phrase("then run the same command again: it continues")
 
 
 def fetch(
@@ -51,7 +52,7 @@ def fetch(
         before = done
         try:
             done = _append(client, file, part, done, advance)
-            reason = "the connection ended early"
+            reason = tr("the connection ended early")
         except HTTPError as error:
             done = part.stat().st_size if part.is_file() else 0
             reason = f"HTTP {error.code} {error.reason}"
@@ -60,15 +61,25 @@ def fetch(
         except BROKEN as error:
             done = part.stat().st_size if part.is_file() else 0
             silent = isinstance(error, TimeoutError)
-            reason = f"the line was silent for {client.timeout:g} s" if silent else f"{type(error).__name__}: {error}"
+            reason = (
+                tr("the line was silent for {timeout:g} s", timeout=client.timeout)
+                if silent
+                else f"{type(error).__name__}: {error}"
+            )
         if done > file.size:
             break
         if done < file.size:
             failures = 0 if done > before else failures + 1
             if failures >= ATTEMPTS:
                 raise DownloadError(
-                    f"{file.url}: {done:,} of {file.size:,} bytes, then nothing more: {reason}",
-                    hint="run the same command again: it continues; or use the other --source",
+                    tr(
+                        "{url}: {done:,} of {size:,} bytes, then nothing more: {reason}",
+                        url=file.url,
+                        done=done,
+                        size=file.size,
+                        reason=reason,
+                    ),
+                    hint=tr("run the same command again: it continues; or use the other --source"),
                     code="download-network",
                 )
             pause(min(2.0**failures, 30.0))
@@ -98,7 +109,7 @@ def _opened(part: Path, mode: str) -> Iterator[Callable[[bytes], None]]:
     Raises:
         DiskFullError, RunError: the disk's.
     """
-    disk = functools.partial(explained, part, kept="what was fetched stays", then=_CONTINUES, late=True)
+    disk = functools.partial(explained, part, kept=tr("what was fetched stays"), then=tr(_CONTINUES), late=True)
     with disk():
         stream = open(part, mode, buffering=0)  # noqa: SIM115
 
@@ -115,14 +126,16 @@ def _opened(part: Path, mode: str) -> Iterator[Callable[[bytes], None]]:
 def _check(file: RemoteFile, part: Path) -> None:
     """Check size and digest (if the hub has one). A file that fails is removed, so that a rerun starts it again."""
     found = part.stat().st_size
-    wrong = f"{found:,} bytes; the hub's list says {file.size:,}" if found != file.size else None
+    wrong = (
+        tr("{found:,} bytes; the hub's list says {size:,}", found=found, size=file.size) if found != file.size else None
+    )
     if wrong is None and file.sha256 is not None and digest(part) != file.sha256:
-        wrong = "its sha256 is not the one in the hub's list"
+        wrong = tr("its sha256 is not the one in the hub's list")
     if wrong is not None:
         part.unlink()
         raise DownloadError(
             f"{file.path}: {wrong}",
-            hint="it was removed; run the same command again, or use the other --source",
+            hint=tr("it was removed; run the same command again, or use the other --source"),
             code="download-wrong",
         )
 

@@ -28,13 +28,14 @@ from cogtune.features.ownership import is_cache
 from cogtune.features.reader import FeatureReader
 from cogtune.features.store import FeatureCacheError, Store, make_folder, mark, turn, write_atomically
 from cogtune.features.variant import FeatureVariant
+from cogtune.language import phrase, tr
 from cogtune.system.file_errors import is_disk_full
 
 _ROUND = 4  # batches between two exchanges of progress and errors
 _SHOWN = 10
 _SAY_SECONDS = 10.0
 _TELL_SECONDS = 1.0
-_CONTINUES = "what was computed stays: run the same command again and it goes on from there"
+_CONTINUES = phrase("what was computed stays: run the same command again and it goes on from there")
 
 T = TypeVar("T")
 
@@ -69,13 +70,27 @@ class FillReport:
 
     def lines(self) -> list[str]:
         """Return a few sentences for the console."""
-        peak = f", {self.peak_bytes / 2**30:.2f} GiB at most" if self.peak_bytes else ""
-        lines = [f"{self.computed} computed in {self.seconds:.1f} s, {self.rate:.2f} pictures/s{peak}"]
+        peak = tr(", {peak_bytes:.2f} GiB at most", peak_bytes=self.peak_bytes / 2**30) if self.peak_bytes else ""
+        lines = [
+            tr(
+                "{computed} computed in {seconds:.1f} s, {rate:.2f} pictures/s{peak}",
+                computed=self.computed,
+                seconds=self.seconds,
+                rate=self.rate,
+                peak=peak,
+            )
+        ]
         if self.found:
-            lines[0] += f"; {self.found} found by their content"
+            lines[0] += tr("; {found} found by their content", found=self.found)
         if self.errors:
             mean, most = sum(self.errors) / len(self.errors), max(self.errors)
-            lines.append(f"error of the stored format, norm-wise: mean {100 * mean:.3f} %, largest {100 * most:.3f} %")
+            lines.append(
+                tr(
+                    "error of the stored format, norm-wise: mean {mean:.3f} %, largest {most:.3f} %",
+                    mean=100 * mean,
+                    most=100 * most,
+                )
+            )
         return lines
 
 
@@ -148,7 +163,7 @@ class FeatureCache:
                 write_atomically(probe, b"", self._root)
                 probe.unlink()
             except OSError as error:
-                return f"{self._root} cannot be written ({error.strerror})"
+                return tr("{root} cannot be written ({strerror})", root=self._root, strerror=error.strerror)
             return None
 
         return next(filter(None, self._ranks.gather(attempt())), None)
@@ -167,16 +182,26 @@ class FeatureCache:
                 space = measure(self._root, budget, needed, self._filling)
                 if not space.fits(self.more_bytes):
                     raise ConfigError(
-                        f"{size_text(self.more_bytes)} of features do not fit data.cache_budget {budget} any more: "
-                        f"{size_text(space.reserved)} are reserved by runs that fill the cache now",
-                        hint="start again when they have ended, raise data.cache_budget, or set data.cache_features: "
-                        "off",
+                        tr(
+                            "{size} of features do not fit data.cache_budget {budget} any more: {reserved}"
+                            " are reserved by runs that fill the cache now",
+                            size=size_text(self.more_bytes),
+                            budget=budget,
+                            reserved=size_text(space.reserved),
+                        ),
+                        hint=tr(
+                            "start again when they have ended, raise data.cache_budget, or set data.cache_features: off"
+                        ),
                         code="cache-budget",
                     )
                 count, size = evict(space, self.more_bytes)
                 self._begin()
                 self._filling.reserve(self.more_bytes)
-            removed = f"{count} files ({size / 1e9:.2f} GB) of other data or models removed to stay in the budget"
+            removed = tr(
+                "{count} files ({size:.2f} GB) of other data or models removed to stay in the budget",
+                count=count,
+                size=size / 1e9,
+            )
             return removed if count else None
 
         return self._ranks.on_main(lambda: _named(work))
@@ -263,8 +288,16 @@ class FeatureCache:
             others = "".join(f"\n  {error.message}" for error in bad[1:_SHOWN])
             more = f"\n(and {len(bad) - _SHOWN} more)" if len(bad) > _SHOWN else ""
             raise DataError(
-                f"{len(bad)} pictures cannot be read:\n  {bad[0].message}{others}{more}",
-                hint="repair them, or remove them together with their labels; the features of all others are stored",
+                tr(
+                    "{bad} pictures cannot be read:\n  {message}{others}{more}",
+                    bad=len(bad),
+                    message=bad[0].message,
+                    others=others,
+                    more=more,
+                ),
+                hint=tr(
+                    "repair them, or remove them together with their labels; the features of all others are stored"
+                ),
                 code=bad[0].code,
             )
 
@@ -291,19 +324,25 @@ def _named(work: Callable[[], T]) -> T:
     try:
         return work()
     except Stopped as error:
-        message = f"{error.message}; the feature cache is half filled"
-        raise Stopped(error.exit_code - 128, message, hint=_CONTINUES) from error
+        message = tr("{message}; the feature cache is half filled", message=error.message)
+        raise Stopped(error.exit_code - 128, message, hint=tr(_CONTINUES)) from error
     except Exception as error:
         if is_disk_full(error):
             raise DiskFullError(
-                f"no space left while filling the feature cache ({error}); what was computed before is stored",
-                hint="free some space, or lower data.cache_budget so that less is kept, or set data.cache_features: "
-                f"off; {_CONTINUES}",
+                tr(
+                    "no space left while filling the feature cache ({error}); what was computed before is stored",
+                    error=error,
+                ),
+                hint=tr(
+                    "free some space, or lower data.cache_budget so that less is kept, or set"
+                    " data.cache_features: off; {continues}",
+                    continues=tr(_CONTINUES),
+                ),
             ) from error
         if isinstance(error, OSError):
             raise FeatureCacheError(
-                f"the feature cache cannot be written: {error}",
-                hint="choose a folder you may write with data.cache_dir, or set data.cache_features: off",
+                tr("the feature cache cannot be written: {error}", error=error),
+                hint=tr("choose a folder you may write with data.cache_dir, or set data.cache_features: off"),
                 code="cache-unwritable",
             ) from error
         raise

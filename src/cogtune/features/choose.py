@@ -8,6 +8,7 @@ from typing import Literal
 from cogtune.errors import ConfigError
 from cogtune.features.budget import Space
 from cogtune.features.store import FeatureCacheError
+from cogtune.language import tr
 
 
 @dataclass(frozen=True)
@@ -46,26 +47,42 @@ def choose(
     """
     obstacle = None
     if demand.to_compute and unwritable is not None:
-        obstacle = Obstacle(f"{unwritable} and {demand.to_compute} pictures are not in it", "cache-unwritable")
+        obstacle = Obstacle(
+            tr(
+                "{unwritable} and {to_compute} pictures are not in it",
+                unwritable=unwritable,
+                to_compute=demand.to_compute,
+            ),
+            "cache-unwritable",
+        )
     elif demand.to_compute and not space.fits(demand.more_bytes):
         obstacle = Obstacle(_too_large(demand, space, budget), "cache-budget")
     if asked == "on":
         if obstacle is not None:
             raise obstacle.error()
-        return CacheChoice(True, "data.cache_features is on")
+        return CacheChoice(True, tr("data.cache_features is on"))
     if obstacle is not None:
         return CacheChoice(False, obstacle.what)
     if demand.to_compute == 0:
-        return CacheChoice(True, "all features are there")
+        return CacheChoice(True, tr("all features are there"))
     if demand.tower_fits is False:
-        return CacheChoice(True, "the tower does not fit beside training")
+        return CacheChoice(True, tr("the tower does not fit beside training"))
     if demand.showings <= demand.to_compute:
         return CacheChoice(
             False,
-            f"it would run {demand.showings} times, and filling the cache would run it {demand.to_compute} times",
+            tr(
+                "it would run {showings} times, and filling the cache would run it {to_compute} times",
+                showings=demand.showings,
+                to_compute=demand.to_compute,
+            ),
         )
     return CacheChoice(
-        True, f"the tower would run {demand.showings} times without it, and runs {demand.to_compute} times to fill it"
+        True,
+        tr(
+            "the tower would run {showings} times without it, and runs {to_compute} times to fill it",
+            showings=demand.showings,
+            to_compute=demand.to_compute,
+        ),
     )
 
 
@@ -79,14 +96,16 @@ class Obstacle:
     def error(self) -> Exception:
         if self.code == "cache-budget":
             return ConfigError(
-                f"data.cache_features is on, but {self.what}",
-                hint="raise data.cache_budget, choose a larger disk with data.cache_dir, set data.cache_dtype: float8 "
-                "(half the size), or data.cache_features: auto",
+                tr("data.cache_features is on, but {what}", what=self.what),
+                hint=tr(
+                    "raise data.cache_budget, choose a larger disk with data.cache_dir, set"
+                    " data.cache_dtype: float8 (half the size), or data.cache_features: auto"
+                ),
                 code="cache-budget",
             )
         return FeatureCacheError(
-            f"data.cache_features is on, but {self.what}",
-            hint="choose a folder you may write with data.cache_dir, or fill it as a user who may",
+            tr("data.cache_features is on, but {what}", what=self.what),
+            hint=tr("choose a folder you may write with data.cache_dir, or fill it as a user who may"),
             code="cache-unwritable",
         )
 
@@ -100,9 +119,14 @@ def size_text(size: int) -> str:
 
 
 def _too_large(demand: Demand, space: Space, budget: str) -> str:
-    return (
-        f"{size_text(demand.more_bytes)} of features do not fit data.cache_budget {budget}: that is "
-        f"{size_text(space.budget)}, it takes {size_text(space.taken)} of which {size_text(space.evictable)} can "
-        f"be removed, and {size_text(space.free)} of its disk are free"
-        + (f"; {size_text(space.reserved)} are reserved by runs that fill it now" if space.reserved else "")
-    )
+    return tr(
+        "{needed} of features do not fit data.cache_budget {budget}: that is {allowed},"
+        " it takes {taken} of which {removable} can be removed, and {free} of its"
+        " disk are free",
+        needed=size_text(demand.more_bytes),
+        budget=budget,
+        allowed=size_text(space.budget),
+        taken=size_text(space.taken),
+        removable=size_text(space.evictable),
+        free=size_text(space.free),
+    ) + (tr("; {size} are reserved by runs that fill it now", size=size_text(space.reserved)) if space.reserved else "")

@@ -28,6 +28,7 @@ from cogtune.features.ownership import (
     variants,
 )
 from cogtune.features.store import turn
+from cogtune.language import tr
 from cogtune.system import files
 
 
@@ -49,15 +50,29 @@ def stat(root: Path, budget: str) -> dict[str, Any]:
 def lines(found: dict[str, Any]) -> list[str]:
     """Return the same as text for the console."""
     text = [
-        f"{found['folder']}: {size_text(found['bytes'])}; budget {size_text(found['budget_bytes'])}, "
-        f"{size_text(found['free_bytes'])} free on its disk"
+        tr(
+            "{folder}: {size}; budget {budget}, {free} free on its disk",
+            folder=found["folder"],
+            size=size_text(found["bytes"]),
+            budget=size_text(found["budget_bytes"]),
+            free=size_text(found["free_bytes"]),
+        )
     ]
     for one in found["variants"]:
-        used = "never used" if one["last_used"] is None else f"last used {one['last_used']}"
-        busy = f", {one['in_use']} in use" if one["in_use"] else ""
+        used = tr("never used") if one["last_used"] is None else tr("last used {last_used}", last_used=one["last_used"])
+        busy = tr(", {in_use} in use", in_use=one["in_use"]) if one["in_use"] else ""
         text.append(
-            f"  {one['pictures']} pictures, {size_text(one['bytes'])}, {one['stored']} by {one['compute']}, "
-            f"of the tower {one['tower'][:12]} in {one['model']} ({used}{busy})"
+            tr(
+                "  {pictures} pictures, {size}, {stored} by {compute}, of the tower {tower} in {model} ({used}{busy})",
+                pictures=one["pictures"],
+                size=size_text(one["bytes"]),
+                stored=one["stored"],
+                compute=one["compute"],
+                tower=one["tower"][:12],
+                model=one["model"],
+                used=used,
+                busy=busy,
+            )
         )
     return text
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from cogtune.language import tr
+
 _FORMATS = "cogtune-features-"
 FORMAT = f"{_FORMATS}1"
 HEADER_BYTES = 1024
@@ -74,10 +76,12 @@ def unpack(content: bytearray, layout: Layout, name: str) -> torch.Tensor:
         DamagedError: the bytes are not those that `pack` returned for this layout and name.
     """
     if len(content) != layout.file_bytes:
-        raise DamagedError(f"{len(content):,} bytes, expected {layout.file_bytes:,}")
+        raise DamagedError(
+            tr("{content:,} bytes, expected {file_bytes:,}", content=len(content), file_bytes=layout.file_bytes)
+        )
     payload = memoryview(content)[HEADER_BYTES:]
     if content[:HEADER_BYTES] != _header(layout, name, _digest(layout, name, payload)):
-        raise DamagedError("its digest is not that of its content")
+        raise DamagedError(tr("its digest is not that of its content"))
     shape = (layout.cells, layout.width)
     count = layout.cells * layout.width
     values = torch.frombuffer(content, dtype=_DTYPES[layout.stored], count=count, offset=HEADER_BYTES).view(shape)

@@ -21,6 +21,7 @@ from cogtune.errors import CogtuneError, DataError
 from cogtune.features.file_format import relative_error
 from cogtune.features.index import PictureIndex, Stamp, content_digest, pixel_digest
 from cogtune.features.store import Store
+from cogtune.language import tr
 from cogtune.processing.image import normalise, read_image, resize
 
 Tower = Callable[[torch.Tensor], torch.Tensor]
@@ -201,8 +202,10 @@ class Filler:
         """Write one picture's features. Runs in a thread."""
         if not bool(torch.isfinite(features_QW).all()):
             raise CogtuneError(
-                f"the tower's output for a picture is not finite (pixels {digest})",
-                hint="the tower's weights may be damaged, or the number format too narrow: try model.dtype bfloat16",
+                tr("the tower's output for a picture is not finite (pixels {digest})", digest=digest),
+                hint=tr(
+                    "the tower's weights may be damaged, or the number format too narrow: try model.dtype bfloat16"
+                ),
                 code="cache-not-finite",
             )
         self._store.write(digest, features_QW)
@@ -223,7 +226,7 @@ def _identify(image: ImageRef) -> tuple[Stamp, str]:
         return Stamp.of(image), content_digest(image)
     except OSError as error:
         raise DataError(
-            f"{image}: the picture cannot be read ({error})",
-            hint="check the path and the file's permissions",
+            tr("{image}: the picture cannot be read ({error})", image=image, error=error),
+            hint=tr("check the path and the file's permissions"),
             code="image-missing" if isinstance(error, FileNotFoundError) else "image-unreadable",
         ) from error

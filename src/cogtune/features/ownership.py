@@ -19,6 +19,7 @@ from typing import Any
 from cogtune.errors import OutputFolderError
 from cogtune.features.file_format import HEADER_BYTES, is_blank, name_in
 from cogtune.features.variant import folder_name
+from cogtune.language import tr
 
 MARK = "cogtune-cache.json"
 ABOUT = "about.json"
@@ -65,8 +66,8 @@ def require_cache(root: Path) -> None:
         empty = False
     if not empty and not is_cache(root):
         raise OutputFolderError(
-            f"{root}: not a feature cache of cogtune; nothing was removed",
-            hint="name the cache with --data.cache_dir, or leave that out for the default one",
+            tr("{root}: not a feature cache of cogtune; nothing was removed", root=root),
+            hint=tr("name the cache with --data.cache_dir, or leave that out for the default one"),
             code="cache-foreign",
         )
 

@@ -10,6 +10,7 @@ import torch
 from cogtune.data.records import ImageRef
 from cogtune.features.lease import Lease
 from cogtune.features.store import FeatureCacheError, Store
+from cogtune.language import tr
 
 
 class FeatureReader:
@@ -28,7 +29,7 @@ class FeatureReader:
         try:
             digest = self._digests.get(os.fspath(image))
             if digest is None:  # rows after the run's last step may be prefetched and are never used
-                raise FeatureCacheError("not among the pictures this run planned for", code="cache-missing")
+                raise FeatureCacheError(tr("not among the pictures this run planned for"), code="cache-missing")
             return self._store.read(digest).to(self._dtype)
         except FeatureCacheError as error:
             raise FeatureCacheError(f"{error.message} ({image})", hint=error.hint, code=error.code) from error

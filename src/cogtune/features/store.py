@@ -38,9 +38,10 @@ from cogtune.features.ownership import (
     variants,
 )
 from cogtune.features.variant import FeatureVariant
+from cogtune.language import phrase, tr
 from cogtune.system import files, locks
 
-_REPAIR = "run the same command again: it fills what is missing and continues from the last checkpoint"
+_REPAIR = phrase("run the same command again: it fills what is missing and continues from the last checkpoint")
 
 
 class FeatureCacheError(RunError):
@@ -103,14 +104,16 @@ class Store:
             return unpack(_read(path), self.layout, self._label(digest))
         except FileNotFoundError as error:
             raise FeatureCacheError(
-                f"{path}: this picture's features are gone from the feature cache", hint=_REPAIR, code="cache-missing"
+                tr("{path}: this picture's features are gone from the feature cache", path=path),
+                hint=tr(_REPAIR),
+                code="cache-missing",
             ) from error
         except DamagedError as error:
             removed = self.remove(digest)
-            what = "the file was removed" if removed else "it cannot be removed, or is none of the cache's own"
+            what = tr("the file was removed") if removed else tr("it cannot be removed, or is none of the cache's own")
             raise FeatureCacheError(
-                f"{path}: a damaged file in the feature cache ({error}); {what}",
-                hint=_REPAIR if removed else f"remove the file, then {_REPAIR}",
+                tr("{path}: a damaged file in the feature cache ({error}); {what}", path=path, error=error, what=what),
+                hint=tr(_REPAIR) if removed else tr("remove the file, then {repair}", repair=tr(_REPAIR)),
                 code="cache-damaged",
             ) from error
 
@@ -164,8 +167,10 @@ def _write_own(path: Path, text: str, root: Path) -> None:
 def foreign(path: Path) -> FeatureCacheError:
     """Return the error for a foreign file with the name of one of the cache's own."""
     return FeatureCacheError(
-        f"{path}: in the way: the feature cache keeps a file of its own under this name, and this is none",
-        hint="move it away, or choose another folder with data.cache_dir",
+        tr(
+            "{path}: in the way: the feature cache keeps a file of its own under this name, and this is none", path=path
+        ),
+        hint=tr("move it away, or choose another folder with data.cache_dir"),
         code="cache-foreign",
     )
 

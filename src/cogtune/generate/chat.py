@@ -17,14 +17,15 @@ from cogtune.errors import CogtuneError, RunError
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.generator import Generator
 from cogtune.generate.history import fit_history, prompt_limit
+from cogtune.language import phrase, tr
 from cogtune.processing.image import read_image
 
-HELP = """\
-/image PATH   show a picture; the conversation starts again
-/clear        forget picture and conversation
-/help         this list
-/quit         end (so does the end of input)
-Anything else is a question; one that starts with a slash needs a space before it. Ctrl-C stops an answer."""
+HELP = phrase(
+    "/image PATH   show a picture; the conversation starts again\n/clear        forget"
+    " picture and conversation\n/help         this list\n/quit         end (so does the end of"
+    " input)\nAnything else is a question; one that starts with a slash needs a space before"
+    " it. Ctrl-C stops an answer."
+)
 
 Write = Callable[[str], None]
 ReadLine = Callable[[], str | None]
@@ -56,7 +57,7 @@ class Chat:
             DataError: not a readable picture; the conversation stays as it was.
         """
         image = self._read(Path(path).expanduser())
-        restarted = "; the conversation starts again" if self.history else ""
+        restarted = tr("; the conversation starts again") if self.history else ""
         self.images, self.history = (image,), []
         return f"picture: {path} ({image.width} x {image.height}){restarted}"
 
@@ -83,7 +84,14 @@ class Chat:
         if dropped:
             self.history = kept
             plural = "s" if dropped > 1 else ""
-            note(f"[{dropped} oldest turn{plural} dropped: the conversation has outgrown {limit} tokens]")
+            note(
+                tr(
+                    "[{dropped} oldest turn{plural} dropped: the conversation has outgrown {limit} tokens]",
+                    dropped=dropped,
+                    plural=plural,
+                    limit=limit,
+                )
+            )
         pieces: list[str] = []
         try:
             answer = self.generator.stream(self.images, query, self.history, self.decoding)
@@ -95,7 +103,7 @@ class Chat:
                 pieces.append(piece)
                 write(piece)
         except KeyboardInterrupt:
-            note("\n[stopping; Ctrl-C again ends]")
+            note(tr("\n[stopping; Ctrl-C again ends]"))
             answer.stop()
         text = "".join(pieces)
         if text:
@@ -129,13 +137,13 @@ def _command(chat: Chat, word: str, rest: str, note: Write) -> None:
         note(chat.show(_path(rest)))
     elif word == "/clear":
         chat.clear()
-        note("picture and conversation forgotten")
+        note(tr("picture and conversation forgotten"))
     elif word == "/help":
-        note(HELP)
+        note(tr(HELP))
     elif word == "/image":
-        note("/image needs the path of a picture")
+        note(tr("/image needs the path of a picture"))
     else:
-        note(f"{word} is not a command\n{HELP}")
+        note(tr("{word} is not a command\n{help}", word=word, help=tr(HELP)))
 
 
 def _path(text: str) -> str:

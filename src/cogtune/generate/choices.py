@@ -16,6 +16,7 @@ import torch
 
 from cogtune.configuration.shapes import IGNORED_LABEL
 from cogtune.errors import InputError
+from cogtune.language import tr
 from cogtune.model.attention import row_mask
 from cogtune.model.routing import GPU_COLUMNS, Routing
 from cogtune.processing.encode import Encoder
@@ -83,9 +84,13 @@ def score_choices(
             row.add(prompt, [*encoder.answer_ids(choice), encoder.eos_id], labelled=True)
     if len(row.ids) > model.config.most_tokens:
         raise InputError(
-            f"{len(questions)} questions with all their choices take {len(row.ids)} tokens; "
-            f"{model.config.most_tokens} fit",
-            hint="ask fewer at once",
+            tr(
+                "{count} questions with all their choices take {tokens} tokens; {most} fit",
+                count=len(questions),
+                tokens=len(row.ids),
+                most=model.config.most_tokens,
+            ),
+            hint=tr("ask fewer at once"),
             code="question-too-long",
         )
     found = iter(_label_log_probabilities(model, row, image_features).split(row.label_counts))
@@ -97,9 +102,11 @@ def score_choices(
 
 def _check(question: ClosedQuestion) -> None:
     if not question.choices:
-        raise InputError(f"the question {question.query!r} has no choices", hint="give at least one")
+        raise InputError(
+            tr("the question {query!r} has no choices", query=question.query), hint=tr("give at least one")
+        )
     if len(set(question.choices)) < len(question.choices):
-        raise InputError(f"the question {question.query!r} has the same choice twice")
+        raise InputError(tr("the question {query!r} has the same choice twice", query=question.query))
 
 
 class _Row:

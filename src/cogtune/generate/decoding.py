@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 from cogtune.configuration.answer_config import GenerateSection
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.errors import ConfigError
+from cogtune.language import tr
 
 LIBRARY_TOP_K = 50
 """transformers' default ``top_k``, for a sampling checkpoint that names none (as the published one)."""
@@ -28,14 +29,21 @@ class Decoding:
     def __post_init__(self) -> None:
         """Check the values. Raises ConfigError with the flag's name."""
         checks = {
-            "--max-new-tokens": (self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
-            "--temperature": (self.temperature, self.temperature > 0, "above 0; for the likeliest token use --greedy"),
-            "--top-p": (self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
-            "--top-k": (self.top_k, self.top_k >= 0, "at least 0 (0: no limit)"),
+            "--max-new-tokens": (self.max_new_tokens, self.max_new_tokens >= 1, tr("at least 1")),
+            "--temperature": (
+                self.temperature,
+                self.temperature > 0,
+                tr("above 0; for the likeliest token use --greedy"),
+            ),
+            "--top-p": (self.top_p, 0 < self.top_p <= 1, tr("above 0 and at most 1")),
+            "--top-k": (self.top_k, self.top_k >= 0, tr("at least 0 (0: no limit)")),
         }
         for flag, (value, good, wanted) in checks.items():
             if not good:
-                raise ConfigError(f"{flag} is {value}; it has to be {wanted}", code="config-value")
+                raise ConfigError(
+                    tr("{flag} is {value}; it has to be {wanted}", flag=flag, value=value, wanted=wanted),
+                    code="config-value",
+                )
 
     @classmethod
     def from_section(
@@ -83,7 +91,9 @@ class Decoding:
         given = {name: value for name, value in typed.items() if value is not None}
         if greedy and given:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise ConfigError(f"--greedy takes the likeliest token, {flags} draw one", hint="keep one of the two")
+            raise ConfigError(
+                tr("--greedy takes the likeliest token, {flags} draw one", flags=flags), hint=tr("keep one of the two")
+            )
         if greedy:
             return Decoding(self.max_new_tokens)
         return Decoding(**{**asdict(self), "sample": self.sample or bool(given), **given})

@@ -25,6 +25,7 @@ from cogtune.generate.choices import ChoiceScores, ClosedQuestion, score_choices
 from cogtune.generate.decode_steps import DecodeSteps
 from cogtune.generate.picture_cache import PictureCache, image_digest
 from cogtune.generate.requests import AnswerText, Listener, Pending, Request
+from cogtune.language import tr
 from cogtune.model.decode import prefill
 from cogtune.model.routing import row_positions
 from cogtune.model.slots import Prefix, SlotCache, SlotView
@@ -117,14 +118,25 @@ class InferenceEngine:
         length = len(request.encoded)
         if length + request.decoding.max_new_tokens > self.columns:
             raise InputError(
-                f"the prompt has {length} tokens; with an answer of up to {request.decoding.max_new_tokens} that is "
-                f"more than the {self.columns} there is room for",
-                hint="shorten the question or its history, or lower --max-new-tokens",
+                tr(
+                    "the prompt has {length} tokens; with an answer of up to {max_new_tokens} that is more"
+                    " than the {columns} there is room for",
+                    length=length,
+                    max_new_tokens=request.decoding.max_new_tokens,
+                    columns=self.columns,
+                ),
+                hint=tr("shorten the question or its history, or lower --max-new-tokens"),
                 code="question-too-long",
             )
         places = sum(request.encoded.token_type_ids) // self.model.config.num_image_tokens
         if places != len(request.images):
-            raise InputError(f"the prompt has places for {places} images, {len(request.images)} are given")
+            raise InputError(
+                tr(
+                    "the prompt has places for {places} images, {images} are given",
+                    places=places,
+                    images=len(request.images),
+                )
+            )
         if request.image_keys is None:
             # here, not in the thread that keeps the device busy
             request = replace(request, image_keys=tuple(image_digest(image) for image in request.images))
@@ -169,7 +181,7 @@ class InferenceEngine:
         The thread ends when it was idle for a while, so that an engine without references frees its memory.
         """
         if self._closing:
-            raise RunError("the engine is closed: it takes no more questions", code="engine-closed")
+            raise RunError(tr("the engine is closed: it takes no more questions"), code="engine-closed")
         queue.append(item)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="cogtune-engine", daemon=True)
@@ -389,7 +401,7 @@ def _default_budget(device: torch.device) -> int:
 def _explained(error: BaseException, rows: int) -> BaseException:
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return OutOfMemoryError(
-            f"out of memory while answering {rows} question{'s' if rows > 1 else ''} at once",
-            hint="try fewer --slots, or weights in fewer bits: --quant.experts nf4 --quant.tower nf4",
+            tr("out of memory while answering {rows} question{s} at once", rows=rows, s="s" if rows > 1 else ""),
+            hint=tr("try fewer --slots, or weights in fewer bits: --quant.experts nf4 --quant.tower nf4"),
         )
     return error

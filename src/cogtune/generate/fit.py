@@ -10,6 +10,7 @@ import torch
 
 from cogtune.configuration.quantization import QuantSection
 from cogtune.errors import OutOfMemoryError
+from cogtune.language import tr
 from cogtune.plan.inference import answer
 from cogtune.plan.memory import FLOAT32, outside
 from cogtune.plan.setting import Setting
@@ -52,10 +53,17 @@ def fit(
         found, changed = found.changed(**{name: value}), [*changed, f"quant.{name} {value}"]
         size = needed(sizes, found, dtype, adapter, rows)
         if size <= free:
-            told = f"{format_size(plain)} would be needed and {format_size(free)} are free"
-            return found, [f"{told}: taking {', '.join(changed)}, which needs {format_size(size)}"]
-    told = f"{format_size(plain)} are planned for, and {format_size(free)} are free"
-    return quant, [f"warning: {told}; it may not fit: {spare(quant)}"]
+            told = tr("{plain} would be needed and {free} are free", plain=format_size(plain), free=format_size(free))
+            return found, [
+                tr(
+                    "{told}: taking {changed}, which needs {size}",
+                    told=told,
+                    changed=", ".join(changed),
+                    size=format_size(size),
+                )
+            ]
+    told = tr("{plain} are planned for, and {free} are free", plain=format_size(plain), free=format_size(free))
+    return quant, [tr("warning: {told}; it may not fit: {spare}", told=told, spare=spare(quant))]
 
 
 def able(quant: QuantSection, gpu: Gpu | None, given: Collection[str]) -> tuple[QuantSection, list[str]]:
@@ -66,17 +74,19 @@ def able(quant: QuantSection, gpu: Gpu | None, given: Collection[str]) -> tuple[
     if not names:
         return quant, []
     taken = ", ".join(f"quant.{name} int8" for name in names)
-    return quant.changed(**dict.fromkeys(names, "int8")), [f"{gpu.described()} does not compute in fp8: taking {taken}"]
+    return quant.changed(**dict.fromkeys(names, "int8")), [
+        tr("{described} does not compute in fp8: taking {taken}", described=gpu.described(), taken=taken)
+    ]
 
 
 def spare(quant: QuantSection) -> str:
     """Return the flags that make the model smaller than ``quant`` does, for a hint."""
     flags = [f"--quant.{name} {value}" for name, value in _LEANER[:2] if getattr(quant, name) != value]
     if not flags and quant.embedding != "host":
-        flags = ["--quant.embedding host"]
+        flags = [tr("--quant.embedding host")]
     if flags:
         return f"try {' '.join(flags)}"
-    return "let layers wait in host memory (--device cuda:0,cpu), or take a card with more memory"
+    return tr("let layers wait in host memory (--device cuda:0,cpu), or take a card with more memory")
 
 
 def parameters(shapes: dict[str, list[int]]) -> int:
@@ -96,6 +106,10 @@ def explained_loading(model: str, device: torch.device, quant: QuantSection) -> 
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        place = f"the GPU ({device})" if device.type == "cuda" else "this machine"
-        hint = spare(quant) if device.type == "cuda" else f"try --model.dtype bfloat16; or {spare(quant)}"
-        raise OutOfMemoryError(f"out of memory on {place} while loading {model}", hint=hint) from error
+        place = f"the GPU ({device})" if device.type == "cuda" else tr("this machine")
+        hint = (
+            spare(quant) if device.type == "cuda" else tr("try --model.dtype bfloat16; or {spare}", spare=spare(quant))
+        )
+        raise OutOfMemoryError(
+            tr("out of memory on {place} while loading {model}", place=place, model=model), hint=hint
+        ) from error

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.data.budget import longest_history
 from cogtune.errors import DataError
+from cogtune.language import tr
 from cogtune.processing.encode import Encoder
 
 Turns = Sequence[tuple[str, str]]
@@ -44,8 +45,8 @@ def fit_history(
             break
     if len(ids) > limit:
         raise DataError(
-            f"the question has {len(ids)} tokens; {limit} fit",
-            hint="shorten it, or raise --max-input-len or lower --max-new-tokens",
+            tr("the question has {ids} tokens; {limit} fit", ids=len(ids), limit=limit),
+            hint=tr("shorten it, or raise --max-input-len or lower --max-new-tokens"),
             code="question-too-long",
         )
     return turns[first:], first

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cogtune.errors import InputError
+from cogtune.language import tr
 from cogtune.system import files
 
 
@@ -57,17 +58,21 @@ def read_last_run() -> LastRun:
     Raises:
         InputError: there was none, or its adapter is gone.
     """
-    hint = "train first, or give --adapter DIR (and --model BASE)"
+    hint = tr("train first, or give --adapter DIR (and --model BASE)")
     path = state_file()
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         run = LastRun(**{key: values[key] for key in LastRun.__dataclass_fields__ if key in values})
     except FileNotFoundError:
-        raise InputError("no finished training is remembered", hint=hint, code="no-last-run") from None
+        raise InputError(tr("no finished training is remembered"), hint=hint, code="no-last-run") from None
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}", hint=hint, code="no-last-run") from error
+        raise InputError(
+            tr("{path}: cannot be read: {error}", path=path, error=error), hint=hint, code="no-last-run"
+        ) from error
     if not Path(run.adapter).is_dir():
         raise InputError(
-            f"{run.adapter}: the last training's adapter is not there any more", hint=hint, code="no-last-run"
+            tr("{adapter}: the last training's adapter is not there any more", adapter=run.adapter),
+            hint=hint,
+            code="no-last-run",
         )
     return run

@@ -28,6 +28,7 @@ from cogtune.generate.fit import able, explained_loading, fit, free_memory, para
 from cogtune.generate.generator import Generator
 from cogtune.generate.tensor_parallel import LockstepGenerator, check_launched, start
 from cogtune.generate.transformers_generator import TransformersGenerator
+from cogtune.language import tr
 from cogtune.model.device_map import DeviceMap, plan_device_map
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.tensor_parallel import SplitModel, check_sizes
@@ -111,8 +112,8 @@ def load_generator(
     for key in explicit_values(config):
         if not key.startswith(GENERATOR_KEYS):
             raise ConfigError(
-                f"{key} means nothing to a generator",
-                hint=f"it takes keys that begin with {', '.join(GENERATOR_KEYS)}",
+                tr("{key} means nothing to a generator", key=key),
+                hint=tr("it takes keys that begin with {generator_keys}", generator_keys=", ".join(GENERATOR_KEYS)),
                 code="config-unknown-key",
             )
     return load_resolved(resolve(config), progress)
@@ -130,7 +131,9 @@ def resolve(config: AnswerConfig) -> Resolved:
     model = config.model.path
     if model is None:
         if adapter is None:
-            raise ConfigError("no model given", hint="give --model BASE, --adapter DIR, or both", code="config-missing")
+            raise ConfigError(
+                tr("no model given"), hint=tr("give --model BASE, --adapter DIR, or both"), code="config-missing"
+            )
         model = find_base(adapter)
     tensor, name = config.parallel.tensor, config.generate.device
     given = frozenset(explicit_values(config))
@@ -141,8 +144,8 @@ def resolve(config: AnswerConfig) -> Resolved:
     device, *others = choose_devices(name)
     if tensor > 1 and others:
         raise ConfigError(
-            f"--device {name} spreads whole layers, --parallel.tensor divides each",
-            hint="leave one of the two out",
+            tr("--device {name} spreads whole layers, --parallel.tensor divides each", name=name),
+            hint=tr("leave one of the two out"),
             code="config-combination",
         )
     if tensor > 1:
@@ -206,7 +209,7 @@ def load_resolved(choice: Resolved, progress: Callable[[str], None] = lambda lin
             progress(device_map.describe())
             device_map.connect(model)
         if choice.adapter is not None:
-            progress(f"with the adapter in {choice.adapter}")
+            progress(tr("with the adapter in {adapter}", adapter=choice.adapter))
             model = load_adapter(model, choice.adapter)
         kind = Generator if device_map is None else TransformersGenerator
         return kind(model, processor, **_ways(choice))
@@ -255,7 +258,7 @@ def _load_part(choice: Resolved, group: TensorGroup, progress: Callable[[str], N
     with explained_loading(choice.model, choice.device, choice.config.quant):
         model = _load_base(choice, split)
     if choice.adapter is not None:
-        progress(f"with the adapter in {choice.adapter}")
+        progress(tr("with the adapter in {adapter}", adapter=choice.adapter))
         model = load_adapter(model, choice.adapter, building=split.whole_sizes(model))
         split_adapter(model, split)
     else:
@@ -298,8 +301,8 @@ def choose_devices(name: str) -> list[torch.device]:
         cards = [torch.device("cuda", device.index or 0) for device in devices if device.type == "cuda"]
         if not cards or len(set(cards)) < len(cards) or any(d.type != "cuda" for d in devices[:-1]):
             raise ConfigError(
-                f"--device {name}: several devices are different GPUs, and behind them cpu or nothing",
-                hint="for example cuda:0,cuda:1 or cuda:0,cpu",
+                tr("--device {name}: several devices are different GPUs, and behind them cpu or nothing", name=name),
+                hint=tr("for example cuda:0,cuda:1 or cuda:0,cpu"),
                 code="config-value",
             )
         return [*cards, *devices[len(cards) :]]
@@ -318,12 +321,17 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        hint = "it is auto, cpu, cuda or cuda:N"
-        raise ConfigError(f"--device {name}: not a device", hint=hint, code="config-value") from error
+        hint = tr("it is auto, cpu, cuda or cuda:N")
+        raise ConfigError(tr("--device {name}: not a device", name=name), hint=hint, code="config-value") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise SetupError(
-            f"--device {name}: {torch.cuda.device_count()} GPUs are visible to PyTorch {torch.__version__}",
-            hint="use --device cpu, or install PyTorch for your GPU",
+            tr(
+                "--device {name}: {device_count} GPUs are visible to PyTorch {version}",
+                name=name,
+                device_count=torch.cuda.device_count(),
+                version=torch.__version__,
+            ),
+            hint=tr("use --device cpu, or install PyTorch for your GPU"),
             code="no-device",
         )
     return device

@@ -21,6 +21,7 @@ from cogtune.generate.generator import Ask, Generator
 from cogtune.generate.history import fit_history, prompt_limit
 from cogtune.generate.predictions_file import PredictionFile
 from cogtune.generate.stream import Answer
+from cogtune.language import tr
 from cogtune.processing.image import read_image
 
 OnProgress = Callable[[int, int], None]
@@ -55,13 +56,15 @@ class PredictReport:
 
     def lines(self) -> list[str]:
         """Return a few sentences for the console."""
-        lines = [f"{self.answered} of {self.questions} questions answered"]
+        lines = [tr("{answered} of {questions} questions answered", answered=self.answered, questions=self.questions)]
         if self.earlier:
-            lines[0] += f", and {self.earlier} by an earlier run"
+            lines[0] += tr(", and {earlier} by an earlier run", earlier=self.earlier)
         if self.trimmed:
-            lines.append(f"{self.trimmed} asked without their oldest turns: the whole history did not fit")
+            lines.append(
+                tr("{trimmed} asked without their oldest turns: the whole history did not fit", trimmed=self.trimmed)
+            )
         if self.skipped:
-            lines.append(f"{self.skipped} left out:")
+            lines.append(tr("{skipped} left out:", skipped=self.skipped))
             lines += [f"  {example}" for example in self.skipped_examples]
         return lines
 
@@ -201,7 +204,7 @@ class Predictor:
     def _skip(self, place: int, error: DataError) -> None:
         """Count a question that cannot be asked, and later turns that depend on it; or raise."""
         if self.data.on_bad == "error":
-            hint = f"{error.hint}; or leave it out with --data.on_bad skip"
+            hint = tr("{hint}; or leave it out with --data.on_bad skip", hint=error.hint)
             raise DataError(error.message, hint=hint, code=error.code) from error
         self.bad.add(place)
         if self.options.own_history:
@@ -213,9 +216,15 @@ class Predictor:
         allowed = self.data.max_bad_share * len(self.questions)
         if len(self.bad) > allowed:
             raise DataError(
-                f"{len(self.bad)} of {len(self.questions)} questions cannot be asked "
-                f"(data.max_bad_share allows {self.data.max_bad_share:g}); the last: {error.message}",
-                hint="repair the data, or raise --data.max_bad_share",
+                tr(
+                    "{bad} of {questions} questions cannot be asked (data.max_bad_share allows"
+                    " {max_bad_share:g}); the last: {message}",
+                    bad=len(self.bad),
+                    questions=len(self.questions),
+                    max_bad_share=self.data.max_bad_share,
+                    message=error.message,
+                ),
+                hint=tr("repair the data, or raise --data.max_bad_share"),
                 code="data-bad-share",
             ) from error
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,16 +17,12 @@ from typing import Any, BinaryIO
 
 from cogtune.data.records import Question
 from cogtune.errors import OutputFolderError
+from cogtune.language import phrase, tr
 from cogtune.system import files
 from cogtune.system.file_errors import explained
 from cogtune.system.locks import Lock
 
-_SAFE: Any = {
-    "kept": "every answer before is in the file",
-    "then": "then run the same command again: it continues",
-    "late": True,
-}
-_ELSE = "give another --output, or remove this file and its .meta.json to start over"
+_ELSE = phrase("give another --output, or remove this file and its .meta.json to start over")
 
 
 def record(question: Question, answer: str) -> dict[str, Any]:
@@ -72,7 +69,9 @@ class PredictionFile:
         """The first position after the file's last line."""
         self._stream: BinaryIO | None = None
         if path.exists() and not path.is_file():
-            raise OutputFolderError(f"{path}: not a file", hint="--output names the .jsonl file to write")
+            raise OutputFolderError(
+                tr("{path}: not a file", path=path), hint=tr("--output names the .jsonl file to write")
+            )
         with explained(path):
             if path.is_file() and path.stat().st_size:
                 self._check_meta(self._read_meta())
@@ -104,7 +103,7 @@ class PredictionFile:
             self._lock.require()
         line = json.dumps(record(question, answer), ensure_ascii=False).encode() + b"\n"
         size = os.fstat(self._stream.fileno()).st_size
-        with explained(self.path, **_SAFE):
+        with _explained(self.path):
             try:
                 written = 0
                 while written < len(line):
@@ -117,13 +116,13 @@ class PredictionFile:
         """Save computed answers that wait for an earlier question in the sidecar, for the next run."""
         later = {str(place): answer for place, answer in answers.items()}
         meta = {"decides": self.settings.decides, "made_with": self.settings.shown, "pending": later}
-        with explained(self.meta, **_SAFE):
+        with _explained(self.meta):
             files.write_json(self.meta, meta, durable=True)
 
     def finish(self) -> None:
         """Flush everything to disk."""
         assert self._stream is not None
-        with explained(self.path, **_SAFE):
+        with _explained(self.path):
             os.fsync(self._stream.fileno())
 
     def _read_meta(self) -> tuple[dict[str, Any], dict[int, str]]:
@@ -134,10 +133,15 @@ class PredictionFile:
             return dict(meta["decides"]), pending
         except FileNotFoundError:
             raise OutputFolderError(
-                f"{self.path}: exists, and {self.meta.name}, which says what made it, does not", hint=_ELSE
+                tr(
+                    "{path}: exists, and {name}, which says what made it, does not", path=self.path, name=self.meta.name
+                ),
+                hint=tr(_ELSE),
             ) from None
         except (ValueError, KeyError, TypeError) as error:
-            raise OutputFolderError(f"{self.meta}: cannot be read: {error}", hint=_ELSE) from error
+            raise OutputFolderError(
+                tr("{meta}: cannot be read: {error}", meta=self.meta, error=error), hint=tr(_ELSE)
+            ) from error
 
     def _check_meta(self, meta: tuple[dict[str, Any], dict[int, str]]) -> None:
         stored, pending = meta
@@ -148,7 +152,9 @@ class PredictionFile:
             if stored.get(key) != now.get(key)
         ]
         if lines:
-            raise OutputFolderError(f"{self.path}: was made with other settings:\n  " + "\n  ".join(lines), hint=_ELSE)
+            raise OutputFolderError(
+                tr("{path}: was made with other settings:\n  ", path=self.path) + "\n  ".join(lines), hint=tr(_ELSE)
+            )
         self.pending = pending
 
     def _read_lines(self, questions: Sequence[Question]) -> None:
@@ -163,13 +169,21 @@ class PredictionFile:
                 answer = str(found["answer"])
             except (ValueError, KeyError, TypeError) as error:
                 raise OutputFolderError(
-                    f"{self.path}:{number}: not a prediction record: {error}", hint=_ELSE
+                    tr("{path}:{number}: not a prediction record: {error}", path=self.path, number=number, error=error),
+                    hint=tr(_ELSE),
                 ) from error
             while place < len(questions) and key != _key(questions[place]):
                 place += 1
             if place == len(questions):
                 raise OutputFolderError(
-                    f"{self.path}:{number}: {key[0]!r}, turn {key[1]}, is not where the data has it", hint=_ELSE
+                    tr(
+                        "{path}:{number}: {id!r}, turn {turn}, is not where the data has it",
+                        path=self.path,
+                        number=number,
+                        id=key[0],
+                        turn=key[1],
+                    ),
+                    hint=tr(_ELSE),
                 )
             self.done[place] = answer
             place += 1
@@ -186,3 +200,9 @@ def _shown(value: Any) -> str:
     """Shorten digests to a dozen characters for a message; they are only compared."""
     text = value if isinstance(value, str) else json.dumps(value)
     return f"{text[:12]}..." if len(text) == 64 and set(text) <= set("0123456789abcdef") else text
+
+
+def _explained(path: Path) -> AbstractContextManager[None]:
+    """Turn an error of writing ``path`` into one that says what is safe and how to go on."""
+    kept, then = tr("every answer before is in the file"), tr("then run the same command again: it continues")
+    return explained(path, kept=kept, then=then, late=True)

@@ -20,6 +20,7 @@ from cogtune.distributed.group import TensorGroup, connect
 from cogtune.errors import ConfigError
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.transformers_generator import TransformersGenerator
+from cogtune.language import tr
 
 _PATIENCE = timedelta(days=7)  # a chat waits for its user
 
@@ -31,13 +32,21 @@ def check_launched(size: int) -> None:
         return
     if size == 1:
         raise ConfigError(
-            f"a launcher started {found} processes, but answering takes one",
-            hint=f"start without the launcher, or let the processes hold one model together: --parallel.tensor {found}",
+            tr("a launcher started {found} processes, but answering takes one", found=found),
+            hint=tr(
+                "start without the launcher, or let the processes hold one model together: --parallel.tensor {found}",
+                found=found,
+            ),
             code="config-value",
         )
     raise ConfigError(
-        f"--parallel.tensor is {size}, but {found} process{'es run' if found > 1 else ' runs'}",
-        hint=f"torchrun --standalone --nproc-per-node {size} -m cogtune ... --parallel.tensor {size}",
+        tr(
+            "--parallel.tensor is {size}, but {found} process{value}",
+            size=size,
+            found=found,
+            value=tr("es run") if found > 1 else " runs",
+        ),
+        hint=tr("torchrun --standalone --nproc-per-node {size} -m cogtune ... --parallel.tensor {size}", size=size),
         code="config-value",
     )
 

@@ -19,6 +19,7 @@ from cogtune.generate.decoding import Decoding
 from cogtune.generate.generator import GREEDY, Ask, Generator, Images
 from cogtune.generate.history import Turns
 from cogtune.generate.stream import Answer, StreamedAnswer, TextPieces
+from cogtune.language import tr
 
 
 class TransformersGenerator(Generator):
@@ -87,8 +88,8 @@ class TransformersGenerator(Generator):
             SetupError: always.
         """
         raise SetupError(
-            "closed questions are answered by a model on one device",
-            hint="leave out --parallel.tensor and name one --device",
+            tr("closed questions are answered by a model on one device"),
+            hint=tr("leave out --parallel.tensor and name one --device"),
             code="config-combination",
         )
 
@@ -211,6 +212,9 @@ def _explained_out_of_memory(rows: int) -> Iterator[None]:
     except torch.cuda.OutOfMemoryError as error:
         smaller = f"--batch-size {max(rows // 2, 1)}, " if rows > 1 else ""
         raise OutOfMemoryError(
-            f"out of memory while answering {rows} question{'s' if rows > 1 else ''} at once",
-            hint=f"try {smaller}--quant.experts nf4 --quant.tower nf4, fewer --max-new-tokens, or another --device",
+            tr("out of memory while answering {rows} question{s} at once", rows=rows, s="s" if rows > 1 else ""),
+            hint=tr(
+                "try {smaller}--quant.experts nf4 --quant.tower nf4, fewer --max-new-tokens, or another --device",
+                smaller=smaller,
+            ),
         ) from error

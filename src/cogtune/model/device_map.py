@@ -18,6 +18,7 @@ from torch import nn
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.configuration.quantization import QuantSection
 from cogtune.errors import SetupError
+from cogtune.language import tr
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.routing import Routing
 
@@ -64,11 +65,11 @@ class DeviceMap:
         """Return a one-line description for the user."""
         counts: dict[str, int] = {}
         for index, device in enumerate(self.layers):
-            place = f"host memory, computed on {device}" if index in self.waiting else str(device)
+            place = tr("host memory, computed on {device}", device=device) if index in self.waiting else str(device)
             counts[place] = counts.get(place, 0) + 1
         parts = ", ".join(f"{count} on {place}" if "host" not in place else f"{count} in {place}"
                           for place, count in counts.items())  # fmt: skip
-        return f"decoder layers: {parts}; the rest on {self.first}"
+        return tr("decoder layers: {parts}; the rest on {first}", parts=parts, first=self.first)
 
 
 def plan_device_map(
@@ -90,11 +91,16 @@ def plan_device_map(
         SetupError: the devices cannot hold the model, or quantised layers would have to be offloaded.
     """
     if quantization.embedding == "host" or (host and quantization.experts != "none"):
-        what = "quant.embedding host" if quantization.embedding == "host" else f"quant.experts {quantization.experts}"
+        what = (
+            tr("quant.embedding host") if quantization.embedding == "host" else f"quant.experts {quantization.experts}"
+        )
         raise SetupError(
-            f"{what} does not go with these devices: layers wait in host memory only in the model's own number format, "
-            "and the embedding belongs to the first of several devices",
-            hint="leave it out, or use one device",
+            tr(
+                "{what} does not go with these devices: layers wait in host memory only in the model's"
+                " own number format, and the embedding belongs to the first of several devices",
+                what=what,
+            ),
+            hint=tr("leave it out, or use one device"),
             code="config-combination",
         )
     with torch.device("meta"):
@@ -130,7 +136,9 @@ def place_layers(
     room[0] -= rest
     if room[0] < 0:
         raise _too_small(
-            sum(sizes.values()), free, f"what is not decoder layers takes {rest / GIB:.1f} GiB of the first"
+            sum(sizes.values()),
+            free,
+            tr("what is not decoder layers takes {rest:.1f} GiB of the first", rest=rest / GIB),
         )
     if host:
         room[-1] -= max(each)  # room for the offloaded layer that computes
@@ -142,7 +150,9 @@ def place_layers(
             place += 1
         if place == len(free):
             if not host:
-                raise _too_small(sum(sizes.values()), free, f"decoder layers from {index} on fit nowhere")
+                raise _too_small(
+                    sum(sizes.values()), free, tr("decoder layers from {index} on fit nowhere", index=index)
+                )
             waiting.add(index)
             layers.append(free[-1][0])
             continue
@@ -152,10 +162,21 @@ def place_layers(
 
 
 def _too_small(total: int, free: Sequence[tuple[torch.device, int]], why: str) -> SetupError:
-    there = ", ".join(f"{device} has {available / GIB:.1f} GiB free" for device, available in free)
+    there = ", ".join(
+        tr("{device} has {available:.1f} GiB free", device=device, available=available / GIB)
+        for device, available in free
+    )
     return SetupError(
-        f"the model takes {total / GIB:.1f} GiB and {RESERVE / GIB:.0f} GiB more on each device; {there}: {why}",
-        hint="add a device, let layers wait in host memory (--device ...,cpu), or use fewer bits (--quant.experts nf4)",
+        tr(
+            "the model takes {total:.1f} GiB and {reserve:.0f} GiB more on each device; {there}: {why}",
+            total=total / GIB,
+            reserve=RESERVE / GIB,
+            there=there,
+            why=why,
+        ),
+        hint=tr(
+            "add a device, let layers wait in host memory (--device ...,cpu), or use fewer bits (--quant.experts nf4)"
+        ),
         code="spread-too-small",
     )
 

@@ -11,6 +11,7 @@ from transformers import initialization as init
 
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.errors import CheckpointError
+from cogtune.language import tr
 from cogtune.model.rope import RotaryEmbedding, inverse_frequencies
 
 PUBLISHED_SHARD_SIZE = "5GB"
@@ -81,8 +82,12 @@ class CogVLM2PreTrainedModel(PreTrainedModel):
         different = [name for name, tensor in copies.items() if not torch.equal(tensor.cpu(), tensors[0].cpu())]
         if different:
             raise CheckpointError(
-                f"{different[0]}.inv_freq differs from {next(iter(copies))}.inv_freq; all layers share one table",
-                hint="the checkpoint is damaged or was edited; fetch it again",
+                tr(
+                    "{different}.inv_freq differs from {next}.inv_freq; all layers share one table",
+                    different=different[0],
+                    next=next(iter(copies)),
+                ),
+                hint=tr("the checkpoint is damaged or was edited; fetch it again"),
                 code="checkpoint-rotary",
             )
         decoder: Any = getattr(self, self.base_model_prefix, self)
@@ -97,19 +102,24 @@ class CogVLM2PreTrainedModel(PreTrainedModel):
 def require_exact(where: str, info: dict[str, Any]) -> None:
     """Raise CheckpointError if a loading report, in transformers' form, lists tensors that do not fit."""
     problems = []
-    for kind, keys in (("missing", info["missing_keys"]), ("left over", info["unexpected_keys"])):
+    for kind, keys in (("missing", info["missing_keys"]), (tr("left over"), info["unexpected_keys"])):
         if keys:
             problems.append(f"{len(keys)} {kind}: {_some(sorted(keys))}")
     mismatched = sorted(info["mismatched_keys"])
     if mismatched:
-        described = [f"{name} has shape {list(found)}, expected {list(wanted)}" for name, found, wanted in mismatched]
-        problems.append(f"{len(mismatched)} of the wrong shape: {_some(described)}")
+        described = [
+            tr("{name} has shape {found}, expected {wanted}", name=name, found=list(found), wanted=list(wanted))
+            for name, found, wanted in mismatched
+        ]
+        problems.append(
+            tr("{mismatched} of the wrong shape: {some}", mismatched=len(mismatched), some=_some(described))
+        )
     if info.get("error_msgs"):
         problems.append(_some([str(message) for message in info["error_msgs"]]))
     if problems:
         raise CheckpointError(
-            f"{where}: the tensors do not fit the model; " + "; ".join(problems),
-            hint="check that config.json belongs to these shards and that every shard is complete",
+            tr("{where}: the tensors do not fit the model; ", where=where) + "; ".join(problems),
+            hint=tr("check that config.json belongs to these shards and that every shard is complete"),
             code="checkpoint-tensors",
         )
 

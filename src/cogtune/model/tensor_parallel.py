@@ -26,6 +26,7 @@ from cogtune.configuration.model import CogVLM2Config, CogVLM2VisionConfig
 from cogtune.distributed.group import TensorGroup
 from cogtune.distributed.shards import note_whole_numel
 from cogtune.errors import ConfigError
+from cogtune.language import tr
 from cogtune.model.attention import ExpertAttention
 from cogtune.model.modeling import ExpertMLP
 from cogtune.model.vision import GLUAdapter, VisionAttention, VisionMLP
@@ -157,9 +158,17 @@ def check_sizes(config: CogVLM2Config, size: int) -> None:
         if size > MOST_RANKS or count % size:
             possible = [n for n in range(1, MOST_RANKS + 1) if not any(value % n for value in counts.values())]
             raise ConfigError(
-                f"parallel.tensor is {size}, but this model's {count} {what} cannot be split over {size} ranks",
-                hint=f"this model can be split over {' or '.join(map(str, possible))}; more ranks work on other rows "
-                "(data parallel), or parallel.engine fsdp2 spreads the weights over any number",
+                tr(
+                    "parallel.tensor is {size}, but this model's {count} {what} cannot be split over {size} ranks",
+                    size=size,
+                    count=count,
+                    what=what,
+                ),
+                hint=tr(
+                    "this model can be split over {str}; more ranks work on other rows (data parallel), or"
+                    " parallel.engine fsdp2 spreads the weights over any number",
+                    str=" or ".join(map(str, possible)),
+                ),
                 code="config-value",
             )
 

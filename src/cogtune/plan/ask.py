@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import ConfigError
+from cogtune.language import tr
 from cogtune.plan.cards import Card, find_card
 from cogtune.plan.data_rows import TYPICAL, read_rows
 from cogtune.plan.local_cards import local_cards
@@ -51,7 +52,7 @@ def plan(
         DataError, CheckpointError, AdapterError: the data, the model or a LoRA target does not exist.
     """
     if cards < 1:
-        raise ConfigError(f"cards: found {cards}, expected at least 1", code="config-value")
+        raise ConfigError(tr("cards: found {cards}, expected at least 1", cards=cards), code="config-value")
     known = "data.path" not in placeholders
     rows = read_rows(config, ModelSizes.from_folder(config.model.path)) if known else TYPICAL
     found = make_plan(config, choose_card(card, cards), rows, cards=cards, placeholders=placeholders, price=price)

@@ -10,6 +10,7 @@ import difflib
 from dataclasses import dataclass, replace
 
 from cogtune.errors import ConfigError
+from cogtune.language import tr
 from cogtune.system.byte_sizes import GIB, MIB, format_size, parse_size
 from cogtune.system.gpu import Gpu
 
@@ -106,10 +107,12 @@ def find_card(text: str) -> Card:
             return max(hits, key=lambda card: card.memory)
     near_names = difflib.get_close_matches(wanted, [_plain(card.name) for card in CARDS], n=1)
     known = ", ".join(card.name for card in CARDS)
-    hint = next((f"did you mean `{card.name}`?" for card in CARDS if [_plain(card.name)] == near_names), None)
+    hint = next(
+        (tr("did you mean `{name}`?", name=card.name) for card in CARDS if [_plain(card.name)] == near_names), None
+    )
     raise ConfigError(
-        f"--card: `{text}` is neither a known card nor a size",
-        hint=hint or f"give a size such as 24GiB, or one of {known}",
+        tr("--card: `{text}` is neither a known card nor a size", text=text),
+        hint=hint or tr("give a size such as 24GiB, or one of {known}", known=known),
     )
 
 

@@ -17,6 +17,7 @@ from cogtune.configuration.load import explicit_values
 from cogtune.configuration.run_config import DataSection, RunConfig
 from cogtune.data.check import CheckReport
 from cogtune.data.report import many_turned
+from cogtune.language import tr
 from cogtune.plan.plan import Plan
 from cogtune.system.byte_sizes import format_size
 
@@ -60,12 +61,12 @@ def propose(config: RunConfig, placeholders: Mapping[str, str], report: CheckRep
     proposal = Proposal()
     for key, value in explicit_values(config).items():
         proposal.values[key] = value
-        proposal.reasons[key] = "a placeholder: change it" if key in placeholders else "as given"
-    proposal.reasons["data.path"] = "what was looked at"
+        proposal.reasons[key] = tr("a placeholder: change it") if key in placeholders else tr("as given")
+    proposal.reasons["data.path"] = tr("what was looked at")
     if "model.path" in placeholders:
-        proposal.reasons["model.path"] = "the published model; a local folder works as well"
+        proposal.reasons["model.path"] = tr("the published model; a local folder works as well")
     if "train.output" in placeholders:
-        proposal.reasons["train.output"] = "everything the run writes; the same command again continues"
+        proposal.reasons["train.output"] = tr("everything the run writes; the same command again continues")
     proposal.about += _about(report)
     _lengths(proposal, report)
     _orientation(proposal, report)
@@ -76,13 +77,23 @@ def propose(config: RunConfig, placeholders: Mapping[str, str], report: CheckRep
 
 def _about(report: CheckReport) -> Iterator[str]:
     counts = report.counts
-    how = "" if report.exact else " (lengths estimated: no tokenizer was at hand)"
-    yield f"Made for {counts['pictures']} pictures, {report.budget['trained']} trained answers{how}."
+    how = "" if report.exact else tr(" (lengths estimated: no tokenizer was at hand)")
+    yield tr(
+        "Made for {pictures} pictures, {trained} trained answers{how}.",
+        pictures=counts["pictures"],
+        trained=report.budget["trained"],
+        how=how,
+    )
     if report.rows.number:
         mean = report.rows.total / report.rows.number
-        yield f"{report.rows.number} rows of {mean:.0f} tokens on average, {report.rows.most} at most."
+        yield tr(
+            "{number} rows of {mean:.0f} tokens on average, {most} at most.",
+            number=report.rows.number,
+            mean=mean,
+            most=report.rows.most,
+        )
     if report.warnings:
-        yield f"`cogtune data check` has {len(report.warnings)} warnings about this data."
+        yield tr("`cogtune data check` has {warnings} warnings about this data.", warnings=len(report.warnings))
 
 
 def _lengths(proposal: Proposal, report: CheckReport) -> None:
@@ -93,14 +104,23 @@ def _lengths(proposal: Proposal, report: CheckReport) -> None:
         default = DataSection.model_fields[key.removeprefix("data.")].default
         if histogram.most > default:
             value = min(_LONGEST, -(-histogram.most // _ROUND) * _ROUND)
-            proposal.put(key, value, f"the longest {what} has {histogram.most} tokens; {default}, the default, cuts it")
+            proposal.put(
+                key,
+                value,
+                tr(
+                    "the longest {what} has {most} tokens; {default}, the default, cuts it",
+                    what=what,
+                    most=histogram.most,
+                    default=default,
+                ),
+            )
 
 
 def _orientation(proposal: Proposal, report: CheckReport) -> None:
     turned, pictures = report.counts["turned"], report.counts["pictures"]
     if many_turned(turned, pictures):
-        share = f"{turned} of {pictures} pictures are stored turned or mirrored"
-        proposal.put("data.exif", "apply", f"{share}: they are trained as a viewer shows them")
+        share = tr("{turned} of {pictures} pictures are stored turned or mirrored", turned=turned, pictures=pictures)
+        proposal.put("data.exif", "apply", tr("{share}: they are trained as a viewer shows them", share=share))
 
 
 def _validation(proposal: Proposal, report: CheckReport) -> None:
@@ -109,64 +129,92 @@ def _validation(proposal: Proposal, report: CheckReport) -> None:
     pictures = report.counts["train_pictures"] + report.counts["validation_pictures"]
     default = DataSection.model_fields["validation_share"].default
     share = min(_MOST_HELD, max(default, round(_HELD_PICTURES / max(1, pictures), 2)))
-    small = f"{100 * default:g} % would be fewer than {_HELD_PICTURES} pictures, which tell little"
-    reason = "enough for a steady loss" if share == default else small
+    small = tr(
+        "{default:g} % would be fewer than {held_pictures} pictures, which tell little",
+        default=100 * default,
+        held_pictures=_HELD_PICTURES,
+    )
+    reason = tr("enough for a steady loss") if share == default else small
     proposal.put("data.validation_share", share, f"{reason}: about {round(share * pictures)} of {pictures} pictures")
 
 
 def _size(proposal: Proposal, report: CheckReport, cards: int) -> None:
     answers, rows = report.budget["trained"], report.rows.number
     epochs = next((value for limit, value in _EPOCHS if answers <= limit), 1)
-    proposal.put("train.epochs", epochs, f"{answers} answers: the fewer, the more passes; validation says when to stop")
+    proposal.put(
+        "train.epochs",
+        epochs,
+        tr("{answers} answers: the fewer, the more passes; validation says when to stop", answers=answers),
+    )
     rank = next((value for limit, value in _RANKS if answers <= limit), 32)
-    proposal.put("lora.rank", rank, "room in the adapter for this much data; a larger rank on little data overfits")
-    proposal.put("lora.alpha", 2.0 * proposal.values["lora.rank"], "twice the rank keeps the update's scale at 2")
+    proposal.put("lora.rank", rank, tr("room in the adapter for this much data; a larger rank on little data overfits"))
+    proposal.put("lora.alpha", 2.0 * proposal.values["lora.rank"], tr("twice the rank keeps the update's scale at 2"))
     per_step = 1
     while per_step < _MOST_ROWS and 2 * per_step * _STEPS_PER_EPOCH <= rows:
         per_step *= 2
     batch = proposal.values.get("train.batch_size", 1)
-    proposal.put("train.batch_size", 1, "rows at once on a card; a row holds all answers about its picture")
+    proposal.put("train.batch_size", 1, tr("rows at once on a card; a row holds all answers about its picture"))
     accumulation = max(1, per_step // (batch * cards))
     together = batch * cards * accumulation
     steps = -(-rows // together)
-    proposal.put("train.accumulation", accumulation, f"{together} rows per step: {steps} steps an epoch of {rows} rows")
-    proposal.put("train.lr", 1e-4, "the usual highest rate for LoRA at this scale; halve it if the loss jumps")
-    proposal.put("train.warmup_ratio", 0.03, "a short rise, so that the first steps do no harm")
+    proposal.put(
+        "train.accumulation",
+        accumulation,
+        tr(
+            "{together} rows per step: {steps} steps an epoch of {rows} rows", together=together, steps=steps, rows=rows
+        ),
+    )
+    proposal.put("train.lr", 1e-4, tr("the usual highest rate for LoRA at this scale; halve it if the loss jumps"))
+    proposal.put("train.warmup_ratio", 0.03, tr("a short rise, so that the first steps do no harm"))
     total = steps * proposal.values["train.epochs"]
     save = max(_FEWEST_STEPS, total // _CHECKPOINTS)
     proposal.put(
-        "train.save_steps", save, f"about {max(1, total // save)} checkpoints in {total} steps; each validates"
+        "train.save_steps",
+        save,
+        tr(
+            "about {checkpoints} checkpoints in {steps} steps; each validates",
+            checkpoints=max(1, total // save),
+            steps=total,
+        ),
     )
     held = bool(proposal.values.get("data.validation")) or proposal.values.get("data.validation_share", 0) > 0
     if held and proposal.values["train.epochs"] > 1:
-        proposal.put("eval.patience", 3, "stop after three validations without a better loss: the answers are learned")
+        proposal.put(
+            "eval.patience", 3, tr("stop after three validations without a better loss: the answers are learned")
+        )
 
 
 def take_plan(proposal: Proposal, plan: Plan) -> None:
     """Add the values that the planner chose for the card."""
     proposal.about.append(
-        f"Planned for {plan.setting.ranks} x {plan.card.name}: {format_size(plan.memory.driver)} of memory, about"
-        f" {timedelta(seconds=round(plan.seconds))} for the run{' (an estimate)' if plan.estimate else ''}."
+        tr(
+            "Planned for {ranks} x {name}: {driver} of memory, about {time} for the run{value}.",
+            ranks=plan.setting.ranks,
+            name=plan.card.name,
+            driver=format_size(plan.memory.driver),
+            time=timedelta(seconds=round(plan.seconds)),
+            value=tr(" (an estimate)") if plan.estimate else "",
+        )
     )
     proposal.about += plan.warnings
     plain = {"none", "device", "adamw", False}
     reasons = {
-        "quant.experts": "chosen by `cogtune plan`: the weights do not fit in 16 bit",
-        "quant.tower": "chosen by `cogtune plan`: so that the tower fits",
-        "quant.embedding": "chosen by `cogtune plan`: frees memory on the card",
-        "train.optimizer": "chosen by `cogtune plan`: 8-bit moments take less memory",
-        "train.gradient_checkpointing": "chosen by `cogtune plan`: recomputes only as many layers as it has to",
-        "data.cache_features": "chosen by `cogtune plan`: the tower runs once per picture instead of in every step",
-        "parallel.engine": "chosen by `cogtune plan` for these cards",
+        "quant.experts": tr("chosen by `cogtune plan`: the weights do not fit in 16 bit"),
+        "quant.tower": tr("chosen by `cogtune plan`: so that the tower fits"),
+        "quant.embedding": tr("chosen by `cogtune plan`: frees memory on the card"),
+        "train.optimizer": tr("chosen by `cogtune plan`: 8-bit moments take less memory"),
+        "train.gradient_checkpointing": tr("chosen by `cogtune plan`: recomputes only as many layers as it has to"),
+        "data.cache_features": tr("chosen by `cogtune plan`: the tower runs once per picture instead of in every step"),
+        "parallel.engine": tr("chosen by `cogtune plan` for these cards"),
     }
     for key, value in plan.keys.items():
         if value not in plain and key in known_keys():
-            proposal.put(key, value, reasons.get(key, "chosen by `cogtune plan`"))
+            proposal.put(key, value, reasons.get(key, tr("chosen by `cogtune plan`")))
 
 
 def to_yaml(proposal: Proposal, command: str) -> str:
     """Return the commented configuration file."""
-    lines = [f"# Written by `{command}`. Change what you like: every value can stay, none has to."]
+    lines = [tr("# Written by `{command}`. Change what you like: every value can stay, none has to.", command=command)]
     lines += [f"# {line}" for line in proposal.about]
     for section in _SECTIONS:
         keys = [key for key in proposal.values if key.startswith(f"{section}.")]

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from cogtune.errors import SetupError
+from cogtune.language import tr
 from cogtune.plan.cards import Card, named_like
 from cogtune.system.byte_sizes import MIB
 
@@ -24,10 +25,12 @@ def nvidia_smi(arguments: Sequence[str]) -> str:
     """Run ``nvidia-smi``; see `Query`."""
     program = shutil.which("nvidia-smi")
     if program is None:
-        raise OSError("nvidia-smi is not installed")
+        raise OSError(tr("nvidia-smi is not installed"))
     done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=20, check=False)
     if done.returncode:
-        raise OSError((done.stderr or done.stdout).strip() or f"nvidia-smi ended with {done.returncode}")
+        raise OSError(
+            (done.stderr or done.stdout).strip() or tr("nvidia-smi ended with {returncode}", returncode=done.returncode)
+        )
     return done.stdout
 
 
@@ -45,8 +48,8 @@ def local_cards(query: Query = nvidia_smi) -> list[Card]:
         )
     except (OSError, subprocess.SubprocessError) as error:
         raise SetupError(
-            f"--card auto: no NVIDIA card can be asked here: {error}",
-            hint="name the card to plan for: --card 24GiB, --card h100",
+            tr("--card auto: no NVIDIA card can be asked here: {error}", error=error),
+            hint=tr("name the card to plan for: --card 24GiB, --card h100"),
             code="no-card",
         ) from error
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -61,8 +64,8 @@ def local_cards(query: Query = nvidia_smi) -> list[Card]:
         cards.append(replace(card, memory=memory, free=usable, holders=holders))
     if not cards:
         raise SetupError(
-            "--card auto: no NVIDIA card is visible to this process",
-            hint="name the card to plan for: --card 24GiB, --card h100",
+            tr("--card auto: no NVIDIA card is visible to this process"),
+            hint=tr("name the card to plan for: --card 24GiB, --card h100"),
             code="no-card",
         )
     return cards

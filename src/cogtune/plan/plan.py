@@ -13,6 +13,7 @@ from cogtune.configuration.load import explicit_values
 from cogtune.configuration.resolve import float16_warning, resolve_engine
 from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import InputError
+from cogtune.language import tr
 from cogtune.plan.cards import Card
 from cogtune.plan.choose import best, largest_batch, smallest_card
 from cogtune.plan.data_rows import Rows
@@ -189,19 +190,25 @@ def too_small(setting: Setting, card: Card, fixed: Collection[str]) -> PlanError
     """Return the error for a run that does not fit, with the smallest card that would do."""
     needed, able = smallest_card(setting, fixed)
     have = format_size(card.usable)
-    holders = f" (in use: {', '.join(card.holders)})" if card.holders else ""
-    kept = f" with {', '.join(sorted(fixed))} as given" if fixed else ""
-    hint = f"the leanest setting{kept} needs a card of {needed / GIB:.1f} GiB"
-    hint += f": {able.name} is the smallest known here" if able else "; no card known here has that"
+    holders = tr(" (in use: {holders})", holders=", ".join(card.holders)) if card.holders else ""
+    kept = tr(" with {fixed} as given", fixed=", ".join(sorted(fixed))) if fixed else ""
+    hint = tr("the leanest setting{kept} needs a card of {needed:.1f} GiB", kept=kept, needed=needed / GIB)
+    hint += tr(": {name} is the smallest known here", name=able.name) if able else tr("; no card known here has that")
     if setting.ranks == 1:
-        hint += "; or divide the model over several: --cards 2"
+        hint += tr("; or divide the model over several: --cards 2")
     if setting.batch.rows > 1:
-        hint += "; or lower train.batch_size"
+        hint += tr("; or lower train.batch_size")
     if fixed:
-        hint += "; or leave some of these keys to the planner"
+        hint += tr("; or leave some of these keys to the planner")
     return PlanError(
-        f"nothing that may be chosen fits {setting.ranks} x {card.name}: {have} of {format_size(card.memory)} can be"
-        f" used{holders}",
+        tr(
+            "nothing that may be chosen fits {ranks} x {name}: {have} of {memory} can be used{holders}",
+            ranks=setting.ranks,
+            name=card.name,
+            have=have,
+            memory=format_size(card.memory),
+            holders=holders,
+        ),
         hint=hint,
     )
 

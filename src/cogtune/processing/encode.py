@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from cogtune.configuration.shapes import IGNORED_LABEL
 from cogtune.errors import InputError
+from cogtune.language import tr
 from cogtune.processing.prompt import Turns, build_prompt, check_template, image_text
 
 TEXT, IMAGE = 0, 1
@@ -135,8 +136,12 @@ class Encoder:
         if images > self.max_images:
             one = self.max_images == 1
             raise InputError(
-                f"{images} pictures given; CogVLM2 takes {'one' if one else f'at most {self.max_images}'}",
-                hint="pass one picture, or None for none" if one else "pass fewer",
+                tr(
+                    "{images} pictures given; CogVLM2 takes {max_images}",
+                    images=images,
+                    max_images="one" if one else tr("at most {max_images}", max_images=self.max_images),
+                ),
+                hint=tr("pass one picture, or None for none") if one else tr("pass fewer"),
             )
 
     def head_tokens(self, images: int, template: str | None = None) -> int:
@@ -159,7 +164,7 @@ class Encoder:
     def answer_ids(self, answer: str) -> list[int]:
         """Return the tokens of an answer as a target, without EOS: tokenised separately, with no space before it."""
         if not isinstance(answer, str):
-            raise InputError(f"the answer is {type(answer).__name__}, not text")
+            raise InputError(tr("the answer is {name}, not text", name=type(answer).__name__))
         return self._ids(answer)
 
     def _ids(self, text: str) -> list[int]:
@@ -179,7 +184,7 @@ class Encoder:
             if not any("\ud800" <= character <= "\udfff" for character in text):
                 raise
             raise InputError(
-                f"the text {text!a:.80} is not Unicode: it contains half of a surrogate pair",
-                hint="repair the text's encoding; in JSON, an emoji is two \\u escapes, the high half first",
+                tr("the text {text!a:.80} is not Unicode: it contains half of a surrogate pair", text=text),
+                hint=tr("repair the text's encoding; in JSON, an emoji is two \\u escapes, the high half first"),
             ) from error
         return ids

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cogtune.errors import DataError
+from cogtune.language import tr
 from cogtune.processing.picture_formats import known_formats, unknown_picture
 
 if TYPE_CHECKING:
@@ -43,9 +44,13 @@ def read_image(path: str | Path, *, max_pixels: int | None = None, exif: str = "
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path}: no such picture", hint="check the path", code="image-missing")
+        raise DataError(tr("{path}: no such picture", path=path), hint=tr("check the path"), code="image-missing")
     if path.stat().st_size == 0:
-        raise DataError(f"{path}: the picture is empty (0 bytes)", hint="copy or download it again", code="image-empty")
+        raise DataError(
+            tr("{path}: the picture is empty (0 bytes)", path=path),
+            hint=tr("copy or download it again"),
+            code="image-empty",
+        )
     with _open_header(path, max_pixels) as image:
         return to_rgb(image, str(path), exif=exif)
 
@@ -65,8 +70,8 @@ def to_rgb(image: Image.Image, where: str, *, exif: str = "ignore") -> Image.Ima
         raise
     except Exception as error:  # Pillow's decoders raise nearly any exception for damaged data
         raise DataError(
-            f"{where}: the picture is incomplete or damaged ({error})",
-            hint="copy or download it again, or remove it together with its label",
+            tr("{where}: the picture is incomplete or damaged ({error})", where=where, error=error),
+            hint=tr("copy or download it again, or remove it together with its label"),
             code="image-truncated",
         ) from error
 
@@ -110,19 +115,29 @@ def _open_header(path: Path, max_pixels: int | None) -> Image.Image:
     except UnidentifiedImageError as error:
         raise DataError(
             f"{path}: {unknown_picture(path)}",
-            hint=f"check the file, or convert it to one of {', '.join(known_formats())}",
+            hint=tr(
+                "check the file, or convert it to one of {known_formats}", known_formats=", ".join(known_formats())
+            ),
             code="image-unreadable",
         ) from error
     except (OSError, ValueError, SyntaxError, EOFError) as error:  # exceptions of Pillow's plugins for broken headers
         raise DataError(
-            f"{path}: the picture cannot be read ({error})",
-            hint="check the file's permissions, or copy or download it again",
+            tr("{path}: the picture cannot be read ({error})", path=path, error=error),
+            hint=tr("check the file's permissions, or copy or download it again"),
             code="image-unreadable",
         ) from error
     width, height = image.size
     if max_pixels is not None and width * height > max_pixels:
         image.close()
-        raise _too_large(path, f"{width} x {height} pixels, the limit is {max_pixels}")
+        raise _too_large(
+            path,
+            tr(
+                "{width} x {height} pixels, the limit is {max_pixels}",
+                width=width,
+                height=height,
+                max_pixels=max_pixels,
+            ),
+        )
     return image
 
 
@@ -138,7 +153,7 @@ def _open_any_size(path: Path) -> Image.Image:
 
 def _too_large(path: Path, found: str) -> DataError:
     return DataError(
-        f"{path}: the picture is too large ({found})",
-        hint="make the picture smaller, or raise data.max_pixels if you trust where it comes from",
+        tr("{path}: the picture is too large ({found})", path=path, found=found),
+        hint=tr("make the picture smaller, or raise data.max_pixels if you trust where it comes from"),
         code="image-too-large",
     )

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from cogtune.configuration.architectures import refuse_foreign
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.errors import CheckpointError
+from cogtune.language import tr
 from cogtune.processing.prompt import TEMPLATES
 from cogtune.system.names import inside
 
@@ -37,8 +38,13 @@ def find_folder(path_or_id: str | os.PathLike[str], **hub: Any) -> Path:
     missing = [name for name in REQUIRED_FILES if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
-            f"{path_or_id}: no {' and no '.join(missing)}; a checkpoint folder holds {', '.join(REQUIRED_FILES)}",
-            hint="copy the missing files from the published checkpoint, or give the folder that holds them",
+            tr(
+                "{path_or_id}: no {missing}; a checkpoint folder holds {required_files}",
+                path_or_id=path_or_id,
+                missing=tr(" and no ").join(missing),
+                required_files=", ".join(REQUIRED_FILES),
+            ),
+            hint=tr("copy the missing files from the published checkpoint, or give the folder that holds them"),
             code="checkpoint-files",
         )
     return folder
@@ -47,10 +53,10 @@ def find_folder(path_or_id: str | os.PathLike[str], **hub: Any) -> Path:
 def _download(path_or_id: str | os.PathLike[str], folder: Path, hub: dict[str, Any]) -> Path:
     name = os.fspath(path_or_id)
     if folder.exists() or folder.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") != 1:
-        found = "is a file" if folder.exists() else "no such folder"
+        found = "is a file" if folder.exists() else tr("no such folder")
         raise CheckpointError(
-            f"{name}: {found}; a checkpoint is a folder or a hub id (owner/name)",
-            hint="check the path",
+            tr("{name}: {found}; a checkpoint is a folder or a hub id (owner/name)", name=name, found=found),
+            hint=tr("check the path"),
             code="checkpoint-missing",
         )
     try:
@@ -58,8 +64,12 @@ def _download(path_or_id: str | os.PathLike[str], folder: Path, hub: dict[str, A
     # huggingface_hub raises it for a missing network and for an unknown id
     except (OSError, HFValidationError) as error:
         raise CheckpointError(
-            f"{name}: neither a folder here nor a hub repository that can be read ({str(error).strip():.300})",
-            hint="check the name and the network, or download the checkpoint and give its folder",
+            tr(
+                "{name}: neither a folder here nor a hub repository that can be read ({error:.300})",
+                name=name,
+                error=str(error).strip(),
+            ),
+            hint=tr("check the name and the network, or download the checkpoint and give its folder"),
             code="checkpoint-missing",
         ) from error
 
@@ -75,15 +85,20 @@ def read_config(folder: Path) -> CogVLM2Config:
         config = CogVLM2Config.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(
-            f"{folder / 'config.json'}: not a CogVLM2 configuration ({error})",
-            hint="give the folder of a CogVLM2 checkpoint",
+            tr("{path}: not a CogVLM2 configuration ({error})", path=folder / "config.json", error=error),
+            hint=tr("give the folder of a CogVLM2 checkpoint"),
             code="checkpoint-config",
         ) from error
     special_ids(config)
     if config.template_version not in TEMPLATES:
         raise CheckpointError(
-            f"{folder / 'config.json'}: template_version {config.template_version!r}, known are {', '.join(TEMPLATES)}",
-            hint="take template_version from the published config.json",
+            tr(
+                "{path}: template_version {template_version!r}, known are {templates}",
+                path=folder / "config.json",
+                template_version=config.template_version,
+                templates=", ".join(TEMPLATES),
+            ),
+            hint=tr("take template_version from the published config.json"),
             code="checkpoint-config",
         )
     return config
@@ -98,9 +113,13 @@ def special_ids(config: CogVLM2Config) -> tuple[int, int, int]:
     bos, ends, pad = config.bos_token_id, config.eos_token_ids, config.pad_token_id
     if bos is None or pad is None or not ends:
         raise CheckpointError(
-            f"config.json: bos_token_id is {bos}, eos_token_id {config.eos_token_id}, pad_token_id {pad}; all are "
-            f"needed",
-            hint="take the ids from the published config.json",
+            tr(
+                "config.json: bos_token_id is {bos}, eos_token_id {eos_token_id}, pad_token_id {pad}; all are needed",
+                bos=bos,
+                eos_token_id=config.eos_token_id,
+                pad=pad,
+            ),
+            hint=tr("take the ids from the published config.json"),
             code="checkpoint-config",
         )
     return bos, ends[0], pad
@@ -120,14 +139,19 @@ def read_tokenizer(folder: Path, config: CogVLM2Config) -> Any:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, fix_mistral_regex=False, tokenizer_file=own)
     except Exception as error:  # the tokenizers library raises a bare Exception for a file it cannot parse
         raise CheckpointError(
-            f"{folder / 'tokenizer.json'}: the tokenizer cannot be read ({error})",
-            hint="copy tokenizer.json and tokenizer_config.json from the published checkpoint again",
+            tr("{path}: the tokenizer cannot be read ({error})", path=folder / "tokenizer.json", error=error),
+            hint=tr("copy tokenizer.json and tokenizer_config.json from the published checkpoint again"),
             code="checkpoint-tokenizer",
         ) from error
     if len(tokenizer) > config.vocab_size:
         raise CheckpointError(
-            f"{folder / 'tokenizer.json'}: {len(tokenizer)} tokens, but config.json has vocab_size {config.vocab_size}",
-            hint="give the tokenizer that the checkpoint was trained with",
+            tr(
+                "{path}: {tokenizer} tokens, but config.json has vocab_size {vocab_size}",
+                path=folder / "tokenizer.json",
+                tokenizer=len(tokenizer),
+                vocab_size=config.vocab_size,
+            ),
+            hint=tr("give the tokenizer that the checkpoint was trained with"),
             code="checkpoint-tokenizer",
         )
     return tokenizer

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from cogtune.language import tr
+
 FORMATS = (
     "JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "QOI", "PCX",
 )  # fmt: skip
@@ -32,5 +34,5 @@ def unknown_picture(file: Path | bytes) -> str:
     Image.init()
     for name, (_, accept) in Image.OPEN.items():
         if name not in FORMATS and accept is not None and accept(start) is True:
-            return f"a picture in the format {name}, which is not opened here"
-    return "not a picture of a known format"
+            return tr("a picture in the format {name}, which is not opened here", name=name)
+    return tr("not a picture of a known format")

@@ -14,6 +14,7 @@ from transformers import BatchFeature
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.configuration.shapes import IGNORED_LABEL
 from cogtune.errors import InputError
+from cogtune.language import tr
 from cogtune.processing.encode import TEXT, Encoded, Encoder
 from cogtune.processing.image import preprocess, read_image, to_rgb
 from cogtune.processing.model_folder import copy_files, find_folder, read_config, read_tokenizer, special_ids
@@ -67,8 +68,8 @@ class CogVLM2Processor:
         unknown = sorted(options.keys() - _HUB_OPTIONS - _AUTO_OPTIONS)
         if unknown:
             raise InputError(
-                f"from_pretrained has no option {', '.join(unknown)}",
-                hint=f"its options are {', '.join(sorted(_HUB_OPTIONS))}",
+                tr("from_pretrained has no option {unknown}", unknown=", ".join(unknown)),
+                hint=tr("its options are {hub_options}", hub_options=", ".join(sorted(_HUB_OPTIONS))),
             )
         folder = find_folder(path_or_id, **{name: options[name] for name in options.keys() & _HUB_OPTIONS})
         config = read_config(folder)
@@ -135,9 +136,9 @@ class CogVLM2Processor:
             DataError: a picture's file that cannot be read.
         """
         if query is None:
-            raise InputError("there is no query", hint='pass query="..."; an empty text is allowed')
+            raise InputError(tr("there is no query"), hint=tr('pass query="..."; an empty text is allowed'))
         if image is not None and images is not None:
-            raise InputError("both image and images are given", hint="pass images alone for several pictures")
+            raise InputError(tr("both image and images are given"), hint=tr("pass images alone for several pictures"))
         shown = _listed(images) if image is None else _not_empty(_listed(image))
         encoded = self.encode(query, history or (), answer, images=len(shown), template=template)
         data = {
@@ -167,11 +168,11 @@ class CogVLM2Processor:
         if isinstance(image, (str, os.PathLike)):
             picture = read_image(os.fspath(image))
         elif isinstance(image, Image.Image):
-            picture = to_rgb(image, getattr(image, "filename", "") or "the picture given")
+            picture = to_rgb(image, getattr(image, "filename", "") or tr("the picture given"))
         else:
             raise InputError(
-                f"the picture is a {type(image).__name__}, not a PIL image or a path",
-                hint="for an array use PIL.Image.fromarray(array)",
+                tr("the picture is a {name}, not a PIL image or a path", name=type(image).__name__),
+                hint=tr("for an array use PIL.Image.fromarray(array)"),
             )
         return preprocess(picture, self.image_size)
 
@@ -184,9 +185,11 @@ class CogVLM2Processor:
             int64 ``[B, L]`` tensors; ``pixel_values`` [N, 3, S, S], absent without a picture.
         """
         if not rows:
-            raise InputError("there are no rows to make a batch of")
+            raise InputError(tr("there are no rows to make a batch of"))
         if len({"labels" in row for row in rows}) > 1:
-            raise InputError("some rows have labels and some have none", hint="pass an answer for all rows or for none")
+            raise InputError(
+                tr("some rows have labels and some have none"), hint=tr("pass an answer for all rows or for none")
+            )
         fill = {"input_ids": self._pad_id, "token_type_ids": TEXT, "attention_mask": 0}
         data = {key: _stack_right(rows, key, value) for key, value in fill.items()}
         pictures = [row["pixel_values"] for row in rows if "pixel_values" in row]
@@ -212,7 +215,7 @@ def _listed(images: Any) -> list[Any]:
 
 def _not_empty(images: list[Any]) -> list[Any]:
     if not images:
-        raise InputError("0 pictures given; CogVLM2 takes one", hint="pass one picture, or None for none")
+        raise InputError(tr("0 pictures given; CogVLM2 takes one"), hint=tr("pass one picture, or None for none"))
     return images
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from cogtune.configuration.architectures import reads_clips
 from cogtune.configuration.shapes import BOS_ID, EOS_ID, PAD_ID, VisionShape
 from cogtune.errors import CheckpointError
+from cogtune.language import tr
 from cogtune.processing.encode import Encoder
 
 # An estimated token: the first up to eight letters of a word, up to three digits, or one CJK character.
@@ -122,7 +123,9 @@ def _config(folder: Path | None) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(
-            f"{file}: not valid JSON ({error})", hint="copy it from the published checkpoint", code="checkpoint-config"
+            tr("{file}: not valid JSON ({error})", file=file, error=error),
+            hint=tr("copy it from the published checkpoint"),
+            code="checkpoint-config",
         ) from error
     return found if isinstance(found, dict) else {}
 
@@ -136,7 +139,7 @@ def _tokenizer(file: Path) -> Any:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the tokenizers library raises a bare Exception
         raise CheckpointError(
-            f"{file}: the tokenizer cannot be read ({error})",
-            hint="copy tokenizer.json from the published checkpoint again",
+            tr("{file}: the tokenizer cannot be read ({error})", file=file, error=error),
+            hint=tr("copy tokenizer.json from the published checkpoint again"),
             code="checkpoint-tokenizer",
         ) from error

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cogtune.errors import ConfigError
+from cogtune.language import tr
 
 # Splits text into pieces; byte pairs merge only within a piece.
 LLAMA3_SPLIT = (
@@ -57,9 +58,19 @@ def write_byte_tokenizer(
     distinct = len(special) == 4 or (len(special) == 3 and eos == eot)
     if not distinct or min(special) < 0 or max(special) >= vocab_size or room < 0:
         raise ConfigError(
-            f"a byte tokenizer of {vocab_size} ids cannot hold 256 bytes, {len(merges)} merges and special tokens at "
-            f"bos={bos}, eos={eos}, pad={pad}, eot={eot}",
-            hint=f"give different ids below a vocab_size of at least {NUM_BYTES + len(merges) + 4}",
+            tr(
+                "a byte tokenizer of {vocab_size} ids cannot hold 256 bytes, {merges} merges and special"
+                " tokens at bos={bos}, eos={eos}, pad={pad}, eot={eot}",
+                vocab_size=vocab_size,
+                merges=len(merges),
+                bos=bos,
+                eos=eos,
+                pad=pad,
+                eot=eot,
+            ),
+            hint=tr(
+                "give different ids below a vocab_size of at least {num_bytes}", num_bytes=NUM_BYTES + len(merges) + 4
+            ),
         )
     symbols = byte_symbols()
     pairs = [("".join(symbols[b] for b in left), "".join(symbols[b] for b in right)) for left, right in merges]

@@ -13,6 +13,8 @@ import os
 import re
 import sys
 
+from cogtune.language import tr
+
 SETTING = "PYTORCH_ALLOC_CONF"
 _NAMES = (SETTING, "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 """The environment variables that torch reads; the later two are older names."""
@@ -43,9 +45,9 @@ def describe_allocator() -> str:
     """Describe the setting in words, for a log."""
     name, value = _asked()
     if not name:
-        return "GPU memory in torch's default segments"
-    own = " (the default; set it yourself to change it)" if value == _EXPANDABLE and name == SETTING else ""
-    return f"GPU memory by {name}={value}{own}"
+        return tr("GPU memory in torch's default segments")
+    own = tr(" (the default; set it yourself to change it)") if value == _EXPANDABLE and name == SETTING else ""
+    return tr("GPU memory by {name}={value}{own}", name=name, value=value, own=own)
 
 
 def _asked() -> tuple[str, str]:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cogtune.errors import CogtuneError, DiskFullError, OutputFolderError, RunError
+from cogtune.language import phrase, tr
 from cogtune.system.files import is_hidden
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -45,10 +46,18 @@ def explained(path: Path, *, kept: str = "", then: str = "", late: bool = False)
         inner = f" ({os.fsdecode(named)})" if isinstance(named, str | bytes) and _is_other(named, path) else ""
         safe, again = f"; {kept}" if kept else "", f"; {then}" if then else ""
         if is_disk_full(error):
-            hint = f"free some space, or choose a place on another disk{again}"
-            raise DiskFullError(f"{path}: no space left{inner}{safe}", hint=hint) from error
-        message = f"{path}: cannot be written: {_reason(error, number)}{inner}{safe}"
-        hint = _REMEDIES.get(number, "choose another place") + again
+            hint = tr("free some space, or choose a place on another disk{again}", again=again)
+            raise DiskFullError(
+                tr("{path}: no space left{inner}{safe}", path=path, inner=inner, safe=safe), hint=hint
+            ) from error
+        message = tr(
+            "{path}: cannot be written: {reason}{inner}{safe}",
+            path=path,
+            reason=_reason(error, number),
+            inner=inner,
+            safe=safe,
+        )
+        hint = tr(_REMEDIES.get(number, phrase("choose another place"))) + again
         if late:
             raise RunError(message, hint=hint, code="output-lost") from error
         raise OutputFolderError(message, hint=hint, code="output-unwritable") from error
@@ -63,7 +72,7 @@ def system_reason(error: Exception) -> tuple[str, str] | None:
         return None
     named = getattr(error, "filename", None)
     what = f"{os.fsdecode(named)}: " if isinstance(named, str | bytes) else ""
-    return f"{what}{_reason(error, number)}", _REMEDIES.get(number, "see the reason above")
+    return f"{what}{_reason(error, number)}", tr(_REMEDIES.get(number, phrase("see the reason above")))
 
 
 _MACHINE = {
@@ -94,21 +103,21 @@ def _is_other(named: str | bytes, path: Path) -> bool:
 
 
 _REMEDIES = {
-    errno.EACCES: "choose a place that you may use, or have its permissions changed",
-    errno.EPERM: "choose a place that you may use, or have its permissions changed",
-    errno.ENOSPC: "free some space, or choose a place on another disk",
-    errno.EDQUOT: "free some space, or choose a place on another disk",
-    errno.EMFILE: "too many files are open at once: raise `ulimit -n`, or lower data.workers",
-    errno.ENFILE: "the machine has too many files open: end other programs",
-    errno.ELOOP: "a link there leads back to itself: remove it, or choose another place",
-    errno.EROFS: "the disk may only be read: choose another place",
-    errno.ENOENT: "a folder above it is gone: bring it back, or choose another place",
-    errno.EEXIST: "move that away, or choose another place",
-    errno.ENOTEMPTY: "move that away, or choose another place",
-    errno.ENOTDIR: "a part of the path is a file: choose another place",
-    errno.EISDIR: "there is a folder of that name: choose another",
-    errno.ENAMETOOLONG: "choose a shorter name",
-    errno.EFBIG: "files of that size are not allowed there: see `ulimit -f`, or choose another disk",
-    errno.EIO: "the disk or the network it lies behind failed: see `dmesg`, or choose another disk",
-    errno.ESTALE: "the network disk was lost: see that it is mounted, and run the same command again",
+    errno.EACCES: phrase("choose a place that you may use, or have its permissions changed"),
+    errno.EPERM: phrase("choose a place that you may use, or have its permissions changed"),
+    errno.ENOSPC: phrase("free some space, or choose a place on another disk"),
+    errno.EDQUOT: phrase("free some space, or choose a place on another disk"),
+    errno.EMFILE: phrase("too many files are open at once: raise `ulimit -n`, or lower data.workers"),
+    errno.ENFILE: phrase("the machine has too many files open: end other programs"),
+    errno.ELOOP: phrase("a link there leads back to itself: remove it, or choose another place"),
+    errno.EROFS: phrase("the disk may only be read: choose another place"),
+    errno.ENOENT: phrase("a folder above it is gone: bring it back, or choose another place"),
+    errno.EEXIST: phrase("move that away, or choose another place"),
+    errno.ENOTEMPTY: phrase("move that away, or choose another place"),
+    errno.ENOTDIR: phrase("a part of the path is a file: choose another place"),
+    errno.EISDIR: phrase("there is a folder of that name: choose another"),
+    errno.ENAMETOOLONG: phrase("choose a shorter name"),
+    errno.EFBIG: phrase("files of that size are not allowed there: see `ulimit -f`, or choose another disk"),
+    errno.EIO: phrase("the disk or the network it lies behind failed: see `dmesg`, or choose another disk"),
+    errno.ESTALE: phrase("the network disk was lost: see that it is mounted, and run the same command again"),
 }

@@ -26,6 +26,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from cogtune.language import tr
 from cogtune.system.names import LONGEST_NAME
 
 PARTIAL, REPLACED = ".partial", ".replaced"
@@ -138,7 +139,7 @@ def remove_unfinished(folder: Path) -> bool:
     if not os.path.lexists(folder):
         return False
     if not is_unfinished(folder):
-        raise FileExistsError(errno.EEXIST, "in the way, and not made by cogtune", str(folder))
+        raise FileExistsError(errno.EEXIST, tr("in the way, and not made by cogtune"), str(folder))
     shutil.rmtree(folder)
     return True
 
@@ -169,7 +170,7 @@ def link(path: Path, target: str) -> None:
         FileExistsError: ``path`` is something other than a link.
     """
     if path.exists() and not path.is_symlink():
-        raise FileExistsError(errno.EEXIST, "something other than a link is there", str(path))
+        raise FileExistsError(errno.EEXIST, tr("something other than a link is there"), str(path))
     temporary = partial_path(path)
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target, target_is_directory=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cogtune.language import tr
+
 if TYPE_CHECKING:
     import torch
 
@@ -37,7 +39,12 @@ class Gpu:
 
     def described(self) -> str:
         """Its name and compute capability, for a message."""
-        return f"{self.name} (compute capability {self.capability[0]}.{self.capability[1]})"
+        return tr(
+            "{name} (compute capability {major}.{minor})",
+            name=self.name,
+            major=self.capability[0],
+            minor=self.capability[1],
+        )
 
 
 def own_device(local_rank: int = 0) -> torch.device:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cogtune.errors import SetupError
+from cogtune.language import phrase, tr
 
 Version = tuple[int, ...]
 
@@ -48,10 +49,15 @@ class Broken:
 
 
 KNOWN_BROKEN = (
-    Broken("transformers", "0", "5.0", "transformers 4 has no native class this package can build on"),
-    Broken("transformers", "5.0", "5.2", "it re-initialises loaded weights, so a checkpoint loads as random numbers"),
-    Broken("torch", "0", "2.6", "it lacks the attention and sharding functions used here"),
-    Broken("peft", "0", "0.18", "it does not work with transformers 5"),
+    Broken("transformers", "0", "5.0", phrase("transformers 4 has no native class this package can build on")),
+    Broken(
+        "transformers",
+        "5.0",
+        "5.2",
+        phrase("it re-initialises loaded weights, so a checkpoint loads as random numbers"),
+    ),
+    Broken("torch", "0", "2.6", phrase("it lacks the attention and sharding functions used here")),
+    Broken("peft", "0", "0.18", phrase("it does not work with transformers 5")),
 )
 
 
@@ -99,7 +105,17 @@ def refuse_broken(find: Callable[[str], str | None] = installed) -> None:
         if fault is not None:
             tested = TESTED[library]
             raise SetupError(
-                f"{library} {version} is installed, and it does not work here: {fault.reason}",
-                hint=f'pip install "{library}>={tested.oldest}" (tested: {tested.oldest} to {tested.newest})',
+                tr(
+                    "{library} {version} is installed, and it does not work here: {reason}",
+                    library=library,
+                    version=version,
+                    reason=tr(fault.reason),
+                ),
+                hint=tr(
+                    'pip install "{library}>={oldest}" (tested: {oldest} to {newest})',
+                    library=library,
+                    oldest=tested.oldest,
+                    newest=tested.newest,
+                ),
                 code="library-version",
             )

@@ -28,6 +28,7 @@ from pathlib import Path
 from types import TracebackType
 
 from cogtune.errors import OutputFolderError, RunError
+from cogtune.language import tr
 from cogtune.system import files
 from cogtune.system.file_errors import explained
 from cogtune.system.processes import Process, machine_started
@@ -109,19 +110,26 @@ class Lock:
         other = _read(self.path)
         if other is not None:
             raise RunError(
-                f"{self.place}: was taken over by {other}, which had not heard of this process for a while",
-                hint="let that one go on; this one has stopped, and has replaced nothing since",
+                tr(
+                    "{place}: was taken over by {other}, which had not heard of this process for a while",
+                    place=self.place,
+                    other=other,
+                ),
+                hint=tr("let that one go on; this one has stopped, and has replaced nothing since"),
                 code="output-lost",
             )
         if not self.path.parent.is_dir():
             raise RunError(
-                f"{self.place}: gone: it was removed, renamed or unmounted while this process wrote there",
-                hint="bring it back and run the same command again",
+                tr(
+                    "{place}: gone: it was removed, renamed or unmounted while this process wrote there",
+                    place=self.place,
+                ),
+                hint=tr("bring it back and run the same command again"),
                 code="output-lost",
             )
         raise RunError(
-            f"{self.path}: the lock was removed while this process wrote there",
-            hint="run the same command again, once, and do not remove the lock of a process that lives",
+            tr("{path}: the lock was removed while this process wrote there", path=self.path),
+            hint=tr("run the same command again, once, and do not remove the lock of a process that lives"),
             code="output-lost",
         )
 
@@ -210,8 +218,8 @@ class _Taking:
         other = _parse(content)
         if other is None and content.strip(b"\0"):
             raise OutputFolderError(
-                f"{self._path}: in the way: a lock of cogtune belongs there, and this file is none",
-                hint=f"move it away, or {self._instead}",
+                tr("{path}: in the way: a lock of cogtune belongs there, and this file is none", path=self._path),
+                hint=tr("move it away, or {instead}", instead=self._instead),
                 code="output-unwritable",
             )
         if not self._is_free(other, certain):
@@ -231,7 +239,7 @@ class _Taking:
 
     def _is_free(self, other: Process | None, certain: bool) -> bool:
         if other is None:
-            return certain or not self._is_renewed("a process that is just starting")
+            return certain or not self._is_renewed(tr("a process that is just starting"))
         if certain and other.is_of_this_machine:
             gone = True
         elif other.is_visible:
@@ -239,7 +247,13 @@ class _Taking:
         else:
             gone = self._has_rebooted(other) or not self._is_renewed(str(other))
         if gone and not (other.is_visible and other.is_running):
-            self._say(f"{self._place}: taking over from {other}, which ended without giving its lock back")
+            self._say(
+                tr(
+                    "{place}: taking over from {other}, which ended without giving its lock back",
+                    place=self._place,
+                    other=other,
+                )
+            )
         return gone
 
     def _is_renewed(self, other: str) -> bool:
@@ -247,7 +261,14 @@ class _Taking:
         before = _renewed(self._path)
         if before is None or time.time() - before / 1e9 > FORGOTTEN_SECONDS:
             return False
-        self._say(f"{self._place}: in use by {other}; seeing for {WATCH_SECONDS:.0f} s whether it is still there")
+        self._say(
+            tr(
+                "{place}: in use by {other}; seeing for {watch_seconds:.0f} s whether it is still there",
+                place=self._place,
+                other=other,
+                watch_seconds=WATCH_SECONDS,
+            )
+        )
         end = time.monotonic() + WATCH_SECONDS
         while time.monotonic() < end:
             time.sleep(_POLL_SECONDS)
@@ -272,14 +293,18 @@ class _Taking:
         return None
 
     def _in_use(self, other: Process | None) -> OutputFolderError:
-        wait = "wait until it ends"
+        wait = tr("wait until it ends")
         if other is not None and other.is_visible:
-            wait += f", stop it with `kill {other.number}`"
+            wait += tr(", stop it with `kill {number}`", number=other.number)
         elif other is not None:
-            wait += f" (if {other.host} is gone for good, remove {self._path})"
+            wait += tr(" (if {host} is gone for good, remove {path})", host=other.host, path=self._path)
         return OutputFolderError(
-            f"{self._place}: in use by {other or 'another process, which has not said yet who it is'}",
-            hint=f"{wait}, or {self._instead}",
+            tr(
+                "{place}: in use by {other}",
+                place=self._place,
+                other=other or tr("another process, which has not said yet who it is"),
+            ),
+            hint=tr("{wait}, or {instead}", wait=wait, instead=self._instead),
             code="output-in-use",
         )
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cogtune.errors import CogtuneError, InputError
+from cogtune.language import tr
 
 LONGEST_NAME = 255
 """Most bytes of a file name on Linux and macOS file systems."""
@@ -37,11 +38,17 @@ def inside(
     path = folder if problem else folder / name
     linked = next((parent for parent in path.parents if parent != folder and parent.is_symlink()), None)
     if linked is not None and linked.is_relative_to(folder):
-        problem = f"goes through {linked}, a link"
+        problem = tr("goes through {linked}, a link", linked=linked)
     if problem is not None:
         raise error(
-            f"{named_by}: names {_shown(name)}, which {problem}; a file in {folder} is expected",
-            hint="do not use these files: they may have been made to reach others of yours",
+            tr(
+                "{named_by}: names {shown}, which {problem}; a file in {folder} is expected",
+                named_by=named_by,
+                shown=_shown(name),
+                problem=problem,
+                folder=folder,
+            ),
+            hint=tr("do not use these files: they may have been made to reach others of yours"),
             code="unsafe-name",
         )
     return path
@@ -50,24 +57,30 @@ def inside(
 def name_problem(name: object, *, nested: bool = False) -> str | None:
     """Return why ``name`` is not a plain file name, or None. ``nested``: it may contain folders, separated by ``/``."""
     if not isinstance(name, str):
-        return "is not a text"
+        return tr("is not a text")
     if name.startswith("/") or re.match(r"[A-Za-z]:", name):
-        return "is an absolute path"
+        return tr("is an absolute path")
     parts = name.split("/")
     if len(parts) > 1 and not nested:
-        return "has a folder in it"
+        return tr("has a folder in it")
     for part in parts:
         if part in ("", ".", ".."):
-            return "lies outside the folder" if part == ".." else "is empty" if not name else "has an empty part"
+            return (
+                tr("lies outside the folder")
+                if part == ".."
+                else tr("is empty")
+                if not name
+                else tr("has an empty part")
+            )
         if any(ord(letter) < 32 or ord(letter) == 127 for letter in part) or "\\" in part:
-            return "has a character that no file name should have"
+            return tr("has a character that no file name should have")
         if _RESERVED.fullmatch(part):
-            return "is reserved by the system or by cogtune"
+            return tr("is reserved by the system or by cogtune")
         try:
             if len(part.encode()) > LONGEST_NAME:
-                return f"is longer than {LONGEST_NAME} bytes"
+                return tr("is longer than {longest_name} bytes", longest_name=LONGEST_NAME)
         except UnicodeEncodeError:
-            return "is not valid Unicode"
+            return tr("is not valid Unicode")
     return None
 
 

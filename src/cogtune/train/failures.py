@@ -11,6 +11,7 @@ import torch
 from cogtune.configuration.run_config import RunConfig
 from cogtune.distributed.group import Group
 from cogtune.errors import NonFiniteError, OutOfMemoryError, RunError
+from cogtune.language import tr
 from cogtune.system.gpu import is_out_of_memory
 
 _NAMED_RECORDS = 20
@@ -31,9 +32,15 @@ def check_losses(losses: torch.Tensor, records: Sequence[Sequence[str]], group: 
     bad = [names for loss, names in zip(losses.tolist(), records, strict=True) if not math.isfinite(loss)]
     mine = [name for names in bad for name in names]
     raise NonFiniteError(
-        f"the loss is {total}; it comes from {named(group, mine)}; weights were not touched",
-        hint="look at these records; if they are right, lower train.lr"
-        " or, in float16, use model.dtype bfloat16 or float32",
+        tr(
+            "the loss is {total}; it comes from {named}; weights were not touched",
+            total=total,
+            named=named(group, mine),
+        ),
+        hint=tr(
+            "look at these records; if they are right, lower train.lr or, in float16, use"
+            " model.dtype bfloat16 or float32"
+        ),
     )
 
 
@@ -42,9 +49,14 @@ def bad_gradient(norm: float, step: int, records: Sequence[Sequence[str]], group
     from 1."""
     mine = [name for names in records for name in names]
     return NonFiniteError(
-        f"step {step}: the gradient's norm is {norm} although the loss is finite; the step had {named(group, mine)}; "
-        "weights were not touched",
-        hint="lower train.lr, or use model.dtype float32 to see whether the number format is the cause",
+        tr(
+            "step {step}: the gradient's norm is {norm} although the loss is finite; the step had"
+            " {named}; weights were not touched",
+            step=step,
+            norm=norm,
+            named=named(group, mine),
+        ),
+        hint=tr("lower train.lr, or use model.dtype float32 to see whether the number format is the cause"),
     )
 
 
@@ -63,9 +75,11 @@ def phase(name: str, config: RunConfig, device: torch.device) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        place = "the GPU" if device.type == "cuda" else "this machine"
-        hint = f"try {next_setting(name, config)}"
-        raise OutOfMemoryError(f"out of memory on {place} while {name}", hint=hint) from error
+        place = tr("the GPU") if device.type == "cuda" else tr("this machine")
+        hint = tr("try {settings}", settings=next_setting(name, config))
+        raise OutOfMemoryError(
+            tr("out of memory on {place} while {name}", place=place, name=name), hint=hint
+        ) from error
 
 
 def explain_peers(error: BaseException) -> RunError | None:
@@ -73,21 +87,23 @@ def explain_peers(error: BaseException) -> RunError | None:
     text = str(error)
     if any(words in text for words in ("Connection closed by peer", "Connection reset by peer", "Broken pipe")):
         return RunError(
-            "another process of this run ended",
-            hint="its own message, above or in run.log or run.rankN.log, says why",
+            tr("another process of this run ended"),
+            hint=tr("its own message, above or in run.log or run.rankN.log, says why"),
             code="peer-lost",
         )
     if any(words in text for words in ("Timed out waiting", "collective operation timeout", "Socket Timeout")):
         return RunError(
-            f"waited too long for the other processes of this run: {text.splitlines()[0]}",
-            hint="the rank whose run.rankN.log ends first is stuck or was lost; over a network check "
-            "NCCL_SOCKET_IFNAME, and NCCL_DEBUG=INFO shows what NCCL does",
+            tr("waited too long for the other processes of this run: {line}", line=text.splitlines()[0]),
+            hint=tr(
+                "the rank whose run.rankN.log ends first is stuck or was lost; over a network check"
+                " NCCL_SOCKET_IFNAME, and NCCL_DEBUG=INFO shows what NCCL does"
+            ),
             code="peer-timeout",
         )
     if isinstance(error, torch.distributed.DistBackendError):
         return RunError(
-            f"the GPUs cannot exchange data: {text.splitlines()[0]}",
-            hint="NCCL_DEBUG=INFO shows why; over a network check NCCL_SOCKET_IFNAME and the firewall",
+            tr("the GPUs cannot exchange data: {line}", line=text.splitlines()[0]),
+            hint=tr("NCCL_DEBUG=INFO shows why; over a network check NCCL_SOCKET_IFNAME and the firewall"),
             code="peer-backend",
         )
     return None
@@ -96,14 +112,14 @@ def explain_peers(error: BaseException) -> RunError | None:
 def next_setting(name: str, config: RunConfig) -> str:
     """Return the cheapest setting that is not used yet and would save memory in this phase."""
     if name == "loading the model":
-        return "a card with more memory: the frozen weights alone do not fit"
+        return tr("a card with more memory: the frozen weights alone do not fit")
     if name == "validation" and (config.eval.batch_size or config.train.batch_size) > 1:
         return "--eval.batch_size 1"
     if config.train.gradient_checkpointing != "all" and name != "validation":
-        return "--train.gradient_checkpointing all"
+        return tr("--train.gradient_checkpointing all")
     if config.train.batch_size > 1:
         rows = config.train.batch_size * config.train.accumulation
-        return f"--train.batch_size 1 --train.accumulation {rows} (the same global batch)"
+        return tr("--train.batch_size 1 --train.accumulation {rows} (the same global batch)", rows=rows)
     if config.data.max_row_tokens is None:
-        return "--data.max_row_tokens 4096 (splits a picture's questions over rows)"
-    return "a smaller data.max_row_tokens, data.max_input_len or lora.rank, or a card with more memory"
+        return tr("--data.max_row_tokens 4096 (splits a picture's questions over rows)")
+    return tr("a smaller data.max_row_tokens, data.max_input_len or lora.rank, or a card with more memory")

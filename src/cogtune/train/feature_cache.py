@@ -31,6 +31,7 @@ from cogtune.features.fill import FillSettings, Tower
 from cogtune.features.reader import FeatureReader
 from cogtune.features.store import default_folder
 from cogtune.features.variant import make_variant
+from cogtune.language import tr
 from cogtune.model.compile import can_compile, compile_tower, prepare_compiling
 from cogtune.train.batches import Feed
 from cogtune.train.failures import phase
@@ -71,11 +72,11 @@ def ensure(
     if asked == "on":
         _refuse_trained_tower(model_config, config)
     elif tower_trains(model_config, config.lora):
-        _say_live("lora.targets train in it, so its output changes")
+        _say_live(tr("lora.targets train in it, so its output changes"))
         return None
     showings, images = _demand(config, inputs, feed, progress, total)
     if not images:
-        _say_live("no row has a picture")
+        _say_live(tr("no row has a picture"))
         return None
     with ExitStack() as stack:
         cache = open_cache(config, model_config, images, group, dtype)
@@ -85,10 +86,10 @@ def ensure(
         if not choice.cached:
             _say_live(choice.reason)
             return None
-        log.info(f"features: trained from the cache: {choice.reason}")
+        log.info(tr("features: trained from the cache: {reason}", reason=choice.reason))
         if demand.to_compute:
             for line in fill(config, cache, group, dtype).lines():
-                log.info(f"features: {line}")
+                log.info(tr("features: {line}", line=line))
         reader = cache.reader(dtype)
         stack.pop_all()  # the reader's claim is released by who reads
         return reader
@@ -108,7 +109,7 @@ def fill_cache(config: RunConfig) -> FillReport:
         _refuse_trained_tower(model_config, config)
         split = read_and_split(config.data, config.train.seed, max_images=model_config.max_images)
         for line in split.report.lines():
-            log.info(f"data: {line}")
+            log.info(tr("data: {line}", line=line))
         group = Group.join() if environment.is_launched() else Group.alone()
         images = {image for example in [*split.train, *split.validation] for image in example.images}
         dtype = torch_dtype(config.model.dtype, group.device)
@@ -117,8 +118,8 @@ def fill_cache(config: RunConfig) -> FillReport:
         lookup = cache.lookup
         _choose(config, cache, Demand(0, lookup.pictures, lookup.to_compute, cache.more_bytes))
         report = fill(config, cache, group, dtype) if lookup.to_compute else FillReport(0, 0, 0.0, 0, ())
-        for line in report.lines() if lookup.to_compute else ["nothing to compute"]:
-            log.info(f"features: {line}")
+        for line in report.lines() if lookup.to_compute else [tr("nothing to compute")]:
+            log.info(tr("features: {line}", line=line))
         group.close()
         return report
 
@@ -126,8 +127,8 @@ def fill_cache(config: RunConfig) -> FillReport:
 def _refuse_trained_tower(model_config: CogVLM2Config, config: RunConfig) -> None:
     if tower_trains(model_config, config.lora):
         raise ConfigError(
-            "lora.targets train the vision tower: its output changes in every step and cannot be cached",
-            hint="set data.cache_features: off, or leave the tower out of lora.targets",
+            tr("lora.targets train the vision tower: its output changes in every step and cannot be cached"),
+            hint=tr("set data.cache_features: off, or leave the tower out of lora.targets"),
             code="cache-tower-trains",
         )
 
@@ -147,8 +148,16 @@ def open_cache(
     cache = FeatureCache(root, variant, images, group, exif=data.exif)
     lookup, each = cache.lookup, cache.picture_bytes
     log.info(
-        f"features: {lookup.pictures} pictures x {size_text(each)} = {size_text(lookup.pictures * each)} in {root}; "
-        f"{lookup.pictures - lookup.to_compute} there, {lookup.to_compute} to compute ({size_text(cache.more_bytes)})"
+        tr(
+            "features: {pictures} pictures x {each} = {all} in {root}; {there} there, {to_compute} to compute ({size})",
+            pictures=lookup.pictures,
+            each=size_text(each),
+            all=size_text(lookup.pictures * each),
+            root=root,
+            there=lookup.pictures - lookup.to_compute,
+            to_compute=lookup.to_compute,
+            size=size_text(cache.more_bytes),
+        )
     )
     return cache
 
@@ -158,12 +167,17 @@ def fill(config: RunConfig, cache: FeatureCache, group: Group, dtype: torch.dtyp
     device, data, path = group.device, config.data, config.model.path
     removed = cache.make_room(data.cache_budget)
     if removed:
-        log.info(f"features: {removed}")
+        log.info(tr("features: {removed}", removed=removed))
     each = seconds_per_picture(load_model_config(path), device, dtype)
     share = -(-cache.lookup.to_compute // group.size)
     log.info(
-        f"features: filling {cache.lookup.to_compute} pictures on {group.size} x {device.type}, about "
-        f"{timedelta(seconds=round(each * share))} (an estimate)"
+        tr(
+            "features: filling {to_compute} pictures on {size} x {type}, about {time} (an estimate)",
+            to_compute=cache.lookup.to_compute,
+            size=group.size,
+            type=device.type,
+            time=timedelta(seconds=round(each * share)),
+        )
     )
     settings = FillSettings(
         image_size=load_model_config(path).image_size,
@@ -173,7 +187,7 @@ def fill(config: RunConfig, cache: FeatureCache, group: Group, dtype: torch.dtyp
         workers=max(1, resolve_workers(data.workers, group.local_size)),
         skip_bad=data.on_bad == "skip",
     )
-    with phase("filling the feature cache", config, device):
+    with phase(tr("filling the feature cache"), config, device):
         return cache.fill(_loader(config, dtype, device, share), settings, device, str(path), log.info)
 
 
@@ -218,4 +232,4 @@ def _demand(config: RunConfig, inputs: Inputs, feed: Feed, progress: Progress, t
 
 
 def _say_live(reason: str) -> None:
-    log.info(f"features: the tower runs in every step: {reason}")
+    log.info(tr("features: the tower runs in every step: {reason}", reason=reason))

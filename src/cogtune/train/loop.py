@@ -23,6 +23,7 @@ from cogtune.configuration.run_config import RunConfig
 from cogtune.configuration.shapes import IGNORED_LABEL
 from cogtune.data.dataset import TrainRows
 from cogtune.errors import CogtuneError, NonFiniteError
+from cogtune.language import tr
 from cogtune.train.batches import Batch, Feed, StepBatches, to_device
 from cogtune.train.engines.async_scalar import AsyncScalar
 from cogtune.train.engines.base import Engine, StepResult
@@ -123,7 +124,7 @@ class Loop:
             shares = torch.tensor([loss.value() for loss in losses], dtype=torch.float64)
         self._close()
         total = check_losses(shares, records, engine.group)
-        with phase("updating the weights", self.config, engine.device):
+        with phase(tr("updating the weights"), self.config, engine.device):
             result = engine.step()
         return StepReport(total, labels, result, records)
 
@@ -146,7 +147,13 @@ class Loop:
             self.reporter.arrived(report.result.norm)
         else:
             norm = report.result.grad_norm
-            log.warning(f"step {self.progress.step}: the gradient's norm is {norm}; weights were not touched")
+            log.warning(
+                tr(
+                    "step {step}: the gradient's norm is {norm}; weights were not touched",
+                    step=self.progress.step,
+                    norm=norm,
+                )
+            )
 
     def _check_step(self, report: StepReport) -> None:
         if report.result.applied:
@@ -157,13 +164,20 @@ class Loop:
         self.progress.skipped_steps += 1
         self._skipped_in_a_row += 1
         log.warning(
-            f"float16: step {self.progress.step} skipped, its gradients overflowed; the loss scale is lowered "
-            f"({self.progress.skipped_steps} steps so far)"
+            tr(
+                "float16: step {step} skipped, its gradients overflowed; the loss scale is lowered"
+                " ({skipped_steps} steps so far)",
+                step=self.progress.step,
+                skipped_steps=self.progress.skipped_steps,
+            )
         )
         if self._skipped_in_a_row > _MOST_SKIPPED_IN_A_ROW:
             raise NonFiniteError(
-                f"{self._skipped_in_a_row} steps in a row had gradients beyond float16 and were skipped",
-                hint="use model.dtype bfloat16 or float32",
+                tr(
+                    "{skipped_in_a_row} steps in a row had gradients beyond float16 and were skipped",
+                    skipped_in_a_row=self._skipped_in_a_row,
+                ),
+                hint=tr("use model.dtype bfloat16 or float32"),
             )
 
     def _advance(self, step: StepBatches, report: StepReport) -> None:
@@ -195,7 +209,9 @@ class Loop:
         if stopping:
             numbers = self.engine.group.gather_all(self.stop.number)
             number = next(number for number in numbers if number is not None)
-            raise self.stop.stopped(number, f"step {progress.step} of {self.total_steps} is saved")
+            raise self.stop.stopped(
+                number, tr("step {step} of {total_steps} is saved", step=progress.step, total_steps=self.total_steps)
+            )
         self.reporter.away(time.perf_counter() - began)
 
     def _validation_due(self) -> bool:
@@ -221,15 +237,27 @@ class Loop:
         self.metrics.write(
             "validation", progress.step, loss=found.loss, perplexity=found.perplexity, labels=found.labels, best=better
         )
-        note = "best so far" if better else f"best {progress.best_loss:.4f} at step {progress.best_step}"
+        note = (
+            tr("best so far")
+            if better
+            else tr(
+                "best {best_loss:.4f} at step {best_step}", best_loss=progress.best_loss, best_step=progress.best_step
+            )
+        )
         log.info(
-            f"step {progress.step}/{self.total_steps}  validation loss {found.loss:.4f}  "
-            f"perplexity {found.perplexity:.3f}  ({note})"
+            tr(
+                "step {step}/{total_steps}  validation loss {loss:.4f}  perplexity {perplexity:.3f}  ({note})",
+                step=progress.step,
+                total_steps=self.total_steps,
+                loss=found.loss,
+                perplexity=found.perplexity,
+                note=note,
+            )
         )
         patience = self.config.eval.patience
         if patience is not None and progress.validations_without_better >= patience:
             progress.stopped_early = True
-            log.info(f"stopping early: {patience} validations without a better loss")
+            log.info(tr("stopping early: {patience} validations without a better loss", patience=patience))
         return better
 
     def _epochs(self) -> float:

@@ -17,6 +17,7 @@ import torch
 from cogtune.configuration.run_config import RunConfig
 from cogtune.distributed.group import Group
 from cogtune.errors import OutOfMemoryError, SetupError
+from cogtune.language import tr
 from cogtune.plan.calibration import CONTEXT
 from cogtune.plan.cards import Card, named_like
 from cogtune.plan.choose import best, checkpointing, fits, tower_fits
@@ -112,14 +113,18 @@ class MemoryPlan:
     def _refuse(self, setting: Setting) -> None:
         assert self.card is not None
         memory = predict(setting)
-        what = (
-            f"the plan for this run takes {format_size(memory.driver)} of the card (in the phase"
-            f" {memory.peak.name!r}); of its {format_size(self.card.memory)}, {format_size(self._budget)} can be used"
+        what = tr(
+            "the plan for this run takes {driver} of the card (in the phase {name!r}); of its"
+            " {memory}, {budget} can be used",
+            driver=format_size(memory.driver),
+            name=memory.peak.name,
+            memory=format_size(self.card.memory),
+            budget=format_size(self._budget),
         )
         if self.card.holders:
-            what += f"; in use by {', '.join(self.card.holders)}"
+            what += tr("; in use by {holders}", holders=", ".join(self.card.holders))
         if self.force:
-            log.warning(f"{what}; starting anyway (--force)")
+            log.warning(tr("{what}; starting anyway (--force)", what=what))
             return
         raise PlanError(what, hint=self._nearest(setting))
 
@@ -132,21 +137,25 @@ class MemoryPlan:
             fixed.discard(key)
             found = best(setting, room, fixed)
             if found is not None:
-                return f"this fits: {_flags(setting, found.setting)}; --force starts anyway"
+                return tr("this fits: {flags}; --force starts anyway", flags=_flags(setting, found.setting))
         smaller = setting.with_batch(rows=1)
         if setting.batch.rows > 1 and (found := best(smaller, room)) is not None:
             rows = setting.batch.rows * setting.accumulation
             flags = f"--train.batch_size 1 --train.accumulation {rows} {_flags(smaller, found.setting)}"
-            return f"this fits: {flags.strip()}; --force starts anyway"
-        return f"{too_small(smaller, room, ()).hint}; --force starts anyway"
+            return tr("this fits: {flags}; --force starts anyway", flags=flags.strip())
+        return tr("{hint}; --force starts anyway", hint=too_small(smaller, room, ()).hint)
 
     def _warn_about_host(self) -> None:
         free = _free_host_memory()
         needed = sum(weights(self.setting, tower=self.setting.tower != "none").values())
         if free is not None and needed > free:
             log.warning(
-                f"the model's weights take {format_size(needed)} and {format_size(free)} of this machine's memory are "
-                "free; the run may fail or become very slow"
+                tr(
+                    "the model's weights take {needed} and {free} of this machine's memory are free; the run"
+                    " may fail or become very slow",
+                    needed=format_size(needed),
+                    free=format_size(free),
+                )
             )
 
     @contextmanager
@@ -190,7 +199,14 @@ def auto_engine(config: RunConfig, inputs: Inputs, group: Group) -> str:
     card = _least_card(group)
     name = fitting_engine(config, _rows(config, inputs), card, group.size)
     if card is not None:
-        log.info(f"parallel.engine auto: {name}, the planner's choice for {group.size} x {card.name}")
+        log.info(
+            tr(
+                "parallel.engine auto: {name}, the planner's choice for {size} x {card_name}",
+                name=name,
+                size=group.size,
+                card_name=card.name,
+            )
+        )
     return name
 
 

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from cogtune.checkpoint.quantize import require_bitsandbytes
 from cogtune.configuration.run_config import TrainSection
+from cogtune.language import tr
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], train: TrainSection, *, fused: bool = False) -> Optimizer:
@@ -28,7 +29,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter], train: TrainSection, *, 
     if train.optimizer == "adamw":
         fuses = fused and all(parameter.is_cuda for parameter in trained)
         return AdamW(trained, lr=train.lr, fused=fuses or None, **settings)
-    require_bitsandbytes(f"the optimiser {train.optimizer}'s states")
+    require_bitsandbytes(tr("the optimiser {optimizer}'s states", optimizer=train.optimizer))
     from bitsandbytes.optim import AdamW8bit
 
     made: Optimizer = AdamW8bit(trained, lr=train.lr, **settings)

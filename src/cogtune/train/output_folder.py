@@ -18,13 +18,14 @@ from typing import Any
 from cogtune.checkpoint import resume_state as checkpoints
 from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import CheckpointError, OutputFolderError, RunError
+from cogtune.language import phrase, tr
 from cogtune.system import files
 from cogtune.system.file_errors import explained
 from cogtune.system.locks import Lock, lock_folder
 from cogtune.train.progress import Progress
 
 RUN_FILE = "run.json"
-_CONTINUES = "then run the same command again: it continues"
+_CONTINUES = phrase("then run the same command again: it continues")
 
 # A run that starts in a new folder from another run's checkpoint may change these too: neither the order of the data
 # nor the optimiser's moments depend on them.
@@ -51,7 +52,7 @@ class RunIdentity:
                 lines.append(f"{key}: {stored.keys.get(key)} there, {self.keys.get(key)} now")
         for key in sorted(self.fingerprints.keys() | stored.fingerprints.keys()):
             if self.fingerprints.get(key) != stored.fingerprints.get(key):
-                lines.append(f"{key}: what lies there is not what that run used (its content differs)")
+                lines.append(tr("{key}: what lies there is not what that run used (its content differs)", key=key))
         return lines
 
 
@@ -129,7 +130,7 @@ class Claim:
         Raises:
             OutputFolderError: another process writes there, or it cannot be written.
         """
-        instead = "choose another --output, or start anew in a numbered sibling with --train.restart true"
+        instead = tr("choose another --output, or start anew in a numbered sibling with --train.restart true")
         while True:
             try:
                 self._lock = lock_folder(self.output, instead, self._say)
@@ -152,7 +153,7 @@ class Claim:
         """
         if self._lock is not None:
             self._lock.require()
-        with explained(self.output, late=True, then=_CONTINUES):
+        with explained(self.output, late=True, then=tr(_CONTINUES)):
             yield
 
     @contextmanager
@@ -169,12 +170,16 @@ class Claim:
 
 def _last_state(output: Path) -> str:
     if not output.is_dir():
-        return "its checkpoints went with it"
+        return tr("its checkpoints went with it")
     try:
         checkpoint, _ = checkpoints.find_latest(output)
     except OSError:
-        return "its checkpoints cannot be read now"
-    return "no checkpoint is there yet" if checkpoint is None else f"the last good state is {checkpoint}"
+        return tr("its checkpoints cannot be read now")
+    return (
+        tr("no checkpoint is there yet")
+        if checkpoint is None
+        else tr("the last good state is {checkpoint}", checkpoint=checkpoint)
+    )
 
 
 def is_finished(output: Path) -> bool:
@@ -197,7 +202,7 @@ def choose_output(config: RunConfig) -> Path:
 def is_empty(output: Path) -> bool:
     """Return whether the folder is missing or empty; hidden files do not count."""
     if output.exists() and not output.is_dir():
-        raise OutputFolderError(f"{output}: not a folder", hint="choose another --output")
+        raise OutputFolderError(tr("{output}: not a folder", output=output), hint=tr("choose another --output"))
     return not output.exists() or all(path.name.startswith(".") for path in output.iterdir())
 
 
@@ -213,12 +218,18 @@ def read_record(output: Path) -> RunRecord | None:
         return RunRecord.from_dict(json.loads((output / RUN_FILE).read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise OutputFolderError(
-            f"{output}: not empty, and not the output of a cogtune run ({RUN_FILE} is missing)",
-            hint="choose another --output, or empty this folder",
+            tr(
+                "{output}: not empty, and not the output of a cogtune run ({run_file} is missing)",
+                output=output,
+                run_file=RUN_FILE,
+            ),
+            hint=tr("choose another --output, or empty this folder"),
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         path = output / RUN_FILE
-        raise OutputFolderError(f"{path}: cannot be read: {error}", hint="choose another --output") from error
+        raise OutputFolderError(
+            tr("{path}: cannot be read: {error}", path=path, error=error), hint=tr("choose another --output")
+        ) from error
 
 
 def write_record(output: Path, record: RunRecord) -> None:
@@ -237,7 +248,9 @@ def resume_source(path: Path) -> tuple[Path, RunRecord]:
     if (path / RUN_FILE).is_file():
         folder, _ = checkpoints.find_latest(path)
         if folder is None:
-            raise OutputFolderError(f"{path}: holds no usable checkpoint", hint="give a checkpoint-N folder")
+            raise OutputFolderError(
+                tr("{path}: holds no usable checkpoint", path=path), hint=tr("give a checkpoint-N folder")
+            )
     assert folder is not None
     return folder, record_of(checkpoints.load(folder).counters, folder)
 
@@ -252,8 +265,8 @@ def record_of(counters: Mapping[str, Any], checkpoint: Path) -> RunRecord:
         return RunRecord.from_dict(counters.get("run"))
     except (KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{checkpoint / checkpoints.STATE_FILE}: no record of a run in it ({error})",
-            hint="give another checkpoint of that run, or that run's output folder",
+            tr("{path}: no record of a run in it ({error})", path=checkpoint / checkpoints.STATE_FILE, error=error),
+            hint=tr("give another checkpoint of that run, or that run's output folder"),
         ) from error
 
 
@@ -264,20 +277,38 @@ def derive_accumulation(config: RunConfig, ranks: int, stored: RunRecord | None)
         return asked, []
     if ranks == stored.ranks:
         raise OutputFolderError(
-            f"the global batch differs: {stored.global_batch} rows there (train.batch_size {stored.batch_size} x "
-            f"{stored.ranks} ranks x train.accumulation {stored.accumulation}), {rows * asked} now",
-            hint="keep it, choose another --output, or --train.restart true",
+            tr(
+                "the global batch differs: {global_batch} rows there (train.batch_size {batch_size} x"
+                " {ranks} ranks x train.accumulation {accumulation}), {rows} now",
+                global_batch=stored.global_batch,
+                batch_size=stored.batch_size,
+                ranks=stored.ranks,
+                accumulation=stored.accumulation,
+                rows=rows * asked,
+            ),
+            hint=tr("keep it, choose another --output, or --train.restart true"),
         )
     if stored.global_batch % rows:
         raise OutputFolderError(
-            f"the run's global batch of {stored.global_batch} rows does not divide by {ranks} ranks x "
-            f"train.batch_size {config.train.batch_size}",
-            hint="use another number of ranks or another train.batch_size; the global batch has to stay",
+            tr(
+                "the run's global batch of {global_batch} rows does not divide by {ranks} ranks x"
+                " train.batch_size {batch_size}",
+                global_batch=stored.global_batch,
+                ranks=ranks,
+                batch_size=config.train.batch_size,
+            ),
+            hint=tr("use another number of ranks or another train.batch_size; the global batch has to stay"),
         )
     accumulation = stored.global_batch // rows
     return accumulation, [
-        f"{ranks} ranks instead of {stored.ranks}: train.accumulation is {accumulation}, "
-        f"so that a step keeps its {stored.global_batch} rows"
+        tr(
+            "{ranks} ranks instead of {stored_ranks}: train.accumulation is {accumulation}, so that"
+            " a step keeps its {global_batch} rows",
+            ranks=ranks,
+            stored_ranks=stored.ranks,
+            accumulation=accumulation,
+            global_batch=stored.global_batch,
+        )
     ]
 
 
@@ -291,54 +322,68 @@ def decide(config: RunConfig, output: Path, now: RunRecord, stored: RunRecord | 
         return _start_new(config, output, now)
     if config.train.resume is not None and stored.resumed_from != str(config.train.resume):
         raise OutputFolderError(
-            f"{output}: holds a run already; train.resume starts a new folder from a checkpoint",
-            hint="to continue the run in this folder, leave --resume out; else choose another --output",
+            tr("{output}: holds a run already; train.resume starts a new folder from a checkpoint", output=output),
+            hint=tr("to continue the run in this folder, leave --resume out; else choose another --output"),
         )
     lines = now.identity.differences(stored.identity)
     if now.total_steps < stored.total_steps:
         lines.append(
-            f"train.epochs or train.max_steps: {stored.total_steps} steps there, {now.total_steps} now (more would do)"
+            tr(
+                "train.epochs or train.max_steps: {total_steps} steps there, {now_total_steps} now (more would do)",
+                total_steps=stored.total_steps,
+                now_total_steps=now.total_steps,
+            )
         )
     if lines:
         raise OutputFolderError(
-            f"{output}: holds another run; these keys differ:\n  " + "\n  ".join(lines),
-            hint="choose another --output, or start anew in a numbered sibling with --train.restart true",
+            tr("{output}: holds another run; these keys differ:\n  ", output=output) + "\n  ".join(lines),
+            hint=tr("choose another --output, or start anew in a numbered sibling with --train.restart true"),
         )
     if stored.finished and now.total_steps == stored.total_steps:
-        message = f"{output}: this run is finished; its adapter is in {output / 'adapter'}"
+        message = tr("{output}: this run is finished; its adapter is in {path}", output=output, path=output / "adapter")
         return Start(output, None, [message], [], stored.result)
     checkpoint, skipped = checkpoints.find_latest(output)
-    warnings = [f"skipped an unusable checkpoint: {line}" for line in skipped]
+    warnings = [tr("skipped an unusable checkpoint: {line}", line=line) for line in skipped]
     if skipped:
-        warnings.append(f"{len(skipped)} unusable checkpoints skipped")
+        warnings.append(tr("{skipped} unusable checkpoints skipped", skipped=len(skipped)))
     if checkpoint is None and config.train.resume is not None:
         checkpoint = resume_source(config.train.resume)[0]
-    where = f"from {checkpoint}" if checkpoint is not None else "from the beginning: it has no checkpoint yet"
-    messages = [f"continuing the run in {output} {where}"]
+    where = f"from {checkpoint}" if checkpoint is not None else tr("from the beginning: it has no checkpoint yet")
+    messages = [tr("continuing the run in {output} {where}", output=output, where=where)]
     if now.total_steps > stored.total_steps:
         messages.append(
-            f"{now.total_steps} steps instead of {stored.total_steps}: the learning rate's schedule is recomputed for "
-            "the new total"
+            tr(
+                "{total_steps} steps instead of {stored_total_steps}: the learning rate's schedule is"
+                " recomputed for the new total",
+                total_steps=now.total_steps,
+                stored_total_steps=stored.total_steps,
+            )
         )
     return Start(output, checkpoint, messages, warnings)
 
 
 def _start_new(config: RunConfig, output: Path, now: RunRecord) -> Start:
     if config.train.resume is None:
-        return Start(output, None, [f"starting a new run in {output}"], [])
+        return Start(output, None, [tr("starting a new run in {output}", output=output)], [])
     checkpoint, source = resume_source(config.train.resume)
     if lines := now.identity.differences(source.identity, _FREE_ON_RESUME):
         raise OutputFolderError(
-            f"{checkpoint}: cannot be resumed with these settings; these keys differ:\n  " + "\n  ".join(lines),
-            hint="use the settings of that run; only the learning rate's, and what only logs or saves, may change",
+            tr("{checkpoint}: cannot be resumed with these settings; these keys differ:\n  ", checkpoint=checkpoint)
+            + "\n  ".join(lines),
+            hint=tr("use the settings of that run; only the learning rate's, and what only logs or saves, may change"),
         )
     step = Progress.of(checkpoints.read_counters(checkpoint), checkpoint).step
     if now.total_steps <= step:
         raise OutputFolderError(
-            f"{checkpoint}: is at step {step} already, and this run ends at step {now.total_steps}",
-            hint="raise train.epochs or train.max_steps",
+            tr(
+                "{checkpoint}: is at step {step} already, and this run ends at step {total_steps}",
+                checkpoint=checkpoint,
+                step=step,
+                total_steps=now.total_steps,
+            ),
+            hint=tr("raise train.epochs or train.max_steps"),
         )
-    messages = [f"starting a new run in {output} from {checkpoint}"]
+    messages = [tr("starting a new run in {output} from {checkpoint}", output=output, checkpoint=checkpoint)]
     messages += [f"changed: {line}" for line in now.identity.differences(source.identity)]
     return Start(output, checkpoint, messages, [])
 

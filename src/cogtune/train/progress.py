@@ -12,6 +12,7 @@ import torch
 
 from cogtune.data.sampler import Position
 from cogtune.errors import CheckpointError
+from cogtune.language import tr
 from cogtune.system.durations import format_clock
 from cogtune.train.engines.async_scalar import AsyncScalar
 from cogtune.train.log import Metrics, log, peak_memory_gib
@@ -66,8 +67,8 @@ class Progress:
 def damaged(checkpoint: Path, key: str, value: object) -> CheckpointError:
     """Return the error for a value of ``state.json`` that no run writes."""
     return CheckpointError(
-        f"{checkpoint / 'state.json'}: {key} is {value!a:.60}, which no run writes",
-        hint="give another checkpoint of that run, or that run's output folder",
+        tr("{path}: {key} is {value!a:.60}, which no run writes", path=checkpoint / "state.json", key=key, value=value),
+        hint=tr("give another checkpoint of that run, or that run's output folder"),
     )
 
 
@@ -138,9 +139,20 @@ class Reporter:
         self._metrics.write("train", line.step, **values)
         left = (time.perf_counter() - self._start) / (line.step - self._start_step) * (self._total - line.step)
         log.info(
-            f"step {line.step}/{self._total}  epoch {line.epoch:.2f}  "
-            f"loss {line.loss:.4f}  lr {line.lr:.2e}  grad {grad_norm:.3f}  "
-            f"{line.samples / seconds:.2f} samples/s  {line.tokens / seconds:.0f} tokens/s  "
-            f"{line.memory_gib:.2f} GiB  ETA {format_clock(left)}"
+            tr(
+                "step {step}/{total}  epoch {epoch:.2f}  loss {loss:.4f}  lr {lr:.2e}  grad"
+                " {grad_norm:.3f}  {samples:.2f} samples/s  {tokens:.0f} tokens/s  {memory_gib:.2f} GiB "
+                " ETA {left}",
+                step=line.step,
+                total=self._total,
+                epoch=line.epoch,
+                loss=line.loss,
+                lr=line.lr,
+                grad_norm=grad_norm,
+                samples=line.samples / seconds,
+                tokens=line.tokens / seconds,
+                memory_gib=line.memory_gib,
+                left=format_clock(left),
+            )
         )
         self._window_start, self._away = norm, 0.0

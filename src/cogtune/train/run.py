@@ -29,6 +29,7 @@ from cogtune.distributed.shards import whole_numel
 from cogtune.errors import DataError, DiskFullError
 from cogtune.features.reader import FeatureReader
 from cogtune.generate.last_run import write_last_run
+from cogtune.language import tr
 from cogtune.model.activation_checkpointing import enable_checkpointing
 from cogtune.model.compile import can_compile, compile_layers, prepare_compiling
 from cogtune.model.modeling import CogVLM2ForCausalLM
@@ -111,8 +112,12 @@ def train(config: RunConfig, *, dry_run: bool = False, force: bool = False) -> T
         if not is_disk_full(error):
             raise
         raise DiskFullError(
-            f"no space left: {error}; the checkpoints in {config.train.output} are intact",
-            hint="free some space there and run the same command again: it continues",
+            tr(
+                "no space left: {error}; the checkpoints in {output} are intact",
+                error=error,
+                output=config.train.output,
+            ),
+            hint=tr("free some space there and run the same command again: it continues"),
         ) from error
     except RuntimeError as error:
         raise explain_peers(error) or error from error
@@ -198,7 +203,7 @@ def _run_start(config: RunConfig, inputs: Inputs, engine: Engine, dry_run: bool)
         accumulation, messages = output_folder.derive_accumulation(config, ranks, basis)
         total = Feed(inputs.rows, config, engine.group, accumulation).total_steps()
         if total == 0:
-            raise DataError("no row is left to train on: data.path's weights are below 1 and drew none")
+            raise DataError(tr("no row is left to train on: data.path's weights are below 1 and drew none"))
         resumed = None if config.train.resume is None else str(config.train.resume)
         now = output_folder.RunRecord(inputs.identity, config.train.batch_size, accumulation, ranks, total, resumed)
         return output_folder.decide(config, output, now, stored), now, messages
@@ -218,14 +223,23 @@ def _announce(config: RunConfig, inputs: Inputs, engine: Engine, dtype: torch.dt
         log.warning(line)
     record, devices = start.record, torch.cuda.device_count()
     log.info(
-        f"engine {engine.name} on {record.ranks} x {engine.device.type}, {_name(dtype)}; "
-        f"{record.total_steps} steps of {record.global_batch} rows "
-        f"({record.batch_size} per rank x {record.ranks} ranks x {record.accumulation} accumulated)"
+        tr(
+            "engine {name} on {ranks} x {device}, {dtype}; {total_steps} steps of {global_batch} rows"
+            " ({batch_size} per rank x {ranks} ranks x {accumulation} accumulated)",
+            name=engine.name,
+            ranks=record.ranks,
+            device=engine.device.type,
+            dtype=_name(dtype),
+            total_steps=record.total_steps,
+            global_batch=record.global_batch,
+            batch_size=record.batch_size,
+            accumulation=record.accumulation,
+        )
     )
     if engine.device.type == "cuda":
         log.info(describe_allocator())
     if engine.name == "single" and devices > 1:
-        log.info(f"using one of {devices} GPUs; for all: --parallel.launch all")
+        log.info(tr("using one of {devices} GPUs; for all: --parallel.launch all", devices=devices))
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -235,7 +249,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def _nothing_to_do(start: RunStart, dry_run: bool, group: Group) -> TrainResult:
     if dry_run:
-        log.info("dry run: stopping before weights are loaded")
+        log.info(tr("dry run: stopping before weights are loaded"))
         return TrainResult(start.folder.output, None, 0)
     result = start.folder.result
     adapter = start.folder.output / saver.ADAPTER_FOLDER
@@ -275,7 +289,7 @@ def load_base(config: RunConfig, engine: Engine, dtype: torch.dtype, *, cached: 
 
     ``cached``: without the vision tower, for batches that contain its output.
     """
-    with phase("loading the model", config, engine.device):
+    with phase(tr("loading the model"), config, engine.device):
         return load_model(
             config.model.path,
             dtype=dtype,
@@ -301,14 +315,14 @@ def assemble(
     None: as ``train.gradient_checkpointing`` says, and none if it leaves the choice to the planner.
     """
     torch.manual_seed(config.train.seed)  # the adapter's first weights: the same on every rank
-    with phase("attaching the adapter", config, engine.device):
+    with phase(tr("attaching the adapter"), config, engine.device):
         model = attach(base, config.lora, building=engine.attaching(base))
         if checkpoint is not None:
             saver.restore_adapter(model, checkpoint)
         _recompute(base, config, layers)
         if compiles(config, engine):
             compile_layers(base, symbolic_sizes=engine.symbolic_sizes)
-            log.info("layers are compiled at their first use (train.compile); the first step takes longer")
+            log.info(tr("layers are compiled at their first use (train.compile); the first step takes longer"))
         _say_what_trains(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         engine.wrap(model, build_optimizer(trained, config.train, fused=engine.fuses_optimizer))
@@ -328,20 +342,48 @@ def _recompute(base: CogVLM2ForCausalLM, config: RunConfig, layers: Layers | Non
         layers = Layers(*(frozenset(recomputed_layers(policy, count) or ()) for count in (decoder, tower)))
     if layers.decoder or layers.tower:
         counts = enable_checkpointing(base, layers.decoder, layers.tower)
-        also = f" and {counts[1]} of {tower} tower layers" if counts[1] else ""
-        log.info(f"recomputing {counts[0]} of {decoder} decoder layers{also} in the backward pass")
+        also = tr(" and {counts} of {tower} tower layers", counts=counts[1], tower=tower) if counts[1] else ""
+        log.info(
+            tr(
+                "recomputing {counts} of {decoder} decoder layers{also} in the backward pass",
+                counts=counts[0],
+                decoder=decoder,
+                also=also,
+            )
+        )
 
 
 def _say_what_trains(model: PeftModel) -> None:
     counts = describe(model)
     trained = sum(count.parameters for count in counts if count.trained)
     total = sum(whole_numel(parameter) for parameter in model.parameters())
-    log.info(f"training {trained:,} of {total:,} parameters ({100 * trained / total:.3f} %):")
+    log.info(
+        tr(
+            "training {trained:,} of {total:,} parameters ({share:.3f} %):",
+            trained=trained,
+            total=total,
+            share=100 * trained / total,
+        )
+    )
     for count in counts:
-        note = "" if count.trained else "  (last layer: cannot influence the loss; kept in the file, not trained)"
-        log.info(f"  {count.region}: {count.modules} modules, {count.parameters:,} parameters{note}")
+        note = "" if count.trained else tr("  (last layer: cannot influence the loss; kept in the file, not trained)")
+        log.info(
+            tr(
+                "  {region}: {modules} modules, {parameters:,} parameters{note}",
+                region=count.region,
+                modules=count.modules,
+                parameters=count.parameters,
+                note=note,
+            )
+        )
     if by_peft := computed_by_peft(model):
-        log.info(f"  {len(by_peft)} of them are computed by peft's own code, which is slower ({by_peft[0]}, ...)")
+        log.info(
+            tr(
+                "  {by_peft} of them are computed by peft's own code, which is slower ({first}, ...)",
+                by_peft=len(by_peft),
+                first=by_peft[0],
+            )
+        )
 
 
 def _leave_result(config: RunConfig, start: RunStart, progress: Progress) -> tuple[Path, str]:
@@ -383,6 +425,6 @@ def _fit(
     finally:
         metrics.close()
     adapter, which = engine.group.on_main(lambda: _leave_result(config, start, progress))
-    log.info(f"done: the adapter ({which}) is in {adapter}")
+    log.info(tr("done: the adapter ({which}) is in {adapter}", which=which, adapter=adapter))
     losses = engine.group.on_main(lambda: last_losses(output))
     return TrainResult(output, adapter, progress.step, progress.best_step, progress.best_loss, *losses)

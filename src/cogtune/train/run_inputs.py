@@ -18,6 +18,7 @@ from cogtune.configuration.identity import identity
 from cogtune.configuration.run_config import RunConfig
 from cogtune.data.dataset import TrainRows
 from cogtune.data.split import DataSplit, read_and_split
+from cogtune.language import tr
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.tensor_parallel import check_sizes
 from cogtune.processing.processor import CogVLM2Processor
@@ -63,7 +64,7 @@ class Inputs:
         lines = [f"data: {line}" for line in self.split.report.lines()]
         lines += [f"training: {line}" for line in self.rows.report.lines()]
         if self.validation is None:
-            return [*lines, "validation: none"]
+            return [*lines, tr("validation: none")]
         return lines + [f"validation: {line}" for line in self.validation.report.lines()]
 
 
@@ -101,7 +102,7 @@ def read_inputs(config: RunConfig) -> Inputs:
 
     validation = rows(split.validation, False) if split.validation else None
     if validation is not None and len(validation) == 0:
-        log.warning("validation is empty: none of its answers fits data.max_input_len and data.max_output_len")
+        log.warning(tr("validation is empty: none of its answers fits data.max_input_len and data.max_output_len"))
         validation = None
     return Inputs(split, rows(split.train, True), validation, _identity(config, base, split))
 

@@ -20,6 +20,7 @@ from cogtune.checkpoint import resume_state as checkpoints
 from cogtune.checkpoint.resume_state import TrainingState
 from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import CheckpointError
+from cogtune.language import tr
 from cogtune.system import files
 from cogtune.train.engines.base import MASTER, Engine
 from cogtune.train.log import last_losses, log
@@ -74,14 +75,20 @@ class Saver:
             best = self._progress.best_step
             protect = None if best is None else checkpoints.checkpoint_path(self._output, best)
             checkpoints.rotate(self._output, self._progress.step, self._config.train.keep_checkpoints, protect)
-        log.info(f"saved {folder}" + (" (best so far)" if better else ""))
+        log.info(f"saved {folder}" + (tr(" (best so far)") if better else ""))
 
 
 def restore_adapter(model: PeftModel, checkpoint: Path) -> None:
     """Load a checkpoint's adapter into the model, before an engine copies its master weights."""
     outcome = set_peft_model_state_dict(model, load_file(checkpoint / WEIGHTS_NAME))
     if outcome.unexpected_keys:
-        raise CheckpointError(f"{checkpoint}: its adapter has {outcome.unexpected_keys[0]}, which this model has not")
+        raise CheckpointError(
+            tr(
+                "{checkpoint}: its adapter has {unexpected_keys}, which this model has not",
+                checkpoint=checkpoint,
+                unexpected_keys=outcome.unexpected_keys[0],
+            )
+        )
 
 
 def restore(engine: Engine, checkpoint: Path, output: Path, total_steps: int) -> Progress:
@@ -129,7 +136,13 @@ def export_adapter(output: Path, progress: Progress) -> tuple[Path, str]:
     if progress.best_step is not None:
         best = checkpoints.checkpoint_path(output, progress.best_step)
         if problem := checkpoints.find_problem(best):
-            log.warning(f"{best}, the best checkpoint, cannot be used ({problem}); taking the last one")
+            log.warning(
+                tr(
+                    "{best}, the best checkpoint, cannot be used ({problem}); taking the last one",
+                    best=best,
+                    problem=problem,
+                )
+            )
         else:
             kind, source = "best", best
     with checkpoints.partial_folder(output, ADAPTER_FOLDER) as folder:

@@ -8,8 +8,9 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from cogtune.errors import Stopped
+from cogtune.language import phrase, tr
 
-_CONTINUES = "run the same command again: it continues from there"
+_CONTINUES = phrase("run the same command again: it continues from there")
 
 
 class StopSignal:
@@ -41,11 +42,15 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self._waits:
-            raise Stopped(number, f"stopped by {signal.Signals(number).name} before the first step; nothing to save")
+            raise Stopped(
+                number, tr("stopped by {name} before the first step; nothing to save", name=signal.Signals(number).name)
+            )
         if number == signal.SIGINT and self.number == signal.SIGINT:
             raise KeyboardInterrupt
         self.number = number
 
     @staticmethod
     def stopped(number: int, where: str) -> Stopped:
-        return Stopped(number, f"stopped by {signal.Signals(number).name}; {where}", hint=_CONTINUES)
+        return Stopped(
+            number, tr("stopped by {name}; {where}", name=signal.Signals(number).name, where=where), hint=tr(_CONTINUES)
+        )

@@ -19,6 +19,7 @@ from cogtune.data.problems import BadRecordError, Problem
 from cogtune.data.record_json import checked_text, identity_of
 from cogtune.data.records import Turn
 from cogtune.errors import DataError, SetupError
+from cogtune.language import tr
 from cogtune.system.names import inside
 
 _SHARD = re.compile(r"(?P<split>.+?)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?$")
@@ -45,7 +46,7 @@ def items(file: Path, rules: RecordRules) -> Iterator[Item]:
                 row = {name.lower(): value for name, value in values.items()}
                 yield Item(number, f"{file}, row {number}", _later(row, rules))
     except (pyarrow.ArrowException, OSError) as error:
-        raise Problem("table", str(file), f"cannot be read ({error})").error() from error
+        raise Problem("table", str(file), tr("cannot be read ({error})", error=error)).error() from error
 
 
 def split_files(folder: Path, split: str | None) -> tuple[list[Path], str | None]:
@@ -60,12 +61,16 @@ def split_files(folder: Path, split: str | None) -> tuple[list[Path], str | None
     splits = _splits(folder)
     if split is None and len(splits) > 1 and "train" in splits:
         others = ", ".join(name for name in splits if name != "train")
-        return splits["train"], f"{folder}: the split train is read, not {others} (data.split)"
+        return splits["train"], tr(
+            "{folder}: the split train is read, not {others} (data.split)", folder=folder, others=others
+        )
     if split is None and len(splits) == 1:
         return next(iter(splits.values())), None
     if split not in splits:
-        asked = "no split is chosen" if split is None else f"no split {split}"
-        raise Problem("split-choice", str(folder), f"{asked}; there are: {', '.join(splits)}").error()
+        asked = tr("no split is chosen") if split is None else tr("no split {split}", split=split)
+        raise Problem(
+            "split-choice", str(folder), tr("{asked}; there are: {splits}", asked=asked, splits=", ".join(splits))
+        ).error()
     return splits[split], None
 
 
@@ -75,7 +80,9 @@ def _splits(folder: Path) -> dict[str, list[Path]]:
         try:
             names = list(json.loads(listed.read_text(encoding="utf-8"))["splits"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise Problem("table", str(listed), f"not what save_to_disk writes ({error})").error() from error
+            raise Problem(
+                "table", str(listed), tr("not what save_to_disk writes ({error})", error=error)
+            ).error() from error
         return {name: _saved_files(inside(folder, name, named_by=listed, error=DataError)) for name in names}
     if (folder / "state.json").is_file():
         return {"train": _saved_files(folder)}
@@ -100,7 +107,7 @@ def _saved_files(folder: Path) -> list[Path]:
     try:
         names = [entry["filename"] for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Problem("table", str(state), f"not what save_to_disk writes ({error})").error() from error
+        raise Problem("table", str(state), tr("not what save_to_disk writes ({error})", error=error)).error() from error
     return [inside(folder, name, named_by=state, error=DataError) for name in names]
 
 
@@ -111,7 +118,10 @@ def _pyarrow() -> Any:
         import pyarrow.parquet
     except ImportError as error:
         raise SetupError(
-            f"Parquet files and Hugging Face data sets are read with pyarrow, which cannot be imported ({error})",
+            tr(
+                "Parquet files and Hugging Face data sets are read with pyarrow, which cannot be imported ({error})",
+                error=error,
+            ),
             hint="pip install 'cogtune[data]'",
             code="no-pyarrow",
         ) from error
@@ -139,7 +149,7 @@ def _check_columns(names: list[str], where: str, open_questions: bool) -> None:
     picture = {"image", "images"} & set(names)
     texts = {"question", "answer"} <= set(names) or {"caption", "captions", "text"} & set(names)
     if not conversation and not (picture and (texts or open_questions)):
-        what = "messages, or image with question and answer or with caption, were expected as columns; found: "
+        what = tr("messages, or image with question and answer or with caption, were expected as columns; found: ")
         raise Problem("columns", where, what + (", ".join(names) or "none")).error()
 
 
@@ -161,17 +171,17 @@ def _later(row: dict[str, Any], rules: RecordRules) -> Callable[[], Content]:
 
 def _dialogues(row: dict[str, Any], rules: RecordRules) -> list[tuple[Turn, ...]]:
     if "question" in row:
-        return [(Turn(checked_text(row["question"], "the question"), rules.answer(row.get("answer"))),)]
+        return [(Turn(checked_text(row["question"], tr("the question")), rules.answer(row.get("answer"))),)]
     captions = row.get("caption", row.get("captions", row.get("text")))
     if not rules.caption_question:
-        raise BadRecordError("caption-question", "captions, and data.caption_question is empty")
+        raise BadRecordError("caption-question", tr("captions, and data.caption_question is empty"))
     question = rules.caption_question
     if not {"caption", "captions", "text"} & row.keys():
         return [(Turn(question, ""),)]
     texts = captions if isinstance(captions, list) else [captions]
     if not texts:
-        raise BadRecordError("content", "the list of captions is empty")
-    return [(Turn(question, checked_text(text, "the caption")),) for text in texts]
+        raise BadRecordError("content", tr("the list of captions is empty"))
+    return [(Turn(question, checked_text(text, tr("the caption"))),) for text in texts]
 
 
 def _without_nulls(value: Any) -> Any:

@@ -13,6 +13,7 @@ from cogtune.data.formats.pictures import picture_sources
 from cogtune.data.problems import BadRecordError, Problem
 from cogtune.data.record_json import by_identity, checked_identity, checked_text, kind_of, shown
 from cogtune.data.records import Turn
+from cogtune.language import tr
 
 
 def items(file: Path, rules: RecordRules) -> Iterator[Item]:
@@ -24,7 +25,10 @@ def items(file: Path, rules: RecordRules) -> Iterator[Item]:
     root, repaired = read_json(file)
     images, annotations = (root.get(key) if isinstance(root, dict) else None for key in ("images", "annotations"))
     if not isinstance(images, list) or not isinstance(annotations, list):
-        what = f'{kind_of(root)} found, an object with the lists "images" and "annotations" was expected (coco)'
+        what = tr(
+            '{kind_of} found, an object with the lists "images" and "annotations" was expected (coco)',
+            kind_of=kind_of(root),
+        )
         raise Problem("wrong-root", str(file), what).error()
     names, repeated = by_identity(images, "id")
     later = partial(_later, names=names, repeated=repeated, rules=rules)
@@ -41,16 +45,23 @@ def _later(
 ) -> Callable[[], Content]:
     def read() -> Content:
         if not isinstance(annotation, dict):
-            raise BadRecordError("wrong-root", f"{kind_of(annotation)} found, an object was expected")
+            raise BadRecordError(
+                "wrong-root", tr("{kind_of} found, an object was expected", kind_of=kind_of(annotation))
+            )
         for key in ("image_id", "caption"):
             if key not in annotation:
-                raise BadRecordError("missing-key", f'the annotation has no "{key}" (coco captions were expected)')
+                raise BadRecordError(
+                    "missing-key", tr('the annotation has no "{key}" (coco captions were expected)', key=key)
+                )
         name = names.get(checked_identity(annotation["image_id"], repeated, "image_id"), {}).get("file_name")
         if not isinstance(name, str) or not name:
-            raise BadRecordError("image-path", f'no file_name in "images" for image_id {shown(annotation["image_id"])}')
+            raise BadRecordError(
+                "image-path",
+                tr('no file_name in "images" for image_id {image_id}', image_id=shown(annotation["image_id"])),
+            )
         if not rules.caption_question:
-            raise BadRecordError("caption-question", "captions, and data.caption_question is empty")
-        caption = checked_text(annotation["caption"], "the caption")
+            raise BadRecordError("caption-question", tr("captions, and data.caption_question is empty"))
+        caption = checked_text(annotation["caption"], tr("the caption"))
         own = annotation.get("id")
         identity = None if own is None else f"caption-{own}"
         return Content([(Turn(rules.caption_question, caption),)], picture_sources((name,)), identity, repaired)

@@ -12,12 +12,13 @@ from cogtune.data.formats import arrow, vqa
 from cogtune.data.formats.jsonfiles import LINES, numbered_lines, read_json
 from cogtune.data.problems import BadRecordError, Problem
 from cogtune.data.record_json import parse_json
+from cogtune.language import phrase, tr
 
 LABEL_FOLDERS = ("labels", "labels_en", "labels_zh")
 CONVERSATIONS = ("jsonl", "llava", "sharegpt", "openai")
 _SUFFIXES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "hf"}
 _EXPECTED = {"csv": (".csv", ".tsv"), "parquet": (".parquet",), "coco": (".json",), "vqa": (".json",)}
-_KNOWN = "a folder with images/ and labels/, or a .jsonl, .json, .csv, .tsv or .parquet file"
+_KNOWN = phrase("a folder with images/ and labels/, or a .jsonl, .json, .csv, .tsv or .parquet file")
 _SNIFFED = 2**20
 
 
@@ -40,7 +41,7 @@ def find_sources(path: Path, form: str, split: str | None, notes: list[str]) -> 
         DataError: nothing there, no known format, or another format than ``form``.
     """
     if not path.exists():
-        raise Problem("no-such-path", str(path), "no such file or folder").error()
+        raise Problem("no-such-path", str(path), tr("no such file or folder")).error()
     if path.is_dir():
         return _in_folder(path, form, split, notes)
     _refuse_suffix(path, form)
@@ -52,11 +53,15 @@ def find_sources(path: Path, form: str, split: str | None, notes: list[str]) -> 
 def _refuse_suffix(path: Path, form: str) -> None:
     suffix = path.suffix.lower()
     if suffix not in (*LINES, ".json", *_SUFFIXES):
-        raise Problem("no-such-path", str(path), f"a file of an unknown kind; expected was {_KNOWN}").error()
+        raise Problem(
+            "no-such-path", str(path), tr("a file of an unknown kind; expected was {known}", known=tr(_KNOWN))
+        ).error()
     expected = (*LINES, ".json") if form in CONVERSATIONS else _EXPECTED.get(form, (suffix,))
     if form == "folder" or suffix not in expected:
-        wanted = "a folder" if form == "folder" else f"a file ending in {' or '.join(expected)}"
-        raise Problem("format", str(path), f"data.format is {form}, so {wanted} was expected").error()
+        wanted = "a folder" if form == "folder" else tr("a file ending in {expected}", expected=" or ".join(expected))
+        raise Problem(
+            "format", str(path), tr("data.format is {form}, so {wanted} was expected", form=form, wanted=wanted)
+        ).error()
 
 
 def _in_folder(path: Path, form: str, split: str | None, notes: list[str]) -> list[Source]:
@@ -65,13 +70,19 @@ def _in_folder(path: Path, form: str, split: str | None, notes: list[str]) -> li
     labelled = any((path / name).is_dir() for name in LABEL_FOLDERS)
     if form == "folder" or (form == "auto" and labelled):
         if lines:
-            notes.append(f"{path} has label folders: its .jsonl files are not read ({lines[0].name}, ...)")
+            notes.append(
+                tr(
+                    "{path} has label folders: its .jsonl files are not read ({name}, ...)",
+                    path=path,
+                    name=lines[0].name,
+                )
+            )
         return [Source("folder", path)]
     if form == "hf" or (form == "auto" and not lines and _is_saved(path)):
         chosen, note = arrow.split_files(path, split)
         notes += [note] if note else []
         if not chosen:
-            raise Problem("no-records", str(path), "no .arrow or .parquet file in it").error()
+            raise Problem("no-records", str(path), tr("no .arrow or .parquet file in it")).error()
         return [Source("hf", path, tuple(chosen))]
     if form == "vqa" or (form == "auto" and not lines and _has_vqa(files)):
         return [Source("vqa", path, _flat(vqa.pair_files(path)))]
@@ -82,7 +93,9 @@ def _in_folder(path: Path, form: str, split: str | None, notes: list[str]) -> li
     fitting = tuple(file for file in files if file.suffix.lower() in suffixes)
     if not fitting:
         raise Problem(
-            "format", str(path), f"data.format is {form}, and no file ends in {' or '.join(suffixes)}"
+            "format",
+            str(path),
+            tr("data.format is {form}, and no file ends in {suffixes}", form=form, suffixes=" or ".join(suffixes)),
         ).error()
     return [Source(form, path, fitting)]
 
@@ -96,7 +109,14 @@ def _by_format(path: Path, files: list[Path], lines: list[Path], notes: list[str
         chosen = [file for file in files if file.suffix.lower() in (".csv", ".tsv")]
     others = [file for file in files if file not in chosen and file.suffix.lower() in (".json", ".csv", ".tsv")]
     if chosen and others:
-        notes.append(f"{path}: {chosen[0].name} is read, not {', '.join(file.name for file in others[:3])}")
+        notes.append(
+            tr(
+                "{path}: {name} is read, not {others}",
+                path=path,
+                name=chosen[0].name,
+                others=", ".join(file.name for file in others[:3]),
+            )
+        )
     by_format: dict[str, list[Path]] = {}
     for file in chosen:
         by_format.setdefault(_file_format(file, "auto"), []).append(file)
@@ -112,7 +132,7 @@ def _file_format(file: Path, form: str) -> str:
 
 def _unknown(file: Path) -> str:
     read_json(file)  # a file that is not JSON has its own message
-    what = "no known format: a list of conversations, COCO captions or VQA questions were expected"
+    what = tr("no known format: a list of conversations, COCO captions or VQA questions were expected")
     raise Problem("format", str(file), what).error()
 
 

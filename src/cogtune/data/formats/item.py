@@ -9,6 +9,7 @@ from typing import Any
 from cogtune.data.problems import BadRecordError
 from cogtune.data.record_json import checked_text, is_blank
 from cogtune.data.records import Turn
+from cogtune.language import tr
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,12 @@ class RecordRules:
         Raises:
             BadRecordError: ``content``.
         """
-        return "" if self.open_questions and is_blank(value) else checked_text(value, "the answer")
+        return "" if self.open_questions and is_blank(value) else checked_text(value, tr("the answer"))
 
     def check_images(self, count: int) -> None:
         """Raise BadRecordError ``several-images`` if a record has more images than the model takes."""
         if count > self.max_images:
-            most = "one was" if self.max_images == 1 else f"{self.max_images} were"
-            raise BadRecordError("several-images", f"{count} pictures, at most {most} expected")
+            most = tr("one was") if self.max_images == 1 else f"{self.max_images} were"
+            raise BadRecordError(
+                "several-images", tr("{count} pictures, at most {most} expected", count=count, most=most)
+            )

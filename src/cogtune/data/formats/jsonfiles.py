@@ -12,6 +12,7 @@ from cogtune.data.formats.messages import read_conversation
 from cogtune.data.formats.pictures import picture_sources, refuse_unread_own
 from cogtune.data.problems import BadRecordError, Problem
 from cogtune.data.record_json import identity_of, kind_of, parse_json, record_dialogues, shown
+from cogtune.language import tr
 
 Parse = Callable[[Any], Content]
 LINES = (".jsonl", ".ndjson")
@@ -33,7 +34,9 @@ def items(file: Path, form: str, rules: RecordRules) -> Iterator[Item]:
         return
     root, repaired = read_json(file)
     if not isinstance(root, list):
-        raise Problem("wrong-root", str(file), f"{kind_of(root)} found, a list of records was expected").error()
+        raise Problem(
+            "wrong-root", str(file), tr("{kind_of} found, a list of records was expected", kind_of=kind_of(root))
+        ).error()
     for number, record in enumerate(root, start=1):
         yield Item(number, f"{file}, record {number}", _later(record, parse, repaired and number == 1))
 
@@ -42,10 +45,10 @@ def own_record(record: Any, rules: RecordRules) -> Content:
     """Parse a record in cogtune's own form, with its ``image``."""
     dialogues = record_dialogues(record, rules.caption_question, open_questions=rules.open_questions)
     if "image" not in record:
-        raise BadRecordError("image-path", 'the record has no "image"')
+        raise BadRecordError("image-path", tr('the record has no "image"'))
     image = record["image"]
     if image is not None and (not isinstance(image, str)):
-        raise BadRecordError("image-path", f'"image" is {shown(image)}, a path or null was expected')
+        raise BadRecordError("image-path", tr('"image" is {image}, a path or null was expected', image=shown(image)))
     refuse_unread_own(record, ("image",), () if image is None else (image,), "jsonl")
     return Content(dialogues, picture_sources((image,)), identity_of(record))
 
@@ -78,7 +81,7 @@ def read_json(file: Path) -> tuple[Any, bool]:
     except BadRecordError as bad:
         raise Problem(bad.kind, str(file), bad.what).error() from bad
     except OSError as error:
-        raise Problem("no-such-path", str(file), f"cannot be read ({error})").error() from error
+        raise Problem("no-such-path", str(file), tr("cannot be read ({error})", error=error)).error() from error
 
 
 def numbered_lines(file: Path) -> Iterator[tuple[int, bytes]]:
@@ -89,4 +92,4 @@ def numbered_lines(file: Path) -> Iterator[tuple[int, bytes]]:
                 if line.strip():
                     yield number, line
     except OSError as error:
-        raise Problem("no-such-path", str(file), f"cannot be read ({error})").error() from error
+        raise Problem("no-such-path", str(file), tr("cannot be read ({error})", error=error)).error() from error

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from cogtune.data.problems import BadRecordError
 from cogtune.data.records import Turn
+from cogtune.language import tr
 
 _ONE = "|".join(
     (
@@ -52,7 +53,7 @@ def _strip_turn(turn: Turn, number: int, images: int) -> Turn:
             break
         text = text[: found.start()] + text[found.end() :]
     if not text.strip():
-        raise BadRecordError("content", f"question {number} is empty but for its marker")
+        raise BadRecordError("content", tr("question {number} is empty but for its marker", number=number))
     return turn if text == turn.question else Turn(text, turn.answer)
 
 

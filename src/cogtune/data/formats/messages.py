@@ -17,6 +17,7 @@ from cogtune.data.formats.pictures import keys_text, picture_sources, refuse_unr
 from cogtune.data.problems import BadRecordError
 from cogtune.data.record_json import identity_of, is_unicode, kind_of, shown, without_blank_answer
 from cogtune.data.records import Turn
+from cogtune.language import tr
 
 _MARKER = "<image>"
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
@@ -45,7 +46,7 @@ def read_conversation(record: Any, rules: RecordRules, expected: str) -> Content
             pictures; a system message where ``data.system`` refuses it.
     """
     if not isinstance(record, dict):
-        raise BadRecordError("wrong-root", f"{kind_of(record)} found, an object was expected")
+        raise BadRecordError("wrong-root", tr("{kind_of} found, an object was expected", kind_of=kind_of(record)))
     _refuse_other_media(record)
     messages = _messages(record, expected, rules.open_questions)
     for message in messages:
@@ -63,7 +64,7 @@ def read_conversation(record: Any, rules: RecordRules, expected: str) -> Content
 def _refuse_other_media(record: dict[str, Any]) -> None:
     for key in _OTHER_MEDIA:
         if record.get(key):
-            raise BadRecordError("media", f'"{key}" is given; the model takes pictures only')
+            raise BadRecordError("media", tr('"{key}" is given; the model takes pictures only', key=key))
 
 
 def _images_of(record: dict[str, Any]) -> list[Any]:
@@ -90,23 +91,33 @@ def _take_paths(message: _Message) -> None:
     if not paths:
         return
     if message.role != "user":
-        raise BadRecordError("image-marker", f"an <img> picture in message {message.number}, from {message.role}")
+        raise BadRecordError(
+            "image-marker",
+            tr("an <img> picture in message {number}, from {role}", number=message.number, role=message.role),
+        )
     message.images += paths
     message.text = _IMG.sub("", message.text)
     if not message.text.strip():
-        raise BadRecordError("content", f"the content of message {message.number} is empty but for its picture")
+        raise BadRecordError(
+            "content", tr("the content of message {number} is empty but for its picture", number=message.number)
+        )
 
 
 def _messages(record: dict[str, Any], expected: str, open_questions: bool) -> list[_Message]:
     keys = [key for key in ("messages", "conversations") if key in record]
     if len(keys) != 1:
         found = "both" if keys else f"{keys_text(record)} found"
-        raise BadRecordError("missing-key", f'"messages" or "conversations" was expected ({expected}), {found}')
+        raise BadRecordError(
+            "missing-key",
+            tr('"messages" or "conversations" was expected ({expected}), {found}', expected=expected, found=found),
+        )
     entries = record[keys[0]]
     if not isinstance(entries, Sequence) or isinstance(entries, str):
-        raise BadRecordError("wrong-root", f'"{keys[0]}" is {kind_of(entries)}, a list was expected')
+        raise BadRecordError(
+            "wrong-root", tr('"{keys}" is {kind_of}, a list was expected', keys=keys[0], kind_of=kind_of(entries))
+        )
     if not len(entries):
-        raise BadRecordError("turns", f'"{keys[0]}" is empty')
+        raise BadRecordError("turns", tr('"{keys}" is empty', keys=keys[0]))
     entries = without_blank_answer(entries) if open_questions else entries
     messages = [_message(entry, number) for number, entry in enumerate(entries, start=1)]
     for message, entry in zip(messages, entries, strict=True):
@@ -118,15 +129,26 @@ def _messages(record: dict[str, Any], expected: str, open_questions: bool) -> li
 
 def _message(entry: Any, number: int) -> _Message:
     if not isinstance(entry, dict):
-        raise BadRecordError("wrong-root", f"message {number} is {kind_of(entry)}, an object was expected")
+        raise BadRecordError(
+            "wrong-root",
+            tr("message {number} is {kind_of}, an object was expected", number=number, kind_of=kind_of(entry)),
+        )
     names = ("from", "value") if "from" in entry or "value" in entry else ("role", "content")
     for name in names:
         if name not in entry:
-            raise BadRecordError("missing-key", f'message {number} has no "{name}"')
+            raise BadRecordError("missing-key", tr('message {number} has no "{name}"', number=number, name=name))
     role = _ROLES.get(entry[names[0]]) if isinstance(entry[names[0]], str) else None
     if role is None:
         expected = " or ".join(f'"{name}"' for name in _ROLES)
-        raise BadRecordError("role", f"message {number} has the role {shown(entry[names[0]])}, {expected} was expected")
+        raise BadRecordError(
+            "role",
+            tr(
+                "message {number} has the role {entry}, {expected} was expected",
+                number=number,
+                entry=shown(entry[names[0]]),
+                expected=expected,
+            ),
+        )
     content = entry[names[1]]
     if isinstance(content, list | tuple):
         return _from_parts(content, number, role)
@@ -146,22 +168,27 @@ def _from_parts(parts: Sequence[Any], number: int, role: str) -> _Message:
             else:
                 message.images.append(image)
         else:
-            found = f"the type {shown(kind)}" if isinstance(part, dict) else kind_of(part)
-            raise BadRecordError("content-part", f"message {number} has a part of {found}, text or image_url expected")
+            found = tr("the type {kind}", kind=shown(kind)) if isinstance(part, dict) else kind_of(part)
+            raise BadRecordError(
+                "content-part",
+                tr("message {number} has a part of {found}, text or image_url expected", number=number, found=found),
+            )
     message.text = "\n".join(text for text in texts if text)
     if not message.text.strip():
-        raise BadRecordError("content", f"the content of message {number} has no text")
+        raise BadRecordError("content", tr("the content of message {number} has no text", number=number))
     return message
 
 
 def _text(value: Any, number: int, *, blank: bool = False) -> str:
-    where = f"the content of message {number}" if number else "the system text"
+    where = tr("the content of message {number}", number=number) if number else tr("the system text")
     if not isinstance(value, str):
-        raise BadRecordError("content", f"{where} is {kind_of(value)}, a text was expected")
+        raise BadRecordError(
+            "content", tr("{where} is {kind_of}, a text was expected", where=where, kind_of=kind_of(value))
+        )
     if not is_unicode(value):
-        raise BadRecordError("content", f"{where} has half a surrogate pair, which is not a character")
+        raise BadRecordError("content", tr("{where} has half a surrogate pair, which is not a character", where=where))
     if not blank and not value.strip():
-        raise BadRecordError("content", f"{where} is empty")
+        raise BadRecordError("content", tr("{where} is empty", where=where))
     return value
 
 
@@ -172,19 +199,36 @@ def _strip_markers(messages: list[_Message], images: int) -> None:
     if not markers:
         return
     if len(markers) > max(images, 1):
-        most = "one was" if images <= 1 else f"{images} were"
-        raise BadRecordError("image-marker", f"{len(markers)} {markers[0]} markers, at most {most} expected")
+        most = tr("one was") if images <= 1 else f"{images} were"
+        raise BadRecordError(
+            "image-marker",
+            tr(
+                "{count} {marker} markers, at most {most} expected",
+                count=len(markers),
+                marker=markers[0],
+                most=most,
+            ),
+        )
     if not images:
-        raise BadRecordError("image-marker", f"a {markers[0]} marker, but the record names no picture")
+        raise BadRecordError(
+            "image-marker", tr("a {markers} marker, but the record names no picture", markers=markers[0])
+        )
     for message in messages:
         if not found[message.number]:
             continue
         if message.role != "user":
-            what = f"a {found[message.number][0]} marker in message {message.number}, from {message.role}"
+            what = tr(
+                "a {found} marker in message {number}, from {role}",
+                found=found[message.number][0],
+                number=message.number,
+                role=message.role,
+            )
             raise BadRecordError("image-marker", what)
         message.text = without_markers(message.text)
         if not message.text.strip():
-            raise BadRecordError("content", f"the content of message {message.number} is empty but for its marker")
+            raise BadRecordError(
+                "content", tr("the content of message {number} is empty but for its marker", number=message.number)
+            )
 
 
 def _without_system(messages: list[_Message], policy: str) -> list[_Message]:
@@ -192,10 +236,10 @@ def _without_system(messages: list[_Message], policy: str) -> list[_Message]:
     if not system:
         return messages
     if policy == "error":
-        raise BadRecordError("system", "a system message, which the model's prompt has no place for")
+        raise BadRecordError("system", tr("a system message, which the model's prompt has no place for"))
     rest = [message for message in messages if message.role != "system"]
     if len(system) > 1 or messages[0].role != "system" or not rest:
-        raise BadRecordError("turns", "one system message before all others was expected")
+        raise BadRecordError("turns", tr("one system message before all others was expected"))
     first = rest[0]
     rest[0] = _Message(first.number, first.role, f"{system[0].text}\n{first.text}", first.images)
     return rest
@@ -205,10 +249,17 @@ def _turns(messages: list[_Message], open_questions: bool) -> tuple[Turn, ...]:
     for place, message in enumerate(messages):
         expected = "assistant" if place % 2 else "user"
         if message.role != expected:
-            what = f"message {message.number} is from the {message.role}, the {expected} was expected"
+            what = tr(
+                "message {number} is from the {role}, the {expected} was expected",
+                number=message.number,
+                role=message.role,
+                expected=expected,
+            )
             raise BadRecordError("turns", what)
     if open_questions and len(messages) % 2:
         messages = [*messages, _Message(0, "assistant", "")]
     if len(messages) % 2:
-        raise BadRecordError("turns", f"{len(messages)} messages, the last question has no answer")
+        raise BadRecordError(
+            "turns", tr("{messages} messages, the last question has no answer", messages=len(messages))
+        )
     return tuple(Turn(q.text, a.text) for q, a in zip(messages[::2], messages[1::2], strict=True))

@@ -12,6 +12,7 @@ from urllib.parse import unquote, unquote_to_bytes, urlparse
 from cogtune.data.formats.item import Embedded, PictureSource
 from cogtune.data.problems import BadRecordError
 from cogtune.data.record_json import is_unicode, shown
+from cogtune.language import tr
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".heic", ".avif")
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
@@ -49,10 +50,11 @@ def picture_source(image: Any) -> str | Embedded | None:
             if image.get(key) is not None:
                 return picture_source(image[key])
         raise BadRecordError(
-            "image-path", f"the picture is an object with {keys_text(image)}, bytes or a path expected"
+            "image-path",
+            tr("the picture is an object with {keys_text}, bytes or a path expected", keys_text=keys_text(image)),
         )
     if not isinstance(image, str) or not image.strip() or "\0" in image or not is_unicode(image):
-        raise BadRecordError("image-path", f"the picture is {shown(image)}, a path was expected")
+        raise BadRecordError("image-path", tr("the picture is {image}, a path was expected", image=shown(image)))
     if is_base64_picture(image):
         return Embedded(_base64(image, "image-unreadable", "a picture"))
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", image)
@@ -62,17 +64,19 @@ def picture_source(image: Any) -> str | Embedded | None:
     if scheme == "file":
         path = unquote(_url_path(image))
         if not path or "\0" in path:
-            raise BadRecordError("image-path", f"the picture is {shown(image)}, which names no file")
+            raise BadRecordError("image-path", tr("the picture is {image}, which names no file", image=shown(image)))
         return path
     if scheme in ("http", "https", "ftp", "s3", "gs", "oss"):
-        raise BadRecordError("image-url", f"the picture is on the web ({image:.80}); a file was expected")
+        raise BadRecordError(
+            "image-url", tr("the picture is on the web ({image:.80}); a file was expected", image=image)
+        )
     return image
 
 
 def _data_url(url: str) -> bytes:
     head, comma, body = url.partition(",")
     if not comma:
-        raise BadRecordError("image-url", "a data: URL without a comma before its content")
+        raise BadRecordError("image-url", tr("a data: URL without a comma before its content"))
     if not head.lower().endswith(";base64"):
         return unquote_to_bytes(body)
     return _base64(body, "image-url", "a data: URL")
@@ -82,14 +86,16 @@ def _base64(text: str, kind: str, what: str) -> bytes:
     try:
         return base64.b64decode(re.sub(r"\s", "", text), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise BadRecordError(kind, f"{what} that is not valid base64 ({error})") from error
+        raise BadRecordError(kind, tr("{what} that is not valid base64 ({error})", what=what, error=error)) from error
 
 
 def _url_path(url: str) -> str:
     try:
         return urlparse(url).path
     except ValueError as error:
-        raise BadRecordError("image-url", f"the picture is {shown(url)}, which is no URL ({error})") from error
+        raise BadRecordError(
+            "image-url", tr("the picture is {url}, which is no URL ({error})", url=shown(url), error=error)
+        ) from error
 
 
 def refuse_unread(
@@ -112,10 +118,18 @@ def refuse_unread(
         if key in read or value is None or not isinstance(key, str):
             continue
         if key in _CONTENT_KEYS and value:
-            raise BadRecordError("unread-key", f'{where}"{key:.80}" is not read here (format {form})')
+            raise BadRecordError(
+                "unread-key", tr('{where}"{key:.80}" is not read here (format {form})', where=where, key=key, form=form)
+            )
         named = _PICTURE_KEY.fullmatch(key) is not None and not _same_file(value, pictures)
         if _is_picture(value, paths=named or not pictures):
-            what = f'{where}"{key:.80}" looks like a picture and is not read (format {form}), {shown(value)}'
+            what = tr(
+                '{where}"{key:.80}" looks like a picture and is not read (format {form}), {value}',
+                where=where,
+                key=key,
+                form=form,
+                value=shown(value),
+            )
             raise BadRecordError("unread-key", what)
 
 

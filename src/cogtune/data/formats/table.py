@@ -12,6 +12,7 @@ from cogtune.data.formats.pictures import picture_sources, refuse_unread
 from cogtune.data.problems import BadRecordError, Problem
 from cogtune.data.record_json import checked_text
 from cogtune.data.records import Turn
+from cogtune.language import tr
 
 TEXT_ONLY = "null"
 _READ = ("id", "image", "question", "answer", "caption")
@@ -27,10 +28,10 @@ def items(file: Path, rules: RecordRules) -> Iterator[Item]:
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        what = f"not UTF-8 (byte {error.start}); spreadsheets export it as `CSV UTF-8`"
+        what = tr("not UTF-8 (byte {start}); spreadsheets export it as `CSV UTF-8`", start=error.start)
         raise Problem("table-encoding", str(file), what).error() from error
     except OSError as error:
-        raise Problem("no-such-path", str(file), f"cannot be read ({error})").error() from error
+        raise Problem("no-such-path", str(file), tr("cannot be read ({error})", error=error)).error() from error
     delimiter = _delimiter(file, text)
     csv.field_size_limit(_LARGEST_CELL)
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -56,11 +57,15 @@ def check_columns(header: list[str], where: str, open_questions: bool) -> None:
     """
     repeated = sorted({name for name in header if name and header.count(name) > 1})
     if repeated:
-        raise Problem("columns", where, f"the column {', '.join(repeated)} stands there twice").error()
+        raise Problem(
+            "columns", where, tr("the column {repeated} stands there twice", repeated=", ".join(repeated))
+        ).error()
     texts = open_questions or {"question", "answer"} <= set(header) or "caption" in header
     if "image" not in header or not texts:
         found = ", ".join(name for name in header if name) or "none"
-        raise Problem("columns", where, f"the columns image, question, answer were expected; found: {found}").error()
+        raise Problem(
+            "columns", where, tr("the columns image, question, answer were expected; found: {found}", found=found)
+        ).error()
 
 
 def _delimiter(file: Path, text: str) -> str:
@@ -73,7 +78,11 @@ def _delimiter(file: Path, text: str) -> str:
 def _later(header: list[str], row: list[str], rules: RecordRules) -> Callable[[], Content]:
     def read() -> Content:
         if len(row) != len(header):
-            what = f"{len(row)} cells, the header has {len(header)} columns; a cell with the delimiter needs quotes"
+            what = tr(
+                "{row} cells, the header has {header} columns; a cell with the delimiter needs quotes",
+                row=len(row),
+                header=len(header),
+            )
             raise BadRecordError("table", what)
         return row_content(dict(zip(header, row, strict=True)), rules)
 
@@ -84,14 +93,16 @@ def row_content(row: Mapping[str, str], rules: RecordRules) -> Content:
     """Build the record of one row."""
     image = row["image"].strip()
     if not image:
-        raise BadRecordError("image-path", f"the cell image is empty; a text-only row says {TEXT_ONLY}")
+        raise BadRecordError(
+            "image-path", tr("the cell image is empty; a text-only row says {text_only}", text_only=TEXT_ONLY)
+        )
     if "question" in row:
-        turn = Turn(checked_text(row["question"], "the question"), rules.answer(row.get("answer")))
+        turn = Turn(checked_text(row["question"], tr("the question")), rules.answer(row.get("answer")))
     elif rules.caption_question:
-        caption = checked_text(row["caption"], "the caption") if "caption" in row else ""
+        caption = checked_text(row["caption"], tr("the caption")) if "caption" in row else ""
         turn = Turn(rules.caption_question, caption)
     else:
-        raise BadRecordError("caption-question", "captions, and data.caption_question is empty")
+        raise BadRecordError("caption-question", tr("captions, and data.caption_question is empty"))
     images = () if image == TEXT_ONLY else (image,)
     refuse_unread(row, _READ, images, "csv")
     return Content([(turn,)], picture_sources(images), row.get("id") or None)

@@ -15,6 +15,7 @@ from cogtune.data.formats.pictures import picture_sources
 from cogtune.data.problems import BadRecordError, Problem
 from cogtune.data.record_json import by_identity, checked_identity, checked_text, kind_of, shown
 from cogtune.data.records import Turn
+from cogtune.language import tr
 
 
 def pair_files(path: Path) -> list[tuple[Path, Path]]:
@@ -41,7 +42,7 @@ def pair_files(path: Path) -> list[tuple[Path, Path]]:
     if not wanted or (path.is_dir() and alone):
         where = path if path.is_file() or not alone else alone[0]
         raise Problem(
-            "vqa-pair", str(where), "no partner: a questions and an annotations file are read together"
+            "vqa-pair", str(where), tr("no partner: a questions and an annotations file are read together")
         ).error()
     return wanted
 
@@ -67,7 +68,12 @@ def items(questions: Path, annotations: Path) -> Iterator[Item]:
     repeated |= twice
     left = [key for key in answers if key not in asked]
     if left:
-        what = f"{len(left)} annotations without a question in {questions.name} (question_id {left[0]}, ...)"
+        what = tr(
+            "{count} annotations without a question in {name} (question_id {first}, ...)",
+            count=len(left),
+            name=questions.name,
+            first=left[0],
+        )
         raise Problem("vqa-pair", str(annotations), what).error()
     for number, entry in enumerate(root["questions"], start=1):
         where = f"{questions}, question {number}"
@@ -77,7 +83,7 @@ def items(questions: Path, annotations: Path) -> Iterator[Item]:
 def _read(file: Path, key: str) -> tuple[dict[str, Any], bool]:
     root, repaired = read_json(file)
     if not isinstance(root, dict) or not isinstance(root.get(key), list):
-        what = f'{kind_of(root)} found, an object with the list "{key}" was expected (vqa)'
+        what = tr('{kind_of} found, an object with the list "{key}" was expected (vqa)', kind_of=kind_of(root), key=key)
         raise Problem("wrong-root", str(file), what).error()
     return root, repaired
 
@@ -92,17 +98,24 @@ def _later(
 ) -> Callable[[], Content]:
     def read() -> Content:
         if not isinstance(entry, dict):
-            raise BadRecordError("wrong-root", f"{kind_of(entry)} found, an object was expected")
+            raise BadRecordError("wrong-root", tr("{kind_of} found, an object was expected", kind_of=kind_of(entry)))
         for key in ("image_id", "question", "question_id"):
             if key not in entry:
-                raise BadRecordError("missing-key", f'the question has no "{key}"')
+                raise BadRecordError("missing-key", tr('the question has no "{key}"', key=key))
         answer = answers.get(checked_identity(entry["question_id"], repeated, "question_id"))
         if answer is None:
-            raise BadRecordError("vqa-pair", f"no annotation for question_id {entry['question_id']} in {annotations}")
+            raise BadRecordError(
+                "vqa-pair",
+                tr(
+                    "no annotation for question_id {question_id} in {annotations}",
+                    question_id=entry["question_id"],
+                    annotations=annotations,
+                ),
+            )
         if "multiple_choice_answer" not in answer:
-            raise BadRecordError("missing-key", 'its annotation has no "multiple_choice_answer"')
-        question = checked_text(entry["question"], "the question")
-        turn = Turn(question, checked_text(answer["multiple_choice_answer"], "the answer"))
+            raise BadRecordError("missing-key", tr('its annotation has no "multiple_choice_answer"'))
+        question = checked_text(entry["question"], tr("the question"))
+        turn = Turn(question, checked_text(answer["multiple_choice_answer"], tr("the answer")))
         names = picture_names(entry["image_id"], subtype)
         images = picture_sources(names) if len(names) == 1 else (names,)
         return Content([(turn,)], images, str(entry["question_id"]), repaired)
@@ -119,7 +132,9 @@ def picture_names(image_id: Any, subtype: str | None) -> tuple[str, ...]:
     try:
         number = f"{int(image_id):012d}"
     except (TypeError, ValueError, OverflowError) as error:
-        raise BadRecordError("image-path", f"image_id is {shown(image_id)}, a number was expected") from error
+        raise BadRecordError(
+            "image-path", tr("image_id is {image_id}, a number was expected", image_id=shown(image_id))
+        ) from error
     names = [f"COCO_{subtype}_{number}.jpg"] if subtype else []
     names.append(f"{number}.jpg")
     folders = [""] + ([f"{subtype}/"] if subtype else []) + ["images/"]

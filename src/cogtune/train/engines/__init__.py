@@ -12,6 +12,7 @@ from cogtune.configuration.run_config import RunConfig
 from cogtune.distributed.environment import is_launched, is_launched_by_deepspeed, world_size
 from cogtune.distributed.group import Group
 from cogtune.errors import ConfigError
+from cogtune.language import tr
 from cogtune.train.engines.base import Engine
 
 __all__ = ["Engine", "able", "choose", "start"]
@@ -45,26 +46,32 @@ def _check_launch(config: RunConfig, ranks: int) -> None:
     asked, wanted = config.parallel.engine, config.parallel.launch
     if is_launched() and isinstance(wanted, int) and wanted != ranks:
         raise ConfigError(
-            f"parallel.launch is {wanted}, but a launcher has started {ranks} processes already",
-            hint="leave parallel.launch out under a launcher",
+            tr(
+                "parallel.launch is {wanted}, but a launcher has started {ranks} processes already",
+                wanted=wanted,
+                ranks=ranks,
+            ),
+            hint=tr("leave parallel.launch out under a launcher"),
         )
     if wanted is not None and not is_launched():
         raise ConfigError(
-            f"parallel.launch is {wanted}, but this process was not launched and starts no others",
-            hint="`cogtune train` with this configuration starts them; leave parallel.launch out for one device",
+            tr("parallel.launch is {wanted}, but this process was not launched and starts no others", wanted=wanted),
+            hint=tr("`cogtune train` with this configuration starts them; leave parallel.launch out for one device"),
         )
     if config.parallel.tensor > 1:
         _check_tensor(config, ranks)
         return
     if asked == "single" and ranks > 1:
         raise ConfigError(
-            f"parallel.engine is single, but a launcher started {ranks} processes",
-            hint="start without the launcher, or set parallel.engine to ddp",
+            tr("parallel.engine is single, but a launcher started {ranks} processes", ranks=ranks),
+            hint=tr("start without the launcher, or set parallel.engine to ddp"),
         )
     if asked not in ("auto", "single") and not is_launched():
         raise ConfigError(
-            f"parallel.engine is {asked}, but no launcher started this process",
-            hint="start one process per device: --parallel.launch all, or torchrun --nproc-per-node N -m cogtune ...",
+            tr("parallel.engine is {asked}, but no launcher started this process", asked=asked),
+            hint=tr(
+                "start one process per device: --parallel.launch all, or torchrun --nproc-per-node N -m cogtune ..."
+            ),
         )
 
 
@@ -73,9 +80,17 @@ def _check_tensor(config: RunConfig, ranks: int) -> None:
     size = config.parallel.tensor
     if not is_launched() or ranks % size:
         raise ConfigError(
-            f"parallel.tensor is {size}, but {ranks} process{'es run' if ranks > 1 else ' runs'}",
-            hint=f"start a multiple of {size}: torchrun --nproc_per_node {size} -m cogtune train ... "
-            f"--parallel.tensor {size}",
+            tr(
+                "parallel.tensor is {size}, but {ranks} process{value}",
+                size=size,
+                ranks=ranks,
+                value=tr("es run") if ranks > 1 else " runs",
+            ),
+            hint=tr(
+                "start a multiple of {size}: torchrun --nproc_per_node {size} -m cogtune train ..."
+                " --parallel.tensor {size}",
+                size=size,
+            ),
             code="config-value",
         )
 

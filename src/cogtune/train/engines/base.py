@@ -20,6 +20,7 @@ from cogtune.checkpoint.place import Placement
 from cogtune.configuration.run_config import RunConfig
 from cogtune.distributed.group import Group
 from cogtune.errors import CheckpointError, ConfigError
+from cogtune.language import tr
 from cogtune.train.engines.async_scalar import AsyncScalar
 
 MASTER = "master"
@@ -103,14 +104,18 @@ class Engine(ABC):
         name = next(iter(sharded), None)
         if name is not None:
             raise ConfigError(
-                f"{name} is a weight of the base and would train, and a rank of {self.name} has a part of it",
-                hint="train adapters only, or use parallel.engine ddp or zero2",
+                tr(
+                    "{name} is a weight of the base and would train, and a rank of {self_name} has a part of it",
+                    name=name,
+                    self_name=self.name,
+                ),
+                hint=tr("train adapters only, or use parallel.engine ddp or zero2"),
                 code="config-combination",
             )
 
     def describe(self) -> str:
         """Return a log line about what this rank holds of the model, as counted. Call it after `wrap`."""
-        return f"{self.name}: the whole model on rank {self.group.rank}"
+        return tr("{name}: the whole model on rank {rank}", name=self.name, rank=self.group.rank)
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
         """Return a context for forward and backward pass of one micro-batch. ``last``: its gradients complete the
@@ -148,8 +153,13 @@ class Engine(ABC):
         if shapes != expected:
             name = sorted(set(shapes.items()) ^ set(expected.items()))[0][0]
             raise CheckpointError(
-                f"the training checkpoint does not fit what trains now: {name} has shape {shapes.get(name, 'none')} "
-                f"there and {expected.get(name, 'none')} here"
+                tr(
+                    "the training checkpoint does not fit what trains now: {name} has shape {there} there and"
+                    " {here} here",
+                    name=name,
+                    there=shapes.get(name, "none"),
+                    here=expected.get(name, "none"),
+                )
             )
         return sorted({key.partition("/")[0] for key in tensors} - {MASTER})
 

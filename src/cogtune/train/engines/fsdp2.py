@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from cogtune.configuration.run_config import RunConfig
 from cogtune.distributed.buckets import sum_in_buckets
 from cogtune.distributed.group import Group
+from cogtune.language import tr
 from cogtune.model.vision import VisionModel
 from cogtune.train.engines.base import StepResult
 from cogtune.train.engines.single import SingleEngine
@@ -124,9 +125,16 @@ class Fsdp2Engine(SingleEngine):
 
     def describe(self) -> str:
         own, whole = self._frozen
-        kept = f", {len(self._kept)} layers stay gathered during a step" if self._kept else ""
-        where = ", on the CPU" if self.config.parallel.offload == "weights" else ""
-        return f"fsdp2: rank {self.group.rank} holds {own:,} of {whole:,} frozen values{where}{kept}"
+        kept = tr(", {kept} layers stay gathered during a step", kept=len(self._kept)) if self._kept else ""
+        where = tr(", on the CPU") if self.config.parallel.offload == "weights" else ""
+        return tr(
+            "fsdp2: rank {rank} holds {own:,} of {whole:,} frozen values{where}{kept}",
+            rank=self.group.rank,
+            own=own,
+            whole=whole,
+            where=where,
+            kept=kept,
+        )
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
         for layer in self._kept:  # free kept layers only after the step's last micro-batch
@@ -157,7 +165,9 @@ class Fsdp2Engine(SingleEngine):
         sizes = [sum(p.numel() * p.element_size() for p in _own(layer)) for layer in self._layers]
         count = min(self.group.gather(int(_SPARE * free // max(sizes))))
         count = max(0, min(count, len(self._layers)))
-        log.info(f"fsdp2: {count} of {len(self._layers)} layers stay gathered during a step")
+        log.info(
+            tr("fsdp2: {count} of {layers} layers stay gathered during a step", count=count, layers=len(self._layers))
+        )
         return count
 
 

@@ -21,6 +21,7 @@ from cogtune.configuration.run_config import RunConfig
 from cogtune.distributed.buckets import sum_in_buckets
 from cogtune.distributed.group import Group, TensorGroup
 from cogtune.distributed.shards import whole_numel
+from cogtune.language import tr
 from cogtune.model.tensor_parallel import SplitModel
 from cogtune.train.engines.base import StepResult
 from cogtune.train.engines.ddp import DdpEngine
@@ -57,9 +58,14 @@ class TensorEngine(DdpEngine):
 
     def describe(self) -> str:
         own, whole = self._holds
-        return (
-            f"tensor: rank {self.group.process} holds {own:,} of {whole:,} frozen values; "
-            f"{self.group.copies} ranks hold a model, {self.group.size} models"
+        return tr(
+            "tensor: rank {process} holds {own:,} of {whole:,} frozen values; {copies} ranks hold a"
+            " model, {size} models",
+            process=self.group.process,
+            own=own,
+            whole=whole,
+            copies=self.group.copies,
+            size=self.group.size,
         )
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:

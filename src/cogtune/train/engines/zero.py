@@ -18,6 +18,7 @@ from cogtune.configuration.run_config import RunConfig
 from cogtune.distributed.buffers import ZERO_BUCKET
 from cogtune.distributed.group import Group
 from cogtune.errors import SetupError
+from cogtune.language import tr
 from cogtune.train.engines.async_scalar import AsyncScalar
 from cogtune.train.engines.base import MASTER, Engine, StepResult, fresh_state
 
@@ -38,7 +39,7 @@ class ZeroEngine(Engine):
             import deepspeed  # noqa: F401  (fails here, before any weight is read)
         except ImportError as error:
             raise SetupError(
-                "parallel.engine zero needs DeepSpeed, which is not installed",
+                tr("parallel.engine zero needs DeepSpeed, which is not installed"),
                 hint="pip install 'cogtune[deepspeed]'",
             ) from error
 

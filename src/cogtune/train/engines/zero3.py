@@ -14,6 +14,7 @@ from torch import nn
 from cogtune.configuration.run_config import RunConfig
 from cogtune.distributed.group import Group
 from cogtune.distributed.shards import is_partitioned, own_shard, partitioned_numel
+from cogtune.language import tr
 from cogtune.model.vision import VisionModel
 from cogtune.train.engines.base import MASTER, fresh_state
 from cogtune.train.engines.zero import ZeroEngine, fill_in
@@ -88,9 +89,16 @@ class Zero3Engine(ZeroEngine):
 
     def describe(self) -> str:
         own, whole = self._held
-        where = ", on the CPU" if self.config.parallel.offload == "weights" else ""
-        units = f", {self._leaves} layers are fetched as wholes" if self._leaves else ""
-        return f"zero3: rank {self.group.rank} holds {own:,} of {whole:,} frozen values{where}{units}"
+        where = tr(", on the CPU") if self.config.parallel.offload == "weights" else ""
+        units = tr(", {leaves} layers are fetched as wholes", leaves=self._leaves) if self._leaves else ""
+        return tr(
+            "zero3: rank {rank} holds {own:,} of {whole:,} frozen values{where}{units}",
+            rank=self.group.rank,
+            own=own,
+            whole=whole,
+            where=where,
+            units=units,
+        )
 
     def load_state(self, tensors: dict[str, torch.Tensor], counters: dict[str, Any]) -> None:
         import deepspeed

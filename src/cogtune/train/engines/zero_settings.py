@@ -11,6 +11,7 @@ from cogtune.configuration.deepspeed import TOP_LEVEL, deepspeed_settings, read_
 from cogtune.configuration.run_config import RunConfig
 from cogtune.distributed import environment
 from cogtune.errors import ConfigError
+from cogtune.language import tr
 
 _MONITORS = {"wandb": "wandb", "comet": "comet_ml", "tensorboard": "tensorboard"}
 """Blocks that make DeepSpeed import a package when training starts."""
@@ -31,8 +32,17 @@ def check_settings(config: RunConfig, engine: str) -> None:
         asked = settings.get(block)
         if isinstance(asked, dict) and asked.get("enabled") is True and importlib.util.find_spec(package) is None:
             raise ConfigError(
-                f"{file}: {block}.enabled: true, and the package {package} is not installed",
-                hint=f"pip install {package}, or set {block}.enabled to false; losses are in OUTPUT/metrics.jsonl too",
+                tr(
+                    "{file}: {block}.enabled: true, and the package {package} is not installed",
+                    file=file,
+                    block=block,
+                    package=package,
+                ),
+                hint=tr(
+                    "pip install {package}, or set {block}.enabled to false; losses are in OUTPUT/metrics.jsonl too",
+                    package=package,
+                    block=block,
+                ),
             )
     if importlib.util.find_spec("deepspeed") is None:
         return  # the engine says so
@@ -48,7 +58,8 @@ def check_settings(config: RunConfig, engine: str) -> None:
         keys = [key for key in read_deepspeed(file) if key in text]
         where = f"{keys[0]}: " if keys else ""
         raise ConfigError(
-            f"{file}: {where}DeepSpeed refuses it: {text:.300}", hint="change or remove that setting"
+            tr("{file}: {where}DeepSpeed refuses it: {text:.300}", file=file, where=where, text=text),
+            hint=tr("change or remove that setting"),
         ) from error
 
 
@@ -60,14 +71,21 @@ def _refused(file: str, problem: Mapping[str, Any], user: Mapping[str, Any]) -> 
     named = ".".join([block, *path] if block else path)
     if problem["type"] != "extra_forbidden":
         return ConfigError(
-            f"{file}: {named}: found {problem['input']!a:.80}; {problem['msg']}", hint="change or remove that setting"
+            tr(
+                "{file}: {named}: found {input!a:.80}; {msg}",
+                file=file,
+                named=named,
+                input=problem["input"],
+                msg=problem["msg"],
+            ),
+            hint=tr("change or remove that setting"),
         )
     if key in TOP_LEVEL:
-        hint = f"move {key} one level out: it belongs beside `{block}`"
+        hint = tr("move {key} one level out: it belongs beside `{block}`", key=key, block=block)
     else:
         near = difflib.get_close_matches(key, _zero_keys(), n=1) if block == "zero_optimization" else []
-        hint = f"did you mean `{near[0]}`?" if near else "remove it"
-    return ConfigError(f"{file}: {named}: DeepSpeed knows no such key there", hint=hint)
+        hint = tr("did you mean `{near}`?", near=near[0]) if near else tr("remove it")
+    return ConfigError(tr("{file}: {named}: DeepSpeed knows no such key there", file=file, named=named), hint=hint)
 
 
 def _zero_keys() -> list[str]:
