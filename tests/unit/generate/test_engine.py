@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from cogtune.checkpoint.load import load_model
 from cogtune.errors import InputError, OutOfMemoryError, RunError
 from cogtune.generate.choices import ClosedQuestion, score_choices
 from cogtune.generate.decode_steps import DecodeSteps
@@ -25,11 +23,6 @@ from cogtune.processing.processor import CogVLM2Processor
 DECODING = Decoding(max_new_tokens=24)
 
 
-@pytest.fixture(scope="module")
-def parts(tiny_checkpoint: Path) -> tuple[Any, CogVLM2Processor]:
-    return load_model(tiny_checkpoint), CogVLM2Processor.from_pretrained(tiny_checkpoint)
-
-
 @pytest.fixture
 def engine(parts: tuple[Any, CogVLM2Processor]) -> Iterator[InferenceEngine]:
     with InferenceEngine(*parts, slots=3, columns=400) as found:
@@ -37,16 +30,9 @@ def engine(parts: tuple[Any, CogVLM2Processor]) -> Iterator[InferenceEngine]:
 
 
 @pytest.fixture(scope="module")
-def asks() -> list[Ask]:
-    red, blue = Image.new("RGB", (10, 7), (220, 10, 10)), Image.new("RGB", (8, 8), (10, 10, 220))
-    return [
-        (red, "What colour?", []),
-        (None, "Hello there, how are you doing today?", [("Hi", "Hello")]),
-        (blue, "And this one?", [("What colour?", "Red."), ("Sure?", "Yes, quite sure.")]),
-        (red, "Why?", []),
-        (None, "x", []),
-        (blue, "What is it?", []),
-    ]
+def asks(asks: list[Ask]) -> list[Ask]:
+    """Two more: the shortest, and one about the second picture."""
+    return [*asks, (None, "x", []), (asks[2][0], "What is it?", [])]
 
 
 @pytest.fixture(scope="module")

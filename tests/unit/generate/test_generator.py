@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from cogtune.checkpoint.load import load_model
 from cogtune.errors import DataError, InputError, OutOfMemoryError
 from cogtune.generate.decode_steps import DecodeSteps
 from cogtune.generate.decoding import Decoding
@@ -22,24 +21,8 @@ SHORT = Decoding(max_new_tokens=12)
 
 
 @pytest.fixture(scope="module")
-def generator(tiny_checkpoint: Path) -> Generator:
-    return Generator(load_model(tiny_checkpoint), CogVLM2Processor.from_pretrained(tiny_checkpoint))
-
-
-@pytest.fixture(scope="module")
-def red() -> Image.Image:
-    return Image.new("RGB", (10, 7), (220, 10, 10))
-
-
-@pytest.fixture(scope="module")
-def asks(red: Image.Image) -> list[Ask]:
-    blue = Image.new("RGB", (8, 8), (10, 10, 220))
-    return [
-        (red, "What colour?", []),
-        (None, "Hello there, how are you doing today?", [("Hi", "Hello")]),
-        (blue, "And this one?", [("What colour?", "Red."), ("Sure?", "Yes, quite sure.")]),
-        (red, "Why?", []),
-    ]
+def generator(parts: tuple[Any, CogVLM2Processor]) -> Generator:
+    return Generator(*parts)
 
 
 def test_a_batch_answers_as_single_questions_do(generator: Generator, asks: list[Ask]) -> None:

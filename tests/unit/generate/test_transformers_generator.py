@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from cogtune.checkpoint.load import load_model
 from cogtune.errors import OutOfMemoryError, SetupError
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.generator import Ask, Generator
@@ -20,26 +18,8 @@ SHORT = Decoding(max_new_tokens=12)
 
 
 @pytest.fixture(scope="module")
-def generator(tiny_checkpoint: Path) -> TransformersGenerator:
-    return TransformersGenerator(
-        load_model(tiny_checkpoint), CogVLM2Processor.from_pretrained(tiny_checkpoint), slots=3
-    )
-
-
-@pytest.fixture(scope="module")
-def red() -> Image.Image:
-    return Image.new("RGB", (10, 7), (220, 10, 10))
-
-
-@pytest.fixture(scope="module")
-def asks(red: Image.Image) -> list[Ask]:
-    blue = Image.new("RGB", (8, 8), (10, 10, 220))
-    return [
-        (red, "What colour?", []),
-        (None, "Hello there, how are you doing today?", [("Hi", "Hello")]),
-        (blue, "And this one?", [("What colour?", "Red."), ("Sure?", "Yes, quite sure.")]),
-        (red, "Why?", []),
-    ]
+def generator(parts: tuple[Any, CogVLM2Processor]) -> TransformersGenerator:
+    return TransformersGenerator(*parts, slots=3)
 
 
 def test_answers_are_the_engines(generator: TransformersGenerator, asks: list[Ask]) -> None:
