@@ -21,9 +21,10 @@ import torch
 from PIL import Image
 
 from cogtune.errors import InputError, OutOfMemoryError, RunError
+from cogtune.generate.at_exit import end_at_exit
 from cogtune.generate.choices import ChoiceScores, ClosedQuestion, score_choices
 from cogtune.generate.decode_steps import DecodeSteps
-from cogtune.generate.picture_cache import PictureCache, image_digest
+from cogtune.generate.picture_cache import PictureCache, default_budget, image_digest
 from cogtune.generate.requests import AnswerText, Listener, Pending, Request
 from cogtune.language import tr
 from cogtune.model.decode import prefill
@@ -31,7 +32,6 @@ from cogtune.model.routing import row_positions
 from cogtune.model.slots import Prefix, SlotCache, SlotView
 from cogtune.processing.processor import CogVLM2Processor
 
-GIB = 2**30
 _IDLE = 5.0  # idle seconds after which the thread ends
 _COLUMNS = 512  # slots grow by this many columns
 Result = TypeVar("Result")
@@ -93,7 +93,7 @@ class InferenceEngine:
         self._cache: SlotCache | None = None
         self._graphs = device.type == "cuda" if graphs is None else graphs
         self._steps: DecodeSteps | None = None
-        self.pictures = PictureCache(_default_budget(device) if picture_budget is None else picture_budget)
+        self.pictures = PictureCache(default_budget(device) if picture_budget is None else picture_budget)
         self._free: list[int] = []
         self._active: list[_Active] = []
         self._flights: deque[_Flight] = deque()
@@ -186,6 +186,7 @@ class InferenceEngine:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="cogtune-engine", daemon=True)
             self._thread.start()
+            end_at_exit(self)
         self._changed.notify()
 
     def answer(self, requests: Sequence[Request]) -> list[str]:
@@ -220,6 +221,12 @@ class InferenceEngine:
             thread = self._thread
         if thread is not None and threading.current_thread() is not thread:
             thread.join()
+
+    def abandon(self) -> None:
+        """Cancel all requests, and `close`."""
+        for pending in [*self._queue, *(row.pending for row in self._active)]:
+            pending.cancel()
+        self.close()
 
     def __enter__(self) -> InferenceEngine:
         return self
@@ -392,10 +399,6 @@ def _end_tokens(model: Any) -> frozenset[int]:
     named = model.generation_config.eos_token_id
     named = [] if named is None else [named] if isinstance(named, int) else list(named)
     return frozenset({*model.config.eos_token_ids, *named})
-
-
-def _default_budget(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else GIB
 
 
 def _explained(error: BaseException, rows: int) -> BaseException:

@@ -14,6 +14,12 @@ import torch
 from PIL import Image
 
 from cogtune.model.slots import Prefix
+from cogtune.system.byte_sizes import GIB
+
+
+def default_budget(device: torch.device) -> int:
+    """Return a quarter of what is free on a GPU now; 1 GiB elsewhere."""
+    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else GIB
 
 
 class PictureCache:

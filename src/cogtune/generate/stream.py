@@ -12,7 +12,10 @@ import torch
 from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from cogtune.generate.at_exit import end_at_exit
+
 _INCOMPLETE = "\ufffd"
+_EXIT = 10.0  # seconds that an exiting interpreter waits for a token
 
 
 class TextPieces:
@@ -84,6 +87,7 @@ class StreamedAnswer(Answer):
         self._done = False
         self._thread = threading.Thread(target=self._run, args=(generate, pieces), daemon=True)
         self._thread.start()
+        end_at_exit(self)
 
     def __next__(self) -> str:
         while not self._done:
@@ -106,6 +110,11 @@ class StreamedAnswer(Answer):
         """End it, and wait until the model is free again."""
         self._stop.set()
         self._thread.join()
+
+    def abandon(self) -> None:
+        """`stop`, but wait only a few seconds: other processes that take part may be gone."""
+        self._stop.set()
+        self._thread.join(_EXIT)
 
     def _run(self, generate: Callable[[BaseStreamer, StoppingCriteria], Any], pieces: TextPieces) -> None:
         end: BaseException | None = None
