@@ -7,14 +7,16 @@ question that alone is too long, and an answer that is too long, are dropped or 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cogtune.data.records import Conversation, Example
 from cogtune.errors import DataError
 from cogtune.language import tr
-from cogtune.processing.prompt import build_prompt
+from cogtune.processing.prompt import build_prompt, turn_text
 
 if TYPE_CHECKING:
     from cogtune.configuration.run_config import DataSection
@@ -138,10 +140,13 @@ class Budget:
         return 0 if self.data.turns == "all" else max(0, turn - 1)
 
     def _trim(self, wanted: list[_Wanted]) -> None:
-        """Give every item the longest history that fits: a binary search over the first turn, for all items in
-        lockstep.
-        """
-        searches = [(item, longest_history(item.earliest, item.turn, self.data.max_input_len)) for item in wanted]
+        """Give every item the longest history that fits: a search over the first turn, for all items in lockstep."""
+        limit = self.data.max_input_len
+        guesses = self._guesses(wanted)
+        searches = [
+            (item, longest_history(item.earliest, item.turn, limit, guess))
+            for item, guess in zip(wanted, guesses, strict=True)
+        ]
         # Each search is a generator that asks for the tokens of one prompt at a time. All pending prompts are tokenised
         # in one batched call per round, which is much faster than one call per prompt.
         for item, search in searches:
@@ -156,6 +161,24 @@ class Budget:
                 except StopIteration as result:
                     item.first, item.tokens = result.value
             searches = unsettled
+
+    def _guesses(self, wanted: list[_Wanted]) -> list[int]:
+        """Return where each item's history about starts, from the token counts of single turns.
+
+        So a search tries two or three prompts near the budget, and not the whole history of each of a thousand turns.
+        """
+        turns = {(item.example, item.number): item.conversation.turns for item in wanted}
+        texts = [turn_text(turn.question, turn.answer, self.encoder.template) for own in turns.values() for turn in own]
+        counts = iter(self._tokens(texts))
+        ends = {key: list(accumulate((len(next(counts)) for _ in own), initial=0)) for key, own in turns.items()}
+        guesses = []
+        for item in wanted:
+            before = ends[item.example, item.number]
+            # the item's own turn counts without its answer; what that is worth decides nothing but the first guess
+            room = self.data.max_input_len - (before[item.turn + 1] - before[item.turn])
+            first = bisect_left(before, before[item.turn] - max(room, 0), 0, item.turn)
+            guesses.append(max(item.earliest, first))
+        return guesses
 
     def _sample(self, item: _Wanted, answer: int) -> Sample | None:
         data, report = self.data, self.report
@@ -203,25 +226,30 @@ class Budget:
         return ids
 
 
-def longest_history(earliest: int, turn: int, limit: int) -> Generator[int, list[int], tuple[int, list[int]]]:
+def longest_history(
+    earliest: int, turn: int, limit: int, guess: int | None = None
+) -> Generator[int, list[int], tuple[int, list[int]]]:
     """Find the smallest first turn of history, from ``earliest`` on, with which the prompt of ``turn`` fits ``limit``.
 
     Yields a first turn to try and expects the tokens of that prompt. Returns the first turn and its tokens; if nothing
-    fits, the first turn is ``turn`` (no history). Dropping turns never lengthens a prompt, so a binary search finds it.
+    fits, the first turn is ``turn`` (no history). Dropping turns never lengthens a prompt, so a search in steps of 1,
+    2, 4, ... from ``guess``, and a binary search after it, find it.
     """
-    tokens = yield earliest
-    if len(tokens) <= limit or earliest == turn:
-        return earliest, tokens
-    low, high = earliest + 1, turn
+    low, high = earliest, turn
     # invariant: with history from ``high`` on the prompt fits, or ``high`` is ``turn`` and was not tried
     best: list[int] | None = None
+    middle, step = earliest if guess is None else max(earliest, min(guess, turn - 1)), 1
     while low < high:
-        middle = (low + high) // 2
         tokens = yield middle
         if len(tokens) <= limit:
             high, best = middle, tokens
+            middle = high - step
         else:
             low = middle + 1
+            middle = low + step - 1
+        step *= 2
+        if not low <= middle < high:
+            middle = (low + high) // 2
     if best is None:
         best = yield high
     return high, best

@@ -20,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from cogtune.data.problems import BadRecordError
 from cogtune.language import tr
 from cogtune.processing.picture_formats import known_formats, unknown_picture
+from cogtune.system.reading import open_file
 
 _ORIENTATION = 0x0112
 # Formats whose header shows whether there is more than one frame.
@@ -51,7 +52,7 @@ def check_picture(path: Path, max_pixels: int | None) -> PictureHeader:
         BadRecordError: ``image-empty``, ``image-unreadable``, ``image-too-large`` or ``image-truncated``.
     """
     try:
-        with path.open("rb") as stream:
+        with open_file(path) as stream:
             size = os.fstat(stream.fileno()).st_size
             if size == 0:
                 raise BadRecordError("image-empty", tr("the picture is empty (0 bytes)"))

@@ -54,6 +54,7 @@ HINTS: dict[str, str] = {
     "no-records": phrase("a label file holds one record or a list of at least one"),
     "missing-key": phrase('a record has "conversations" or "captions"; a turn has "role" and "content"'),
     "turns": phrase("a conversation alternates user and assistant and ends with the assistant"),
+    "many-turns": phrase("split the conversation into several records"),
     "role": phrase('the roles are "user" and "assistant" in conversations, "caption" in captions'),
     "content": phrase("every content is a non-empty text"),
     "caption-question": phrase("set data.caption_question to the question that the captions answer"),

@@ -14,10 +14,11 @@ from cogtune.data.formats.markers import strip_ends
 from cogtune.data.formats.pictures import refuse_unread_own
 from cogtune.data.picture_headers import PictureHeader, check_picture, in_threads
 from cogtune.data.problems import BadRecordError, Problem, Problems
-from cogtune.data.record_json import is_unicode, parse_json, record_dialogues
+from cogtune.data.record_json import is_unicode, of_readable_length, parse_json, record_dialogues
 from cogtune.data.records import Conversation, Example, Turn
 from cogtune.data.report import DataReport, SourceReport
 from cogtune.language import tr
+from cogtune.system.reading import read_bytes
 
 # Files that file managers and archivers leave behind.
 _LITTER = {"thumbs.db", "desktop.ini", "__macosx"}
@@ -153,7 +154,7 @@ class FolderReader:
 
     def _read_label(self, pair: _Pair, label: Path) -> _Pair:
         try:
-            root, pair.repaired = parse_json(label.read_bytes())
+            root, pair.repaired = parse_json(read_bytes(label))
             records = root if isinstance(root, list) else [root]
             if not records:
                 raise BadRecordError("no-records", tr("the list of records is empty"))
@@ -167,7 +168,7 @@ class FolderReader:
         for position, record in enumerate(records, start=1):
             source = f"{label}, record {position}" if isinstance(root, list) else str(label)
             try:
-                dialogues = [strip_ends(turns, 1) for turns in self._dialogues(record)]
+                dialogues = [strip_ends(of_readable_length(turns), 1) for turns in self._dialogues(record)]
                 refuse_unread_own(record, ("image",), (pair.image.name,), "folder")
             except BadRecordError as bad:
                 pair.problems.append((bad.kind, source, bad.what))
@@ -212,7 +213,7 @@ def _by_stem(folder: Path, problems: Problems, *, labels: bool) -> dict[str, Pat
             continue
         if not is_unicode(entry.name):
             problems.add("name", ascii(str(path)), tr("the file's name is not UTF-8"))
-        elif entry.is_dir():
+        elif _is_folder(entry):
             problems.add("not-a-file", str(path), tr("a folder, a file was expected"))
         elif labels and path.suffix.lower() != ".json":
             problems.add("extra-file", str(path), tr("not a .json file"))
@@ -226,6 +227,13 @@ def _by_stem(folder: Path, problems: Problems, *, labels: bool) -> dict[str, Pat
             else:
                 files[stem] = path
     return files
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a loop of links, told when it is read
+        return False
 
 
 def _report_unmatched(

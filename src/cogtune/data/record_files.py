@@ -13,6 +13,7 @@ from cogtune.data.formats.markers import strip_ends
 from cogtune.data.picture_headers import PictureHeader, check_picture, in_threads
 from cogtune.data.picture_paths import Located, Places, shown_path
 from cogtune.data.problems import BadRecordError, Problem, Problems
+from cogtune.data.record_json import of_readable_length
 from cogtune.data.records import Conversation, Example, Turn
 from cogtune.data.report import DataReport, SourceReport
 from cogtune.language import tr
@@ -105,7 +106,7 @@ class RecordsReader:
 
     def _take(self, content: Content, file: Path, item: Item, groups: dict[str, _Group], ids: set[str]) -> None:
         """Add one record's conversations to the group of its example."""
-        dialogues = [strip_ends(turns, len(content.images)) for turns in content.dialogues]
+        dialogues = [strip_ends(of_readable_length(turns), len(content.images)) for turns in content.dialogues]
         images = tuple(self.places.locate(image, file.parent) for image in content.images)
         identity = self._identity(content, file, item, ids)
         group_key = "\0".join(str(image.path) for image in images) if images else item.where

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +12,11 @@ from cogtune.data.problems import BadRecordError
 from cogtune.data.records import Turn
 from cogtune.language import tr
 
-# A string literal (kept), or a comma before a closing bracket (dropped).
-_TRAILING_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[\]}])', re.DOTALL)
+MAX_TURNS = 1000
+
+# A string literal (kept), or a comma before a closing bracket (dropped). A string without an end goes to the end of the
+# text, so that it is looked at once.
+_TRAILING_COMMA = re.compile(r'("(?:[^"\\]|\\.)*+(?:"|\\?\Z))|,(?=\s*[\]}])', re.DOTALL)
 
 
 def parse_json(data: bytes) -> tuple[Any, bool]:
@@ -45,12 +49,26 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The object of ``pairs``; of a repeated key JSON would keep the last value and lose the others."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
+        counts = Counter(name for name, _ in pairs)
+        repeated = next(name for name in counts if counts[name] > 1)
         raise BadRecordError(
             "bad-json", tr("the key {dumps:.80} stands twice in one object", dumps=json.dumps(repeated))
         )
     return found
+
+
+def of_readable_length(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """Return ``turns``, if they are at most `MAX_TURNS`: every answer is trained with its history.
+
+    Raises:
+        BadRecordError: ``many-turns``.
+    """
+    if len(turns) > MAX_TURNS:
+        raise BadRecordError(
+            "many-turns",
+            tr("a conversation of {count} turns; at most {most} are read", count=len(turns), most=MAX_TURNS),
+        )
+    return turns
 
 
 def by_identity(entries: Sequence[Any], key: str) -> tuple[dict[str | float, dict[str, Any]], set[str | float]]:

@@ -46,8 +46,13 @@ def build_prompt(query: str, history: Turns = (), template: str = "chat") -> str
     if template == "base":
         return query
     word = _ANSWER_WORD[template]
-    past = "".join(f"Question: {question} {word} {answer}\n" for question, answer in history)
+    past = "".join(turn_text(question, answer, template) for question, answer in history)
     return f"{past}Question: {query} {word}"
+
+
+def turn_text(question: str, answer: str, template: str) -> str:
+    """Return the text of one turn of a history."""
+    return f"Question: {question} {_ANSWER_WORD.get(template, '')} {answer}\n"
 
 
 def image_text(number: int, template: str = "chat") -> str:

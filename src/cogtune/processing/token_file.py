@@ -18,8 +18,9 @@ from cogtune.errors import CheckpointError
 from cogtune.language import tr
 from cogtune.processing.encode import Encoder
 
-# An estimated token: the first up to eight letters of a word, up to three digits, or one CJK character.
-_PIECE = re.compile(r" ?[A-Za-z]{1,8}|\d{1,3}|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\s*\n+|[^\sA-Za-z\d]{1,2}")
+# An estimated token: the first up to eight letters of a word, up to three digits, one CJK character, or white space
+# with a line break in it (other white space is no token).
+_PIECE = re.compile(r" ?[A-Za-z]{1,8}|\d{1,3}|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\s+|[^\sA-Za-z\d]{1,2}")
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class TokenFile:
 
 def estimated_tokens(text: str) -> list[int]:
     """Return stand-ins for the tokens of ``text``: about as many, and equal for equal texts."""
-    return [hash(piece) for piece in _PIECE.findall(text)]
+    return [hash(piece) for piece in _PIECE.findall(text) if "\n" in piece or not piece.isspace()]
 
 
 def find_token_file(model: str | None, template: str | None = None) -> TokenFile:

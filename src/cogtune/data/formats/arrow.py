@@ -21,6 +21,7 @@ from cogtune.data.records import Turn
 from cogtune.errors import DataError, SetupError
 from cogtune.language import tr
 from cogtune.system.names import inside
+from cogtune.system.reading import read_text
 
 _SHARD = re.compile(r"(?P<split>.+?)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?$")
 _READ = ("id", "question", "answer", "caption", "captions", "text")
@@ -78,8 +79,8 @@ def _splits(folder: Path) -> dict[str, list[Path]]:
     listed = folder / "dataset_dict.json"
     if listed.is_file():
         try:
-            names = list(json.loads(listed.read_text(encoding="utf-8"))["splits"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            names = list(json.loads(read_text(listed))["splits"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise Problem(
                 "table", str(listed), tr("not what save_to_disk writes ({error})", error=error)
             ).error() from error
@@ -105,8 +106,8 @@ def _saved_files(folder: Path) -> list[Path]:
     """Return the files that ``state.json`` lists, in its order."""
     state = folder / "state.json"
     try:
-        names = [entry["filename"] for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        names = [entry["filename"] for entry in json.loads(read_text(state))["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise Problem("table", str(state), tr("not what save_to_disk writes ({error})", error=error)).error() from error
     return [inside(folder, name, named_by=state, error=DataError) for name in names]
 

@@ -13,6 +13,7 @@ from cogtune.data.formats.jsonfiles import LINES, numbered_lines, read_json
 from cogtune.data.problems import BadRecordError, Problem
 from cogtune.data.record_json import parse_json
 from cogtune.language import phrase, tr
+from cogtune.system.reading import open_file, read_bytes
 
 LABEL_FOLDERS = ("labels", "labels_en", "labels_zh")
 CONVERSATIONS = ("jsonl", "llava", "sharegpt", "openai")
@@ -44,6 +45,12 @@ def find_sources(path: Path, form: str, split: str | None, notes: list[str]) -> 
         raise Problem("no-such-path", str(path), tr("no such file or folder")).error()
     if path.is_dir():
         return _in_folder(path, form, split, notes)
+    try:
+        open_file(path).close()
+    except OSError as error:
+        raise Problem(
+            "no-such-path", str(path), tr("cannot be read ({error})", error=error.strerror)
+        ).error() from error
     _refuse_suffix(path, form)
     if form in ("auto", "vqa") and _is_vqa(path, form):
         return [Source("vqa", path.parent, _flat(vqa.pair_files(path)))]
@@ -161,11 +168,11 @@ def sniff(file: Path) -> str | None:
         if file.suffix.lower() in LINES:
             line = next((line for _, line in numbered_lines(file)), b"")
             return _record_format(parse_json(line)[0]) if line.strip() else None
-        with file.open("rb") as stream:
+        with open_file(file) as stream:
             head = stream.read(_SNIFFED).decode("utf-8-sig", errors="ignore").lstrip()
         if head.startswith("["):
             return _record_format(_first_of_list(head, file))
-        return _object_format(parse_json(file.read_bytes())[0]) if head.startswith("{") else None
+        return _object_format(parse_json(read_bytes(file))[0]) if head.startswith("{") else None
     except (BadRecordError, OSError):
         return None
 
@@ -174,8 +181,8 @@ def _first_of_list(head: str, file: Path) -> Any:
     """Return the first record of a list; such files are large, so the rest is not parsed if possible."""
     try:
         return json.JSONDecoder().raw_decode(head[1:].lstrip())[0]
-    except ValueError:
-        root, _ = parse_json(file.read_bytes())
+    except (ValueError, RecursionError):
+        root, _ = parse_json(read_bytes(file))
         return root[0] if root else None
 
 

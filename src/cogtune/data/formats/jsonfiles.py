@@ -13,6 +13,7 @@ from cogtune.data.formats.pictures import picture_sources, refuse_unread_own
 from cogtune.data.problems import BadRecordError, Problem
 from cogtune.data.record_json import identity_of, kind_of, parse_json, record_dialogues, shown
 from cogtune.language import tr
+from cogtune.system.reading import open_file, read_bytes
 
 Parse = Callable[[Any], Content]
 LINES = (".jsonl", ".ndjson")
@@ -77,7 +78,7 @@ def read_json(file: Path) -> tuple[Any, bool]:
         DataError: it cannot be read, or is no JSON.
     """
     try:
-        return parse_json(file.read_bytes())
+        return parse_json(read_bytes(file))
     except BadRecordError as bad:
         raise Problem(bad.kind, str(file), bad.what).error() from bad
     except OSError as error:
@@ -87,7 +88,7 @@ def read_json(file: Path) -> tuple[Any, bool]:
 def numbered_lines(file: Path) -> Iterator[tuple[int, bytes]]:
     """Yield ``(number from 1, line)`` for every line that is not blank."""
     try:
-        with file.open("rb") as stream:
+        with open_file(file) as stream:
             for number, line in enumerate(stream, start=1):
                 if line.strip():
                     yield number, line

@@ -13,6 +13,7 @@ from cogtune.data.problems import BadRecordError, Problem
 from cogtune.data.record_json import checked_text
 from cogtune.data.records import Turn
 from cogtune.language import tr
+from cogtune.system.reading import read_bytes
 
 TEXT_ONLY = "null"
 _READ = ("id", "image", "question", "answer", "caption")
@@ -26,7 +27,7 @@ def items(file: Path, rules: RecordRules) -> Iterator[Item]:
         DataError: the file is not UTF-8, or its header lacks a column.
     """
     try:
-        text = file.read_bytes().decode("utf-8-sig")
+        text = read_bytes(file).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         what = tr("not UTF-8 (byte {start}); spreadsheets export it as `CSV UTF-8`", start=error.start)
         raise Problem("table-encoding", str(file), what).error() from error
