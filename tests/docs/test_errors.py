@@ -17,7 +17,7 @@ SOURCE = ROOT / "src" / "cogtune"
 
 def codes_in_source() -> set[str]:
     """Every text that is given as ``code=`` or as a class's ``default_code``, and the codes made from problem kinds."""
-    found = {kind if kind.startswith("image-") else f"data-{kind}" for kind in HINTS}
+    found = {kind if kind.startswith(("image-", "clip-")) else f"data-{kind}" for kind in HINTS}
     for file in SOURCE.rglob("*.py"):
         text = file.read_text(encoding="utf-8")
         found |= set(re.findall(r"error\[([a-z][a-z-]*)\]", text)) - {"code"}  # the docs of errors.py

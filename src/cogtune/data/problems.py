@@ -12,6 +12,7 @@ from typing import Literal
 
 from cogtune.errors import DataError
 from cogtune.language import phrase, tr
+from cogtune.processing import clip
 
 #: kind of problem -> what the user can do about it. The kind is also the error's code: ``image-...`` as in
 #: `cogtune.processing.image.read_image`, the others as ``data-<kind>``.
@@ -46,6 +47,8 @@ HINTS: dict[str, str] = {
     "image-marker": phrase("a record has one picture, and <image> at most once, in a question"),
     "several-images": phrase("the model sees one picture: split the record, or join its pictures to one"),
     "media": phrase("leave such records out"),
+    "media-clips": phrase("use a video model for clips: cogtune download model --variant caption"),
+    "media-pictures": phrase("use a model of pictures for them: cogtune download model"),
     "system": phrase("set data.system: prepend, to put it before the first question; or remove it"),
     "unread-key": phrase("rename the key to one that the format reads (docs/guides/data.md), or remove it"),
     "content-part": phrase("a part is of the type text or image_url"),
@@ -62,6 +65,7 @@ HINTS: dict[str, str] = {
     "duplicate-id": phrase("give every record its own id, and every folder only once"),
     "extra-file": phrase("only .json files belong into the label folder"),
 }
+HINTS |= clip.HINTS
 SKIP_HINT = phrase("or leave bad records out with data.on_bad: skip")
 
 
@@ -77,7 +81,7 @@ class Problem:
         hint = tr(HINTS[self.kind])
         if skippable:
             hint = tr("{hint}; {other}", hint=hint, other=tr(SKIP_HINT))
-        code = self.kind if self.kind.startswith("image-") else f"data-{self.kind}"
+        code = self.kind if self.kind.startswith(("image-", "clip-")) else f"data-{self.kind}"
         return DataError(f"{self.where}: {self.what}{more}", hint=hint, code=code)
 
 

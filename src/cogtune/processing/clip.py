@@ -112,7 +112,7 @@ def require_pyav() -> Any:
     except ImportError as error:
         raise SetupError(
             tr("clips are read with PyAV, which cannot be imported ({error})", error=error),
-            hint='pip install "cogtune[video]"',
+            hint=tr('install it: pip install "cogtune[video]"'),
             code="no-pyav",
         ) from error
     return av
