@@ -1,7 +1,8 @@
 """What today's planner says of every row that was measured: ``python -m benchmarks.planned [FILE.json ...]``.
 
-The plan that a results file holds is its commit's; this is that of this checkout, for the same settings: bench rows by
-their variants, training runs by the command that started them, the rows of `cards-h100.json` by their fields.
+The plan that a results file holds is its commit's; this is that of this checkout, for the same settings: rows of
+`cogtune bench` by their variants, training runs by the command that started them, the rows of `cards-h100.json` by
+their fields. ``--segments``: the files were measured with torch's default allocator.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import refit
+from cogtune.bench.flops import Work
+from cogtune.bench.models import model_config
+from cogtune.bench.prediction import setting_for
 from cogtune.bench.report import table
+from cogtune.bench.variants import parse_variants
 from cogtune.cli.options import split_arguments
 from cogtune.configuration.load import load_config
 from cogtune.configuration.quantization import QuantSection
@@ -38,6 +42,9 @@ FILES = (
 )  # fmt: skip
 _WHOLE_PROJECTION = ("eight-cards", "speed-h200")
 """Of code whose compiled layers also kept q, k and v as they came from the projection."""
+_SWITCHES = ("breakdown", "tiny")
+_VALUES = ("preset", "features", "variant", "steps", "warmup", "rounds", "cap", "json", "rows")
+"""Flags of ``cogtune bench`` that are no configuration keys."""
 _OLD_BUCKET = 500_000_000  # zero2's buffer for gradients when cards-h100.json was measured: DeepSpeed's own size
 
 
@@ -83,21 +90,46 @@ class Measured:
         return {name: said[name] / value - 1 for name, value in found.items() if value is not None}
 
 
-def measured(name: str) -> Iterator[Measured]:
-    """The rows of a results file that the planner knows of."""
-    file = RESULTS / f"{name}.json"
+def measured(name: str | Path, *, expandable: bool = True) -> Iterator[Measured]:
+    """The rows of a results file (its path, or its name under `RESULTS`) that the planner knows of."""
+    file = name if isinstance(name, Path) else RESULTS / f"{name}.json"
     record = json.loads(file.read_text(encoding="utf-8"))
-    if name.startswith("cards-"):
-        yield from _cards(name, record)
+    if file.stem.startswith("cards-"):
+        yield from _cards(file.stem, record)
     elif record.get("kind") == "cards":
-        yield from _runs(name, record)
+        yield from _runs(file.stem, record)
     else:
-        yield from _bench(name, file, named_like(record["card"]))
+        yield from _bench(file.stem, record, expandable)
 
 
-def _bench(name: str, file: Path, card: Card) -> Iterator[Measured]:
-    for row in refit.read(file, expandable=True):
-        yield Measured(**vars(row), file=name, card=card)
+def _bench(name: str, record: Mapping[str, Any], expandable: bool) -> Iterator[Measured]:
+    """The rows of ``bench train``, ``fit`` or ``sweep`` that trained, without the baseline."""
+    for row in record["rows"]:
+        if "error" in row or "tokens" not in row or row["name"].startswith("baseline"):
+            continue
+        words = shlex.split(row.get("command", row.get("run", record)["command"]))
+        words = words[words.index("bench") + 2 :]
+        if words and not words[0].startswith("-"):
+            words.pop(0)  # a sweep's name
+        overrides = split_arguments(words, switches=_SWITCHES, values=_VALUES).overrides
+        overrides.pop("model", None)
+        overrides["model.path"] = ["random"]  # the published sizes
+        changes = " ".join(f"{key}={value}" for key, value in row["changes"].items())
+        cached = row["features"] == "cached"
+        (variant,) = parse_variants([f"{row['name']} {changes}"], overrides, preset=row["preset"], cached=cached)
+        images = 0 if row["preset"] == "text-only" else row["batch_size"]
+        work = Work(tokens=row["tokens"], pairs=0, labels=row["labels"], images=images, rows=row["batch_size"])
+        setting = setting_for(variant, model_config("random"), work, card=record["card"], ranks=row["ranks"])
+        yield Measured(
+            name=row["name"],
+            setting=replace(setting, expandable=expandable),
+            allocated=row["allocated_gib"],
+            reserved=row["reserved_gib"],
+            driver=row.get("driver_gib"),
+            ms=row.get("median_ms"),
+            file=name,
+            card=named_like(record["card"]),
+        )
 
 
 def _runs(name: str, record: Mapping[str, Any]) -> Iterator[Measured]:
@@ -160,15 +192,16 @@ def _cards(name: str, record: Mapping[str, Any]) -> Iterator[Measured]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE.json", help="under benchmarks/results")
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE.json", help="all measured ones without it")
+    parser.add_argument("--segments", action="store_true", help="measured with torch's default allocator")
     given = parser.parse_args(arguments)
     cells = []
-    for name in [file.stem for file in given.files] or FILES:
-        for row in measured(name):
+    for name in given.files or FILES:
+        for row in measured(name, expandable=not given.segments):
             plan, off = row.plan, row.off()
             pairs = [f"{plan[key]:,.{2 * (key != 'ms')}f} of {getattr(row, key):,.{2 * (key != 'ms')}f} "
                      f"({100 * off[key]:+.1f} %)" if key in off else "-" for key in plan]  # fmt: skip
-            cells.append([name, row.name, *pairs])
+            cells.append([row.file, row.name, *pairs])
     print(table(["file", "row", "allocated GiB", "reserved GiB", "driver GiB", "ms"], cells))
 
 

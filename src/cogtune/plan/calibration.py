@@ -28,7 +28,7 @@ class Allocator:
 
 SEGMENTS = Allocator(share=0.04, working=0.58, update=1.0, fixed=100 * MIB, per_layer=9 * MIB)
 """The default allocator: one segment per large tensor. Within 5 % of every row of `cogtune bench fit` and of the NF4
-memory sweep on one H100 (torch 2.11); `python -m benchmarks.refit` compares.
+memory sweep on one H100 (torch 2.11); `python -m benchmarks.planned --segments FILE.json` compares.
 """
 
 EXPANDABLE = Allocator(share=0.02, working=0.16, update=1.0, fixed=50 * MIB, per_layer=0)

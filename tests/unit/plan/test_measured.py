@@ -6,9 +6,12 @@ with the reason; it is in the files all the same.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
-from benchmarks.planned import FILES, Measured, measured
+from benchmarks.planned import FILES, Measured, main, measured
 
 ROWS = [row for name in FILES if name != "fit-h100" for row in measured(name)]
 ROWS += [row for row in measured("fit-h100") if row.name == "nf4-cached-r8"]  # the others: torch's default segments
@@ -49,3 +52,27 @@ def test_every_engine_was_measured() -> None:
     known = {"single", "ddp", "zero2", "zero3", "fsdp2", "tensor"}
     assert {of(row) for row in ROWS} == known
     assert {of(row) for row in ROWS if row.file == "eight-cards" and not row.setting.decoder} == known
+
+
+def test_a_file_of_bench_is_read_as_it_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A sweep's settings are in its command and in what each row changes; failed rows say nothing."""
+    rows = [
+        {
+            "name": f"batch-{batch}-text-{text}", "preset": f"text={text}", "features": "cached", "ranks": 1,
+            "changes": {"preset": f"text={text}", "train.batch_size": str(batch), "features": "cached",
+                        "train.gradient_checkpointing": "all"},
+            "batch_size": batch, "tokens": batch * (2307 + text), "labels": batch * text // 2,
+            "allocated_gib": 10.0, "reserved_gib": 10.0,
+        }
+        for batch, text in ((1, 100), (8, 1000))
+    ]  # fmt: skip
+    command = "cogtune bench sweep memory --model BASE --quant.experts nf4 --train.compile false --steps 1"
+    content = {"command": command, "card": "NVIDIA H100 80GB HBM3", "rows": [*rows, {"name": "broken", "error": "x"}]}
+    file = tmp_path / "sweep.json"
+    file.write_text(json.dumps(content), encoding="utf-8")
+    found = list(measured(file, expandable=False))
+    assert [row.setting.batch.rows for row in found] == [1, 8]
+    assert all(len(row.setting.decoder) == 32 and row.setting.tower == "cached" for row in found)
+    assert {(row.setting.quant.experts, row.setting.expandable) for row in found} == {("nf4", False)}
+    main([str(file)])
+    assert "of 10.00" in capsys.readouterr().out
