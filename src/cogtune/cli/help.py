@@ -114,7 +114,9 @@ def _all_keys(command: Command) -> Iterator[str]:
             section = key.section
             yield from ("", f"{section}: {_first_paragraph(sections(root)[section].__doc__)}")
         flags = f"--{key.key}" if key.alias is None else f"--{key.key}, {key.alias}"
-        yield f"  {flags}  <{key.type}>  [{key.default if key.required else 'default: ' + key.default}]"
+        shown = f"[{key.default if key.required else 'default: ' + key.default}]"
+        gap = "  " if len(f"  {flags}  <{key.type}>  {shown}") <= _WIDTH else "\n      "
+        yield f"  {flags}  <{key.type}>{gap}{shown}"
         yield from textwrap.wrap(key.description, _WIDTH - 10, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 

@@ -12,7 +12,9 @@ from cogtune.configuration.field_types import Shown
 from cogtune.configuration.problems import explain
 from cogtune.system.byte_sizes import parse_size
 
-DataFormat = Literal["auto", "folder", "jsonl", "llava", "sharegpt", "openai", "coco", "vqa", "csv", "parquet", "hf"]
+DataFormat = Literal[
+    "auto", "folder", "jsonl", "llava", "sharegpt", "openai", "flat", "coco", "vqa", "csv", "parquet", "hf"
+]
 Engine = Literal["auto", "single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 
 

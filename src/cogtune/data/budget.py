@@ -122,6 +122,7 @@ class Budget:
             for index in chunk
             for number, conversation in enumerate(examples[index].conversations)
             for turn in range(len(conversation.turns))
+            if conversation.turns[turn].trained
         ]
         if not wanted:
             return

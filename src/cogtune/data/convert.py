@@ -138,8 +138,11 @@ def _growing_if_used(folder: Path) -> Iterator[Callable[[], Path]]:
 
 
 def _messages(conversation: Conversation) -> list[dict[str, Any]]:
-    pairs = (("user", "question"), ("assistant", "answer"))
-    return [{"role": role, "content": getattr(turn, part)} for turn in conversation.turns for role, part in pairs]
+    messages: list[dict[str, Any]] = []
+    for turn in conversation.turns:
+        mark = {} if turn.trained else {"loss": False}
+        messages += [{"role": "user", "content": turn.question}, {"role": "assistant", "content": turn.answer, **mark}]
+    return messages
 
 
 def _conversations(examples: Iterable[Example]) -> int:

@@ -87,7 +87,7 @@ def preview_rows(
         example = chosen[fitted.index]
         head = encoder.head_tokens(len(example.images))
         plans = plan_rows(fitted, head=head, limit=data.max_row_tokens, one_random=data.turns == "one_random")
-        answers = sum(len(conversation.turns) for conversation in example.conversations)
+        answers = sum(turn.trained for conversation in example.conversations for turn in conversation.turns)
         dropped = answers - len(fitted.samples)
         for plan in plans:
             row = build_tree([encode_sample(encoder, example, sample, data.max_output_len) for sample in plan.samples])

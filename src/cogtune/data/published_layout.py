@@ -36,6 +36,8 @@ class _Pair:
     problems: list[tuple[str, str, str]] = field(default_factory=list)
     image_ok: bool = False
     repaired: bool = False
+    asked: int = 0
+    """Questions that were only a marker."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ class FolderReader:
                 example = self._example(pair)
                 source.count(example)
                 report.count_header(pair.header)
+                report.count_sign("asked", pair.asked)
                 examples.append(example)
         return examples
 
@@ -168,12 +171,15 @@ class FolderReader:
         for position, record in enumerate(records, start=1):
             source = f"{label}, record {position}" if isinstance(root, list) else str(label)
             try:
-                dialogues = [strip_ends(of_readable_length(turns), 1) for turns in self._dialogues(record)]
+                question = self.rules.caption_question
+                stripped = [strip_ends(of_readable_length(turns), 1, question) for turns in self._dialogues(record)]
+                dialogues, asked = [turns for turns, _ in stripped], sum(count for _, count in stripped)
                 refuse_unread_own(record, ("image",), (pair.image.name,), "folder")
             except BadRecordError as bad:
                 pair.problems.append((bad.kind, source, bad.what))
                 number += 1  # so that the ids of later records do not change when it is repaired
                 continue
+            pair.asked += asked
             for turns in dialogues:
                 identity = f"{self.name}/{pair.stem}#{number}"
                 pair.conversations.append(Conversation(identity, turns, source))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,11 +61,15 @@ class RecordsReader:
         groups: dict[str, _Group] = {}
         ids: set[str] = set()
         records = 0
+        unread: dict[Path, Counter[str]] = {}
         for file, item in self._items():
             records += 1
             try:
                 content = item.read()
-                self._take(content, file, item, groups, ids)
+                asked = self._take(content, file, item, groups, ids)
+                for sign in (*content.signs, *["asked"] * asked):
+                    report.count_sign(sign, 1)
+                unread.setdefault(file, Counter()).update(content.unread)
                 if content.repaired:
                     report.repaired["trailing-comma"] = report.repaired.get("trailing-comma", 0) + 1
             except BadRecordError as bad:
@@ -72,6 +77,10 @@ class RecordsReader:
         if not records:
             named = ", ".join(str(file) for file in self.files)
             raise Problem("no-records", named, tr("no record in it")).error()
+        for file, keys in unread.items():
+            if keys:
+                named = tr(", ").join(f"{key:.40}" for key, _ in keys.most_common(8))
+                report.notes.append(tr("{file}: keys that are not used: {keys}", file=file, keys=named))
         source = SourceReport(str(self.root), self.form, self.weight)
         report.sources.append(source)
         examples = []
@@ -91,8 +100,8 @@ class RecordsReader:
 
     def _items(self) -> Iterator[tuple[Path, Item]]:
         if self.form == "vqa":
-            for questions, annotations in zip(self.files[::2], self.files[1::2], strict=True):
-                yield from ((questions, item) for item in vqa.items(questions, annotations))
+            for questions in self.files:
+                yield from ((questions, item) for item in vqa.items(questions, vqa.partner(questions)))
             return
         readers: dict[str, Callable[[Path], Iterator[Item]]] = {
             "coco": lambda file: coco.items(file, self.rules),
@@ -104,9 +113,11 @@ class RecordsReader:
             reader = readers.get(self.form, lambda file: jsonfiles.items(file, self.form, self.rules))
             yield from ((file, item) for item in reader(file))
 
-    def _take(self, content: Content, file: Path, item: Item, groups: dict[str, _Group], ids: set[str]) -> None:
-        """Add one record's conversations to the group of its example."""
-        dialogues = [strip_ends(of_readable_length(turns), len(content.images)) for turns in content.dialogues]
+    def _take(self, content: Content, file: Path, item: Item, groups: dict[str, _Group], ids: set[str]) -> int:
+        """Add one record's conversations to the group of its example; return how many questions were only a marker."""
+        question = self.rules.caption_question
+        stripped = [strip_ends(of_readable_length(turns), len(content.images), question) for turns in content.dialogues]
+        dialogues = [turns for turns, _ in stripped]
         images = tuple(self.places.locate(image, file.parent) for image in content.images)
         identity = self._identity(content, file, item, ids)
         group_key = "\0".join(str(image.path) for image in images) if images else item.where
@@ -114,6 +125,7 @@ class RecordsReader:
         for position, turns in enumerate(dialogues):
             own = identity if len(dialogues) == 1 else f"{identity}#{position}"
             group.conversations.append(Conversation(own, turns, item.where))
+        return sum(count for _, count in stripped)
 
     def _identity(self, content: Content, file: Path, item: Item, ids: set[str]) -> str:
         """Return a record's id.

@@ -57,6 +57,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+DECODER = json.JSONDecoder(object_pairs_hook=_object)
+"""For values that stand one after another in a text."""
+
+
 def of_readable_length(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
     """Return ``turns``, if they are at most `MAX_TURNS`: every answer is trained with its history.
 
@@ -112,9 +116,9 @@ def record_dialogues(
         raise BadRecordError("wrong-root", tr("{kind_of} found, an object was expected", kind_of=kind_of(record)))
     keys = [key for key in ("conversations", "captions") if key in record]
     if len(keys) != 1:
-        found = "both" if keys else "neither"
+        found = tr("both") if keys else tr(", ").join(map(str, record)) or tr("nothing")
         raise BadRecordError(
-            "missing-key", tr('"conversations" or "captions" was expected, {found} found', found=found)
+            "missing-key", tr('"conversations" or "captions" was expected, found: {found}', found=found)
         )
     entries = record[keys[0]]
     if not isinstance(entries, list):
@@ -131,11 +135,47 @@ def record_dialogues(
     return [(Turn(caption_question, caption),) for caption in captions]
 
 
+MARKS = ("weight", "loss", "train")
+"""Keys of an assistant's message that say whether it is trained, as OpenAI, ms-swift and axolotl write them."""
+
+
+def trained_mark(entry: dict[str, Any], number: int, role: str) -> bool:
+    """Return whether message ``number`` (from 1) is marked as one to train, which unmarked answers are.
+
+    Raises:
+        BadRecordError: ``marks``: a value other than yes and no, or a question that is to be trained.
+    """
+    trained = True
+    for key in MARKS:
+        value = entry.get(key)
+        if value is None or (role != "assistant" and (not value or key == "weight")):
+            continue
+        if role != "assistant" or value not in (0, 1):
+            what = tr(
+                "message {number}, from {role}, has {key} {value}; only answers are trained, wholly (1) or not (0)",
+                number=number,
+                role=role,
+                key=key,
+                value=shown(value),
+            )
+            raise BadRecordError("marks", what)
+        trained = trained and bool(value)
+    return trained
+
+
+def require_trained(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """Return ``turns``; raise BadRecordError ``marks`` if none of their answers is trained."""
+    if not any(turn.trained for turn in turns):
+        raise BadRecordError("marks", tr("every answer is marked as not to be trained"))
+    return turns
+
+
 def _dialogue(entries: list[Any], open_questions: bool) -> tuple[Turn, ...]:
-    contents = []
+    contents, trained = [], []
     entries = without_blank_answer(entries) if open_questions else entries
     for number, entry in enumerate(entries, start=1):
         contents.append(_content(entry, number, ("user", "assistant")))
+        trained.append(trained_mark(entry, number, entry["role"]))
         expected = "user" if number % 2 else "assistant"
         if entry["role"] != expected:
             raise BadRecordError(
@@ -149,11 +189,14 @@ def _dialogue(entries: list[Any], open_questions: bool) -> tuple[Turn, ...]:
             )
     if open_questions and len(contents) % 2:
         contents.append("")
+        trained.append(True)
     if len(contents) % 2:
         raise BadRecordError(
             "turns", tr("{contents} messages, the last question has no answer", contents=len(contents))
         )
-    return tuple(Turn(*pair) for pair in zip(contents[::2], contents[1::2], strict=True))
+    return require_trained(
+        tuple(Turn(*parts) for parts in zip(contents[::2], contents[1::2], trained[1::2], strict=True))
+    )
 
 
 def _content(entry: Any, number: int, roles: tuple[str, ...]) -> str:

@@ -16,10 +16,14 @@ ImageRef = Path
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One question and its answer, as written in the label (never stripped or rewrapped)."""
+    """One question and its answer, as written in the label (never stripped or rewrapped).
+
+    ``trained``: False for an answer that the data marks as not to be trained; it is history for later ones.
+    """
 
     question: str
     answer: str
+    trained: bool = True
 
 
 @dataclass(frozen=True, slots=True)

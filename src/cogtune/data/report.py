@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from cogtune.data.formats.markers import left_tag
+from cogtune.data.formats.item import SIGNS
+from cogtune.data.formats.markers import left_tag, pointed_picture
 from cogtune.data.picture_headers import PictureHeader
-from cogtune.data.records import Conversation, Example
+from cogtune.data.records import Conversation, Example, Turn
 from cogtune.language import tr
 
 # Special tokens of Llama-3's tokenizer. Text that spells one is tokenised to that token.
@@ -23,6 +24,7 @@ _MOSTLY = 0.9  # of conversations without a picture, above which a set for a vis
 
 
 _MANY_TURNED = 0.01  # share of the pictures
+_FEW_POINTED = 0.05  # of conversations without a picture: texts about files
 
 
 @dataclass
@@ -52,7 +54,9 @@ class DataReport:
 
     ``turned``: pictures with an EXIF orientation, which ``exif`` says what to do with; ``animated``: those of which
     only the first frame is seen; ``special``: conversations whose text spells a special token; ``tagged``: those about
-    a picture with a tag that looks like its marker, ``first_tag`` where the first stands and what it is.
+    a picture with a tag that looks like its marker, ``first_tag`` where the first stands and what it is; ``signs``:
+    records by what was done to them (`SIGNS`); ``untrained``: answers that are history only; ``pointed``: conversations
+    without a picture whose text points to one.
     """
 
     sources: list[SourceReport] = field(default_factory=list)
@@ -71,6 +75,15 @@ class DataReport:
     special: int = 0
     tagged: int = 0
     first_tag: tuple[str, str] = ("", "")
+    signs: dict[str, int] = field(default_factory=dict)
+    untrained: int = 0
+    pointed: int = 0
+    first_pointed: tuple[str, str] = ("", "")
+
+    def count_sign(self, sign: str, count: int) -> None:
+        """Add ``count`` records of which `SIGNS` says something."""
+        if count:
+            self.signs[sign] = self.signs.get(sign, 0) + count
 
     def count_header(self, header: PictureHeader) -> None:
         self.turned += header.turned
@@ -80,11 +93,15 @@ class DataReport:
         """Sum the sources, count special tokens in the texts, and compute the fingerprint."""
         examples = list(examples)
         self.special = sum(_has_special(conversation) for example in examples for conversation in example.conversations)
-        for conversation in (one for example in examples if example.images for one in example.conversations):
-            tag = left_tag(conversation.turns)
-            if tag is not None:
+        for example, conversation in ((one, talk) for one in examples for talk in one.conversations):
+            self.untrained += sum(not turn.trained for turn in conversation.turns)
+            tag = left_tag(conversation.turns) if example.images else pointed_picture(conversation.turns)
+            if tag is not None and example.images:
                 self.first_tag = self.first_tag if self.tagged else (conversation.source, tag)
                 self.tagged += 1
+            elif tag is not None:
+                self.first_pointed = self.first_pointed if self.pointed else (conversation.source, tag)
+                self.pointed += 1
         for name in ("pictures", "conversations", "turns", "text_only"):
             setattr(self, name, sum(getattr(source, name) for source in self.sources))
         self.fingerprint = fingerprint(examples)
@@ -110,6 +127,9 @@ class DataReport:
             lines.append(tr("{turned} pictures have an EXIF orientation: {done}", turned=self.turned, done=done))
         if self.animated:
             lines.append(tr("{animated} pictures are animated: the first frame is used", animated=self.animated))
+        lines += [tr(SIGNS[sign], count=count) for sign, count in self.signs.items()]
+        if self.untrained:
+            lines.append(tr("{count} answers are marked as not to be trained: history only", count=self.untrained))
         if self.special:
             lines.append(
                 tr(
@@ -153,6 +173,14 @@ class DataReport:
                 tag=tag,
             )
             found.append(("picture-tag", where, what))
+        if self.pointed > _FEW_POINTED * self.text_only:
+            where, tag = self.first_pointed
+            what = tr(
+                "{count} conversations have no picture, and their text points to one: {tag}",
+                count=self.pointed,
+                tag=f"{tag:.60}",
+            )
+            found.append(("pointed-picture", where, what))
         return found
 
 
@@ -166,6 +194,10 @@ def _has_special(conversation: Conversation) -> bool:
     return any("<|" in text and SPECIAL_TOKEN.search(text) for text in texts)
 
 
+def _text_of(turn: Turn) -> list[str]:
+    return [turn.question, turn.answer, *([] if turn.trained else ["untrained"])]
+
+
 def fingerprint(examples: Iterable[Example]) -> str:
     """Return the SHA-256 of keys, picture sizes in bytes, weights and all texts, in order.
 
@@ -174,8 +206,7 @@ def fingerprint(examples: Iterable[Example]) -> str:
     digest = hashlib.sha256()
     for example in examples:
         conversations = [
-            [conversation.id, [[turn.question, turn.answer] for turn in conversation.turns]]
-            for conversation in example.conversations
+            [conversation.id, [_text_of(turn) for turn in conversation.turns]] for conversation in example.conversations
         ]
         line = json.dumps([example.key, sum(example.image_bytes), example.weight, conversations])
         digest.update(line.encode("ascii") + b"\n")

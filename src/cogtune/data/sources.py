@@ -69,7 +69,7 @@ def collect_sources(
     """
     report, problems = DataReport(), Problems()
     given = list(data.path if paths is None else paths)
-    entries = [entry for item in given for entry in _entries(item, data, report)]
+    entries = [entry for item in given for entry in _entries(item, data, report, open_questions)]
     if not entries:
         raise DataError(tr("data.path is empty"), hint=tr("name a folder: --data DIR"), code="data-no-such-path")
     _refuse_repeats(entries)
@@ -111,12 +111,12 @@ def _places(data: SourceSection) -> Places:
     return Places(data.image_root, (data.extract_dir or default_extract_dir()).expanduser())
 
 
-def _entries(item: Any, data: SourceSection, report: DataReport) -> list[_Entry]:
+def _entries(item: Any, data: SourceSection, report: DataReport, open_questions: bool) -> list[_Entry]:
     """Yield the formats found in ``item``: a path, or an object with ``path`` and ``weight``."""
     plain = isinstance(item, (str, os.PathLike))
     path, weight = (Path(item), 1.0) if plain else (Path(item.path), float(item.weight))
     try:
-        sources = find_sources(path.expanduser(), data.format, data.split, report.notes)
+        sources = find_sources(path.expanduser(), data.format, data.split, report.notes, open_questions=open_questions)
     except OSError as error:
         raise Problem(
             "no-such-path", shown(str(path)), tr("cannot be read ({strerror})", strerror=error.strerror)

@@ -95,8 +95,12 @@ def test_a_deepspeed_file_has_its_say(started: list[tuple[RunConfig, bool]], tmp
     assert config.train.batch_size == 3
     assert any("offload_optimizer" in warning for warning in warnings)
     assert main(["train", *NEEDED, "--parallel.deepspeed", str(path), "--train.batch_size", "1"]) == 0
-    with pytest.raises(ConfigError, match=r"train\.batch_size is 1, but"):
-        apply_deepspeed(started[1][0], world_size=1)
+    config, warnings = apply_deepspeed(started[1][0], world_size=1)
+    assert config.train.batch_size == 1
+    assert any("train.batch_size is 1" in warning for warning in warnings)
+    assert main(["train", *NEEDED, "--parallel.deepspeed", str(path), "--parallel.engine", "zero1"]) == 0
+    with pytest.raises(ConfigError, match=r"parallel\.engine is zero1, but"):
+        apply_deepspeed(started[2][0], world_size=1)
 
 
 def test_help_lists_every_key_and_flag(capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,6 +28,9 @@ KNOWN = [
     "<|vision_start|><|image_pad|><|vision_end|>",
     "<image></image>\n",
     "<im_start><image><im_end>\n",
+    "<start_of_image>",
+    "<|begin_of_image|><|endoftext|><|end_of_image|>",
+    "[IMG][IMG][IMG_BREAK][IMG_END]",
 ]
 
 
@@ -77,13 +80,21 @@ def test_a_known_marker_without_a_picture_is_refused(tmp_path: Path, marker: str
         questions(tmp_path, llava(f"{marker}\ncolor?") | {"image": None})
 
 
-@pytest.mark.parametrize("record", [llava, own])
-def test_a_question_that_is_only_a_marker_is_refused(tmp_path: Path, record: Any) -> None:
-    with pytest.raises(DataError, match="empty but for its marker"):
-        questions(tmp_path, record("<image>"))
+def test_a_question_that_is_only_a_marker_becomes_the_captions_question_and_is_counted(tmp_path: Path) -> None:
+    parts = [{"type": "image_url", "image_url": {"url": "p.png"}}]
+    openai = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "red"}]}
+    for record in (llava("<image>"), own("<image>\n"), llava("<img>p.png</img>") | {"image": None}, openai):
+        assert questions(tmp_path, record) == ["Describe this image in detail."]
+        _, report, _ = collect_sources(section(tmp_path / "a.jsonl"))
+        assert any(line.startswith("1 questions were only a picture") for line in report.lines())
 
 
-@pytest.mark.parametrize("tag", ["<my_image_7b>", "</img>", "<start_of_image>"])
+def test_a_question_without_words_or_picture_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="message 1 is empty"):
+        questions(tmp_path, llava(" ") | {"image": None})
+
+
+@pytest.mark.parametrize("tag", ["<my_image_7b>", "</img>", "<video>", "[image 1]"])
 def test_other_tags_are_counted_and_said(tmp_path: Path, tag: str) -> None:
     kept = f"{tag}\ncolor?"
     assert questions(tmp_path, own(kept), own("shape?")) == [kept, "shape?"]

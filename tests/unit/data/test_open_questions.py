@@ -44,6 +44,18 @@ def parquet(**row: Any) -> Callable[[Path], Path]:
     return write
 
 
+VQA = {"data_subtype": "test2015", "questions": [{"question_id": 1, "image_id": "p.png", "question": "color?"}]}
+
+
+def whole(name: str, root: Any) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        write_image(folder / name.rpartition("/")[0] / "p.png")
+        (folder / name).write_text(json.dumps(root))
+        return folder / name
+
+    return write
+
+
 def labels(folder: Path) -> Path:
     write_image(folder / "d/images/p.png")
     (folder / "d/labels").mkdir()
@@ -77,6 +89,11 @@ CASES = {
     "parquet": (parquet(image="p.png", question="color?"), "color?"),
     "parquet, null": (parquet(image="p.png", question="color?", answer=None), "color?"),
     "parquet of pictures": (parquet(image="p.png"), CAPTION),
+    "flat": (lines(images=["p.png"], query="<image>color?"), "color?"),
+    "flat, pictures": (lines(image="p.png"), CAPTION),
+    "vqa": (whole("v2_test2015_questions.json", VQA), "color?"),
+    "vqa in a folder": (lambda folder: whole("d/v2_questions.json", VQA)(folder).parent, "color?"),
+    "coco": (whole("image_info_test2017.json", {"images": [{"id": 7, "file_name": "p.png"}]}), CAPTION),
     "labels": (labels, "color?"),
     "images alone": (images_alone, CAPTION),
     "a folder of pictures": (pictures, CAPTION),

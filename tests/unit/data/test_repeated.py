@@ -69,4 +69,6 @@ def test_a_question_beside_a_caption(tmp_path: Path, suffix: str) -> None:
 
         parquet.write_table(pyarrow.table({"image": ["i.png"], "question": ["q"], "caption": ["c"]}), path)
     ((kind, what),) = found(path)
-    assert (kind, what) == ("content", "the answer is null, a text was expected")
+    assert kind == "missing-key"
+    assert "without an answer" in what
+    assert what.endswith("found: image, question, caption")

@@ -1,7 +1,6 @@
 """Parquet files and Hugging Face data sets on disk: Arrow tables with embedded or referenced pictures.
 
-A row is a conversation (``messages`` or ``conversations``, with ``image`` or ``images``), a question (``image``,
-``question``, ``answer``) or a caption (``image``, ``caption``; or ``text``, as image data sets on the hub call it).
+A row is a conversation (``messages`` or ``conversations``, with ``image`` or ``images``) or a flat record.
 """
 
 from __future__ import annotations
@@ -12,19 +11,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from cogtune.data.formats.flat import PICTURES, QUESTIONS, missing, read_flat
 from cogtune.data.formats.item import Content, Item, RecordRules
 from cogtune.data.formats.messages import read_conversation
-from cogtune.data.formats.pictures import picture_sources, refuse_unread
-from cogtune.data.problems import BadRecordError, Problem
-from cogtune.data.record_json import checked_text, identity_of
-from cogtune.data.records import Turn
+from cogtune.data.problems import Problem
 from cogtune.errors import DataError, SetupError
 from cogtune.language import tr
 from cogtune.system.names import inside
 from cogtune.system.reading import read_text
 
 _SHARD = re.compile(r"(?P<split>.+?)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?$")
-_READ = ("id", "question", "answer", "caption", "captions", "text")
 _BATCH = 64  # rows in memory at once; one row can hold a picture of several MB
 
 
@@ -147,9 +143,8 @@ def _batches(pyarrow: Any, file: Path) -> Iterator[Any]:
 
 def _check_columns(names: list[str], where: str, open_questions: bool) -> None:
     conversation = {"messages", "conversations"} & set(names)
-    picture = {"image", "images"} & set(names)
-    texts = {"question", "answer"} <= set(names) or {"caption", "captions", "text"} & set(names)
-    if not conversation and not (picture and (texts or open_questions)):
+    flat = any(name in names for name in PICTURES) or any(name in names for name in QUESTIONS)
+    if not conversation and (not flat or missing(names, open_questions=open_questions)):
         what = tr("messages, or image with question and answer or with caption, were expected as columns; found: ")
         raise Problem("columns", where, what + (", ".join(names) or "none")).error()
 
@@ -159,30 +154,9 @@ def _later(row: dict[str, Any], rules: RecordRules) -> Callable[[], Content]:
         if "messages" in row or "conversations" in row:
             # Arrow fills fields that a part or message lacks with null
             return read_conversation(_without_nulls(row), rules, "hf")
-        pictures = "image" if "image" in row else "images"
-        images = row[pictures]
-        images = images if isinstance(images, list) else [images]
-        rules.check_images(len(images))
-        given = [image for image in images if image is not None]
-        refuse_unread(row, (pictures, *_READ), given, "parquet")
-        return Content(_dialogues(row, rules), picture_sources(images), identity_of(row))
+        return read_flat(row, rules, "parquet")
 
     return read
-
-
-def _dialogues(row: dict[str, Any], rules: RecordRules) -> list[tuple[Turn, ...]]:
-    if "question" in row:
-        return [(Turn(checked_text(row["question"], tr("the question")), rules.answer(row.get("answer"))),)]
-    captions = row.get("caption", row.get("captions", row.get("text")))
-    if not rules.caption_question:
-        raise BadRecordError("caption-question", tr("captions, and data.caption_question is empty"))
-    question = rules.caption_question
-    if not {"caption", "captions", "text"} & row.keys():
-        return [(Turn(question, ""),)]
-    texts = captions if isinstance(captions, list) else [captions]
-    if not texts:
-        raise BadRecordError("content", tr("the list of captions is empty"))
-    return [(Turn(question, checked_text(text, tr("the caption"))),) for text in texts]
 
 
 def _without_nulls(value: Any) -> Any:

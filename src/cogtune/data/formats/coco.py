@@ -19,11 +19,19 @@ from cogtune.language import tr
 def items(file: Path, rules: RecordRules) -> Iterator[Item]:
     """Yield one record per annotation, in the file's order; its question is ``data.caption_question``.
 
+    For prediction, a file without annotations (a test set) gives one record per picture.
+
     Raises:
         DataError: the file is not in this format.
     """
     root, repaired = read_json(file)
     images, annotations = (root.get(key) if isinstance(root, dict) else None for key in ("images", "annotations"))
+    if rules.open_questions and isinstance(images, list) and not annotations:
+        for number, image in enumerate(images, start=1):
+            name = image.get("file_name") if isinstance(image, dict) else None
+            identity = image.get("id") if isinstance(image, dict) else None
+            yield Item(number, f"{file}, image {number}", partial(_picture_alone, name, identity, rules))
+        return
     if not isinstance(images, list) or not isinstance(annotations, list):
         what = tr(
             '{kind_of} found, an object with the lists "images" and "annotations" was expected (coco)',
@@ -34,6 +42,16 @@ def items(file: Path, rules: RecordRules) -> Iterator[Item]:
     later = partial(_later, names=names, repeated=repeated, rules=rules)
     for number, annotation in enumerate(annotations, start=1):
         yield Item(number, f"{file}, annotation {number}", later(annotation, repaired=repaired and number == 1))
+
+
+def _picture_alone(name: Any, identity: Any, rules: RecordRules) -> Content:
+    """Return a picture with the question for captions and no answer."""
+    if not isinstance(name, str) or not name:
+        raise BadRecordError("image-path", tr("the image has no file_name"))
+    if not rules.caption_question:
+        raise BadRecordError("caption-question", tr("captions, and data.caption_question is empty"))
+    turn = Turn(rules.caption_question, "")
+    return Content([(turn,)], picture_sources((name,)), None if identity is None else f"image-{identity}")
 
 
 def _later(

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from cogtune.data.formats import arrow, vqa
-from cogtune.data.formats.jsonfiles import LINES, numbered_lines, read_json
+from cogtune.data.formats.flat import ANSWERS, CAPTIONS, PICTURES, QUESTIONS, is_flat
+from cogtune.data.formats.jsonfiles import LINES, layout, numbered_lines, read_json
+from cogtune.data.formats.pictures import keys_text
 from cogtune.data.problems import BadRecordError, Problem
-from cogtune.data.record_json import parse_json
+from cogtune.data.record_json import DECODER, parse_json
+from cogtune.errors import DataError
 from cogtune.language import phrase, tr
 from cogtune.system.reading import open_file, read_bytes
 
 LABEL_FOLDERS = ("labels", "labels_en", "labels_zh")
-CONVERSATIONS = ("jsonl", "llava", "sharegpt", "openai")
+CONVERSATIONS = ("jsonl", "llava", "sharegpt", "openai", "flat")
 _SUFFIXES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "hf"}
 _EXPECTED = {"csv": (".csv", ".tsv"), "parquet": (".parquet",), "coco": (".json",), "vqa": (".json",)}
 _KNOWN = phrase("a folder with images/ and labels/, or a .jsonl, .json, .csv, .tsv or .parquet file")
 _SNIFFED = 2**20
+_TRIED = 20  # lines in which a record of a known format is looked for
 
 
 @dataclass(frozen=True)
@@ -32,11 +39,14 @@ class Source:
     files: tuple[Path, ...] = ()
 
 
-def find_sources(path: Path, form: str, split: str | None, notes: list[str]) -> list[Source]:
+def find_sources(
+    path: Path, form: str, split: str | None, notes: list[str], *, open_questions: bool = False
+) -> list[Source]:
     """Find the files of ``path`` by format; ``notes`` receives a line for what is there and not read.
 
     Args:
         form: ``data.format``.
+        open_questions: VQA questions need no annotations file.
 
     Raises:
         DataError: nothing there, no known format, or another format than ``form``.
@@ -44,7 +54,7 @@ def find_sources(path: Path, form: str, split: str | None, notes: list[str]) -> 
     if not path.exists():
         raise Problem("no-such-path", str(path), tr("no such file or folder")).error()
     if path.is_dir():
-        return _in_folder(path, form, split, notes)
+        return _in_folder(path, form, split, notes, open_questions)
     try:
         open_file(path).close()
     except OSError as error:
@@ -53,7 +63,7 @@ def find_sources(path: Path, form: str, split: str | None, notes: list[str]) -> 
         ).error() from error
     _refuse_suffix(path, form)
     if form in ("auto", "vqa") and _is_vqa(path, form):
-        return [Source("vqa", path.parent, _flat(vqa.pair_files(path)))]
+        return [Source("vqa", path.parent, vqa.question_files(path, open_questions=open_questions))]
     return [Source(_file_format(path, form), path.parent, (path,))]
 
 
@@ -71,7 +81,7 @@ def _refuse_suffix(path: Path, form: str) -> None:
         ).error()
 
 
-def _in_folder(path: Path, form: str, split: str | None, notes: list[str]) -> list[Source]:
+def _in_folder(path: Path, form: str, split: str | None, notes: list[str], open_questions: bool) -> list[Source]:
     files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
     lines = [file for file in files if file.suffix.lower() in LINES]
     labelled = any((path / name).is_dir() for name in LABEL_FOLDERS)
@@ -92,7 +102,7 @@ def _in_folder(path: Path, form: str, split: str | None, notes: list[str]) -> li
             raise Problem("no-records", str(path), tr("no .arrow or .parquet file in it")).error()
         return [Source("hf", path, tuple(chosen))]
     if form == "vqa" or (form == "auto" and not lines and _has_vqa(files)):
-        return [Source("vqa", path, _flat(vqa.pair_files(path)))]
+        return [Source("vqa", path, vqa.question_files(path, open_questions=open_questions))]
     if form == "auto":
         sources = list(_by_format(path, files, lines, notes))
         return sources or [Source("folder", path)]
@@ -133,13 +143,33 @@ def _by_format(path: Path, files: list[Path], lines: list[Path], notes: list[str
 def _file_format(file: Path, form: str) -> str:
     if form != "auto":
         return form
-    suffix = file.suffix.lower()
-    return _SUFFIXES.get(suffix) or sniff(file) or ("jsonl" if suffix in LINES else _unknown(file))
+    return _SUFFIXES.get(file.suffix.lower()) or sniff(file) or _unknown(file)
 
 
 def _unknown(file: Path) -> str:
-    read_json(file)  # a file that is not JSON has its own message
-    what = tr("no known format: a list of conversations, COCO captions or VQA questions were expected")
+    """Return cogtune's own format for lines of which none can be parsed, so that each is reported.
+
+    Raises:
+        DataError: the records, or the file, have no known format.
+    """
+    shape = layout(file)
+    found = next(_heads(file, shape), None) if shape != "whole" else read_json(file)[0]
+    found = found[0] if isinstance(found, list) and found else found
+    if found is None or (shape == "lines" and not isinstance(found, dict)):
+        return "jsonl"
+    if not isinstance(found, dict):
+        what = tr("no known format: a list of conversations, COCO captions or VQA questions were expected")
+        raise Problem("format", str(file), what).error()
+    known = {"conversations", "messages", *PICTURES, *QUESTIONS, *ANSWERS, *CAPTIONS}
+    near = {key: get_close_matches(str(key).lower(), known, n=1, cutoff=0.7) for key in list(found)[:20]}
+    meant = [f"{names[0]} ({key!s:.40})" for key, names in near.items() if names]
+    what = tr(
+        "no known format: the first record has the keys {keys}; conversations, messages, or a question and its answer"
+        " were expected",
+        keys=f"{keys_text(found):.200}",
+    )
+    if meant:
+        what += tr("; near to what is there: {keys}", keys=tr(", ").join(meant))
     raise Problem("format", str(file), what).error()
 
 
@@ -158,23 +188,30 @@ def _is_vqa(file: Path, form: str) -> bool:
     return form == "vqa" or (file.suffix.lower() == ".json" and sniff(file) == "vqa")
 
 
-def _flat(pairs: list[tuple[Path, Path]]) -> tuple[Path, ...]:
-    return tuple(file for pair in pairs for file in pair)
-
-
 def sniff(file: Path) -> str | None:
     """Return the format of a ``.json`` or ``.jsonl`` file from its first record, or None."""
     try:
-        if file.suffix.lower() in LINES:
-            line = next((line for _, line in numbered_lines(file)), b"")
-            return _record_format(parse_json(line)[0]) if line.strip() else None
+        shape = layout(file)
+        if shape != "whole":
+            return next(filter(None, map(_record_format, _heads(file, shape))), None)
         with open_file(file) as stream:
             head = stream.read(_SNIFFED).decode("utf-8-sig", errors="ignore").lstrip()
         if head.startswith("["):
             return _record_format(_first_of_list(head, file))
         return _object_format(parse_json(read_bytes(file))[0]) if head.startswith("{") else None
-    except (BadRecordError, OSError):
+    except (BadRecordError, DataError, OSError):
         return None
+
+
+def _heads(file: Path, shape: str) -> Iterator[Any]:
+    """Yield the first records that can be parsed."""
+    if shape == "objects":
+        with contextlib.suppress(ValueError, RecursionError, BadRecordError, OSError):
+            yield DECODER.raw_decode(read_bytes(file).decode("utf-8-sig").lstrip())[0]
+        return
+    for _, line in islice(numbered_lines(file), _TRIED):
+        with contextlib.suppress(BadRecordError):
+            yield parse_json(line)[0]
 
 
 def _first_of_list(head: str, file: Path) -> Any:
@@ -193,7 +230,9 @@ def _object_format(root: Any) -> str | None:
 
     if "question_id" in first("questions") or "question_id" in first("annotations"):
         return "vqa"
-    return "coco" if "images" in root and "annotations" in root else None
+    if not isinstance(root, dict):
+        return None
+    return "coco" if "file_name" in first("images") or "image_id" in first("annotations") else _record_format(root)
 
 
 def _record_format(record: Any) -> str | None:
@@ -206,4 +245,7 @@ def _record_format(record: Any) -> str | None:
     entries = record.get("conversations")
     if isinstance(entries, list) and any(isinstance(entry, dict) and "from" in entry for entry in entries):
         return "sharegpt" if "images" in record else "llava"
-    return "jsonl" if entries is not None or "captions" in record else None
+    captions = record.get("captions")
+    if entries is not None or (isinstance(captions, list) and any(isinstance(one, dict) for one in captions)):
+        return "jsonl"
+    return "flat" if is_flat({str(key).lower() for key in record}) else None

@@ -9,7 +9,7 @@ from typing import Any
 from cogtune.data.problems import BadRecordError
 from cogtune.data.record_json import checked_text, is_blank
 from cogtune.data.records import Turn
-from cogtune.language import tr
+from cogtune.language import phrase, tr
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,24 @@ PictureSource = str | Embedded | tuple[str, ...]
 
 @dataclass(frozen=True)
 class Content:
-    """One record: independent dialogues, the pictures they are about, and the record's own id, if any."""
+    """One record: independent dialogues, the pictures they are about, and the record's own id, if any.
+
+    ``unread``: keys with a value that was not used. ``signs``: what the report counts, a key of `SIGNS` each.
+    """
 
     dialogues: list[tuple[Turn, ...]]
     images: tuple[PictureSource, ...]
     identity: str | None = None
     repaired: bool = False
+    unread: tuple[str, ...] = ()
+    signs: tuple[str, ...] = ()
+
+
+SIGNS: dict[str, str] = {
+    "asked": phrase("{count} questions were only a picture: data.caption_question stands in their place"),
+    "late": phrase("{count} conversations show their picture after the first question; the model sees it before all"),
+}
+"""What is done to a record that its writer may not expect, as the report says it."""
 
 
 @dataclass(frozen=True)

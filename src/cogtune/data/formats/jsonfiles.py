@@ -1,45 +1,112 @@
-"""JSON lines and JSON lists of conversations: cogtune's own records, LLaVA, ShareGPT, ms-swift, OpenAI."""
+"""Records in JSON: one a line, in a list, or one after another over several lines; the content says which, whatever the
+suffix. In them cogtune's own records, LLaVA, ShareGPT, ms-swift, OpenAI, flat records."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cogtune.data.formats.flat import read_flat
 from cogtune.data.formats.item import Content, Item, RecordRules
 from cogtune.data.formats.messages import read_conversation
 from cogtune.data.formats.pictures import picture_sources, refuse_unread_own
 from cogtune.data.problems import BadRecordError, Problem
-from cogtune.data.record_json import identity_of, kind_of, parse_json, record_dialogues, shown
+from cogtune.data.record_json import DECODER, identity_of, kind_of, parse_json, record_dialogues, shown
 from cogtune.language import tr
 from cogtune.system.reading import open_file, read_bytes
 
 Parse = Callable[[Any], Content]
 LINES = (".jsonl", ".ndjson")
+_HEAD = 2**20
+_BETWEEN = re.compile(rb"^\}\s*,?\s*\{", re.MULTILINE)
+"""The end of one printed object and the start of the next; what lies inside them is indented."""
+_SPACE = re.compile(r"[\s,]*")
 
 
 def items(file: Path, form: str, rules: RecordRules) -> Iterator[Item]:
-    """Yield the records of a ``.jsonl`` file, or of a ``.json`` file with a list.
+    """Yield the records of a file.
 
     Raises:
-        DataError: a file that cannot be read, or whose root is no list.
+        DataError: a file that cannot be read, or whose root is neither a list nor a record.
     """
 
     def parse(record: Any) -> Content:
-        return own_record(record, rules) if form == "jsonl" else read_conversation(record, rules, form)
+        if form == "jsonl":
+            return own_record(record, rules)
+        return read_flat(record, rules, form) if form == "flat" else read_conversation(record, rules, form)
 
-    if file.suffix.lower() in LINES:
+    shape = layout(file)
+    if shape == "lines":
         for number, line in numbered_lines(file):
             yield Item(number, f"{file}:{number}", _parsed_later(line, parse))
         return
+    if shape == "objects":
+        yield from _objects(file, parse)
+        return
     root, repaired = read_json(file)
-    if not isinstance(root, list):
+    if not isinstance(root, list | dict):
         raise Problem(
             "wrong-root", str(file), tr("{kind_of} found, a list of records was expected", kind_of=kind_of(root))
         ).error()
-    for number, record in enumerate(root, start=1):
+    for number, record in enumerate([root] if isinstance(root, dict) else root, start=1):
         yield Item(number, f"{file}, record {number}", _later(record, parse, repaired and number == 1))
+
+
+def layout(file: Path) -> str:
+    """Return how a file holds its records.
+
+    ``lines``: one a line; ``whole``: a list, or a single value; ``objects``: one after another over several lines, as
+    programs print them for people.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    lines = file.suffix.lower() in LINES
+    try:
+        with open_file(file) as stream:
+            head = stream.read(_HEAD).removeprefix(b"\xef\xbb\xbf").lstrip()
+            if head.startswith(b"[") or not head.startswith(b"{"):
+                return "lines" if lines and not head.startswith(b"[") else "whole"
+            first = head.split(b"\n", 1)[0].strip()
+            if first == b"{":
+                return "objects" if lines or _BETWEEN.search(head + stream.read()) else "whole"
+            if lines or b"\n" not in head:
+                return "lines" if lines else "whole"
+            more = bool(head.split(b"\n", 1)[1].strip())
+    except OSError as error:
+        raise Problem("no-such-path", str(file), f"cannot be read ({error})").error() from error
+    try:
+        return "lines" if more and isinstance(parse_json(first)[0], dict) else "whole"
+    except BadRecordError:
+        return "whole"
+
+
+def _objects(file: Path, parse: Parse) -> Iterator[Item]:
+    """Yield records that stand one after another; behind a damaged one nothing can be found."""
+    try:
+        text = read_bytes(file).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Problem("bad-json", str(file), tr("not UTF-8 (byte {place})", place=error.start)).error() from error
+    number, place = 0, _SPACE.match(text, 0).end()  # type: ignore[union-attr]  # it matches nothing too
+    while place < len(text):
+        number += 1
+        where = f"{file}, record {number}"
+        try:
+            record, place = DECODER.raw_decode(text, place)
+        except (ValueError, RecursionError, BadRecordError) as error:
+            what = tr("not valid JSON ({error}); the records behind it are not found", error=str(error))
+            yield Item(number, where, partial(_refuse, what))
+            return
+        yield Item(number, where, _later(record, parse, repaired=False))
+        place = _SPACE.match(text, place).end()  # type: ignore[union-attr]
+
+
+def _refuse(what: str) -> Content:
+    raise BadRecordError("bad-json", what)
 
 
 def own_record(record: Any, rules: RecordRules) -> Content:

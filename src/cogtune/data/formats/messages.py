@@ -15,7 +15,16 @@ from cogtune.data.formats.item import Content, RecordRules
 from cogtune.data.formats.markers import MARKER, without_markers
 from cogtune.data.formats.pictures import keys_text, picture_sources, refuse_unread
 from cogtune.data.problems import BadRecordError
-from cogtune.data.record_json import identity_of, is_unicode, kind_of, shown, without_blank_answer
+from cogtune.data.record_json import (
+    MARKS,
+    identity_of,
+    is_unicode,
+    kind_of,
+    require_trained,
+    shown,
+    trained_mark,
+    without_blank_answer,
+)
 from cogtune.data.records import Turn
 from cogtune.language import tr
 
@@ -23,19 +32,21 @@ _MARKER = "<image>"
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 _OTHER_MEDIA = ("video", "videos", "audio", "audios")
 _RECORD_KEYS = ("id", "image", "images", "messages", "conversations", "system", *_OTHER_MEDIA)
-_MESSAGE_KEYS = ("from", "value", "role", "content", "image", "images")
+_MESSAGE_KEYS = ("from", "value", "role", "content", "image", "images", *MARKS)
+_PICTURE_PART_KEYS = ("type", "image_url", "image", "url", "path")
 # Qwen-VL's path tags, with the numbering before and the line break after them
 _IMG = re.compile(r"(?:Picture[ ]*\d+[ ]*:[ ]*)?<img>\s*([^<>\n]+?)\s*</img>[ \t]*\n?")
 
 
 @dataclass
-class _Message:
+class Message:
     """One message. ``number`` counts from 1 within the record; ``images`` are the images among its parts."""
 
     number: int
     role: str
     text: str
     images: list[Any] = field(default_factory=list)
+    trained: bool = True
 
 
 def read_conversation(record: Any, rules: RecordRules, expected: str) -> Content:
@@ -54,11 +65,66 @@ def read_conversation(record: Any, rules: RecordRules, expected: str) -> Content
     images = [*_images_of(record), *(image for message in messages for image in message.images)]
     refuse_unread(record, _RECORD_KEYS, images, expected)
     for entry, number in _entries(record):
-        refuse_unread(entry, _MESSAGE_KEYS, images, expected, f"message {number}: ")
+        where = tr("message {number}: ", number=number)
+        refuse_unread(entry, _MESSAGE_KEYS, images, expected, where)
+        for part in entry["content"] if isinstance(entry.get("content"), list | tuple) else ():
+            if isinstance(part, dict):
+                read = ("type", "text") if "text" in part else _PICTURE_PART_KEYS
+                refuse_unread(part, read, images, expected, where)
+    return content_of(messages, _images_of(record), identity_of(record), rules)
+
+
+def content_of(messages: list[Message], listed: list[Any], identity: str | None, rules: RecordRules) -> Content:
+    """Build the record of a conversation; ``listed`` are the pictures named beside it.
+
+    Neighbouring messages of the user are joined: some programs send the words in one and the picture in another. A
+    question that is only a picture becomes ``data.caption_question``.
+
+    Raises:
+        BadRecordError: as `read_conversation` does.
+    """
+    for message in messages:
+        _take_paths(message)
+    images = [*listed, *(image for message in messages for image in message.images)]
+    for message in messages:
+        if message.images and message.role != "user":
+            what = tr("a picture in message {number}, from {role}", number=message.number, role=message.role)
+            raise BadRecordError("image-marker", what)
+    if any(image is None for image in images):
+        raise BadRecordError("image-path", tr("a picture is null, a path was expected"))
     rules.check_images(len(images))
+    messages = _joined(messages)
+    signs = ["late"] if _is_late(messages) else []
     _strip_markers(messages, len(images))
+    for message in messages:
+        if not message.text.strip() and message.role != "system":
+            if not (message.role == "user" and images and rules.caption_question):
+                what = tr("the content of message {number} is empty but for its picture", number=message.number)
+                raise BadRecordError("content", what)
+            message.text = rules.caption_question
+            signs.append("asked")
     turns = _turns(_without_system(messages, rules.system), rules.open_questions)
-    return Content([turns], picture_sources(images), identity_of(record))
+    return Content([turns], picture_sources(images), identity, signs=tuple(signs))
+
+
+def _joined(messages: list[Message]) -> list[Message]:
+    """Return the messages with neighbouring ones of the user as one."""
+    joined: list[Message] = []
+    for message in messages:
+        if joined and message.role == joined[-1].role == "user":
+            before = joined[-1]
+            text = "\n".join(part for part in (before.text, message.text) if part.strip())
+            joined[-1] = Message(before.number, "user", text, [*before.images, *message.images])
+        else:
+            joined.append(message)
+    return joined
+
+
+def _is_late(messages: list[Message]) -> bool:
+    """Return whether the first picture or marker stands in a later question than the first."""
+    asked = [message for message in messages if message.role == "user"]
+    shown_in = next((n for n, message in enumerate(asked) if message.images or MARKER.search(message.text)), 0)
+    return shown_in > 0
 
 
 def _refuse_other_media(record: dict[str, Any]) -> None:
@@ -68,11 +134,17 @@ def _refuse_other_media(record: dict[str, Any]) -> None:
 
 
 def _images_of(record: dict[str, Any]) -> list[Any]:
-    """Return pictures listed next to the conversation: ``image`` or ``images``, each one value or a list."""
+    """Return pictures listed next to the conversation: ``image`` or ``images``, each one value or a list.
+
+    Raises:
+        BadRecordError: ``image-path``, for null in a list.
+    """
     found: list[Any] = []
     for key in ("image", "images"):
         value = record.get(key)
         if isinstance(value, list | tuple):
+            if any(one is None for one in value):
+                raise BadRecordError("image-path", tr('a picture in "{key}" is null', key=key))
             found += value
         elif value is not None:
             found.append(value)
@@ -85,7 +157,7 @@ def _entries(record: dict[str, Any]) -> list[tuple[dict[str, Any], int]]:
     return [(entry, number) for number, entry in enumerate(entries, start=1)]
 
 
-def _take_paths(message: _Message) -> None:
+def _take_paths(message: Message) -> None:
     """Move the paths in ``<img>`` tags from a message's text to its pictures."""
     paths = _IMG.findall(message.text)
     if not paths:
@@ -97,13 +169,9 @@ def _take_paths(message: _Message) -> None:
         )
     message.images += paths
     message.text = _IMG.sub("", message.text)
-    if not message.text.strip():
-        raise BadRecordError(
-            "content", tr("the content of message {number} is empty but for its picture", number=message.number)
-        )
 
 
-def _messages(record: dict[str, Any], expected: str, open_questions: bool) -> list[_Message]:
+def _messages(record: dict[str, Any], expected: str, open_questions: bool) -> list[Message]:
     keys = [key for key in ("messages", "conversations") if key in record]
     if len(keys) != 1:
         found = "both" if keys else f"{keys_text(record)} found"
@@ -123,11 +191,11 @@ def _messages(record: dict[str, Any], expected: str, open_questions: bool) -> li
     for message, entry in zip(messages, entries, strict=True):
         message.images = [*_images_of(entry), *message.images]
     if record.get("system"):
-        messages.insert(0, _Message(0, "system", _text(record["system"], 0)))
+        messages.insert(0, Message(0, "system", _text(record["system"], 0)))
     return messages
 
 
-def _message(entry: Any, number: int) -> _Message:
+def _message(entry: Any, number: int) -> Message:
     if not isinstance(entry, dict):
         raise BadRecordError(
             "wrong-root",
@@ -150,21 +218,28 @@ def _message(entry: Any, number: int) -> _Message:
             ),
         )
     content = entry[names[1]]
+    trained = trained_mark(entry, number, role)
     if isinstance(content, list | tuple):
-        return _from_parts(content, number, role)
-    return _Message(number, role, _text(content, number))
+        return _from_parts(content, number, role, trained)
+    return Message(number, role, _text(content, number), trained=trained)
 
 
-def _from_parts(parts: Sequence[Any], number: int, role: str) -> _Message:
-    message, texts = _Message(number, role, ""), []
+def _from_parts(parts: Sequence[Any], number: int, role: str, trained: bool) -> Message:
+    message, texts = Message(number, role, "", trained=trained), []
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
+        if kind is None and isinstance(part, dict):  # Qwen-VL's parts have no type
+            kind = next((key for key in ("text", "image") if key in part), None)
         if kind in ("text", "input_text", "output_text"):
             texts.append(_text(part.get("text"), number, blank=True))
         elif kind in ("image_url", "input_image", "image"):
             image = next((part[key] for key in ("image_url", "image", "url", "path") if part.get(key)), None)
             if image is None and kind == "image":
                 texts.append(_MARKER)  # the picture itself is listed next to the messages
+            elif image is None:
+                raise BadRecordError(
+                    "image-path", tr("message {number} has a part {kind} without a picture", number=number, kind=kind)
+                )
             else:
                 message.images.append(image)
         else:
@@ -174,7 +249,7 @@ def _from_parts(parts: Sequence[Any], number: int, role: str) -> _Message:
                 tr("message {number} has a part of {found}, text or image_url expected", number=number, found=found),
             )
     message.text = "\n".join(text for text in texts if text)
-    if not message.text.strip():
+    if not message.text.strip() and not (message.images and role == "user"):
         raise BadRecordError("content", tr("the content of message {number} has no text", number=number))
     return message
 
@@ -192,7 +267,7 @@ def _text(value: Any, number: int, *, blank: bool = False) -> str:
     return value
 
 
-def _strip_markers(messages: list[_Message], images: int) -> None:
+def _strip_markers(messages: list[Message], images: int) -> None:
     """Remove the markers of pictures: the model's pictures always come before the text."""
     found = {message.number: MARKER.findall(message.text) for message in messages}
     markers = [marker for several in found.values() for marker in several]
@@ -225,13 +300,9 @@ def _strip_markers(messages: list[_Message], images: int) -> None:
             )
             raise BadRecordError("image-marker", what)
         message.text = without_markers(message.text)
-        if not message.text.strip():
-            raise BadRecordError(
-                "content", tr("the content of message {number} is empty but for its marker", number=message.number)
-            )
 
 
-def _without_system(messages: list[_Message], policy: str) -> list[_Message]:
+def _without_system(messages: list[Message], policy: str) -> list[Message]:
     system = [message for message in messages if message.role == "system"]
     if not system:
         return messages
@@ -241,11 +312,11 @@ def _without_system(messages: list[_Message], policy: str) -> list[_Message]:
     if len(system) > 1 or messages[0].role != "system" or not rest:
         raise BadRecordError("turns", tr("one system message before all others was expected"))
     first = rest[0]
-    rest[0] = _Message(first.number, first.role, f"{system[0].text}\n{first.text}", first.images)
+    rest[0] = Message(first.number, first.role, f"{system[0].text}\n{first.text}", first.images)
     return rest
 
 
-def _turns(messages: list[_Message], open_questions: bool) -> tuple[Turn, ...]:
+def _turns(messages: list[Message], open_questions: bool) -> tuple[Turn, ...]:
     for place, message in enumerate(messages):
         expected = "assistant" if place % 2 else "user"
         if message.role != expected:
@@ -257,9 +328,11 @@ def _turns(messages: list[_Message], open_questions: bool) -> tuple[Turn, ...]:
             )
             raise BadRecordError("turns", what)
     if open_questions and len(messages) % 2:
-        messages = [*messages, _Message(0, "assistant", "")]
+        messages = [*messages, Message(0, "assistant", "")]
     if len(messages) % 2:
         raise BadRecordError(
             "turns", tr("{messages} messages, the last question has no answer", messages=len(messages))
         )
-    return tuple(Turn(q.text, a.text) for q, a in zip(messages[::2], messages[1::2], strict=True))
+    return require_trained(
+        tuple(Turn(q.text, a.text, a.trained) for q, a in zip(messages[::2], messages[1::2], strict=True))
+    )

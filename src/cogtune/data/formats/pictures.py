@@ -11,7 +11,7 @@ from urllib.parse import unquote, unquote_to_bytes, urlparse
 
 from cogtune.data.formats.item import Embedded, PictureSource
 from cogtune.data.problems import BadRecordError
-from cogtune.data.record_json import is_unicode, shown
+from cogtune.data.record_json import MARKS, is_unicode, shown
 from cogtune.language import tr
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".heic", ".avif")
@@ -20,7 +20,7 @@ _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0
 _BASE64_MAGIC = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
 _PICTURE_KEY = re.compile(r"(image|img|picture|photo|pic)s?(_?(path|url|file|list)s?)?_?\d*", re.IGNORECASE)
-_CONTENT_KEYS = ("system", "history", "image", "images")
+_CONTENT_KEYS = ("system", "history", "image", "images", "tool_calls", "function_call", "reasoning_content")
 _LONGEST_PATH = 4096
 
 
@@ -141,7 +141,7 @@ def refuse_unread_own(record: Mapping[str, Any], read: Sequence[str], pictures: 
     """
     refuse_unread(record, ("id", "conversations", "captions", *read), pictures, form)
     for number, entry in enumerate(record["conversations" if "conversations" in record else "captions"], start=1):
-        refuse_unread(entry, ("role", "content"), pictures, form, f"message {number}: ")
+        refuse_unread(entry, ("role", "content", *MARKS), pictures, form, f"message {number}: ")
 
 
 def _is_picture(value: Any, *, paths: bool) -> bool:

@@ -1,4 +1,4 @@
-"""CSV and TSV with a header: ``image,question,answer`` or ``image,caption``, and optionally ``id``."""
+"""CSV and TSV with a header: the columns of flat records, such as ``image,question,answer`` or ``image,caption``."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ import io
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from cogtune.data.formats.flat import PICTURES, missing, read_flat
 from cogtune.data.formats.item import Content, Item, RecordRules
-from cogtune.data.formats.pictures import picture_sources, refuse_unread
 from cogtune.data.problems import BadRecordError, Problem
-from cogtune.data.record_json import checked_text
-from cogtune.data.records import Turn
 from cogtune.language import tr
 from cogtune.system.reading import read_bytes
 
 TEXT_ONLY = "null"
-_READ = ("id", "image", "question", "answer", "caption")
 _LARGEST_CELL = 2**27
 
 
@@ -61,8 +58,7 @@ def check_columns(header: list[str], where: str, open_questions: bool) -> None:
         raise Problem(
             "columns", where, tr("the column {repeated} stands there twice", repeated=", ".join(repeated))
         ).error()
-    texts = open_questions or {"question", "answer"} <= set(header) or "caption" in header
-    if "image" not in header or not texts:
+    if not any(name in header for name in PICTURES) or missing(header, open_questions=open_questions):
         found = ", ".join(name for name in header if name) or "none"
         raise Problem(
             "columns", where, tr("the columns image, question, answer were expected; found: {found}", found=found)
@@ -92,18 +88,11 @@ def _later(header: list[str], row: list[str], rules: RecordRules) -> Callable[[]
 
 def row_content(row: Mapping[str, str], rules: RecordRules) -> Content:
     """Build the record of one row."""
-    image = row["image"].strip()
-    if not image:
-        raise BadRecordError(
-            "image-path", tr("the cell image is empty; a text-only row says {text_only}", text_only=TEXT_ONLY)
-        )
-    if "question" in row:
-        turn = Turn(checked_text(row["question"], tr("the question")), rules.answer(row.get("answer")))
-    elif rules.caption_question:
-        caption = checked_text(row["caption"], tr("the caption")) if "caption" in row else ""
-        turn = Turn(rules.caption_question, caption)
-    else:
-        raise BadRecordError("caption-question", tr("captions, and data.caption_question is empty"))
-    images = () if image == TEXT_ONLY else (image,)
-    refuse_unread(row, _READ, images, "csv")
-    return Content([(turn,)], picture_sources(images), row.get("id") or None)
+    names = [name for name in PICTURES if name in row]
+    cells = {name: row[name].strip() for name in names}
+    if not any(cells.values()):
+        name = tr(", ").join(names)
+        what = tr("the cell {name} is empty; a text-only row says {word}", name=name, word=TEXT_ONLY)
+        raise BadRecordError("image-path", what)
+    pictures = {name: None if cell in ("", TEXT_ONLY) else cell for name, cell in cells.items()}
+    return read_flat({**row, **pictures}, rules, "csv")

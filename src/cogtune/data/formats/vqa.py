@@ -18,25 +18,39 @@ from cogtune.data.records import Turn
 from cogtune.language import tr
 
 
-def pair_files(path: Path) -> list[tuple[Path, Path]]:
-    """Return ``(questions, annotations)`` of a folder, or of one of the two files and its partner in the same folder.
-
-    If there are several pairs, files match whose names differ only in the part that tells questions from annotations.
+def question_files(path: Path, *, open_questions: bool) -> tuple[Path, ...]:
+    """Return the questions files of a folder, or the one that ``path`` or its partner is.
 
     Raises:
-        DataError: a file without a partner.
+        DataError: a file without a partner; with ``open_questions``, questions need none.
+    """
+    return tuple(questions for questions, _ in _pairs(path, open_questions))
+
+
+def partner(questions: Path) -> Path | None:
+    """Return the annotations file of a questions file; None if there is none."""
+    return _pairs(questions, open_questions=True)[0][1]
+
+
+def _pairs(path: Path, open_questions: bool) -> list[tuple[Path, Path | None]]:
+    """Return ``(questions, annotations)`` in the folder of ``path``, or of the pair that it belongs to.
+
+    If there are several pairs, files match whose names differ only in the part that tells questions from annotations.
     """
     folder = path if path.is_dir() else path.parent
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() == ".json" and file.is_file())
     questions = [file for file in files if "question" in file.name.lower()]
     annotations = [file for file in files if "annotation" in file.name.lower()]
-    pairs, alone = [], []
+    pairs: list[tuple[Path, Path | None]] = []
+    alone = []
     for question in questions:
         same = [file for file in annotations if _common(file) == _common(question)]
         if len(questions) == len(annotations) == 1:
             same = annotations
-        pairs += [(question, same[0])] if len(same) == 1 else []
-        alone += [] if len(same) == 1 else [question]
+        if len(same) == 1 or (open_questions and not same):
+            pairs.append((question, same[0] if same else None))
+        else:
+            alone.append(question)
     alone += [file for file in annotations if file not in {pair[1] for pair in pairs}]
     wanted = [pair for pair in pairs if path.is_dir() or path in pair]
     if not wanted or (path.is_dir() and alone):
@@ -54,14 +68,14 @@ def _common(file: Path) -> str:
     return "_".join(part for part in name.replace("-", "_").split("_") if part)
 
 
-def items(questions: Path, annotations: Path) -> Iterator[Item]:
-    """Yield one record per question, in the file's order.
+def items(questions: Path, annotations: Path | None) -> Iterator[Item]:
+    """Yield one record per question, in the file's order; without annotations, questions that have no answer.
 
     Raises:
         DataError: a file that is not of this format, or annotations for questions that are not there.
     """
     root, repaired = _read(questions, "questions")
-    answers_root, _ = _read(annotations, "annotations")
+    answers_root, _ = ({"annotations": []}, False) if annotations is None else _read(annotations, "annotations")
     answers, repeated = by_identity(answers_root["annotations"], "question_id")
     subtype = root.get("data_subtype") or answers_root.get("data_subtype")
     asked, twice = by_identity(root["questions"], "question_id")
@@ -93,7 +107,7 @@ def _later(
     answers: dict[str | float, dict[str, Any]],
     repeated: set[str | float],
     subtype: str | None,
-    annotations: Path,
+    annotations: Path | None,
     repaired: bool,
 ) -> Callable[[], Content]:
     def read() -> Content:
@@ -103,7 +117,10 @@ def _later(
             if key not in entry:
                 raise BadRecordError("missing-key", tr('the question has no "{key}"', key=key))
         answer = answers.get(checked_identity(entry["question_id"], repeated, "question_id"))
-        if answer is None:
+        question = checked_text(entry["question"], tr("the question"))
+        if annotations is None:
+            turn = Turn(question, "")
+        elif answer is None:
             raise BadRecordError(
                 "vqa-pair",
                 tr(
@@ -112,10 +129,10 @@ def _later(
                     annotations=annotations,
                 ),
             )
-        if "multiple_choice_answer" not in answer:
+        elif "multiple_choice_answer" not in answer:
             raise BadRecordError("missing-key", tr('its annotation has no "multiple_choice_answer"'))
-        question = checked_text(entry["question"], tr("the question"))
-        turn = Turn(question, checked_text(answer["multiple_choice_answer"], tr("the answer")))
+        else:
+            turn = Turn(question, checked_text(answer["multiple_choice_answer"], tr("the answer")))
         names = picture_names(entry["image_id"], subtype)
         images = picture_sources(names) if len(names) == 1 else (names,)
         return Content([(turn,)], images, str(entry["question_id"]), repaired)
