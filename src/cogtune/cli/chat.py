@@ -13,6 +13,7 @@ from cogtune.cli.answering import DECODING_KEYS, MODEL_KEYS, load, note
 from cogtune.cli.command import Command, flag
 from cogtune.cli.options import Arguments
 from cogtune.language import tr
+from cogtune.system.terminal import visible
 
 if TYPE_CHECKING:
     from cogtune.configuration.answer_config import AnswerConfig
@@ -97,7 +98,7 @@ def _last(config: AnswerConfig) -> AnswerConfig:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(visible(text))  # an answer's carriage return as well
     sys.stdout.flush()
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from cogtune.cli.command import Command, flag
 from cogtune.cli.data_config import KEYS, data_config
 from cogtune.cli.options import Arguments
-from cogtune.cli.progress import progress_bar
+from cogtune.cli.progress import progress_bar, rich_console
 from cogtune.language import tr
 
 if TYPE_CHECKING:
@@ -57,9 +57,7 @@ def _check(flags: _Flags, line: Arguments) -> int:
 
 
 def _print(report: CheckReport) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False, soft_wrap=True)
+    console = rich_console(soft_wrap=True)
     counts = report.counts
     if counts:
         only = f", {counts['text_only']} without a picture" if counts["text_only"] else ""

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 from cogtune.cli.command import Command, flag
 from cogtune.cli.data_config import KEYS, data_config
 from cogtune.cli.options import Arguments
+from cogtune.cli.progress import rich_console
 from cogtune.errors import CheckpointError, OutputFolderError
 from cogtune.language import phrase, tr
+from cogtune.system.terminal import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -79,9 +81,7 @@ def _require_own(target: Path) -> None:
 
 
 def _print(rows: object, width: int, exif: str) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    console = rich_console()
     console.print(
         tr("grey: context; green: trained; violet: special token; underlined: every other token"), style="dim"
     )
@@ -145,7 +145,7 @@ def _print_segment(console: Console, segment: Segment) -> None:
             line.append(f"[picture: {token.count} positions]", style="yellow")
             continue
         style = "bold green" if token.trained else "magenta" if token.kind == "special" else "bright_black"
-        shown = token.text.replace("\n", "↵\n")
+        shown = visible(token.text).replace("\n", "↵\n")
         line.append(shown, style=f"{style} {'underline' if place % 2 else ''}".strip())
     console.print(Padding(line, (0, 0, 0, 2 * segment.depth)))
 

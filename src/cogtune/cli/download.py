@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cogtune.cli.command import Command, flag
 from cogtune.cli.options import Arguments
+from cogtune.cli.progress import rich_console
 from cogtune.language import tr
 
 _ABOUT = """\
@@ -33,7 +34,6 @@ class _Flags:
 
 
 def _download(flags: _Flags, line: Arguments) -> None:
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from cogtune.download.fetch import download
@@ -52,7 +52,7 @@ def _download(flags: _Flags, line: Arguments) -> None:
             )
     repository = VARIANTS[flags.variant] if what == "model" else DATA
     folder = flags.output or Path(repository.hf[0].split("/")[1])
-    console = Console(stderr=True)
+    console = rich_console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(repository.name, total=None)

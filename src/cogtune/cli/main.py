@@ -19,9 +19,10 @@ from cogtune.cli.command import Command
 from cogtune.distributed import environment
 from cogtune.errors import CogtuneError, InputError, check_language, render
 from cogtune.language import phrase, tr
-from cogtune.system import files
+from cogtune.system import files, terminal
 from cogtune.system.allocator import prepare_allocator
 from cogtune.system.file_errors import system_reason
+from cogtune.system.names import is_unicode
 
 COMMANDS = {
     "doctor": "doctor",
@@ -97,6 +98,7 @@ def dispatch(words: list[str]) -> int:
     """
     from cogtune.cli import help
 
+    _require_unicode([*words, os.getcwd()])
     asked = [word for word in words if word in ("--help", "-h")]
     first = words[0] if words else "--help"
     if first == "help":
@@ -126,6 +128,23 @@ def dispatch(words: list[str]) -> int:
     return command(words[length:])
 
 
+def _require_unicode(texts: Sequence[str]) -> None:
+    """Refuse a path that cannot be written into JSON, YAML or an adapter's card.
+
+    Raises:
+        InputError: one of ``texts`` is not UTF-8.
+    """
+    wrong = next((text for text in texts if not is_unicode(text)), None)
+    if wrong is not None:
+        raise InputError(
+            tr("{name}: this name is not UTF-8; cogtune writes paths into files that have to be", name=wrong),
+            hint=tr(
+                "rename the file or folder in UTF-8: `convmv -f gbk -t utf-8 --notest NAME` does, for a Chinese one"
+            ),
+            code="name-encoding",
+        )
+
+
 def _unknown(name: str) -> InputError:
     """Return the error for an unknown command."""
     if name.startswith("-"):
@@ -153,6 +172,11 @@ def guarded(call: Callable[[], object]) -> int:
     tearing down torch's process group can hang or abort after everything was saved. So does a rank under torchrun that
     could not reach the others: gloo's threads can keep it alive for ever.
     """
+    with terminal.protected():
+        return _guarded(call)
+
+
+def _guarded(call: Callable[[], object]) -> int:
     code = _run(call)
     distributed = sys.modules.get("torch.distributed")
     joined = distributed is not None and distributed.is_available() and distributed.is_initialized()

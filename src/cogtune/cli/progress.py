@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cogtune.system.durations import format_clock
+from cogtune.system.terminal import raw, visible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from rich.console import Console
+
+
+def rich_console(*, stderr: bool = False, highlight: bool = False, soft_wrap: bool = False) -> Console:
+    """Return a console that shows control characters of what it prints, and whose own colours are obeyed."""
+    from rich.console import Console
+
+    class Visible(Console):
+        def print(self, *objects: Any, **options: Any) -> None:
+            super().print(*(visible(one) if isinstance(one, str) else one for one in objects), **options)
+
+    width = 80 if os.environ.get("COLUMNS") == "0" else None
+    stream = raw(sys.stderr if stderr else sys.stdout)
+    return Visible(file=stream, highlight=highlight, soft_wrap=soft_wrap, width=width)
 
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar on standard error, with one line per kind of work."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    console = rich_console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         tasks = {}

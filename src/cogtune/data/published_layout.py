@@ -14,10 +14,11 @@ from cogtune.data.formats.markers import strip_ends
 from cogtune.data.formats.pictures import refuse_unread_own
 from cogtune.data.picture_headers import PictureHeader, check_picture, in_threads
 from cogtune.data.problems import BadRecordError, Problem, Problems
-from cogtune.data.record_json import is_unicode, of_readable_length, parse_json, record_dialogues
+from cogtune.data.record_json import of_readable_length, parse_json, record_dialogues
 from cogtune.data.records import Conversation, Example, Turn
 from cogtune.data.report import DataReport, SourceReport
 from cogtune.language import tr
+from cogtune.system.names import is_unicode
 from cogtune.system.reading import read_bytes
 
 # Files that file managers and archivers leave behind.

@@ -11,6 +11,7 @@ from typing import Any
 from cogtune.data.problems import BadRecordError
 from cogtune.data.records import Turn
 from cogtune.language import tr
+from cogtune.system.names import is_unicode
 
 MAX_TURNS = 1000
 
@@ -274,17 +275,6 @@ def shown(value: Any, limit: int = 80) -> str:
     """Return ``value`` for a message, with at most ``limit`` characters."""
     text = repr(value[:limit] if isinstance(value, (str, bytes)) else value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
-
-
-def is_unicode(text: str) -> bool:
-    """Return whether ``text`` can be encoded as UTF-8 (JSON escapes and file names can hold lone surrogates)."""
-    if text.isascii():
-        return True
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def kind_of(value: Any) -> str:

@@ -54,6 +54,17 @@ def inside(
     return path
 
 
+def is_unicode(text: str) -> bool:
+    """Return whether ``text`` can be encoded as UTF-8 (JSON escapes and file names can hold lone surrogates)."""
+    if text.isascii():
+        return True
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def name_problem(name: object, *, nested: bool = False) -> str | None:
     """Return why ``name`` is not a plain file name, or None. ``nested``: it may contain folders, separated by ``/``."""
     if not isinstance(name, str):

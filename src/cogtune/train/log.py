@@ -21,6 +21,7 @@ import torch
 from cogtune.errors import CogtuneError, RunError
 from cogtune.system import files
 from cogtune.system.file_errors import explained
+from cogtune.system.terminal import visible
 
 METRICS_FILE = "metrics.jsonl"
 log = logging.getLogger("cogtune")
@@ -57,6 +58,9 @@ def console(rank: int, level: str = "info") -> Iterator[None]:
 
 class _LogFile(logging.FileHandler):
     """A log file whose write errors end the run, like any other lost output; logging itself would print a traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         with explained(Path(self.baseFilename), late=True):

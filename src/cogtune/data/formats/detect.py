@@ -19,6 +19,7 @@ from cogtune.data.problems import BadRecordError, Problem
 from cogtune.data.record_json import DECODER, parse_json
 from cogtune.errors import DataError
 from cogtune.language import phrase, tr
+from cogtune.system.names import is_unicode
 from cogtune.system.reading import open_file, read_bytes
 
 LABEL_FOLDERS = ("labels", "labels_en", "labels_zh")
@@ -83,6 +84,9 @@ def _refuse_suffix(path: Path, form: str) -> None:
 
 def _in_folder(path: Path, form: str, split: str | None, notes: list[str], open_questions: bool) -> list[Source]:
     files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+    odd = next((file for file in files if not is_unicode(file.name)), None)
+    if odd is not None:
+        raise Problem("name", ascii(str(odd)), tr("the file's name is not UTF-8")).error()
     lines = [file for file in files if file.suffix.lower() in LINES]
     labelled = any((path / name).is_dir() for name in LABEL_FOLDERS)
     if form == "folder" or (form == "auto" and labelled):

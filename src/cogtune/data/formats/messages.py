@@ -18,7 +18,6 @@ from cogtune.data.problems import BadRecordError
 from cogtune.data.record_json import (
     MARKS,
     identity_of,
-    is_unicode,
     kind_of,
     require_trained,
     shown,
@@ -27,6 +26,7 @@ from cogtune.data.record_json import (
 )
 from cogtune.data.records import Turn
 from cogtune.language import tr
+from cogtune.system.names import is_unicode
 
 _MARKER = "<image>"
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}

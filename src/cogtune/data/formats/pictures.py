@@ -11,8 +11,9 @@ from urllib.parse import unquote, unquote_to_bytes, urlparse
 
 from cogtune.data.formats.item import Embedded, PictureSource
 from cogtune.data.problems import BadRecordError
-from cogtune.data.record_json import MARKS, is_unicode, shown
+from cogtune.data.record_json import MARKS, shown
 from cogtune.language import tr
+from cogtune.system.names import is_unicode
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".heic", ".avif")
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
