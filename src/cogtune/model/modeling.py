@@ -22,11 +22,23 @@ from transformers.utils import ModelOutput
 
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.model.attention import ExpertAttention, by_expert, cache_mask, row_mask
+from cogtune.model.forward_inputs import (
+    NO_SUCH_VALUES,
+    PublishedImages,
+    check_ids,
+    check_pixels,
+    is_empty,
+    next_positions,
+    pixels_of,
+    refuse_images_behind_cache,
+    route,
+)
 from cogtune.model.generation import CogVLM2Generation
 from cogtune.model.loss import head_loss, token_loss
 from cogtune.model.pretrained import CogVLM2PreTrainedModel
+from cogtune.model.published_calls import PublishedCalls
 from cogtune.model.rope import inverse_frequencies, rotary_tables
-from cogtune.model.routing import GPU_COLUMNS, Routing, row_positions
+from cogtune.model.routing import Routing
 from cogtune.model.swiglu import swiglu_mlp
 from cogtune.model.vision import VisionModel
 
@@ -179,7 +191,7 @@ class CogVLM2Model(CogVLM2PreTrainedModel):
         return self.norm(h)
 
 
-class CogVLM2ForCausalLM(CogVLM2PreTrainedModel, CogVLM2Generation, GenerationMixin):
+class CogVLM2ForCausalLM(CogVLM2PreTrainedModel, CogVLM2Generation, PublishedCalls, GenerationMixin):
     """The whole model, for training and generation; see `forward` for the inputs.
 
     ``from_pretrained`` takes the published folder, one written by ``save_pretrained``, a hub name, or an adapter
@@ -207,7 +219,7 @@ class CogVLM2ForCausalLM(CogVLM2PreTrainedModel, CogVLM2Generation, GenerationMi
 
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -223,6 +235,7 @@ class CogVLM2ForCausalLM(CogVLM2PreTrainedModel, CogVLM2Generation, GenerationMi
         position_ids: torch.Tensor | None = None,
         routing: Routing | None = None,
         cache: Cache | None = None,
+        images: PublishedImages | None = None,
         inputs_embeds: None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -239,11 +252,14 @@ class CogVLM2ForCausalLM(CogVLM2PreTrainedModel, CogVLM2Generation, GenerationMi
             labels: int64 [B, L] aligned with ``input_ids``, -100 ignored.
             segment_ids, segment_parents: the tree; see ``model.routing``.
             num_items_in_batch: divides the summed loss; absent: the number of labelled tokens.
-            return_logits: whether to return logits; None: only without labels.
+            return_logits: whether to return logits beside the loss of ``labels``. None: in evaluation (``eval()`` and
+                no gradients), where the Trainer's metrics read them; not in training, where they would take the most
+                memory.
             past_key_values (or ``cache``): a transformers cache; ``use_cache`` creates one.
             logits_to_keep: only the last columns' logits (0: all).
             position_ids: only read behind a non-empty cache; elsewhere positions follow from the types.
             routing: built by the collator; computed here when absent.
+            images: the pictures in the published code's form, a list of tensors [3, side, side] for each row.
             inputs_embeds, output_attentions, output_hidden_states, return_dict: peft and transformers pass these
                 names; this model has no such inputs or outputs and refuses them when set.
 
@@ -254,33 +270,33 @@ class CogVLM2ForCausalLM(CogVLM2PreTrainedModel, CogVLM2Generation, GenerationMi
             ValueError: inputs that contradict each other; the message gives both sides.
         """
         if inputs_embeds is not None or output_attentions or output_hidden_states or return_dict is False:
-            raise ValueError(
-                "inputs_embeds, output_attentions, output_hidden_states and return_dict=False are not supported: "
-                "hidden states live in expert order inside the model (use forward hooks and model.routing)"
-            )
+            raise ValueError(NO_SUCH_VALUES)
+        input_ids = check_ids(input_ids)
+        pixel_values = check_pixels(pixels_of(images, pixel_values, input_ids.shape[0]), self.config.image_size)
         past = past_key_values if cache is None else cache
         if past is None and use_cache:
             past = DynamicCache(config=self.config)
-        wants_logits = labels is None if return_logits is None else return_logits
-        behind = past is not None and not _is_empty(past)
+        if return_logits is None:
+            return_logits = labels is None or not (self.training or torch.is_grad_enabled())
+        behind = past is not None and not is_empty(past)
         if past is not None and (segment_ids is not None or labels is not None):
             raise ValueError(
                 "labels and trees are for training without a cache; leave out past_key_values and use_cache"
             )
         if behind:
-            _refuse_images_behind_cache(input_ids, token_type_ids)
-            positions = _next_positions(past, input_ids, token_type_ids, attention_mask, position_ids)
+            refuse_images_behind_cache(input_ids, token_type_ids)
+            positions = next_positions(past, input_ids, token_type_ids, attention_mask, position_ids)
             routing, features = Routing.decode(positions), None
         else:
             if routing is None:
                 keep_columns = past is not None or logits_to_keep > 0
                 given = (token_type_ids, attention_mask, segment_ids, segment_parents, labels)
-                routing = _route(input_ids, given, keep_columns, bool(self.config.vision_experts))
+                routing = route(input_ids, given, keep_columns, bool(self.config.vision_experts))
             routing = routing.to(input_ids.device)
             features = self.image_features_of(routing, pixel_values, image_features)
         if labels is None:
             routing = routing.keep_last(logits_to_keep)
-        elif wants_logits:
+        elif return_logits:
             routing = routing.keep_all()
         if past is None:
             mask = row_mask(routing)
@@ -290,7 +306,7 @@ class CogVLM2ForCausalLM(CogVLM2PreTrainedModel, CogVLM2Generation, GenerationMi
         hidden = self.model(input_ids, routing, features, past, mask)
         if labels is not None and routing.targets is None:
             raise ValueError("labels were given with a routing that was built without them")
-        if not wants_logits:
+        if not return_logits:
             return CogVLM2Output(loss=self._loss(hidden, routing, num_items_in_batch), cache=past)
         logits = self.lm_head(hidden).float()
         full = routing.scatter(logits, input_ids.shape[1], logits_to_keep)
@@ -341,62 +357,11 @@ class CogVLM2ForCausalLM(CogVLM2PreTrainedModel, CogVLM2Generation, GenerationMi
         return image_features
 
 
-def _route(
-    input_ids: torch.Tensor, given: tuple[torch.Tensor | None, ...], keep_columns: bool, vision_experts: bool
-) -> Routing:
-    """Compute the routing of a batch that came without one; the index arithmetic runs on the CPU."""
-    types, mask, segment_ids, segment_parents, labels = (None if t is None else t.cpu() for t in given)
-    if types is None:
-        types = torch.zeros(input_ids.shape, dtype=torch.long)
-    if types.shape != input_ids.shape:
-        raise ValueError(f"token_type_ids has shape {tuple(types.shape)}; input_ids has {tuple(input_ids.shape)}")
-    multiple = GPU_COLUMNS if input_ids.is_cuda else 1
-    return Routing.build(
-        types, mask, segment_ids, segment_parents, labels, keep_columns, multiple, vision_experts=vision_experts
-    )
-
-
 def _logits_loss(logits: torch.Tensor, routing: Routing, num_items: torch.Tensor | int | None) -> torch.Tensor:
     """Return the loss of the routing's targets from the kept tokens' logits."""
     assert routing.targets is not None
     predicted = logits if routing.predictors is None else logits.index_select(0, routing.predictors)
     return token_loss(predicted, routing.targets, num_items)
-
-
-def _is_empty(cache: Cache) -> bool:
-    """Return whether nothing is cached yet. A compiled step is never the first, so it reads no static cache's
-    length."""
-    length = cache.get_seq_length()
-    if isinstance(length, torch.Tensor) and torch.compiler.is_compiling():
-        return False
-    return int(length) == 0
-
-
-def _refuse_images_behind_cache(input_ids: torch.Tensor, token_type_ids: torch.Tensor | None) -> None:
-    """Raise ValueError for image tokens behind a cache; images come with the prompt."""
-    if token_type_ids is None or torch.compiler.is_compiling():
-        return
-    if bool((token_type_ids[:, -input_ids.shape[1] :] == 1).any()):
-        raise ValueError("new tokens behind a cache must be text (token_type_ids 0); start a new cache for a new image")
-
-
-def _next_positions(
-    cache: Cache,
-    input_ids: torch.Tensor,
-    token_type_ids: torch.Tensor | None,
-    attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
-) -> torch.Tensor:
-    """Return new text tokens' positions: as given, from the whole sequence's types, or behind the cache's last one."""
-    new = input_ids.shape[1]
-    if position_ids is not None:
-        return position_ids
-    if token_type_ids is not None and token_type_ids.shape[1] > new:
-        return row_positions(token_type_ids, attention_mask)[:, -new:]
-    start = getattr(cache, "next_position", None)
-    if start is None:
-        raise ValueError("behind a cache this model did not fill, give position_ids or the whole row's token_type_ids")
-    return start + torch.arange(new, device=input_ids.device)
 
 
 AutoConfig.register("cogvlm2", CogVLM2Config)

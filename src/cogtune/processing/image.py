@@ -5,15 +5,17 @@ torch is imported only when a tensor is made, so commands that check data can re
 
 from __future__ import annotations
 
+import os
+import re
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from cogtune.errors import DataError
+from cogtune.errors import DataError, InputError
 from cogtune.language import tr
 from cogtune.processing.picture_formats import known_formats, unknown_picture
 
@@ -28,6 +30,7 @@ PREPROCESSING = 1
 """Increased whenever preprocessing gives other numbers for a picture, which invalidates cached features."""
 
 _HEADER_LOCK = threading.Lock()
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 
 
 def read_image(path: str | Path, *, max_pixels: int | None = None, exif: str = "ignore") -> Image.Image:
@@ -74,6 +77,30 @@ def to_rgb(image: Image.Image, where: str, *, exif: str = "ignore") -> Image.Ima
             hint=tr("copy or download it again, or remove it together with its label"),
             code="image-truncated",
         ) from error
+
+
+def pixels_of_picture(image: Any, size: int) -> torch.Tensor:
+    """Return the model's input for a PIL image or a picture's path: float32 ``[3, size, size]``, normalised.
+
+    Raises:
+        InputError: anything else.
+        DataError: a file that cannot be read, or an address (code ``image-url``): nothing is fetched.
+    """
+    if isinstance(image, Image.Image):
+        return preprocess(to_rgb(image, getattr(image, "filename", "") or "the picture given"), size)
+    if not isinstance(image, (str, os.PathLike)):
+        raise InputError(
+            tr("the picture is a {kind}, not a PIL image or a path", kind=type(image).__name__),
+            hint=tr("for an array use PIL.Image.fromarray(array)"),
+        )
+    path = os.fspath(image)
+    if isinstance(path, str) and _ADDRESS.match(path):
+        raise DataError(
+            tr("{address}: addresses of pictures are not fetched", address=path[:80]),
+            hint=tr("download the picture and give its path, or open it with PIL and give the image"),
+            code="image-url",
+        )
+    return preprocess(read_image(path), size)
 
 
 def preprocess(image: Image.Image, size: int) -> torch.Tensor:
