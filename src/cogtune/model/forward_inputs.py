@@ -10,13 +10,17 @@ from transformers.cache_utils import Cache
 
 from cogtune.model.routing import GPU_COLUMNS, Routing, row_positions
 
-NO_SUCH_VALUES = (
-    "inputs_embeds, output_attentions, output_hidden_states and return_dict=False are not supported: "
-    "hidden states live in expert order inside the model (use forward hooks and model.routing)"
-)
-
 PublishedImages = Sequence[Sequence[torch.Tensor]]
 """For each row its pictures, each [3, side, side]: the form in which the published code's callers pass pictures."""
+
+
+def refuse_hidden_states(wanted: bool) -> None:
+    """Raise ValueError if embeddings are given as inputs, or hidden states or attentions are ``wanted`` as outputs."""
+    if wanted:
+        raise ValueError(
+            "inputs_embeds, output_attentions, output_hidden_states and return_dict=False are not supported: "
+            "hidden states live in expert order inside the model (use forward hooks and model.routing)"
+        )
 
 
 def check_ids(input_ids: torch.Tensor | None) -> torch.Tensor:
@@ -27,11 +31,14 @@ def check_ids(input_ids: torch.Tensor | None) -> torch.Tensor:
     """
     if input_ids is None:
         raise ValueError("input_ids are missing: the model takes int64 [B, L]")
-    if input_ids.dim() != 2:
-        more = ""
-        if input_ids.dim() == 3 and input_ids.shape[1] == 1:
-            more = "; the processor's rows are [1, L] each: make a batch of them with processor.pad_left"
-        raise ValueError(f"input_ids has shape {list(input_ids.shape)}; expected [B, L]{more}")
+    shape = list(input_ids.shape)
+    if len(shape) == 3 and shape[1] == 1:
+        raise ValueError(
+            f"input_ids has shape {shape}; expected [B, L]. The processor's rows are [1, L] each: make a batch of them "
+            "with processor.pad_left"
+        )
+    if len(shape) != 2:
+        raise ValueError(f"input_ids has shape {shape}; expected [B, L]")
     return input_ids
 
 
@@ -42,12 +49,9 @@ def check_pixels(pixel_values: torch.Tensor | None, side: int) -> torch.Tensor |
         ValueError: of another shape.
     """
     if pixel_values is not None and list(pixel_values.shape[1:]) != [3, side, side]:
-        more = ""
-        if pixel_values.dim() == 5:
-            more = "; the processor's rows are [1, 3, side, side] each: make a batch of them with processor.pad_left"
         raise ValueError(
             f"pixel_values has shape {list(pixel_values.shape)}; expected [N, 3, {side}, {side}], the pictures of all "
-            f"rows in order{more}"
+            "rows in order; processor.pad_left joins the processor's rows so"
         )
     return pixel_values
 

@@ -23,13 +23,13 @@ from transformers.utils import ModelOutput
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.model.attention import ExpertAttention, by_expert, cache_mask, row_mask
 from cogtune.model.forward_inputs import (
-    NO_SUCH_VALUES,
     PublishedImages,
     check_ids,
     check_pixels,
     is_empty,
     next_positions,
     pixels_of,
+    refuse_hidden_states,
     refuse_images_behind_cache,
     route,
 )
@@ -269,8 +269,8 @@ class CogVLM2ForCausalLM(CogVLM2PreTrainedModel, CogVLM2Generation, PublishedCal
         Raises:
             ValueError: inputs that contradict each other; the message gives both sides.
         """
-        if inputs_embeds is not None or output_attentions or output_hidden_states or return_dict is False:
-            raise ValueError(NO_SUCH_VALUES)
+        hidden_wanted = bool(output_attentions or output_hidden_states) or return_dict is False
+        refuse_hidden_states(inputs_embeds is not None or hidden_wanted)
         input_ids = check_ids(input_ids)
         pixel_values = check_pixels(pixels_of(images, pixel_values, input_ids.shape[0]), self.config.image_size)
         past = past_key_values if cache is None else cache

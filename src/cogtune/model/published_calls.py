@@ -62,7 +62,7 @@ class PublishedCalls:
             bos_id=config.bos_token_id,
             eos_id=config.eos_token_ids[0],
             image_id=config.pad_token_id,
-            template=config.template_version,
+            template=config.default_template,
             max_images=config.max_images,
             numbered_images=config.numbered_images,
         )

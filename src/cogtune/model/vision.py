@@ -36,8 +36,10 @@ class PatchEmbedding(nn.Module):
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Map pixels [N, 3, side, side] to patches [N, P, W]."""
         patches = self.proj(pixels).flatten(2).transpose(1, 2)
-        cls = self.cls_embedding.expand(pixels.shape[0], 1, -1)
-        return torch.cat([cls, patches], dim=1) + self.position_embedding.weight[None]
+        x = torch.cat([self.cls_embedding.expand(pixels.shape[0], 1, -1), patches], dim=1)
+        # Call the module, do not read its weight: hooks that load an offloaded weight run in the call.
+        places = torch.arange(self.position_embedding.num_embeddings, device=x.device)
+        return x + self.position_embedding(places)[None]
 
 
 class VisionAttention(nn.Module):

@@ -87,7 +87,7 @@ def pixels_of_picture(image: Any, size: int) -> torch.Tensor:
         DataError: a file that cannot be read, or an address (code ``image-url``): nothing is fetched.
     """
     if isinstance(image, Image.Image):
-        return preprocess(to_rgb(image, getattr(image, "filename", "") or "the picture given"), size)
+        return preprocess(to_rgb(image, getattr(image, "filename", "") or tr("the picture given")), size)
     if not isinstance(image, (str, os.PathLike)):
         raise InputError(
             tr("the picture is a {kind}, not a PIL image or a path", kind=type(image).__name__),

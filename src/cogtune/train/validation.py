@@ -37,7 +37,7 @@ def validate(engine: Engine, rows: TrainRows, config: RunConfig, stop: StopSigna
                 if engine.group.any(stop.number is not None):
                     return None
                 labels += batch["num_labels"]
-                out = engine.module(**to_device(batch, engine.device), num_items_in_batch=1)
+                out = engine.module(**to_device(batch, engine.device), num_items_in_batch=1, return_logits=False)
                 total += out.loss.detach().double()
     finally:
         engine.module.train()
