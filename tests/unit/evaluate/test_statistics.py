@@ -1,0 +1,74 @@
+"""Intervals, paired test, smallest difference; the whole simulation is benchmarks/evaluation_statistics.py."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from benchmarks.evaluation_statistics import Case, measure
+from cogtune.evaluate.metric import ratio
+from cogtune.evaluate.statistics import difference, estimate, student_quantile
+
+
+def scores(*values: float) -> np.ndarray:
+    return np.array([[value, 1.0] for value in values])
+
+
+def test_a_small_simulation_does_too():
+    """150 data sets: three standard errors around 95 % are 90 to 100 %."""
+    found = measure(Case("small", 40, 4), 150)
+    assert 0.9 <= found["coverage"] <= 1
+    assert found["p_below_0.05"] <= 0.11
+
+
+def test_questions_about_one_picture_do_not_count_as_independent():
+    """Ten answers on each of 20 pictures, all right or all wrong: no more is known than of 20 answers."""
+    right = [float(number % 2) for number in range(20)]
+    many = scores(*(value for value in right for _ in range(10)))
+    each = estimate(ratio, many, [number // 10 for number in range(200)])
+    few = estimate(ratio, scores(*right), list(range(20)))
+    assert (each.records, each.pictures) == (200, 20)
+    assert each.low == pytest.approx(few.low)
+    naive = estimate(ratio, many, list(range(200)))
+    assert naive.high - naive.low < 0.5 * (each.high - each.low)
+
+
+def test_the_test_is_the_exact_count_of_swaps():
+    """Six pictures, all better: of 64 swaps two are as extreme."""
+    found = difference(ratio, scores(*[1] * 6), scores(*[0] * 6), list(range(6)))
+    assert (found.value, found.p) == (1.0, 2 / 64)
+    mixed = difference(ratio, scores(1, 1, 1, 0, 1, 1), scores(0, 0, 0, 1, 1, 1), list(range(6)))
+    assert mixed.p == 10 / 16
+    assert not mixed.certain
+    assert mixed.differing == 4
+
+
+def test_equal_answers_and_a_single_picture_say_nothing():
+    same = difference(ratio, scores(1, 0, 1), scores(1, 0, 1), [0, 1, 2])
+    assert (same.value, same.low, same.high, same.p, same.smallest, same.certain) == (0, 0, 0, 1, None, False)
+    single = difference(ratio, scores(1, 1), scores(0, 0), [0, 0])
+    assert (single.low, single.high, single.smallest, single.certain) == (None, None, None, False)
+    assert estimate(ratio, scores(1, 1), [0, 0]).low is None
+
+
+def test_the_smallest_difference_is_the_formula_for_independent_answers():
+    """n = 7.85 x discordant share / difference^2: about 9 points with 200 answers of which a fifth differ."""
+    one = scores(*[1] * 20, *[0] * 20, *[1] * 160)
+    other = scores(*[0] * 20, *[1] * 20, *[1] * 160)
+    found = difference(ratio, one, other, list(range(200)))
+    assert found.smallest == pytest.approx((7.85 * 0.2 / 200) ** 0.5, rel=0.05)
+
+
+def test_draws_are_seeded_and_order_free():
+    draw = np.random.default_rng(0)
+    one, other = (scores(*draw.integers(0, 2, 90)) for _ in range(2))
+    pictures = [number // 3 for number in range(90)]
+    first = difference(ratio, one, other, pictures)
+    assert first == difference(ratio, one, other, pictures)
+    swapped = difference(ratio, other, one, pictures)
+    assert (swapped.value, swapped.low, swapped.high) == pytest.approx((-first.value, -first.high, -first.low))
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), [(1, 12.7062), (2, 4.3027), (5, 2.5706), (10, 2.2281), (30, 2.0423)])
+def test_students_quantiles(freedom, quantile):
+    assert student_quantile(0.975, freedom) == pytest.approx(quantile, rel=2e-3)
