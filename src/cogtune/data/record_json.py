@@ -173,10 +173,12 @@ def require_trained(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
 
 def _dialogue(entries: list[Any], open_questions: bool) -> tuple[Turn, ...]:
     contents, trained = [], []
+    references: list[tuple[str, ...]] = []
     entries = without_blank_answer(entries) if open_questions else entries
     for number, entry in enumerate(entries, start=1):
         contents.append(_content(entry, number, ("user", "assistant")))
         trained.append(trained_mark(entry, number, entry["role"]))
+        references.append(_references(entry, number))
         expected = "user" if number % 2 else "assistant"
         if entry["role"] != expected:
             raise BadRecordError(
@@ -191,13 +193,30 @@ def _dialogue(entries: list[Any], open_questions: bool) -> tuple[Turn, ...]:
     if open_questions and len(contents) % 2:
         contents.append("")
         trained.append(True)
+        references.append(())
     if len(contents) % 2:
         raise BadRecordError(
             "turns", tr("{contents} messages, the last question has no answer", contents=len(contents))
         )
-    return require_trained(
-        tuple(Turn(*parts) for parts in zip(contents[::2], contents[1::2], trained[1::2], strict=True))
-    )
+    return require_trained(tuple(map(Turn, contents[::2], contents[1::2], trained[1::2], references[1::2])))
+
+
+def _references(entry: dict[str, Any], number: int) -> tuple[str, ...]:
+    """All right answers of a message, its content among them, if it lists any under "references".
+
+    Raises:
+        BadRecordError: ``content``.
+    """
+    listed = entry.get("references")
+    if listed is None:
+        return ()
+    if not isinstance(listed, list):
+        what = tr(
+            'the "references" of message {number} are {kind}, a list was expected', number=number, kind=kind_of(listed)
+        )
+        raise BadRecordError("content", what)
+    checked = [checked_text(text, tr("a reference of message {number}", number=number)) for text in listed]
+    return tuple(checked if entry["content"] in checked else [entry["content"], *checked])
 
 
 def _content(entry: Any, number: int, roles: tuple[str, ...]) -> str:

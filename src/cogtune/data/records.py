@@ -19,11 +19,14 @@ class Turn:
     """One question and its answer, as written in the label (never stripped or rewrapped).
 
     ``trained``: False for an answer that the data marks as not to be trained; it is history for later ones.
+    ``references``: every right answer, repeated as often as people gave it, where the data has several. Evaluation
+    compares with them; the answer alone is trained.
     """
 
     question: str
     answer: str
     trained: bool = True
+    references: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ class Example:
 class Question:
     """One question with its reference history, as prediction and evaluation ask it.
 
-    ``reference`` is None where the data set has no answer.
+    ``reference`` is None where the data set has no answer; ``references`` are all right answers, and empty then.
     """
 
     id: str
@@ -65,6 +68,7 @@ class Question:
     question: str
     reference: str | None
     history: tuple[tuple[str, str], ...]
+    references: tuple[str, ...] = ()
 
 
 def iter_questions(examples: Iterable[Example]) -> Iterator[Question]:
@@ -72,5 +76,7 @@ def iter_questions(examples: Iterable[Example]) -> Iterator[Question]:
     for example in examples:
         for conversation in example.conversations:
             pairs = tuple((turn.question, turn.answer) for turn in conversation.turns)
-            for number, (question, reference) in enumerate(pairs):
-                yield Question(conversation.id, number, example.images, question, reference or None, pairs[:number])
+            for number, turn in enumerate(conversation.turns):
+                right = turn.references or ((turn.answer,) if turn.answer else ())
+                asked = (conversation.id, number, example.images, turn.question, turn.answer or None)
+                yield Question(*asked, pairs[:number], right)

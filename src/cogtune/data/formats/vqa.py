@@ -132,12 +132,20 @@ def _later(
         elif "multiple_choice_answer" not in answer:
             raise BadRecordError("missing-key", tr('its annotation has no "multiple_choice_answer"'))
         else:
-            turn = Turn(question, checked_text(answer["multiple_choice_answer"], tr("the answer")))
+            right = checked_text(answer["multiple_choice_answer"], tr("the answer"))
+            turn = Turn(question, right, references=_people(answer))
         names = picture_names(entry["image_id"], subtype)
         images = picture_sources(names) if len(names) == 1 else (names,)
         return Content([(turn,)], images, str(entry["question_id"]), repaired)
 
     return read
+
+
+def _people(annotation: dict[str, Any]) -> tuple[str, ...]:
+    """What each of the ten people answered; empty where the annotation does not say."""
+    answers = annotation.get("answers")
+    found = [entry.get("answer") if isinstance(entry, dict) else None for entry in answers or ()]
+    return tuple(map(str, found)) if found and all(isinstance(answer, str) for answer in found) else ()
 
 
 def picture_names(image_id: Any, subtype: str | None) -> tuple[str, ...]:
