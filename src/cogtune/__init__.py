@@ -4,14 +4,16 @@
     >>> config = cogtune.load_config(None, {"model": "cogvlm2", "data": "my-data", "output": "output", "lora.rank": 8})
     >>> print(cogtune.plan(config, card="24GiB"))
     >>> result = cogtune.train(config)
+    >>> print(cogtune.evaluate("my-test-data", adapter=result.adapter, against="base").verdict)
     >>> generator = cogtune.load_generator(adapter=result.adapter)
     >>> print(generator.answer("photo.jpg", "What is this?"))
     >>> cogtune.merge(adapter=result.adapter, output="merged")
 
-Functions: `load_config` reads a run's configuration, `plan` says what it takes, `train` fine-tunes, `load_generator`
-gives a model that answers, and `merge` writes a full model. Classes, to work with as with any of transformers':
-`CogVLM2ForCausalLM` (``from_pretrained`` also takes an adapter's folder), `CogVLM2Processor`, `CogVLM2Config`; and
-`RunConfig`, a whole configuration. ``help`` on each says more; docs/guides/python.md shows them at work.
+Functions: `load_config` reads a run's configuration, `plan` says what it takes, `train` fine-tunes, `evaluate` measures
+answers, `load_generator` gives a model that answers, and `merge` writes a full model. Classes, to work with as with any
+of transformers': `CogVLM2ForCausalLM` (``from_pretrained`` also takes an adapter's folder), `CogVLM2Processor`,
+`CogVLM2Config`; and `RunConfig`, a whole configuration. ``help`` on each says more; docs/guides/python.md shows them at
+work.
 
 Everything is imported on first use, so that ``import cogtune`` is quick.
 """
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from cogtune.configuration.load import load_config
     from cogtune.configuration.model import CogVLM2Config
     from cogtune.configuration.run_config import RunConfig
+    from cogtune.evaluate.run import evaluate
     from cogtune.generate.loading import load_generator
     from cogtune.model.modeling import CogVLM2ForCausalLM
     from cogtune.plan.ask import plan
@@ -38,6 +41,7 @@ __all__ = [
     "CogVLM2Processor",
     "RunConfig",
     "__version__",
+    "evaluate",
     "load_config",
     "load_generator",
     "merge",
@@ -54,7 +58,7 @@ _HOMES = {
     "load_generator": "cogtune.generate.loading",
     "merge": "cogtune.adapters.merge",
 }
-_CALLABLE_PACKAGES = ("plan", "train")
+_CALLABLE_PACKAGES = ("evaluate", "plan", "train")
 """Functions with the name of the package that they are in; see `cogtune.system.callable_package`."""
 
 

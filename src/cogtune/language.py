@@ -29,13 +29,15 @@ VARIABLE = "COGTUNE_LANG"
 LOCALE_VARIABLES = ("LC_ALL", "LC_MESSAGES", "LANG")
 LANGUAGES = ("en", "zh")
 
-_english_only: ContextVar[bool] = ContextVar("english_only", default=False)
+Language = Literal["en", "zh"]
+_spoken: ContextVar[Language | None] = ContextVar("spoken", default=None)
 
 
-def language() -> Literal["en", "zh"]:
+def language() -> Language:
     """Return the language of messages: that of ``COGTUNE_LANG``, else of the locale's variables, else English."""
-    if _english_only.get():
-        return "en"
+    spoken = _spoken.get()
+    if spoken is not None:
+        return spoken
     names = (VARIABLE, *LOCALE_VARIABLES)
     asked = next((value for name in names if (value := os.environ.get(name))), "")
     return "zh" if short_name(asked) == "zh" else "en"
@@ -49,11 +51,18 @@ def short_name(language: str) -> str:
 @contextmanager
 def english() -> Iterator[None]:
     """Make `tr` English inside, for what programs read."""
-    token = _english_only.set(True)
+    with speaking("en"):
+        yield
+
+
+@contextmanager
+def speaking(name: Language) -> Iterator[None]:
+    """Make `tr` speak this language inside, whatever the user's is: for a page that has both."""
+    token = _spoken.set(name)
     try:
         yield
     finally:
-        _english_only.reset(token)
+        _spoken.reset(token)
 
 
 def tr(template: str, /, **values: object) -> str:

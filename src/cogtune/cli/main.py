@@ -32,6 +32,7 @@ COMMANDS = {
     "train": "train",
     "chat": "chat",
     "predict": "predict",
+    "eval": "eval",
     "serve": "serve",
     "merge": "merge",
     "data check": "data_check",
@@ -58,13 +59,13 @@ _MEANT = {
     "finetune": "train", "fine-tune": "train", "sft": "train", "fit": "train", "run": "train", "infer": "predict",
     "inference": "predict", "generate": "predict", "answer": "predict", "ask": "chat", "talk": "chat", "cli": "chat",
     "check": "data check", "validate": "data check", "preview": "data preview", "convert": "data convert",
+    "evaluate": "eval", "score": "eval",
     "cache": "data cache", "benchmark": "bench", "estimate": "plan", "memory": "plan", "config": "init", "new": "init",
 }  # fmt: skip
 """Other tools' names for commands."""
 
 _PLANNED = {
     "web": phrase("`cogtune chat` answers in the terminal"),
-    "eval": phrase("`cogtune predict` writes each answer with its reference"),
     "export": phrase("`cogtune merge` writes a full model in the published layout"),
     "report": phrase("metrics.jsonl in the output folder, and `tensorboard --logdir OUT`, show how a training went"),
     "runs": phrase("each output folder holds its run: config.yaml, metrics.jsonl, run.log"),

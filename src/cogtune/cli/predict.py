@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cogtune.cli.answering import DECODING_KEYS, MODEL_KEYS, load, note
 from cogtune.cli.command import Command, flag
@@ -12,13 +11,6 @@ from cogtune.cli.options import Arguments
 from cogtune.cli.progress import ProgressLine
 from cogtune.errors import ConfigError
 from cogtune.language import tr
-
-if TYPE_CHECKING:
-    from cogtune.data.report import DataReport
-    from cogtune.generate.decoding import Decoding
-    from cogtune.generate.loading import Resolved
-    from cogtune.generate.predict import PredictOptions
-    from cogtune.generate.predictions_file import AnswerSettings
 
 _ABOUT = """\
 Answer every question of a data set: JSON lines in the data's order.
@@ -41,6 +33,7 @@ def _predict(flags: _Flags, line: Arguments) -> None:
 
     from cogtune.data.records import iter_questions
     from cogtune.data.sources import read_sources
+    from cogtune.generate.answer_settings import answer_settings
     from cogtune.generate.decoding import Decoding
     from cogtune.generate.loading import dismiss, follow, resolve
     from cogtune.generate.predict import PredictOptions, Predictor
@@ -58,7 +51,8 @@ def _predict(flags: _Flags, line: Arguments) -> None:
         examples, report = read_sources(config.data, open_questions=True)
         print("\n".join(report.lines()))
         questions = list(iter_questions(examples))
-        file = PredictionFile(flags.output, _settings(resolved, decoding, options, report), questions, lock)
+        settings = answer_settings(resolved, decoding, options, report.fingerprint, report.exif)
+        file = PredictionFile(flags.output, settings, questions, lock)
         if file.next == len(questions):
             print(tr("{output}: complete, {done} answers; nothing to do", output=flags.output, done=len(file.done)))
             dismiss(resolved)
@@ -70,37 +64,6 @@ def _predict(flags: _Flags, line: Arguments) -> None:
         done = Predictor(generator, questions, file, config.data, decoding, options, progress).run()
         generator.close()
         print("\n".join([*done.lines(), tr("written to {output}", output=flags.output)]))
-
-
-def _settings(resolved: Resolved, decoding: Decoding, options: PredictOptions, report: DataReport) -> AnswerSettings:
-    """Return what decides the answers, under the names of the flags."""
-    from cogtune.checkpoint.fingerprint import adapter_fingerprint, model_fingerprint
-    from cogtune.generate.predictions_file import AnswerSettings
-
-    config = resolved.config
-    sampled: dict[str, int] = {"seed": options.seed} if decoding.sample else {}
-    if decoding.sample and (resolved.tensor > 1 or resolved.others):
-        sampled["batch-size"] = options.batch_size  # a model that is spread over devices samples per batch, not per row
-    decides = {
-        "model": model_fingerprint(resolved.model),
-        "adapter": None if resolved.adapter is None else adapter_fingerprint(resolved.adapter),
-        "data": report.fingerprint,
-        "model.template": config.model.template,
-        "model.dtype": resolved.dtype_name,
-        "model.rope_precision": config.model.rope_precision,
-        "own-history": options.own_history,
-        "max-input-len": options.max_input_len,
-        **{name.replace("_", "-"): value for name, value in decoding.to_dict().items()},
-        **sampled,
-    }
-    decides |= {f"quant.{part}": form for part, form in config.quant.formats.items() if form != "none"}
-    if report.exif != "ignore":
-        decides["data.exif"] = report.exif
-    adapter = None if resolved.adapter is None else str(resolved.adapter)
-    data = [str(folder.path) for folder in config.data.path]
-    return AnswerSettings(
-        decides, {"model": resolved.model, "adapter": adapter, "data": data, "device": str(resolved.device)}
-    )
 
 
 COMMANDS = (

@@ -63,6 +63,7 @@ def numeric(tolerance: float) -> Metric:
         ),
         _kinds("number"),
         best_of(lambda answer, reference: float(is_close(answer, reference, tolerance))),
+        kinds=("number",),
     )
 
 
@@ -75,6 +76,7 @@ def answer_metrics() -> tuple[Metric, ...]:
             phrase("equal after lower case, without punctuation and articles"),
             lambda references: True,
             best_of(exact_match),
+            kinds=("number", "short"),
         ),
         Metric(
             "vqa",
@@ -82,6 +84,7 @@ def answer_metrics() -> tuple[Metric, ...]:
             phrase("over leaving out each of ten people's answers: min(1, others who gave this answer / 3)"),
             lambda references: len(references) >= _PEOPLE,
             lambda corpus: lambda answer, references: (vqa_accuracy(answer, references), 1.0),
+            kinds=("number", "short"),
         ),
         Metric(
             "anls",
@@ -98,6 +101,7 @@ def answer_metrics() -> tuple[Metric, ...]:
             phrase("SQuAD's F1 over words; a Chinese character is a word"),
             _kinds("number", "short", "long"),
             best_of(token_f1),
+            kinds=("short", "long"),
         ),
         Metric(
             "iou",
@@ -105,6 +109,7 @@ def answer_metrics() -> tuple[Metric, ...]:
             phrase("mean intersection over union of boxes, matched one to one"),
             _kinds("box"),
             best_of(box_overlap),
+            kinds=("box",),
         ),
         Metric(
             "box_accuracy",
@@ -112,5 +117,6 @@ def answer_metrics() -> tuple[Metric, ...]:
             phrase("share of boxes, matched one to one, whose intersection over union is at least 0.5"),
             _kinds("box"),
             best_of(box_accuracy),
+            kinds=("box",),
         ),
     )

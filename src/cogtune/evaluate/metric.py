@@ -52,6 +52,7 @@ class Metric:
         scorer: given the references of all records, returns the function that scores one answer.
         value: of sums over records [..., statistics], in 0 to 1 (rates can exceed 1).
         higher: whether more is better.
+        kinds: records that it is computed for when nobody names it.
         package: the one of the extra ``metrics`` that it needs.
     """
 
@@ -62,6 +63,7 @@ class Metric:
     scorer: Callable[[Sequence[References]], Score]
     value: Callable[[Floats], Floats] = ratio
     higher: bool = True
+    kinds: tuple[Kind, ...] = ()
     package: str | None = None
     record: Callable[[Floats], float] = field(default=lambda sums: float(ratio(sums)))
     """The value of one record, to sort and show it."""

@@ -116,6 +116,7 @@ def text_metrics() -> tuple[Metric, ...]:
             phrase("F1 of the longest common subsequence of words (rouge-score); a Chinese character is a word"),
             _no_box,
             best_of(_rouge_l),
+            kinds=("long",),
             package="rouge_score",
         ),
         Metric(
@@ -125,6 +126,7 @@ def text_metrics() -> tuple[Metric, ...]:
             _text,
             _bleu_scorer,
             _bleu,
+            kinds=("long",),
             package="sacrebleu",
             record=lambda sums: float(_bleu(sums, one=True)),
         ),
@@ -134,6 +136,7 @@ def text_metrics() -> tuple[Metric, ...]:
             phrase("CIDEr-D of the COCO captions; words are divided without Java, a Chinese character is a word"),
             _text,
             _cider_scorer,
+            kinds=("long",),
         ),
         Metric(
             "meteor",

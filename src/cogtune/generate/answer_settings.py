@@ -1,0 +1,43 @@
+"""What decides the answers to a data set: a predictions file is continued only with the same."""
+
+from __future__ import annotations
+
+from cogtune.checkpoint.fingerprint import adapter_fingerprint, model_fingerprint
+from cogtune.generate.decoding import Decoding
+from cogtune.generate.loading import Resolved
+from cogtune.generate.predict import PredictOptions
+from cogtune.generate.predictions_file import AnswerSettings
+
+
+def answer_settings(
+    resolved: Resolved, decoding: Decoding, options: PredictOptions, data: str, exif: str
+) -> AnswerSettings:
+    """Return what decides the answers, under the names of the flags.
+
+    Args:
+        data: the fingerprint of what is asked.
+        exif: how pictures with an EXIF orientation were read.
+    """
+    config = resolved.config
+    sampled: dict[str, int] = {"seed": options.seed} if decoding.sample else {}
+    if decoding.sample and (resolved.tensor > 1 or resolved.others):
+        sampled["batch-size"] = options.batch_size  # a model that is spread over devices samples per batch, not per row
+    decides = {
+        "model": model_fingerprint(resolved.model),
+        "adapter": None if resolved.adapter is None else adapter_fingerprint(resolved.adapter),
+        "data": data,
+        "model.template": config.model.template,
+        "model.dtype": resolved.dtype_name,
+        "model.rope_precision": config.model.rope_precision,
+        "own-history": options.own_history,
+        "max-input-len": options.max_input_len,
+        **{name.replace("_", "-"): value for name, value in decoding.to_dict().items()},
+        **sampled,
+    }
+    decides |= {f"quant.{part}": form for part, form in config.quant.formats.items() if form != "none"}
+    if exif != "ignore":
+        decides["data.exif"] = exif
+    adapter = None if resolved.adapter is None else str(resolved.adapter)
+    paths = [str(folder.path) for folder in config.data.path]
+    shown = {"model": resolved.model, "adapter": adapter, "data": paths, "device": str(resolved.device)}
+    return AnswerSettings(decides, shown)
