@@ -26,7 +26,7 @@ ALL_EXTRAS := deepspeed,quant,data,metrics,track,serve,web,demo,dev
 help:            ## this list
 	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
-demo: $(VENV)/.installed-demo ## set up, then the whole main job on the tiny model (no GPU, no network after set-up)
+demo: $(VENV)/.installed-demo ## set up, then the whole workflow on the tiny model (no GPU, no network after set-up)
 	$(BIN)/cogtune demo $(ARGS)
 
 test: $(VENV)/.installed-test lint ## set up, then lint, types, import contracts and all tests, tier by tier

@@ -107,7 +107,7 @@ def test_what_trains_in_the_tower_is_never_cached(run: Run, capsys: pytest.Captu
     assert caught.value.code == "cache-tower-trains"
     run("auto", "auto", lora__targets=["experts", "vision-tower"], train__max_steps=1)
     assert not run.files()
-    assert "lora.targets train in it" in capsys.readouterr().out
+    assert "lora.targets train it" in capsys.readouterr().out
 
 
 def test_a_budget_that_is_too_small_is_an_error_when_the_cache_was_asked_for(run: Run) -> None:

@@ -152,7 +152,9 @@ def test_output_that_is_lost_while_training_ends_with_the_last_good_state_named(
             train(make_config(tiny_checkpoint, data, output, train__save_steps=3))
     assert caught.value.code == "output-lost"
     assert LOSSES[how] in caught.value.message
-    last = "its checkpoints went with it" if how == "removed" else f"the last good state is {output / 'checkpoint-3'}"
+    last = (
+        "its checkpoints are lost with it" if how == "removed" else f"the last good state is {output / 'checkpoint-3'}"
+    )
     assert last in caught.value.message
     if how == "removed":
         assert not output.exists(), "half a run would look like a whole one"

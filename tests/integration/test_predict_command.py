@@ -43,7 +43,7 @@ def test_batches_of_any_size_give_the_same_file_and_an_interrupted_one_is_contin
     capsys.readouterr()
     assert predict(tiny_checkpoint, data, tmp_path / "all.jsonl", "--batch-size", 2) == 0
     assert (tmp_path / "all.jsonl").read_bytes() == whole
-    assert "continuing behind 2 answers" in capsys.readouterr().out
+    assert "continuing after 2 answers" in capsys.readouterr().out
     assert predict(tiny_checkpoint, data, tmp_path / "all.jsonl") == 0
     assert "complete, 5 answers; nothing to do" in capsys.readouterr().out
 
@@ -92,7 +92,7 @@ def test_bad_data_is_exit_2_or_skipped(
 def test_a_trainings_file_and_keys_say_what_flags_say(
     tiny_checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Keys that only training has are left aside; typed here, they are refused."""
+    """Keys that only training has are ignored; typed here, they are refused."""
     assert predict(tiny_checkpoint, data, tmp_path / "flags.jsonl", "--model.template", "vqa") == 0
     file = tmp_path / "run.yaml"
     file.write_text(

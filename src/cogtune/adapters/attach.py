@@ -308,7 +308,7 @@ def check_continued(folder: Path, lora: LoraSettings) -> None:
         if differs:
             raise ConfigError(
                 tr(
-                    "lora.{field} and lora.start_from: the adapter that is continued ({folder}) brings its own",
+                    "lora.{field} and lora.start_from: the adapter that is continued ({folder}) has its own",
                     field=field,
                     folder=folder,
                 ),

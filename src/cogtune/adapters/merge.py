@@ -226,8 +226,8 @@ def _notes(base: Path, adapter: Path, left_out: list[str]) -> list[str]:
     if recorded and Path(recorded).name != base.resolve().name and Path(recorded).resolve() != base.resolve():
         notes.append(
             tr(
-                "the adapter names {recorded} as its base, this base is {base}; names and shapes fit,"
-                " but whether it is the same model is yours to know",
+                "the adapter names {recorded} as its base, this base is {base}; names and shapes match, but cogtune"
+                " cannot tell whether it is the same model",
                 recorded=recorded,
                 base=base,
             )

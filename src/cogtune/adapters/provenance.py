@@ -44,7 +44,7 @@ class Provenance:
         base: ``path`` (absolute), ``hub`` (its name there) and ``fingerprint`` (of its content), where known.
         data: counts of what was trained on.
         versions: of the libraries, by name.
-        unknown: keys of the file that this version does not know; they are left aside.
+        unknown: keys of the file that this version does not know; they are ignored.
     """
 
     settings: Mapping[str, Any]
@@ -193,7 +193,7 @@ def inherit(config: AnswerConfig, folder: Path, *, formats: bool = True) -> tupl
     lines = []
     if provenance.unknown:
         names = ", ".join(shown(name) for name in provenance.unknown[:5])
-        lines.append(tr("{path}: unknown keys are left aside: {names}", path=folder / PROVENANCE_NAME, names=names))
+        lines.append(tr("{path}: unknown keys are ignored: {names}", path=folder / PROVENANCE_NAME, names=names))
     given, now = explicit_values(config), config.model_dump(mode="json")
     taken: dict[str, Any] = {}
     instead = []
@@ -213,7 +213,7 @@ def inherit(config: AnswerConfig, folder: Path, *, formats: bool = True) -> tupl
             tr("as in training: {items}", items=", ".join((f"{key} {_text(value)}" for key, value in taken.items())))
         )
     if instead:
-        lines.append(tr("other than in training: {instead}", instead=", ".join(instead)))
+        lines.append(tr("not as in training: {instead}", instead=", ".join(instead)))
     return (with_values(config, taken) if taken else config), lines
 
 

@@ -190,7 +190,7 @@ def _container(target: str, name: str, kinds: Mapping[str, str]) -> AdapterError
     inside = [n for n, kind in kinds.items() if n.startswith(name + ".") and kind == LINEAR][:4]
     return AdapterError(
         tr(
-            "lora.targets: `{target}` hits {name}, a {kinds}; an adapter goes on linear layers",
+            "lora.targets: `{target}` matches {name}, a {kinds}; LoRA adapts linear layers only",
             target=target,
             name=name,
             kinds=kinds[name],

@@ -46,12 +46,12 @@ def check_extra(extra: Mapping[str, Any]) -> None:
     if wrong:
         raise ConfigError(
             tr(
-                "lora.extra.{wrong} does not go with parallel.tensor: it may look at whole layers, and a"
-                " rank has a part of each",
+                "lora.extra.{wrong} does not go with parallel.tensor: it may need complete layers, and each rank holds"
+                " a shard of them",
                 wrong=wrong[0],
             ),
             hint=tr(
-                "leave it out, or spread the model with parallel.engine fsdp2 instead; with"
+                "leave it out, or shard the model with parallel.engine fsdp2 instead; with"
                 " parallel.tensor lora.extra takes {allowed_extra}",
                 allowed_extra=", ".join(sorted(ALLOWED_EXTRA)),
             ),

@@ -34,8 +34,8 @@ def measure_loader(
         results.add(row)
         print(
             tr(
-                "{name}: waits {wait_share:.2f} % at {rate:g} samples/s, {workers} workers; as fast as"
-                " it can: {most_samples_per_second:.1f} samples/s",
+                "{name}: waits {wait_share:.2f} % at {rate:g} samples/s, {workers} workers; at most"
+                " {most_samples_per_second:.1f} samples/s",
                 name=row["name"],
                 wait_share=100 * row["wait_share"],
                 rate=rate,

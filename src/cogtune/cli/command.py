@@ -170,8 +170,8 @@ class Command:
         for name in line.overrides:
             if not aliases(root).get(name, name).startswith(self.counted):
                 raise ConfigError(
-                    tr("--{name} means nothing in `cogtune {self_name}`", name=name, self_name=self.name),
-                    hint=tr("leave it out; `cogtune {name} --help` lists what counts", name=self.name),
+                    tr("--{name} has no effect in `cogtune {self_name}`", name=name, self_name=self.name),
+                    hint=tr("leave it out; `cogtune {name} --help` lists the keys that have one", name=self.name),
                     code="config-unknown-key",
                 )
 

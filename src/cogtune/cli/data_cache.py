@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from cogtune.configuration.run_config import RunConfig
 
 _ABOUT = """\
-Compute ahead of time what the frozen vision tower makes of every picture, so that training never loads the tower.
+Run the frozen vision tower over all pictures ahead of time and store its output, so that training does not load the
+tower.
 
-Training does the same by itself where it pays (data.cache_features). What was computed stays when this is stopped;
-the same command goes on. Several GPUs share the work with --parallel.launch."""
+Training does this itself where it saves time (data.cache_features). Stopped, the command continues when it is run
+again. Several GPUs share the work with --parallel.launch."""
 _KEYS = (
     "model.",
     "data.path",
@@ -87,9 +88,7 @@ def _look(config: RunConfig, flags: _Flags) -> int:
     else:
         busy = tr("; {kept} kept, which running runs need", kept=done.kept) if done.kept else ""
         others = (
-            tr("; {others} other files left alone, which are none of the cache's own", others=done.others)
-            if done.others
-            else ""
+            tr("; {others} other files kept, which the cache did not write", others=done.others) if done.others else ""
         )
         print(
             tr(

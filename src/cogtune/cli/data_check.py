@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from cogtune.data.statistics import Histogram
 
 _ABOUT = """\
-Look through a data set as training would read it, without GPU, model or torch: missing partners, pictures that cannot
-be read, roles, empty answers, pictures and questions that come twice or leak into validation, lengths against the
-budgets, languages, the balance of short answers.
+Check a data set as training would read it, without GPU, model or torch: pictures without labels and labels without
+pictures, pictures that cannot be read, roles, empty answers, duplicates, leaks into validation, lengths against the
+limits, scripts, the balance of short answers.
 
 Lengths are exact with the model's tokenizer file (--model: its folder is enough, no weights), else estimates.
 
@@ -138,7 +138,7 @@ def _histogram(console: Console, title: str, histogram: Histogram) -> None:
 def _texts(console: Console, report: CheckReport) -> None:
     total = max(1, sum(report.languages.values()))
     parts = [f"{name} {100 * count / total:.1f} %" for name, count in report.languages.items()]
-    console.print(tr("\nwriting of the texts: {parts}", parts=", ".join(parts)), markup=False)
+    console.print(tr("\nscripts of the texts: {parts}", parts=", ".join(parts)), markup=False)
     if report.closed.closed:
         answers = report.closed.to_dict(8)
         shares = ", ".join(f"{answer} {100 * share:.1f} %" for answer, share in answers["shares"].items())
@@ -166,7 +166,7 @@ def _findings(console: Console, title: str, colour: str, findings: Sequence[Find
 COMMANDS = (
     Command(
         name="data check",
-        summary="Look through a data set before anything is trained on it.",
+        summary="Check a data set before anything is trained on it.",
         about=_ABOUT,
         examples=(
             "cogtune data check my-data --model cogvlm2",

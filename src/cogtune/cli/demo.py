@@ -13,7 +13,7 @@ from cogtune.language import tr
 
 _OUTPUT = Path("cogtune-demo")
 _ABOUT = """\
-Fine-tune a tiny CogVLM2 on real pictures and talk to it: the whole main job, with no GPU and no network.
+Fine-tune a tiny CogVLM2 on real pictures and talk to it: the whole workflow, without GPU and network.
 
 Writes easy-VQA as a data folder, measures the shipped tiny base, fine-tunes it with LoRA, measures again (also with the
 picture blanked), merges, asks three questions, and writes a page with all of it. A few minutes on two cores. Needs the
@@ -39,7 +39,7 @@ def _demo(flags: _Flags, line: Arguments) -> None:
 COMMANDS = (
     Command(
         name="demo",
-        summary="The whole main job on a tiny model, on any laptop.",
+        summary="The whole workflow on a tiny model, on any laptop.",
         about=_ABOUT,
         examples=("cogtune demo", "cogtune demo --output DIR"),
         run=_demo,

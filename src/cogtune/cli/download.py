@@ -17,7 +17,7 @@ Fetch the published model or its training set; run again, it goes on where it st
 Free space is checked first, every file's size (and digest, where the hub gives it) afterwards. HF_ENDPOINT names a
 mirror, HF_TOKEN opens gated repositories, HF_HUB_OFFLINE forbids fetching. A folder copied by hand works as well: files
 of the right size are kept. Large files that the hub's own cache holds (HF_HUB_CACHE, HF_HOME) are linked or copied from
-there; nothing is written into it. A line that falls silent is taken up again. The model is under the CogVLM and Llama 3
+there; nothing is written into it. A stalled connection is opened again. The model is under the CogVLM and Llama 3
 licences, the data under CC BY-NC 4.0."""
 
 

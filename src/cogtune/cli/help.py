@@ -62,7 +62,7 @@ def command_help(command: Command) -> list[str]:
     if not command.keys_explained:
         return [*lines, "", "Configuration keys: as for `cogtune train --help`"]
     if command.counted != ("",):
-        title = "Configuration keys that count here (a file may hold any other):"
+        title = "Configuration keys used here (a file may hold others):"
     else:
         title = "Configuration keys:"
     return [*lines, "", title, *_all_keys(command)]

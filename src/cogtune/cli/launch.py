@@ -127,9 +127,9 @@ def _text(failure: Any) -> str:
         return tr("it ended with exit code {exitcode} and left no message", exitcode=failure.exitcode)
     name = failure.signal_name()
     causes = {
-        "SIGKILL": tr("somebody killed it, or the machine ran out of memory (dmesg says so)"),
+        "SIGKILL": tr("it was killed, perhaps because the machine ran out of memory (see dmesg)"),
         "SIGABRT": tr(
-            "a library gave up, as NCCL does when a rank has waited too long for the others: see its"
+            "a library aborted it, as NCCL does when a rank has waited too long for the others: see its"
             " lines above, and run with NCCL_DEBUG=INFO"
         ),
     }

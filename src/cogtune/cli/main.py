@@ -155,7 +155,7 @@ def _unknown(name: str) -> InputError:
             code="usage",
         )
     if name in _PLANNED:
-        return InputError(tr("`cogtune {name}` is not there yet", name=name), hint=tr(_PLANNED[name]), code="usage")
+        return InputError(tr("`cogtune {name}` does not exist yet", name=name), hint=tr(_PLANNED[name]), code="usage")
     near = difflib.get_close_matches(name, [*COMMANDS, *GROUPS], n=1, cutoff=0.7)
     meant = _MEANT.get(name, near[0] if near else None)
     hint = tr("`cogtune --help` lists the commands")

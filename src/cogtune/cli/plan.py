@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from cogtune.plan.plan import Plan
 
 _ABOUT = """\
-Say what a run would take, choose what fits the given cards, and how long it would last. No weight is read.
+Predict memory, time and disk of a run, and choose settings that fit the given cards. No weight is read.
 
 Keys that are given stay as they are; of the others, number formats, feature cache, recomputed layers, optimiser and
-engine are chosen: the fastest that fits. Without --data the rows are an example's.
+engine are chosen: the fastest that fits. Without --data, example rows are planned for.
 
 Exit code 2: nothing fits, and the message names the smallest card that would."""
 
@@ -141,7 +141,7 @@ def _write(file: Path, config: RunConfig, plan: Plan, placeholders: Mapping[str,
 COMMANDS = (
     Command(
         name="plan",
-        summary="Say what a run takes and choose what fits, before anything is loaded.",
+        summary="Predict memory, time and disk, and choose what fits, before anything is loaded.",
         about=_ABOUT,
         examples=(
             "cogtune plan --card 24GiB",

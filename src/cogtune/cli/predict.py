@@ -15,8 +15,8 @@ from cogtune.language import tr
 _ABOUT = """\
 Answer every question of a data set: JSON lines in the data's order.
 
-Each line is {"id", "image", "turn", "question", "answer", "reference"}. Run again with the same arguments, it goes on
-behind the last whole line. answers.jsonl.meta.json says what made the file."""
+Each line is {"id", "image", "turn", "question", "answer", "reference"}. Run again with the same arguments, it
+continues after the last complete line. answers.jsonl.meta.json says how the file was made."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def _predict(flags: _Flags, line: Arguments) -> None:
             dismiss(resolved)
             return
         if file.done:
-            print(tr("{output}: continuing behind {done} answers", output=flags.output, done=len(file.done)))
+            print(tr("{output}: continuing after {done} answers", output=flags.output, done=len(file.done)))
         generator = load(resolved)
         progress = ProgressLine("questions")
         done = Predictor(generator, questions, file, config.data, decoding, options, progress).run()

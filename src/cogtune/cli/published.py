@@ -70,14 +70,14 @@ FLAGS: dict[str, _Flag] = {
         "Highest learning rate. The original default, 1e-7, is too small for LoRA: the loss does not move. So here "
         "it is the usual one for LoRA.",
     ),
-    "num_epochs": _Flag("5", "train.epochs", "Passes over the data."),
+    "num_epochs": _Flag("5", "train.epochs", "Epochs over the data."),
     "batch_size": _Flag("2", "train.batch_size", "Rows per device and forward pass."),
     "torch_type": _Flag("torch.bfloat16", "model.dtype", "torch.bfloat16, torch.float16 or torch.float32.", _dtype),
     "save_step": _Flag("100", "train.save_steps", "Optimiser steps between checkpoints."),
     "train_dataset_rate": _Flag(
         "0.8",
         "data.validation_share",
-        "Share of the pictures that is trained on; the others validate.",
+        "Share of the pictures to train on; the others are for validation.",
         _validation_share,
     ),
     "lora_rank": _Flag("8", "lora.rank", "Rank of LoRA."),

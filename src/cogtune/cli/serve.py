@@ -39,7 +39,7 @@ class _Flags:
     columns: int = flag(4096, "Most tokens of prompt and answer; memory is taken for all slots.", "N", least=64)
     max_waiting: int = flag(64, "Requests that may wait for a slot; further ones are answered 429.", "N", least=0)
     timeout: float = flag(120.0, "Most seconds for a request.", "N", least=0.1)
-    max_body: str = flag("32MiB", "Largest request.", "SIZE")
+    max_body: str = flag("32MiB", "Largest request body.", "SIZE")
     max_request_pixels: int = flag(40_000_000, "Most pixels of a request's pictures together.", "N", least=1)
     allow_image_host: tuple[str, ...] = flag((), "Host that pictures may be fetched from; several times.", "HOST")
 

@@ -39,16 +39,19 @@ class GenerateSection(Section):
     )
     greedy: bool = Field(
         default=False,
-        description="Always the likeliest token. Without it, and without the next three, a chat samples as the"
+        description="Always take the most likely token. Without it, and without the next three, a chat samples as the"
         " checkpoint says, and everything else is greedy.",
     )
     temperature: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="Sample, this evenly (1: as the model says)."
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Sample with this temperature (1: the model's own distribution).",
     )
     top_p: float | None = Field(
-        default=None, gt=0, le=1, description="Sample from the likeliest tokens that hold this probability."
+        default=None, gt=0, le=1, description="Sample from the most likely tokens whose probabilities add up to this."
     )
-    top_k: int | None = Field(default=None, ge=0, description="Sample from this many likeliest tokens. 0: no limit.")
+    top_k: int | None = Field(default=None, ge=0, description="Sample from this many most likely tokens. 0: no limit.")
     seed: int | None = Field(
         default=None, ge=0, description="Makes sampling repeatable. null: 0 for a data set, none in a chat."
     )

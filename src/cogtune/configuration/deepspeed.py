@@ -294,7 +294,7 @@ def _block(
         elif param not in _HARMLESS_PARAMS or _HARMLESS_PARAMS[param] not in (None, value):
             raise ConfigError(
                 tr(
-                    "{file}: {name}.params.{param}: {value!a:.80} cannot be followed here",
+                    "{file}: {name}.params.{param}: {value!a:.80} is not supported here",
                     file=file,
                     name=name,
                     param=param,
@@ -408,7 +408,7 @@ def _warnings(user: Mapping[str, Any], file: str) -> Iterator[str]:
             "{file}: `scheduler.params.total_num_steps` is not used; the length follows from data and epochs", file=file
         )
     if schedule.get("warmup_type", "auto") not in ("auto", "linear"):
-        yield tr("{file}: `scheduler.params.warmup_type` is not followed; the warm-up is linear", file=file)
+        yield tr("{file}: `scheduler.params.warmup_type` has no effect; the warm-up is linear", file=file)
 
 
 def _value(config: RunConfig, key: str) -> Any:

@@ -50,7 +50,7 @@ class SourceSection(Section):
     )
     format: DataFormat = Field(
         default="auto",
-        description="What the data is written in. auto: told from the files. folder: images/ and labels/; jsonl: the"
+        description="Format of the data. auto: detected from the files. folder: images/ and labels/; jsonl: the"
         " same records one a line; the others are the formats of these names.",
     )
     split: Text | None = Field(
@@ -88,7 +88,10 @@ class SourceSection(Section):
         description="What to do with a record or picture that cannot be read. skip: count it and go on.",
     )
     max_bad_share: float = Field(
-        default=0.1, ge=0, le=1, description="With on_bad skip: the share of bad records that still stops."
+        default=0.1,
+        ge=0,
+        le=1,
+        description="With on_bad skip: the run stops when more than this share of the records is bad.",
     )
     max_pixels: int = Field(
         default=178_956_970, ge=1, description="Pictures with more pixels are refused as decompression bombs."
@@ -147,7 +150,7 @@ class DataSection(SourceSection):
     workers: int | None = Field(
         default=None,
         ge=0,
-        description="Processes that prepare rows. 0: none, in the training process. null: by the number of cores.",
+        description="Processes that prepare rows. 0: the training process does it. null: by the number of cores.",
     )
     cache_features: Switch = Field(
         default="auto",

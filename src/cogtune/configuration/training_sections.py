@@ -24,9 +24,9 @@ class LoraSection(Section):
         default=32.0, gt=0, allow_inf_nan=False, description="Scale of the update: it is multiplied by alpha / rank."
     )
     dropout: Share = Field(default=0.0, description="Dropout before the added matrices.")
-    rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) instead.")
-    dora: bool = Field(default=False, description="Train magnitude and direction apart (DoRA).")
-    start_from: Path | None = Field(default=None, description="Adapter folder to start from, instead of zero.")
+    rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) instead (rsLoRA).")
+    dora: bool = Field(default=False, description="Train magnitude and direction separately (DoRA).")
+    start_from: Path | None = Field(default=None, description="Adapter folder to start from, instead of a new adapter.")
     extra: dict[str, Any] = Field(
         default={},
         description="Other fields of peft's LoraConfig, by their names there: {layers_to_transform: [0, 1]}.",
@@ -43,25 +43,27 @@ class TrainSection(Section):
     )
     batch_size: int = Field(default=1, ge=1, description="Rows per rank and forward pass.")
     accumulation: int = Field(default=1, ge=1, description="Forward passes per optimiser step.")
-    lr: float = Field(default=1e-4, gt=0, allow_inf_nan=False, description="Highest learning rate.")
+    lr: float = Field(default=1e-4, gt=0, allow_inf_nan=False, description="Peak learning rate.")
     schedule: Literal["cosine", "linear", "constant"] = Field(
-        default="cosine", description="Course of the learning rate."
+        default="cosine", description="Learning rate schedule after the warm-up."
     )
     warmup_steps: int | None = Field(default=None, ge=0, description="Steps of warm-up, instead of warmup_ratio.")
     warmup_ratio: float = Field(default=0.03, ge=0, le=1, description="Share of all steps spent on warm-up.")
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="Decoupled weight decay.")
-    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="AdamW's two averaging factors.")
-    eps: float = Field(default=1e-8, gt=0, allow_inf_nan=False, description="AdamW's guard against division by zero.")
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="AdamW's betas: decay rates of its two moments.")
+    eps: float = Field(
+        default=1e-8, gt=0, allow_inf_nan=False, description="AdamW's epsilon, which avoids division by zero."
+    )
     optimizer: Literal["adamw", "sgd", "adamw8bit"] = Field(
         default="adamw", description="Optimiser. adamw8bit: bitsandbytes' AdamW with moments in 8 bits."
     )
     max_grad_norm: float = Field(
-        default=1.0, gt=0, description="Longer gradients are scaled to this norm. .inf: never."
+        default=1.0, gt=0, description="Gradients with a larger norm are scaled down to it. .inf: never."
     )
     seed: int = Field(default=0, ge=0, description="Seed of order, split, dropout and initial LoRA weights.")
     save_steps: int = Field(default=100, ge=1, description="Optimiser steps between checkpoints.")
     keep_checkpoints: int = Field(
-        default=2, ge=1, description="How many of the latest checkpoints stay; the best one stays too."
+        default=2, ge=1, description="How many of the latest checkpoints are kept; the best one is kept too."
     )
     gradient_checkpointing: Recompute = Field(
         default="auto",
@@ -75,7 +77,7 @@ class TrainSection(Section):
         " the engines single and ddp.",
     )
     restart: bool = Field(
-        default=False, description="If the output folder holds a run, start anew in a numbered sibling."
+        default=False, description="If the output folder holds a run, start a new one in a numbered folder beside it."
     )
     resume: Path | None = Field(default=None, description="Checkpoint folder to start from, in a new output folder.")
 
@@ -145,6 +147,6 @@ class LogSection(Section):
         default=10, ge=1, description="Optimiser steps between lines on the console and in metrics.jsonl."
     )
     level: Literal["info", "warning", "error"] = Field(
-        default="info", description="Least important kind of line the console shows; run.log keeps all of them."
+        default="info", description="Lowest level of lines on the console; run.log keeps all of them."
     )
     tensorboard: bool = Field(default=True, description="Write TensorBoard events into the output folder.")

@@ -58,7 +58,7 @@ class DataFolder(Section):
 
     path: Path = Field(description="Folder with images/ and labels/, or a file in a known format.")
     weight: float = Field(
-        default=1.0, gt=0, allow_inf_nan=False, description="How often an epoch shows each of its records."
+        default=1.0, gt=0, allow_inf_nan=False, description="How many times an epoch contains each of its records."
     )
 
 

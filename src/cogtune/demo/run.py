@@ -138,7 +138,7 @@ def _run(
     tuned = load_generator(BASE, adapter=adapter)
     with results.phase(tr("the tuned model"), say):
         _measure(results, "tuned", tuned, say)
-    with results.phase(tr("the tuned model, blind"), say):
+    with results.phase(tr("the tuned model, pictures blanked"), say):
         results.scores["blind"] = _said(measure(tuned, results.test, blank=True), tr("with every picture blanked"), say)
     with results.phase("merging", say):
         if not folders.merged.exists():
@@ -252,7 +252,7 @@ def _say_where(folders: Folders, record: dict[str, Any], say: Say) -> None:
     say(tr("\n== done in {total_seconds:.0f} s", total_seconds=record["total_seconds"]))
     say(
         tr(
-            "accuracy: base {base:.2f} %, tuned {tuned:.2f} %, tuned but blind {blind:.2f} %",
+            "accuracy: base {base:.2f} %, tuned {tuned:.2f} %, tuned, pictures blanked {blind:.2f} %",
             base=base,
             tuned=tuned,
             blind=blind,

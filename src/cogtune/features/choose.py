@@ -66,12 +66,12 @@ def choose(
     if demand.to_compute == 0:
         return CacheChoice(True, tr("all features are there"))
     if demand.tower_fits is False:
-        return CacheChoice(True, tr("the tower does not fit beside training"))
+        return CacheChoice(True, tr("the vision tower and training do not fit in memory together"))
     if demand.showings <= demand.to_compute:
         return CacheChoice(
             False,
             tr(
-                "it would run {showings} times, and filling the cache would run it {to_compute} times",
+                "the vision tower would run {showings} times, and filling the cache would run it {to_compute} times",
                 showings=demand.showings,
                 to_compute=demand.to_compute,
             ),
@@ -79,7 +79,7 @@ def choose(
     return CacheChoice(
         True,
         tr(
-            "the tower would run {showings} times without it, and runs {to_compute} times to fill it",
+            "the vision tower would run {showings} times without it, and runs {to_compute} times to fill it",
             showings=demand.showings,
             to_compute=demand.to_compute,
         ),

@@ -104,13 +104,13 @@ class Store:
             return unpack(_read(path), self.layout, self._label(digest))
         except FileNotFoundError as error:
             raise FeatureCacheError(
-                tr("{path}: this picture's features are gone from the feature cache", path=path),
+                tr("{path}: this picture's features are missing from the feature cache", path=path),
                 hint=tr(_REPAIR),
                 code="cache-missing",
             ) from error
         except DamagedError as error:
             removed = self.remove(digest)
-            what = tr("the file was removed") if removed else tr("it cannot be removed, or is none of the cache's own")
+            what = tr("the file was removed") if removed else tr("it cannot be removed, or the cache did not write it")
             raise FeatureCacheError(
                 tr("{path}: a damaged file in the feature cache ({error}); {what}", path=path, error=error, what=what),
                 hint=tr(_REPAIR) if removed else tr("remove the file, then {repair}", repair=tr(_REPAIR)),
@@ -167,9 +167,7 @@ def _write_own(path: Path, text: str, root: Path) -> None:
 def foreign(path: Path) -> FeatureCacheError:
     """Return the error for a foreign file with the name of one of the cache's own."""
     return FeatureCacheError(
-        tr(
-            "{path}: in the way: the feature cache keeps a file of its own under this name, and this is none", path=path
-        ),
+        tr("{path}: the feature cache needs this name for a file of its own, and did not write this one", path=path),
         hint=tr("move it away, or choose another folder with data.cache_dir"),
         code="cache-foreign",
     )

@@ -86,7 +86,7 @@ class Chat:
             plural = "s" if dropped > 1 else ""
             note(
                 tr(
-                    "[{dropped} oldest turn{plural} dropped: the conversation has outgrown {limit} tokens]",
+                    "[{dropped} oldest turn{plural} dropped: the conversation exceeds {limit} tokens]",
                     dropped=dropped,
                     plural=plural,
                     limit=limit,

@@ -86,7 +86,7 @@ def spare(quant: QuantSection) -> str:
         flags = [tr("--quant.embedding host")]
     if flags:
         return f"try {' '.join(flags)}"
-    return tr("let layers wait in host memory (--device cuda:0,cpu), or take a card with more memory")
+    return tr("keep some layers in host memory (--device cuda:0,cpu), or take a card with more memory")
 
 
 def parameters(shapes: dict[str, list[int]]) -> int:

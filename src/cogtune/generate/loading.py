@@ -112,7 +112,7 @@ def load_generator(
     for key in explicit_values(config):
         if not key.startswith(GENERATOR_KEYS):
             raise ConfigError(
-                tr("{key} means nothing to a generator", key=key),
+                tr("{key} has no effect on a generator", key=key),
                 hint=tr("it takes keys that begin with {generator_keys}", generator_keys=", ".join(GENERATOR_KEYS)),
                 code="config-unknown-key",
             )

@@ -177,7 +177,7 @@ class PredictionFile:
             if place == len(questions):
                 raise OutputFolderError(
                     tr(
-                        "{path}:{number}: {id!r}, turn {turn}, is not where the data has it",
+                        "{path}:{number}: {id!r}, turn {turn}, is not in the order of the data",
                         path=self.path,
                         number=number,
                         id=key[0],

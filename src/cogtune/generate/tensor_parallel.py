@@ -34,7 +34,7 @@ def check_launched(size: int) -> None:
         raise ConfigError(
             tr("a launcher started {found} processes, but answering takes one", found=found),
             hint=tr(
-                "start without the launcher, or let the processes hold one model together: --parallel.tensor {found}",
+                "start without the launcher, or split one model over the processes: --parallel.tensor {found}",
                 found=found,
             ),
             code="config-value",

@@ -175,7 +175,7 @@ def _too_small(total: int, free: Sequence[tuple[torch.device, int]], why: str) -
             why=why,
         ),
         hint=tr(
-            "add a device, let layers wait in host memory (--device ...,cpu), or use fewer bits (--quant.experts nf4)"
+            "add a device, keep some layers in host memory (--device ...,cpu), or use fewer bits (--quant.experts nf4)"
         ),
         code="spread-too-small",
     )

@@ -62,7 +62,7 @@ def propose(config: RunConfig, placeholders: Mapping[str, str], report: CheckRep
     for key, value in explicit_values(config).items():
         proposal.values[key] = value
         proposal.reasons[key] = tr("a placeholder: change it") if key in placeholders else tr("as given")
-    proposal.reasons["data.path"] = tr("what was looked at")
+    proposal.reasons["data.path"] = tr("the data that was read for this file")
     if "model.path" in placeholders:
         proposal.reasons["model.path"] = tr("the published model; a local folder works as well")
     if "train.output" in placeholders:
@@ -130,11 +130,11 @@ def _validation(proposal: Proposal, report: CheckReport) -> None:
     default = DataSection.model_fields["validation_share"].default
     share = min(_MOST_HELD, max(default, round(_HELD_PICTURES / max(1, pictures), 2)))
     small = tr(
-        "{default:g} % would be fewer than {held_pictures} pictures, which tell little",
+        "{default:g} % would be fewer than {held_pictures} pictures, too few to judge by",
         default=100 * default,
         held_pictures=_HELD_PICTURES,
     )
-    reason = tr("enough for a steady loss") if share == default else small
+    reason = tr("enough pictures for a stable loss") if share == default else small
     proposal.put("data.validation_share", share, f"{reason}: about {round(share * pictures)} of {pictures} pictures")
 
 
@@ -165,7 +165,7 @@ def _size(proposal: Proposal, report: CheckReport, cards: int) -> None:
         ),
     )
     proposal.put("train.lr", 1e-4, tr("the usual highest rate for LoRA at this scale; halve it if the loss jumps"))
-    proposal.put("train.warmup_ratio", 0.03, tr("a short rise, so that the first steps do no harm"))
+    proposal.put("train.warmup_ratio", 0.03, tr("a short warm-up, while AdamW's averages still rest on few steps"))
     total = steps * proposal.values["train.epochs"]
     save = max(_FEWEST_STEPS, total // _CHECKPOINTS)
     proposal.put(

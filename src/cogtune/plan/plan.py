@@ -192,7 +192,7 @@ def too_small(setting: Setting, card: Card, fixed: Collection[str]) -> PlanError
     have = format_size(card.usable)
     holders = tr(" (in use: {holders})", holders=", ".join(card.holders)) if card.holders else ""
     kept = tr(" with {fixed} as given", fixed=", ".join(sorted(fixed))) if fixed else ""
-    hint = tr("the leanest setting{kept} needs a card of {needed:.1f} GiB", kept=kept, needed=needed / GIB)
+    hint = tr("the smallest setting{kept} needs a card of {needed:.1f} GiB", kept=kept, needed=needed / GIB)
     hint += tr(": {name} is the smallest known here", name=able.name) if able else tr("; no card known here has that")
     if setting.ranks == 1:
         hint += tr("; or divide the model over several: --cards 2")

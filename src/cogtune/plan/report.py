@@ -168,7 +168,7 @@ def _times(plan: Plan) -> Iterator[str]:
     shares = {
         "decoder": step.decoder,
         "tower": step.tower,
-        "unpacking weights": step.quantisation,
+        "dequantising weights": step.quantisation,
         "waiting for other cards": step.waiting,
         "waiting for the host": step.host,
     }

@@ -236,7 +236,8 @@ class _Server:
         if len(encoded) - head > room:
             raise Refusal(
                 400,
-                f"the conversation has {len(encoded) - head} tokens of text; {room} fit beside an answer of up to "
+                f"the conversation has {len(encoded) - head} tokens of text; {room} fit together with an answer of up"
+                f" to "
                 f"{call.decoding.max_new_tokens}",
                 param="messages",
                 reason="context_length_exceeded",

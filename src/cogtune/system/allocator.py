@@ -45,9 +45,9 @@ def describe_allocator() -> str:
     """Describe the setting in words, for a log."""
     name, value = _asked()
     if not name:
-        return tr("GPU memory in torch's default segments")
+        return tr("GPU memory allocator: torch's default segments")
     own = tr(" (the default; set it yourself to change it)") if value == _EXPANDABLE and name == SETTING else ""
-    return tr("GPU memory by {name}={value}{own}", name=name, value=value, own=own)
+    return tr("GPU memory allocator: {name}={value}{own}", name=name, value=value, own=own)
 
 
 def _asked() -> tuple[str, str]:

@@ -111,7 +111,7 @@ class Lock:
         if other is not None:
             raise RunError(
                 tr(
-                    "{place}: was taken over by {other}, which had not heard of this process for a while",
+                    "{place}: was taken over by {other}, which had seen no sign of this process for a while",
                     place=self.place,
                     other=other,
                 ),
@@ -218,7 +218,7 @@ class _Taking:
         other = _parse(content)
         if other is None and content.strip(b"\0"):
             raise OutputFolderError(
-                tr("{path}: in the way: a lock of cogtune belongs there, and this file is none", path=self._path),
+                tr("{path}: cogtune needs this name for its lock, and this file is not one", path=self._path),
                 hint=tr("move it away, or {instead}", instead=self._instead),
                 code="output-unwritable",
             )
@@ -249,7 +249,7 @@ class _Taking:
         if gone and not (other.is_visible and other.is_running):
             self._say(
                 tr(
-                    "{place}: taking over from {other}, which ended without giving its lock back",
+                    "{place}: taking over from {other}, which ended without releasing its lock",
                     place=self._place,
                     other=other,
                 )
@@ -263,7 +263,7 @@ class _Taking:
             return False
         self._say(
             tr(
-                "{place}: in use by {other}; seeing for {watch_seconds:.0f} s whether it is still there",
+                "{place}: in use by {other}; waiting {watch_seconds:.0f} s to see whether it is still running",
                 place=self._place,
                 other=other,
                 watch_seconds=WATCH_SECONDS,
@@ -302,7 +302,7 @@ class _Taking:
             tr(
                 "{place}: in use by {other}",
                 place=self._place,
-                other=other or tr("another process, which has not said yet who it is"),
+                other=other or tr("another process that has not written its name yet"),
             ),
             hint=tr("{wait}, or {instead}", wait=wait, instead=self._instead),
             code="output-in-use",

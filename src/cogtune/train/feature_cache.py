@@ -72,7 +72,7 @@ def ensure(
     if asked == "on":
         _refuse_trained_tower(model_config, config)
     elif tower_trains(model_config, config.lora):
-        _say_live(tr("lora.targets train in it, so its output changes"))
+        _say_live(tr("lora.targets train it, so its output changes"))
         return None
     showings, images = _demand(config, inputs, feed, progress, total)
     if not images:

@@ -52,7 +52,7 @@ class RunIdentity:
                 lines.append(f"{key}: {stored.keys.get(key)} there, {self.keys.get(key)} now")
         for key in sorted(self.fingerprints.keys() | stored.fingerprints.keys()):
             if self.fingerprints.get(key) != stored.fingerprints.get(key):
-                lines.append(tr("{key}: what lies there is not what that run used (its content differs)", key=key))
+                lines.append(tr("{key}: its content differs from what that run used", key=key))
         return lines
 
 
@@ -170,7 +170,7 @@ class Claim:
 
 def _last_state(output: Path) -> str:
     if not output.is_dir():
-        return tr("its checkpoints went with it")
+        return tr("its checkpoints are lost with it")
     try:
         checkpoint, _ = checkpoints.find_latest(output)
     except OSError:
@@ -329,7 +329,8 @@ def decide(config: RunConfig, output: Path, now: RunRecord, stored: RunRecord | 
     if now.total_steps < stored.total_steps:
         lines.append(
             tr(
-                "train.epochs or train.max_steps: {total_steps} steps there, {now_total_steps} now (more would do)",
+                "train.epochs or train.max_steps: {total_steps} steps there, {now_total_steps} now (a larger number"
+                " would continue it)",
                 total_steps=stored.total_steps,
                 now_total_steps=now.total_steps,
             )

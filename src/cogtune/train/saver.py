@@ -84,7 +84,7 @@ def restore_adapter(model: PeftModel, checkpoint: Path) -> None:
     if outcome.unexpected_keys:
         raise CheckpointError(
             tr(
-                "{checkpoint}: its adapter has {unexpected_keys}, which this model has not",
+                "{checkpoint}: its adapter has {unexpected_keys}, which this model does not have",
                 checkpoint=checkpoint,
                 unexpected_keys=outcome.unexpected_keys[0],
             )

@@ -54,7 +54,7 @@ def test_a_flag_wins_and_says_so(tmp_path: Path) -> None:
     assert (config.model.template, config.quant.experts, config.data.exif) == ("chat", "none", "apply")
     assert lines == [
         "as in training: model.rope_precision float32",
-        "other than in training: model.template chat instead of vqa, quant.experts none instead of nf4",
+        "not as in training: model.template chat instead of vqa, quant.experts none instead of nf4",
     ]
 
 
@@ -62,7 +62,7 @@ def test_a_base_that_cannot_be_quantised_keeps_its_number_formats(tmp_path: Path
     write_provenance(tmp_path, Provenance(CHANGED))
     config, lines = inherit(load_answer_config(None, {}), tmp_path, formats=False)
     assert (config.model.template, config.quant.experts) == ("vqa", "none")
-    assert lines[1] == "other than in training: quant.experts none instead of nf4"
+    assert lines[1] == "not as in training: quant.experts none instead of nf4"
 
 
 def test_a_stranger_lowers_the_limit_of_pictures_and_does_not_raise_it(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_answering_asks_as_training_did(run: Path, name: str) -> None:
     assert "as in training: model.template vqa, data.exif apply, data.max_pixels 5000" in said
     other = load_generator(adapter=run / name, keys={"device": "cpu", "model.template": "chat"}, progress=said.append)
     assert other.template == "chat"
-    assert "other than in training: model.template chat instead of vqa" in said
+    assert "not as in training: model.template chat instead of vqa" in said
 
 
 def test_a_merged_model_answers_as_its_adapter_does(run: Path, tmp_path: Path) -> None:

@@ -103,8 +103,8 @@ def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["download", "model", "--source", "ftp"], "error[config-value]: --source: found `ftp`, expected hf or", ""),
         (["train", "--batch-size", "2"], "error[config-unknown-key]: ", "did you mean `--train.batch_size`?"),
         (["train", "--temperature", "2"], "error[config-unknown-key]: ", "it belongs to another command: `cogtune p"),
-        (["chat", "--data.labels", "x"], "error[config-unknown-key]: --data.labels means nothing in `cogtune ch", ""),
-        (["chat", "--batch-size", "2"], "error[config-unknown-key]: --batch-size means nothing in `cogtune chat", ""),
+        (["chat", "--data.labels", "x"], "error[config-unknown-key]: --data.labels has no effect in `cogtune cha", ""),
+        (["chat", "--batch-size", "2"], "error[config-unknown-key]: --batch-size has no effect in `cogtune chat", ""),
         (["chat", "--temprature", "2"], "error[config-unknown-key]: ", "did you mean `--temperature`?"),
         (["predict", "--output", "x"], "error[config-missing]: no data is named", "give --data DIR"),
     ],
@@ -122,7 +122,7 @@ def test_wrong_usage_is_exit_2_and_says_what_was_meant(
 @pytest.mark.parametrize("name", sorted(commands._PLANNED))
 def test_a_command_that_is_planned_says_so(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--port", "80"]) == 2
-    assert capsys.readouterr().err.startswith(f"error[usage]: `cogtune {name}` is not there yet\nhint: ")
+    assert capsys.readouterr().err.startswith(f"error[usage]: `cogtune {name}` does not exist yet\nhint: ")
 
 
 @pytest.mark.parametrize("name", [*commands.COMMANDS, *commands.GROUPS])

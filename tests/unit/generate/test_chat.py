@@ -100,7 +100,7 @@ def test_the_oldest_turns_go_with_a_visible_line(tiny_checkpoint: Path) -> None:
     session.run(f"q{n}" for n in range(6))
     assert [len(history) for _, _, history in session.asked] == [0, 1, 2, 2, 2, 2]
     assert session.asked[-1][2] == [("q3", "re q3"), ("q4", "re q4")]
-    assert session.notes == ["[1 oldest turn dropped: the conversation has outgrown 81 tokens]"] * 3
+    assert session.notes == ["[1 oldest turn dropped: the conversation exceeds 81 tokens]"] * 3
 
 
 def test_a_question_that_is_too_long_is_a_message(tiny_checkpoint: Path) -> None:

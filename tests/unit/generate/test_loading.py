@@ -130,7 +130,7 @@ def test_a_generator_follows_the_keys_it_is_made_with(run: Path, tmp_path: Path)
     image.save(tmp_path / "turned.jpg", exif=exif)
     assert generator._opened(tmp_path / "turned.jpg").size == (16, 24)
     for key, value in (("batch-size", 2), ("seed", 1), ("parallel.tensor", 2), ("data.path", "data")):
-        with pytest.raises(ConfigError, match="means nothing to a generator"):
+        with pytest.raises(ConfigError, match="has no effect on a generator"):
             load_generator(adapter=run, keys={key: value})
     with pytest.raises(ConfigError, match=r"unknown key `quant\.expert`"):
         load_generator(adapter=run, keys={"quant": {"expert": None}})

@@ -219,7 +219,7 @@ def test_files_that_are_not_ours_are_refused(setup: Setup) -> None:
     with pytest.raises(OutputFolderError, match=r"answers\.jsonl:1: not a prediction record"):
         setup.run()
     setup.output.write_text('{"id": "data/zzz#0", "turn": 0, "question": "?", "answer": "!"}\n')
-    with pytest.raises(OutputFolderError, match="is not where the data has it"):
+    with pytest.raises(OutputFolderError, match="is not in the order of the data"):
         setup.run()
 
 

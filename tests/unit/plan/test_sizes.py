@@ -83,7 +83,7 @@ def test_targets_hit_what_attaching_hits(targets: list[str]) -> None:
 def test_a_wrong_target_is_refused_as_attaching_does() -> None:
     with pytest.raises(AdapterError, match="matches none"):
         adapted_names(ModelSizes(), ["vision_expert_qkv"])
-    with pytest.raises(AdapterError, match="goes on linear layers"):
+    with pytest.raises(AdapterError, match="LoRA adapts linear layers only"):
         adapted_names(ModelSizes(), ["vision_mlp"])
     only = adapted_names(ModelSizes(), ["experts"], {"layers_to_transform": [3]})
     assert len(only) == 10

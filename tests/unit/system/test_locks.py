@@ -140,7 +140,7 @@ def test_a_lock_of_another_machine_is_watched_and_respected_while_it_is_renewed(
         thread.join()
     assert "on node7" in caught.value.message
     assert f"if node7 is gone for good, remove {path}" in str(caught.value.hint)
-    assert "seeing for" in said[0]
+    assert "to see whether it is still running" in said[0]
     assert Process.parse(path.read_text()) == there
 
 
@@ -152,7 +152,10 @@ def test_a_lock_of_another_machine_that_nobody_renews_is_taken_over(tmp_path: Pa
     os.utime(path, (time.time() - age, time.time() - age))
     with take(path.parent, said) as lock:
         lock.require()
-    assert [("seeing for" in line, "taking over" in line) for line in said] == [(True, False), (False, True)][age > 0 :]
+    assert [("to see whether it is still running" in line, "taking over" in line) for line in said] == [
+        (True, False),
+        (False, True),
+    ][age > 0 :]
 
 
 def test_a_holder_renews_its_lock(tmp_path: Path, quick: None) -> None:
@@ -210,7 +213,7 @@ def test_without_flock_a_number_that_came_around_is_not_its_old_process(tmp_path
 def test_a_file_that_is_no_lock_is_left_alone(tmp_path: Path, content: str) -> None:
     path = tmp_path / ".cogtune.lock"
     path.write_text(content)
-    with pytest.raises(OutputFolderError, match="in the way"):
+    with pytest.raises(OutputFolderError, match="needs this name for its lock"):
         take(tmp_path)
     assert path.read_text() == content
 

@@ -105,7 +105,8 @@ class Engine(ABC):
         if name is not None:
             raise ConfigError(
                 tr(
-                    "{name} is a weight of the base and would train, and a rank of {self_name} has a part of it",
+                    "{name} is a weight of the base and would train, and each rank of {self_name} holds only a shard"
+                    " of it",
                     name=name,
                     self_name=self.name,
                 ),

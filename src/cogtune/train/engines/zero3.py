@@ -90,7 +90,7 @@ class Zero3Engine(ZeroEngine):
     def describe(self) -> str:
         own, whole = self._held
         where = tr(", on the CPU") if self.config.parallel.offload == "weights" else ""
-        units = tr(", {leaves} layers are fetched as wholes", leaves=self._leaves) if self._leaves else ""
+        units = tr(", {leaves} layers are gathered as a whole", leaves=self._leaves) if self._leaves else ""
         return tr(
             "zero3: rank {rank} holds {own:,} of {whole:,} frozen values{where}{units}",
             rank=self.group.rank,
