@@ -14,10 +14,15 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import GenerationConfig
 
 from cogtune.checkpoint import stored_4bit
-from cogtune.checkpoint.model_files import check_folder, load_model_config, stored_tensors, whole_folder
+from cogtune.checkpoint.model_files import (
+    check_folder,
+    load_model_config,
+    read_generation_config,
+    stored_tensors,
+    whole_folder,
+)
 from cogtune.checkpoint.place import Builder, Cutting, Placement, require_filled
 from cogtune.checkpoint.quantize import device_for, mark_for_adapters, require_packages
 from cogtune.checkpoint.stream import StoredTensor, stream
@@ -66,8 +71,9 @@ def load_model(
         model.model.vision.drop_tower()
     _fill(model, "", folder, dtype, torch.device(device), quantization, placement)
     model.model.remember_rotary()
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    generation = read_generation_config(folder)
+    if generation is not None:
+        model.generation_config = generation
     mark_for_adapters(model)
     loaded: CogVLM2ForCausalLM = model.eval()
     return loaded

@@ -9,9 +9,11 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
+from transformers import GenerationConfig
 
 from cogtune.checkpoint.stream import StoredTensor, find_stored
 from cogtune.configuration.architectures import refuse_foreign
+from cogtune.configuration.config_json import GENERATION_KEYS, known_part, read_object
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.errors import CheckpointError
 from cogtune.language import phrase, tr
@@ -40,12 +42,36 @@ def load_model_config(path: str | Path) -> CogVLM2Config:
         )
     _require_found(path)
     refuse_foreign(path)
+    if folder.is_dir():
+        return CogVLM2Config.from_file(folder / "config.json")
     try:
         return CogVLM2Config.from_pretrained(path)
+    except CheckpointError:
+        raise
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(
             tr("{path}: config.json cannot be read: {error}", path=path, error=error),
             hint=tr(ROUTES),
+            code="checkpoint-config",
+        ) from error
+
+
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """Return the checkpoint's own settings for answers, of which only `GENERATION_KEYS` are taken; None: it has none.
+
+    Raises:
+        CheckpointError: not readable, or a value that is none.
+    """
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return None
+    values = known_part(read_object(file), GENERATION_KEYS, file)
+    try:
+        return GenerationConfig.from_dict(values)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            tr("{file}: transformers refuses it: {error}", file=file, error=error),
+            hint=tr("copy it from the published checkpoint"),
             code="checkpoint-config",
         ) from error
 

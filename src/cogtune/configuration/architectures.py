@@ -12,6 +12,7 @@ from typing import Any
 
 from cogtune.errors import CheckpointError
 from cogtune.language import phrase, tr
+from cogtune.system.reading import read_text
 
 PICTURES = "CogVLMForCausalLM"
 """``cogvlm2-llama3-chat-19B`` and its Chinese twin: one picture, two experts."""
@@ -71,8 +72,8 @@ def refuse_foreign(folder: str | Path) -> None:
         CheckpointError: another architecture; the hint says what to use instead.
     """
     try:
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = json.loads(read_text(Path(folder) / "config.json"))
+    except (OSError, ValueError, RecursionError):
         return  # whoever reads the file says what is wrong with it
     name = architecture_of(config) if isinstance(config, dict) else None
     if name is None or name in (PICTURES, FRAMES, OWN):

@@ -7,13 +7,18 @@ The published file has no ``model_type``, lacks ``num_multi_query_heads`` and ``
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from cogtune.configuration.architectures import has_vision_experts
+from cogtune.configuration.config_json import MODEL_KEYS, known_part, read_object
 from cogtune.configuration.shapes import BOS_ID, EOS_ID, PAD_ID, Shape, VisionShape
+from cogtune.errors import CheckpointError
+from cogtune.language import tr
 
 ROPE_PRECISIONS = ("checkpoint", "float32")
 
@@ -112,6 +117,37 @@ class CogVLM2Config(PreTrainedConfig):
             raise ValueError(f"rope_precision is {self.rope_precision!r}; it is one of {', '.join(ROPE_PRECISIONS)}")
         if self.tie_word_embeddings:
             raise ValueError("tie_word_embeddings is true; CogVLM2's head is its own matrix")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Return the configuration in a parsed ``config.json``, of which only `MODEL_KEYS` are taken.
+
+        What a caller passes beside it (``attn_implementation``, ``dtype``) is the caller's own.
+
+        Raises:
+            CheckpointError: a value that the model cannot have.
+        """
+        where = config_dict.get("_name_or_path") or "config.json"
+        known = known_part(config_dict, MODEL_KEYS, where)
+        try:
+            return super().from_dict(known, **kwargs)
+        except (StrictDataclassError, ValueError, TypeError) as error:
+            raise CheckpointError(
+                tr("{where}: not a CogVLM2 configuration: {reason}", where=where, reason=error.__cause__ or error),
+                hint=tr("copy it from the published checkpoint"),
+                code="checkpoint-config",
+            ) from error
+
+    @classmethod
+    def from_file(cls, file: Path) -> CogVLM2Config:
+        """Return the configuration in the ``config.json`` at ``file``; no other file is read, and no hub is asked.
+
+        Raises:
+            CheckpointError: not readable, or a value that the model cannot have.
+        """
+        found: CogVLM2Config = cls.from_dict(read_object(file) | {"_name_or_path": str(file)})
+        found.name_or_path = str(file.parent)
+        return found
 
     @property
     def head_dim(self) -> int:

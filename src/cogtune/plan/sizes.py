@@ -5,7 +5,6 @@ A test compares names, shapes and parameter counts with the real model on the me
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from cogtune.configuration.architectures import VIDEO_MODELS, reads_clips, refuse_foreign
+from cogtune.configuration.config_json import read_model_json
 from cogtune.configuration.quantization import part_of
 from cogtune.configuration.shapes import Shape, VisionShape
 
@@ -85,7 +85,7 @@ class ModelSizes(Shape):
         if not file.is_file():
             return VIDEO if str(folder).rstrip("/").rpartition("/")[2] in VIDEO_MODELS.values() else cls()
         refuse_foreign(folder)
-        return cls.from_config(json.loads(file.read_text(encoding="utf-8")))
+        return cls.from_config(read_model_json(file))
 
     @property
     def experts(self) -> tuple[str, ...]:

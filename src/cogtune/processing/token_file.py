@@ -5,7 +5,6 @@ For commands that only check data. If the files are missing, lengths are estimat
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cogtune.configuration.architectures import reads_clips
+from cogtune.configuration.config_json import read_model_json
 from cogtune.configuration.shapes import BOS_ID, EOS_ID, PAD_ID, VisionShape
 from cogtune.errors import CheckpointError
 from cogtune.language import tr
@@ -120,15 +120,7 @@ def _config(folder: Path | None) -> dict[str, Any]:
     file = None if folder is None else folder / "config.json"
     if file is None or not file.is_file():
         return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(
-            tr("{file}: not valid JSON ({error})", file=file, error=error),
-            hint=tr("copy it from the published checkpoint"),
-            code="checkpoint-config",
-        ) from error
-    return found if isinstance(found, dict) else {}
+    return read_model_json(file)
 
 
 def _tokenizer(file: Path) -> Any:
