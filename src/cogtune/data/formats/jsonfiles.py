@@ -78,7 +78,7 @@ def layout(file: Path) -> str:
                 return "lines" if lines else "whole"
             more = bool(head.split(b"\n", 1)[1].strip())
     except OSError as error:
-        raise Problem("no-such-path", str(file), f"cannot be read ({error})").error() from error
+        raise Problem("no-such-path", str(file), tr("cannot be read ({error})", error=error)).error() from error
     try:
         return "lines" if more and isinstance(parse_json(first)[0], dict) else "whole"
     except BadRecordError:
