@@ -22,7 +22,7 @@ import torch
 
 from cogtune.adapters.attach import WEIGHTS_NAME, base_name, find_adapter, find_base
 from cogtune.adapters.merge_arithmetic import Changes, read_changes
-from cogtune.adapters.provenance import PROVENANCE_NAME, read_provenance, said, write_provenance
+from cogtune.adapters.provenance import PROVENANCE_NAME, changed_settings, read_provenance, write_provenance
 from cogtune.adapters.safetensors_rows import CHUNK, DTYPES, SafetensorsFile
 from cogtune.checkpoint.model_files import INDEX_NAME, check_folder, shard_files, whole_folder
 from cogtune.checkpoint.stream import StoredTensor
@@ -94,7 +94,7 @@ def _merge(base: Path, adapter: Path, output: Path, progress: Callable[[str], No
         _require_own(base, name)
     changes, provenance = read_changes(adapter, _tensors(base, shards)), read_provenance(adapter)
     notes = _notes(base, adapter, left_out)
-    if provenance is not None and (settings := said(provenance)):
+    if provenance is not None and (settings := changed_settings(provenance)):
         notes.append(
             tr(
                 "{provenance_name} in it names the training's settings, and answering takes them: {settings}",

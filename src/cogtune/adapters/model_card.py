@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cogtune.adapters.provenance import Provenance, said
+from cogtune.adapters.provenance import Provenance, changed_settings
 from cogtune.system import files
 
 CARD_NAME = "README.md"
@@ -70,7 +70,7 @@ def _card(provenance: Provenance, lora: Mapping[str, Any], losses: Mapping[str, 
         f"```bash\ncogtune chat --model BASE --adapter THIS_FOLDER --image photo.jpg\n```\n\nBASE is the folder of"
         f" {_code(name)}, or its name on the hub. `cogtune.json` holds template, number formats and rules for pictures"
         " of the training, and cogtune follows them. The layout is PEFT's.",
-        f"## Training\n\nLoRA: {settings}. Other than by default: {said(provenance) or 'nothing'}.",
+        f"## Training\n\nLoRA: {settings}. Other than by default: {changed_settings(provenance) or 'nothing'}.",
         f"| data | count |\n|---|---|\n{counts}".rstrip(),
         *([f"| loss, nats per label | |\n|---|---|\n{measured}".rstrip()] if measured else []),
         f"Made with {versions}.",

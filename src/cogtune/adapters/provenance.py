@@ -217,7 +217,7 @@ def inherit(config: AnswerConfig, folder: Path, *, formats: bool = True) -> tupl
     return (with_values(config, taken) if taken else config), lines
 
 
-def said(provenance: Provenance) -> str:
+def changed_settings(provenance: Provenance) -> str:
     """Return its non-default settings, for a message."""
     plain = AnswerConfig().model_dump(mode="json")
     changed = {k: v for k, v in provenance.settings.items() if v != plain[k.split(".")[0]][k.split(".")[1]]}

@@ -2,7 +2,7 @@
 
 The published module names are ambiguous: ``gate_proj`` also matches the GLU adapter, ``linear_proj`` also matches a
 container, ``dense`` matches only the tower (spec 2.4). A name that matches nothing or a container is an error, and the
-named sets spell out suffixes that hit exactly what they say.
+named sets spell out suffixes that match exactly what they say.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def resolve_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
 def adapted_modules(model: nn.Module, targets: Sequence[str]) -> list[str]:
     """Return the names of the modules that ``targets`` match on this model; see `match_targets` for errors."""
     chosen = resolve_targets(model, targets)
-    return [name for name, _ in model.named_modules() if any(is_hit(name, target) for target in chosen)]
+    return [name for name, _ in model.named_modules() if any(is_match(name, target) for target in chosen)]
 
 
 def match_targets(kinds: Mapping[str, str], targets: Sequence[str]) -> list[str]:
@@ -78,7 +78,7 @@ def match_targets(kinds: Mapping[str, str], targets: Sequence[str]) -> list[str]
             chosen |= dict.fromkeys(_of_set(target, kinds))
             continue
         is_pattern = bool(set(target) & _PATTERN_CHARACTERS)
-        hits = _matching_pattern(target, kinds) if is_pattern else [n for n in kinds if is_hit(n, target)]
+        hits = _matching_pattern(target, kinds) if is_pattern else [n for n in kinds if is_match(n, target)]
         if not hits:
             raise _nothing(target, kinds)
         containers = [name for name in hits if kinds[name] != LINEAR]
@@ -92,9 +92,9 @@ def match_targets(kinds: Mapping[str, str], targets: Sequence[str]) -> list[str]
 
 def _of_set(target: str, kinds: Mapping[str, str]) -> list[str]:
     """Return the suffixes of a named set that this model has: a video model has no vision experts."""
-    if not any(is_hit(name, TARGET_SETS["language-experts"][0]) for name in kinds):
+    if not any(is_match(name, TARGET_SETS["language-experts"][0]) for name in kinds):
         return list(TARGET_SETS[target])  # a part of a model; whoever asked knows which
-    found = [suffix for suffix in TARGET_SETS[target] if any(is_hit(name, suffix) for name in kinds)]
+    found = [suffix for suffix in TARGET_SETS[target] if any(is_match(name, suffix) for name in kinds)]
     if not found and target.startswith("vision-experts"):
         instead = target.replace("vision-", "")
         raise AdapterError(
@@ -105,7 +105,7 @@ def _of_set(target: str, kinds: Mapping[str, str]) -> list[str]:
     return found or list(TARGET_SETS[target])
 
 
-def is_hit(name: str, target: str) -> bool:
+def is_match(name: str, target: str) -> bool:
     """Apply peft's rule for lists: a target matches the whole name, or its end after a dot."""
     return name == target or name.endswith("." + target)
 
@@ -121,7 +121,7 @@ def is_dead_end(name: str, num_layers: int) -> bool:
     """
     if f".layers.{num_layers - 1}." not in f".{name}" or ".vision." in name:
         return False
-    return any(is_hit(name, suffix) for suffix in _DEAD_ENDS)
+    return any(is_match(name, suffix) for suffix in _DEAD_ENDS)
 
 
 _PICTURES_ONLY = {"vision-experts-attention", "vision-experts-mlp", "vision-tower", "glu-adapter"}
@@ -135,7 +135,7 @@ def region(name: str) -> str:
         "language-experts-attention",
         "language-experts-mlp",
     ):
-        if any(is_hit(name, suffix) for suffix in TARGET_SETS[known]):
+        if any(is_match(name, suffix) for suffix in TARGET_SETS[known]):
             return known
     if ".vision.linear_proj." in f".{name}":
         return "glu-adapter"

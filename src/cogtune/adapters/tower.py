@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from cogtune.adapters.attach import LoraSettings, adapter_shapes, attach
-from cogtune.adapters.targets import is_hit, resolve_targets
+from cogtune.adapters.targets import is_match, resolve_targets
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.configuration.shapes import TOWER
 from cogtune.model.modeling import CogVLM2ForCausalLM
@@ -30,7 +30,7 @@ def tower_trains(config: CogVLM2Config, lora: LoraSettings) -> bool:
     asked += _texts(extra.get("target_parameters"))
     names = [*modules, *(name for name, _ in model.named_parameters())]
     inside = [name for name in names if f"{name}.".startswith(TOWER)]
-    if not any(is_hit(name, target) for name in inside for target in asked) and extra.get("bias") != "all":
+    if not any(is_match(name, target) for name in inside for target in asked) and extra.get("bias") != "all":
         return False
     if not extra:
         return True

@@ -11,7 +11,7 @@ from cogtune.configuration.values import Beta, Engine, Names, Recompute, Section
 
 
 class LoraSection(Section):
-    """What trains."""
+    """The LoRA adapter: which layers get it, its rank and options."""
 
     targets: Names = Field(
         default=("experts",),
@@ -34,7 +34,7 @@ class LoraSection(Section):
 
 
 class TrainSection(Section):
-    """The loop."""
+    """The training loop: batches, optimiser, learning rate, checkpoints."""
 
     output: Path = Field(description="Folder for everything the run writes.")
     epochs: int = Field(default=1, ge=1, description="Passes over the data.")
@@ -95,7 +95,7 @@ class EvalSection(Section):
 
 
 class TensorSection(Section):
-    """How one model is divided."""
+    """How one model is split over ranks."""
 
     tensor: int = Field(
         default=1,
@@ -141,7 +141,7 @@ class ParallelSection(TensorSection):
 
 
 class LogSection(Section):
-    """What is written while it runs."""
+    """What a run prints and logs."""
 
     steps: int = Field(
         default=10, ge=1, description="Optimiser steps between lines on the console and in metrics.jsonl."

@@ -104,7 +104,7 @@ def _append(client: Client, file: RemoteFile, part: Path, done: int, advance: Ca
 
 @contextmanager
 def _opened(part: Path, mode: str) -> Iterator[Callable[[bytes], None]]:
-    """Writes into ``part``. The disk's errors are told from those of the line, which is taken up again.
+    """Writes into ``part``. Errors of the disk are told apart from those of the connection, which is reopened.
 
     Raises:
         DiskFullError, RunError: the disk's.

@@ -1,4 +1,4 @@
-"""Groups of records whose scores are shown apart: by question, length, label, language, folder and turn."""
+"""Groups of records whose scores are shown separately: by question, length, label, language, folder and turn."""
 
 from __future__ import annotations
 

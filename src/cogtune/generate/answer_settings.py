@@ -1,4 +1,4 @@
-"""What decides the answers to a data set: a predictions file is continued only with the same."""
+"""The settings that decide a data set's answers; a predictions file is continued only with equal ones."""
 
 from __future__ import annotations
 

@@ -63,10 +63,10 @@ def fit(
                 )
             ]
     told = tr("{plain} are planned for, and {free} are free", plain=format_size(plain), free=format_size(free))
-    return quant, [tr("warning: {told}; it may not fit: {spare}", told=told, spare=spare(quant))]
+    return quant, [tr("warning: {told}; it may not fit: {spare}", told=told, spare=smaller_formats(quant))]
 
 
-def able(quant: QuantSection, gpu: Gpu | None, given: Collection[str]) -> tuple[QuantSection, list[str]]:
+def supported(quant: QuantSection, gpu: Gpu | None, given: Collection[str]) -> tuple[QuantSection, list[str]]:
     """Return ``quant`` with int8 instead of a run's fp8 if this card does not support fp8, and notes for the user."""
     if gpu is None or gpu.fp8:
         return quant, []
@@ -79,7 +79,7 @@ def able(quant: QuantSection, gpu: Gpu | None, given: Collection[str]) -> tuple[
     ]
 
 
-def spare(quant: QuantSection) -> str:
+def smaller_formats(quant: QuantSection) -> str:
     """Return the flags that make the model smaller than ``quant`` does, for a hint."""
     flags = [f"--quant.{name} {value}" for name, value in _LEANER[:2] if getattr(quant, name) != value]
     if not flags and quant.embedding != "host":
@@ -108,7 +108,9 @@ def explained_loading(model: str, device: torch.device, quant: QuantSection) -> 
             raise
         place = f"the GPU ({device})" if device.type == "cuda" else tr("this machine")
         hint = (
-            spare(quant) if device.type == "cuda" else tr("try --model.dtype bfloat16; or {spare}", spare=spare(quant))
+            smaller_formats(quant)
+            if device.type == "cuda"
+            else tr("try --model.dtype bfloat16; or {spare}", spare=smaller_formats(quant))
         )
         raise OutOfMemoryError(
             tr("out of memory on {place} while loading {model}", place=place, model=model), hint=hint

@@ -24,9 +24,9 @@ from cogtune.distributed import environment
 from cogtune.distributed.group import TensorGroup
 from cogtune.errors import ConfigError, SetupError
 from cogtune.generate.decoding import Decoding
-from cogtune.generate.fit import able, explained_loading, fit, free_memory, parameters
+from cogtune.generate.fit import explained_loading, fit, free_memory, parameters, supported
 from cogtune.generate.generator import Generator
-from cogtune.generate.tensor_parallel import LockstepGenerator, check_launched, start
+from cogtune.generate.tensor_parallel import TensorParallelGenerator, check_launched, start
 from cogtune.generate.transformers_generator import TransformersGenerator
 from cogtune.language import tr
 from cogtune.model.device_map import DeviceMap, plan_device_map
@@ -171,7 +171,7 @@ def _fitted(
 ) -> tuple[AnswerConfig, list[str]]:
     """``config`` with number formats that the device computes in and has the memory for; ``several`` devices have
     theirs shared out later."""
-    quant, lines = able(config.quant, gpu_of(device), given)
+    quant, lines = supported(config.quant, gpu_of(device), given)
     free = free_memory(device)
     if free is not None and not several:
         quant, more = fit(
@@ -212,10 +212,10 @@ def load_resolved(choice: Resolved, progress: Callable[[str], None] = lambda lin
             progress(tr("with the adapter in {adapter}", adapter=choice.adapter))
             model = load_adapter(model, choice.adapter)
         kind = Generator if device_map is None else TransformersGenerator
-        return kind(model, processor, **_ways(choice))
+        return kind(model, processor, **_default_decoding(choice))
 
 
-def _ways(choice: Resolved) -> dict[str, Any]:
+def _default_decoding(choice: Resolved) -> dict[str, Any]:
     """Return a generator's default settings."""
     config = choice.config
     return {
@@ -250,7 +250,7 @@ def _device_map(choice: Resolved) -> DeviceMap | None:
     return plan_device_map(config, free, host=host, dtype=choice.dtype, quantization=choice.config.quant)
 
 
-def _load_part(choice: Resolved, group: TensorGroup, progress: Callable[[str], None]) -> LockstepGenerator:
+def _load_part(choice: Resolved, group: TensorGroup, progress: Callable[[str], None]) -> TensorParallelGenerator:
     """Load this rank's shard of base and adapter."""
     processor = CogVLM2Processor.from_pretrained(choice.model)
     progress(f"loading {choice.model} ({choice.dtype_name}, {choice.tensor} x {choice.device.type})")
@@ -263,7 +263,7 @@ def _load_part(choice: Resolved, group: TensorGroup, progress: Callable[[str], N
         split_adapter(model, split)
     else:
         split.connect(model)
-    return LockstepGenerator(model, processor, group=group, **_ways(choice))
+    return TensorParallelGenerator(model, processor, group=group, **_default_decoding(choice))
 
 
 def follow(choice: Resolved) -> bool:

@@ -1,4 +1,4 @@
-"""Caches what was computed of pictures: the tower's features, and the KV cache of BOS and picture (the prefix).
+"""Caches what was computed for pictures: the tower's features, and the KV cache of BOS and picture (the prefix).
 
 The tower and the 2,306 positions of a picture cost far more than a question, and several questions usually concern one
 picture. Entries are keyed by the picture's content; the least recently used are evicted when the budget is exceeded.

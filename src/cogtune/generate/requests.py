@@ -1,4 +1,4 @@
-"""What the engine is asked, and the answer as it comes: from any thread, piece by piece or whole."""
+"""Requests to the engine, and their answers while they are computed: from any thread, piece by piece or whole."""
 
 from __future__ import annotations
 

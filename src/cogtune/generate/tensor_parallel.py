@@ -63,7 +63,7 @@ def join(device: torch.device) -> TensorGroup:
     return TensorGroup(dist.get_rank(), dist.get_world_size())
 
 
-class LockstepGenerator(TransformersGenerator):
+class TensorParallelGenerator(TransformersGenerator):
     """A generator on every rank: rank 0 uses it, the other ranks `follow`."""
 
     def __init__(self, model: Any, processor: Any, *, group: TensorGroup, **ways: Any) -> None:

@@ -72,7 +72,7 @@ def decode(
     lengths_R: torch.Tensor,
     columns: int | None = None,
 ) -> torch.Tensor:
-    """Return logits float32 [R, V] behind each row's newest token, and write its keys and values into its slot.
+    """Return logits float32 [R, V] after each row's newest token, and write its keys and values into its slot.
 
     Args:
         slots_R: each row's slot, all different.

@@ -114,7 +114,7 @@ class Routing:
 
     @classmethod
     def decode(cls, positions: torch.Tensor) -> Routing:
-        """Return the routing of new text tokens behind a cache: language expert only, identity layout.
+        """Return the routing of new text tokens that follow cached ones: language expert only, identity layout.
 
         ``positions`` is [B, S], on any device.
         """

@@ -99,7 +99,7 @@ class Prefix:
 class SlotView:
     """One slot as the cache of a forward pass, with the methods of transformers' caches that the model uses.
 
-    ``length`` columns are filled already; layers write new ones behind them, and `advance` counts them.
+    ``length`` columns are filled already; layers write new ones after them, and `advance` counts them.
     """
 
     def __init__(self, cache: SlotCache, slot: int, length: int = 0) -> None:

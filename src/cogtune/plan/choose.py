@@ -51,7 +51,7 @@ def tower_fits(setting: Setting, budget: int) -> bool:
     return checkpointing(replace(setting, tower="live"), budget) is not None
 
 
-def goes(setting: Setting, engine: str) -> bool:
+def is_supported(setting: Setting, engine: str) -> bool:
     """Return whether the engine accepts these settings, by the rules that training applies."""
     return refusal(setting.facts(engine)) is None
 
@@ -62,7 +62,7 @@ def engine(setting: Setting, card: Card, ranks: int, candidates: Collection[str]
     """
     if ranks == 1:
         return "single"
-    able = [replace(setting, engine=name, ranks=ranks) for name in candidates if goes(setting, name)]
+    able = [replace(setting, engine=name, ranks=ranks) for name in candidates if is_supported(setting, name)]
     if not able:
         return "ddp"
     fitting = [found for each in able if (found := checkpointing(each, card.usable)) is not None]
@@ -142,7 +142,7 @@ def _families(setting: Setting, fixed: Collection[str]) -> Iterator[Iterator[Set
         for tower in towers:
             for form in formats:
                 own = replace(setting, engine=name, tower=tower, quant=form)
-                yield (found for found in _leaner(own, fixed) if goes(found, found.engine))
+                yield (found for found in _leaner(own, fixed) if is_supported(found, found.engine))
 
 
 def _format(setting: Setting, name: str) -> QuantSection:

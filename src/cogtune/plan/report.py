@@ -70,7 +70,7 @@ def lines(plan: Plan) -> Iterator[str]:
         "{value:<9} {host:6.1f}  per process, not counting cached file pages", value="host", host=plan.memory.host / GIB
     )
     yield ""
-    yield from _afterwards(plan)
+    yield from _after_training(plan)
     yield ""
     yield tr("largest batch that fits, all layers recomputed: {largest} rows of that length", largest=plan.largest)
     yield from _times(plan)
@@ -79,7 +79,7 @@ def lines(plan: Plan) -> Iterator[str]:
         yield tr("cost     {cost:,.2f} for the whole run on {ranks} card(s)", cost=plan.cost, ranks=setting.ranks)
 
 
-def _afterwards(plan: Plan) -> Iterator[str]:
+def _after_training(plan: Plan) -> Iterator[str]:
     """Describe what the result needs after training: a card for `chat` and `predict`, host memory for `merge`."""
     phase, room = answer(plan.setting), plan.card.usable
     tokens = plan.setting.batch.tokens(plan.setting.sizes) // plan.setting.batch.rows

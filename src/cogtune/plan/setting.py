@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
 
-from cogtune.adapters.targets import LINEAR, is_dead_end, is_hit, match_targets
+from cogtune.adapters.targets import LINEAR, is_dead_end, is_match, match_targets
 from cogtune.configuration.engine_rules import Facts, make_facts
 from cogtune.configuration.quantization import PLAIN, QuantSection
 from cogtune.configuration.resolve import resolve_compile
@@ -81,7 +81,7 @@ def adapted_names(sizes: ModelSizes, targets: Sequence[str], extra: Mapping[str,
         AdapterError: as attaching the adapter would.
     """
     suffixes = match_targets(module_kinds(sizes), targets)
-    chosen = [x for x in sizes.linears if any(is_hit(x.name, suffix) for suffix in suffixes)]
+    chosen = [x for x in sizes.linears if any(is_match(x.name, suffix) for suffix in suffixes)]
     only = (extra or {}).get("layers_to_transform")
     if only is not None:
         wanted = {only} if isinstance(only, int) else set(only)
@@ -89,7 +89,7 @@ def adapted_names(sizes: ModelSizes, targets: Sequence[str], extra: Mapping[str,
     excluded = (extra or {}).get("exclude_modules") or ()
     if isinstance(excluded, str):
         return frozenset(x.name for x in chosen if not re.fullmatch(excluded, x.name))
-    return frozenset(x.name for x in chosen if not any(is_hit(x.name, suffix) for suffix in excluded))
+    return frozenset(x.name for x in chosen if not any(is_match(x.name, suffix) for suffix in excluded))
 
 
 def module_kinds(sizes: ModelSizes) -> dict[str, str]:

@@ -32,7 +32,7 @@ from cogtune.plan.report import compared, summary
 from cogtune.plan.setting import Setting
 from cogtune.plan.sizes import ModelSizes
 from cogtune.system.byte_sizes import format_size
-from cogtune.train.engines import Engine, able
+from cogtune.train.engines import Engine, usable
 from cogtune.train.log import log
 from cogtune.train.run_inputs import Inputs
 
@@ -216,9 +216,9 @@ def fitting_engine(config: RunConfig, rows: Rows, card: Card | None, ranks: int)
     Number formats are not changed. Without a GPU, returns the first compatible engine.
     """
     if card is None:
-        return able(config)[0]
+        return usable(config)[0]
     setting = setting_of(config, rows, ranks=ranks, card=card)
-    return engine_for(_leanest_tower(config, setting), card, ranks, able(config))
+    return engine_for(_leanest_tower(config, setting), card, ranks, usable(config))
 
 
 def _leanest_tower(config: RunConfig, setting: Setting) -> Setting:

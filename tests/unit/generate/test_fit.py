@@ -14,7 +14,7 @@ from cogtune.configuration.load import load_answer_config
 from cogtune.configuration.quantization import PLAIN, QuantSection
 from cogtune.errors import OutOfMemoryError
 from cogtune.generate import loading
-from cogtune.generate.fit import able, explained_loading, fit, needed, spare
+from cogtune.generate.fit import explained_loading, fit, needed, smaller_formats, supported
 from cogtune.plan.cards import find_card
 from cogtune.plan.sizes import ModelSizes
 from cogtune.system.byte_sizes import GIB
@@ -59,19 +59,19 @@ def test_a_key_that_was_given_stays_and_a_lack_is_said_before_loading() -> None:
 def test_fp8_of_a_training_is_int8_on_a_card_without_it() -> None:
     old, new = find_card("RTX 3090"), find_card("h100")
     trained = QuantSection(experts="fp8")
-    found, lines = able(trained, old, frozenset())
+    found, lines = supported(trained, old, frozenset())
     assert found.experts == "int8"
     assert "taking quant.experts int8" in lines[0]
-    assert able(trained, new, frozenset()) == (trained, [])
-    assert able(trained, None, frozenset()) == (trained, [])
-    assert able(trained, old, frozenset({"quant.experts"})) == (trained, [])  # said as an error later
+    assert supported(trained, new, frozenset()) == (trained, [])
+    assert supported(trained, None, frozenset()) == (trained, [])
+    assert supported(trained, old, frozenset({"quant.experts"})) == (trained, [])  # said as an error later
 
 
 def test_the_hint_names_what_is_not_used_yet() -> None:
-    assert spare(PLAIN) == "try --quant.experts nf4 --quant.tower nf4"
-    assert spare(QuantSection(experts="nf4")) == "try --quant.tower nf4"
-    assert spare(FOUR_BITS) == "try --quant.embedding host"
-    assert "card with more memory" in spare(FOUR_BITS.changed(embedding="host"))
+    assert smaller_formats(PLAIN) == "try --quant.experts nf4 --quant.tower nf4"
+    assert smaller_formats(QuantSection(experts="nf4")) == "try --quant.tower nf4"
+    assert smaller_formats(FOUR_BITS) == "try --quant.embedding host"
+    assert "card with more memory" in smaller_formats(FOUR_BITS.changed(embedding="host"))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from cogtune.plan.choose import (
     checkpointing,
     engine,
     fits,
-    goes,
+    is_supported,
     largest_batch,
     smallest_card,
     tower_fits,
@@ -103,7 +103,7 @@ def test_what_an_engine_takes_is_what_training_lets_it_take() -> None:
         setting = setting_of(config, TYPICAL, ranks=2)
         for name in ENGINES:
             taken = refusal(facts_of(config, name)) is None
-            assert goes(replace(setting, tensor=2 if name == "tensor" else 1), name) == taken, (name, flags)
+            assert is_supported(replace(setting, tensor=2 if name == "tensor" else 1), name) == taken, (name, flags)
 
 
 def test_ranks_that_divide_each_layer_keep_the_model_s_number_format() -> None:

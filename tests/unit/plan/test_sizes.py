@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cogtune import CogVLM2Config, CogVLM2ForCausalLM
-from cogtune.adapters.targets import TARGET_SETS, is_hit, resolve_targets
+from cogtune.adapters.targets import TARGET_SETS, is_match, resolve_targets
 from cogtune.checkpoint.random import (
     TINY,
     TINY_VISION,
@@ -77,7 +77,7 @@ def test_targets_hit_what_attaching_hits(targets: list[str]) -> None:
     sizes, model = ModelSizes.from_config({**TINY, "vision_config": TINY_VISION}), meta_model(tiny_config())
     suffixes = resolve_targets(model, targets)
     linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    assert adapted_names(sizes, targets) == {n for n in linears if any(is_hit(n, s) for s in suffixes)}
+    assert adapted_names(sizes, targets) == {n for n in linears if any(is_match(n, s) for s in suffixes)}
 
 
 def test_a_wrong_target_is_refused_as_attaching_does() -> None:

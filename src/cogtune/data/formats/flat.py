@@ -2,7 +2,7 @@
 
 | what | keys |
 | --- | --- |
-| question | ``question``, ``query``, ``prompt``, ``instruction`` with ``input`` behind it, or ``input`` alone |
+| question | ``question``, ``query``, ``prompt``, ``instruction`` followed by ``input``, or ``input`` alone |
 | its answer | ``answer``, ``response``, ``output``, ``completion`` |
 | what was said before | ``history``: a list of (question, answer) |
 | caption | ``caption``, ``captions``, ``text``; its question is ``data.caption_question`` |

@@ -86,7 +86,7 @@ def layout(file: Path) -> str:
 
 
 def _objects(file: Path, parse: Parse) -> Iterator[Item]:
-    """Yield records that stand one after another; behind a damaged one nothing can be found."""
+    """Yield records that stand one after another; after a damaged one nothing can be found."""
     try:
         text = read_bytes(file).decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -77,7 +77,7 @@ def read_conversation(record: Any, rules: RecordRules, expected: str) -> Content
 def content_of(messages: list[Message], listed: list[Any], identity: str | None, rules: RecordRules) -> Content:
     """Build the record of a conversation; ``listed`` are the pictures named beside it.
 
-    Neighbouring messages of the user are joined: some programs send the words in one and the picture in another. A
+    Consecutive messages of the user are joined: some programs send the text in one and the picture in another. A
     question that is only a picture becomes ``data.caption_question``.
 
     Raises:

@@ -15,7 +15,7 @@ from cogtune.errors import ConfigError
 from cogtune.language import tr
 from cogtune.train.engines.base import Engine
 
-__all__ = ["Engine", "able", "choose", "start"]
+__all__ = ["Engine", "choose", "start", "usable"]
 
 
 def choose(config: RunConfig) -> str:
@@ -35,7 +35,7 @@ def choose(config: RunConfig) -> str:
     return name
 
 
-def able(config: RunConfig) -> list[str]:
+def usable(config: RunConfig) -> list[str]:
     """Return those of `CHOICES` that are installed and compatible with every setting."""
     deepspeed = importlib.util.find_spec("deepspeed") is not None
     return [name for name in CHOICES if (deepspeed or name != "zero2") and refusal(facts_of(config, name)) is None]

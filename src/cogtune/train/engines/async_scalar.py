@@ -8,7 +8,7 @@ import torch
 
 
 class AsyncScalar:
-    """A scalar whose copy to the host is enqueued at construction, right behind the kernels that compute it.
+    """A scalar whose copy to the host is enqueued at construction, right after the kernels that compute it.
 
     Reading it waits for that copy only, not for work that was enqueued later. A scalar on the host is available at
     once.
