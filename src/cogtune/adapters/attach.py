@@ -17,21 +17,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from cogtune.adapters.adapter_folder import (
+    CONFIG_NAME,
+    PREFIX,
+    WEIGHTS_NAME,
+    AdapterFolder,
+    read_adapter,
+    require_complete,
+)
 from cogtune.adapters.lora_conversion import convert_lora_layers
 from cogtune.adapters.lora_layers import plain_adapter
-from cogtune.adapters.provenance import read_provenance, stored_base
+from cogtune.adapters.provenance import stored_base
 from cogtune.adapters.targets import is_dead_end, region, resolve_targets
+from cogtune.configuration.model import CogVLM2Config
 from cogtune.configuration.run_config import LoraSection
+from cogtune.distributed.shards import whole_numel
 from cogtune.errors import AdapterError, ConfigError
 from cogtune.language import tr
+from cogtune.model.modeling import CogVLM2ForCausalLM
 
-WEIGHTS_NAME = "adapter_model.safetensors"
-CONFIG_NAME = "adapter_config.json"
 _CONTINUED = {
     "rank": "r",
     "alpha": "lora_alpha",
@@ -40,6 +49,15 @@ _CONTINUED = {
     "dora": "use_dora",
 }
 """Fields of the lora section and their names in PEFT's configuration file."""
+OLDEST_KEYS = frozenset(
+    (
+        *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode"),
+        *("init_lora_weights", "layer_replication", "layers_pattern", "layers_to_transform", "loftq_config"),
+        *("lora_alpha", "lora_dropout", "megatron_config", "megatron_core", "modules_to_save", "peft_type", "r"),
+        *("rank_pattern", "revision", "target_modules", "task_type", "use_dora", "use_rslora"),
+    )
+)
+"""Keys of ``adapter_config.json`` in peft 0.10 (March 2024), the oldest release that reads our adapters."""
 
 
 class LoraSettings(Protocol):
@@ -118,32 +136,115 @@ def load_adapter(
     Raises:
         AdapterError: no adapter there, or one made for another base; the message names the first tensor that differs.
     """
-    folder = Path(folder)
-    shapes = adapter_shapes(folder)
+    adapter = read_adapter(folder)
+    config = _lora_config(adapter, trainable=trainable)
+    tensors = adapter.tensors()
+    _settle_base_copies(model, adapter, tensors, trainable=trainable)
     try:
-        with _quiet():  # _require_loaded reports missing tensors as an error
-            if building is None:
-                wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, low_cpu_mem_usage=False)
-            else:  # the same in two steps, because the context must enclose the first only
-                config = PeftConfig.from_pretrained(str(folder))
-                config.inference_mode = not trainable
-                with building:
-                    wrapped = get_peft_model(model, config)
-                wrapped.load_adapter(str(folder), "default", is_trainable=trainable, low_cpu_mem_usage=False)
+        with _quiet():
+            with building or nullcontext():
+                wrapped = get_peft_model(model, config)
+            wrapped.peft_config["default"].base_model_name_or_path = adapter.base
+            require_complete(adapter, _shapes(wrapped, adapter, sharded=building is not None))
+            set_peft_model_state_dict(wrapped, tensors)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        if isinstance(error, AdapterError):
+            raise
         raise AdapterError(
             tr(
                 "{folder}: this adapter does not fit the base model: {first_line}",
-                folder=folder,
+                folder=adapter.folder,
                 first_line=_first_line(error),
             ),
-            hint=tr(
-                "it was trained on {base_name}; pass that model", base_name=base_name(folder) or tr("an unnamed base")
-            ),
+            hint=tr("{config} or the base is another one than in training", config=CONFIG_NAME),
             code="adapter-base",
         ) from error
-    _require_loaded(wrapped, folder, shapes)
     return _prepare(wrapped) if trainable else wrapped.eval()
+
+
+def expected_shapes(config: CogVLM2Config, adapter: AdapterFolder) -> dict[str, list[int]]:
+    """Return names and shapes of the tensors that the adapter's configuration means on a base of ``config``.
+
+    Raises:
+        AdapterError: peft cannot put such an adapter on that base.
+    """
+    lora = _lora_config(adapter, trainable=False)
+    lora.init_lora_weights = True  # other initialisations look at the base's values
+    try:
+        with _quiet(), torch.device("meta"):
+            return _shapes(get_peft_model(CogVLM2ForCausalLM(config), lora), adapter, sharded=False)
+    except (RuntimeError, ValueError, TypeError, KeyError, NotImplementedError) as error:
+        raise AdapterError(
+            tr(
+                "{folder}: this adapter does not fit the base model: {first_line}",
+                folder=adapter.folder,
+                first_line=_first_line(error),
+            ),
+            hint=tr("{config} or the base is another one than in training", config=CONFIG_NAME),
+            code="adapter-base",
+        ) from error
+
+
+def _lora_config(adapter: AdapterFolder, *, trainable: bool) -> LoraConfig:
+    """Return peft's configuration; the task, of which other programs have more names, is this model's."""
+    values = {**adapter.config, "task_type": "CAUSAL_LM", "inference_mode": not trainable}
+    try:
+        with _quiet():
+            config = LoraConfig.from_peft_type(**values)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise AdapterError(
+            tr("{path}: peft refuses it: {error}", path=adapter.folder / CONFIG_NAME, error=_first_line(error)),
+            hint=tr("copy the adapter again"),
+            code="adapter-read",
+        ) from error
+    assert isinstance(config, LoraConfig)
+    return config
+
+
+def _shapes(model: PeftModel, adapter: AdapterFolder, *, sharded: bool) -> dict[str, list[int]]:
+    """Return names and shapes of the adapter's tensors in the model; on a sharded base shapes are the file's."""
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if sharded:
+        return {name: adapter.shapes.get(name, []) for name in state}
+    return {name: list(value.shape) for name, value in state.items()}
+
+
+def _settle_base_copies(
+    model: nn.Module, adapter: AdapterFolder, tensors: dict[str, torch.Tensor], *, trainable: bool
+) -> None:
+    """Drop from ``tensors`` copies of the base's own embedding or head, which peft stores beside adapted ones.
+
+    A copy that differs from the base stays, and replaces the base's weight.
+
+    Raises:
+        AdapterError: it differs and the adapter is to be trained, which would not save it; or the base does not hold
+            that weight whole and unquantised, to compare and replace it.
+    """
+    for module, name in adapter.base_copies.items():
+        layer = next((found for path, found in model.named_modules() if path == module), None)
+        weight, copy = getattr(layer, "weight", None), tensors[name]
+        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.shape != copy.shape:
+            raise AdapterError(
+                tr(
+                    "{folder}: holds a copy of {module}.weight, and this base does not hold that weight whole",
+                    folder=adapter.folder,
+                    module=module,
+                ),
+                hint=tr("use one device and the base unquantised, or merge the adapter first"),
+                code="adapter-base",
+            )
+        if torch.equal(copy.to(weight.device, weight.dtype), weight):
+            del tensors[name]
+        elif trainable:
+            raise AdapterError(
+                tr(
+                    "{folder}: its copy of {module}.weight differs from the base's; it was trained or resized",
+                    folder=adapter.folder,
+                    module=module,
+                ),
+                hint=tr("merge the adapter, and train a new one on the result"),
+                code="adapter-base",
+            )
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> None:
@@ -157,75 +258,19 @@ def save_adapter(model: PeftModel, folder: str | Path) -> None:
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     # safetensors creates its files readable by the owner only; apply the umask as for peft's other file
     (Path(folder) / WEIGHTS_NAME).chmod(stat.S_IMODE((Path(folder) / CONFIG_NAME).stat().st_mode))
+    _write_for_older_peft(Path(folder) / CONFIG_NAME)
 
 
-def adapter_shapes(folder: Path) -> dict[str, list[int]]:
-    """Return names and shapes of the tensors in an adapter folder.
-
-    Raises:
-        AdapterError: the folder holds no readable adapter.
-    """
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (folder / name).is_file():
-            raise AdapterError(
-                tr("{folder}: no {name}; expected an adapter folder as PEFT writes it", folder=folder, name=name),
-                hint=tr("after `cogtune train` the adapter is in OUTPUT/adapter, and in every OUTPUT/checkpoint-N"),
-                code="adapter-missing",
-            )
-    try:
-        with safe_open(str(folder / WEIGHTS_NAME), framework="pt") as weights:
-            return {name: list(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise AdapterError(
-            tr("{path}: not readable: {error}", path=folder / WEIGHTS_NAME, error=error),
-            hint=tr("the file is damaged; copy it again"),
-            code="adapter-read",
-        ) from error
-
-
-def base_name(folder: Path) -> str | None:
-    """Return the base model that an adapter says it was trained on."""
-    name = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    return None if name is None else str(name)
-
-
-def find_adapter(folder: str | Path) -> Path:
-    """Return ``folder`` if it is an adapter folder, or the adapter folder in it if it is a run's output.
-
-    Raises:
-        AdapterError: it is neither.
-    """
-    folder = Path(folder).expanduser()
-    inside = folder / "adapter"
-    if not (folder / CONFIG_NAME).is_file() and (inside / CONFIG_NAME).is_file():
-        folder = inside
-    adapter_shapes(folder)
-    return folder
-
-
-def find_base(adapter: Path) -> str:
-    """Return the base model that an adapter names: an existing folder, or a name on the hub.
-
-    Raises:
-        AdapterError: the adapter names no base, or a folder that does not exist on this machine.
-    """
-    model = base_name(adapter)
-    if not model:
-        raise AdapterError(
-            tr("{adapter}: does not say what base it was trained on", adapter=adapter),
-            hint=tr("give --model BASE"),
-            code="adapter-base",
-        )
-    path = Path(model).expanduser()
-    if not path.is_dir() and (path.is_absolute() or model.count("/") != 1 or model.startswith(".")):
-        provenance = read_provenance(adapter)
-        hub = provenance.base.get("hub") if provenance is not None else None
-        raise AdapterError(
-            tr("{adapter}: names {model} as its base, which is not here", adapter=adapter, model=model),
-            hint=tr("give --model BASE; on the hub it is {hub}", hub=hub) if hub else tr("give --model BASE"),
-            code="adapter-base",
-        )
-    return model
+def _write_for_older_peft(path: Path) -> None:
+    """Leave keys at their defaults out of the configuration: releases before they existed refuse them."""
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    plain = json.loads(json.dumps(LoraConfig().to_dict(), default=list))
+    kept = {
+        key: value
+        for key, value in stored.items()
+        if key in OLDEST_KEYS or (key != "peft_version" and (key not in plain or value != plain[key]))
+    }
+    path.write_text(json.dumps(kept, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def describe(model: PeftModel) -> list[RegionCount]:
@@ -237,16 +282,23 @@ def describe(model: PeftModel) -> list[RegionCount]:
         entry = counts.setdefault((region(name), trained), [0, 0])
         entry[0] += 1
         entry[1] += sum(p.numel() for p in parameters)
+    for name, parameter in model.named_parameters():  # what lora.extra trains besides: modules_to_save, biases
+        if parameter.requires_grad and "lora_" not in name:
+            path = name.removeprefix(PREFIX)
+            saved, _, _ = path.partition(".modules_to_save.")
+            where = "biases" if saved == path and path.endswith("bias") else saved
+            entry = counts.setdefault((where, True), [0, 0])
+            entry[0] += 1
+            entry[1] += whole_numel(parameter)
     return [RegionCount(where, modules, size, trained) for (where, trained), (modules, size) in counts.items()]
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress two of peft's warnings: an internal deprecation, and missing adapter keys, which `_require_loaded`
-    raises."""
+    """Suppress two of peft's warnings: an internal deprecation, and that the base has another name than in training."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
-        warnings.filterwarnings("ignore", "Found missing adapter keys.*", UserWarning)
+        warnings.filterwarnings("ignore", ".*`base_model_name_or_path` was renamed.*", UserWarning)
         yield
 
 
@@ -283,8 +335,7 @@ def check_continued(folder: Path, lora: LoraSettings) -> None:
         AdapterError: the folder holds no readable adapter.
         ConfigError: a setting differs; the message has both values.
     """
-    adapter_shapes(folder)  # raises unless the folder is an adapter's
-    stored = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    stored = read_adapter(folder).config
     default = LoraSection()
     for field, key in _CONTINUED.items():
         asked, there = getattr(lora, field), stored.get(key, getattr(default, field))
@@ -332,20 +383,6 @@ def _check_extra(extra: dict[str, Any], own: dict[str, Any]) -> None:
                 hint=tr("it has {known}", known=", ".join(sorted(known - set(own)))),
                 code="config-lora",
             )
-
-
-def _require_loaded(model: PeftModel, folder: Path, shapes: dict[str, list[int]]) -> None:
-    """Check that the file's tensors and the model's adapter tensors are the same set."""
-    loaded = {name: list(t.shape) for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
-    for name in sorted(set(loaded) ^ set(shapes)):
-        where = tr("the file holds no") if name in loaded else tr("the base model has no place for")
-        raise AdapterError(
-            f"{folder}: {where} {name}",
-            hint=tr(
-                "it was trained on {base_name}; pass that model", base_name=base_name(folder) or tr("an unnamed base")
-            ),
-            code="adapter-base",
-        )
 
 
 def _first_line(error: Exception) -> str:

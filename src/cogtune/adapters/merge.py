@@ -20,11 +20,12 @@ from typing import BinaryIO
 
 import torch
 
-from cogtune.adapters.attach import WEIGHTS_NAME, base_name, find_adapter, find_base
+from cogtune.adapters.adapter_folder import WEIGHTS_NAME, find_adapter, find_base, read_adapter
+from cogtune.adapters.attach import expected_shapes
 from cogtune.adapters.merge_arithmetic import Changes, read_changes
 from cogtune.adapters.provenance import PROVENANCE_NAME, changed_settings, read_provenance, write_provenance
 from cogtune.adapters.safetensors_rows import CHUNK, DTYPES, SafetensorsFile
-from cogtune.checkpoint.model_files import INDEX_NAME, check_folder, shard_files, whole_folder
+from cogtune.checkpoint.model_files import INDEX_NAME, check_folder, load_model_config, shard_files, whole_folder
 from cogtune.checkpoint.stream import StoredTensor
 from cogtune.errors import AdapterError, CheckpointError, DiskFullError, OutputFolderError
 from cogtune.language import tr
@@ -92,8 +93,10 @@ def _merge(base: Path, adapter: Path, output: Path, progress: Callable[[str], No
     others, left_out = _other_files(base, shards)
     for name in [*shards, *others]:
         _require_own(base, name)
-    changes, provenance = read_changes(adapter, _tensors(base, shards)), read_provenance(adapter)
-    notes = _notes(base, adapter, left_out)
+    files_of = read_adapter(adapter)
+    wanted = expected_shapes(load_model_config(base), files_of)
+    changes, provenance = read_changes(files_of, _tensors(base, shards), wanted), read_provenance(adapter)
+    notes = _notes(base, files_of.base, left_out)
     if provenance is not None and (settings := changed_settings(provenance)):
         notes.append(
             tr(
@@ -163,7 +166,8 @@ def _write_changed(
         if tensor.name in changes.replaced:
             wide = factors.read(changes.replaced[tensor.name], first, last).float()
         else:
-            rows = source.read(tensor.name, first, last)
+            copy = changes.copies.get(tensor.name)
+            rows = source.read(tensor.name, first, last) if copy is None else factors.read(copy, first, last)
             if tensor.name in changes.weights:
                 wide = changes.weights[tensor.name].apply(rows, first, factors)
             else:
@@ -220,9 +224,8 @@ def _require_own(base: Path, name: str) -> None:
         )
 
 
-def _notes(base: Path, adapter: Path, left_out: list[str]) -> list[str]:
+def _notes(base: Path, recorded: str | None, left_out: list[str]) -> list[str]:
     notes = []
-    recorded = base_name(adapter)
     if recorded and Path(recorded).name != base.resolve().name and Path(recorded).resolve() != base.resolve():
         notes.append(
             tr(

@@ -10,7 +10,6 @@ format before adding; here only the sum is rounded.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,12 +19,10 @@ from typing import Any
 import torch
 from peft.utils.other import get_pattern_key
 
-from cogtune.adapters.attach import CONFIG_NAME, WEIGHTS_NAME, adapter_shapes, base_name
+from cogtune.adapters.adapter_folder import CONFIG_NAME, PREFIX, WEIGHTS_NAME, AdapterFolder, require_complete
 from cogtune.adapters.safetensors_rows import DTYPES, SafetensorsFile
 from cogtune.errors import AdapterError
 from cogtune.language import phrase, tr
-
-PREFIX = "base_model.model."
 
 _FACTORS = {
     "lora_A.weight": "a",
@@ -92,25 +89,48 @@ class Changes:
     biases: dict[str, Change]
     replaced: dict[str, str]
     """Name of the base's tensor -> name of its replacement in the adapter file."""
+    copies: dict[str, str] = field(default_factory=dict)
+    """Name of an adapted tensor of the base -> name of the copy in the adapter file that it is taken from."""
 
     def __len__(self) -> int:
         return len(self.weights) + len(self.biases) + len(self.replaced)
+
+    def in_file(self, names: Mapping[str, str]) -> Changes:
+        """Return the same with the file's spelling of the adapter's tensor names."""
+
+        def spelt(change: Change) -> Change:
+            factors = {factor: names[key] for factor, key in change.factors.items()}
+            return Change(change.module, factors, change.scale)
+
+        return Changes(
+            {name: spelt(change) for name, change in self.weights.items()},
+            {name: spelt(change) for name, change in self.biases.items()},
+            {name: names[key] for name, key in self.replaced.items()},
+            {name: names[key] for name, key in self.copies.items()},
+        )
 
     def __contains__(self, name: str) -> bool:
         return name in self.weights or name in self.biases or name in self.replaced
 
 
-def read_changes(folder: Path, base: Mapping[str, tuple[str, tuple[int, ...]]]) -> Changes:
-    """Return what the adapter in ``folder`` changes in a base whose tensors have these (dtype, shape).
+def read_changes(
+    adapter: AdapterFolder, base: Mapping[str, tuple[str, tuple[int, ...]]], wanted: Mapping[str, list[int]]
+) -> Changes:
+    """Return what an adapter changes in a base whose tensors have these (dtype, shape).
+
+    Args:
+        wanted: shapes of the tensors that its configuration means on this base.
 
     Raises:
-        AdapterError: no readable adapter, a kind that cannot be merged, or one made for another base.
+        AdapterError: a kind that cannot be merged, an incomplete adapter, or one made for another base.
     """
-    shapes = adapter_shapes(folder)
-    config = _read_config(folder)
+    folder, shapes = adapter.folder, adapter.shapes
+    _require_mergeable(adapter)
+    require_complete(adapter, wanted)
+    copies = adapter.base_copies
     modules: dict[str, Change] = {}
     replaced: dict[str, str] = {}
-    for key in shapes:
+    for key in shapes.keys() - set(copies.values()):
         module, factor = _parse(key, folder)
         if factor is None:
             replaced[module] = key
@@ -122,39 +142,21 @@ def read_changes(folder: Path, base: Mapping[str, tuple[str, tuple[int, ...]]]) 
         weights[f"{module}.weight"] = change
         if "bias" in change.factors:
             biases[f"{module}.bias"] = change
-    if not weights and not replaced:
-        raise AdapterError(
-            tr("{path}: holds no tensors", path=folder / WEIGHTS_NAME), hint=tr("train again"), code="adapter-read"
-        )
-    changes = Changes(weights, biases, replaced)
     for name in [*weights, *biases, *replaced]:
-        _require_place(name, base, folder)
+        _require_place(name, base, adapter, added=name in biases)
     for name, change in weights.items():
-        change.scale = _scale(change, config, shapes, folder)
+        change.scale = _scale(change, adapter.config, shapes, folder)
         _require_fit(change, base[name][1], shapes, folder)
-    for name, key in [*((n, c.factors["bias"]) for n, c in biases.items()), *replaced.items()]:
+    own = {f"{module}.weight": key for module, key in copies.items() if f"{module}.weight" in weights}
+    for name, key in [*((n, c.factors["bias"]) for n, c in biases.items()), *replaced.items(), *own.items()]:
         if tuple(shapes[key]) != base[name][1]:
             raise _misfit(folder, key, shapes[key], f"{list(base[name][1])} as {name}")
-    return changes
+    changes = Changes(weights, biases, replaced, own)
+    return changes.in_file(adapter.names)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_NAME
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AdapterError(
-            tr("{path}: not JSON: {error}", path=path, error=error),
-            hint=tr("copy the adapter again"),
-            code="adapter-read",
-        ) from error
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind != "LORA":
-        raise AdapterError(
-            tr("{path}: peft_type is {kind!r}; only LoRA (and DoRA) adapters can be merged", path=path, kind=kind),
-            hint=tr("use it unmerged with `cogtune chat --adapter`"),
-            code="adapter-merge",
-        )
+def _require_mergeable(adapter: AdapterFolder) -> None:
+    config, path = adapter.config, adapter.folder / CONFIG_NAME
     reasons = {key: tr(why) for key, why in _UNMERGEABLE.items() if config.get(key)}
     start = config.get("init_lora_weights")
     if start not in _HARMLESS_STARTS:
@@ -168,7 +170,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
             hint=tr("use it unmerged with `cogtune chat --adapter`, or convert it to plain LoRA with peft"),
             code="adapter-merge",
         )
-    return dict(config)
 
 
 def _parse(key: str, folder: Path) -> tuple[str, str | None]:
@@ -211,13 +212,21 @@ def _scale(change: Change, config: dict[str, Any], shapes: dict[str, list[int]],
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _require_place(name: str, base: Mapping[str, tuple[str, tuple[int, ...]]], folder: Path) -> None:
+def _require_place(
+    name: str, base: Mapping[str, tuple[str, tuple[int, ...]]], adapter: AdapterFolder, *, added: bool
+) -> None:
+    """Check that the base has tensor ``name``; ``added``: it is a bias that the adapter adds to (``lora_bias``)."""
+    folder = adapter.folder
+    if name not in base and added:
+        raise AdapterError(
+            tr("{folder}: lora_bias adds {name}, for which the base's layout has no place", folder=folder, name=name),
+            hint=tr("use it unmerged with `cogtune chat --adapter`"),
+            code="adapter-merge",
+        )
     if name not in base:
         raise AdapterError(
             tr("{folder}: changes {name}, which the base model does not have", folder=folder, name=name),
-            hint=tr(
-                "it was trained on {base_name}; pass that model", base_name=base_name(folder) or tr("an unnamed base")
-            ),
+            hint=tr("give the base it was trained on: {base}", base=adapter.base or tr("it names none")),
             code="adapter-base",
         )
     if base[name][0] not in DTYPES:
@@ -259,6 +268,6 @@ def _misfit(folder: Path, what: str, found: list[int], expected: str) -> Adapter
             found=found,
             expected=expected,
         ),
-        hint=tr("it was trained on {base_name}; pass that model", base_name=base_name(folder) or tr("an unnamed base")),
+        hint=tr("{config} and the tensors contradict each other: copy the adapter again", config=CONFIG_NAME),
         code="adapter-base",
     )

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from cogtune.adapters.attach import LoraSettings, adapter_shapes, attach
+from cogtune.adapters.adapter_folder import adapter_shapes
+from cogtune.adapters.attach import LoraSettings, attach
 from cogtune.adapters.targets import is_match, resolve_targets
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.configuration.shapes import TOWER

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from cogtune.adapters.attach import adapter_shapes, find_adapter, find_base, load_adapter
+from cogtune.adapters.adapter_folder import adapter_shapes, find_adapter, find_base
+from cogtune.adapters.attach import load_adapter
 from cogtune.adapters.provenance import inherit
 from cogtune.adapters.tensor_parallel import split_adapter
 from cogtune.checkpoint.load import load_model

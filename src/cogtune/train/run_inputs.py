@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from cogtune.adapters.attach import adapter_shapes, check_continued
+from cogtune.adapters.adapter_folder import adapter_shapes
+from cogtune.adapters.attach import check_continued
 from cogtune.adapters.targets import adapted_modules, check_reached
 from cogtune.checkpoint.fingerprint import adapter_fingerprint, model_fingerprint
 from cogtune.checkpoint.model_files import check_folder, load_model_config

@@ -13,7 +13,8 @@ import torch
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from cogtune.adapters.attach import CONFIG_NAME, WEIGHTS_NAME, save_adapter
+from cogtune.adapters.adapter_folder import CONFIG_NAME, WEIGHTS_NAME
+from cogtune.adapters.attach import save_adapter
 from cogtune.adapters.model_card import CARD_NAME, is_own_card, write_card
 from cogtune.adapters.provenance import PROVENANCE_NAME, Provenance, read_provenance, write_provenance
 from cogtune.checkpoint import resume_state as checkpoints

@@ -259,7 +259,7 @@ def test_an_adapter_for_another_base_is_refused(tiny_checkpoint: Path, tmp_path:
     with pytest.raises(AdapterError, match="size mismatch"):
         load_adapter(load_model(wider), tmp_path / "adapter")
     deeper = make_tiny(tmp_path / "deeper", num_hidden_layers=3)
-    with pytest.raises(AdapterError, match=r"the file holds no .*layers\.2\."):
+    with pytest.raises(AdapterError, match=r"the file holds 40 of the 60 tensors .* it lacks .*layers\.2\."):
         load_adapter(load_model(deeper), tmp_path / "adapter")
     shallower = make_tiny(tmp_path / "shallower", num_hidden_layers=1)
     with pytest.raises(AdapterError, match=r"no place for .*layers\.1\."):

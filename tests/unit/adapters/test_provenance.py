@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from cogtune.adapters.attach import base_name
+from cogtune.adapters.adapter_folder import base_name
 from cogtune.adapters.merge import merge
 from cogtune.adapters.model_card import write_card
 from cogtune.adapters.provenance import (
