@@ -261,11 +261,6 @@ def find_adapter(folder: str | Path) -> Path:
     return folder
 
 
-def is_adapter(folder: Path) -> bool:
-    """Return whether a folder holds an adapter and no model."""
-    return (folder / CONFIG_NAME).is_file() and not (folder / "config.json").is_file()
-
-
 def find_base(adapter: Path) -> str:
     """Return the base model that an adapter names: an existing folder, or a name on the hub.
 

@@ -44,6 +44,13 @@ _PATTERN_CHARACTERS = set("*?[](){}|\\^$+")
 
 
 LINEAR = "Linear"
+_ELSEWHERE = {
+    **dict.fromkeys(("all", "all-linear", "linear"), "experts"),
+    **dict.fromkeys(("q-proj", "k-proj", "v-proj", "qkv-proj", "qkv", "c-attn"), "experts-attention"),
+    **dict.fromkeys(("o-proj", "out-proj"), "experts-attention"),
+    **dict.fromkeys(("fc1", "fc2", "w1", "w2", "w3"), "experts-mlp"),
+}
+"""Targets as peft and other models name them, and the set that is meant here."""
 
 
 def resolve_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
@@ -178,7 +185,10 @@ def _matching_pattern(pattern: str, kinds: Mapping[str, str]) -> list[str]:
 
 def _nothing(target: str, kinds: Mapping[str, str]) -> AdapterError:
     names = {".".join(name.split(".")[-parts:]) for name, kind in kinds.items() if kind == LINEAR for parts in (1, 2)}
-    near = _nearest(target, [*TARGET_SETS, *sorted(names)])
+    others = [name for name, kind in kinds.items() if kind != LINEAR]  # a name that hits one of them is refused too
+    usable = [name for name in sorted(names) if not any(is_hit(other, name) for other in others)]
+    meant = _ELSEWHERE.get(target.lower().replace("_", "-"))
+    near = f"`{meant}`" if meant else _nearest(target, [*TARGET_SETS, *usable])
     return AdapterError(
         tr("lora.targets: `{target}` matches none of this model's modules", target=target),
         hint=tr("did you mean {near}? {sets_hint}", near=near, sets_hint=_sets_hint()) if near else _sets_hint(),

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from transformers import GenerationConfig
 
 from cogtune.checkpoint.stream import StoredTensor, find_stored
-from cogtune.configuration.architectures import refuse_foreign
+from cogtune.configuration.architectures import refuse_adapter, refuse_foreign
 from cogtune.configuration.config_json import GENERATION_KEYS, known_part, read_object
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.errors import CheckpointError
@@ -34,6 +34,7 @@ def load_model_config(path: str | Path) -> CogVLM2Config:
         CheckpointError: no such folder, no ``config.json`` in it, one that is not valid, or another architecture's.
     """
     folder = Path(path)
+    refuse_adapter(folder)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise CheckpointError(
             tr("{folder}: no config.json; expected a model folder", folder=folder),

@@ -46,6 +46,17 @@ _FOREIGN = {
 _UNKNOWN = (phrase("another model"), phrase("look for it in ms-swift or transformers, which know many"))
 
 
+def refuse_adapter(folder: str | Path) -> None:
+    """Raise CheckpointError if an adapter's folder is given for a model's."""
+    folder = Path(folder).expanduser()
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise CheckpointError(
+            tr("{folder}: an adapter; a model was expected", folder=folder),
+            hint=tr("give it as --adapter, and its base as --model, or leave --model out"),
+            code="checkpoint-config",
+        )
+
+
 def architecture_of(config: Mapping[str, Any]) -> str | None:
     """Return the architecture that a parsed ``config.json`` names, or None."""
     names = config.get("architectures")

@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from transformers import PreTrainedTokenizerFast
 
-from cogtune.configuration.architectures import refuse_foreign
+from cogtune.configuration.architectures import refuse_adapter, refuse_foreign
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.errors import CheckpointError
 from cogtune.language import tr
@@ -35,6 +35,7 @@ def find_folder(path_or_id: str | os.PathLike[str], **hub: Any) -> Path:
     folder = Path(path_or_id).expanduser()
     if not folder.is_dir():
         folder = _download(path_or_id, folder, hub)
+    refuse_adapter(folder)
     missing = [name for name in REQUIRED_FILES if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(

@@ -18,7 +18,8 @@ from cogtune.adapters.merge import merge
 from cogtune.checkpoint.load import load_model
 from cogtune.checkpoint.random import make_tiny
 from cogtune.configuration.run_config import LoraSection
-from cogtune.errors import AdapterError
+from cogtune.errors import AdapterError, CheckpointError
+from cogtune.processing.processor import CogVLM2Processor
 from tests.support.adapters import write_adapter
 
 TARGETS = {"targets": ["language_expert_dense"]}
@@ -201,3 +202,10 @@ def test_our_adapters_name_no_key_that_older_peft_refuses(base: Path, good: Path
     stored = json.loads((newer / CONFIG_NAME).read_text())
     assert set(stored) - OLDEST_KEYS == {"exclude_modules"}, "what was set is kept"
     load_adapter(load_model(base), newer)
+
+
+def test_an_adapter_given_as_the_model_is_called_one(base: Path, good: Path) -> None:
+    for read in (load_model, CogVLM2Processor.from_pretrained):
+        with pytest.raises(CheckpointError, match="an adapter; a model was expected") as caught:
+            read(good)
+        assert "--adapter" in str(caught.value.hint)

@@ -116,6 +116,10 @@ def test_what_text_alone_reaches(base: CogVLM2ForCausalLM, name: str) -> None:
     [
         ("vision_expert_qkv", "did you mean.*vision_expert_query_key_value"),
         ("vision-expert", "did you mean.*vision-experts"),
+        ("all-linear", "did you mean `experts`"),
+        ("ALL", "did you mean `experts`"),
+        ("q_proj", "did you mean `experts-attention`"),
+        ("linear_projj", "matches none of this model's modules(?!.*`linear_proj`)"),
         ("linear_proj", "hits model.vision.linear_proj, a GLUAdapter"),
         ("self_attn", "hits model.layers.0.self_attn, a ExpertAttention"),
         ("embed_tokens", "hits model.embed_tokens, a Embedding"),
