@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cogtune.adapters.attach import CONFIG_NAME, find_adapter
+from cogtune.adapters.adapter_folder import CONFIG_NAME, find_adapter
 from cogtune.configuration.answer_config import AnswerConfig
 from cogtune.configuration.load import explicit_values, with_values
 from cogtune.errors import ConfigError

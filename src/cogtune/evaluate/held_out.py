@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cogtune.adapters.attach import find_adapter
+from cogtune.adapters.adapter_folder import find_adapter
 from cogtune.configuration.load import load_config
 from cogtune.data.records import Example
 from cogtune.data.split import read_and_split
