@@ -186,7 +186,7 @@ def _matching_pattern(pattern: str, kinds: Mapping[str, str]) -> list[str]:
 def _nothing(target: str, kinds: Mapping[str, str]) -> AdapterError:
     names = {".".join(name.split(".")[-parts:]) for name, kind in kinds.items() if kind == LINEAR for parts in (1, 2)}
     others = [name for name, kind in kinds.items() if kind != LINEAR]  # a name that hits one of them is refused too
-    usable = [name for name in sorted(names) if not any(is_hit(other, name) for other in others)]
+    usable = [name for name in sorted(names) if not any(is_match(other, name) for other in others)]
     meant = _ELSEWHERE.get(target.lower().replace("_", "-"))
     near = f"`{meant}`" if meant else _nearest(target, [*TARGET_SETS, *usable])
     return AdapterError(
