@@ -15,6 +15,7 @@ from cogtune.bench.rows import PRESETS, synthetic_rows
 from cogtune.configuration.resolve import resolve_workers
 from cogtune.configuration.run_config import RunConfig
 from cogtune.data.loader import batches
+from cogtune.data.records import ImageRef
 from cogtune.data.sampler import EpochSampler
 from cogtune.features.file_format import Layout
 from cogtune.features.store import Store
@@ -91,7 +92,7 @@ def _stored_in(config: RunConfig) -> str:
     return "bfloat16" if config.data.cache_dtype == "auto" else config.data.cache_dtype
 
 
-def _stored(model: Any, stored: str, root: Path, images: set[Path]) -> Any:
+def _stored(model: Any, stored: str, root: Path, images: set[ImageRef]) -> Any:
     """Return random features of every picture in a feature cache's own files."""
     store = Store(root, make_variant("random", model, "bfloat16", stored))
     store.prepare("random")

@@ -18,6 +18,7 @@ from cogtune.checkpoint.random import random_weights
 from cogtune.configuration.load import with_values
 from cogtune.configuration.resolve import resolve_compile, resolve_workers, torch_dtype
 from cogtune.configuration.run_config import RunConfig
+from cogtune.data.records import ImageRef
 from cogtune.features.cache import FeatureCache, FillReport
 from cogtune.features.fill import FillSettings, Tower
 from cogtune.features.variant import make_variant
@@ -56,7 +57,9 @@ def measure_filling(config: RunConfig, results: Results, *, pictures: int, side:
     )
 
 
-def _random(config: RunConfig, engine: Engine, dtype: torch.dtype, images: list[Path], folder: Path) -> dict[str, Any]:
+def _random(
+    config: RunConfig, engine: Engine, dtype: torch.dtype, images: list[ImageRef], folder: Path
+) -> dict[str, Any]:
     """Measure with random weights and the tower alone: the decoder is freed before filling."""
     began = time.perf_counter()
     quantization = config.quant
@@ -91,7 +94,7 @@ def _random(config: RunConfig, engine: Engine, dtype: torch.dtype, images: list[
 
 
 def _from_checkpoint(
-    config: RunConfig, engine: Engine, dtype: torch.dtype, images: list[Path], folder: Path
+    config: RunConfig, engine: Engine, dtype: torch.dtype, images: list[ImageRef], folder: Path
 ) -> dict[str, Any]:
     """Measure as in a run: each filling loads the tower, which counts in its peak memory but not in its speed."""
     config = with_values(config, {"data.cache_dir": str(folder / "features")})

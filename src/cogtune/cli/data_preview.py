@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cogtune.cli.command import Command, flag
 from cogtune.cli.data_config import KEYS, data_config
@@ -15,9 +16,11 @@ from cogtune.language import phrase, tr
 from cogtune.system.terminal import visible
 
 if TYPE_CHECKING:
+    from PIL import Image
     from rich.console import Console
 
     from cogtune.data.preview import RowPreview, Segment
+    from cogtune.data.records import ImageRef
 
 _ABOUT = """\
 Show rows as training builds them: the picture, and the tree of its questions and answers with every token coloured by
@@ -51,7 +54,7 @@ def _preview(flags: _Flags, line: Arguments) -> None:
             hint=tr("name the model's folder with --model; tokenizer.json and config.json are enough"),
             code="checkpoint-tokenizer",
         )
-    examples, _ = read_sources(config.data, max_images=tokens.encoder().max_images)
+    examples, _ = read_sources(config.data, max_images=tokens.encoder().max_images, clips=tokens.reads_clips)
     rows = preview_rows(examples, config.data, tokens, flags.count, flags.record)
     if target is None:
         _print(rows, flags.width, config.data.exif)
@@ -99,35 +102,51 @@ def _print_row(console: Console, row: RowPreview, width: int, exif: str) -> None
     )
     for source in row.sources:
         console.print(tr("from {source}", source=source), style="dim", markup=False)
-    for image in row.images if width else ():
-        _print_picture(console, image, width, exif)
+    if width:
+        _print_images(console, row.images, width, exif)
     for segment in row.segments:
         _print_segment(console, segment)
 
 
-def _print_picture(console: Console, path: Path, width: int, exif: str) -> None:
-    """Print the square that the model sees, two pixels per character."""
+def _print_images(console: Console, images: Sequence[ImageRef], width: int, exif: str) -> None:
+    """Print what the model sees, two pixels per character: a picture's square, or a clip's frames as a strip."""
+    from cogtune.data.picture_headers import turned_note
+    from cogtune.data.pixels import shown_squares
+    from cogtune.processing.frames import Frame
+
+    frames = [image for image in images if isinstance(image, Frame)]
+    side = width if not frames else max(8, min(width, console.width // 6))
+    squares = list(shown_squares(images, side, exif=exif))
+    if frames:
+        text = tr("{path} ({size}), frames {frames}", path=frames[0].path, size=squares[0][1],
+                  frames=", ".join(str(frame.index) for frame in frames))  # fmt: skip
+        console.print(text, style="dim", markup=False)
+        each = max(1, console.width // side)
+        for start in range(0, len(squares), each):
+            _print_strip(console, [square for square, _ in squares[start : start + each]])
+        return
+    for image, (square, size) in zip(images, squares, strict=True):
+        assert not isinstance(image, Frame)
+        note = turned_note(image, exif)
+        console.print(tr("{path} ({size}, made square)", path=image, size=size), style="dim", markup=False)
+        if note is not None:
+            console.print(note, style="bold red", markup=False)
+        _print_strip(console, [square])
+
+
+def _print_strip(console: Console, squares: Sequence[Image.Image]) -> None:
     from rich.text import Text
 
-    from cogtune.data.picture_headers import turned_note
-    from cogtune.processing.image import read_image
-
-    image, note = read_image(path, exif=exif), turned_note(path, exif)
-    console.print(
-        tr("{path} ({width} x {height}, made square)", path=path, width=image.width, height=image.height),
-        style="dim",
-        markup=False,
-    )
-    if note is not None:
-        console.print(note, style="bold red", markup=False)
     if not console.is_terminal:
         return
-    pixels = image.resize((width, width)).load()
-    for y in range(0, width - 1, 2):
+    grids: list[Any] = [square.load() for square in squares]
+    side = squares[0].height
+    for y in range(0, side - 1, 2):
         line = Text()
-        for x in range(width):
-            upper, lower = ("#{:02x}{:02x}{:02x}".format(*pixels[x, y + half]) for half in (0, 1))  # type: ignore[index,misc]
-            line.append("▀", style=f"{upper} on {lower}")
+        for pixels in grids:
+            for x in range(side):
+                upper, lower = ("#{:02x}{:02x}{:02x}".format(*pixels[x, y + half]) for half in (0, 1))
+                line.append("▀", style=f"{upper} on {lower}")
         console.print(line)
 
 

@@ -83,6 +83,20 @@ class SourceSection(Section):
     caption_question: Text = Field(
         default="Describe this image in detail.", description="The question put before a caption in `captions` records."
     )
+    clip_question: Text = Field(
+        default="Please describe this video in detail.",
+        description="For a video model: the question put before a caption of a clip.",
+    )
+    frames: Literal["chat", "base", "fps", "uniform"] = Field(
+        default="chat",
+        description="For a video model: which frames of a clip it sees. chat: one a second, as every published script"
+        " does; base: spread over the first minute, repeated in short clips; fps: frame_rate a second; uniform: spread"
+        " over the whole clip.",
+    )
+    max_frames: int = Field(default=24, ge=1, description="For a video model: most frames of a clip.")
+    frame_rate: float = Field(
+        default=1.0, gt=0, description="For a video model with frames fps: how many frames a second."
+    )
     on_bad: Literal["error", "skip"] = Field(
         default="error",
         description="What to do with a record or picture that cannot be read. skip: count it and go on.",

@@ -109,7 +109,7 @@ def check(data: DataSection, seed: int, tokens: TokenFile, progress: ProgressCal
     report = CheckReport(tokens.exact)
     tell = progress or (lambda *_: None)
     try:
-        examples, validation, found = _read(data, seed, report, tell, tokens.encoder().max_images)
+        examples, validation, found = _read(data, seed, report, tell, tokens)
     except DataError as error:
         report.add("error", error.code, "", error.message)
         report.seconds = time.monotonic() - began
@@ -128,19 +128,20 @@ def check(data: DataSection, seed: int, tokens: TokenFile, progress: ProgressCal
 
 
 def _read(
-    data: DataSection, seed: int, report: CheckReport, tell: ProgressCallback, max_images: int
+    data: DataSection, seed: int, report: CheckReport, tell: ProgressCallback, tokens: TokenFile
 ) -> tuple[list[Example], list[Example], int]:
     """Return training and validation examples, and the number of problems."""
 
     def done(count: int, total: int) -> None:
         tell(tr("pictures and labels"), count, total)
 
-    examples, read, problems = collect_sources(data, done=done, max_images=max_images)
+    model: dict[str, Any] = {"max_images": tokens.encoder().max_images, "clips": tokens.reads_clips}
+    examples, read, problems = collect_sources(data, done=done, **model)
     _take(report, read, problems, len(examples), data)
     report.fingerprint = read.fingerprint
     found = len(problems.found)
     if data.validation:
-        validation, own, own_problems = collect_sources(data, data.validation, done, max_images=max_images)
+        validation, own, own_problems = collect_sources(data, data.validation, done, **model)
         _take(report, own, own_problems, len(validation), data)
         try:
             refuse_overlap(examples, validation)
@@ -159,7 +160,7 @@ def _read(
 
 def _take(report: CheckReport, read: DataReport, problems: Problems, examples: int, data: DataSection) -> None:
     """Report problems: as errors if they would stop training, else as warnings."""
-    for key in ("pictures", "conversations", "turns", "text_only", "turned", "animated", "special"):
+    for key in ("pictures", "conversations", "turns", "text_only", "frames", "turned", "animated", "special"):
         report.counts[key] = report.counts.get(key, 0) + int(getattr(read, key))
     report.counts["bad"] = report.counts.get("bad", 0) + sum(problems.lost.values())
     report.sources += [asdict(source) for source in read.sources]

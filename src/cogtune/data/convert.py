@@ -16,6 +16,7 @@ from typing import Any
 from cogtune.data.records import Conversation, Example
 from cogtune.errors import DataError, OutputFolderError
 from cogtune.language import phrase, tr
+from cogtune.processing.frames import Frame
 from cogtune.system import files
 from cogtune.system.file_errors import explained
 from cogtune.system.locks import lock_beside
@@ -61,6 +62,22 @@ def _require_new(target: Path) -> None:
         )
 
 
+def _picture(example: Example) -> Path:
+    """Return the one picture of an example: both layouts name one a record.
+
+    Raises:
+        DataError: the example is about a clip.
+    """
+    (picture,) = example.images[:1]
+    if isinstance(picture, Frame):
+        raise DataError(
+            tr("{source}: a clip; pictures are converted only", source=example.conversations[0].source),
+            hint=tr("clips are read in their own layouts, see docs/guides/video.md"),
+            code="data-media-clips",
+        )
+    return picture
+
+
 def _write_folder(examples: Sequence[Example], target: Path, link: bool, done: Told | None) -> Converted:
     lonely = [example for example in examples if not example.images]
     if lonely:
@@ -78,7 +95,7 @@ def _write_folder(examples: Sequence[Example], target: Path, link: bool, done: T
             (growing / name).mkdir()
         names = _Names()
         for number, example in enumerate(examples, start=1):
-            (picture,) = example.images  # both layouts name one picture per record
+            picture = _picture(example)
             name = names.take(picture)
             _place(picture, growing / "images" / name, link)
             records = [{"conversations": _messages(conversation)} for conversation in example.conversations]
@@ -109,7 +126,7 @@ def _write_lines(examples: Sequence[Example], target: Path, link: bool, done: To
             image = None
             if example.images:
                 with_picture += 1
-                (picture,) = example.images
+                picture = _picture(example)
                 image = _relative(picture, target.parent)
                 if image is None:
                     name = names.take(picture)

@@ -12,12 +12,12 @@ from torch.utils.data import Dataset
 
 from cogtune.configuration.shapes import IGNORED_LABEL, TREE_ROOT
 from cogtune.data.budget import Budget, BudgetReport, Sample
+from cogtune.data.pixels import tower_inputs
 from cogtune.data.records import Example, ImageRef
 from cogtune.data.rows import RowPlan, RowShape, encode_sample, plan_rows, shape_of
 from cogtune.errors import ConfigError, DataError
 from cogtune.language import tr
 from cogtune.processing.encode import Encoder
-from cogtune.processing.image import preprocess, read_image
 from cogtune.processing.tree import Row, build_tree
 
 if TYPE_CHECKING:
@@ -200,12 +200,12 @@ class TrainRows(Dataset[RowSample]):
         row = build_tree([encode_sample(self._encoder, example, sample, longest) for sample in samples])
         ids = dict.fromkeys(example.conversations[sample.conversation].id for sample in samples)
         if self._features is None:
-            return RowSample(row, tuple(map(self._pixels, example.images)), tuple(ids))
+            return RowSample(row, self._pixels(example.images), tuple(ids))
         return RowSample(row, (), tuple(ids), tuple(map(self._features, example.images)))
 
-    def _pixels(self, image: ImageRef) -> torch.Tensor:
-        read = read_image(image, max_pixels=self._data.max_pixels, exif=self._data.exif)
-        return preprocess(read, self._image_size)
+    def _pixels(self, images: Sequence[ImageRef]) -> tuple[torch.Tensor, ...]:
+        data = self._data
+        return tuple(tower_inputs(images, self._image_size, max_pixels=data.max_pixels, exif=data.exif))
 
     def _drawn(self, example: Example, plan: RowPlan, epoch: int) -> list[Sample]:
         """Draw one round per conversation; with probability 1/2 the round before it is its history.

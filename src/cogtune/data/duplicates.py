@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cogtune.data.picture_headers import in_threads
-from cogtune.data.records import Conversation, Example
+from cogtune.data.records import Conversation, Example, file_of
 
 Told = Callable[[int, int], None]
 
@@ -22,8 +22,9 @@ def picture_contents(examples: Iterable[Example], done: Told | None = None) -> d
     """
     sizes: defaultdict[int, dict[str, list[Path]]] = defaultdict(dict)
     for example in examples:
-        for image, size in zip(example.images, example.image_bytes, strict=True):
-            sizes[size].setdefault(os.path.realpath(image), []).append(image)
+        files = dict.fromkeys(map(file_of, example.images))
+        for file, size in zip(files, example.image_bytes, strict=True):
+            sizes[size].setdefault(os.path.realpath(file), []).append(file)
     contents: dict[Path, str] = {}
     read: list[str] = []
     for size, places in sizes.items():
@@ -62,9 +63,10 @@ def repeated(examples: Sequence[Example], contents: dict[Path, str], caption_que
     files: defaultdict[str, dict[str, str]] = defaultdict(dict)
     asked: defaultdict[tuple[tuple[str, ...], str], list[Conversation]] = defaultdict(list)
     for example in examples:
-        for image in example.images:
-            files[contents[image]].setdefault(str(image), str(image))
-        shown = tuple(contents[image] for image in example.images)
+        own = list(dict.fromkeys(map(file_of, example.images)))
+        for file in own:
+            files[contents[file]].setdefault(str(file), str(file))
+        shown = tuple(contents[file] for file in own)
         for conversation in example.conversations:
             asked[shown, conversation.turns[0].question.strip()].append(conversation)
     found = Repeated(pictures=[list(names) for names in files.values() if len(names) > 1])
@@ -87,10 +89,10 @@ def _compare(question: str, conversations: list[Conversation], caption_question:
 
 def leaks(train: Sequence[Example], validation: Sequence[Example], contents: dict[Path, str]) -> list[tuple[str, str]]:
     """Return pairs of files (validation, training) that show the same picture."""
-    trained = {contents[image]: str(image) for example in train for image in example.images}
+    trained = {contents[file]: str(file) for example in train for file in map(file_of, example.images)}
     return [
-        (str(image), trained[contents[image]])
+        (str(file), trained[contents[file]])
         for example in validation
-        for image in example.images
-        if contents[image] in trained
+        for file in dict.fromkeys(map(file_of, example.images))
+        if contents[file] in trained
     ]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cogtune.configuration.shapes import IGNORED_LABEL, TREE_ROOT
 from cogtune.data.budget import Budget
-from cogtune.data.records import Example, ImageRef
+from cogtune.data.records import Example, ImageRef, file_of
 from cogtune.data.rows import encode_sample, plan_rows
 from cogtune.errors import DataError
 from cogtune.language import tr
@@ -101,7 +101,7 @@ def preview_rows(
 
 def _is_named(example: Example, record: str) -> bool:
     names = {example.key, *(conversation.id for conversation in example.conversations)}
-    return record in names or any(image.name == record for image in example.images)
+    return record in names or any(record in (image.name, file_of(image).name) for image in example.images)
 
 
 def _segments(row: Row, pieces: _Pieces) -> Iterator[Segment]:

@@ -5,21 +5,24 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from PIL import Image
 
 from cogtune.data.picture_headers import turned_note
+from cogtune.data.pixels import shown_squares
 from cogtune.data.preview import RowPreview, Segment, Token
 from cogtune.data.records import ImageRef
+from cogtune.processing.frames import Frame
 
-_SIDE = 448
+_SIDE, _STRIP_SIDE = 448, 112
 _STYLE = """
 body { font: 15px/1.6 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #222; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.05rem; margin: 2.5rem 0 .3rem; word-break: break-all; }
 p.about { color: #666; margin: 0 0 .6rem; word-break: break-all; }
 .row { display: flex; gap: 1.2rem; align-items: flex-start; flex-wrap: wrap; } .tree { flex: 1; min-width: 20rem; }
 figure { margin: 0; position: relative; }
+.strip { display: flex; flex-wrap: wrap; gap: .3rem; width: 30rem; max-width: 100%; } .strip img { width: 7rem; }
 .turned { position: absolute; top: 0; left: 0; background: #c0392b; color: #fff; font-size: .8rem; padding: 1px 6px; }
  figcaption { font-size: .8rem; color: #666; } img { max-width: 16rem; border: 1px solid #ccc; }
 .segment { border-left: 4px solid var(--branch); margin: .35rem 0 .35rem 0; padding: .1rem 0 .1rem .7rem; }
@@ -92,18 +95,24 @@ def _token(token: Token) -> str:
 def _figures(row: RowPreview, exif: str) -> str:
     if not row.images:
         return "<figure><figcaption>no picture</figcaption></figure>"
-    return "".join(_figure(image, exif) for image in row.images)
+    return images_html(row.images, exif)
 
 
-def _figure(path: ImageRef, exif: str) -> str:
-    from cogtune.processing.image import read_image
+def images_html(images: Sequence[ImageRef], exif: str) -> str:
+    """Return what the model sees: a picture's square, or a clip's frames as a strip."""
+    strip = len(images) > 1
+    shown = shown_squares(images, _STRIP_SIDE if strip else _SIDE, exif=exif)
+    figures = [_figure(image, square, size, exif) for image, (square, size) in zip(images, shown, strict=True)]
+    return f'<div class="strip">{"".join(figures)}</div>' if strip else "".join(figures)
 
-    image = read_image(path, exif=exif)
-    square = image.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
+
+def _figure(image: ImageRef, square: Image.Image, size: str, exif: str) -> str:
     stream = io.BytesIO()
     square.save(stream, "JPEG", quality=85)
     data = base64.b64encode(stream.getvalue()).decode()
-    note = turned_note(path, exif)
+    note = None if isinstance(image, Frame) else turned_note(image, exif)
     mark = f'<span class="turned">{html.escape(note)}</span>' if note else ""
-    caption = f"{html.escape(path.name)}, {image.width} x {image.height}, made square as the model sees it"
+    caption = f"{html.escape(image.name)}, {size}, made square as the model sees it"
+    if isinstance(image, Frame):
+        caption = html.escape(f"{image.name.rpartition('#')[2]}")
     return f'<figure><img alt="" src="data:image/jpeg;base64,{data}">{mark}<figcaption>{caption}</figcaption></figure>'

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cogtune.data.formats import arrow, coco, jsonfiles, table, vqa
+from cogtune.data.formats import arrow, clips, coco, jsonfiles, table, vqa
+from cogtune.data.formats.clip_records import refuse_other_kind
 from cogtune.data.formats.item import Content, Item, RecordRules
 from cogtune.data.formats.markers import strip_ends
 from cogtune.data.picture_headers import PictureHeader, check_picture, in_threads
@@ -17,7 +18,10 @@ from cogtune.data.problems import BadRecordError, Problem, Problems
 from cogtune.data.record_json import of_readable_length
 from cogtune.data.records import Conversation, Example, Turn
 from cogtune.data.report import DataReport, SourceReport
+from cogtune.errors import DataError
 from cogtune.language import tr
+from cogtune.processing.clip import read_clip
+from cogtune.processing.frames import Frame
 
 
 @dataclass
@@ -27,6 +31,7 @@ class _Group:
     images: tuple[Located, ...]
     conversations: list[Conversation] = field(default_factory=list)
     headers: list[PictureHeader] = field(default_factory=list)
+    frames: tuple[Frame, ...] = ()
     problem: tuple[str, str] | None = None
 
 
@@ -105,6 +110,10 @@ class RecordsReader:
             return
         readers: dict[str, Callable[[Path], Iterator[Item]]] = {
             "coco": lambda file: coco.items(file, self.rules),
+            "clips": lambda file: clips.labelled(file, self.rules),
+            "prompts": lambda file: clips.prompts(file.parent, self.rules),
+            "msrvtt": lambda file: clips.msrvtt(file, self.rules),
+            "vatex": lambda file: clips.vatex(file, self.rules),
             "csv": lambda file: table.items(file, self.rules),
             "parquet": lambda file: arrow.items(file, self.rules),
             "hf": lambda file: arrow.items(file, self.rules),
@@ -146,6 +155,12 @@ class RecordsReader:
     def _check(self, group: _Group) -> _Group:
         for path in (image.path for image in group.images):
             try:
+                refuse_other_kind(path, clips=self.rules.clips is not None)
+                if self.rules.clips is not None:
+                    clip = read_clip(path, self.rules.clips, max_pixels=self.max_pixels)
+                    group.frames, header = clip.frames, PictureHeader(clip.size)
+                    group.headers.append(header)
+                    continue
                 if not _is_file(path):
                     raise BadRecordError(
                         "image-missing", tr("the picture {shown_path} does not exist", shown_path=shown_path(path))
@@ -154,6 +169,9 @@ class RecordsReader:
             except BadRecordError as bad:
                 named = "" if bad.kind == "image-missing" else f"{shown_path(path)}: "
                 group.problem = (bad.kind, named + bad.what)
+                break
+            except DataError as error:
+                group.problem = (error.code, error.message)
                 break
         return group
 
@@ -164,7 +182,7 @@ class RecordsReader:
         names = "+".join(image.name for image in group.images)
         return Example(
             key=f"{self.name}/{names}",
-            images=tuple(image.path for image in group.images),
+            images=group.frames or tuple(image.path for image in group.images),
             conversations=conversations,
             weight=self.weight,
             split_key=f"{self.split_name}/{names}",

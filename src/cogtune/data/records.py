@@ -10,8 +10,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-ImageRef = Path
-"""Identifies an image by its file. Features are stored under it: equal references mean equal pixels."""
+from cogtune.processing.frames import Frame
+
+ImageRef = Path | Frame
+"""Identifies an image: a picture's file, or a frame of a clip. Features are stored under it: equal references mean
+equal pixels. Its text is unique."""
+
+
+def file_of(image: ImageRef) -> Path:
+    """Return the file that an image is in."""
+    return image.path if isinstance(image, Frame) else image
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from cogtune.data.formats.markers import left_tag, pointed_picture
 from cogtune.data.picture_headers import PictureHeader
 from cogtune.data.records import Conversation, Example, Turn
 from cogtune.language import tr
+from cogtune.processing.frames import Frame
 
 # Special tokens of Llama-3's tokenizer. Text that spells one is tokenised to that token.
 SPECIAL_TOKEN = re.compile(
@@ -43,7 +44,7 @@ class SourceReport:
         conversations = len(example.conversations)
         self.conversations += conversations
         self.turns += sum(len(conversation.turns) for conversation in example.conversations)
-        self.pictures += len(example.images)
+        self.pictures += 1 if example.images and isinstance(example.images[0], Frame) else len(example.images)
         if not example.images:
             self.text_only += conversations
 
@@ -53,10 +54,10 @@ class DataReport:
     """Counts over all sources. ``bad``: records left out, by problem; ``repaired``: files, by kind of repair.
 
     ``turned``: pictures with an EXIF orientation, which ``exif`` says what to do with; ``animated``: those of which
-    only the first frame is seen; ``special``: conversations whose text spells a special token; ``tagged``: those about
-    a picture with a tag that looks like its marker, ``first_tag`` where the first stands and what it is; ``signs``:
-    records by what was done to them (`SIGNS`); ``untrained``: answers that are history only; ``pointed``: conversations
-    without a picture whose text points to one.
+    only the first frame is seen; ``frames``: those of all clips, which ``pictures`` then counts; ``special``:
+    conversations whose text spells a special token; ``tagged``: those about a picture with a tag that looks like its
+    marker, ``first_tag`` where the first stands and what it is; ``signs``: records by what was done to them (`SIGNS`);
+    ``untrained``: answers that are history only; ``pointed``: conversations without a picture whose text points to one.
     """
 
     sources: list[SourceReport] = field(default_factory=list)
@@ -70,6 +71,7 @@ class DataReport:
     notes: list[str] = field(default_factory=list)
     fingerprint: str = ""
     exif: str = "ignore"
+    frames: int = 0
     turned: int = 0
     animated: int = 0
     special: int = 0
@@ -113,7 +115,18 @@ class DataReport:
     def lines(self) -> list[str]:
         """Return a few sentences for the console, warnings last."""
         only = tr(" ({text_only} of them without a picture)", text_only=self.text_only) if self.text_only else ""
-        first = f"{self.pictures} pictures, {self.conversations} conversations{only}, {self.turns} questions"
+        shown = (
+            tr("{clips} clips with {frames} frames", clips=self.pictures, frames=self.frames)
+            if self.frames
+            else tr("{pictures} pictures", pictures=self.pictures)
+        )
+        first = tr(
+            "{shown}, {conversations} conversations{only}, {turns} questions",
+            shown=shown,
+            conversations=self.conversations,
+            only=only,
+            turns=self.turns,
+        )
         warnings = [f"warning: {what}{where and f' ({where})'}" for _, where, what in self.warnings()]
         return [first, *self.remarks(), *warnings, *(f"note: {note}" for note in self.notes)]
 
@@ -199,7 +212,7 @@ def _text_of(turn: Turn) -> list[str]:
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
-    """Return the SHA-256 of keys, picture sizes in bytes, weights and all texts, in order.
+    """Return the SHA-256 of keys, picture sizes in bytes, weights, all texts and a clip's chosen frames, in order.
 
     Folder paths and modification times do not count, so a copied or moved data set has the same fingerprint.
     """
@@ -208,6 +221,8 @@ def fingerprint(examples: Iterable[Example]) -> str:
         conversations = [
             [conversation.id, [_text_of(turn) for turn in conversation.turns]] for conversation in example.conversations
         ]
-        line = json.dumps([example.key, sum(example.image_bytes), example.weight, conversations])
+        parts = [example.key, sum(example.image_bytes), example.weight, conversations]
+        frames = [image.index for image in example.images if isinstance(image, Frame)]
+        line = json.dumps([*parts, frames] if frames else parts)
         digest.update(line.encode("ascii") + b"\n")
     return digest.hexdigest()

@@ -19,6 +19,7 @@ from cogtune.data.records import Example
 from cogtune.data.report import DataReport
 from cogtune.errors import DataError
 from cogtune.language import tr
+from cogtune.processing.frames import Sampling
 
 if TYPE_CHECKING:
     from cogtune.configuration.input_sections import SourceSection
@@ -36,9 +37,15 @@ class _Entry:
 
 
 def read_sources(
-    data: SourceSection, paths: Sequence[Any] | None = None, *, max_images: int = 1, open_questions: bool = False
+    data: SourceSection,
+    paths: Sequence[Any] | None = None,
+    *,
+    max_images: int = 1,
+    clips: bool = False,
+    open_questions: bool = False,
 ) -> tuple[list[Example], DataReport]:
-    """Read every folder and file of ``data.path`` (or of ``paths``), for a model of ``max_images`` images a prompt.
+    """Read every folder and file of ``data.path`` (or of ``paths``), for a model of ``max_images`` images a prompt;
+    ``clips``: a video model, whose records name clips.
 
     Entries are read in the given order; a folder's examples in the order of their names, others in that of the records.
 
@@ -48,7 +55,9 @@ def read_sources(
     Raises:
         DataError: for bad input, unless ``data.on_bad`` is ``skip`` and no more than ``data.max_bad_share`` is bad.
     """
-    examples, report, problems = collect_sources(data, paths, max_images=max_images, open_questions=open_questions)
+    examples, report, problems = collect_sources(
+        data, paths, max_images=max_images, clips=clips, open_questions=open_questions
+    )
     good = sum(len(example.conversations) for example in examples)
     problems.settle(good, data.on_bad, data.max_bad_share)
     return examples, report
@@ -60,6 +69,7 @@ def collect_sources(
     done: Done | None = None,
     *,
     max_images: int = 1,
+    clips: bool = False,
     open_questions: bool = False,
 ) -> tuple[list[Example], DataReport, Problems]:
     """As `read_sources`, with what is wrong with single records returned instead of raised.
@@ -86,7 +96,9 @@ def collect_sources(
             "weight": entry.weight,
             "max_pixels": data.max_pixels,
         }
-        rules = RecordRules(data.caption_question, data.system, max_images, open_questions)
+        rules = _rules(data, max_images, open_questions, clips)
+        if clips == (entry.source.form == "folder") and entry.source.form in ("folder", "clips", "prompts"):
+            raise _other_kind(entry.source, clips).error()
         reader: FolderReader | RecordsReader = (
             FolderReader(labels=data.labels, rules=rules, **common)
             if entry.source.form == "folder"
@@ -100,8 +112,23 @@ def collect_sources(
     examples = _without_repeated_ids(_merged(examples), problems)
     report.bad, report.bad_examples = dict(problems.lost), problems.examples()
     report.exif = data.exif
+    report.frames = sum(len(example.images) for example in examples) if clips else 0
     report.close(examples)
     return examples, report, problems
+
+
+def _rules(data: SourceSection, max_images: int, open_questions: bool, clips: bool) -> RecordRules:
+    sampling = Sampling(data.frames, data.max_frames, data.frame_rate) if clips else None
+    question = data.clip_question if clips else data.caption_question
+    return RecordRules(question, data.system, max_images, open_questions, sampling, data.split, data.labels)
+
+
+def _other_kind(source: Source, clips: bool) -> Problem:
+    """Return the problem of a folder of pictures for a video model, or of clips for a model of pictures."""
+    if clips:
+        what = tr("a folder of pictures was found, and this model reads clips: videos/ with labels/*.txt, or records")
+        return Problem("media-pictures", str(source.root), what)
+    return Problem("media-clips", str(source.root), tr("a folder of clips, and this model reads pictures"))
 
 
 def _places(data: SourceSection) -> Places:

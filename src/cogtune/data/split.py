@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cogtune.data.records import Example
+from cogtune.data.records import Example, file_of
 from cogtune.data.report import DataReport
 from cogtune.data.sources import read_sources
 from cogtune.errors import DataError
@@ -50,23 +50,23 @@ def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Ex
     train: list[Example] = []
     validation: list[Example] = []
     for example in examples:
-        key = keys[os.path.realpath(example.images[0])] if example.images else example.split_key
+        key = keys[os.path.realpath(file_of(example.images[0]))] if example.images else example.split_key
         (validation if _draw(key, seed) < share else train).append(example)
     return train, validation
 
 
-def read_and_split(data: DataSection, seed: int, *, max_images: int = 1) -> DataSplit:
+def read_and_split(data: DataSection, seed: int, *, max_images: int = 1, clips: bool = False) -> DataSplit:
     """Read all data of a training run, split by ``data.validation`` or ``data.validation_share``.
 
-    ``max_images``: the most images a prompt of the model takes.
+    ``max_images``: the most images a prompt of the model takes; ``clips``: it is a video model.
 
     Raises:
         DataError: for bad input; when a picture is in both training and validation folders; when nothing is left to
             train on.
     """
-    examples, report = read_sources(data, max_images=max_images)
+    examples, report = read_sources(data, max_images=max_images, clips=clips)
     if data.validation:
-        validation, own_report = read_sources(data, data.validation, max_images=max_images)
+        validation, own_report = read_sources(data, data.validation, max_images=max_images, clips=clips)
         refuse_overlap(examples, validation)
         return DataSplit(examples, validation, report, own_report)
     train, validation = split(examples, data.validation_share, seed)
@@ -102,7 +102,7 @@ def _keys_by_file(examples: Iterable[Example]) -> dict[str, str]:
 
     Files that an example shows together form a group, whose key is the alphabetically first key of its examples.
     """
-    shown = [(example.split_key, [os.path.realpath(image) for image in example.images]) for example in examples]
+    shown = [(one.split_key, [os.path.realpath(file_of(image)) for image in one.images]) for one in examples]
     # union-find: a forest with one tree per group of files
     parent = {file: file for _, files in shown for file in files}
 
@@ -143,4 +143,4 @@ def refuse_overlap(train: Iterable[Example], validation: Iterable[Example]) -> N
 
 def _places(example: Example) -> set[str]:
     """Return what an example shows: its image files, or its text."""
-    return {os.path.realpath(image) for image in example.images} or {example.split_key}
+    return {os.path.realpath(file_of(image)) for image in example.images} or {example.split_key}

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from cogtune.data.records import Question
+from cogtune.data.records import Question, file_of
 from cogtune.evaluate.metric import kind_of
 from cogtune.evaluate.text import has_cjk, normalise, words
 from cogtune.language import phrase
@@ -70,7 +70,7 @@ def _language(question: Question) -> str:
 
 
 def _folder(question: Question) -> str:
-    return "/".join(question.images[0].parent.parts[-2:]) if question.images else OTHER
+    return "/".join(file_of(question.images[0]).parent.parts[-2:]) if question.images else OTHER
 
 
 def _divided(names: Sequence[str]) -> dict[str, list[int]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cogtune.data.records import Example, Question, iter_questions
+from cogtune.data.records import Example, ImageRef, Question, iter_questions
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def swapped(questions: Iterable[Question]) -> list[Question]:
     A record without pictures stays as it is; so does one that has no partner.
     """
     asked = list(questions)
-    shown: dict[int, list[tuple[Path, ...]]] = {}
+    shown: dict[int, list[tuple[ImageRef, ...]]] = {}
     for question in asked:
         group = shown.setdefault(len(question.images), [])
         if question.images not in group[-1:] and question.images not in group:

@@ -13,15 +13,25 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 
-from cogtune.data.records import ImageRef
+from cogtune.data.records import ImageRef, file_of
 from cogtune.errors import CogtuneError, DataError
 from cogtune.features.file_format import relative_error
-from cogtune.features.index import PictureIndex, Stamp, content_digest, pixel_digest
+from cogtune.features.index import (
+    PictureIndex,
+    Stamp,
+    content_digest,
+    frame_digest,
+    image_content,
+    pixel_digest,
+)
 from cogtune.features.store import Store
 from cogtune.language import tr
+from cogtune.processing.clip import decode
+from cogtune.processing.frames import Frame, preprocess_frame
 from cogtune.processing.image import normalise, read_image, resize
 
 Tower = Callable[[torch.Tensor], torch.Tensor]
@@ -124,33 +134,54 @@ class Filler:
         return left
 
     def _decode(self, images: Sequence[ImageRef]) -> Iterator[Decoded | DataError]:
-        """Yield pictures in order, decoding ahead."""
-        ahead: deque[Future[Decoded | DataError]] = deque()
-        most = self._settings.workers + _AHEAD * self._settings.batch
-        for image in images:
-            ahead.append(self._readers.submit(self._decode_one, image))
-            if len(ahead) > most:
-                yield ahead.popleft().result()
+        """Yield pictures in order, decoding ahead: a picture or the frames of a clip at a time."""
+        ahead: deque[tuple[int, Future[list[Decoded | DataError]]]] = deque()
+        most, under_way = self._settings.workers + _AHEAD * self._settings.batch, 0
+        for _, several in groupby(images, file_of):
+            group = list(several)
+            ahead.append((len(group), self._readers.submit(self._decode_file, group)))
+            under_way += len(group)
+            while under_way > most and len(ahead) > self._settings.workers:
+                count, future = ahead.popleft()
+                yield from future.result()
+                under_way -= count
         while ahead:
-            yield ahead.popleft().result()
+            yield from ahead.popleft()[1].result()
 
-    def _decode_one(self, image: ImageRef) -> Decoded | DataError:
-        """Decode one picture. Runs in a thread."""
-        settings = self._settings
+    def _decode_file(self, images: list[ImageRef]) -> list[Decoded | DataError]:
+        """Decode the images of one file. Runs in a thread."""
         try:
-            stamp, content = _identify(image)
-            known = self._index.find_content(content)
-            if known is not None and self._store.has(known):
-                return Decoded(image, stamp, content, known, None)
-            picture = read_image(image, max_pixels=settings.max_pixels, exif=settings.exif)
-            resized = resize(picture, settings.image_size)
+            stamps, file = _identify(images)
+            found = [self._known(*one, file) for one in zip(images, stamps, strict=True)]
+            new = [image for image, known in zip(images, found, strict=True) if known is None]
+            pixels = self._pixels(new)
+            return [
+                known or Decoded(image, stamp, image_content(image, file), *next(pixels))
+                for image, stamp, known in zip(images, stamps, found, strict=True)
+            ]
         except DataError as error:
-            return error
-        digest = pixel_digest(resized, settings.image_size)
-        pixels = None if self._store.has(digest) else normalise(resized)
-        if pixels is not None and self._device.type == "cuda":
-            pixels = pixels.pin_memory()
-        return Decoded(image, stamp, content, digest, pixels)
+            return [error]
+
+    def _known(self, image: ImageRef, stamp: Stamp, file: str) -> Decoded | None:
+        content = image_content(image, file)
+        digest = self._index.find_content(content)
+        return Decoded(image, stamp, content, digest, None) if digest and self._store.has(digest) else None
+
+    def _pixels(self, images: list[ImageRef]) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """Yield each image's digest, and its pixels if its features are not stored."""
+        settings, size = self._settings, self._settings.image_size
+        frames = decode([image for image in images if isinstance(image, Frame)])
+        for image in images:
+            if isinstance(image, Frame):
+                frame = next(frames)
+                digest = frame_digest(frame, size)
+                pixels = None if self._store.has(digest) else preprocess_frame(frame, size)
+            else:
+                resized = resize(read_image(image, max_pixels=settings.max_pixels, exif=settings.exif), size)
+                digest = pixel_digest(resized, size)
+                pixels = None if self._store.has(digest) else normalise(resized)
+            pinned = pixels is not None and self._device.type == "cuda"
+            yield digest, pixels.pin_memory() if pixels is not None and pinned else pixels
 
     def _take(self, decoded: Decoded | DataError) -> None:
         if isinstance(decoded, DataError):
@@ -221,12 +252,14 @@ class Filler:
                 self.filled.errors.append(measured)
 
 
-def _identify(image: ImageRef) -> tuple[Stamp, str]:
+def _identify(images: Sequence[ImageRef]) -> tuple[list[Stamp], str]:
+    """Return the stamps of one file's images, taken before the file is read, and its digest."""
+    file = file_of(images[0])
     try:
-        return Stamp.of(image), content_digest(image)
+        return [Stamp.of(image) for image in images], content_digest(file)
     except OSError as error:
         raise DataError(
-            tr("{image}: the picture cannot be read ({error})", image=image, error=error),
+            tr("{image}: the picture cannot be read ({error})", image=file, error=error),
             hint=tr("check the path and the file's permissions"),
             code="image-missing" if isinstance(error, FileNotFoundError) else "image-unreadable",
         ) from error

@@ -24,8 +24,10 @@ import numpy.typing as npt
 import PIL
 from PIL import features as pillow_features
 
+from cogtune.data.records import ImageRef, file_of
 from cogtune.features.ownership import INDEX_FILE, INDEX_FOLDER, checksum, index_fields, may_be_index
 from cogtune.features.store import foreign, make_folder, write_atomically
+from cogtune.processing.frames import FRAME_PREPROCESSING, Frame
 from cogtune.processing.image import PREPROCESSING
 
 _SETTLED_NANOSECONDS = 2_000_000_000
@@ -40,9 +42,11 @@ class Stamp:
     """Whether the file was unchanged for long enough that any later change must change the stamp."""
 
     @staticmethod
-    def of(path: Path) -> Stamp:
+    def of(image: ImageRef) -> Stamp:
+        path = file_of(image)
         status = os.stat(path)
         folder, name = os.path.split(path)
+        name += frame_text(image)
         named = f"{_real(folder)}\0{name}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}"
         changed = max(status.st_mtime_ns, status.st_ctime_ns)
         return Stamp(
@@ -134,6 +138,23 @@ def _real(folder: str) -> str:
     """Return the resolved folder, cached: pictures are in few folders, and resolving every file would dominate the
     time."""
     return os.path.realpath(folder)
+
+
+def frame_text(image: ImageRef) -> str:
+    """Return what tells a frame from others of its file; empty for a picture."""
+    return f"\0frame {FRAME_PREPROCESSING} {image.index}" if isinstance(image, Frame) else ""
+
+
+def image_content(image: ImageRef, file: str) -> str:
+    """Return the digest of an image's content, from the `content_digest` of its file."""
+    return checksum(f"{file}{frame_text(image)}".encode()) if isinstance(image, Frame) else file
+
+
+def frame_digest(frame: npt.NDArray[np.uint8], image_size: int) -> str:
+    """Return the digest of a frame before it is scaled: uint8 [height, width, 3]."""
+    digest = hashlib.sha256(f"frame {FRAME_PREPROCESSING} {image_size} {frame.shape}\0".encode())
+    digest.update(np.ascontiguousarray(frame).data)
+    return digest.hexdigest()[:40]
 
 
 def content_digest(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
 import torch
@@ -27,7 +26,7 @@ class FeatureReader:
         """Return an image's features. Raises FeatureCacheError: ``cache-missing``, ``cache-damaged``."""
         self._lease.renew()
         try:
-            digest = self._digests.get(os.fspath(image))
+            digest = self._digests.get(str(image))
             if digest is None:  # rows after the run's last step may be prefetched and are never used
                 raise FeatureCacheError(tr("not among the pictures this run planned for"), code="cache-missing")
             return self._store.read(digest).to(self._dtype)

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from PIL import Image
-
 from cogtune.errors import CogtuneError, RunError
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.generator import Generator
 from cogtune.generate.history import fit_history, prompt_limit
+from cogtune.generate.requests import Shown
 from cogtune.language import phrase, tr
+from cogtune.processing.clip import is_clip
 from cogtune.processing.image import read_image
 
 HELP = phrase(
@@ -47,7 +47,7 @@ class Chat:
         self.decoding = decoding
         self.max_input_len = max_input_len
         self._read = partial(read_image, max_pixels=max_pixels, exif=exif)
-        self.images: tuple[Image.Image, ...] = ()
+        self.images: tuple[Shown, ...] = ()
         self.history: list[tuple[str, str]] = []
 
     def show(self, path: str | Path) -> str:
@@ -56,8 +56,13 @@ class Chat:
         Raises:
             DataError: not a readable picture; the conversation stays as it was.
         """
-        image = self._read(Path(path).expanduser())
         restarted = tr("; the conversation starts again") if self.history else ""
+        if self.generator.processor.config.numbered_images or is_clip(path):
+            self.images = tuple(self.generator._shown(path))
+            self.history = []
+            return tr("clip: {path} ({frames} frames){restarted}", path=path, frames=len(self.images),
+                      restarted=restarted)  # fmt: skip
+        image = self._read(Path(path).expanduser())
         self.images, self.history = (image,), []
         return f"picture: {path} ({image.width} x {image.height}){restarted}"
 

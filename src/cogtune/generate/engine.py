@@ -18,14 +18,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
-from PIL import Image
 
 from cogtune.errors import InputError, OutOfMemoryError, RunError
 from cogtune.generate.at_exit import end_at_exit
 from cogtune.generate.choices import ChoiceScores, ClosedQuestion, score_choices
 from cogtune.generate.decode_steps import DecodeSteps
 from cogtune.generate.picture_cache import PictureCache, default_budget, image_digest
-from cogtune.generate.requests import AnswerText, Listener, Pending, Request
+from cogtune.generate.requests import AnswerText, Listener, Pending, Request, Shown
 from cogtune.language import tr
 from cogtune.model.decode import prefill
 from cogtune.model.routing import row_positions
@@ -33,6 +32,7 @@ from cogtune.model.slots import Prefix, SlotCache, SlotView
 from cogtune.processing.processor import CogVLM2Processor
 
 _IDLE = 5.0  # idle seconds after which the thread ends
+_AT_ONCE = 24  # most images of one forward pass of the tower: a clip's
 _COLUMNS = 512  # slots grow by this many columns
 Result = TypeVar("Result")
 
@@ -146,7 +146,7 @@ class InferenceEngine:
         return pending
 
     def score(
-        self, images: Sequence[Image.Image], questions: Sequence[ClosedQuestion], template: str | None = None
+        self, images: Sequence[Shown], questions: Sequence[ClosedQuestion], template: str | None = None
     ) -> list[ChoiceScores]:
         """Return the score of each choice of each closed question about the same images; see `generate.choices`.
 
@@ -380,18 +380,20 @@ class InferenceEngine:
         logits, position = prefill(self.model, view, ids[:, beginning:], types[:, beginning:], start=start)
         return logits, position, view.length
 
-    def _features(self, images: Sequence[Image.Image], keys: Sequence[bytes]) -> torch.Tensor | None:
+    def _features(self, images: Sequence[Shown], keys: Sequence[bytes]) -> torch.Tensor | None:
         """Return the tower's output [N, grid * grid, width], or None without images."""
         if not images:
             return None
-        found = []
-        for image, key in zip(images, keys, strict=True):
-            kept = self.pictures.get(("features", key))
-            if not isinstance(kept, torch.Tensor):
-                kept = self.model.model.encode_images(self.processor.pixels(image).to(self.model.device))
-                self.pictures.put(("features", key), kept)
-            found.append(kept)
-        return torch.cat(found)
+        kept = {key: self.pictures.get(("features", key)) for key in keys}
+        new = {key: image for image, key in zip(images, keys, strict=True) if not isinstance(kept[key], torch.Tensor)}
+        for start in range(0, len(new), _AT_ONCE):
+            some = list(new)[start : start + _AT_ONCE]
+            pixels = torch.cat([self.processor.pixels(new[key]) for key in some])
+            for key, one in zip(some, self.model.model.encode_images(pixels.to(self.model.device)), strict=True):
+                kept[key] = one[None]
+                if len(new) == 1:  # of a clip, the prefix is kept; its frames do not come back one by one
+                    self.pictures.put(("features", key), one[None])
+        return torch.cat([kept[key] for key in keys])  # type: ignore[misc]
 
 
 def _end_tokens(model: Any) -> frozenset[int]:

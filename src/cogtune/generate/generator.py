@@ -18,18 +18,21 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig
 
+from cogtune.errors import DataError
 from cogtune.generate.choices import ChoiceScores, ClosedQuestion
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.engine import InferenceEngine
 from cogtune.generate.history import Turns
-from cogtune.generate.requests import Request
+from cogtune.generate.requests import Request, Shown
 from cogtune.generate.stream import Answer
+from cogtune.language import tr
+from cogtune.processing.clip import is_clip
 from cogtune.processing.encode import Encoded
 from cogtune.processing.image import read_image
 from cogtune.processing.processor import CogVLM2Processor
 
-Picture = Image.Image | str | os.PathLike[str]
-"""A PIL image, or a file's path."""
+Picture = Image.Image | torch.Tensor | str | os.PathLike[str]
+"""A PIL image, a file's path, or an image as the tower takes it, float32 [3, S, S]."""
 Images = Picture | Sequence[Picture] | None
 Ask = tuple[Images, str, Turns]
 """Images (one, several in order, or None), question, and the earlier (question, answer) pairs."""
@@ -76,6 +79,7 @@ class Generator:
         self.processor = processor
         self.template = template
         self.decoding = decoding
+        self._max_pixels = max_pixels
         self._read = partial(read_image, max_pixels=max_pixels, exif=exif)
         self._files: dict[tuple[str, int, int], Image.Image] = {}
         self._earlier: dict[tuple[str, int, int], Image.Image] = {}
@@ -98,7 +102,8 @@ class Generator:
         """Answer one question; surrounding white space is stripped.
 
         Args:
-            images: a PIL image, the path of a file, several of them in a list, or None for a question about none.
+            images: a PIL image, the path of a file (for a video model, of a clip), several of them in a list, or None
+                for a question about none.
             question: its text.
             history: earlier (question, answer) pairs, oldest first.
             decoding: how the next token is chosen, and how many; None: as the generator was made.
@@ -170,13 +175,13 @@ class Generator:
             InputError: no choices, equal ones, or more tokens than fit. DataError: a file that cannot be read.
         """
         with self._reading():
-            return self.engine.score([self._opened(image) for image in listed(images)], questions, self.template)
+            return self.engine.score(self._shown(images), questions, self.template)
 
     def _asked(
         self, ask: Ask | tuple[Images, str], decoding: Decoding | None
-    ) -> tuple[Encoded, tuple[Image.Image, ...], Decoding]:
+    ) -> tuple[Encoded, tuple[Shown, ...], Decoding]:
         """Return a question's tokens, images and settings; the answer is limited to the tokens that fit."""
-        images = tuple(self._opened(image) for image in listed(ask[0]))
+        images = tuple(self._shown(ask[0]))
         history = ask[2] if len(ask) == 3 else ()
         encoded = self.processor.encode(ask[1], history, images=len(images), template=self.template)
         wanted = decoding or self.decoding
@@ -190,10 +195,24 @@ class Generator:
         yield
         self._earlier = {}
 
-    def _opened(self, image: Picture) -> Image.Image:
+    def _shown(self, images: Images) -> list[Shown]:
+        """Return the images of a question; a clip's path stands for its frames."""
+        found: list[Shown] = []
+        for image in listed(images):
+            if isinstance(image, str | os.PathLike) and is_clip(image):
+                found += self.processor.clip(Path(image).expanduser(), max_pixels=self._max_pixels)
+            else:
+                found.append(self._opened(image))
+        return found
+
+    def _opened(self, image: Picture) -> Shown:
         """Return an image, decoding a path; the same object for a file of this call or of the previous one."""
-        if isinstance(image, Image.Image):
+        if isinstance(image, Image.Image | torch.Tensor):
             return image
+        if self.processor.config.numbered_images:
+            what = tr("{name} is a picture, and this model reads clips", name=image)
+            hint = tr("use a model of pictures for them: cogtune download model")
+            raise DataError(what, hint=hint, code="data-media-pictures")
         path = Path(image).expanduser()
         try:
             status = path.stat()
@@ -214,4 +233,4 @@ def listed(images: Images) -> list[Picture]:
     """Return one, several or no images as a list."""
     if images is None:
         return []
-    return [images] if isinstance(images, Image.Image | str | os.PathLike) else list(images)
+    return [images] if isinstance(images, Image.Image | torch.Tensor | str | os.PathLike) else list(images)

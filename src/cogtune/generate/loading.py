@@ -34,6 +34,7 @@ from cogtune.model.device_map import DeviceMap, plan_device_map
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.tensor_parallel import SplitModel, check_sizes
 from cogtune.plan.sizes import ModelSizes
+from cogtune.processing.frames import Sampling
 from cogtune.processing.processor import CogVLM2Processor
 from cogtune.system.gpu import gpu_of, own_device
 
@@ -201,7 +202,7 @@ def load_resolved(choice: Resolved, progress: Callable[[str], None] = lambda lin
         group = start(choice.device)
         assert group is not None
         return _load_part(choice, group, progress)
-    processor = CogVLM2Processor.from_pretrained(choice.model)
+    processor = _processor(choice)
     progress(f"loading {choice.model} ({choice.dtype_name}, {choice.device})")
     device_map = _device_map(choice)
     with explained_loading(choice.model, choice.device, choice.config.quant):
@@ -214,6 +215,12 @@ def load_resolved(choice: Resolved, progress: Callable[[str], None] = lambda lin
             model = load_adapter(model, choice.adapter)
         kind = Generator if device_map is None else TransformersGenerator
         return kind(model, processor, **_default_decoding(choice))
+
+
+def _processor(choice: Resolved) -> CogVLM2Processor:
+    processor, data = CogVLM2Processor.from_pretrained(choice.model), choice.config.data
+    processor.sampling = Sampling(data.frames, data.max_frames, data.frame_rate)
+    return processor
 
 
 def _default_decoding(choice: Resolved) -> dict[str, Any]:
@@ -253,7 +260,7 @@ def _device_map(choice: Resolved) -> DeviceMap | None:
 
 def _load_part(choice: Resolved, group: TensorGroup, progress: Callable[[str], None]) -> TensorParallelGenerator:
     """Load this rank's shard of base and adapter."""
-    processor = CogVLM2Processor.from_pretrained(choice.model)
+    processor = _processor(choice)
     progress(f"loading {choice.model} ({choice.dtype_name}, {choice.tensor} x {choice.device.type})")
     split = SplitModel(group, choice.device)
     with explained_loading(choice.model, choice.device, choice.config.quant):

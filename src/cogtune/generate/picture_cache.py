@@ -69,8 +69,10 @@ class PictureCache:
         self._bytes = 0
 
 
-def image_digest(image: Image.Image) -> bytes:
+def image_digest(image: Image.Image | torch.Tensor) -> bytes:
     """Return a digest of an image's pixels, independent of the file."""
+    if isinstance(image, torch.Tensor):
+        return hashlib.blake2b(image.contiguous().numpy().data, digest_size=16).digest()
     head = f"{image.mode} {image.size}".encode()
     palette = image.palette.tobytes() if image.palette is not None else b""
     return hashlib.blake2b(head + palette + image.tobytes(), digest_size=16).digest()

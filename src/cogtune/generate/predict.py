@@ -8,21 +8,24 @@ each of several conversations.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from PIL import Image
-
 from cogtune.configuration.input_sections import SourceSection
+from cogtune.data.pixels import tower_inputs
 from cogtune.data.records import ImageRef, Question
 from cogtune.errors import DataError
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.generator import Ask, Generator
 from cogtune.generate.history import fit_history, prompt_limit
 from cogtune.generate.predictions_file import PredictionFile
+from cogtune.generate.requests import Shown
 from cogtune.generate.stream import Answer
 from cogtune.language import tr
+from cogtune.processing.frames import Frame
 from cogtune.processing.image import read_image
+from cogtune.system.machine import cores
 
 OnProgress = Callable[[int, int], None]
 _HORIZON = 16
@@ -93,7 +96,8 @@ class Predictor:
         self.report = PredictReport(questions=len(questions), earlier=len(self.answers))
         self.bad: set[int] = {place for place in range(file.next) if place not in file.done}
         self._ahead = generator.queue_ahead * options.batch_size
-        self._images: dict[tuple[ImageRef, ...], tuple[Image.Image, ...] | DataError] = {}
+        self._images: dict[tuple[ImageRef, ...], Future[tuple[Shown, ...]]] = {}
+        self._readers = ThreadPoolExecutor(cores(), "cogtune-decode")
 
     def run(self) -> PredictReport:
         """Answer what the file does not contain yet.
@@ -108,6 +112,7 @@ class Predictor:
             try:
                 self._answer_all()
             finally:
+                self._readers.shutdown(wait=False, cancel_futures=True)
                 self.file.keep_for_later({p: text for p, text in self.answers.items() if p >= self.file.next})
             self.file.finish()
         self.report.skipped = len(self.bad)
@@ -165,7 +170,7 @@ class Predictor:
 
     def _ask(self, place: int) -> Ask:
         question = self.questions[place]
-        images = self._read(question.images)
+        images = self._read(place)
         history = list(question.history)
         if self.options.own_history:
             first = place - question.turn
@@ -185,21 +190,40 @@ class Predictor:
         self.report.trimmed += dropped > 0
         return images, question.question, kept
 
-    def _read(self, images: tuple[ImageRef, ...]) -> tuple[Image.Image, ...]:
-        """Read an example's images once for all its questions: the same objects, so the tower runs once too."""
-        if images and images not in self._images:
-            kept = list(self._images)[-self._ahead :]
-            self._images = {key: self._images[key] for key in kept}
-            try:
-                self._images[images] = tuple(
-                    read_image(image, max_pixels=self.data.max_pixels, exif=self.data.exif) for image in images
-                )
-            except DataError as error:
-                self._images[images] = error
-        found = self._images.get(images, ())
-        if isinstance(found, DataError):
-            raise found
-        return found
+    def _read(self, place: int) -> tuple[Shown, ...]:
+        """Read an example's images once for all its questions: the same objects, so the tower runs once too.
+
+        Clips are decoded ahead, in threads.
+        """
+        images = self.questions[place].images
+        if not images:
+            return ()
+        for question in self.questions[place : place + self._ahead]:
+            if question.images == images or isinstance(next(iter(question.images), None), Frame):
+                self._begin(question.images)
+        return self._images[images].result()
+
+    def _begin(self, images: tuple[ImageRef, ...]) -> None:
+        if images in self._images:
+            return
+        kept = list(self._images)[-2 * self._ahead :]
+        self._images = {key: self._images[key] for key in kept}
+        if isinstance(images[0], Frame):
+            self._images[images] = self._readers.submit(self._opened, images)
+            return
+        done: Future[tuple[Shown, ...]] = Future()
+        self._images[images] = done
+        try:
+            done.set_result(self._opened(images))
+        except DataError as error:
+            done.set_exception(error)
+
+    def _opened(self, images: tuple[ImageRef, ...]) -> tuple[Shown, ...]:
+        size = self.generator.processor.image_size
+        if isinstance(images[0], Frame):
+            return tuple(tower_inputs(images, size))
+        limits: dict[str, Any] = {"max_pixels": self.data.max_pixels, "exif": self.data.exif}
+        return tuple(read_image(image, **limits) for image in images if not isinstance(image, Frame))
 
     def _skip(self, place: int, error: DataError) -> None:
         """Count a question that cannot be asked, and later turns that depend on it; or raise."""

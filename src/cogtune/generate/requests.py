@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from PIL import Image
 
 from cogtune.generate.decoding import Decoding
@@ -14,6 +15,8 @@ from cogtune.generate.stream import Answer, TextPieces
 from cogtune.processing.encode import Encoded
 from cogtune.processing.processor import CogVLM2Processor
 
+Shown = Image.Image | torch.Tensor
+"""An image: as a file holds it, or as the tower takes it, float32 [3, S, S]."""
 Listener = Callable[[str | BaseException | None], None]
 
 
@@ -31,7 +34,7 @@ class Request:
     """
 
     encoded: Encoded
-    images: tuple[Image.Image, ...]
+    images: tuple[Shown, ...]
     decoding: Decoding
     seed: int = 0
     stop: tuple[str, ...] = ()

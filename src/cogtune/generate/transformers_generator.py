@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers import GenerationConfig
 
 from cogtune.errors import OutOfMemoryError, SetupError
@@ -18,6 +17,7 @@ from cogtune.generate.choices import ChoiceScores, ClosedQuestion
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.generator import GREEDY, Ask, Generator, Images
 from cogtune.generate.history import Turns
+from cogtune.generate.requests import Shown
 from cogtune.generate.stream import Answer, StreamedAnswer, TextPieces
 from cogtune.language import tr
 
@@ -32,7 +32,7 @@ class TransformersGenerator(Generator):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._features: dict[int, tuple[Image.Image, torch.Tensor]] = {}
+        self._features: dict[int, tuple[Shown, torch.Tensor]] = {}
         self._batch = _Batch([])
 
     def close(self) -> None:
@@ -105,7 +105,7 @@ class TransformersGenerator(Generator):
 
     def _inputs(self, asks: Sequence[Ask | tuple[Images, str]]) -> dict[str, torch.Tensor]:
         rows: list[dict[str, torch.Tensor]] = []
-        shown: list[Image.Image] = []
+        shown: list[Shown] = []
         for ask in asks:
             encoded, images, _ = self._asked(ask, None)
             shown += images
@@ -122,7 +122,7 @@ class TransformersGenerator(Generator):
         return inputs
 
     @torch.no_grad()
-    def _encoded(self, images: Sequence[Image.Image]) -> torch.Tensor:
+    def _encoded(self, images: Sequence[Shown]) -> torch.Tensor:
         """Return the tower's output [N, grid * grid, width]; the last batch's images are not computed again."""
         wanted = {id(image): image for image in images}
         kept = {key: self._features[key] for key in wanted if key in self._features}

@@ -9,7 +9,7 @@ from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import ConfigError
 from cogtune.language import tr
 from cogtune.plan.cards import Card, find_card
-from cogtune.plan.data_rows import TYPICAL, read_rows
+from cogtune.plan.data_rows import TYPICAL, TYPICAL_CLIPS, read_rows
 from cogtune.plan.local_cards import local_cards
 from cogtune.plan.plan import Plan, make_plan
 from cogtune.plan.report import lines
@@ -54,7 +54,8 @@ def plan(
     if cards < 1:
         raise ConfigError(tr("cards: found {cards}, expected at least 1", cards=cards), code="config-value")
     known = "data.path" not in placeholders
-    rows = read_rows(config, ModelSizes.from_folder(config.model.path)) if known else TYPICAL
+    sizes = ModelSizes.from_folder(config.model.path)
+    rows = read_rows(config, sizes) if known else TYPICAL if sizes.vision_experts else TYPICAL_CLIPS
     found = make_plan(config, choose_card(card, cards), rows, cards=cards, placeholders=placeholders, price=price)
     return replace(found, text="\n".join(lines(found)))
 

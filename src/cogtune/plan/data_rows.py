@@ -34,6 +34,11 @@ class Rows:
 TYPICAL = Rows(TYPICAL_ROWS, TYPICAL_ROWS, S400, S400, typical=True)
 
 
+_CLIP = MicroBatch(images=24, text=330, labelled=256)
+TYPICAL_CLIPS = Rows(TYPICAL_ROWS, 24 * TYPICAL_ROWS, _CLIP, _CLIP, typical=True)
+"""For a video model: clips of 24 frames, numbered in the text, with a caption of 256 tokens."""
+
+
 def summary(shapes: Sequence[RowShape], pictures: int, image_tokens: int) -> Rows:
     """Summarise the rows of a data set whose images take ``image_tokens`` positions each.
 
@@ -67,7 +72,8 @@ def read_rows(config: RunConfig, sizes: ModelSizes) -> Rows:
 
     tokens = find_token_file(config.model.path, config.model.template)
     encoder = tokens.encoder()
-    examples = read_and_split(config.data, config.train.seed, max_images=encoder.max_images).train
+    read = read_and_split(config.data, config.train.seed, max_images=encoder.max_images, clips=tokens.reads_clips)
+    examples = read.train
     shapes = []
     for fitted in Budget(encoder, config.data).fit(examples):
         images = len(examples[fitted.index].images)
@@ -75,5 +81,5 @@ def read_rows(config: RunConfig, sizes: ModelSizes) -> Rows:
         one_random = config.data.turns == "one_random"
         for row in plan_rows(fitted, head=head, limit=config.data.max_row_tokens, one_random=one_random):
             shapes.append(shape_of(row, images=images, one_random=one_random))
-    found = summary(shapes, sum(len(example.images) for example in examples), sizes.image_tokens)
+    found = summary(shapes, sum(len(set(example.images)) for example in examples), sizes.image_tokens)
     return replace(found, exact=tokens.exact)

@@ -6,18 +6,20 @@ asks for is read. Decoding begins at the key frame before a wanted frame and hol
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any
 
 from cogtune.errors import DataError, SetupError
 from cogtune.language import phrase, tr
 from cogtune.processing.frames import Frame, Sampling
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 SUFFIXES = (
     ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".flv", ".wmv", ".3gp", ".ogv",
@@ -37,6 +39,11 @@ HINTS = {
     "clip-truncated": phrase("copy or download it again, or remove it together with its label"),
     "clip-too-large": phrase("make the clip smaller, or raise data.max_pixels if you trust where it comes from"),
 }
+
+
+def is_clip(name: str | os.PathLike[str]) -> bool:
+    """Return whether a file's name is a clip's."""
+    return os.fspath(name).lower().endswith(SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,8 @@ def read_clip(path: str | Path, sampling: Sampling, *, max_pixels: int | None = 
             ``clip-truncated`` (no frame in it), ``clip-too-large`` (more than ``max_pixels`` a frame).
         SetupError: PyAV is not installed.
     """
+    import numpy as np
+
     path = Path(path)
     with _opened(path) as (container, stream):
         height, width = stream.codec_context.height, stream.codec_context.width
@@ -215,6 +224,8 @@ def _at_stamps(container: Any, stream: Any, wanted: list[int]) -> Iterator[Any]:
 
 
 def _rgb(frame: Any) -> npt.NDArray[np.uint8]:
+    import numpy as np
+
     turned = np.rot90(frame.to_ndarray(format="rgb24"), (frame.rotation // 90) % 4)
     found: npt.NDArray[np.uint8] = np.ascontiguousarray(turned)
     return found

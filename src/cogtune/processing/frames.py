@@ -10,16 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-import numpy.typing as npt
-
-from cogtune.processing.image import MEAN, STD
-
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # numpy and torch are imported where they are used: commands that check data do without
+    import numpy as np
+    import numpy.typing as npt
     import torch
 
 Rule = Literal["chat", "base", "fps", "uniform"]
 _BASE_SECONDS = 60
+FRAME_PREPROCESSING = 1
+"""Increased whenever preprocessing gives other numbers for a frame, which invalidates cached features."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -76,6 +75,8 @@ class Sampling:
                 ask for; at least one.
             average_rate: the file's average frames a second; read by ``base`` only.
         """
+        import numpy as np
+
         if self.rule == "base":
             end = max(1, min(len(times), int(_BASE_SECONDS * average_rate)))
             return [int(index) for index in np.linspace(0, end - 1, self.most)]
@@ -105,8 +106,11 @@ def preprocess_frame(frame: npt.NDArray[np.uint8], size: int) -> torch.Tensor:
 
     Bilinear without antialiasing. The published code normalises first; the order changes the result by less than 1e-6.
     """
+    import numpy as np
     import torch
     from torch.nn import functional
+
+    from cogtune.processing.image import MEAN, STD
 
     height, width, top, left = crop_of(frame.shape[0], frame.shape[1], size)
     pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float().div_(255)

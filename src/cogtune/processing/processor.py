@@ -7,15 +7,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import BatchFeature
 
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.configuration.shapes import IGNORED_LABEL
-from cogtune.errors import InputError
+from cogtune.errors import DataError, InputError
 from cogtune.language import tr
+from cogtune.processing.clip import decode, is_clip, read_clip
 from cogtune.processing.encode import TEXT, Encoded, Encoder
+from cogtune.processing.frames import Sampling, preprocess_frame
 from cogtune.processing.image import preprocess, read_image, to_rgb
 from cogtune.processing.model_folder import copy_files, find_folder, read_config, read_tokenizer, special_ids
 from cogtune.processing.prompt import Turns
@@ -52,6 +55,8 @@ class CogVLM2Processor:
             numbered_images=config.numbered_images,
         )
         self._folder: Path | None = None
+        self.sampling = Sampling()
+        """Which frames of a clip are seen, by a video model."""
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | os.PathLike[str], **options: Any) -> CogVLM2Processor:
@@ -120,7 +125,8 @@ class CogVLM2Processor:
         """Return the model's inputs for one question: int64 ``[1, L]`` tensors, and ``pixel_values`` for its pictures.
 
         Args:
-            image: a PIL image or a path; None for a text-only question, which uses the same template.
+            image: a PIL image or a path; for a video model also the path of a clip, whose frames `sampling` chooses;
+                None for a text-only question, which uses the same template.
             query: the question; empty text is allowed.
             history: earlier (question, answer) pairs, oldest first.
             answer: with it, the answer and EOS are appended and ``labels`` are added.
@@ -139,7 +145,7 @@ class CogVLM2Processor:
             raise InputError(tr("there is no query"), hint=tr('pass query="..."; an empty text is allowed'))
         if image is not None and images is not None:
             raise InputError(tr("both image and images are given"), hint=tr("pass images alone for several pictures"))
-        shown = _listed(images) if image is None else _not_empty(_listed(image))
+        shown = _listed(images) if image is None else _not_empty(self._opened(image))
         encoded = self.encode(query, history or (), answer, images=len(shown), template=template)
         data = {
             "input_ids": torch.tensor([encoded.input_ids]),
@@ -163,8 +169,32 @@ class CogVLM2Processor:
         self.encoder.check_images(len(shown))
         return torch.stack([self._square(image) for image in shown])
 
+    def clip(self, path: str | os.PathLike[str], *, max_pixels: int | None = None) -> tuple[torch.Tensor, ...]:
+        """Return a clip's frames as the tower takes them: float32 ``[3, S, S]`` each. `sampling` chooses them.
+
+        Raises:
+            DataError: a clip that cannot be read, or that this model has no use for.
+        """
+        path = Path(path)
+        if not self.config.numbered_images:
+            what = tr("{name} is a clip, and this model reads pictures", name=path)
+            hint = tr("use a video model for clips: cogtune download model --variant caption")
+            raise DataError(what, hint=hint, code="data-media-clips")
+        frames = read_clip(path, self.sampling, max_pixels=max_pixels).frames
+        return tuple(preprocess_frame(frame, self.image_size) for frame in decode(frames))
+
+    def _opened(self, image: Any) -> list[Any]:
+        return list(self.clip(image)) if isinstance(image, str | os.PathLike) and is_clip(image) else _listed(image)
+
     def _square(self, image: Any) -> torch.Tensor:
         """Return one picture as the tower takes it: float32 ``[3, S, S]``."""
+        if isinstance(image, torch.Tensor) and self.config.numbered_images:
+            if image.shape != (3, self.image_size, self.image_size):
+                raise InputError(
+                    tr("an image has the shape {shape}, expected is 3 x {size} x {size}", shape=tuple(image.shape),
+                       size=self.image_size)
+                )  # fmt: skip
+            return image
         if isinstance(image, (str, os.PathLike)):
             picture = read_image(os.fspath(image))
         elif isinstance(image, Image.Image):
@@ -174,6 +204,8 @@ class CogVLM2Processor:
                 tr("the picture is a {name}, not a PIL image or a path", name=type(image).__name__),
                 hint=tr("for an array use PIL.Image.fromarray(array)"),
             )
+        if self.config.numbered_images:  # a frame that was given as a picture
+            return preprocess_frame(np.asarray(picture), self.image_size)
         return preprocess(picture, self.image_size)
 
     def pad_left(self, rows: Sequence[Mapping[str, torch.Tensor]]) -> BatchFeature:

@@ -107,7 +107,8 @@ def fill_cache(config: RunConfig) -> FillReport:
         )
         model_config = load_model_config(config.model.path)
         _refuse_trained_tower(model_config, config)
-        split = read_and_split(config.data, config.train.seed, max_images=model_config.max_images)
+        most, clips = model_config.max_images, model_config.numbered_images
+        split = read_and_split(config.data, config.train.seed, max_images=most, clips=clips)
         for line in split.report.lines():
             log.info(tr("data: {line}", line=line))
         group = Group.join() if environment.is_launched() else Group.alone()

@@ -91,7 +91,8 @@ def read_inputs(config: RunConfig) -> Inputs:
     encoder = processor.encoder
     if config.model.template is not None:
         encoder.template = config.model.template
-    split = read_and_split(config.data, config.train.seed, max_images=model_config.max_images)
+    images, clips = model_config.max_images, model_config.numbered_images
+    split = read_and_split(config.data, config.train.seed, max_images=images, clips=clips)
     more_trains = any(config.lora.extra.get(key) for key in _OTHER_PARTS)
     if split.train and not any(example.images for example in split.train) and not more_trains:
         check_reached(adapted)

@@ -10,7 +10,7 @@ from PIL import Image
 from cogtune.cli.main import main
 from cogtune.data.check import check
 from cogtune.data.dataset import TrainRows
-from cogtune.data.preview_html import _figure
+from cogtune.data.preview_html import images_html
 from cogtune.data.sources import read_sources
 from cogtune.processing.image import preprocess, read_image
 from cogtune.processing.processor import CogVLM2Processor
@@ -146,6 +146,6 @@ def test_init_proposes_it_with_the_reason(tmp_path: Path) -> None:
 def test_the_preview_marks_a_turned_picture(tmp_path: Path, exif: str, note: str) -> None:
     root = photos(tmp_path / "set", 2, 1)
     first, second = sorted((root / "images").iterdir())
-    assert '<span class="turned">' in _figure(first, exif)
-    assert note in _figure(first, exif)
-    assert "turned" not in _figure(second, exif)
+    assert '<span class="turned">' in images_html((first,), exif)
+    assert note in images_html((first,), exif)
+    assert "turned" not in images_html((second,), exif)

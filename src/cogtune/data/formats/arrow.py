@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from cogtune.data.formats.clip_records import columns
 from cogtune.data.formats.flat import PICTURES, QUESTIONS, missing, read_flat
 from cogtune.data.formats.item import Content, Item, RecordRules
 from cogtune.data.formats.messages import read_conversation
@@ -36,11 +37,12 @@ def items(file: Path, rules: RecordRules) -> Iterator[Item]:
     try:
         for batch in _batches(pyarrow, file):
             names = [name.lower() for name in batch.schema.names]
+            names = columns(names, str(file), clips=rules.clips is not None)
             if not number:
                 _check_columns(names, str(file), rules.open_questions)
             for values in batch.to_pylist():
                 number += 1
-                row = {name.lower(): value for name, value in values.items()}
+                row = dict(zip(names, values.values(), strict=True))
                 yield Item(number, f"{file}, row {number}", _later(row, rules))
     except (pyarrow.ArrowException, OSError) as error:
         raise Problem("table", str(file), tr("cannot be read ({error})", error=error)).error() from error

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from cogtune.data.formats import arrow, vqa
+from cogtune.data.formats import arrow, clips, vqa
 from cogtune.data.formats.flat import ANSWERS, CAPTIONS, PICTURES, QUESTIONS, is_flat
 from cogtune.data.formats.jsonfiles import LINES, layout, numbered_lines, read_json
 from cogtune.data.formats.pictures import keys_text
@@ -25,7 +25,17 @@ from cogtune.system.reading import open_file, read_bytes
 LABEL_FOLDERS = ("labels", "labels_en", "labels_zh")
 CONVERSATIONS = ("jsonl", "llava", "sharegpt", "openai", "flat")
 _SUFFIXES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "hf"}
-_EXPECTED = {"csv": (".csv", ".tsv"), "parquet": (".parquet",), "coco": (".json",), "vqa": (".json",)}
+_FOLDERS = ("folder", "clips", "prompts")
+_EXPECTED = {
+    "csv": (".csv", ".tsv"),
+    "parquet": (".parquet",),
+    "coco": (".json",),
+    "vqa": (".json",),
+    "msrvtt": (".json",),
+    "vatex": (".json",),
+    "clips": (),
+    "prompts": (),
+}
 _KNOWN = phrase("a folder with images/ and labels/, or a .jsonl, .json, .csv, .tsv or .parquet file")
 _SNIFFED = 2**20
 _TRIED = 20  # lines in which a record of a known format is looked for
@@ -75,14 +85,21 @@ def _refuse_suffix(path: Path, form: str) -> None:
             "no-such-path", str(path), tr("a file of an unknown kind; expected was {known}", known=tr(_KNOWN))
         ).error()
     expected = (*LINES, ".json") if form in CONVERSATIONS else _EXPECTED.get(form, (suffix,))
-    if form == "folder" or suffix not in expected:
-        wanted = "a folder" if form == "folder" else tr("a file ending in {expected}", expected=" or ".join(expected))
+    if form in _FOLDERS or suffix not in expected:
+        wanted = (
+            tr("a folder") if form in _FOLDERS else tr("a file ending in {expected}", expected=" or ".join(expected))
+        )
         raise Problem(
             "format", str(path), tr("data.format is {form}, so {wanted} was expected", form=form, wanted=wanted)
         ).error()
 
 
 def _in_folder(path: Path, form: str, split: str | None, notes: list[str], open_questions: bool) -> list[Source]:
+    if form in ("auto", "prompts") and (path / clips.VIDEOS).is_file():
+        return [Source("prompts", path, (path / clips.VIDEOS,))]
+    videos = path / clips.FOLDER
+    if form == "clips" or (form == "auto" and videos.is_dir() and (path / "labels").is_dir() and not _has_images(path)):
+        return [Source("clips", path, (videos if videos.is_dir() else path,))]
     files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
     odd = next((file for file in files if not is_unicode(file.name)), None)
     if odd is not None:
@@ -109,6 +126,8 @@ def _in_folder(path: Path, form: str, split: str | None, notes: list[str], open_
         return [Source("vqa", path, vqa.question_files(path, open_questions=open_questions))]
     if form == "auto":
         sources = list(_by_format(path, files, lines, notes))
+        if not sources and not _has_images(path) and (videos.is_dir() or clips.has_clips(path)):
+            return [Source("clips", path, (videos if videos.is_dir() else path,))]
         return sources or [Source("folder", path)]
     suffixes = (*LINES, ".json") if form in CONVERSATIONS else _EXPECTED[form]
     fitting = tuple(file for file in files if file.suffix.lower() in suffixes)
@@ -119,6 +138,10 @@ def _in_folder(path: Path, form: str, split: str | None, notes: list[str], open_
             tr("data.format is {form}, and no file ends in {suffixes}", form=form, suffixes=" or ".join(suffixes)),
         ).error()
     return [Source(form, path, fitting)]
+
+
+def _has_images(path: Path) -> bool:
+    return (path / "images").is_dir()
 
 
 def _by_format(path: Path, files: list[Path], lines: list[Path], notes: list[str]) -> Iterator[Source]:
@@ -236,19 +259,23 @@ def _object_format(root: Any) -> str | None:
         return "vqa"
     if not isinstance(root, dict):
         return None
+    if "video_id" in first("videos"):
+        return "msrvtt"
     return "coco" if "file_name" in first("images") or "image_id" in first("annotations") else _record_format(root)
 
 
 def _record_format(record: Any) -> str | None:
     if not isinstance(record, dict):
         return None
+    if "videoID" in record:
+        return "vatex"
     if "messages" in record:
         messages = record["messages"] if isinstance(record["messages"], list) else []
         parts = any(isinstance(entry, dict) and isinstance(entry.get("content"), list) for entry in messages)
         return "openai" if parts else "sharegpt"
     entries = record.get("conversations")
     if isinstance(entries, list) and any(isinstance(entry, dict) and "from" in entry for entry in entries):
-        return "sharegpt" if "images" in record else "llava"
+        return "sharegpt" if {"images", "videos"} & record.keys() else "llava"
     captions = record.get("captions")
     if entries is not None or (isinstance(captions, list) and any(isinstance(one, dict) for one in captions)):
         return "jsonl"

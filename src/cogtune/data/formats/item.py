@@ -10,6 +10,7 @@ from cogtune.data.problems import BadRecordError
 from cogtune.data.record_json import checked_text, is_blank
 from cogtune.data.records import Turn
 from cogtune.language import phrase, tr
+from cogtune.processing.frames import Sampling
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,17 @@ class Item:
 class RecordRules:
     """Settings for reading records: ``data.caption_question``, ``data.system``, and the most images of a prompt.
 
-    ``open_questions``: a last question needs no answer (for prediction).
+    ``open_questions``: a last question needs no answer (for prediction). ``clips``: for a video model, whose records
+    name one clip each, how its frames are chosen. ``split`` and ``labels`` as in `SourceSection`.
     """
 
     caption_question: str | None
     system: str = "error"
     max_images: int = 1
     open_questions: bool = False
+    clips: Sampling | None = None
+    split: str | None = None
+    labels: str = "auto"
 
     def answer(self, value: Any) -> str:
         """The checked answer of a row; empty where it is missing and may be.
@@ -78,7 +83,9 @@ class RecordRules:
         return "" if self.open_questions and is_blank(value) else checked_text(value, tr("the answer"))
 
     def check_images(self, count: int) -> None:
-        """Raise BadRecordError ``several-images`` if a record has more images than the model takes."""
+        """Raise BadRecordError ``several-images`` if a record has more images, or clips, than the model takes."""
+        if self.clips is not None and count > 1:
+            raise BadRecordError("several-images", tr("{count} clips, one was expected", count=count))
         if count > self.max_images:
             most = tr("one was") if self.max_images == 1 else f"{self.max_images} were"
             raise BadRecordError(

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cogtune.data.formats.clip_records import as_pictures, refuse_clips
 from cogtune.data.formats.flat import read_flat
 from cogtune.data.formats.item import Content, Item, RecordRules
 from cogtune.data.formats.messages import read_conversation
@@ -35,6 +36,11 @@ def items(file: Path, form: str, rules: RecordRules) -> Iterator[Item]:
     """
 
     def parse(record: Any) -> Content:
+        if form in ("jsonl", "flat"):
+            if rules.clips is None:
+                refuse_clips(record)
+            else:
+                record = as_pictures(record)
         if form == "jsonl":
             return own_record(record, rules)
         return read_flat(record, rules, form) if form == "flat" else read_conversation(record, rules, form)

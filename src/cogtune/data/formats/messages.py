@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cogtune.data.formats.clip_records import as_pictures
 from cogtune.data.formats.item import Content, RecordRules
 from cogtune.data.formats.markers import MARKER, without_markers
 from cogtune.data.formats.pictures import keys_text, picture_sources, refuse_unread
@@ -58,6 +59,8 @@ def read_conversation(record: Any, rules: RecordRules, expected: str) -> Content
     """
     if not isinstance(record, dict):
         raise BadRecordError("wrong-root", tr("{kind_of} found, an object was expected", kind_of=kind_of(record)))
+    if rules.clips is not None:
+        record = as_pictures(record)
     _refuse_other_media(record)
     messages = _messages(record, expected, rules.open_questions)
     for message in messages:
@@ -130,7 +133,8 @@ def _is_late(messages: list[Message]) -> bool:
 def _refuse_other_media(record: dict[str, Any]) -> None:
     for key in _OTHER_MEDIA:
         if record.get(key):
-            raise BadRecordError("media", tr('"{key}" is given; the model takes pictures only', key=key))
+            kind = "media-clips" if key.startswith("video") else "media"
+            raise BadRecordError(kind, tr('"{key}" is given; the model takes pictures only', key=key))
 
 
 def _images_of(record: dict[str, Any]) -> list[Any]:
@@ -242,6 +246,10 @@ def _from_parts(parts: Sequence[Any], number: int, role: str, trained: bool) -> 
                 )
             else:
                 message.images.append(image)
+        elif kind in ("video", "video_url", "input_video"):
+            raise BadRecordError(
+                "media-clips", tr("message {number} has a clip; the model takes pictures only", number=number)
+            )
         else:
             found = tr("the type {kind}", kind=shown(kind)) if isinstance(part, dict) else kind_of(part)
             raise BadRecordError(

@@ -15,7 +15,7 @@ from cogtune.data.record_json import MARKS, shown
 from cogtune.language import tr
 from cogtune.system.names import is_unicode
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".heic", ".avif")
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".heic", ".avif")
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 # start of these formats in base64; BMP's two bytes would match too much
 _BASE64_MAGIC = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
@@ -152,7 +152,7 @@ def _is_picture(value: Any, *, paths: bool) -> bool:
         text = value.strip()
         if text.lower().startswith("data:image/") or is_base64_picture(text):
             return True
-        return paths and len(text) <= _LONGEST_PATH and "\n" not in text and text.lower().endswith(_SUFFIXES)
+        return paths and len(text) <= _LONGEST_PATH and "\n" not in text and text.lower().endswith(PICTURE_SUFFIXES)
     if isinstance(value, Mapping):
         return any(_is_picture(value.get(key), paths=paths) for key in ("bytes", "path", "url", "image", "image_url"))
     return isinstance(value, list | tuple) and any(_is_picture(one, paths=paths) for one in value[:8])

@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from cogtune.data.formats.clip_records import columns
 from cogtune.data.formats.flat import PICTURES, missing, read_flat
 from cogtune.data.formats.item import Content, Item, RecordRules
 from cogtune.data.problems import BadRecordError, Problem
@@ -35,6 +36,7 @@ def items(file: Path, rules: RecordRules) -> Iterator[Item]:
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         header = [name.strip().lower() for name in next(rows, [])]
+        header = columns(header, str(file), clips=rules.clips is not None)
         check_columns(header, str(file), rules.open_questions)
         while True:
             line = rows.line_num + 1

@@ -1,0 +1,50 @@
+"""Images of an example as the vision tower takes them: pictures made square, or a clip's frames cropped.
+
+Shapes: S the side of the tower's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from cogtune.data.records import ImageRef
+from cogtune.processing.clip import decode
+from cogtune.processing.frames import Frame, crop_of, preprocess_frame
+from cogtune.processing.image import preprocess, read_image
+
+if TYPE_CHECKING:
+    import torch
+
+
+def tower_inputs(
+    images: Sequence[ImageRef], size: int, *, max_pixels: int | None = None, exif: str = "ignore"
+) -> Iterator[torch.Tensor]:
+    """Yield float32 [3, S, S] for each image; a clip is decoded once, and one frame of it is in memory at a time.
+
+    Raises:
+        DataError: a file that cannot be read or decoded.
+    """
+    frames = [image for image in images if isinstance(image, Frame)]
+    if frames:
+        yield from (preprocess_frame(frame, size) for frame in decode(frames))
+        return
+    for image in images:
+        assert not isinstance(image, Frame)
+        yield preprocess(read_image(image, max_pixels=max_pixels, exif=exif), size)
+
+
+def shown_squares(images: Sequence[ImageRef], side: int, *, exif: str = "ignore") -> Iterator[tuple[Image.Image, str]]:
+    """Yield for people what the model sees: a square of ``side`` pixels, and the size of the original."""
+    frames = [image for image in images if isinstance(image, Frame)]
+    for pixels in decode(frames):
+        height, width, top, left = crop_of(pixels.shape[0], pixels.shape[1], side)
+        scaled = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
+        yield scaled.crop((left, top, left + side, top + side)), f"{pixels.shape[1]} x {pixels.shape[0]}"
+    for image in images:
+        if not isinstance(image, Frame):
+            picture = read_image(image, exif=exif)
+            square = picture.resize((side, side), Image.Resampling.BICUBIC)
+            yield square, f"{picture.width} x {picture.height}"
