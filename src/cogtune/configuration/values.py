@@ -13,9 +13,8 @@ from cogtune.configuration.problems import explain
 from cogtune.system.byte_sizes import parse_size
 
 DataFormat = Literal[
-    "auto", "folder", "jsonl", "llava", "sharegpt", "openai", "flat", "coco", "vqa", "csv", "parquet", "hf",
-    "clips", "prompts", "msrvtt", "vatex",
-]  # fmt: skip
+    "auto", "folder", "jsonl", "llava", "sharegpt", "openai", "flat", "coco", "vqa", "csv", "parquet", "hf", "clips"
+]
 Engine = Literal["auto", "single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 
 

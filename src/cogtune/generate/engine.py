@@ -391,8 +391,7 @@ class InferenceEngine:
             pixels = torch.cat([self.processor.pixels(new[key]) for key in some])
             for key, one in zip(some, self.model.model.encode_images(pixels.to(self.model.device)), strict=True):
                 kept[key] = one[None]
-                if len(new) == 1:  # of a clip, the prefix is kept; its frames do not come back one by one
-                    self.pictures.put(("features", key), one[None])
+                self.pictures.put(("features", key), one[None])
         return torch.cat([kept[key] for key in keys])  # type: ignore[misc]
 
 

@@ -25,16 +25,12 @@ from cogtune.system.reading import open_file, read_bytes
 LABEL_FOLDERS = ("labels", "labels_en", "labels_zh")
 CONVERSATIONS = ("jsonl", "llava", "sharegpt", "openai", "flat")
 _SUFFIXES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "hf"}
-_FOLDERS = ("folder", "clips", "prompts")
 _EXPECTED = {
     "csv": (".csv", ".tsv"),
     "parquet": (".parquet",),
     "coco": (".json",),
     "vqa": (".json",),
-    "msrvtt": (".json",),
-    "vatex": (".json",),
-    "clips": (),
-    "prompts": (),
+    "clips": (".json",),
 }
 _KNOWN = phrase("a folder with images/ and labels/, or a .jsonl, .json, .csv, .tsv or .parquet file")
 _SNIFFED = 2**20
@@ -85,9 +81,9 @@ def _refuse_suffix(path: Path, form: str) -> None:
             "no-such-path", str(path), tr("a file of an unknown kind; expected was {known}", known=tr(_KNOWN))
         ).error()
     expected = (*LINES, ".json") if form in CONVERSATIONS else _EXPECTED.get(form, (suffix,))
-    if form in _FOLDERS or suffix not in expected:
+    if form == "folder" or suffix not in expected:
         wanted = (
-            tr("a folder") if form in _FOLDERS else tr("a file ending in {expected}", expected=" or ".join(expected))
+            tr("a folder") if form == "folder" else tr("a file ending in {expected}", expected=" or ".join(expected))
         )
         raise Problem(
             "format", str(path), tr("data.format is {form}, so {wanted} was expected", form=form, wanted=wanted)
@@ -95,7 +91,7 @@ def _refuse_suffix(path: Path, form: str) -> None:
 
 
 def _in_folder(path: Path, form: str, split: str | None, notes: list[str], open_questions: bool) -> list[Source]:
-    if form in ("auto", "prompts") and (path / clips.VIDEOS).is_file():
+    if form in ("auto", "clips") and (path / clips.VIDEOS).is_file():
         return [Source("prompts", path, (path / clips.VIDEOS,))]
     videos = path / clips.FOLDER
     if form == "clips" or (form == "auto" and videos.is_dir() and (path / "labels").is_dir() and not _has_images(path)):
@@ -168,6 +164,9 @@ def _by_format(path: Path, files: list[Path], lines: list[Path], notes: list[str
 
 
 def _file_format(file: Path, form: str) -> str:
+    if form == "clips":
+        found = sniff(file)
+        return found if found in ("msrvtt", "vatex") else _unknown(file)
     if form != "auto":
         return form
     return _SUFFIXES.get(file.suffix.lower()) or sniff(file) or _unknown(file)
