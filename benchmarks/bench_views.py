@@ -116,16 +116,17 @@ def sweep(content: dict[str, Any], chinese: bool) -> str:
 
 
 def launches(content: dict[str, Any], chinese: bool) -> str:
-    """Launches of `cogtune bench train`, an engine each, against one card in the same setting."""
+    """Launches of `cogtune bench train`, an engine each, against one card in the same setting or else in its first."""
     rows = content["rows"]
     alone = {row["name"]: row["samples_per_second"] for row in rows if row["engine_name"] == "single"}
+    first = next(iter(alone.values()))
     cells: list[list[Cell]] = []
     for row in rows:
         host = max(row.get("by_rank") or [{}], key=lambda rank: rank.get("host_own_gib", 0.0))
         cells.append([
-            f"{row['preset']} x {row['batch_size']}", row["engine_name"], row["ranks"],
+            f"{row['preset']} x {row['batch_size']}{_detail(row, chinese)}", row["engine_name"], row["ranks"],
             f"{row['samples_per_second']:.2f}",
-            f"{row['answers_per_second']:.2f}", f"{row['samples_per_second'] / alone[row['name']]:.2f}x",
+            f"{row['answers_per_second']:.2f}", f"{row['samples_per_second'] / alone.get(row['name'], first):.2f}x",
             f"{row['peak_reserved_gib']:.2f}", _number(host.get("host_own_gib"), 1),
             _number(host.get("host_files_gib"), 1),
             _number(row["load_s"], 1), _number(row.get("save_s"), 2),
@@ -138,6 +139,15 @@ def launches(content: dict[str, Any], chinese: bool) -> str:
               "host, a process's own, GiB", "host, files, GiB", "load, s", "state gathered and written, s"]
     )  # fmt: skip
     return f"{markdown(columns, cells)}\n\n{caption(content, chinese)}"
+
+
+_DETAILS = {"uncompiled": "不编译", "nf4": "NF4", "gathered-once": "只收集一次"}
+
+
+def _detail(row: dict[str, Any], chinese: bool) -> str:
+    """Return what a row's name says behind ``cached-``."""
+    detail = row["name"].partition("cached-")[2]
+    return detail and (f"，{_DETAILS[detail]}" if chinese else f", {detail}")
 
 
 def many(content: dict[str, Any], chinese: bool) -> str:

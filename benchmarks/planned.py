@@ -37,14 +37,15 @@ from cogtune.system.byte_sizes import GIB, MIB
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 FILES = (
-    "eight-cards", "speed-h200", "cards-h100", "cards-zero3-h100", "launches-h100", "speed-h100", "speed-again-h100",
-    "fit-h100", "sweep-batch-h100", "sweep-text-h100", "sweep-rank-h100", "sweep-questions-h100",
+    "two-cards-h200", "eight-cards", "speed-h200", "cards-h100", "cards-zero3-h100", "launches-h100", "speed-h100",
+    "speed-again-h100", "fit-h100", "sweep-batch-h100", "sweep-text-h100", "sweep-rank-h100", "sweep-questions-h100",
 )  # fmt: skip
 _WHOLE_PROJECTION = ("eight-cards", "speed-h200")
 """Of code whose compiled layers also kept q, k and v as they came from the projection."""
 _SWITCHES = ("breakdown", "tiny")
 _VALUES = ("preset", "features", "variant", "steps", "warmup", "rounds", "cap", "json", "rows")
 """Flags of ``cogtune bench`` that are no configuration keys."""
+_WHOLE_LAYERS = ("single", "ddp")  # what train.compile auto compiled when eight-cards.json was measured
 _OLD_BUCKET = 500_000_000  # zero2's buffer for gradients when cards-h100.json was measured: DeepSpeed's own size
 
 
@@ -149,6 +150,7 @@ def _runs(name: str, record: Mapping[str, Any]) -> Iterator[Measured]:
         tokens = ModelSizes().image_tokens
         rows = summary([RowShape(True, tokens + 1 + prompt + answer, answer, 1)], 1, tokens)
         setting = replace(setting_of(config, rows, ranks=row["ranks"], card=card), expandable=True)
+        setting = replace(setting, compile=setting.tensor == 1 and setting.engine in _WHOLE_LAYERS)
         yield Measured(
             name=row["name"],
             setting=setting,

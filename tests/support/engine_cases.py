@@ -80,6 +80,8 @@ def main(base: Path, data: Path, output: Path, engine: str) -> None:
     parallel: dict[str, Any] = {"parallel__tensor": ranks} if tensor else {"parallel__engine": engine}
     if engine == "zero3":  # so that weights as small as these are not kept whole on every rank
         parallel["parallel__deepspeed"] = str(data / "zero3.yaml")
+    if engine == "fsdp2":  # one layer stays gathered for the whole run, the others do not
+        parallel["parallel__keep_gathered"] = 1
     left_out = LEFT_OUT.get(engine, ())
     for name in LENGTHS:
         if name not in left_out:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 _MOST_WORKERS = 8
 # One core for the training process and one for its backward pass.
 _RESERVED_CORES = 2
-_COMPILED = ("single", "ddp")
-"""Engines that keep whole layers on their device. Collectives inside a layer would break its compiled graph."""
+_UNCOMPILED = ("zero3", "tensor")
+"""Engines whose layers ``auto`` does not compile, because they have collectives inside a layer."""
 
 
 def resolve_dtype(asked: str, gpu: Gpu | None) -> str:
@@ -112,10 +112,8 @@ def resolve_engine(parallel: ParallelSection, ranks: int, *, launched: bool, by_
 
 
 def resolve_compile(asked: Literal["auto"] | bool, engine: str, *, able: bool) -> bool:
-    """Resolve ``train.compile``: ``auto`` is on if torch can (``able``) generate kernels and the engine keeps layers
-    whole.
-    """
-    return able and engine in _COMPILED if asked == "auto" else asked
+    """Resolve ``train.compile``: ``auto`` is on if torch can (``able``) generate kernels and the engine gains by it."""
+    return able and engine not in _UNCOMPILED if asked == "auto" else asked
 
 
 def resolve_workers(asked: int | None, local_ranks: int = 1, cores: int | None = None) -> int:

@@ -132,8 +132,8 @@ class ParallelSection(TensorSection):
     )
     keep_gathered: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
         default="auto",
-        description="fsdp2: how many layers stay gathered during an optimiser step instead of being gathered for every"
-        " pass. auto: under accumulation as many as the memory left by the first step holds, else none.",
+        description="fsdp2: how many layers stay gathered from their first use on instead of being gathered for every"
+        " pass. auto: as many as the planner finds memory for.",
     )
     deepspeed: Path | None = Field(
         default=None, description="A DeepSpeed configuration file (YAML or JSON); it wins over defaults."

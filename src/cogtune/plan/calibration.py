@@ -170,6 +170,12 @@ class Gatherings:
     """Share of a micro-batch's computation that hides this overhead."""
 
 
+GATHERED_BANDWIDTH = 316e9
+"""Bytes per second at which fsdp2 gathers a compiled layer's weights for both passes, copies included: 2.76 ms for
+0.87 GB (two-cards-h200.json). Its products and all-gathers compete for the same memory, so none of it is hidden. An
+uncompiled layer takes `GATHERINGS` whatever its size, because the host waits.
+"""
+
 GATHERINGS = {"fsdp2": Gatherings(0.0036, 0.0), "zero3": Gatherings(0.0118, 0.15)}
 """Fitted to two rows each: batch 4 with all layers recomputed on two H100, and batch 1 without recomputation on two
 H200. fsdp2: 1.224 s (1.098 s on one card) and 0.299 s (cards-h100.json, eight-cards.json). zero3, gathering whole

@@ -6,6 +6,7 @@ context.
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
@@ -18,6 +19,7 @@ from cogtune.plan.time import StepTime, step_time
 from cogtune.system.byte_sizes import MIB
 
 MOST_ROWS = 512
+GATHERED_MARGIN = 0.1
 MARGIN_SHARE, MARGIN = 0.01, 256 * MIB
 """Bytes of the budget left free if possible: predictions are not exact, and rows differ in length."""
 
@@ -46,6 +48,19 @@ def checkpointing(setting: Setting, budget: int) -> Setting | None:
     return setting.with_recomputed(low)
 
 
+def keeping_gathered(setting: Setting, budget: int) -> Setting:
+    """Return ``setting`` with as many layers of fsdp2 kept gathered as ``budget`` holds, if their number is open.
+
+    A tenth of the budget stays free: a wrong prediction should cost speed, not the run.
+    """
+    if setting.engine != "fsdp2" or setting.keep_gathered is not None or setting.offload == "weights":
+        return setting
+    room, layers = round((1 - GATHERED_MARGIN) * budget), setting.sizes.num_hidden_layers
+    counts = range(layers + 1)
+    kept = bisect(counts, False, key=lambda count: not fits(replace(setting, keep_gathered=count), room)) - 1
+    return replace(setting, keep_gathered=max(0, kept))
+
+
 def tower_fits(setting: Setting, budget: int) -> bool:
     """Return whether the tower fits together with training, with all layers recomputed if necessary."""
     return checkpointing(replace(setting, tower="live"), budget) is not None
@@ -67,7 +82,8 @@ def engine(setting: Setting, card: Card, ranks: int, candidates: Collection[str]
         return "ddp"
     fitting = [found for each in able if (found := checkpointing(each, card.usable)) is not None]
     if fitting:
-        return min(fitting, key=lambda each: step_time(each, card).seconds).engine
+        kept = [keeping_gathered(each, card.usable) for each in fitting]
+        return min(kept, key=lambda each: step_time(each, card).seconds).engine
     layers = setting.sizes.num_hidden_layers
     return min(able, key=lambda each: predict(each.with_recomputed(layers)).driver).engine
 
@@ -125,6 +141,7 @@ def _first(family: Iterator[Setting], card: Card, fixed: Collection[str]) -> Fit
         else:
             fitting = checkpointing(candidate, card.usable)
         if fitting is not None:
+            fitting = keeping_gathered(fitting, card.usable)
             return FittingSetting(fitting, predict(fitting), step_time(fitting, card))
     return None
 

@@ -156,9 +156,6 @@ def _bucket(config: RunConfig) -> int:
     return (2 if zero.get("overlap_comm") is True else 1) * (0 if size == "auto" else int(float(size)))
 
 
-def _keep_gathered(config: RunConfig) -> int:
-    """Return ``parallel.keep_gathered``; ``auto`` counts as 0, because it uses only memory that is free after the first
-    step.
-    """
+def _keep_gathered(config: RunConfig) -> int | None:
     asked = config.parallel.keep_gathered
-    return 0 if asked == "auto" else int(asked)
+    return None if asked == "auto" else int(asked)

@@ -109,8 +109,8 @@ class Setting:
 
     ``decoder`` and ``blocks``: indices of the decoder and tower layers that are recomputed. ``accumulation``:
     micro-batches per step. ``expandable``: the allocator uses expandable segments. ``bucket``: elements of DeepSpeed's
-    gradient buffers, if its configuration file sets them. ``keep_gathered``: layers that fsdp2 keeps gathered between
-    forward and backward.
+    gradient buffers, if its configuration file sets them. ``keep_gathered``: layers that fsdp2 keeps gathered from
+    their first use on; None: not chosen yet, which counts as 0.
     """
 
     sizes: ModelSizes = field(default_factory=ModelSizes)
@@ -130,7 +130,7 @@ class Setting:
     eval_rows: int | None = None
     workers: int = 4
     bucket: int = 0
-    keep_gathered: int = 0
+    keep_gathered: int | None = None
     offload: str = "none"
     expandable: bool = True
 

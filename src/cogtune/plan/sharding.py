@@ -48,13 +48,13 @@ def unit_bytes(linears: Iterable[Linear], quant: QuantSection, dtype: str) -> in
 
 
 @lru_cache(maxsize=64)
-def _units(sizes: ModelSizes, quant: QuantSection, dtype: str) -> tuple[int, int, int, int]:
-    """Return the bytes of a decoder layer, a tower layer, the head and the embedding."""
+def _units(sizes: ModelSizes, quant: QuantSection, dtype: str) -> tuple[int, int, int, int, int]:
+    """Return the bytes of a decoder layer, a tower layer, the head, the GLU adapter and the embedding."""
     # every decoder layer and every tower layer has the same size, so layer 0 stands for all
     own = [[x for x in sizes.linears if name in x.name] for name in ("model.layers.0.", ".transformer.layers.0.")]
-    own.append([x for x in sizes.linears if x.part == "head"])
-    layer, block, head = (unit_bytes(linears, quant, dtype) for linears in own)
-    return layer, block, head, 0 if quant.embedding == "host" else sizes.parameters("embedding") * BYTES[dtype]
+    own += [[x for x in sizes.linears if x.part == part] for part in ("head", "glu_adapter")]
+    layer, block, head, glu = (unit_bytes(linears, quant, dtype) for linears in own)
+    return layer, block, head, glu, 0 if quant.embedding == "host" else sizes.parameters("embedding") * BYTES[dtype]
 
 
 class Gathering:
@@ -65,11 +65,12 @@ class Gathering:
     """
 
     def __init__(self, setting: Setting) -> None:
-        units = _units(setting.sizes, setting.quant, setting.dtype) if setting.shards > 1 else (0, 0, 0, 0)
-        self.layer, self.block, self.head, self.embedding = units
+        units = _units(setting.sizes, setting.quant, setting.dtype) if setting.shards > 1 else (0, 0, 0, 0, 0)
+        self.layer, self.block, self.head, self.glu, self.embedding = units
         self.layers, self.zero3 = setting.sizes.num_hidden_layers, setting.engine == "zero3"
-        # parallel.keep_gathered: these first layers stay gathered from their forward to their backward pass
-        self.kept = min(setting.keep_gathered, self.layers) if setting.engine == "fsdp2" else 0
+        self.runs_ahead = setting.engine == "fsdp2" and setting.compiled
+        # parallel.keep_gathered: these first layers stay gathered from their first use on
+        self.kept = min(setting.keep_gathered or 0, self.layers) if setting.engine == "fsdp2" else 0
 
     def _at(self, unit: int, whole: int, ahead: int) -> Gathered:
         """``whole`` units of ``unit`` bytes are ready for use, and ``ahead`` more are in buffers."""
@@ -81,21 +82,28 @@ class Gathering:
         """The embedding has been copied out, and the buffers of head and embedding are not free yet."""
         if self.zero3:
             return Gathered(0, self.head + self.embedding)
-        return Gathered(self.head + self.embedding, self.head + self.embedding)
+        return Gathered(self.head + self.embedding + self.kept * self.layer, self.head + self.embedding)
 
     def tower(self) -> Gathered:
         """A layer in the middle of the tower: its buffer and the next layer's, as between two decoder layers."""
-        return self._at(self.block, 1, 2)
+        found = self._at(self.block, 1, 2)
+        return Gathered(found.whole + self.kept * self.layer, found.buffers)
 
     def forward(self, index: int) -> Gathered:
-        """The forward pass of layer ``index``: this layer and earlier ones that stay gathered are complete.
+        """The forward pass of layer ``index``: this layer and those that stay gathered are complete.
 
-        Its buffer is not free yet, and the next layer's (unless this is the last) is being filled.
+        Its buffer is not free yet, and the next layer's (unless this is the last) is being filled. Layers that stay
+        gathered fill none, and the GLU adapter's, which ran before them, waits for the next one that does.
         """
-        return self._at(self.layer, 1 + min(index, self.kept), 2 if index < self.layers - 1 else 1)
+        own, following = index >= self.kept, self.kept <= index + 1 < self.layers
+        if not own:
+            return Gathered(self.head + self.kept * self.layer, self.glu + following * self.layer)
+        return self._at(self.layer, self.kept + 1, 1 + following)
 
     def loss(self) -> Gathered:
         """The loss. fsdp2 has not freed the last layer's buffer; zero3 is gathering that layer again."""
+        if self.kept == self.layers:
+            return self.forward(self.layers - 1)
         return self._at(self.layer, self.kept, 1)
 
     def backward(self, index: int) -> Gathered:
@@ -103,7 +111,7 @@ class Gathering:
 
         Later layers have been freed.
         """
-        return self._at(self.layer, min(index, self.kept) + 1, 1 if index > self.kept else 0)
+        return self._at(self.layer, self.kept + (index >= self.kept), 1 if index > self.kept else 0)
 
     def pool(self) -> int:
         """Peak of the buffers over a step, which the allocator keeps in their stream's pool."""
@@ -111,4 +119,7 @@ class Gathering:
         # The host runs ahead of the GPU, so layers that are queued hold their gathered weights, as does the running
         # one: three layers. The measured rest is 2.9 layers in eight-cards.json and 2.2 (all recomputed) in
         # cards-zero3-h100.json.
-        return most + (ZERO3_LAYERS_AHEAD + 1) * self.layer if self.zero3 else most
+        if self.zero3:
+            return most + (ZERO3_LAYERS_AHEAD + 1) * self.layer
+        # with compiled layers fsdp2's host runs ahead by a layer too (two-cards-h200.json)
+        return most + self.layer * (self.runs_ahead and self.kept < self.layers)

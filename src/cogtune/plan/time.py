@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from cogtune.plan.calibration import (
     DEEPSPEED_SECONDS,
     FP8_SPEEDUP,
+    GATHERED_BANDWIDTH,
     GATHERINGS,
     HOST,
     RATES,
@@ -20,6 +21,7 @@ from cogtune.plan.calibration import (
 from cogtune.plan.cards import REFERENCE, Card
 from cogtune.plan.memory import weights
 from cogtune.plan.setting import MicroBatch, Setting, format_of
+from cogtune.plan.sharding import Gathering
 from cogtune.plan.sizes import Linear
 
 
@@ -160,8 +162,9 @@ def traffic(setting: Setting) -> tuple[float, float]:
     around = (setting.ranks - 1) / setting.ranks
     gradients = 4 * setting.adapter_parameters() * 2 * around
     if setting.engine in ("fsdp2", "zero3"):
-        held = sum(weights(setting).values()) * setting.shards
-        return 2 * held * around, gradients
+        gathering = Gathering(setting)
+        held = sum(weights(setting).values()) * setting.shards - gathering.kept * gathering.layer
+        return 2 * max(0.0, held) * around, gradients
     return 0.0, gradients
 
 
@@ -170,11 +173,21 @@ def _waiting(setting: Setting, rates: Rates, micro: float, link: float) -> float
     gathered, reduced = traffic(setting)
     seconds = _sums(setting, link)
     if gathered:
-        exposed = gathered / link - rates.overlap * micro
-        layers, own, least = setting.sizes.num_hidden_layers, GATHERINGS[setting.engine], GATHERINGS["fsdp2"]
-        each = max(layers * least.seconds, layers * own.seconds - own.hidden * micro)
-        seconds += setting.accumulation * (max(0.0, exposed) + each)
+        seconds += setting.accumulation * _gathering(setting, micro, gathered / link - rates.overlap * micro, link)
     return seconds + max(0.0, reduced / link - rates.overlap * micro / 2)
+
+
+def _gathering(setting: Setting, micro: float, exposed: float, link: float) -> float:
+    """Return the seconds by which gathering weights makes a micro-batch longer; ``exposed``: transfers that exceed what
+    computation can hide.
+    """
+    gathering = Gathering(setting)
+    layers = setting.sizes.num_hidden_layers - gathering.kept
+    if setting.engine == "fsdp2" and setting.compiled:
+        from_others = 2 * (setting.ranks - 1) / setting.ranks  # of the measurement's, which had two ranks
+        return layers * gathering.layer * from_others / GATHERED_BANDWIDTH * REFERENCE.link / link
+    own, least = GATHERINGS[setting.engine], GATHERINGS["fsdp2"]
+    return max(0.0, exposed) + max(layers * least.seconds, layers * own.seconds - own.hidden * micro)
 
 
 def _sums(setting: Setting, link: float) -> float:

@@ -20,7 +20,7 @@ from cogtune.errors import OutOfMemoryError, SetupError
 from cogtune.language import tr
 from cogtune.plan.calibration import CONTEXT
 from cogtune.plan.cards import Card, named_like
-from cogtune.plan.choose import best, checkpointing, fits, tower_fits
+from cogtune.plan.choose import best, checkpointing, fits, keeping_gathered, tower_fits
 from cogtune.plan.choose import engine as engine_for
 from cogtune.plan.data_rows import Rows
 from cogtune.plan.data_rows import summary as rows_summary
@@ -44,10 +44,12 @@ _EVERYTHING = frozenset(
 
 @dataclass(frozen=True)
 class Layers:
-    """The decoder and tower layers that are recomputed in the backward pass."""
+    """The decoder and tower layers that are recomputed in the backward pass, and how many decoder layers of a sharded
+    model stay gathered."""
 
     decoder: frozenset[int] = frozenset()
     tower: frozenset[int] = frozenset()
+    gathered: int = 0
 
 
 class MemoryPlan:
@@ -92,9 +94,9 @@ class MemoryPlan:
         if self.setting.tower != "none":
             self.setting = replace(self.setting, tower="cached" if cached else "live")
         if self.card is not None:
-            self.setting = self._settle(self.setting)
+            self.setting = keeping_gathered(self._settle(self.setting), self._budget)
             log.info(summary(plan_of(self.config, self.setting, self.card, self.rows)))
-        return Layers(self.setting.decoder, self.setting.blocks)
+        return Layers(self.setting.decoder, self.setting.blocks, self.setting.keep_gathered or 0)
 
     def _settle(self, setting: Setting) -> Setting:
         """Return ``setting`` with as many layers recomputed as its policy says or the memory needs."""

@@ -325,6 +325,8 @@ def assemble(
             log.info(tr("layers are compiled at their first use (train.compile); the first step takes longer"))
         _say_what_trains(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if layers is not None:
+            engine.gathered_layers = layers.gathered
         engine.wrap(model, build_optimizer(trained, config.train, fused=engine.fuses_optimizer))
     return model
 
@@ -339,7 +341,8 @@ def _recompute(base: CogVLM2ForCausalLM, config: RunConfig, layers: Layers | Non
     decoder, tower = len(base.model.layers), base.config.vision_config.num_hidden_layers
     if layers is None:
         policy = config.train.gradient_checkpointing
-        layers = Layers(*(frozenset(recomputed_layers(policy, count) or ()) for count in (decoder, tower)))
+        first, second = (frozenset(recomputed_layers(policy, count) or ()) for count in (decoder, tower))
+        layers = Layers(first, second)
     if layers.decoder or layers.tower:
         counts = enable_checkpointing(base, layers.decoder, layers.tower)
         also = tr(" and {counts} of {tower} tower layers", counts=counts[1], tower=tower) if counts[1] else ""

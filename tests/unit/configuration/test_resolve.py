@@ -164,9 +164,10 @@ def test_engines(values: dict[str, Any], ranks: int, launched: bool, by_deepspee
     assert resolve_engine(section, ranks, launched=launched, by_deepspeed=by_deepspeed) == name
 
 
-def test_layers_are_compiled_where_they_are_whole_and_kernels_can_be_made() -> None:
-    for engine, whole in {"single": True, "ddp": True, "fsdp2": False, "zero3": False, "tensor": False}.items():
-        assert resolve_compile("auto", engine, able=True) == whole
+def test_layers_are_compiled_where_no_collective_is_inside_and_kernels_can_be_made() -> None:
+    compiled = {"single": True, "ddp": True, "zero2": True, "fsdp2": True, "zero3": False, "tensor": False}
+    for engine, expected in compiled.items():
+        assert resolve_compile("auto", engine, able=True) == expected
         assert not resolve_compile("auto", engine, able=False)
         assert resolve_compile(True, engine, able=False)
         assert not resolve_compile(False, engine, able=True)

@@ -18,6 +18,7 @@ from cogtune.plan.choose import (
     engine,
     fits,
     is_supported,
+    keeping_gathered,
     largest_batch,
     smallest_card,
     tower_fits,
@@ -28,6 +29,7 @@ from cogtune.plan.local_cards import local_cards
 from cogtune.plan.memory import predict
 from cogtune.plan.plan import keys_of
 from cogtune.plan.setting import LoraShape, Setting, adapted_names
+from cogtune.plan.sharding import Gathering
 from cogtune.plan.sizes import ModelSizes
 from cogtune.plan.time import step_time
 from cogtune.system.byte_sizes import GIB
@@ -52,6 +54,23 @@ def test_as_few_layers_are_recomputed_as_the_budget_needs() -> None:
     assert counts == sorted(counts)
     assert 0 < counts[0] < counts[-1]
     assert checkpointing(CACHED, 28 * GIB) is None
+
+
+def test_layers_stay_gathered_where_there_is_memory_for_them() -> None:
+    """On a large card all, so that nothing is gathered a second time; on a small one as many as leave a tenth free."""
+    sharded = replace(CACHED, engine="fsdp2", ranks=2)
+    layers, layer = sharded.sizes.num_hidden_layers, Gathering(sharded).layer
+    assert keeping_gathered(sharded, 140 * GIB).keep_gathered == layers
+    least = predict(sharded).driver
+    assert keeping_gathered(sharded, least).keep_gathered == 0
+    some = keeping_gathered(sharded, round(least / 0.9) + 5 * layer)
+    assert 1 <= (some.keep_gathered or 0) <= 5
+    assert predict(some).driver <= 0.9 * (round(least / 0.9) + 5 * layer)
+    assert step_time(some, REFERENCE).seconds < step_time(sharded, REFERENCE).seconds
+    asked = replace(sharded, keep_gathered=3)
+    assert keeping_gathered(asked, 140 * GIB) == asked
+    for other in (replace(CACHED, engine="ddp", ranks=2), replace(sharded, offload="weights")):
+        assert keeping_gathered(other, 140 * GIB) == other
 
 
 def test_a_tower_that_trains_is_recomputed_in_proportion() -> None:

@@ -66,6 +66,7 @@ class Engine(ABC):
         self.parameters: dict[str, nn.Parameter]  # what trains, by its name in the unwrapped model
         self.unchanged: dict[str, torch.Tensor] = {}  # float32 adapter weights that do not train, if not in the model
         self.placement: Placement | None = None  # set by engines that shard while the model loads
+        self.gathered_layers = 0  # decoder layers that a sharding engine keeps gathered; set before `wrap`
 
     @property
     def loss_factor(self) -> float:

@@ -9,7 +9,7 @@ checkpoint and loss are those of a single device.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -32,9 +32,7 @@ from cogtune.language import tr
 from cogtune.model.vision import VisionModel
 from cogtune.train.engines.base import StepResult
 from cogtune.train.engines.single import SingleEngine
-from cogtune.train.log import log
 
-_SPARE = 0.8  # share of the memory left free by the first step that gathered layers may use
 _ROOT = ("lm_head",)
 """Units that belong to the root: the loss may read the head's weight directly, and needs it at the end of the forward
 pass and again at the start of the backward pass."""
@@ -51,7 +49,8 @@ class Fsdp2Engine(SingleEngine):
         self._mesh = init_device_mesh(group.device.type, (group.size,), mesh_dim_names=("shard",))
         self.placement = self  # the loader calls `device_for` and `finish`
         self._kept: list[FSDPModule] = []
-        self._keep_decided = config.parallel.keep_gathered != "auto"
+        if config.parallel.keep_gathered != "auto":
+            self.gathered_layers = int(config.parallel.keep_gathered)
 
     @property
     def loss_factor(self) -> float:
@@ -117,15 +116,17 @@ class Fsdp2Engine(SingleEngine):
                 unit.sharded = True
         for before, after in pairwise(layers):  # all-gather the next layer while this one computes
             before.set_modules_to_forward_prefetch([after])
-        self._layers = layers
-        if self.config.parallel.keep_gathered != "auto":
-            self._keep(int(self.config.parallel.keep_gathered))
+        decoder = [unit for name, unit in named if ".vision." not in name]
+        self._kept = decoder[: self.gathered_layers]
+        for kept in self._kept:  # frozen weights do not change, so a gathered layer stays valid for the whole run
+            kept.set_reshard_after_forward(False, recurse=False)
+            kept.set_reshard_after_backward(False, recurse=False)
         self._frozen = _require_sharded(module, outside, self.group.size)
         return module
 
     def describe(self) -> str:
         own, whole = self._frozen
-        kept = tr(", {kept} layers stay gathered during a step", kept=len(self._kept)) if self._kept else ""
+        kept = tr(", {kept} layers stay gathered", kept=len(self._kept)) if self._kept else ""
         where = tr(", on the CPU") if self.config.parallel.offload == "weights" else ""
         return tr(
             "fsdp2: rank {rank} holds {own:,} of {whole:,} frozen values{where}{kept}",
@@ -136,48 +137,14 @@ class Fsdp2Engine(SingleEngine):
             kept=kept,
         )
 
-    def accumulating(self, last: bool) -> AbstractContextManager[Any]:
-        for layer in self._kept:  # free kept layers only after the step's last micro-batch
-            layer.set_reshard_after_backward(last, recurse=False)
-        return nullcontext()
-
     def step(self) -> StepResult:
         sum_in_buckets(value.grad for value in self.parameters.values() if value.grad is not None)
-        result = super().step()
-        if not self._keep_decided:
-            self._keep_decided = True
-            self._keep(self._spare_layers())
-        return result
-
-    def _keep(self, count: int) -> None:
-        """Keep the first ``count`` layers gathered from their first use in a step to their last."""
-        self._kept = self._layers[:count]
-        for layer in self._kept:
-            layer.set_reshard_after_forward(False, recurse=False)
-
-    def _spare_layers(self) -> int:
-        """Return how many gathered layers fit into the memory that the first step left free, the minimum over all
-        ranks."""
-        if self.config.train.accumulation == 1 or self.device.type != "cuda" or not self._layers:
-            return 0
-        free = torch.cuda.mem_get_info(self.device)[0]
-        free += torch.cuda.memory_reserved(self.device) - torch.cuda.max_memory_allocated(self.device)
-        sizes = [sum(p.numel() * p.element_size() for p in _own(layer)) for layer in self._layers]
-        count = min(self.group.gather(int(_SPARE * free // max(sizes))))
-        count = max(0, min(count, len(self._layers)))
-        log.info(
-            tr("fsdp2: {count} of {layers} layers stay gathered during a step", count=count, layers=len(self._layers))
-        )
-        return count
+        return super().step()
 
 
 def _is_layer(name: str) -> bool:
     """Return whether ``name`` is that of a layer: a unit with a number."""
     return name.rpartition(".")[2].isdigit()
-
-
-def _own(module: Any) -> Iterator[DTensor]:
-    return (value for value in module.parameters() if isinstance(value, DTensor))
 
 
 def _weight(layer: nn.Module) -> Any:
