@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,15 @@ from cogtune.configuration.model import CogVLM2Config
 from cogtune.errors import CheckpointError
 from cogtune.language import phrase, tr
 from cogtune.system.names import inside
+from cogtune.system.reading import open_file, read_text
 
+_BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2, "I8": 1,
+    "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+}  # fmt: skip
+"""Bytes of a value, by the name of its format in a safetensors file."""
+_LONGEST_HEADER = 100_000_000
+"""The safetensors library's own limit, in bytes."""
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 ROUTES = phrase(
@@ -105,14 +115,32 @@ def shard_files(folder: Path) -> dict[str, list[str]]:
     """Map each shard file's name to the names of the tensors it should hold (empty for a single file without an index).
 
     Raises:
-        CheckpointError: neither an index nor a single weight file, an index that is not valid JSON, or one that names
-            a file outside ``folder``.
+        CheckpointError: neither an index nor a single weight file, an index that is not valid JSON or names a file
+            outside ``folder``, or a shard that is missing.
     """
+    shards = _listed_shards(folder)
+    missing = sorted(name for name in shards if not (folder / name).is_file())
+    if missing:
+        raise CheckpointError(
+            tr(
+                "{folder}: {count} of {files} shards are missing: {names}",
+                folder=folder,
+                count=len(missing),
+                files=len(shards),
+                names=", ".join(missing[:8]),
+            ),
+            hint=tr(ROUTES),
+            code="checkpoint-shards",
+        )
+    return shards
+
+
+def _listed_shards(folder: Path) -> dict[str, list[str]]:
     index = folder / INDEX_NAME
     if index.is_file():
         try:
-            weight_map: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
+            weight_map: dict[str, str] = dict(json.loads(read_text(index))["weight_map"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(
                 tr("{index}: not a weight index: {error}", index=index, error=error),
                 hint=tr(ROUTES),
@@ -143,21 +171,39 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
     Raises:
         CheckpointError: not a safetensors file, or shorter than its header says.
     """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
+    with open_file(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
         prefix = stream.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if length + 8 > size:
+        if length + 8 > size or length > _LONGEST_HEADER:
             raise _truncated(file, size, None)
         try:
             header: dict[str, dict[str, Any]] = json.loads(stream.read(length))
-        except ValueError as error:
+            header.pop("__metadata__", None)
+            payload = _payload(header)
+        except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
             raise _truncated(file, size, None) from error
-    header.pop("__metadata__", None)
-    payload = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if 8 + length + payload != size:
         raise _truncated(file, size, 8 + length + payload)
     return header
+
+
+def _payload(header: dict[str, dict[str, Any]]) -> int:
+    """Return the bytes of a file's tensors, after checking that they lie one behind another and fit their shapes.
+
+    Raises:
+        ValueError, TypeError, KeyError: they do not.
+    """
+    end = 0
+    for entry in sorted(header.values(), key=lambda entry: entry["data_offsets"]):
+        first, last = entry["data_offsets"]
+        shape = entry["shape"]
+        if any(type(size) is not int or size < 0 for size in (first, last, *shape)):
+            raise ValueError("a shape or an offset that is no size")
+        if first != end or last - first != _BYTES[entry["dtype"]] * math.prod(shape):
+            raise ValueError("tensors that overlap, leave gaps, or do not fit their shapes")
+        end = last
+    return end
 
 
 def check_folder(folder: Path) -> None:
@@ -167,19 +213,6 @@ def check_folder(folder: Path) -> None:
         CheckpointError: a shard is missing, truncated or lacks a tensor; the message names the file.
     """
     files = shard_files(folder)
-    missing = sorted(name for name in files if not (folder / name).is_file())
-    if missing:
-        raise CheckpointError(
-            tr(
-                "{folder}: {count} of {files} shards are missing: {names}",
-                folder=folder,
-                count=len(missing),
-                files=len(files),
-                names=", ".join(missing[:8]),
-            ),
-            hint=tr(ROUTES),
-            code="checkpoint-shards",
-        )
     for name, expected in files.items():
         absent = sorted(set(expected) - set(read_header(folder / name)))
         if absent:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 
 from cogtune.errors import ConfigError
 from cogtune.language import tr
+from cogtune.system.reading import read_text
 
 
 class _Loader(yaml.SafeLoader):
@@ -26,6 +28,22 @@ class _Loader(yaml.SafeLoader):
                 )
             seen.add(name)
         return super().construct_mapping(node, deep=deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """Read a whole number; a leading zero is no octal number, which YAML 1.2 writes 0o17."""
+        text = str(self.construct_scalar(node)).replace("_", "").lower()
+        return _whole(text, 16 if "0x" in text else 10)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_MOST_NODES = 10_000
+
+
+def _whole(text: str, base: int = 10) -> int:
+    value = int(text, base)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(tr("no key takes a whole number that large"))
+    return value
 
 
 _REPLACED = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:int", "tag:yaml.org,2002:timestamp")
@@ -48,9 +66,50 @@ _Loader.add_implicit_resolver(
 def parse_value(text: str) -> Any:
     """Return the value of ``text`` in a YAML file. Raises ValueError if it is not YAML."""
     try:
-        return yaml.load(text, _Loader)
+        return _load(text)
     except yaml.YAMLError as error:
         raise ValueError(_problem(error)) from error
+
+
+def _load(text: str) -> Any:
+    """Return the value of a YAML document.
+
+    Raises:
+        yaml.YAMLError: no YAML, too deep, or large beyond use once its aliases are written out.
+    """
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _expanded(node, {})
+        return loader.construct_document(node)
+    except RecursionError as error:
+        raise yaml.YAMLError(tr("nested too deeply")) from error
+    except yaml.YAMLError:
+        raise
+    except (ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:
+        raise yaml.YAMLError(tr("a value that its tag does not allow ({error:.80})", error=str(error))) from error
+    finally:
+        loader.dispose()
+
+
+def _expanded(node: yaml.Node, known: dict[int, int]) -> int:
+    """Return how many nodes ``node`` has if every alias is written out.
+
+    Raises:
+        yaml.YAMLError: too many, or an alias within what it names.
+    """
+    if id(node) in known:
+        size = known[id(node)]
+    else:
+        known[id(node)] = _MOST_NODES  # an alias inside it
+        inner = node.value if isinstance(node, yaml.CollectionNode) else []
+        parts = [part for entry in inner for part in (entry if isinstance(entry, tuple) else (entry,))]
+        size = known[id(node)] = 1 + sum(_expanded(part, known) for part in parts)
+    if size >= _MOST_NODES:
+        raise yaml.YAMLError(tr("more than {most} values once its aliases are written out", most=_MOST_NODES))
+    return size
 
 
 def read_mapping(path: str | Path, what: str | None = None) -> dict[str, Any]:
@@ -62,7 +121,7 @@ def read_mapping(path: str | Path, what: str | None = None) -> dict[str, Any]:
     path = Path(path)
     what = what or tr("configuration file")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_text("utf-8-sig") if _is_stream(path) else read_text(path, "utf-8-sig")
     except FileNotFoundError:
         near = sorted(p.name for p in path.parent.glob("*.y*ml"))[:5] if path.parent.is_dir() else []
         hint = (
@@ -85,11 +144,13 @@ def read_mapping(path: str | Path, what: str | None = None) -> dict[str, Any]:
             code="config-file",
         ) from error
     try:
-        value = json.loads(text) if path.suffix == ".json" else yaml.load(text, _Loader)
+        value = json.loads(text, parse_int=_whole) if path.suffix == ".json" else _load(text)
     except json.JSONDecodeError as error:
         raise ConfigError(
             tr("{path}:{lineno}: not JSON: {msg}", path=path, lineno=error.lineno, msg=error.msg), code="config-file"
         ) from error
+    except (ValueError, RecursionError) as error:  # of the JSON parser: too many digits, too deep
+        raise ConfigError(tr("{path}: not JSON: {msg}", path=path, msg=error), code="config-file") from error
     except yaml.YAMLError as error:
         hint = tr("indent with spaces; put text with special characters in quotes")
         raise ConfigError(
@@ -105,6 +166,11 @@ def read_mapping(path: str | Path, what: str | None = None) -> dict[str, Any]:
     return value
 
 
+def _is_stream(path: Path) -> bool:
+    """Return whether the user names an open stream, as ``/dev/stdin`` or a shell's ``<(...)`` do: it has a writer."""
+    return str(path).startswith(("/dev/fd/", "/dev/stdin", "/proc/self/fd/"))
+
+
 def describe(value: object) -> str:
     """Format a value for an error message, with its YAML type."""
     match value:
@@ -113,7 +179,7 @@ def describe(value: object) -> str:
         case bool():
             return tr("true/false value {value}", value=str(value).lower())
         case int():
-            return tr("whole number {value}", value=value)
+            return tr("whole number {value}", value=_short(value))
         case float():
             return f"number {value}"
         case str():
@@ -126,8 +192,23 @@ def describe(value: object) -> str:
 
 
 def _short(value: object, limit: int = 60) -> Any:
-    text = str(value)
-    return value if len(text) <= limit else text[: limit - 3] + "..."
+    """Return ``value`` for a message, with at most ``limit`` characters, without writing all of a large one."""
+    if isinstance(value, int) and abs(value) >= 10**limit:
+        return tr("of more than {digits} digits", digits=limit)
+    text = value if isinstance(value, str) else _SHORT.repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+class _Short(reprlib.Repr):
+    """Texts as they are, and no more than a message needs of anything nested."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlist = self.maxdict = self.maxtuple = 30
+        self.maxlevel, self.maxstring, self.maxother = 5, 100, 100
+
+
+_SHORT = _Short()
 
 
 def _problem(error: yaml.YAMLError) -> str:
