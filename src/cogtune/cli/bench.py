@@ -22,8 +22,8 @@ Measure training steps: the real loop, on rows of a known shape.
 
 Without --model, random weights of the published sizes are made on the device. Any configuration key is a flag.
 --variant NAME key=value ... is one row of the table; its keys may also be preset and features. The variant called
-baseline is our own implementation of the published computation. Presets: s400, sft311k-multi, vqa10, vqa1, caption, text-only,
-512+512, or a shape such as text=600 or questions=5."""
+baseline is our own implementation of the published computation. Presets: s400, sft311k-multi, vqa10, vqa1, caption,
+text-only, 512+512, or a shape such as text=600 or questions=5."""
 _BASELINE = """\
 Measure a reimplementation of the published training step: rows padded to the script's budget, explicit masked
 attention, tokens gathered and scattered by masks, float32 logits everywhere, every layer recomputed, the tower
