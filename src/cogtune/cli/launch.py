@@ -25,7 +25,8 @@ from cogtune.language import tr
 _SECONDS_TO_SAVE = "50"
 _SECONDS_BEFORE_RESTART = 1.0
 _PEER_LOST = "error[peer-lost]"
-_FINAL = (0, 2, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+_STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT, 128 + int(getattr(signal, "SIGHUP", signal.SIGTERM)))
+_FINAL = (0, 2, *_STOPPED)
 """Exit codes after which a restart is useless: done, wrong input, stopped by the user or the cluster."""
 
 
@@ -99,17 +100,16 @@ def launch(arguments: Sequence[str], asked: int | str, command: Sequence[str] = 
 
 def _report(failures: Mapping[int, Any], ranks: int) -> int:
     """Print the cause: the first failure that was not caused by another rank's end. Returns its exit code."""
-    stopped = (128 + signal.SIGTERM, 128 + signal.SIGINT)
 
     def blame(rank: int) -> tuple[bool, bool, int, int]:
         # Times are whole seconds, and torchrun stops the other ranks within the second in which one fails.
         failure = failures[rank]
-        return _PEER_LOST in _text(failure), failure.exitcode in stopped, failure.timestamp, rank
+        return _PEER_LOST in _text(failure), failure.exitcode in _STOPPED, failure.timestamp, rank
 
     rank = min(failures, key=blame)
     failure = failures[rank]
     code = int(failure.exitcode)
-    if code in stopped:
+    if code in _STOPPED:
         return code  # stopped and saved; rank 0 has reported it
     print(
         tr("rank {rank} of {ranks} failed first:\n{failure}", rank=rank, ranks=ranks, failure=_text(failure)),

@@ -7,11 +7,12 @@ Every command's standard streams go through `protected`, so no message has to th
 from __future__ import annotations
 
 import codecs
+import errno
 import io
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
@@ -43,7 +44,8 @@ codecs.register_error(_ERRORS, _escape_error)
 class _Visible:
     """A text stream in front of another that writes `visible` text; all else is the other's.
 
-    A carriage return at the start of a write passes: so a progress line is written over.
+    A carriage return at the start of a write passes: so a progress line is written over. When the terminal has hung up,
+    its lines go nowhere, and the run that was stopped by it can still save.
     """
 
     def __init__(self, raw: TextIO) -> None:
@@ -51,8 +53,22 @@ class _Visible:
 
     def write(self, text: str) -> int:
         start = "\r" if text.startswith("\r") else ""
-        self.raw.write(start + visible(text.removeprefix(start)))
+        shown = start + visible(text.removeprefix(start))
+        self._unless_hung_up(lambda: self.raw.write(shown))
         return len(text)
+
+    def flush(self) -> None:
+        self._unless_hung_up(self.raw.flush)
+
+    def _unless_hung_up(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.raw.fileno())
+            os.close(nowhere)
 
     def writelines(self, lines: list[str]) -> None:
         for line in lines:

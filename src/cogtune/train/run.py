@@ -87,9 +87,9 @@ class RunStart:
 def train(config: RunConfig, *, dry_run: bool = False, force: bool = False) -> TrainResult:
     """Fine-tune as ``config`` says, or resume an earlier run in the same folder.
 
-    What ``cogtune train`` prints goes to standard output and to ``run.log``. Ctrl-C and SIGTERM are handled until the
-    function returns: the state is saved, then `cogtune.errors.Stopped` is raised. The previous signal handlers are
-    restored.
+    What ``cogtune train`` prints goes to standard output and to ``run.log``. Ctrl-C, SIGTERM and SIGHUP are handled
+    until the function returns: the state is saved, then `cogtune.errors.Stopped` is raised. The previous signal
+    handlers are restored.
 
     Example:
         >>> config = cogtune.load_config(None, {"model": "cogvlm2", "data": "my-data", "output": "output"})
@@ -104,7 +104,7 @@ def train(config: RunConfig, *, dry_run: bool = False, force: bool = False) -> T
     Raises:
         InputError: configuration, base, data or output folder are invalid; nothing was changed.
         RunError: out of memory, disk full, a loss that is not finite; the last checkpoint is intact.
-        Stopped: after SIGTERM or Ctrl-C; the state is saved.
+        Stopped: after SIGTERM, SIGHUP or Ctrl-C; the state is saved.
     """
     try:
         return _train(config, dry_run, force)

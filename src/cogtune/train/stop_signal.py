@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end a run between two steps, after its state is saved."""
+"""SIGTERM, SIGHUP and Ctrl-C end a run between two steps, after its state is saved."""
 
 from __future__ import annotations
 
@@ -13,8 +13,15 @@ from cogtune.language import phrase, tr
 _CONTINUES = phrase("run the same command again: it continues from there")
 
 
+def is_hang_up_heard() -> bool:
+    """Return whether this process would get SIGHUP: the system has it, and nobody asked to ignore it."""
+    return hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+
+
 class StopSignal:
-    """Handler of SIGTERM and Ctrl-C.
+    """Handler of SIGTERM, Ctrl-C and SIGHUP, which a terminal sends when it is closed or its connection is lost.
+
+    An ignored SIGHUP stays ignored: ``nohup`` asks for that.
 
     Before `wait_for_step` there is nothing to save, and a signal ends the run at once. After it, a signal is recorded,
     and the loop stops at the end of its step, after saving. A second Ctrl-C ends the run immediately.
@@ -27,7 +34,8 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            for number in (signal.SIGTERM, signal.SIGINT):
+            hang_up = [signal.SIGHUP] if is_hang_up_heard() else []
+            for number in (signal.SIGTERM, signal.SIGINT, *hang_up):
                 self._before[number] = signal.signal(number, self._handle)
         return self
 

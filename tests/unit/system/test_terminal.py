@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -63,3 +65,22 @@ def test_closed_files_are_nobodys() -> None:
     for closed in ("<&- >&- 2>&-", ">&-", "2>&-"):
         done = subprocess.run(f'{sys.executable} -c "{code}" {closed}', shell=True, capture_output=True, text=True)
         assert (done.returncode, done.stdout, done.stderr) in [(0, "", ""), (0, "lost\n", "")], closed
+
+
+def test_a_terminal_that_hung_up_ends_nothing(tmp_path: Path) -> None:
+    """As after a lost connection: every write to it is an error."""
+    main, terminal = os.openpty()
+    code = (
+        "import sys; from cogtune.system.terminal import protected\n"
+        "with protected():\n"
+        "    print('one', flush=True); sys.stdin.readline()\n"
+        "    print('two', flush=True); print('three', file=sys.stderr); print('four' * 9999)\n"
+        f"    open({str(tmp_path / 'done')!r}, 'w').close()"
+    )
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    assert os.read(main, 3) == b"one"
+    os.close(main)
+    process.communicate(b"\n", timeout=60)
+    assert (process.returncode, (tmp_path / "done").exists()) == (0, True)
