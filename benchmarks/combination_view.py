@@ -6,6 +6,7 @@ from itertools import groupby
 
 from benchmarks.views import markdown
 from cogtune.configuration.engine_rules import ENGINE, ENGINES, RULES, Rule, refusal
+from cogtune.language import chinese as twins
 
 ROWS = {
     "parallel.offload": ("none", "weights", "optimizer"),
@@ -41,5 +42,7 @@ def _reason(rule: Rule, chinese: bool) -> str:
     others = [f"`{other}`" if rule.with_key == ENGINE else f"`{rule.with_key}` {other}" for other in rule.with_values]
     keys, values = (f"`{key}`" for key in rule.keys), ", ".join(rule.values)
     if chinese:
-        return f"- {'、'.join(keys)} {values} 与 {'、'.join(others)}：{rule.why_zh}；{rule.instead_zh}。"
+        return (
+            f"- {'、'.join(keys)} {values} 与 {'、'.join(others)}：{twins()[rule.why]}；改用 {twins()[rule.instead]}。"
+        )
     return f"- {', '.join(keys)} {values} with {', '.join(others)}: {rule.why}; use {rule.instead}."

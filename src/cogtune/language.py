@@ -7,9 +7,10 @@ in ``zh/<package>.toml`` beside this file, under the English template:
 
     "{path}: {count} pictures are missing" = "{path}：缺少 {count} 张图片"
 
-Values are formatted as `str.format` does (``{share:.1f}``), a brace is written twice, and a value named ``s`` (English
-plurals) may be left out in Chinese. A template that is kept in a table first is marked there with `phrase`. Help texts
-of commands, flags and configuration keys are such templates without a mark.
+Values are formatted as `str.format` does (``{share:.1f}``), and a value named ``s`` (English plurals) may be left out
+in Chinese. A template without values is taken as it stands; in others a brace is written twice. A template that is kept
+in a table first is marked there with `phrase`. Help texts of commands, flags and configuration keys are such templates
+without a mark.
 
 What programs read (``--json``, JSON lines, an API's answers) stays English: see `english`.
 """
@@ -17,6 +18,8 @@ What programs read (``--json``, JSON lines, an API's answers) stays English: see
 from __future__ import annotations
 
 import os
+import re
+import textwrap
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,9 +53,17 @@ def short_name(language: str) -> str:
 
 @contextmanager
 def english() -> Iterator[None]:
-    """Make `tr` English inside, for what programs read."""
-    with speaking("en"):
-        yield
+    """Make `tr` English inside, also in threads and processes that start there, for what programs read."""
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = "en"
+    try:
+        with speaking("en"):
+            yield
+    finally:
+        if before is None:
+            del os.environ[VARIABLE]
+        else:
+            os.environ[VARIABLE] = before
 
 
 @contextmanager
@@ -77,7 +88,12 @@ def tr(template: str, /, **values: object) -> str:
     """
     if language() == "zh":
         template = chinese().get(template, template)
-    return template.format(**values)
+    return template.format(**values) if values else template
+
+
+def html_language() -> str:
+    """Return the language of a page for its ``lang`` attribute."""
+    return {"en": "en", "zh": "zh-CN"}[language()]
 
 
 def phrase(template: str) -> str:
@@ -100,6 +116,27 @@ def chinese() -> dict[str, str]:
 def width(shown: str) -> int:
     """Return how many columns of a terminal ``shown`` takes: Chinese characters take two."""
     return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in shown)
+
+
+def wrapped(shown: str, columns: int, indent: str = "") -> list[str]:
+    """Break ``shown`` into lines of at most ``columns`` columns, each with ``indent`` in front.
+
+    Chinese breaks between any two characters, but for punctuation, which does not begin a line.
+    """
+    if width(shown) == len(shown):
+        return textwrap.wrap(shown, columns, initial_indent=indent, subsequent_indent=indent)
+    lines, line = [], indent
+    for piece in _PIECE.findall(shown):
+        if width(line) + width(piece.rstrip()) > columns and line.strip():
+            lines.append(line.rstrip())
+            line = indent + piece.lstrip()
+        else:
+            line += piece
+    return [*lines, line.rstrip()]
+
+
+_PIECE = re.compile(r"(?:[\u2e80-\u9fff\uff00-\uffef]|[^\s\u2e80-\u9fff\uff00-\uffef]+)[，。；：、！？）》”]*\s*|\s+")
+"""What stays together in a line: a Chinese character or a Latin word, with the punctuation and blanks behind it."""
 
 
 def padded(shown: str, columns: int) -> str:

@@ -6,16 +6,20 @@ import re
 
 import pytest
 
-from tests.docs.pages import name, pages, without_blocks
+from tests.docs.pages import ROOT, name, pages, without_blocks
 
-PAGES = [page for page in pages() if page.stem.endswith("_zh") or "zh" in page.parts]
+PAGES = [page for page in pages() if page.stem.endswith("_zh") or "zh" in page.relative_to(ROOT).parts]
 STARTS = re.compile(r"\s*(?:[-*+] |\d+\. |#|\||>|!\[)|<!--.*-->\s*$")
 """What begins a line of its own: items, headings, tables, quotations, pictures, marks that stand alone."""
-OTHER_WORDS = {
-    "底座": "基座模型", "词元": "token", "您": "你", "断点续训": "续训", "内核": "核函数",
-    "4 位": "4 比特", "8 位的": "8 比特的", "官方演示": "官方示例",
-}  # fmt: skip
-"""Words that were used beside the one that stays."""
+GLOSSARY = ROOT / "CONTRIBUTING_zh.md"
+
+
+def other_words() -> dict[str, str]:
+    """Words that the glossary's third column rules out, and the one that stays."""
+    rows = re.findall(r"^\| [^|]* \| ([^|]*) \| ([^|]*?) ?\|$", GLOSSARY.read_text(encoding="utf-8"), re.M)
+    return {
+        word: better for better, words in rows[1:] for word in words.split("、") if re.search("[\u4e00-\u9fff]", word)
+    }
 
 
 def broken_lines(text: str) -> list[str]:
@@ -41,7 +45,18 @@ def test_a_paragraph_is_one_line(page):
     assert broken_lines(page.read_text(encoding="utf-8")) == []
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "errors.md"], ids=name)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "errors.md" and page != GLOSSARY], ids=name)
 def test_one_word_for_one_thing(page):
     text = page.read_text(encoding="utf-8")
-    assert {word: better for word, better in OTHER_WORDS.items() if word in text} == {}
+    assert {word: better for word, better in other_words().items() if word in text} == {}
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "src/cogtune/zh").glob("*.toml")), ids=lambda file: file.stem)
+def test_messages_use_the_same_words(file):
+    text = file.read_text(encoding="utf-8")
+    assert {word: better for word, better in other_words().items() if word in text} == {}
+
+
+def test_the_glossary_is_read():
+    assert other_words()["底座"] == "基座模型（简称基座）"
+    assert {"您", "内核", "4 位"} <= other_words().keys()

@@ -208,7 +208,12 @@ def _scale(change: Change, config: dict[str, Any], shapes: dict[str, list[int]],
         )
     found = shapes[change.factors[pair[0]]][0]
     if found != rank:
-        raise _misfit(folder, change.factors[pair[0]], shapes[change.factors[pair[0]]], f"rank {rank} by {CONFIG_NAME}")
+        raise _misfit(
+            folder,
+            change.factors[pair[0]],
+            shapes[change.factors[pair[0]]],
+            tr("rank {rank} by {config_name}", rank=rank, config_name=CONFIG_NAME),
+        )
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
@@ -256,7 +261,7 @@ def _require_fit(change: Change, wanted: tuple[int, ...], shapes: dict[str, list
         raise _misfit(folder, change.module, list(product), tr("{wanted} in the base model", wanted=list(wanted)))
     magnitude = shapes[change.factors["magnitude"]] if "magnitude" in change.factors else [wanted[0]]
     if math.prod(magnitude) != wanted[0]:
-        raise _misfit(folder, change.factors["magnitude"], magnitude, f"{wanted[0]} magnitudes")
+        raise _misfit(folder, change.factors["magnitude"], magnitude, tr("{wanted} magnitudes", wanted=wanted[0]))
 
 
 def _misfit(folder: Path, what: str, found: list[int], expected: str) -> AdapterError:

@@ -135,13 +135,13 @@ def _line(row: dict[str, Any]) -> str:
         return f"{row['name']}: {row['error']}"
     return tr(
         "{name}: {load_s:.1f} s, {load_gb_s:.2f} GB/s; plain read {read_gb_s:.2f} GB/s (first"
-        " {first_read_s:.1f} s); host {get:.2f} GiB at most",
+        " {first_read_s:.1f} s); host {peak:.2f} GiB at most",
         name=row["name"],
         load_s=row["load_s"],
         load_gb_s=row["load_gb_s"],
         read_gb_s=row["read_gb_s"],
         first_read_s=row["first_read_s"],
-        value=row.get("host_peak_gib", 0),
+        peak=row.get("host_peak_gib", 0),
     )
 
 

@@ -239,7 +239,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _truncated(file: Path, size: int, expected: int | None) -> CheckpointError:
-    wanted = tr("a safetensors file") if expected is None else f"{expected:,} bytes"
+    wanted = tr("a safetensors file") if expected is None else tr("{expected:,} bytes", expected=expected)
     return CheckpointError(
         tr("{file}: {size:,} bytes; expected {wanted}", file=file, size=size, wanted=wanted),
         hint=tr("the download broke off: {routes}", routes=tr(ROUTES)),

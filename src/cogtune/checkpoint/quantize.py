@@ -23,7 +23,7 @@ def require_packages(quant: QuantSection) -> None:
     """Raise SetupError if a format needs a package that is not installed."""
     needed = [form for form in _FROM_BITSANDBYTES if form in quant.formats.values()]
     if needed:
-        require_bitsandbytes(f"{needed[0]} weights")
+        require_bitsandbytes(tr("{needed} weights", needed=needed[0]))
 
 
 def convert(quant: QuantSection, name: str, layer: nn.Module) -> nn.Module:

@@ -183,7 +183,7 @@ def find_problem(folder: Path) -> str | None:
         return tr("{manifest} does not list {missing}", manifest=MANIFEST, missing=sorted(missing)[0])
     for name, entry in entries.items():
         if (wrong := name_problem(name)) is not None:
-            return f"{MANIFEST} names {name[:80]!a}, which {wrong}"
+            return tr("{manifest} names {name!a}, which {wrong}", manifest=MANIFEST, name=name[:80], wrong=wrong)
         if not isinstance(entry, dict):
             return tr("{manifest} cannot be read", manifest=MANIFEST)
         path = folder / name

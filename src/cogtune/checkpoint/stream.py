@@ -158,7 +158,15 @@ class _Reader:
             size = stored.stop - stored.start
             expected = math.prod(stored.shape) * _dtype(stored).itemsize
             if size != expected:
-                raise _unreadable(stored, f"{stored.name} takes {size:,} bytes, {expected:,} expected")
+                raise _unreadable(
+                    stored,
+                    tr(
+                        "{name} takes {size:,} bytes, {expected:,} expected",
+                        name=stored.name,
+                        size=size,
+                        expected=expected,
+                    ),
+                )
             on_gpu = device_for(stored.name).type != "cpu"
             target = None if on_gpu else torch.empty(size, dtype=torch.uint8)
             for offset in range(0, max(size, 1), PIECE):

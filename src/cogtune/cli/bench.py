@@ -162,7 +162,7 @@ def _fit(flags: _FitFlags, line: Arguments) -> None:
     model = (overrides.pop("model", None) or overrides.pop("model.path", None) or _random(flags.tiny))[0]
     if not model:
         raise ConfigError(
-            "bench fit loads a checkpoint in every row, and none is named",
+            tr("bench fit loads a checkpoint in every row, and none is named"),
             hint=tr("--model DIR; `cogtune bench make-checkpoint DIR` writes a random one of the published size"),
             code="config-missing",
         )

@@ -68,11 +68,12 @@ class Flag:
             ConfigError: not a valid value.
         """
         if self.choices and text not in self.choices:
-            raise self._wrong(text, " or ".join(self.choices))
+            raise self._wrong(text, tr(" or ").join(self.choices))
         if self.kind not in (int, float):
             return self.kind(text)
         bound = "" if self.least is None else f" >= {self.least:g}"
-        expected = f"a {'whole ' if self.kind is int else ''}number{bound}"
+        what = tr("a whole number") if self.kind is int else tr("a number")
+        expected = f"{what}{bound}"
         try:
             value = self.kind(text)
         except ValueError:

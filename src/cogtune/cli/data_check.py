@@ -60,7 +60,7 @@ def _print(report: CheckReport) -> None:
     console = rich_console(soft_wrap=True)
     counts = report.counts
     if counts:
-        only = f", {counts['text_only']} without a picture" if counts["text_only"] else ""
+        only = tr(", {text_only} without a picture", text_only=counts["text_only"]) if counts["text_only"] else ""
         console.print(
             tr(
                 "{pictures} pictures, {conversations} conversations{only}",
@@ -96,7 +96,7 @@ def _print(report: CheckReport) -> None:
     if report.answers.number:
         _lengths(console, report)
         _texts(console, report)
-    _findings(console, "warnings", "yellow", report.warnings)
+    _findings(console, tr("warnings"), "yellow", report.warnings)
     _findings(console, tr("errors: training would stop"), "red", report.errors)
     verdict = tr("training would start") if report.ok else tr("training would stop")
     console.print(

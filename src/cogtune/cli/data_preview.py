@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _ABOUT = """\
 Show rows as training builds them: the picture, and the tree of its questions and answers with every token coloured by
 whether it is trained. Only the model's tokenizer file is needed."""
-_TITLE = phrase("what the model sees")
+_TITLE = phrase("{data}: what the model sees")
 _BRANCHES = ("blue", "yellow", "magenta", "cyan", "red", "bright_black")
 
 
@@ -50,7 +50,9 @@ def _preview(flags: _Flags, line: Arguments) -> None:
     tokens = find_token_file(model, config.model.template)
     if not tokens.exact:
         raise CheckpointError(
-            tr("tokens are shown with the model's tokenizer, and there is none") + (f" at {model}" if model else ""),
+            tr("tokens are shown with the model's tokenizer, and there is none at {model}", model=model)
+            if model
+            else tr("tokens are shown with the model's tokenizer, and there is none"),
             hint=tr("name the model's folder with --model; tokenizer.json and config.json are enough"),
             code="checkpoint-tokenizer",
         )
@@ -63,7 +65,7 @@ def _preview(flags: _Flags, line: Arguments) -> None:
     from cogtune.system import files
     from cogtune.system.file_errors import explained
 
-    title = f"{', '.join(str(folder.path) for folder in config.data.path)}: {_TITLE}"
+    title = tr(_TITLE, data=", ".join(str(folder.path) for folder in config.data.path))
     with explained(target):
         files.write_text(target, page(rows, title=title, exif=config.data.exif))
     print(tr("wrote {target}", target=target))
@@ -75,7 +77,9 @@ def _require_own(target: Path) -> None:
         head = target.read_bytes()[:65536] if target.is_file() else b""
     except OSError:
         return  # the error when it is written says more
-    if head and f"{_TITLE}</title>".encode() not in head:
+    from cogtune.data.preview_html import MARK
+
+    if head and MARK.encode() not in head and b": what the model sees</title>" not in head:  # as earlier versions did
         raise OutputFolderError(
             tr("{target}: exists, and `cogtune data preview` did not write it", target=target),
             hint=tr("name another .html file"),
@@ -95,11 +99,7 @@ def _print(rows: object, width: int, exif: str) -> None:
 def _print_row(console: Console, row: RowPreview, width: int, exif: str) -> None:
     console.print()
     console.print(row.key, style="bold", markup=False)
-    dropped = tr("; {dropped} answers left out for their length", dropped=row.dropped) if row.dropped else ""
-    console.print(
-        tr("{tokens} tokens, {trained} trained{dropped}", tokens=row.tokens, trained=row.trained, dropped=dropped),
-        markup=False,
-    )
+    console.print(row.counts(), markup=False)
     for source in row.sources:
         console.print(tr("from {source}", source=source), style="dim", markup=False)
     if width:
@@ -155,17 +155,19 @@ def _print_segment(console: Console, segment: Segment) -> None:
     from rich.text import Text
 
     colour = _BRANCHES[segment.number % len(_BRANCHES)]
-    follows = "" if segment.parent < 0 else f" after {segment.parent}"
-    what = f"{segment.trained} trained" if segment.trained else "context"
+    what = tr("{count} trained", count=segment.trained) if segment.trained else tr("context")
+    place = f"{segment.number}"
+    if segment.parent >= 0:
+        place = tr("{number} after {parent}", number=segment.number, parent=segment.parent)
     line = Text()
-    line.append(f"┃ {segment.number}{follows}, {what}: ", style=f"bold {colour}")
-    for place, token in enumerate(segment.tokens):
+    line.append(tr("┃ {place}, {what}: ", place=place, what=what), style=f"bold {colour}")
+    for index, token in enumerate(segment.tokens):
         if token.kind == "picture":
-            line.append(f"[picture: {token.count} positions]", style="yellow")
+            line.append(tr("[picture: {count} positions]", count=token.count), style="yellow")
             continue
         style = "bold green" if token.trained else "magenta" if token.kind == "special" else "bright_black"
         shown = visible(token.text).replace("\n", "↵\n")
-        line.append(shown, style=f"{style} {'underline' if place % 2 else ''}".strip())
+        line.append(shown, style=f"{style} {'underline' if index % 2 else ''}".strip())
     console.print(Padding(line, (0, 0, 0, 2 * segment.depth)))
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from cogtune.cli.command import Command, flag
 from cogtune.cli.options import Arguments
-from cogtune.language import tr
 
 _OUTPUT = Path("cogtune-demo")
 _ABOUT = """\
@@ -32,7 +31,7 @@ def _demo(flags: _Flags, line: Arguments) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from cogtune.demo.run import run
 
-    command = "cogtune demo" if flags.output == _OUTPUT else tr("cogtune demo --output {output}", output=flags.output)
+    command = "cogtune demo" if flags.output == _OUTPUT else f"cogtune demo --output {flags.output}"
     run(flags.output, command=command, started=started)
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 
 from cogtune.cli.command import Command, Flag, own_flags
 from cogtune.cli.options import root_of
+from cogtune.language import padded, phrase, tr, width, wrapped
 
 _WIDTH = 110
-_ABOUT = "Fine-tune CogVLM2 with LoRA and run the result: one GPU, many, or a laptop's CPU."
-_ENDINGS = "`cogtune COMMAND --help` explains one. Exit codes: 0 done, 1 the run failed, 2 the input is wrong."
+_ABOUT = phrase("Fine-tune CogVLM2 with LoRA and run the result: one GPU, many, or a laptop's CPU.")
+_ENDINGS = phrase("`{command} --help` explains one. Exit codes: 0 done, 1 the run failed, 2 the input is wrong.")
 
 
 def overview(commands: Iterable[Command], groups: Iterable[tuple[str, str]]) -> list[str]:
@@ -20,70 +20,81 @@ def overview(commands: Iterable[Command], groups: Iterable[tuple[str, str]]) -> 
     shown: dict[str, str] = {}
     for command in commands:
         first, _, second = command.name.partition(" ")
-        shown.setdefault(first, of_group[first] if second else command.summary)
+        shown.setdefault(first, tr(of_group[first] if second else command.summary))
     return [
-        "usage: cogtune COMMAND [...]",
+        tr("usage: {usage}", usage="cogtune COMMAND [...]"),
         "",
-        _ABOUT,
+        tr(_ABOUT),
         "",
-        "Commands:",
+        tr("Commands:"),
         *_columns(shown.items()),
         "",
-        "Flags:",
-        *_columns([("--help, -h", "This text."), ("--version", "The version.")]),
+        tr("Flags:"),
+        *_columns([("--help, -h", tr("This text.")), ("--version", tr("The version."))]),
         "",
-        "From nothing to an answer:",
+        tr("From nothing to an answer:"),
         "  cogtune demo",
         "  cogtune init my-data --model cogvlm2 --output run.yaml",
         "  cogtune train run.yaml",
         "  cogtune chat --last --image photo.jpg",
         "",
-        _ENDINGS,
+        tr(_ENDINGS, command="cogtune COMMAND"),
     ]
 
 
 def group_help(name: str, about: str, commands: Sequence[Command]) -> list[str]:
     """Return ``cogtune data --help``."""
-    rows = [(command.name.partition(" ")[2], command.summary) for command in commands]
-    ending = _ENDINGS.replace("COMMAND", f"{name} COMMAND")
-    return [f"usage: cogtune {name} COMMAND [...]", "", about, "", "Commands:", *_columns(rows), "", ending]
+    rows = [(command.name.partition(" ")[2], tr(command.summary)) for command in commands]
+    usage = tr("usage: {usage}", usage=f"cogtune {name} COMMAND [...]")
+    ending = tr(_ENDINGS, command=f"cogtune {name} COMMAND")
+    return [usage, "", tr(about), "", tr("Commands:"), *_columns(rows), "", ending]
 
 
 def command_help(command: Command) -> list[str]:
     """Return ``cogtune train --help``."""
     flags = list(own_flags(command.flags))
-    lines = [f"usage: {_usage(command, flags)}", "", *command.about.strip().split("\n"), ""]
-    lines += ["Examples:", *(f"  {example}" for example in command.examples), ""]
-    lines += ["Flags of this command:", *_columns(_flag_rows(command, flags))]
+    lines = [tr("usage: {usage}", usage=_usage(command, flags)), "", *_about(command), ""]
+    lines += [tr("Examples:"), *(f"  {example}" for example in command.examples), ""]
+    lines += [tr("Flags of this command:"), *_columns(_flag_rows(command, flags))]
     if command.keys == "none":
         return lines
     if command.most_used:
-        lines += ["", "Most used keys:", *_most_used(command)]
+        lines += ["", tr("Most used keys:"), *_most_used(command)]
     if not command.keys_explained:
-        return [*lines, "", "Configuration keys: as for `cogtune train --help`"]
+        return [*lines, "", tr("Configuration keys: as for `cogtune train --help`")]
     if command.counted != ("",):
-        title = "Configuration keys used here (a file may hold others):"
+        title = tr("Configuration keys used here (a file may hold others):")
     else:
-        title = "Configuration keys:"
+        title = tr("Configuration keys:")
     return [*lines, "", title, *_all_keys(command)]
+
+
+def _about(command: Command) -> list[str]:
+    """Return what a command's help says. English has its own lines; Chinese is broken here."""
+    said = tr(command.about).strip().split("\n")
+    return (
+        said
+        if tr(command.about) == command.about
+        else [line for part in said for line in wrapped(part, _WIDTH) or [""]]
+    )
 
 
 def _usage(command: Command, flags: Sequence[Flag]) -> str:
     words = ["cogtune", command.name, *command.places, *(flag.usage for flag in flags if flag.required)]
     if command.keys != "none":
-        words.append("[--section.key value ...]")
+        words.append(tr("[--section.key value ...]"))
     if any(not flag.required for flag in flags):
-        words.append("[flags]")
+        words.append(tr("[flags]"))
     return " ".join(words)
 
 
 def _flag_rows(command: Command, flags: Sequence[Flag]) -> Iterator[tuple[str, str]]:
     for flag in flags:
-        text = flag.help + (" May be repeated." if flag.many else "")
-        yield flag.usage, text + (" Required." if flag.required else "")
+        text = tr(flag.help) + (tr(" May be repeated.") if flag.many else "")
+        yield flag.usage, text + (tr(" Required.") if flag.required else "")
     if command.places and command.keys != "none" and "yaml" in command.places[0]:
-        yield "--config FILE", "The configuration file, as the first argument."
-    yield "--help, -h", "This text."
+        yield "--config FILE", tr("The configuration file, as the first argument.")
+    yield "--help, -h", tr("This text.")
 
 
 def _most_used(command: Command) -> list[str]:
@@ -94,9 +105,10 @@ def _most_used(command: Command) -> list[str]:
     rows = []
     for name in command.most_used:
         key = known_keys(root)[name]
-        about = re.split(r"(?<!\.)\.(?=\s|$)", key.description)[0]
+        about = re.match(r".*?(?:(?<!\.)\.(?=\s|$)|。|$)", tr(key.description), re.S)
+        assert about is not None
         default = "" if key.default in ("required", "null", "[]") else f" [{key.default.strip('[]')}]"
-        rows.append((key.alias or f"--{key.key}", f"{about}.{default}"))
+        rows.append((key.alias or f"--{key.key}", f"{about.group()}{default}"))
     return _columns(rows)
 
 
@@ -112,28 +124,30 @@ def _all_keys(command: Command) -> Iterator[str]:
             continue
         if key.section != section:
             section = key.section
-            yield from ("", f"{section}: {_first_paragraph(sections(root)[section].__doc__)}")
+            yield from ("", f"{section}: {tr(first_paragraph(sections(root)[section].__doc__))}")
         flags = f"--{key.key}" if key.alias is None else f"--{key.key}, {key.alias}"
-        shown = f"[{key.default if key.required else 'default: ' + key.default}]"
-        gap = "  " if len(f"  {flags}  <{key.type}>  {shown}") <= _WIDTH else "\n      "
+        default = tr("required") if key.required else tr("default: {value}", value=key.default)
+        shown = f"[{default}]"
+        gap = "  " if width(f"  {flags}  <{key.type}>  {shown}") <= _WIDTH else "\n      "
         yield f"  {flags}  <{key.type}>{gap}{shown}"
-        yield from textwrap.wrap(key.description, _WIDTH - 10, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        yield from wrapped(tr(key.description), _WIDTH - 10, " " * 6)
 
 
-def _first_paragraph(text: str | None) -> str:
+def first_paragraph(text: str | None) -> str:
+    """Return the first paragraph of a docstring as one line."""
     return " ".join((text or "").strip().split("\n\n")[0].split())
 
 
 def _columns(rows: Iterable[tuple[str, str]]) -> list[str]:
     """Format two columns. The second is wrapped, and starts on its own line if the first is long."""
     rows = list(rows)
-    column = min(max(len(left) for left, _ in rows), 34) + 4
+    column = min(max(width(left) for left, _ in rows), 34) + 4
     lines = []
     for left, right in rows:
-        wrapped = textwrap.wrap(right, _WIDTH - column) or [""]
-        if len(left) > column - 4:
+        lines_right = wrapped(right, _WIDTH - column) or [""]
+        if width(left) > column - 4:
             lines.append(f"  {left}")
         else:
-            lines.append(f"  {left:<{column - 2}}{wrapped.pop(0)}")
-        lines += [" " * column + line for line in wrapped]
+            lines.append(f"  {padded(left, column - 2)}{lines_right.pop(0)}")
+        lines += [" " * column + line for line in lines_right]
     return lines

@@ -35,7 +35,7 @@ def _merge(flags: _Flags, line: Arguments) -> None:
 
     report = merge(flags.adapter, flags.output, flags.model, note)
     for text in report.notes:
-        note(f"note: {text}")
+        note(tr("note: {text}", text=text))
     print(
         tr(
             "{output}: {changed} tensors merged, {copied} copied, {size}",

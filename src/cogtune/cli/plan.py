@@ -131,10 +131,15 @@ def _write(file: Path, config: RunConfig, plan: Plan, placeholders: Mapping[str,
     from cogtune.system.file_errors import explained
 
     nested = ready_config(config, plan, placeholders)
-    about = f"{plan.setting.ranks} x {plan.card.name}: {format_size(plan.memory.driver)} planned"
+    about = tr(
+        "{ranks} x {name}: {driver} planned",
+        ranks=plan.setting.ranks,
+        name=plan.card.name,
+        driver=format_size(plan.memory.driver),
+    )
     text = yaml.safe_dump(nested, sort_keys=False, allow_unicode=True, width=120)
     with explained(file):
-        files.write_text(file, f"{_MADE} for {about}.\n{text}")
+        files.write_text(file, tr("{made} for {about}.\n{text}", made=_MADE, about=about, text=text))
     print(tr("wrote {file}", file=file))
 
 

@@ -8,6 +8,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from cogtune.language import tr
 from cogtune.system.durations import format_clock
 from cogtune.system.terminal import raw, visible
 
@@ -68,7 +69,7 @@ class ProgressLine:
             return
         self._last = now
         speed = (done - self._first) / max(now - self._start, 1e-9)
-        left = f", {format_clock((total - done) / speed)} left" if speed and done < total else ""
+        left = tr(", {path} left", path=format_clock((total - done) / speed)) if speed and done < total else ""
         text = f"{done}/{total} {self._unit}, {speed:.2f}/s{left}"
         if self._terminal:
             end = "\n" if done == total else ""

@@ -21,6 +21,7 @@ from cogtune.configuration.problems import Entry
 from cogtune.configuration.run_config import PUBLISHED_MODEL, RunConfig
 from cogtune.distributed import environment
 from cogtune.errors import ConfigError
+from cogtune.language import tr
 
 _DTYPES = {
     "bfloat16": "bfloat16",
@@ -38,7 +39,7 @@ def _dtype(text: str) -> str:
     name = text.strip().removeprefix("torch.").lower()
     if name not in _DTYPES:
         raise ConfigError(
-            f"--torch_type: found `{text}`, expected torch.bfloat16, torch.float16 or torch.float32",
+            tr("--torch_type: found `{text}`, expected torch.bfloat16, torch.float16 or torch.float32", text=text),
             code="config-value",
         )
     return _DTYPES[name]
@@ -48,7 +49,8 @@ def _validation_share(text: str) -> float:
     rate = parse_flag(None, text, "--train_dataset_rate")
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= 1:
         raise ConfigError(
-            f"--train_dataset_rate: found `{text}`, expected a number above 0 and at most 1", code="config-value"
+            tr("--train_dataset_rate: found `{text}`, expected a number above 0 and at most 1", text=text),
+            code="config-value",
         )
     return round(1 - rate, 12)  # 0.8 leaves 0.2, not 0.19999999999999996
 
@@ -137,7 +139,7 @@ def configure(arguments: Sequence[str], *, launched: bool = False, world_size: i
         del entries["parallel.deepspeed"]
         if launched:
             entries["parallel.engine"] = Entry("zero2", "--ds_config")
-            notes.append("note: there is no ds_config.yaml here; using ZeRO stage 2 with DeepSpeed's defaults")
+            notes.append(tr("note: there is no ds_config.yaml here; using ZeRO stage 2 with DeepSpeed's defaults"))
     entries["data.labels"] = Entry(_labels(Path(entries["data.path"].value[0])), "--dataset_path")
 
     explicit = {
@@ -148,9 +150,11 @@ def configure(arguments: Sequence[str], *, launched: bool = False, world_size: i
     config = from_entries(entries, RunConfig)
     config, warnings = apply_deepspeed(config, explicit=explicit.keys(), world_size=world_size, names=explicit)
     if not launched:  # otherwise train() reads the file again and prints the warnings
-        notes += [f"warning: {warning}" for warning in warnings]
+        notes += [tr("warning: {warning}", warning=warning) for warning in warnings]
         config = with_values(config, {"parallel.engine": "single", "parallel.deepspeed": None})
-        notes.append("note: not started by a launcher: one device, no ZeRO; `deepspeed peft_lora.py ...` uses all GPUs")
+        notes.append(
+            tr("note: not started by a launcher: one device, no ZeRO; `deepspeed peft_lora.py ...` uses all GPUs")
+        )
     return config, notes
 
 
@@ -159,7 +163,9 @@ def _take_local_rank(text: str) -> None:
     try:
         rank = int(text)
     except ValueError:
-        raise ConfigError(f"--local_rank: found `{text}`, expected a whole number", code="config-value") from None
+        raise ConfigError(
+            tr("--local_rank: found `{text}`, expected a whole number", text=text), code="config-value"
+        ) from None
     if rank >= 0:
         environment.take_local_rank(rank)
 
@@ -180,7 +186,11 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ")
         near = difflib.get_close_matches(unknown.split("=")[0].lstrip("-").split(" ")[0], FLAGS, n=1)
-        hint = f"did you mean `--{near[0]}`?" if near and unknown != message else "`--help` lists the flags"
+        hint = (
+            tr("did you mean `--{near}`?", near=near[0])
+            if near and unknown != message
+            else tr("`--help` lists the flags")
+        )
         raise ConfigError(message, hint=hint, code="usage")
 
 
@@ -188,7 +198,7 @@ def _typed(arguments: Sequence[str]) -> Mapping[str, list[str]]:
     """Return the flags that were given, with their texts."""
     parser = _Parser(
         prog="peft_lora.py",
-        description="Fine-tune CogVLM2 with LoRA: the published demo's command. `cogtune train` can do more.",
+        description=tr("Fine-tune CogVLM2 with LoRA: the published demo's command. `cogtune train` can do more."),
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
@@ -197,6 +207,6 @@ def _typed(arguments: Sequence[str]) -> Mapping[str, list[str]]:
             f"--{name}",
             nargs="+" if name == "lora_target" else 1,
             metavar=name.upper(),
-            help=f"{flag.help} (default: {flag.default})",
+            help=tr("{help} (default: {default})", help=tr(flag.help), default=flag.default),
         )
     return vars(parser.parse_args(list(arguments)))

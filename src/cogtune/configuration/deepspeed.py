@@ -208,7 +208,7 @@ def _statements(
     stage = (block or {}).get("stage") if user else "auto"
     if stage != "auto":
         if stage not in (1, 2, 3) or isinstance(stage, bool):
-            found = tr("it is missing") if stage is None else f"found {describe(stage)}"
+            found = tr("it is missing") if stage is None else tr("found {stage}", stage=describe(stage))
             raise ConfigError(
                 tr("{file}: zero_optimization.stage: {found}, expected 1, 2 or 3", file=file, found=found),
                 hint=tr(

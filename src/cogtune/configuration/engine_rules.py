@@ -13,6 +13,7 @@ from itertools import product
 from cogtune.configuration.quantization import PARTS, QuantSection
 from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import ConfigError
+from cogtune.language import phrase, tr
 
 ENGINE = "parallel.engine"
 ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2", "tensor")
@@ -29,17 +30,13 @@ Facts = Mapping[str, Collection[str]]
 
 @dataclass(frozen=True)
 class Rule:
-    """Values of one key that are incompatible with values of other keys: why, and what to do instead, in both
-    languages.
-    """
+    """Values of one key that are incompatible with values of other keys: why, and what to do instead."""
 
     with_values: tuple[str, ...]
     keys: tuple[str, ...]
     values: tuple[str, ...]
     why: str
     instead: str
-    why_zh: str
-    instead_zh: str
     with_key: str = ENGINE
 
     def pairs(self) -> Iterator[Pair]:
@@ -58,82 +55,64 @@ RULES = (
         ("single", "ddp", "zero1", "zero2", "tensor"),
         ("parallel.offload",),
         ("weights",),
-        "it computes with the frozen weights in place; only fsdp2 and zero3 gather them before use",
-        "fsdp2 or zero3 with parallel.offload weights",
-        "它直接使用卡上的冻结权重；只有 fsdp2 和 zero3 在使用前才收集权重",
-        "用 fsdp2 或 zero3 配合 parallel.offload weights",
+        phrase("it computes with the frozen weights in place; only fsdp2 and zero3 gather them before use"),
+        phrase("fsdp2 or zero3 with parallel.offload weights"),
     ),
     Rule(
         ("single", "ddp", "fsdp2", "tensor"),
         ("parallel.offload",),
         ("optimizer",),
-        "it keeps optimiser state on the card; for an adapter it is small",
-        "zero1, zero2 or zero3 with parallel.offload optimizer",
-        "它把优化器状态留在卡上；适配器的优化器状态很小",
-        "用 zero1、zero2 或 zero3 配合 parallel.offload optimizer",
+        phrase("it keeps optimiser state on the card; for an adapter it is small"),
+        phrase("zero1, zero2 or zero3 with parallel.offload optimizer"),
     ),
     Rule(
         ("zero3", "fsdp2", "tensor"),
         ("lora.dora",),
         ("true",),
-        "DoRA computes norms of complete weights, and each rank holds a shard",
-        "ddp or zero2 with lora.dora, or leave lora.dora out",
-        "DoRA 要计算完整权重的范数，而每个进程只有一个分片",
-        "用 ddp 或 zero2 配合 lora.dora，或去掉 lora.dora",
+        phrase("DoRA computes norms of complete weights, and each rank holds a shard"),
+        phrase("ddp or zero2 with lora.dora, or leave lora.dora out"),
     ),
     Rule(
         ("zero3", "fsdp2", "tensor"),
         ("lora.extra",),
         _TRAIN_BASE,
-        "it makes base weights trainable, and each rank holds only a shard of them",
-        "ddp or zero2 with it, or train adapters only",
-        "它会让基座模型的权重参与训练，而每个进程只有一个分片",
-        "用 ddp 或 zero2，或只训练适配器",
+        phrase("it makes base weights trainable, and each rank holds only a shard of them"),
+        phrase("ddp or zero2 with it, or train adapters only"),
     ),
     Rule(
         ("zero3", "tensor"),
         tuple(f"quant.{part}" for part in PARTS),
         ("nf4", "int8", "fp8"),
-        "it shards weights, and supports that only in the model's own number format",
-        "ddp or zero2 with it (each rank holds all frozen weights), or fsdp2 with nf4",
-        "它要切分权重，而只支持切分模型自身数值格式的权重",
-        "用 ddp 或 zero2（每个进程保留全部冻结权重），或用 fsdp2 配合 nf4",
+        phrase("it shards weights, and supports that only in the model's own number format"),
+        phrase("ddp or zero2 with it (each rank holds all frozen weights), or fsdp2 with nf4"),
     ),
     Rule(
         ("fsdp2",),
         tuple(f"quant.{part}" for part in PARTS),
         ("int8", "fp8"),
-        "it shards weights, and supports that only in the model's own number format and in nf4",
-        "ddp or zero2 with it (each rank holds all frozen weights), or fsdp2 with nf4",
-        "它要切分权重，而只支持切分模型自身数值格式和 nf4 的权重",
-        "用 ddp 或 zero2（每个进程保留全部冻结权重），或用 fsdp2 配合 nf4",
+        phrase("it shards weights, and supports that only in the model's own number format and in nf4"),
+        phrase("ddp or zero2 with it (each rank holds all frozen weights), or fsdp2 with nf4"),
     ),
     Rule(
         ("tensor",),
         ("quant.embedding",),
         ("host",),
-        "each rank holds a shard of the embedding's columns on its device",
-        "quant.embedding device, or leave it out",
-        "每个进程在自己的设备上保存嵌入的一部分列（一个分片）",
-        "设 quant.embedding 为 device，或不设",
+        phrase("each rank holds a shard of the embedding's columns on its device"),
+        phrase("quant.embedding device, or leave it out"),
     ),
     Rule(
         ("zero1", "zero2", "zero3", "tensor"),
         ("train.optimizer",),
         ("adamw8bit",),
-        "it shards optimiser state, and cannot split bitsandbytes' blockwise-quantised moments",
-        "single, ddp or fsdp2 with it, or train.optimizer adamw",
-        "它要切分优化器状态，而无法切分 bitsandbytes 按块量化的动量",
-        "用 single、ddp 或 fsdp2，或设 train.optimizer 为 adamw",
+        phrase("it shards optimiser state, and cannot split bitsandbytes' blockwise-quantised moments"),
+        phrase("single, ddp or fsdp2 with it, or train.optimizer adamw"),
     ),
     Rule(
         ("vision-tower",),
         ("data.cache_features",),
         ("on",),
-        "the output of a tower that trains changes in every step",
-        "data.cache_features off, or leave the tower out of lora.targets",
-        "参与训练的视觉塔每一步输出都不同",
-        "设 data.cache_features 为 off，或从 lora.targets 中去掉视觉塔",
+        phrase("the output of a tower that trains changes in every step"),
+        phrase("data.cache_features off, or leave the tower out of lora.targets"),
         with_key="lora.targets",
     ),
 )
@@ -164,18 +143,18 @@ def check_tensor(quant: QuantSection, ranks: int) -> None:
     """Raise ConfigError if tensor-parallel inference over ``ranks`` does not support a number format."""
     found = refusal({ENGINE: ("tensor",)} | _formats(quant))
     if found is not None:
-        raise _error(*found, ranks, instead="one of the two, and leave the other out")
+        raise _error(*found, ranks, instead=phrase("one of the two, and leave the other out"))
 
 
 def _error(rule: Rule, pair: Pair, ranks: int, instead: str | None = None) -> ConfigError:
     (other, name), (key, value) = pair
     if other == ENGINE:
-        named = f"parallel.tensor {ranks}" if name == "tensor" else f"the engine {name}"
+        named = f"parallel.tensor {ranks}" if name == "tensor" else tr("the engine {name}", name=name)
     else:
         named = f"{other} {name}"
     return ConfigError(
-        f"{key} {value} does not go with {named}: {rule.why}",
-        hint=f"use {instead or rule.instead}",
+        tr("{key} {value} does not go with {named}: {why}", key=key, value=value, named=named, why=tr(rule.why)),
+        hint=tr("use {instead}", instead=tr(instead or rule.instead)),
         code="config-combination",
     )
 

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_orig
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from cogtune.language import tr
+
 
 @dataclass(frozen=True)
 class Shown:
@@ -87,10 +89,10 @@ def _annotation_text(annotation: Any, metadata: list[Any]) -> str:
     annotation, more = _strip(annotation)
     metadata = [*metadata, *more]
     if shown := [item.text for item in metadata if isinstance(item, Shown)]:
-        return shown[0]
+        return tr(shown[0])
     origin = get_origin(annotation)
     if origin in (Union, UnionType):
-        return " or ".join(
+        return tr(" or ").join(
             "null" if part is NoneType else _annotation_text(part, metadata) for part in get_args(annotation)
         )
     if origin is Literal:
@@ -98,10 +100,14 @@ def _annotation_text(annotation: Any, metadata: list[Any]) -> str:
     if origin is tuple:
         items = get_args(annotation)
         item = _annotation_text(items[0], [])
-        return f"list of {item}" if items[-1] is Ellipsis else f"list of {len(items)}: {item}"
+        return (
+            tr("list of {item}", item=item)
+            if items[-1] is Ellipsis
+            else tr("list of {items}: {item}", items=len(items), item=item)
+        )
     if origin is dict:
-        return "mapping"
-    names = {bool: "true | false", int: "whole number", float: "number", str: "text", Path: "path"}
+        return tr("mapping")
+    names = {bool: "true | false", int: tr("whole number"), float: tr("number"), str: tr("text"), Path: tr("path")}
     return names[annotation] + _bounds(metadata)
 
 
@@ -109,4 +115,4 @@ def _bounds(metadata: list[Any]) -> str:
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     flat = [item for entry in metadata for item in (entry.metadata if isinstance(entry, FieldInfo) else [entry])]
     texts = [f"{sign} {getattr(item, name):g}" for name, sign in signs.items() for item in flat if hasattr(item, name)]
-    return f" {' and '.join(texts)}" if texts else ""
+    return " " + tr(" and ").join(texts) if texts else ""

@@ -46,7 +46,7 @@ class Key:
     """One configuration key."""
 
     key: str
-    type: str
+    field: FieldInfo
     default: str
     description: str
     required: bool
@@ -55,6 +55,11 @@ class Key:
     """Kinds of value it accepts: bool, int, float, text, list, mapping, null."""
     item_kinds: frozenset[str]
     """For a list, the kinds of its items."""
+
+    @property
+    def type(self) -> str:
+        """Its type with bounds, in the user's language: ``whole number >= 1``."""
+        return type_text(self.field)
 
     @property
     def section(self) -> str:
@@ -77,7 +82,7 @@ def _key(name: str, field: FieldInfo, alias: str | None) -> Key:
     of_value, of_items = kinds(field.annotation)
     return Key(
         key=name,
-        type=type_text(field),
+        field=field,
         default="required" if field.is_required() else value_text(field.default),
         description=field.description or "",
         required=field.is_required(),

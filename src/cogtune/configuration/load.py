@@ -173,7 +173,9 @@ def _flatten(mapping: Mapping[Any, Any], path: Path) -> Iterator[tuple[str, Any]
             yield from ((f"{top}.{name}", inner) for name, inner in value.items())
         elif value is not None:  # None: a section with only comments
             hint = (
-                f"write `{short[top]}: {value}`" if top in short else tr("indent the keys of {top} under it", top=top)
+                tr("write `{short}: {value}`", short=short[top], value=value)
+                if top in short
+                else tr("indent the keys of {top} under it", top=top)
             )
             raise ConfigError(
                 tr("{path}: `{top}` is a section, found {found}", path=path, top=top, found=describe(value)),
@@ -246,7 +248,9 @@ def _wrong_type(key: str, entry: Entry, root: type[Section]) -> str | None:
             return None
     elif kind in known.kinds and entry.value != "":  # an empty path would mean the current folder
         return None
-    return f"{entry.source}: found {describe(entry.value)}, expected {known.type}"
+    return tr(
+        "{source}: found {value}, expected {type}", source=entry.source, value=describe(entry.value), type=known.type
+    )
 
 
 def _kind(value: Any) -> str:

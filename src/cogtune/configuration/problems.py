@@ -57,7 +57,7 @@ def explain(
     lines = [line for text in problems.values() for line in text.split("\n")]
     hint: str | None = None
     if missing:
-        lines.append(f"missing: {', '.join(missing)}")
+        lines.append(tr("missing: {missing}", missing=", ".join(missing)))
         short = {key: alias for alias, key in (aliases or {}).items()}
         if aliases:
             hint = "give " + " ".join(f"--{short.get(key, key)} ..." for key in missing)
@@ -133,4 +133,10 @@ def _problem(key: str, detail: ErrorDetails, model: type[BaseModel], entries: Ma
             expected=expected,
         )
     found = describe(entry.value if entry and inside == "" else detail["input"])
-    return f"{where}{inside}: found {found}, expected {expected}"
+    return tr(
+        "{where}{inside}: found {found}, expected {expected}",
+        where=where,
+        inside=inside,
+        found=found,
+        expected=expected,
+    )

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from cogtune.configuration.field_types import Shown
 from cogtune.configuration.problems import explain
+from cogtune.language import phrase
 from cogtune.system.byte_sizes import parse_size
 
 DataFormat = Literal[
@@ -65,7 +66,7 @@ class DataFolder(Section):
 Text = Annotated[str, Field(min_length=1)]
 Names = Annotated[tuple[Text, ...], BeforeValidator(_one_or_many), AfterValidator(_no_repeats)]
 Paths = Annotated[tuple[Path, ...], BeforeValidator(_one_or_many), AfterValidator(_no_repeats)]
-Folder = Annotated[DataFolder, BeforeValidator(_as_folder), Shown("path or {path, weight}")]
+Folder = Annotated[DataFolder, BeforeValidator(_as_folder), Shown(phrase("path or {path, weight}"))]
 Folders = Annotated[tuple[Folder, ...], BeforeValidator(_one_or_many)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -109,5 +110,7 @@ def _budget(value: object) -> object:
 
 
 Switch = Annotated[bool | Literal["auto", "on", "off"], BeforeValidator(_switch), Shown("auto | on | off")]
-Budget = Annotated[str, BeforeValidator(_budget), Shown("size | percentage")]
-Recompute = Annotated[bool | int | str, BeforeValidator(_recompute), Shown("auto | none | all | every k-th | size")]
+Budget = Annotated[str, BeforeValidator(_budget), Shown(phrase("size | percentage"))]
+Recompute = Annotated[
+    bool | int | str, BeforeValidator(_recompute), Shown(phrase("auto | none | all | every k-th | size"))
+]

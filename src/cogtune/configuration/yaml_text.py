@@ -181,13 +181,13 @@ def describe(value: object) -> str:
         case int():
             return tr("whole number {value}", value=_short(value))
         case float():
-            return f"number {value}"
+            return tr("number {value}", value=value)
         case str():
-            return f"text {_short(value)!r}"
+            return tr("text {short!r}", short=_short(value))
         case list() | tuple():
-            return f"list {_short(value)}"
+            return tr("list {short}", short=_short(value))
         case dict():
-            return f"mapping {_short(value)}"
+            return tr("mapping {short}", short=_short(value))
     return f"{type(value).__name__} {_short(value)}"
 
 
@@ -214,6 +214,6 @@ _SHORT = _Short()
 def _problem(error: yaml.YAMLError) -> str:
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark or error.context_mark
-        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        place = tr(" (line {line}, column {column})", line=mark.line + 1, column=mark.column + 1) if mark else ""
         return f"{error.problem}{place}"
     return str(error)

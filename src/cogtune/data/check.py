@@ -164,7 +164,7 @@ def _take(report: CheckReport, read: DataReport, problems: Problems, examples: i
         report.counts[key] = report.counts.get(key, 0) + int(getattr(read, key))
     report.counts["bad"] = report.counts.get("bad", 0) + sum(problems.lost.values())
     report.sources += [asdict(source) for source in read.sources]
-    report.notes += [*read.remarks(), *(f"note: {note}" for note in read.notes)]
+    report.notes += [*read.remarks(), *(tr("note: {note}", note=note) for note in read.notes)]
     for code, where, what in read.warnings():
         report.add("warning", code, where, what)
     level = "error" if data.on_bad == "error" else "warning"
@@ -233,7 +233,7 @@ def _repeated(
 
 
 def _more(others: Sequence[str]) -> str:
-    return f" (and {len(others) - 1} more)" if len(others) > 1 else ""
+    return tr(" (and {others} more)", others=len(others) - 1) if len(others) > 1 else ""
 
 
 def _lengths(
@@ -251,7 +251,7 @@ def _lengths(
     def seen(conversation: Conversation, turn: int, prompt: int, answer: int) -> None:
         report.prompts.add(prompt)
         report.answers.add(answer)
-        where = f"{conversation.source}: turn {turn + 1}"
+        where = tr("{source}: turn {turn}", source=conversation.source, turn=turn + 1)
         for name, length, limit in (
             ("long_prompt", prompt, data.max_input_len),
             ("long_answer", answer, data.max_output_len),

@@ -16,7 +16,7 @@ from cogtune.data.pixels import tower_inputs
 from cogtune.data.records import Example, ImageRef
 from cogtune.data.rows import RowPlan, RowShape, encode_sample, plan_rows, shape_of
 from cogtune.errors import ConfigError, DataError
-from cogtune.language import tr
+from cogtune.language import phrase, tr
 from cogtune.processing.encode import Encoder
 from cogtune.processing.tree import Row, build_tree
 
@@ -70,12 +70,12 @@ class RowsReport:
             )
         ]
         counts = {
-            "questions longer than data.max_input_len dropped": budget.dropped_long_prompt,
-            "answers longer than data.max_output_len dropped": budget.dropped_long_answer,
-            "answers truncated to data.max_output_len, without an end token": budget.truncated_answers,
-            "answers trained without their oldest turns": budget.trimmed,
+            phrase("{count} questions longer than data.max_input_len dropped"): budget.dropped_long_prompt,
+            phrase("{count} answers longer than data.max_output_len dropped"): budget.dropped_long_answer,
+            phrase("{count} answers truncated to data.max_output_len, without an end token"): budget.truncated_answers,
+            phrase("{count} answers trained without their oldest turns"): budget.trimmed,
         }
-        return lines + [f"{count} {what}" for what, count in counts.items() if count]
+        return lines + [tr(what, count=count) for what, count in counts.items() if count]
 
 
 class TrainRows(Dataset[RowSample]):

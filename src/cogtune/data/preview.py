@@ -62,6 +62,13 @@ class RowPreview:
     trained: int
     dropped: int
 
+    def counts(self) -> str:
+        """Say how many tokens it has and how many are trained."""
+        said = tr("{tokens} tokens, {trained} trained", tokens=self.tokens, trained=self.trained)
+        if self.dropped:
+            said = tr("{said}; {count} answers left out for their length", said=said, count=self.dropped)
+        return said
+
 
 def preview_rows(
     examples: Sequence[Example], data: DataSection, tokens: TokenFile, count: int, record: str | None = None

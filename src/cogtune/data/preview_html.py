@@ -13,6 +13,7 @@ from cogtune.data.picture_headers import turned_note
 from cogtune.data.pixels import shown_squares
 from cogtune.data.preview import RowPreview, Segment, Token
 from cogtune.data.records import ImageRef
+from cogtune.language import html_language, tr
 from cogtune.processing.frames import Frame
 
 _SIDE, _STRIP_SIDE = 448, 112
@@ -40,20 +41,27 @@ figure { margin: 0; position: relative; }
   .special.trained { background: #286b35; } .picture { background: #6a5320; }
 }
 """
+MARK = '<meta name="generator" content="cogtune data preview">'
+"""What tells the command's own pages from others."""
 _BRANCHES = ("#4878a8", "#c0603a", "#5a9a5a", "#9a5a9a", "#a8892c", "#4a9a9a")
 
 
 def page(rows: Iterable[RowPreview], *, title: str, exif: str = "ignore") -> str:
     """Return the page, with small copies of the squares that the model sees; ``exif`` as in `read_image`."""
     body = "\n".join(_row(row, exif) for row in rows)
-    legend = (
-        '<p><span class="t context">context</span> <span class="t trained">trained</span> '
-        '<span class="t special">special token</span> <span class="t special trained">trained special token</span> '
-        '<span class="picture">the picture\'s positions</span>; every bar on the left is one branch of the tree, and a '
-        "token sees what stands before it on its own branch and on those around it.</p>"
+    marks = (
+        f'<span class="t context">{tr("context")}</span> <span class="t trained">{tr("trained")}</span> '
+        f'<span class="t special">{tr("special token")}</span> '
+        f'<span class="t special trained">{tr("trained special token")}</span> '
+        f'<span class="picture">{tr("positions of the picture")}</span>'
     )
+    bars = tr(
+        "every bar on the left is one branch of the tree, and a token sees what stands before it on its own branch and"
+        " on those around it."
+    )
+    legend = f"<p>{marks}</p><p>{bars}</p>"
     return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<!DOCTYPE html>\n<html lang="{html_language()}"><head><meta charset="utf-8">{MARK}'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n"
         f"<body><h1>{html.escape(title)}</h1>{legend}\n{body}\n</body></html>\n"
@@ -61,8 +69,7 @@ def page(rows: Iterable[RowPreview], *, title: str, exif: str = "ignore") -> str
 
 
 def _row(row: RowPreview, exif: str) -> str:
-    dropped = f"; {row.dropped} answers left out for their length" if row.dropped else ""
-    about = f"{', '.join(row.sources)}: {row.tokens} tokens, {row.trained} trained{dropped}"
+    about = f"{', '.join(row.sources)}: {row.counts()}"
     children: dict[int, list[Segment]] = {}
     for segment in row.segments:
         children.setdefault(segment.parent, []).append(segment)
@@ -75,18 +82,16 @@ def _row(row: RowPreview, exif: str) -> str:
 
 def _segment(segment: Segment, children: dict[int, list[Segment]]) -> str:
     colour = _BRANCHES[segment.number % len(_BRANCHES)]
-    what = f"{segment.trained} trained" if segment.trained else "context"
+    what = tr("{count} trained", count=segment.trained) if segment.trained else tr("context")
+    named = tr("segment {number}, {what}", number=segment.number, what=what)
     inner = "".join(_segment(child, children) for child in children.get(segment.number, []))
     tokens = "".join(_token(token) for token in segment.tokens)
-    return (
-        f'<div class="segment" style="--branch: {colour}"><span class="name">segment {segment.number}, {what}</span>'
-        f"{tokens}{inner}</div>"
-    )
+    return f'<div class="segment" style="--branch: {colour}"><span class="name">{named}</span>{tokens}{inner}</div>'
 
 
 def _token(token: Token) -> str:
     if token.kind == "picture":
-        return f'<span class="picture">picture: {token.count} positions</span>'
+        return f'<span class="picture">{tr("picture: {count} positions", count=token.count)}</span>'
     kind = token.kind if token.kind != "special" or not token.trained else "special trained"
     shown = html.escape(token.text).replace("\n", "&#8629;\n")
     return f'<span class="t {kind}">{shown}</span>'
@@ -94,7 +99,7 @@ def _token(token: Token) -> str:
 
 def _figures(row: RowPreview, exif: str) -> str:
     if not row.images:
-        return "<figure><figcaption>no picture</figcaption></figure>"
+        return f"<figure><figcaption>{tr('no picture')}</figcaption></figure>"
     return images_html(row.images, exif)
 
 
@@ -112,7 +117,7 @@ def _figure(image: ImageRef, square: Image.Image, size: str, exif: str) -> str:
     data = base64.b64encode(stream.getvalue()).decode()
     note = None if isinstance(image, Frame) else turned_note(image, exif)
     mark = f'<span class="turned">{html.escape(note)}</span>' if note else ""
-    caption = f"{html.escape(image.name)}, {size}, made square as the model sees it"
+    caption = html.escape(tr("{name}, {size}, made square as the model sees it", name=image.name, size=size))
     if isinstance(image, Frame):
         caption = html.escape(f"{image.name.rpartition('#')[2]}")
     return f'<figure><img alt="" src="data:image/jpeg;base64,{data}">{mark}<figcaption>{caption}</figcaption></figure>'

@@ -54,7 +54,7 @@ HINTS: dict[str, str] = {
     "unread-key": phrase("rename the key to one that the format reads (docs/guides/data.md), or remove it"),
     "content-part": phrase("a part is of the type text or image_url"),
     "bad-json": phrase("the file must be valid JSON in UTF-8"),
-    "wrong-root": phrase('a record is an object: {{"conversations": [{{"role": "user", "content": "..."}}, ...]}}'),
+    "wrong-root": phrase('a record is an object: {"conversations": [{"role": "user", "content": "..."}, ...]}'),
     "no-records": phrase("a label file holds one record or a list of at least one"),
     "missing-key": phrase("docs/guides/data.md lists the keys of every format"),
     "turns": phrase("a conversation alternates user and assistant and ends with the assistant"),
@@ -124,7 +124,7 @@ class Problems:
         bad = sum(self.lost.values())
         if on_bad == "error":
             rest = Counter(problem.kind for problem in self.found[1:])
-            more = f"\n(and {rest.total()} more: {counts_text(rest)})" if rest else ""
+            more = tr("\n(and {rest} more: {rest_2})", rest=rest.total(), rest_2=counts_text(rest)) if rest else ""
             raise self.found[0].error(more=more, skippable=True)
         share = bad / (good + bad)
         if share > max_share or good == 0:

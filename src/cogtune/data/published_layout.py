@@ -170,7 +170,11 @@ class FolderReader:
             return pair
         number = 0
         for position, record in enumerate(records, start=1):
-            source = f"{label}, record {position}" if isinstance(root, list) else str(label)
+            source = (
+                tr("{label}, record {position}", label=label, position=position)
+                if isinstance(root, list)
+                else str(label)
+            )
             try:
                 question = self.rules.caption_question
                 stripped = [strip_ends(of_readable_length(turns), 1, question) for turns in self._dialogues(record)]

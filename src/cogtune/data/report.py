@@ -127,8 +127,10 @@ class DataReport:
             only=only,
             turns=self.turns,
         )
-        warnings = [f"warning: {what}{where and f' ({where})'}" for _, where, what in self.warnings()]
-        return [first, *self.remarks(), *warnings, *(f"note: {note}" for note in self.notes)]
+        warnings = [
+            tr("warning: {what}{where}", what=what, where=where and f" ({where})") for _, where, what in self.warnings()
+        ]
+        return [first, *self.remarks(), *warnings, *(tr("note: {note}", note=note) for note in self.notes)]
 
     def remarks(self) -> list[str]:
         """What was done to single pictures and records."""

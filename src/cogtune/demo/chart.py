@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from cogtune.language import tr
+
 _MARKS = (1, 2, 5)
 _BOTTOM = 34
 
@@ -65,7 +67,7 @@ def loss_chart(lines: Sequence[Line]) -> str:
     """Draw the loss over steps on a logarithmic axis with a legend; lines without points are left out."""
     drawn = [line for line in lines if line.points]
     legend = "".join(f'<span><i class="{line.style}"></i>{escape(line.name)}</span>' for line in drawn)
-    return f'{line_chart(drawn, Frame("Loss over optimiser steps"), log=True)}<p class="legend">{legend}</p>'
+    return f'{line_chart(drawn, Frame(tr("Loss over optimiser steps")), log=True)}<p class="legend">{legend}</p>'
 
 
 def line_chart(lines: Sequence[Line], frame: Frame, *, log: bool = False, named: bool = False) -> str:

@@ -37,7 +37,7 @@ def find_easy_vqa() -> Path:
     Raises:
         SetupError: the package is not installed or incomplete.
     """
-    install = tr("{executable} -m pip install {package}", executable=sys.executable, package=PACKAGE)
+    install = f"{sys.executable} -m pip install {PACKAGE}"
     try:
         distribution = importlib.metadata.distribution(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
@@ -57,7 +57,7 @@ def find_easy_vqa() -> Path:
                 version=distribution.version,
                 missing=missing[0],
             ),
-            hint=tr("{install} --force-reinstall --no-deps", install=install),
+            hint=f"{install} --force-reinstall --no-deps",
             code="no-easy-vqa",
         )
     return folder

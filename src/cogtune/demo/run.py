@@ -27,7 +27,7 @@ from cogtune.demo.score import Score, measure, without_pictures
 from cogtune.errors import OutputFolderError
 from cogtune.generate.generator import Generator
 from cogtune.generate.loading import load_generator
-from cogtune.language import tr
+from cogtune.language import padded, phrase, tr
 from cogtune.system.locks import FOLDER_LOCK, lock_folder
 from cogtune.train.log import read_metrics
 from cogtune.train.run import train
@@ -81,7 +81,7 @@ class DemoResults:
     @contextmanager
     def phase(self, name: str, say: Say) -> Iterator[None]:
         """Announce a phase and record its duration."""
-        say(f"\n== {name}")
+        say(f"\n== {tr(name)}")
         clock = Clock()
         yield
         self.times[name] = clock.read()
@@ -127,23 +127,23 @@ def _run(
     continued = _claim(folders.output)
     record = provenance(command)
     results = _read(source, pictures)
-    with results.phase(tr("writing easy-VQA as a data folder"), say):
+    with results.phase(phrase("writing easy-VQA as a data folder"), say):
         _write_data(folders, results, say)
-    with results.phase(tr("the untuned base"), say):
+    with results.phase(phrase("the untuned base"), say):
         _measure(results, "base", load_generator(BASE), say)
-    with results.phase("fine-tuning", say):
+    with results.phase(phrase("fine-tuning"), say):
         config = settings(folders, changes or {})
         adapter = train(config).adapter
         results.metrics = read_metrics(folders.run)
     tuned = load_generator(BASE, adapter=adapter)
-    with results.phase(tr("the tuned model"), say):
+    with results.phase(phrase("the tuned model"), say):
         _measure(results, "tuned", tuned, say)
-    with results.phase(tr("the tuned model, pictures blanked"), say):
+    with results.phase(phrase("the tuned model, pictures blanked"), say):
         results.scores["blind"] = _said(measure(tuned, results.test, blank=True), tr("with every picture blanked"), say)
-    with results.phase("merging", say):
+    with results.phase(phrase("merging"), say):
         if not folders.merged.exists():
             merge(folders.run / "adapter", folders.merged, BASE, say)
-    with results.phase(tr("three questions to the merged model"), say):
+    with results.phase(phrase("three questions to the merged model"), say):
         answers = _ask_merged(folders, results, say)
     record |= _numbers(results, config, answers)
     record["total_seconds"] = round(time.perf_counter() - began, 2)
@@ -188,7 +188,14 @@ def _read(source: Path, limits: tuple[int | None, int | None]) -> DemoResults:
 def _write_data(folders: Folders, results: DemoResults, say: Say) -> None:
     for pictures, target in ((results.train, folders.train_data), (results.test, folders.test_data)):
         easyvqa.write_folder(pictures, target)
-        say(f"{target}: {len(pictures):,} pictures, {_questions(pictures):,} questions")
+        say(
+            tr(
+                "{target}: {pictures:,} pictures, {questions:,} questions",
+                target=target,
+                pictures=len(pictures),
+                questions=_questions(pictures),
+            )
+        )
 
 
 def _measure(results: DemoResults, name: str, generator: Generator, say: Say) -> None:
@@ -197,7 +204,7 @@ def _measure(results: DemoResults, name: str, generator: Generator, say: Say) ->
 
 
 def _said(found: Score, what: str, say: Say) -> Score:
-    kinds = ", ".join(f"{kind} {100 * right / total:.1f} %" for kind, (right, total) in found.by_kind.items())
+    kinds = tr(", ").join(f"{tr(kind)} {100 * right / total:.1f} %" for kind, (right, total) in found.by_kind.items())
     say(
         tr(
             "{accuracy:.2f} % of {total:,} questions right {what} ({kinds})",
@@ -219,7 +226,15 @@ def _ask_merged(folders: Folders, results: DemoResults, say: Say) -> list[dict[s
         answer = "".join(generator.stream(example.image, question)).strip()
         file = folders.test_data / "images" / example.picture.file.name
         file = file.with_stem(example.picture.name)
-        say(f"{file}\n  {question}  ->  {answer}  (right: {reference})")
+        say(
+            tr(
+                "{file}\n  {question}  ->  {answer}  (right: {reference})",
+                file=file,
+                question=question,
+                answer=answer,
+                reference=reference,
+            )
+        )
         asked.append({"picture": example.picture.name, "question": question, "answer": answer, "reference": reference})
     return asked
 
@@ -258,8 +273,11 @@ def _say_where(folders: Folders, record: dict[str, Any], say: Say) -> None:
             blind=blind,
         )
     )
-    say(f"page          {folders.page}")
-    say(f"adapter       {folders.run / 'adapter'}")
-    say(tr("merged model  {merged}", merged=folders.merged))
-    say(f"TensorBoard   tensorboard --logdir={folders.run}")
-    say(tr("talk to it    cogtune chat --model {merged}", merged=folders.merged))
+    for name, place in (
+        (tr("page"), folders.page),
+        (tr("adapter"), folders.run / "adapter"),
+        (tr("merged model"), folders.merged),
+        ("TensorBoard", f"tensorboard --logdir={folders.run}"),
+        (tr("talk to it"), f"cogtune chat --model {folders.merged}"),
+    ):
+        say(f"{padded(name, 14)}{place}")

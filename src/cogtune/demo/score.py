@@ -16,10 +16,12 @@ from PIL import Image
 from cogtune.demo.easyvqa import VqaPicture
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.generator import Ask, Generator
+from cogtune.language import phrase
 from cogtune.processing.image import read_image
 
 BATCH = 512
-KINDS = ("yes or no", "shape", "colour")
+_FREQUENT = phrase("most frequent answer to each question")
+KINDS = (phrase("yes or no"), phrase("shape"), phrase("colour"))
 
 
 @dataclass(frozen=True)
@@ -100,4 +102,4 @@ def without_pictures(train: Sequence[VqaPicture], test: Sequence[VqaPicture]) ->
     asked = [question for picture in test for question, _ in picture.questions]
     texts = [by_text[question].most_common(1)[0][0] if question in by_text else top for question in asked]
     return {f"always “{top}”": score([top] * len(asked), test),
-            "most frequent answer to each question": score(texts, test)}  # fmt: skip
+            _FREQUENT: score(texts, test)}  # fmt: skip

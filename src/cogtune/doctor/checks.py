@@ -48,7 +48,7 @@ def _python(facts: Facts) -> Iterator[Diagnosis]:
             "error",
             "doctor-python",
             tr("Python {version}; 3.11 or newer is needed", version=version),
-            "install Python 3.12",
+            tr("install Python 3.12"),
         )
 
 
@@ -60,7 +60,7 @@ def _libraries(facts: Facts) -> Iterator[Diagnosis]:
                 "error",
                 "doctor-missing",
                 tr("{name} is not installed", name=name),
-                tr('pip install "{range}"', range=_range(name)),
+                f'pip install "{_range(name)}"',
             )
     for name, version in facts.versions.items():
         if name not in TESTED:
@@ -71,7 +71,7 @@ def _libraries(facts: Facts) -> Iterator[Diagnosis]:
                 "error",
                 "doctor-broken",
                 f"{name} {version}: {tr(fault.reason)}",
-                tr('pip install "{range}"', range=_range(name)),
+                f'pip install "{_range(name)}"',
             )
         elif side is not None:
             tested = TESTED[name]
@@ -255,7 +255,7 @@ def _quantisation(facts: Facts) -> Iterator[Diagnosis]:
                 torch_cuda=facts.torch_cuda,
                 have=have,
             ),
-            tr('pip install --force-reinstall --no-deps "{range}"', range=_range("bitsandbytes")),
+            "pip install --force-reinstall --no-deps " + f'"{_range("bitsandbytes")}"',
         )
 
 
@@ -272,7 +272,7 @@ def _deepspeed(facts: Facts) -> Iterator[Diagnosis]:
                     " first start",
                     name=name,
                 ),
-                tr("apt install {package}", package=package),
+                f"apt install {package}",
             )
 
 
@@ -285,7 +285,7 @@ def _memory(facts: Facts) -> Iterator[Diagnosis]:
                 "/dev/shm has {shared_memory:.2f} GiB; data workers and NCCL pass their data through it",
                 shared_memory=facts.shared_memory / GIB,
             ),
-            "docker run --shm-size 8g (or --ipc host); without: --data.workers 0",
+            tr("docker run --shm-size 8g (or --ipc host); without: --data.workers 0"),
         )
     if facts.memory is not None and facts.gpus and facts.memory < SMALL_HOST_MEMORY:
         yield Diagnosis(
@@ -344,7 +344,10 @@ def _platform(facts: Facts) -> Iterator[Diagnosis]:
                 "this is WSL2: the driver is the one in Windows, and Linux sees half of the memory"
                 " unless told otherwise"
             ),
-            "memory=48GB under [wsl2] in %UserProfile%\\.wslconfig, then `wsl --shutdown`; keep data on the Linux disk",
+            tr(
+                "memory=48GB under [wsl2] in %UserProfile%\\.wslconfig, then `wsl --shutdown`; keep data on"
+                " the Linux disk"
+            ),
         )
     elif facts.system != "Linux":
         yield Diagnosis(

@@ -1,4 +1,4 @@
-"""Format the doctor's findings as text, in the language of the error messages, and as JSON."""
+"""Format the doctor's findings as text, and as JSON."""
 
 from __future__ import annotations
 
@@ -7,34 +7,20 @@ from typing import Any
 
 from cogtune.doctor.checks import Diagnosis
 from cogtune.doctor.facts import GIB, Facts
-from cogtune.errors import catalogue
-from cogtune.language import language, phrase, tr
+from cogtune.language import phrase, tr
 
-_WORDS = {
-    "en": {
-        "error": "error",
-        "warning": "warning",
-        "note": "note",
-        "fix": "fix",
-        "fine": phrase("everything looks right"),
-    },
-    "zh": {"error": "错误", "warning": "警告", "note": "提示", "fix": "处理", "fine": "一切正常"},
-}
+_LEVELS = {"error": phrase("error"), "warning": phrase("warning"), "note": phrase("note")}
 
 
 def lines(facts: Facts, findings: list[Diagnosis]) -> list[str]:
-    """Yield a few lines about the machine, then each finding with its fix."""
-    words = _WORDS[language()]
+    """Return a few lines about the machine, then each finding with its fix."""
     text = [*_machine(facts), ""]
     for finding in findings:
-        head = f"{words[finding.level]}[{finding.code}]"
-        if language() == "zh":
-            text.append(f"{head}：{catalogue()[finding.code].cause_zh}（{finding.found}）")
-        else:
-            text.append(f"{head}: {finding.found}")
-        text.append(f"  {words['fix']}: {finding.fix}")
+        level = tr(_LEVELS[finding.level])
+        text.append(tr("{level}[{code}]: {found}", level=level, code=finding.code, found=finding.found))
+        text.append(tr("  fix: {fix}", fix=finding.fix))
     if not any(finding.level != "note" for finding in findings):
-        text.append(words["fine"])
+        text.append(tr("everything looks right"))
     return text
 
 
@@ -46,7 +32,14 @@ def to_dict(facts: Facts, findings: list[Diagnosis]) -> dict[str, Any]:
 def _machine(facts: Facts) -> list[str]:
     versions = facts.versions
     shown = [f"{name} {versions[name]}" for name in ("torch", "transformers", "peft") if name in versions]
-    text = [f"Python {'.'.join(map(str, facts.python))} on {facts.system}; {', '.join(shown)}"]
+    text = [
+        tr(
+            "Python {str} on {system}; {shown}",
+            str=".".join(map(str, facts.python)),
+            system=facts.system,
+            shown=", ".join(shown),
+        )
+    ]
     for index, card in enumerate(facts.gpus):
         text.append(
             tr(
@@ -71,5 +64,8 @@ def _machine(facts: Facts) -> list[str]:
         tr("disk: {free:.0f} GiB free at {place}", free=free / GIB, place=place)
         for place, free in facts.disk_free.items()
     ]
-    text += [f"{url}: {('answers' if answers else tr('no answer'))}" for url, answers in facts.reachable.items()]
+    text += [
+        tr("{url}: answers", url=url) if answers else tr("{url}: no answer", url=url)
+        for url, answers in facts.reachable.items()
+    ]
     return text

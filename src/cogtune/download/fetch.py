@@ -177,7 +177,7 @@ def _require_free(folder: Path, missing: list[RemoteFile]) -> None:
     for file in missing:
         target = folder / file.path
         if os.path.lexists(target):
-            found = f"{target.stat().st_size:,} bytes" if target.is_file() else tr("no file")
+            found = tr("{st_size:,} bytes", st_size=target.stat().st_size) if target.is_file() else tr("no file")
             raise OutputFolderError(
                 tr(
                     "{target}: there is something else ({found}; the hub's file has {size:,} bytes), and"

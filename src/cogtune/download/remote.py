@@ -101,7 +101,7 @@ def _list(entries: Any, endpoint: str) -> list[dict[str, Any]]:
 def _file(path: Any, size: Any, digest: Any, root: str, endpoint: str) -> RemoteFile:
     """Return a checked list entry: a plain name below the folder, a size, and a digest or None."""
     if problem := name_problem(path, nested=True):
-        raise _wrong(endpoint, path, f"which {problem}")
+        raise _wrong(endpoint, path, tr("which {problem}", problem=problem))
     if isinstance(size, str) and size.isdecimal():
         size = int(size)
     if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 1 << 50:

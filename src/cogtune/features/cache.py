@@ -286,7 +286,7 @@ class FeatureCache:
         bad = [error for part in self._ranks.gather(filled.bad) for error in part]
         if bad:
             others = "".join(f"\n  {error.message}" for error in bad[1:_SHOWN])
-            more = f"\n(and {len(bad) - _SHOWN} more)" if len(bad) > _SHOWN else ""
+            more = tr("\n(and {bad} more)", bad=len(bad) - _SHOWN) if len(bad) > _SHOWN else ""
             raise DataError(
                 tr(
                     "{bad} pictures cannot be read:\n  {message}{others}{more}",
@@ -370,4 +370,12 @@ class _FillProgress:
         self._said = now
         rate = done / (now - self._began)
         left = timedelta(seconds=round((self._total - done) / rate))
-        self._say(f"features: {done}/{self._total} pictures, {rate:.2f} pictures/s, {left} left")
+        self._say(
+            tr(
+                "features: {done}/{total} pictures, {rate:.2f} pictures/s, {left} left",
+                done=done,
+                total=self._total,
+                rate=rate,
+                left=left,
+            )
+        )

@@ -64,7 +64,13 @@ class Chat:
                       restarted=restarted)  # fmt: skip
         image = self._read(Path(path).expanduser())
         self.images, self.history = (image,), []
-        return f"picture: {path} ({image.width} x {image.height}){restarted}"
+        return tr(
+            "picture: {path} ({width} x {height}){restarted}",
+            path=path,
+            width=image.width,
+            height=image.height,
+            restarted=restarted,
+        )
 
     def clear(self) -> None:
         """Forget pictures and history."""
@@ -91,9 +97,9 @@ class Chat:
             plural = "s" if dropped > 1 else ""
             note(
                 tr(
-                    "[{dropped} oldest turn{plural} dropped: the conversation exceeds {limit} tokens]",
+                    "[{dropped} oldest turn{s} dropped: the conversation exceeds {limit} tokens]",
                     dropped=dropped,
-                    plural=plural,
+                    s=plural,
                     limit=limit,
                 )
             )

@@ -83,9 +83,9 @@ def smaller_formats(quant: QuantSection) -> str:
     """Return the flags that make the model smaller than ``quant`` does, for a hint."""
     flags = [f"--quant.{name} {value}" for name, value in _LEANER[:2] if getattr(quant, name) != value]
     if not flags and quant.embedding != "host":
-        flags = [tr("--quant.embedding host")]
+        flags = ["--quant.embedding host"]
     if flags:
-        return f"try {' '.join(flags)}"
+        return tr("try {flags}", flags=" ".join(flags))
     return tr("keep some layers in host memory (--device cuda:0,cpu), or take a card with more memory")
 
 
@@ -106,7 +106,7 @@ def explained_loading(model: str, device: torch.device, quant: QuantSection) -> 
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        place = f"the GPU ({device})" if device.type == "cuda" else tr("this machine")
+        place = tr("the GPU ({device})", device=device) if device.type == "cuda" else tr("this machine")
         hint = (
             smaller_formats(quant)
             if device.type == "cuda"

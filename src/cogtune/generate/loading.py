@@ -203,7 +203,14 @@ def load_resolved(choice: Resolved, progress: Callable[[str], None] = lambda lin
         assert group is not None
         return _load_part(choice, group, progress)
     processor = _processor(choice)
-    progress(f"loading {choice.model} ({choice.dtype_name}, {choice.device})")
+    progress(
+        tr(
+            "loading {model} ({dtype_name}, {device})",
+            model=choice.model,
+            dtype_name=choice.dtype_name,
+            device=choice.device,
+        )
+    )
     device_map = _device_map(choice)
     with explained_loading(choice.model, choice.device, choice.config.quant):
         model = _load_base(choice, device_map)
@@ -261,7 +268,15 @@ def _device_map(choice: Resolved) -> DeviceMap | None:
 def _load_part(choice: Resolved, group: TensorGroup, progress: Callable[[str], None]) -> TensorParallelGenerator:
     """Load this rank's shard of base and adapter."""
     processor = _processor(choice)
-    progress(f"loading {choice.model} ({choice.dtype_name}, {choice.tensor} x {choice.device.type})")
+    progress(
+        tr(
+            "loading {model} ({dtype_name}, {tensor} x {type})",
+            model=choice.model,
+            dtype_name=choice.dtype_name,
+            tensor=choice.tensor,
+            type=choice.device.type,
+        )
+    )
     split = SplitModel(group, choice.device)
     with explained_loading(choice.model, choice.device, choice.config.quant):
         model = _load_base(choice, split)

@@ -185,7 +185,7 @@ class Predictor:
         try:
             kept, dropped = fit_history(processor.encoder, question.question, history, limit, self.generator.template)
         except DataError as error:
-            where = f"{question.id}, turn {question.turn}"
+            where = tr("{id}, turn {turn}", id=question.id, turn=question.turn)
             raise DataError(f"{where}: {error.message}", hint=error.hint, code=error.code) from error
         self.report.trimmed += dropped > 0
         return images, question.question, kept

@@ -147,7 +147,12 @@ class PredictionFile:
         stored, pending = meta
         now = self.settings.decides
         lines = [
-            f"{key}: {_shown(stored.get(key))} there, {_shown(now.get(key))} now"
+            tr(
+                "{key}: {shown} there, {shown_2} now",
+                key=key,
+                shown=_shown(stored.get(key)),
+                shown_2=_shown(now.get(key)),
+            )
             for key in sorted(stored.keys() | now.keys())
             if stored.get(key) != now.get(key)
         ]

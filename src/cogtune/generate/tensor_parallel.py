@@ -41,12 +41,12 @@ def check_launched(size: int) -> None:
         )
     raise ConfigError(
         tr(
-            "--parallel.tensor is {size}, but {found} process{value}",
+            "--parallel.tensor is {size}, but {found} process{s}",
             size=size,
             found=found,
-            value=tr("es run") if found > 1 else " runs",
+            s="es run" if found > 1 else " runs",
         ),
-        hint=tr("torchrun --standalone --nproc-per-node {size} -m cogtune ... --parallel.tensor {size}", size=size),
+        hint=f"torchrun --standalone --nproc-per-node {size} -m cogtune ... --parallel.tensor {size}",
         code="config-value",
     )
 

@@ -91,9 +91,7 @@ def plan_device_map(
         SetupError: the devices cannot hold the model, or quantised layers would have to be offloaded.
     """
     if quantization.embedding == "host" or (host and quantization.experts != "none"):
-        what = (
-            tr("quant.embedding host") if quantization.embedding == "host" else f"quant.experts {quantization.experts}"
-        )
+        what = "quant.embedding host" if quantization.embedding == "host" else f"quant.experts {quantization.experts}"
         raise SetupError(
             tr(
                 "{what} does not go with these devices: layers wait in host memory only in the model's"

@@ -148,11 +148,11 @@ def check_sizes(config: CogVLM2Config, size: int) -> None:
     vision = config.vision_config
     assert isinstance(vision, CogVLM2VisionConfig)
     counts = {
-        "attention heads": config.num_attention_heads,
-        "key/value heads": config.num_multi_query_heads,
-        "inner MLP columns": config.intermediate_size,
-        "attention heads of the vision tower": vision.num_heads,
-        "inner MLP columns of the vision tower": vision.intermediate_size,
+        tr("attention heads"): config.num_attention_heads,
+        tr("key/value heads"): config.num_multi_query_heads,
+        tr("inner MLP columns"): config.intermediate_size,
+        tr("attention heads of the vision tower"): vision.num_heads,
+        tr("inner MLP columns of the vision tower"): vision.intermediate_size,
     }
     for what, count in counts.items():
         if size > MOST_RANKS or count % size:
@@ -165,9 +165,9 @@ def check_sizes(config: CogVLM2Config, size: int) -> None:
                     what=what,
                 ),
                 hint=tr(
-                    "this model can be split over {str}; more ranks work on other rows (data parallel), or"
+                    "this model can be split over {counts}; more ranks work on other rows (data parallel), or"
                     " parallel.engine fsdp2 spreads the weights over any number",
-                    str=" or ".join(map(str, possible)),
+                    counts=tr(" or ").join(map(str, possible)),
                 ),
                 code="config-value",
             )

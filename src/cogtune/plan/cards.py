@@ -95,7 +95,7 @@ def find_card(text: str) -> Card:
         size = 0
     if size:
         near = min((card for card in CARDS if card.bfloat16), key=lambda card: (abs(card.memory - size), card.flops))
-        name = f"{format_size(size)} card"
+        name = tr("{size} card", size=format_size(size))
         return replace(near, name=name, capability=REFERENCE.capability, memory=size, measured=False)
     full, models = ({card: _plain(name) for card, name in names} for names in _names())
     for hits in (

@@ -135,7 +135,16 @@ def _validation(proposal: Proposal, report: CheckReport) -> None:
         held_pictures=_HELD_PICTURES,
     )
     reason = tr("enough pictures for a stable loss") if share == default else small
-    proposal.put("data.validation_share", share, f"{reason}: about {round(share * pictures)} of {pictures} pictures")
+    proposal.put(
+        "data.validation_share",
+        share,
+        tr(
+            "{reason}: about {share} of {pictures} pictures",
+            reason=reason,
+            share=round(share * pictures),
+            pictures=pictures,
+        ),
+    )
 
 
 def _size(proposal: Proposal, report: CheckReport, cards: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from cogtune.language import tr
+from cogtune.language import padded, phrase, tr
 from cogtune.plan.calibration import CONTEXT
 from cogtune.plan.inference import answer, merge
 from cogtune.plan.memory import Phase
@@ -15,131 +15,132 @@ from cogtune.system.byte_sizes import GIB, format_size
 from cogtune.system.durations import format_duration
 
 _SHOWN = 4
+_NAMES = (
+    *(phrase("load"), phrase("fill"), phrase("train"), phrase("evaluate"), phrase("save")),
+    *(phrase("experts"), phrase("embedding and head"), phrase("GLU adapter and norms"), phrase("vision tower")),
+    *(phrase("adapter"), phrase("adapter gradients"), phrase("optimizer"), phrase("activations"), phrase("logits")),
+    *(phrase("workspace"), phrase("batch"), phrase("communication"), phrase("keys and values")),
+)
+"""Names of phases and of parts of their memory."""
 
 
 def lines(plan: Plan) -> Iterator[str]:
     """Yield the lines of the whole plan."""
-    card, setting, rows = plan.card, plan.setting, plan.rows
-    mark = tr(" (an estimate: this card was not measured)") if plan.estimate else ""
-    count = f"{setting.ranks} x " if setting.ranks > 1 else ""
-    yield tr(
-        "cards    {count}{name}, {usable} of {memory} usable each{mark}",
-        count=count,
-        name=card.name,
-        usable=format_size(card.usable),
-        memory=format_size(card.memory),
-        mark=mark,
-    )
-    for holder in card.holders:
-        yield tr("         in use by {holder}", holder=holder)
-    data = tr(
-        "{count:,} rows on {pictures:,} pictures, longest text {text} tokens",
-        count=rows.count,
-        pictures=rows.pictures,
-        text=rows.largest.text,
-    )
-    if not rows.exact:
-        data += tr(" (estimated: the model's tokenizer.json is not here)")
-    if rows.typical:
-        data = tr(
-            "not given, so as an example {count:,} pictures with {text} text tokens each",
-            count=rows.count,
-            text=rows.largest.text - 1,
-        )
-    yield f"data     {data}"
-    yield f"chosen   {', '.join(chosen(plan))}"
-    for warning in plan.warnings:
-        yield f"warning  {warning}"
+    setting = plan.setting
+    yield from _about(plan)
     yield ""
-    yield tr("{value:<9} {value_2:>6}  of which", value="phase", value_2="GiB")
+    yield f"{padded(tr('phase'), 9)} {'GiB':>6}  {tr('of which')}"
     for phase in plan.memory.phases:
-        yield f"{phase.name:<9} {phase.reserved / GIB:6.1f}  {parts(phase)}"
-    outside = plan.memory.outside / GIB
-    yield (
-        tr(
-            "{value:<9} {driver:6.1f}  as nvidia-smi shows it: {reserved:.1f} reserved and"
-            " {outside:.1f} of CUDA's own, of {usable:.1f} usable",
-            value="peak",
-            driver=plan.memory.driver / GIB,
-            reserved=plan.memory.reserved / GIB,
-            outside=outside,
-            usable=card.usable / GIB,
-        )
+        yield _row(tr(phase.name), f"{phase.reserved / GIB:.1f}", parts(phase))
+    peak = tr(
+        "as nvidia-smi shows it: {reserved:.1f} reserved and {outside:.1f} of CUDA's own, of {usable:.1f} usable",
+        reserved=plan.memory.reserved / GIB,
+        outside=plan.memory.outside / GIB,
+        usable=plan.card.usable / GIB,
     )
-    yield tr(
-        "{value:<9} {host:6.1f}  per process, not counting cached file pages", value="host", host=plan.memory.host / GIB
-    )
+    yield _row(tr("peak"), f"{plan.memory.driver / GIB:.1f}", peak)
+    yield _row(tr("host"), f"{plan.memory.host / GIB:.1f}", tr("per process, not counting cached file pages"))
     yield ""
     yield from _after_training(plan)
     yield ""
-    yield tr("largest batch that fits, all layers recomputed: {largest} rows of that length", largest=plan.largest)
+    yield tr("largest batch that fits, all layers recomputed: {rows} rows of that length", rows=plan.largest)
     yield from _times(plan)
-    yield f"disk     {_disk(plan)}"
+    yield _headed(tr("disk"), _disk(plan))
     if plan.cost is not None:
-        yield tr("cost     {cost:,.2f} for the whole run on {ranks} card(s)", cost=plan.cost, ranks=setting.ranks)
+        cost = tr("{cost:,.2f} for the whole run on {cards} card(s)", cost=plan.cost, cards=setting.ranks)
+        yield _headed(tr("cost"), cost)
+
+
+def _headed(head: str, text: str) -> str:
+    return f"{padded(head, 9)}{text}"
+
+
+def _row(head: str, size: str, text: str) -> str:
+    return f"{padded(head, 9)} {size:>6}  {text}"
+
+
+def _about(plan: Plan) -> Iterator[str]:
+    card, setting, rows = plan.card, plan.setting, plan.rows
+    count = f"{setting.ranks} x " if setting.ranks > 1 else ""
+    usable = tr(
+        "{cards}, {usable} of {memory} usable each",
+        cards=f"{count}{card.name}",
+        usable=format_size(card.usable),
+        memory=format_size(card.memory),
+    )
+    yield _headed(tr("cards"), usable + (tr(" (an estimate: this card was not measured)") if plan.estimate else ""))
+    for holder in card.holders:
+        yield _headed("", tr("in use by {holder}", holder=holder))
+    if rows.typical:
+        data = tr(
+            "not given, so as an example {count:,} pictures with {tokens} text tokens each",
+            count=rows.count,
+            tokens=rows.largest.text - 1,
+        )
+    else:
+        data = tr(
+            "{count:,} rows on {pictures:,} pictures, longest text {tokens} tokens",
+            count=rows.count,
+            pictures=rows.pictures,
+            tokens=rows.largest.text,
+        )
+        if not rows.exact:
+            data += tr(" (estimated: the model's tokenizer.json is not here)")
+    yield _headed(tr("data"), data)
+    yield _headed(tr("chosen"), tr(", ").join(chosen(plan)))
+    for warning in plan.warnings:
+        yield _headed(tr("warning"), warning)
 
 
 def _after_training(plan: Plan) -> Iterator[str]:
     """Describe what the result needs after training: a card for `chat` and `predict`, host memory for `merge`."""
     phase, room = answer(plan.setting), plan.card.usable
     tokens = plan.setting.batch.tokens(plan.setting.sizes) // plan.setting.batch.rows
-    yield tr(
-        "{value:<9} {reserved:6.1f}  one prompt of {tokens:,} tokens: {parts}",
-        value="answer",
-        reserved=phase.reserved / GIB,
-        tokens=tokens,
-        parts=parts(phase),
-    )
+    prompt = tr("one prompt of {tokens:,} tokens: {parts}", tokens=tokens, parts=parts(phase))
+    yield _row(tr("answer"), f"{phase.reserved / GIB:.1f}", prompt)
     if phase.reserved + CONTEXT > room:
-        yield tr(
-            "{value:<9} {value:6}  more than this card has; {leaner}", value="", leaner=_leaner(plan.setting, room)
-        )
-    yield tr(
-        "{value:<9} {value_2:>6}  on the host, {host_bytes:.1f} GiB",
-        value="merge",
-        value_2="-",
-        host_bytes=merge(plan.setting).host_bytes / GIB,
-    )
+        yield _row("", "", tr("more than this card has; {leaner}", leaner=_leaner(plan.setting, room)))
+    host = tr("on the host, {size:.1f} GiB", size=merge(plan.setting).host_bytes / GIB)
+    yield _row(tr("merge"), "-", host)
 
 
 def _leaner(setting: Setting, room: int) -> str:
     """Return the first flags with which answering fits, or those that need least memory."""
     lean = setting.quant.changed(experts="nf4", tower="nf4")
-    flags, reserved = tr("--quant.experts nf4 --quant.tower nf4"), answer(replace(setting, quant=lean)).reserved
+    flags, reserved = "--quant.experts nf4 --quant.tower nf4", answer(replace(setting, quant=lean)).reserved
     if reserved + CONTEXT > room:
-        lean, flags = lean.changed(embedding="host"), tr("{flags} --quant.embedding host", flags=flags)
+        lean, flags = lean.changed(embedding="host"), f"{flags} --quant.embedding host"
         reserved = answer(replace(setting, quant=lean)).reserved
-    return tr("with {flags} it takes {reserved:.1f}", flags=flags, reserved=reserved / GIB)
+    return tr("with {flags} it takes {size:.1f}", flags=flags, size=reserved / GIB)
 
 
 def summary(plan: Plan) -> str:
     """Return the plan in one line, for the start of a run."""
-    memory = f"{plan.memory.driver / GIB:.1f} of {plan.card.usable / GIB:.1f} GiB"
-    mark = ", estimated" if plan.estimate else ""
-    step = tr(
-        "{seconds:.2f} s a step, {duration} an epoch{mark}",
+    return tr(
+        "plan: {memory:.1f} of {usable:.1f} GiB ({phase}), {chosen}; {seconds:.2f} s a step, {epoch} an epoch{mark}",
+        memory=plan.memory.driver / GIB,
+        usable=plan.card.usable / GIB,
+        phase=tr(plan.memory.peak.name),
+        chosen=tr(", ").join(chosen(plan)),
         seconds=plan.times.step.seconds,
-        duration=format_duration(plan.times.epoch),
-        mark=mark,
+        epoch=format_duration(plan.times.epoch),
+        mark=tr(", estimated") if plan.estimate else "",
     )
-    return f"plan: {memory} ({plan.memory.peak.name}), {', '.join(chosen(plan))}; {step}"
 
 
 def chosen(plan: Plan) -> list[str]:
     """Describe the chosen settings in words."""
     setting, layers = plan.setting, plan.setting.sizes.num_hidden_layers
     form = {"none": setting.dtype, "nf4": "NF4", "int8": "int8", "fp8": "fp8"}
-    words = [tr("experts in {value}", value=form.get(setting.quant.experts, setting.quant.experts))]
+    words = [tr("experts in {form}", form=form.get(setting.quant.experts, setting.quant.experts))]
     if setting.tower == "cached":
         words.append(tr("features cached"))
     elif setting.tower == "live":
-        words.append(tr("live tower in {value}", value=form.get(setting.quant.tower, setting.quant.tower)))
-    recomputed = len(setting.decoder)
-    words.append(
-        tr("nothing recomputed")
-        if not recomputed
-        else tr("{recomputed} of {layers} layers recomputed", recomputed=recomputed, layers=layers)
-    )
+        words.append(tr("live tower in {form}", form=form.get(setting.quant.tower, setting.quant.tower)))
+    if setting.decoder:
+        words.append(tr("{count} of {layers} layers recomputed", count=len(setting.decoder), layers=layers))
+    else:
+        words.append(tr("nothing recomputed"))
     if setting.quant.embedding == "host":
         words.append(tr("embedding in host memory"))
     words.append(setting.optimizer)
@@ -153,55 +154,68 @@ def chosen(plan: Plan) -> list[str]:
 def parts(phase: Phase) -> str:
     """Return the largest parts of a phase."""
     largest = sorted(phase.parts.items(), key=lambda item: -item[1])
-    shown = [f"{name} {size / GIB:.1f}" for name, size in largest[:_SHOWN] if size >= 0.05 * GIB]
-    return ", ".join(shown)
+    shown = [f"{tr(name)} {size / GIB:.1f}" for name, size in largest[:_SHOWN] if size >= 0.05 * GIB]
+    return tr(", ").join(shown)
 
 
 def compared(planned: Phase, reserved: int) -> str:
     """Compare planned with actual memory, for a run that ran out of it."""
-    return f"planned {planned.reserved / GIB:.2f} GiB ({parts(planned)}), reserved {reserved / GIB:.2f} GiB"
+    return tr(
+        "planned {planned:.2f} GiB ({parts}), reserved {reserved:.2f} GiB",
+        planned=planned.reserved / GIB,
+        parts=parts(planned),
+        reserved=reserved / GIB,
+    )
 
 
 def _times(plan: Plan) -> Iterator[str]:
     times, setting = plan.times, plan.setting
     step = times.step
     shares = {
-        "decoder": step.decoder,
-        "tower": step.tower,
-        "dequantising weights": step.quantisation,
-        "waiting for other cards": step.waiting,
-        "waiting for the host": step.host,
+        tr("decoder"): step.decoder,
+        tr("tower"): step.tower,
+        tr("dequantising weights"): step.quantisation,
+        tr("waiting for other cards"): step.waiting,
+        tr("waiting for the host"): step.host,
     }
-    said = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in shares.items() if seconds >= 0.001)
+    said = tr(", ").join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in shares.items() if seconds >= 0.001)
     rows = setting.batch.rows * setting.ranks // setting.tensor * setting.accumulation
-    yield tr(
-        "time     a step of {rows} row{s} {seconds:.2f} s ({said})",
+    a_step = tr(
+        "a step of {rows} row{s} {seconds:.2f} s ({parts})",
         rows=rows,
         s="s" if rows > 1 else "",
         seconds=step.seconds,
-        said=said,
+        parts=said,
     )
-    yield tr(
-        "         an epoch of {steps:,} steps {duration}",
-        steps=times.steps,
-        duration=format_duration(times.epoch),
+    yield _headed(tr("time"), a_step)
+    epoch = tr("an epoch of {steps:,} steps {duration}", steps=times.steps, duration=format_duration(times.epoch))
+    yield _headed("", epoch)
+    run = [tr("loading {duration}", duration=format_duration(times.load))]
+    if times.fill:
+        run.append(tr("filling the cache {duration}", duration=format_duration(times.fill)))
+    epochs = tr(
+        "{epochs} epoch{s} {duration}",
+        epochs=plan.epochs,
+        s="s" if plan.epochs > 1 else "",
+        duration=format_duration(plan.epochs * times.epoch),
     )
-    epochs = f"{plan.epochs} epoch{'s' if plan.epochs > 1 else ''}"
-    filling = tr("filling the cache {duration}, ", duration=format_duration(times.fill)) if times.fill else ""
-    parts = f"loading {format_duration(times.load)}, {filling}{epochs} {format_duration(plan.epochs * times.epoch)}"
-    yield tr(
-        "         the whole run {duration} without validation: {parts}",
+    whole = tr(
+        "the whole run {duration} without validation: {parts}",
         duration=format_duration(plan.seconds),
-        parts=parts,
+        parts=tr(", ").join([*run, epochs]),
     )
+    yield _headed("", whole)
     if plan.rows.typical:
-        yield tr(
-            "         for the example's {count:,} pictures, one row each: --data DIR counts yours",
-            count=plan.rows.count,
+        example = tr(
+            "for the example's {count:,} pictures, one row each: --data DIR counts yours", count=plan.rows.count
         )
+        yield _headed("", example)
 
 
 def _disk(plan: Plan) -> str:
-    pictures = f"{(tr('the example') if plan.rows.typical else tr('the data'))}'s {plan.rows.pictures:,} pictures"
-    found: Mapping[str, int] = {f"feature cache of {pictures}": plan.cache, "checkpoints": plan.checkpoints}
-    return ", ".join(f"{name} {format_size(size)}" for name, size in found.items() if size)
+    if plan.rows.typical:
+        cache = tr("feature cache of the example's {pictures:,} pictures", pictures=plan.rows.pictures)
+    else:
+        cache = tr("feature cache of the data's {pictures:,} pictures", pictures=plan.rows.pictures)
+    found: Mapping[str, int] = {cache: plan.cache, tr("checkpoints"): plan.checkpoints}
+    return tr(", ").join(f"{name} {format_size(size)}" for name, size in found.items() if size)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cogtune.errors import InputError
+from cogtune.language import tr
 
 TEMPLATES = ("chat", "vqa", "base")
 
@@ -21,8 +22,12 @@ def check_template(template: str) -> str:
     """Return ``template`` if it is one of `TEMPLATES`, else raise InputError with their names."""
     if template not in TEMPLATES:
         raise InputError(
-            f"{template!r} is not a template; there are {', '.join(TEMPLATES)}",
-            hint="leave it out to use the checkpoint's own (template_version in its config.json)",
+            tr(
+                "{template!r} is not a template; there are {templates}",
+                template=template,
+                templates=", ".join(TEMPLATES),
+            ),
+            hint=tr("leave it out to use the checkpoint's own (template_version in its config.json)"),
             code="template",
         )
     return template
@@ -40,7 +45,8 @@ def build_prompt(query: str, history: Turns = (), template: str = "chat") -> str
     check_template(template)
     if not isinstance(query, str):
         raise InputError(
-            f"the query is {type(query).__name__}, not text", hint='pass query="..."; an empty text is allowed'
+            tr("the query is {name}, not text", name=type(query).__name__),
+            hint=tr('pass query="..."; an empty text is allowed'),
         )
     _check_history(history)
     if template == "base":
@@ -68,6 +74,10 @@ def _check_history(history: Turns) -> None:
         pair = isinstance(turn, (tuple, list)) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
         if not pair:
             raise InputError(
-                f"history item {number} is {turn!r:.80}, not a (question, answer) pair of texts",
-                hint='pass history=[("first question", "its answer"), ...]',
+                tr(
+                    "history item {number} is {turn!r:.80}, not a (question, answer) pair of texts",
+                    number=number,
+                    turn=turn,
+                ),
+                hint=tr('pass history=[("first question", "its answer"), ...]'),
             )

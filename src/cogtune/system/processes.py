@@ -14,6 +14,7 @@ from datetime import datetime
 from functools import cache
 from pathlib import Path
 
+from cogtune.language import tr
 from cogtune.system import files
 
 _LONGEST_COMMAND = 200
@@ -76,7 +77,14 @@ class Process:
 
     def __str__(self) -> str:
         place = "" if self.is_visible else f" on {self.host}"
-        return f"process {self.number}{place} of {self.user}, since {self.since[:19]}: `{_printable(self.command)}`"
+        return tr(
+            "process {number}{place} of {user}, since {since}: `{printable}`",
+            number=self.number,
+            place=place,
+            user=self.user,
+            since=self.since[:19],
+            printable=_printable(self.command),
+        )
 
 
 def machine_started() -> float | None:

@@ -63,7 +63,7 @@ def bad_gradient(norm: float, step: int, records: Sequence[Sequence[str]], group
 def named(group: Group, records: Sequence[str]) -> str:
     """Return all ranks' records as text; a long list is truncated."""
     names = [name for mine in group.gather(list(records)) for name in mine]
-    more = f" and {len(names) - _NAMED_RECORDS} more" if len(names) > _NAMED_RECORDS else ""
+    more = tr(" and {names} more", names=len(names) - _NAMED_RECORDS) if len(names) > _NAMED_RECORDS else ""
     return "record " * (len(names) == 1) + "records " * (len(names) != 1) + ", ".join(names[:_NAMED_RECORDS]) + more
 
 
@@ -78,7 +78,7 @@ def phase(name: str, config: RunConfig, device: torch.device) -> Iterator[None]:
         place = tr("the GPU") if device.type == "cuda" else tr("this machine")
         hint = tr("try {settings}", settings=next_setting(name, config))
         raise OutOfMemoryError(
-            tr("out of memory on {place} while {name}", place=place, name=name), hint=hint
+            tr("out of memory on {place} while {name}", place=place, name=tr(name)), hint=hint
         ) from error
 
 
@@ -116,7 +116,7 @@ def next_setting(name: str, config: RunConfig) -> str:
     if name == "validation" and (config.eval.batch_size or config.train.batch_size) > 1:
         return "--eval.batch_size 1"
     if config.train.gradient_checkpointing != "all" and name != "validation":
-        return tr("--train.gradient_checkpointing all")
+        return "--train.gradient_checkpointing all"
     if config.train.batch_size > 1:
         rows = config.train.batch_size * config.train.accumulation
         return tr("--train.batch_size 1 --train.accumulation {rows} (the same global batch)", rows=rows)

@@ -31,7 +31,7 @@ from cogtune.features.fill import FillSettings, Tower
 from cogtune.features.reader import FeatureReader
 from cogtune.features.store import default_folder
 from cogtune.features.variant import make_variant
-from cogtune.language import tr
+from cogtune.language import phrase, tr
 from cogtune.model.compile import can_compile, compile_tower, prepare_compiling
 from cogtune.train.batches import Feed
 from cogtune.train.failures import phase
@@ -188,7 +188,7 @@ def fill(config: RunConfig, cache: FeatureCache, group: Group, dtype: torch.dtyp
         workers=max(1, resolve_workers(data.workers, group.local_size)),
         skip_bad=data.on_bad == "skip",
     )
-    with phase(tr("filling the feature cache"), config, device):
+    with phase(phrase("filling the feature cache"), config, device):
         return cache.fill(_loader(config, dtype, device, share), settings, device, str(path), log.info)
 
 

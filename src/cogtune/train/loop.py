@@ -23,7 +23,7 @@ from cogtune.configuration.run_config import RunConfig
 from cogtune.configuration.shapes import IGNORED_LABEL
 from cogtune.data.dataset import TrainRows
 from cogtune.errors import CogtuneError, NonFiniteError
-from cogtune.language import tr
+from cogtune.language import phrase, tr
 from cogtune.train.batches import Batch, Feed, StepBatches, to_device
 from cogtune.train.engines.async_scalar import AsyncScalar
 from cogtune.train.engines.base import Engine, StepResult
@@ -124,7 +124,7 @@ class Loop:
             shares = torch.tensor([loss.value() for loss in losses], dtype=torch.float64)
         self._close()
         total = check_losses(shares, records, engine.group)
-        with phase(tr("updating the weights"), self.config, engine.device):
+        with phase(phrase("updating the weights"), self.config, engine.device):
             result = engine.step()
         return StepReport(total, labels, result, records)
 

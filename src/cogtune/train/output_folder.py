@@ -49,7 +49,14 @@ class RunIdentity:
         lines = []
         for key in sorted((self.keys.keys() | stored.keys.keys()) - free):
             if self.keys.get(key) != stored.keys.get(key):
-                lines.append(f"{key}: {stored.keys.get(key)} there, {self.keys.get(key)} now")
+                lines.append(
+                    tr(
+                        "{key}: {key_2} there, {key_3} now",
+                        key=key,
+                        key_2=stored.keys.get(key),
+                        key_3=self.keys.get(key),
+                    )
+                )
         for key in sorted(self.fingerprints.keys() | stored.fingerprints.keys()):
             if self.fingerprints.get(key) != stored.fingerprints.get(key):
                 lines.append(tr("{key}: its content differs from what that run used", key=key))
@@ -349,7 +356,11 @@ def decide(config: RunConfig, output: Path, now: RunRecord, stored: RunRecord | 
         warnings.append(tr("{skipped} unusable checkpoints skipped", skipped=len(skipped)))
     if checkpoint is None and config.train.resume is not None:
         checkpoint = resume_source(config.train.resume)[0]
-    where = f"from {checkpoint}" if checkpoint is not None else tr("from the beginning: it has no checkpoint yet")
+    where = (
+        tr("from {checkpoint}", checkpoint=checkpoint)
+        if checkpoint is not None
+        else tr("from the beginning: it has no checkpoint yet")
+    )
     messages = [tr("continuing the run in {output} {where}", output=output, where=where)]
     if now.total_steps > stored.total_steps:
         messages.append(
@@ -385,7 +396,7 @@ def _start_new(config: RunConfig, output: Path, now: RunRecord) -> Start:
             hint=tr("raise train.epochs or train.max_steps"),
         )
     messages = [tr("starting a new run in {output} from {checkpoint}", output=output, checkpoint=checkpoint)]
-    messages += [f"changed: {line}" for line in now.identity.differences(source.identity)]
+    messages += [tr("changed: {line}", line=line) for line in now.identity.differences(source.identity)]
     return Start(output, checkpoint, messages, [])
 
 

@@ -29,7 +29,7 @@ from cogtune.distributed.shards import whole_numel
 from cogtune.errors import DataError, DiskFullError
 from cogtune.features.reader import FeatureReader
 from cogtune.generate.last_run import write_last_run
-from cogtune.language import tr
+from cogtune.language import phrase, tr
 from cogtune.model.activation_checkpointing import enable_checkpointing
 from cogtune.model.compile import can_compile, compile_layers, prepare_compiling
 from cogtune.model.modeling import CogVLM2ForCausalLM
@@ -289,7 +289,7 @@ def load_base(config: RunConfig, engine: Engine, dtype: torch.dtype, *, cached: 
 
     ``cached``: without the vision tower, for batches that contain its output.
     """
-    with phase(tr("loading the model"), config, engine.device):
+    with phase(phrase("loading the model"), config, engine.device):
         return load_model(
             config.model.path,
             dtype=dtype,
@@ -315,7 +315,7 @@ def assemble(
     None: as ``train.gradient_checkpointing`` says, and none if it leaves the choice to the planner.
     """
     torch.manual_seed(config.train.seed)  # the adapter's first weights: the same on every rank
-    with phase(tr("attaching the adapter"), config, engine.device):
+    with phase(phrase("attaching the adapter"), config, engine.device):
         model = attach(base, config.lora, building=engine.attaching(base))
         if checkpoint is not None:
             saver.restore_adapter(model, checkpoint)

@@ -62,11 +62,11 @@ class Inputs:
 
     def lines(self) -> list[str]:
         """Return the data report for the console."""
-        lines = [f"data: {line}" for line in self.split.report.lines()]
-        lines += [f"training: {line}" for line in self.rows.report.lines()]
+        lines = [tr("data: {line}", line=line) for line in self.split.report.lines()]
+        lines += [tr("training: {line}", line=line) for line in self.rows.report.lines()]
         if self.validation is None:
             return [*lines, tr("validation: none")]
-        return lines + [f"validation: {line}" for line in self.validation.report.lines()]
+        return lines + [tr("validation: {line}", line=line) for line in self.validation.report.lines()]
 
 
 def read_inputs(config: RunConfig) -> Inputs:

@@ -76,7 +76,7 @@ class Saver:
             best = self._progress.best_step
             protect = None if best is None else checkpoints.checkpoint_path(self._output, best)
             checkpoints.rotate(self._output, self._progress.step, self._config.train.keep_checkpoints, protect)
-        log.info(f"saved {folder}" + (tr(" (best so far)") if better else ""))
+        log.info(tr("saved {folder}", folder=folder) + (tr(" (best so far)") if better else ""))
 
 
 def restore_adapter(model: PeftModel, checkpoint: Path) -> None:
@@ -152,7 +152,9 @@ def export_adapter(output: Path, progress: Progress) -> tuple[Path, str]:
                 shutil.copyfile(source / name, folder / name)
         _write_card(output, folder, checkpoints.step_of(source), progress.best_loss)
         _keep_others(output / ADAPTER_FOLDER, folder)
-    return output / ADAPTER_FOLDER, f"the {kind} checkpoint's, step {checkpoints.step_of(source)}"
+    return output / ADAPTER_FOLDER, tr(
+        "the {kind} checkpoint's, step {step_of}", kind=kind, step_of=checkpoints.step_of(source)
+    )
 
 
 def _write_card(output: Path, folder: Path, step: int, best_loss: float | None) -> None:

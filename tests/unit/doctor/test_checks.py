@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -77,7 +78,10 @@ def test_finding(code, monkeypatch):
     assert words in found[code].found
     assert found[code].fix
     monkeypatch.setenv("COGTUNE_LANG", "zh")
-    assert any(catalogue()[code].cause_zh in line for line in lines(facts, list(found.values())))
+    (finding,) = (finding for finding in check(facts) if finding.code == code)
+    said = "\n".join(lines(facts, [finding]))
+    assert f"[{code}]：{finding.found}" in said
+    assert re.search("[\u4e00-\u9fff]", finding.found)
 
 
 def test_every_finding_there_is_has_its_machine():

@@ -43,7 +43,7 @@ def items(file: Path, rules: RecordRules) -> Iterator[Item]:
             for values in batch.to_pylist():
                 number += 1
                 row = dict(zip(names, values.values(), strict=True))
-                yield Item(number, f"{file}, row {number}", _later(row, rules))
+                yield Item(number, tr("{file}, row {number}", file=file, number=number), _later(row, rules))
     except (pyarrow.ArrowException, OSError) as error:
         raise Problem("table", str(file), tr("cannot be read ({error})", error=error)).error() from error
 

@@ -41,7 +41,11 @@ def items(file: Path, rules: RecordRules) -> Iterator[Item]:
     names, repeated = by_identity(images, "id")
     later = partial(_later, names=names, repeated=repeated, rules=rules)
     for number, annotation in enumerate(annotations, start=1):
-        yield Item(number, f"{file}, annotation {number}", later(annotation, repaired=repaired and number == 1))
+        yield Item(
+            number,
+            tr("{file}, annotation {number}", file=file, number=number),
+            later(annotation, repaired=repaired and number == 1),
+        )
 
 
 def _picture_alone(name: Any, identity: Any, rules: RecordRules) -> Content:

@@ -87,7 +87,7 @@ class RecordRules:
         if self.clips is not None and count > 1:
             raise BadRecordError("several-images", tr("{count} clips, one was expected", count=count))
         if count > self.max_images:
-            most = tr("one was") if self.max_images == 1 else f"{self.max_images} were"
+            most = tr("one was") if self.max_images == 1 else tr("{max_images} were", max_images=self.max_images)
             raise BadRecordError(
                 "several-images", tr("{count} pictures, at most {most} expected", count=count, most=most)
             )

@@ -59,7 +59,8 @@ def items(file: Path, form: str, rules: RecordRules) -> Iterator[Item]:
             "wrong-root", str(file), tr("{kind_of} found, a list of records was expected", kind_of=kind_of(root))
         ).error()
     for number, record in enumerate([root] if isinstance(root, dict) else root, start=1):
-        yield Item(number, f"{file}, record {number}", _later(record, parse, repaired and number == 1))
+        where = tr("{file}, record {number}", file=file, number=number)
+        yield Item(number, where, _later(record, parse, repaired and number == 1))
 
 
 def layout(file: Path) -> str:
@@ -100,7 +101,7 @@ def _objects(file: Path, parse: Parse) -> Iterator[Item]:
     number, place = 0, _SPACE.match(text, 0).end()  # type: ignore[union-attr]  # it matches nothing too
     while place < len(text):
         number += 1
-        where = f"{file}, record {number}"
+        where = tr("{file}, record {number}", file=file, number=number)
         try:
             record, place = DECODER.raw_decode(text, place)
         except (ValueError, RecursionError, BadRecordError) as error:

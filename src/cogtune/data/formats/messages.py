@@ -178,7 +178,7 @@ def _take_paths(message: Message) -> None:
 def _messages(record: dict[str, Any], expected: str, open_questions: bool) -> list[Message]:
     keys = [key for key in ("messages", "conversations") if key in record]
     if len(keys) != 1:
-        found = "both" if keys else f"{keys_text(record)} found"
+        found = "both" if keys else tr("{keys_text} found", keys_text=keys_text(record))
         raise BadRecordError(
             "missing-key",
             tr('"messages" or "conversations" was expected ({expected}), {found}', expected=expected, found=found),
@@ -282,7 +282,7 @@ def _strip_markers(messages: list[Message], images: int) -> None:
     if not markers:
         return
     if len(markers) > max(images, 1):
-        most = tr("one was") if images <= 1 else f"{images} were"
+        most = tr("one was") if images <= 1 else tr("{images} were", images=images)
         raise BadRecordError(
             "image-marker",
             tr(

@@ -142,7 +142,8 @@ def refuse_unread_own(record: Mapping[str, Any], read: Sequence[str], pictures: 
     """
     refuse_unread(record, ("id", "conversations", "captions", *read), pictures, form)
     for number, entry in enumerate(record["conversations" if "conversations" in record else "captions"], start=1):
-        refuse_unread(entry, ("role", "content", *MARKS), pictures, form, f"message {number}: ")
+        where = tr("message {number}: ", number=number)
+        refuse_unread(entry, ("role", "content", *MARKS), pictures, form, where)
 
 
 def _is_picture(value: Any, *, paths: bool) -> bool:

@@ -46,7 +46,9 @@ def items(file: Path, rules: RecordRules) -> Iterator[Item]:
             if any(cell.strip() for cell in row):
                 yield Item(line, f"{file}:{line}", _later(header, row, rules))
     except csv.Error as error:
-        raise Problem("table", str(file), f"line {rows.line_num}: {error}").error() from error
+        raise Problem(
+            "table", str(file), tr("line {line_num}: {error}", line_num=rows.line_num, error=error)
+        ).error() from error
 
 
 def check_columns(header: list[str], where: str, open_questions: bool) -> None:

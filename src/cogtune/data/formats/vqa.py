@@ -90,7 +90,7 @@ def items(questions: Path, annotations: Path | None) -> Iterator[Item]:
         )
         raise Problem("vqa-pair", str(annotations), what).error()
     for number, entry in enumerate(root["questions"], start=1):
-        where = f"{questions}, question {number}"
+        where = tr("{questions}, question {number}", questions=questions, number=number)
         yield Item(number, where, _later(entry, answers, repeated, subtype, annotations, repaired and number == 1))
 
 

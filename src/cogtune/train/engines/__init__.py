@@ -81,10 +81,10 @@ def _check_tensor(config: RunConfig, ranks: int) -> None:
     if not is_launched() or ranks % size:
         raise ConfigError(
             tr(
-                "parallel.tensor is {size}, but {ranks} process{value}",
+                "parallel.tensor is {size}, but {ranks} process{s}",
                 size=size,
                 ranks=ranks,
-                value=tr("es run") if ranks > 1 else " runs",
+                s="es run" if ranks > 1 else " runs",
             ),
             hint=tr(
                 "start a multiple of {size}: torchrun --nproc_per_node {size} -m cogtune train ..."
