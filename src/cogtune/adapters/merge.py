@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,10 +24,12 @@ from cogtune.adapters.adapter_folder import WEIGHTS_NAME, find_adapter, find_bas
 from cogtune.adapters.attach import expected_shapes
 from cogtune.adapters.merge_arithmetic import Changes, read_changes
 from cogtune.adapters.provenance import PROVENANCE_NAME, changed_settings, read_provenance, write_provenance
+from cogtune.adapters.rounding import NEAREST, STOCHASTIC, Survival, generator_for, round_stochastic
 from cogtune.adapters.safetensors_rows import CHUNK, DTYPES, SafetensorsFile
+from cogtune.adapters.targets import region
 from cogtune.checkpoint.model_files import INDEX_NAME, check_folder, load_model_config, shard_files, whole_folder
 from cogtune.checkpoint.stream import StoredTensor
-from cogtune.errors import AdapterError, CheckpointError, DiskFullError, OutputFolderError
+from cogtune.errors import AdapterError, CheckpointError, ConfigError, DiskFullError, OutputFolderError
 from cogtune.language import tr
 from cogtune.system import files
 from cogtune.system.file_errors import explained
@@ -35,6 +37,8 @@ from cogtune.system.locks import Lock, lock_beside
 
 BLOCK_BYTES = 32 * 2**20
 """Size of a block of rows in float32."""
+MOST_KEPT = 0.9
+"""Share of the update below which a merge warns."""
 
 # Other formats of the unmerged weights; next to merged shards they could be loaded by mistake.
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".bin.index.json")
@@ -43,13 +47,22 @@ _NOT_COPIED = {".git", ".cache"}
 
 @dataclass(frozen=True)
 class MergeReport:
-    """Results of a merge. ``changed`` and ``copied`` count tensors; ``notes`` are sentences for the user."""
+    """Results of a merge.
+
+    Attributes:
+        changed, copied: counts of tensors.
+        notes: sentences for the user.
+        kept: the share of the adapter's update that the stored weights keep after rounding, by region.
+        warnings: sentences about what was lost.
+    """
 
     output: Path
     changed: int
     copied: int
     bytes: int
     notes: tuple[str, ...]
+    kept: dict[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 def merge(
@@ -57,6 +70,8 @@ def merge(
     output: str | Path,
     base: str | Path | None = None,
     progress: Callable[[str], None] = lambda line: None,
+    *,
+    rounding: str = NEAREST,
 ) -> MergeReport:
     """Merge ``adapter`` into ``base`` and write the full model to the new folder ``output``, in the published layout.
 
@@ -72,22 +87,30 @@ def merge(
         output: the new folder; it must not exist.
         base: a model folder with safetensors shards, or a name on the hub; None: the one the adapter names.
         progress: gets a line per shard.
+        rounding: ``nearest``, as peft rounds, or ``stochastic``, which keeps small updates; see `adapters.rounding`.
 
     Raises:
+        ConfigError: another rounding.
         CheckpointError: the base is not a complete model folder, or has links to files outside it.
         AdapterError: the adapter cannot be merged, is for another base, or makes a tensor that is not finite.
         OutputFolderError: ``output`` exists, cannot be written, or another process writes it.
         DiskFullError: not enough space, before or while writing; nothing is left behind.
     """
+    if rounding not in (NEAREST, STOCHASTIC):
+        raise ConfigError(
+            tr("rounding is {rounding}; it is nearest or stochastic", rounding=rounding), code="config-value"
+        )
     adapter, output = find_adapter(adapter), Path(output)
     base = whole_folder(find_base(adapter) if base is None else base)
     _require_new(output, base)
     with lock_beside(output, tr("choose another --output"), progress) as lock:
         _require_new(output, base)  # another merge may have finished meanwhile
-        return _merge(base, adapter, output, progress, lock)
+        return _merge(base, adapter, output, progress, lock, rounding)
 
 
-def _merge(base: Path, adapter: Path, output: Path, progress: Callable[[str], None], lock: Lock) -> MergeReport:
+def _merge(
+    base: Path, adapter: Path, output: Path, progress: Callable[[str], None], lock: Lock, rounding: str
+) -> MergeReport:
     check_folder(base)
     shards = sorted(shard_files(base))
     others, left_out = _other_files(base, shards)
@@ -105,6 +128,7 @@ def _merge(base: Path, adapter: Path, output: Path, progress: Callable[[str], No
                 settings=settings,
             )
         )
+    survival = Survival()
     size = sum((base / name).stat().st_size for name in [*shards, *others])
     with _partial(output, size, notes) as folder:
         changed = copied = 0
@@ -116,7 +140,7 @@ def _merge(base: Path, adapter: Path, output: Path, progress: Callable[[str], No
         for number, shard in enumerate(shards, start=1):
             lock.require()
             with SafetensorsFile(base / shard) as source, SafetensorsFile(adapter / WEIGHTS_NAME) as factors:
-                count = _write_shard(source, folder / shard, changes, factors)
+                count = _write_shard(source, folder / shard, changes, factors, (rounding, survival))
             changed, copied = changed + count, copied + len(source.tensors) - count
             progress(
                 tr(
@@ -130,7 +154,25 @@ def _merge(base: Path, adapter: Path, output: Path, progress: Callable[[str], No
             )
         if INDEX_NAME in others:
             _copy(base / INDEX_NAME, folder / INDEX_NAME)
-    return MergeReport(output, changed, copied, size, tuple(notes))
+    kept = survival.shares()
+    return MergeReport(output, changed, copied, size, tuple(notes), kept, tuple(_warnings(kept, rounding)))
+
+
+def _warnings(kept: dict[str, float], rounding: str) -> Iterator[str]:
+    for region_name, share in kept.items():
+        if share < MOST_KEPT and rounding == NEAREST:
+            yield tr(
+                "rounding keeps only {share:.0%} of the update in {region}: it is small beside the weights;"
+                " --rounding stochastic keeps nearly all, or answer with the adapter unmerged",
+                share=share,
+                region=region_name,
+            )
+        elif share < MOST_KEPT:
+            yield tr(
+                "rounding keeps only {share:.0%} of the update in {region}; answer with the adapter unmerged",
+                share=share,
+                region=region_name,
+            )
 
 
 def _tensors(base: Path, shards: list[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -141,7 +183,13 @@ def _tensors(base: Path, shards: list[str]) -> dict[str, tuple[str, tuple[int, .
     return found
 
 
-def _write_shard(source: SafetensorsFile, target: Path, changes: Changes, factors: SafetensorsFile) -> int:
+def _write_shard(
+    source: SafetensorsFile,
+    target: Path,
+    changes: Changes,
+    factors: SafetensorsFile,
+    rounding: tuple[str, Survival],
+) -> int:
     """Write one shard; return how many of its tensors changed."""
     changed = 0
     with target.open("xb") as stream:
@@ -149,7 +197,7 @@ def _write_shard(source: SafetensorsFile, target: Path, changes: Changes, factor
         for name, tensor in source.tensors.items():
             if name in changes:
                 changed += 1
-                _write_changed(stream, source, tensor, changes, factors)
+                _write_changed(stream, source, tensor, changes, factors, rounding)
             else:
                 for chunk in source.chunks(tensor):
                     stream.write(chunk)
@@ -158,21 +206,30 @@ def _write_shard(source: SafetensorsFile, target: Path, changes: Changes, factor
 
 
 def _write_changed(
-    stream: BinaryIO, source: SafetensorsFile, tensor: StoredTensor, changes: Changes, factors: SafetensorsFile
+    stream: BinaryIO,
+    source: SafetensorsFile,
+    tensor: StoredTensor,
+    changes: Changes,
+    factors: SafetensorsFile,
+    rounding: tuple[str, Survival],
 ) -> None:
+    way, survival = rounding
+    dtype = DTYPES[tensor.dtype]
+    change = changes.weights.get(tensor.name)
+    generator = generator_for(tensor.name) if way == STOCHASTIC and dtype.itemsize == 2 else None
     step = max(1, BLOCK_BYTES // (4 * max(tensor.width, 1)))
     for first in range(0, tensor.rows, step):
         last = min(first + step, tensor.rows)
+        copy = changes.copies.get(tensor.name)
+        rows = source.read(tensor.name, first, last) if copy is None else factors.read(copy, first, last)
         if tensor.name in changes.replaced:
             wide = factors.read(changes.replaced[tensor.name], first, last).float()
+        elif change is not None:
+            wide = change.apply(rows, first, factors)
         else:
-            copy = changes.copies.get(tensor.name)
-            rows = source.read(tensor.name, first, last) if copy is None else factors.read(copy, first, last)
-            if tensor.name in changes.weights:
-                wide = changes.weights[tensor.name].apply(rows, first, factors)
-            else:
-                wide = changes.biases[tensor.name].apply_bias(rows, first, factors)
-        narrow = wide.to(DTYPES[tensor.dtype]).contiguous()
+            wide = changes.biases[tensor.name].apply_bias(rows, first, factors)
+        narrow = (wide.to(dtype) if generator is None else round_stochastic(wide, dtype, generator)).contiguous()
+        survival.add(_region(tensor.name), rows, wide, narrow)
         if not bool(torch.isfinite(narrow).all()):
             raise AdapterError(
                 tr(
@@ -188,6 +245,13 @@ def _write_changed(
                 code="adapter-non-finite",
             )
         stream.write(narrow.view(torch.uint8).numpy().tobytes())
+
+
+def _region(name: str) -> str:
+    """Return the region of a tensor as training reports it; its module where it is in none."""
+    module = name.rpartition(".")[0]
+    found = region(module)
+    return module if found == "other" else found
 
 
 def _other_files(base: Path, shards: list[str]) -> tuple[list[str], list[str]]:

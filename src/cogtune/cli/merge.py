@@ -26,6 +26,13 @@ class _Flags:
     model: str | None = flag(
         None, "Base model: folder or hub id. Default: the one the adapter names.", "BASE", also=("model.path",)
     )
+    rounding: str = flag(
+        "nearest",
+        "How sums are rounded to the base's number format. stochastic: up or down at random (seeded), in the mean"
+        " exactly; it keeps updates that are too small for nearest, with noise of the size of the format's rounding.",
+        "WAY",
+        choices=("nearest", "stochastic"),
+    )
 
 
 def _merge(flags: _Flags, line: Arguments) -> None:
@@ -33,9 +40,14 @@ def _merge(flags: _Flags, line: Arguments) -> None:
         from cogtune.adapters.merge import merge
         from cogtune.features.choose import size_text
 
-    report = merge(flags.adapter, flags.output, flags.model, note)
+    report = merge(flags.adapter, flags.output, flags.model, note, rounding=flags.rounding)
     for text in report.notes:
         note(tr("note: {text}", text=text))
+    if report.kept:
+        shares = (tr("{share:.1%} in {region}", share=share, region=name) for name, share in report.kept.items())
+        note(tr("kept of the update after rounding: {shares}", shares=tr(", ").join(shares)))
+    for text in report.warnings:
+        note(tr("warning: {text}", text=text))
     print(
         tr(
             "{output}: {changed} tensors merged, {copied} copied, {size}",
@@ -56,6 +68,7 @@ COMMANDS = (
         examples=(
             "cogtune merge --adapter OUT --output MERGED",
             "cogtune merge --model BASE --adapter OUT/adapter --output MERGED",
+            "cogtune merge --adapter OUT --output MERGED --rounding stochastic",
         ),
         run=_merge,
         flags=_Flags,
