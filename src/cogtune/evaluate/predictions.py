@@ -62,7 +62,7 @@ def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
             kinds = {"id": str, "turn": int, "question": str, "answer": str}
             wrong = [name for name, kind in kinds.items() if not isinstance(row[name], kind)]
             row.setdefault("reference", None)
-            row.setdefault("image", None)
+            row.setdefault("image", row.get("video"))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             wrong = [f"{type(error).__name__}: {error}"]
         if wrong:

@@ -224,6 +224,12 @@ def load_resolved(choice: Resolved, progress: Callable[[str], None] = lambda lin
         return kind(model, processor, **_default_decoding(choice))
 
 
+def data_rules(choice: Resolved) -> dict[str, Any]:
+    """Return what reading data has to know of the model: `read_sources`' ``max_images`` and ``clips``."""
+    config = load_model_config(choice.model)
+    return {"max_images": config.max_images, "clips": config.numbered_images}
+
+
 def _processor(choice: Resolved) -> CogVLM2Processor:
     processor, data = CogVLM2Processor.from_pretrained(choice.model), choice.config.data
     processor.sampling = Sampling(data.frames, data.max_frames, data.frame_rate)

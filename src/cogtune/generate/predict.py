@@ -7,14 +7,14 @@ each of several conversations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from cogtune.configuration.input_sections import SourceSection
 from cogtune.data.pixels import tower_inputs
-from cogtune.data.records import ImageRef, Question
+from cogtune.data.records import Example, ImageRef, Question, iter_questions
 from cogtune.errors import DataError
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.generator import Ask, Generator
@@ -30,6 +30,22 @@ from cogtune.system.machine import cores
 OnProgress = Callable[[int, int], None]
 _HORIZON = 16
 """How far questions run ahead of the file, in multiples of those in progress."""
+
+
+def iter_asked(examples: Iterable[Example], question: str | None) -> Iterator[Question]:
+    """Yield every question of the data, or with ``question`` that one about each example's images, once.
+
+    The conversations' first answers are then the references.
+    """
+    if question is None:
+        yield from iter_questions(examples)
+        return
+    for example in examples:
+        first = example.conversations[0]
+        if example.images:
+            answers = [talk.turns[0].answer for talk in example.conversations if talk.turns[0].answer]
+            right = tuple(dict.fromkeys(answers))
+            yield Question(first.id, 0, example.images, question, next(iter(right), None), (), right)
 
 
 @dataclass(frozen=True)

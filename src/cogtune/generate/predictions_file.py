@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 from cogtune.data.records import Question
 from cogtune.errors import OutputFolderError
 from cogtune.language import phrase, tr
+from cogtune.processing.frames import Frame
 from cogtune.system import files
 from cogtune.system.file_errors import explained
 from cogtune.system.locks import Lock
@@ -26,11 +27,15 @@ _ELSE = phrase("give another --output, or remove this file and its .meta.json to
 
 
 def record(question: Question, answer: str) -> dict[str, Any]:
-    """Return the line of an answered question; for several images, ``image`` is a list."""
-    images = [str(image) for image in question.images]
+    """Return the line of an answered question; for several images, ``image`` is a list.
+
+    A clip's line has ``video`` instead.
+    """
+    clips = dict.fromkeys(str(image.path) for image in question.images if isinstance(image, Frame))
+    images = list(clips) or [str(image) for image in question.images]
     return {
         "id": question.id,
-        "image": images if len(images) > 1 else next(iter(images), None),
+        "video" if clips else "image": images if len(images) > 1 else next(iter(images), None),
         "turn": question.turn,
         "question": question.question,
         "answer": answer,
