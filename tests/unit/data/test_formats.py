@@ -250,6 +250,19 @@ def test_saved_data_set(tmp_path: Path, form: str) -> None:
     assert len(read(folder, format=form, extract_dir=tmp_path / "out")) == 2
 
 
+@pytest.mark.parametrize("text", ["What colour?", "question"], ids=["a text", "a column's name"])
+def test_damaged_texts_of_a_saved_data_set_are_refused(tmp_path: Path, text: str) -> None:
+    """The file is whole, its texts are no UTF-8: pyarrow itself says so only when they become Python's."""
+    folder = save_to_disk(tmp_path / "set", EMBEDDED)
+    file = folder / "data-00000-of-00001.arrow"
+    content = file.read_bytes()
+    assert text.encode() in content
+    file.write_bytes(content.replace(text.encode(), b"\x80" + text.encode()[1:]))
+    with pytest.raises(DataError, match="data-00000-of-00001") as caught:
+        read(folder)
+    assert caught.value.code == "data-table"
+
+
 @pytest.mark.parametrize("name", ["../secret.arrow", "/etc/passwd", "a\0b", "", 7, None])
 def test_a_saved_data_set_names_only_files_of_its_own(tmp_path: Path, name: object) -> None:
     folder = save_to_disk(tmp_path / "set" / "train", EMBEDDED)

@@ -36,6 +36,7 @@ def items(file: Path, rules: RecordRules) -> Iterator[Item]:
     number = 0
     try:
         for batch in _batches(pyarrow, file):
+            batch.validate(full=True)  # offsets and texts of a damaged file point anywhere
             names = [name.lower() for name in batch.schema.names]
             names = columns(names, str(file), clips=rules.clips is not None)
             if not number:
@@ -44,7 +45,7 @@ def items(file: Path, rules: RecordRules) -> Iterator[Item]:
                 number += 1
                 row = dict(zip(names, values.values(), strict=True))
                 yield Item(number, tr("{file}, row {number}", file=file, number=number), _later(row, rules))
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise Problem("table", str(file), tr("cannot be read ({error})", error=error)).error() from error
 
 
