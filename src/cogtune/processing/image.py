@@ -147,7 +147,9 @@ def _open_header(path: Path, max_pixels: int | None) -> Image.Image:
             ),
             code="image-unreadable",
         ) from error
-    except (OSError, ValueError, SyntaxError, EOFError) as error:  # exceptions of Pillow's plugins for broken headers
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's plugins answer broken headers with nearly any exception
         raise DataError(
             tr("{path}: the picture cannot be read ({error})", path=path, error=error),
             hint=tr("check the file's permissions, or copy or download it again"),
