@@ -20,7 +20,7 @@ FITTING_TORCHVISION = @$(@D)/bin/python -c 'import torchvision' >/dev/null 2>&1 
 TEST_EXTRAS := deepspeed,quant,data,metrics,serve,demo,dev
 ALL_EXTRAS := deepspeed,quant,data,metrics,track,serve,web,demo,dev
 
-.PHONY: demo test test-unit test-parity test-integration test-distributed test-docs test-gpu test-oldest lint format \
+.PHONY: demo test test-unit test-parity test-integration test-distributed test-docs test-fuzz test-gpu test-oldest fuzz lint format \
 	render check-extras clean help
 
 help:            ## this list
@@ -30,10 +30,13 @@ demo: $(VENV)/.installed-demo ## set up, then the whole workflow on the tiny mod
 	$(BIN)/cogtune demo $(ARGS)
 
 test: $(VENV)/.installed-test lint ## set up, then lint, types, import contracts and all tests, tier by tier
-	$(TEST_ENV) $(BIN)/python tests/run_tiers.py unit parity integration distributed docs $(ARGS)
+	$(TEST_ENV) $(BIN)/python tests/run_tiers.py unit parity integration distributed docs fuzz $(ARGS)
 
-test-unit test-parity test-integration test-distributed test-docs test-gpu: test-%: $(VENV)/.installed-test
+test-unit test-parity test-integration test-distributed test-docs test-fuzz test-gpu: test-%: $(VENV)/.installed-test
 	$(TEST_ENV) $(BIN)/python tests/run_tiers.py $* $(ARGS)
+
+fuzz: $(VENV)/.installed-test ## 100,000 broken inputs of every kind; writes benchmarks/results/fuzz.json
+	$(TEST_ENV) $(BIN)/python -m tests.fuzz --output benchmarks/results/fuzz.json $(ARGS)
 
 lint: $(VENV)/.installed-test ## ruff, formatting, mypy --strict on src and benchmarks, import contracts
 	$(BIN)/ruff check .

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -142,12 +141,12 @@ def launches(content: dict[str, Any], chinese: bool) -> str:
     return f"{markdown(columns, cells)}\n\n{caption(content, chinese)}"
 
 
-_DETAILS = {"uncompiled": "不编译", "compiled": "编译", "nf4": "NF4", "gathered-once": "只收集一次"}
+_DETAILS = {"uncompiled": "不编译", "nf4": "NF4", "gathered-once": "只收集一次"}
 
 
 def _detail(row: dict[str, Any], chinese: bool) -> str:
-    """Return what a row's name says behind ``cached-`` or ``b4-``."""
-    detail = re.sub(r"^(cached|b4)-?|^s400$|^sft311k$", "", row["name"])
+    """Return what a row's name says behind ``cached-``."""
+    detail = row["name"].partition("cached-")[2]
     return detail and (f"，{_DETAILS[detail]}" if chinese else f", {detail}")
 
 

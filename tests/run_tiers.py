@@ -26,6 +26,7 @@ TIERS = {
     "integration": ["tests/integration"],
     "distributed": ["tests/distributed"],
     "docs": ["tests/docs"],
+    "fuzz": ["tests/fuzz"],
     "gpu": ["tests/gpu"],
     # What depends on the versions of transformers and peft: the model, its files, its adapters.
     "oldest": ["tests/unit/model", "tests/unit/checkpoint", "tests/unit/adapters", "tests/parity"],

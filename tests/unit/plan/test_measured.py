@@ -19,7 +19,6 @@ MOST_OFF, MOST_SHORT = 0.05, 0.03
 
 NOT_MET = {
     ("cards-h100", "fsdp2-nf4"): "bitsandbytes' three kernels a weight, before there was one of ours",
-    ("two-cards-h200", "cached-compiled"): "all-reduces of compiled layers, slower than TENSOR_LINK says",
     ("cards-h100", "tensor-batch1"): "waited for that machine's host, in code of that day",
     ("sweep-batch-h100", "batch-2"): "one of two steps took twice as long as the other",
     ("sweep-questions-h100", "questions-2"): "the same, on top of a tree's own small kernels",
