@@ -167,6 +167,12 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
                 hint=tr("copy the adapter again"),
                 code="adapter-read",
             )
+    if content.get("megatron_config"):  # peft would import the module that megatron_core names
+        raise AdapterError(
+            tr("{path}: an adapter for Megatron's layers, which CogVLM2 does not have", path=path),
+            hint=tr("give a LoRA adapter"),
+            code="adapter-read",
+        )
     return _without_prefixes(content)
 
 

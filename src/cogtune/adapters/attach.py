@@ -49,6 +49,8 @@ _CONTINUED = {
     "dora": "use_dora",
 }
 """Fields of the lora section and their names in PEFT's configuration file."""
+_REFUSALS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ImportError)
+"""What peft answers a configuration with that it cannot follow."""
 OLDEST_KEYS = frozenset(
     (
         *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode"),
@@ -147,7 +149,7 @@ def load_adapter(
             wrapped.peft_config["default"].base_model_name_or_path = adapter.base
             require_complete(adapter, _shapes(wrapped, adapter, sharded=building is not None))
             set_peft_model_state_dict(wrapped, tensors)
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+    except _REFUSALS as error:
         if isinstance(error, AdapterError):
             raise
         raise AdapterError(
@@ -173,7 +175,7 @@ def expected_shapes(config: CogVLM2Config, adapter: AdapterFolder) -> dict[str, 
     try:
         with _quiet(), torch.device("meta"):
             return _shapes(get_peft_model(CogVLM2ForCausalLM(config), lora), adapter, sharded=False)
-    except (RuntimeError, ValueError, TypeError, KeyError, NotImplementedError) as error:
+    except _REFUSALS as error:
         raise AdapterError(
             tr(
                 "{folder}: this adapter does not fit the base model: {first_line}",

@@ -73,7 +73,9 @@ def _opened(content: bytes) -> Image.Image:
         raise bad_request("messages", f"the picture is too large: {error}", "image-too-large") from error
     except UnidentifiedImageError as error:
         raise bad_request("messages", f"the picture is {unknown_picture(content)}", "image-unreadable") from error
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's plugins answer broken headers with nearly any exception
         raise bad_request("messages", f"the picture cannot be read: {error}", "image-unreadable") from error
 
 

@@ -144,13 +144,16 @@ class Metrics:
 
 
 def read_metrics(output: Path) -> list[dict[str, Any]]:
-    """Return all lines of a run's metrics, without a last line that is incomplete after a kill."""
-    lines = []
-    for line in (output / METRICS_FILE).read_text(encoding="utf-8").splitlines():
+    """Return the lines of a run's metrics up to the first that is none, such as one cut short by a kill."""
+    lines: list[dict[str, Any]] = []
+    for line in (output / METRICS_FILE).read_bytes().splitlines():
         try:
-            lines.append(json.loads(line))
-        except ValueError:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(found, dict) or not isinstance(found.get("step"), int):
+            break
+        lines.append(found)
     return lines
 
 
@@ -158,7 +161,8 @@ def last_losses(output: Path) -> tuple[float | None, float | None]:
     """Return the last training loss and the last validation loss of a run's metrics, each None if there is none."""
     found: dict[str, float] = {}
     if (output / METRICS_FILE).is_file():
-        found = {line["kind"]: line["loss"] for line in read_metrics(output) if line.get("loss") is not None}
+        lines = [line for line in read_metrics(output) if isinstance(line.get("loss"), float)]
+        found = {str(line.get("kind")): line["loss"] for line in lines}
     return found.get("train"), found.get("validation")
 
 

@@ -63,6 +63,9 @@ class RunIdentity:
         return lines
 
 
+_RESULT = {"step", "best_step", "best_loss"}
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """The content of ``run.json``. Every checkpoint contains it too, so that a checkpoint alone is enough to resume."""
@@ -94,6 +97,9 @@ class RunRecord:
         for name, value in values["identity"].items():
             if not isinstance(value, dict):
                 raise TypeError(f"identity.{name} is {value!a:.60}, an object was expected")
+        result = values.get("result", {})
+        if not isinstance(result, dict) or (values.get("finished") and not result.keys() >= _RESULT):
+            raise TypeError(f"result is {result!a:.60}, an object with {', '.join(sorted(_RESULT))} was expected")
         known = {key: value for key, value in values.items() if key in RunRecord.__dataclass_fields__}
         return RunRecord(**{**known, "identity": RunIdentity(**values["identity"])})
 

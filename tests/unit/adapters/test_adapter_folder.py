@@ -123,6 +123,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], str, str, str]] = {
         lambda f: edit(f / CONFIG_NAME, '{"model_type": "cogvlm"}'), "adapter-read", "a model's configuration", "own",
     ),
     "another method": (lambda f: edit(f / CONFIG_NAME, '{"peft_type": "IA3"}'), "adapter-read", "is IA3", "LoRA"),
+    "Megatron": (
+        lambda f: edit(f / CONFIG_NAME, '{"peft_type": "LORA", "megatron_config": {"a": 1}}'),
+        "adapter-read", "Megatron's layers", "LoRA",
+    ),
     "wrong type": (lambda f: edit(f / CONFIG_NAME, '{"peft_type": "LORA", "r": "4"}'), "adapter-read", "r is", "copy"),
     "refused by peft": (
         lambda f: edit(f / CONFIG_NAME, '{"peft_type": "LORA", "layers_pattern": "x"}'), "adapter-read", "peft", "copy",

@@ -9,7 +9,7 @@ import torch
 
 from cogtune.train import progress as module
 from cogtune.train.engines.async_scalar import AsyncScalar
-from cogtune.train.log import Metrics, read_metrics
+from cogtune.train.log import Metrics, last_losses, read_metrics
 from cogtune.train.progress import Progress, Reporter
 
 
@@ -70,3 +70,12 @@ def test_on_the_host_a_number_has_arrived_when_it_is_made() -> None:
     second = AsyncScalar(torch.tensor(2.5, requires_grad=True))
     assert (first.value(), second.value()) == (0.1, 2.5)
     assert second.seconds_since(first) == -first.seconds_since(second) > 0
+
+
+def test_metrics_end_at_the_first_line_that_is_none(tmp_path: Path) -> None:
+    """Bytes that are no text, a value that is no line of ours, a line cut short: what stands before it counts."""
+    good = b'{"kind": "train", "step": 1, "loss": 2.5}\n'
+    for broken in (b'{"kind": "tr\x84"}\n', b"[" * 100_000 + b"\n", b"7\n", b'{"loss": 3.0}\n', b'{"kind": "tra'):
+        (tmp_path / "metrics.jsonl").write_bytes(good + broken + (good if broken.endswith(b"\n") else b""))
+        assert [line["step"] for line in read_metrics(tmp_path)] == [1], broken
+        assert last_losses(tmp_path) == (2.5, None)
