@@ -212,7 +212,7 @@ def test_a_template_is_written_where_it_is_used():
 def test_a_template_is_given_its_values():
     for module, tree in modules():
         for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "tr" and node.keywords:
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "tr" and node.args:
                 template = node.args[0]
                 if isinstance(template, ast.Constant):
                     given = {keyword.arg for keyword in node.keywords} - {"s"}

@@ -1,8 +1,8 @@
 """``cogtune bench make-checkpoint``: a random checkpoint in the published layout, for measurements at full size.
 
 Names, shapes, number format, shards, index and configuration equal those of the published folder; the weights are
-random, so its answers are meaningless. Values are made on the GPU if there is one, and threads write them piece by
-piece, so no more than one tensor is in memory. The index is written last: a folder without it does not load.
+random, so its answers are meaningless. Values are made on the GPU if there is one; host memory holds one shard. The
+index is written last: a folder without it does not load.
 
 The tokenizer is byte-level: it has the published vocabulary's size and special token ids, but not its words.
 """
@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from cogtune.checkpoint.model_files import INDEX_NAME
 from cogtune.checkpoint.random import (
@@ -41,8 +40,6 @@ from cogtune.system.file_errors import explained
 from cogtune.system.locks import lock_beside
 
 SHARD_LIMIT = 5 * 10**9
-PIECE = 64 * 2**20
-SLOTS = 6
 PRESETS: dict[str, Callable[[], CogVLM2Config]] = {
     "full": published_config,
     "video": published_video_config,
@@ -102,13 +99,13 @@ def make_checkpoint(
     with lock_beside(folder, tr("choose a new folder"), progress), explained(folder, then=what, late=True):
         _require_room(folder, total)
         weight_map: dict[str, str] = {}
-        with ThreadPoolExecutor(SLOTS, "cogtune-write") as pool:
-            writer = _Writer(pool, config, device, seed)
-            for number, shapes in enumerate(shards, start=1):
-                name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-                size = writer.write(folder / name, shapes)
-                weight_map |= dict.fromkeys(shapes, name)
-                progress(f"{name}: {len(shapes)} tensors, {size:,} bytes, {time.perf_counter() - began:.0f} s")
+        generator = torch.Generator(device).manual_seed(seed)
+        for number, shapes in enumerate(shards, start=1):
+            name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            save_file(_values(shapes, config, generator), folder / name, {"format": "pt"})
+            size = (folder / name).stat().st_size
+            weight_map |= dict.fromkeys(shapes, name)
+            progress(f"{name}: {len(shapes)} tensors, {size:,} bytes, {time.perf_counter() - began:.0f} s")
         _write_small_files(folder, config, weight_map, total)
     return Written(folder, total, len(weight_map), len(shards), time.perf_counter() - began)
 
@@ -145,70 +142,10 @@ def _write_small_files(folder: Path, config: Any, weight_map: dict[str, str], to
     files.sync(folder)
 
 
-def header_of(shapes: Shapes) -> bytes:
-    """Return the start of a safetensors file: length, and JSON padded to 8 bytes; tensors are sorted by name."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    start = 0
+def _values(shapes: Shapes, config: CogVLM2Config, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Return the tensors of a shard on the CPU, each made on the generator's device."""
+    found = {}
     for name, shape in sorted(shapes.items()):
-        size = 2 * math.prod(shape)
-        entries[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, start + size]}
-        start += size
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-class _Writer:
-    """Makes values on ``device`` and passes them to writer threads through a few reused buffers."""
-
-    def __init__(self, pool: ThreadPoolExecutor, config: CogVLM2Config, device: torch.device, seed: int) -> None:
-        self._pool, self._config, self._device = pool, config, device
-        self._generator = torch.Generator(device).manual_seed(seed)
-        self._buffers = torch.empty(SLOTS, PIECE, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        self._writing: list[Future[None] | None] = [None] * SLOTS
-        self._next = 0
-
-    def write(self, file: Path, shapes: Shapes) -> int:
-        """Write one shard and flush it to disk; returns its size in bytes."""
-        header = header_of(shapes)
-        size = len(header) + sum(2 * math.prod(shape) for shape in shapes.values())
-        with file.open("wb") as stream:
-            stream.write(header)
-            stream.truncate(size)
-        offset = len(header)
-        for name, shape in sorted(shapes.items()):
-            made = torch.empty(math.prod(shape), dtype=torch.bfloat16, device=self._device)
-            values = fill_random(made, name, self._config, self._generator).view(torch.uint8)
-            for start in range(0, values.numel(), PIECE):
-                part = values[start : start + PIECE]
-                self._hand_over(file, offset + start, part)
-            offset += values.numel()
-        self._wait()
-        with file.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        return size
-
-    def _hand_over(self, file: Path, offset: int, part: torch.Tensor) -> None:
-        slot, self._next = self._next, (self._next + 1) % SLOTS
-        before = self._writing[slot]
-        if before is not None:
-            before.result()
-        buffer = self._buffers[slot, : part.numel()]
-        buffer.copy_(part)
-        self._writing[slot] = self._pool.submit(_write_at, file, offset, buffer)
-
-    def _wait(self) -> None:
-        for number, writing in enumerate(self._writing):
-            if writing is not None:
-                writing.result()
-            self._writing[number] = None
-
-
-def _write_at(file: Path, offset: int, content: torch.Tensor) -> None:
-    """Runs in a writer thread."""
-    numbers: Any = content.numpy()
-    view = memoryview(numbers)
-    with file.open("rb+", buffering=0) as stream:
-        stream.seek(offset)
-        while view:
-            view = view[stream.write(view) :]
+        made = torch.empty(shape, dtype=torch.bfloat16, device=generator.device)
+        found[name] = fill_random(made, name, config, generator).cpu()
+    return found

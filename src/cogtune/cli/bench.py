@@ -22,12 +22,10 @@ Measure training steps: the real loop, on rows of a known shape.
 
 Without --model, random weights of the published sizes are made on the device. Any configuration key is a flag.
 --variant NAME key=value ... is one row of the table; its keys may also be preset and features. The variant called
-baseline is our own implementation of the published computation. Presets: s400, sft311k-multi, vqa10, vqa1, caption,
-text-only, 512+512, or a shape such as text=600 or questions=5."""
-_BASELINE = """\
-Measure a reimplementation of the published training step: rows padded to the script's budget, explicit masked
-attention, tokens gathered and scattered by masks, float32 logits everywhere, every layer recomputed, the tower
-in every step."""
+baseline is our own implementation of the published step: rows padded to the script's budget, explicit masked attention,
+tokens gathered and scattered by masks, float32 logits everywhere, every layer recomputed, the tower in every step.
+
+Presets: s400, sft311k-multi, vqa10, vqa1, caption, text-only, 512+512, or a shape such as text=600 or questions=5."""
 _SWEEP = """\
 Measure how cost grows with a setting. NAME is memory (batch x text, compared with the plan), text, batch, questions
 or rank. Each point is compared with the straight line between its neighbours."""
@@ -69,12 +67,6 @@ class _TrainFlags(_Steps):
     variant: tuple[str, ...] = flag((), "NAME key=value ...: a row of the table.", "TEXT")
     rounds: int = flag(1, "Times to go through all variants.", "N", least=1)
     cap: str | None = flag(None, "Let the GPU's allocator have no more than this.", "SIZE")
-
-
-@dataclass(frozen=True)
-class _BaselineFlags(_Steps):
-    steps: int = flag(5, "Measured steps. Default: 5.", "N", least=1)
-    warmup: int = flag(2, "Steps before the measured ones. Default: 2.", "N", least=1)
 
 
 @dataclass(frozen=True)
@@ -136,10 +128,6 @@ def _train(flags: _TrainFlags, line: Arguments) -> None:
 
         cap_memory(flags.cap)
     _measure(list(flags.variant), flags, line, features=flags.features, rounds=flags.rounds)
-
-
-def _baseline(flags: _BaselineFlags, line: Arguments) -> None:
-    _measure(["baseline"], flags, line)
 
 
 def _sweep(flags: _SweepFlags, line: Arguments) -> None:
@@ -330,9 +318,6 @@ COMMANDS = (
         _TrainFlags,
         "cogtune bench train --preset s400 --features cached",
         'cogtune bench train --variant baseline --variant "cached features=cached" --rounds 2',
-    ),
-    _takes_keys(
-        "baseline", "The published computation.", _BASELINE, _baseline, _BaselineFlags, "cogtune bench baseline"
     ),
     _takes_keys(
         "sweep",

@@ -41,7 +41,6 @@ COMMANDS = {
     "data cache": "data_cache",
     "demo": "demo",
     "bench train": "bench",
-    "bench baseline": "bench",
     "bench sweep": "bench",
     "bench fit": "bench",
     "bench decode": "bench",
