@@ -11,7 +11,7 @@ import dataclasses
 import json
 import stat
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,11 +136,13 @@ def load_adapter(
     """Load the adapter in ``folder`` (PEFT's layout; the published demo's adapters load unchanged) onto ``model``.
 
     Raises:
-        AdapterError: no adapter there, or one made for another base; the message names the first tensor that differs.
+        AdapterError: no adapter there, one with values that are not finite, or one made for another base; the message
+            names the tensor.
     """
     adapter = read_adapter(folder)
     config = _lora_config(adapter, trainable=trainable)
     tensors = adapter.tensors()
+    _require_finite(adapter.folder, tensors)
     _settle_base_copies(model, adapter, tensors, trainable=trainable)
     try:
         with _quiet():
@@ -162,6 +164,21 @@ def load_adapter(
             code="adapter-base",
         ) from error
     return _prepare(wrapped) if trainable else wrapped.eval()
+
+
+def _require_finite(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse an adapter of NaN or infinite values: its answers would be nothing, without a word.
+
+    Raises:
+        AdapterError: ``adapter-non-finite``, with the tensor.
+    """
+    wrong = next((name for name, value in tensors.items() if not torch.isfinite(value).all()), None)
+    if wrong is not None:
+        raise AdapterError(
+            tr("{folder}: {wrong} has values that are not finite", folder=folder, wrong=wrong),
+            hint=tr("use an earlier checkpoint of the run"),
+            code="adapter-non-finite",
+        )
 
 
 def expected_shapes(config: CogVLM2Config, adapter: AdapterFolder) -> dict[str, list[int]]:

@@ -55,15 +55,16 @@ def _predict(flags: _Flags, line: Arguments) -> None:
     from cogtune.generate import shares
     from cogtune.generate.answer_settings import answer_settings
     from cogtune.generate.decoding import Decoding
+    from cogtune.generate.fit import free_memory
     from cogtune.generate.loading import data_rules, dismiss, follow, resolve
-    from cogtune.generate.predict import PredictOptions, Predictor, iter_asked
+    from cogtune.generate.predict import PredictOptions, Predictor, iter_asked, longest
     from cogtune.generate.predictions_file import PredictionFile
     from cogtune.system.locks import lock_beside
 
     section = config.generate
     decoding = Decoding.from_section(section)
     options = PredictOptions(section.batch_size, section.own_history, section.max_input_len, section.seed or 0)
-    resolved = resolve(config)
+    resolved, asked = resolve(config), config
     config = resolved.config
     if follow(resolved):
         return
@@ -74,6 +75,10 @@ def _predict(flags: _Flags, line: Arguments) -> None:
         if share is None:
             print("\n".join(report.lines()))
         questions = list(iter_asked(examples if share is None else share.of(examples), flags.question))
+        if free_memory(resolved.device) is not None:  # memory depends on the longest question, of all shares alike
+            most = longest(iter_asked(examples, flags.question), resolved.model, config, decoding.max_new_tokens)
+            resolved = resolve(asked, columns=most)
+            config = resolved.config
         settings = answer_settings(resolved, decoding, options, report.fingerprint, report.exif)
         if flags.question is not None:
             settings.decides["question"] = flags.question

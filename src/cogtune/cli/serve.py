@@ -57,7 +57,7 @@ def _serve(flags: _Flags, line: Arguments) -> None:
     from cogtune.generate.loading import resolve
     from cogtune.serve.app import make_app
 
-    resolved = resolve(config)
+    resolved = resolve(config, rows=flags.slots, columns=flags.columns)
     config = resolved.config
     generator = load(resolved)
     columns = min(flags.columns, generator.processor.config.most_tokens)

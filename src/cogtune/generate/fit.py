@@ -11,7 +11,7 @@ import torch
 from cogtune.configuration.quantization import QuantSection
 from cogtune.errors import OutOfMemoryError
 from cogtune.language import tr
-from cogtune.plan.inference import answer
+from cogtune.plan.inference import answer, slots
 from cogtune.plan.memory import FLOAT32, outside
 from cogtune.plan.setting import Setting
 from cogtune.plan.sizes import ModelSizes
@@ -27,14 +27,39 @@ def free_memory(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
-def needed(sizes: ModelSizes, quant: QuantSection, dtype: str, adapter: int, rows: int) -> int:
-    """Return the bytes that answering ``rows`` questions at once takes; ``adapter``: parameters of the adapter."""
+def needed(
+    sizes: ModelSizes, quant: QuantSection, dtype: str, adapter: int, rows: int, columns: int | None = None
+) -> int:
+    """Return the bytes that answering ``rows`` questions at once takes.
+
+    Args:
+        adapter: parameters of the adapter.
+        columns: most tokens of a prompt with its answer; None: those of an example with one picture.
+    """
     setting = Setting(sizes=sizes, quant=quant, dtype=dtype)
-    return answer(setting, rows=rows).reserved + FLOAT32 * adapter + outside(setting)
+    phase = answer(setting, rows=rows) if columns is None else slots(setting, rows, columns)
+    return phase.reserved + FLOAT32 * adapter + outside(setting)
+
+
+def candidates(quant: QuantSection, given: Collection[str]) -> Iterator[tuple[QuantSection, list[str]]]:
+    """Yield ``quant`` with more and more of `_LEANER`, and which settings changed; keys of ``given`` stay."""
+    found, changed = quant, list[str]()
+    for name, value in _LEANER:
+        if f"quant.{name}" not in given and getattr(found, name) != value:
+            found, changed = found.changed(**{name: value}), [*changed, f"quant.{name} {value}"]
+            yield found, changed
 
 
 def fit(
-    sizes: ModelSizes, quant: QuantSection, dtype: str, *, free: int, given: Collection[str], adapter: int, rows: int
+    sizes: ModelSizes,
+    quant: QuantSection,
+    dtype: str,
+    *,
+    free: int,
+    given: Collection[str],
+    adapter: int,
+    rows: int,
+    columns: int | None = None,
 ) -> tuple[QuantSection, list[str]]:
     """Return ``quant`` or, if it needs more than ``free`` bytes, the nearest formats that fit, and notes for the user.
 
@@ -42,16 +67,13 @@ def fit(
         given: keys that the user set, whose values stay.
         adapter: parameters of the adapter.
         rows: questions answered at once.
+        columns: as in `needed`.
     """
-    plain = needed(sizes, quant, dtype, adapter, rows)
+    plain = needed(sizes, quant, dtype, adapter, rows, columns)
     if plain <= free:
         return quant, []
-    found, changed = quant, list[str]()
-    for name, value in _LEANER:
-        if f"quant.{name}" in given or getattr(found, name) == value:
-            continue
-        found, changed = found.changed(**{name: value}), [*changed, f"quant.{name} {value}"]
-        size = needed(sizes, found, dtype, adapter, rows)
+    for found, changed in candidates(quant, given):
+        size = needed(sizes, found, dtype, adapter, rows, columns)
         if size <= free:
             told = tr("{plain} would be needed and {free} are free", plain=format_size(plain), free=format_size(free))
             return found, [

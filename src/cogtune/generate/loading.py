@@ -20,12 +20,14 @@ from cogtune.checkpoint.quantize import require_packages
 from cogtune.configuration.answer_config import AnswerConfig
 from cogtune.configuration.engine_rules import check_tensor
 from cogtune.configuration.load import explicit_values, load_answer_config
+from cogtune.configuration.model import CogVLM2Config
+from cogtune.configuration.quantization import QuantSection
 from cogtune.configuration.resolve import check_formats, torch_dtype
 from cogtune.distributed import environment
 from cogtune.distributed.group import TensorGroup
 from cogtune.errors import ConfigError, SetupError
 from cogtune.generate.decoding import Decoding
-from cogtune.generate.fit import explained_loading, fit, free_memory, parameters, supported
+from cogtune.generate.fit import candidates, explained_loading, fit, free_memory, parameters, supported
 from cogtune.generate.generator import Generator
 from cogtune.generate.tensor_parallel import TensorParallelGenerator, check_launched, start
 from cogtune.generate.transformers_generator import TransformersGenerator
@@ -121,10 +123,14 @@ def load_generator(
     return load_resolved(resolve(config), progress)
 
 
-def resolve(config: AnswerConfig) -> Resolved:
+def resolve(config: AnswerConfig, *, rows: int | None = None, columns: int | None = None) -> Resolved:
     """Resolve defaults before anything is loaded.
 
     Without ``model.path``, the base is the one that the adapter names. A run's output folder stands for its adapter.
+
+    Args:
+        rows: questions answered at once, which memory is planned for; None: ``generate.batch_size`` with data, else 1.
+        columns: most tokens of a prompt with its answer; None: those of an example with one picture.
 
     Raises:
         AdapterError, ConfigError, SetupError: what is missing or incompatible.
@@ -154,7 +160,9 @@ def resolve(config: AnswerConfig) -> Resolved:
         check_sizes(load_model_config(model), tensor)
     dtype = torch_dtype(config.model.dtype, device)
     if tensor == 1:
-        config, more = _fitted(config, model, adapter, dtype, device, given, several=bool(others))
+        if rows is None:
+            rows = config.generate.batch_size if config.data.path else 1
+        config, more = _fitted(config, model, adapter, dtype, (device, *others), given, rows, columns)
         notes += more
     require_packages(config.quant)
     check_formats(config.quant, gpu_of(device))
@@ -166,16 +174,18 @@ def _fitted(
     model: str,
     adapter: Path | None,
     dtype: torch.dtype,
-    device: torch.device,
+    devices: tuple[torch.device, ...],
     given: frozenset[str],
-    *,
-    several: bool,
+    rows: int,
+    columns: int | None,
 ) -> tuple[AnswerConfig, list[str]]:
-    """``config`` with number formats that the device computes in and has the memory for; ``several`` devices have
-    theirs shared out later."""
-    quant, lines = supported(config.quant, gpu_of(device), given)
-    free = free_memory(device)
-    if free is not None and not several:
+    """``config`` with number formats that the devices compute in and have the memory for."""
+    quant, lines = supported(config.quant, gpu_of(devices[0]), given)
+    free = free_memory(devices[0])
+    if len(devices) > 1:
+        quant, more = _spread(load_model_config(model), quant, dtype, devices, given)
+        lines += more
+    elif free is not None:
         quant, more = fit(
             ModelSizes.from_folder(model),
             quant,
@@ -183,10 +193,48 @@ def _fitted(
             free=free,
             given=given,
             adapter=0 if adapter is None else parameters(adapter_shapes(adapter)),
-            rows=config.generate.batch_size if config.data.path else 1,
+            rows=rows,
+            columns=columns,
         )
         lines += more
     return config.model_copy(update={"quant": quant}), lines
+
+
+def _spread(
+    config: CogVLM2Config,
+    quant: QuantSection,
+    dtype: torch.dtype,
+    devices: tuple[torch.device, ...],
+    given: frozenset[str],
+) -> tuple[QuantSection, list[str]]:
+    """Return ``quant`` or the nearest formats with which the layers fit on several GPUs, and notes for the user.
+
+    With host memory as the last device everything fits, in the model's own format alone. What fits nowhere is an error
+    when it is loaded, with the sizes.
+    """
+    if _fits(config, quant, dtype, devices):
+        return quant, []
+    for found, changed in candidates(quant, given):
+        if _fits(config, found, dtype, devices):
+            names = ", ".join(changed)
+            return found, [tr("the model does not fit on these devices in its formats: taking {names}", names=names)]
+    return quant, []
+
+
+def _fits(config: CogVLM2Config, quant: QuantSection, dtype: torch.dtype, devices: tuple[torch.device, ...]) -> bool:
+    try:
+        _map_for(config, quant, dtype, devices)
+    except SetupError:
+        return False
+    return True
+
+
+def _map_for(
+    config: CogVLM2Config, quant: QuantSection, dtype: torch.dtype, devices: tuple[torch.device, ...]
+) -> DeviceMap:
+    cards = [device for device in devices if device.type == "cuda"]
+    free = [(card, free_memory(card) or 0) for card in cards]
+    return plan_device_map(config, free, host=len(cards) < len(devices), dtype=dtype, quantization=quant)
 
 
 def load_resolved(choice: Resolved, progress: Callable[[str], None] = lambda line: None) -> Generator:
@@ -264,11 +312,8 @@ def _device_map(choice: Resolved) -> DeviceMap | None:
     """Return the device map for several devices, by their free memory."""
     if not choice.others:
         return None
-    cards = [device for device in (choice.device, *choice.others) if device.type == "cuda"]
-    free = [(card, torch.cuda.mem_get_info(card)[0]) for card in cards]
-    host = len(cards) <= len(choice.others)
-    config = load_model_config(choice.model)
-    return plan_device_map(config, free, host=host, dtype=choice.dtype, quantization=choice.config.quant)
+    devices = (choice.device, *choice.others)
+    return _map_for(load_model_config(choice.model), choice.config.quant, choice.dtype, devices)
 
 
 def _load_part(choice: Resolved, group: TensorGroup, progress: Callable[[str], None]) -> TensorParallelGenerator:

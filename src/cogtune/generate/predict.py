@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from cogtune.configuration.answer_config import AnswerConfig
 from cogtune.configuration.input_sections import SourceSection
 from cogtune.data.pixels import tower_inputs
 from cogtune.data.records import Example, ImageRef, Question, iter_questions
@@ -25,6 +26,7 @@ from cogtune.generate.stream import Answer
 from cogtune.language import tr
 from cogtune.processing.frames import Frame
 from cogtune.processing.image import read_image
+from cogtune.processing.token_file import find_token_file
 from cogtune.system.machine import cores
 
 OnProgress = Callable[[int, int], None]
@@ -86,6 +88,27 @@ class PredictReport:
             lines.append(tr("{skipped} left out:", skipped=self.skipped))
             lines += [f"  {example}" for example in self.skipped_examples]
         return lines
+
+
+def longest(questions: Iterable[Question], model: str, config: AnswerConfig, max_new_tokens: int) -> int | None:
+    """Return the tokens of the longest prompt with its images and an answer, which memory is planned for.
+
+    The longest is that with the most characters; a history that does not fit is cut later. None: no question.
+    """
+    encoder = find_token_file(model, config.model.template).encoder()
+
+    def letters(asked: Question) -> int:
+        return len(asked.question) + sum(len(text) for turn in asked.history for text in turn)
+
+    most, images = None, 0
+    for asked in questions:
+        images = max(images, len(asked.images))
+        most = asked if most is None or letters(asked) > letters(most) else most
+    if most is None:
+        return None
+    prompt = len(encoder.prompt_ids(most.question, most.history))
+    limit = config.generate.max_input_len
+    return encoder.head_tokens(images) + (prompt if limit is None else min(prompt, limit)) + max_new_tokens
 
 
 class Predictor:

@@ -37,6 +37,18 @@ def answer(setting: Setting, rows: int = 1, new_tokens: int = NEW_TOKENS) -> Pha
     return Phase("answer", parts, allocator(own).slack(passing), host_loading(own))
 
 
+def slots(setting: Setting, count: int, columns: int) -> Phase:
+    """Return the memory of `InferenceEngine` with ``count`` slots of ``columns`` tokens, prompt and answer together.
+
+    Prompts are prefilled one at a time. While the slots double, the smaller half is there twice.
+    """
+    text = columns - math.ceil(setting.batch.images) * setting.sizes.image_tokens
+    one = answer(setting.with_batch(text=max(1, text)), new_tokens=0)
+    sizes = setting.sizes
+    each = columns * 2 * sizes.num_hidden_layers * sizes.num_multi_query_heads * sizes.head_dim * setting.width
+    return replace(one, parts={**one.parts, "keys and values": count * each + count // 2 * each})
+
+
 def _cache(setting: Setting, tokens: int) -> int:
     """Return the KV cache's bytes; one layer's cache exists twice while it grows by a token."""
     sizes = setting.sizes

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from cogtune import CogVLM2Config
 from cogtune.adapters.provenance import Provenance, write_provenance
 from cogtune.cli.main import main
 from cogtune.configuration.load import load_answer_config
@@ -15,8 +17,10 @@ from cogtune.configuration.quantization import PLAIN, QuantSection
 from cogtune.errors import OutOfMemoryError
 from cogtune.generate import loading
 from cogtune.generate.fit import explained_loading, fit, needed, smaller_formats, supported
+from cogtune.model.slots import SlotCache
 from cogtune.plan.cards import find_card
 from cogtune.plan.sizes import ModelSizes
+from cogtune.processing.token_file import find_token_file
 from cogtune.system.byte_sizes import GIB
 from tests.support.adapters import write_adapter
 
@@ -130,3 +134,72 @@ def test_a_run_s_formats_are_taken_and_then_the_nearest_that_fit(
     kept = loading.resolve(load_answer_config(None, {"adapter": folder, "device": "cpu"} | fixed))
     assert kept.config.quant == QuantSection(experts="nf4")
     assert kept.notes[1].startswith("warning: ")
+
+
+def test_slots_are_planned_by_their_tokens() -> None:
+    """Against the cache itself: all slots, and half of them again while they double."""
+    tokens = SlotCache.bytes_per_column(CogVLM2Config(), torch.bfloat16)
+    one, eight = (needed(SIZES, PLAIN, "bfloat16", 0, rows, 4096) for rows in (1, 8))
+    assert eight - one == (8 + 4 - 1) * 4096 * tokens
+    assert needed(SIZES, PLAIN, "bfloat16", 0, 1, 8000) > one
+    short = needed(SIZES, PLAIN, "bfloat16", 0, 1)
+    assert abs(needed(SIZES, PLAIN, "bfloat16", 0, 1, 2305 + 401 + 512) - short) < 0.02 * short
+
+
+def planned(command: list[str], monkeypatch: pytest.MonkeyPatch, free: int = 80 * GIB) -> list[tuple[int, int | None]]:
+    """Run ``command`` until it loads; return for how many questions of how many tokens memory was planned."""
+    asked = []
+
+    def noted(*given: Any, rows: int, columns: int | None, **options: Any) -> Any:
+        asked.append((rows, columns))
+        return fit(*given, rows=rows, columns=columns, **options)
+
+    def stop(*given: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loading, "fit", noted)
+    monkeypatch.setattr(loading, "load_model", stop)
+    for module in ("cogtune.generate.loading", "cogtune.generate.fit"):
+        monkeypatch.setattr(f"{module}.free_memory", lambda device: free)
+    assert main(command) == 1
+    return asked
+
+
+def test_serve_plans_for_its_slots(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["serve", "--model", str(tiny_checkpoint), "--device", "cpu", "--slots", "5", "--columns", "300"]
+    assert planned(command, monkeypatch) == [(5, 300)]
+
+
+def test_predict_plans_for_its_longest_question(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = []
+    for words in (1, 50):
+        turns = [{"role": "user", "content": "What? " * words}, {"role": "assistant", "content": "That."}]
+        data = tmp_path / f"{words}.jsonl"
+        data.write_text(json.dumps({"image": None, "conversations": turns}) + "\n")
+        output = tmp_path / f"{words}.answers.jsonl"
+        command = ["predict", "--model", str(tiny_checkpoint), "--device", "cpu", "--data", str(data), "--output"]
+        asked = planned([*command, str(output), "--batch-size", "3", "--max-new-tokens", "7"], monkeypatch)
+        assert [rows for rows, _ in asked] == [3, 3]
+        assert asked[0][1] is None
+        lengths.append(asked[1][1])
+    encoder = find_token_file(str(tiny_checkpoint)).encoder()
+    prompts = [len(encoder.prompt_ids("What? " * words)) for words in (1, 50)]
+    assert lengths == [1 + prompt + 7 for prompt in prompts]
+
+
+def test_several_devices_take_the_nearest_formats_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = (torch.device("cuda:0"), torch.device("cuda:1"))
+    config = CogVLM2Config()
+
+    def spread(free: int, given: frozenset[str] = frozenset()) -> tuple[QuantSection, list[str]]:
+        monkeypatch.setattr(loading, "free_memory", lambda device: free)
+        return loading._spread(config, PLAIN, torch.bfloat16, cards, given)
+
+    assert spread(40 * GIB) == (PLAIN, [])
+    found, notes = spread(16 * GIB)
+    assert found == QuantSection(experts="nf4")
+    assert "quant.experts nf4" in notes[0]
+    assert spread(2 * GIB) == (PLAIN, [])
+    assert spread(16 * GIB, frozenset({"quant.experts"}))[0].experts == "none"
