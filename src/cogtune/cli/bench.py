@@ -36,6 +36,9 @@ allocator capped at 11, 15 or 23 GiB for a card of 12, 16 or 24 GB.
 Further keys, such as --train.compile false, apply to every row that trains."""
 _DECODE = "Measure an answer: memory, the time for picture and prompt, tokens a second."
 _FILL = "Measure how fast the feature cache fills, decoding and writing included."
+_CAPTIONS = """\
+Measure captioning clips with a video model: clips a minute from files and with frames given, decoding alone on all
+cores, and the published way: one clip at a time through generate(), eager. Random weights unless --model names some."""
 _LOADER = """\
 Measure whether data workers keep up: pictures of 1344 pixels are decoded, and features read, while samples are taken
 at a steady rate. Needs no GPU."""
@@ -92,6 +95,15 @@ class _DecodeFlags(_Tiny):
 class _FillFlags(_Tiny):
     pictures: int = flag(32, "Pictures to compute. Default: 32.", "N", least=1)
     side: int = flag(1344, "Their size in pixels. Default: 1344.", "N", least=8)
+
+
+@dataclass(frozen=True)
+class _CaptionsFlags(_Tiny):
+    clips: int = flag(64, "Clips to caption. Default: 64.", "N", least=2)
+    tokens: int = flag(200, "Length of a caption. Default: 200.", "N", least=2)
+    slots: int = flag(32, "How many captions at once. Default: 32.", "N", least=1)
+    size: str = flag("720x480", "Their size in pixels. Default: 720x480.", "WxH")
+    seconds: int = flag(25, "Their length; a frame a second is seen, at most 24. Default: 25.", "N", least=1)
 
 
 @dataclass(frozen=True)
@@ -190,6 +202,30 @@ def _fill(flags: _FillFlags, line: Arguments) -> None:
     from cogtune.bench.filling import measure_filling
 
     measure_filling(_config(line, flags.tiny), _results("fill", flags.json), pictures=flags.pictures, side=flags.side)
+
+
+def _captions(flags: _CaptionsFlags, line: Arguments) -> None:
+    from cogtune.bench.captioning import measure_captioning
+    from cogtune.bench.variants import parse_variants
+
+    width, times, height = flags.size.partition("x")
+    if not (times and width.isdigit() and height.isdigit() and int(width) % 2 == int(height) % 2 == 0):
+        raise ConfigError(
+            tr("--size is {size}; it is two even numbers, such as 720x480", size=flags.size), code="config-value"
+        )
+    overrides = ({"model.path": ["random-tiny-video"]} if flags.tiny else {"model.path": ["random-video"]}) | {
+        ("model.path" if key == "model" else key): values for key, values in line.overrides.items()
+    }
+    config = parse_variants([], {**overrides, "lora.targets": ["experts"]}, preset="s400", cached=False)[0].config
+    measure_captioning(
+        config,
+        _results("captions", flags.json),
+        clips=flags.clips,
+        tokens=flags.tokens,
+        slots=flags.slots,
+        size=(int(width), int(height)),
+        seconds=flags.seconds,
+    )
 
 
 def _loader(flags: _LoaderFlags, line: Arguments) -> None:
@@ -352,6 +388,14 @@ COMMANDS = (
         _fill,
         _FillFlags,
         "cogtune bench fill --pictures 32 --data.cache_batch 2",
+    ),
+    _takes_keys(
+        "captions",
+        "Captioning clips, beside one at a time.",
+        _CAPTIONS,
+        _captions,
+        _CaptionsFlags,
+        "cogtune bench captions --clips 64 --slots 32",
     ),
     _takes_keys(
         "loader", "Does preparing rows keep up?", _LOADER, _loader, _LoaderFlags, "cogtune bench loader --rate 20"

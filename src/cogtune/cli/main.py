@@ -45,6 +45,7 @@ COMMANDS = {
     "bench fit": "bench",
     "bench decode": "bench",
     "bench fill": "bench",
+    "bench captions": "bench",
     "bench loader": "bench",
     "bench load": "bench",
     "bench make-checkpoint": "bench",
