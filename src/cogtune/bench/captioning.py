@@ -40,7 +40,7 @@ from cogtune.processing.tokenizer import write_byte_tokenizer
 from cogtune.system.machine import cores
 from cogtune.train import engines
 
-QUESTION = "Please describe this video in detail."
+QUESTION: str = DataSection.model_fields["clip_question"].default
 _DIFFERENT, _RATE = 4, 8
 
 
@@ -76,8 +76,8 @@ def measure_captioning(
         given = _timed(lambda: generator.engine.answer(requests), device)
         requests.clear()
         files = _timed(lambda: _predict(generator, questions, folder / "out.jsonl", greedy), device)
-        _add(results, "frames given", shared, clips, given, device)
-        _add(results, "from files", shared | {"wait_share": round(1 - given / files, 4)}, clips, files, device)
+        _add(results, "frames-given", shared, clips, given, device)
+        _add(results, "from-files", shared | {"wait_share": round(1 - given / files, 4)}, clips, files, device)
         generator.close()
 
 
@@ -157,7 +157,7 @@ def _published(
             caption(question)
 
     seconds = _timed(all_of_them, device)
-    _add(results, "one at a time", shared | {"slots": 1}, len(questions), seconds, device)
+    _add(results, "one-at-a-time", shared | {"slots": 1}, len(questions), seconds, device)
 
 
 def _decode_alone(
@@ -167,7 +167,7 @@ def _decode_alone(
     with ThreadPoolExecutor(cores()) as pool:
         frames = sum(pool.map(lambda one: len(list(tower_inputs(one.images, processor.image_size))), questions))
     seconds = time.perf_counter() - began
-    _add(results, "decoding only", shared | {"frames": frames, "cores": cores()}, len(questions), seconds, None)
+    _add(results, "decoding", shared | {"frames": frames, "cores": cores()}, len(questions), seconds, None)
 
 
 def _timed(work: Any, device: torch.device) -> float:
