@@ -333,7 +333,7 @@ def _incomplete(adapter: AdapterFolder, missing: list[str], total: int) -> Adapt
     """Return the error for tensors that the configuration names and the file lacks."""
     biases = [name for name in missing if name.endswith("bias") and "lora_" not in name]
     message = tr(
-        "{folder}: the file holds {found} of the {total} tensors that {config} means; it lacks {name}",
+        "{folder}: the file holds {found} of the {total} tensors that {config} describes; it lacks {name}",
         folder=adapter.folder,
         found=total - len(missing),
         total=total,

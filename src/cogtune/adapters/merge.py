@@ -162,7 +162,7 @@ def _warnings(kept: dict[str, float], rounding: str) -> Iterator[str]:
     for region_name, share in kept.items():
         if share < MOST_KEPT and rounding == NEAREST:
             yield tr(
-                "rounding keeps only {share:.0%} of the update in {region}: it is small beside the weights;"
+                "rounding keeps only {share:.0%} of the update in {region}: it is small compared with the weights;"
                 " --rounding stochastic keeps nearly all, or answer with the adapter unmerged",
                 share=share,
                 region=region_name,

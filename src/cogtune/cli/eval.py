@@ -21,7 +21,7 @@ class _Flags:
         (), "What to compare with: base (the model without its adapter), an adapter, a model or a .jsonl file; repeat.",
         "WHAT",
     )  # fmt: skip
-    metrics: tuple[str, ...] = flag((), "Metrics, joined by commas; the first is the verdict's.", "NAMES")
+    metrics: tuple[str, ...] = flag((), "Metrics, joined by commas; the first one decides the verdict.", "NAMES")
     control: tuple[str, ...] = flag(
         (), "Ask again with every picture blanked, or swapped with another record's: is it used at all?", "KIND",
         choices=("blank", "swap"),

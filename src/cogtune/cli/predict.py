@@ -40,7 +40,7 @@ class _Flags:
         "PATH",
     )
     cards: int = flag(1, "Cards that share the work, each with the whole model.", "N", least=1)
-    share: str | None = flag(None, "Answer a share only, into a file beside --output: process K of N.", "K/N")
+    share: str | None = flag(None, "Answer a share only, into a file next to --output: process K of N.", "K/N")
 
 
 def _predict(flags: _Flags, line: Arguments) -> None:

@@ -46,7 +46,7 @@ def run_shares(
             raise RunError(
                 tr("process {number} of {count} ended with exit code {code}", number=number, count=count,
                    code=process.returncode),
-                hint=tr("its error stands above; run the same command again, and it continues"),
+                hint=tr("its error is shown above; run the same command again, and it continues"),
             )  # fmt: skip
 
 

@@ -74,7 +74,7 @@ def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
         key = (row["id"], row["turn"])
         if key in seen:
             raise DataError(
-                tr("{path}:{number}: {identity} stands in line {first} too", path=path, number=number, first=seen[key],
+                tr("{path}:{number}: {identity} is in line {first} too", path=path, number=number, first=seen[key],
                    identity=row["id"]),
                 hint=tr("each question has one answer: remove one of the lines"),
                 code="data-duplicate-id",

@@ -42,7 +42,7 @@ def parse_share(text: str) -> Share:
     """
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     if found is None or int(found[1]) >= int(found[2]):
-        raise ConfigError(tr("--share is {text!r}, such as 0/4 was expected", text=text), code="config-value")
+        raise ConfigError(tr("--share is {text!r}, expected K/N such as 0/4", text=text), code="config-value")
     return Share(int(found[1]), int(found[2]))
 
 

@@ -110,7 +110,7 @@ def test_the_data_that_was_predicted_is_taken(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "message", "code"),
-    [(lambda rows: [*rows, rows[0]], r":41: set/0#0 stands in line 1 too", "data-duplicate-id"),
+    [(lambda rows: [*rows, rows[0]], r":41: set/0#0 is in line 1 too", "data-duplicate-id"),
      (lambda rows: [*rows, "{"], r":41: not a prediction record", "predictions-other-data"),
      (lambda rows: [*rows, "[1]"], r":41: not a prediction record", "predictions-other-data"),
      (lambda rows: [*rows, '{"id": "x"}'], r":41: not a prediction record", "predictions-other-data"),

@@ -118,6 +118,6 @@ def test_a_damaged_clip_is_left_out_and_named(model, clips, tmp_path, capsys) ->
 
 @pytest.mark.parametrize("text", ["1", "2/2", "a/b", "-1/2"])
 def test_shares_are_checked(text: str) -> None:
-    with pytest.raises(Exception, match="such as 0/4 was expected"):
+    with pytest.raises(Exception, match="expected K/N such as 0/4"):
         parse_share(text)
     assert parse_share("1/3") == Share(1, 3)
