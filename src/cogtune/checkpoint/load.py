@@ -32,6 +32,25 @@ from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.pretrained import require_exact
 from cogtune.model.vision import VisionModel
 
+Progress = Callable[[int, int], None]
+"""Told the bytes that were read and all that will be."""
+
+
+class _Count:
+    """Counts the bytes of tensors that were read."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._done, self._total = progress, 0, total
+        self._tell()
+
+    def add(self, tensor: StoredTensor) -> None:
+        self._done += tensor.stop - tensor.start
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
 
 def load_model(
     path: str | Path,
@@ -42,6 +61,7 @@ def load_model(
     vision_tower: bool = True,
     quantization: QuantSection | None = None,
     placement: Placement | None = None,
+    progress: Progress | None = None,
 ) -> CogVLM2ForCausalLM:
     """Return the base model on ``device`` in ``dtype``, in evaluation mode.
 
@@ -52,6 +72,7 @@ def load_model(
             takes ``image_features``.
         quantization: formats of frozen parts, quantised on ``device`` as they arrive.
         placement: decides each tensor's device instead of ``device``, and receives every unit when it is complete.
+        progress: called with the bytes read so far and all that will be read, first with 0.
 
     Raises:
         CheckpointError: the folder does not fit the model; the message names files and tensors.
@@ -69,7 +90,7 @@ def load_model(
         model = CogVLM2ForCausalLM(config)
     if not vision_tower:
         model.model.vision.drop_tower()
-    _fill(model, "", folder, dtype, torch.device(device), quantization, placement)
+    _fill(model, "", folder, dtype, torch.device(device), quantization, placement, progress)
     model.model.remember_rotary()
     generation = read_generation_config(folder)
     if generation is not None:
@@ -118,6 +139,7 @@ def _fill(
     device: torch.device,
     quantization: QuantSection,
     placement: Placement | None,
+    progress: Progress | None = None,
 ) -> None:
     """Read the tensors of ``root`` (called ``prefix`` in the model) from ``folder``."""
     stored = stored_tensors(folder)
@@ -134,14 +156,16 @@ def _fill(
 
     builder = Builder(root, prefix, dtype, quantization, placement)
     chosen = [t for name, t in stored.items() if name in wanted or stored_4bit.owner(name, layers) in wanted]
+    count = _Count(progress, sum(tensor.stop - tensor.start for tensor in chosen))
     if cutting is not None:
-        _read_parts(builder, cutting, chosen, place)
+        _read_parts(builder, cutting, chosen, place, count)
     else:
         shapes = {name: torch.Size(wanted[name]) for name in layers & wanted.keys()}
         collector = stored_4bit.Collector([tensor.name for tensor in chosen], builder, shapes)
         for tensor, value in stream(chosen, place):
             if not collector.take(tensor.name, value):
                 builder.add(tensor.name, value)
+            count.add(tensor)
     require_filled(root)
 
 
@@ -173,7 +197,11 @@ def _compare(
 
 
 def _read_parts(
-    builder: Builder, cutting: Cutting, tensors: list[StoredTensor], place: Callable[[str], torch.device]
+    builder: Builder,
+    cutting: Cutting,
+    tensors: list[StoredTensor],
+    place: Callable[[str], torch.device],
+    count: _Count,
 ) -> None:
     """Read only this process's shard of each tensor."""
     for file in dict.fromkeys(tensor.file for tensor in tensors):
@@ -182,3 +210,4 @@ def _read_parts(
                 if tensor.file == file:
                     part = cutting.read(tensor.name, source.get_slice(tensor.name))
                     builder.add(tensor.name, part.contiguous().to(place(tensor.name)))
+                    count.add(tensor)

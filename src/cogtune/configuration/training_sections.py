@@ -144,7 +144,10 @@ class LogSection(Section):
     """What a run prints and logs."""
 
     steps: int = Field(
-        default=10, ge=1, description="Optimiser steps between lines on the console and in metrics.jsonl."
+        default=10,
+        ge=1,
+        description="Optimiser steps between lines in metrics.jsonl and in the log, which also has the first step and"
+        " one every 15 seconds.",
     )
     level: Literal["info", "warning", "error"] = Field(
         default="info", description="Lowest level of lines on the console; run.log keeps all of them."

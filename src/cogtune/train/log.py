@@ -8,22 +8,28 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import resource
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cogtune.errors import CogtuneError, RunError
+from cogtune.language import tr
 from cogtune.system import files
 from cogtune.system.file_errors import explained
 from cogtune.system.terminal import visible
+from cogtune.train.status_line import status
 
 METRICS_FILE = "metrics.jsonl"
+_KEPT_EVERY = 60
+"""Seconds between steps' lines that stay on a terminal, where the status line shows the others."""
 log = logging.getLogger("cogtune")
 
 _TAGS = {
@@ -42,17 +48,34 @@ _TAGS = {
 class _Console(logging.Handler):
     """Plain lines on standard output, readable through a pipe; warnings and errors have their level in front."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._last_step = -math.inf
+
     def emit(self, record: logging.LogRecord) -> None:
-        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        print(prefix + record.getMessage(), file=sys.stdout, flush=True)
+        if status.active and getattr(record, "step_line", False):  # the status line shows every step
+            now = time.monotonic()
+            if now - self._last_step < _KEPT_EVERY and not getattr(record, "kept", False):
+                return
+            self._last_step = now
+        text = record.getMessage()
+        if record.levelno >= logging.WARNING:
+            text = (
+                tr("error: {text}", text=text) if record.levelno >= logging.ERROR else tr("warning: {text}", text=text)
+            )
+        print(text, file=sys.stdout, flush=True)
 
 
 @contextmanager
 def console(rank: int, level: str = "info") -> Iterator[None]:
-    """Show messages of at least ``level`` (info, warning, error) on the console, on rank 0 only."""
+    """Show messages of at least ``level`` (info, warning, error) on the console, on rank 0 only.
+
+    On a terminal the status line stands below them, unless the level leaves out what it shows.
+    """
     handler: logging.Handler = _Console() if rank == 0 else logging.NullHandler()
     handler.setLevel(level.upper())
-    with _attached(handler):
+    shown = status.on_terminal() if rank == 0 and level == "info" else nullcontext()
+    with _attached(handler), shown:
         yield
 
 
@@ -164,6 +187,12 @@ def last_losses(output: Path) -> tuple[float | None, float | None]:
         lines = [line for line in read_metrics(output) if isinstance(line.get("loss"), float)]
         found = {str(line.get("kind")): line["loss"] for line in lines}
     return found.get("train"), found.get("validation")
+
+
+def first_loss(output: Path) -> float | None:
+    """Return the first training loss of a run's metrics; None if there is none."""
+    lines = read_metrics(output) if (output / METRICS_FILE).is_file() else []
+    return next((line["loss"] for line in lines if line["kind"] == "train" and line.get("loss") is not None), None)
 
 
 def _drop_after(path: Path, step: int) -> None:

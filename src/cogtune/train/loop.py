@@ -31,6 +31,7 @@ from cogtune.train.failures import bad_gradient, check_losses, phase
 from cogtune.train.log import Metrics, log
 from cogtune.train.optim import build_schedule, current_lr
 from cogtune.train.progress import Progress, Reporter
+from cogtune.train.status_line import status
 from cogtune.train.stop_signal import StopSignal
 from cogtune.train.validation import validate
 
@@ -67,6 +68,7 @@ class Loop:
         self.engine, self.config, self.feed, self.validation = engine, config, feed, validation
         self.progress, self.total_steps, self.metrics, self.stop, self.save = progress, total_steps, metrics, stop, save
         self.schedule = build_schedule(engine.optimizer, config.train, total_steps, progress.step)
+        self.compiles = False
         self._skipped_in_a_row = 0
         self._open: StepReport | None = None
 
@@ -88,11 +90,12 @@ class Loop:
 
     def _steps(self) -> None:
         progress = self.progress
+        status.stage(tr("the first step: layers are compiled") if self.compiles else tr("the first step"))
         for step in self.feed.steps(progress.position):
             lr = current_lr(self.engine.optimizer)
             self._open = self._train(step)
             self._advance(step, self._open)
-            self.reporter.step(lr, self._epochs())
+            self.reporter.step(lr, self._epochs(), self._open.loss, self._open.labels)
             if self._open.result.decided is not None:
                 self._close()
             self._pause()
@@ -202,9 +205,12 @@ class Loop:
             return
         self._close()
         began = time.perf_counter()
+        if validates:
+            status.stage(tr("step {step}: validating", step=progress.step))
         better = validates and self._validate()
         stopping = stopping or self.engine.group.any(self.stop.number is not None)
         if due or better or stopping or progress.stopped_early:
+            status.stage(tr("step {step}: saving", step=progress.step))
             self.save(better)
         if stopping:
             numbers = self.engine.group.gather_all(self.stop.number)

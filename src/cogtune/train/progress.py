@@ -16,6 +16,10 @@ from cogtune.language import tr
 from cogtune.system.durations import format_clock
 from cogtune.train.engines.async_scalar import AsyncScalar
 from cogtune.train.log import Metrics, log, peak_memory_gib
+from cogtune.train.status_line import status
+
+LINE_EVERY = 15
+"""Seconds after which a step gets a line although its window of metrics goes on."""
 
 
 @dataclass
@@ -86,73 +90,148 @@ class _Line:
     memory_gib: float
 
 
-class Reporter:
-    """Writes a line of metrics every ``log.steps`` steps, averaged over that window to reduce noise.
+@dataclass(frozen=True)
+class _Step:
+    """A step whose gradient norm has not arrived, with the counters behind it."""
 
-    A window lasts from the arrival of one gradient norm to that of another, so its speed is correct whenever the host
-    reads them.
+    step: int
+    epoch: float
+    lr: float
+    loss: float
+    labels: int
+    samples: int
+    tokens: int
+
+
+class Reporter:
+    """Reports steps: metrics by number, lines by time, and every step in the status line.
+
+    A line of metrics is averaged over ``log.steps`` steps to reduce noise. Lines of the log come with each of them, for
+    the first step, and otherwise every 15 seconds. A window lasts from the arrival of one gradient norm to that of
+    another, so its speed is correct whenever the host reads them.
     """
 
     def __init__(self, metrics: Metrics, progress: Progress, total: int, every: int, device: torch.device) -> None:
         self._metrics, self._progress, self._total, self._every, self._device = metrics, progress, total, every, device
-        self._start_step = progress.step
         self._start = time.perf_counter()
-        self._window_start = AsyncScalar(torch.zeros((), device=device))
-        self._window = (progress.samples, progress.tokens)
-        self._away = 0.0  # seconds of the window that were spent on validation and saving
+        self._begin = AsyncScalar(torch.zeros((), device=device))
+        self._window = _Window(self._begin, progress.samples, progress.tokens)
+        self._said = _Window(self._begin, progress.samples, progress.tokens)
         self._line: _Line | None = None
+        self._step: _Step | None = None
+        self._first: tuple[int, float] | None = None  # the first step of this process, and when it was done
+        self._last_said = 0.0
 
     def away(self, seconds: float) -> None:
         """Exclude time spent on validation and saving from the speed. Both begin after the device has finished the last
         step."""
-        self._away += seconds
+        self._window.away += seconds
+        self._said.away += seconds
 
-    def step(self, lr: float, epoch: float) -> None:
-        """Call once after every optimiser step, and `arrived` before the next one's."""
+    def step(self, lr: float, epoch: float, loss: float, labels: int) -> None:
+        """Call once after every optimiser step, and `arrived` before the next one's.
+
+        Args:
+            lr: the step's learning rate.
+            epoch: epochs trained so far.
+            loss: the step's mean loss over its ``labels``.
+        """
         progress = self._progress
+        self._step = _Step(progress.step, epoch, lr, loss, labels, progress.samples, progress.tokens)
         if progress.step % self._every and progress.step != self._total:
             return
         loss = progress.window_loss / max(progress.window_labels, 1)
-        samples, tokens = progress.samples - self._window[0], progress.tokens - self._window[1]
+        samples, tokens = progress.samples - self._window.samples, progress.tokens - self._window.tokens
         memory = peak_memory_gib(self._device)
         self._line = _Line(progress.step, epoch, loss, lr, progress.window_labels, samples, tokens, memory)
         progress.window_loss, progress.window_labels = 0.0, 0
-        self._window = (progress.samples, progress.tokens)
+        self._window.samples, self._window.tokens = progress.samples, progress.tokens
 
     def arrived(self, norm: AsyncScalar) -> None:
-        """Write the line of the last step, if it has one; ``norm`` is its gradient norm."""
+        """Report the last step; ``norm`` is its gradient norm."""
+        step, self._step = self._step, None
         line, self._line = self._line, None
-        if line is None:
+        if step is None:
             return
-        grad_norm = norm.value()
-        seconds = max(norm.seconds_since(self._window_start) - self._away, 1e-9)
-        values = {
-            "epoch": round(line.epoch, 4),
-            "loss": line.loss,
-            "lr": line.lr,
-            "grad_norm": grad_norm,
-            "labels": line.labels,
-            "samples_per_second": line.samples / seconds,
-            "tokens_per_second": line.tokens / seconds,
-            "memory_gib": line.memory_gib,
-        }
-        self._metrics.write("train", line.step, **values)
-        left = (time.perf_counter() - self._start) / (line.step - self._start_step) * (self._total - line.step)
-        log.info(
-            tr(
-                "step {step}/{total}  epoch {epoch:.2f}  loss {loss:.4f}  lr {lr:.2e}  grad"
-                " {grad_norm:.3f}  {samples:.2f} samples/s  {tokens:.0f} tokens/s  {memory_gib:.2f} GiB "
-                " ETA {left}",
-                step=line.step,
-                total=self._total,
-                epoch=line.epoch,
-                loss=line.loss,
-                lr=line.lr,
-                grad_norm=grad_norm,
-                samples=line.samples / seconds,
-                tokens=line.tokens / seconds,
-                memory_gib=line.memory_gib,
-                left=format_clock(left),
-            )
+        if line is not None:
+            seconds = self._window.seconds(norm)
+            values = {
+                "epoch": round(line.epoch, 4),
+                "loss": line.loss,
+                "lr": line.lr,
+                "grad_norm": norm.value(),
+                "labels": line.labels,
+                "samples_per_second": line.samples / seconds,
+                "tokens_per_second": line.tokens / seconds,
+                "memory_gib": line.memory_gib,
+            }
+            self._metrics.write("train", line.step, **values)
+            self._window.begin(norm)
+        self._say(step, norm, due=line is not None)
+
+    def _say(self, step: _Step, norm: AsyncScalar, *, due: bool) -> None:
+        """Show the step, and log a line if it is time for one."""
+        now = time.perf_counter()
+        first = self._first is None
+        if self._first is None:
+            self._first = (step.step, now)
+        self._said.add(step.loss, step.labels)
+        last = step.step == self._total
+        line = due or first or last or now - self._last_said >= LINE_EVERY
+        if not line and not status.active:
+            return
+        text = self._text(step, norm, now)
+        status.show(text)
+        if line:
+            log.info(text, extra={"step_line": True, "kept": first or last})
+            self._last_said = now
+            self._said = _Window(norm, step.samples, step.tokens)
+
+    def _text(self, step: _Step, norm: AsyncScalar, now: float) -> str:
+        seconds = self._said.seconds(norm)
+        text = tr(
+            "step {step}/{total}  epoch {epoch:.2f}  loss {loss:.4f}  lr {lr:.2e}  grad {grad_norm:.3f}"
+            "  {samples:.2f} samples/s  {tokens:.0f} tokens/s  {memory_gib:.2f} GiB",
+            step=step.step,
+            total=self._total,
+            epoch=step.epoch,
+            loss=self._said.loss / max(self._said.labels, 1),
+            lr=step.lr,
+            grad_norm=norm.value(),
+            samples=(step.samples - self._said.samples) / seconds,
+            tokens=(step.tokens - self._said.tokens) / seconds,
+            memory_gib=peak_memory_gib(self._device),
         )
-        self._window_start, self._away = norm, 0.0
+        assert self._first is not None
+        number, done = self._first
+        if step.step == number:
+            return tr("{text}  (the first step took {seconds:.1f} s)", text=text, seconds=now - self._start)
+        left = (now - done) / (step.step - number) * (self._total - step.step)
+        return tr("{text}  ETA {left}", text=text, left=format_clock(left))
+
+
+class _Window:
+    """Steps since an earlier gradient norm arrived.
+
+    Attributes:
+        samples, tokens: the run's counters at its beginning.
+        away: seconds of it that were spent on validation and saving.
+        loss: summed over ``labels``.
+    """
+
+    def __init__(self, start: AsyncScalar, samples: int, tokens: int) -> None:
+        self.samples, self.tokens = samples, tokens
+        self.loss, self.labels = 0.0, 0
+        self.begin(start)
+
+    def begin(self, start: AsyncScalar) -> None:
+        """Let its time begin with ``start``."""
+        self._start, self.away = start, 0.0
+
+    def add(self, loss: float, labels: int) -> None:
+        """Count a step with a mean ``loss`` over its ``labels``."""
+        self.loss, self.labels = self.loss + loss * labels, self.labels + labels
+
+    def seconds(self, norm: AsyncScalar) -> float:
+        """Return its seconds of training until ``norm`` arrived."""
+        return max(norm.seconds_since(self._start) - self.away, 1e-9)

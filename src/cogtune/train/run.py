@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -10,14 +11,13 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from cogtune.adapters.attach import attach, computed_by_peft, describe
+from cogtune.adapters.attach import attach
 from cogtune.adapters.provenance import Provenance, provenance_of
 from cogtune.checkpoint import resume_state as checkpoints
 from cogtune.checkpoint.load import load_model
 from cogtune.configuration.deepspeed import apply_deepspeed
 from cogtune.configuration.resolve import (
     check_formats,
-    float16_warning,
     recomputed_layers,
     resolve_compile,
     torch_dtype,
@@ -25,7 +25,6 @@ from cogtune.configuration.resolve import (
 from cogtune.configuration.run_config import RunConfig
 from cogtune.distributed import environment
 from cogtune.distributed.group import Group
-from cogtune.distributed.shards import whole_numel
 from cogtune.errors import DataError, DiskFullError
 from cogtune.features.reader import FeatureReader
 from cogtune.generate.last_run import write_last_run
@@ -34,10 +33,10 @@ from cogtune.model.activation_checkpointing import enable_checkpointing
 from cogtune.model.compile import can_compile, compile_layers, prepare_compiling
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.system import files
-from cogtune.system.allocator import describe_allocator
 from cogtune.system.file_errors import is_disk_full
 from cogtune.system.gpu import gpu_of
 from cogtune.train import engines, feature_cache, output_folder, saver
+from cogtune.train.announcements import announce, loading, say_what_trains, summary
 from cogtune.train.batches import Feed
 from cogtune.train.engines import Engine
 from cogtune.train.engines.zero_settings import check_settings
@@ -48,6 +47,7 @@ from cogtune.train.memory_plan import Layers, MemoryPlan, auto_engine, check_mem
 from cogtune.train.optim import build_optimizer
 from cogtune.train.progress import Progress
 from cogtune.train.run_inputs import Inputs, read_inputs, versions
+from cogtune.train.status_line import status
 from cogtune.train.stop_signal import StopSignal
 
 _TOLD = ("cogtune", "python", "torch", "transformers", "peft", "safetensors")  # versions that an adapter names
@@ -142,14 +142,14 @@ def _train(config: RunConfig, dry_run: bool, force: bool) -> TrainResult:
         if not start.folder.finished:
             memory = check_memory(config, inputs, engine, start.record.accumulation, force=force)
         if memory is None or dry_run:
-            _announce(config, inputs, engine, dtype, start)
+            announce(inputs, engine, dtype, start.folder, start.record)
             result = _nothing_to_do(start, dry_run, engine.group)
             engine.group.close()
             return result
         stack.enter_context(start.claim.naming_last_state())
         engine.group.on_main(lambda: _write_beside(config, inputs, engine, start))
         stack.enter_context(log_file(start.folder.output, engine.group.process))
-        _announce(config, inputs, engine, dtype, start)
+        announce(inputs, engine, dtype, start.folder, start.record)
         stack.enter_context(memory.explaining(engine.device))
         with _features(config, inputs, engine, dtype, start, memory.tower_fits) as reader:
             layers = memory.settle(cached=reader is not None)
@@ -215,38 +215,6 @@ def _run_start(config: RunConfig, inputs: Inputs, engine: Engine, dry_run: bool)
         yield RunStart(folder, record, Feed(inputs.rows, config, engine.group, record.accumulation), claim)
 
 
-def _announce(config: RunConfig, inputs: Inputs, engine: Engine, dtype: torch.dtype, start: RunStart) -> None:
-    """Log everything for which a user may want to stop the run before weights are read."""
-    for line in [*inputs.lines(), *start.folder.messages]:
-        log.info(line)
-    for line in [*start.folder.warnings, *filter(None, [float16_warning(_name(dtype))])]:
-        log.warning(line)
-    record, devices = start.record, torch.cuda.device_count()
-    log.info(
-        tr(
-            "engine {name} on {ranks} x {device}, {dtype}; {total_steps} steps of {global_batch} rows"
-            " ({batch_size} per rank x {ranks} ranks x {accumulation} accumulated)",
-            name=engine.name,
-            ranks=record.ranks,
-            device=engine.device.type,
-            dtype=_name(dtype),
-            total_steps=record.total_steps,
-            global_batch=record.global_batch,
-            batch_size=record.batch_size,
-            accumulation=record.accumulation,
-        )
-    )
-    if engine.device.type == "cuda":
-        log.info(describe_allocator())
-    if engine.name == "single" and devices > 1:
-        log.info(tr("using one of {devices} GPUs; for all: --parallel.launch all", devices=devices))
-
-
-def _name(dtype: torch.dtype) -> str:
-    """Return the dtype's name as in ``model.dtype``."""
-    return str(dtype).removeprefix("torch.")
-
-
 def _nothing_to_do(start: RunStart, dry_run: bool, group: Group) -> TrainResult:
     if dry_run:
         log.info(tr("dry run: stopping before weights are loaded"))
@@ -289,7 +257,7 @@ def load_base(config: RunConfig, engine: Engine, dtype: torch.dtype, *, cached: 
 
     ``cached``: without the vision tower, for batches that contain its output.
     """
-    with phase(phrase("loading the model"), config, engine.device):
+    with phase(phrase("loading the model"), config, engine.device), loading(config.model.path) as progress:
         return load_model(
             config.model.path,
             dtype=dtype,
@@ -298,6 +266,7 @@ def load_base(config: RunConfig, engine: Engine, dtype: torch.dtype, *, cached: 
             vision_tower=not cached,
             quantization=config.quant,
             placement=engine.placement,
+            progress=progress,
         )
 
 
@@ -323,7 +292,7 @@ def assemble(
         if compiles(config, engine):
             compile_layers(base, symbolic_sizes=engine.symbolic_sizes)
             log.info(tr("layers are compiled at their first use (train.compile); the first step takes longer"))
-        _say_what_trains(model)
+        say_what_trains(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if layers is not None:
             engine.gathered_layers = layers.gathered
@@ -356,50 +325,17 @@ def _recompute(base: CogVLM2ForCausalLM, config: RunConfig, layers: Layers | Non
         )
 
 
-def _say_what_trains(model: PeftModel) -> None:
-    counts = describe(model)
-    trained = sum(count.parameters for count in counts if count.trained)
-    total = sum(whole_numel(parameter) for parameter in model.parameters())
-    log.info(
-        tr(
-            "training {trained:,} of {total:,} parameters ({share:.3f} %):",
-            trained=trained,
-            total=total,
-            share=100 * trained / total,
-        )
-    )
-    for count in counts:
-        note = "" if count.trained else tr("  (last layer: cannot influence the loss; kept in the file, not trained)")
-        log.info(
-            tr(
-                "  {region}: {modules} modules, {parameters:,} parameters{note}",
-                region=count.region,
-                modules=count.modules,
-                parameters=count.parameters,
-                note=note,
-            )
-        )
-    if by_peft := computed_by_peft(model):
-        log.info(
-            tr(
-                "  {by_peft} of them are computed by peft's own code, which is slower ({first}, ...)",
-                by_peft=len(by_peft),
-                first=by_peft[0],
-            )
-        )
-
-
-def _leave_result(config: RunConfig, start: RunStart, progress: Progress) -> tuple[Path, str]:
+def _leave_result(config: RunConfig, start: RunStart, progress: Progress) -> tuple[Path, str, int]:
     """The adapter, the run's record with its result, and the note by which `cogtune chat --last` and `peft_infer.py`
     find it; returns the adapter's folder, and which checkpoint it comes from."""
     output, model = start.folder.output, config.model
     with start.claim.writing():
-        adapter, which = saver.export_adapter(output, progress)
+        adapter, which, step = saver.export_adapter(output, progress)
         best = {"best_step": progress.best_step, "best_loss": progress.best_loss}
-        result = {"adapter": which, "step": progress.step, **best}
+        result = {"adapter": f"the {which} checkpoint's, step {step}", "step": progress.step, **best}
         output_folder.write_record(output, output_folder.finished(start.record, result))
     write_last_run(model.path, adapter, output, template=model.template, rope_precision=model.rope_precision)
-    return adapter, which
+    return adapter, which, step
 
 
 def _provenance(config: RunConfig, inputs: Inputs, engine: Engine) -> Provenance:
@@ -420,14 +356,21 @@ def _fit(
 ) -> TrainResult:
     """Run the training loop and export the result to ``adapter/``."""
     output, total = start.folder.output, start.record.total_steps
-    provenance = _provenance(config, inputs, engine)
+    began, provenance = time.perf_counter(), _provenance(config, inputs, engine)
     save = saver.Saver(engine, model, start.claim, start.record, progress, config, provenance)
     metrics = Metrics(output, active=engine.group.is_main, tensorboard=config.log.tensorboard, step=progress.step)
     try:
-        Loop(engine, config, start.feed, inputs.validation, progress, total, metrics, stop, save).run()
+        loop = Loop(engine, config, start.feed, inputs.validation, progress, total, metrics, stop, save)
+        loop.compiles = compiles(config, engine)
+        loop.run()
     finally:
         metrics.close()
-    adapter, which = engine.group.on_main(lambda: _leave_result(config, start, progress))
-    log.info(tr("done: the adapter ({which}) is in {adapter}", which=which, adapter=adapter))
+        status.show("")
+    adapter, which, step = engine.group.on_main(lambda: _leave_result(config, start, progress))
+    best = tr("the best checkpoint's, step {step}", step=step)
+    said = best if which == "best" else tr("the last checkpoint's, step {step}", step=step)
+    log.info(tr("done: the adapter ({which}) is in {adapter}", which=said, adapter=adapter))
+    for line in engine.group.on_main(lambda: summary(output, adapter, progress, time.perf_counter() - began)):
+        log.info(line)
     losses = engine.group.on_main(lambda: last_losses(output))
     return TrainResult(output, adapter, progress.step, progress.best_step, progress.best_loss, *losses)

@@ -127,9 +127,9 @@ def seed_dropout(engine: Engine, step: int) -> None:
     torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") % 2**63)
 
 
-def export_adapter(output: Path, progress: Progress) -> tuple[Path, str]:
+def export_adapter(output: Path, progress: Progress) -> tuple[Path, str, int]:
     """Copy the result to ``output/adapter``: the best checkpoint's adapter if there was validation, else the last
-    one's.
+    one's. Return the folder, which checkpoint's it is (``best`` or ``last``), and that one's step.
 
     Files that a user has added to an earlier export are kept.
     """
@@ -152,9 +152,7 @@ def export_adapter(output: Path, progress: Progress) -> tuple[Path, str]:
                 shutil.copyfile(source / name, folder / name)
         _write_card(output, folder, checkpoints.step_of(source), progress.best_loss)
         _keep_others(output / ADAPTER_FOLDER, folder)
-    return output / ADAPTER_FOLDER, tr(
-        "the {kind} checkpoint's, step {step_of}", kind=kind, step_of=checkpoints.step_of(source)
-    )
+    return output / ADAPTER_FOLDER, kind, checkpoints.step_of(source)
 
 
 def _write_card(output: Path, folder: Path, step: int, best_loss: float | None) -> None:

@@ -32,7 +32,7 @@ def train_one(progress: Progress, reporter: Reporter, samples: int) -> None:
     progress.samples += samples
     progress.tokens += 10 * samples
     progress.window_loss, progress.window_labels = progress.window_loss + 6.0 * samples, progress.window_labels + 2
-    reporter.step(0.1 * progress.step, 0.5 * progress.step)
+    reporter.step(0.1 * progress.step, 0.5 * progress.step, 3.0 * samples, 2)
 
 
 def test_a_line_looked_at_during_the_next_step_is_about_its_own(
@@ -79,3 +79,24 @@ def test_metrics_end_at_the_first_line_that_is_none(tmp_path: Path) -> None:
         (tmp_path / "metrics.jsonl").write_bytes(good + broken + (good if broken.endswith(b"\n") else b""))
         assert [line["step"] for line in read_metrics(tmp_path)] == [1], broken
         assert last_losses(tmp_path) == (2.5, None)
+
+
+def test_lines_come_at_the_first_step_and_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    """Metrics every 100 steps; a step takes 6 seconds, so a line comes at 1, 4, 7 and at the last step."""
+    clock = iter(range(0, 1000, 6))
+    monkeypatch.setattr(module, "AsyncScalar", lambda value: _At(100.0))
+    monkeypatch.setattr(module.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(module.log, "propagate", True)
+    metrics, progress = Metrics(tmp_path, active=True, tensorboard=False, step=0), Progress()
+    with caplog.at_level("INFO", logger="cogtune"):
+        reporter = Reporter(metrics, progress, 9, 100, torch.device("cpu"))
+        for number in range(1, 10):
+            train_one(progress, reporter, 2)
+            reporter.arrived(_At(100.0 + number, 1.0))  # type: ignore[arg-type]
+    metrics.close()
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.split("/")[0] for line in said] == ["step 1", "step 4", "step 7", "step 9"]
+    assert "the first step took 6.0 s" in said[0]
+    assert "ETA" not in said[0], "one step, compiling included, tells nothing about the others"
+    assert said[1].endswith("ETA 0:00:30"), "five steps of six seconds"
+    assert "2.00 samples/s" in said[1]

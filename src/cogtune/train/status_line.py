@@ -1,0 +1,75 @@
+"""The line at the bottom of a terminal that says what a run is doing now.
+
+On a terminal, `status` shows the last text it was told, with the seconds since a stage began, below the ordinary lines.
+Elsewhere it shows nothing: there the lines of the log come by time.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from cogtune.system.durations import format_clock
+from cogtune.system.terminal import visible
+
+if TYPE_CHECKING:
+    from rich.live import Live
+    from rich.text import Text
+
+_PER_SECOND = 4
+
+
+class StatusLine:
+    """One line that is rewritten in place. Every part of a run may write it; the last text counts."""
+
+    def __init__(self) -> None:
+        self._live: Live | None = None
+        self._text, self._since = "", 0.0
+        self._counts = False
+
+    @property
+    def active(self) -> bool:
+        """Whether a terminal shows it."""
+        return self._live is not None
+
+    def show(self, text: str) -> None:
+        """Show ``text`` from now on; an empty text hides the line."""
+        self._text, self._counts = text, False
+
+    def stage(self, text: str) -> None:
+        """Show ``text`` with the time that passes until something else is shown."""
+        self._text, self._since, self._counts = text, time.monotonic(), True
+
+    @contextmanager
+    def on_terminal(self) -> Iterator[None]:
+        """Show the line inside the block, if standard output is a terminal. Printed lines go above it."""
+        if not sys.stdout.isatty():
+            yield
+            return
+        from rich.console import Console
+        from rich.live import Live
+
+        console = Console()
+        self._text = ""
+        live = Live(console=console, refresh_per_second=_PER_SECOND, transient=True, get_renderable=self._render)
+        with live:
+            self._live = live
+            try:
+                yield
+            finally:
+                self._live, self._text = None, ""
+
+    def _render(self) -> Text:
+        from rich.text import Text
+
+        text = self._text
+        if self._counts and text:
+            text = f"{text}  {format_clock(time.monotonic() - self._since)}"
+        return Text(visible(text), no_wrap=True, overflow="ellipsis", style="cyan")
+
+
+status = StatusLine()
+"""The status line of this process."""

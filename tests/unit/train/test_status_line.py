@@ -1,0 +1,73 @@
+"""The line at the bottom of a terminal."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+import time
+
+import pytest
+
+from cogtune.train.log import console, log
+from cogtune.train.status_line import StatusLine, status
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def terminal_of(monkeypatch: pytest.MonkeyPatch) -> _Terminal:
+    """Make standard output a terminal. Called in a test: pytest sets its own between fixtures and the test."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "60")
+    out = _Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    return out
+
+
+def test_the_line_stands_below_what_is_printed_and_goes_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = terminal_of(monkeypatch)
+    line = StatusLine()
+    with line.on_terminal():
+        assert line.active
+        line.show("step 3 \x1b[31m" + "x" * 100)
+        print("a line of the log")
+        time.sleep(0.6)
+    shown = terminal.getvalue()
+    assert "a line of the log\n" in shown
+    assert "step 3 " in shown
+    assert "\x1b[31m" not in shown, "what data says is not obeyed"
+    assert "x" * 60 not in shown, "one line"
+    assert not line.active
+    assert shown.endswith("\x1b[2K"), "erased"
+
+
+def test_a_stage_counts_its_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = terminal_of(monkeypatch)
+    line = StatusLine()
+    with line.on_terminal():
+        line.stage("validating")
+        time.sleep(1.3)
+    assert "validating  0:00:01" in terminal.getvalue()
+
+
+def test_elsewhere_nothing_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with status.on_terminal():
+        status.show("step 3")
+        assert not status.active
+    assert capsys.readouterr().out == ""
+
+
+def test_a_terminal_keeps_few_lines_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = terminal_of(monkeypatch)
+    with console(0):
+        for number in range(5):
+            log.info("step %d", number, extra={"step_line": True, "kept": number == 4})
+        log.info("saved")
+        log.warning("careful")
+    lines = re.sub(r"\x1b\[[?\d;]*[A-Za-z]|\r", "", terminal.getvalue()).split("\n")
+    assert [line for line in lines if line.startswith(("step", "saved", "warning"))] == [
+        "step 0", "step 4", "saved", "warning: careful",
+    ]  # fmt: skip
