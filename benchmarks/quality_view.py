@@ -27,9 +27,9 @@ def quality(content: dict[str, Any], chinese: bool) -> str:
             f"{row['loss']['last']:.4f}", f"{row['loss']['validation']:.4f}",
         ])  # fmt: skip
     columns = (
-        ["冻结权重", "计算格式", "答对", "相差（百分点）", "同一适配器在未量化权重上", "训练损失", "验证损失"]
+        ["设置", "计算格式", "答对", "相差（百分点）", "同一适配器在未量化权重上", "训练损失", "验证损失"]
         if chinese
-        else ["frozen weights", "computed in", "right answers", "points", "the same adapter on plain weights",
+        else ["setting", "computed in", "right answers", "points", "the same adapter on plain weights",
               "training loss", "validation loss"]
     )  # fmt: skip
     asked = max((row["total"] for row in rows if "error" not in row), default=0)
