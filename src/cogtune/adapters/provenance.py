@@ -26,7 +26,15 @@ PROVENANCE_NAME = "cogtune.json"
 FORMAT = 1
 FORMAT_KEYS = tuple(f"quant.{name}" for name in ("experts", "tower", "embedding"))
 """Device and number format of each part of the base in inference."""
-INHERITED = ("model.template", "model.dtype", "model.rope_precision", *FORMAT_KEYS, "data.exif", "data.max_pixels")
+INHERITED = (
+    "model.template",
+    "model.dtype",
+    "model.rope_precision",
+    *FORMAT_KEYS,
+    "data.exif",
+    "data.bit_depth",
+    "data.max_pixels",
+)
 """Keys that inference takes from the training unless the user sets them."""
 
 _LARGEST = 1 << 20

@@ -54,12 +54,19 @@ def _chat(flags: _Flags, line: Arguments) -> None:
     if follow(resolved):
         return
     if flags.image is not None:  # report a wrong path before loading, which takes minutes
-        read_image(flags.image.expanduser(), max_pixels=data.max_pixels, exif=data.exif)
+        read_image(flags.image.expanduser(), max_pixels=data.max_pixels, exif=data.exif, bit_depth=data.bit_depth)
     generator = load(resolved)
     decoding = Decoding.from_section(section, max_new_tokens=2048, published=generator.published)
     if section.seed is not None:
         torch.manual_seed(section.seed)
-    chat = Chat(generator, decoding, max_input_len=section.max_input_len, max_pixels=data.max_pixels, exif=data.exif)
+    chat = Chat(
+        generator,
+        decoding,
+        max_input_len=section.max_input_len,
+        max_pixels=data.max_pixels,
+        exif=data.exif,
+        bit_depth=data.bit_depth,
+    )
     if flags.image is not None:
         note(chat.show(flags.image))
     _talk(chat, flags.query)
@@ -130,7 +137,7 @@ COMMANDS = (
         flags=_Flags,
         places=("[CONFIG.yaml]",),
         keys="answer",
-        counted=(*MODEL_KEYS, *DECODING_KEYS, "data.exif", "data.max_pixels"),
+        counted=(*MODEL_KEYS, *DECODING_KEYS, "data.exif", "data.bit_depth", "data.max_pixels"),
         strict=True,
         most_used=(
             "model.path",

@@ -59,7 +59,7 @@ def _preview(flags: _Flags, line: Arguments) -> None:
     examples, _ = read_sources(config.data, max_images=tokens.encoder().max_images, clips=tokens.reads_clips)
     rows = preview_rows(examples, config.data, tokens, flags.count, flags.record)
     if target is None:
-        _print(rows, flags.width, config.data.exif)
+        _print(rows, flags.width, config.data.exif, config.data.bit_depth)
         return
     from cogtune.data.preview_html import page
     from cogtune.system import files
@@ -67,7 +67,7 @@ def _preview(flags: _Flags, line: Arguments) -> None:
 
     title = tr(_TITLE, data=", ".join(str(folder.path) for folder in config.data.path))
     with explained(target):
-        files.write_text(target, page(rows, title=title, exif=config.data.exif))
+        files.write_text(target, page(rows, title=title, exif=config.data.exif, bit_depth=config.data.bit_depth))
     print(tr("wrote {target}", target=target))
 
 
@@ -87,28 +87,28 @@ def _require_own(target: Path) -> None:
         )
 
 
-def _print(rows: object, width: int, exif: str) -> None:
+def _print(rows: object, width: int, exif: str, bit_depth: str) -> None:
     console = rich_console()
     console.print(
         tr("grey: context; green: trained; violet: special token; underlined: every other token"), style="dim"
     )
     for row in rows:  # type: ignore[attr-defined]
-        _print_row(console, row, width, exif)
+        _print_row(console, row, width, exif, bit_depth)
 
 
-def _print_row(console: Console, row: RowPreview, width: int, exif: str) -> None:
+def _print_row(console: Console, row: RowPreview, width: int, exif: str, bit_depth: str) -> None:
     console.print()
     console.print(row.key, style="bold", markup=False)
     console.print(row.counts(), markup=False)
     for source in row.sources:
         console.print(tr("from {source}", source=source), style="dim", markup=False)
     if width:
-        _print_images(console, row.images, width, exif)
+        _print_images(console, row.images, width, exif, bit_depth)
     for segment in row.segments:
         _print_segment(console, segment)
 
 
-def _print_images(console: Console, images: Sequence[ImageRef], width: int, exif: str) -> None:
+def _print_images(console: Console, images: Sequence[ImageRef], width: int, exif: str, bit_depth: str) -> None:
     """Print what the model sees, two pixels per character: a picture's square, or a clip's frames as a strip."""
     from cogtune.data.picture_headers import turned_note
     from cogtune.data.pixels import shown_squares
@@ -116,7 +116,7 @@ def _print_images(console: Console, images: Sequence[ImageRef], width: int, exif
 
     frames = [image for image in images if isinstance(image, Frame)]
     side = width if not frames else max(8, min(width, console.width // 6))
-    squares = list(shown_squares(images, side, exif=exif))
+    squares = list(shown_squares(images, side, exif=exif, bit_depth=bit_depth))
     if frames:
         text = tr("{path} ({size}), frames {frames}", path=frames[0].path, size=squares[0][1],
                   frames=", ".join(str(frame.index) for frame in frames))  # fmt: skip

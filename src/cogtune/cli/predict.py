@@ -79,7 +79,7 @@ def _predict(flags: _Flags, line: Arguments) -> None:
             most = longest(iter_asked(examples, flags.question), resolved.model, config, decoding.max_new_tokens)
             resolved = resolve(asked, columns=most)
             config = resolved.config
-        settings = answer_settings(resolved, decoding, options, report.fingerprint, report.exif)
+        settings = answer_settings(resolved, decoding, options, report.fingerprint, report.exif, report.bit_depth)
         if flags.question is not None:
             settings.decides["question"] = flags.question
         if share is not None:

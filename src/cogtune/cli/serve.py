@@ -106,7 +106,9 @@ def _options(
         seconds=flags.timeout,
         body_bytes=body,
         keys=keys,
-        pictures=PictureLimits(pixels=pixels, bytes=body, hosts=hosts, exif=config.data.exif),
+        pictures=PictureLimits(
+            pixels=pixels, bytes=body, hosts=hosts, exif=config.data.exif, bit_depth=config.data.bit_depth
+        ),
     )
 
 
@@ -180,7 +182,7 @@ COMMANDS = (
         flags=_Flags,
         places=("[CONFIG.yaml]",),
         keys="answer",
-        counted=(*MODEL_KEYS, *DECODING_KEYS, "data.exif", "data.max_pixels"),
+        counted=(*MODEL_KEYS, *DECODING_KEYS, "data.exif", "data.bit_depth", "data.max_pixels"),
         strict=True,
         most_used=("model.path", "generate.adapter", "generate.device", "quant.experts", "generate.max_new_tokens"),
     ),

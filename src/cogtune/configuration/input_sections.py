@@ -77,6 +77,11 @@ class SourceSection(Section):
         description="The orientation a camera noted in a picture. ignore: as the published code does. apply: turn the"
         " picture as a viewer would.",
     )
+    bit_depth: Literal["clip", "scale"] = Field(
+        default="clip",
+        description="Pictures with more than 8 bits a channel (16 or 32 bits, float). clip: values above 255 are white,"
+        " as in the published code. scale: the picture's lowest value becomes black, its highest white.",
+    )
     labels: Literal["auto", "labels", "labels_en", "labels_zh"] = Field(
         default="auto", description="Which label folder to read. auto: the only one there is."
     )

@@ -160,7 +160,7 @@ def _read(
 
 def _take(report: CheckReport, read: DataReport, problems: Problems, examples: int, data: DataSection) -> None:
     """Report problems: as errors if they would stop training, else as warnings."""
-    for key in ("pictures", "conversations", "turns", "text_only", "frames", "turned", "animated", "special"):
+    for key in ("pictures", "conversations", "turns", "text_only", "frames", "turned", "animated", "deep", "special"):
         report.counts[key] = report.counts.get(key, 0) + int(getattr(read, key))
     report.counts["bad"] = report.counts.get("bad", 0) + sum(problems.lost.values())
     report.sources += [asdict(source) for source in read.sources]

@@ -205,7 +205,9 @@ class TrainRows(Dataset[RowSample]):
 
     def _pixels(self, images: Sequence[ImageRef]) -> tuple[torch.Tensor, ...]:
         data = self._data
-        return tuple(tower_inputs(images, self._image_size, max_pixels=data.max_pixels, exif=data.exif))
+        return tuple(
+            tower_inputs(images, self._image_size, max_pixels=data.max_pixels, exif=data.exif, bit_depth=data.bit_depth)
+        )
 
     def _drawn(self, example: Example, plan: RowPlan, epoch: int) -> list[Sample]:
         """Draw one round per conversation; with probability 1/2 the round before it is its history.

@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 
 from cogtune.data.problems import BadRecordError
 from cogtune.language import tr
-from cogtune.processing.picture_formats import known_formats, unknown_picture
+from cogtune.processing.picture_formats import is_deep, known_formats, unknown_picture
 from cogtune.system.reading import open_file
 
 _ORIENTATION = 0x0112
@@ -37,12 +37,14 @@ Result = TypeVar("Result")
 class PictureHeader:
     """Result of a header check; ``size`` in bytes.
 
-    ``turned``: EXIF asks for a rotation; ``animated``: more than one frame, of which only the first is used.
+    ``turned``: EXIF asks for a rotation; ``animated``: more than one frame, of which only the first is used; ``deep``:
+    more than 8 bits a channel.
     """
 
     size: int
     turned: bool = False
     animated: bool = False
+    deep: bool = False
 
 
 def check_picture(path: Path, max_pixels: int | None) -> PictureHeader:
@@ -69,9 +71,8 @@ def check_picture(path: Path, max_pixels: int | None) -> PictureHeader:
                         ),
                     )
                 form = image.format or ""
-                header = PictureHeader(
-                    size, _is_turned(image), form in _ANIMATED and bool(getattr(image, "is_animated", False))
-                )
+                animated = form in _ANIMATED and bool(getattr(image, "is_animated", False))
+                header = PictureHeader(size, _is_turned(image), animated, is_deep(image))
                 stream.seek(max(0, size - _TAIL))
                 complete = form in _END_MARKS and _END_MARKS[form] in stream.read()
                 if not complete:

@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 
 
 def tower_inputs(
-    images: Sequence[ImageRef], size: int, *, max_pixels: int | None = None, exif: str = "ignore"
+    images: Sequence[ImageRef],
+    size: int,
+    *,
+    max_pixels: int | None = None,
+    exif: str = "ignore",
+    bit_depth: str = "clip",
 ) -> Iterator[torch.Tensor]:
     """Yield float32 [3, S, S] for each image; a clip is decoded once, and one frame of it is in memory at a time.
 
@@ -33,10 +38,12 @@ def tower_inputs(
         return
     for image in images:
         assert not isinstance(image, Frame)
-        yield preprocess(read_image(image, max_pixels=max_pixels, exif=exif), size)
+        yield preprocess(read_image(image, max_pixels=max_pixels, exif=exif, bit_depth=bit_depth), size)
 
 
-def shown_squares(images: Sequence[ImageRef], side: int, *, exif: str = "ignore") -> Iterator[tuple[Image.Image, str]]:
+def shown_squares(
+    images: Sequence[ImageRef], side: int, *, exif: str = "ignore", bit_depth: str = "clip"
+) -> Iterator[tuple[Image.Image, str]]:
     """Yield for people what the model sees: a square of ``side`` pixels, and the size of the original."""
     frames = [image for image in images if isinstance(image, Frame)]
     for pixels in decode(frames):
@@ -45,6 +52,6 @@ def shown_squares(images: Sequence[ImageRef], side: int, *, exif: str = "ignore"
         yield scaled.crop((left, top, left + side, top + side)), f"{pixels.shape[1]} x {pixels.shape[0]}"
     for image in images:
         if not isinstance(image, Frame):
-            picture = read_image(image, exif=exif)
+            picture = read_image(image, exif=exif, bit_depth=bit_depth)
             square = picture.resize((side, side), Image.Resampling.BICUBIC)
             yield square, f"{picture.width} x {picture.height}"

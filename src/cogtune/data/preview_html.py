@@ -46,9 +46,9 @@ MARK = '<meta name="generator" content="cogtune data preview">'
 _BRANCHES = ("#4878a8", "#c0603a", "#5a9a5a", "#9a5a9a", "#a8892c", "#4a9a9a")
 
 
-def page(rows: Iterable[RowPreview], *, title: str, exif: str = "ignore") -> str:
+def page(rows: Iterable[RowPreview], *, title: str, exif: str = "ignore", bit_depth: str = "clip") -> str:
     """Return the page, with small copies of the squares that the model sees; ``exif`` as in `read_image`."""
-    body = "\n".join(_row(row, exif) for row in rows)
+    body = "\n".join(_row(row, exif, bit_depth) for row in rows)
     marks = (
         f'<span class="t context">{tr("context")}</span> <span class="t trained">{tr("trained")}</span> '
         f'<span class="t special">{tr("special token")}</span> '
@@ -68,7 +68,7 @@ def page(rows: Iterable[RowPreview], *, title: str, exif: str = "ignore") -> str
     )
 
 
-def _row(row: RowPreview, exif: str) -> str:
+def _row(row: RowPreview, exif: str, bit_depth: str) -> str:
     about = f"{', '.join(row.sources)}: {row.counts()}"
     children: dict[int, list[Segment]] = {}
     for segment in row.segments:
@@ -76,7 +76,7 @@ def _row(row: RowPreview, exif: str) -> str:
     tree = "".join(_segment(segment, children) for segment in children.get(-1, []))
     return (
         f'<h2>{html.escape(row.key)}</h2><p class="about">{html.escape(about)}</p>'
-        f'<div class="row">{_figures(row, exif)}<div class="tree">{tree}</div></div>'
+        f'<div class="row">{_figures(row, exif, bit_depth)}<div class="tree">{tree}</div></div>'
     )
 
 
@@ -97,16 +97,16 @@ def _token(token: Token) -> str:
     return f'<span class="t {kind}">{shown}</span>'
 
 
-def _figures(row: RowPreview, exif: str) -> str:
+def _figures(row: RowPreview, exif: str, bit_depth: str) -> str:
     if not row.images:
         return f"<figure><figcaption>{tr('no picture')}</figcaption></figure>"
-    return images_html(row.images, exif)
+    return images_html(row.images, exif, bit_depth)
 
 
-def images_html(images: Sequence[ImageRef], exif: str) -> str:
+def images_html(images: Sequence[ImageRef], exif: str, bit_depth: str = "clip") -> str:
     """Return what the model sees: a picture's square, or a clip's frames as a strip."""
     strip = len(images) > 1
-    shown = shown_squares(images, _STRIP_SIDE if strip else _SIDE, exif=exif)
+    shown = shown_squares(images, _STRIP_SIDE if strip else _SIDE, exif=exif, bit_depth=bit_depth)
     figures = [_figure(image, square, size, exif) for image, (square, size) in zip(images, shown, strict=True)]
     return f'<div class="strip">{"".join(figures)}</div>' if strip else "".join(figures)
 

@@ -71,9 +71,11 @@ class DataReport:
     notes: list[str] = field(default_factory=list)
     fingerprint: str = ""
     exif: str = "ignore"
+    bit_depth: str = "clip"
     frames: int = 0
     turned: int = 0
     animated: int = 0
+    deep: int = 0
     special: int = 0
     tagged: int = 0
     first_tag: tuple[str, str] = ("", "")
@@ -90,6 +92,7 @@ class DataReport:
     def count_header(self, header: PictureHeader) -> None:
         self.turned += header.turned
         self.animated += header.animated
+        self.deep += header.deep
 
     def close(self, examples: Iterable[Example]) -> None:
         """Sum the sources, count special tokens in the texts, and compute the fingerprint."""
@@ -142,6 +145,8 @@ class DataReport:
             lines.append(tr("{turned} pictures have an EXIF orientation: {done}", turned=self.turned, done=done))
         if self.animated:
             lines.append(tr("{animated} pictures are animated: the first frame is used", animated=self.animated))
+        if self.deep and self.bit_depth == "scale":
+            lines.append(tr("{count} pictures have more than 8 bits a channel: scaled to 8", count=self.deep))
         lines += [tr(SIGNS[sign], count=count) for sign, count in self.signs.items()]
         if self.untrained:
             lines.append(tr("{count} answers are marked as not to be trained: history only", count=self.untrained))
@@ -172,6 +177,13 @@ class DataReport:
                 pictures=self.pictures,
             )
             found.append(("turned-pictures", "", what))
+        if self.deep and self.bit_depth == "clip":
+            what = tr(
+                "{count} pictures have more than 8 bits a channel: values above 255 become white, as in the published"
+                " code; data.bit_depth scale brings each picture's values into range",
+                count=self.deep,
+            )
+            found.append(("deep-pictures", "", what))
         if self.conversations and self.text_only / self.conversations > _MOSTLY:
             share = tr(
                 "{conversations} of {self_conversations} conversations have a picture",

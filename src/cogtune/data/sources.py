@@ -111,7 +111,7 @@ def collect_sources(
         ).error()
     examples = _without_repeated_ids(_merged(examples), problems)
     report.bad, report.bad_examples = dict(problems.lost), problems.examples()
-    report.exif = data.exif
+    report.exif, report.bit_depth = data.exif, data.bit_depth
     report.frames = sum(len(example.images) for example in examples) if clips else 0
     report.close(examples)
     return examples, report, problems

@@ -68,7 +68,7 @@ def answer(
     section, sources = contestant.config.generate, resolved.config.data
     decoding = _greedy(section.max_new_tokens)
     options = PredictOptions(section.batch_size, section.own_history, section.max_input_len)
-    own = answer_settings(resolved, decoding, options, fingerprint, sources.exif)
+    own = answer_settings(resolved, decoding, options, fingerprint, sources.exif, sources.bit_depth)
     adapter = own.decides["adapter"]
     stem = f"adapter-{adapter[:12]}" if adapter else f"model-{own.decides['model'][:12]}"
     found: dict[str | None, Answered] = {}

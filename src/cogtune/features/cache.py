@@ -98,11 +98,18 @@ class FeatureCache:
     """Created by every process of a run together. ``images`` may contain a file twice; ``exif`` as in `read_image`."""
 
     def __init__(
-        self, root: Path, variant: FeatureVariant, images: Collection[ImageRef], ranks: Group, *, exif: str = "ignore"
+        self,
+        root: Path,
+        variant: FeatureVariant,
+        images: Collection[ImageRef],
+        ranks: Group,
+        *,
+        exif: str = "ignore",
+        bit_depth: str = "clip",
     ) -> None:
         self.store = Store(root, variant)
         self._root, self._ranks = root, ranks
-        self._index = PictureIndex(root, int(variant.shape["image_size"]), exif)
+        self._index = PictureIndex(root, int(variant.shape["image_size"]), exif, bit_depth)
         self._lease, self._filling = Lease(root), Lease(root)
         if root.is_dir():
             self._begin()

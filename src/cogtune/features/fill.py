@@ -70,6 +70,7 @@ class FillSettings:
     image_size: int
     max_pixels: int | None
     exif: str = "ignore"
+    bit_depth: str = "clip"
     batch: int = 1
     workers: int = 4
     skip_bad: bool = False
@@ -177,7 +178,10 @@ class Filler:
                 digest = frame_digest(frame, size)
                 pixels = None if self._store.has(digest) else preprocess_frame(frame, size)
             else:
-                resized = resize(read_image(image, max_pixels=settings.max_pixels, exif=settings.exif), size)
+                resized = resize(
+                    read_image(image, max_pixels=settings.max_pixels, exif=settings.exif, bit_depth=settings.bit_depth),
+                    size,
+                )
                 digest = pixel_digest(resized, size)
                 pixels = None if self._store.has(digest) else normalise(resized)
             pinned = pixels is not None and self._device.type == "cuda"

@@ -57,9 +57,9 @@ class Stamp:
 class PictureIndex:
     """The index of one cache folder for pictures preprocessed to ``image_size``; ``exif`` as in `read_image`."""
 
-    def __init__(self, root: Path, image_size: int, exif: str = "ignore") -> None:
+    def __init__(self, root: Path, image_size: int, exif: str = "ignore", bit_depth: str = "clip") -> None:
         jpeg = pillow_features.version("libjpeg_turbo") or pillow_features.version("jpg")
-        turned = "" if exif == "ignore" else f" exif {exif}"
+        turned = ("" if exif == "ignore" else f" exif {exif}") + ("" if bit_depth == "clip" else f" depth {bit_depth}")
         self._scope = checksum(f"{PREPROCESSING} {image_size} {PIL.__version__} {jpeg}{turned}".encode())
         self._root, self._path = root, root / INDEX_FOLDER / INDEX_FILE
         self._by_stamp: dict[str, str] = {}

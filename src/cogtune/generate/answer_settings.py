@@ -10,13 +10,13 @@ from cogtune.generate.predictions_file import AnswerSettings
 
 
 def answer_settings(
-    resolved: Resolved, decoding: Decoding, options: PredictOptions, data: str, exif: str
+    resolved: Resolved, decoding: Decoding, options: PredictOptions, data: str, exif: str, bit_depth: str = "clip"
 ) -> AnswerSettings:
     """Return what decides the answers, under the names of the flags.
 
     Args:
         data: the fingerprint of what is asked.
-        exif: how pictures with an EXIF orientation were read.
+        exif, bit_depth: how pictures with an EXIF orientation, or more than 8 bits a channel, were read.
     """
     config = resolved.config
     sampled: dict[str, int] = {"seed": options.seed} if decoding.sample else {}
@@ -37,6 +37,8 @@ def answer_settings(
     decides |= {f"quant.{part}": form for part, form in config.quant.formats.items() if form != "none"}
     if exif != "ignore":
         decides["data.exif"] = exif
+    if bit_depth != "clip":
+        decides["data.bit_depth"] = bit_depth
     adapter = None if resolved.adapter is None else str(resolved.adapter)
     paths = [str(folder.path) for folder in config.data.path]
     shown = {"model": resolved.model, "adapter": adapter, "data": paths, "device": str(resolved.device)}

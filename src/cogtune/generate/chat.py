@@ -42,11 +42,12 @@ class Chat:
         max_input_len: int | None = None,
         max_pixels: int | None = None,
         exif: str = "ignore",
+        bit_depth: str = "clip",
     ) -> None:
         self.generator = generator
         self.decoding = decoding
         self.max_input_len = max_input_len
-        self._read = partial(read_image, max_pixels=max_pixels, exif=exif)
+        self._read = partial(read_image, max_pixels=max_pixels, exif=exif, bit_depth=bit_depth)
         self.images: tuple[Shown, ...] = ()
         self.history: list[tuple[str, str]] = []
 

@@ -54,6 +54,7 @@ class Generator:
         template: ``chat``, ``vqa`` or ``base``; None: the checkpoint's own.
         decoding: how the next token is chosen where a call does not say.
         exif: ``apply`` turns the pictures of files as their orientation says; ``ignore``, as in training by default.
+        bit_depth: ``scale`` brings pictures with more than 8 bits a channel into range; see `read_image`.
         max_pixels: files of larger pictures are refused; None: Pillow's own limit.
         slots: the most answers that are computed at once.
 
@@ -71,6 +72,7 @@ class Generator:
         template: str | None = None,
         decoding: Decoding = GREEDY,
         exif: str = "ignore",
+        bit_depth: str = "clip",
         max_pixels: int | None = None,
         slots: int = 8,
     ) -> None:
@@ -80,7 +82,7 @@ class Generator:
         self.template = template
         self.decoding = decoding
         self._max_pixels = max_pixels
-        self._read = partial(read_image, max_pixels=max_pixels, exif=exif)
+        self._read = partial(read_image, max_pixels=max_pixels, exif=exif, bit_depth=bit_depth)
         self._files: dict[tuple[str, int, int], Image.Image] = {}
         self._earlier: dict[tuple[str, int, int], Image.Image] = {}
         self.published: GenerationConfig = self.model.generation_config

@@ -50,6 +50,7 @@ GENERATOR_KEYS = (
     "generate.temperature",
     "generate.top_",
     "data.exif",
+    "data.bit_depth",
     "data.max_pixels",
 )
 """Prefixes of the keys that a `Generator` uses; the others belong to a chat or a data set."""
@@ -291,6 +292,7 @@ def _default_decoding(choice: Resolved) -> dict[str, Any]:
         "template": config.model.template,
         "decoding": Decoding.from_section(config.generate),
         "exif": config.data.exif,
+        "bit_depth": config.data.bit_depth,
         "max_pixels": config.data.max_pixels,
         "slots": config.generate.batch_size,
     }

@@ -261,7 +261,11 @@ class Predictor:
         size = self.generator.processor.image_size
         if isinstance(images[0], Frame):
             return tuple(tower_inputs(images, size))
-        limits: dict[str, Any] = {"max_pixels": self.data.max_pixels, "exif": self.data.exif}
+        limits: dict[str, Any] = {
+            "max_pixels": self.data.max_pixels,
+            "exif": self.data.exif,
+            "bit_depth": self.data.bit_depth,
+        }
         return tuple(read_image(image, **limits) for image in images if not isinstance(image, Frame))
 
     def _skip(self, place: int, error: DataError) -> None:

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cogtune.errors import DataError, InputError
 from cogtune.language import tr
-from cogtune.processing.picture_formats import known_formats, unknown_picture
+from cogtune.processing.picture_formats import is_deep, known_formats, unknown_picture
 
 if TYPE_CHECKING:
     import torch
@@ -30,13 +30,18 @@ PREPROCESSING = 1
 """Increased whenever preprocessing gives other numbers for a picture, which invalidates cached features."""
 
 _HEADER_LOCK = threading.Lock()
+_URL = re.compile(r"(?:https?|ftp|file|s3|gs|oss):/", re.IGNORECASE)
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 
 
-def read_image(path: str | Path, *, max_pixels: int | None = None, exif: str = "ignore") -> Image.Image:
+def read_image(
+    path: str | Path, *, max_pixels: int | None = None, exif: str = "ignore", bit_depth: str = "clip"
+) -> Image.Image:
     """Decode a picture to RGB as the published code does: ``convert("RGB")``, EXIF orientation not applied.
 
-    With ``exif`` "apply" the picture is turned as its EXIF orientation says.
+    With ``exif`` "apply" the picture is turned as its EXIF orientation says. ``bit_depth`` concerns pictures with more
+    than 8 bits a channel (`is_deep`): "clip" makes values above 255 white, as the published code does; "scale" makes
+    the lowest value black and the highest white.
 
     The format is told by content, not by suffix. A picture of more than ``max_pixels`` pixels is refused from its
     header, before anything is decoded; None is Pillow's own limit (178,956,970).
@@ -46,6 +51,12 @@ def read_image(path: str | Path, *, max_pixels: int | None = None, exif: str = "
             and ``image-truncated`` (cut off or damaged).
     """
     path = Path(path)
+    if _URL.match(str(path)):
+        raise DataError(
+            tr("{path}: a web address or URL; a file was expected", path=path),
+            hint=tr("download the picture, and give the file's path"),
+            code="image-url",
+        )
     if not path.is_file():
         raise DataError(tr("{path}: no such picture", path=path), hint=tr("check the path"), code="image-missing")
     if path.stat().st_size == 0:
@@ -55,10 +66,10 @@ def read_image(path: str | Path, *, max_pixels: int | None = None, exif: str = "
             code="image-empty",
         )
     with _open_header(path, max_pixels) as image:
-        return to_rgb(image, str(path), exif=exif)
+        return to_rgb(image, str(path), exif=exif, bit_depth=bit_depth)
 
 
-def to_rgb(image: Image.Image, where: str, *, exif: str = "ignore") -> Image.Image:
+def to_rgb(image: Image.Image, where: str, *, exif: str = "ignore", bit_depth: str = "clip") -> Image.Image:
     """Decode an opened picture to mode RGB; ``where`` names it in errors.
 
     Raises:
@@ -68,6 +79,8 @@ def to_rgb(image: Image.Image, where: str, *, exif: str = "ignore") -> Image.Ima
         image.load()
         if exif == "apply":
             image = ImageOps.exif_transpose(image)
+        if bit_depth == "scale" and is_deep(image):
+            image = _scaled(image)
         return image.convert("RGB")
     except MemoryError:
         raise
@@ -101,6 +114,18 @@ def pixels_of_picture(image: Any, size: int) -> torch.Tensor:
             code="image-url",
         )
     return preprocess(read_image(path), size)
+
+
+def _scaled(image: Image.Image) -> Image.Image:
+    """Return the picture in 8 bits: its lowest value 0, its highest 255; values that are not finite count as lowest."""
+    values = np.asarray(image).astype(np.float64)
+    finite = np.isfinite(values)
+    if not finite.any():
+        return Image.fromarray(np.zeros(values.shape, np.uint8))
+    low, high = values[finite].min(), values[finite].max()
+    with np.errstate(all="ignore"):
+        shares = (np.where(finite, values, low) - low) / max(high - low, np.finfo(np.float64).tiny)
+    return Image.fromarray(np.rint(255 * shares).astype(np.uint8))
 
 
 def preprocess(image: Image.Image, size: int) -> torch.Tensor:

@@ -36,3 +36,8 @@ def unknown_picture(file: Path | bytes) -> str:
         if name not in FORMATS and accept is not None and accept(start) is True:
             return tr("a picture in the format {name}, which is not opened here", name=name)
     return tr("not a picture of a known format")
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Return whether a picture, opened or decoded, has more than 8 bits a channel that conversion to RGB would clip."""
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")

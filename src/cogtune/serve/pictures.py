@@ -41,6 +41,7 @@ class PictureLimits:
         hosts: names of hosts that pictures are fetched from; none: nothing is fetched.
         seconds: time limit for fetching one picture.
         exif: ``apply`` rotates pictures by their orientation tag, ``ignore`` does not, as in training.
+        bit_depth: as in `read_image`.
     """
 
     pixels: int = 40_000_000
@@ -48,6 +49,7 @@ class PictureLimits:
     hosts: tuple[str, ...] = ()
     seconds: float = 10.0
     exif: str = "ignore"
+    bit_depth: str = "clip"
 
 
 def open_pictures(addresses: Sequence[str], limits: PictureLimits) -> tuple[Image.Image, ...]:
@@ -61,7 +63,7 @@ def open_pictures(addresses: Sequence[str], limits: PictureLimits) -> tuple[Imag
     if pixels > limits.pixels:
         raise bad_request("messages", f"the pictures have {pixels} pixels together; at most {limits.pixels}")
     try:
-        return tuple(to_rgb(image, "the picture", exif=limits.exif) for image in opened)
+        return tuple(to_rgb(image, "the picture", exif=limits.exif, bit_depth=limits.bit_depth) for image in opened)
     except DataError as error:
         raise bad_request("messages", error.message, error.code) from error
 

@@ -146,7 +146,7 @@ def open_cache(
     variant = make_variant(
         fingerprint, model_config, compute, stored if data.cache_dtype == "auto" else data.cache_dtype
     )
-    cache = FeatureCache(root, variant, images, group, exif=data.exif)
+    cache = FeatureCache(root, variant, images, group, exif=data.exif, bit_depth=data.bit_depth)
     lookup, each = cache.lookup, cache.picture_bytes
     log.info(
         tr(
@@ -184,6 +184,7 @@ def fill(config: RunConfig, cache: FeatureCache, group: Group, dtype: torch.dtyp
         image_size=load_model_config(path).image_size,
         max_pixels=data.max_pixels,
         exif=data.exif,
+        bit_depth=data.bit_depth,
         batch=data.cache_batch,
         workers=max(1, resolve_workers(data.workers, group.local_size)),
         skip_bad=data.on_bad == "skip",

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from cogtune.checkpoint import resume_state as checkpoints
+from cogtune.configuration.field_types import fields_of
 from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import CheckpointError, OutputFolderError, RunError
 from cogtune.language import phrase, tr
@@ -48,6 +49,8 @@ class RunIdentity:
         """Return one line for each key that differs, with its name and both values."""
         lines = []
         for key in sorted((self.keys.keys() | stored.keys.keys()) - free):
+            if key not in stored.keys and _is_default(key, self.keys[key]):
+                continue  # a key that came later: earlier runs had its default
             if self.keys.get(key) != stored.keys.get(key):
                 lines.append(
                     tr(
@@ -64,6 +67,14 @@ class RunIdentity:
 
 
 _RESULT = {"step", "best_step", "best_loss"}
+
+
+def _is_default(key: str, value: Any) -> bool:
+    found = fields_of(RunConfig).get(key)
+    if found is None or found.is_required():
+        return False
+    default = found.get_default(call_default_factory=True)
+    return bool(value == (list(default) if isinstance(default, tuple) else default))
 
 
 @dataclass(frozen=True)
