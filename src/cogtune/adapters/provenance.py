@@ -18,6 +18,7 @@ from cogtune.configuration.answer_config import AnswerConfig
 from cogtune.configuration.load import explicit_values, from_entries, with_values
 from cogtune.configuration.problems import Entry
 from cogtune.configuration.run_config import RunConfig
+from cogtune.configuration.withdrawn import CONSTANT
 from cogtune.errors import AdapterError, ConfigError
 from cogtune.language import tr
 from cogtune.system import files
@@ -115,7 +116,11 @@ def read_provenance(folder: Path) -> Provenance | None:
     content = _content(path)
     unknown = [key for key in content if key not in {"format", "settings", *_TYPES}]
     settings = _mapping(path, content, "settings")
-    unknown += [f"settings.{key}" for key in settings if key not in INHERITED]
+    unknown += [
+        f"settings.{key}"
+        for key, value in settings.items()
+        if key not in INHERITED and (key not in CONSTANT or value != CONSTANT[key])
+    ]
     parts: dict[str, dict[str, Any]] = {}
     for part, kinds in _TYPES.items():
         parts[part] = _mapping(path, content, part)

@@ -18,7 +18,7 @@ from cogtune.configuration.keys import Key, aliases, known_keys, nearest_key, se
 from cogtune.configuration.problems import Entry, explain, keys_hint
 from cogtune.configuration.run_config import RunConfig
 from cogtune.configuration.values import Section
-from cogtune.configuration.withdrawn import INSTEAD
+from cogtune.configuration.withdrawn import CONSTANT, INSTEAD
 from cogtune.configuration.yaml_text import describe, parse_value, read_mapping
 from cogtune.errors import ConfigError
 from cogtune.language import tr
@@ -159,7 +159,7 @@ def _file_entries(path: Path, root: type[Section]) -> Iterator[tuple[str, Entry]
         seen.add(key)
         if _is_key(key, root):
             yield key, Entry(value, f"{path}: {key}")
-        elif not any(_is_key(key, other) for other in _ROOTS):
+        elif not any(_is_key(key, other) for other in _ROOTS) and (key not in CONSTANT or value != CONSTANT[key]):
             raise unknown_key(key, tr("{path}: unknown key `{key}`", path=path, key=key), root=root)
 
 

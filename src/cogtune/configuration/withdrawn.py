@@ -16,4 +16,4 @@ INSTEAD = {
 """A key, or ``key=value``, and a template that says what to use instead of it."""
 
 CONSTANT = {"quant.glu_adapter": "none", "quant.head": "none"}
-"""Keys that are gone and decided what is learnt: the value that every run has now."""
+"""Keys that are gone and decided what is learnt: the value that every run has now. Files of earlier runs may say it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy
 import pytest
 from pydantic import ValidationError
 
+from cogtune.configuration.answer_config import AnswerConfig
 from cogtune.configuration.load import load_answer_config, load_config, with_values
 from cogtune.configuration.run_config import RunConfig, TrainSection
 from cogtune.errors import ConfigError
@@ -301,7 +303,7 @@ def test_a_wrong_python_value_names_the_key(name: str, value: object, message: s
     ("key", "value", "instead"),
     [
         ("quant.head", "int8", "leave it out; quant.experts, quant.tower and quant.embedding make a model smaller"),
-        ("quant.glu_adapter", "none", "leave it out; "),
+        ("quant.glu_adapter", "int8", "leave it out; "),
         ("train.optimizer", "paged_adamw", "use train.optimizer adamw8bit, "),
         ("train.optimizer", "paged_adamw8bit", "use train.optimizer adamw8bit, "),
     ],
@@ -322,6 +324,16 @@ def test_what_earlier_versions_had_is_refused_with_what_to_use_instead(
             refused()
         assert key in caught.value.message
         assert (caught.value.hint or "").startswith(instead)
+
+
+@pytest.mark.parametrize("read", [load_config, load_answer_config])
+def test_a_file_of_an_earlier_run_may_say_what_every_run_has_now(
+    tmp_path: Path, read: Callable[..., RunConfig | AnswerConfig]
+) -> None:
+    """Every output folder's ``config.yaml`` has every key."""
+    path = written(tmp_path, "quant: {experts: nf4, head: none, glu_adapter: none}")
+    config = read(path, NEEDED if read is load_config else {})
+    assert config.quant.experts == "nf4"
 
 
 @pytest.mark.parametrize(
