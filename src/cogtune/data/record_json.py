@@ -10,7 +10,7 @@ from typing import Any
 
 from cogtune.data.problems import BadRecordError
 from cogtune.data.records import Turn
-from cogtune.language import tr
+from cogtune.language import phrase, tr
 from cogtune.system.names import is_unicode
 
 MAX_TURNS = 1000
@@ -300,12 +300,15 @@ def kind_of(value: Any) -> str:
     """Return the JSON name of a value's type, with its article."""
     if value is None:
         return "null"
-    names = {
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        str: "a text",
-        list: "a list",
-        dict: tr("an object"),
-    }
-    return names.get(type(value), type(value).__name__)
+    name = _KINDS.get(type(value))
+    return type(value).__name__ if name is None else tr(name)
+
+
+_KINDS: dict[type, str] = {
+    bool: phrase("a boolean"),
+    int: phrase("a number"),
+    float: phrase("a number"),
+    str: phrase("a text"),
+    list: phrase("a list"),
+    dict: phrase("an object"),
+}

@@ -30,6 +30,14 @@ RECORDS: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
     ),
     "instruction, no input": ({"instruction": "color?", "input": "", "output": "red", "image": "p.png"}, PAIR),
     "prompt, completion": ({"image": "p.png", "prompt": "color?", "completion": "red"}, PAIR),
+    "prompt, completion as messages": (
+        {
+            "images": ["p.png"],
+            "prompt": [{"role": "user", "content": "<image>color?"}],
+            "completion": [{"role": "assistant", "content": "red"}],
+        },
+        PAIR,
+    ),
     "caption": ({"image": "p.png", "caption": "A square."}, [(CAPTION, "A square.")]),
     "text": ({"file_name": "p.png", "text": "A square."}, [(CAPTION, "A square.")]),
     "captions": ({"image": "p.png", "captions": ["A.", "B."]}, [(CAPTION, "A."), (CAPTION, "B.")]),

@@ -4,6 +4,7 @@
 | --- | --- |
 | question | ``question``, ``query``, ``prompt``, ``instruction`` followed by ``input``, or ``input`` alone |
 | its answer | ``answer``, ``response``, ``output``, ``completion`` |
+| both as messages | ``prompt`` and ``completion``: lists of messages with ``role`` and ``content`` |
 | what was said before | ``history``: a list of (question, answer) |
 | caption | ``caption``, ``captions``, ``text``; its question is ``data.caption_question`` |
 | picture | ``image``, ``images``, ``file_name`` |
@@ -15,7 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from cogtune.data.formats.item import Content, RecordRules
-from cogtune.data.formats.messages import Message, content_of
+from cogtune.data.formats.messages import Message, content_of, read_conversation
 from cogtune.data.formats.pictures import keys_text, picture_sources, refuse_unread
 from cogtune.data.problems import BadRecordError
 from cogtune.data.record_json import checked_text, identity_of, is_blank, kind_of
@@ -51,6 +52,9 @@ def read_flat(record: Any, rules: RecordRules, form: str) -> Content:
     if not isinstance(record, Mapping):
         raise BadRecordError("wrong-root", tr("{kind} found, an object was expected", kind=kind_of(record)))
     row = {str(key).lower(): value for key, value in record.items()}
+    if isinstance(row.get("prompt"), list | tuple) and isinstance(row.get("completion"), list | tuple):
+        rest = {key: value for key, value in row.items() if key not in ("prompt", "completion")}
+        return read_conversation({**rest, "messages": [*row["prompt"], *row["completion"]]}, rules, form)
     pictures = _pictures(row)
     identity = None if is_blank(row.get("id")) else identity_of(row)
     asked = _one_of(row, QUESTIONS)
