@@ -198,7 +198,10 @@ def test_a_cache_that_may_only_be_read(
     assert "cannot be written (Permission denied)" in capsys.readouterr().out
 
 
-def test_a_picture_that_cannot_be_decoded_is_found_while_filling(run: Run, data: Path, tmp_path: Path) -> None:
+def test_a_picture_that_cannot_be_decoded_is_found_while_filling(
+    run: Run, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With ``data.on_bad: skip`` its features are left out, and another row is trained in its place."""
     run.data = Path(shutil.copytree(data, tmp_path / "data"))
     shutil.copy(data.with_suffix(".jsonl"), tmp_path / "data.jsonl")
     for name in ("001", "002"):
@@ -210,8 +213,10 @@ def test_a_picture_that_cannot_be_decoded_is_found_while_filling(run: Run, data:
     with pytest.raises(DataError) as caught:
         run("bad")
     assert caught.value.code == "image-truncated"
+    run("skip", data__on_bad="skip", data__max_bad_share=0.9)
+    said = capsys.readouterr().out
+    for name in ("001.png", "002.png"):
+        assert f"{name}: the picture is incomplete or damaged" in said
     with pytest.raises(CogtuneError) as caught:
-        run("skip", data__on_bad="skip")
-    assert "2 pictures cannot be read" in caught.value.message
-    assert "001.png" in caught.value.message
-    assert "002.png" in caught.value.message
+        run("too many", data__on_bad="skip", data__max_bad_share=0.01)
+    assert caught.value.code == "data-bad-share"

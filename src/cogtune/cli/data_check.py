@@ -35,6 +35,7 @@ _BAR = 30
 
 @dataclass(frozen=True)
 class _Flags:
+    full: bool = flag(False, "Decode every picture, as training will; else the first ones and a share of the others.")
     json: bool = flag(False, "Print everything as JSON on standard output, every finding included.")
 
 
@@ -46,7 +47,7 @@ def _check(flags: _Flags, line: Arguments) -> int:
 
     tokens = find_token_file(model, config.model.template)
     with progress_bar() as progress:
-        report = check(config.data, config.train.seed, tokens, progress)
+        report = check(config.data, config.train.seed, tokens, progress, full=flags.full)
     if model is not None and not tokens.exact:
         report.notes.append(tr("no tokenizer.json at {model}: lengths are estimates", model=model))
     if flags.json:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cogtune.data import duplicates
 from cogtune.data.budget import Budget
+from cogtune.data.picture_headers import Decodes
 from cogtune.data.problems import Problem, Problems
 from cogtune.data.records import Conversation, Example
 from cogtune.data.report import DataReport
@@ -103,17 +104,36 @@ class CheckReport:
         }
 
 
-def check(data: DataSection, seed: int, tokens: TokenFile, progress: ProgressCallback | None = None) -> CheckReport:
-    """Read everything that ``data`` names and report on it. Bad data raises nothing: it is in the report."""
+def check(
+    data: DataSection,
+    seed: int,
+    tokens: TokenFile,
+    progress: ProgressCallback | None = None,
+    *,
+    full: bool = False,
+) -> CheckReport:
+    """Read everything that ``data`` names and report on it. Bad data raises nothing: it is in the report.
+
+    ``full``: decode every picture, as training will; else the first ones and a share of the others.
+    """
     began = time.monotonic()
     report = CheckReport(tokens.exact)
     tell = progress or (lambda *_: None)
     try:
-        examples, validation, found = _read(data, seed, report, tell, tokens)
+        examples, validation, found = _read(data, seed, report, tell, tokens, decodes := Decodes(full=full))
     except DataError as error:
         report.add("error", error.code, "", error.message)
         report.seconds = time.monotonic() - began
         return report
+    pictures = len({image for example in [*examples, *validation] for image in example.images})
+    if decodes.count < pictures and not tokens.reads_clips:
+        report.notes.append(
+            tr(
+                "{count} of {pictures} pictures were decoded; --full decodes all",
+                count=decodes.count,
+                pictures=pictures,
+            )
+        )
     _describe(report, [*examples, *validation])
     contents = duplicates.picture_contents(
         [*examples, *validation], lambda done, total: tell(tr("pictures of equal size"), done, total)
@@ -128,7 +148,7 @@ def check(data: DataSection, seed: int, tokens: TokenFile, progress: ProgressCal
 
 
 def _read(
-    data: DataSection, seed: int, report: CheckReport, tell: ProgressCallback, tokens: TokenFile
+    data: DataSection, seed: int, report: CheckReport, tell: ProgressCallback, tokens: TokenFile, decodes: Decodes
 ) -> tuple[list[Example], list[Example], int]:
     """Return training and validation examples, and the number of problems."""
 
@@ -136,12 +156,12 @@ def _read(
         tell(tr("pictures and labels"), count, total)
 
     model: dict[str, Any] = {"max_images": tokens.encoder().max_images, "clips": tokens.reads_clips}
-    examples, read, problems = collect_sources(data, done=done, **model)
+    examples, read, problems = collect_sources(data, done=done, decodes=decodes, **model)
     _take(report, read, problems, len(examples), data)
     report.fingerprint = read.fingerprint
     found = len(problems.found)
     if data.validation:
-        validation, own, own_problems = collect_sources(data, data.validation, done, **model)
+        validation, own, own_problems = collect_sources(data, data.validation, done, decodes=decodes, **model)
         _take(report, own, own_problems, len(validation), data)
         try:
             refuse_overlap(examples, validation)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,9 @@ from cogtune.processing.tree import Row, build_tree
 if TYPE_CHECKING:
     from cogtune.configuration.run_config import DataSection
 
+_MOST_IN_PLACE = 32
+"""Rows in a row that are tried in place of one whose images cannot be decoded."""
+
 RowIndex = tuple[int, int]
 Features = Callable[[ImageRef], torch.Tensor]
 """Returns an image's features [Q, W]: the output of the vision tower."""
@@ -40,6 +43,8 @@ class RowSample:
     pixel_values: tuple[torch.Tensor, ...]
     record_ids: tuple[str, ...]
     image_features: tuple[torch.Tensor, ...] = ()
+    skipped: tuple[str, ...] = ()
+    """What was wrong with the images of rows in whose place this one stands."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,7 @@ class TrainRows(Dataset[RowSample]):
         self._data = data
         self._image_size = image_size
         self._seed = seed
+        self._required = required
         self._features: Features | None = None
         budget = Budget(encoder, data)
         self._plans: list[RowPlan] = []
@@ -189,10 +195,28 @@ class TrainRows(Dataset[RowSample]):
     def row(self, epoch: int, index: int) -> RowSample:
         """Build one row. The epoch matters only for ``data.turns: one_random``.
 
+        With ``data.on_bad: skip``, a row whose images cannot be decoded is replaced by the next one in training, and
+        by a filler in validation.
+
         Raises:
             DataError: an image cannot be decoded.
             CogtuneError: features cannot be read.
         """
+        skipped: list[str] = []
+        while True:
+            try:
+                row = self._row(epoch, (index + len(skipped)) % len(self._plans))
+            except DataError as error:
+                wrong = error.code.startswith("image-") and self._data.on_bad == "skip"
+                if not wrong or len(skipped) == min(_MOST_IN_PLACE, len(self._plans)):
+                    raise
+                skipped.append(error.message)
+                if not self._required:
+                    return replace(self.filler(), skipped=tuple(skipped))
+            else:
+                return replace(row, skipped=tuple(skipped)) if skipped else row
+
+    def _row(self, epoch: int, index: int) -> RowSample:
         plan = self._plans[index]
         example = self._examples[plan.example]
         samples = plan.samples if self._data.turns == "all" else self._drawn(example, plan, epoch)

@@ -1,11 +1,13 @@
 """Quick check of a picture file: its header, and whether its end is there. Pixels are not decoded.
 
 A header cannot show that a file was cut off. The last bytes of a complete JPEG, PNG or GIF can, so only files whose end
-looks wrong (and formats without an end mark) are decoded here. Other damage is found when training reads the file.
+looks wrong (and formats without an end mark) are decoded here, and those that a `Decodes` chooses. Other damage is
+found when training reads the file.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +29,7 @@ _ORIENTATION = 0x0112
 _ANIMATED = ("GIF", "PNG", "WEBP")
 _END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND", "GIF": b";"}
 _TAIL = 64
+_SAMPLE_FIRST, _SAMPLE_EVERY = 64, 50
 _THREADS = 8
 
 Item = TypeVar("Item")
@@ -47,8 +50,26 @@ class PictureHeader:
     deep: bool = False
 
 
-def check_picture(path: Path, max_pixels: int | None) -> PictureHeader:
-    """Check a picture's header and the end of its file.
+class Decodes:
+    """Chooses the pictures that a check decodes: all, or the first of a data set and then a share of them.
+
+    ``count``: how many it has chosen.
+    """
+
+    def __init__(self, *, full: bool) -> None:
+        self._every = 1 if full else _SAMPLE_EVERY
+        self._asked = itertools.count()
+        self.count = 0
+
+    def __call__(self) -> bool:
+        number = next(self._asked)  # in one step, for threads
+        chosen = number < _SAMPLE_FIRST or number % self._every == 0
+        self.count += chosen
+        return chosen
+
+
+def check_picture(path: Path, max_pixels: int | None, decodes: Decodes | None = None) -> PictureHeader:
+    """Check a picture's header and the end of its file, and its pixels if ``decodes`` chooses it.
 
     Raises:
         BadRecordError: ``image-empty``, ``image-unreadable``, ``image-too-large`` or ``image-truncated``.
@@ -75,8 +96,7 @@ def check_picture(path: Path, max_pixels: int | None) -> PictureHeader:
                 header = PictureHeader(size, _is_turned(image), animated, is_deep(image))
                 stream.seek(max(0, size - _TAIL))
                 complete = form in _END_MARKS and _END_MARKS[form] in stream.read()
-                if not complete:
-                    stream.seek(0)
+                if not complete or (decodes is not None and decodes()):
                     _decode(path)
     except UnidentifiedImageError as error:
         raise BadRecordError("image-unreadable", unknown_picture(path)) from error

@@ -12,7 +12,7 @@ from cogtune.data.formats.detect import LABEL_FOLDERS
 from cogtune.data.formats.item import RecordRules
 from cogtune.data.formats.markers import strip_ends
 from cogtune.data.formats.pictures import refuse_unread_own
-from cogtune.data.picture_headers import PictureHeader, check_picture, in_threads
+from cogtune.data.picture_headers import Decodes, PictureHeader, check_picture, in_threads
 from cogtune.data.problems import BadRecordError, Problem, Problems
 from cogtune.data.record_json import of_readable_length, parse_json, record_dialogues
 from cogtune.data.records import Conversation, Example, Turn
@@ -52,6 +52,7 @@ class FolderReader:
     labels: str
     rules: RecordRules
     max_pixels: int | None
+    decodes: Decodes | None = None
 
     def read(
         self, problems: Problems, report: DataReport, done: Callable[[int, int], None] | None = None
@@ -150,7 +151,7 @@ class FolderReader:
 
     def _read_pair(self, pair: _Pair) -> _Pair:
         try:
-            pair.header = check_picture(pair.image, self.max_pixels)
+            pair.header = check_picture(pair.image, self.max_pixels, self.decodes)
             pair.image_ok = True
         except BadRecordError as bad:
             pair.problems.append((bad.kind, str(pair.image), bad.what))

@@ -12,7 +12,7 @@ from cogtune.data.formats import arrow, clips, coco, jsonfiles, table, vqa
 from cogtune.data.formats.clip_records import refuse_other_kind
 from cogtune.data.formats.item import Content, Item, RecordRules
 from cogtune.data.formats.markers import strip_ends
-from cogtune.data.picture_headers import PictureHeader, check_picture, in_threads
+from cogtune.data.picture_headers import Decodes, PictureHeader, check_picture, in_threads
 from cogtune.data.picture_paths import Located, Places, shown_path
 from cogtune.data.problems import BadRecordError, Problem, Problems
 from cogtune.data.record_json import of_readable_length
@@ -52,6 +52,7 @@ class RecordsReader:
     rules: RecordRules
     places: Places
     max_pixels: int | None
+    decodes: Decodes | None = None
 
     def read(
         self, problems: Problems, report: DataReport, done: Callable[[int, int], None] | None = None
@@ -165,7 +166,7 @@ class RecordsReader:
                     raise BadRecordError(
                         "image-missing", tr("the picture {shown_path} does not exist", shown_path=shown_path(path))
                     )
-                group.headers.append(check_picture(path, self.max_pixels))
+                group.headers.append(check_picture(path, self.max_pixels, self.decodes))
             except BadRecordError as bad:
                 named = "" if bad.kind == "image-missing" else f"{shown_path(path)}: "
                 group.problem = (bad.kind, named + bad.what)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cogtune.data.formats.detect import Source, find_sources
 from cogtune.data.formats.item import RecordRules
+from cogtune.data.picture_headers import Decodes
 from cogtune.data.picture_paths import Places, default_extract_dir
 from cogtune.data.problems import Problem, Problems
 from cogtune.data.published_layout import FolderReader
@@ -71,8 +72,11 @@ def collect_sources(
     max_images: int = 1,
     clips: bool = False,
     open_questions: bool = False,
+    decodes: Decodes | None = None,
 ) -> tuple[list[Example], DataReport, Problems]:
     """As `read_sources`, with what is wrong with single records returned instead of raised.
+
+    ``decodes`` chooses pictures that are decoded, not only opened.
 
     Raises:
         DataError: for an entry that cannot be read at all.
@@ -95,6 +99,7 @@ def collect_sources(
             "split_name": _absolute(root).name,
             "weight": entry.weight,
             "max_pixels": data.max_pixels,
+            "decodes": decodes,
         }
         rules = _rules(data, max_images, open_questions, clips)
         if clips == (entry.source.form == "folder") and entry.source.form in ("folder", "clips", "prompts"):

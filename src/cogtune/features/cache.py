@@ -17,7 +17,7 @@ import torch
 
 from cogtune.data.records import ImageRef
 from cogtune.distributed.group import Group
-from cogtune.errors import ConfigError, DataError, DiskFullError, Stopped
+from cogtune.errors import ConfigError, DiskFullError, Stopped
 from cogtune.features.budget import Space, evict, measure
 from cogtune.features.choose import size_text
 from cogtune.features.fill import Filled, Filler, FillSettings, Tower
@@ -121,6 +121,7 @@ class FeatureCache:
         if self._problem is not None:
             self.lookup = look_at_contents(self.lookup, self.store, self._index, ranks)
         self._digests = dict(self.lookup.present)
+        self._bad: dict[str, tuple[str, str]] = {}
         if self._digests:
             self._lease.claim(self._names(self._digests))
 
@@ -241,7 +242,7 @@ class FeatureCache:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
         self._digests |= filled.digests
-        self._refuse_bad(filled)
+        self._note_bad(filled, say)
         if self._ranks.rank == 0 and self._index.compactable:
             self._index.compact()
         self._filling.reserve(0)
@@ -288,25 +289,12 @@ class FeatureCache:
 
         return self._ranks.on_all(lambda: _named(work))
 
-    def _refuse_bad(self, filled: Filled) -> None:
-        """Report all unreadable pictures after the others are done. Collective."""
-        bad = [error for part in self._ranks.gather(filled.bad) for error in part]
-        if bad:
-            others = "".join(f"\n  {error.message}" for error in bad[1:_SHOWN])
-            more = tr("\n(and {bad} more)", bad=len(bad) - _SHOWN) if len(bad) > _SHOWN else ""
-            raise DataError(
-                tr(
-                    "{bad} pictures cannot be read:\n  {message}{others}{more}",
-                    bad=len(bad),
-                    message=bad[0].message,
-                    others=others,
-                    more=more,
-                ),
-                hint=tr(
-                    "repair them, or remove them together with their labels; the features of all others are stored"
-                ),
-                code=bad[0].code,
-            )
+    def _note_bad(self, filled: Filled, say: Callable[[str], None]) -> None:
+        """Log every file that cannot be read and was left out. Collective."""
+        found = [(one.error.message, one.error.code, one.images) for one in filled.bad]
+        for message, code, images in (one for part in self._ranks.gather(found) for one in part):
+            say(tr("features: left out: {message}", message=message))
+            self._bad |= {str(image): (message, code) for image in images}
 
     def reader(self, dtype: torch.dtype) -> FeatureReader:
         """Return a reader of any picture's features as ``dtype``. Collective: processes exchange what they found."""
@@ -318,7 +306,7 @@ class FeatureCache:
         if self._ranks.rank != 0:
             self._lease.remove()
         self._filling.remove()
-        return FeatureReader(self.store, digests, dtype, self._lease)
+        return FeatureReader(self.store, digests, dtype, self._lease, self._bad)
 
     def release(self) -> None:
         """Release the claim on the run's features."""

@@ -50,6 +50,14 @@ class Decoded:
     pixels: torch.Tensor | None
 
 
+@dataclass(frozen=True)
+class Bad:
+    """Images of a file that cannot be read, and why."""
+
+    images: list[ImageRef]
+    error: DataError
+
+
 @dataclass
 class Filled:
     """Work done so far by this rank. ``digests``: path -> digest of the pixels."""
@@ -57,7 +65,7 @@ class Filled:
     digests: dict[str, str] = field(default_factory=dict)
     computed: int = 0
     found: int = 0
-    bad: list[DataError] = field(default_factory=list)
+    bad: list[Bad] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
     """||stored - features|| / ||features|| of each computed picture, if the stored dtype is narrower."""
     seconds: float = 0.0
@@ -134,9 +142,9 @@ class Filler:
         self.filled.seconds += time.perf_counter() - began
         return left
 
-    def _decode(self, images: Sequence[ImageRef]) -> Iterator[Decoded | DataError]:
+    def _decode(self, images: Sequence[ImageRef]) -> Iterator[Decoded | Bad]:
         """Yield pictures in order, decoding ahead: a picture or the frames of a clip at a time."""
-        ahead: deque[tuple[int, Future[list[Decoded | DataError]]]] = deque()
+        ahead: deque[tuple[int, Future[list[Decoded | Bad]]]] = deque()
         most, under_way = self._settings.workers + _AHEAD * self._settings.batch, 0
         for _, several in groupby(images, file_of):
             group = list(several)
@@ -149,7 +157,7 @@ class Filler:
         while ahead:
             yield from ahead.popleft()[1].result()
 
-    def _decode_file(self, images: list[ImageRef]) -> list[Decoded | DataError]:
+    def _decode_file(self, images: list[ImageRef]) -> list[Decoded | Bad]:
         """Decode the images of one file. Runs in a thread."""
         try:
             stamps, file = _identify(images)
@@ -161,7 +169,7 @@ class Filler:
                 for image, stamp, known in zip(images, stamps, found, strict=True)
             ]
         except DataError as error:
-            return [error]
+            return [Bad(images, error)]
 
     def _known(self, image: ImageRef, stamp: Stamp, file: str) -> Decoded | None:
         content = image_content(image, file)
@@ -187,10 +195,10 @@ class Filler:
             pinned = pixels is not None and self._device.type == "cuda"
             yield digest, pixels.pin_memory() if pixels is not None and pinned else pixels
 
-    def _take(self, decoded: Decoded | DataError) -> None:
-        if isinstance(decoded, DataError):
+    def _take(self, decoded: Decoded | Bad) -> None:
+        if isinstance(decoded, Bad):
             if not self._settings.skip_bad:
-                raise decoded
+                raise decoded.error
             self.filled.bad.append(decoded)
             return
         self._index.add(decoded.stamp, decoded.content, decoded.digest)

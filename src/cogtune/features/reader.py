@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from cogtune.data.records import ImageRef
+from cogtune.errors import DataError
 from cogtune.features.lease import Lease
 from cogtune.features.store import FeatureCacheError, Store
 from cogtune.language import tr
@@ -17,14 +18,31 @@ class FeatureReader:
 
     Args:
         digests: path -> digest of the pixels, for every picture that the run can ask for.
+        bad: path -> message and code, for pictures that could not be read.
     """
 
-    def __init__(self, store: Store, digests: Mapping[str, str], dtype: torch.dtype, lease: Lease) -> None:
+    def __init__(
+        self,
+        store: Store,
+        digests: Mapping[str, str],
+        dtype: torch.dtype,
+        lease: Lease,
+        bad: Mapping[str, tuple[str, str]] | None = None,
+    ) -> None:
         self._store, self._digests, self._dtype, self._lease = store, digests, dtype, lease
+        self._bad = bad or {}
 
     def __call__(self, image: ImageRef) -> torch.Tensor:
-        """Return an image's features. Raises FeatureCacheError: ``cache-missing``, ``cache-damaged``."""
+        """Return an image's features.
+
+        Raises:
+            FeatureCacheError: ``cache-missing``, ``cache-damaged``.
+            DataError: the picture could not be read.
+        """
         self._lease.renew()
+        if str(image) in self._bad:
+            message, code = self._bad[str(image)]
+            raise DataError(message, code=code)
         try:
             digest = self._digests.get(str(image))
             if digest is None:  # rows after the run's last step may be prefetched and are never used

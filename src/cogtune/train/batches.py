@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,13 @@ from cogtune.data.dataset import TrainRows
 from cogtune.data.loader import batches
 from cogtune.data.sampler import EpochSampler, Position
 from cogtune.distributed.group import Group
+from cogtune.errors import DataError
+from cogtune.language import tr
+from cogtune.train.log import log
 
 Batch = dict[str, Any]
+ONLY_FOR_THE_LOOP = ("record_ids", "num_labels", "skipped")
+"""Parts of a batch that the model does not take."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,42 @@ def validation_batches(rows: TrainRows, config: RunConfig, group: Group) -> Iter
     return batches(rows, sampler, workers, for_gpu=group.device.type == "cuda")
 
 
+class SkippedRows:
+    """Names rows that were left out for their images, each once, and ends a run that leaves out too many.
+
+    Every rank counts its own. ``rows``: returns how many there are for all ``ranks``.
+    """
+
+    def __init__(self, config: RunConfig, rows: Callable[[], int], ranks: int) -> None:
+        self._rows, self._ranks, self._share = rows, ranks, config.data.max_bad_share
+        self._told: set[str] = set()
+
+    def look_at(self, batch: Batch) -> None:
+        """Log what was left out for ``batch``.
+
+        Raises:
+            DataError: ``data-bad-share``.
+        """
+        for what in batch.get("skipped", ()):
+            if what in self._told:
+                continue
+            self._told.add(what)
+            log.warning(tr("left out, another row in its place: {what}", what=what))
+            if len(self._told) > self._share * -(-self._rows() // self._ranks):
+                raise DataError(
+                    tr(
+                        "{count} pictures could not be decoded, more than data.max_bad_share ({share:g}) allows; the"
+                        " last: {what}",
+                        count=len(self._told),
+                        share=self._share,
+                        what=what,
+                    ),
+                    hint=tr("`cogtune data check --full` finds all; repair the data, or raise data.max_bad_share"),
+                    code="data-bad-share",
+                )
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Move the model's arguments to ``device``; drop what only the loop uses."""
-    arguments = {name: value for name, value in batch.items() if name not in ("record_ids", "num_labels")}
+    arguments = {name: value for name, value in batch.items() if name not in ONLY_FOR_THE_LOOP}
     return {name: value.to(device, non_blocking=True) for name, value in arguments.items()}

@@ -24,7 +24,7 @@ from cogtune.configuration.shapes import IGNORED_LABEL
 from cogtune.data.dataset import TrainRows
 from cogtune.errors import CogtuneError, NonFiniteError
 from cogtune.language import phrase, tr
-from cogtune.train.batches import Batch, Feed, StepBatches, to_device
+from cogtune.train.batches import Batch, Feed, SkippedRows, StepBatches, to_device
 from cogtune.train.engines.async_scalar import AsyncScalar
 from cogtune.train.engines.base import Engine, StepResult
 from cogtune.train.failures import bad_gradient, check_losses, phase
@@ -69,6 +69,10 @@ class Loop:
         self.progress, self.total_steps, self.metrics, self.stop, self.save = progress, total_steps, metrics, stop, save
         self.schedule = build_schedule(engine.optimizer, config.train, total_steps, progress.step)
         self.compiles = False
+        self._left_out = SkippedRows(config, lambda: len(feed.rows), engine.group.size)
+        self._left_out_of_validation = SkippedRows(
+            config, lambda: 0 if validation is None else len(validation), engine.group.size
+        )
         self._skipped_in_a_row = 0
         self._open: StepReport | None = None
 
@@ -109,6 +113,8 @@ class Loop:
         """
         engine = self.engine
         records = [batch["record_ids"] for batch in step.batches]
+        for batch in step.batches:
+            self._left_out.look_at(batch)
         counted = engine.group.sum([_labels(step.batches), len(_real_rows(step.batches)), _tokens(step.batches)])
         labels = int(counted[0])
         self.progress.labels += labels
@@ -230,7 +236,7 @@ class Loop:
         if self.validation is None:
             return False
         with phase("validation", self.config, self.engine.device):
-            found = validate(self.engine, self.validation, self.config, self.stop)
+            found = validate(self.engine, self.validation, self.config, self.stop, self._left_out_of_validation)
         if found is None:
             return False
         progress = self.progress

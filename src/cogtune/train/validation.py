@@ -9,7 +9,7 @@ import torch
 
 from cogtune.configuration.run_config import RunConfig
 from cogtune.data.dataset import TrainRows
-from cogtune.train.batches import to_device, validation_batches
+from cogtune.train.batches import SkippedRows, to_device, validation_batches
 from cogtune.train.engines.base import Engine
 from cogtune.train.stop_signal import StopSignal
 
@@ -26,8 +26,14 @@ class Validation:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
-def validate(engine: Engine, rows: TrainRows, config: RunConfig, stop: StopSignal) -> Validation | None:
-    """Return the loss over ``rows``, summed over ranks, or None if a signal asked to stop before the end."""
+def validate(
+    engine: Engine, rows: TrainRows, config: RunConfig, stop: StopSignal, left_out: SkippedRows
+) -> Validation | None:
+    """Return the loss over ``rows``, summed over ranks, or None if a signal asked to stop before the end.
+
+    Raises:
+        DataError: ``left_out`` counts too many rows whose images cannot be decoded.
+    """
     total = torch.zeros((), dtype=torch.float64, device=engine.device)  # on the device: no synchronisation per batch
     labels = 0
     engine.module.eval()
@@ -36,6 +42,7 @@ def validate(engine: Engine, rows: TrainRows, config: RunConfig, stop: StopSigna
             for batch in validation_batches(rows, config, engine.group):
                 if engine.group.any(stop.number is not None):
                     return None
+                left_out.look_at(batch)
                 labels += batch["num_labels"]
                 out = engine.module(**to_device(batch, engine.device), num_items_in_batch=1, return_logits=False)
                 total += out.loss.detach().double()
