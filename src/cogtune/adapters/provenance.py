@@ -27,15 +27,8 @@ PROVENANCE_NAME = "cogtune.json"
 FORMAT = 1
 FORMAT_KEYS = tuple(f"quant.{name}" for name in ("experts", "tower", "embedding"))
 """Device and number format of each part of the base in inference."""
-INHERITED = (
-    "model.template",
-    "model.dtype",
-    "model.rope_precision",
-    *FORMAT_KEYS,
-    "data.exif",
-    "data.bit_depth",
-    "data.max_pixels",
-)
+_SEEN = tuple(f"data.{name}" for name in ("exif", "bit_depth", "max_pixels", "frames", "max_frames", "frame_rate"))
+INHERITED = ("model.template", "model.dtype", "model.rope_precision", *FORMAT_KEYS, *_SEEN)
 """Keys that inference takes from the training unless the user sets them."""
 
 _LARGEST = 1 << 20

@@ -16,7 +16,7 @@ from cogtune.bench.rows import preset, synthetic_rows
 from cogtune.checkpoint.quantize import require_packages
 from cogtune.checkpoint.random import random_weights
 from cogtune.configuration.load import with_values
-from cogtune.configuration.resolve import resolve_compile, resolve_workers, torch_dtype
+from cogtune.configuration.resolve import resolve_cache_batch, resolve_compile, resolve_workers, torch_dtype
 from cogtune.configuration.run_config import RunConfig
 from cogtune.data.records import ImageRef
 from cogtune.features.cache import FeatureCache, FillReport
@@ -46,7 +46,8 @@ def measure_filling(config: RunConfig, results: Results, *, pictures: int, side:
             row = _from_checkpoint(config, engine, dtype, images, folder)
     allocated, reserved, driver = memory_gib(engine.device)
     row |= {"allocated_gib": round(allocated, 3), "reserved_gib": round(reserved, 3)}
-    row |= {"driver_gib": None if driver is None else round(driver, 3), "batch": config.data.cache_batch, "side": side}
+    row |= {"driver_gib": None if driver is None else round(driver, 3), "side": side}
+    row["batch"] = resolve_cache_batch(config.data.cache_batch, frames=model.numbered_images)
     results.add({"name": "fill", **row})
     print(
         tr(
@@ -78,7 +79,7 @@ def _random(
     settings = FillSettings(
         image_size=model_config(config.model.path).image_size,
         max_pixels=config.data.max_pixels,
-        batch=config.data.cache_batch,
+        batch=resolve_cache_batch(config.data.cache_batch, frames=model_config(config.model.path).numbered_images),
         workers=max(1, resolve_workers(config.data.workers)),
     )
 

@@ -46,15 +46,14 @@ def _chat(flags: _Flags, line: Arguments) -> None:
 
     from cogtune.generate.chat import Chat
     from cogtune.generate.decoding import Decoding
-    from cogtune.generate.loading import follow, resolve
-    from cogtune.processing.image import read_image
+    from cogtune.generate.loading import check_shown, follow, resolve
 
     resolved = resolve(config)
     section, data = resolved.config.generate, resolved.config.data
     if follow(resolved):
         return
     if flags.image is not None:  # report a wrong path before loading, which takes minutes
-        read_image(flags.image.expanduser(), max_pixels=data.max_pixels, exif=data.exif, bit_depth=data.bit_depth)
+        check_shown(resolved, flags.image.expanduser())
     generator = load(resolved)
     decoding = Decoding.from_section(section, max_new_tokens=2048, published=generator.published)
     if section.seed is not None:

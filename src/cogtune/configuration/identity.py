@@ -19,7 +19,19 @@ from cogtune.configuration.withdrawn import CONSTANT
 if TYPE_CHECKING:
     from cogtune.configuration.run_config import RunConfig
 
-BY_FINGERPRINT = frozenset({"model.path", "data.path", "data.validation", "data.image_root", "lora.start_from"})
+BY_FINGERPRINT = frozenset(
+    {
+        "model.path",
+        "data.path",
+        "data.validation",
+        "data.image_root",
+        "data.clip_question",
+        "data.frames",
+        "data.max_frames",
+        "data.frame_rate",
+        "lora.start_from",
+    }
+)
 GLOBAL_BATCH = frozenset({"train.batch_size", "train.accumulation"})
 MAY_GROW = frozenset({"train.epochs", "train.max_steps"})
 MAY_CHANGE = frozenset(

@@ -191,6 +191,9 @@ class DataSection(SourceSection):
         description="Most disk the feature cache may take: a size such as 500GB, or a share of what is free and what it"
         " takes already. Where it is not enough, files no run needs are removed, least recently used first.",
     )
-    cache_batch: int = Field(
-        default=1, ge=1, description="Pictures per forward pass of the tower while the feature cache is filled."
+    cache_batch: int | None = Field(
+        default=None,
+        ge=1,
+        description="Pictures per forward pass of the tower while the feature cache is filled. null: one, or 24"
+        " frames.",
     )

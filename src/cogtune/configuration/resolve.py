@@ -27,6 +27,11 @@ _UNCOMPILED = ("zero3", "tensor")
 """Engines whose layers ``auto`` does not compile, because they have collectives inside a layer."""
 
 
+def resolve_cache_batch(asked: int | None, *, frames: bool) -> int:
+    """Return ``data.cache_batch``: a picture fills a large card, a clip's frames are 36 times smaller each."""
+    return asked if asked is not None else 24 if frames else 1
+
+
 def resolve_dtype(asked: str, gpu: Gpu | None) -> str:
     """Resolve ``model.dtype``: ``auto`` is bfloat16 on a GPU that supports it, float16 on an older one, float32 on a
     CPU.

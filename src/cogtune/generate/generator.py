@@ -18,15 +18,13 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig
 
-from cogtune.errors import DataError
 from cogtune.generate.choices import ChoiceScores, ClosedQuestion
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.engine import InferenceEngine
 from cogtune.generate.history import Turns
 from cogtune.generate.requests import Request, Shown
 from cogtune.generate.stream import Answer
-from cogtune.language import tr
-from cogtune.processing.clip import is_clip
+from cogtune.processing.clip import is_clip, refuse_picture
 from cogtune.processing.encode import Encoded
 from cogtune.processing.image import read_image
 from cogtune.processing.processor import CogVLM2Processor
@@ -212,9 +210,7 @@ class Generator:
         if isinstance(image, Image.Image | torch.Tensor):
             return image
         if self.processor.config.numbered_images:
-            what = tr("{name} is a picture, and this model reads clips", name=image)
-            hint = tr("use a model of pictures for them: cogtune download model")
-            raise DataError(what, hint=hint, code="data-media-pictures")
+            refuse_picture(image)
         path = Path(image).expanduser()
         try:
             status = path.stat()

@@ -36,7 +36,9 @@ from cogtune.model.device_map import DeviceMap, plan_device_map
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.tensor_parallel import SplitModel, check_sizes
 from cogtune.plan.sizes import ModelSizes
+from cogtune.processing.clip import read_clip, refuse_clip, refuse_picture
 from cogtune.processing.frames import Sampling
+from cogtune.processing.image import read_image
 from cogtune.processing.processor import CogVLM2Processor
 from cogtune.system.gpu import gpu_of, own_device
 
@@ -52,6 +54,9 @@ GENERATOR_KEYS = (
     "data.exif",
     "data.bit_depth",
     "data.max_pixels",
+    "data.frames",
+    "data.max_frames",
+    "data.frame_rate",
 )
 """Prefixes of the keys that a `Generator` uses; the others belong to a chat or a data set."""
 
@@ -277,6 +282,21 @@ def data_rules(choice: Resolved) -> dict[str, Any]:
     """Return what reading data has to know of the model: `read_sources`' ``max_images`` and ``clips``."""
     config = load_model_config(choice.model)
     return {"max_images": config.max_images, "clips": config.numbered_images}
+
+
+def check_shown(choice: Resolved, path: Path) -> None:
+    """Check the file of a picture, or for a video model of a clip, before a model is loaded.
+
+    Raises:
+        DataError: it cannot be read, or is of the other kind.
+    """
+    data = choice.config.data
+    if data_rules(choice)["clips"]:
+        refuse_picture(path)
+        read_clip(path, Sampling(), max_pixels=data.max_pixels)
+    else:
+        refuse_clip(path)
+        read_image(path, max_pixels=data.max_pixels, exif=data.exif, bit_depth=data.bit_depth)
 
 
 def _processor(choice: Resolved) -> CogVLM2Processor:

@@ -88,7 +88,7 @@ def predict(setting: Setting) -> Memory:
     """Predict the memory of a run per rank."""
     phases = [_load(setting)]
     if setting.tower == "cached":
-        phases.insert(0, fill(setting))
+        phases.insert(0, fill(setting, 1 if setting.sizes.vision_experts else 24))
     phases += [_train(setting), _evaluate(setting), _save(setting)]
     return Memory(tuple(phases), outside(setting))
 

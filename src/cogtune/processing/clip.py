@@ -127,6 +127,22 @@ def require_pyav() -> Any:
     return av
 
 
+def refuse_clip(path: str | os.PathLike[str]) -> None:
+    """Raise DataError ``data-media-clips`` for a clip, by its name: for a model of pictures."""
+    if is_clip(path):
+        what = tr("{name} is a clip, and this model reads pictures", name=path)
+        hint = tr("use a video model for clips: cogtune download model --variant caption")
+        raise DataError(what, hint=hint, code="data-media-clips")
+
+
+def refuse_picture(path: str | os.PathLike[str]) -> None:
+    """Raise DataError ``data-media-pictures`` for anything but a clip, by its name: for a video model."""
+    if not is_clip(path):
+        what = tr("{name} is a picture, and this model reads clips", name=path)
+        hint = tr("use a model of pictures for them: cogtune download model")
+        raise DataError(what, hint=hint, code="data-media-pictures")
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """Open a clip: PyAV's container and its video stream. FFmpeg's errors become ours."""

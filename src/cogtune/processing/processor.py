@@ -14,9 +14,9 @@ from transformers import BatchFeature
 
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.configuration.shapes import IGNORED_LABEL
-from cogtune.errors import DataError, InputError
+from cogtune.errors import InputError
 from cogtune.language import tr
-from cogtune.processing.clip import decode, is_clip, read_clip
+from cogtune.processing.clip import decode, is_clip, read_clip, refuse_clip
 from cogtune.processing.encode import TEXT, Encoded, Encoder
 from cogtune.processing.frames import Sampling, preprocess_frame
 from cogtune.processing.image import preprocess, read_image, to_rgb
@@ -177,9 +177,7 @@ class CogVLM2Processor:
         """
         path = Path(path)
         if not self.config.numbered_images:
-            what = tr("{name} is a clip, and this model reads pictures", name=path)
-            hint = tr("use a video model for clips: cogtune download model --variant caption")
-            raise DataError(what, hint=hint, code="data-media-clips")
+            refuse_clip(path)
         frames = read_clip(path, self.sampling, max_pixels=max_pixels).frames
         return tuple(preprocess_frame(frame, self.image_size) for frame in decode(frames))
 

@@ -17,7 +17,7 @@ from cogtune.configuration.deepspeed import apply_deepspeed
 from cogtune.configuration.load import with_values
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.configuration.quantization import QuantSection
-from cogtune.configuration.resolve import resolve_compile, resolve_workers, torch_dtype
+from cogtune.configuration.resolve import resolve_cache_batch, resolve_compile, resolve_workers, torch_dtype
 from cogtune.configuration.run_config import RunConfig
 from cogtune.data.records import ImageRef
 from cogtune.data.split import read_and_split
@@ -185,7 +185,7 @@ def fill(config: RunConfig, cache: FeatureCache, group: Group, dtype: torch.dtyp
         max_pixels=data.max_pixels,
         exif=data.exif,
         bit_depth=data.bit_depth,
-        batch=data.cache_batch,
+        batch=resolve_cache_batch(data.cache_batch, frames=load_model_config(path).numbered_images),
         workers=max(1, resolve_workers(data.workers, group.local_size)),
         skip_bad=data.on_bad == "skip",
     )
