@@ -71,7 +71,7 @@ def choose(
         return CacheChoice(
             False,
             tr(
-                "the vision tower would run {showings} times, and filling the cache would run it {to_compute} times",
+                "it would run {showings} times, and filling the cache would run it {to_compute} times",
                 showings=demand.showings,
                 to_compute=demand.to_compute,
             ),
