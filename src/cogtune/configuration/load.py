@@ -5,6 +5,7 @@ Errors name file, flag or key, what was found and what was expected.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral, Real
@@ -265,6 +266,8 @@ def _scalar(kinds: frozenset[str], text: str, flag: str) -> Any:
 
 
 def _items(key: Key, text: str, flag: str) -> list[Any]:
+    if "text" in key.item_kinds and _is_path(text):  # whose name has a comma or a bracket in it
+        return [text]
     if text.startswith("["):
         value = _yaml(text, flag)
         return value if isinstance(value, list) else [value]
@@ -273,6 +276,13 @@ def _items(key: Key, text: str, flag: str) -> list[Any]:
     # a comma inside brackets belongs to a pattern such as `layers\.[0-9]{1,2}\.`
     parts = [part.strip() for part in re.split(r",(?![^\[({]*[\])}])", text) if part.strip()]
     return parts if "text" in key.item_kinds else [_yaml(part, flag) for part in parts]
+
+
+def _is_path(text: str) -> bool:
+    try:
+        return os.path.lexists(os.path.expanduser(text))
+    except ValueError:  # a NUL in it
+        return False
 
 
 def _yaml(text: str, flag: str) -> Any:

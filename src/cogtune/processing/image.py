@@ -57,7 +57,16 @@ def read_image(
             hint=tr("download the picture, and give the file's path"),
             code="image-url",
         )
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except (OSError, ValueError) as error:  # a name that is too long, a folder without permission, a NUL
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(
+            tr("{path}: the picture cannot be read ({error})", path=str(path)[:200], error=reason),
+            hint=tr("check the path"),
+            code="image-unreadable",
+        ) from error
+    if not there:
         raise DataError(tr("{path}: no such picture", path=path), hint=tr("check the path"), code="image-missing")
     if path.stat().st_size == 0:
         raise DataError(

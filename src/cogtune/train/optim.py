@@ -62,7 +62,7 @@ def moments(optimizer: Any, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
     """
     found = {}
     for kind, value in optimizer.state[parameter].items():
-        if torch.is_tensor(value) and (value.shape == parameter.shape or kind in _SCALES) and kind != "step":
+        if torch.is_tensor(value) and (value.shape == parameter.shape or kind in SCALES) and kind != "step":
             narrow = value.dtype == torch.uint8
             found[kind] = (value.detach() if narrow else value.detach().float()).cpu()
     return found
@@ -88,7 +88,7 @@ def restore_moments(optimizer: Any, parameter: nn.Parameter, found: dict[str, to
         state[kind].copy_(value)
 
 
-_SCALES = ("absmax1", "absmax2")
+SCALES = ("absmax1", "absmax2")
 
 
 def warmup_steps(train: TrainSection, total: int) -> int:

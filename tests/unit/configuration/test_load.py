@@ -396,3 +396,15 @@ def test_answering_has_its_own_keys_and_short_flags() -> None:
         load_answer_config(None, {"greedy": True, "top-p": 0.5})
     with pytest.raises(ConfigError, match="--temperature: found whole number 0, expected number > 0 or null"):
         load_answer_config(None, {"temperature": "0"})
+
+
+@pytest.mark.parametrize("name", ["a, b", "[x] y", "a,b,c", "{2024}"])
+def test_a_path_with_a_comma_or_a_bracket_can_be_given_by_a_flag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    for given in (name, str(tmp_path / name)):
+        config = load_config(None, {"model": "m", "data": given, "output": "o"})
+        assert [folder.path for folder in config.data.path] == [Path(given)]
+    assert len(load_config(None, {"model": "m", "data": "one,two", "output": "o"}).data.path) == 2

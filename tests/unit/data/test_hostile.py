@@ -17,6 +17,8 @@ from cogtune.data.budget import Budget, longest_history
 from cogtune.data.check import CheckReport, check
 from cogtune.data.problems import BadRecordError
 from cogtune.data.record_json import MAX_TURNS, parse_json
+from cogtune.errors import DataError
+from cogtune.processing.image import read_image
 from cogtune.processing.token_file import estimated_tokens, find_token_file
 
 LABEL = json.dumps({"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]})
@@ -151,3 +153,22 @@ def test_a_guess_changes_no_history() -> None:
                 except StopIteration as stop:
                     state.result = stop.value
             assert state.result == (expected, prompts[expected])
+
+
+def test_an_unrelated_column_that_python_cannot_hold_is_no_error(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    Image.new("RGB", (8, 8)).save(tmp_path / "i.png")
+    when = pa.array([2**62, 0], pa.timestamp("us"))
+    columns = {"image": ["i.png"] * 2, "question": ["q", "r"], "answer": ["a", "b"], "when": when}
+    pq.write_table(pa.table(columns), tmp_path / "w.parquet")
+    report = checked(tmp_path / "w.parquet")
+    assert report.ok, report.errors
+    assert report.counts["conversations"] == 2
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "x" * 200 + "/" + "y" * 300])
+def test_a_path_that_no_system_takes_is_a_picture_that_cannot_be_read(name: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read_image(name)
+    assert caught.value.code in ("image-unreadable", "image-missing")
+    assert len(str(caught.value)) < 600

@@ -41,12 +41,24 @@ def items(file: Path, rules: RecordRules) -> Iterator[Item]:
             names = columns(names, str(file), clips=rules.clips is not None)
             if not number:
                 _check_columns(names, str(file), rules.open_questions)
-            for values in batch.to_pylist():
+            for values in zip(*map(_values, batch.columns), strict=True):
                 number += 1
-                row = dict(zip(names, values.values(), strict=True))
+                row = dict(zip(names, values, strict=True))
                 yield Item(number, tr("{file}, row {number}", file=file, number=number), _later(row, rules))
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise Problem("table", str(file), tr("cannot be read ({error})", error=error)).error() from error
+
+
+def _values(column: Any) -> list[Any]:
+    """Return a column as Python values; those that Python has no value for (a date of the year 150,000) by their type.
+
+    No format reads such a column.
+    """
+    try:
+        values: list[Any] = column.to_pylist()
+    except (OverflowError, ValueError):
+        return [f"({column.type})"] * len(column)
+    return values
 
 
 def split_files(folder: Path, split: str | None) -> tuple[list[Path], str | None]:

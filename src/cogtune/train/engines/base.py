@@ -22,6 +22,7 @@ from cogtune.distributed.group import Group
 from cogtune.errors import CheckpointError, ConfigError
 from cogtune.language import tr
 from cogtune.train.engines.async_scalar import AsyncScalar
+from cogtune.train.optim import SCALES
 
 MASTER = "master"
 
@@ -163,6 +164,18 @@ class Engine(ABC):
                     here=expected.get(name, "none"),
                 )
             )
+        for key, value in tensors.items():
+            kind, _, name = key.partition("/")
+            if kind not in (MASTER, *SCALES) and tuple(value.shape) != expected.get(name):
+                raise CheckpointError(
+                    tr(
+                        "the training checkpoint does not fit what trains now: {name} has shape {there} there and"
+                        " {here} here",
+                        name=key,
+                        there=tuple(value.shape),
+                        here=expected.get(name, "none"),
+                    )
+                )
         return sorted({key.partition("/")[0] for key in tensors} - {MASTER})
 
 
