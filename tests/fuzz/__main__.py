@@ -89,6 +89,8 @@ def main(arguments: list[str]) -> int:
     def told(results: dict[str, Result]) -> None:
         tried, found = sum(one.tried for one in results.values()), sum(len(one.found) for one in results.values())
         print(f"{tried} inputs, {found} found, {time.monotonic() - began:.0f} s", flush=True)
+        if options.output is not None:  # a campaign that is stopped keeps what it has
+            _write(options.output, results, time.monotonic() - began, arguments, options.jobs, options.seed)
 
     inputs = list(inputs_of(options.inputs, options.seed, options.target or NAMES))
     results = campaign(inputs, options.jobs, told)
@@ -96,8 +98,6 @@ def main(arguments: list[str]) -> int:
         print(f"\n{len(several)} x {kind}")
         for one in several[:2]:
             print(f"   {one.target} --seed {one.seed} --number {one.number} {one.kept}: {one.what}")
-    if options.output is not None:
-        _write(options.output, results, time.monotonic() - began, arguments, options.jobs, options.seed)
     return 1 if any(result.found for result in results.values()) else 0
 
 

@@ -82,7 +82,7 @@ class ModelTarget:
     """A model folder: configuration, index, headers, tokenizer."""
 
     name: str = "model folder"
-    weight: int = 8
+    weight: int = 4
 
     def prepare(self, place: Place) -> None:
         self.base = make_tiny(place.fixed / "base", seed=0)
@@ -129,7 +129,7 @@ class AdapterTarget:
     """An adapter folder: peft's files and ours."""
 
     name: str = "adapter"
-    weight: int = 8
+    weight: int = 4
 
     def prepare(self, place: Place) -> None:
         self.base = make_tiny(place.fixed / "base", seed=0)
@@ -184,7 +184,7 @@ class ResumeTarget:
     """An output folder that a run goes on in; half of the changed files are what the manifest then says."""
 
     name: str = "resume state"
-    weight: int = 5
+    weight: int = 2
 
     def prepare(self, place: Place) -> None:
         self.base = make_tiny(place.fixed / "base", seed=0)
