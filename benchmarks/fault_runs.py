@@ -7,6 +7,7 @@ second or two. Each writes what it is doing into memory shared with its parent, 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -14,9 +15,10 @@ import random
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -191,9 +193,11 @@ def wait(children: list[int]) -> list[int]:
 class Run:
     """One start of the command on all its ranks."""
 
-    def __init__(self, place: Place, output: Path, before: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, place: Place, output: Path, before: Callable[[], None] = lambda: None, log: Path | None = None
+    ) -> None:
         self.board, self._began = Board(place.ranks), time.monotonic()
-        self.log = output.with_name(f"{output.name}.log")
+        self.log = log or output.with_name(f"{output.name}.log")
         self.log.unlink(missing_ok=True)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -336,3 +340,35 @@ def _losses(output: Path) -> list[tuple[str, int, float]]:
 def clear(output: Path) -> None:
     for path in (output, output.with_name(f"{output.name}-cache")):
         shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def small_disk(where: Path) -> Iterator[Path | None]:
+    """A disk of 4 MB in memory; None where mounting is not allowed."""
+    where.mkdir(exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(where)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        yield None
+        return
+    try:
+        yield where
+    finally:
+        subprocess.run(["umount", str(where)], check=False)
+
+
+def leave_free(disk: Path, free: int) -> None:
+    """Fill the disk but for ``free`` bytes, once."""
+    with contextlib.suppress(FileExistsError), (disk / "filler").open("xb") as filler:
+        state = os.statvfs(disk)
+        filler.write(b"\0" * max(0, state.f_bavail * state.f_frsize - free))
+
+
+def ranks_of(parent: int) -> list[int]:
+    """Children of a launcher that are ranks."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state = (path / "stat").read_text().rpartition(")")[2].split()
+            if int(state[1]) == parent and b"cogtune" in (path / "cmdline").read_bytes():
+                found.append(int(path.name))
+    return found
