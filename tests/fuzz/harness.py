@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import importlib.metadata
 import io
 import json
 import os
@@ -29,7 +30,6 @@ from typing import Any, Protocol
 
 from cogtune.cli.main import guarded, main
 from cogtune.errors import catalogue
-from cogtune.system import libraries
 
 REPOSITORY = Path(__file__).parents[2]
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "10"))
@@ -378,7 +378,9 @@ def try_inputs(inputs: Sequence[Input], root: Path) -> dict[str, Result]:
 def child(targets: dict[str, Target], root: Path) -> None:
     """What the process does that `try_inputs` starts."""
     faulthandler.enable()
-    libraries.installed = cache(libraries.installed)  # a third of a command's time, and the same for all of them
+    importlib.metadata.version = cache(
+        importlib.metadata.version
+    )  # a third of a command's time, and the same for all of them
     inputs = [Input(**one | {"kept": None if one["kept"] is None else tuple(one["kept"])})
               for one in json.loads((root / "inputs.json").read_text())]  # fmt: skip
     place = Place(root / "place")
