@@ -67,28 +67,37 @@ def propose(config: RunConfig, placeholders: Mapping[str, str], report: CheckRep
         proposal.reasons["model.path"] = tr("the published model; a local folder works as well")
     if "train.output" in placeholders:
         proposal.reasons["train.output"] = tr("everything the run writes; the same command again continues")
-    proposal.about += _about(report)
     _lengths(proposal, report)
     _orientation(proposal, report)
     _validation(proposal, report)
-    _size(proposal, report, cards)
+    kept = _kept(proposal, report)
+    proposal.about += _about(report, kept)
+    _size(proposal, report, cards, kept)
     return proposal
 
 
-def _about(report: CheckReport) -> Iterator[str]:
+def _kept(proposal: Proposal, report: CheckReport) -> float:
+    """Return how many times as much is trained with the proposed share for validation as with the one that was read."""
+    train, validation = report.counts["train_pictures"], report.counts["validation_pictures"]
+    if not train or "data.validation" in proposal.values:
+        return 1.0
+    return (1 - proposal.values["data.validation_share"]) * (train + validation) / train
+
+
+def _about(report: CheckReport, kept: float) -> Iterator[str]:
     counts = report.counts
     how = "" if report.exact else tr(" (lengths estimated: no tokenizer was at hand)")
     yield tr(
         "Made for {pictures} pictures, {trained} trained answers{how}.",
         pictures=counts["pictures"],
-        trained=report.budget["trained"],
+        trained=round(kept * report.budget["trained"]),
         how=how,
     )
     if report.rows.number:
         mean = report.rows.total / report.rows.number
         yield tr(
             "{number} rows of {mean:.0f} tokens on average, {most} at most.",
-            number=report.rows.number,
+            number=round(kept * report.rows.number),
             mean=mean,
             most=report.rows.most,
         )
@@ -147,8 +156,8 @@ def _validation(proposal: Proposal, report: CheckReport) -> None:
     )
 
 
-def _size(proposal: Proposal, report: CheckReport, cards: int) -> None:
-    answers, rows = report.budget["trained"], report.rows.number
+def _size(proposal: Proposal, report: CheckReport, cards: int, kept: float) -> None:
+    answers, rows = round(kept * report.budget["trained"]), round(kept * report.rows.number)
     epochs = next((value for limit, value in _EPOCHS if answers <= limit), 1)
     proposal.put(
         "train.epochs",

@@ -44,6 +44,16 @@ def test_every_value_has_a_reason(tmp_path: Path, tiny_checkpoint: Path) -> None
     assert config.data.validation_share == 0.2
 
 
+def test_counts_are_of_the_share_that_is_proposed(tmp_path: Path) -> None:
+    """A third of 60 is held back: the comments counted rows as if it were a twentieth."""
+    config = made(text_set(tmp_path / "set.jsonl", 60))
+    rows = round(60 * (1 - config.data.validation_share))
+    text = (tmp_path / "made.yaml").read_text()
+    assert f"{rows} trained answers" in text
+    assert f"# {rows} rows of" in text
+    assert f"steps an epoch of {rows} rows" in text
+
+
 def test_few_records_get_more_epochs_and_a_smaller_rank_than_many(tmp_path: Path) -> None:
     few, many = (made(text_set(tmp_path / name / "set.jsonl", n)) for name, n in (("few", 60), ("many", 4000)))
     assert few.train.epochs > many.train.epochs
