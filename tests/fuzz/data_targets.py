@@ -16,6 +16,7 @@ from typing import Any
 from cogtune.checkpoint.random import make_tiny
 from cogtune.configuration.run_config import DataSection
 from cogtune.data.dataset import TrainRows
+from cogtune.data.records import Conversation
 from cogtune.data.sources import read_sources
 from cogtune.data.split import read_and_split
 from cogtune.processing.token_file import find_token_file
@@ -148,7 +149,7 @@ class DataTarget:
         after = session.attempt(lambda: read_sources(DataSection(**plain))[0], "reading what convert wrote")
         if not before.ok or not after.ok:
             raise Fault(f"convert wrote what cannot be read: {(before.err + after.err)[-300:]!r}")
-        told = [sorted(str(c.turns) for e in one.value for c in e.conversations) for one in (before, after)]
+        told = [sorted(_texts(c) for e in one.value for c in e.conversations) for one in (before, after)]
         if told[0] != told[1]:
             lost = [turns for turns in told[0] if turns not in told[1]]
             raise Fault(f"convert changed turns: {str(lost or told[1])[:300]}")
@@ -159,6 +160,10 @@ class DataTarget:
         said = session.command("data", "preview", *flags(values), "--model", str(self.base), "--html", str(page))
         if said.ok and "<script>alert" in page.read_text("utf-8"):
             raise Fault("a script of the data stands in the page")
+
+
+def _texts(conversation: Conversation) -> str:
+    return str([(turn.question, turn.answer, turn.trained) for turn in conversation.turns])
 
 
 def flags(values: dict[str, Any], path: bool = True) -> list[str]:

@@ -130,3 +130,15 @@ def test_few_pictures_are_said(tmp_path: Path, pictures: int, warned: bool) -> N
     found = check(data, 0, find_token_file(None))
     assert ("few-pictures" in [finding.code for finding in found.warnings]) is warned
     assert not any("warning" in note for note in found.notes)
+
+
+def test_deep_lists_are_looked_into_four_levels(tmp_path: Path) -> None:
+    """Four hundred levels under a key that is not read ended in a RecursionError."""
+    deep: Any = "x"
+    for _ in range(400):
+        deep = [deep]
+    record = {"image": None, **dialogue("q", "a")}
+    assert len(read_sources(section(write_lines(tmp_path / "a.jsonl", [{**record, "other": deep}])))[0]) == 1
+    hidden = {**record, "other": [[["x.png"]]]}
+    with pytest.raises(DataError, match='"other" looks like a picture'):
+        read_sources(section(write_lines(tmp_path / "b.jsonl", [hidden])))

@@ -146,7 +146,8 @@ def refuse_unread_own(record: Mapping[str, Any], read: Sequence[str], pictures: 
         refuse_unread(entry, ("role", "content", *MARKS), pictures, form, where)
 
 
-def _is_picture(value: Any, *, paths: bool) -> bool:
+def _is_picture(value: Any, *, paths: bool, levels: int = 4) -> bool:
+    """Return whether a value, or one inside it up to ``levels`` deep, looks like a picture."""
     if isinstance(value, (bytes, bytearray, memoryview)):
         return bytes(value[:8]).startswith(_MAGIC)
     if isinstance(value, str):
@@ -154,9 +155,10 @@ def _is_picture(value: Any, *, paths: bool) -> bool:
         if text.lower().startswith("data:image/") or is_base64_picture(text):
             return True
         return paths and len(text) <= _LONGEST_PATH and "\n" not in text and text.lower().endswith(PICTURE_SUFFIXES)
+    inside: Sequence[Any] = value[:8] if isinstance(value, list | tuple) else ()
     if isinstance(value, Mapping):
-        return any(_is_picture(value.get(key), paths=paths) for key in ("bytes", "path", "url", "image", "image_url"))
-    return isinstance(value, list | tuple) and any(_is_picture(one, paths=paths) for one in value[:8])
+        inside = [value.get(key) for key in ("bytes", "path", "url", "image", "image_url")]
+    return levels > 0 and any(_is_picture(one, paths=paths, levels=levels - 1) for one in inside)
 
 
 def _same_file(value: Any, pictures: Sequence[Any]) -> bool:
