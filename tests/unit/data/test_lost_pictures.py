@@ -73,6 +73,9 @@ PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(60)).decode()
         ("images", {"image": None, "images": ["p.png"], "conversations": [ASK, SAY]}),
         ("image", {"image": None, "conversations": [ASK | {"image": "p.png"}, SAY]}),
         ("image_2", {"image": "p.png", "image_2": "q.png", "conversations": [ASK, SAY]}),
+        ("audio", {"image": None, "audio": "a.wav", "conversations": [ASK, SAY]}),
+        ("audios", {"audios": ["a.wav"], "query": "color?", "response": "red"}),
+        ("reasoning_content", {"images": ["p.png"], "messages": [ASK, SAY | {"reasoning_content": "It is red."}]}),
     ],
 )
 def test_a_key_that_would_be_dropped_is_named(tmp_path: Path, key: str, record: Any) -> None:

@@ -21,7 +21,17 @@ _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0
 _BASE64_MAGIC = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
 _PICTURE_KEY = re.compile(r"(image|img|picture|photo|pic)s?(_?(path|url|file|list)s?)?_?\d*", re.IGNORECASE)
-_CONTENT_KEYS = ("system", "history", "image", "images", "tool_calls", "function_call", "reasoning_content")
+_CONTENT_KEYS = (
+    "system",
+    "history",
+    "image",
+    "images",
+    "audio",
+    "audios",
+    "tool_calls",
+    "function_call",
+    "reasoning_content",
+)
 _LONGEST_PATH = 4096
 
 
