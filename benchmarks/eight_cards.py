@@ -32,7 +32,7 @@ import torch
 from benchmarks import watched
 from cogtune.bench.data_folder import dialogue, write_folder
 from cogtune.bench.report import circumstances, shown_command, write_result
-from cogtune.train.log import read_metrics
+from cogtune.evaluate.run_folder import read_metrics
 
 ROOT = Path(__file__).parents[1]
 STEPS, WARM, COMPARED = 40, 20, 20

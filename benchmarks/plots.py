@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cogtune.demo.chart import Frame, Line, line_chart
+from cogtune.evaluate.report.chart import Frame, Line, line_chart
 
 _SWEPT = {
     "text": "text tokens",

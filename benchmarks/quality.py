@@ -34,8 +34,8 @@ from cogtune.demo.base import BASE
 from cogtune.demo.record import Clock, use_all_cores, write_json
 from cogtune.demo.run import Folders, settings
 from cogtune.demo.score import measure
+from cogtune.evaluate.run_folder import read_metrics
 from cogtune.generate.loading import load_generator
-from cogtune.train.log import read_metrics
 from cogtune.train.run import train
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from cogtune.bench.data_folder import dialogue, write_folder
 from cogtune.bench.report import circumstances, write_result
 from cogtune.checkpoint.random import make_tiny
-from cogtune.train.log import read_metrics
+from cogtune.evaluate.run_folder import read_metrics
 
 HOSTS = ("cogtune-host0", "cogtune-host1")
 ADDRESSES = ("198.18.0.1", "198.18.0.2")  # RFC 2544: for measurements, used nowhere else

@@ -21,7 +21,7 @@ import os
 import re
 import textwrap
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -142,3 +142,11 @@ _PIECE = re.compile(r"(?:[\u2e80-\u9fff\uff00-\uffef]|[^\s\u2e80-\u9fff\uff00-\u
 def padded(shown: str, columns: int) -> str:
     """Return ``shown`` with blanks after it, so that it takes at least ``columns`` columns of a terminal."""
     return shown + " " * (columns - width(shown))
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table whose cells stand below each other on a terminal."""
+    widths = [max(width(row[at]) for row in rows) for at in range(len(rows[0]))] if rows else []
+    return [
+        "  ".join(padded(cell, columns) for cell, columns in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]

@@ -10,11 +10,11 @@ import pytest
 from cogtune.configuration.engine_rules import ENGINE, Pair
 from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import ConfigError
+from cogtune.evaluate.run_folder import read_metrics
 from cogtune.plan.cards import REFERENCE
 from cogtune.plan.data_rows import TYPICAL
 from cogtune.plan.plan import make_plan
 from cogtune.train import engines
-from cogtune.train.log import read_metrics
 from cogtune.train.run import train
 from tests.support.combination_cases import (
     allowed_pairs,

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from cogtune.adapters.attach import attach, save_adapter
 from cogtune.checkpoint import resume_state as checkpoints
 from cogtune.checkpoint.load import load_model
-from cogtune.train.log import read_metrics
+from cogtune.evaluate.run_folder import read_metrics
 from cogtune.train.run import train
 from tests.support.engine_cases import LEFT_OUT, LENGTHS, MOVED, STOP_AT, make_case
 from tests.support.launching import launch, torchrun

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from cogtune.train.log import read_metrics
+from cogtune.evaluate.run_folder import read_metrics
 from tests.support.launching import cogtune_launch, deepspeed, launch, torchrun
 from tests.support.lock_holder import holder, kill
 from tests.support.training import write_data

@@ -15,7 +15,7 @@ import torch
 
 from cogtune.checkpoint.random import make_tiny
 from cogtune.configuration.run_config import RunConfig
-from cogtune.train.log import read_metrics
+from cogtune.evaluate.run_folder import read_metrics
 from cogtune.train.run import train
 from tests.support.training import make_config, write_data
 

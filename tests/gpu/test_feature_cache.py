@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from cogtune.evaluate.run_folder import read_metrics
 from cogtune.train.feature_cache import fill_cache
-from cogtune.train.log import read_metrics
 from cogtune.train.run import train
 from tests.support.training import make_config, write_data
 

@@ -13,11 +13,11 @@ import torch
 
 from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import NonFiniteError
+from cogtune.evaluate.run_folder import read_metrics
 from cogtune.train import validation
 from cogtune.train.batches import Batch, Feed, StepBatches
 from cogtune.train.engines.async_scalar import AsyncScalar
 from cogtune.train.engines.single import SingleEngine
-from cogtune.train.log import read_metrics
 from cogtune.train.optim import step_if_finite
 from cogtune.train.run import train
 from tests.support.training import make_config, write_data

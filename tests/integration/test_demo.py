@@ -86,11 +86,11 @@ def test_the_merged_model_answers_as_base_and_adapter(demo: Demo) -> None:
 
 def test_the_page_shows_it_and_the_console_says_where_it_is(demo: Demo) -> None:
     page = (demo.output / "demo.html").read_text(encoding="utf-8")
-    assert [uri[:22] for uri in re.findall(r'src="([^"]*)', page)] == ["data:image/png;base64,"] * 12
-    assert not re.search(r"href|@import|url\(|<script|<link", page)
+    assert page.count("data:image/webp;base64,") == 15
+    assert not re.search(r"href=\"[^#d]|@import|url\(|src=|<link", page)
     assert "<polyline" in page
     for name in ("base", "tuned", "blind"):
-        assert f"{100 * demo.record['scores'][name]['accuracy']:.2f} %" in page
+        assert f"<b>{100 * demo.record['scores'][name]['accuracy']:.1f}</b>" in page
     said = "\n".join(demo.lines)
     for path in ("demo.html", "run/adapter", "merged"):
         assert str(demo.output / path) in said

@@ -16,10 +16,11 @@ import torch
 
 from cogtune.checkpoint import resume_state as checkpoints
 from cogtune.errors import NonFiniteError, OutOfMemoryError, Stopped
+from cogtune.evaluate.run_folder import read_metrics
 from cogtune.train import batches, loop
 from cogtune.train.engines import single
 from cogtune.train.engines.single import SingleEngine
-from cogtune.train.log import Metrics, read_metrics
+from cogtune.train.log import Metrics
 from cogtune.train.loop import Loop
 from cogtune.train.run import train
 from tests.support.training import make_config, one_kernel, write_data

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from cogtune.cli.main import main
 from cogtune.errors import ConfigError, OutputFolderError
+from cogtune.evaluate.run_folder import read_metrics
 from cogtune.train import engines
-from cogtune.train.log import read_metrics
 from cogtune.train.run import train
 from tests.support.training import make_config, write_data
 

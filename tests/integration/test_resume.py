@@ -14,7 +14,7 @@ import pytest
 
 from cogtune.checkpoint import resume_state as checkpoints
 from cogtune.errors import CheckpointError, OutputFolderError, Stopped
-from cogtune.train.log import read_metrics
+from cogtune.evaluate.run_folder import read_metrics
 from cogtune.train.loop import Loop
 from cogtune.train.run import train
 from tests.support.training import make_config, write_data

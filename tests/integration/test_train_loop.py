@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from cogtune.checkpoint import resume_state as checkpoints
 from cogtune.checkpoint.load import load_model
 from cogtune.configuration.run_config import RunConfig
+from cogtune.evaluate.run_folder import read_metrics
 from cogtune.model.modeling import DecoderLayer
 from cogtune.model.vision import VisionLayer
-from cogtune.train.log import read_metrics
 from cogtune.train.run import train
 from cogtune.train.run_inputs import read_inputs
 from tests.golden.make_losses import FILE, golden_run

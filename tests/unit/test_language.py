@@ -53,13 +53,18 @@ ENGLISH = {
     "cli/plan.py": r"# Made by `cogtune plan`",
     "configuration/answer_config.py": r"cogtune predict",
     "data/preview_html.py": r"<|\n *body {|^special trained$",
-    "demo/chart.py": r"<",
     "demo/drawings.py": r"",
     "demo/page.py": r"<",
     "demo/pretrain.py": r"",
     "demo/record.py": r"model name",
     "demo/words.py": r"",
     "distributed/group.py": r"address already in use",
+    "evaluate/report/chart.py": r"<",
+    "evaluate/report/gallery.py": r"<",
+    "evaluate/report/page.py": r"<|default-src",
+    "evaluate/report/pictures.py": r"<",
+    "evaluate/report/sections.py": r"<",
+    "evaluate/report/words.py": r"<",
     "features/ownership.py": r"[Ff]eatures? ",
     "plan/inference.py": r"^keys and values$",
     "plan/memory.py": r"",
@@ -81,6 +86,10 @@ programs write, an API's answers.
 """
 
 
+SAYING = ("tr", "phrase", "both", "plain")
+"""Functions whose first argument is a template; the last two are the report's, which says it in both languages."""
+
+
 def modules() -> Iterator[tuple[str, ast.Module]]:
     for file in sorted(SOURCE.rglob("*.py")):
         yield file.relative_to(SOURCE).as_posix(), ast.parse(file.read_text(encoding="utf-8"))
@@ -91,9 +100,9 @@ def catalogue_of(module: str) -> str:
 
 
 def templates(tree: ast.Module) -> Iterator[ast.expr]:
-    """Yield the first argument of each call of `tr` and `phrase`."""
+    """Yield the first argument of each call that says or marks a template."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("tr", "phrase") and node.args:
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in SAYING and node.args:
             yield node.args[0]
 
 

@@ -117,10 +117,8 @@ class Bench:
             from_empty=from_empty,
         )
         losses = _Losses()
-        loop = Loop(
-            self.engine, config, cast(Any, feed), None, Progress(), feed.total, losses, StopSignal(), lambda best: None
-        )
-        loop.run()
+        save, feeding = (lambda best: None), cast(Any, feed)
+        Loop(self.engine, config, feeding, None, None, Progress(), feed.total, losses, StopSignal(), save).run()
         timing = feed.finish()
         timing.losses = losses.values
         return timing

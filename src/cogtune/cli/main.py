@@ -33,6 +33,9 @@ COMMANDS = {
     "chat": "chat",
     "predict": "predict",
     "eval": "eval",
+    "report": "report",
+    "runs": "report",
+    "compare": "report",
     "serve": "serve",
     "merge": "merge",
     "data check": "data_check",
@@ -67,9 +70,6 @@ _MEANT = {
 _PLANNED = {
     "web": phrase("`cogtune chat` answers in the terminal"),
     "export": phrase("`cogtune merge` writes a full model in the published layout"),
-    "report": phrase("metrics.jsonl in the output folder, and `tensorboard --logdir OUT`, show how a training went"),
-    "runs": phrase("each output folder holds its run: config.yaml, metrics.jsonl, run.log"),
-    "compare": phrase("`tensorboard --logdir` shows several output folders side by side"),
 }
 """Commands that do not exist yet, and what to use today."""
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from cogtune.configuration.values import Beta, Engine, Names, Recompute, Section, Share
+from cogtune.configuration.values import Beta, Engine, Names, Recompute, Section, Share, Text
 
 
 class LoraSection(Section):
@@ -90,7 +90,24 @@ class EvalSection(Section):
     )
     batch_size: int | None = Field(default=None, ge=1, description="Rows per rank in validation. null: as in training.")
     patience: int | None = Field(
-        default=None, ge=1, description="Stop early after this many validations without a better loss. null: never."
+        default=None,
+        ge=1,
+        description="Stop early after this many validations without a better eval.metric. null: never.",
+    )
+    generate: int = Field(
+        default=16,
+        ge=0,
+        description="Validation questions that are answered before the first step and at every validation, greedily,"
+        " and compared with the right answers. 0: none.",
+    )
+    max_new_tokens: int = Field(default=64, ge=1, description="Most tokens of such an answer; a longer one is cut.")
+    metrics: Names = Field(
+        default=(),
+        description="Metrics of those answers, as `cogtune eval --metrics` takes them. Empty: what fits them.",
+    )
+    metric: Text = Field(
+        default="loss",
+        description="What chooses the best checkpoint and stops early: loss, or a metric of the answers.",
     )
 
 

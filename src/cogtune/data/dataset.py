@@ -13,11 +13,11 @@ from torch.utils.data import Dataset
 from cogtune.configuration.shapes import IGNORED_LABEL, TREE_ROOT
 from cogtune.data.budget import Budget, BudgetReport, Sample
 from cogtune.data.pixels import tower_inputs
-from cogtune.data.records import Example, ImageRef
+from cogtune.data.records import Example, ImageRef, Question
 from cogtune.data.rows import RowPlan, RowShape, encode_sample, plan_rows, shape_of
 from cogtune.errors import ConfigError, DataError
 from cogtune.language import phrase, tr
-from cogtune.processing.encode import Encoder
+from cogtune.processing.encode import Encoded, Encoder
 from cogtune.processing.tree import Row, build_tree
 
 if TYPE_CHECKING:
@@ -157,6 +157,34 @@ class TrainRows(Dataset[RowSample]):
     def images(self) -> list[tuple[ImageRef, ...]]:
         """The images of each row, in order."""
         return [self._examples[plan.example].images for plan in self._plans]
+
+    def questions(self) -> list[Question]:
+        """Return the planned answers as questions, each with the history that it is trained with."""
+        found: dict[tuple[str, int], Question] = {}
+        for plan in self._plans:
+            example = self._examples[plan.example]
+            for sample in plan.samples:
+                conversation = example.conversations[sample.conversation]
+                turn = conversation.turns[sample.turn]
+                history = tuple((past.question, past.answer) for past in conversation.turns[sample.first : sample.turn])
+                right = turn.references or (turn.answer,)
+                asked = (conversation.id, sample.turn, example.images, turn.question, turn.answer, history, right)
+                found.setdefault((conversation.id, sample.turn), Question(*asked))
+        return list(found.values())
+
+    def prompt(self, question: Question) -> Encoded:
+        """Return a question's tokens without an answer, as trained."""
+        return self._encoder.encode(question.question, question.history, images=len(question.images))
+
+    def empty_prompt(self) -> Encoded:
+        """Return a prompt that asks nothing: BOS alone."""
+        return Encoded([self._encoder.bos_id], [0], [IGNORED_LABEL], 1)
+
+    def pictures(self, images: Sequence[ImageRef]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return the pictures' pixels, each [3, S, S], or their features, each [Q, W]; the other list is empty."""
+        if self._features is None:
+            return list(self._pixels(images)), []
+        return [], [self._features(image) for image in images]
 
     def use_features(self, features: Features | None) -> None:
         """From now on, take images' features from ``features``; no image file is decoded."""

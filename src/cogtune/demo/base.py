@@ -7,4 +7,3 @@ from pathlib import Path
 _ASSETS = Path(__file__).parent / "assets"
 BASE = _ASSETS / "tiny-base"
 SETTINGS = _ASSETS / "demo.yaml"
-STYLE = _ASSETS / "page.css"

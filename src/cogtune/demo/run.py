@@ -18,18 +18,20 @@ from transformers.utils.logging import disable_progress_bar
 from cogtune.adapters.merge import merge
 from cogtune.configuration.load import with_values
 from cogtune.configuration.run_config import RunConfig
-from cogtune.demo import easyvqa, page
+from cogtune.demo import easyvqa
 from cogtune.demo.base import BASE, SETTINGS
 from cogtune.demo.easyvqa import VqaPicture
-from cogtune.demo.examples import ShownPicture, choose, fill
+from cogtune.demo.examples import ShownPicture, choose
+from cogtune.demo.page import demo_report
 from cogtune.demo.record import Clock, provenance, use_all_cores, write_json
 from cogtune.demo.score import Score, measure, without_pictures
 from cogtune.errors import OutputFolderError
+from cogtune.evaluate.report.page import write
+from cogtune.evaluate.run_folder import read_metrics, read_run
 from cogtune.generate.generator import Generator
 from cogtune.generate.loading import load_generator
 from cogtune.language import padded, phrase, tr
 from cogtune.system.locks import FOLDER_LOCK, lock_folder
-from cogtune.train.log import read_metrics
 from cogtune.train.run import train
 
 MARKER = ".cogtune-demo"  # marks a demo's folder, in which a rerun may continue
@@ -148,7 +150,8 @@ def _run(
     record |= _numbers(results, config, answers)
     record["total_seconds"] = round(time.perf_counter() - began, 2)
     record["continued"] = continued
-    page.write(folders.page, record, results.examples, results.metrics)
+    report = demo_report(read_run(folders.run), folders.test_data, results.test, results.scores, record)
+    write(folders.page, report)
     write_json(folders.record, record)
     _say_where(folders, record, say)
     return record
@@ -200,7 +203,6 @@ def _write_data(folders: Folders, results: DemoResults, say: Say) -> None:
 
 def _measure(results: DemoResults, name: str, generator: Generator, say: Say) -> None:
     results.scores[name] = _said(measure(generator, results.test), tr("on held-out test pictures"), say)
-    fill(results.examples, name, generator)
 
 
 def _said(found: Score, what: str, say: Say) -> Score:
@@ -218,7 +220,7 @@ def _said(found: Score, what: str, say: Say) -> Score:
 
 
 def _ask_merged(folders: Folders, results: DemoResults, say: Say) -> list[dict[str, str]]:
-    """Ask the merged model, as ``cogtune chat`` would, about the first three pictures of the page."""
+    """Ask the merged model, as ``cogtune chat`` would, about three pictures."""
     generator = load_generator(folders.merged)
     asked = []
     for number, example in enumerate(results.examples[:3]):

@@ -9,9 +9,8 @@ from cogtune.configuration.load import load_config
 from cogtune.data.records import Example
 from cogtune.data.split import read_and_split
 from cogtune.errors import ConfigError, DataError
+from cogtune.evaluate.run_folder import CONFIG_FILE
 from cogtune.language import tr
-
-CONFIG_FILE = "config.yaml"
 
 
 def held_out(adapter: Path | None) -> tuple[list[Example], tuple[str, ...], str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cogtune.data.records import Example, ImageRef, Question, iter_questions
+from cogtune.data.records import Example, ImageRef, Question, file_of, iter_questions
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,19 @@ class Asked:
 
 
 def collect(examples: Iterable[Example]) -> Asked:
-    """Return the questions of a data set; equal questions about equal pictures become one with several right answers.
+    """Return the questions of a data set; see `join`."""
+    return join(iter_questions(examples))
+
+
+def join(questions: Iterable[Question]) -> Asked:
+    """Number the pictures of questions; equal questions about equal pictures become one with several right answers.
 
     So the five captions of a COCO picture are five references of one question.
     """
     found: dict[tuple[object, ...], Question] = {}
     aside: set[tuple[str, int]] = set()
     unanswered = joined = 0
-    for question in iter_questions(examples):
+    for question in questions:
         if not question.references:
             unanswered += 1
             aside.add((question.id, question.turn))
@@ -83,3 +88,8 @@ def swapped(questions: Iterable[Question]) -> list[Question]:
 def blanked(questions: Iterable[Question], blank: Path) -> list[Question]:
     """Return the questions with every picture replaced by the file ``blank``."""
     return [replace(question, images=(blank,) * len(question.images)) for question in questions]
+
+
+def files_of(images: Iterable[ImageRef]) -> list[str]:
+    """Return the files that images are in, each once: a clip's frames are in one."""
+    return list(dict.fromkeys(str(file_of(image)) for image in images))

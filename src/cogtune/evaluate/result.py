@@ -8,7 +8,7 @@ from typing import Any
 
 from cogtune.evaluate.breakdown import question_type
 from cogtune.evaluate.compare import Answers, Scored
-from cogtune.evaluate.questions import Asked
+from cogtune.evaluate.questions import Asked, files_of
 from cogtune.evaluate.verdict import group_lines, table, verdicts
 from cogtune.language import speaking
 
@@ -81,7 +81,7 @@ class Evaluation:
             yield {
                 "id": question.id,
                 "turn": question.turn,
-                "images": [str(image) for image in question.images],
+                "images": files_of(question.images),
                 "question": question.question,
                 "references": list(question.references),
                 "type": question_type(question),

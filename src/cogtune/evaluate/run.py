@@ -20,6 +20,7 @@ from cogtune.evaluate.contestants import BASE, Contestant, contestants, without_
 from cogtune.evaluate.held_out import held_out
 from cogtune.evaluate.predictions import read_predictions
 from cogtune.evaluate.questions import Asked, collect, number
+from cogtune.evaluate.report.load import write_report
 from cogtune.evaluate.result import RECORDS_FILE, RESULT_FILE, Evaluation
 from cogtune.generate.predict import OnProgress
 from cogtune.language import tr
@@ -122,6 +123,7 @@ def run(
         lock.require()
         files.write_text(folder / RECORDS_FILE, "".join(_line(row) for row in found.records()), durable=True)
         files.write_json(folder / RESULT_FILE, found.to_dict(), durable=True)
+        say(tr("report: {path}", path=write_report(folder)))
     return found
 
 

@@ -14,12 +14,18 @@ _HAS_CJK = re.compile(f"[{_CJK}]")
 _WORD = re.compile(f"[{_CJK}]|[^\\W_{_CJK}]+")
 _BLANK_WORD = re.compile(f"[{_CJK}]|[^\\s{_CJK}]+")
 _NUMBER_MARK = re.compile(r"(?<=\d)[.,:/](?=\d)|(?<![\w.])-(?=\.?\d)")
+_CONTROL = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069\\ufeff]")
 _ARTICLES = frozenset({"a", "an", "the"})
 
 
 def has_cjk(text: str) -> bool:
     """Whether a text has Chinese or Japanese characters."""
     return _HAS_CJK.search(text) is not None
+
+
+def visible(text: str) -> str:
+    """Return a text whose control characters, such as a terminal's escapes, are visible signs."""
+    return _CONTROL.sub(lambda found: chr(0x2400 + ord(found[0])) if ord(found[0]) < 0x20 else "\ufffd", text)
 
 
 def words(text: str) -> list[str]:

@@ -7,23 +7,24 @@ from collections.abc import Sequence
 from cogtune.evaluate.breakdown import DIMENSIONS, LANGUAGES, LENGTHS, OTHER, TURNS, YES_NO
 from cogtune.evaluate.compare import Answers, Scored
 from cogtune.evaluate.statistics import Difference, Estimate
-from cogtune.language import padded, phrase, tr, width
+from cogtune.evaluate.text import visible
+from cogtune.language import aligned, phrase, tr
 
 _NAMES = {"tuned": phrase("tuned"), "base": phrase("base")}
 _CONTROLS = {"blank": phrase("{name}, pictures blanked"), "swap": phrase("{name}, pictures swapped")}
-_OWN_GROUPS = frozenset({OTHER, YES_NO, *LENGTHS, *LANGUAGES, *TURNS})
+GROUP_NAMES = frozenset({OTHER, YES_NO, *LENGTHS, *LANGUAGES, *TURNS})
 _SHOWN = 8  # groups of a kind on the console
 
 
 def name_of(model: Answers) -> str:
     """A model's name in the user's language."""
-    name = tr(_NAMES[model.name]) if model.name in _NAMES else model.name
+    name = tr(_NAMES[model.name]) if model.name in _NAMES else visible(model.name)
     return tr(_CONTROLS[model.control], name=name) if model.control else name
 
 
 def group_name(name: str) -> str:
     """A group's name in the user's language; labels and folders stay as they are."""
-    return tr(name) if name in _OWN_GROUPS else name
+    return tr(name) if name in GROUP_NAMES else visible(name)
 
 
 def verdicts(models: Sequence[Answers], scored: Scored) -> list[str]:
@@ -118,7 +119,7 @@ def table(models: Sequence[Answers], results: Sequence[Scored]) -> list[str]:
     """Lines of a table: a row for each model, a column for each metric."""
     head = ["", *(f"{tr(one.metric.title)} [{one.values[0].records}]" for one in results)]
     rows = [[name_of(model), *(shown(one.values[at]) for one in results)] for at, model in enumerate(models)]
-    return _aligned([head, *rows])
+    return aligned([head, *rows])
 
 
 def group_lines(models: Sequence[Answers], scored: Scored) -> list[str]:
@@ -130,14 +131,7 @@ def group_lines(models: Sequence[Answers], scored: Scored) -> list[str]:
             [f"  {group_name(name)}", str(count), *(f"{100 * value:.1f}" for value in values)]
             for name, (count, values) in list(parts.items())[:_SHOWN]
         ]
-        lines += _aligned([head, *rows])
+        lines += aligned([head, *rows])
         if len(parts) > _SHOWN:
             lines.append(tr("  and {count} more in eval.json", count=len(parts) - _SHOWN))
     return lines
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(width(row[at]) for row in rows) for at in range(len(rows[0]))]
-    return [
-        "  ".join(padded(cell, columns) for cell, columns in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]

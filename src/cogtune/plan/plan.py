@@ -21,7 +21,7 @@ from cogtune.plan.from_config import budget_of, fixed_keys, setting_of
 from cogtune.plan.inference import answer, merge
 from cogtune.plan.memory import Memory, Phase, predict
 from cogtune.plan.setting import Setting
-from cogtune.plan.time import Schedule, checkpoint_bytes, feature_bytes, schedule
+from cogtune.plan.time import Schedule, answering_seconds, checkpoint_bytes, feature_bytes, schedule
 from cogtune.system.byte_sizes import GIB, format_size
 
 
@@ -48,6 +48,8 @@ class Plan:
     epochs: int
     keep_checkpoints: int
     price: float | None = None
+    answering: float = 0.0
+    """Seconds of answering validation questions once."""
     text: str = ""
     """The plan as ``cogtune plan`` prints it, if it was made with `cogtune.plan`."""
 
@@ -102,7 +104,8 @@ class Plan:
             "driver": self.memory.driver,
             "largest_batch": self.largest,
             "seconds": {"load": self.times.load, "fill": self.times.fill, "step": step.seconds,
-                        "epoch": self.times.epoch, "save": self.times.save, "run": self.seconds},
+                        "epoch": self.times.epoch, "save": self.times.save, "answering": self.answering,
+                        "run": self.seconds},
             "steps_per_epoch": self.times.steps,
             "disk": {"cache": self.cache, "checkpoints": self.checkpoints},
             "cost": self.cost,
@@ -159,7 +162,16 @@ def plan_of(config: RunConfig, setting: Setting, card: Card, rows: Rows, *, pric
         epochs=config.train.epochs,
         keep_checkpoints=config.train.keep_checkpoints,
         price=price,
+        answering=_answering(config, setting, card, rows),
     )
+
+
+def _answering(config: RunConfig, setting: Setting, card: Card, rows: Rows) -> float:
+    """Return the seconds of answering ``eval.generate`` questions; 0 without validation."""
+    section, validates = config.eval, bool(config.data.validation) or config.data.validation_share > 0
+    tokens = min(section.max_new_tokens, round(rows.mean.labelled) + 1)
+    questions = section.generate if validates else 0
+    return answering_seconds(setting, card, questions=questions, tokens=tokens, mean=rows.mean)
 
 
 def _as_given(config: RunConfig) -> dict[str, Any]:

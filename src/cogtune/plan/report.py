@@ -205,6 +205,12 @@ def _times(plan: Plan) -> Iterator[str]:
         parts=tr(", ").join([*run, epochs]),
     )
     yield _headed("", whole)
+    if plan.answering:
+        answers = tr(
+            "answers to validation questions: {seconds:.1f} s, before the first step and at each validation",
+            seconds=plan.answering,
+        )
+        yield _headed("", answers)
     if plan.rows.typical:
         example = tr(
             "for the example's {count:,} pictures, one row each: --data DIR counts yours", count=plan.rows.count

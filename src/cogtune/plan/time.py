@@ -24,6 +24,8 @@ from cogtune.plan.setting import MicroBatch, Setting, format_of
 from cogtune.plan.sharding import Gathering
 from cogtune.plan.sizes import Linear
 
+_PROMPTS_AT_ONCE = 8
+
 
 @dataclass(frozen=True)
 class StepTime:
@@ -232,6 +234,26 @@ def schedule(setting: Setting, card: Card, *, rows: int, pictures: int, mean: Mi
         steps=-(-rows // per_step),
         save=3 * 4 * replace(setting, tensor=1).adapter_parameters() / disk + 0.2,
     )
+
+
+def answering_seconds(setting: Setting, card: Card, *, questions: int, tokens: int, mean: MicroBatch) -> float:
+    """Return the seconds of answering validation questions once: prompts in batches, then token after token.
+
+    A token reads one expert of every layer, and gathers what is sharded; its kernels are launched one by one. An
+    estimate: none of this was measured.
+    """
+    if not questions:
+        return 0.0
+    own, rates = setting.with_batch(images=mean.images, text=mean.text, labelled=mean.labelled), scaled(card)
+    ranks = setting.ranks // setting.tensor
+    rows = min(_PROMPTS_AT_ONCE, -(-questions // ranks))
+    forward = _decoder(own, rates) / _passes(own) / own.batch.rows / setting.tensor
+    if setting.tower == "live":
+        forward += tower_seconds(own, card) / own.batch.rows / setting.tensor
+    read = setting.sizes.parameters("experts") * setting.width / 2 / setting.tensor / rates.memory
+    launched = setting.sizes.num_hidden_layers * HOST.layer * HOST.seconds / 3
+    token = max(read, launched) + traffic(setting)[0] / 2 / card.link
+    return -(-questions // (rows * ranks)) * (rows * forward + (max(1, tokens) - 1) * token)
 
 
 def feature_bytes(setting: Setting) -> int:

@@ -13,21 +13,23 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from cogtune.errors import CogtuneError, RunError
+from cogtune.evaluate.run_folder import METRICS_FILE, read_metrics
 from cogtune.language import tr
 from cogtune.system import files
 from cogtune.system.file_errors import explained
 from cogtune.system.terminal import visible
 from cogtune.train.status_line import status
 
-METRICS_FILE = "metrics.jsonl"
 _KEPT_EVERY = 60
 """Seconds between steps' lines that stay on a terminal, where the status line shows the others."""
 log = logging.getLogger("cogtune")
@@ -157,6 +159,31 @@ class Metrics:
                         self._writer.add_scalar(tag, values[name], step)
                 self._writer.flush()
 
+    @property
+    def output(self) -> Path | None:
+        """The folder that is written to; None on other ranks."""
+        return None if self._file is None else self._path.parent
+
+    def show(
+        self,
+        step: int,
+        scalars: Mapping[str, float] = {},
+        texts: Mapping[str, str] = {},
+        pictures: Mapping[str, npt.NDArray[np.uint8]] = {},
+    ) -> None:
+        """Show numbers, Markdown texts and pictures [H, W, 3] in TensorBoard, by their tags."""
+        if self._writer is None:
+            return
+        with explained(self._path, late=True):
+            os.stat(self._path)
+            for tag, value in scalars.items():
+                self._writer.add_scalar(tag, value, step)
+            for tag, text in texts.items():
+                self._writer.add_text(tag, text, step)
+            for tag, picture in pictures.items():
+                self._writer.add_image(tag, picture, step, dataformats="HWC")
+            self._writer.flush()
+
     def close(self) -> None:
         if self._file is None:
             return
@@ -164,20 +191,6 @@ class Metrics:
             self._file.close()
             if self._writer is not None:
                 self._writer.close()
-
-
-def read_metrics(output: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics up to the first that is none, such as one cut short by a kill."""
-    lines: list[dict[str, Any]] = []
-    for line in (output / METRICS_FILE).read_bytes().splitlines():
-        try:
-            found = json.loads(line)
-        except (ValueError, RecursionError):
-            break
-        if not isinstance(found, dict) or not isinstance(found.get("step"), int):
-            break
-        lines.append(found)
-    return lines
 
 
 def last_losses(output: Path) -> tuple[float | None, float | None]:
@@ -198,7 +211,7 @@ def first_loss(output: Path) -> float | None:
 def _drop_after(path: Path, step: int) -> None:
     if not path.exists():
         return
-    kept = [json.dumps(line) + "\n" for line in read_metrics(path.parent) if line["step"] <= step]
+    kept = [json.dumps(line) + "\n" for line in read_metrics(path.parent) if step and line["step"] <= step]
     files.write_text(path, "".join(kept), durable=True)
 
 

@@ -24,6 +24,7 @@ from cogtune.configuration.shapes import IGNORED_LABEL
 from cogtune.data.dataset import TrainRows
 from cogtune.errors import CogtuneError, NonFiniteError
 from cogtune.language import phrase, tr
+from cogtune.train.answers import LOSS, AnswerCheck
 from cogtune.train.batches import Batch, Feed, SkippedRows, StepBatches, to_device
 from cogtune.train.engines.async_scalar import AsyncScalar
 from cogtune.train.engines.base import Engine, StepResult
@@ -50,6 +51,7 @@ class Loop:
     """Trains until ``total_steps``, an early stop or a signal.
 
     Args:
+        answers: asks validation questions; None: none are asked.
         save: writes a checkpoint of the current progress; ``best`` says that it is the best one so far.
     """
 
@@ -59,6 +61,7 @@ class Loop:
         config: RunConfig,
         feed: Feed,
         validation: TrainRows | None,
+        answers: AnswerCheck | None,
         progress: Progress,
         total_steps: int,
         metrics: Metrics,
@@ -66,6 +69,7 @@ class Loop:
         save: Callable[[bool], None],
     ) -> None:
         self.engine, self.config, self.feed, self.validation = engine, config, feed, validation
+        self.answers = answers
         self.progress, self.total_steps, self.metrics, self.stop, self.save = progress, total_steps, metrics, stop, save
         self.schedule = build_schedule(engine.optimizer, config.train, total_steps, progress.step)
         self.compiles = False
@@ -80,6 +84,9 @@ class Loop:
         """Run the loop. Raises Stopped after a signal (the state is saved), NonFiniteError, OutOfMemoryError,
         DiskFullError."""
         progress, engine = self.progress, self.engine
+        if progress.step == 0 and self.total_steps > 0:
+            engine.module.train()
+            self._answer()  # the base's, to compare with
         self.reporter = Reporter(self.metrics, progress, self.total_steps, self.config.log.steps, engine.device)
         self.stop.wait_for_step()
         engine.module.train()
@@ -232,29 +239,26 @@ class Loop:
         return step > 0 and (step == self.total_steps or step % every == 0)
 
     def _validate(self) -> bool:
-        """Measure the loss on validation data; return whether it is the best so far."""
+        """Measure the loss on validation data and answer questions; return whether the model is the best so far."""
         if self.validation is None:
             return False
         with phase("validation", self.config, self.engine.device):
             found = validate(self.engine, self.validation, self.config, self.stop, self._left_out_of_validation)
         if found is None:
             return False
+        values = self._answer()
+        if values is None:
+            return False
         progress = self.progress
         progress.validated_step = progress.step
-        better = progress.best_loss is None or found.loss < progress.best_loss
+        better = self._is_better(found.loss, values)
         if better:
             progress.best_loss, progress.best_step, progress.validations_without_better = found.loss, progress.step, 0
+            progress.best_value = values.get(self.config.eval.metric)
         else:
             progress.validations_without_better += 1
         self.metrics.write(
             "validation", progress.step, loss=found.loss, perplexity=found.perplexity, labels=found.labels, best=better
-        )
-        note = (
-            tr("best so far")
-            if better
-            else tr(
-                "best {best_loss:.4f} at step {best_step}", best_loss=progress.best_loss, best_step=progress.best_step
-            )
         )
         log.info(
             tr(
@@ -263,14 +267,67 @@ class Loop:
                 total_steps=self.total_steps,
                 loss=found.loss,
                 perplexity=found.perplexity,
-                note=note,
+                note=tr("best so far") if better else self._best(),
             )
         )
         patience = self.config.eval.patience
         if patience is not None and progress.validations_without_better >= patience:
             progress.stopped_early = True
-            log.info(tr("stopping early: {patience} validations without a better loss", patience=patience))
+            log.info(
+                tr(
+                    "stopping early: {patience} validations without a better {metric}",
+                    patience=patience,
+                    metric=self.config.eval.metric,
+                )
+            )
         return better
+
+    def _is_better(self, loss: float, values: dict[str, float]) -> bool:
+        """Return whether ``eval.metric`` is better than at every earlier validation."""
+        progress, name = self.progress, self.config.eval.metric
+        if name == LOSS:
+            return progress.best_loss is None or loss < progress.best_loss
+        assert self.answers is not None
+        if progress.best_value is None:
+            return True
+        higher = self.answers.metrics[name].higher
+        return values[name] > progress.best_value if higher else values[name] < progress.best_value
+
+    def _best(self) -> str:
+        progress = self.progress
+        if progress.best_value is not None:
+            return tr(
+                "best {metric} {value:.1f} at step {best_step}",
+                metric=self.config.eval.metric,
+                value=100 * progress.best_value,
+                best_step=progress.best_step,
+            )
+        return tr(
+            "best {best_loss:.4f} at step {best_step}", best_loss=progress.best_loss, best_step=progress.best_step
+        )
+
+    def _answer(self) -> dict[str, float] | None:
+        """Answer validation questions and write their values; empty without questions, None after a signal."""
+        if self.answers is None:
+            return {}
+        with phase("answering", self.config, self.engine.device):
+            found = self.answers.run(self.engine, self.stop)
+        if found is None:
+            return None
+        step, count = self.progress.step, len(found.texts)
+        self.answers.record(self.metrics, step, found)
+        shown = "  ".join(f"{name} {100 * value:.1f}" for name, value in found.values.items())
+        log.info(
+            tr(
+                "step {step}/{total_steps}  {count} answers: {values}  ({seconds:.1f} s)",
+                step=step,
+                total_steps=self.total_steps,
+                count=count,
+                values=shown,
+                seconds=found.seconds,
+            )
+        )
+        return found.values
 
     def _epochs(self) -> float:
         """Return the number of passes over the data so far."""

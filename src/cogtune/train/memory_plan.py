@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,6 +59,8 @@ class MemoryPlan:
     def __init__(self, config: RunConfig, rows: Rows, setting: Setting, card: Card | None, force: bool) -> None:
         self.config, self.rows, self.card, self.force = config, rows, card, force
         self.setting = setting
+        self.planned: dict[str, Any] | None = None
+        """The plan that the run was started with, as ``plan.json`` keeps it; None on a CPU."""
 
     @property
     def tower_fits(self) -> bool | None:
@@ -95,7 +98,9 @@ class MemoryPlan:
             self.setting = replace(self.setting, tower="cached" if cached else "live")
         if self.card is not None:
             self.setting = keeping_gathered(self._settle(self.setting), self._budget)
-            log.info(summary(plan_of(self.config, self.setting, self.card, self.rows)))
+            plan = plan_of(self.config, self.setting, self.card, self.rows)
+            self.planned = plan.to_dict()
+            log.info(summary(plan))
         return Layers(self.setting.decoder, self.setting.blocks, self.setting.keep_gathered or 0)
 
     def _settle(self, setting: Setting) -> Setting:

@@ -36,6 +36,7 @@ class Progress:
     window_labels: int = 0
     best_loss: float | None = None
     best_step: int | None = None
+    best_value: float | None = None  # of eval.metric, if that is not the loss
     validated_step: int | None = None
     validations_without_better: int = 0
     skipped_steps: int = 0  # float16: gradients overflowed
@@ -60,8 +61,10 @@ class Progress:
             raise damaged(checkpoint, "progress", values)
         known = {field.name: values[field.name] for field in fields(Progress) if field.name in values}
         for name, value in known.items():
-            plain, optional = getattr(Progress, name), name in ("best_loss", "best_step", "validated_step")
-            kinds = (bool,) if isinstance(plain, bool) else (int, float) if "loss" in name else (int,)
+            plain = getattr(Progress, name)
+            optional = name in ("best_loss", "best_step", "best_value", "validated_step")
+            real = "loss" in name or "value" in name
+            kinds = (bool,) if isinstance(plain, bool) else (int, float) if real else (int,)
             fits = isinstance(value, kinds) and isinstance(value, bool) == (kinds == (bool,))
             if not (value is None if optional and not fits else fits and (value >= 0 or "loss" in name)):
                 raise damaged(checkpoint, f"progress.{name}", value)

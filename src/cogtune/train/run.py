@@ -26,6 +26,8 @@ from cogtune.configuration.run_config import RunConfig
 from cogtune.distributed import environment
 from cogtune.distributed.group import Group
 from cogtune.errors import DataError, DiskFullError
+from cogtune.evaluate.report.load import write_report
+from cogtune.evaluate.run_folder import PLAN_FILE
 from cogtune.features.reader import FeatureReader
 from cogtune.generate.last_run import write_last_run
 from cogtune.language import phrase, tr
@@ -153,6 +155,7 @@ def _train(config: RunConfig, dry_run: bool, force: bool) -> TrainResult:
         stack.enter_context(memory.explaining(engine.device))
         with _features(config, inputs, engine, dtype, start, memory.tower_fits) as reader:
             layers = memory.settle(cached=reader is not None)
+            engine.group.on_main(lambda: _write_plan(start, memory))
             model, progress = _build(config, engine, dtype, start, layers, cached=reader is not None)
             result = _fit(config, inputs, engine, model, start, progress, stop)
         engine.group.close()
@@ -338,6 +341,26 @@ def _leave_result(config: RunConfig, start: RunStart, progress: Progress) -> tup
     return adapter, which, step
 
 
+def _write_plan(start: RunStart, memory: MemoryPlan) -> None:
+    if memory.planned is not None:
+        with start.claim.writing():
+            files.write_json(start.folder.output / PLAN_FILE, memory.planned)
+
+
+def _write_report(output: Path) -> None:
+    """Write the run's page. Whatever is wrong with it, the run has ended well and its results are there."""
+    try:
+        log.info(tr("report: {path}", path=write_report(output)))
+    except Exception as error:
+        log.warning(
+            tr(
+                "the report could not be written ({error}); `cogtune report {output}` tries again",
+                error=error,
+                output=output,
+            )
+        )
+
+
 def _provenance(config: RunConfig, inputs: Inputs, engine: Engine) -> Provenance:
     """Return the provenance that every adapter folder of the run contains."""
     known = {name: version for name, version in versions(engine.device).items() if name in _TOLD and version}
@@ -360,7 +383,8 @@ def _fit(
     save = saver.Saver(engine, model, start.claim, start.record, progress, config, provenance)
     metrics = Metrics(output, active=engine.group.is_main, tensorboard=config.log.tensorboard, step=progress.step)
     try:
-        loop = Loop(engine, config, start.feed, inputs.validation, progress, total, metrics, stop, save)
+        rows = inputs.validation, inputs.answers
+        loop = Loop(engine, config, start.feed, *rows, progress, total, metrics, stop, save)
         loop.compiles = compiles(config, engine)
         loop.run()
     finally:
@@ -372,5 +396,6 @@ def _fit(
     log.info(tr("done: the adapter ({which}) is in {adapter}", which=said, adapter=adapter))
     for line in engine.group.on_main(lambda: summary(output, adapter, progress, time.perf_counter() - began)):
         log.info(line)
+    engine.group.on_main(lambda: _write_report(output))
     losses = engine.group.on_main(lambda: last_losses(output))
     return TrainResult(output, adapter, progress.step, progress.best_step, progress.best_loss, *losses)

@@ -19,10 +19,12 @@ from cogtune.configuration.identity import identity
 from cogtune.configuration.run_config import RunConfig
 from cogtune.data.dataset import TrainRows
 from cogtune.data.split import DataSplit, read_and_split
+from cogtune.data.statistics import Histogram
 from cogtune.language import tr
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.tensor_parallel import check_sizes
 from cogtune.processing.processor import CogVLM2Processor
+from cogtune.train.answers import AnswerCheck, check_metric
 from cogtune.train.log import log
 from cogtune.train.output_folder import RunIdentity
 
@@ -36,18 +38,21 @@ _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tok
 
 @dataclass(frozen=True)
 class Inputs:
-    """Rows to train on and, if there are any, to validate on; and the identity by which a later start recognises the
-    run."""
+    """Rows to train on and, if there are any, to validate on, with the questions that are answered; and the identity
+    by which a later start recognises the run."""
 
     split: DataSplit
     rows: TrainRows
     validation: TrainRows | None
     identity: RunIdentity
+    answers: AnswerCheck | None = None
 
     def data_json(self) -> dict[str, Any]:
         """Return the content of ``data.json``."""
         validation = None if self.validation is None else self.validation.report.to_dict()
-        return {**self.split.to_dict(), "train_rows": self.rows.report.to_dict(), "validation_rows": validation}
+        lengths = {"train": _histogram(self.rows), "validation": self.validation and _histogram(self.validation)}
+        rows = {"train_rows": self.rows.report.to_dict(), "validation_rows": validation, "row_lengths": lengths}
+        return {**self.split.to_dict(), **rows}
 
     def counts(self) -> dict[str, int]:
         """Return the amount of training data, for the adapter folder."""
@@ -66,7 +71,23 @@ class Inputs:
         lines += [tr("training: {line}", line=line) for line in self.rows.report.lines()]
         if self.validation is None:
             return [*lines, tr("validation: none")]
-        return lines + [tr("validation: {line}", line=line) for line in self.validation.report.lines()]
+        lines += [tr("validation: {line}", line=line) for line in self.validation.report.lines()]
+        if self.answers is not None:
+            names = tr(", ").join(self.answers.metrics)
+            count = len(self.answers.asked.questions)
+            lines.append(
+                tr("answers: {count} validation questions at each validation ({names})", count=count, names=names)
+            )
+            lines += self.answers.choice.notes
+        return lines
+
+
+def _histogram(rows: TrainRows) -> dict[str, Any]:
+    """How many rows have how many tokens."""
+    found = Histogram()
+    for length in rows.lengths:
+        found.add(length)
+    return found.to_dict()
 
 
 def read_inputs(config: RunConfig) -> Inputs:
@@ -106,7 +127,11 @@ def read_inputs(config: RunConfig) -> Inputs:
     if validation is not None and len(validation) == 0:
         log.warning(tr("validation is empty: none of its answers fits data.max_input_len and data.max_output_len"))
         validation = None
-    return Inputs(split, rows(split.train, True), validation, _identity(config, base, split))
+    answers = None
+    if validation is not None and config.eval.generate:
+        answers = AnswerCheck(validation, processor, config)
+    check_metric(config, answers)
+    return Inputs(split, rows(split.train, True), validation, _identity(config, base, split), answers)
 
 
 def _identity(config: RunConfig, base: Path, data: DataSplit) -> RunIdentity:

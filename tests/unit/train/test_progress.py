@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from cogtune.evaluate.run_folder import read_metrics
 from cogtune.train import progress as module
 from cogtune.train.engines.async_scalar import AsyncScalar
-from cogtune.train.log import Metrics, last_losses, read_metrics
+from cogtune.train.log import Metrics, last_losses
 from cogtune.train.progress import Progress, Reporter
 
 

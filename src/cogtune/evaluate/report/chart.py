@@ -1,4 +1,4 @@
-"""Line charts as SVG, for the demo's page (styled by its CSS) or as separate files."""
+"""Line charts as SVG, for the report (styled by its CSS) or as separate files."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-
-from cogtune.language import tr
 
 _MARKS = (1, 2, 5)
 _BOTTOM = 34
@@ -61,13 +59,6 @@ class _Axis:
         if not self.log:
             return (value - self.low) / (self.high - self.low)
         return math.log(max(value, self.low) / self.low) / math.log(self.high / self.low)
-
-
-def loss_chart(lines: Sequence[Line]) -> str:
-    """Draw the loss over steps on a logarithmic axis with a legend; lines without points are left out."""
-    drawn = [line for line in lines if line.points]
-    legend = "".join(f'<span><i class="{line.style}"></i>{escape(line.name)}</span>' for line in drawn)
-    return f'{line_chart(drawn, Frame(tr("Loss over optimiser steps")), log=True)}<p class="legend">{legend}</p>'
 
 
 def line_chart(lines: Sequence[Line], frame: Frame, *, log: bool = False, named: bool = False) -> str:

@@ -1,0 +1,239 @@
+"""Answers to validation questions during training: how good they are, from before the first step to the last.
+
+Every rank answers its share of the questions by calling the training module as it stands, so that any engine can do it:
+one forward pass over the prompts, then one for each token, on all ranks equally often. The first answers, before any
+step, are the base's.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.compiler import set_stance
+
+from cogtune.configuration.run_config import RunConfig
+from cogtune.data.dataset import TrainRows
+from cogtune.data.pixels import shown_squares
+from cogtune.errors import ConfigError
+from cogtune.evaluate.choose import Choice, choose
+from cogtune.evaluate.metric import Metric, statistics_of
+from cogtune.evaluate.questions import Asked, files_of, join
+from cogtune.evaluate.run_folder import ANSWERS_FOLDER
+from cogtune.language import tr
+from cogtune.processing.processor import CogVLM2Processor
+from cogtune.system import files
+from cogtune.system.file_errors import explained
+from cogtune.train.engines.base import Engine
+from cogtune.train.log import Metrics
+from cogtune.train.stop_signal import StopSignal
+
+LOSS = "loss"
+_AT_ONCE = 8  # prompts of a batch
+_SHOWN = 4  # questions that TensorBoard shows
+_SIDE = 256  # pixels of their pictures
+_SPARE = 0.5  # share of a GPU's free memory that their keys and values may take
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A model's answers at one step: their values by metric, and the time they took."""
+
+    values: dict[str, float]
+    texts: list[str]
+    seconds: float
+
+
+class AnswerCheck:
+    """Asks the same few validation questions again and again.
+
+    Args:
+        rows: the validation rows, whose budgets and pictures (or their cached features) are used.
+        processor: decodes answers, and knows the tokens that end them.
+
+    Raises:
+        ConfigError: ``eval.metrics`` or ``eval.metric`` names a metric that does not exist or fits no question.
+        SetupError: its package is not installed.
+    """
+
+    def __init__(self, rows: TrainRows, processor: CogVLM2Processor, config: RunConfig) -> None:
+        self.rows, self.processor, self.config = rows, processor, config
+        self.asked = chosen_questions(rows, config.eval.generate)
+        wanted = config.eval.metric
+        names = config.eval.metrics
+        if wanted != LOSS and names and wanted not in names:
+            names = (wanted, *names)
+        self.choice: Choice = choose(names or (() if wanted == LOSS else (wanted,)), self.asked.references)
+        self._scorers = [
+            one.metric.scorer([self.asked.references[place] for place in one.places]) for one in self.choice.metrics
+        ]
+        self._prompts = [rows.prompt(question) for question in self.asked.questions]
+        self._ends = torch.tensor(sorted(set(processor.config.eos_token_ids)))
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """The metrics that are computed, by name."""
+        return {one.metric.name: one.metric for one in self.choice.metrics}
+
+    def run(self, engine: Engine, stop: StopSignal) -> Answered | None:
+        """Answer every question once, over all ranks; None if a signal asked to stop. Collective."""
+        began = time.perf_counter()
+        group, count = engine.group, len(self._prompts)
+        size = self._batch_size(engine)
+        mine: dict[int, str] = {}
+        engine.module.eval()
+        try:
+            with torch.no_grad(), set_stance("force_eager"):  # a compiled layer would be compiled anew for one token
+                for start in range(0, count, size * group.size):
+                    if group.any(stop.number is not None):
+                        return None
+                    places = range(start + group.rank * size, min(start + (group.rank + 1) * size, count))
+                    mine |= dict(zip(places, self._decode(engine, list(places)), strict=True))
+        finally:
+            engine.module.train()
+        found = {place: text for part in group.gather(mine) for place, text in part.items()}
+        texts = [found[place] for place in range(count)]
+        return Answered(self._values(texts), texts, time.perf_counter() - began)
+
+    def _values(self, texts: Sequence[str]) -> dict[str, float]:
+        values = {}
+        for one, scorer in zip(self.choice.metrics, self._scorers, strict=True):
+            references = [self.asked.references[place] for place in one.places]
+            sums = statistics_of(one.metric, [texts[place] for place in one.places], references, scorer).sum(0)
+            values[one.metric.name] = float(one.metric.value(sums))
+        return values
+
+    def _batch_size(self, engine: Engine) -> int:
+        """Prompts at once, the same on every rank: as many as the memory holds keys and values of."""
+        least = self.config.eval.batch_size or self.config.train.batch_size
+        if engine.device.type != "cuda":
+            return max(least, _AT_ONCE)
+        model = self.processor.config
+        tokens = max(map(len, self._prompts)) + self.config.eval.max_new_tokens
+        heads = model.num_key_value_heads or model.num_attention_heads
+        each = 2 * 2 * model.num_hidden_layers * heads * model.head_dim * tokens
+        device = engine.device
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return min(engine.group.gather(max(1, min(_AT_ONCE, int(_SPARE * free / each)))))
+
+    def _decode(self, engine: Engine, places: Sequence[int]) -> list[str]:
+        """Answer these questions greedily; without one, keep the other ranks company with a row that says nothing."""
+        device = engine.device
+        inputs = self._inputs(places)
+        ids, types, mask = (inputs.pop(name).to(device) for name in ("input_ids", "token_type_ids", "attention_mask"))
+        pictures = {name: value.to(device) for name, value in inputs.items()}
+        ends = self._ends.to(device)
+        call: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1}
+        out = engine.module(input_ids=ids, token_type_ids=types, attention_mask=mask, **pictures, **call)
+        done = torch.full((len(ids),), not places, device=device)
+        tokens: list[torch.Tensor] = []
+        while True:
+            following = out.logits[:, -1].argmax(-1)
+            done = done | torch.isin(following, ends)
+            tokens.append(torch.where(done, ends[0], following))
+            if len(tokens) == self.config.eval.max_new_tokens or not engine.group.any(not bool(done.all())):
+                break
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            step = tokens[-1][:, None]
+            out = engine.module(
+                input_ids=step, token_type_ids=torch.zeros_like(step), attention_mask=mask,
+                past_key_values=out.past_key_values, **call,
+            )  # fmt: skip
+        rows = torch.stack(tokens, 1).tolist()
+        stops = set(self._ends.tolist())
+        return [
+            self.processor.decode([token for token in row if token not in stops]).strip() for row in rows[: len(places)]
+        ]
+
+    def _inputs(self, places: Sequence[int]) -> dict[str, torch.Tensor]:
+        prompts = [self._prompts[place] for place in places] or [self.rows.empty_prompt()]
+        rows = [
+            {"input_ids": torch.tensor([one.input_ids]), "token_type_ids": torch.tensor([one.token_type_ids]),
+             "attention_mask": torch.ones(1, len(one), dtype=torch.int64)}
+            for one in prompts
+        ]  # fmt: skip
+        pixels, features = [], []
+        for place in places:
+            shown = self.rows.pictures(self.asked.questions[place].images)
+            pixels += shown[0]
+            features += shown[1]
+        inputs: dict[str, torch.Tensor] = dict(self.processor.pad_left(rows))
+        if pixels:
+            inputs["pixel_values"] = torch.stack(pixels)
+        if features:
+            inputs["image_features"] = torch.stack(features)
+        return inputs
+
+    def samples(self, found: Answered) -> dict[str, str]:
+        """Return a text in Markdown for each of the first questions, with its right answer and the model's."""
+        shown = {}
+        for place, (question, text) in enumerate(zip(self.asked.questions[:_SHOWN], found.texts, strict=False)):
+            rows = {"question": question.question, "right": " | ".join(question.references), "answer": text}
+            shown[f"answers/sample {place}"] = "\n\n".join(f"**{name}** {_plain(text)}" for name, text in rows.items())
+        return shown
+
+    def sample_pictures(self) -> dict[str, Any]:
+        """Return the first image of each of the first questions as the model sees it, uint8 [H, W, 3], small."""
+        shown = {}
+        for place, question in enumerate(self.asked.questions[:_SHOWN]):
+            for square, _ in shown_squares(question.images[:1], _SIDE, exif=self.config.data.exif):
+                shown[f"answers/sample {place}"] = np.asarray(square.convert("RGB"))
+        return shown
+
+    def record(self, metrics: Metrics, step: int, found: Answered) -> None:
+        """Write a step's answers, their values among the metrics, and samples for TensorBoard. Rank 0 writes."""
+        if metrics.output is None:
+            return
+        lines = []
+        for question, text in zip(self.asked.questions, found.texts, strict=True):
+            row = {"id": question.id, "turn": question.turn, "images": files_of(question.images),
+                   "question": question.question, "references": list(question.references), "answer": text}  # fmt: skip
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+        path = answers_file(metrics.output, step)
+        with explained(path, late=True):
+            path.parent.mkdir(exist_ok=True)
+            files.write_text(path, "".join(lines))
+        metrics.write("answers", step, records=len(found.texts), seconds=found.seconds, values=found.values)
+        scalars = {f"answers/{name}": value for name, value in found.values.items()}
+        metrics.show(
+            step,
+            scalars,
+            self.samples(found),
+            self.sample_pictures() if step == 0 and self.config.log.tensorboard else {},
+        )
+
+
+def answers_file(output: Path, step: int) -> Path:
+    """Return the file that has a step's answers, one line per question."""
+    return output / ANSWERS_FOLDER / f"step-{step:06}.jsonl"
+
+
+def _plain(text: str) -> str:
+    """Text that TensorBoard's Markdown shows as it is."""
+    return "".join(f"\\{letter}" if letter in "\\`*_{}[]<>()#+-.!|" else letter for letter in text)
+
+
+def chosen_questions(rows: TrainRows, count: int) -> Asked:
+    """Return ``count`` questions at even distances through the validation rows, each asked as it is trained."""
+    asked = join(rows.questions())
+    if len(asked.questions) <= count:
+        return asked
+    places = [number * len(asked.questions) // count for number in range(count)]
+    return join([asked.questions[place] for place in places])
+
+
+def check_metric(config: RunConfig, check: AnswerCheck | None) -> None:
+    """Raise ConfigError if the best checkpoint is to be chosen by answers, and none are given."""
+    if config.eval.metric != LOSS and check is None:
+        raise ConfigError(
+            tr("eval.metric {metric} needs answers to validation questions", metric=config.eval.metric),
+            hint=tr("set eval.generate to a number of questions, and keep validation data"),
+            code="config-combination",
+        )
