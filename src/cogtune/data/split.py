@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -41,8 +42,8 @@ class DataSplit:
 def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
     """Return ``(train, validation)``, both in the given order.
 
-    The side of an example depends on (seed, key) only, so adding records moves no other. Examples that show the same
-    file go to the same side, as do text-only records with the same text.
+    The side of an example depends on (seed, key) only, so adding examples of other files moves no other. Examples that
+    show the same file go to the same side, as do text-only records with the same text.
     """
     if share <= 0:
         return list(examples), []
@@ -88,7 +89,23 @@ def read_and_split(data: DataSection, seed: int, *, max_images: int = 1, clips: 
                 examples=len(examples),
             )
         )
+    elif _is_far(len(validation), len(examples), data.validation_share):
+        report.notes.append(
+            tr(
+                "validation has {chosen} of {examples} pictures where the share {validation_share:g} asks for"
+                " {asked:.1f}: each is drawn by itself; another train.seed draws anew",
+                chosen=len(validation),
+                examples=len(examples),
+                validation_share=data.validation_share,
+                asked=data.validation_share * len(examples),
+            )
+        )
     return DataSplit(train, validation, report)
+
+
+def _is_far(chosen: int, examples: int, share: float) -> bool:
+    """Return whether a draw of ``chosen`` is over two standard deviations from what was asked: one in twenty is."""
+    return abs(chosen - share * examples) > 2 * math.sqrt(examples * share * (1 - share))
 
 
 def _draw(key: str, seed: int) -> float:

@@ -111,3 +111,17 @@ def test_nothing_to_train_on_is_refused(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "set", {"1": dialogue("q", "a")})
     with pytest.raises(DataError, match="none to train on"):
         read_and_split(section(root, validation_share=0.999999), seed=0)
+
+
+def test_a_share_far_from_what_was_asked_is_noted(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "set", {f"{n}": dialogue("q", "a") for n in range(16)})
+    noted, far = set(), set()
+    for seed in range(60):
+        result = read_and_split(section(root, validation_share=0.2), seed=seed)
+        if any("another train.seed" in note for note in result.report.notes):
+            noted.add(seed)
+            assert f"validation has {len(result.validation)} of 16" in result.report.notes[-1]
+        if abs(len(result.validation) - 3.2) > 3.2 and result.validation:  # two standard deviations of 16 draws
+            far.add(seed)
+    assert noted == far
+    assert 0 < len(noted) < 12
