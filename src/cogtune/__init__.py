@@ -15,12 +15,15 @@ of transformers': `CogVLM2ForCausalLM` (``from_pretrained`` also takes an adapte
 `CogVLM2Config`; and `RunConfig`, a whole configuration. ``help`` on each says more; docs/guides/python.md shows them at
 work.
 
-Everything is imported on first use, so that ``import cogtune`` is quick.
+Everything is imported on first use, so that ``import cogtune`` is quick. After it, transformers' Auto classes know
+CogVLM2.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+from cogtune.system.import_hooks import import_after
 
 if TYPE_CHECKING:
     from cogtune.adapters.merge import merge
@@ -60,6 +63,13 @@ _HOMES = {
 }
 _CALLABLE_PACKAGES = ("evaluate", "plan", "train")
 """Functions with the name of the package that they are in; see `cogtune.system.callable_package`."""
+
+_AUTO = "transformers.models.auto"
+import_after("transformers", {
+    f"{_AUTO}.configuration_auto": "cogtune.configuration.model",
+    f"{_AUTO}.modeling_auto": "cogtune.model.modeling",
+    f"{_AUTO}.processing_auto": "cogtune.processing.processor",
+})  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

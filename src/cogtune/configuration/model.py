@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from cogtune.configuration.architectures import has_vision_experts
 from cogtune.configuration.config_json import MODEL_KEYS, known_part, read_object
@@ -202,3 +202,6 @@ class CogVLM2Config(PreTrainedConfig):
         if self.eos_token_id is None:
             return []
         return [self.eos_token_id] if isinstance(self.eos_token_id, int) else list(self.eos_token_id)
+
+
+AutoConfig.register(CogVLM2Config.model_type, CogVLM2Config)

@@ -15,7 +15,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    GenerationMixin,
+)
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
@@ -364,5 +370,5 @@ def _logits_loss(logits: torch.Tensor, routing: Routing, num_items: torch.Tensor
     return token_loss(predicted, routing.targets, num_items)
 
 
-AutoConfig.register("cogvlm2", CogVLM2Config)
-AutoModelForCausalLM.register(CogVLM2Config, CogVLM2ForCausalLM)
+for _auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    _auto.register(CogVLM2Config, CogVLM2ForCausalLM)
