@@ -1,7 +1,11 @@
-"""A model hub on this machine: both hubs' interfaces over a dictionary of files, with every fault a line can have."""
+"""A model hub on this machine: both hubs' interfaces over a dictionary of files, with every fault a line can have.
+
+It also takes the files that are pushed to it, as Hugging Face's does.
+"""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -44,7 +48,10 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
             path = unquote(urlsplit(self.path).path)
             hub.requests.append((path, self.headers.get("Range"), self.headers.get("Authorization")))
             if any(name in path for name in hub.missing):
-                self.send_error(404)
+                self.send_response(404)
+                self.send_header("X-Error-Code", "EntryNotFound")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
             elif "/resolve/" in path:
                 self._file(path.split("/resolve/")[1].split("/", 1)[1])
             elif hub.listing is not None:
@@ -57,6 +64,23 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
                     for name in hub.files
                 ]
                 self._json({"Success": True, "Data": {"Files": files}})
+
+        def do_POST(self) -> None:
+            path, sent = unquote(urlsplit(self.path).path), self.rfile.read(int(self.headers["Content-Length"]))
+            hub.requests.append((path, None, self.headers.get("Authorization")))
+            if path.endswith("/create"):
+                name = "{organization}/{name}".format(**json.loads(sent))
+                self._json({"url": f"{hub.url}/{name}", "name": name})
+            elif "/preupload/" in path:
+                files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(sent)["files"]]
+                self._json({"files": [{**file, "shouldIgnore": False} for file in files]})
+            elif "/commit/" in path:
+                for line in map(json.loads, sent.splitlines()):
+                    if line["key"] == "file":
+                        hub.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                self._json({"commitUrl": f"{hub.url}/someone/model/commit/{'0' * 40}", "commitOid": "0" * 40})
+            else:
+                self._json({})
 
         def _json(self, content: object) -> None:
             body = json.dumps(content).encode()

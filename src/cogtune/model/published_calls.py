@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from cogtune.processing.encode import Encoder
-from cogtune.processing.image import pixels_of_picture
+from cogtune.processing.pixels import pixels_of
 from cogtune.processing.prompt import Turns
 
 
@@ -74,6 +74,6 @@ class PublishedCalls:
             "input_ids": torch.tensor(encoded.input_ids),
             "token_type_ids": torch.tensor(encoded.token_type_ids),
             "attention_mask": torch.ones(len(encoded), dtype=torch.int64),
-            "images": [pixels_of_picture(image, config.image_size) for image in shown] or None,
+            "images": [pixels_of(image, config.image_size, frame=config.numbered_images) for image in shown] or None,
             "labels": None if answer is None else torch.tensor(encoded.labels),
         }

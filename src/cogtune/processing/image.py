@@ -5,17 +5,16 @@ torch is imported only when a tensor is made, so commands that check data can re
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from cogtune.errors import DataError, InputError
+from cogtune.errors import DataError
 from cogtune.language import tr
 from cogtune.processing.picture_formats import is_deep, known_formats, unknown_picture
 
@@ -31,7 +30,6 @@ PREPROCESSING = 1
 
 _HEADER_LOCK = threading.Lock()
 _URL = re.compile(r"(?:https?|ftp|file|s3|gs|oss):/", re.IGNORECASE)
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 
 
 def read_image(
@@ -99,30 +97,6 @@ def to_rgb(image: Image.Image, where: str, *, exif: str = "ignore", bit_depth: s
             hint=tr("copy or download it again, or remove it together with its label"),
             code="image-truncated",
         ) from error
-
-
-def pixels_of_picture(image: Any, size: int) -> torch.Tensor:
-    """Return the model's input for a PIL image or a picture's path: float32 ``[3, size, size]``, normalised.
-
-    Raises:
-        InputError: anything else.
-        DataError: a file that cannot be read, or an address (code ``image-url``): nothing is fetched.
-    """
-    if isinstance(image, Image.Image):
-        return preprocess(to_rgb(image, getattr(image, "filename", "") or tr("the picture given")), size)
-    if not isinstance(image, (str, os.PathLike)):
-        raise InputError(
-            tr("the picture is a {kind}, not a PIL image or a path", kind=type(image).__name__),
-            hint=tr("for an array use PIL.Image.fromarray(array)"),
-        )
-    path = os.fspath(image)
-    if isinstance(path, str) and _ADDRESS.match(path):
-        raise DataError(
-            tr("{address}: addresses of pictures are not fetched", address=path[:80]),
-            hint=tr("download the picture and give its path, or open it with PIL and give the image"),
-            code="image-url",
-        )
-    return preprocess(read_image(path), size)
 
 
 def _scaled(image: Image.Image) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -20,7 +21,8 @@ from cogtune.processing.prompt import TEMPLATES
 from cogtune.system.names import inside
 
 REQUIRED_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
-OPTIONAL_FILES = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+OPTIONAL_FILES = ("special_tokens_map.json", "added_tokens.json")
+CHAT_TEMPLATE_NAME, PROCESSOR_NAME = "chat_template.jinja", "processor_config.json"
 
 
 def find_folder(path_or_id: str | os.PathLike[str], **hub: Any) -> Path:
@@ -167,10 +169,15 @@ def _check_names(file: Path) -> None:
 
 
 def copy_files(source: Path, target: Path) -> None:
-    """Copy tokenizer files byte for byte, and ``config.json`` unless the target already has one."""
+    """Copy tokenizer files byte for byte."""
     target.mkdir(parents=True, exist_ok=True)
     for name in (*REQUIRED_FILES, *OPTIONAL_FILES):
-        destination = target / name
-        kept = name == "config.json" and destination.exists()  # a model saved in the same folder has written its own
-        if (source / name).is_file() and not kept and source.resolve() != target.resolve():
-            shutil.copyfile(source / name, destination)
+        if name != "config.json" and (source / name).is_file() and source.resolve() != target.resolve():
+            shutil.copyfile(source / name, target / name)
+
+
+def write_config(config: CogVLM2Config, target: Path) -> None:
+    """Write ``config.json`` as a saved model has it: with its type, by which transformers' Auto classes find ours."""
+    written = copy.deepcopy(config)
+    written.architectures = ["CogVLM2ForCausalLM"]
+    written.save_pretrained(target)

@@ -7,41 +7,56 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from transformers import BatchFeature
 
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.configuration.shapes import IGNORED_LABEL
 from cogtune.errors import InputError
 from cogtune.language import tr
+from cogtune.processing.batch import images_of, joined, refuse_options
+from cogtune.processing.chat_prompts import ChatPrompts
 from cogtune.processing.clip import decode, is_clip, read_clip, refuse_clip
 from cogtune.processing.encode import TEXT, Encoded, Encoder
 from cogtune.processing.frames import Sampling, preprocess_frame
-from cogtune.processing.image import preprocess, read_image, to_rgb
-from cogtune.processing.model_folder import copy_files, find_folder, read_config, read_tokenizer, special_ids
+from cogtune.processing.image_processor import CogVLM2ImageProcessor
+from cogtune.processing.model_folder import (
+    CHAT_TEMPLATE_NAME,
+    PROCESSOR_NAME,
+    copy_files,
+    find_folder,
+    read_config,
+    read_tokenizer,
+    special_ids,
+    write_config,
+)
+from cogtune.processing.pixels import pixels_of
 from cogtune.processing.prompt import Turns
 
 _HUB_OPTIONS = {"revision", "cache_dir", "token", "local_files_only", "force_download"}
 # transformers' AutoProcessor passes these on; they mean nothing to a class that runs no remote code.
-_AUTO_OPTIONS = {"trust_remote_code", "_from_auto", "_commit_hash", "code_revision"}
+_AUTO_OPTIONS = {"trust_remote_code", "_from_auto", "_from_pipeline", "_commit_hash", "code_revision"}
 
 
-class CogVLM2Processor:
+class CogVLM2Processor(ChatPrompts):
     """Tokenizer, templates and picture preprocessing of one checkpoint, for training and for chat alike.
 
     Example:
         >>> processor = CogVLM2Processor.from_pretrained("cogvlm2")
         >>> inputs = processor("photo.jpg", "What is this?", answer="A red bus.")
         >>> batch = processor.pad_left([inputs, processor(None, "Say hello.", answer="Hello.")])
+        >>> two = processor(
+        ...     text=["What is this?", "Say hello."], images=["photo.jpg", None], padding=True, return_tensors="pt")
 
-    ``encoder`` builds token sequences without touching pictures; ``tokenizer``, ``config`` and ``image_size`` are the
-    checkpoint's own.
+    ``encoder`` builds token sequences without touching pictures; ``tokenizer``, ``image_processor``, ``config`` and
+    ``image_size`` are the checkpoint's own.
     """
 
     def __init__(self, tokenizer: Any, config: CogVLM2Config) -> None:
+        # The base class's constructor is left out: it takes no tokenizer but transformers' own, and a fixed template.
         self.tokenizer = tokenizer
+        size = {"height": config.image_size, "width": config.image_size}
+        self.image_processor = CogVLM2ImageProcessor(size, frames=config.numbered_images)
         self.config = config
         bos, eos, self._pad_id = special_ids(config)
         self.encoder = Encoder(
@@ -79,21 +94,58 @@ class CogVLM2Processor:
         folder = find_folder(path_or_id, **{name: options[name] for name in options.keys() & _HUB_OPTIONS})
         config = read_config(folder)
         processor = cls(read_tokenizer(folder, config), config)
+        processor.tokenizer.chat_template = processor.chat_template
         processor._folder = folder
         return processor
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write what `from_pretrained` reads. Files of a checkpoint are copied byte for byte.
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        push_to_hub: bool = False,
+        *,
+        repo_id: str | None = None,
+        max_shard_size: Any = None,
+        **options: Any,
+    ) -> None:
+        """Write what `from_pretrained` and transformers' Auto classes read: tokenizer, chat template, configuration.
 
-        A ``config.json`` that is already there (a model saved to the same folder) stays.
+        Tokenizer files of a checkpoint are copied byte for byte; ``chat_template.jinja`` takes the place of a template
+        in them. A ``config.json`` that is already there (a model saved to the same folder) stays.
+
+        Args:
+            push_to_hub: upload the files too, to ``repo_id`` or a repository of the folder's name; ``options`` are
+                those of `push_to_hub`.
+            max_shard_size: passed by `push_to_hub`; these files have no shards.
+
+        Raises:
+            InputError: options without ``push_to_hub``.
         """
-        target = Path(folder)
-        if self._folder is not None:
+        target = Path(save_directory)
+        if options and not push_to_hub:
+            raise InputError(
+                tr("save_pretrained has no option {unknown}", unknown=", ".join(sorted(options))),
+                hint=tr("with push_to_hub=True its options are those of push_to_hub"),
+            )
+        target.mkdir(parents=True, exist_ok=True)
+        if self._folder is None:
+            self.tokenizer.save_pretrained(target)
+        else:
             copy_files(self._folder, target)
-            return
-        self.tokenizer.save_pretrained(target)
         if not (target / "config.json").exists():
-            self.config.save_pretrained(target)
+            write_config(self.config, target)
+        (target / CHAT_TEMPLATE_NAME).write_text(self.chat_template, encoding="utf-8")
+        self.to_json_file(target / PROCESSOR_NAME)
+        if push_to_hub:
+            self.push_to_hub(repo_id or target.resolve().name, **options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of ``processor_config.json``: the class, and how pictures are preprocessed."""
+        return {"processor_class": type(self).__name__, "image_processor": self.image_processor.to_dict()}
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of what a call returns for the model."""
+        return ["input_ids", "token_type_ids", "attention_mask", "pixel_values"]
 
     @property
     def image_size(self) -> int:
@@ -120,43 +172,77 @@ class CogVLM2Processor:
         answer: str | None = None,
         template: str | None = None,
         *,
-        images: Sequence[Any] | None = None,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        padding: bool | str | None = False,
+        max_length: int | None = None,
+        padding_side: str = "left",
+        return_tensors: str | None = None,
+        **options: Any,
     ) -> BatchFeature:
-        """Return the model's inputs for one question: int64 ``[1, L]`` tensors, and ``pixel_values`` for its pictures.
+        """Return the model's inputs for one question, or for several in transformers' form.
 
         Args:
             image: a PIL image or a path; for a video model also the path of a clip, whose frames `sampling` chooses;
                 None for a text-only question, which uses the same template.
-            query: the question; empty text is allowed.
+            query: the question; empty text is allowed. It gives int64 ``[1, L]`` tensors.
             history: earlier (question, answer) pairs, oldest first.
             answer: with it, the answer and EOS are appended and ``labels`` are added.
             template: ``chat``, ``vqa`` or ``base``; None for the checkpoint's own.
-            images: instead of ``image``, any number of them in order, as many as the model takes.
+            images: instead of ``image``, the question's pictures in order, as many as the model takes. With several
+                texts, for each of them one picture, a list, or None.
+            text: instead of ``query``, a question or a list of them. A text that starts with BOS is a whole prompt, as
+                `apply_chat_template` renders it, and gets no template.
+            padding: True: to the longest row; ``max_length``: to ``max_length`` tokens.
+            max_length: a longer row is an error: a prompt is never cut.
+            padding_side: ``left``, as ``generate`` needs, or ``right``.
+            return_tensors: ``pt`` or ``np``; None: lists, but with ``query`` tensors.
+            options: further options of transformers' processors, as far as they change nothing.
 
         Returns:
             ``input_ids``, ``token_type_ids``, ``attention_mask``; ``pixel_values`` float32 [N, 3, S, S] of the N
             pictures if there are any, ``labels`` if there is an answer.
 
         Raises:
-            InputError: more pictures than the model takes, no query, an unknown template, a malformed history.
-            DataError: a picture's file that cannot be read.
+            InputError: more pictures than the model takes, no query, an unknown template, a malformed history, an
+                option that would change something.
+            DataError: a picture's file that cannot be read, or an address: nothing is fetched.
         """
-        if query is None:
-            raise InputError(tr("there is no query"), hint=tr('pass query="..."; an empty text is allowed'))
+        refuse_options(options)
         if image is not None and images is not None:
             raise InputError(tr("both image and images are given"), hint=tr("pass images alone for several pictures"))
-        shown = _listed(images) if image is None else _not_empty(self._opened(image))
-        encoded = self.encode(query, history or (), answer, images=len(shown), template=template)
-        data = {
-            "input_ids": torch.tensor([encoded.input_ids]),
-            "token_type_ids": torch.tensor([encoded.token_type_ids]),
-            "attention_mask": torch.ones(1, len(encoded), dtype=torch.int64),
-        }
-        if shown:
-            data["pixel_values"] = self.pixels(shown)
-        if answer is not None:
-            data["labels"] = torch.tensor([encoded.labels])
-        return BatchFeature(data)
+        if text is None:
+            if query is None:
+                raise InputError(tr("there is no query"), hint=tr('pass query="..."; an empty text is allowed'))
+            shown = [_listed(images) if image is None else _not_empty(self._opened(image))]
+            rows = [self.encode(query, history or (), answer, images=len(shown[0]), template=template)]
+            return_tensors = return_tensors or "pt"
+        else:
+            if query is not None or history or answer is not None:
+                raise InputError(
+                    tr("text is given together with query, history or answer"),
+                    hint=tr("use text for questions or whole prompts, and query for one question with its turns"),
+                )
+            texts = [text] if isinstance(text, str) else list(text)
+            given = images_of(len(texts), images if image is None else image)
+            shown = [[frame for one in of_text for frame in self._opened(one)] for of_text in given]
+            rows = [self._row(one, len(of_text), template) for one, of_text in zip(texts, shown, strict=True)]
+        flat = [one for of_text in shown for one in of_text]
+        return joined(
+            rows,
+            self._stacked(flat) if flat else None,
+            pad_id=self._pad_id,
+            labels=answer is not None,
+            padding=padding,
+            max_length=max_length,
+            padding_side=padding_side,
+            return_tensors=return_tensors,
+        )
+
+    def _row(self, text: str, images: int, template: str | None) -> Encoded:
+        if isinstance(text, str) and text.startswith(self._text_of(self.encoder.bos_id)):
+            return self.whole_row(text, images)
+        return self.encode(text, images=images, template=template)
 
     def pixels(self, images: Any) -> torch.Tensor:
         """Preprocess N pictures, each a PIL image or a path: float32 ``[N, 3, S, S]``. One may come without a list.
@@ -167,7 +253,7 @@ class CogVLM2Processor:
         """
         shown = _not_empty(_listed(images))
         self.encoder.check_images(len(shown))
-        return torch.stack([self._square(image) for image in shown])
+        return self._stacked(shown)
 
     def clip(self, path: str | os.PathLike[str], *, max_pixels: int | None = None) -> tuple[torch.Tensor, ...]:
         """Return a clip's frames as the tower takes them: float32 ``[3, S, S]`` each. `sampling` chooses them.
@@ -184,27 +270,8 @@ class CogVLM2Processor:
     def _opened(self, image: Any) -> list[Any]:
         return list(self.clip(image)) if isinstance(image, str | os.PathLike) and is_clip(image) else _listed(image)
 
-    def _square(self, image: Any) -> torch.Tensor:
-        """Return one picture as the tower takes it: float32 ``[3, S, S]``."""
-        if isinstance(image, torch.Tensor) and self.config.numbered_images:
-            if image.shape != (3, self.image_size, self.image_size):
-                raise InputError(
-                    tr("an image has the shape {shape}, expected is 3 x {size} x {size}", shape=tuple(image.shape),
-                       size=self.image_size)
-                )  # fmt: skip
-            return image
-        if isinstance(image, (str, os.PathLike)):
-            picture = read_image(os.fspath(image))
-        elif isinstance(image, Image.Image):
-            picture = to_rgb(image, getattr(image, "filename", "") or tr("the picture given"))
-        else:
-            raise InputError(
-                tr("the picture is a {name}, not a PIL image or a path", name=type(image).__name__),
-                hint=tr("for an array use PIL.Image.fromarray(array)"),
-            )
-        if self.config.numbered_images:  # a frame that was given as a picture
-            return preprocess_frame(np.asarray(picture), self.image_size)
-        return preprocess(picture, self.image_size)
+    def _stacked(self, images: Sequence[Any]) -> torch.Tensor:
+        return torch.stack([pixels_of(image, self.image_size, frame=self.config.numbered_images) for image in images])
 
     def pad_left(self, rows: Sequence[Mapping[str, torch.Tensor]]) -> BatchFeature:
         """Batch several calls' results for ``generate``, padded on the left to the longest row.
@@ -229,11 +296,27 @@ class CogVLM2Processor:
             data["labels"] = _stack_right(rows, "labels", IGNORED_LABEL)
         return BatchFeature(data)
 
-    def decode(self, ids: Iterable[int] | torch.Tensor) -> str:
-        """Decode generated ids (a list or a ``[L]`` tensor), without special tokens, spaces as generated."""
+    def decode(self, ids: Iterable[Any] | torch.Tensor, **options: Any) -> Any:
+        """Decode generated ids (a list or a ``[L]`` tensor), without special tokens, spaces as generated.
+
+        Several rows give a list of texts. ``options`` are those of the tokenizer's ``decode``.
+        """
         plain = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
-        text: str = self.tokenizer.decode(plain, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if plain and not isinstance(plain[0], int):
+            return self.batch_decode(plain, **options)
+        asked = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False, **options}
+        text: str = self.tokenizer.decode(plain, **asked)
         return text
+
+    def batch_decode(self, sequences: Iterable[Any] | torch.Tensor, **options: Any) -> list[str]:
+        """Decode rows of generated ids; see `decode`."""
+        return [self.decode(ids, **options) for ids in sequences]
+
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **options: Any
+    ) -> list[str]:
+        """Decode rows of generated ids, as transformers' pipeline asks for; see `decode`."""
+        return self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **options)
 
 
 def _listed(images: Any) -> list[Any]:

@@ -56,6 +56,11 @@ def build_prompt(query: str, history: Turns = (), template: str = "chat") -> str
     return f"{past}Question: {query} {word}"
 
 
+def answer_word(template: str) -> str | None:
+    """Return the words that ask for the answer, at the end of the prompt; None in template ``base``."""
+    return _ANSWER_WORD.get(check_template(template))
+
+
 def turn_text(question: str, answer: str, template: str) -> str:
     """Return the text of one turn of a history."""
     return f"Question: {question} {_ANSWER_WORD.get(template, '')} {answer}\n"
