@@ -15,7 +15,7 @@ from functools import cache, partial
 from importlib import resources
 from typing import NamedTuple
 
-from cogtune.language import LANGUAGES, VARIABLE, short_name, tr
+from cogtune.language import LANGUAGES, VARIABLE, language, short_name, speaking, tr
 
 
 class ErrorText(NamedTuple):
@@ -73,13 +73,16 @@ class CogtuneError(Exception):
         self.message = message
         self.hint = hint
         self.code = code or self.default_code
+        self._language = language()  # what it was written in: `english` ends before it is shown
 
     def __str__(self) -> str:
-        return self.message if self.hint is None else f"{self.message}\n{_hint(self.hint)}"
+        with speaking(self._language):
+            return self.message if self.hint is None else f"{self.message}\n{_hint(self.hint)}"
 
     def render(self) -> str:
         """The text the command line prints; see `render`."""
-        return render(self.code, self.message, self.hint)
+        with speaking(self._language):
+            return render(self.code, self.message, self.hint)
 
 
 class InputError(CogtuneError, ValueError):

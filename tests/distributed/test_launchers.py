@@ -91,9 +91,7 @@ def test_the_first_error_ends_the_job_and_stands_last_with_its_rank(
     assert launched.code == 2
     last_word = max(path.stat().st_mtime for path in (tmp_path / "out").glob("run*.log"))
     assert ended - last_word < SECONDS_TO_FAIL
-    # on a busy machine the launcher may end rank 0 while that still starts, and it says so
-    ended_early = launched.output.count("error[stopped]: stopped by SIGTERM before the first step")
-    assert launched.output.count("error[") - ended_early == 1, launched.output
+    assert launched.output.count("error[") == 1, launched.output
     last = launched.output[launched.output.index("failed first:") :]
     assert "002.png" in last
     assert "error[image-" in last
@@ -107,7 +105,7 @@ def test_sigterm_to_the_command_saves_everywhere(tiny_checkpoint: Path, folder: 
     flags[flags.index("--data.workers") + 1] = "1"
     launched = launch(cogtune_launch(*flags), stop_at="step 10/")
     assert launched.code == 143, launched.output
-    assert launched.output.count("error[stopped]") == 1, launched.output
+    assert launched.output.count("stopped by SIG") == 1, launched.output
     assert "is saved" in launched.output.splitlines()[-2]
     assert (tmp_path / "out" / "last" / "MANIFEST.json").is_file()
 

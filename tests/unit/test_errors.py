@@ -21,7 +21,8 @@ def test_chinese_is_as_short(monkeypatch):
     monkeypatch.setenv("COGTUNE_LANG", "zh")
     assert render("data-turns", "对话 3", "改对话") == "错误[data-turns]：对话 3\n提示：改对话"
     assert render("data-turns", "对话 3") == "错误[data-turns]：对话 3"
-    assert str(FOUND) == "labels/7.json: 3 messages\n提示：a conversation ends with the assistant"
+    assert str(DataError("三条消息", hint="以回答结束")) == "三条消息\n提示：以回答结束"
+    assert FOUND.render().startswith("error[data-turns]"), "an error is shown in the language it was written in"
 
 
 def test_another_language_is_refused_with_the_ones_there_are(monkeypatch):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -19,7 +20,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from cogtune.cli.options import Arguments, KeysOf, split_arguments
 from cogtune.errors import ConfigError
-from cogtune.language import tr
+from cogtune.language import english, tr
 
 
 def flag(
@@ -143,7 +144,8 @@ class Command:
         if self.strict:
             self._refuse_uncounted(line)
         own = self._read(flags, line)
-        return self.run(own, line) or 0
+        with english() if getattr(own, "json", False) is True else nullcontext():  # programs read it
+            return self.run(own, line) or 0
 
     def _read(self, flags: list[Flag], line: Arguments) -> Any:
         values: dict[str, Any] = {flag.field: True for flag in flags if flag.name in line.switches}

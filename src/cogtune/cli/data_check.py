@@ -14,7 +14,7 @@ from cogtune.cli.progress import progress_bar, rich_console
 from cogtune.language import tr
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from rich.console import Console
 
@@ -97,8 +97,8 @@ def _print(report: CheckReport) -> None:
     if report.answers.number:
         _lengths(console, report)
         _texts(console, report)
-    _findings(console, tr("warnings"), "yellow", report.warnings)
-    _findings(console, tr("errors: training would stop"), "red", report.errors)
+    _findings(console, tr("warnings"), "yellow", report.warnings, report.hints)
+    _findings(console, tr("errors: training would stop"), "red", report.errors, report.hints)
     verdict = tr("training would start") if report.ok else tr("training would stop")
     console.print(
         tr("checked in {seconds:.1f} s: {verdict}", seconds=report.seconds, verdict=verdict), style="bold", markup=False
@@ -149,7 +149,7 @@ def _texts(console: Console, report: CheckReport) -> None:
         )
 
 
-def _findings(console: Console, title: str, colour: str, findings: Sequence[Finding]) -> None:
+def _findings(console: Console, title: str, colour: str, findings: Sequence[Finding], hints: Mapping[str, str]) -> None:
     if not findings:
         return
     counts = Counter(finding.code for finding in findings)
@@ -162,6 +162,8 @@ def _findings(console: Console, title: str, colour: str, findings: Sequence[Find
             console.print(f"  {place}{finding.what}", markup=False)
         if count > _SHOWN:
             console.print(tr("  ... and {count} more (--json lists all)", count=count - _SHOWN), markup=False)
+        if code in hints:
+            console.print("  " + tr("hint: {hint}", hint=hints[code]), markup=False)
 
 
 COMMANDS = (

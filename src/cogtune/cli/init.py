@@ -111,9 +111,9 @@ def _refuse_bad(report: CheckReport) -> None:
     count = len(report.errors)
     raise DataError(
         tr(
-            "training would stop: {count} {value} in the data, first:\n  {shown}",
+            "training would stop: {count} problem{s} in the data, first:\n  {shown}",
             count=count,
-            value="problem" if count == 1 else "problems",
+            s="" if count == 1 else "s",
             shown=shown,
         ),
         hint=tr("`cogtune data check` lists them all; --data.on_bad skip leaves bad records out"),

@@ -197,7 +197,7 @@ def _run(call: Callable[[], object]) -> int:
     except CogtuneError as error:
         if error.code == "stopped":  # every rank stops; rank 0 reports it
             is_main = environment.is_main()
-            return _complain(error.render(), error.exit_code) if is_main else error.exit_code
+            return _complain(str(error), error.exit_code) if is_main else error.exit_code
         told = _report_to_launcher(error.render(), error.code == "peer-lost")
         return error.exit_code if told else _complain(error.render(), error.exit_code)
     except KeyboardInterrupt:

@@ -13,7 +13,7 @@ from cogtune.cli.answering import DECODING_KEYS, MODEL_KEYS, load, note
 from cogtune.cli.command import Command, flag
 from cogtune.cli.options import Arguments
 from cogtune.errors import ConfigError, SetupError
-from cogtune.language import tr
+from cogtune.language import english, tr
 
 if TYPE_CHECKING:
     from cogtune.configuration.answer_config import AnswerConfig
@@ -76,9 +76,9 @@ def _serve(flags: _Flags, line: Arguments) -> None:
     )
     if not keys:
         note(tr("no API key is asked for: only this machine reaches it"))
-    uvicorn.run(
-        app, host=flags.host, port=flags.port, log_level="warning", timeout_graceful_shutdown=int(flags.timeout)
-    )
+    patience = int(flags.timeout)
+    with english():  # what clients get: its readers are not this machine's
+        uvicorn.run(app, host=flags.host, port=flags.port, log_level="warning", timeout_graceful_shutdown=patience)
 
 
 def _options(

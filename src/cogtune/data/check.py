@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cogtune.data import duplicates
 from cogtune.data.budget import Budget
 from cogtune.data.picture_headers import Decodes
-from cogtune.data.problems import Problem, Problems
+from cogtune.data.problems import Problems
 from cogtune.data.records import Conversation, Example
 from cogtune.data.report import DataReport
 from cogtune.data.rows import RowShape, plan_rows, shape_of
@@ -65,6 +65,8 @@ class CheckReport:
     closed: Answers = field(default_factory=Answers)
     shapes: list[RowShape] = field(default_factory=list)
     fingerprint: str = ""
+    hints: dict[str, str] = field(default_factory=dict)
+    """Code of a finding -> what to do about it."""
     seconds: float = 0.0
 
     @property
@@ -83,6 +85,11 @@ class CheckReport:
     def add(self, level: str, code: str, where: str, what: str) -> None:
         self.findings.append(Finding(level, code, where, what))
 
+    def hint(self, error: DataError) -> None:
+        """Take over what an error says to do."""
+        if error.hint:
+            self.hints.setdefault(error.code, error.hint)
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "ok": self.ok,
@@ -91,6 +98,7 @@ class CheckReport:
             "sources": self.sources,
             "errors": [asdict(finding) for finding in self.errors],
             "warnings": [asdict(finding) for finding in self.warnings],
+            "hints": self.hints,
             "notes": self.notes,
             "turns_per_conversation": self.turns.to_dict(),
             "prompt_tokens": self.prompts.to_dict(),
@@ -123,6 +131,7 @@ def check(
         examples, validation, found = _read(data, seed, report, tell, tokens, decodes := Decodes(full=full))
     except DataError as error:
         report.add("error", error.code, "", error.message)
+        report.hint(error)
         report.seconds = time.monotonic() - began
         return report
     pictures = len({image for example in [*examples, *validation] for image in example.images})
@@ -167,6 +176,7 @@ def _read(
             refuse_overlap(examples, validation)
         except DataError as error:
             report.add("error", error.code, "", error.message)
+            report.hint(error)
         return examples, validation, found + len(own_problems.found)
     train, validation = split(examples, data.validation_share, seed)
     if examples and not train:
@@ -189,16 +199,14 @@ def _take(report: CheckReport, read: DataReport, problems: Problems, examples: i
         report.add("warning", code, where, what)
     level = "error" if data.on_bad == "error" else "warning"
     for problem in problems.found:
-        report.add(level, problem_code(problem), problem.where, problem.what)
+        report.add(level, problem.code, problem.where, problem.what)
+        report.hints.setdefault(problem.code, problems.hint(problem.kind, read.conversations))
     try:
         problems.settle(read.conversations, data.on_bad, data.max_bad_share)
     except DataError as error:
         if error.code == "data-bad-share":
             report.add("error", error.code, "", error.message.split(tr("; the first"))[0])
-
-
-def problem_code(problem: Problem) -> str:
-    return problem.error().code
+            report.hint(error)
 
 
 def _describe(report: CheckReport, examples: Sequence[Example]) -> None:

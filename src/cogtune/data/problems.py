@@ -67,6 +67,9 @@ HINTS: dict[str, str] = {
     "extra-file": phrase("only .json files belong into the label folder"),
 }
 HINTS |= clip.HINTS
+WRONG_ROOT = phrase(
+    "none of the pictures was found: name the folder that their paths are relative to, --data.image_root DIR"
+)
 SKIP_HINT = phrase("or leave bad records out with data.on_bad: skip")
 
 
@@ -78,12 +81,17 @@ class Problem:
     where: str
     what: str
 
+    @property
+    def code(self) -> str:
+        """The code of its error."""
+        return self.kind if self.kind.startswith(("image-", "clip-")) else f"data-{self.kind}"
+
     def error(self, *, more: str = "", skippable: bool = False) -> DataError:
+        """Return it as an error; ``more``: what else was found; ``skippable``: bad records may be left out."""
         hint = tr(HINTS[self.kind])
         if skippable:
             hint = tr("{hint}; {other}", hint=hint, other=tr(SKIP_HINT))
-        code = self.kind if self.kind.startswith(("image-", "clip-")) else f"data-{self.kind}"
-        return DataError(f"{self.where}: {self.what}{more}", hint=hint, code=code)
+        return DataError(f"{self.where}: {self.what}{more}", hint=hint, code=self.code)
 
 
 class BadRecordError(Exception):
@@ -101,6 +109,16 @@ class Problems:
 
     found: list[Problem] = field(default_factory=list)
     lost: Counter[str] = field(default_factory=Counter)
+    unfound_paths: int = 0
+    """Pictures that a record names by path and that are not there."""
+
+    def hint(self, kind: str, good: int) -> str:
+        """Return what to do about the problems of a kind, beside ``good`` records without a problem."""
+        return tr(WRONG_ROOT) if kind == "image-missing" and self.wrong_root(good) else tr(HINTS[kind])
+
+    def wrong_root(self, good: int) -> bool:
+        """Return whether the pictures seem to lie in another folder: none of those that the records name is there."""
+        return good == 0 and self.unfound_paths == len(self.found) > 1
 
     def add(self, kind: str, where: str, what: str, *, records: int = 1) -> None:
         self.found.append(Problem(kind, where, what))
@@ -125,7 +143,10 @@ class Problems:
         if on_bad == "error":
             rest = Counter(problem.kind for problem in self.found[1:])
             more = tr("\n(and {rest} more: {rest_2})", rest=rest.total(), rest_2=counts_text(rest)) if rest else ""
-            raise self.found[0].error(more=more, skippable=True)
+            error = self.found[0].error(more=more, skippable=True)
+            if self.wrong_root(good):
+                error.hint = tr(WRONG_ROOT)
+            raise error
         share = bad / (good + bad)
         if share > max_share or good == 0:
             examples = "\n  ".join(self.examples())
@@ -140,7 +161,7 @@ class Problems:
                     lost=counts_text(self.lost),
                     examples=examples,
                 ),
-                hint=tr("repair the data, or raise data.max_bad_share"),
+                hint=tr(WRONG_ROOT) if self.wrong_root(good) else tr("repair the data, or raise data.max_bad_share"),
                 code="data-bad-share",
             )
 

@@ -96,6 +96,7 @@ class RecordsReader:
             if group.problem is not None:
                 kind, what = group.problem
                 problems.add(kind, group.conversations[0].source, what, records=len(group.conversations))
+                problems.unfound_paths += kind == "image-missing"
                 continue
             example = self._example(group)
             source.count(example)

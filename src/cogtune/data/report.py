@@ -133,7 +133,13 @@ class DataReport:
         warnings = [
             tr("warning: {what}{where}", what=what, where=where and f" ({where})") for _, where, what in self.warnings()
         ]
-        return [first, *self.remarks(), *warnings, *(tr("note: {note}", note=note) for note in self.notes)]
+        return [
+            first,
+            *self.remarks(),
+            *self.left_out(),
+            *warnings,
+            *(tr("note: {note}", note=note) for note in self.notes),
+        ]
 
     def remarks(self) -> list[str]:
         """What was done to single pictures and records."""
@@ -160,10 +166,14 @@ class DataReport:
             )
         if self.repaired:
             lines.append("repaired: " + ", ".join(f"{count} {kind}" for kind, count in self.repaired.items()))
-        if self.bad:
-            lines.append(tr("left out: ") + ", ".join(f"{count} {kind}" for kind, count in self.bad.items()))
-            lines += [f"  {example}" for example in self.bad_examples]
         return lines
+
+    def left_out(self) -> list[str]:
+        """Say which records were left out, and why."""
+        if not self.bad:
+            return []
+        counts = ", ".join(f"{count} {kind}" for kind, count in self.bad.items())
+        return [tr("left out: {counts}", counts=counts), *(f"  {example}" for example in self.bad_examples)]
 
     def warnings(self) -> list[tuple[str, str, str]]:
         """What spoils training although it can be read: code, where, what."""

@@ -19,6 +19,7 @@ from cogtune.data.check import CheckReport
 from cogtune.data.report import many_turned
 from cogtune.language import tr
 from cogtune.plan.plan import Plan
+from cogtune.plan.sizes import ModelSizes
 from cogtune.system.byte_sizes import format_size
 
 _SECTIONS = ("model", "data", "lora", "quant", "train", "eval", "parallel", "log")
@@ -26,6 +27,7 @@ _SECTIONS = ("model", "data", "lora", "quant", "train", "eval", "parallel", "log
 _EPOCHS = ((500, 10), (2_000, 5), (10_000, 3), (50_000, 2))
 _RANKS = ((1_000, 8), (20_000, 16))
 _MOST_ROWS, _STEPS_PER_EPOCH = 16, 50
+_SMALL = 256  # hidden size of a base such as the demo's, which is no language model yet
 _HELD_PICTURES, _MOST_HELD = 20, 0.2
 _CHECKPOINTS, _FEWEST_STEPS = 10, 10
 _ROUND, _LONGEST = 64, 4096
@@ -72,7 +74,8 @@ def propose(config: RunConfig, placeholders: Mapping[str, str], report: CheckRep
     _validation(proposal, report)
     kept = _kept(proposal, report)
     proposal.about += _about(report, kept)
-    _size(proposal, report, cards, kept)
+    small = ModelSizes.from_folder(config.model.path).hidden_size <= _SMALL
+    _size(proposal, report, cards, kept, small)
     return proposal
 
 
@@ -156,7 +159,7 @@ def _validation(proposal: Proposal, report: CheckReport) -> None:
     )
 
 
-def _size(proposal: Proposal, report: CheckReport, cards: int, kept: float) -> None:
+def _size(proposal: Proposal, report: CheckReport, cards: int, kept: float, small: bool) -> None:
     answers, rows = round(kept * report.budget["trained"]), round(kept * report.rows.number)
     epochs = next((value for limit, value in _EPOCHS if answers <= limit), 1)
     proposal.put(
@@ -182,7 +185,11 @@ def _size(proposal: Proposal, report: CheckReport, cards: int, kept: float) -> N
             "{together} rows per step: {steps} steps an epoch of {rows} rows", together=together, steps=steps, rows=rows
         ),
     )
-    proposal.put("train.lr", 1e-4, tr("the usual highest rate for LoRA at this scale; halve it if the loss jumps"))
+    if small:
+        reason = tr("a base of a few million parameters learns at twenty times the rate of the published one")
+        proposal.put("train.lr", 2e-3, reason)
+    else:
+        proposal.put("train.lr", 1e-4, tr("the usual highest rate for LoRA at this scale; halve it if the loss jumps"))
     proposal.put("train.warmup_ratio", 0.03, tr("a short warm-up, while AdamW's averages still rest on few steps"))
     total = steps * proposal.values["train.epochs"]
     save = max(_FEWEST_STEPS, total // _CHECKPOINTS)

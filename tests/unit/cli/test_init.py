@@ -111,3 +111,13 @@ def test_what_cannot_be_done(
     assert main(["init", *arguments]) == 2
     assert f"error[{code}]" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_tiny_base_gets_a_rate_at_which_it_learns(tmp_path: Path) -> None:
+    from cogtune.demo.base import BASE, SETTINGS
+
+    for name in ("tiny", "published"):
+        (tmp_path / name).mkdir()
+    tiny = made(text_set(tmp_path / "tiny" / "data.jsonl", 30), "--model", str(BASE))
+    assert tiny.train.lr == yaml.safe_load(SETTINGS.read_text())["train"]["lr"] == 2e-3
+    assert made(text_set(tmp_path / "published" / "data.jsonl", 30)).train.lr == 1e-4

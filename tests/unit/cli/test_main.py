@@ -176,9 +176,7 @@ def test_errors_become_text_and_exit_codes(capsys: pytest.CaptureFixture[str]) -
     assert raising(KeyboardInterrupt()) == 130
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err == (
-        "error[config]: what\nhint: do this\nerror[disk-full]: full\nerror[stopped]: saved\nstopped by Ctrl-C\n"
-    )
+    assert captured.err == ("error[config]: what\nhint: do this\nerror[disk-full]: full\nsaved\nstopped by Ctrl-C\n")
 
 
 def test_a_bug_shows_its_traceback_and_asks_for_a_report(capsys: pytest.CaptureFixture[str]) -> None:

@@ -271,3 +271,47 @@ def test_training_still_raises_for_data_that_overlaps(tmp_path: Path) -> None:
     root = folder(tmp_path / "set")
     with pytest.raises(DataError):
         read_and_split(section(root, validation=[root]), 0)
+
+
+def llava(root: Path, picture: str, count: int = 3) -> Path:
+    """Records that name pictures by paths, in LLaVA's format."""
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dot."}]
+    records = [{"id": f"p{n}", "image": picture.format(n), "conversations": turns} for n in range(count)]
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "llava.json").write_text(json.dumps(records))
+    return root / "llava.json"
+
+
+def test_pictures_that_all_lie_elsewhere_are_a_wrong_root(tmp_path: Path) -> None:
+    file = llava(tmp_path / "records", "pictures/{}.png")
+    with pytest.raises(DataError) as raised:
+        read_and_split(section(file), 0)
+    assert "--data.image_root DIR" in (raised.value.hint or "")
+    assert checked(file).hints == {"image-missing": raised.value.hint}
+    skipping = {"on_bad": "skip", "max_bad_share": 1.0}
+    assert any("--data.image_root DIR" in hint for hint in checked(file, **skipping).hints.values())
+    for n in range(2):
+        write_image(tmp_path / "elsewhere" / "pictures" / f"{n}.png")
+    some = checked(file, image_root=[tmp_path / "elsewhere"])
+    assert some.hints == {"image-missing": "add the picture, or remove the label"}, "one of three is missing"
+
+
+def test_command_names_each_problem_once_and_says_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["data", "check", str(llava(tmp_path, "{}.png"))]) == 2
+    said = capsys.readouterr().out
+    assert said.count("1.png does not exist") == 1
+    assert said.count("image-missing") == 1
+    assert "hint: none of the pictures was found" in said
+
+
+def test_json_is_english_in_every_language(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COGTUNE_LANG", "zh")
+    assert main(["data", "check", str(llava(tmp_path, "{}.png")), "--json"]) == 2
+    assert "does not exist" in json.loads(capsys.readouterr().out)["errors"][0]["what"]
+    assert main(["data", "check", str(tmp_path / "nowhere"), "--json"]) == 2
+    assert main(["data", "check", str(tmp_path / "llava.json")]) == 2
+    assert "不存在" in capsys.readouterr().out
