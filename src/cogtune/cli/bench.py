@@ -188,20 +188,17 @@ def _decode(flags: _DecodeFlags, line: Arguments) -> None:
         raise ConfigError(
             tr("--rows is {rows}; it is whole numbers above 0, such as 1,8,32", rows=flags.rows), code="config-value"
         )
+    own = _own(flags)
+    adapter = own.pop("with_adapter")
     measure_decoding(
-        _config(line, flags.tiny),
-        _results("decode", flags.json),
-        context=flags.context,
-        tokens=flags.tokens,
-        rows=counts,
-        adapter=flags.with_adapter,
+        _config(line, flags.tiny), _results("decode", flags.json), **(own | {"rows": counts}), adapter=adapter
     )
 
 
 def _fill(flags: _FillFlags, line: Arguments) -> None:
     from cogtune.bench.filling import measure_filling
 
-    measure_filling(_config(line, flags.tiny), _results("fill", flags.json), pictures=flags.pictures, side=flags.side)
+    measure_filling(_config(line, flags.tiny), _results("fill", flags.json), **_own(flags))
 
 
 def _captions(flags: _CaptionsFlags, line: Arguments) -> None:
@@ -217,28 +214,14 @@ def _captions(flags: _CaptionsFlags, line: Arguments) -> None:
         ("model.path" if key == "model" else key): values for key, values in line.overrides.items()
     }
     config = parse_variants([], {**overrides, "lora.targets": ["experts"]}, preset="s400", cached=False)[0].config
-    measure_captioning(
-        config,
-        _results("captions", flags.json),
-        clips=flags.clips,
-        tokens=flags.tokens,
-        slots=flags.slots,
-        size=(int(width), int(height)),
-        seconds=flags.seconds,
-    )
+    own = _own(flags) | {"size": (int(width), int(height))}
+    measure_captioning(config, _results("captions", flags.json), **own)
 
 
 def _loader(flags: _LoaderFlags, line: Arguments) -> None:
     from cogtune.bench.data_loading import measure_loader
 
-    measure_loader(
-        _config(line, flags.tiny),
-        _results("loader", flags.json),
-        rate=flags.rate,
-        seconds=flags.seconds,
-        pictures=flags.pictures,
-        side=flags.side,
-    )
+    measure_loader(_config(line, flags.tiny), _results("loader", flags.json), **_own(flags))
 
 
 def _load(flags: _LoadFlags, line: Arguments) -> None:
@@ -285,6 +268,11 @@ def _config(line: Arguments, tiny: bool) -> RunConfig:
     from cogtune.bench.variants import parse_variants
 
     return parse_variants([], _overrides(line, tiny), preset="s400", cached=False)[0].config
+
+
+def _own(flags: _Tiny) -> dict[str, Any]:
+    """Return the flags that only this subcommand has, which are its measurement's arguments."""
+    return {name: value for name, value in vars(flags).items() if name not in ("tiny", "json")}
 
 
 def _results(kind: str, json: Path | None) -> Results:
@@ -346,75 +334,24 @@ def _takes_keys(
 
 
 COMMANDS = (
-    _takes_keys(
-        "train",
-        "Training steps, variants side by side.",
-        _TRAIN,
-        _train,
-        _TrainFlags,
-        "cogtune bench train --preset s400 --features cached",
-        'cogtune bench train --variant baseline --variant "cached features=cached" --rounds 2',
-    ),
-    _takes_keys(
-        "sweep",
-        "What a growing setting costs.",
-        _SWEEP,
-        _sweep,
-        _SweepFlags,
-        "cogtune bench sweep text --json text.json",
-        "cogtune bench sweep memory --model BASE --quant.experts nf4",
-        places=("NAME",),
-    ),
-    _takes_keys(
-        "fit",
-        "What each setting needs of a card.",
-        _FIT,
-        _fit,
-        _FitFlags,
-        "cogtune bench fit --model BASE --rows nf4-cached-r8,bf16-cached-r8 --json fit.json",
-    ),
-    _takes_keys(
-        "decode",
-        "Memory and speed of an answer.",
-        _DECODE,
-        _decode,
-        _DecodeFlags,
-        "cogtune bench decode --model BASE --rows 1,8,32",
-    ),
-    _takes_keys(
-        "fill",
-        "Filling the feature cache.",
-        _FILL,
-        _fill,
-        _FillFlags,
-        "cogtune bench fill --pictures 32 --data.cache_batch 2",
-    ),
-    _takes_keys(
-        "captions",
-        "Captioning clips, beside one at a time.",
-        _CAPTIONS,
-        _captions,
-        _CaptionsFlags,
-        "cogtune bench captions --clips 64 --slots 32",
-    ),
-    _takes_keys(
-        "loader", "Does preparing rows keep up?", _LOADER, _loader, _LoaderFlags, "cogtune bench loader --rate 20"
-    ),
-    Command(
-        name="bench load",
-        summary="Loading a checkpoint.",
-        about=_LOAD,
-        examples=("cogtune bench load --model BASE --modes bf16,nf4 --json load.json",),
-        run=_load,
-        flags=_LoadFlags,
-    ),
-    Command(
-        name="bench make-checkpoint",
-        summary="Write a random checkpoint.",
-        about=_MAKE,
-        examples=("cogtune bench make-checkpoint BASE",),
-        run=_make_checkpoint,
-        flags=_MakeFlags,
-        places=("DIR",),
-    ),
-)
+    _takes_keys("train", "Training steps, variants side by side.", _TRAIN, _train, _TrainFlags,
+                "cogtune bench train --preset s400 --features cached",
+                'cogtune bench train --variant baseline --variant "cached features=cached" --rounds 2'),
+    _takes_keys("sweep", "What a growing setting costs.", _SWEEP, _sweep, _SweepFlags,
+                "cogtune bench sweep text --json text.json",
+                "cogtune bench sweep memory --model BASE --quant.experts nf4", places=("NAME",)),
+    _takes_keys("fit", "What each setting needs of a card.", _FIT, _fit, _FitFlags,
+                "cogtune bench fit --model BASE --rows nf4-cached-r8,bf16-cached-r8 --json fit.json"),
+    _takes_keys("decode", "Memory and speed of an answer.", _DECODE, _decode, _DecodeFlags,
+                "cogtune bench decode --model BASE --rows 1,8,32"),
+    _takes_keys("fill", "Filling the feature cache.", _FILL, _fill, _FillFlags,
+                "cogtune bench fill --pictures 32 --data.cache_batch 2"),
+    _takes_keys("captions", "Captioning clips, beside one at a time.", _CAPTIONS, _captions, _CaptionsFlags,
+                "cogtune bench captions --clips 64 --slots 32"),
+    _takes_keys("loader", "Does preparing rows keep up?", _LOADER, _loader, _LoaderFlags,
+                "cogtune bench loader --rate 20"),
+    Command(name="bench load", summary="Loading a checkpoint.", about=_LOAD, run=_load, flags=_LoadFlags,
+            examples=("cogtune bench load --model BASE --modes bf16,nf4 --json load.json",)),
+    Command(name="bench make-checkpoint", summary="Write a random checkpoint.", about=_MAKE, run=_make_checkpoint,
+            flags=_MakeFlags, places=("DIR",), examples=("cogtune bench make-checkpoint BASE",)),
+)  # fmt: skip
