@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 import os
 import sys
 import time
@@ -85,6 +86,8 @@ def find_command(name: str) -> Command:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point: run the command line and return the exit code."""
     prepare_allocator()
+    # its import warns, on some CPUs, that a package of kernels from a hub is not there: nothing here needs it
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and environment.is_local_rank_flag(given[0]):
         given.pop(0)  # `deepspeed --module cogtune ...` passes it here and in the environment, which is what we read

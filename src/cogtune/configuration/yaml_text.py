@@ -88,8 +88,10 @@ def _load(text: str) -> Any:
         raise yaml.YAMLError(tr("nested too deeply")) from error
     except yaml.YAMLError:
         raise
-    except (ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:
-        raise yaml.YAMLError(tr("a value that its tag does not allow ({error:.80})", error=str(error))) from error
+    except (ValueError, OverflowError) as error:
+        raise yaml.YAMLError(tr("a value that cannot be read ({error:.80})", error=str(error))) from error
+    except (TypeError, AttributeError, LookupError) as error:  # of the library's own parsers of tagged values
+        raise yaml.YAMLError(tr("a value that its tag (`!!...`) does not allow")) from error
     finally:
         loader.dispose()
 
