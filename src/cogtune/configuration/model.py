@@ -106,17 +106,30 @@ class CogVLM2Config(PreTrainedConfig):
         """Refuse sizes that the model cannot have. Called by transformers' strict dataclass protocol."""
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+                tr(
+                    "hidden_size {size} is not a multiple of num_attention_heads {heads}",
+                    size=self.hidden_size,
+                    heads=self.num_attention_heads,
+                )
             )
         if self.num_attention_heads % self.num_multi_query_heads:
             raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_multi_query_heads {self.num_multi_query_heads}"
+                tr(
+                    "num_attention_heads {heads} is not a multiple of num_multi_query_heads {groups}",
+                    heads=self.num_attention_heads,
+                    groups=self.num_multi_query_heads,
+                )
             )
         if self.rope_precision not in ROPE_PRECISIONS:
-            raise ValueError(f"rope_precision is {self.rope_precision!r}; it is one of {', '.join(ROPE_PRECISIONS)}")
+            raise ValueError(
+                tr(
+                    "rope_precision is {found!r}; it is one of {known}",
+                    found=self.rope_precision,
+                    known=", ".join(ROPE_PRECISIONS),
+                )
+            )
         if self.tie_word_embeddings:
-            raise ValueError("tie_word_embeddings is true; CogVLM2's head is its own matrix")
+            raise ValueError(tr("tie_word_embeddings is true; CogVLM2's head is its own matrix"))
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -18,13 +18,20 @@ _KINDS = {
 }
 
 
+class SpecialFileError(OSError):
+    """A pipe, device or socket where a file was expected. Its text is the reason alone; callers name the path."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
 def open_file(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a regular file, or a link to one, to read its bytes.
 
     A pipe without a writer and a device are refused at once instead of being read for ever.
 
     Raises:
-        OSError: as `open` raises it; with EINVAL and the reason for anything but a regular file.
+        OSError: as `open` raises it; SpecialFileError for anything but a regular file.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     try:
@@ -33,7 +40,7 @@ def open_file(path: str | os.PathLike[str]) -> BinaryIO:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
         if kind != stat.S_IFREG:
             reason = tr(_KINDS.get(kind, phrase("not a regular file")))
-            raise OSError(errno.EINVAL, reason, os.fspath(path))
+            raise SpecialFileError(errno.EINVAL, reason, os.fspath(path))
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
