@@ -54,6 +54,7 @@ ENGLISH = {
     "configuration/answer_config.py": r"cogtune predict",
     "data/preview_html.py": r"<|\n *body {|^special trained$",
     "demo/drawings.py": r"",
+    "demo/moving.py": r"What happens",
     "demo/page.py": r"<",
     "demo/pretrain.py": r"",
     "demo/record.py": r"model name",

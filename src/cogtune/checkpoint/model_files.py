@@ -87,6 +87,16 @@ def read_generation_config(folder: Path) -> GenerationConfig | None:
         ) from error
 
 
+def reading_rules(model: str | Path) -> dict[str, Any]:
+    """Return what reading data has to know of the model: `read_sources`' ``max_images`` and ``clips``.
+
+    Raises:
+        CheckpointError: as `load_model_config`.
+    """
+    config = load_model_config(model)
+    return {"max_images": config.max_images, "clips": config.numbered_images}
+
+
 def whole_folder(model: str | Path) -> Path:
     """Return the model's folder. A hub id is downloaded completely, licences included, unless it is cached.
 

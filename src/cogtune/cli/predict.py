@@ -50,13 +50,14 @@ def _predict(flags: _Flags, line: Arguments) -> None:
     if not config.data.path:
         raise ConfigError(tr("no data is named"), hint=tr("give --data DIR"), code="config-missing")
 
+    from cogtune.checkpoint.model_files import reading_rules
     from cogtune.cli.shares import run_shares
     from cogtune.data.sources import read_sources
     from cogtune.generate import shares
     from cogtune.generate.answer_settings import answer_settings
     from cogtune.generate.decoding import Decoding
     from cogtune.generate.fit import free_memory
-    from cogtune.generate.loading import data_rules, dismiss, follow, resolve
+    from cogtune.generate.loading import dismiss, follow, resolve
     from cogtune.generate.predict import PredictOptions, Predictor, iter_asked, longest
     from cogtune.generate.predictions_file import PredictionFile
     from cogtune.system.locks import lock_beside
@@ -71,7 +72,7 @@ def _predict(flags: _Flags, line: Arguments) -> None:
     share = None if flags.share is None else shares.parse_share(flags.share)
     output = flags.output if share is None else share.file(flags.output)
     with lock_beside(output, tr("choose another --output"), note) as lock:
-        examples, report = read_sources(config.data, open_questions=True, **data_rules(resolved))
+        examples, report = read_sources(config.data, open_questions=True, **reading_rules(resolved.model))
         if share is None:
             print("\n".join(report.lines()))
         questions = list(iter_asked(examples if share is None else share.of(examples), flags.question))
@@ -107,9 +108,9 @@ def _predict(flags: _Flags, line: Arguments) -> None:
 
 
 def _unit(resolved: Resolved) -> str:
-    from cogtune.generate.loading import data_rules
+    from cogtune.checkpoint.model_files import reading_rules
 
-    return tr("clips") if data_rules(resolved)["clips"] else tr("questions")
+    return tr("clips") if reading_rules(resolved.model)["clips"] else tr("questions")
 
 
 def _write_captions(target: Path, file: PredictionFile, questions: Sequence[Question]) -> None:

@@ -235,7 +235,7 @@ class TrainRows(Dataset[RowSample]):
             try:
                 row = self._row(epoch, (index + len(skipped)) % len(self._plans))
             except DataError as error:
-                wrong = error.code.startswith("image-") and self._data.on_bad == "skip"
+                wrong = error.code.startswith(("image-", "clip-")) and self._data.on_bad == "skip"
                 if not wrong or len(skipped) == min(_MOST_IN_PLACE, len(self._plans)):
                     raise
                 skipped.append(error.message)

@@ -126,7 +126,7 @@ def _run(
     disable_progress_bar()  # every model here loads in a moment
     source = easyvqa.find_easy_vqa()
     folders = Folders(output.absolute())
-    continued = _claim(folders.output)
+    continued = claim(folders.output)
     record = provenance(command)
     results = _read(source, pictures)
     with results.phase(phrase("writing easy-VQA as a data folder"), say):
@@ -166,7 +166,7 @@ def settings(folders: Folders, changes: Mapping[str, Any] | None = None) -> RunC
     return with_values(RunConfig.model_validate(given), changes or {})
 
 
-def _claim(output: Path) -> bool:
+def claim(output: Path) -> bool:
     """Take the folder; True if it is an earlier demo's, which is continued."""
     if (output / MARKER).is_file():
         return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cogtune.adapters.adapter_folder import find_adapter
+from cogtune.checkpoint.model_files import reading_rules
 from cogtune.configuration.load import load_config
 from cogtune.data.records import Example
 from cogtune.data.split import read_and_split
@@ -24,7 +25,7 @@ def held_out(adapter: Path | None) -> tuple[list[Example], tuple[str, ...], str]
     if config_file is None or not config_file.is_file():
         raise ConfigError(tr("no data is named"), hint=tr("give --data DIR"), code="config-missing")
     config = load_config(config_file)
-    split = read_and_split(config.data, config.train.seed)
+    split = read_and_split(config.data, config.train.seed, **reading_rules(config.model.path))
     if not split.validation:
         raise DataError(
             tr("{path}: the training kept no pictures for validation", path=config_file),

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cogtune.adapters.adapter_folder import find_adapter, find_base
+from cogtune.checkpoint.model_files import reading_rules
 from cogtune.configuration.answer_config import AnswerConfig
 from cogtune.configuration.load import load_answer_config
 from cogtune.data.report import fingerprint
@@ -149,7 +151,7 @@ def _read(config: AnswerConfig, sides: Sequence[Contestant], say: Say) -> _Quest
     """Read the data, or, where only predictions are compared and no data is named, the first file."""
     notes: tuple[str, ...] = ()
     if config.data.path:
-        examples, report = read_sources(config.data, open_questions=True)
+        examples, report = read_sources(config.data, open_questions=True, **_rules(sides))
         for line in report.lines():
             say(line)
         paths = tuple(str(entry.path) for entry in config.data.path)
@@ -164,6 +166,16 @@ def _read(config: AnswerConfig, sides: Sequence[Contestant], say: Say) -> _Quest
         examples, paths, note = held_out(config.generate.adapter)
         notes = (note,)
     return _Questions(_some(collect(examples)), fingerprint(examples), paths, notes=notes)
+
+
+def _rules(sides: Sequence[Contestant]) -> dict[str, Any]:
+    """Return what reading data has to know of the first model: does it read pictures or clips?"""
+    config = next((side.config for side in sides if side.config is not None), None)
+    if config is None:
+        return {}
+    adapter = config.generate.adapter
+    model = config.model.path or (None if adapter is None else find_base(find_adapter(adapter)))
+    return {} if model is None else reading_rules(model)
 
 
 def _some(asked: Asked) -> Asked:

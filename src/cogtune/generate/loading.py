@@ -14,7 +14,7 @@ from cogtune.adapters.attach import load_adapter
 from cogtune.adapters.provenance import inherit
 from cogtune.adapters.tensor_parallel import split_adapter
 from cogtune.checkpoint.load import load_model
-from cogtune.checkpoint.model_files import load_model_config
+from cogtune.checkpoint.model_files import load_model_config, reading_rules
 from cogtune.checkpoint.place import Placement
 from cogtune.checkpoint.quantize import require_packages
 from cogtune.configuration.answer_config import AnswerConfig
@@ -278,12 +278,6 @@ def load_resolved(choice: Resolved, progress: Callable[[str], None] = lambda lin
         return kind(model, processor, **_default_decoding(choice))
 
 
-def data_rules(choice: Resolved) -> dict[str, Any]:
-    """Return what reading data has to know of the model: `read_sources`' ``max_images`` and ``clips``."""
-    config = load_model_config(choice.model)
-    return {"max_images": config.max_images, "clips": config.numbered_images}
-
-
 def check_shown(choice: Resolved, path: Path) -> None:
     """Check the file of a picture, or for a video model of a clip, before a model is loaded.
 
@@ -291,7 +285,7 @@ def check_shown(choice: Resolved, path: Path) -> None:
         DataError: it cannot be read, or is of the other kind.
     """
     data = choice.config.data
-    if data_rules(choice)["clips"]:
+    if reading_rules(choice.model)["clips"]:
         refuse_picture(path)
         read_clip(path, Sampling(), max_pixels=data.max_pixels)
     else:

@@ -12,7 +12,7 @@ import torch
 from cogtune.adapters.tower import tower_trains
 from cogtune.checkpoint.fingerprint import tower_fingerprint
 from cogtune.checkpoint.load import load_tower
-from cogtune.checkpoint.model_files import load_model_config, whole_folder
+from cogtune.checkpoint.model_files import load_model_config, reading_rules, whole_folder
 from cogtune.configuration.deepspeed import apply_deepspeed
 from cogtune.configuration.load import with_values
 from cogtune.configuration.model import CogVLM2Config
@@ -107,8 +107,7 @@ def fill_cache(config: RunConfig) -> FillReport:
         )
         model_config = load_model_config(config.model.path)
         _refuse_trained_tower(model_config, config)
-        most, clips = model_config.max_images, model_config.numbered_images
-        split = read_and_split(config.data, config.train.seed, max_images=most, clips=clips)
+        split = read_and_split(config.data, config.train.seed, **reading_rules(config.model.path))
         for line in split.report.lines():
             log.info(tr("data: {line}", line=line))
         group = Group.join() if environment.is_launched() else Group.alone()

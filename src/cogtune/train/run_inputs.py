@@ -14,7 +14,7 @@ from cogtune.adapters.adapter_folder import adapter_shapes
 from cogtune.adapters.attach import check_continued
 from cogtune.adapters.targets import adapted_modules, check_reached
 from cogtune.checkpoint.fingerprint import adapter_fingerprint, model_fingerprint
-from cogtune.checkpoint.model_files import check_folder, load_model_config
+from cogtune.checkpoint.model_files import check_folder, load_model_config, reading_rules
 from cogtune.configuration.identity import identity
 from cogtune.configuration.run_config import RunConfig
 from cogtune.data.dataset import TrainRows
@@ -112,8 +112,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     encoder = processor.encoder
     if config.model.template is not None:
         encoder.template = config.model.template
-    images, clips = model_config.max_images, model_config.numbered_images
-    split = read_and_split(config.data, config.train.seed, max_images=images, clips=clips)
+    split = read_and_split(config.data, config.train.seed, **reading_rules(config.model.path))
     more_trains = any(config.lora.extra.get(key) for key in _OTHER_PARTS)
     if split.train and not any(example.images for example in split.train) and not more_trains:
         check_reached(adapted)

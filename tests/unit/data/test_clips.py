@@ -268,7 +268,7 @@ def test_ten_captions_on_one_clip_and_clips_together_equal_each_alone(tmp_path, 
     together = collate([rows.row(0, n) for n in range(3)], vision_experts=rows.vision_experts)
     assert together["pixel_values"].shape == (10, 3, 8, 8)
     assert together["routing"].num_vision == 0
-    skipped = ("record_ids", "num_labels")
+    skipped = ("record_ids", "num_labels", "skipped")
     loss = model(**{key: value for key, value in together.items() if key not in skipped}).loss
     total, count = 0.0, 0
     for example, row in zip(examples, range(3), strict=True):
