@@ -16,6 +16,7 @@ from cogtune.processing.clip import require_pyav
 from cogtune.processing.tokenizer import BOS, EOS, EOT, NUM_BYTES, PAD, byte_symbols, write_tokenizer_files
 
 QUESTION = "What happens?"
+SPEAK = "Repeat:"
 COLOURS = {"red": (230, 40, 40), "green": (40, 200, 60), "blue": (50, 70, 230), "yellow": (235, 220, 50)}
 SHAPES = ("square", "circle", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -88,7 +89,7 @@ def write_folder(scenes: Sequence[Scene], folder: Path) -> None:
 def words() -> list[str]:
     """Return every word that is one token."""
     said = ["a", "moves", *COLOURS, *SHAPES, *DIRECTIONS]
-    return list(dict.fromkeys(["Question", "Answer", *QUESTION.rstrip("?").split(), *said]))
+    return list(dict.fromkeys(["Question", "Answer", SPEAK.rstrip(":"), *QUESTION.rstrip("?").split(), *said]))
 
 
 def special_ids() -> dict[str, int]:

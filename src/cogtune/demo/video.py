@@ -1,6 +1,6 @@
 """The demo of the video model: does it see time?
 
-A tiny model of that architecture first learns to name shapes that stand still, all its weights, for a minute. Then LoRA
+A tiny model of that architecture first learns to name shapes that stand still, all its weights, for a minute or two, and to repeat words. Then LoRA
 teaches it which way they move, on clips that are written and read as files. Asked about the same frames in another
 order, it cannot know the way any more: that is the control.
 """
@@ -40,7 +40,7 @@ from cogtune.system.locks import lock_folder
 from cogtune.train.run import train
 
 Say = Callable[[str], None]
-BASE_STEPS, BATCH, BASE_LR = 300, 32, 2e-3
+BASE_STEPS, BATCH, TEXT_ROWS, BASE_LR = 400, 32, 8, 2e-3
 TRAIN_CLIPS, TEST_CLIPS, TUNE_STEPS = 800, 100, 600
 SEED = 1
 
@@ -163,6 +163,10 @@ def make_base(folder: Path, steps: int, say: Say) -> None:
             sample = encoder.encode(QUESTION, answer=scene.caption, images=moving.FRAMES)
             pixels = tuple(preprocess_frame(frame, config.image_size) for frame in scene.frames())
             rows.append(RowSample(build_tree([sample]), pixels, ()))
+        for _ in range(TEXT_ROWS):  # trains the embedding and output row of words that no still shape needs
+            text = " ".join(rng.choice(moving.words()) for _ in range(rng.randint(1, 4)))
+            sample = encoder.encode(f"{moving.SPEAK} {text}", answer=text, images=0)
+            rows.append(RowSample(build_tree([sample]), (), ()))
         batch = collate(rows, vision_experts=False)
         for name in ("record_ids", "num_labels", "skipped"):
             batch.pop(name, None)
