@@ -1,8 +1,8 @@
 """The demo of the video model: does it see time?
 
 A tiny model of that architecture first learns to name shapes that stand still, and to repeat words, with all its
-weights. Then LoRA teaches it which way they move, on clips that are written and read as files. Asked about the same frames in
-another order, it cannot know the way any more: that is the control.
+weights. Then LoRA teaches it which way they move, on clips that are written and read as files. Asked about the same
+frames in another order, it cannot know the way any more: that is the control.
 """
 
 from __future__ import annotations
