@@ -84,6 +84,11 @@ def test_a_key_that_would_be_dropped_is_named(tmp_path: Path, key: str, record: 
     assert f'"{key}"' in error.message
 
 
+def test_a_caption_without_a_picture_is_refused(tmp_path: Path) -> None:
+    error = refused(tmp_path, {"image": None, "captions": [{"role": "caption", "content": "red"}]})
+    assert (error.code, "a caption, and no picture" in error.message) == ("image-path", True)
+
+
 def test_keys_that_lose_nothing_are_left_alone(tmp_path: Path) -> None:
     extra: dict[str, Any] = {
         "source": "coco",

@@ -124,6 +124,8 @@ def own_record(record: Any, rules: RecordRules) -> Content:
     image = record["image"]
     if image is not None and (not isinstance(image, str)):
         raise BadRecordError("image-path", tr('"image" is {image}, a path or null was expected', image=shown(image)))
+    if image is None and "captions" in record:
+        raise BadRecordError("image-path", tr("a caption, and no picture"))
     refuse_unread_own(record, ("image",), () if image is None else (image,), "jsonl")
     return Content(dialogues, picture_sources((image,)), identity_of(record))
 
