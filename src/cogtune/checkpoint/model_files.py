@@ -104,6 +104,7 @@ def whole_folder(model: str | Path) -> Path:
         CheckpointError: neither a folder nor a hub repository that can be read.
     """
     folder = Path(model).expanduser()
+    refuse_adapter(folder)
     if folder.is_dir():
         return folder
     _require_found(model)

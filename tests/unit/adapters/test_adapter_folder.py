@@ -16,6 +16,7 @@ from cogtune.adapters.adapter_folder import CONFIG_NAME, WEIGHTS_NAME, find_adap
 from cogtune.adapters.attach import OLDEST_KEYS, attach, check_continued, load_adapter
 from cogtune.adapters.merge import merge
 from cogtune.checkpoint.load import load_model
+from cogtune.checkpoint.model_files import whole_folder
 from cogtune.checkpoint.random import make_tiny
 from cogtune.configuration.run_config import LoraSection
 from cogtune.errors import AdapterError, CheckpointError
@@ -209,7 +210,7 @@ def test_our_adapters_name_no_key_that_older_peft_refuses(base: Path, good: Path
 
 
 def test_an_adapter_given_as_the_model_is_called_one(base: Path, good: Path) -> None:
-    for read in (load_model, CogVLM2Processor.from_pretrained):
+    for read in (load_model, CogVLM2Processor.from_pretrained, whole_folder):
         with pytest.raises(CheckpointError, match="an adapter; a model was expected") as caught:
             read(good)
         assert "--adapter" in str(caught.value.hint)
