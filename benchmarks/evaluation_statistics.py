@@ -123,8 +123,27 @@ def main(count: int = 2000) -> None:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "data_sets": count,
         "rows": rows,
+        "table": _table(rows),
     }
-    RESULT.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    RESULT.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _table(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The result as the pages show it."""
+    return {
+        "columns": ["data sets", "true difference, points", "interval holds it", "p below 0.05", "smallest to be seen"],
+        "columns_zh": ["模拟数据", "真实差异（百分点）", "区间包含它", "p 小于 0.05", "能看出的最小差异"],
+        "rows": [
+            [
+                row["case"],
+                f"{100 * row['true_difference']:.1f}",
+                f"{100 * row['coverage']:.1f} %",
+                f"{100 * row['p_below_0.05']:.1f} %",
+                f"{100 * row['smallest_difference_to_see']:.1f}",
+            ]
+            for row in rows
+        ],
+    }
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def test_other_settings_or_data_are_refused_by_name(
     assert "data: " in capsys.readouterr().err
     assert answers(output) == before
     assert evaluate(tiny_checkpoint, adapter, data, output, "--temperature", "0.5") == 2
-    assert "--temperature means nothing in `cogtune eval`" in capsys.readouterr().err
+    assert "--temperature has no effect in `cogtune eval`" in capsys.readouterr().err
 
 
 def test_an_adapter_for_another_base_is_refused(

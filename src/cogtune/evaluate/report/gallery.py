@@ -49,7 +49,7 @@ def gallery(records: Sequence[dict[str, Any]], names: Sequence[str], metric: str
     left = ""
     if len(cards) < len(judged):
         counts = {"shown": len(cards), "count": len(judged)}
-        left = f"<p>{both('{shown} of {count} records are shown; records.jsonl has all.', **counts)}</p>"
+        left = f"<p>{both('{shown} of {count} records are shown.', **counts)}</p>"
     body = f"<div class=cards id=cards>{''.join(cards)}</div>"
     return f"{pictures.definitions()}{_controls(kinds, types)}{left}{body}"
 
