@@ -23,6 +23,7 @@ import torch
 from cogtune.adapters.adapter_folder import WEIGHTS_NAME, find_adapter, find_base, read_adapter
 from cogtune.adapters.attach import expected_shapes
 from cogtune.adapters.merge_arithmetic import Changes, read_changes
+from cogtune.adapters.model_layout import PUBLISHED, TRANSFORMERS, check_layout, is_copied, write_model_files
 from cogtune.adapters.provenance import PROVENANCE_NAME, changed_settings, read_provenance, write_provenance
 from cogtune.adapters.rounding import NEAREST, STOCHASTIC, Survival, generator_for, round_stochastic
 from cogtune.adapters.safetensors_rows import CHUNK, DTYPES, SafetensorsFile
@@ -72,8 +73,9 @@ def merge(
     progress: Callable[[str], None] = lambda line: None,
     *,
     rounding: str = NEAREST,
+    layout: str = PUBLISHED,
 ) -> MergeReport:
-    """Merge ``adapter`` into ``base`` and write the full model to the new folder ``output``, in the published layout.
+    """Merge ``adapter`` into ``base`` and write the full model to the new folder ``output``.
 
     Works on a block of rows at a time, in float32, without a GPU; memory stays far below one shard.
 
@@ -88,9 +90,11 @@ def merge(
         base: a model folder with safetensors shards, or a name on the hub; None: the one the adapter names.
         progress: gets a line per shard.
         rounding: ``nearest``, as peft rounds, or ``stochastic``, which keeps small updates; see `adapters.rounding`.
+        layout: ``published``: all files but the weights are the base's. ``transformers``: the folder that
+            transformers' Auto classes load, after ``import cogtune``; see `adapters.model_layout`.
 
     Raises:
-        ConfigError: another rounding.
+        ConfigError: another rounding or layout.
         CheckpointError: the base is not a complete model folder, or has links to files outside it.
         AdapterError: the adapter cannot be merged, is for another base, or makes a tensor that is not finite.
         OutputFolderError: ``output`` exists, cannot be written, or another process writes it.
@@ -100,20 +104,23 @@ def merge(
         raise ConfigError(
             tr("rounding is {rounding}; it is nearest or stochastic", rounding=rounding), code="config-value"
         )
+    check_layout(layout)
     adapter, output = find_adapter(adapter), Path(output)
     base = whole_folder(find_base(adapter) if base is None else base)
     _require_new(output, base)
     with lock_beside(output, tr("choose another --output"), progress) as lock:
         _require_new(output, base)  # another merge may have finished meanwhile
-        return _merge(base, adapter, output, progress, lock, rounding)
+        return _merge(base, adapter, output, progress, lock, (rounding, layout))
 
 
 def _merge(
-    base: Path, adapter: Path, output: Path, progress: Callable[[str], None], lock: Lock, rounding: str
+    base: Path, adapter: Path, output: Path, progress: Callable[[str], None], lock: Lock, form: tuple[str, str]
 ) -> MergeReport:
+    rounding, layout = form
     check_folder(base)
     shards = sorted(shard_files(base))
     others, left_out = _other_files(base, shards)
+    others = [name for name in others if is_copied(name, layout)]
     for name in [*shards, *others]:
         _require_own(base, name)
     files_of = read_adapter(adapter)
@@ -137,6 +144,8 @@ def _merge(
                 _copy(base / name, folder / name)
         if provenance is not None:
             write_provenance(folder, provenance)
+        if layout == TRANSFORMERS:
+            write_model_files(base, folder, provenance)
         for number, shard in enumerate(shards, start=1):
             lock.require()
             with SafetensorsFile(base / shard) as source, SafetensorsFile(adapter / WEIGHTS_NAME) as factors:

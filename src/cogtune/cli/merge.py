@@ -16,7 +16,8 @@ _ABOUT = """\
 Merge an adapter into its base: a full model in the published layout.
 
 Works a block of rows at a time, in float32, without a GPU: memory stays far below one shard. The result needs as much
-disk space as the base. Licences, tokenizer and configuration are copied byte for byte."""
+disk space as the base. Licences, tokenizer and configuration are copied byte for byte. With --layout transformers the
+configuration asks for no remote code: transformers' Auto classes load the folder in a program that imports cogtune."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,12 @@ class _Flags:
         "WAY",
         choices=("nearest", "stochastic"),
     )
+    layout: str = flag(
+        "published",
+        "Files beside the weights: the base's own, or those that transformers' Auto classes read.",
+        "NAME",
+        choices=("published", "transformers"),
+    )
 
 
 def _merge(flags: _Flags, line: Arguments) -> None:
@@ -40,7 +47,7 @@ def _merge(flags: _Flags, line: Arguments) -> None:
         from cogtune.adapters.merge import merge
         from cogtune.features.choose import size_text
 
-    report = merge(flags.adapter, flags.output, flags.model, note, rounding=flags.rounding)
+    report = merge(flags.adapter, flags.output, flags.model, note, rounding=flags.rounding, layout=flags.layout)
     for text in report.notes:
         note(tr("note: {text}", text=text))
     if report.kept:
@@ -69,6 +76,7 @@ COMMANDS = (
             "cogtune merge --adapter OUT --output MERGED",
             "cogtune merge --model BASE --adapter OUT/adapter --output MERGED",
             "cogtune merge --adapter OUT --output MERGED --rounding stochastic",
+            "cogtune merge --adapter OUT --output MERGED --layout transformers",
         ),
         run=_merge,
         flags=_Flags,

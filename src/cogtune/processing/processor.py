@@ -34,8 +34,8 @@ from cogtune.processing.pixels import pixels_of
 from cogtune.processing.prompt import Turns
 
 _HUB_OPTIONS = {"revision", "cache_dir", "token", "local_files_only", "force_download"}
-# transformers' AutoProcessor passes these on; they mean nothing to a class that runs no remote code.
-_AUTO_OPTIONS = {"trust_remote_code", "_from_auto", "_from_pipeline", "_commit_hash", "code_revision"}
+# transformers' AutoProcessor and pipeline pass these on; they mean nothing to a class without remote code or weights.
+_AUTO_OPTIONS = {"trust_remote_code", "_from_auto", "_from_pipeline", "_commit_hash", "code_revision", "dtype"}
 
 
 class CogVLM2Processor(ChatPrompts):
