@@ -239,6 +239,38 @@ def caption(content: dict[str, Any], chinese: bool) -> str:
     return f"{about}\n\n<details>{summary}\n\n`{content['command']}`\n\n</details>"
 
 
+_WAYS = {
+    "one-at-a-time": (
+        "the published way: one clip at a time, eager `generate()`",
+        "官方做法：一次一个片段，逐步执行的 `generate()`",
+    ),
+    "frames-given": ("cogtune, frames given", "cogtune，直接给出帧"),
+    "from-files": ("cogtune, from files", "cogtune，从文件读取"),
+    "decoding": ("decoding alone, all cores", "只解码，用上所有核"),
+}
+
+
+def captions(content: dict[str, Any], chinese: bool) -> str:
+    """Clips a minute, against the published way, and how much of it waits for frames."""
+    rows = {row["name"]: row for row in content["rows"]}
+    base = rows["one-at-a-time"]["clips_per_minute"]
+    cells: list[list[Cell]] = []
+    for name in (name for name in _WAYS if name in rows):
+        row, rate = rows[name], rows[name]["clips_per_minute"]
+        waited = row.get("wait_share")
+        cells.append([
+            _WAYS[name][chinese], row["clips"], row.get("slots", "-"), f"{rate:.1f}",
+            "-" if name == "decoding" else f"{rate / base:.1f}x", _number(row.get("reserved_gib")),
+            "-" if waited is None else f"{100 * waited:.0f} %",
+        ])  # fmt: skip
+    columns = (
+        ["做法", "片段数", "同时生成", "片段/分钟", "相对官方做法", "显存（GiB）", "等待解码"]
+        if chinese
+        else ["way", "clips", "at once", "clips a minute", "against published", "GiB reserved", "waits for frames"]
+    )
+    return f"{markdown(columns, cells)}\n\n{caption(content, chinese)}"
+
+
 def view_of(content: dict[str, Any]) -> Callable[[dict[str, Any], bool], str] | None:
     """The view for a file by its ``kind``; None for a file that no bench command wrote."""
     kind = str(content.get("kind", ""))
@@ -251,6 +283,7 @@ def view_of(content: dict[str, Any]) -> Callable[[dict[str, Any], bool], str] | 
         "cards": many,
         "decode": decoding,
         "answers": numbers,
+        "captions": captions,
         "fill": numbers,
         "loader": numbers,
     }.get(kind)
