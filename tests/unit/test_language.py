@@ -24,6 +24,7 @@ from cogtune.cli.published import FLAGS
 from cogtune.configuration.answer_config import AnswerConfig
 from cogtune.configuration.keys import describe_keys, sections
 from cogtune.configuration.run_config import RunConfig
+from cogtune.errors import CogtuneError
 from cogtune.language import english, padded, tr, width
 
 SOURCE = Path(language.__file__).parent
@@ -89,6 +90,9 @@ programs write, an API's answers.
 
 SAYING = ("tr", "phrase", "both", "plain")
 """Functions whose first argument is a template; the last two are the report's, which says it in both languages."""
+
+
+WHOLLY_ENGLISH = {module for module, pattern in ENGLISH.items() if not pattern}
 
 
 def modules() -> Iterator[tuple[str, ast.Module]]:
@@ -200,6 +204,44 @@ def test_every_message_of_the_source_is_a_template():
         for line, said in messages(module, tree)
     ]
     assert not missed, 'write tr("...", name=value):\n' + "\n".join(missed)
+
+
+def test_messages_of_one_word_are_templates_too():
+    """What an error, a log or a print says is a template even where it is too short to read like a sentence."""
+    errors = {kind.__name__ for kind in [CogtuneError, *_all_below(CogtuneError)]} | {"BadRecordError", "Problem"}
+    missed = []
+    for module, tree in modules():
+        for node in ast.walk(tree):
+            name = getattr(node.func, "id", getattr(node.func, "attr", "")) if isinstance(node, ast.Call) else ""
+            if module in WHOLLY_ENGLISH or name not in errors | {"info", "warning", "note", "say"}:
+                continue
+            said = [*node.args, *(keyword.value for keyword in node.keywords if keyword.arg in ("hint", "message"))]
+            said = [
+                branch
+                for value in said
+                for branch in ([value.body, value.orelse] if isinstance(value, ast.IfExp) else [value])
+            ]
+            missed += [
+                f"src/cogtune/{module}:{value.lineno}: {words}"
+                for value in said
+                if (words := _plain(value))
+                and re.search(r"[A-Za-z]{2,}[ :,]|[ :,][A-Za-z]{2,}", words)
+                and not CODE.match(words)
+            ]
+    assert not missed, "\n".join(missed)
+
+
+def _plain(node: ast.expr) -> str:
+    """The words of a text in the source; empty for anything else."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+def _all_below(kind: type) -> Iterator[type]:
+    for inner in kind.__subclasses__():
+        yield inner
+        yield from _all_below(inner)
 
 
 def test_the_list_of_modules_that_are_not_moved_shrinks():

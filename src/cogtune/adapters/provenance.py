@@ -119,7 +119,7 @@ def read_provenance(folder: Path) -> Provenance | None:
         parts[part] = _mapping(path, content, part)
         for key, value in parts[part].items():
             if isinstance(value, bool) or not isinstance(value, kinds):
-                raise _wrong(path, f"{part}.{key}", value, "a text" if kinds == (str,) else tr("a whole number"))
+                raise _wrong(path, f"{part}.{key}", value, tr("a text") if kinds == (str,) else tr("a whole number"))
     hub = parts["base"].get("hub")
     if hub is not None and not _HUB_NAME.fullmatch(hub):
         raise _wrong(path, "base.hub", hub, tr("a name on the hub, such as owner/name"))

@@ -42,10 +42,10 @@ def _convert(flags: _Flags, line: Arguments) -> None:
             pictures,
             Path(target),
             link=flags.link,
-            done=lambda n, total: tell("writing", n, total),
+            done=lambda n, total: tell(tr("writing"), n, total),
         )
     print("\n".join(report.lines()))
-    how = "linked" if flags.link else "copied"
+    how = tr("linked") if flags.link else tr("copied")
     print(
         tr(
             "{place}: {conversations} conversations on {pictures} pictures ({copied} {how})",

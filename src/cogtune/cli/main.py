@@ -13,13 +13,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import cogtune
 from cogtune.cli.command import Command
 from cogtune.distributed import environment
 from cogtune.errors import CogtuneError, InputError, check_language, render
-from cogtune.language import phrase, tr
+from cogtune.language import english, phrase, tr
 from cogtune.system import files, terminal
 from cogtune.system.allocator import prepare_allocator
 from cogtune.system.file_errors import system_reason
@@ -194,7 +195,8 @@ def _guarded(call: Callable[[], object]) -> int:
 def _run(call: Callable[[], object]) -> int:
     try:
         check_language()
-        result = call()
+        with nullcontext() if _shows_chinese() else english():
+            result = call()
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except CogtuneError as error:
@@ -217,6 +219,15 @@ def _run(call: Callable[[], object]) -> int:
         traceback.print_exc()
         text = render("bug", f"{type(error).__name__}: {error}", tr(_BUG_REPORT))
         return 1 if _report_to_launcher(text) else _complain(text, 1)
+
+
+def _shows_chinese() -> bool:
+    """Return whether standard output can hold Chinese; a Latin terminal would get escapes or nothing."""
+    try:
+        "中文".encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
 
 
 def _report_to_launcher(text: str, consequence: bool = False) -> bool:

@@ -69,8 +69,9 @@ class ProgressLine:
             return
         self._last = now
         speed = (done - self._first) / max(now - self._start, 1e-9)
-        left = tr(", {path} left", path=format_clock((total - done) / speed)) if speed and done < total else ""
-        text = f"{done}/{total} {self._unit}, {speed:.2f}/s{left}"
+        text = tr("{done}/{total} {unit}, {speed:.2f}/s", done=done, total=total, unit=self._unit, speed=speed)
+        if speed and done < total:
+            text = tr("{text}, {left} left", text=text, left=format_clock((total - done) / speed))
         if self._terminal:
             end = "\n" if done == total else ""
             print(f"\r{text:<70}", end=end, file=sys.stderr, flush=True)

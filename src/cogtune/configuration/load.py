@@ -198,8 +198,8 @@ def _override_entries(overrides: Mapping[str, Any], root: type[Section]) -> dict
         source = f"--{bare}" if typed else bare
         key = aliases(root).get(bare, bare)
         if not _is_key(key, root):
-            what = "flag" if typed else "key"
-            raise unknown_key(bare, f"unknown {what} `{source}`", flag=typed, root=root)
+            what = tr("unknown flag `{flag}`", flag=source) if typed else tr("unknown key `{key}`", key=source)
+            raise unknown_key(bare, what, flag=typed, root=root)
         if key in entries:
             raise ConfigError(
                 tr("{source} and {other} are the same key", source=entries[key].source, other=source),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,11 @@ from cogtune.processing.clip import read_clip, refuse_clip, refuse_picture
 from cogtune.processing.frames import Sampling
 from cogtune.processing.image import read_image
 from cogtune.processing.processor import CogVLM2Processor
+from cogtune.system.byte_sizes import format_size
 from cogtune.system.gpu import gpu_of, own_device
+
+_SAID_EVERY = 15
+"""Seconds between lines about a model that loads."""
 
 GENERATOR_KEYS = (
     "model.",
@@ -267,7 +272,7 @@ def load_resolved(choice: Resolved, progress: Callable[[str], None] = lambda lin
     )
     device_map = _device_map(choice)
     with explained_loading(choice.model, choice.device, choice.config.quant):
-        model = _load_base(choice, device_map)
+        model = _load_base(choice, device_map, progress)
         if device_map is not None:
             progress(device_map.describe())
             device_map.connect(model)
@@ -312,8 +317,16 @@ def _default_decoding(choice: Resolved) -> dict[str, Any]:
     }
 
 
-def _load_base(choice: Resolved, placement: Placement | None) -> CogVLM2ForCausalLM:
-    """Load the base in the chosen number formats, placed as ``placement`` says."""
+def _load_base(choice: Resolved, placement: Placement | None, progress: Callable[[str], None]) -> CogVLM2ForCausalLM:
+    """Load the base in the chosen number formats, placed as ``placement`` says, and say by time how far that is."""
+    said = time.monotonic()
+
+    def told(done: int, total: int) -> None:
+        nonlocal said
+        if done < total and time.monotonic() - said >= _SAID_EVERY:
+            said = time.monotonic()
+            progress(tr("loading: {done} of {total}", done=format_size(done), total=format_size(total)))
+
     return load_model(
         choice.model,
         dtype=choice.dtype,
@@ -321,6 +334,7 @@ def _load_base(choice: Resolved, placement: Placement | None) -> CogVLM2ForCausa
         rope_precision=choice.config.model.rope_precision,
         quantization=choice.config.quant,
         placement=placement,
+        progress=told,
     )
 
 
@@ -346,7 +360,7 @@ def _load_part(choice: Resolved, group: TensorGroup, progress: Callable[[str], N
     )
     split = SplitModel(group, choice.device)
     with explained_loading(choice.model, choice.device, choice.config.quant):
-        model = _load_base(choice, split)
+        model = _load_base(choice, split, progress)
     if choice.adapter is not None:
         progress(tr("with the adapter in {adapter}", adapter=choice.adapter))
         model = load_adapter(model, choice.adapter, building=split.whole_sizes(model))

@@ -56,7 +56,7 @@ def find_folder(path_or_id: str | os.PathLike[str], **hub: Any) -> Path:
 def _download(path_or_id: str | os.PathLike[str], folder: Path, hub: dict[str, Any]) -> Path:
     name = os.fspath(path_or_id)
     if folder.exists() or folder.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") != 1:
-        found = "is a file" if folder.exists() else tr("no such folder")
+        found = tr("is a file") if folder.exists() else tr("no such folder")
         raise CheckpointError(
             tr("{name}: {found}; a checkpoint is a folder or a hub id (owner/name)", name=name, found=found),
             hint=tr("check the path"),

@@ -30,7 +30,11 @@ def items(file: Path, rules: RecordRules) -> Iterator[Item]:
         for number, image in enumerate(images, start=1):
             name = image.get("file_name") if isinstance(image, dict) else None
             identity = image.get("id") if isinstance(image, dict) else None
-            yield Item(number, f"{file}, image {number}", partial(_picture_alone, name, identity, rules))
+            yield Item(
+                number,
+                tr("{file}, image {number}", file=file, number=number),
+                partial(_picture_alone, name, identity, rules),
+            )
         return
     if not isinstance(images, list) or not isinstance(annotations, list):
         what = tr(
