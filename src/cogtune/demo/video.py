@@ -41,7 +41,7 @@ from cogtune.train.run import train
 
 Say = Callable[[str], None]
 BASE_STEPS, BATCH, TEXT_ROWS, BASE_LR = 400, 32, 8, 2e-3
-TRAIN_CLIPS, TEST_CLIPS, TUNE_STEPS = 800, 100, 600
+TRAIN_CLIPS, TEST_CLIPS, TUNE_STEPS = 800, 100, 500
 SEED = 1
 
 

@@ -171,7 +171,7 @@ def _leaner(setting: Setting, fixed: Collection[str]) -> Iterator[Setting]:
     moments.
     """
     towers = [setting.quant.tower]
-    if setting.tower == "live" and setting.quant.experts == "nf4" and "quant.tower" not in fixed:
+    if setting.tower != "none" and setting.quant.experts == "nf4" and "quant.tower" not in fixed:
         towers = ["none", "nf4"]
     embeddings = [setting.quant.embedding] if "quant.embedding" in fixed else ["device", "host"]
     optimizers = [setting.optimizer]
