@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cogtune.checkpoint.random import published_video_config
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.distributed.group import TensorGroup
 from cogtune.distributed.shards import whole_numel
@@ -43,16 +44,21 @@ def test_a_bias_behind_a_sum_is_added_once() -> None:
     assert torch.equal(sum(parts), whole)
 
 
+@pytest.mark.parametrize(
+    ("config", "total"),
+    [(CogVLM2Config(eos_token_id=[128001, 128009]), 19_503_105_280), (published_video_config(), 12_507_530_496)],
+    ids=["pictures", "video"],
+)
 @pytest.mark.parametrize("size", [2, 4, 8])
-def test_the_published_shapes_on_the_meta_device(size: int) -> None:
+def test_the_published_shapes_on_the_meta_device(size: int, config: CogVLM2Config, total: int) -> None:
     """A rank has its share of all but norms, patch embedding and convolution; cutting twice changes nothing."""
     with torch.device("meta"):
-        model = CogVLM2ForCausalLM(CogVLM2Config(eos_token_id=[128001, 128009]))
+        model = CogVLM2ForCausalLM(config)
     whole = sum(value.numel() for value in model.parameters())
     split = SplitModel(TensorGroup(size - 1, size), torch.device("cpu"))
     split.prepare(model)
     own = sum(value.numel() for value in model.parameters())
-    assert whole == 19_503_105_280
+    assert whole == total
     assert whole / size < own < whole / size + 50e6
     assert sum(whole_numel(value) for value in model.parameters()) == whole
     for name, module in [(f"model.layers.{n}", layer) for n, layer in enumerate(model.model.layers)]:
