@@ -65,8 +65,18 @@ def _by_kind(score: dict[str, Any], kinds: Sequence[str]) -> list[Cell]:
     return [_percent(score["by_kind"][kind]) for kind in kinds]
 
 
+def found_outside(content: dict[str, Any], chinese: bool) -> str:
+    """Of `mistakes`, those that use from outside has found."""
+    return mistakes({**content, "rows": [row for row in content["rows"] if row["found"] == "outside"]}, chinese)
+
+
+def made_here(content: dict[str, Any], chinese: bool) -> str:
+    """The other `mistakes`."""
+    return mistakes({**content, "rows": [row for row in content["rows"] if row["found"] != "outside"]}, chinese)
+
+
 def mistakes(content: dict[str, Any], chinese: bool) -> str:
-    """Every mistake and its message, in both languages beside each other."""
+    """Mistakes and their messages, in both languages beside each other."""
     # many of these keys and files do not exist, on purpose: they are quoted as words, not as code
     rows: list[list[Cell]] = [
         [row["mistake"], row["exit code"], *(row[name].replace("\n", "<br>").replace("`", "") for name in ("en", "zh"))]
@@ -75,10 +85,18 @@ def mistakes(content: dict[str, Any], chinese: bool) -> str:
     return markdown(["mistake", "exit", "English", "中文"], rows)
 
 
+def walk(content: dict[str, Any], chinese: bool) -> str:
+    """Commands and what they printed, as on a console."""
+    blocks = ["\n".join([f"$ {row['command']}", *row["printed"]]) for row in content["rows"]]
+    return "\n\n".join(f"```console\n{block}\n```" for block in blocks)
+
+
 VIEWS: dict[str, Callable[[dict[str, Any], bool], str]] = {
     "data-scaling": data_scaling,
     "demo": demo,
-    "mistakes": mistakes,
+    "mistakes": made_here,
+    "found-outside": found_outside,
+    "walk-24gb": walk,
 }
 """Result file -> its view. A file without one brings its own ``"table"``."""
 

@@ -11,12 +11,13 @@ import pytest
 
 from cogtune.cli.main import main
 from tests.support.bad_inputs import CASES, BadInput, make_place
+from tests.support.found_faults import FOUND
 
 NAME = re.compile(r"[\x21-\x7e]*[/._<:=-][\x21-\x7e]+")
 """Files, keys and flags, which are the same in every language; the rest are words of the English message."""
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, *FOUND], ids=lambda case: case.name)
 def test_bad_input(
     case: BadInput,
     tiny_checkpoint: Path,
@@ -44,6 +45,7 @@ def test_bad_input(
     for expected in (f"错误[{code}]：", "提示：", *kept):
         assert expected in chinese, chinese
     record_property("mistake", case.name)
+    record_property("found", "outside" if case in FOUND else "here")
     for language, start, said in (("en", "error[", message), ("zh", "错误[", chinese)):
         text = said[said.index(start) :].strip()  # progress bars of other libraries stand before it
         for place, shown in ((f"{tmp_path}/", ""), (str(tiny_checkpoint.parent), "..."), (sys.executable, "python")):

@@ -4,6 +4,7 @@ for what was not asked to be fetched."""
 from __future__ import annotations
 
 import json
+import re
 import socket
 
 import pytest
@@ -55,6 +56,32 @@ def test_the_first_hour(tiny_checkpoint, tmp_path, monkeypatch, capsys):
     asked = ("--image", picture, "--query", "What is it?", "--max-new-tokens", "4")
     answer = run("chat", "--adapter", "output/adapter", *asked)
     assert answer.strip() or answer == "\n"
+
+
+def test_from_init_to_a_merged_model_on_a_card_of_24_gib(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    """init's comments, the plan and the run speak of the same rows; every next command that is named works."""
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "my-data", {f"{i:04d}": dialogue("What is it?", f"A {i % 7}.") for i in range(60)})
+
+    def run(*arguments: str) -> str:
+        assert main(list(arguments)) == 0, capsys.readouterr()
+        return capsys.readouterr().out
+
+    made = run("init", "my-data", "--model", str(tiny_checkpoint), "--card", "24GiB", "--output", "run.yaml")
+    assert "next: cogtune plan run.yaml --card 24GiB, then cogtune train run.yaml" in made
+    planned = run("plan", "run.yaml", "--card", "24GiB")
+    assert "24.0 GiB card" in planned
+    rows = int(re.search(r"data +(\d+) rows", planned)[1])
+    assert abs(int(re.search(r"# (\d+) rows of", made)[1]) - rows) <= 3  # a hash decides which are held back
+    run("train", "run.yaml", "--train.max_steps", "2", "--data.workers", "0")
+    assert f"in {rows} rows" in (tmp_path / "output" / "run.log").read_text()
+    asked = ("--image", "my-data/images/0001.jpg", "--query", "What?", "--max-new-tokens", "4")
+    answer = run("chat", "--adapter", "output/adapter", *asked)
+    run("predict", "--adapter", "output/adapter", "--data", "my-data", "--output", "a.jsonl", "--max-new-tokens", "2")
+    assert len((tmp_path / "a.jsonl").read_text().splitlines()) >= 60
+    run("merge", "--adapter", "output/adapter", "--output", "merged")
+    assert isinstance(run("chat", "--model", "merged", *asked), str)
+    assert answer
 
 
 def test_nothing_connects_anywhere(tiny_checkpoint, tmp_path, everything_refused, capsys):
