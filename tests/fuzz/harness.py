@@ -284,8 +284,8 @@ def try_one(target: Target, given: Input, place: Place, session: Session) -> str
     before = [_state(folder) for folder in kept]
     _SEEN.clear()
     _ALLOWED[:] = [str(path) for path in (place.root, place.output, place.home, place.temporary)]
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
-    signal.setitimer(signal.ITIMER_REAL, WAITING)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS, 1)  # and again: what `__del__` raises is ignored
+    signal.setitimer(signal.ITIMER_REAL, WAITING, 5)
     try:
         target.run(given, place, session)
         wrong = None

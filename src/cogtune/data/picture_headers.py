@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 
 from cogtune.data.problems import BadRecordError
 from cogtune.language import tr
-from cogtune.processing.picture_formats import is_deep, known_formats, unknown_picture
+from cogtune.processing.picture_formats import is_deep, open_header, unknown_picture
 from cogtune.system.reading import open_file
 
 _ORIENTATION = 0x0112
@@ -79,7 +79,7 @@ def check_picture(path: Path, max_pixels: int | None, decodes: Decodes | None = 
             size = os.fstat(stream.fileno()).st_size
             if size == 0:
                 raise BadRecordError("image-empty", tr("the picture is empty (0 bytes)"))
-            with Image.open(stream, formats=known_formats()) as image:
+            with open_header(stream) as image:
                 width, height = image.size
                 if max_pixels is not None and width * height > max_pixels:
                     raise BadRecordError(
@@ -125,7 +125,7 @@ def _is_turned(image: Image.Image) -> bool:
 
 def _decode(path: Path) -> None:
     try:
-        with Image.open(path, formats=known_formats()) as image:
+        with open_header(path) as image:
             image.load()
     except MemoryError:
         raise

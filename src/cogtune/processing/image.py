@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cogtune.errors import DataError
 from cogtune.language import tr
-from cogtune.processing.picture_formats import is_deep, known_formats, unknown_picture
+from cogtune.processing.picture_formats import is_deep, known_formats, open_header, unknown_picture
 
 if TYPE_CHECKING:
     import torch
@@ -144,7 +144,7 @@ def _per_channel(values: tuple[float, ...]) -> torch.Tensor:
 def _open_header(path: Path, max_pixels: int | None) -> Image.Image:
     """Read only the header, and refuse pictures with too many pixels."""
     try:
-        image = _open_any_size(path) if max_pixels is not None else Image.open(path, formats=known_formats())
+        image = _open_any_size(path) if max_pixels is not None else open_header(path)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(path, str(error)) from error
     except UnidentifiedImageError as error:
@@ -155,8 +155,6 @@ def _open_header(path: Path, max_pixels: int | None) -> Image.Image:
             ),
             code="image-unreadable",
         ) from error
-    except MemoryError:
-        raise
     except Exception as error:  # Pillow's plugins answer broken headers with nearly any exception
         raise DataError(
             tr("{path}: the picture cannot be read ({error})", path=path, error=error),
@@ -183,7 +181,7 @@ def _open_any_size(path: Path) -> Image.Image:
     with _HEADER_LOCK:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            return Image.open(path, formats=known_formats())
+            return open_header(path)
         finally:
             Image.MAX_IMAGE_PIXELS = limit
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image
 
@@ -22,6 +23,19 @@ def known_formats() -> tuple[str, ...]:
     """Return those of `FORMATS` that this installation of Pillow supports."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def open_header(source: Path | BinaryIO) -> Image.Image:
+    """Open a picture in one of `FORMATS`: its header is read, its pixels are not.
+
+    Raises:
+        UnidentifiedImageError: none of the formats. ValueError: its header claims parts that no memory holds. For
+            other broken headers Pillow's plugins raise nearly any exception.
+    """
+    try:
+        return Image.open(source, formats=known_formats())
+    except MemoryError as error:
+        raise ValueError(tr("its header asks for more memory than there is")) from error
 
 
 def unknown_picture(file: Path | bytes) -> str:

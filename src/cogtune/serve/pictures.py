@@ -24,7 +24,7 @@ from PIL import Image, UnidentifiedImageError
 
 from cogtune.errors import DataError
 from cogtune.processing.image import to_rgb
-from cogtune.processing.picture_formats import known_formats, unknown_picture
+from cogtune.processing.picture_formats import open_header, unknown_picture
 from cogtune.serve.refusals import Refusal, bad_request
 
 _REDIRECTS = 3
@@ -70,13 +70,11 @@ def open_pictures(addresses: Sequence[str], limits: PictureLimits) -> tuple[Imag
 
 def _opened(content: bytes) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(content), formats=known_formats())
+        return open_header(io.BytesIO(content))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise bad_request("messages", f"the picture is too large: {error}", "image-too-large") from error
     except UnidentifiedImageError as error:
         raise bad_request("messages", f"the picture is {unknown_picture(content)}", "image-unreadable") from error
-    except MemoryError:
-        raise
     except Exception as error:  # Pillow's plugins answer broken headers with nearly any exception
         raise bad_request("messages", f"the picture cannot be read: {error}", "image-unreadable") from error
 

@@ -439,3 +439,15 @@ def test_the_named_format_has_to_fit(tmp_path: Path, name: str, form: str) -> No
     error = refused(FIXTURES / name, format=form)
     assert error.code == "data-format"
     assert form in error.message
+
+
+@pytest.mark.parametrize("answers", [7, "red", {"answer": "red"}, [7], [{"answer": 7}], None])
+def test_vqa_answers_of_another_type_are_no_references(tmp_path: Path, answers: Any) -> None:
+    """The answer that is trained stands beside them; a number in their place ended in a TypeError."""
+    shutil.copytree(FIXTURES / "vqa", tmp_path / "vqa")
+    file = tmp_path / "vqa" / "v2_mscoco_val2014_annotations.json"
+    root = json.loads(file.read_text())
+    root["annotations"][0]["answers"] = answers
+    file.write_text(json.dumps(root))
+    turns = [turn for picture in read(tmp_path / "vqa") for c in picture.conversations for turn in c.turns]
+    assert turns[0].references == ()

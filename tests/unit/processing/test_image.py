@@ -137,6 +137,12 @@ BAD = {
     "bomb": (png_header(20_000, 20_000), "image-too-large"),
     "pixels missing": (png_header(1000, 1000), "image-truncated"),
 }
+JP2 = encoded("JPEG2000")
+if "JPEG2000" in known_formats():  # a box of 2**62 bytes
+    BAD["jpeg 2000 with a box beyond memory"] = (
+        JP2[:20] + b"\0\0\0\1jp2h\x40" + bytes(7) + JP2[28:],
+        "image-unreadable",
+    )
 if "AVIF" in known_formats():  # its plugin answers a header without its tables with a RuntimeError
     BAD["avif without its items"] = (encoded("AVIF").replace(b"pitm", b"free"), "image-unreadable")
 

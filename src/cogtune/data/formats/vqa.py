@@ -144,7 +144,8 @@ def _later(
 def _people(annotation: dict[str, Any]) -> tuple[str, ...]:
     """What each of the ten people answered; empty where the annotation does not say."""
     answers = annotation.get("answers")
-    found = [entry.get("answer") if isinstance(entry, dict) else None for entry in answers or ()]
+    entries = answers if isinstance(answers, list) else []
+    found = [entry.get("answer") if isinstance(entry, dict) else None for entry in entries]
     return tuple(map(str, found)) if found and all(isinstance(answer, str) for answer in found) else ()
 
 
