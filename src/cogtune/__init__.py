@@ -10,10 +10,10 @@
     >>> cogtune.merge(adapter=result.adapter, output="merged")
 
 Functions: `load_config` reads a run's configuration, `plan` says what it takes, `train` fine-tunes, `evaluate` measures
-answers, `load_generator` gives a model that answers, and `merge` writes a full model. Classes, to work with as with any
-of transformers': `CogVLM2ForCausalLM` (``from_pretrained`` also takes an adapter's folder), `CogVLM2Processor`,
-`CogVLM2Config`; and `RunConfig`, a whole configuration. ``help`` on each says more; docs/guides/python.md shows them at
-work.
+answers, `load_generator` gives a model that answers, and `merge` writes a full model; `load_rows` and `collate_rows`
+give a training's rows to a loop of one's own. Classes, to work with as with any of transformers': `CogVLM2ForCausalLM`
+(``from_pretrained`` also takes an adapter's folder), `CogVLM2Processor`, `CogVLM2Config`; and `RunConfig`, a whole
+configuration. ``help`` on each says more; docs/guides/python.md shows them at work.
 
 Everything is imported on first use, so that ``import cogtune`` is quick. After it, transformers' Auto classes know
 CogVLM2.
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from cogtune.configuration.load import load_config
     from cogtune.configuration.model import CogVLM2Config
     from cogtune.configuration.run_config import RunConfig
+    from cogtune.data.training_rows import collate_rows, load_rows
     from cogtune.evaluate.run import evaluate
     from cogtune.generate.loading import load_generator
     from cogtune.model.modeling import CogVLM2ForCausalLM
@@ -44,9 +45,11 @@ __all__ = [
     "CogVLM2Processor",
     "RunConfig",
     "__version__",
+    "collate_rows",
     "evaluate",
     "load_config",
     "load_generator",
+    "load_rows",
     "merge",
     "plan",
     "train",
@@ -57,8 +60,10 @@ _HOMES = {
     "CogVLM2ForCausalLM": "cogtune.model.modeling",
     "CogVLM2Processor": "cogtune.processing.processor",
     "RunConfig": "cogtune.configuration.run_config",
+    "collate_rows": "cogtune.data.training_rows",
     "load_config": "cogtune.configuration.load",
     "load_generator": "cogtune.generate.loading",
+    "load_rows": "cogtune.data.training_rows",
     "merge": "cogtune.adapters.merge",
 }
 _CALLABLE_PACKAGES = ("evaluate", "plan", "train")

@@ -39,7 +39,7 @@ def test_every_block_of_the_python_page_runs(
         source = "\n" * (block.line - 1) + block.body  # so that a traceback names the page's line
         exec(compile(source, str(PAGE), "exec"), names)
         ran += 1
-    assert ran >= 12
+    assert ran >= 16
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert "config-unknown-key unknown key `train.learning_rate` did you mean `train.lr`?" in capsys.readouterr().out
     result = names["result"]
@@ -48,3 +48,5 @@ def test_every_block_of_the_python_page_runs(
     assert (tmp_path / "own-adapter" / "adapter_config.json").is_file()
     assert (tmp_path / "trainer" / "adapter" / "adapter_config.json").is_file()
     assert (tmp_path / "merged" / "config.json").is_file()
+    assert "auto_map" not in (tmp_path / "for-transformers" / "config.json").read_text()
+    assert names["prompt"].startswith("<|begin_of_text|>")

@@ -90,8 +90,7 @@ def merge(
         base: a model folder with safetensors shards, or a name on the hub; None: the one the adapter names.
         progress: gets a line per shard.
         rounding: ``nearest``, as peft rounds, or ``stochastic``, which keeps small updates; see `adapters.rounding`.
-        layout: ``published``: all files but the weights are the base's. ``transformers``: the folder that
-            transformers' Auto classes load, after ``import cogtune``; see `adapters.model_layout`.
+        layout: ``published``, or ``transformers`` for transformers' Auto classes; see `adapters.model_layout`.
 
     Raises:
         ConfigError: another rounding or layout.
