@@ -56,6 +56,9 @@ def explain(
             problems.setdefault(key, _problem(key, detail, model, entries or {}))
     lines = [line for text in problems.values() for line in text.split("\n")]
     hint: str | None = None
+    sections = [name for name, field in model.model_fields.items() if is_section(field.annotation)]
+    near = [found for key in unknown if (found := nearest(key, list(fields_of(model)), sections))]
+    missing = [key for key in missing if key.partition(".")[0] not in near]  # those of a section that is misspelt
     if missing:
         lines.append(tr("missing: {missing}", missing=", ".join(missing)))
         short = {key: alias for alias, key in (aliases or {}).items()}
@@ -63,9 +66,8 @@ def explain(
             hint = "give " + " ".join(f"--{short.get(key, key)} ..." for key in missing)
         else:
             hint = tr("give them: they have no default")
-    elif unknown:
-        near = [found for key in unknown if (found := nearest(key, list(fields_of(model))))]
-        hint = tr("did you mean {near}?", near=", ".join(f"`{key}`" for key in near)) if near else None
+    if near:
+        hint = tr("did you mean {near}?", near=", ".join(f"`{key}`" for key in near))
     hint = tr(instead) if instead else hint or keys_hint(model)
     return ConfigError("\n  ".join(lines), hint=hint, code=_code(problems, missing, unknown))
 

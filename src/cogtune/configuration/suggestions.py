@@ -51,8 +51,10 @@ def nearest(name: str, keys: Sequence[str], others: Iterable[str] = ()) -> str |
     others = {other.replace("-", "_"): other for other in others}
     if name in keys or name in others:
         return others.get(name, name)
-    if _NAMES_ELSEWHERE.get(last) in keys:
-        return _NAMES_ELSEWHERE[last]
+    elsewhere = _NAMES_ELSEWHERE.get(last, "")
+    for known in (elsewhere, elsewhere.rpartition(".")[2]):  # the latter among the keys of one section
+        if known in keys:
+            return known
     same_last = [key for key in keys if key.rpartition(".")[2] == last]
     if same_last:
         preferred = [f"{section}.{last}" for section in _FIRST_SECTIONS if f"{section}.{last}" in same_last]

@@ -12,10 +12,11 @@ from pydantic import ValidationError
 
 from cogtune.configuration.answer_config import AnswerConfig
 from cogtune.configuration.load import load_answer_config, load_config, with_values
-from cogtune.configuration.run_config import RunConfig, TrainSection
+from cogtune.configuration.run_config import LoraSection, RunConfig, TrainSection
 from cogtune.errors import ConfigError
 
 NEEDED = {"model": "base", "data": "pictures", "output": "out"}
+SECTIONS: dict[str, Any] = {"model": {"path": "base"}, "data": {"path": "pictures"}}
 
 
 def written(folder: Path, text: str) -> Path:
@@ -408,3 +409,23 @@ def test_a_path_with_a_comma_or_a_bracket_can_be_given_by_a_flag(
         config = load_config(None, {"model": "m", "data": given, "output": "o"})
         assert [folder.path for folder in config.data.path] == [Path(given)]
     assert len(load_config(None, {"model": "m", "data": "one,two", "output": "o"}).data.path) == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "near"),
+    [
+        (lambda: RunConfig(**SECTIONS, train={"output": "o", "learning_rate": 1}), "train.lr"),
+        (lambda: RunConfig(**SECTIONS, train={"output": "o"}, lora={"rnak": 8}), "lora.rank"),
+        (lambda: RunConfig(**SECTIONS, trian={"output": "o"}), "train"),
+        (lambda: RunConfig(**SECTIONS, train={"output": "o"}, qunat={}), "quant"),
+        (lambda: TrainSection(output="o", learning_rate=1), "lr"),
+        (lambda: TrainSection(output="o", wieght_decay=1), "weight_decay"),
+        (lambda: LoraSection(lora_alpha=1), "alpha"),
+    ],
+)
+def test_a_misspelt_name_in_python_is_answered_with_the_nearest(make: Callable[[], Any], near: str) -> None:
+    with pytest.raises(ConfigError, match="unknown key") as caught:
+        make()
+    assert caught.value.code == "config-unknown-key"
+    assert caught.value.hint == f"did you mean `{near}`?"
+    assert "missing" not in caught.value.message
