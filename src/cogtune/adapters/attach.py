@@ -21,6 +21,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from cogtune.adapters.adapter_folder import (
     CONFIG_NAME,
@@ -274,7 +275,9 @@ def save_adapter(model: PeftModel, folder: str | Path) -> None:
     config = model.peft_config[model.active_adapter]
     if config.base_model_name_or_path:
         config.base_model_name_or_path = stored_base(config.base_model_name_or_path)
-    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    # not model.state_dict(): its hooks would reshard layers that FSDP2 keeps gathered, here on one rank only
+    whole = {name: value.detach() for name, value in model.named_parameters() if not isinstance(value, DTensor)}
+    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False, state_dict=whole)
     # safetensors creates its files readable by the owner only; apply the umask as for peft's other file
     (Path(folder) / WEIGHTS_NAME).chmod(stat.S_IMODE((Path(folder) / CONFIG_NAME).stat().st_mode))
     _write_for_older_peft(Path(folder) / CONFIG_NAME)
