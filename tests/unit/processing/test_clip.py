@@ -77,6 +77,10 @@ def test_only_the_wanted_groups_are_decoded(tmp_path, monkeypatch) -> None:
     seen.clear()
     assert near(greys(path, Sampling("chat", 3)), [0, 10, 20])
     assert len(seen) <= 21
+    # and of a long file only the part that the rule asks for is read
+    assert read_clip(path, CHAT).seconds < 26
+    assert read_clip(path, Sampling("chat", 3)).seconds < 5
+    assert read_clip(path, Sampling("uniform", 4)).seconds > 59
 
 
 def test_memory_is_that_of_the_wanted_frames(tmp_path) -> None:

@@ -8,11 +8,14 @@ import random
 import shutil
 
 import pytest
+import torch
 from PIL import Image
 
 from cogtune import CogVLM2Processor
+from cogtune.model.routing import row_positions
 from cogtune.processing.tokenizer import LLAMA3_SPLIT
 from cogtune.processing.tree import build_tree
+from tests.support.golden import family
 from tests.support.tokenizers import llama3_ranks, llama3_special_tokens, llama3_tokenizer_json
 from tests.unit.processing.test_tree import check
 
@@ -108,3 +111,42 @@ def test_ids_equal_tiktokens(processor):
 def test_loads_without_a_false_alarm(loading):
     """transformers takes a large tokenizer beside a configuration without model_type for a broken Mistral one."""
     assert loading[1] == []
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory) -> CogVLM2Processor:
+    folder = tmp_path_factory.mktemp("llama3") / "video"
+    shutil.copytree(llama3_tokenizer_json(), folder)
+    own = PUBLISHED | {"eos_token_id": 128001, "architectures": ["CogVLMVideoForCausalLM"], "template_version": "base"}
+    size = {"image_size": 224, "patch_size": 14, "num_positions": 257}
+    (folder / "config.json").write_text(json.dumps({**own, "vision_config": size}))
+    return CogVLM2Processor.from_pretrained(folder)
+
+
+FRAMES = family()["prompts_llama3_tokenizer_image_size_224"]
+
+
+@pytest.mark.parametrize("case", FRAMES["cases"], ids=lambda case: f"{case['template']}-{case['frames']}")
+def test_prompts_of_the_video_model(video, case) -> None:
+    template = case["template"] or "base"  # with none passed, the published code takes the configuration's
+    encoded = video.encoder.encode(
+        case["query"], [tuple(pair) for pair in case["history"]], case["answer"], case["frames"], template
+    )
+    types = encoded.token_type_ids
+    assert len(encoded) == case["length"]
+    assert sum(types) == case["num_vision_tokens"]
+    last = max(place for place, kind in enumerate(types) if kind)
+    assert encoded.input_ids[last + 1 :] == case["after_last_vision_token"]
+    between = [token for token, kind in zip(encoded.input_ids[1:last], types[1:last], strict=True) if not kind]
+    assert between == case["language_ids_between_frames"]
+    if case["labels_tail"] is not None:
+        assert encoded.labels[-len(case["labels_tail"]) :] == case["labels_tail"]
+        assert sum(label != -100 for label in encoded.labels) == case["num_labels"]
+    positions = row_positions(torch.tensor([types]), None)[0]
+    assert positions[:3].tolist() == case["position_ids_head"]
+    assert int(positions.max()) == case["last_position"]
+
+
+def test_numbers_of_frames_as_tokens(video) -> None:
+    for number, ids in FRAMES["time_index_ids"].items():
+        assert video.encoder.tokenizer.encode(number, add_special_tokens=False) == ids
