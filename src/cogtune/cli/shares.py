@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cogtune.errors import RunError
+from cogtune.errors import RunError, Stopped
 from cogtune.generate.shares import answered
 from cogtune.language import tr
 
@@ -29,25 +29,34 @@ def run_shares(
         RunError: a process failed; its own error stands above.
     """
     own = _without(words, "--cards", "--captions")
-    running = [_start(own, number, count) for number in range(count)]
+    running: list[subprocess.Popen[bytes]] = []
     done = -1
+    before = signal.signal(signal.SIGTERM, _stop)  # by itself it would leave the processes behind
     try:
-        while any(process.poll() is None for process in running):
-            failed = [number for number, process in enumerate(running) if process.poll() not in (None, 0)]
-            if failed:
-                break
+        running += (_start(own, number, count) for number in range(count))
+        while not (failed := _failed(running)) and any(process.poll() is None for process in running):
             time.sleep(_POLL_SECONDS)
             if (now := answered(output, count)) != done:
                 progress(done := now, total)
     finally:
         _end(running)
-    for number, process in enumerate(running):
-        if process.returncode:
-            raise RunError(
-                tr("process {number} of {count} ended with exit code {code}", number=number, count=count,
-                   code=process.returncode),
-                hint=tr("its error is shown above; run the same command again, and it continues"),
-            )  # fmt: skip
+        signal.signal(signal.SIGTERM, before)
+    for number in failed[:1]:
+        raise RunError(
+            tr("process {number} of {count} ended with exit code {code}", number=number, count=count,
+               code=running[number].returncode),
+            hint=tr("its error is shown above; run the same command again, and it continues"),
+        )  # fmt: skip
+
+
+def _failed(running: Sequence[subprocess.Popen[bytes]]) -> list[int]:
+    return [number for number, process in enumerate(running) if process.poll() not in (None, 0)]
+
+
+def _stop(number: int, _frame: object) -> None:
+    raise Stopped(
+        number, tr("stopped; every answer so far is kept"), hint=tr("run the same command again: it continues")
+    )
 
 
 def _without(words: Sequence[str], *names: str) -> list[str]:
