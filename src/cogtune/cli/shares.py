@@ -34,10 +34,11 @@ def run_shares(
     before = signal.signal(signal.SIGTERM, _stop)  # by itself it would leave the processes behind
     try:
         running += (_start(own, number, count) for number in range(count))
-        while not (failed := _failed(running)) and any(process.poll() is None for process in running):
+        while not _failed(running) and any(process.poll() is None for process in running):
             time.sleep(_POLL_SECONDS)
             if (now := answered(output, count)) != done:
                 progress(done := now, total)
+        failed = _failed(running)
     finally:
         _end(running)
         signal.signal(signal.SIGTERM, before)
