@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -36,6 +36,8 @@ SECONDS = float(os.environ.get("FUZZ_SECONDS", "10"))
 """Of processor time that one input may take; ten times what the slowest good one takes."""
 WAITING = 3 * SECONDS
 """Seconds that one input may take in all: what waits for a FIFO takes no processor time."""
+STARTING = 600.0
+"""Seconds for a process's imports and first good files, on a machine with much else to do."""
 MEMORY = 2**30
 """Bytes of memory that one input may take beyond what the libraries did."""
 MUTATIONS = (1, 1, 1, 2, 2, 3, 5)
@@ -364,15 +366,24 @@ def try_inputs(inputs: Sequence[Input], root: Path) -> dict[str, Result]:
         entries = [json.loads(line) for line in lines if line.endswith("}")]
         for given, entry in zip(left, entries, strict=False):
             result = results.setdefault(given.target, Result())
-            found = [Found(**entry["found"])] if entry["found"] else []
+            found = [_without_places(Found(**entry["found"]), root)] if entry["found"] else []
             result.add(Result(1, found, entry["ended"], entry["seconds"], entry["seconds"], entry["most"]))
         left = left[len(entries) :]
         if not left:
             break
         victim = left.pop(0)
         what = f"the process ended with {status}: {log.read_text(errors='replace')[-2000:]}"
-        results.setdefault(victim.target, Result()).add(Result(1, [Found(**asdict(victim), what=what)]))
+        victims = [_without_places(Found(**asdict(victim), what=what), root)]
+        results.setdefault(victim.target, Result()).add(Result(1, victims))
     return results
+
+
+def _without_places(found: Found, root: Path) -> Found:
+    """The same without the folders of this machine."""
+    what = found.what
+    for folder in (root / "place", root, REPOSITORY, Path(sys.prefix), Path(sys.base_prefix)):
+        what = what.replace(f"{folder}/", "")
+    return replace(found, what=what)
 
 
 def child(targets: dict[str, Target], root: Path) -> None:
@@ -432,7 +443,8 @@ def _wait(process: subprocess.Popen[bytes], progress: Path) -> str:
         found = progress.stat().st_size if progress.exists() else -1
         if found != size:
             last, size = time.monotonic(), found
-        if time.monotonic() - last > 3 * WAITING:
+        patience = 3 * WAITING if found > 0 else STARTING
+        if time.monotonic() - last > patience:
             process.send_signal(signal.SIGABRT)  # faulthandler says where it is
             process.wait()
             return "no answer to the signals that end what is slow"
