@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from cogtune.cli.main import main
+from cogtune.generate.choices import ClosedQuestion
+from cogtune.generate.loading import load_generator
 from tests.support.adapters import write_adapter
 from tests.support.data_folders import dialogue, write_folder, write_label
 
@@ -118,3 +120,26 @@ def test_an_adapter_for_another_base_is_refused(
     other = make_tiny(tmp_path / "other", seed=1, hidden_size=32)
     assert evaluate(other, adapter, data, tmp_path / "out") == 2
     assert "error[" in capsys.readouterr().err
+
+
+def test_closed_questions_are_answered_by_the_likeliest_choice(
+    tiny_checkpoint: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The choice that `Generator.score` calls best, for those questions that the choices answer."""
+    records = {
+        "a": [dialogue("a0?", "yes"), dialogue("a1?", "no")],
+        "b": dialogue("b0?", "No."),
+        "c": dialogue("c?", "7"),
+    }
+    data, output = write_folder(tmp_path / "data", records), tmp_path / "out"
+    assert evaluate(tiny_checkpoint, adapter, data, output, "--choices", "yes,no", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["data"]["questions"] == 3
+    generator = load_generator(tiny_checkpoint, adapter=adapter, keys={"device": "cpu"})
+    (rows,) = (rows for name, rows in answers(output).items() if name.startswith("adapter-"))
+    for row in rows:
+        (scores,) = generator.score(row["image"], [ClosedQuestion(row["question"], ("yes", "no"))])
+        assert row["answer"] == scores.best
+    assert evaluate(tiny_checkpoint, adapter, data, output, "--choices", "yes") == 2
+    assert evaluate(tiny_checkpoint, adapter, data, output, "--choices", "left,right") == 2
+    assert "no right answer of the data is one of left, right" in capsys.readouterr().err

@@ -26,9 +26,17 @@ class _Flags:
         (), "Ask again with every picture blanked, or swapped with another record's: is it used at all?", "KIND",
         choices=("blank", "swap"),
     )  # fmt: skip
+    choices: tuple[str, ...] = flag(
+        (), "Possible answers, joined by commas: the likeliest by its tokens' probability is the answer.", "NAMES"
+    )
     predictions: Path | None = flag(None, "Evaluate this file of `cogtune predict` instead of a model.", "FILE")
     output: Path = flag(_OUTPUT, f"Folder for answers and results. Default: {_OUTPUT}.", "DIR")
     json: bool = flag(False, "Print the result as JSON on standard output.")
+
+
+def _split(given: tuple[str, ...]) -> tuple[str, ...]:
+    """Names that are joined by commas, given once or several times."""
+    return tuple(name.strip() for text in given for name in text.split(",") if name.strip())
 
 
 def _eval(flags: _Flags, line: Arguments) -> None:
@@ -38,8 +46,8 @@ def _eval(flags: _Flags, line: Arguments) -> None:
 
     from cogtune.evaluate.run import Request, run
 
-    metrics = tuple(name.strip() for given in flags.metrics for name in given.split(",") if name.strip())
-    request = Request(flags.against, metrics, flags.control, flags.predictions, flags.output)
+    metrics, choices = _split(flags.metrics), _split(flags.choices)
+    request = Request(flags.against, metrics, flags.control, choices, flags.predictions, flags.output)
     found = run(config, request, note if flags.json else print, ProgressLine)
     if flags.json:
         print(json.dumps(found.to_dict(), ensure_ascii=False, indent=1))
@@ -68,6 +76,7 @@ again with the same arguments, an interrupted evaluation continues.""",
             "cogtune eval --adapter OUT --against OTHER --metrics rouge_l,cider",
             "cogtune eval --predictions answers.jsonl --against other.jsonl",
             "cogtune eval --adapter OUT --data DIR --control blank --json",
+            "cogtune eval --adapter OUT --data DIR --choices yes,no",
         ),
         run=_eval,
         flags=_Flags,

@@ -13,6 +13,7 @@ from PIL import Image
 from cogtune.configuration.answer_config import AnswerConfig
 from cogtune.data.records import Question
 from cogtune.errors import ConfigError
+from cogtune.evaluate.choice_answers import answer_by_choice
 from cogtune.evaluate.contestants import Contestant
 from cogtune.evaluate.questions import blanked, swapped
 from cogtune.generate.answer_settings import answer_settings
@@ -47,6 +48,7 @@ def answer(
     folder: Path,
     lock: Lock,
     controls: Sequence[str],
+    choices: Sequence[str],
     say: Say,
     progress: Callable[[str], OnProgress],
     load: Callable[[Resolved], Generator] = lambda resolved: load_resolved(resolved),
@@ -57,6 +59,7 @@ def answer(
 
     Args:
         fingerprint: of the data that is asked.
+        choices: possible answers, of which the likeliest is taken; none: answers are generated.
         progress: given what is counted, returns what is called with numbers of questions done and in all.
 
     Raises:
@@ -76,16 +79,21 @@ def answer(
     try:
         for control in (None, *controls):
             questions = shown_pictures(asked, control, folder)
-            settings = replace(own, decides=own.decides | ({"control": control} if control else {}))
-            path = folder / f"{stem}{f'-{control}' if control else ''}.jsonl"
+            more = {"control": control} if control else {}
+            settings = replace(own, decides=own.decides | more | ({"choices": list(choices)} if choices else {}))
+            path = folder / "-".join(filter(None, (stem, control, "choices" if choices else "")))
+            path = path.with_name(f"{path.name}.jsonl")
             file = PredictionFile(path, settings, questions, lock)
             if file.next < len(questions):
                 say(_beginning(contestant.name, control, len(questions), len(file.done)))
                 generator = generator or load(resolved)
                 told = progress(tr("questions"))
-                predictor = Predictor(generator, questions, file, sources, decoding, options, told)
-                predictor.run()
-                texts = predictor.answers
+                if choices:
+                    texts = answer_by_choice(generator, questions, file, choices, told)
+                else:
+                    predictor = Predictor(generator, questions, file, sources, decoding, options, told)
+                    predictor.run()
+                    texts = predictor.answers
             else:
                 texts = file.done
             found[control] = Answered(texts, path, resolved.model, None if adapter is None else str(resolved.adapter))

@@ -16,6 +16,7 @@ from cogtune.data.report import fingerprint
 from cogtune.data.sources import read_sources
 from cogtune.errors import ConfigError, DataError
 from cogtune.evaluate.answering import CONTROLS, Say, answer, refuse_sampling, resolved_base
+from cogtune.evaluate.choice_answers import closed
 from cogtune.evaluate.choose import choose
 from cogtune.evaluate.compare import Answers, compare
 from cogtune.evaluate.contestants import BASE, Contestant, contestants, without_adapter
@@ -40,6 +41,7 @@ class Request:
     against: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ()
     controls: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
     predictions: Path | None = None
     output: Path = OUTPUT
 
@@ -52,6 +54,7 @@ def evaluate(
     against: str | Sequence[str] = (),
     metrics: str | Sequence[str] = (),
     controls: str | Sequence[str] = (),
+    choices: Sequence[str] = (),
     predictions: str | Path | None = None,
     output: str | Path = OUTPUT,
     keys: Mapping[str, Any] | None = None,
@@ -70,6 +73,7 @@ def evaluate(
         against: what it is compared with: ``base`` (without the adapter), other adapters, models or predictions files.
         metrics: names of metrics, the first for the verdict; none: those that fit the records.
         controls: ``blank`` or ``swap``: ask again with every picture blanked, or with another record's.
+        choices: possible answers: of the questions that they answer, the choice with the likeliest tokens counts.
         predictions: a file that ``cogtune predict`` wrote, evaluated instead of a model.
         output: folder for answers and results. In the same folder the same evaluation continues.
         keys: configuration keys and short flags that ``cogtune eval`` takes, as ``{"batch-size": 16}``.
@@ -85,7 +89,7 @@ def evaluate(
     if data is not None:
         named["data"] = [str(one) for one in ([data] if isinstance(data, str | Path) else data)]
     file = None if predictions is None else Path(predictions)
-    request = Request(_texts(against), _texts(metrics), _texts(controls), file, Path(output))
+    request = Request(_texts(against), _texts(metrics), _texts(controls), tuple(choices), file, Path(output))
     return run(load_answer_config(None, named | dict(keys or {})), request, say)
 
 
@@ -106,12 +110,18 @@ def run(
         hint = tr("there are {names}", names=tr(", ").join(CONTROLS))
         raise ConfigError(tr("no control is called `{name}`", name=wrong[0]), hint=hint, code="config-value")
     sides = contestants(config, request.against, request.predictions)
+    if request.choices and any(side.config is None for side in sides):
+        hint = tr("leave --choices out: a predictions file has its answers")
+        raise ConfigError(tr("--choices asks models, and a predictions file is given"), hint=hint)
     if request.controls and sides[0].config is None:
         hint = tr("give the model: --adapter OUT or --model BASE")
         raise ConfigError(tr("a control asks the model again, and only its predictions are given"), hint=hint)
     questions = _read(config, sides, say)
+    if request.choices:
+        questions = replace(questions, asked=closed(questions.asked, request.choices))
     asked = questions.asked
-    choice = choose(request.metrics, asked.references)
+    metrics = request.metrics or (("exact",) if request.choices else ())
+    choice = choose(metrics, asked.references)
     say(_counts(asked, choice.kinds))
     for note in (*questions.notes, *choice.notes):
         say(note)
@@ -120,7 +130,7 @@ def run(
         answered = _answers(sides, questions, request, lock, say, progress)
         asked, models = _answered_by_all(asked, answered, config)
         if len(asked.questions) < len(questions.asked.questions):
-            choice = choose(request.metrics, asked.references)
+            choice = choose(metrics, asked.references)
         found = Evaluation(asked, models, compare(asked, models, choice, _SEED), questions.described(), choice.notes)
         lock.require()
         files.write_text(folder / RECORDS_FILE, "".join(_line(row) for row in found.records()), durable=True)
@@ -227,7 +237,17 @@ def _answers(
             settings, model = resolved_base(side.config)
             side = replace(side, config=without_adapter(settings, model))
         controls = request.controls if place == 0 else ()
-        made = answer(side, questions.asked.questions, questions.fingerprint, folder, lock, controls, say, progress)
+        made = answer(
+            side,
+            questions.asked.questions,
+            questions.fingerprint,
+            folder,
+            lock,
+            controls,
+            request.choices,
+            say,
+            progress,
+        )
         for control, answered in made.items():
             source = {"model": answered.model, "adapter": answered.adapter, "predictions": str(answered.file)}
             (found if control is None else controlled).append(

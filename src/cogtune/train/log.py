@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import CogtuneError, RunError
 from cogtune.evaluate.run_folder import METRICS_FILE, read_metrics
 from cogtune.language import tr
@@ -182,6 +183,29 @@ class Metrics:
                 self._writer.add_text(tag, text, step)
             for tag, picture in pictures.items():
                 self._writer.add_image(tag, picture, step, dataformats="HWC")
+            self._writer.flush()
+
+    def show_hparams(self, config: RunConfig) -> None:
+        """Show the settings beside the final metrics, for TensorBoard's table of runs."""
+        if self._writer is None:
+            return
+        keys = {
+            f"{section}.{name}": value if isinstance(value, bool | int | float | str) else json.dumps(value)
+            for section, part in config.model_dump(mode="json").items()
+            for name, value in part.items()
+        }
+        final: dict[str, float] = {}
+        for line in read_metrics(self._path.parent):
+            found = line.get("values", {}) if line["kind"] == "answers" else {"loss": line.get("loss")}
+            final |= {f"final/{line['kind']}_{name}": value for name, value in found.items() if value is not None}
+        from torch.utils.tensorboard.summary import hparams
+
+        with explained(self._path, late=True):
+            events: Any = self._writer.file_writer
+            for summary in hparams(keys, final):  # `add_hparams` would begin another file
+                events.add_summary(summary)
+            for tag, value in final.items():
+                self._writer.add_scalar(tag, value, 0)
             self._writer.flush()
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import indent
 
 import torch
 from peft import PeftModel
@@ -26,7 +27,8 @@ from cogtune.configuration.run_config import RunConfig
 from cogtune.distributed import environment
 from cogtune.distributed.group import Group
 from cogtune.errors import DataError, DiskFullError
-from cogtune.evaluate.report.load import write_report
+from cogtune.evaluate.report.load import REPORT_FILE, report_of
+from cogtune.evaluate.report.page import write
 from cogtune.evaluate.run_folder import PLAN_FILE
 from cogtune.features.reader import FeatureReader
 from cogtune.generate.last_run import write_last_run
@@ -350,7 +352,11 @@ def _write_plan(start: RunStart, memory: MemoryPlan) -> None:
 def _write_report(output: Path) -> None:
     """Write the run's page. Whatever is wrong with it, the run has ended well and its results are there."""
     try:
-        log.info(tr("report: {path}", path=write_report(output)))
+        report = report_of(output)
+        write(output / REPORT_FILE, report)
+        for sentence in report.verdict:
+            log.info(sentence)
+        log.info(tr("report: {path}", path=output / REPORT_FILE))
     except Exception as error:
         log.warning(
             tr(
@@ -380,13 +386,15 @@ def _fit(
     """Run the training loop and export the result to ``adapter/``."""
     output, total = start.folder.output, start.record.total_steps
     began, provenance = time.perf_counter(), _provenance(config, inputs, engine)
-    save = saver.Saver(engine, model, start.claim, start.record, progress, config, provenance)
     metrics = Metrics(output, active=engine.group.is_main, tensorboard=config.log.tensorboard, step=progress.step)
+    save = saver.Saver(engine, model, start.claim, start.record, progress, config, provenance, metrics)
     try:
+        metrics.show(progress.step, texts={"config": indent(config.to_yaml(), "    ")})
         rows = inputs.validation, inputs.answers
         loop = Loop(engine, config, start.feed, *rows, progress, total, metrics, stop, save)
         loop.compiles = compiles(config, engine)
         loop.run()
+        metrics.show_hparams(config)
     finally:
         metrics.close()
         status.show("")
@@ -394,8 +402,8 @@ def _fit(
     best = tr("the best checkpoint's, step {step}", step=step)
     said = best if which == "best" else tr("the last checkpoint's, step {step}", step=step)
     log.info(tr("done: the adapter ({which}) is in {adapter}", which=said, adapter=adapter))
+    engine.group.on_main(lambda: _write_report(output))
     for line in engine.group.on_main(lambda: summary(output, adapter, progress, time.perf_counter() - began)):
         log.info(line)
-    engine.group.on_main(lambda: _write_report(output))
     losses = engine.group.on_main(lambda: last_losses(output))
     return TrainResult(output, adapter, progress.step, progress.best_step, progress.best_loss, *losses)

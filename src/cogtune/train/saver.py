@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,11 +26,12 @@ from cogtune.errors import CheckpointError
 from cogtune.language import tr
 from cogtune.system import files
 from cogtune.train.engines.base import MASTER, Engine
-from cogtune.train.log import last_losses, log
+from cogtune.train.log import Metrics, last_losses, log
 from cogtune.train.output_folder import Claim, RunRecord, record_of
 from cogtune.train.progress import Progress, damaged
 
 ADAPTER_FOLDER = "adapter"
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 class Saver:
@@ -43,7 +46,9 @@ class Saver:
         progress: Progress,
         config: RunConfig,
         provenance: Provenance,
+        metrics: Metrics,
     ) -> None:
+        self._metrics = metrics
         self._engine, self._model, self._claim, self._record = engine, model, claim, record
         self._output = claim.output
         self._progress, self._config, self._provenance = progress, config, provenance
@@ -62,6 +67,8 @@ class Saver:
         self._engine.group.on_main(lambda: self._write(state, better))
 
     def _write(self, state: TrainingState, better: bool) -> None:
+        self._metrics.show(self._progress.step, adapter_norms(state.tensors))
+
         def write_adapter(folder: Path) -> None:
             with _masters(self._engine, self._model, state.tensors):
                 save_adapter(self._model, folder)
@@ -77,6 +84,17 @@ class Saver:
             protect = None if best is None else checkpoints.checkpoint_path(self._output, best)
             checkpoints.rotate(self._output, self._progress.step, self._config.train.keep_checkpoints, protect)
         log.info(tr("saved {folder}", folder=folder) + (tr(" (best so far)") if better else ""))
+
+
+def adapter_norms(tensors: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Return the norm of each layer's ``lora_B`` matrices, which begin as zero, by its tag in TensorBoard."""
+    squares: dict[str, float] = {}
+    for name, value in tensors.items():
+        found = _LAYER.search(name) if name.startswith(f"{MASTER}/") and "lora_B" in name else None
+        if found is not None:
+            tag = f"adapter/{'tower' if '.vision.' in name else 'layer'} {int(found[1]):02}"
+            squares[tag] = squares.get(tag, 0.0) + float(value.double().square().sum())
+    return {tag: math.sqrt(total) for tag, total in sorted(squares.items())}
 
 
 def restore_adapter(model: PeftModel, checkpoint: Path) -> None:

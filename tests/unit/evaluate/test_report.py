@@ -14,6 +14,7 @@ from PIL import Image
 import cogtune
 from cogtune.cli.main import main
 from cogtune.errors import DataError
+from cogtune.evaluate.report.chart import Frame, Line, line_chart
 from cogtune.evaluate.report.load import report_of, write_report
 from cogtune.evaluate.report.page import render
 from cogtune.evaluate.runs import differing, find_runs
@@ -209,3 +210,8 @@ def test_runs_are_listed_and_compared(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["runs", str(tmp_path / "nowhere")]) == 2
     assert main(["compare", str(tmp_path), runs[0].path]) == 2
     assert main(["report", runs[0].path]) == 0
+
+
+def test_a_chart_of_zeros_is_drawn() -> None:
+    svg = line_chart([Line("", "one", [(0.0, 0.0), (5.0, 0.0)])], Frame("zeros"))
+    assert re.search(r'points="52.0,226.0 708.0,226.0"', svg)

@@ -111,6 +111,9 @@ def test_tensorboard_shows_values_and_samples(
     assert {"answers/exact", "answers/token_f1"} <= set(tags["scalars"])
     assert "answers/sample 0" in tags["images"]
     (text, _) = events.Tensors("answers/sample 0/text_summary")
+    assert {"adapter/layer 00", "adapter/layer 01"} <= set(tags["scalars"])
+    assert {"final/train_loss", "final/answers_exact"} <= set(tags["scalars"])
+    assert b"lr: 0.001" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
     assert b"What colour is picture 0?" in text.tensor_proto.string_val[0]
 
 

@@ -113,7 +113,7 @@ def _drawn(line: Line, spots: Points) -> list[str]:
 
 def _axis(values: Sequence[float], log: bool) -> _Axis:
     if not log:
-        marks = _ticks(max(values))
+        marks = _ticks(max(values) if max(values) > 0 else 1.0)  # an axis of zeros alone ends at 1
         return _Axis(0.0, marks[-1], marks, log)
     low, high = min(value for value in values if value > 0), max(values) * 1.1
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))

@@ -44,6 +44,11 @@ class Report:
     notes: Sequence[str] = ()
     extra: Sequence[tuple[str, str]] = ()
 
+    @property
+    def verdict(self) -> list[str]:
+        """The sentences of the verdict in the user's language; none without compared answers."""
+        return [] if self.result is None else list(self.result["verdict"][language()])
+
 
 def write(path: Path, report: Report) -> None:
     """Write the report."""
