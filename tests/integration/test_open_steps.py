@@ -132,7 +132,7 @@ def test_the_host_looks_when_the_device_has_the_next_steps_work(
     watch(SingleEngine, "step", "step")
     watch(Metrics, "write", "line")
     watch(SingleEngine, "state", "save")
-    more = {"train__max_steps": 5, "eval__steps": 4, "data__validation_share": 0.3}
+    more = {"train__max_steps": 5, "eval__steps": 4, "data__validation_share": 0.3, "eval__generate": 0}
     train(config(tiny_checkpoint, data, tmp_path / "out", **more))
     wanted = "backward step, backward line step, backward line step line save, backward step line line save, "
     wanted += "backward step line line save"  # the second of two lines together is validation's
