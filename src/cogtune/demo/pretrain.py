@@ -100,7 +100,7 @@ class DrawnRows:
         """Return the model's arguments."""
         rows = [self._drawing(draw(rng), rng) for _ in range(BATCH)] + [self._text(rng) for _ in range(TEXT_ROWS)]
         batch = collate(rows, vision_experts=not self.encoder.numbered_images)
-        del batch["record_ids"], batch["num_labels"], batch["skipped"]
+        del batch["record_ids"], batch["num_labels"]
         return batch
 
     def _drawing(self, drawing: Drawing, rng: random.Random) -> RowSample:
