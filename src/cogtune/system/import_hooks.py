@@ -60,7 +60,13 @@ class _Finder:
             return
         for module in list(self._followers):
             if module in sys.modules and (follower := self._followers.pop(module, None)) is not None:
-                importlib.import_module(follower)
+                try:
+                    importlib.import_module(follower)
+                except ImportError as error:
+                    if "partially initialized" not in str(error):
+                        raise
+                    # a module that the follower needs is what is importing the library just now: wait for the next one
+                    self._followers[module] = follower
         if not self._followers and self in sys.meta_path:
             sys.meta_path.remove(self)
 
