@@ -17,8 +17,8 @@ _PADDING_SEGMENT = -1
 
 
 def collate(rows: Sequence[RowSample], column_multiple: int = 1, *, vision_experts: bool = True) -> dict[str, Any]:
-    """Return keyword arguments for the model, plus ``record_ids`` (list), ``num_labels`` (int) and, where a row was replaced,
-    ``skipped`` (list) for the training loop.
+    """Return keyword arguments for the model, plus ``record_ids`` (list), ``num_labels`` (int) and, where rows were
+    replaced, ``skipped`` (list) for the training loop.
 
     int64 [B, L]: ``input_ids``, ``token_type_ids``, ``attention_mask``, ``labels``, ``segment_ids``; int64 [B, S]:
     ``segment_parents``; float32 [N, 3, H, W]: ``pixel_values`` of all rows' images, row after row, or [N, Q, W]:

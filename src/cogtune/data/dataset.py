@@ -186,6 +186,16 @@ class TrainRows(Dataset[RowSample]):
             return list(self._pixels(images)), []
         return [], [self._features(image) for image in images]
 
+    def is_left_out(self, images: Sequence[ImageRef]) -> bool:
+        """Return whether ``data.on_bad: skip`` leaves these images out, because one of them cannot be decoded."""
+        if self._data.on_bad != "skip":
+            return False
+        try:
+            self.pictures(images)
+        except DataError as error:
+            return error.code.startswith("image-")
+        return False
+
     def use_features(self, features: Features | None) -> None:
         """From now on, take images' features from ``features``; no image file is decoded."""
         self._features = features

@@ -17,7 +17,7 @@ def import_after(library: str, followers: Mapping[str, str]) -> None:
     """Import each follower after the module of ``library`` that it is listed under, at once if that is there already.
 
     So the library's registry knows our classes whichever is imported first, and nothing is imported that is not used. A
-    follower waits until no module of the library is half imported: it may need any of them.
+    follower waits until no module of the library and of its own package is half imported: it may need any of them.
 
     Args:
         library: the top package's name.
@@ -29,15 +29,17 @@ def import_after(library: str, followers: Mapping[str, str]) -> None:
 
 
 class _Finder:
-    """Finds the library's modules as the ordinary finder does, and counts those that are being imported."""
+    """Finds modules of the library and of the followers' packages as the ordinary finder does, and counts those being
+    imported."""
 
     def __init__(self, library: str, followers: dict[str, str]) -> None:
-        self._library, self._followers, self._running = library, followers, 0
+        self._followers, self._running = followers, 0
+        self._packages = {library, *(follower.partition(".")[0] for follower in followers.values())}
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname.partition(".")[0] != self._library:
+        if fullname.partition(".")[0] not in self._packages:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
@@ -60,13 +62,7 @@ class _Finder:
             return
         for module in list(self._followers):
             if module in sys.modules and (follower := self._followers.pop(module, None)) is not None:
-                try:
-                    importlib.import_module(follower)
-                except ImportError as error:
-                    if "partially initialized" not in str(error):
-                        raise
-                    # a module that the follower needs is what is importing the library just now: wait for the next one
-                    self._followers[module] = follower
+                importlib.import_module(follower)
         if not self._followers and self in sys.meta_path:
             sys.meta_path.remove(self)
 

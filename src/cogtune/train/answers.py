@@ -221,12 +221,16 @@ def _plain(text: str) -> str:
 
 
 def chosen_questions(rows: TrainRows, count: int) -> Asked:
-    """Return ``count`` questions at even distances through the validation rows, each asked as it is trained."""
+    """Return ``count`` questions at even distances through the validation rows, each asked as it is trained.
+
+    Without those about pictures that ``data.on_bad: skip`` leaves out.
+    """
     asked = join(rows.questions())
-    if len(asked.questions) <= count:
-        return asked
-    places = [number * len(asked.questions) // count for number in range(count)]
-    return join([asked.questions[place] for place in places])
+    places = list(range(len(asked.questions)))
+    if len(places) > count:
+        places = [number * len(places) // count for number in range(count)]
+    chosen = [asked.questions[place] for place in places if not rows.is_left_out(asked.questions[place].images)]
+    return asked if len(chosen) == len(asked.questions) else join(chosen)
 
 
 def check_metric(config: RunConfig, check: AnswerCheck | None) -> None:
