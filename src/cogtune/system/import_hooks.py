@@ -73,6 +73,10 @@ class _Counted:
     def __init__(self, loader: Any, finder: _Finder) -> None:
         self._loader, self._finder = loader, finder
 
+    def __getattr__(self, name: str) -> Any:
+        """Everything else is the ordinary loader's: ``python -m`` asks it for the code of a module."""
+        return getattr(self._loader, name)
+
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         found: ModuleType | None = self._loader.create_module(spec)
         return found
