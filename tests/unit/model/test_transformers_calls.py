@@ -9,10 +9,12 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, Trainer, TrainingArguments, default_data_collator
 
 from cogtune import CogVLM2ForCausalLM
 from cogtune.checkpoint.random import random_model, tiny_config
+from cogtune.generate.loading import load_generator
 
 BOS, IMAGE, EOS = 256, 258, 257
 
@@ -182,3 +184,50 @@ def test_new_tokens_take_the_place_of_the_published_length_in_silence(
     assert torch.equal(found[0], found[1])
     assert "max_length" not in caplog.text
     assert model.generation_config.max_length == 4096
+
+
+def test_ways_of_decoding_agree(model: CogVLM2ForCausalLM) -> None:
+    """Assisted and prompt-lookup decoding are greedy decoding; streamers and scores see its tokens."""
+    inputs = row([70, 71, 70, 71])
+    settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1}
+    wanted = model.generate(**inputs, **settings)
+    assistant = random_model(tiny_config(num_hidden_layers=1), seed=2)
+    assert torch.equal(model.generate(**inputs, **settings, assistant_model=assistant), wanted)
+    assert torch.equal(model.generate(**inputs, **settings, prompt_lookup_num_tokens=2), wanted)
+    scored = model.generate(**inputs, **settings, return_dict_in_generate=True, output_scores=True)
+    assert [int(score.argmax()) for score in scored.scores] == wanted[0, 11:].tolist()
+    pieces: list[int] = []
+
+    class Streamer:
+        def put(self, value: torch.Tensor) -> None:
+            pieces.extend(value.flatten().tolist())
+
+        def end(self) -> None:
+            pieces.append(-1)
+
+    model.generate(**inputs, **settings, streamer=Streamer())
+    assert pieces == [*wanted[0].tolist(), -1]
+
+
+def test_a_vocabulary_grows(model: CogVLM2ForCausalLM) -> None:
+    grown = random_model(tiny_config(), seed=1)
+    grown.resize_token_embeddings(model.config.vocab_size + 8, mean_resizing=False)
+    with torch.no_grad():
+        found = grown(**row([70, 71])).logits
+        assert torch.equal(found[..., :-8], model(**row([70, 71])).logits)
+
+
+def test_an_adapter_of_the_trainer_answers(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """peft's all-linear, trained and saved by the Trainer, loaded by `load_generator`."""
+    base = CogVLM2ForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+    tuned = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, remove_unused_columns=False, report_to=[], use_cpu=True,
+        disable_tqdm=True, gradient_accumulation_steps=2, gradient_checkpointing=True, per_device_train_batch_size=1,
+    )  # fmt: skip
+    rows: Any = [labelled([70, 71, 72, 73]), labelled([80, 81, 82, 83], seed=2)]
+    trainer = Trainer(model=tuned, args=arguments, train_dataset=rows, data_collator=_stacked)
+    assert trainer.train().training_loss > 0
+    trainer.save_model(str(tmp_path / "adapter"))
+    generator = load_generator(str(tiny_checkpoint), adapter=str(tmp_path / "adapter"), keys={"device": "cpu"})
+    assert isinstance(generator.answer(None, "Why?"), str)
