@@ -183,34 +183,44 @@ class Reporter:
         line = due or first or last or now - self._last_said >= LINE_EVERY
         if not line and not status.active:
             return
-        text = self._text(step, norm, now)
-        status.show(text)
+        seconds, memory = self._said.seconds(norm), peak_memory_gib(self._device)
+        shares = {
+            "step": step.step,
+            "total": self._total,
+            "loss": self._said.loss / max(self._said.labels, 1),
+            "samples": (step.samples - self._said.samples) / seconds,
+            "memory_gib": memory,
+        }
+        end = self._ending(step, now)
+        short = tr(
+            "step {step}/{total}  loss {loss:.4f}  {samples:.2f} samples/s  {memory_gib:.2f} GiB  {end}",
+            end=end,
+            **shares,
+        )
+        status.show(short)
         if line:
+            text = tr(
+                "step {step}/{total}  epoch {epoch:.2f}  loss {loss:.4f}  lr {lr:.2e}  grad {grad_norm:.3f}"
+                "  {samples:.2f} samples/s  {tokens:.0f} tokens/s  {memory_gib:.2f} GiB  {end}",
+                epoch=step.epoch,
+                lr=step.lr,
+                grad_norm=norm.value(),
+                tokens=(step.tokens - self._said.tokens) / seconds,
+                end=end,
+                **shares,
+            )
             log.info(text, extra={"step_line": True, "kept": first or last})
             self._last_said = now
             self._said = _Window(norm, step.samples, step.tokens)
 
-    def _text(self, step: _Step, norm: AsyncScalar, now: float) -> str:
-        seconds = self._said.seconds(norm)
-        text = tr(
-            "step {step}/{total}  epoch {epoch:.2f}  loss {loss:.4f}  lr {lr:.2e}  grad {grad_norm:.3f}"
-            "  {samples:.2f} samples/s  {tokens:.0f} tokens/s  {memory_gib:.2f} GiB",
-            step=step.step,
-            total=self._total,
-            epoch=step.epoch,
-            loss=self._said.loss / max(self._said.labels, 1),
-            lr=step.lr,
-            grad_norm=norm.value(),
-            samples=(step.samples - self._said.samples) / seconds,
-            tokens=(step.tokens - self._said.tokens) / seconds,
-            memory_gib=peak_memory_gib(self._device),
-        )
+    def _ending(self, step: _Step, now: float) -> str:
+        """Return the time that is left; for the first step, which may compile, the time that it took."""
         assert self._first is not None
         number, done = self._first
         if step.step == number:
-            return tr("{text}  (the first step took {seconds:.1f} s)", text=text, seconds=now - self._start)
+            return tr("(the first step took {seconds:.1f} s)", seconds=now - self._start)
         left = (now - done) / (step.step - number) * (self._total - step.step)
-        return tr("{text}  ETA {left}", text=text, left=format_clock(left))
+        return tr("ETA {left}", left=format_clock(left))
 
 
 class _Window:
