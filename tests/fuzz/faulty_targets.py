@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import time
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ FAULTS = {
     "writes beside": "beside its output: open",
     "changes the input": "changed:",
     "program": "subprocess.Popen",
-    "endless": "too slow (processor time)",
+    "endless": "too slow",
     "waits": "too slow (waiting)",
     "memory": "MemoryError",
     "good": "",
@@ -55,8 +56,7 @@ class FaultyTarget:
                     (place.here / "new").write_text("x")
                     (place.here / "new").unlink()
                 case "changes the input":
-                    with (place.input / "data.txt").open("r+") as file:
-                        file.truncate()
+                    os.utime(place.input / "data.txt", (0, 0))
                 case "program":
                     subprocess.run(["true"], check=True)
                 case "endless":
