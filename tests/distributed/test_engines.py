@@ -22,6 +22,7 @@ from cogtune.adapters.attach import attach, save_adapter
 from cogtune.checkpoint import resume_state as checkpoints
 from cogtune.checkpoint.load import load_model
 from cogtune.evaluate.run_folder import read_metrics
+from cogtune.train.answers import answers_file
 from cogtune.train.run import train
 from tests.support.engine_cases import LEFT_OUT, LENGTHS, MOVED, STOP_AT, make_case
 from tests.support.launching import launch, torchrun
@@ -174,6 +175,17 @@ def test_validation_counts_every_record_once(launched: Path, single: Path) -> No
     )
     assert [line["labels"] for line in ours] == [line["labels"] for line in theirs]
     assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-6)
+
+
+def test_validation_questions_have_the_same_answers(launched: Path, single: Path) -> None:
+    """Before the first step and after the last; with two questions, one rank may only keep the other company."""
+    for step in (0, 2):
+        ours, theirs = (
+            [json.loads(line) for line in answers_file(output / "validated", step).read_text("utf-8").splitlines()]
+            for output in (launched, single)
+        )
+        assert len(theirs) == 2
+        assert ours == theirs
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
