@@ -193,7 +193,7 @@ class TrainRows(Dataset[RowSample]):
         try:
             self.pictures(images)
         except DataError as error:
-            return error.code.startswith("image-")
+            return error.code.startswith(("image-", "clip-"))
         return False
 
     def use_features(self, features: Features | None) -> None:
