@@ -112,7 +112,11 @@ class DataTarget:
             if trained.error not in {finding["code"] for finding in report["errors"]}:
                 raise Fault(f"training ends with {trained.error}, check says {_findings(report)}")
             return
-        split, rows = trained.value
+        split, rows, skipped = trained.value
+        if skipped:  # pictures whose damage only decoding shows are left out when their row's turn comes
+            if report["counts"]["bad"] <= sum(split.report.bad.values()):
+                raise Fault(f"training leaves out what check counts as good: {skipped[0]}")
+            return
         pairs = {
             "conversations": (report["counts"]["conversations"], split.report.conversations),
             "bad": (report["counts"]["bad"], sum(split.report.bad.values())),
@@ -127,15 +131,18 @@ class DataTarget:
     def train(self, values: dict[str, Any], session: Session) -> Said:
         """Read, split, plan and encode every row, as training does."""
 
+        skipped: list[str] = []
+
         def rows() -> Any:
             section = DataSection(**values)
             split = read_and_split(section, 0)
             rows = TrainRows(split.train, self.tokens.encoder(), section, self.tokens.image_size)
             for row in range(len(rows)):
                 sample = rows.row(0, row)
-                if not any(label >= 0 for label in sample.row.labels):
+                skipped.extend(sample.skipped)
+                if not sample.skipped and not any(label >= 0 for label in sample.row.labels):
                     raise Fault(f"row {row} has no label")
-            return split, rows
+            return split, rows, skipped
 
         return session.attempt(rows, "training")
 
