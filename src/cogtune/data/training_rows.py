@@ -60,6 +60,6 @@ def collate_rows(rows: Sequence[RowSample]) -> BatchFeature:
         >>> trainer = Trainer(model=model, args=args, train_dataset=rows, data_collator=cogtune.collate_rows)
     """
     batch: dict[str, Any] = collate(rows)
-    for what in batch["skipped"]:
+    for what in batch.get("skipped", ()):
         log.warning(what)
     return BatchFeature({name: value for name, value in batch.items() if name not in _FOR_THE_LOOP})
