@@ -157,7 +157,9 @@ def _growing_if_used(folder: Path) -> Iterator[Callable[[], Path]]:
 def _messages(conversation: Conversation) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
     for turn in conversation.turns:
-        mark = {} if turn.trained else {"loss": False}
+        mark: dict[str, Any] = {} if turn.trained else {"loss": False}
+        if turn.references:
+            mark["references"] = list(turn.references)
         messages += [{"role": "user", "content": turn.question}, {"role": "assistant", "content": turn.answer, **mark}]
     return messages
 

@@ -53,6 +53,16 @@ def test_it_is_counted_converted_and_part_of_the_fingerprint(tmp_path: Path) -> 
     assert any("1 answers are marked as not to be trained" in line for line in report.lines())
 
 
+@pytest.mark.parametrize("name", ["b.jsonl", "b"])
+def test_several_right_answers_are_converted(tmp_path: Path, name: str) -> None:
+    talk = [say("user", "q1"), say("assistant", "red", references=["red", "red", "crimson"])]
+    found = examples(tmp_path, image="p.png", conversations=talk)
+    write(found, tmp_path / name)
+    again, _ = read_sources(section(tmp_path / name))
+    assert again[0].conversations[0].turns == found[0].conversations[0].turns
+    assert again[0].conversations[0].turns[0].references == ("red", "red", "crimson")
+
+
 PICTURE = [{"type": "image_url", "image_url": {"url": "p.png"}}]
 
 
