@@ -37,7 +37,7 @@ class TrainSection(Section):
     """The training loop: batches, optimiser, learning rate, checkpoints."""
 
     output: Path = Field(description="Folder for everything the run writes.")
-    epochs: int = Field(default=1, ge=1, description="Passes over the data.")
+    epochs: int = Field(default=1, ge=1, le=100_000, description="Passes over the data.")
     max_steps: int | None = Field(
         default=None, ge=1, description="Stop after this many optimiser steps. null: epochs decide."
     )
