@@ -74,10 +74,12 @@ def anchors(text: str) -> set[str]:
 
 
 def shell_lines(text: str) -> Iterator[str]:
-    """Every command line of the shell blocks, continued lines joined, prompts and comments removed."""
+    """Every command line of the shell blocks, continued lines joined, prompts and comments removed. Where a block has
+    prompts, its other lines are output."""
     for block in blocks(text):
         if block.language in SHELL:
-            for line in block.body.replace("\\\n", " ").splitlines():
+            lines = block.body.replace("\\\n", " ").splitlines()
+            for line in [line for line in lines if line.startswith("$ ")] or lines:
                 line = re.sub(r"(^|\s)#.*$", "", line).strip().removeprefix("$ ")
                 if line:
                     yield line
