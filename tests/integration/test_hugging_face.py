@@ -120,7 +120,8 @@ def test_a_merged_folder_in_their_layout_has_the_trainings_settings_and_no_code(
 
 
 def test_the_pipeline_answers_as_chat_does(merged: Path) -> None:
-    model, processor = AutoModelForImageTextToText.from_pretrained(merged), AutoProcessor.from_pretrained(merged)
+    model = AutoModelForImageTextToText.from_pretrained(merged, dtype=torch.float32)  # the folder's own is bfloat16
+    processor = AutoProcessor.from_pretrained(merged)
     ask = pipeline("image-text-to-text", model=model, processor=processor)
     messages = [
         {"role": "user", "content": [{"type": "image", "image": PICTURE}, {"type": "text", "text": "Why?"}]},
@@ -133,7 +134,7 @@ def test_the_pipeline_answers_as_chat_does(merged: Path) -> None:
     single = ask(images=PICTURE, text="Why?", generate_kwargs=GREEDY, return_full_text=False)[0]["generated_text"]
     assert single == generator.answer(PICTURE, "Why?")
     assert found
-    by_path = pipeline("image-text-to-text", model=str(merged))
+    by_path = pipeline("image-text-to-text", model=str(merged), dtype=torch.float32)
     assert by_path(text=messages, generate_kwargs=GREEDY, return_full_text=False)[0]["generated_text"] == found
 
 
