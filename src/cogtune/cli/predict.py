@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,8 @@ def _predict(flags: _Flags, line: Arguments) -> None:
     if follow(resolved):
         return
     share = None if flags.share is None else shares.parse_share(flags.share)
+    if share is not None:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as after Ctrl-C, with the answers kept
     output = flags.output if share is None else share.file(flags.output)
     with lock_beside(output, tr("choose another --output"), note) as lock:
         examples, report = read_sources(config.data, open_questions=True, **reading_rules(resolved.model))

@@ -83,7 +83,7 @@ def _end(running: Sequence[subprocess.Popen[bytes]]) -> None:
     """Ask all processes to end, and wait for them; they keep what they answered."""
     for process in running:
         if process.poll() is None:
-            process.send_signal(signal.SIGINT)
+            process.terminate()  # not SIGINT, which processes started in the background ignore
     limit = time.monotonic() + _END_SECONDS
     for process in running:
         try:
