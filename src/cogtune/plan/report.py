@@ -155,7 +155,7 @@ def parts(phase: Phase) -> str:
     """Return the largest parts of a phase."""
     largest = sorted(phase.parts.items(), key=lambda item: -item[1])
     shown = [f"{tr(name)} {size / GIB:.1f}" for name, size in largest[:_SHOWN] if size >= 0.05 * GIB]
-    return tr(", ").join(shown)
+    return tr(", ").join(shown) or tr("no part reaches 0.1 GiB")
 
 
 def compared(planned: Phase, reserved: int) -> str:
