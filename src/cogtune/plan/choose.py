@@ -20,6 +20,7 @@ from cogtune.system.byte_sizes import MIB
 
 MOST_ROWS = 512
 GATHERED_MARGIN = 0.1
+AS_FAST = 1.001
 MARGIN_SHARE, MARGIN = 0.01, 256 * MIB
 """Bytes of the budget left free if possible: predictions are not exact, and rows differ in length."""
 
@@ -121,14 +122,15 @@ class FittingSetting:
 
 
 def best(setting: Setting, card: Card, fixed: Collection[str] = ()) -> FittingSetting | None:
-    """Return the fastest setting that fits ``setting.ranks`` such cards, or None.
+    """Return the fastest setting that fits ``setting.ranks`` such cards, or None; of equally fast ones the simplest.
 
     ``fixed``: dotted keys the user gave, whose values in ``setting`` stay: ``quant.experts``, ``quant.tower``,
     ``quant.embedding``, ``train.optimizer``, ``data.cache_features``, ``parallel.engine``,
     ``train.gradient_checkpointing``.
     """
     found = [choice for family in _families(setting, fixed) if (choice := _first(family, card, fixed)) is not None]
-    return min(found, key=lambda choice: choice.seconds_per_row, default=None)
+    fastest = min((choice.seconds_per_row for choice in found), default=0.0)
+    return next((choice for choice in found if choice.seconds_per_row <= AS_FAST * fastest), None)
 
 
 def _first(family: Iterator[Setting], card: Card, fixed: Collection[str]) -> FittingSetting | None:

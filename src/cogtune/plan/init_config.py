@@ -222,7 +222,7 @@ def take_plan(proposal: Proposal, plan: Plan) -> None:
         )
     )
     proposal.about += plan.warnings
-    plain = {"none", "device", "adamw", False}
+    plain = {"none", "device", "adamw", "off", False}
     reasons = {
         "quant.experts": tr("chosen by `cogtune plan`: the weights do not fit in 16 bit"),
         "quant.tower": tr("chosen by `cogtune plan`: so that the tower fits"),

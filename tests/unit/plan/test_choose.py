@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 
+from cogtune.checkpoint.random import tiny_config
 from cogtune.configuration.engine_rules import ENGINES, facts_of, refusal
 from cogtune.configuration.load import load_config
 from cogtune.configuration.quantization import QuantSection
@@ -150,6 +151,15 @@ def test_the_choice_fits_its_card(size: int) -> None:
     assert choice.memory.driver <= card.usable
     assert (choice.setting.quant.experts == "none") == (size >= 40)
     assert (len(choice.setting.decoder) == 0) == (size in (24, 80))  # 24: in 4 bits, 80: as they are
+
+
+def test_of_equally_fast_settings_the_simplest_is_taken() -> None:
+    """A tiny model's step waits for the host in every format, and sums of floats differ in their last digits."""
+    tiny = Setting(sizes=ModelSizes.from_config(tiny_config().to_dict()), compile="auto")
+    for rows in range(1, 9):
+        choice = best(tiny.with_batch(rows=rows), find_card("24GiB"))
+        assert choice is not None
+        assert (choice.setting.quant.experts, choice.setting.tower) == ("none", "cached")
 
 
 def test_what_the_user_fixed_stays() -> None:
