@@ -281,7 +281,11 @@ def _require_own(base: Path, name: str) -> None:
     Otherwise a symbolic link in a stranger's folder could copy any file of this machine into a model that is then
     shared.
     """
-    path, home = (base / name).resolve(), base.resolve()
+    home = base.resolve()
+    try:
+        path = (base / name).resolve()
+    except (OSError, RuntimeError):  # a loop of links
+        path = base / name
     blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
     if not path.is_file() or not (path.is_relative_to(home) or path.is_relative_to(blobs)):
         what = (

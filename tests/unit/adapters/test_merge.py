@@ -281,7 +281,7 @@ def test_shards_that_lie_elsewhere_are_refused_before_anything_is_written(
             load_model(stranger)
 
 
-@pytest.mark.parametrize("kind", ["link", "pipe", "dangling"])
+@pytest.mark.parametrize("kind", ["link", "pipe", "dangling", "loop"])
 def test_no_file_from_elsewhere_gets_into_a_merged_model(base: Path, adapter: Path, tmp_path: Path, kind: str) -> None:
     """A stranger's folder could have a private key copied into a model that is then passed on."""
     shutil.copytree(base, tmp_path / "base")
@@ -291,7 +291,7 @@ def test_no_file_from_elsewhere_gets_into_a_merged_model(base: Path, adapter: Pa
     if kind == "pipe":
         os.mkfifo(notes)
     else:
-        notes.symlink_to(secret if kind == "link" else "nowhere")
+        notes.symlink_to({"link": secret, "dangling": "nowhere", "loop": "notes.txt"}[kind])
     with pytest.raises(CheckpointError, match=r"notes\.txt") as caught:
         merge(adapter, tmp_path / "merged", tmp_path / "base")
     assert caught.value.code == "unsafe-name"
