@@ -208,6 +208,8 @@ def _audit(event: str, given: tuple[Any, ...]) -> None:
         if isinstance(path, str | bytes) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND):
             _write_at(event, path)
     elif event in _WRITES:
+        if event in ("os.remove", "os.rmdir") and given[1] != -1:
+            return  # relative to an open folder: below shutil.rmtree, which has named its own
         _write_at(event, given[0])
         if event in ("os.rename", "os.link", "shutil.move"):
             _write_at(event, given[1])
