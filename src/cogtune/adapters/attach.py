@@ -155,16 +155,21 @@ def load_adapter(
     except _REFUSALS as error:
         if isinstance(error, AdapterError):
             raise
-        raise AdapterError(
-            tr(
-                "{folder}: this adapter does not fit the base model: {first_line}",
-                folder=adapter.folder,
-                first_line=_first_line(error),
-            ),
-            hint=tr("{config} or the base is another one than in training", config=CONFIG_NAME),
-            code="adapter-base",
-        ) from error
+        raise _misfit(adapter, error) from error
     return _prepare(wrapped) if trainable else wrapped.eval()
+
+
+def _misfit(adapter: AdapterFolder, error: Exception) -> AdapterError:
+    """Return peft's refusal to put the adapter on the base, as an error of ours."""
+    return AdapterError(
+        tr(
+            "{folder}: this adapter does not fit the base model: {first_line}",
+            folder=adapter.folder,
+            first_line=_first_line(error),
+        ),
+        hint=tr("{config} or the base is another one than in training", config=CONFIG_NAME),
+        code="adapter-base",
+    )
 
 
 def _require_finite(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -194,15 +199,7 @@ def expected_shapes(config: CogVLM2Config, adapter: AdapterFolder) -> dict[str, 
         with _quiet(), torch.device("meta"):
             return _shapes(get_peft_model(CogVLM2ForCausalLM(config), lora), adapter, sharded=False)
     except _REFUSALS as error:
-        raise AdapterError(
-            tr(
-                "{folder}: this adapter does not fit the base model: {first_line}",
-                folder=adapter.folder,
-                first_line=_first_line(error),
-            ),
-            hint=tr("{config} or the base is another one than in training", config=CONFIG_NAME),
-            code="adapter-base",
-        ) from error
+        raise _misfit(adapter, error) from error
 
 
 def _lora_config(adapter: AdapterFolder, *, trainable: bool) -> LoraConfig:
