@@ -87,14 +87,15 @@ def _require_chain(parents: torch.Tensor) -> None:
 
 def _images(vision: Any, pixels: torch.Tensor) -> torch.Tensor:
     """Run tower, convolution, GLU adapter and the two learned vectors: [N, Q + 2, D]."""
-    x = vision.patch_embedding(pixels.to(vision.conv.weight.dtype))
+    x = vision.patch_embedding(pixels.to(vision.patch_embedding.proj.weight.dtype))
     with record_function("cogtune.tower"), sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         for block in vision.transformer.layers:
             x = x + block.input_layernorm(_tower_attention(block.attention, x))
             x = x + block.post_attention_layernorm(block.mlp.fc2(functional.gelu(block.mlp.fc1(x))))
     images, patches, width = x.shape
-    side = math.isqrt(patches - 1)
-    x = vision.conv(x[:, 1:].transpose(1, 2).reshape(images, width, side, side)).flatten(2).transpose(1, 2)
+    x, side = x[:, 1:], math.isqrt(patches - 1)
+    if vision.conv is not None:
+        x = vision.conv(x.transpose(1, 2).reshape(images, width, side, side)).flatten(2).transpose(1, 2)
     glu = vision.linear_proj
     x = functional.gelu(glu.norm1(glu.linear_proj(x)))
     x = glu.dense_4h_to_h(functional.silu(glu.gate_proj(x)) * glu.dense_h_to_4h(x))

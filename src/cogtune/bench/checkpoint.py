@@ -25,8 +25,10 @@ from cogtune.checkpoint.model_files import INDEX_NAME
 from cogtune.checkpoint.random import (
     fill_random,
     published_config,
+    published_first_config,
     published_video_config,
     tiny_config,
+    tiny_first_config,
     tiny_video_config,
     write_published_config,
 )
@@ -43,8 +45,10 @@ SHARD_LIMIT = 5 * 10**9
 PRESETS: dict[str, Callable[[], CogVLM2Config]] = {
     "full": published_config,
     "video": published_video_config,
+    "first": published_first_config,
     "tiny": tiny_config,
     "tiny-video": tiny_video_config,
+    "tiny-first": tiny_first_config,
 }
 
 Shapes = dict[str, tuple[int, ...]]
@@ -85,7 +89,7 @@ def make_checkpoint(
     seed: int = 0,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Written:
-    """Write one of `PRESETS` (39 GB, 25 GB, and below 400 kB) into the new folder ``folder``.
+    """Write one of `PRESETS` (39, 25 and 35 GB, and below 400 kB) into the new folder ``folder``.
 
     Raises:
         OutputFolderError: it contains files already.

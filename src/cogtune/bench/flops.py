@@ -73,7 +73,8 @@ def forward_flops(sizes: ModelSizes, work: Work) -> Flops:
     patches = vision.num_positions
     patch_weights = vision.in_channels * vision.patch_size**2 * vision.hidden_size
     tower = vision.num_hidden_layers * (2 * patches * block + 4 * vision.hidden_size * patches**2)
-    tower += 2 * (patches - 1) * patch_weights + 2 * grid * 4 * vision.hidden_size**2
+    convolution = vision.cell**2 * vision.hidden_size**2 if vision.cell > 1 else 0
+    tower += 2 * (patches - 1) * patch_weights + 2 * grid * convolution
     glu = sum(x.weights for x in sizes.linears if x.part == "glu_adapter")
     return Flops(
         tower=work.images * tower,

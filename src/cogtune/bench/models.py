@@ -8,9 +8,11 @@ from cogtune.checkpoint.model_files import load_model_config
 from cogtune.checkpoint.quantize import require_packages
 from cogtune.checkpoint.random import (
     published_config,
+    published_first_config,
     published_video_config,
     random_weights,
     tiny_config,
+    tiny_first_config,
     tiny_video_config,
 )
 from cogtune.configuration.model import CogVLM2Config
@@ -22,8 +24,10 @@ from cogtune.train.run import load_base
 RANDOM = {
     "random": published_config,
     "random-video": published_video_config,
+    "random-first": published_first_config,
     "random-tiny": tiny_config,
     "random-tiny-video": tiny_video_config,
+    "random-tiny-first": tiny_first_config,
 }
 """Values of ``model.path`` for random weights on the device: published sizes, or a test's."""
 

@@ -44,6 +44,10 @@ TINY_VISION: dict[str, Any] = {
     "num_positions": 17,
 }
 _VIDEO: dict[str, Any] = {"architectures": [FRAMES], "template_version": "base"}
+_FIRST: dict[str, Any] = {
+    "generation": 1, "rope_theta": 10000.0, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2,
+    "pad_token_id": 0,
+}  # fmt: skip
 
 
 def tiny_config(**changes: Any) -> CogVLM2Config:
@@ -66,6 +70,19 @@ def published_video_config() -> CogVLM2Config:
     """Return the configuration of the four published video models."""
     vision = {"image_size": 224, "num_positions": 257}
     return CogVLM2Config(**_VIDEO, eos_token_id=128001, max_position_embeddings=2048, vision_config=vision)
+
+
+def tiny_first_config(**changes: Any) -> CogVLM2Config:
+    """Return the configuration of a tiny first-generation model: full heads, an image of 3x3 patches, 11 tokens."""
+    vision = {"image_size": 6, "num_positions": 10}
+    own = _FIRST | {"num_multi_query_heads": TINY["num_attention_heads"], "vocab_size": 296, "vision_config": vision}
+    return tiny_config(**(own | changes))
+
+
+def published_first_config() -> CogVLM2Config:
+    """Return the configuration of the first generation's published models, of 490 pixels."""
+    sizes = {"vocab_size": 32000, "intermediate_size": 11008, "num_multi_query_heads": 32}
+    return CogVLM2Config(**_FIRST, **sizes, vision_config={"image_size": 490, "num_positions": 1226})
 
 
 def make_tiny(
@@ -160,8 +177,9 @@ def write_published_config(folder: Path, config: CogVLM2Config) -> None:
     ``model_type``."""
     own = config.to_dict()
     architecture = PICTURES if config.vision_experts else FRAMES
-    # the published file omits the number of key/value heads if it is 8
-    shapes = [key for key in TINY if key != "num_multi_query_heads" or own[key] != 8 or not config.vision_experts]
+    # the published file omits the number of key/value heads if it is 8, and the first generation has no such key
+    omitted = config.vision_experts and (config.generation == 1 or own["num_multi_query_heads"] == 8)
+    shapes = [key for key in TINY if key != "num_multi_query_heads" or not omitted]
     keys = [*shapes, "rms_norm_eps", "hidden_act", "initializer_range", "template_version", "use_cache"]
     published = {
         "architectures": [architecture],

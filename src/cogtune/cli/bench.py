@@ -126,9 +126,9 @@ class _LoadFlags:
 class _MakeFlags:
     preset: str = flag(
         "full",
-        "full (39 GB), video (25 GB), tiny or tiny-video (400 kB). Default: full.",
+        "full (39 GB), video (25 GB), first (35 GB), tiny, tiny-video or tiny-first (400 kB). Default: full.",
         "NAME",
-        choices=("full", "video", "tiny", "tiny-video"),
+        choices=("full", "video", "first", "tiny", "tiny-video", "tiny-first"),
     )
     device: str = flag("auto", "Where values are made. auto: the GPU, if there is one.", "NAME")
     seed: int = flag(0, "Of the values.", "N", least=0)

@@ -20,7 +20,7 @@ FRAMES = "CogVLMVideoForCausalLM"
 """``cogvlm2-llama3-caption``, ``cogvlm2-video-llama3-chat`` and ``-base``, ``VisionReward-Video``: a clip's frames, one
 expert."""
 OWN = "CogVLM2ForCausalLM"
-"""Folders that cogtune writes; their ``vision_experts`` tells which of the two they are."""
+"""Folders that cogtune writes; their ``vision_experts`` and ``generation`` tell which they are."""
 
 VIDEO_MODELS = {
     "caption": "cogvlm2-llama3-caption",
@@ -29,6 +29,21 @@ VIDEO_MODELS = {
     "visionreward-video": "VisionReward-Video",
 }
 """The video models by the names that ``cogtune download`` gives them, and their repositories."""
+
+FIRST_MODELS = {
+    "cogvlm-chat": "cogvlm-chat-hf",
+    "cogvlm-base-490": "cogvlm-base-490-hf",
+    "cogvlm-base-224": "cogvlm-base-224-hf",
+    "cogvlm-grounding-generalist": "cogvlm-grounding-generalist-hf",
+    "cogvlm-grounding-base": "cogvlm-grounding-base-hf",
+}
+"""The first generation's models, in the same way."""
+
+_FIRST_DEFAULTS: dict[str, Any] = {
+    "generation": 1, "vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048,
+    "rope_theta": 10000.0, "pad_token_id": 0,
+}  # fmt: skip
+_FIRST_TOWER = {"image_size": 490, "num_positions": 1226}
 
 _TRANSFORMERS = phrase("transformers has this model itself: load it with AutoModelForImageTextToText")
 _OTHERS = phrase("ms-swift and LLaMA-Factory train it")
@@ -66,6 +81,26 @@ def architecture_of(config: Mapping[str, Any]) -> str | None:
 def has_vision_experts(architectures: Sequence[str] | None) -> bool:
     """Return whether a published model with this ``architectures`` has vision experts."""
     return FRAMES not in (architectures or ())
+
+
+def is_first_generation(config: Mapping[str, Any]) -> bool:
+    """Return whether a parsed ``config.json`` is CogVLM's (the first generation), which names CogVLM2's architecture.
+
+    It has the special tokens of Llama's SentencePiece tokenizer, and no grouped heads.
+    """
+    if "generation" in config:
+        return bool(config["generation"] == 1)
+    grouped = "num_multi_query_heads" in config or "num_key_value_heads" in config
+    ids = config.get("bos_token_id"), config.get("eos_token_id")
+    return architecture_of(config) == PICTURES and not grouped and ids in ((1, 2), (1, [2]))
+
+
+def completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a parsed ``config.json`` with the first generation's values where it is such a model's and lacks them."""
+    if "generation" in config or not is_first_generation(config):
+        return dict(config)
+    found = _FIRST_DEFAULTS | {"num_multi_query_heads": config.get("num_attention_heads", 32)} | dict(config)
+    return found | {"vision_config": _FIRST_TOWER | (config.get("vision_config") or {})}
 
 
 def reads_clips(config: Mapping[str, Any]) -> bool:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from cogtune.configuration.architectures import completed
 from cogtune.errors import CheckpointError
 from cogtune.language import phrase, tr
 from cogtune.system.reading import read_text
@@ -90,6 +91,7 @@ MODEL_KEYS: dict[str, Check] = _BOTH | {
     **dict.fromkeys(("rope_precision", "template_version"), TEXT),
     **dict.fromkeys(("bos_token_id", "pad_token_id"), TOKEN),
     "eos_token_id": TOKENS,
+    "generation": (lambda value: _whole(value, 1, 2), phrase("1 or 2")),
     **dict.fromkeys(("tie_word_embeddings", "use_cache", "vision_experts"), FLAG),
     "architectures": TEXTS,
     "vision_config": SECTION,
@@ -118,12 +120,12 @@ _NAMED = 8
 
 
 def read_model_json(file: Path) -> dict[str, Any]:
-    """Return the known part of a ``config.json``, checked; see `known_part`.
+    """Return the known part of a ``config.json``, checked and completed; see `known_part` and `completed`.
 
     Raises:
         CheckpointError: not readable, no JSON object, or a value that a model cannot have.
     """
-    return known_part(read_object(file), MODEL_KEYS, file)
+    return completed(known_part(read_object(file), MODEL_KEYS, file))
 
 
 def read_object(file: Path) -> dict[str, Any]:

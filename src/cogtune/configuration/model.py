@@ -1,6 +1,6 @@
 """The model's configuration: every key of the published ``config.json``, each optional with the published default.
 
-The published file has no ``model_type``, lacks ``num_multi_query_heads`` and ``tie_word_embeddings``, holds
+A file of the first generation (CogVLM) has that one's defaults; `completed` tells it apart. The published file has no ``model_type``, lacks ``num_multi_query_heads`` and ``tie_word_embeddings``, holds
 ``eos_token_id`` as a list and points at remote code through ``auto_map``; all of that loads here unchanged.
 """
 
@@ -14,7 +14,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
-from cogtune.configuration.architectures import has_vision_experts
+from cogtune.configuration.architectures import completed, has_vision_experts
 from cogtune.configuration.config_json import MODEL_KEYS, known_part, read_object
 from cogtune.configuration.shapes import BOS_ID, EOS_ID, PAD_ID, Shape, VisionShape
 from cogtune.errors import CheckpointError
@@ -51,7 +51,7 @@ class CogVLM2VisionConfig(PreTrainedConfig):
 @strict
 class CogVLM2Config(PreTrainedConfig):
     """CogVLM2, with vision experts (``cogvlm2-llama3-chat-19B``) or without (``cogvlm2-llama3-caption`` and the other
-    video models): the numbers that make the architecture.
+    video models), or CogVLM (``cogvlm-chat-hf``, ``generation`` 1): the numbers that make the architecture.
 
     Example:
         >>> config = CogVLM2Config.from_pretrained("cogvlm2")
@@ -86,6 +86,8 @@ class CogVLM2Config(PreTrainedConfig):
     pad_token_id: int | None = PAD_ID
     tie_word_embeddings: bool = False
     use_cache: bool = True
+    generation: int = Shape.generation
+    """1: CogVLM, without a convolution behind the tower and without a bias in the vision experts."""
     vision_experts: bool | None = None
     """Whether image tokens have expert weights of their own. None: as ``architectures`` says."""
     vision_config: dict[str, Any] | PreTrainedConfig | None = None
@@ -141,7 +143,7 @@ class CogVLM2Config(PreTrainedConfig):
             CheckpointError: a value that the model cannot have.
         """
         where = config_dict.get("_name_or_path") or "config.json"
-        known = known_part(config_dict, MODEL_KEYS, where)
+        known = completed(known_part(config_dict, MODEL_KEYS, where))
         try:
             return super().from_dict(known, **kwargs)
         except (StrictDataclassError, ValueError, TypeError) as error:
@@ -174,8 +176,13 @@ class CogVLM2Config(PreTrainedConfig):
 
     @property
     def grid(self) -> int:
-        """Side of the feature grid after the 2x2 convolution (48 at full size)."""
-        return int(self.vision_config.patch_grid) // 2  # type: ignore[union-attr]
+        """Side of the feature grid, after the 2x2 convolution if there is one (48 at full size)."""
+        return int(self.vision_config.patch_grid) // (2 if self.downsamples else 1)  # type: ignore[union-attr]
+
+    @property
+    def downsamples(self) -> bool:
+        """Is there a 2x2 convolution behind the tower? The first generation has none."""
+        return self.generation != 1
 
     @property
     def num_image_tokens(self) -> int:

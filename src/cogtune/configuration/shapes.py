@@ -37,11 +37,13 @@ class VisionShape:
     num_hidden_layers: int = 63
     num_heads: int = 16
     num_positions: int = 9217
+    cell: int = 2
+    """Patches along a side of a grid cell: 2 with the convolution behind the tower, 1 in the first generation."""
 
     @property
     def grid_tokens(self) -> int:
-        """Cells of an image's grid after the 2x2 convolution (2304 at full size)."""
-        return (self.image_size // self.patch_size // 2) ** 2
+        """Cells of an image's grid, after the 2x2 convolution if there is one (2304 at full size)."""
+        return (self.image_size // self.patch_size // self.cell) ** 2
 
     @property
     def image_tokens(self) -> int:
@@ -59,6 +61,8 @@ class Shape:
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
     num_multi_query_heads: int = 8
+    generation: int = 2
+    """1: CogVLM, whose tower has no convolution behind it and whose vision experts have no bias."""
     vision_experts: bool = True
     """Whether image tokens have expert weights of their own; the video models have one expert for all tokens."""
     vision: VisionShape = field(default_factory=VisionShape)

@@ -125,7 +125,9 @@ class ExpertAttention(nn.Module):
         width = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         self.rotary_emb = RotaryEmbedding(self.head_dim, float(config.rope_theta))
         two = config.vision_experts
-        self.vision_expert_query_key_value = nn.Linear(config.hidden_size, width, bias=True) if two else None
+        self.vision_expert_query_key_value = (
+            nn.Linear(config.hidden_size, width, bias=config.generation != 1) if two else None
+        )
         self.vision_expert_dense = nn.Linear(config.hidden_size, config.hidden_size, bias=False) if two else None
         self.language_expert_query_key_value = nn.Linear(config.hidden_size, width, bias=False)
         self.language_expert_dense = nn.Linear(config.hidden_size, config.hidden_size, bias=False)

@@ -1,6 +1,8 @@
 """The vision tower: EVA2-CLIP-E without its last block, a 2x2 convolution, and the GLU adapter.
 
-Shapes: N images, P patches + cls, W tower width, Q grid cells after the convolution (2304 at full size), D hidden.
+The first generation has no convolution: each patch is a grid cell.
+
+Shapes: N images, P patches + cls, W tower width, Q grid cells (2304 at full size, after the convolution), D hidden.
 
 The tower's norms act on each sublayer's output, before the residual; there is no norm before the first block and none
 after the last (spec 3). What the tower computes up to the convolution never changes while it is frozen: that is the
@@ -155,7 +157,9 @@ class VisionModel(nn.Module):
         self.grid, self.width = config.grid, vision.hidden_size
         self.patch_embedding = PatchEmbedding(vision)
         self.transformer = VisionTransformer(vision)
-        self.conv = nn.Conv2d(vision.hidden_size, vision.hidden_size, kernel_size=2, stride=2)
+        self.conv = (
+            nn.Conv2d(vision.hidden_size, vision.hidden_size, kernel_size=2, stride=2) if config.downsamples else None
+        )
         self.linear_proj = GLUAdapter(config, vision)
         self.boi = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.eoi = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
@@ -176,14 +180,16 @@ class VisionModel(nn.Module):
         """Return whether any parameter in front of the adapter is trained; only then does the tower run with
         gradients."""
         parts = [getattr(self, name) for name in TOWER_PARTS] if self.has_tower else []
-        return any(parameter.requires_grad for part in parts for parameter in part.parameters())
+        return any(parameter.requires_grad for part in parts if part is not None for parameter in part.parameters())
 
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return the tower's cacheable output [N, Q, W] from pixels [N, 3, side, side]."""
         if not self.has_tower:
             raise ValueError("this model was loaded without its vision tower: give image_features, not pixel_values")
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.tower_trains()):
-            x = self.transformer(self.patch_embedding(pixel_values.to(self.conv.weight.dtype)))
+            x = self.transformer(self.patch_embedding(pixel_values.to(self.patch_embedding.proj.weight.dtype)))
+            if self.conv is None:
+                return x[:, 1:]
             images, patches, width = x.shape
             side = int((patches - 1) ** 0.5)
             x = x[:, 1:].transpose(1, 2).reshape(images, width, side, side)

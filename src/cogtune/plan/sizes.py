@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from cogtune.configuration.architectures import VIDEO_MODELS, reads_clips, refuse_foreign
+from cogtune.configuration.architectures import FIRST_MODELS, VIDEO_MODELS, completed, reads_clips, refuse_foreign
 from cogtune.configuration.config_json import read_model_json
 from cogtune.configuration.quantization import part_of
 from cogtune.configuration.shapes import Shape, VisionShape
@@ -65,25 +65,30 @@ class ModelSizes(Shape):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelSizes:
         """Return the sizes in a parsed ``config.json``; missing fields have the published model's values."""
+        config = completed(config)
         vision = config.get("vision_config") or {}
+        own_vision = {f.name: int(vision[f.name]) for f in fields(VisionShape) if f.name in vision}
         own = {f.name: int(config[f.name]) for f in fields(cls) if f.name in config and f.name != "vision_experts"}
         return cls(
             **own,
             vision_experts=not reads_clips(config),
-            vision=VisionShape(**{f.name: int(vision[f.name]) for f in fields(VisionShape) if f.name in vision}),
+            vision=VisionShape(**own_vision, cell=1 if config.get("generation") == 1 else 2),
         )
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ModelSizes:
         """Return the sizes of a model folder; those of the published model for a hub id or a folder that is
-        not there yet, by its name: a video model's or the picture models'.
+        not there yet, by its name: a video model's, a first-generation model's, or the picture models'.
 
         Raises:
             CheckpointError: the folder of another architecture.
         """
         file = Path(folder) / "config.json"
         if not file.is_file():
-            return VIDEO if str(folder).rstrip("/").rpartition("/")[2] in VIDEO_MODELS.values() else cls()
+            name = str(folder).rstrip("/").rpartition("/")[2]
+            if name in FIRST_MODELS.values():
+                return FIRST_224 if "224" in name else FIRST
+            return VIDEO if name in VIDEO_MODELS.values() else cls()
         refuse_foreign(folder)
         return cls.from_config(read_model_json(file))
 
@@ -103,7 +108,7 @@ class ModelSizes(Shape):
 
     @property
     def grid_tokens(self) -> int:
-        """Cells of an image's grid after the 2x2 convolution (2304 at full size)."""
+        """Cells of an image's grid, after the 2x2 convolution if there is one (2304 at full size)."""
         return self.vision.grid_tokens
 
     @property
@@ -121,11 +126,12 @@ class ModelSizes(Shape):
 
     def _decoder_linears(self) -> Iterator[Linear]:
         hidden, inner = self.hidden_size, self.intermediate_size
+        with_bias = None if self.generation == 1 else _WITH_BIAS
         for index in range(self.num_hidden_layers):
             layer = f"model.layers.{index}"
             for expert in self.experts:
                 for role, inputs, outputs in (("query_key_value", hidden, self.qkv_width), ("dense", hidden, hidden)):
-                    name, bias = f"{layer}.self_attn.{expert}_expert_{role}", (expert, role) == _WITH_BIAS
+                    name, bias = f"{layer}.self_attn.{expert}_expert_{role}", (expert, role) == with_bias
                     yield Linear(name, inputs, outputs, bias, index, expert, role)
             for expert in reversed(self.experts):
                 for role, inputs, outputs in (
@@ -171,7 +177,7 @@ class ModelSizes(Shape):
         patch = vision.in_channels * vision.patch_size**2 * vision.hidden_size + vision.hidden_size
         return {
             "embedding": self.vocab_size * hidden,
-            "conv": vision.hidden_size**2 * 4 + vision.hidden_size,
+            "conv": 0 if self.generation == 1 else vision.hidden_size**2 * 4 + vision.hidden_size,
             # patch embedding, class token, positions; two layer norms per block
             "tower_other": patch
             + (1 + vision.num_positions) * vision.hidden_size
@@ -189,3 +195,10 @@ class ModelSizes(Shape):
 
 VIDEO = ModelSizes(vision_experts=False, vision=VisionShape(image_size=224, num_positions=257))
 """The four published video models."""
+_FIRST: dict[str, Any] = {
+    "vocab_size": 32000, "intermediate_size": 11008, "num_multi_query_heads": 32, "generation": 1,
+}  # fmt: skip
+FIRST = ModelSizes(**_FIRST, vision=VisionShape(image_size=490, num_positions=1226, cell=1))
+"""The first generation's published models."""
+FIRST_224 = ModelSizes(**_FIRST, vision=VisionShape(image_size=224, num_positions=257, cell=1))
+"""``cogvlm-base-224-hf``."""

@@ -10,7 +10,7 @@ import pytest
 
 from cogtune import CogVLM2Config, CogVLM2Processor
 from cogtune.checkpoint.model_files import load_model_config
-from cogtune.checkpoint.random import make_tiny
+from cogtune.checkpoint.random import make_tiny, published_first_config, write_published_config
 from cogtune.errors import CheckpointError
 from cogtune.plan.sizes import ModelSizes
 from cogtune.processing.token_file import find_token_file
@@ -72,3 +72,54 @@ def test_a_picture_folder_stays_one(tmp_path) -> None:
     assert (config.vision_experts, config.numbered_images, config.max_images) == (True, False, 1)
     config.save_pretrained(tmp_path / "saved")
     assert CogVLM2Config.from_pretrained(tmp_path / "saved").vision_experts is True
+
+
+def _first(folder: Path, **changes: object) -> Path:
+    """A first-generation folder's ``config.json`` as published, with keys changed, or removed where None."""
+    folder.mkdir()
+    write_published_config(folder, published_first_config())
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return folder
+
+
+def test_a_first_generation_folder(tmp_path) -> None:
+    config = load_model_config(_first(tmp_path / "first"))
+    assert (config.generation, config.num_multi_query_heads, config.rope_theta) == (1, 32, 10000)
+    assert (config.num_image_tokens, config.most_tokens, config.max_images) == (1227, 2048, 1)
+    assert (config.bos_token_id, config.eos_token_ids, config.pad_token_id) == (1, [2], 0)
+    tokens = find_token_file(str(tmp_path / "first"))
+    assert (tokens.num_image_tokens, tokens.image_size, tokens.bos_id, tokens.eos_id) == (1227, 490, 1, 2)
+    config.save_pretrained(tmp_path / "saved")
+    again = CogVLM2Config.from_pretrained(tmp_path / "saved")
+    assert (again.generation, again.num_multi_query_heads, again.intermediate_size) == (1, 32, 11008)
+
+
+def test_keys_that_a_first_generation_file_lacks_have_its_values(tmp_path) -> None:
+    keys = ("vocab_size", "intermediate_size", "max_position_embeddings", "num_attention_heads", "pad_token_id")
+    few = load_model_config(_first(tmp_path / "few", vision_config=None, **dict.fromkeys(keys)))
+    whole = load_model_config(_first(tmp_path / "whole"))
+    for key in (*keys, "num_multi_query_heads", "generation", "image_size", "num_image_tokens"):
+        assert getattr(few, key) == getattr(whole, key)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"bos_token_id": 128000}, {"num_multi_query_heads": 8}, {"architectures": ["CogVLMVideoForCausalLM"]}],
+    ids=["ids", "grouped", "video"],
+)
+def test_what_is_no_first_generation_file(tmp_path, changes: dict[str, object]) -> None:
+    assert load_model_config(_first(tmp_path / "other", vocab_size=128256, **changes)).generation == 2
+
+
+def test_a_saved_folder_of_an_odd_size_keeps_it(tmp_path) -> None:
+    config = published_first_config()
+    config.num_multi_query_heads, config.intermediate_size = 8, 14336  # as the second generation's defaults
+    config.save_pretrained(tmp_path)
+    again = load_model_config(tmp_path)
+    assert (again.generation, again.num_multi_query_heads, again.intermediate_size) == (1, 8, 14336)
+
+
+def test_a_generation_that_is_none(tmp_path) -> None:
+    with pytest.raises(CheckpointError, match="1 or 2"):
+        load_model_config(_first(tmp_path / "third", generation=3))

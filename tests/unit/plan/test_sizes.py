@@ -12,13 +12,16 @@ from cogtune.checkpoint.random import (
     TINY,
     TINY_VISION,
     make_tiny,
+    published_first_config,
     published_video_config,
     tiny_config,
+    tiny_first_config,
     tiny_video_config,
+    write_published_config,
 )
 from cogtune.errors import AdapterError
 from cogtune.plan.setting import LoraShape, Setting, adapted_names
-from cogtune.plan.sizes import VIDEO, ModelSizes
+from cogtune.plan.sizes import FIRST, FIRST_224, VIDEO, ModelSizes
 
 
 def meta_model(config: CogVLM2Config) -> CogVLM2ForCausalLM:
@@ -33,8 +36,10 @@ def meta_model(config: CogVLM2Config) -> CogVLM2ForCausalLM:
         (tiny_config(), ModelSizes.from_config({**TINY, "vision_config": TINY_VISION})),
         (published_video_config(), VIDEO),
         (tiny_video_config(), ModelSizes.from_config(tiny_video_config().to_dict())),
+        (published_first_config(), FIRST),
+        (tiny_first_config(), ModelSizes.from_config(tiny_first_config().to_dict())),
     ],
-    ids=["full", "tiny", "video", "tiny-video"],
+    ids=["full", "tiny", "video", "tiny-video", "first", "tiny-first"],
 )
 def test_linears_and_parameters_are_the_models(config: CogVLM2Config, sizes: ModelSizes) -> None:
     model = meta_model(config)
@@ -44,7 +49,7 @@ def test_linears_and_parameters_are_the_models(config: CogVLM2Config, sizes: Mod
     assert sizes.parameters() == sum(p.numel() for p in model.parameters())
     parts = {"embedding": model.model.embed_tokens, "head": model.lm_head, "conv": model.model.vision.conv}
     for part, module in parts.items():
-        assert sizes.parameters(part) == sum(p.numel() for p in module.parameters())
+        assert sizes.parameters(part) == sum(p.numel() for p in (module.parameters() if module is not None else ()))
     tower = [model.model.vision.transformer, model.model.vision.patch_embedding]
     counted = sum(p.numel() for module in tower for p in module.parameters())
     assert sizes.parameters("tower") + sizes.parameters("tower_other") == counted
@@ -68,6 +73,18 @@ def test_a_video_model_is_planned_as_one_by_folder_and_by_hub_name(tmp_path) -> 
     # LoRA per unit of rank on all layers of the one expert (family: 327,680 + 262,144 + 3 x 589,824)
     adapter = LoraShape(adapted_names(VIDEO, ["experts"]), 1)
     assert Setting(sizes=VIDEO, adapter=adapter).adapter_parameters() == 327_680 + 262_144 + 3 * 589_824
+
+
+def test_a_first_generation_model_is_planned_as_one_by_folder_and_by_hub_name(tmp_path) -> None:
+    model = meta_model(published_first_config())
+    write_published_config(tmp_path, model.config)
+    assert "generation" not in (tmp_path / "config.json").read_text()  # the published file has no such key
+    assert ModelSizes.from_folder(tmp_path) == FIRST
+    assert ModelSizes.from_folder("THUDM/cogvlm-chat-hf") == ModelSizes.from_folder("cogvlm-grounding-base-hf") == FIRST
+    assert ModelSizes.from_folder("THUDM/cogvlm-base-224-hf") == FIRST_224
+    # family specification 9.2
+    assert (FIRST.parameters(), FIRST_224.parameters()) == (17_639_685_376, 17_637_948_928)
+    assert (FIRST.image_tokens, FIRST_224.image_tokens, FIRST.qkv_width) == (1227, 258, 12288)
 
 
 @pytest.mark.parametrize(
