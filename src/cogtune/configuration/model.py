@@ -1,6 +1,8 @@
 """The model's configuration: every key of the published ``config.json``, each optional with the published default.
 
-A file of the first generation (CogVLM) has that one's defaults; `completed` tells it apart. The published file has no ``model_type``, lacks ``num_multi_query_heads`` and ``tie_word_embeddings``, holds
+A file of the first generation (CogVLM) gets that one's defaults, and `completed` tells it apart.
+
+The published file has no ``model_type``, lacks ``num_multi_query_heads`` and ``tie_word_embeddings``, holds
 ``eos_token_id`` as a list and points at remote code through ``auto_map``; all of that loads here unchanged.
 """
 

@@ -82,7 +82,8 @@ def find_token_file(model: str | None, template: str | None = None) -> TokenFile
     config = _config(folder)
     tokenizer = None if folder is None else _tokenizer(folder / "tokenizer.json")
     vision = config.get("vision_config") or {}
-    shape = VisionShape(**{name: int(vision[name]) for name in ("image_size", "patch_size") if name in vision})
+    sizes = {name: int(vision[name]) for name in ("image_size", "patch_size") if name in vision}
+    shape = VisionShape(**sizes, cell=1 if config.get("generation") == 1 else 2)
     clips = reads_clips(config)
     eos = config.get("eos_token_id", EOS_ID)
     return TokenFile(
