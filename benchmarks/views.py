@@ -91,11 +91,30 @@ def walk(content: dict[str, Any], chinese: bool) -> str:
     return "\n\n".join(f"```console\n{block}\n```" for block in blocks)
 
 
+def record(content: dict[str, Any], chinese: bool) -> str:
+    """The record: each improvement of a row, oldest first."""
+    cells: list[list[Cell]] = []
+    for row in content["rows"]:
+        source = row["source"]
+        where = ("[日志](../docs/log.md)" if chinese else "[log](../docs/log.md)") if source == "log" else f"`{source}`"
+        cells.append([
+            f"`{row['row']}`", row["date"], f"`{row['commit']}`", row["change_zh" if chinese else "change"],
+            f"{row['ms']:.1f}", row["card"].replace("NVIDIA ", "").partition(" ")[0], where,
+        ])  # fmt: skip
+    columns = (
+        ["行", "日期", "提交", "改动", "毫秒/步", "卡", "出处"]
+        if chinese
+        else ["row", "date", "commit", "change", "ms a step", "card", "measured in"]
+    )
+    return markdown(columns, cells)
+
+
 VIEWS: dict[str, Callable[[dict[str, Any], bool], str]] = {
     "data-scaling": data_scaling,
     "demo": demo,
     "mistakes": made_here,
     "found-outside": found_outside,
+    "record": record,
     "walk-24gb": walk,
 }
 """Result file -> its view. A file without one brings its own ``"table"``."""
