@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cogtune.cli import shares
 from cogtune.cli.main import main
+from cogtune.generate.choices import ClosedQuestion
+from cogtune.generate.loading import load_generator
 from tests.support.adapters import write_adapter
-from tests.support.data_folders import dialogue, write_folder, write_label
+from tests.support.data_folders import dialogue, write_folder, write_label, write_lines
 
 
 @pytest.fixture
@@ -105,3 +109,163 @@ def test_a_trainings_file_and_keys_say_what_flags_say(
     assert "sample: false there, true now" in capsys.readouterr().err
     assert main(["predict", str(file), "--output", str(tmp_path / "x.jsonl"), "--data.turns", "all"]) == 2
     assert "it belongs to another command: `cogtune train --help`" in capsys.readouterr().err
+
+
+def test_choices_are_scored_as_one_tree_whatever_the_batch_size_and_the_start(
+    tiny_checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = tmp_path / "whole.jsonl"
+    assert predict(tiny_checkpoint, data, whole, "--choices", "A0,B0,no", "--batch-size", 1) == 0
+    assert "5 of 5 questions are closed" in capsys.readouterr().out
+    found = records(whole)
+    wanted = load_generator(tiny_checkpoint, keys={"device": "cpu"}).score(
+        found[0]["image"],
+        [
+            ClosedQuestion("a0?", ("A0", "B0", "no")),
+            ClosedQuestion("a1?", ("A0", "B0", "no"), (("a0?", "A0"),)),
+            ClosedQuestion("b0?", ("A0", "B0", "no")),
+        ],
+    )
+    for line, scores in zip(found, wanted, strict=False):
+        assert line["choices"] == ["A0", "B0", "no"]
+        assert line["probabilities"] == pytest.approx(scores.probabilities, abs=1e-6)
+        assert (line["answer"], line["calibrated"]) == (scores.best, False)
+    content = whole.read_bytes()
+    cut = tmp_path / "cut.jsonl"
+    assert predict(tiny_checkpoint, data, cut, "--choices", "A0,B0,no") == 0
+    for lines in (1, 4):
+        cut.write_bytes(b"".join(line + b"\n" for line in content.splitlines()[:lines]))
+        assert predict(tiny_checkpoint, data, cut, "--choices", "A0,B0,no") == 0
+        assert cut.read_bytes() == content
+    assert predict(tiny_checkpoint, data, cut, "--choices", "A0,no") == 2
+    assert "choices: " in capsys.readouterr().err
+    for wrong in ("yes", "yes,yes"):
+        assert predict(tiny_checkpoint, data, tmp_path / "x.jsonl", "--choices", wrong) == 2
+        assert "at least two different ones" in capsys.readouterr().err
+
+
+def test_records_name_their_own_choices(
+    tiny_checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = str(data / "images" / "a.jpg")
+    rows = [
+        {"image": picture, "question": "Is it red?", "choices": ["yes", "no"]},
+        {"image": picture, "question": "What is it?"},
+        {"image": picture, "question": "Which?", "choices": "a bus, a dog"},
+        {"image": picture, "messages": [{"role": "user", "content": "Where?", "choices": ["here", "there"]}]},
+    ]
+    for name, chosen in (("flat", rows[:3]), ("messages", rows[3:])):
+        source = write_lines(tmp_path / f"{name}.jsonl", chosen)
+        assert predict(tiny_checkpoint, source, tmp_path / f"{name}.out.jsonl", "--choices", "data") == 0
+    found = records(tmp_path / "flat.out.jsonl") + records(tmp_path / "messages.out.jsonl")
+    assert [line.get("choices") for line in found] == [["yes", "no"], None, ["a bus", "a dog"], ["here", "there"]]
+    assert "2 of 3 questions are closed" in capsys.readouterr().out
+    assert predict(tiny_checkpoint, data, tmp_path / "x.jsonl", "--choices", "data") == 2
+    assert "no record names its choices" in capsys.readouterr().err
+    write_lines(tmp_path / "flat.jsonl", [rows[0] | {"choices": ["yes"]}])
+    assert predict(tiny_checkpoint, tmp_path / "flat.jsonl", tmp_path / "x.jsonl", "--choices", "data") == 2
+    assert "different ones were expected" in capsys.readouterr().err
+
+
+def test_tables_are_read_and_written(
+    tiny_checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import pyarrow.parquet
+
+    picture = data / "images" / "a.jpg"
+    (tmp_path / "asked.csv").write_text(f'image,question,choices\n{picture},"Red, or not?","yes,no"\n{picture},Why?,\n')
+    pyarrow.parquet.write_table(
+        pyarrow.table({"image": [str(picture)] * 2, "question": ["Red, or not?", "Why?"],
+                       "choices": [["yes", "no"], None]}),
+        tmp_path / "asked.parquet",
+    )  # fmt: skip
+    tables = []
+    for kind in ("csv", "parquet"):
+        output = tmp_path / f"answers.{kind}"
+        assert predict(tiny_checkpoint, tmp_path / f"asked.{kind}", output, "--choices", "data") == 0
+        lines = records(tmp_path / f"answers.{kind}.jsonl")
+        if kind == "parquet":
+            assert pyarrow.parquet.read_table(output).to_pylist() == [{**line, "choices": line.get("choices"),
+                "probabilities": line.get("probabilities"), "calibrated": line.get("calibrated")}
+                for line in lines]  # fmt: skip
+        else:
+            rows = list(csv.DictReader(output.open(encoding="utf-8", newline="")))
+            assert [row["question"] for row in rows] == ["Red, or not?", "Why?"]
+            assert json.loads(rows[0]["probabilities"]) == lines[0]["probabilities"]
+            assert [row["answer"] for row in rows] == [line["answer"] for line in lines]
+        tables.append([{name: line.get(name) for name in ("question", "answer", "probabilities")} for line in lines])
+    assert tables[0] == tables[1]
+    output.unlink()
+    capsys.readouterr()
+    assert predict(tiny_checkpoint, tmp_path / "asked.parquet", output, "--choices", "data") == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert output.is_file()
+    mine = tmp_path / "mine.csv"
+    mine.write_text("my own\n")
+    assert predict(tiny_checkpoint, data, mine) == 2
+    assert mine.read_text() == "my own\n"
+
+
+def test_a_bad_picture_is_a_counted_line(
+    tiny_checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that is none, and one that is not there; whatever else is answered stays."""
+    good, output = tmp_path / "good.jsonl", tmp_path / "answers.jsonl"
+    assert predict(tiny_checkpoint, data, good) == 0
+    (data / "images" / "c.jpg").write_bytes(b"no picture")
+    assert predict(tiny_checkpoint, data, output) == 0
+    assert "2 could not be asked" in capsys.readouterr().out
+    found = records(output)
+    assert [line.get("error") for line in found] == [None] * 3 + ["image-unreadable"] * 2
+    assert found[:3] == records(good)[:3]
+    before = output.read_bytes()
+    assert predict(tiny_checkpoint, data, output) == 0
+    assert output.read_bytes() == before
+    assert predict(tiny_checkpoint, data, tmp_path / "x.jsonl", "--data.on_bad", "error") == 2
+    assert "c.jpg" in capsys.readouterr().err
+    rows = [{"image": str(data / "images" / name), "question": "What?", "choices": ["a", "b"]}
+            for name in ("a.jpg", "none.jpg", "a.jpg")]  # fmt: skip
+    source = write_lines(tmp_path / "rows.jsonl", rows)
+    assert predict(tiny_checkpoint, source, tmp_path / "closed.jsonl", "--choices", "data") == 0
+    assert [line.get("error") for line in records(tmp_path / "closed.jsonl")] == [None, None, "image-missing"]
+    write_lines(source, rows[1:2])
+    assert predict(tiny_checkpoint, source, tmp_path / "none.jsonl") == 2
+    assert "none.jpg" in capsys.readouterr().err
+
+
+def test_several_cards_write_the_file_of_one_also_when_one_was_killed(
+    tiny_checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes of their own are started and ended in `test_shares`; here each share runs in this one."""
+    (data / "images" / "c.jpg").write_bytes(b"no picture")
+    one, several = tmp_path / "one.parquet", tmp_path / "several.parquet"
+    assert predict(tiny_checkpoint, data, one, "--choices", "A0,no") == 0
+    ran: list[str] = []
+
+    class Ended:
+        returncode = 0
+
+        def poll(self) -> int:
+            return 0
+
+        def wait(self, timeout: float | None = None) -> int:
+            return 0
+
+    def start(words: list[str], number: int, count: int) -> Ended:
+        ran.append(f"{number}/{count}")
+        assert main(["predict", *words, "--share", ran[-1]]) == 0
+        return Ended()
+
+    monkeypatch.setattr(shares, "_start", start)
+    monkeypatch.setattr(shares, "_POLL_SECONDS", 0)
+    words = ["--choices", "A0,no", "--share", "0/2"]
+    assert predict(tiny_checkpoint, data, several, *words) == 0
+    part = tmp_path / "several.parquet.0-of-2.jsonl"
+    lines = part.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 3
+    part.write_bytes(b"".join(lines[:2]) + lines[2][:9])  # as a kill leaves it
+    assert predict(tiny_checkpoint, data, several, "--choices", "A0,no", "--cards", 2) == 0
+    assert ran == ["0/2", "1/2"]
+    assert (tmp_path / "several.parquet.jsonl").read_bytes() == (tmp_path / "one.parquet.jsonl").read_bytes()
+    assert several.read_bytes() == one.read_bytes()
+    assert not list(tmp_path.glob("*-of-*"))

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from cogtune.errors import ConfigError
+from cogtune.language import tr
 
 if TYPE_CHECKING:
     from cogtune.generate.generator import Generator
@@ -17,6 +21,21 @@ DECODING_KEYS = tuple(
     for name in ("max_new_tokens", "max_input_len", "greedy", "temperature", "top_p", "top_k", "seed")
 )
 """Keys that choose how it answers."""
+
+
+def names_of(given: Sequence[str]) -> tuple[str, ...]:
+    """Return names that are joined by commas, given once or several times."""
+    return tuple(name.strip() for text in given for name in text.split(",") if name.strip())
+
+
+def require_choices(choices: Sequence[str]) -> None:
+    """Raise ConfigError unless there are several different choices."""
+    if len(set(choices)) < max(2, len(choices)):
+        raise ConfigError(
+            tr("--choices {choices}: at least two different ones were expected", choices=",".join(choices)),
+            hint=tr("for example --choices yes,no"),
+            code="config-value",
+        )
 
 
 def load(resolved: Resolved) -> Generator:

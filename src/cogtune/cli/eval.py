@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from cogtune.cli.answering import MODEL_KEYS, note
+from cogtune.cli.answering import MODEL_KEYS, names_of, note
 from cogtune.cli.command import Command, flag
 from cogtune.cli.options import Arguments
 from cogtune.cli.progress import ProgressLine
@@ -34,11 +34,6 @@ class _Flags:
     json: bool = flag(False, "Print the result as JSON on standard output.")
 
 
-def _split(given: tuple[str, ...]) -> tuple[str, ...]:
-    """Names that are joined by commas, given once or several times."""
-    return tuple(name.strip() for text in given for name in text.split(",") if name.strip())
-
-
 def _eval(flags: _Flags, line: Arguments) -> None:
     from cogtune.configuration.load import load_answer_config
 
@@ -46,7 +41,7 @@ def _eval(flags: _Flags, line: Arguments) -> None:
 
     from cogtune.evaluate.run import Request, run
 
-    metrics, choices = _split(flags.metrics), _split(flags.choices)
+    metrics, choices = names_of(flags.metrics), names_of(flags.choices)
     request = Request(flags.against, metrics, flags.control, choices, flags.predictions, flags.output)
     found = run(config, request, note if flags.json else print, ProgressLine)
     if flags.json:

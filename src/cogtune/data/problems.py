@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
+from cogtune.data.records import ImageRef
 from cogtune.errors import DataError
 from cogtune.language import phrase, tr
 from cogtune.processing import clip
@@ -111,6 +112,10 @@ class Problems:
     lost: Counter[str] = field(default_factory=Counter)
     unfound_paths: int = 0
     """Pictures that a record names by path and that are not there."""
+    unreadable: dict[tuple[ImageRef, ...], Problem] = field(default_factory=dict)
+    """Of records that are kept although their pictures cannot be read, by the pictures."""
+    kept: int = 0
+    """The number of those records."""
 
     def hint(self, kind: str, good: int) -> str:
         """Return what to do about the problems of a kind, beside ``good`` records without a problem."""
@@ -123,6 +128,16 @@ class Problems:
     def add(self, kind: str, where: str, what: str, *, records: int = 1) -> None:
         self.found.append(Problem(kind, where, what))
         self.lost[kind] += records
+
+    def keep(self, images: tuple[ImageRef, ...], kind: str, where: str, what: str, *, records: int = 1) -> None:
+        self.unreadable[images] = Problem(kind, where, what)
+        self.kept += records
+
+    def give_up(self) -> None:
+        """Count the records that were kept with the bad ones."""
+        for problem in self.unreadable.values():
+            self.add(problem.kind, problem.where, problem.what)
+            self.unfound_paths += problem.kind == "image-missing"
 
     def examples(self, limit: int = 5) -> list[str]:
         return [f"{problem.where}: {problem.what}" for problem in self.found[:limit]]

@@ -119,8 +119,13 @@ class FolderReader:
             if pair.repaired:
                 report.repaired["trailing-comma"] = report.repaired.get("trailing-comma", 0) + 1
             for kind, where, what in pair.problems:
-                lost = len(pair.conversations) if kind.startswith("image-") else 1
-                problems.add(kind, where, what, records=max(lost, 1))
+                picture = kind.startswith("image-")
+                lost = len(pair.conversations) if picture else 1
+                if picture and pair.conversations and self.rules.keep_unreadable:
+                    problems.keep((pair.image,), kind, where, what, records=lost)
+                    pair.image_ok = True
+                else:
+                    problems.add(kind, where, what, records=max(lost, 1))
             if pair.image_ok and pair.conversations:
                 example = self._example(pair)
                 source.count(example)
@@ -193,7 +198,10 @@ class FolderReader:
         return pair
 
     def _dialogues(self, record: object) -> list[tuple[Turn, ...]]:
-        return record_dialogues(record, self.rules.caption_question, open_questions=self.rules.open_questions)
+        rules = self.rules
+        return record_dialogues(
+            record, rules.caption_question, open_questions=rules.open_questions, choices=rules.choices
+        )
 
     def _example(self, pair: _Pair) -> Example:
         return Example(

@@ -95,9 +95,13 @@ class RecordsReader:
         for group in in_threads(self._check, list(groups.values()), told):
             if group.problem is not None:
                 kind, what = group.problem
-                problems.add(kind, group.conversations[0].source, what, records=len(group.conversations))
-                problems.unfound_paths += kind == "image-missing"
-                continue
+                where, records = group.conversations[0].source, len(group.conversations)
+                if not self.rules.keep_unreadable:
+                    problems.add(kind, where, what, records=records)
+                    problems.unfound_paths += kind == "image-missing"
+                    continue
+                problems.keep(tuple(image.path for image in group.images), kind, where, what, records=records)
+                group.frames, group.headers = (), []
             example = self._example(group)
             source.count(example)
             for header in group.headers:

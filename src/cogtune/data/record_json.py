@@ -106,9 +106,11 @@ def checked_identity(value: Any, repeated: set[str | float], what: str) -> str |
 
 
 def record_dialogues(
-    record: Any, caption_question: str | None, *, open_questions: bool = False
+    record: Any, caption_question: str | None, *, open_questions: bool = False, choices: bool = False
 ) -> list[tuple[Turn, ...]]:
     """Return a record's independent dialogues: one for ``conversations``, one per entry of ``captions``.
+
+    ``choices``: read those of its questions too.
 
     Raises:
         BadRecordError: for a wrong shape, role, order or content; the message says which turn.
@@ -129,7 +131,7 @@ def record_dialogues(
     if not entries:
         raise BadRecordError("turns", tr('"{keys}" is empty', keys=keys[0]))
     if keys[0] == "conversations":
-        return [_dialogue(entries, open_questions)]
+        return [_dialogue(entries, open_questions, choices)]
     if not caption_question:
         raise BadRecordError("caption-question", tr("a record of captions, and data.caption_question is empty"))
     captions = [_content(entry, number, ("caption",)) for number, entry in enumerate(entries, start=1)]
@@ -171,14 +173,15 @@ def require_trained(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
     return turns
 
 
-def _dialogue(entries: list[Any], open_questions: bool) -> tuple[Turn, ...]:
-    contents, trained = [], []
+def _dialogue(entries: list[Any], open_questions: bool, closed: bool) -> tuple[Turn, ...]:
+    contents, trained, choices = [], [], []
     references: list[tuple[str, ...]] = []
     entries = without_blank_answer(entries) if open_questions else entries
     for number, entry in enumerate(entries, start=1):
         contents.append(_content(entry, number, ("user", "assistant")))
         trained.append(trained_mark(entry, number, entry["role"]))
         references.append(_references(entry, number))
+        choices.append(choices_of(entry.get("choices")) if closed else ())
         expected = "user" if number % 2 else "assistant"
         if entry["role"] != expected:
             raise BadRecordError(
@@ -198,7 +201,8 @@ def _dialogue(entries: list[Any], open_questions: bool) -> tuple[Turn, ...]:
         raise BadRecordError(
             "turns", tr("{contents} messages, the last question has no answer", contents=len(contents))
         )
-    return require_trained(tuple(map(Turn, contents[::2], contents[1::2], trained[1::2], references[1::2])))
+    turns = map(Turn, contents[::2], contents[1::2], trained[1::2], references[1::2], choices[::2])
+    return require_trained(tuple(turns))
 
 
 def _references(entry: dict[str, Any], number: int) -> tuple[str, ...]:
@@ -217,6 +221,24 @@ def _references(entry: dict[str, Any], number: int) -> tuple[str, ...]:
         raise BadRecordError("content", what)
     checked = [checked_text(text, tr("a reference of message {number}", number=number)) for text in listed]
     return tuple(checked if entry["content"] in checked else [entry["content"], *checked])
+
+
+def choices_of(value: Any) -> tuple[str, ...]:
+    """The answers that a question allows: a list of texts, or one text with them joined by commas; () for a blank one.
+
+    Raises:
+        BadRecordError: ``content``, for anything else, and for fewer than two different ones.
+    """
+    if is_blank(value):
+        return ()
+    if isinstance(value, str):
+        value = parse_json(value.encode("utf-8", "replace"))[0] if value.lstrip().startswith("[") else value.split(",")
+    if not isinstance(value, list | tuple):
+        raise BadRecordError("content", tr('"choices" is {kind}, a list was expected', kind=kind_of(value)))
+    found = tuple(checked_text(choice, tr("a choice")).strip() for choice in value)
+    if len(set(found)) < max(2, len(found)):
+        raise BadRecordError("content", tr('"choices" are {found}, different ones were expected', found=shown(found)))
+    return found
 
 
 def _content(entry: Any, number: int, roles: tuple[str, ...]) -> str:

@@ -28,13 +28,15 @@ class Turn:
 
     ``trained``: False for an answer that the data marks as not to be trained; it is history for later ones.
     ``references``: every right answer, repeated as often as people gave it, where the data has several. Evaluation
-    compares with them; the answer alone is trained.
+    compares with them; the answer alone is trained. ``choices``: the answers that a closed question allows, where
+    they were asked for and the data has some.
     """
 
     question: str
     answer: str
     trained: bool = True
     references: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ class Question:
     """One question with its reference history, as prediction and evaluation ask it.
 
     ``reference`` is None where the data set has no answer; ``references`` are all right answers, and empty then.
+    ``choices``: the answers that are possible; none: any answer is.
     """
 
     id: str
@@ -77,6 +80,7 @@ class Question:
     reference: str | None
     history: tuple[tuple[str, str], ...]
     references: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
 
 
 def iter_questions(examples: Iterable[Example]) -> Iterator[Question]:
@@ -87,4 +91,4 @@ def iter_questions(examples: Iterable[Example]) -> Iterator[Question]:
             for number, turn in enumerate(conversation.turns):
                 right = turn.references or ((turn.answer,) if turn.answer else ())
                 asked = (conversation.id, number, example.images, turn.question, turn.answer or None)
-                yield Question(*asked, pairs[:number], right)
+                yield Question(*asked, pairs[:number], right, turn.choices)

@@ -6,13 +6,14 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from cogtune.data.formats.item import SIGNS
 from cogtune.data.formats.markers import left_tag, pointed_picture
 from cogtune.data.picture_headers import PictureHeader
-from cogtune.data.records import Conversation, Example, Turn
+from cogtune.data.records import Conversation, Example, ImageRef, Turn
+from cogtune.errors import DataError
 from cogtune.language import tr
 from cogtune.processing.frames import Frame
 
@@ -57,7 +58,8 @@ class DataReport:
     only the first frame is seen; ``frames``: those of all clips, which ``pictures`` then counts; ``special``:
     conversations whose text spells a special token; ``tagged``: those about a picture with a tag that looks like its
     marker, ``first_tag`` where the first stands and what it is; ``signs``: records by what was done to them (`SIGNS`);
-    ``untrained``: answers that are history only; ``pointed``: conversations without a picture whose text points to one.
+    ``untrained``: answers that are history only; ``pointed``: conversations without a picture whose text points to one;
+    ``unreadable``: pictures of records that were kept although they cannot be read, and what is wrong with them.
     """
 
     sources: list[SourceReport] = field(default_factory=list)
@@ -83,6 +85,7 @@ class DataReport:
     untrained: int = 0
     pointed: int = 0
     first_pointed: tuple[str, str] = ("", "")
+    unreadable: dict[tuple[ImageRef, ...], DataError] = field(default_factory=dict)
 
     def count_sign(self, sign: str, count: int) -> None:
         """Add ``count`` records of which `SIGNS` says something."""
@@ -113,7 +116,9 @@ class DataReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return asdict(self)
+        found = asdict(replace(self, unreadable={}))
+        del found["unreadable"]
+        return found
 
     def lines(self) -> list[str]:
         """Return a few sentences for the console, warnings last."""

@@ -44,6 +44,8 @@ def read_sources(
     max_images: int = 1,
     clips: bool = False,
     open_questions: bool = False,
+    choices: bool = False,
+    keep_unreadable: bool = False,
 ) -> tuple[list[Example], DataReport]:
     """Read every folder and file of ``data.path`` (or of ``paths``), for a model of ``max_images`` images a prompt;
     ``clips``: a video model, whose records name clips.
@@ -51,15 +53,25 @@ def read_sources(
     Entries are read in the given order; a folder's examples in the order of their names, others in that of the records.
 
     With ``open_questions``, as prediction asks for them, a last question needs no answer, and a folder of pictures no
-    labels: each picture is asked ``data.caption_question``.
+    labels: each picture is asked ``data.caption_question``. ``choices`` and ``keep_unreadable``: as in `RecordRules`;
+    records that are kept so are in ``report.unreadable``, and if that is all of them, they are bad.
 
     Raises:
         DataError: for bad input, unless ``data.on_bad`` is ``skip`` and no more than ``data.max_bad_share`` is bad.
     """
     examples, report, problems = collect_sources(
-        data, paths, max_images=max_images, clips=clips, open_questions=open_questions
+        data,
+        paths,
+        max_images=max_images,
+        clips=clips,
+        open_questions=open_questions,
+        choices=choices,
+        keep_unreadable=keep_unreadable,
     )
-    good = sum(len(example.conversations) for example in examples)
+    good = sum(len(example.conversations) for example in examples) - problems.kept
+    if problems.unreadable and not good:
+        problems.give_up()
+    report.unreadable = {images: problem.error() for images, problem in problems.unreadable.items()}
     problems.settle(good, data.on_bad, data.max_bad_share)
     return examples, report
 
@@ -72,6 +84,8 @@ def collect_sources(
     max_images: int = 1,
     clips: bool = False,
     open_questions: bool = False,
+    choices: bool = False,
+    keep_unreadable: bool = False,
     decodes: Decodes | None = None,
 ) -> tuple[list[Example], DataReport, Problems]:
     """As `read_sources`, with what is wrong with single records returned instead of raised.
@@ -101,7 +115,9 @@ def collect_sources(
             "max_pixels": data.max_pixels,
             "decodes": decodes,
         }
-        rules = _rules(data, max_images, open_questions, clips)
+        rules = replace(
+            _rules(data, max_images, open_questions, clips), choices=choices, keep_unreadable=keep_unreadable
+        )
         if clips == (entry.source.form == "folder") and entry.source.form in ("folder", "clips", "prompts"):
             raise _other_kind(entry.source, clips).error()
         reader: FolderReader | RecordsReader = (

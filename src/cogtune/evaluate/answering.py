@@ -13,7 +13,6 @@ from PIL import Image
 from cogtune.configuration.answer_config import AnswerConfig
 from cogtune.data.records import Question
 from cogtune.errors import ConfigError
-from cogtune.evaluate.choice_answers import answer_by_choice
 from cogtune.evaluate.contestants import Contestant
 from cogtune.evaluate.questions import blanked, swapped
 from cogtune.generate.answer_settings import answer_settings
@@ -70,7 +69,7 @@ def answer(
     resolved = resolve(contestant.config)
     section, sources = contestant.config.generate, resolved.config.data
     decoding = _greedy(section.max_new_tokens)
-    options = PredictOptions(section.batch_size, section.own_history, section.max_input_len)
+    options = PredictOptions(section.batch_size, section.own_history, section.max_input_len, bad=sources.on_bad)
     own = answer_settings(resolved, decoding, options, fingerprint, sources.exif, sources.bit_depth)
     adapter = own.decides["adapter"]
     stem = f"adapter-{adapter[:12]}" if adapter else f"model-{own.decides['model'][:12]}"
@@ -78,7 +77,7 @@ def answer(
     generator: Generator | None = None
     try:
         for control in (None, *controls):
-            questions = shown_pictures(asked, control, folder)
+            questions = [replace(one, choices=tuple(choices)) for one in shown_pictures(asked, control, folder)]
             more = {"control": control} if control else {}
             settings = replace(own, decides=own.decides | more | ({"choices": list(choices)} if choices else {}))
             path = folder / "-".join(filter(None, (stem, control, "choices" if choices else "")))
@@ -88,12 +87,9 @@ def answer(
                 say(_beginning(contestant.name, control, len(questions), len(file.done)))
                 generator = generator or load(resolved)
                 told = progress(tr("questions"))
-                if choices:
-                    texts = answer_by_choice(generator, questions, file, choices, told)
-                else:
-                    predictor = Predictor(generator, questions, file, sources, decoding, options, told)
-                    predictor.run()
-                    texts = predictor.answers
+                predictor = Predictor(generator, questions, file, sources, decoding, options, told)
+                predictor.run()
+                texts = predictor.answers
             else:
                 texts = file.done
             found[control] = Answered(texts, path, resolved.model, None if adapter is None else str(resolved.adapter))

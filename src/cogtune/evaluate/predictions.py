@@ -59,6 +59,8 @@ def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
+            if row.get("answer") is None and "error" in row:  # it could not be asked
+                continue
             kinds = {"id": str, "turn": int, "question": str, "answer": str}
             wrong = [name for name, kind in kinds.items() if not isinstance(row[name], kind)]
             row.setdefault("reference", None)

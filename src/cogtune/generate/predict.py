@@ -3,71 +3,68 @@
 A question is asked with its reference history (the data set's answers) or, with ``own_history``, with the model's own
 earlier answers. In the second case the turns of a conversation wait for each other, and a batch takes one turn from
 each of several conversations.
+
+Closed questions about the same images are scored in one forward pass. Which share a pass follows from the data alone,
+so that neither the batch size nor an interruption changes a digit of their probabilities.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
-from cogtune.configuration.answer_config import AnswerConfig
 from cogtune.configuration.input_sections import SourceSection
 from cogtune.data.pixels import tower_inputs
-from cogtune.data.records import Example, ImageRef, Question, iter_questions
-from cogtune.errors import DataError
+from cogtune.data.records import ImageRef, Question
+from cogtune.errors import DataError, InputError
+from cogtune.generate.asked import trees
+from cogtune.generate.choices import ClosedQuestion
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.generator import Ask, Generator
 from cogtune.generate.history import fit_history, prompt_limit
-from cogtune.generate.predictions_file import PredictionFile
+from cogtune.generate.predictions_file import Extra, PredictionFile
 from cogtune.generate.requests import Shown
 from cogtune.generate.stream import Answer
 from cogtune.language import tr
 from cogtune.processing.frames import Frame
 from cogtune.processing.image import read_image
-from cogtune.processing.token_file import find_token_file
 from cogtune.system.machine import cores
 
 OnProgress = Callable[[int, int], None]
 _HORIZON = 16
 """How far questions run ahead of the file, in multiples of those in progress."""
-
-
-def iter_asked(examples: Iterable[Example], question: str | None) -> Iterator[Question]:
-    """Yield every question of the data, or with ``question`` that one about each example's images, once.
-
-    The conversations' first answers are then the references.
-    """
-    if question is None:
-        yield from iter_questions(examples)
-        return
-    for example in examples:
-        first = example.conversations[0]
-        if example.images:
-            answers = [talk.turns[0].answer for talk in example.conversations if talk.turns[0].answer]
-            right = tuple(dict.fromkeys(answers))
-            yield Question(first.id, 0, example.images, question, next(iter(right), None), (), right)
+_DIGITS = 6
+"""Of a probability in the file; a seventh would be rounding."""
 
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """Settings of a prediction run."""
+    """Settings of a prediction run.
+
+    Attributes:
+        bad: what a question that cannot be asked does. ``error``: it ends the run; ``skip``: it is left out, unless
+            they are more than ``data.max_bad_share``; ``line``: its line has an error instead of an answer.
+    """
 
     batch_size: int = 8
     own_history: bool = False
     max_input_len: int | None = None
     seed: int = 0
+    bad: Literal["error", "skip", "line"] = "error"
 
 
 @dataclass
 class PredictReport:
-    """Counts of one call. ``earlier``: answers found in the file."""
+    """Counts of one call. ``earlier``: answers found in the file; ``failed``: lines with an error."""
 
     questions: int = 0
     answered: int = 0
     earlier: int = 0
     skipped: int = 0
+    failed: int = 0
     trimmed: int = 0
     skipped_examples: list[str] = field(default_factory=list)
 
@@ -86,33 +83,17 @@ class PredictReport:
             )
         if self.skipped:
             lines.append(tr("{skipped} left out:", skipped=self.skipped))
-            lines += [f"  {example}" for example in self.skipped_examples]
+        if self.failed:
+            lines.append(tr("{failed} could not be asked, and have an error for an answer:", failed=self.failed))
+        lines += [f"  {example}" for example in self.skipped_examples]
         return lines
 
 
-def longest(questions: Iterable[Question], model: str, config: AnswerConfig, max_new_tokens: int) -> int | None:
-    """Return the tokens of the longest prompt with its images and an answer, which memory is planned for.
-
-    The longest is that with the most characters; a history that does not fit is cut later. None: no question.
-    """
-    encoder = find_token_file(model, config.model.template).encoder()
-
-    def letters(asked: Question) -> int:
-        return len(asked.question) + sum(len(text) for turn in asked.history for text in turn)
-
-    most, images = None, 0
-    for asked in questions:
-        images = max(images, len(asked.images))
-        most = asked if most is None or letters(asked) > letters(most) else most
-    if most is None:
-        return None
-    prompt = len(encoder.prompt_ids(most.question, most.history))
-    limit = config.generate.max_input_len
-    return encoder.head_tokens(images) + (prompt if limit is None else min(prompt, limit)) + max_new_tokens
-
-
 class Predictor:
-    """Answers ``questions`` with ``generator`` into ``file``; ``data`` says how to treat unreadable input."""
+    """Answers ``questions`` with ``generator`` into ``file``; ``data`` says how pictures are read.
+
+    ``unreadable``: images that are known to be, and why.
+    """
 
     def __init__(
         self,
@@ -123,6 +104,7 @@ class Predictor:
         decoding: Decoding,
         options: PredictOptions,
         on_progress: OnProgress = lambda done, total: None,
+        unreadable: Mapping[tuple[ImageRef, ...], DataError] = MappingProxyType({}),
     ) -> None:
         self.generator = generator
         self.questions = questions
@@ -131,9 +113,13 @@ class Predictor:
         self.decoding = decoding
         self.options = options
         self.on_progress = on_progress
+        self.unreadable = unreadable
         self.answers: dict[int, str] = file.done | {p: text for p, text in file.pending.items() if p >= file.next}
+        self.extra: dict[int, Extra] = dict(file.pending_extra)
         self.report = PredictReport(questions=len(questions), earlier=len(self.answers))
         self.bad: set[int] = {place for place in range(file.next) if place not in file.done}
+        self._trees = trees(questions, own_history=options.own_history)
+        self._told = len(self.answers) + len(self.bad)
         self._ahead = generator.queue_ahead * options.batch_size
         self._images: dict[tuple[ImageRef, ...], Future[tuple[Shown, ...]]] = {}
         self._readers = ThreadPoolExecutor(cores(), "cogtune-decode")
@@ -144,7 +130,7 @@ class Predictor:
         Every computed answer is kept, however the run ends (an error, Ctrl-C).
 
         Raises:
-            DataError: an unusable picture or question, unless ``data.on_bad`` is ``skip`` and few are bad.
+            DataError: an unusable picture or question, where the options say so.
             OutOfMemoryError, DiskFullError: all earlier answers are in the file.
         """
         with self.file:
@@ -152,23 +138,32 @@ class Predictor:
                 self._answer_all()
             finally:
                 self._readers.shutdown(wait=False, cancel_futures=True)
-                self.file.keep_for_later({p: text for p, text in self.answers.items() if p >= self.file.next})
+                later = {p: text for p, text in self.answers.items() if p >= self.file.next}
+                self.file.keep_for_later(later, self.extra)
             self.file.finish()
-        self.report.skipped = len(self.bad)
+        self.report.failed = len(self.bad) if self.options.bad == "line" else 0
+        self.report.skipped = len(self.bad) - self.report.failed
         return self.report
 
     def _answer_all(self) -> None:
         """Keep questions in progress until none is left, and write answers in data order."""
         running: dict[int, Answer] = {}
+        known = -1
         try:
             while True:
                 for place in self._ready(running):
                     if len(running) == self._ahead:
                         break
-                    self._submit(place, running)
+                    if place in self._trees:
+                        self._score(place)
+                    else:
+                        self._submit(place, running)
                 self._flush()
                 if not running:
-                    return
+                    before, known = known, len(self.answers) + len(self.bad)
+                    if known == before:
+                        return
+                    continue
                 first = next(iter(running))
                 self._take(first, running)
                 for place in [place for place, answer in running.items() if answer.done]:
@@ -199,13 +194,53 @@ class Predictor:
             return False
         if not self.options.own_history or self.questions[place].turn == 0:
             return True
-        return place - 1 in self.answers
+        return all(one - 1 in self.answers or one in self.bad for one in self._trees.get(place, (place,)))
+
+    def _score(self, place: int) -> None:
+        """Score the closed questions that share ``place``'s forward pass; those that the file has already stay."""
+        if not self._is_ready(place):
+            return
+        asked: dict[int, Ask] = {}
+        for one in self._trees[place]:
+            if one not in self.bad:
+                try:
+                    asked[one] = self._ask(one)
+                except DataError as error:
+                    self._fail(one, error)
+        self._score_some(asked)
+
+    def _score_some(self, asked: dict[int, Ask]) -> None:
+        """Score questions about the same images in one pass, or in two if their tokens are too many for one."""
+        if not asked:
+            return
+        questions = [ClosedQuestion(ask[1], self.questions[one].choices, tuple(ask[2])) for one, ask in asked.items()]
+        try:
+            scores = self.generator.score(next(iter(asked.values()))[0], questions)
+        except InputError as error:
+            if error.code != "question-too-long":
+                raise
+            half = len(asked) // 2
+            if not half:
+                self._fail(next(iter(asked)), DataError(error.message, hint=error.hint, code=error.code))
+                return
+            self._score_some(dict(list(asked.items())[:half]))
+            self._score_some(dict(list(asked.items())[half:]))
+            return
+        for one, found in zip(asked, scores, strict=True):
+            if one not in self.answers:
+                self.answers[one] = found.best
+                self.extra[one] = {
+                    "choices": list(found.choices),
+                    "probabilities": [round(value, _DIGITS) for value in found.probabilities],
+                    "calibrated": False,
+                }
+                self.report.answered += 1
 
     def _submit(self, place: int, running: dict[int, Answer]) -> None:
         try:
             running[place] = self.generator.submit(self._ask(place), self.decoding, self.options.seed + place)
         except DataError as error:
-            self._skip(place, error)
+            self._fail(place, error)
 
     def _ask(self, place: int) -> Ask:
         question = self.questions[place]
@@ -237,6 +272,8 @@ class Predictor:
         images = self.questions[place].images
         if not images:
             return ()
+        if images in self.unreadable:
+            raise self.unreadable[images]
         for question in self.questions[place : place + self._ahead]:
             if question.images == images or isinstance(next(iter(question.images), None), Frame):
                 self._begin(question.images)
@@ -268,20 +305,21 @@ class Predictor:
         }
         return tuple(read_image(image, **limits) for image in images if not isinstance(image, Frame))
 
-    def _skip(self, place: int, error: DataError) -> None:
+    def _fail(self, place: int, error: DataError) -> None:
         """Count a question that cannot be asked, and later turns that depend on it; or raise."""
-        if self.data.on_bad == "error":
+        bad = self.questions[place]
+        if self.options.bad == "error":
             hint = tr("{hint}; or leave it out with --data.on_bad skip", hint=error.hint)
             raise DataError(error.message, hint=hint, code=error.code) from error
-        self.bad.add(place)
-        if self.options.own_history:
-            later = place + 1
-            while later < len(self.questions) and self.questions[later].id == self.questions[place].id:
-                self.bad.add(later)
-                later += 1
+        later = place + 1
+        while self.options.own_history and later < len(self.questions) and self.questions[later].id == bad.id:
+            later += 1
+        self.bad.update(range(place, later))
+        if self.options.bad == "line":
+            self.extra.update((one, {"error": error.code}) for one in range(place, later))
         self.report.skipped_examples = [*self.report.skipped_examples, error.message][:5]
         allowed = self.data.max_bad_share * len(self.questions)
-        if len(self.bad) > allowed:
+        if self.options.bad == "skip" and len(self.bad) > allowed:
             raise DataError(
                 tr(
                     "{bad} of {questions} questions cannot be asked (data.max_bad_share allows"
@@ -296,12 +334,12 @@ class Predictor:
             ) from error
 
     def _flush(self) -> None:
-        """Write the answers that are next in data order."""
-        before = self.file.next
+        """Write the answers that are next in data order, and the errors of questions that could not be asked."""
         while self.file.next in self.answers or self.file.next in self.bad:
             place = self.file.next
-            if place in self.answers:
-                self.file.append(self.questions[place], self.answers[place])
+            if place in self.answers or place in self.extra:
+                self.file.append(self.questions[place], self.answers.get(place), self.extra.pop(place, {}))
             self.file.next = place + 1
-        if self.file.next > before:
-            self.on_progress(self.file.next, len(self.questions))
+        if (known := len(self.answers) + len(self.bad)) > self._told:
+            self._told = known
+            self.on_progress(known, len(self.questions))

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, BinaryIO
 
 from cogtune.data.records import Question
@@ -26,8 +26,12 @@ from cogtune.system.locks import Lock
 _ELSE = phrase("give another --output, or remove this file and its .meta.json to start over")
 
 
-def record(question: Question, answer: str) -> dict[str, Any]:
-    """Return the line of an answered question; for several images, ``image`` is a list.
+Extra = Mapping[str, Any]
+"""What a line says besides: choices and probabilities of a closed question, or the ``error`` of one without answer."""
+
+
+def record(question: Question, answer: str | None, extra: Extra = MappingProxyType({})) -> dict[str, Any]:
+    """Return the line of a question; for several images, ``image`` is a list.
 
     A clip's line has ``video`` instead.
     """
@@ -40,6 +44,7 @@ def record(question: Question, answer: str) -> dict[str, Any]:
         "question": question.question,
         "answer": answer,
         "reference": question.reference,
+        **extra,
     }
 
 
@@ -69,7 +74,10 @@ class PredictionFile:
         self.settings = settings
         self.done: dict[int, str] = {}
         """Position in ``questions`` -> answer, for the answers in the file."""
+        self.failed: set[int] = set()
+        """Positions of the questions that the file says could not be asked."""
         self.pending: dict[int, str] = {}
+        self.pending_extra: dict[int, Extra] = {}
         self.next = 0
         """The first position after the file's last line."""
         self._stream: BinaryIO | None = None
@@ -88,7 +96,7 @@ class PredictionFile:
         with explained(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._stream = self.path.open("ab", buffering=0)
-            self.keep_for_later(self.pending)
+            self.keep_for_later(self.pending, self.pending_extra)
         return self
 
     def __exit__(
@@ -97,7 +105,7 @@ class PredictionFile:
         assert self._stream is not None
         self._stream.close()
 
-    def append(self, question: Question, answer: str) -> None:
+    def append(self, question: Question, answer: str | None, extra: Extra = MappingProxyType({})) -> None:
         """Write one line completely or not at all.
 
         Raises:
@@ -106,7 +114,7 @@ class PredictionFile:
         assert self._stream is not None
         if self._lock is not None:
             self._lock.require()
-        line = json.dumps(record(question, answer), ensure_ascii=False).encode() + b"\n"
+        line = json.dumps(record(question, answer, extra), ensure_ascii=False).encode() + b"\n"
         size = os.fstat(self._stream.fileno()).st_size
         with _explained(self.path):
             try:
@@ -117,9 +125,12 @@ class PredictionFile:
                 self._stream.truncate(size)
                 raise
 
-    def keep_for_later(self, answers: dict[int, str]) -> None:
+    def keep_for_later(self, answers: Mapping[int, str], extra: Mapping[int, Extra] = MappingProxyType({})) -> None:
         """Save computed answers that wait for an earlier question in the sidecar, for the next run."""
-        later = {str(place): answer for place, answer in answers.items()}
+        later = {
+            str(place): {"answer": answer, **extra[place]} if place in extra else answer
+            for place, answer in answers.items()
+        }
         meta = {"decides": self.settings.decides, "made_with": self.settings.shown, "pending": later}
         with _explained(self.meta):
             files.write_json(self.meta, meta, durable=True)
@@ -134,7 +145,12 @@ class PredictionFile:
         """What made the file, and the answers that wait for their turn."""
         try:
             meta = json.loads(self.meta.read_text(encoding="utf-8"))
-            pending = {int(place): str(answer) for place, answer in dict(meta["pending"]).items()}
+            pending = {}
+            for place, found in dict(meta["pending"]).items():
+                if isinstance(found, dict):
+                    self.pending_extra[int(place)] = {name: value for name, value in found.items() if name != "answer"}
+                    found = found["answer"]
+                pending[int(place)] = str(found)
             return dict(meta["decides"]), pending
         except FileNotFoundError:
             raise OutputFolderError(
@@ -176,7 +192,9 @@ class PredictionFile:
             try:
                 found = json.loads(line)
                 key = (found["id"], found["turn"], found["question"])
-                answer = str(found["answer"])
+                answer = found["answer"]
+                if not isinstance(answer, str) and "error" not in found:
+                    raise ValueError(f"answer: {answer!r}")
             except (ValueError, KeyError, TypeError) as error:
                 raise OutputFolderError(
                     tr("{path}:{number}: not a prediction record: {error}", path=self.path, number=number, error=error),
@@ -195,7 +213,10 @@ class PredictionFile:
                     ),
                     hint=tr(_ELSE),
                 )
-            self.done[place] = answer
+            if answer is None:
+                self.failed.add(place)
+            else:
+                self.done[place] = answer
             place += 1
         self.next = place
         if len(whole) < len(content):

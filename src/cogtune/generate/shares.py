@@ -7,11 +7,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from cogtune.data.records import Question
 from cogtune.errors import ConfigError, OutputFolderError
-from cogtune.generate.predictions_file import PredictionFile
+from cogtune.generate.predictions_file import PredictionFile, record
 from cogtune.language import tr
 from cogtune.system.reading import read_bytes
 
@@ -66,19 +66,22 @@ def answered(output: Path, count: int) -> int:
 
 
 def join(file: PredictionFile, questions: Sequence[Question], count: int) -> int:
-    """Write the parts' answers into ``file`` in the data's order; return their number. The parts stay."""
-    found: dict[tuple[str, int], str] = {}
+    """Write the parts' lines into ``file`` in the data's order; return the number of answers. The parts stay."""
+    found: dict[tuple[str, int], dict[str, Any]] = {}
     for number in range(count):
         for line in read_bytes(Share(number, count).file(file.path)).splitlines():
-            row = json.loads(line)
-            found[row["id"], row["turn"]] = row["answer"]
+            one = json.loads(line)
+            found[one["id"], one["turn"]] = one
     with file:
         for place in range(file.next, len(questions)):
-            answer = found.get((questions[place].id, questions[place].turn))
-            if answer is not None:
-                file.append(questions[place], answer)
+            question = questions[place]
+            row = found.get((question.id, question.turn))
+            if row is not None:
+                plain = record(question, None)
+                extra = {name: value for name, value in row.items() if name not in plain}
+                file.append(question, row["answer"], extra)
         file.finish()
-    return len(found)
+    return sum(one["answer"] is not None for one in found.values())
 
 
 def remove_parts(output: Path, count: int) -> None:

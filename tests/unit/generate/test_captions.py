@@ -114,6 +114,9 @@ def test_a_damaged_clip_is_left_out_and_named(model, clips, tmp_path, capsys) ->
     rows = predict(model, folder, tmp_path / "out.jsonl", "--data.on_bad", "skip", "--data.max_bad_share", "0.5")
     assert len(rows) == 1
     assert "1 clip-unreadable" in capsys.readouterr().out
+    rows = predict(model, folder, tmp_path / "all.jsonl", "--captions", str(tmp_path / "labelled"))
+    assert sorted(row.get("error", "") for row in rows) == ["", "clip-unreadable"]
+    assert [path.name for path in (tmp_path / "labelled").rglob("*.txt")] == ["good.txt"]
 
 
 @pytest.mark.parametrize("text", ["1", "2/2", "a/b", "-1/2"])

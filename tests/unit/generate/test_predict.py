@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 
 from cogtune.data.records import Question, iter_questions
 from cogtune.data.sources import read_sources
-from cogtune.errors import DataError, DiskFullError, OutputFolderError
+from cogtune.errors import DataError, DiskFullError, InputError, OutputFolderError
+from cogtune.generate.asked import trees
+from cogtune.generate.choices import ChoiceScores
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.generator import Ask
 from cogtune.generate.predict import PredictOptions, Predictor, PredictReport
@@ -56,7 +59,7 @@ class Setup:
             file,
             data or self.data,
             Decoding(16),
-            PredictOptions(**options),
+            PredictOptions(**{"bad": (data or self.data).on_bad} | options),
         )
         return predictor.run(), generator.batches
 
@@ -267,3 +270,62 @@ def test_long_histories_lose_their_oldest_turns_and_are_counted(setup: Setup) ->
     assert histories["a2?"] == [("a1?", "A1")]
     assert report.trimmed == 1
     assert any("oldest turns" in line for line in report.lines())
+
+
+@pytest.mark.parametrize("own_history", [False, True])
+def test_a_question_that_cannot_be_asked_has_a_line_that_says_why(
+    own_history: bool, setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions, picture = broken_after_reading(setup)
+    monkeypatch.setattr(setup, "questions", lambda: questions)
+    report, _ = setup.run(bad="line", own_history=own_history)
+    lines = setup.lines()
+    assert [line["question"] for line in lines] == ORDER
+    errors = {line["question"]: line["error"] for line in lines if line["answer"] is None}
+    assert errors == {"c0?": "image-unreadable", "c1?": "image-unreadable"}
+    assert (report.failed, report.skipped, report.answered) == (2, 0, 6)
+    whole = setup.output.read_bytes()
+    write_image(picture)
+    for cut in (len(whole), len(whole) - 5, whole.find(b"c0?")):
+        setup.output.write_bytes(whole[:cut])
+        setup.run(bad="line", own_history=own_history)
+        assert setup.output.read_bytes().startswith(whole[: whole[:cut].rfind(b"\n") + 1])
+        assert [line["question"] for line in setup.lines()] == ORDER
+
+
+def test_closed_questions_share_a_pass_by_the_data_alone() -> None:
+    def asked(identity: str, turn: int, picture: str | None, *choices: str) -> Question:
+        images = () if picture is None else (Path(picture),)
+        return Question(identity, turn, images, "q", None, (), choices=choices)
+
+    yes_no = ("yes", "no")
+    questions = [
+        asked("a", 0, "1", *yes_no), asked("a", 1, "1"), asked("b", 0, "1", *yes_no), asked("b", 1, "1", *yes_no),
+        asked("c", 0, None, *yes_no), asked("d", 0, None, *yes_no), asked("e", 0, "1", *yes_no),
+    ]  # fmt: skip
+    assert trees(questions, own_history=False) == {0: (0, 2, 3), 2: (0, 2, 3), 3: (0, 2, 3), 4: (4,), 5: (5,), 6: (6,)}
+    assert trees(questions, own_history=True)[0] == (0, 2)
+    assert trees(questions, own_history=True)[3] == (3,)
+    many = [asked(str(n), 0, "1", *yes_no) for n in range(130)]
+    assert {len(tree) for tree in trees(many, own_history=False).values()} == {64, 2}
+
+
+def test_closed_questions_that_are_too_many_for_one_pass_take_several(setup: Setup) -> None:
+    class Closed(FakeGenerator):
+        def score(self, images: Any, questions: Any) -> list[ChoiceScores]:
+            self.batches.append([question.query for question in questions])
+            if len(questions) > 1:
+                raise InputError("too many", code="question-too-long")
+            if questions[0].query == "c1?":
+                raise InputError("too long", code="question-too-long")
+            return [ChoiceScores(one.choices, (-1.0, -2.0)) for one in questions]
+
+    generator = Closed(setup.checkpoint, setup.reply, 2)
+    questions = [replace(one, choices=("x", "y")) for one in setup.questions()]
+    file = PredictionFile(setup.output, SETTINGS, questions)
+    options = PredictOptions(own_history=True, bad="line")
+    report = Predictor(generator, questions, file, setup.data, Decoding(16), options).run()
+    assert (report.answered, report.failed) == (7, 1)
+    assert [line["answer"] for line in setup.lines()] == ["x"] * 5 + [None] + ["x"] * 2
+    assert [line.get("error") for line in setup.lines()][5] == "question-too-long"
+    assert max(map(len, generator.batches)) == 2

@@ -7,6 +7,7 @@
 | both as messages | ``prompt`` and ``completion``: lists of messages with ``role`` and ``content`` |
 | what was said before | ``history``: a list of (question, answer) |
 | caption | ``caption``, ``captions``, ``text``; its question is ``data.caption_question`` |
+| possible answers, for `cogtune predict --choices data` | ``choices`` |
 | picture | ``image``, ``images``, ``file_name`` |
 """
 
@@ -19,7 +20,7 @@ from cogtune.data.formats.item import Content, RecordRules
 from cogtune.data.formats.messages import Message, content_of, read_conversation
 from cogtune.data.formats.pictures import keys_text, picture_sources, refuse_unread
 from cogtune.data.problems import BadRecordError
-from cogtune.data.record_json import checked_text, identity_of, is_blank, kind_of
+from cogtune.data.record_json import checked_text, choices_of, identity_of, is_blank, kind_of
 from cogtune.data.records import Turn
 from cogtune.language import tr
 
@@ -115,11 +116,13 @@ def _messages(row: Mapping[str, Any], asked: Sequence[str], rules: RecordRules) 
     answer = rules.answer(row.get(answered[0])) if answered else ""
     texts = [*_history(row.get("history")), question, answer]
     messages = [Message(n, "assistant" if n % 2 == 0 else "user", text) for n, text in enumerate(texts, start=1)]
+    if rules.choices:
+        messages[-2].choices = choices_of(row.get("choices"))
     if not answer:
         messages.pop()
     if not is_blank(row.get("system")):
         messages.insert(0, Message(0, "system", checked_text(row["system"], tr("the system text"))))
-    return messages, [*answered, "history", "system"]
+    return messages, [*answered, "history", "system", *(["choices"] if rules.choices else [])]
 
 
 def _history(value: Any) -> list[str]:

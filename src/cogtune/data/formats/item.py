@@ -63,7 +63,9 @@ class RecordRules:
     """Settings for reading records: ``data.caption_question``, ``data.system``, and the most images of a prompt.
 
     ``open_questions``: a last question needs no answer (for prediction). ``clips``: for a video model, whose records
-    name one clip each, how its frames are chosen. ``split`` and ``labels`` as in `SourceSection`.
+    name one clip each, how its frames are chosen. ``split`` and ``labels`` as in `SourceSection`. ``choices``: read the
+    possible answers of questions. ``keep_unreadable``: a record whose pictures cannot be read is kept, and told apart
+    (`Problems.unreadable`).
     """
 
     caption_question: str | None
@@ -73,6 +75,8 @@ class RecordRules:
     clips: Sampling | None = None
     split: str | None = None
     labels: str = "auto"
+    choices: bool = False
+    keep_unreadable: bool = False
 
     def answer(self, value: Any) -> str:
         """The checked answer of a row; empty where it is missing and may be.

@@ -118,7 +118,9 @@ def _refuse(what: str) -> Content:
 
 def own_record(record: Any, rules: RecordRules) -> Content:
     """Parse a record in cogtune's own form, with its ``image``."""
-    dialogues = record_dialogues(record, rules.caption_question, open_questions=rules.open_questions)
+    dialogues = record_dialogues(
+        record, rules.caption_question, open_questions=rules.open_questions, choices=rules.choices
+    )
     if "image" not in record:
         raise BadRecordError("image-path", tr('the record has no "image"'))
     image = record["image"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cogtune.data.formats.clip_records import as_pictures
@@ -18,6 +18,7 @@ from cogtune.data.formats.pictures import keys_text, picture_sources, refuse_unr
 from cogtune.data.problems import BadRecordError
 from cogtune.data.record_json import (
     MARKS,
+    choices_of,
     identity_of,
     kind_of,
     require_trained,
@@ -41,13 +42,15 @@ _IMG = re.compile(r"(?:Picture[ ]*\d+[ ]*:[ ]*)?<img>\s*([^<>\n]+?)\s*</img>[ \t
 
 @dataclass
 class Message:
-    """One message. ``number`` counts from 1 within the record; ``images`` are the images among its parts."""
+    """One message. ``number`` counts from 1 within the record; ``images`` are the images among its parts; ``choices``
+    are the answers that a closed question allows."""
 
     number: int
     role: str
     text: str
     images: list[Any] = field(default_factory=list)
     trained: bool = True
+    choices: tuple[str, ...] = ()
 
 
 def read_conversation(record: Any, rules: RecordRules, expected: str) -> Content:
@@ -63,6 +66,8 @@ def read_conversation(record: Any, rules: RecordRules, expected: str) -> Content
         record = as_pictures(record)
     _refuse_other_media(record)
     messages = _messages(record, expected, rules.open_questions)
+    if rules.choices:
+        _take_choices(messages, record)
     for message in messages:
         _take_paths(message)
     images = [*_images_of(record), *(image for message in messages for image in message.images)]
@@ -117,7 +122,8 @@ def _joined(messages: list[Message]) -> list[Message]:
         if joined and message.role == joined[-1].role == "user":
             before = joined[-1]
             text = "\n".join(part for part in (before.text, message.text) if part.strip())
-            joined[-1] = Message(before.number, "user", text, [*before.images, *message.images])
+            images, choices = [*before.images, *message.images], message.choices or before.choices
+            joined[-1] = Message(before.number, "user", text, images, choices=choices)
         else:
             joined.append(message)
     return joined
@@ -159,6 +165,16 @@ def _entries(record: dict[str, Any]) -> list[tuple[dict[str, Any], int]]:
     """Return the objects that the messages were read from, with their numbers from 1."""
     entries: Sequence[dict[str, Any]] = record["messages" if "messages" in record else "conversations"]
     return [(entry, number) for number, entry in enumerate(entries, start=1)]
+
+
+def _take_choices(messages: list[Message], record: dict[str, Any]) -> None:
+    """Give each question its possible answers; those beside the messages belong to the last one."""
+    entries = {number: entry for entry, number in _entries(record)}
+    asked = [message for message in messages if message.role == "user"]
+    for message in asked:
+        message.choices = choices_of(entries[message.number].get("choices"))
+    if asked and not asked[-1].choices:
+        asked[-1].choices = choices_of(record.get("choices"))
 
 
 def _take_paths(message: Message) -> None:
@@ -320,7 +336,7 @@ def _without_system(messages: list[Message], policy: str) -> list[Message]:
     if len(system) > 1 or messages[0].role != "system" or not rest:
         raise BadRecordError("turns", tr("one system message before all others was expected"))
     first = rest[0]
-    rest[0] = Message(first.number, first.role, f"{system[0].text}\n{first.text}", first.images)
+    rest[0] = replace(first, text=f"{system[0].text}\n{first.text}")
     return rest
 
 
@@ -342,5 +358,8 @@ def _turns(messages: list[Message], open_questions: bool) -> tuple[Turn, ...]:
             "turns", tr("{messages} messages, the last question has no answer", messages=len(messages))
         )
     return require_trained(
-        tuple(Turn(q.text, a.text, a.trained) for q, a in zip(messages[::2], messages[1::2], strict=True))
+        tuple(
+            Turn(q.text, a.text, a.trained, choices=q.choices)
+            for q, a in zip(messages[::2], messages[1::2], strict=True)
+        )
     )
