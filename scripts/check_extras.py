@@ -17,7 +17,7 @@ IMPORTS = {
     "quant": ["bitsandbytes"],
     "data": ["pyarrow"],
     "metrics": ["sacrebleu", "rouge_score", "nltk", "jiwer", "rapidfuzz"],
-    "track": ["wandb", "mlflow", "swanlab"],
+    "track": ["wandb", "mlflow", "swanlab", "trackio"],
     "serve": ["fastapi", "uvicorn"],
     "web": ["gradio"],
     "demo": [],

@@ -82,6 +82,9 @@ ENGLISH = {
     "train/failures.py": r"Connection (closed|reset)|Broken pipe|Timed out|operation timeout|^loading the model$",
     "train/loop.py": r"Detected call of",
     "train/saver.py": r"validation|training, last",
+    "train/trackers/swanlab_tracker.py": r"^swanlab sync|^see run.log$",
+    "train/trackers/trackio_tracker.py": r"^trackio show",
+    "train/trackers/wandb_tracker.py": r"^wandb sync",
 }
 """Module -> what its texts match that are no messages: words for a model or on its card, names in a record, what other
 programs write, an API's answers.

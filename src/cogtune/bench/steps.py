@@ -139,7 +139,7 @@ class _Losses(Metrics):
     """Collects what the loop reports, instead of writing it."""
 
     def __init__(self) -> None:
-        super().__init__(Path(), active=False, tensorboard=False, step=0)
+        super().__init__(Path(), active=False, step=0)
         self.values: list[float] = []
 
     def write(self, kind: str, step: int, **values: Any) -> None:

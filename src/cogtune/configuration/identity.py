@@ -70,6 +70,9 @@ MAY_CHANGE = frozenset(
         "log.level",
         "log.steps",
         "log.tensorboard",
+        "log.trackers",
+        "log.project",
+        "log.run_name",
     }
 )
 

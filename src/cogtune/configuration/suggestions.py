@@ -29,7 +29,7 @@ _NAMES_ELSEWHERE = {
     "torch_dtype": "model.dtype",
     "logging_steps": "log.steps",
     "eval_steps": "eval.steps",
-    "report_to": "log.tensorboard",
+    "report_to": "log.trackers",
     "adapter_name_or_path": "generate.adapter",
     "max_tokens": "generate.max_new_tokens",
     "do_sample": "generate.greedy",

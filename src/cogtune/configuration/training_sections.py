@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from cogtune.configuration.values import Beta, Engine, Names, Recompute, Section, Share, Text
+from cogtune.configuration.values import Beta, Engine, Names, Recompute, Section, Share, Text, Trackers
 
 
 class LoraSection(Section):
@@ -170,3 +170,12 @@ class LogSection(Section):
         default="info", description="Lowest level of lines on the console; run.log keeps all of them."
     )
     tensorboard: bool = Field(default=True, description="Write TensorBoard events into the output folder.")
+    trackers: Trackers = Field(
+        default=(),
+        description="Services that show the run besides: wandb, mlflow, swanlab, trackio. Their packages come with"
+        " cogtune[track]; addresses and keys are set as each of them says.",
+    )
+    project: Text = Field(
+        default="cogtune", description="The project (MLflow: experiment) that they file the run under."
+    )
+    run_name: Text | None = Field(default=None, description="Its name there. null: the output folder's.")

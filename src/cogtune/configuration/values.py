@@ -65,6 +65,11 @@ class DataFolder(Section):
 
 Text = Annotated[str, Field(min_length=1)]
 Names = Annotated[tuple[Text, ...], BeforeValidator(_one_or_many), AfterValidator(_no_repeats)]
+Trackers = Annotated[
+    tuple[Literal["wandb", "mlflow", "swanlab", "trackio"], ...],
+    BeforeValidator(_one_or_many),
+    AfterValidator(_no_repeats),
+]
 Paths = Annotated[tuple[Path, ...], BeforeValidator(_one_or_many), AfterValidator(_no_repeats)]
 Folder = Annotated[DataFolder, BeforeValidator(_as_folder), Shown(phrase("path or {path, weight}"))]
 Folders = Annotated[tuple[Folder, ...], BeforeValidator(_one_or_many)]

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.compiler import set_stance
 
 from cogtune.configuration.run_config import RunConfig
 from cogtune.data.dataset import TrainRows
 from cogtune.data.pixels import shown_squares
+from cogtune.data.records import ImageRef
 from cogtune.errors import ConfigError
 from cogtune.evaluate.choose import Choice, choose
 from cogtune.evaluate.metric import Metric, statistics_of
@@ -33,10 +35,11 @@ from cogtune.system.file_errors import explained
 from cogtune.train.engines.base import Engine
 from cogtune.train.log import Metrics
 from cogtune.train.stop_signal import StopSignal
+from cogtune.train.trackers.base import Sample
 
 LOSS = "loss"
 _AT_ONCE = 8  # prompts of a batch
-_SHOWN = 4  # questions that TensorBoard shows
+_SHOWN = 4  # questions that trackers show
 _SIDE = 256  # pixels of their pictures
 _SPARE = 0.5  # share of a GPU's free memory that their keys and values may take
 
@@ -74,6 +77,7 @@ class AnswerCheck:
             one.metric.scorer([self.asked.references[place] for place in one.places]) for one in self.choice.metrics
         ]
         self._prompts = [rows.prompt(question) for question in self.asked.questions]
+        self._pictures: list[npt.NDArray[np.uint8] | None] | None = None  # of the first questions, once they are shown
         self._ends = torch.tensor(sorted(set(processor.config.eos_token_ids)))
 
     @property
@@ -171,24 +175,24 @@ class AnswerCheck:
             inputs["image_features"] = torch.stack(features)
         return inputs
 
-    def samples(self, found: Answered) -> dict[str, str]:
-        """Return a text in Markdown for each of the first questions, with its right answer and the model's."""
-        shown = {}
-        for place, (question, text) in enumerate(zip(self.asked.questions[:_SHOWN], found.texts, strict=False)):
-            rows = {"question": question.question, "right": " | ".join(question.references), "answer": text}
-            shown[f"answers/sample {place}"] = "\n\n".join(f"**{name}** {_plain(text)}" for name, text in rows.items())
-        return shown
+    def samples(self, found: Answered) -> list[Sample]:
+        """Return the first questions with their right answers, the model's, and their first images."""
+        if self._pictures is None:
+            self._pictures = [self._picture(question.images) for question in self.asked.questions[:_SHOWN]]
+        return [
+            Sample(f"answers/sample {place}", question.question, " | ".join(question.references), text, picture)
+            for place, (question, text, picture) in enumerate(
+                zip(self.asked.questions, found.texts, self._pictures, strict=False)
+            )
+        ]
 
-    def sample_pictures(self) -> dict[str, Any]:
-        """Return the first image of each of the first questions as the model sees it, uint8 [H, W, 3], small."""
-        shown = {}
-        for place, question in enumerate(self.asked.questions[:_SHOWN]):
-            for square, _ in shown_squares(question.images[:1], _SIDE, exif=self.config.data.exif):
-                shown[f"answers/sample {place}"] = np.asarray(square.convert("RGB"))
-        return shown
+    def _picture(self, images: Sequence[ImageRef]) -> npt.NDArray[np.uint8] | None:
+        """The first image as the model sees it, uint8 [H, W, 3], small."""
+        squares = shown_squares(images[:1], _SIDE, exif=self.config.data.exif)
+        return next((np.asarray(square.convert("RGB")) for square, _ in squares), None)
 
     def record(self, metrics: Metrics, step: int, found: Answered) -> None:
-        """Write a step's answers, their values among the metrics, and samples for TensorBoard. Rank 0 writes."""
+        """Write a step's answers, their values among the metrics, and samples for trackers. Rank 0 writes."""
         if metrics.output is None:
             return
         lines = []
@@ -202,22 +206,12 @@ class AnswerCheck:
             files.write_text(path, "".join(lines))
         metrics.write("answers", step, records=len(found.texts), seconds=found.seconds, values=found.values)
         scalars = {f"answers/{name}": value for name, value in found.values.items()}
-        metrics.show(
-            step,
-            scalars,
-            self.samples(found),
-            self.sample_pictures() if step == 0 and self.config.log.tensorboard else {},
-        )
+        metrics.show(step, scalars, self.samples(found) if metrics.shown else ())
 
 
 def answers_file(output: Path, step: int) -> Path:
     """Return the file that has a step's answers, one line per question."""
     return output / ANSWERS_FOLDER / f"step-{step:06}.jsonl"
-
-
-def _plain(text: str) -> str:
-    """Text that TensorBoard's Markdown shows as it is."""
-    return "".join(f"\\{letter}" if letter in "\\`*_{}[]<>()#+-.!|" else letter for letter in text)
 
 
 def chosen_questions(rows: TrainRows, count: int) -> Asked:

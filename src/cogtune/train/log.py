@@ -1,7 +1,7 @@
 """Log messages and metrics of a run.
 
 Messages go through the logger ``cogtune`` to the console (rank 0) and to ``run.log`` (``run.rank1.log`` ... on other
-ranks). Metrics go to ``metrics.jsonl``, one JSON object per line, the single source for TensorBoard and reports.
+ranks). Metrics go to ``metrics.jsonl``, one JSON object per line, the single source for reports and trackers.
 """
 
 from __future__ import annotations
@@ -9,20 +9,16 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import CogtuneError, RunError
 from cogtune.evaluate.run_folder import METRICS_FILE, read_metrics
 from cogtune.language import tr
@@ -30,6 +26,7 @@ from cogtune.system import files
 from cogtune.system.file_errors import explained
 from cogtune.system.terminal import visible
 from cogtune.train.status_line import status
+from cogtune.train.trackers.base import Sample, Tracker
 
 _KEPT_EVERY = 60
 """Seconds between steps' lines that stay on a terminal, where the status line shows the others."""
@@ -131,90 +128,65 @@ class Metrics:
 
     Args:
         step: the step the run resumes from. Later lines, of a run that was killed, are dropped.
+        trackers: they show what is written, and more.
     """
 
-    def __init__(self, output: Path, *, active: bool, tensorboard: bool, step: int) -> None:
-        self._file = self._writer = None
+    def __init__(self, output: Path, *, active: bool, step: int, trackers: Sequence[Tracker] = ()) -> None:
+        self._file = None
+        self._trackers = list(trackers)
         if not active:
             return
         self._path = output / METRICS_FILE
         with explained(self._path, late=True):
             _drop_after(self._path, step)
             self._file = self._path.open("a", encoding="utf-8")
-            if tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._writer = SummaryWriter(str(output), purge_step=step + 1 if step else None)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Append one line ``{"kind", "step", ...}`` and show its numbers in TensorBoard."""
+        """Append one line ``{"kind", "step", ...}`` and show its numbers in the trackers."""
         if self._file is None:
             return
         with explained(self._path, late=True):
             self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             self._file.flush()
-            if self._writer is not None:
-                os.stat(self._path)  # raise here if the folder is gone; the writer's thread would print a traceback
-                for name, tag in _TAGS.get(kind, {}).items():
-                    if values.get(name) is not None:
-                        self._writer.add_scalar(tag, values[name], step)
-                self._writer.flush()
+        found = {tag: values[name] for name, tag in _TAGS.get(kind, {}).items() if values.get(name) is not None}
+        self.show(step, found)
 
     @property
     def output(self) -> Path | None:
         """The folder that is written to; None on other ranks."""
         return None if self._file is None else self._path.parent
 
-    def show(
-        self,
-        step: int,
-        scalars: Mapping[str, float] = {},
-        texts: Mapping[str, str] = {},
-        pictures: Mapping[str, npt.NDArray[np.uint8]] = {},
-    ) -> None:
-        """Show numbers, Markdown texts and pictures [H, W, 3] in TensorBoard, by their tags."""
-        if self._writer is None:
-            return
-        with explained(self._path, late=True):
-            os.stat(self._path)
-            for tag, value in scalars.items():
-                self._writer.add_scalar(tag, value, step)
-            for tag, text in texts.items():
-                self._writer.add_text(tag, text, step)
-            for tag, picture in pictures.items():
-                self._writer.add_image(tag, picture, step, dataformats="HWC")
-            self._writer.flush()
+    @property
+    def shown(self) -> bool:
+        """Whether a tracker shows them."""
+        return bool(self._trackers)
 
-    def show_hparams(self, config: RunConfig) -> None:
-        """Show the settings beside the final metrics, for TensorBoard's table of runs."""
-        if self._writer is None:
+    def show(self, step: int, scalars: Mapping[str, float] = {}, samples: Sequence[Sample] = ()) -> None:
+        """Show numbers by their tags, and answers, in the trackers."""
+        for tracker in self._trackers:
+            with explained(self._path, late=True):
+                if scalars:
+                    tracker.scalars(step, scalars)
+                if samples:
+                    tracker.samples(step, samples)
+
+    def show_final(self) -> None:
+        """Show the last metrics beside the settings in the trackers."""
+        if self._file is None:
             return
-        keys = {
-            f"{section}.{name}": value if isinstance(value, bool | int | float | str) else json.dumps(value)
-            for section, part in config.model_dump(mode="json").items()
-            for name, value in part.items()
-        }
         final: dict[str, float] = {}
-        for line in read_metrics(self._path.parent):
+        for line in read_metrics(self._path.parent) if self._trackers else ():
             found = line.get("values", {}) if line["kind"] == "answers" else {"loss": line.get("loss")}
             final |= {f"final/{line['kind']}_{name}": value for name, value in found.items() if value is not None}
-        from torch.utils.tensorboard.summary import hparams
-
-        with explained(self._path, late=True):
-            events: Any = self._writer.file_writer
-            for summary in hparams(keys, final):  # `add_hparams` would begin another file
-                events.add_summary(summary)
-            for tag, value in final.items():
-                self._writer.add_scalar(tag, value, 0)
-            self._writer.flush()
+        for tracker in self._trackers:
+            with explained(self._path, late=True):
+                tracker.final(final)
 
     def close(self) -> None:
         if self._file is None:
             return
         with explained(self._path, late=True):
             self._file.close()
-            if self._writer is not None:
-                self._writer.close()
 
 
 def last_losses(output: Path) -> tuple[float | None, float | None]:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from textwrap import indent
 
 import torch
 from peft import PeftModel
@@ -53,6 +52,7 @@ from cogtune.train.progress import Progress
 from cogtune.train.run_inputs import Inputs, read_inputs, versions
 from cogtune.train.status_line import status
 from cogtune.train.stop_signal import StopSignal
+from cogtune.train.trackers.opening import Trackers, check_packages
 
 _TOLD = ("cogtune", "python", "torch", "transformers", "peft", "safetensors")  # versions that an adapter names
 
@@ -137,6 +137,7 @@ def _train(config: RunConfig, dry_run: bool, force: bool) -> TrainResult:
             log.warning(line)
         name = engines.choose(config)
         check_settings(config, name)
+        check_packages(config)
         inputs = read_inputs(config)
         engine = engines.start(config, name, lambda group: auto_engine(config, inputs, group))
         dtype = torch_dtype(config.model.dtype, engine.device)
@@ -154,12 +155,15 @@ def _train(config: RunConfig, dry_run: bool, force: bool) -> TrainResult:
         engine.group.on_main(lambda: _write_beside(config, inputs, engine, start))
         stack.enter_context(log_file(start.folder.output, engine.group.process))
         announce(inputs, engine, dtype, start.folder, start.record)
+        trackers = stack.enter_context(Trackers(config, log.info, log.warning))
+        continues = start.folder.checkpoint is not None
+        engine.group.on_main(lambda: trackers.open(start.folder.output, continues=continues))
         stack.enter_context(memory.explaining(engine.device))
         with _features(config, inputs, engine, dtype, start, memory.tower_fits) as reader:
             layers = memory.settle(cached=reader is not None)
             engine.group.on_main(lambda: _write_plan(start, memory))
             model, progress = _build(config, engine, dtype, start, layers, cached=reader is not None)
-            result = _fit(config, inputs, engine, model, start, progress, stop)
+            result = _fit(config, inputs, engine, model, start, progress, stop, trackers)
         engine.group.close()
         return result
 
@@ -382,19 +386,21 @@ def _fit(
     start: RunStart,
     progress: Progress,
     stop: StopSignal,
+    trackers: Trackers,
 ) -> TrainResult:
     """Run the training loop and export the result to ``adapter/``."""
     output, total = start.folder.output, start.record.total_steps
     began, provenance = time.perf_counter(), _provenance(config, inputs, engine)
-    metrics = Metrics(output, active=engine.group.is_main, tensorboard=config.log.tensorboard, step=progress.step)
+    if config.log.tensorboard and engine.group.is_main:
+        trackers.show_in_folder(output, progress.step)
+    metrics = Metrics(output, active=engine.group.is_main, step=progress.step, trackers=trackers.opened)
     save = saver.Saver(engine, model, start.claim, start.record, progress, config, provenance, metrics)
     try:
-        metrics.show(progress.step, texts={"config": indent(config.to_yaml(), "    ")})
         rows = inputs.validation, inputs.answers
         loop = Loop(engine, config, start.feed, *rows, progress, total, metrics, stop, save)
         loop.compiles = compiles(config, engine)
         loop.run()
-        metrics.show_hparams(config)
+        metrics.show_final()
     finally:
         metrics.close()
         status.show("")

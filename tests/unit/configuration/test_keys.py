@@ -42,7 +42,7 @@ def test_answering_shares_the_keys_of_a_run_with_their_types() -> None:
     ("name", "meant"),
     [
         ("batch-size", "train.batch_size"), ("batch_size", "train.batch_size"), ("eval.batchsize", "eval.batch_size"),
-        ("report_to", "log.tensorboard"), ("train.report_to", "log.tensorboard"), ("lr", "train.lr"),
+        ("report_to", "log.trackers"), ("train.report_to", "log.trackers"), ("lr", "train.lr"),
     ],
 )  # fmt: skip
 def test_the_nearest_key(name: str, meant: str | None) -> None:

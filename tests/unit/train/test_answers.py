@@ -119,7 +119,7 @@ def test_tensorboard_shows_values_and_samples(
 
 def test_a_run_that_starts_over_has_the_first_answers_once(tmp_path: Path) -> None:
     for _ in range(2):
-        metrics = Metrics(tmp_path, active=True, tensorboard=False, step=0)
+        metrics = Metrics(tmp_path, active=True, step=0)
         metrics.write("answers", 0, values={"exact": 0.5})
         metrics.close()
     assert len(read_metrics(tmp_path)) == 1

@@ -41,7 +41,7 @@ def test_a_line_looked_at_during_the_next_step_is_about_its_own(
 ) -> None:
     """Two steps a line; the next step's rows are counted before the norm is looked at."""
     monkeypatch.setattr(module, "AsyncScalar", lambda value: _At(100.0))
-    metrics, progress = Metrics(tmp_path, active=True, tensorboard=False, step=0), Progress()
+    metrics, progress = Metrics(tmp_path, active=True, step=0), Progress()
     reporter = Reporter(metrics, progress, 5, 2, torch.device("cpu"))
     train_one(progress, reporter, 4)
     reporter.arrived(_At(103.0, 1.0))  # type: ignore[arg-type]
@@ -88,7 +88,7 @@ def test_lines_come_at_the_first_step_and_by_time(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(module, "AsyncScalar", lambda value: _At(100.0))
     monkeypatch.setattr(module.time, "perf_counter", lambda: float(next(clock)))
     monkeypatch.setattr(module.log, "propagate", True)
-    metrics, progress = Metrics(tmp_path, active=True, tensorboard=False, step=0), Progress()
+    metrics, progress = Metrics(tmp_path, active=True, step=0), Progress()
     with caplog.at_level("INFO", logger="cogtune"):
         reporter = Reporter(metrics, progress, 9, 100, torch.device("cpu"))
         for number in range(1, 10):
