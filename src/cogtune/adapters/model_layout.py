@@ -42,7 +42,7 @@ def write_model_files(base: Path, folder: Path, provenance: Provenance | None) -
     template, precision = settings.get("model.template"), settings.get("model.rope_precision")
     if template is not None:
         config.template_version = processor.encoder.template = template
-    if precision is not None:
+    if precision == "float32":  # the other value means: as the base says
         config.rope_precision = precision
     write_config(config, folder)
     processor.save_pretrained(folder)

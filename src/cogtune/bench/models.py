@@ -44,7 +44,8 @@ def build_base(config: RunConfig, engine: Engine, dtype: torch.dtype, *, cached:
     quantization = config.quant
     require_packages(quantization)
     sizes = model_config(config.model.path)
-    sizes.rope_precision = config.model.rope_precision
+    if config.model.rope_precision == "float32":  # the other value means: as the configuration says
+        sizes.rope_precision = config.model.rope_precision
     return random_weights(
         sizes, dtype, engine.device, tower=not cached, quantization=quantization, placement=engine.placement
     )

@@ -67,7 +67,7 @@ def load_model(
 
     Args:
         path: a folder in the published layout, or a hub id (downloaded completely, unless it is in the hub's cache).
-        rope_precision: overrides the configuration's ("checkpoint" or "float32").
+        rope_precision: "float32" overrides the configuration's; None and "checkpoint" leave it.
         vision_tower: False: patch embedding, transformer and convolution are neither created nor read, and the model
             takes ``image_features``.
         quantization: formats of frozen parts, quantised on ``device`` as they arrive.
@@ -81,7 +81,7 @@ def load_model(
     quantization = quantization or PLAIN
     require_packages(quantization)
     folder, config = _folder(path), load_model_config(path)
-    if rope_precision is not None:
+    if rope_precision == "float32":
         config.rope_precision = rope_precision
     vision: Any = config.vision_config
     config.dtype = vision.dtype = dtype

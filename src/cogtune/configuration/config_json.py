@@ -111,7 +111,8 @@ GENERATION_KEYS: dict[str, Check] = {
 
 _QUIET = {
     "_name_or_path", "auto_map", "torchscript", "_attn_implementation_autoset", "return_dict", "output_attentions",
-    "output_hidden_states",
+    "output_hidden_states", "architectures", "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id",
+    "problem_type",
 }  # fmt: skip
 """Left out without a word: the published file has them, or transformers wrote its own defaults."""
 

@@ -31,8 +31,8 @@ class AnswerModelSection(Section):
     )
     rope_precision: Literal["checkpoint", "float32"] = Field(
         default="checkpoint",
-        description="Rotary positions computed as the published code does, in the checkpoint's number format, or in"
-        " float32.",
+        description="How rotary positions are computed. checkpoint: as its config.json says; the published code does it"
+        " in the checkpoint's number format. float32: in float32.",
     )
 
 

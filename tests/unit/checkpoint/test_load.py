@@ -127,6 +127,14 @@ def test_the_stored_rotary_table_is_used_not_recomputed(copy: Path) -> None:
     torch.testing.assert_close(cos[0, 0, 0], (3 * table.float()).cos())
 
 
+@pytest.mark.parametrize("said", ["checkpoint", "float32"])
+def test_rotary_positions_are_computed_as_the_folder_says_unless_float32_is_asked_for(copy: Path, said: str) -> None:
+    raw = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(raw | {"rope_precision": said}))
+    found = {asked: load_model(copy, rope_precision=asked).config.rope_precision for asked in ("checkpoint", "float32")}
+    assert found == {"checkpoint": said, "float32": "float32"}
+
+
 def test_folders_that_cannot_be_loaded(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such model folder"):
         load_model(tmp_path / "nowhere")

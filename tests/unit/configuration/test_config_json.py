@@ -210,3 +210,12 @@ def test_every_key_of_the_published_file_is_read_or_known(caplog: pytest.LogCapt
     config_json._told.clear()
     load_model(BASE)
     assert not caplog.records
+
+
+def test_what_transformers_adds_when_it_saves_is_left_out_without_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    CogVLM2Config().save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING, "cogtune"):
+        assert CogVLM2Config.from_file(tmp_path / "config.json").hidden_size == CogVLM2Config().hidden_size
+    assert not caplog.records
