@@ -9,7 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from cogtune import CogVLM2ForCausalLM, CogVLM2Processor
+from cogtune.processing.tokenizer import write_byte_tokenizer
 from tests.docs.pages import ROOT
 
 EXAMPLES = ROOT / "examples"
@@ -45,3 +49,50 @@ def test_the_notebook(tmp_path: Path) -> None:
     said = run([str(script)], EXAMPLE_OUTPUT=str(tmp_path / "out"), EXAMPLE_PICTURES="40")
     assert "exact match" in said
     assert (tmp_path / "out" / "run" / "eval" / "report.html").is_file()
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random language model of SmolLM2's kind: Llama with a tied head and a rope base of its own."""
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=264, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=2, rope_parameters={"rope_type": "default", "rope_theta": 1e5}, tie_word_embeddings=True,
+        bos_token_id=256, eos_token_id=257, pad_token_id=257,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    write_byte_tokenizer(folder)
+    return folder
+
+
+def test_a_language_model_that_learns_to_see_and_then_a_task(tmp_path: Path, llama: Path) -> None:
+    sizes = [
+        "--posters",
+        "16",
+        "--steps",
+        "3",
+        "--batch",
+        "4",
+        "--workers",
+        "0",
+        "--task-posters",
+        "20",
+        "--epochs",
+        "1",
+    ]
+    said = run([str(EXAMPLES / "smollm2.py"), "--output", str(tmp_path), "--llama", str(llama), *sizes])
+    assert "step 3/3" in said
+    assert "known-words/images" in said
+    assert "new-words/images" in said
+    assert (tmp_path / "run" / "report.html").is_file()
+
+    base = CogVLM2ForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    assert (base.config.rope_theta, base.config.rope_precision) == (1e5, "float32")
+    own = LlamaForCausalLM.from_pretrained(llama)
+    with torch.no_grad():
+        for weight in own.parameters():
+            weight.copy_(weight.bfloat16())  # as the base is saved
+        ids = CogVLM2Processor.from_pretrained(tmp_path / "base")(None, "Why?")["input_ids"]
+        # float32, another order of the same sums
+        torch.testing.assert_close(base(ids).logits, own(ids).logits, rtol=0, atol=5e-5)
