@@ -17,8 +17,8 @@ LLAMA_TOKENIZER = $(@D)/bin/python -m pip install --quiet --disable-pip-version-
 FITTING_TORCHVISION = @$(@D)/bin/python -c 'import torchvision' >/dev/null 2>&1 || { \
 	echo "setup: torchvision does not fit this torch; removed (one test then uses a stand-in)"; \
 	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision; }
-TEST_EXTRAS := deepspeed,quant,data,metrics,track,serve,video,demo,dev
-ALL_EXTRAS := deepspeed,quant,data,metrics,track,serve,web,video,demo,dev
+TEST_EXTRAS := deepspeed,quant,data,metrics,track,serve,video,sentencepiece,demo,dev
+ALL_EXTRAS := deepspeed,quant,data,metrics,track,serve,web,video,sentencepiece,demo,dev
 
 .PHONY: demo test test-unit test-parity test-integration test-distributed test-docs test-fuzz test-gpu test-oldest fuzz lint format \
 	render check-extras clean help

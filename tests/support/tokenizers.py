@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import base64
 import hashlib
+import io
 import shutil
 import tempfile
 from functools import cache
@@ -86,3 +87,31 @@ def _temporary_folder() -> Path:
     folder = tempfile.mkdtemp(prefix="cogtune-tokenizer-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
+
+
+SENTENCES = (
+    "Question: What is in the picture? Answer:", "A red bus, two dogs and 12 people.", "Where is the tree? [[012,345]]",
+    "Short answer: yes", "Der Hund läuft.", "the the the what what is is a a an",
+)  # fmt: skip
+
+
+@cache
+def sentencepiece_model() -> bytes:
+    """A small SentencePiece model as Llama's: BPE, bytes for what has no piece, ``<unk>`` 0, ``<s>`` 1, ``</s>`` 2.
+
+    Skips the test where the package is not installed.
+    """
+    made, trainer = io.BytesIO(), pytest.importorskip("sentencepiece").SentencePieceTrainer
+    trainer.train(
+        sentence_iterator=iter(SENTENCES), model_writer=made, vocab_size=360, model_type="bpe", byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True, unk_id=0, bos_id=1,
+        eos_id=2, pad_id=-1, minloglevel=2,
+    )  # fmt: skip
+    return made.getvalue()
+
+
+def write_sentencepiece(folder: Path) -> Path:
+    """Write ``tokenizer.model`` into ``folder`` and return the folder, as Vicuna's is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model())
+    return folder

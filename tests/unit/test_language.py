@@ -72,6 +72,7 @@ ENGLISH = {
     "plan/memory.py": r"",
     "plan/step.py": r"vision backward",
     "processing/prompt.py": r"Short answer:",
+    "processing/sentencepiece_file.py": r"^Question: What|^The quick",
     "serve/app.py": r"",
     "serve/pictures.py": r"",
     "serve/protocol.py": r"",

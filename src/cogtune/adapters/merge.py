@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,7 +23,14 @@ import torch
 from cogtune.adapters.adapter_folder import WEIGHTS_NAME, find_adapter, find_base, read_adapter
 from cogtune.adapters.attach import expected_shapes
 from cogtune.adapters.merge_arithmetic import Changes, read_changes
-from cogtune.adapters.model_layout import PUBLISHED, TRANSFORMERS, check_layout, is_copied, write_model_files
+from cogtune.adapters.model_layout import (
+    PUBLISHED,
+    TRANSFORMERS,
+    check_layout,
+    is_copied,
+    tokenizer_folder,
+    write_model_files,
+)
 from cogtune.adapters.provenance import PROVENANCE_NAME, changed_settings, read_provenance, write_provenance
 from cogtune.adapters.rounding import NEAREST, STOCHASTIC, Survival, generator_for, round_stochastic
 from cogtune.adapters.safetensors_rows import CHUNK, DTYPES, SafetensorsFile
@@ -32,6 +39,7 @@ from cogtune.checkpoint.model_files import INDEX_NAME, check_folder, load_model_
 from cogtune.checkpoint.stream import StoredTensor
 from cogtune.errors import AdapterError, CheckpointError, ConfigError, DiskFullError, OutputFolderError
 from cogtune.language import tr
+from cogtune.processing.model_folder import copy_files
 from cogtune.system import files
 from cogtune.system.file_errors import explained
 from cogtune.system.locks import Lock, lock_beside
@@ -74,6 +82,7 @@ def merge(
     *,
     rounding: str = NEAREST,
     layout: str = PUBLISHED,
+    tokenizer: str | Path | None = None,
 ) -> MergeReport:
     """Merge ``adapter`` into ``base`` and write the full model to the new folder ``output``.
 
@@ -91,6 +100,7 @@ def merge(
         progress: gets a line per shard.
         rounding: ``nearest``, as peft rounds, or ``stochastic``, which keeps small updates; see `adapters.rounding`.
         layout: ``published``, or ``transformers`` for transformers' Auto classes; see `adapters.model_layout`.
+        tokenizer: the folder of the tokenizer, for a base without one; None: the one that the training used.
 
     Raises:
         ConfigError: another rounding or layout.
@@ -109,13 +119,18 @@ def merge(
     _require_new(output, base)
     with lock_beside(output, tr("choose another --output"), progress) as lock:
         _require_new(output, base)  # another merge may have finished meanwhile
-        return _merge(base, adapter, output, progress, lock, (rounding, layout))
+        return _merge(base, adapter, output, progress, lock, (rounding, layout, tokenizer))
 
 
 def _merge(
-    base: Path, adapter: Path, output: Path, progress: Callable[[str], None], lock: Lock, form: tuple[str, str]
+    base: Path,
+    adapter: Path,
+    output: Path,
+    progress: Callable[[str], None],
+    lock: Lock,
+    form: tuple[str, str, str | Path | None],
 ) -> MergeReport:
-    rounding, layout = form
+    rounding, layout, given = form
     check_folder(base)
     shards = sorted(shard_files(base))
     others, left_out = _other_files(base, shards)
@@ -125,13 +140,17 @@ def _merge(
     files_of = read_adapter(adapter)
     wanted = expected_shapes(load_model_config(base), files_of)
     changes, provenance = read_changes(files_of, _tensors(base, shards), wanted), read_provenance(adapter)
+    tokenizer = tokenizer_folder(base, given, provenance)
+    if tokenizer is not None and provenance is not None:  # the merged folder has it
+        settings = {key: value for key, value in provenance.settings.items() if key != "model.tokenizer"}
+        provenance = replace(provenance, settings=settings)
     notes = _notes(base, files_of.base, left_out)
-    if provenance is not None and (settings := changed_settings(provenance)):
+    if provenance is not None and (changed_keys := changed_settings(provenance)):
         notes.append(
             tr(
                 "{provenance_name} in it names the training's settings, and answering takes them: {settings}",
                 provenance_name=PROVENANCE_NAME,
-                settings=settings,
+                settings=changed_keys,
             )
         )
     survival = Survival()
@@ -144,7 +163,9 @@ def _merge(
         if provenance is not None:
             write_provenance(folder, provenance)
         if layout == TRANSFORMERS:
-            write_model_files(base, folder, provenance)
+            write_model_files(base, folder, provenance, tokenizer)
+        elif tokenizer is not None:
+            copy_files(tokenizer, folder)
         for number, shard in enumerate(shards, start=1):
             lock.require()
             with SafetensorsFile(base / shard) as source, SafetensorsFile(adapter / WEIGHTS_NAME) as factors:

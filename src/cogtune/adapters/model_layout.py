@@ -13,7 +13,14 @@ from cogtune.adapters.provenance import Provenance
 from cogtune.checkpoint.model_files import load_model_config
 from cogtune.errors import ConfigError
 from cogtune.language import tr
-from cogtune.processing.model_folder import CHAT_TEMPLATE_NAME, PROCESSOR_NAME, write_config
+from cogtune.processing.model_folder import (
+    CHAT_TEMPLATE_NAME,
+    PROCESSOR_NAME,
+    SENTENCEPIECE,
+    TOKENIZER_FILES,
+    find_tokenizer,
+    write_config,
+)
 from cogtune.processing.processor import CogVLM2Processor
 
 PUBLISHED, TRANSFORMERS = "published", "transformers"
@@ -31,14 +38,32 @@ def is_copied(name: str, layout: str) -> bool:
     return layout == PUBLISHED or not (name in _OWN_FILES or name.endswith(".py"))
 
 
-def write_model_files(base: Path, folder: Path, provenance: Provenance | None) -> None:
+def tokenizer_folder(base: Path, given: str | Path | None, provenance: Provenance | None) -> Path | None:
+    """Return the folder of the tokenizer that a merged folder needs beside the base's files; None: the base's own.
+
+    It is the ``given`` one, or for a base without one that of the training, if it is on this machine.
+
+    Raises:
+        CheckpointError: nothing is there.
+    """
+    if given is not None:
+        return find_tokenizer(given)
+    trained = None if provenance is None else provenance.settings.get("model.tokenizer")
+    own = any((base / name).is_file() for name in (TOKENIZER_FILES[0], SENTENCEPIECE))
+    return find_tokenizer(trained) if trained and not own and Path(trained).exists() else None
+
+
+def write_model_files(base: Path, folder: Path, provenance: Provenance | None, tokenizer: Path | None = None) -> None:
     """Write configuration, tokenizer, chat template and processor in transformers' layout.
+
+    Args:
+        tokenizer: its folder, if it is not the base's own.
 
     Raises:
         CheckpointError: the base's files cannot be read.
     """
     settings = {} if provenance is None else provenance.settings
-    config, processor = load_model_config(base), CogVLM2Processor.from_pretrained(base)
+    config, processor = load_model_config(base), CogVLM2Processor.from_pretrained(base, tokenizer=tokenizer)
     template, precision = settings.get("model.template"), settings.get("model.rope_precision")
     if template is not None:
         config.template_version = processor.encoder.template = template

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cogtune.configuration.answer_config import AnswerConfig
+from cogtune.configuration.architectures import FIRST_TOKENIZER
 from cogtune.configuration.load import explicit_values, from_entries, with_values
 from cogtune.configuration.problems import Entry
 from cogtune.configuration.run_config import RunConfig
@@ -28,7 +29,8 @@ FORMAT = 1
 FORMAT_KEYS = tuple(f"quant.{name}" for name in ("experts", "tower", "embedding"))
 """Device and number format of each part of the base in inference."""
 _SEEN = tuple(f"data.{name}" for name in ("exif", "bit_depth", "max_pixels", "frames", "max_frames", "frame_rate"))
-INHERITED = ("model.template", "model.dtype", "model.rope_precision", *FORMAT_KEYS, *_SEEN)
+_TOKENIZER = "model.tokenizer"
+INHERITED = (_TOKENIZER, "model.template", "model.dtype", "model.rope_precision", *FORMAT_KEYS, *_SEEN)
 """Keys that inference takes from the training unless the user sets them."""
 
 _LARGEST = 1 << 20
@@ -62,6 +64,8 @@ def provenance_of(
     """Return the provenance of a run with this configuration. ``fingerprint``: of the base's content."""
     flat = config.model_dump(mode="json")
     settings = {key: flat[key.split(".")[0]][key.split(".")[1]] for key in INHERITED}
+    if config.model.tokenizer is not None:
+        settings[_TOKENIZER] = stored_base(config.model.tokenizer)
     return Provenance(settings, _base(config.model.path, fingerprint), dict(data), dict(versions))
 
 
@@ -185,7 +189,7 @@ def inherit(config: AnswerConfig, folder: Path, *, formats: bool = True) -> tupl
     """Return ``config`` with the training's settings where the user set none, and messages about it.
 
     A ``data.max_pixels`` above the default is not taken: it protects against pictures that exhaust the memory, and the
-    folder may be a stranger's.
+    folder may be a stranger's. Of a tokenizer only one that is on this machine is taken, or the published one's name.
 
     Args:
         formats: False if the base cannot be quantised; the number formats then stay unchanged.
@@ -208,6 +212,12 @@ def inherit(config: AnswerConfig, folder: Path, *, formats: bool = True) -> tupl
         current = now[section][name]
         if value == current:
             continue
+        if key == _TOKENIZER and key not in given and not _is_known_tokenizer(value):
+            lines.append(
+                tr("the training's tokenizer is not here: {path}; if the base has none, give --tokenizer DIR",
+                   path=shown(value))
+            )  # fmt: skip
+            continue
         if key in given or (key in FORMAT_KEYS and not formats) or (key == "data.max_pixels" and value > current):
             instead.append(
                 tr("{key} {current} instead of {value}", key=key, current=_text(current), value=_text(value))
@@ -221,6 +231,10 @@ def inherit(config: AnswerConfig, folder: Path, *, formats: bool = True) -> tupl
     if instead:
         lines.append(tr("not as in training: {instead}", instead=", ".join(instead)))
     return (with_values(config, taken) if taken else config), lines
+
+
+def _is_known_tokenizer(name: str) -> bool:
+    return name == FIRST_TOKENIZER or Path(name).exists()
 
 
 def changed_settings(provenance: Provenance) -> str:

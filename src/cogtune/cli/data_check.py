@@ -45,7 +45,7 @@ def _check(flags: _Flags, line: Arguments) -> int:
     from cogtune.data.check import check
     from cogtune.processing.token_file import find_token_file
 
-    tokens = find_token_file(model, config.model.template)
+    tokens = find_token_file(model, config.model.template, config.model.tokenizer)
     with progress_bar() as progress:
         report = check(config.data, config.train.seed, tokens, progress, full=flags.full)
     if model is not None and not tokens.exact:

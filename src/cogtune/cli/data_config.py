@@ -10,7 +10,7 @@ from cogtune.cli.options import Arguments
 if TYPE_CHECKING:
     from cogtune.configuration.run_config import RunConfig
 
-KEYS = ("model.path", "model.template", "data.path", "data.", "train.seed")
+KEYS = ("model.path", "model.tokenizer", "model.template", "data.path", "data.", "train.seed")
 
 
 def data_config(line: Arguments) -> tuple[RunConfig, str | None]:

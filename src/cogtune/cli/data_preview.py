@@ -47,7 +47,7 @@ def _preview(flags: _Flags, line: Arguments) -> None:
     from cogtune.data.sources import read_sources
     from cogtune.processing.token_file import find_token_file
 
-    tokens = find_token_file(model, config.model.template)
+    tokens = find_token_file(model, config.model.template, config.model.tokenizer)
     if not tokens.exact:
         raise CheckpointError(
             tr("tokens are shown with the model's tokenizer, and there is none at {model}", model=model)

@@ -53,7 +53,7 @@ def _init(flags: _Flags, line: Arguments) -> None:
     from cogtune.system import files
     from cogtune.system.file_errors import explained
 
-    tokens = find_token_file(config.model.path, config.model.template)
+    tokens = find_token_file(config.model.path, config.model.template, config.model.tokenizer)
     with progress_bar() as progress:
         report = check(with_room(config), config.train.seed, tokens, progress)
     _refuse_bad(report)

@@ -27,6 +27,12 @@ class _Flags:
     model: str | None = flag(
         None, "Base model: folder or hub id. Default: the one the adapter names.", "BASE", also=("model.path",)
     )
+    tokenizer: str | None = flag(
+        None,
+        "Folder of the tokenizer, for a base without one. Default: the training's.",
+        "DIR",
+        also=("model.tokenizer",),
+    )
     rounding: str = flag(
         "nearest",
         "How sums are rounded to the base's number format. stochastic: up or down at random (seeded), in the mean"
@@ -47,7 +53,15 @@ def _merge(flags: _Flags, line: Arguments) -> None:
         from cogtune.adapters.merge import merge
         from cogtune.features.choose import size_text
 
-    report = merge(flags.adapter, flags.output, flags.model, note, rounding=flags.rounding, layout=flags.layout)
+    report = merge(
+        flags.adapter,
+        flags.output,
+        flags.model,
+        note,
+        rounding=flags.rounding,
+        layout=flags.layout,
+        tokenizer=flags.tokenizer,
+    )
     for text in report.notes:
         note(tr("note: {text}", text=text))
     if report.kept:

@@ -39,6 +39,9 @@ FIRST_MODELS = {
 }
 """The first generation's models, in the same way."""
 
+FIRST_TOKENIZER = "lmsys/vicuna-7b-v1.5"
+"""The hub's name of the first generation's tokenizer, which its folders lack."""
+
 _FIRST_DEFAULTS: dict[str, Any] = {
     "generation": 1, "vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048,
     "rope_theta": 10000.0, "pad_token_id": 0,

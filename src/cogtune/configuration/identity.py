@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 BY_FINGERPRINT = frozenset(
     {
         "model.path",
+        "model.tokenizer",
         "data.path",
         "data.validation",
         "data.image_root",

@@ -21,6 +21,11 @@ class AnswerModelSection(Section):
         description="Folder of the base model in the published layout, or its name on the hub. null: the base that the"
         " adapter names.",
     )
+    tokenizer: Text | None = Field(
+        default=None,
+        description="Folder of the tokenizer, or its name on the hub, for a base without one: CogVLM's is Vicuna's,"
+        " lmsys/vicuna-7b-v1.5. null: the base's own.",
+    )
     template: Literal["chat", "vqa", "base"] | None = Field(
         default=None, description="How a question is worded for the model. null: as the checkpoint says (chat)."
     )

@@ -16,6 +16,7 @@ from cogtune.configuration.values import Section
 
 ALIASES = {
     "model": "model.path",
+    "tokenizer": "model.tokenizer",
     "data": "data.path",
     "output": "train.output",
     "adapter": "lora.start_from",
@@ -25,6 +26,7 @@ ALIASES = {
 
 ANSWER_ALIASES = {
     "model": "model.path",
+    "tokenizer": "model.tokenizer",
     "data": "data.path",
     "adapter": "generate.adapter",
     "device": "generate.device",

@@ -43,7 +43,7 @@ def load_rows(config: RunConfig, processor: CogVLM2Processor | None = None, spli
     if split not in ("train", "validation"):
         raise InputError(tr("split is {split:.60}", split=repr(split)), hint=tr("it is train or validation"))
     if processor is None:
-        processor = CogVLM2Processor.from_pretrained(config.model.path)
+        processor = CogVLM2Processor.from_pretrained(config.model.path, tokenizer=config.model.tokenizer)
     encoder = copy.copy(processor.encoder)
     encoder.template = config.model.template or encoder.template
     found = read_and_split(config.data, config.train.seed, **reading_rules(config.model.path))

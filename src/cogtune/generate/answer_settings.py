@@ -7,6 +7,7 @@ from cogtune.generate.decoding import Decoding
 from cogtune.generate.loading import Resolved
 from cogtune.generate.predict import PredictOptions
 from cogtune.generate.predictions_file import AnswerSettings
+from cogtune.processing.model_folder import tokenizer_digest
 
 
 def answer_settings(
@@ -35,6 +36,8 @@ def answer_settings(
         **sampled,
     }
     decides |= {f"quant.{part}": form for part, form in config.quant.formats.items() if form != "none"}
+    if config.model.tokenizer is not None:
+        decides["model.tokenizer"] = tokenizer_digest(config.model.tokenizer)
     if exif != "ignore":
         decides["data.exif"] = exif
     if bit_depth != "clip":

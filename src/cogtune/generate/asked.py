@@ -34,7 +34,7 @@ def longest(questions: Iterable[Question], model: str, config: AnswerConfig, max
 
     The longest is that with the most characters; a history that does not fit is cut later. None: no question.
     """
-    encoder = find_token_file(model, config.model.template).encoder()
+    encoder = find_token_file(model, config.model.template, config.model.tokenizer).encoder()
 
     def letters(asked: Question) -> int:
         return len(asked.question) + sum(len(text) for turn in asked.history for text in turn)

@@ -299,7 +299,8 @@ def check_shown(choice: Resolved, path: Path) -> None:
 
 
 def _processor(choice: Resolved) -> CogVLM2Processor:
-    processor, data = CogVLM2Processor.from_pretrained(choice.model), choice.config.data
+    data, tokenizer = choice.config.data, choice.config.model.tokenizer
+    processor = CogVLM2Processor.from_pretrained(choice.model, tokenizer=tokenizer)
     processor.sampling = Sampling(data.frames, data.max_frames, data.frame_rate)
     return processor
 

@@ -22,11 +22,13 @@ class TextPieces:
     """Turns token ids into text, one at a time.
 
     A character can take several byte-level tokens; it is emitted with the last one. White space at both ends of the
-    answer is dropped, so the joined pieces are the stripped answer.
+    answer is dropped, so the joined pieces are the stripped answer. Tokens are decoded behind those before them,
+    because a SentencePiece tokenizer drops the space in front of a text's first word.
     """
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
         self._decode = decode
+        self._before: list[int] = []
         self._waiting: list[int] = []
         self._given = 0
         self._spaces = ""
@@ -35,19 +37,26 @@ class TextPieces:
     def push(self, token: int) -> str:
         """Return the text that this token completes, often none."""
         self._waiting.append(token)
-        text = self._decode(self._waiting)
-        # only the last replacement character can be one whose bytes are still to come
-        whole = text.removesuffix(_INCOMPLETE)
+        text = self._text()
+        # a byte-level tokenizer writes one replacement character for bytes of which more are to come, a SentencePiece
+        # one for each byte
+        whole = text.rstrip(_INCOMPLETE)
         piece, self._given = whole[self._given :], len(whole)
         if whole == text:
-            self._waiting, self._given = [], 0
+            self._before, self._waiting, self._given = self._waiting, [], 0
         return self._trimmed(piece)
 
     def finish(self) -> str:
         """Return what an answer that ends inside a character still holds."""
-        text = self._decode(self._waiting) if self._waiting else ""
+        text = self._text() if self._waiting else ""
         piece, self._waiting, self._given = text[self._given :], [], 0
         return self._trimmed(piece)
+
+    def _text(self) -> str:
+        """Return what the waiting tokens add to those before them."""
+        if not self._before:
+            return self._decode(self._waiting)
+        return self._decode(self._before + self._waiting)[len(self._decode(self._before)) :]
 
     def _trimmed(self, text: str) -> str:
         text = self._spaces + text if self._begun else text.lstrip()

@@ -70,7 +70,7 @@ def read_rows(config: RunConfig, sizes: ModelSizes) -> Rows:
     """
     from cogtune.data.split import read_and_split
 
-    tokens = find_token_file(config.model.path, config.model.template)
+    tokens = find_token_file(config.model.path, config.model.template, config.model.tokenizer)
     encoder = tokens.encoder()
     read = read_and_split(config.data, config.train.seed, max_images=encoder.max_images, clips=tokens.reads_clips)
     examples = read.train

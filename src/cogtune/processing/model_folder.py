@@ -1,8 +1,12 @@
-"""Read a checkpoint's configuration and tokenizer files from a folder or a hub repository."""
+"""Read a checkpoint's configuration and tokenizer files from a folder or a hub repository.
+
+The first generation's folders have no tokenizer: theirs is Vicuna's, a SentencePiece model in a folder of its own.
+"""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import shutil
@@ -13,22 +17,28 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from transformers import PreTrainedTokenizerFast
 
-from cogtune.configuration.architectures import refuse_adapter, refuse_foreign
+from cogtune.configuration.architectures import FIRST_TOKENIZER, refuse_adapter, refuse_foreign
+from cogtune.configuration.config_json import read_model_json
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.errors import CheckpointError
 from cogtune.language import tr
 from cogtune.processing.prompt import TEMPLATES
+from cogtune.processing.sentencepiece_file import FILE_NAME as SENTENCEPIECE
+from cogtune.processing.sentencepiece_file import read_sentencepiece, special_texts
 from cogtune.system.names import inside
 
-REQUIRED_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
-OPTIONAL_FILES = ("special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+"""Of a fast tokenizer. A folder that has a SentencePiece model needs neither."""
+REQUIRED_FILES = ("config.json", *TOKENIZER_FILES)
+OPTIONAL_FILES = ("special_tokens_map.json", "added_tokens.json", SENTENCEPIECE)
 CHAT_TEMPLATE_NAME, PROCESSOR_NAME = "chat_template.jinja", "processor_config.json"
 
 
-def find_folder(path_or_id: str | os.PathLike[str], **hub: Any) -> Path:
+def find_folder(path_or_id: str | os.PathLike[str], *, tokenizer: bool = True, **hub: Any) -> Path:
     """Return the folder itself, or the local copy of a hub repository's small files (never weights, never code).
 
     Args:
+        tokenizer: False if its tokenizer is elsewhere.
         hub: ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``force_download`` of huggingface_hub.
 
     Raises:
@@ -38,7 +48,10 @@ def find_folder(path_or_id: str | os.PathLike[str], **hub: Any) -> Path:
     if not folder.is_dir():
         folder = _download(path_or_id, folder, hub)
     refuse_adapter(folder)
-    missing = [name for name in REQUIRED_FILES if not (folder / name).is_file()]
+    wanted = REQUIRED_FILES if tokenizer and not (folder / SENTENCEPIECE).is_file() else ("config.json",)
+    missing = [name for name in wanted if not (folder / name).is_file()]
+    if missing and "config.json" not in missing and read_model_json(folder / "config.json").get("generation") == 1:
+        raise no_first_tokenizer(path_or_id)
     if missing:
         raise CheckpointError(
             tr(
@@ -51,6 +64,47 @@ def find_folder(path_or_id: str | os.PathLike[str], **hub: Any) -> Path:
             code="checkpoint-files",
         )
     return folder
+
+
+def no_first_tokenizer(folder: object) -> CheckpointError:
+    """Return the error for a first-generation folder without a tokenizer."""
+    return CheckpointError(
+        tr("{folder}: no tokenizer; the first generation (CogVLM) is published without one", folder=folder),
+        hint=tr(
+            "it is Vicuna's: give --tokenizer DIR, a folder with {file} of {name}, or that name; `cogtune download"
+            " model --variant cogvlm-chat` fetches both into one folder",
+            file=SENTENCEPIECE,
+            name=FIRST_TOKENIZER,
+        ),
+        code="checkpoint-files",
+    )
+
+
+def find_tokenizer(path_or_id: str | os.PathLike[str], **hub: Any) -> Path:
+    """Return the folder of a tokenizer that is not in the model's: a folder, a file in one, or a hub name.
+
+    Raises:
+        CheckpointError: nothing there, or no tokenizer in it.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.is_file():
+        path = path.parent
+    folder = path if path.is_dir() else _download(path_or_id, path, hub)
+    if not (folder / SENTENCEPIECE).is_file() and not (folder / TOKENIZER_FILES[0]).is_file():
+        raise CheckpointError(
+            tr("{path}: no tokenizer; expected {fast} or {slow}", path=path_or_id, fast=TOKENIZER_FILES[0],
+               slow=SENTENCEPIECE),
+            hint=tr("check --tokenizer (model.tokenizer); for CogVLM it is {name}'s", name=FIRST_TOKENIZER),
+            code="checkpoint-files",
+        )  # fmt: skip
+    return folder
+
+
+def tokenizer_digest(path_or_id: str | os.PathLike[str]) -> str:
+    """Return a digest of the file that decides a tokenizer's ids."""
+    folder = find_tokenizer(path_or_id)
+    file = folder / TOKENIZER_FILES[0]
+    return hashlib.sha256((file if file.is_file() else folder / SENTENCEPIECE).read_bytes()).hexdigest()
 
 
 def _download(path_or_id: str | os.PathLike[str], folder: Path, hub: dict[str, Any]) -> Path:
@@ -122,11 +176,19 @@ def special_ids(config: CogVLM2Config) -> tuple[int, int, int]:
 
 
 def read_tokenizer(folder: Path, config: CogVLM2Config) -> Any:
-    """Read the folder's fast tokenizer.
+    """Read the folder's fast tokenizer, or its SentencePiece model as one.
 
     Raises:
+        SetupError: sentencepiece is needed and missing.
         CheckpointError: not readable, with ids the model has no embedding for, or with a file elsewhere.
     """
+    if not (folder / "tokenizer.json").is_file():
+        file = folder / SENTENCEPIECE
+        backend = read_sentencepiece(file)
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend, clean_up_tokenization_spaces=False, **special_texts(file)
+        )
+        return _fitting(tokenizer, file, config)
     _check_names(folder / "tokenizer_config.json")
     try:
         # Without this flag, transformers warns that every large tokenizer whose config has no model_type is a broken
@@ -139,17 +201,30 @@ def read_tokenizer(folder: Path, config: CogVLM2Config) -> Any:
             hint=tr("copy tokenizer.json and tokenizer_config.json from the published checkpoint again"),
             code="checkpoint-tokenizer",
         ) from error
+    return _fitting(tokenizer, folder / "tokenizer.json", config)
+
+
+def _fitting(tokenizer: Any, file: Path, config: CogVLM2Config) -> Any:
+    """Return ``tokenizer`` if it can be this model's."""
     if len(tokenizer) > config.vocab_size:
         raise CheckpointError(
             tr(
                 "{path}: {tokenizer} tokens, but config.json has vocab_size {vocab_size}",
-                path=folder / "tokenizer.json",
+                path=file,
                 tokenizer=len(tokenizer),
                 vocab_size=config.vocab_size,
             ),
             hint=tr("give the tokenizer that the checkpoint was trained with"),
             code="checkpoint-tokenizer",
         )
+    found = tokenizer.bos_token_id
+    if found is not None and found != config.bos_token_id:
+        raise CheckpointError(
+            tr("{path}: its texts begin with token {found}, those of config.json with {wanted}", path=file, found=found,
+               wanted=config.bos_token_id),
+            hint=tr("give the tokenizer that the checkpoint was trained with"),
+            code="checkpoint-tokenizer",
+        )  # fmt: skip
     return tokenizer
 
 

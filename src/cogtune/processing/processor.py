@@ -25,6 +25,7 @@ from cogtune.processing.model_folder import (
     PROCESSOR_NAME,
     copy_files,
     find_folder,
+    find_tokenizer,
     read_config,
     read_tokenizer,
     special_ids,
@@ -74,16 +75,20 @@ class CogVLM2Processor(ChatPrompts):
         """Which frames of a clip are seen, by a video model."""
 
     @classmethod
-    def from_pretrained(cls, path_or_id: str | os.PathLike[str], **options: Any) -> CogVLM2Processor:
+    def from_pretrained(
+        cls, path_or_id: str | os.PathLike[str], *, tokenizer: str | os.PathLike[str] | None = None, **options: Any
+    ) -> CogVLM2Processor:
         """Read a checkpoint's ``config.json`` and tokenizer files: the published folder, one saved here, or a hub id.
 
         No code from the checkpoint runs.
 
         Args:
+            tokenizer: folder or hub id of the tokenizer, for a checkpoint without one (CogVLM's: Vicuna's).
             options: ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``force_download`` for a hub id.
 
         Raises:
             CheckpointError: files missing, unreadable, or not fitting together.
+            SetupError: the tokenizer is a SentencePiece model, and sentencepiece is missing.
         """
         unknown = sorted(options.keys() - _HUB_OPTIONS - _AUTO_OPTIONS)
         if unknown:
@@ -91,11 +96,13 @@ class CogVLM2Processor(ChatPrompts):
                 tr("from_pretrained has no option {unknown}", unknown=", ".join(unknown)),
                 hint=tr("its options are {hub_options}", hub_options=", ".join(sorted(_HUB_OPTIONS))),
             )
-        folder = find_folder(path_or_id, **{name: options[name] for name in options.keys() & _HUB_OPTIONS})
+        hub = {name: options[name] for name in options.keys() & _HUB_OPTIONS}
+        folder = find_folder(path_or_id, tokenizer=tokenizer is None, **hub)
         config = read_config(folder)
-        processor = cls(read_tokenizer(folder, config), config)
+        source = folder if tokenizer is None else find_tokenizer(tokenizer, **hub)
+        processor = cls(read_tokenizer(source, config), config)
         processor.tokenizer.chat_template = processor.chat_template
-        processor._folder = folder
+        processor._folder = source
         return processor
 
     def save_pretrained(
@@ -127,10 +134,10 @@ class CogVLM2Processor(ChatPrompts):
                 hint=tr("with push_to_hub=True its options are those of push_to_hub"),
             )
         target.mkdir(parents=True, exist_ok=True)
-        if self._folder is None:
-            self.tokenizer.save_pretrained(target)
-        else:
+        if self._folder is not None:
             copy_files(self._folder, target)
+        if self._folder is None or not (self._folder / "tokenizer.json").is_file():
+            self.tokenizer.save_pretrained(target)
         if not (target / "config.json").exists():
             write_config(self.config, target)
         (target / CHAT_TEMPLATE_NAME).write_text(self.chat_template, encoding="utf-8")

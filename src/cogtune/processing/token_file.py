@@ -17,10 +17,12 @@ from cogtune.configuration.shapes import BOS_ID, EOS_ID, PAD_ID, VisionShape
 from cogtune.errors import CheckpointError
 from cogtune.language import tr
 from cogtune.processing.encode import Encoder
+from cogtune.processing.sentencepiece_file import FILE_NAME, read_sentencepiece
 
 # An estimated token: the first up to eight letters of a word, up to three digits, one CJK character, or white space
 # with a line break in it (other white space is no token).
 _PIECE = re.compile(r" ?[A-Za-z]{1,8}|\d{1,3}|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\s+|[^\sA-Za-z\d]{1,2}")
+_NAMES = ("tokenizer.json", FILE_NAME)
 
 
 @dataclass(frozen=True)
@@ -70,17 +72,22 @@ def estimated_tokens(text: str) -> list[int]:
     return [hash(piece) for piece in _PIECE.findall(text) if "\n" in piece or not piece.isspace()]
 
 
-def find_token_file(model: str | None, template: str | None = None) -> TokenFile:
+def find_token_file(model: str | None, template: str | None = None, tokenizer_of: str | None = None) -> TokenFile:
     """Return the tokenizer of ``model``: a folder, a ``tokenizer.json``, or a hub id in the local cache.
 
     Nothing is downloaded. If there is no such file, lengths are estimated and sizes are the published model's.
 
+    Args:
+        tokenizer_of: where the tokenizer is (``model.tokenizer``), if not with the model.
+
     Raises:
         CheckpointError: the file exists and cannot be read.
+        SetupError: it is a SentencePiece model, and sentencepiece is missing.
     """
     folder = None if model is None else _local_folder(model)
     config = _config(folder)
-    tokenizer = None if folder is None else _tokenizer(folder / "tokenizer.json")
+    source = folder if tokenizer_of is None else _local_folder(tokenizer_of)
+    tokenizer = None if source is None else _tokenizer(source)
     vision = config.get("vision_config") or {}
     sizes = {name: int(vision[name]) for name in ("image_size", "patch_size") if name in vision}
     shape = VisionShape(**sizes, cell=1 if config.get("generation") == 1 else 2)
@@ -101,7 +108,7 @@ def find_token_file(model: str | None, template: str | None = None) -> TokenFile
 
 def _local_folder(model: str) -> Path | None:
     path = Path(model).expanduser()
-    if path.name == "tokenizer.json" and path.is_file():
+    if path.name in _NAMES and path.is_file():
         return path.parent
     if path.is_dir():
         return path
@@ -110,11 +117,14 @@ def _local_folder(model: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    try:
-        cached = try_to_load_from_cache(model, "tokenizer.json")
-    except HFValidationError:
-        return None
-    return Path(cached).parent if isinstance(cached, str) else None
+    for name in (*_NAMES, "config.json"):
+        try:
+            cached = try_to_load_from_cache(model, name)
+        except HFValidationError:
+            return None
+        if isinstance(cached, str):
+            return Path(cached).parent
+    return None
 
 
 def _config(folder: Path | None) -> dict[str, Any]:
@@ -124,9 +134,10 @@ def _config(folder: Path | None) -> dict[str, Any]:
     return read_model_json(file)
 
 
-def _tokenizer(file: Path) -> Any:
+def _tokenizer(folder: Path) -> Any:
+    file, pieces = (folder / name for name in _NAMES)
     if not file.is_file():
-        return None
+        return read_sentencepiece(pieces) if pieces.is_file() else None
     from tokenizers import Tokenizer
 
     try:

@@ -23,6 +23,7 @@ from cogtune.data.statistics import Histogram
 from cogtune.language import tr
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.tensor_parallel import check_sizes
+from cogtune.processing.model_folder import tokenizer_digest
 from cogtune.processing.processor import CogVLM2Processor
 from cogtune.train.answers import AnswerCheck, check_metric
 from cogtune.train.log import log
@@ -108,7 +109,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     else:
         check_continued(config.lora.start_from, config.lora)
         adapted = [name.split(".lora_")[0] for name in adapter_shapes(config.lora.start_from)]
-    processor = CogVLM2Processor.from_pretrained(config.model.path)
+    processor = CogVLM2Processor.from_pretrained(config.model.path, tokenizer=config.model.tokenizer)
     encoder = processor.encoder
     if config.model.template is not None:
         encoder.template = config.model.template
@@ -141,6 +142,8 @@ def _identity(config: RunConfig, base: Path, data: DataSplit) -> RunIdentity:
         "data.validation": data.validation_report.fingerprint if data.validation_report is not None else "",
         "lora.start_from": adapter_fingerprint(config.lora.start_from) if config.lora.start_from is not None else "",
     }
+    if config.model.tokenizer is not None:
+        fingerprints["model.tokenizer"] = tokenizer_digest(config.model.tokenizer)
     return RunIdentity(identity(config), fingerprints)
 
 

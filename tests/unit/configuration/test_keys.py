@@ -25,7 +25,7 @@ def test_every_key_is_documented(key) -> None:
 
 
 def test_aliases_name_keys() -> None:
-    assert set(ALIASES) == {"model", "data", "output", "adapter", "resume"}
+    assert set(ALIASES) == {"model", "tokenizer", "data", "output", "adapter", "resume"}
     assert set(ALIASES.values()) <= known_keys().keys()
     assert set(ANSWER_ALIASES.values()) <= known_keys(AnswerConfig).keys()
 

@@ -42,6 +42,24 @@ def test_tokens_that_end_inside_a_character_again_and_again() -> None:
     assert "".join([*given, pieces.finish()]) == "中文字符测试"
 
 
+def test_spaces_of_a_tokenizer_that_drops_the_first_one() -> None:
+    words = [" A", " red", " bus", ".", " ", " end"]  # as SentencePiece: a text's first word has no space
+    pieces = TextPieces(lambda ids: "".join(words[i] for i in ids).removeprefix(" "))
+    assert [pieces.push(number) for number in range(len(words))] == ["A", " red", " bus", ".", "", "  end"]
+
+
+def test_bytes_of_a_tokenizer_that_writes_a_replacement_for_each() -> None:
+    def decode_run(ids: list[int]) -> str:  # as SentencePiece: a run of bytes is text, or a replacement for each byte
+        try:
+            return bytes(ids).decode()
+        except UnicodeDecodeError:
+            return "\ufffd" * len(ids)
+
+    pieces = TextPieces(decode_run)
+    given = [pieces.push(byte) for byte in "北京".encode()]
+    assert given == ["", "", "北", "", "", "京"]
+
+
 def test_the_prompt_is_not_part_of_the_answer_and_text_comes_before_the_end() -> None:
     more = threading.Event()
 
