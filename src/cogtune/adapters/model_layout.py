@@ -16,12 +16,12 @@ from cogtune.language import tr
 from cogtune.processing.model_folder import (
     CHAT_TEMPLATE_NAME,
     PROCESSOR_NAME,
-    SENTENCEPIECE,
     TOKENIZER_FILES,
     find_tokenizer,
     write_config,
 )
 from cogtune.processing.processor import CogVLM2Processor
+from cogtune.processing.sentencepiece_file import FILE_NAME as SENTENCEPIECE
 
 PUBLISHED, TRANSFORMERS = "published", "transformers"
 _OWN_FILES = ("config.json", CHAT_TEMPLATE_NAME, PROCESSOR_NAME)
