@@ -10,7 +10,8 @@
     >>> cogtune.merge(adapter=result.adapter, output="merged")
 
 Functions: `load_config` reads a run's configuration, `plan` says what it takes, `train` fine-tunes, `evaluate` measures
-answers, `load_generator` gives a model that answers, and `merge` writes a full model; `load_rows` and `collate_rows`
+answers, `load_generator` gives a model that answers, `merge` writes a full model, and `export_adapter` a folder to give
+away; `load_rows` and `collate_rows`
 give a training's rows to a loop of one's own. Classes, to work with as with any of transformers': `CogVLM2ForCausalLM`
 (``from_pretrained`` also takes an adapter's folder), `CogVLM2Processor`, `CogVLM2Config`; and `RunConfig`, a whole
 configuration. ``help`` on each says more; docs/guides/python.md shows them at work.
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from cogtune.configuration.run_config import RunConfig
     from cogtune.data.training_rows import collate_rows, load_rows
     from cogtune.evaluate.run import evaluate
+    from cogtune.export.package import export_adapter
     from cogtune.generate.loading import load_generator
     from cogtune.model.modeling import CogVLM2ForCausalLM
     from cogtune.plan.ask import plan
@@ -47,6 +49,7 @@ __all__ = [
     "__version__",
     "collate_rows",
     "evaluate",
+    "export_adapter",
     "load_config",
     "load_generator",
     "load_rows",
@@ -61,6 +64,7 @@ _HOMES = {
     "CogVLM2Processor": "cogtune.processing.processor",
     "RunConfig": "cogtune.configuration.run_config",
     "collate_rows": "cogtune.data.training_rows",
+    "export_adapter": "cogtune.export.package",
     "load_config": "cogtune.configuration.load",
     "load_generator": "cogtune.generate.loading",
     "load_rows": "cogtune.data.training_rows",

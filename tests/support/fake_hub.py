@@ -20,7 +20,8 @@ from urllib.parse import unquote, urlsplit
 class FakeHub:
     """``break_after``: bytes after which each answer ends; ``stall_after``: or falls silent with the line open;
     ``ranges``: whether it can continue; ``lies``: path to the size the list claims; ``missing``: names it does not
-    know; ``status``: an error for every file; ``listing``: what it answers instead of a list."""
+    know; ``status``: an error for every file; ``listing``: what it answers instead of a list;
+    ``post_status``: an error for every push."""
 
     files: dict[str, bytes]
     break_after: int | None = None
@@ -31,6 +32,7 @@ class FakeHub:
     missing: tuple[str, ...] = ()
     status: int | None = None
     listing: object = None
+    post_status: int | None = None
     requests: list[tuple[str, str | None, str | None]] = field(default_factory=list)
     url: str = ""
     closing: threading.Event = field(default_factory=threading.Event)
@@ -68,7 +70,9 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
         def do_POST(self) -> None:
             path, sent = unquote(urlsplit(self.path).path), self.rfile.read(int(self.headers["Content-Length"]))
             hub.requests.append((path, None, self.headers.get("Authorization")))
-            if path.endswith("/create"):
+            if hub.post_status is not None:
+                self.send_error(hub.post_status)
+            elif path.endswith("/create"):
                 name = "{organization}/{name}".format(**json.loads(sent))
                 self._json({"url": f"{hub.url}/{name}", "name": name})
             elif "/preupload/" in path:

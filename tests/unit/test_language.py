@@ -67,6 +67,8 @@ ENGLISH = {
     "evaluate/report/pictures.py": r"<",
     "evaluate/report/sections.py": r"<",
     "evaluate/report/words.py": r"<",
+    "export/hub.py": r"^LoRA adapter, exported",
+    "export/package.py": r"^loss|training, last|validation|<rect",
     "features/ownership.py": r"[Ff]eatures? ",
     "plan/inference.py": r"^keys and values$",
     "plan/memory.py": r"",

@@ -41,7 +41,7 @@ def test_every_public_name_is_there_and_documented(name: str) -> None:
 
 def test_the_help_is_a_few_pages() -> None:
     text = pydoc.plain(pydoc.render_doc(cogtune))
-    assert len(text.split("\n")) < 150
+    assert len(text.split("\n")) < 170
     assert all(name in text for name in cogtune.__all__ if name != "__version__")
 
 

@@ -40,6 +40,7 @@ COMMANDS = {
     "compare": "report",
     "serve": "serve",
     "merge": "merge",
+    "export": "export",
     "data check": "data_check",
     "data preview": "data_preview",
     "data convert": "data_convert",
@@ -71,7 +72,6 @@ _MEANT = {
 
 _PLANNED = {
     "web": phrase("`cogtune chat` answers in the terminal"),
-    "export": phrase("`cogtune merge` writes a full model in the published layout"),
 }
 """Commands that do not exist yet, and what to use today."""
 
