@@ -21,6 +21,7 @@ from cogtune.model.kernels.slot_attention import slot_attention
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.rope import rotate
 from cogtune.model.slots import SlotCache, SlotView
+from cogtune.model.stacked_adapters import StackedAdapters
 
 pytestmark = pytest.mark.gpu
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
@@ -83,6 +84,37 @@ def test_products(dtype: torch.dtype, kind: int, rows: int, features: int, width
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rows", [1, 5, 16, 40])
+@pytest.mark.parametrize("count", [3, 16])
+def test_stacked_adapters(dtype: torch.dtype, rows: int, count: int) -> None:
+    """Each row gets its own adapter's update, and the base's product alone without one."""
+    torch.manual_seed(0)
+    features, width, each = 200, 512, 16
+    x, norm = torch.randn(rows, width, device="cuda").to(dtype), torch.rand(width, device="cuda").to(dtype)
+    (one, first), (two, second) = (
+        _weight(kernels.PLAIN, torch.randn(features, width, device="cuda").to(dtype) / 16) for _ in range(2)
+    )
+    small, small_wide = _weight(kernels.PLAIN, torch.randn(2 * count * each, width, device="cuda").to(dtype) / 16)
+    updates = [torch.randn(features, count * each, device="cuda").to(dtype) / 4 for _ in range(2)]
+    adapters = torch.arange(rows, device="cuda") % (count + 1) - 1 if rows > 1 else torch.tensor([1], device="cuda")
+    stack = kernels.Stack(adapters, count, each)
+    owner = torch.arange(2 * count * each, device="cuda") // each % count
+    wide = norm.double() * x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-5)
+    wanted_small = (wide @ small_wide.T) * (owner == adapters[:, None])
+    found_small = kernels.linear(x, small, norm=(norm, 1e-5), stack=stack)
+    assert _error(found_small, wanted_small) < TOLERANCE[dtype]
+    assert bool((found_small == 0)[wanted_small == 0].all())
+    smalls = found_small.split(count * each, dim=1)
+    added = [part.double() @ update.double().T for part, update in zip(smalls, updates, strict=True)]
+    plain, other = wide @ first.T + added[0], wide @ second.T + added[1]
+    pairs = tuple(zip(smalls, updates, strict=True))
+    found = kernels.linear(x, one, norm=(norm, 1e-5), updates=pairs[:1], stack=stack)
+    assert _error(found, plain) < TOLERANCE[dtype]
+    found = kernels.linear(x, one, norm=(norm, 1e-5), gated=two, updates=pairs, stack=stack)
+    assert _error(found, functional.silu(plain) * other) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("length", [0, 1, 63, 64, 255, 256, 257, 1000])
 def test_attention_over_slots(dtype: torch.dtype, length: int) -> None:
     """Every boundary of blocks and parts; slots that are not asked for stay as they were."""
@@ -135,6 +167,36 @@ def test_a_fused_step_is_the_eager_one(model: CogVLM2ForCausalLM) -> None:
     wanted = decode(model, cache, slots, tokens, positions, lengths)
     found = FusedDecode(model)(cache, slots, tokens, positions, lengths)
     assert _error(found, wanted) < 1e-5  # float32 sums in another order through all layers
+
+
+@pytest.mark.parametrize("rows", [(0,), (0, 2, 1)])
+def test_a_fused_step_with_several_adapters_is_the_eager_one(rows: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    wide = tiny_config(num_attention_heads=2, num_multi_query_heads=1)
+    model = CogVLM2ForCausalLM(wide).eval().to("cuda")
+    layers = {
+        name: module for name, module in model.named_modules() if "language_" in name and hasattr(module, "weight")
+    }
+    some = [dict(list(layers.items())[start:]) for start in (0, 3)]  # the second one has fewer layers
+    updates = {
+        f"{number}": {
+            name: (torch.randn(4, layer.in_features) / 8, torch.randn(layer.out_features, 4) / 8)
+            for name, layer in of_one.items()
+        }
+        for number, of_one in enumerate(some)
+    }
+    adapters = StackedAdapters(model, updates)
+    cache, filled = _filled(model, 3)
+    slots = torch.tensor(rows, device="cuda")
+    positions, lengths = (torch.tensor([filled[slot][i] for slot in rows], device="cuda") for i in (1, 2))
+    tokens = torch.tensor([5, 6, 7], device="cuda")[: len(rows)]
+    chosen = torch.tensor([1, -1, 0], device="cuda")[: len(rows)]
+    with adapters.rows(chosen):
+        wanted = decode(model, cache, slots, tokens, positions, lengths)
+        found = FusedDecode(model)(cache, slots, tokens, positions, lengths)
+    assert _error(found, wanted) < 1e-5  # float32 sums in another order through all layers
+    plain = decode(model, cache, slots, tokens, positions, lengths)
+    assert _error(plain[0], wanted[0]) > 1e-3
 
 
 def test_narrow_heads_are_left_to_the_modules() -> None:

@@ -83,6 +83,9 @@ def _wait(url: str, process: subprocess.Popen[str]) -> None:
         (("--api-key-file", "nowhere.txt"), "--api-key-file nowhere.txt"),
         (("--slots", "0"), "--slots"),
         (("--parallel.tensor", "2"), "not with --parallel.tensor"),
+        (("--adapter", "a=x", "--adapter", "y"), "--adapter y: several adapters have different names"),
+        (("--adapter", "a=x", "--adapter", "a=y"), "--adapter a=y: several adapters have different names"),
+        (("--adapter", "a=nowhere"), "nowhere: no such folder"),
     ],
 )
 def test_what_is_wrong_is_said_before_loading(

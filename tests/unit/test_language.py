@@ -76,6 +76,7 @@ ENGLISH = {
     "processing/prompt.py": r"Short answer:",
     "processing/sentencepiece_file.py": r"^Question: What|^The quick",
     "serve/app.py": r"",
+    "serve/metrics.py": r"",
     "serve/pictures.py": r"",
     "serve/protocol.py": r"",
     "serve/refusals.py": r"",

@@ -143,7 +143,7 @@ def load_adapter(
     adapter = read_adapter(folder)
     config = _lora_config(adapter, trainable=trainable)
     tensors = adapter.tensors()
-    _require_finite(adapter.folder, tensors)
+    require_finite(adapter.folder, tensors)
     _settle_base_copies(model, adapter, tensors, trainable=trainable)
     try:
         with _quiet():
@@ -172,7 +172,7 @@ def _misfit(adapter: AdapterFolder, error: Exception) -> AdapterError:
     )
 
 
-def _require_finite(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+def require_finite(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Refuse an adapter of NaN or infinite values: its answers would be nothing, without a word.
 
     Raises:

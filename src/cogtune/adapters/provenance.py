@@ -237,6 +237,34 @@ def _is_known_tokenizer(name: str) -> bool:
     return name == FIRST_TOKENIZER or Path(name).exists()
 
 
+def require_same_settings(config: AnswerConfig, folders: Mapping[str, Path]) -> None:
+    """Check that adapters that are used beside each other were trained with the same settings, but for those that the
+    user sets. One without ``cogtune.json`` has none.
+
+    Raises:
+        ConfigError: two differ. AdapterError: as `read_provenance` does.
+    """
+    given = explicit_values(config)
+    first: dict[str, tuple[str, Any]] = {}
+    for name, folder in folders.items():
+        provenance = read_provenance(folder)
+        for key, value in ({} if provenance is None else provenance.settings).items():
+            other, before = first.setdefault(key, (name, value))
+            if value != before and key not in given:
+                raise ConfigError(
+                    tr(
+                        "{key} is {before} for the adapter {other}, and {value} for {name}",
+                        key=key,
+                        before=_text(before),
+                        other=other,
+                        value=_text(value),
+                        name=name,
+                    ),
+                    hint=tr("set --{key} for all of them, or use them one at a time", key=key),
+                    code="config-contradiction",
+                )
+
+
 def changed_settings(provenance: Provenance) -> str:
     """Return its non-default settings, for a message."""
     plain = AnswerConfig().model_dump(mode="json")

@@ -226,7 +226,7 @@ def _loader(flags: _LoaderFlags, line: Arguments) -> None:
 
 def _load(flags: _LoadFlags, line: Arguments) -> None:
     from cogtune.bench.model_loading import run_modes
-    from cogtune.generate.loading import choose_device
+    from cogtune.generate.devices import choose_device
 
     names = [name for name in flags.modes.split(",") if name]
     device = str(choose_device(flags.device))
@@ -235,7 +235,7 @@ def _load(flags: _LoadFlags, line: Arguments) -> None:
 
 def _make_checkpoint(flags: _MakeFlags, line: Arguments) -> None:
     from cogtune.bench.checkpoint import make_checkpoint
-    from cogtune.generate.loading import choose_device
+    from cogtune.generate.devices import choose_device
 
     folder = Path(line.places[0])
     made = make_checkpoint(

@@ -31,6 +31,12 @@ Ctrl-C or SIGTERM finishes the answers under way and ends."""
 
 @dataclass(frozen=True)
 class _Flags:
+    adapter: tuple[str, ...] = flag(
+        (),
+        "Adapter folder, or a training's output folder. Several with names, NAME=DIR each, are served beside the base;"
+        " a request names one as its model.",
+        "[NAME=]DIR",
+    )
     host: str = flag("127.0.0.1", "Address to listen on.", "HOST")
     port: int = flag(8000, "Port to listen on.", "N", least=0)
     api_key_file: Path | None = flag(None, "File of API keys, one a line.", "PATH")
@@ -47,7 +53,8 @@ class _Flags:
 def _serve(flags: _Flags, line: Arguments) -> None:
     from cogtune.configuration.load import load_answer_config
 
-    config = load_answer_config(line.config, line.overrides)
+    alone, named = _adapters(flags.adapter)
+    config = load_answer_config(line.config, line.overrides | alone)
     keys = _keys(flags)
     _check(config, flags, keys)
 
@@ -57,12 +64,20 @@ def _serve(flags: _Flags, line: Arguments) -> None:
     from cogtune.generate.loading import resolve
     from cogtune.serve.app import make_app
 
-    resolved = resolve(config, rows=flags.slots, columns=flags.columns)
+    resolved = resolve(config, rows=flags.slots, columns=flags.columns, adapters=named)
     config = resolved.config
+    name = flags.name or Path(resolved.adapter or resolved.model).expanduser().resolve().name
+    if name in named:
+        raise ConfigError(
+            tr("the model and an adapter are both named {name}", name=name),
+            hint=tr("give the model another one with --name"),
+            code="config-value",
+        )
     generator = load(resolved)
     columns = min(flags.columns, generator.processor.config.most_tokens)
-    engine = InferenceEngine(generator.model, generator.processor, slots=flags.slots, columns=columns)
-    name = flags.name or Path(resolved.adapter or resolved.model).expanduser().resolve().name
+    engine = InferenceEngine(
+        generator.model, generator.processor, slots=flags.slots, columns=columns, adapters=generator.adapters
+    )
     app = make_app(engine, _options(config, flags, keys, generator, name))
     note(
         tr(
@@ -106,10 +121,28 @@ def _options(
         seconds=flags.timeout,
         body_bytes=body,
         keys=keys,
+        adapters=() if generator.adapters is None else generator.adapters.names,
         pictures=PictureLimits(
             pixels=pixels, bytes=body, hosts=hosts, exif=config.data.exif, bit_depth=config.data.bit_depth
         ),
     )
+
+
+def _adapters(given: tuple[str, ...]) -> tuple[dict[str, list[str]], dict[str, Path]]:
+    """Return ``--adapter`` as a configuration value if it is one folder, and the named folders."""
+    if len(given) == 1 and (Path(given[0]).expanduser().is_dir() or "=" not in given[0]):
+        return {"generate.adapter": [given[0]]}, {}
+    named: dict[str, Path] = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not equals or not name or not folder or name in named:
+            raise ConfigError(
+                tr("--adapter {text}: several adapters have different names", text=text),
+                hint=tr("write --adapter NAME=DIR for each"),
+                code="config-value",
+            )
+        named[name] = Path(folder)
+    return {}, named
 
 
 def _keys(flags: _Flags) -> tuple[str, ...]:
@@ -175,6 +208,7 @@ COMMANDS = (
         about=_ABOUT,
         examples=(
             "cogtune serve --model BASE --adapter OUT",
+            "cogtune serve --model BASE --adapter cats=OUT1 --adapter dogs=OUT2",
             "cogtune serve --adapter OUT --quant.experts nf4 --slots 4",
             "cogtune serve --adapter OUT --host 0.0.0.0 --api-key-file keys.txt",
         ),
@@ -184,6 +218,6 @@ COMMANDS = (
         keys="answer",
         counted=(*MODEL_KEYS, *DECODING_KEYS, "data.exif", "data.bit_depth", "data.max_pixels"),
         strict=True,
-        most_used=("model.path", "generate.adapter", "generate.device", "quant.experts", "generate.max_new_tokens"),
+        most_used=("model.path", "generate.device", "quant.experts", "generate.max_new_tokens"),
     ),
 )

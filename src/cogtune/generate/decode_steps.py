@@ -1,8 +1,8 @@
 """Decode steps with their state on the device, as CUDA graphs on a GPU.
 
-For every slot the device holds the newest token, its position, the slot's length and the sampling settings. A step
-reads them, decodes, samples and writes them back; the host only says which slots take part. One graph per power-of-two
-number of rows is captured on first use. Rows that pad a graph use a spare slot that holds no request.
+For every slot the device holds the newest token, its position, the slot's length, its adapter and the sampling
+settings. A step reads them, decodes, samples and writes them back; the host only says which slots take part. One graph
+per power-of-two number of rows is captured on first use. Rows that pad a graph use a spare slot that holds no request.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from cogtune.generate.sampling import SamplingRows, choose
 from cogtune.model.decode import decode
 from cogtune.model.kernels import kernel_available
 from cogtune.model.slots import SlotCache
+from cogtune.model.stacked_adapters import NONE, StackedAdapters
 
 
 class DecodeSteps:
@@ -25,10 +26,12 @@ class DecodeSteps:
     _token: torch.Tensor
     _position: torch.Tensor
     _length: torch.Tensor
+    _adapter: torch.Tensor
     _sampling: SamplingRows
 
-    def __init__(self, model: Any, cache: SlotCache, *, graphs: bool) -> None:
+    def __init__(self, model: Any, cache: SlotCache, *, graphs: bool, adapters: StackedAdapters | None = None) -> None:
         self._model = model
+        self._adapters = adapters
         self._fused = _fused(model) if graphs else None
         self._host_lengths: list[int] = []
         self.use(cache)
@@ -36,36 +39,45 @@ class DecodeSteps:
     def use(self, cache: SlotCache) -> None:
         """Switch to another cache, at least as large, that starts with the content of the last one."""
         rows, device = cache.slots + 1, cache.keys.device  # the last row is the spare slot that pads a graph
-        kinds = (torch.int64,) * 3 + (torch.float32,) * 2 + (torch.int64,) * 3
+        kinds = (torch.int64,) * 4 + (torch.float32,) * 2 + (torch.int64,) * 3
         state = [torch.zeros(rows, dtype=kind, device=device) for kind in kinds]
         if self._host_lengths:
             sampling = self._sampling
             before = (
-                self._token, self._position, self._length, sampling.temperature, sampling.top_p, sampling.top_k,
-                sampling.seed, sampling.step,
+                self._token, self._position, self._length, self._adapter, sampling.temperature, sampling.top_p,
+                sampling.top_k, sampling.seed, sampling.step,
             )  # fmt: skip
             for new, old in zip(state, before, strict=True):
                 new[: old.shape[0] - 1] = old[:-1]
         self._cache = cache
-        self._token, self._position, self._length = state[:3]
-        self._sampling = SamplingRows(*state[3:])
+        self._token, self._position, self._length, self._adapter = state[:4]
+        self._adapter[-1] = NONE
+        self._sampling = SamplingRows(*state[4:])
         self._host_lengths += [0] * (cache.slots - len(self._host_lengths))
         self._recorded: dict[tuple[int, bool], _Recorded] = {}
         self._memory: Any = None
 
     def begin(
-        self, slot: int, logits_V: torch.Tensor, position: int, length: int, decoding: Decoding, seed: int
+        self,
+        slot: int,
+        logits_V: torch.Tensor,
+        position: int,
+        length: int,
+        decoding: Decoding,
+        seed: int,
+        adapter: int = NONE,
     ) -> torch.Tensor:
         """Start a prefilled slot: sample its first token [1] and store its decoding state."""
         device = self._token.device
         temperature = decoding.temperature if decoding.sample else 0.0
-        whole = torch.tensor([position, length, decoding.top_k, seed, 0]).to(device, non_blocking=True)
+        whole = torch.tensor([position, length, decoding.top_k, seed, 0, adapter]).to(device, non_blocking=True)
         parts = torch.tensor([temperature, decoding.top_p]).to(device, non_blocking=True)
         rows = SamplingRows(parts[:1], parts[1:], whole[2:3], whole[3:4], whole[4:5])
         token = choose(logits_V[None], rows if decoding.sample else None)
         self._host_lengths[slot] = length
         where = slice(slot, slot + 1)
         self._token[where], self._position[where], self._length[where] = token, whole[0:1], whole[1:2]
+        self._adapter[where] = whole[5:6]
         state = self._sampling
         state.temperature[where], state.top_p[where], state.top_k[where] = rows.temperature, rows.top_p, rows.top_k
         state.seed[where], state.step[where] = rows.seed, rows.step + 1
@@ -107,6 +119,12 @@ class DecodeSteps:
         return _Recorded(graph, slots, tokens)
 
     def _computed(self, slots_R: torch.Tensor, columns: int | None, sample: bool) -> torch.Tensor:
+        if self._adapters is None:
+            return self._chosen(slots_R, columns, sample)
+        with self._adapters.rows(self._adapter[slots_R]):
+            return self._chosen(slots_R, columns, sample)
+
+    def _chosen(self, slots_R: torch.Tensor, columns: int | None, sample: bool) -> torch.Tensor:
         tokens, positions, lengths = self._token[slots_R], self._position[slots_R], self._length[slots_R]
         if self._fused is not None:
             logits = self._fused(self._cache, slots_R, tokens, positions, lengths)

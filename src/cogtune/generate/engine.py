@@ -24,15 +24,14 @@ from cogtune.generate.at_exit import end_at_exit
 from cogtune.generate.choices import ChoiceScores, ClosedQuestion, score_choices
 from cogtune.generate.decode_steps import DecodeSteps
 from cogtune.generate.picture_cache import PictureCache, default_budget, image_digest
+from cogtune.generate.prefill import Prefill
 from cogtune.generate.requests import AnswerText, Listener, Pending, Request, Shown
 from cogtune.language import tr
-from cogtune.model.decode import prefill
-from cogtune.model.routing import row_positions
-from cogtune.model.slots import Prefix, SlotCache, SlotView
+from cogtune.model.slots import SlotCache
+from cogtune.model.stacked_adapters import StackedAdapters
 from cogtune.processing.processor import CogVLM2Processor
 
 _IDLE = 5.0  # idle seconds after which the thread ends
-_AT_ONCE = 24  # most images of one forward pass of the tower: a clip's
 _COLUMNS = 512  # slots grow by this many columns
 Result = TypeVar("Result")
 
@@ -71,6 +70,7 @@ class InferenceEngine:
         picture_budget: bytes for what is kept of pictures. None: a quarter of what is free on a GPU now, 1 GiB
             elsewhere.
         graphs: replay decode steps as CUDA graphs. None: on a GPU.
+        adapters: in place on ``model``; each request names one or none. What is kept of a picture is kept for each.
     """
 
     def __init__(
@@ -82,7 +82,9 @@ class InferenceEngine:
         columns: int | None = None,
         picture_budget: int | None = None,
         graphs: bool | None = None,
+        adapters: StackedAdapters | None = None,
     ) -> None:
+        self.adapters = adapters
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.processor = processor
         self.model.eval()
@@ -94,6 +96,7 @@ class InferenceEngine:
         self._graphs = device.type == "cuda" if graphs is None else graphs
         self._steps: DecodeSteps | None = None
         self.pictures = PictureCache(default_budget(device) if picture_budget is None else picture_budget)
+        self.prefill = Prefill(self.model, processor, self.pictures, adapters)
         self._free: list[int] = []
         self._active: list[_Active] = []
         self._flights: deque[_Flight] = deque()
@@ -115,6 +118,7 @@ class InferenceEngine:
             InputError: prompt and answer do not fit in a slot, or tokens and picture do not go together.
             RunError: the engine is closed.
         """
+        self.prefill.adapter(request.adapter)
         length = len(request.encoded)
         if length + request.decoding.max_new_tokens > self.columns:
             raise InputError(
@@ -146,18 +150,24 @@ class InferenceEngine:
         return pending
 
     def score(
-        self, images: Sequence[Shown], questions: Sequence[ClosedQuestion], template: str | None = None
+        self,
+        images: Sequence[Shown],
+        questions: Sequence[ClosedQuestion],
+        template: str | None = None,
+        adapter: str | None = None,
     ) -> list[ChoiceScores]:
         """Return the score of each choice of each closed question about the same images; see `generate.choices`.
 
         Raises:
-            InputError: no choices, equal ones, or more tokens than fit.
+            InputError: no choices, equal ones, more tokens than fit, or no such adapter.
         """
+        index = self.prefill.adapter(adapter)
         keys = [image_digest(image) for image in images]
 
         def work() -> list[ChoiceScores]:
-            features = self._features(images, keys)
-            return score_choices(self.model, self.processor.encoder, questions, features, template)
+            with self.prefill.using(index):
+                features = self.prefill.features(images, keys, index)
+                return score_choices(self.model, self.processor.encoder, questions, features, template)
 
         return self.run(work)
 
@@ -285,8 +295,9 @@ class InferenceEngine:
             text = AnswerText(self.processor, pending.request.stop)
             row = _Active(pending, self._free.pop(), text, decoding.max_new_tokens)
             self._active.append(row)
-            logits, position, length = self._prefill(pending.request, cache, row.slot)
-            first = steps.begin(row.slot, logits, position, length, decoding, pending.request.seed)
+            adapter = self.prefill.adapter(pending.request.adapter)
+            logits, position, length = self.prefill.fill(pending.request, cache, row.slot, adapter)
+            first = steps.begin(row.slot, logits, position, length, decoding, pending.request.seed, adapter)
         except BaseException as error:
             if row is None:
                 pending.end(None, _explained(error, 1))
@@ -300,7 +311,7 @@ class InferenceEngine:
         columns = min(-(-columns // _COLUMNS) * _COLUMNS, self.columns)
         if self._cache is None or self._steps is None:
             self._cache = SlotCache(self.model.config, 1, columns, self.model.dtype, self.model.device)
-            self._steps = DecodeSteps(self.model, self._cache, graphs=self._graphs)
+            self._steps = DecodeSteps(self.model, self._cache, graphs=self._graphs, adapters=self.adapters)
             self._free = [0]
         elif not self._free or columns > self._cache.columns:
             before = self._cache.slots
@@ -352,47 +363,6 @@ class InferenceEngine:
             if error is None:
                 row.pending.push(row.text.finish())
             row.pending.end(reason, error)
-
-    def _prefill(self, request: Request, cache: SlotCache, slot: int) -> tuple[torch.Tensor, int, int]:
-        """Prefill a slot with a prompt, copying the prefix of a known picture.
-
-        Returns logits, next position and length.
-        """
-        ids = torch.tensor([request.encoded.input_ids])
-        types = torch.tensor([request.encoded.token_type_ids])
-        view = SlotView(cache, slot)
-        if not request.images:
-            logits, position = prefill(self.model, view, ids, types)
-            return logits, position, view.length
-        assert request.image_keys is not None
-        beginning = int(types[0].nonzero().max()) + 1  # up to the end of the last image
-        words = tuple(ids[0, :beginning][types[0, :beginning] == 0].tolist())
-        key = ("prefix", request.image_keys, words)
-        kept = self.pictures.get(key)
-        if isinstance(kept, Prefix):
-            cache.put(slot, kept)
-            view.advance(kept.columns)
-        else:
-            features = self._features(request.images, request.image_keys)
-            prefill(self.model, view, ids[:, :beginning], types[:, :beginning], features)
-            self.pictures.put(key, cache.copy_out(slot, beginning))
-        start = int(row_positions(types[:, :beginning], None).max()) + 1
-        logits, position = prefill(self.model, view, ids[:, beginning:], types[:, beginning:], start=start)
-        return logits, position, view.length
-
-    def _features(self, images: Sequence[Shown], keys: Sequence[bytes]) -> torch.Tensor | None:
-        """Return the tower's output [N, grid * grid, width], or None without images."""
-        if not images:
-            return None
-        kept = {key: self.pictures.get(("features", key)) for key in keys}
-        new = {key: image for image, key in zip(images, keys, strict=True) if not isinstance(kept[key], torch.Tensor)}
-        for start in range(0, len(new), _AT_ONCE):
-            some = list(new)[start : start + _AT_ONCE]
-            pixels = torch.cat([self.processor.pixels(new[key]) for key in some])
-            for key, one in zip(some, self.model.model.encode_images(pixels.to(self.model.device)), strict=True):
-                kept[key] = one[None]
-                self.pictures.put(("features", key), one[None])
-        return torch.cat([kept[key] for key in keys])  # type: ignore[misc]
 
 
 def _end_tokens(model: Any) -> frozenset[int]:

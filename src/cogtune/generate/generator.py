@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from cogtune.generate.engine import InferenceEngine
 from cogtune.generate.history import Turns
 from cogtune.generate.requests import Request, Shown
 from cogtune.generate.stream import Answer
+from cogtune.model.stacked_adapters import StackedAdapters
 from cogtune.processing.clip import is_clip, refuse_picture
 from cogtune.processing.encode import Encoded
 from cogtune.processing.image import read_image
@@ -55,6 +57,7 @@ class Generator:
         bit_depth: ``scale`` brings pictures with more than 8 bits a channel into range; see `read_image`.
         max_pixels: files of larger pictures are refused; None: Pillow's own limit.
         slots: the most answers that are computed at once.
+        adapters: several in place on ``model`` beside each other; see `with_adapter`.
 
     Attributes:
         queue_ahead: how many questions it pays to have under way, in multiples of ``slots``.
@@ -73,6 +76,7 @@ class Generator:
         bit_depth: str = "clip",
         max_pixels: int | None = None,
         slots: int = 8,
+        adapters: StackedAdapters | None = None,
     ) -> None:
         # peft injects its layers into the base model; its own generate() would only forward the call
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -85,6 +89,8 @@ class Generator:
         self._earlier: dict[tuple[str, int, int], Image.Image] = {}
         self.published: GenerationConfig = self.model.generation_config
         self.slots = slots
+        self.adapters = adapters
+        self._adapter: str | None = None
         self._engine: InferenceEngine | None = None
 
     @property
@@ -119,8 +125,21 @@ class Generator:
     def engine(self) -> InferenceEngine:
         """The engine, created on first use."""
         if self._engine is None:
-            self._engine = InferenceEngine(self.model, self.processor, slots=self.slots)
+            self._engine = InferenceEngine(self.model, self.processor, slots=self.slots, adapters=self.adapters)
         return self._engine
+
+    def with_adapter(self, name: str | None) -> Generator:
+        """Return a generator that answers with one of the ``adapters``; None: with the base model.
+
+        Both share one engine, so their answers are computed together.
+
+        Raises:
+            InputError: there is no such adapter.
+        """
+        self.engine.prefill.adapter(name)
+        found = copy(self)
+        found._adapter = name
+        return found
 
     def answer_batch(
         self,
@@ -166,7 +185,7 @@ class Generator:
             InputError, DataError: as for `answer`.
         """
         encoded, images, wanted = self._asked(ask, decoding)
-        return self.engine.submit(Request(encoded, images, wanted, seed))
+        return self.engine.submit(Request(encoded, images, wanted, seed, adapter=self._adapter))
 
     def score(self, images: Images, questions: Sequence[ClosedQuestion]) -> list[ChoiceScores]:
         """Return the score of each given answer to each question about the same images; see `generate.choices`.
@@ -175,7 +194,7 @@ class Generator:
             InputError: no choices, equal ones, or more tokens than fit. DataError: a file that cannot be read.
         """
         with self._reading():
-            return self.engine.score(self._shown(images), questions, self.template)
+            return self.engine.score(self._shown(images), questions, self.template, self._adapter)
 
     def _asked(
         self, ask: Ask | tuple[Images, str], decoding: Decoding | None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 
 from cogtune.adapters.adapter_folder import adapter_shapes, find_adapter, find_base
 from cogtune.adapters.attach import load_adapter
-from cogtune.adapters.provenance import inherit
+from cogtune.adapters.provenance import inherit, require_same_settings
+from cogtune.adapters.stacking import stack_adapters
 from cogtune.adapters.tensor_parallel import split_adapter
 from cogtune.checkpoint.load import load_model
 from cogtune.checkpoint.model_files import load_model_config, reading_rules
@@ -21,19 +22,18 @@ from cogtune.checkpoint.quantize import require_packages
 from cogtune.configuration.answer_config import AnswerConfig
 from cogtune.configuration.engine_rules import check_tensor
 from cogtune.configuration.load import explicit_values, load_answer_config
-from cogtune.configuration.model import CogVLM2Config
-from cogtune.configuration.quantization import QuantSection
 from cogtune.configuration.resolve import check_formats, torch_dtype
 from cogtune.distributed import environment
 from cogtune.distributed.group import TensorGroup
-from cogtune.errors import ConfigError, SetupError
+from cogtune.errors import ConfigError
 from cogtune.generate.decoding import Decoding
-from cogtune.generate.fit import candidates, explained_loading, fit, free_memory, parameters, supported
+from cogtune.generate.devices import choose_devices, map_for, spread
+from cogtune.generate.fit import explained_loading, fit, free_memory, parameters, supported
 from cogtune.generate.generator import Generator
 from cogtune.generate.tensor_parallel import TensorParallelGenerator, check_launched, start
 from cogtune.generate.transformers_generator import TransformersGenerator
 from cogtune.language import tr
-from cogtune.model.device_map import DeviceMap, plan_device_map
+from cogtune.model.device_map import DeviceMap
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.tensor_parallel import SplitModel, check_sizes
 from cogtune.plan.sizes import ModelSizes
@@ -42,7 +42,7 @@ from cogtune.processing.frames import Sampling
 from cogtune.processing.image import read_image
 from cogtune.processing.processor import CogVLM2Processor
 from cogtune.system.byte_sizes import format_size
-from cogtune.system.gpu import gpu_of, own_device
+from cogtune.system.gpu import gpu_of
 
 _SAID_EVERY = 15
 """Seconds between lines about a model that loads."""
@@ -74,6 +74,7 @@ class Resolved:
         model, adapter: the base's folder or hub id, and the adapter's folder.
         device: the model's device, or the first of several.
         others: further devices for decoder layers; ``cpu``, the last, holds weights that are offloaded.
+        adapters: several folders by name, in place of ``adapter``.
     """
 
     config: AnswerConfig
@@ -83,6 +84,7 @@ class Resolved:
     device: torch.device
     others: tuple[torch.device, ...] = ()
     notes: tuple[str, ...] = ()
+    adapters: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def tensor(self) -> int:
@@ -99,6 +101,7 @@ def load_generator(
     model: str | Path | None = None,
     *,
     adapter: str | Path | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
     keys: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Generator:
@@ -112,6 +115,8 @@ def load_generator(
     Args:
         model: the base's folder, or its name on the hub; None: the one the adapter names.
         adapter: an adapter's folder, or the output folder of a training.
+        adapters: several of them by name, beside each other on one base: `Generator.with_adapter` chooses. They are
+            plain LoRA.
         keys: values of the configuration keys and short flags that ``cogtune chat`` takes, such as
             ``{"device": "cuda:1", "model.dtype": "float16", "quant.experts": "nf4"}``. Those that say how the next
             token is chosen (``temperature``, ``max-new-tokens``) hold for every call that names no other.
@@ -131,10 +136,16 @@ def load_generator(
                 hint=tr("it takes keys that begin with {generator_keys}", generator_keys=", ".join(GENERATOR_KEYS)),
                 code="config-unknown-key",
             )
-    return load_resolved(resolve(config), progress)
+    return load_resolved(resolve(config, adapters=adapters), progress)
 
 
-def resolve(config: AnswerConfig, *, rows: int | None = None, columns: int | None = None) -> Resolved:
+def resolve(
+    config: AnswerConfig,
+    *,
+    rows: int | None = None,
+    columns: int | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
+) -> Resolved:
     """Resolve defaults before anything is loaded.
 
     Without ``model.path``, the base is the one that the adapter names. A run's output folder stands for its adapter.
@@ -142,21 +153,31 @@ def resolve(config: AnswerConfig, *, rows: int | None = None, columns: int | Non
     Args:
         rows: questions answered at once, which memory is planned for; None: ``generate.batch_size`` with data, else 1.
         columns: most tokens of a prompt with its answer; None: those of an example with one picture.
+        adapters: several beside each other, by name.
 
     Raises:
         AdapterError, ConfigError, SetupError: what is missing or incompatible.
     """
     adapter = None if config.generate.adapter is None else find_adapter(config.generate.adapter)
+    named = {name: find_adapter(folder) for name, folder in (adapters or {}).items()}
+    if adapter is not None and named:
+        raise ConfigError(
+            tr("one adapter without a name and others with one"),
+            hint=tr("give each a name, or one alone"),
+            code="config-combination",
+        )
+    folders = list(named.values()) if adapter is None else [adapter]
     model = config.model.path
     if model is None:
-        if adapter is None:
+        if not folders:
             raise ConfigError(
                 tr("no model given"), hint=tr("give --model BASE, --adapter DIR, or both"), code="config-missing"
             )
-        model = find_base(adapter)
+        model = find_base(folders[0])
     tensor, name = config.parallel.tensor, config.generate.device
     given = frozenset(explicit_values(config))
-    config, notes = inherit(config, adapter or Path(model).expanduser(), formats=tensor == 1)
+    require_same_settings(config, named)
+    config, notes = inherit(config, folders[0] if folders else Path(model).expanduser(), formats=tensor == 1)
     if tensor > 1:
         check_tensor(config.quant, tensor)
     check_launched(tensor)
@@ -167,23 +188,29 @@ def resolve(config: AnswerConfig, *, rows: int | None = None, columns: int | Non
             hint=tr("leave one of the two out"),
             code="config-combination",
         )
+    if named and (tensor > 1 or others):
+        raise ConfigError(
+            tr("several adapters beside each other need the whole model on one device"),
+            hint=tr("name one --device, without --parallel.tensor"),
+            code="config-combination",
+        )
     if tensor > 1:
         check_sizes(load_model_config(model), tensor)
     dtype = torch_dtype(config.model.dtype, device)
     if tensor == 1:
         if rows is None:
             rows = config.generate.batch_size if config.data.path else 1
-        config, more = _fitted(config, model, adapter, dtype, (device, *others), given, rows, columns)
+        config, more = _fitted(config, model, folders, dtype, (device, *others), given, rows, columns)
         notes += more
     require_packages(config.quant)
     check_formats(config.quant, gpu_of(device))
-    return Resolved(config, model, adapter, dtype, device, tuple(others), tuple(notes))
+    return Resolved(config, model, adapter, dtype, device, tuple(others), tuple(notes), named)
 
 
 def _fitted(
     config: AnswerConfig,
     model: str,
-    adapter: Path | None,
+    adapters: Sequence[Path],
     dtype: torch.dtype,
     devices: tuple[torch.device, ...],
     given: frozenset[str],
@@ -194,7 +221,7 @@ def _fitted(
     quant, lines = supported(config.quant, gpu_of(devices[0]), given)
     free = free_memory(devices[0])
     if len(devices) > 1:
-        quant, more = _spread(load_model_config(model), quant, dtype, devices, given)
+        quant, more = spread(load_model_config(model), quant, dtype, devices, given)
         lines += more
     elif free is not None:
         quant, more = fit(
@@ -203,49 +230,12 @@ def _fitted(
             str(dtype).removeprefix("torch."),
             free=free,
             given=given,
-            adapter=0 if adapter is None else parameters(adapter_shapes(adapter)),
+            adapter=sum(parameters(adapter_shapes(adapter)) for adapter in adapters),
             rows=rows,
             columns=columns,
         )
         lines += more
     return config.model_copy(update={"quant": quant}), lines
-
-
-def _spread(
-    config: CogVLM2Config,
-    quant: QuantSection,
-    dtype: torch.dtype,
-    devices: tuple[torch.device, ...],
-    given: frozenset[str],
-) -> tuple[QuantSection, list[str]]:
-    """Return ``quant`` or the nearest formats with which the layers fit on several GPUs, and notes for the user.
-
-    With host memory as the last device everything fits, in the model's own format alone. What fits nowhere is an error
-    when it is loaded, with the sizes.
-    """
-    if _fits(config, quant, dtype, devices):
-        return quant, []
-    for found, changed in candidates(quant, given):
-        if _fits(config, found, dtype, devices):
-            names = ", ".join(changed)
-            return found, [tr("the model does not fit on these devices in its formats: taking {names}", names=names)]
-    return quant, []
-
-
-def _fits(config: CogVLM2Config, quant: QuantSection, dtype: torch.dtype, devices: tuple[torch.device, ...]) -> bool:
-    try:
-        _map_for(config, quant, dtype, devices)
-    except SetupError:
-        return False
-    return True
-
-
-def _map_for(
-    config: CogVLM2Config, quant: QuantSection, dtype: torch.dtype, devices: tuple[torch.device, ...]
-) -> DeviceMap:
-    cards = [device for device in devices if device.type == "cuda"]
-    free = [(card, free_memory(card) or 0) for card in cards]
-    return plan_device_map(config, free, host=len(cards) < len(devices), dtype=dtype, quantization=quant)
 
 
 def load_resolved(choice: Resolved, progress: Callable[[str], None] = lambda line: None) -> Generator:
@@ -279,6 +269,10 @@ def load_resolved(choice: Resolved, progress: Callable[[str], None] = lambda lin
         if choice.adapter is not None:
             progress(tr("with the adapter in {adapter}", adapter=choice.adapter))
             model = load_adapter(model, choice.adapter)
+        if choice.adapters:
+            progress(tr("with the adapters {names}", names=tr(", ").join(choice.adapters)))
+            adapters = stack_adapters(model, choice.adapters)
+            return Generator(model, processor, **_default_decoding(choice), adapters=adapters)
         kind = Generator if device_map is None else TransformersGenerator
         return kind(model, processor, **_default_decoding(choice))
 
@@ -344,7 +338,7 @@ def _device_map(choice: Resolved) -> DeviceMap | None:
     if not choice.others:
         return None
     devices = (choice.device, *choice.others)
-    return _map_for(load_model_config(choice.model), choice.config.quant, choice.dtype, devices)
+    return map_for(load_model_config(choice.model), choice.config.quant, choice.dtype, devices)
 
 
 def _load_part(choice: Resolved, group: TensorGroup, progress: Callable[[str], None]) -> TensorParallelGenerator:
@@ -388,55 +382,3 @@ def dismiss(choice: Resolved) -> None:
     """Tell the other ranks that rank 0 has nothing to do, so that they need not load."""
     if choice.tensor > 1:
         start(choice.device, needed=False)
-
-
-def choose_devices(name: str) -> list[torch.device]:
-    """Parse devices: one as in `choose_device`, ``all`` GPUs, or GPUs joined by commas, optionally with ``cpu`` last
-    for layers offloaded to host memory.
-
-    Raises:
-        ConfigError: not such a list.
-        SetupError: a device does not exist.
-    """
-    if name == "all":
-        cards = [torch.device(f"cuda:{number}") for number in range(torch.cuda.device_count())]
-        return cards or [choose_device("cuda")]
-    devices = [choose_device(part.strip()) for part in name.split(",")]
-    if len(devices) > 1:
-        cards = [torch.device("cuda", device.index or 0) for device in devices if device.type == "cuda"]
-        if not cards or len(set(cards)) < len(cards) or any(d.type != "cuda" for d in devices[:-1]):
-            raise ConfigError(
-                tr("--device {name}: several devices are different GPUs, and behind them cpu or nothing", name=name),
-                hint=tr("for example cuda:0,cuda:1 or cuda:0,cpu"),
-                code="config-value",
-            )
-        return [*cards, *devices[len(cards) :]]
-    return devices
-
-
-def choose_device(name: str) -> torch.device:
-    """Parse ``auto`` (the first GPU, or under a launcher this process's), ``cpu``, ``cuda``, ``cuda:1``...
-
-    Raises:
-        ConfigError: not a device.
-        SetupError: the device does not exist.
-    """
-    if name == "auto":
-        return own_device(environment.local_rank() if environment.world_size() > 1 else 0)
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        hint = tr("it is auto, cpu, cuda or cuda:N")
-        raise ConfigError(tr("--device {name}: not a device", name=name), hint=hint, code="config-value") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise SetupError(
-            tr(
-                "--device {name}: {device_count} GPUs are visible to PyTorch {version}",
-                name=name,
-                device_count=torch.cuda.device_count(),
-                version=torch.__version__,
-            ),
-            hint=tr("use --device cpu, or install PyTorch for your GPU"),
-            code="no-device",
-        )
-    return device

@@ -31,6 +31,7 @@ class Request:
         seed: random seed if ``decoding`` samples. The draws do not depend on what else is being answered.
         stop: texts that end the answer; they are not part of it.
         image_keys: equal for equal images; None: digests of the pixels, computed by `submit`.
+        adapter: name of one of the engine's adapters; None: the model without them.
     """
 
     encoded: Encoded
@@ -39,6 +40,7 @@ class Request:
     seed: int = 0
     stop: tuple[str, ...] = ()
     image_keys: tuple[bytes, ...] | None = None
+    adapter: str | None = None
 
 
 class Pending(Answer):

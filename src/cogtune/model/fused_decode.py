@@ -22,6 +22,7 @@ from cogtune.model.modeling import CogVLM2ForCausalLM, RMSNorm
 from cogtune.model.quantized.fp8 import Fp8Linear
 from cogtune.model.quantized.host_embedding import HostEmbedding
 from cogtune.model.slots import SlotCache
+from cogtune.model.stacked_adapters import StackedLinear
 
 
 def weight_of(layer: Any) -> kernels.Weight | None:
@@ -62,11 +63,13 @@ class Projection:
 
     def __init__(self, dtype: torch.dtype, *modules: Any) -> None:
         self.modules = modules
-        bases = [module.get_base_layer() if isinstance(module, LoraLayer) else module for module in modules]
-        self.weights = [weight_of(base) for base in bases]
+        self.weights = [weight_of(_base_of(module)) for module in modules]
         if not all(_is_plain(module) for module in modules):
             self.weights = [None]
-        self.first, self.seconds = _updates(modules, dtype)
+        self.stacks = _stacks(modules)
+        self.first: kernels.Weight | None
+        self.seconds: list[torch.Tensor]
+        self.first, self.seconds = _updates(modules, dtype) if self.stacks is None else self.stacks.matrices
 
     @property
     def most_rows(self) -> int:
@@ -79,7 +82,9 @@ class Projection:
             return 0
         if kernels.NF4 in kinds:
             return 1
-        return kernels.MOST_GATED_ROWS if kinds == [kernels.PLAIN] * 2 else kernels.MOST_ROWS
+        # with updates, library kernels would need three launches more
+        many = set(kinds) == {kernels.PLAIN} and (len(kinds) == 2 or self.stacks is not None)
+        return kernels.MOST_GATED_ROWS if many else kernels.MOST_ROWS
 
     def __call__(self, x: torch.Tensor, *, norm: Any = None, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Map [R, I] to [R, O]; two products give silu(first) * second.
@@ -93,11 +98,13 @@ class Projection:
         assert weight is not None
         before = None if norm is None else (norm.weight, norm.eps)
         updates: Any = None
+        stack = None if self.stacks is None else self.stacks.of_rows()
         if self.first is not None:
-            small = kernels.linear(x, self.first, norm=before)
-            updates = tuple((small, second) for second in self.seconds)
+            small = kernels.linear(x, self.first, norm=before, stack=stack)
+            smalls = [small] * len(self.seconds) if stack is None else small.split(stack.n * stack.each, dim=1)
+            updates = tuple(zip(smalls, self.seconds, strict=True))
         return kernels.linear(
-            x, weight, norm=before, gated=gated[0] if gated else None, residual=residual, updates=updates
+            x, weight, norm=before, gated=gated[0] if gated else None, residual=residual, updates=updates, stack=stack
         )
 
     def _by_modules(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
@@ -105,6 +112,39 @@ class Projection:
         if len(self.modules) == 2:
             found = kernels.silu_product(found, self.modules[1](x))
         return found if residual is None else residual + found
+
+
+def _base_of(module: Any) -> Any:
+    if isinstance(module, StackedLinear):
+        return module.base_layer
+    return module.get_base_layer() if isinstance(module, LoraLayer) else module
+
+
+class _Stacks:
+    """Stacked adapters of the layers of a product: `Projection.first` and ``seconds``, and whose ranks they are."""
+
+    def __init__(self, modules: Sequence[Any], like: StackedLinear) -> None:
+        self._selection, self._each, self._n = like.selection, like.padded, len(like.ranks)
+        width = self._n * self._each
+        firsts: list[torch.Tensor] = []
+        seconds: list[torch.Tensor] = []
+        for module in modules:  # a layer without adapters beside one with them gets zeros
+            stacked = isinstance(module, StackedLinear)
+            firsts.append(module.first if stacked else torch.zeros_like(like.first))
+            seconds.append(module.second if stacked else like.second.new_zeros(module.out_features, width))
+        first = firsts[0] if len(firsts) == 1 else torch.cat(firsts)
+        self.matrices = kernels.Weight(kernels.PLAIN, first, (first.shape[0], first.shape[1])), seconds
+
+    def of_rows(self) -> kernels.Stack:
+        """Return the stack with the adapters of the rows that are computed now."""
+        rows = self._selection.rows
+        assert rows is not None, "a step with stacked adapters runs in StackedAdapters.rows()"
+        return kernels.Stack(rows, self._n, self._each)
+
+
+def _stacks(modules: Sequence[Any]) -> _Stacks | None:
+    like = next((module for module in modules if isinstance(module, StackedLinear)), None)
+    return None if like is None else _Stacks(modules, like)
 
 
 def _is_plain(module: Any) -> bool:

@@ -18,7 +18,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.completion_usage import CompletionUsage
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 
 from cogtune.generate.decoding import Decoding
@@ -26,6 +26,7 @@ from cogtune.generate.engine import InferenceEngine
 from cogtune.generate.history import prompt_limit
 from cogtune.generate.requests import Pending
 from cogtune.generate.requests import Request as Question
+from cogtune.serve.metrics import Metrics
 from cogtune.serve.pictures import PictureLimits, open_pictures
 from cogtune.serve.protocol import ChatCall, read_chat, read_score
 from cogtune.serve.refusals import Refusal, refusal_of
@@ -40,6 +41,7 @@ class ServerOptions:
 
     Attributes:
         model: the name of the model in ``/v1/models``; requests may name it, or leave ``model`` out.
+        adapters: names of the engine's adapters, which requests may name as their model.
         template: of the prompts; None: the checkpoint's own.
         decoding: default for requests that set nothing.
         most_tokens: maximum tokens of one answer.
@@ -57,23 +59,8 @@ class ServerOptions:
     seconds: float = 120.0
     body_bytes: int = 32 * MIB
     keys: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
     pictures: PictureLimits = field(default_factory=PictureLimits)
-
-
-class _Metrics:
-    """Counters of this server, not of the process, so that a process may run several servers."""
-
-    def __init__(self, engine: InferenceEngine) -> None:
-        self.registry = CollectorRegistry()
-        made: dict[str, Any] = {"registry": self.registry, "namespace": "cogtune"}
-        self.requests = Counter("requests", "Requests by route and status.", ["route", "status"], **made)
-        self.tokens = Counter("generated_tokens", "Tokens of answers.", **made)
-        self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts.", **made)
-        self.seconds = Histogram("request_seconds", "From a request's arrival to its end.", ["route"], **made)
-        self.first = Histogram("first_piece_seconds", "From a request's arrival to the first text.", **made)
-        Gauge("running", "Answers being computed.", **made).set_function(lambda: engine.running)
-        Gauge("waiting", "Requests without a slot yet.", **made).set_function(lambda: engine.waiting)
-        Gauge("picture_cache_bytes", "Memory of kept pictures.", **made).set_function(lambda: engine.pictures.nbytes)
 
 
 class _Limited:
@@ -126,7 +113,7 @@ def make_app(engine: InferenceEngine, options: ServerOptions) -> FastAPI:
 class _Server:
     def __init__(self, engine: InferenceEngine, options: ServerOptions) -> None:
         self.engine, self.options = engine, options
-        self.metrics = _Metrics(engine)
+        self.metrics = Metrics(engine)
         self.closing = False
         self._began = int(time.time())
         self._digests = [hashlib.sha256(key.encode()).digest() for key in options.keys]
@@ -180,17 +167,24 @@ class _Server:
 
     async def models(self, _: Request) -> Response:
         """The models a request may name."""
-        one = {"id": self.options.model, "object": "model", "created": self._began, "owned_by": "cogtune"}
-        return JSONResponse({"object": "list", "data": [one]})
+        every = {"object": "model", "created": self._began, "owned_by": "cogtune"}
+        base = {"id": self.options.model, **every}
+        adapters = [{"id": name, **every, "parent": self.options.model} for name in self.options.adapters]
+        return JSONResponse({"object": "list", "data": [base, *adapters]})
 
-    def _check_model(self, name: str | None) -> None:
+    def _adapter(self, name: str | None) -> str | None:
+        """Return the adapter that a request names as its model, None for the model itself."""
+        if name in self.options.adapters:
+            return name
         if name not in (None, self.options.model):
+            there = ", ".join(repr(known) for known in (self.options.model, *self.options.adapters))
             raise Refusal(
                 404,
-                f"there is no model {name!r}; /v1/models lists {self.options.model!r}",
+                f"there is no model {name!r}; /v1/models lists {there}",
                 param="model",
                 reason="model_not_found",
             )
+        return None
 
     def _check_room(self, asked: int) -> None:
         if self.engine.waiting + asked > self.options.most_waiting:
@@ -201,25 +195,27 @@ class _Server:
     async def score(self, request: Request) -> Response:
         """Closed questions about a picture, in one pass."""
         call = read_score(await _json(request))
-        self._check_model(call.model)
+        adapter = self._adapter(call.model)
         self._check_room(1)
         images = await run_in_threadpool(open_pictures, call.images, self.options.pictures)
-        found = await run_in_threadpool(self.engine.score, images, call.questions, self.options.template)
+        found = await run_in_threadpool(self.engine.score, images, call.questions, self.options.template, adapter)
         answers = [
             {"question": question.query, "choices": list(scores.choices), "best": scores.best,
              "probabilities": list(scores.probabilities), "log_probabilities": list(scores.log_probabilities)}
             for question, scores in zip(call.questions, found, strict=True)
         ]  # fmt: skip
-        return JSONResponse({"object": "score", "model": self.options.model, "calibrated": False, "data": answers})
+        return JSONResponse(
+            {"object": "score", "model": call.model or self.options.model, "calibrated": False, "data": answers}
+        )
 
     async def chat(self, request: Request) -> Response:
         """A chat completion, whole or as a stream."""
         began = time.perf_counter()
         call = read_chat(await _json(request), self.options.decoding, self.options.most_tokens)
-        self._check_model(call.model)
+        adapter = self._adapter(call.model)
         self._check_room(call.answers)
         images = await run_in_threadpool(open_pictures, call.images, self.options.pictures)
-        questions = self._questions(call, images)
+        questions = self._questions(call, images, adapter)
         answers = [_Answer(self.engine, question) for question in questions]
         self.metrics.prompt_tokens.inc(len(questions[0].encoded))
         deadline = began + self.options.seconds
@@ -228,7 +224,7 @@ class _Server:
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         return await self._whole(request, answers, deadline, began)
 
-    def _questions(self, call: ChatCall, images: tuple[Any, ...]) -> list[Question]:
+    def _questions(self, call: ChatCall, images: tuple[Any, ...], adapter: str | None) -> list[Question]:
         processor = self.engine.processor
         encoded = processor.encode(call.question, call.history, images=len(images), template=self.options.template)
         head = processor.encoder.head_tokens(len(images), self.options.template)
@@ -244,7 +240,7 @@ class _Server:
             )
         first = secrets.randbits(62) if call.seed is None else call.seed
         return [
-            Question(encoded, images, call.decoding, seed=(first + number) % 2**62, stop=call.stop)
+            Question(encoded, images, call.decoding, seed=(first + number) % 2**62, stop=call.stop, adapter=adapter)
             for number in range(call.answers)
         ]
 
@@ -265,7 +261,7 @@ class _Server:
                 answer.pending.cancel()
         self._note(answers, began)
         completion = ChatCompletion.model_validate({
-            **_about(self.options.model), "object": "chat.completion", "usage": _usage(answers),
+            **_about(self._name(answers)), "object": "chat.completion", "usage": _usage(answers),
             "choices": [
                 {"index": number, "message": {"role": "assistant", "content": text},
                  "finish_reason": answer.pending.finish_reason}
@@ -278,7 +274,7 @@ class _Server:
         self, call: ChatCall, answers: list[_Answer], deadline: float, began: float
     ) -> AsyncIterator[bytes]:
         """Server-sent events; whatever ends them, the slots are given back."""
-        about = {**_about(self.options.model), "object": "chat.completion.chunk"}
+        about = {**_about(self._name(answers)), "object": "chat.completion.chunk"}
         merged: asyncio.Queue[tuple[int, str | None]] = asyncio.Queue()
         tasks = [asyncio.ensure_future(_forward(number, answer, merged)) for number, answer in enumerate(answers)]
 
@@ -313,6 +309,9 @@ class _Server:
                 answer.pending.cancel()
                 task.cancel()
             self._note(answers, began)
+
+    def _name(self, answers: list[_Answer]) -> str:
+        return answers[0].pending.request.adapter or self.options.model
 
     def _note(self, answers: list[_Answer], began: float) -> None:
         self.metrics.tokens.inc(sum(len(answer.pending.token_ids) for answer in answers))

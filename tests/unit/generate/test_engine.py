@@ -138,7 +138,7 @@ def test_an_error_ends_the_answers_under_way_and_no_others(
         monkeypatch.undo()
         raise torch.cuda.OutOfMemoryError("no room")
 
-    target = ("cogtune.generate.engine.prefill", fail) if where == "prefill" else (DecodeSteps, "step", fail)
+    target = ("cogtune.generate.prefill.prefill", fail) if where == "prefill" else (DecodeSteps, "step", fail)
     monkeypatch.setattr(*target)
     with pytest.raises(OutOfMemoryError, match="out of memory while answering"):
         engine.submit(_request(engine, asks[1])).text()

@@ -14,8 +14,9 @@ from PIL import Image
 from cogtune.configuration.load import load_answer_config
 from cogtune.errors import AdapterError, ConfigError, InputError, SetupError
 from cogtune.generate.decoding import Decoding
+from cogtune.generate.devices import choose_devices
 from cogtune.generate.last_run import LastRun, read_last_run, state_file, write_last_run
-from cogtune.generate.loading import Resolved, choose_devices, load_generator
+from cogtune.generate.loading import Resolved, load_generator
 from cogtune.generate.loading import resolve as resolve_config
 from tests.support.adapters import write_adapter
 

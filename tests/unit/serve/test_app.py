@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import threading
 import time
@@ -13,9 +14,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 import uvicorn
 from PIL import Image
 
+from cogtune.adapters.stacking import stack_adapters
 from cogtune.checkpoint.load import load_model
 from cogtune.generate.choices import ClosedQuestion
 from cogtune.generate.decode_steps import DecodeSteps
@@ -25,6 +28,7 @@ from cogtune.generate.generator import Generator
 from cogtune.generate.requests import Request
 from cogtune.processing.processor import CogVLM2Processor
 from cogtune.serve.app import ServerOptions, make_app
+from tests.support.adapters import write_adapter
 from tests.unit.serve.test_pictures import data_url
 
 KEY = "secret"
@@ -244,6 +248,37 @@ def test_a_client_that_leaves_frees_its_slot(start: Start, monkeypatch: pytest.M
             while not slow.engine.running:
                 time.sleep(0.01)
         assert slow.free()
+
+
+def test_adapters_are_models(
+    tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, parts: tuple[Any, CogVLM2Processor]
+) -> None:
+    """Each by its name, also after its folder is gone; the base under its own."""
+    root = tmp_path_factory.mktemp("served")
+    torch.manual_seed(0)
+    folders = {
+        name: write_adapter(tiny_checkpoint, root / name, targets=targets, seed=seed, size=0.2)
+        for seed, (name, targets) in enumerate({"cats": ("vision-experts",), "dogs": ("experts",)}.items())
+    }
+    model = load_model(tiny_checkpoint)
+    engine = InferenceEngine(model, parts[1], slots=3, columns=400, adapters=stack_adapters(model, folders))
+    options = ServerOptions(model="tiny", keys=(KEY,), decoding=Decoding(max_new_tokens=12), adapters=("cats", "dogs"))
+    served = Running(engine, options)
+    try:
+        shutil.rmtree(root)
+        listed = served.client.models.list().data
+        assert [(model.id, getattr(model, "parent", None)) for model in listed] == [
+            ("tiny", None), ("cats", "tiny"), ("dogs", "tiny"),
+        ]  # fmt: skip
+        answers = {name: _chat(served, model=name) for name in ("tiny", "cats", "dogs")}
+        assert [answer.model for answer in answers.values()] == list(answers)
+        assert len({answer.choices[0].message.content for answer in answers.values()}) == 3
+        pieces = [c.choices[0].delta.content or "" for c in _chat(served, model="dogs", stream=True)]
+        assert "".join(pieces) == answers["dogs"].choices[0].message.content
+        with pytest.raises(openai.NotFoundError, match="'birds'; /v1/models lists 'tiny', 'cats', 'dogs'"):
+            _chat(served, model="birds")
+    finally:
+        served.stop()
 
 
 def test_metrics_count_what_was_done(running: Running) -> None:

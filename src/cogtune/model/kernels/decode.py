@@ -9,7 +9,7 @@ Shapes: R rows, I input and O output features.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -71,13 +71,38 @@ def _packed(x, norm, weight, code, absmax, outer, table, offset, n, k0, ins: tl.
 
 
 @triton.jit
-def _vector(x, norm, w0, s0, w1, s1, out, residual, small0, second0, small1, second1, code, outer0, outer1, table,
-            offset0, offset1, outs, eps, ins: tl.constexpr, rank: tl.constexpr, kind: tl.constexpr, gated: tl.constexpr,
-            adds: tl.constexpr, normed: tl.constexpr, per_outer: tl.constexpr, nested: tl.constexpr,
-            block_n: tl.constexpr, block_k: tl.constexpr):  # fmt: skip
+def _is_owned(n, adapters, each: tl.constexpr, stacked: tl.constexpr):
+    """Return whether feature n of stacked first matrices belongs to a row's adapter. With two stacks that share their
+    input, the second one follows the first."""
+    return (n // each) % stacked == adapters
+
+
+@triton.jit
+def _added(found, small, second, adapters, at, rank: tl.constexpr, each: tl.constexpr):
+    """Return one row's products plus its update [block_n]. Of several adapters only the row's own is read."""
+    start = 0
+    if each < rank:
+        start = tl.load(adapters) * each
+    if start >= 0:
+        r = start + tl.arange(0, each)
+        update = tl.load(second + at[:, None] * rank + r[None, :]).to(tl.float32)
+        found += tl.sum(update * tl.load(small + r).to(tl.float32)[None, :], 1)
+    return found
+
+
+@triton.jit
+def _vector(x, norm, w0, s0, w1, s1, out, residual, small0, second0, small1, second1, adapters, code, outer0, outer1,
+            table, offset0, offset1, outs, eps, ins: tl.constexpr, rank: tl.constexpr, each: tl.constexpr,
+            stacked: tl.constexpr, kind: tl.constexpr, gated: tl.constexpr, adds: tl.constexpr, normed: tl.constexpr,
+            per_outer: tl.constexpr, nested: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr):  # fmt: skip
     n = (tl.program_id(0) * block_n + tl.arange(0, block_n)).to(tl.int64)
     inside = n < outs
     at = tl.where(inside, n, 0)
+    if stacked > 0:
+        owned = _is_owned(n, tl.load(adapters), each, stacked)
+        if tl.max(owned.to(tl.int32), 0) == 0:
+            tl.store(out + n, tl.zeros([block_n], out.dtype.element_ty), mask=inside)
+            return
     columns: tl.constexpr = block_k // 64 if kind == 3 else 1
     sums0 = tl.zeros([block_n, columns], tl.float32)
     sums1 = tl.zeros([block_n, columns], tl.float32)
@@ -108,12 +133,9 @@ def _vector(x, norm, w0, s0, w1, s1, out, residual, small0, second0, small1, sec
         if gated:
             second *= tl.load(s1 + at)
     if rank > 0:
-        r = tl.arange(0, rank)
-        update = tl.load(second0 + at[:, None] * rank + r[None, :]).to(tl.float32)
-        first += tl.sum(update * tl.load(small0 + r).to(tl.float32)[None, :], 1)
+        first = _added(first, small0, second0, adapters, at, rank, each)
         if gated:
-            update = tl.load(second1 + at[:, None] * rank + r[None, :]).to(tl.float32)
-            second += tl.sum(update * tl.load(small1 + r).to(tl.float32)[None, :], 1)
+            second = _added(second, small1, second1, adapters, at, rank, each)
     kept = out.dtype.element_ty
     found = first
     if gated:
@@ -121,6 +143,8 @@ def _vector(x, norm, w0, s0, w1, s1, out, residual, small0, second0, small1, sec
         found = (gate / (1 + tl.exp(-gate))).to(kept).to(tl.float32) * second.to(kept).to(tl.float32)
     if adds:
         found = found.to(kept).to(tl.float32) + tl.load(residual + at).to(tl.float32)
+    if stacked > 0:
+        found = tl.where(_is_owned(n, tl.load(adapters), each, stacked), found, 0.0)
     tl.store(out + n, found.to(kept), mask=inside)
 
 
@@ -139,13 +163,41 @@ def _tile(x, weight, rows, n, k0, ins: tl.constexpr, block_r: tl.constexpr, bloc
 
 
 @triton.jit
-def _few(x, w0, s0, w1, s1, out, residual, small0, second0, small1, second1, rows, outs, ins: tl.constexpr,
-         rank: tl.constexpr, kind: tl.constexpr, gated: tl.constexpr, adds: tl.constexpr, exact: tl.constexpr,
-         block_r: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr):  # fmt: skip
+def _added_rows(found, small, second, at, r, rows, small_stride, rank: tl.constexpr, each: tl.constexpr,
+                exact: tl.constexpr):  # fmt: skip
+    """Return several rows' products plus their updates [block_r, block_n]. Of several adapters a row's values of x A'
+    are 0 at all but its own; parts that are 0 for every row are not read."""
+    real = (r < rows)[:, None]
+    part: tl.constexpr = rank if each == rank else (each if each > 128 else 128)
+    for start in range(0, rank, part):
+        q = start + tl.arange(0, part)
+        there = (q < rank)[None, :]
+        values = tl.load(small + (r * small_stride)[:, None] + q[None, :], mask=real & there, other=0.0)
+        if each == rank:
+            update = tl.load(second + at[:, None] * rank + q[None, :])
+            found += tl.dot(values, tl.trans(update), input_precision=exact)
+        elif tl.max(tl.max(tl.abs(values.to(tl.float32)), 1), 0) > 0:
+            update = tl.load(second + at[:, None] * rank + q[None, :], mask=there, other=0.0)
+            found += tl.dot(values, tl.trans(update), input_precision=exact)
+    return found
+
+
+@triton.jit
+def _few(x, w0, s0, w1, s1, out, residual, small0, second0, small1, second1, adapters, rows, outs, small_stride,
+         ins: tl.constexpr, rank: tl.constexpr, each: tl.constexpr, stacked: tl.constexpr, kind: tl.constexpr,
+         gated: tl.constexpr, adds: tl.constexpr, exact: tl.constexpr, block_r: tl.constexpr, block_n: tl.constexpr,
+         block_k: tl.constexpr):  # fmt: skip
     n = (tl.program_id(0) * block_n + tl.arange(0, block_n)).to(tl.int64)
     r = tl.arange(0, block_r)
     inside = (n < outs)[None, :] & (r < rows)[:, None]
     at = tl.where(n < outs, n, 0)
+    place = r.to(tl.int64)[:, None] * outs + n[None, :]
+    if stacked > 0:
+        own = tl.load(adapters + r, mask=r < rows, other=-1)
+        owned = _is_owned(n[None, :], own[:, None], each, stacked)
+        if tl.max(tl.max(owned.to(tl.int32), 1), 0) == 0:
+            tl.store(out + place, tl.zeros([block_r, block_n], out.dtype.element_ty), mask=inside)
+            return
     first = tl.zeros([block_r, block_n], tl.float32)
     second = tl.zeros([block_r, block_n], tl.float32)
     for k0 in range(0, ins, block_k):
@@ -157,23 +209,19 @@ def _few(x, w0, s0, w1, s1, out, residual, small0, second0, small1, second1, row
         if gated:
             second *= tl.load(s1 + at)[None, :]
     if rank > 0:
-        q = tl.arange(0, rank)
-        real = (r < rows)[:, None]
-        update = tl.load(second0 + at[:, None] * rank + q[None, :])
-        first += tl.dot(tl.load(small0 + (r * rank)[:, None] + q[None, :], mask=real, other=0.0), tl.trans(update),
-                        input_precision=exact)  # fmt: skip
+        first = _added_rows(first, small0, second0, at, r, rows, small_stride, rank, each, exact)
         if gated:
-            update = tl.load(second1 + at[:, None] * rank + q[None, :])
-            second += tl.dot(tl.load(small1 + (r * rank)[:, None] + q[None, :], mask=real, other=0.0),
-                             tl.trans(update), input_precision=exact)  # fmt: skip
+            second = _added_rows(second, small1, second1, at, r, rows, small_stride, rank, each, exact)
     kept = out.dtype.element_ty
     found = first
     if gated:
         gate = first.to(kept).to(tl.float32)
         found = (gate / (1 + tl.exp(-gate))).to(kept).to(tl.float32) * second.to(kept).to(tl.float32)
-    place = r.to(tl.int64)[:, None] * outs + n[None, :]
     if adds:
         found = found.to(kept).to(tl.float32) + tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+    if stacked > 0:
+        found = tl.where(_is_owned(n[None, :], tl.load(adapters + r, mask=r < rows, other=-1)[:, None], each, stacked),
+                         found, 0.0)  # fmt: skip
     tl.store(out + place, found.to(kept), mask=inside)
 
 
@@ -231,7 +279,19 @@ class Weight:
 
 
 Update = tuple[torch.Tensor, torch.Tensor]
-"""x A' [R, rank] and s B [O, rank]; the rank is a power of two, at least 16."""
+"""x A' [R, rank] and s B [O, rank]; the rank is a power of two, at least 16, or n times one (`Stack`)."""
+
+
+class Stack(NamedTuple):
+    """Several adapters' matrices, one behind the other: n of ``each`` ranks (a power of two, at least 16).
+
+    Attributes:
+        adapters: int64 [R], each row's adapter, -1 for none.
+    """
+
+    adapters: torch.Tensor
+    n: int
+    each: int
 
 
 def linear(
@@ -242,6 +302,7 @@ def linear(
     gated: Weight | None = None,
     residual: torch.Tensor | None = None,
     updates: tuple[Update, Update] | tuple[Update] | None = None,
+    stack: Stack | None = None,
     tiles: dict[str, Any] | None = None,
 ) -> torch.Tensor:
     """Return ``x W'`` [R, O] of rows x [R, I], R at most 64; of a single row if the weight is NF4.
@@ -252,6 +313,9 @@ def linear(
         gated: a second weight G; the result is then silu(x W') * (x G').
         residual: [R, O], added to the result.
         updates: low-rank updates of ``weight`` and ``gated``.
+        stack: with ``updates``, the adapters that their ranks belong to. Without, ``weight`` holds the first matrices
+            of the adapters (O is n times ``each``, or twice that for two layers that share their input), and the result
+            is 0 at features of adapters that are not the row's.
         tiles: block_n, block_k and num_warps in place of this function's choice.
     """
     rows, (features, width) = x.shape[0], weight.shape
@@ -260,15 +324,18 @@ def linear(
     rank = 0 if updates is None else updates[0][0].shape[1]
     small0, second0 = (x, x) if updates is None else updates[0]
     small1, second1 = (small0, second0) if updates is None or len(updates) == 1 else updates[1]
+    each = rank if stack is None else stack.each
+    stacked = 0 if stack is None or updates is not None else stack.n
+    adapters = x if stack is None else stack.adapters
     tile = _tiles(rows, features, width, weight.kind, gated is not None) | (tiles or {})
     grid = (triton.cdiv(features, tile["block_n"]),)
     products = (
         weight.data, weight.scale, other.data, other.scale, out, x if residual is None else residual, small0, second0,
-        small1, second1,
+        small1, second1, adapters,
     )  # fmt: skip
     options = {
-        "ins": width, "rank": rank, "kind": weight.kind, "gated": gated is not None, "adds": residual is not None,
-        **tile,
+        "ins": width, "rank": rank, "each": each, "stacked": stacked, "kind": weight.kind, "gated": gated is not None,
+        "adds": residual is not None, **tile,
     }  # fmt: skip
     if rows == 1:
         before, eps = (x, 0.0) if norm is None else norm
@@ -281,7 +348,8 @@ def linear(
     if norm is not None:
         x = root_mean_square_norm(x, *norm)
     exact = "ieee" if x.dtype == torch.float32 else "tf32"
-    _few[grid](x, *products, rows, features, exact=exact, block_r=max(16, triton.next_power_of_2(rows)), **options)
+    block_r = max(16, triton.next_power_of_2(rows))
+    _few[grid](x, *products, rows, features, small0.stride(0), exact=exact, block_r=block_r, **options)
     return out
 
 
