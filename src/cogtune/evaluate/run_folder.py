@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -35,6 +36,12 @@ def read_metrics(output: Path) -> list[dict[str, Any]]:
             break
         lines.append(found)
     return lines
+
+
+def energy_of(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return what a run's lines say last of its energy, ``joules`` and ``joules_per_sample``; empty if nothing."""
+    line: Mapping[str, Any] = next((line for line in reversed(metrics) if line.get("kind") == "energy"), {})
+    return {name: float(line[name]) for name in ("joules", "joules_per_sample") if name in line}
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ class RunFolder:
         return int(self.run.get("total_steps") or 0)
 
     def lines(self, kind: str) -> list[dict[str, Any]]:
-        """The metrics of a kind: ``train``, ``validation`` or ``answers``."""
+        """The metrics of a kind: ``train``, ``validation``, ``answers`` or ``energy``."""
         return [line for line in self.metrics if line.get("kind") == kind]
 
     def answer_files(self) -> dict[int, Path]:

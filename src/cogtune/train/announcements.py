@@ -13,10 +13,12 @@ from peft import PeftModel
 from cogtune.adapters.attach import computed_by_peft, describe
 from cogtune.configuration.resolve import float16_warning
 from cogtune.distributed.shards import whole_numel
+from cogtune.evaluate.run_folder import energy_of, read_metrics
 from cogtune.language import tr
 from cogtune.system.allocator import describe_allocator
 from cogtune.system.byte_sizes import format_size
 from cogtune.system.durations import format_clock
+from cogtune.system.energy import format_energy
 from cogtune.train import output_folder
 from cogtune.train.engines import Engine
 from cogtune.train.log import first_loss, last_losses, log
@@ -136,6 +138,14 @@ def summary(output: Path, adapter: Path, progress: Progress, seconds: float) -> 
     if progress.best_loss is not None:
         lines.append(
             tr("best validation loss {loss:.4f}, at step {step}", loss=progress.best_loss, step=progress.best_step)
+        )
+    if drawn := energy_of(read_metrics(output)):
+        lines.append(
+            tr(
+                "energy of the cards: {energy}, {each} a sample",
+                energy=format_energy(drawn["joules"]),
+                each=format_energy(drawn["joules_per_sample"]),
+            )
         )
     data = "" if progress.best_loss is not None else "--data DIR "  # without validation data there is none of its own
     lines.append(tr("next: cogtune eval --adapter {adapter} {data}--against base", adapter=adapter, data=data))

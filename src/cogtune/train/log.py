@@ -42,6 +42,7 @@ _TAGS = {
         "memory_gib": "memory/peak_gib",
     },
     "validation": {"loss": "validation/loss", "perplexity": "validation/perplexity"},
+    "energy": {"joules": "energy/joules", "joules_per_sample": "energy/joules_per_sample"},
 }
 
 

@@ -28,7 +28,7 @@ from cogtune.distributed.group import Group
 from cogtune.errors import DataError, DiskFullError
 from cogtune.evaluate.report.load import REPORT_FILE, report_of
 from cogtune.evaluate.report.page import write
-from cogtune.evaluate.run_folder import PLAN_FILE
+from cogtune.evaluate.run_folder import PLAN_FILE, energy_of, read_metrics
 from cogtune.features.reader import FeatureReader
 from cogtune.generate.last_run import write_last_run
 from cogtune.language import phrase, tr
@@ -41,6 +41,7 @@ from cogtune.system.gpu import gpu_of
 from cogtune.train import engines, feature_cache, output_folder, saver
 from cogtune.train.announcements import announce, loading, say_what_trains, summary
 from cogtune.train.batches import Feed
+from cogtune.train.energy import EnergyMeter
 from cogtune.train.engines import Engine
 from cogtune.train.engines.zero_settings import check_settings
 from cogtune.train.failures import explain_peers, phase
@@ -342,6 +343,7 @@ def _leave_result(config: RunConfig, start: RunStart, progress: Progress) -> tup
         adapter, which, step = saver.export_adapter(output, progress)
         best = {"best_step": progress.best_step, "best_loss": progress.best_loss}
         result = {"adapter": f"the {which} checkpoint's, step {step}", "step": progress.step, **best}
+        result |= energy_of(read_metrics(output))
         output_folder.write_record(output, output_folder.finished(start.record, result))
     write_last_run(model.path, adapter, output, template=model.template, rope_precision=model.rope_precision)
     return adapter, which, step
@@ -394,7 +396,13 @@ def _fit(
     if config.log.tensorboard and engine.group.is_main:
         trackers.show_in_folder(output, progress.step)
     metrics = Metrics(output, active=engine.group.is_main, step=progress.step, trackers=trackers.opened)
-    save = saver.Saver(engine, model, start.claim, start.record, progress, config, provenance, metrics)
+    checkpoint = saver.Saver(engine, model, start.claim, start.record, progress, config, provenance, metrics)
+    energy = EnergyMeter(engine, metrics, progress)
+
+    def save(better: bool) -> None:
+        checkpoint(better)
+        energy.record()
+
     try:
         rows = inputs.validation, inputs.answers
         loop = Loop(engine, config, start.feed, *rows, progress, total, metrics, stop, save)

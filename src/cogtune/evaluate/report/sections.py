@@ -7,9 +7,10 @@ from typing import Any
 
 from cogtune.evaluate.report.chart import Frame, Line, line_chart
 from cogtune.evaluate.report.words import both, number, pair, plain, shown
-from cogtune.evaluate.run_folder import RunFolder
+from cogtune.evaluate.run_folder import RunFolder, energy_of
 from cogtune.language import phrase, speaking
 from cogtune.system.durations import format_duration
+from cogtune.system.energy import format_energy
 
 _STYLES = ("one", "two", "three", "four")
 _GIB = 2**30
@@ -46,6 +47,7 @@ def what_ran(run: RunFolder) -> str:
         (both("steps"), _steps(run)),
         (both("started"), shown(run.started)),
         (both("time"), span(run.seconds) if run.seconds else ""),
+        (both("energy of the cards"), _energy(run)),
         (both("device"), shown(f"{versions.get('device', '')}")),
         (both("versions"), libraries),
     ]
@@ -53,6 +55,14 @@ def what_ran(run: RunFolder) -> str:
         f"<details><summary>{both('every key, as it was used')}</summary><pre>{shown(run.config_text)}</pre></details>"
     )
     return table(rows) + (config if run.config_text else "")
+
+
+def _energy(run: RunFolder) -> str:
+    drawn = energy_of(run.metrics)
+    if not drawn:
+        return ""
+    total, each = (format_energy(drawn[name]) for name in ("joules", "joules_per_sample"))
+    return both("{energy}, {each} a sample", energy=total, each=each)
 
 
 def _paths(run: RunFolder) -> list[str]:
