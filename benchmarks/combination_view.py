@@ -17,6 +17,7 @@ ROWS = {
     "data.cache_features": ("off", "on"),
     "quant.experts": ("none", "nf4", "int8", "fp8"),
     "quant.embedding": ("device", "host"),
+    "quant.stream": ("off", "auto"),
     "train.optimizer": ("adamw", "sgd", "adamw8bit"),
 }
 """Keys and their values. The other parts that can be quantised are as the experts; values alike share a row."""

@@ -9,7 +9,7 @@ import sys
 import traceback
 from itertools import combinations, product
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from cogtune.cli.main import guarded
 from cogtune.configuration.engine_rules import ENGINE, ENGINES, RULES, Pair, refusal
@@ -51,7 +51,8 @@ def allowed_pairs() -> set[Pair]:
 
 def refused_pairs() -> list[Pair]:
     """Every pair of values that a rule refuses, but for formats that a quantised part does not have."""
-    formats = {f"quant.{part}": get_args(field.annotation) for part, field in QuantSection.model_fields.items()}
+    fields = {f"quant.{part}": field.annotation for part, field in QuantSection.model_fields.items()}
+    formats = {key: get_args(kind) for key, kind in fields.items() if get_origin(kind) is Literal}
     pairs = (pair for rule in RULES for pair in rule.pairs())
     return [(first, (key, value)) for first, (key, value) in pairs if value in formats.get(key, (value,))]
 

@@ -27,6 +27,7 @@ from cogtune.model.compile import can_compile, compile_layers, prepare_compiling
 from cogtune.train import engines
 from cogtune.train.engines.base import Engine
 from cogtune.train.feature_cache import fill, open_cache
+from cogtune.train.memory_plan import filling_placement
 
 
 def measure_filling(config: RunConfig, results: Results, *, pictures: int, side: int) -> None:
@@ -63,9 +64,11 @@ def _random(
 ) -> dict[str, Any]:
     """Measure with random weights and the tower alone: the decoder is freed before filling."""
     began = time.perf_counter()
-    quantization = config.quant
+    quantization, model = config.quant, model_config(config.model.path)
     require_packages(quantization)
-    base = random_weights(model_config(config.model.path), dtype, engine.device, quantization=quantization)
+    placement = filling_placement(config, model, engine.device)
+    model.num_hidden_layers = 1  # the decoder is freed before it is used
+    base = random_weights(model, dtype, engine.device, quantization=quantization, placement=placement)
     if resolve_compile(config.train.compile, "single", able=can_compile(engine.device)):
         prepare_compiling(engine.device)
         compile_layers(base)

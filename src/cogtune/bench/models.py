@@ -19,6 +19,7 @@ from cogtune.configuration.model import CogVLM2Config
 from cogtune.configuration.run_config import RunConfig
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.train.engines.base import Engine
+from cogtune.train.memory_plan import Layers
 from cogtune.train.run import load_base
 
 RANDOM = {
@@ -46,6 +47,5 @@ def build_base(config: RunConfig, engine: Engine, dtype: torch.dtype, *, cached:
     sizes = model_config(config.model.path)
     if config.model.rope_precision == "float32":  # the other value means: as the configuration says
         sizes.rope_precision = config.model.rope_precision
-    return random_weights(
-        sizes, dtype, engine.device, tower=not cached, quantization=quantization, placement=engine.placement
-    )
+    placement = Layers.named(config, sizes).streamed(sizes, engine.device) or engine.placement
+    return random_weights(sizes, dtype, engine.device, tower=not cached, quantization=quantization, placement=placement)

@@ -93,6 +93,12 @@ def _variant(
             hint=tr("name the layers: none, all, or a number k for every k-th"),
             code="config-value",
         )
+    if config.quant.stream == "auto":
+        raise ConfigError(
+            tr("quant.stream is auto: a measurement has no plan that would choose the layers"),
+            hint=tr("name how many stay on the card: 0 to the model's number of layers"),
+            code="config-value",
+        )
     return Variant(name, own.get("preset", preset), features == "cached", baseline, config, changes)
 
 

@@ -106,8 +106,11 @@ def load_tower(
     dtype: torch.dtype,
     device: torch.device | str,
     quantization: QuantSection | None = None,
+    placement: Placement | None = None,
 ) -> VisionModel:
     """Return patch embedding, transformer and convolution only: `VisionModel.features` works, its ``forward`` does not.
+
+    ``placement``: as in `load_model`.
 
     Raises:
         CheckpointError, SetupError: as `load_model`.
@@ -119,7 +122,7 @@ def load_tower(
         vision = VisionModel(config)
     for name in ("linear_proj", "boi", "eoi"):
         delattr(vision, name)
-    _fill(vision, VISION, folder, dtype, torch.device(device), quantization, None)
+    _fill(vision, VISION, folder, dtype, torch.device(device), quantization, placement)
     return vision.eval()
 
 

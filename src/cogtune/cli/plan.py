@@ -35,6 +35,9 @@ class _Flags:
     )
     cards: int = flag(1, "How many such cards.", "N", least=1)
     price: str | None = flag(None, "Money per card and hour; prints what the run costs.", "X")
+    bus: str | None = flag(
+        None, "Bandwidth from host memory to the card, for streamed layers (13GB/s). Default: the known card's.", "RATE"
+    )
     write: Path | None = flag(None, "Write a configuration with the chosen keys.", "FILE")
     targets: bool = flag(False, "List the linear layers and named sets that lora.targets may name, and stop.")
     json: bool = flag(False, "Print the plan as JSON; sizes in bytes, times in seconds.")
@@ -54,6 +57,7 @@ def _plan(flags: _Flags, line: Arguments) -> None:
         flags.card,
         cards=flags.cards,
         price=None if flags.price is None else _per_hour(flags.price),
+        bus=flags.bus,
         placeholders=placeholders.keys(),
     )
     print(json.dumps(found.to_dict(), indent=1) if flags.json else found.text)

@@ -101,6 +101,29 @@ RULES = (
         phrase("quant.embedding device, or leave it out"),
     ),
     Rule(
+        ("zero1", "zero2", "zero3", "fsdp2", "tensor"),
+        ("quant.stream",),
+        ("auto",),
+        phrase("it broadcasts or shards the frozen weights, which streaming keeps in each process's host memory"),
+        phrase("single or ddp with it (each process keeps a copy in host memory)"),
+    ),
+    Rule(
+        ("auto",),
+        ("lora.dora",),
+        ("true",),
+        phrase("DoRA reads all weights while it is set up, when streamed layers are not on the card"),
+        phrase("quant.stream off with it, or leave lora.dora out"),
+        with_key="quant.stream",
+    ),
+    Rule(
+        ("auto",),
+        ("lora.extra",),
+        _TRAIN_BASE,
+        phrase("it makes base weights trainable, and streamed weights are frozen"),
+        phrase("quant.stream off with it, or train adapters only"),
+        with_key="quant.stream",
+    ),
+    Rule(
         ("zero1", "zero2", "zero3", "tensor"),
         ("train.optimizer",),
         ("adamw8bit",),
@@ -136,18 +159,19 @@ def check(config: RunConfig, engine: str) -> None:
         engine = next((name for name in CHOICES if refusal(facts_of(config, name)) is None), CHOICES[0])
     found = refusal(facts_of(config, engine))
     if found is not None:
-        raise _error(*found, config.parallel.tensor)
+        raise _error(*found, config.parallel.tensor, config.quant)
 
 
 def check_tensor(quant: QuantSection, ranks: int) -> None:
     """Raise ConfigError if tensor-parallel inference over ``ranks`` does not support a number format."""
     found = refusal({ENGINE: ("tensor",)} | _formats(quant))
     if found is not None:
-        raise _error(*found, ranks, instead=phrase("one of the two, and leave the other out"))
+        raise _error(*found, ranks, quant, instead=phrase("one of the two, and leave the other out"))
 
 
-def _error(rule: Rule, pair: Pair, ranks: int, instead: str | None = None) -> ConfigError:
-    (other, name), (key, value) = pair
+def _error(rule: Rule, pair: Pair, ranks: int, quant: QuantSection, instead: str | None = None) -> ConfigError:
+    pair_as_given = tuple((key, str(quant.stream) if key == "quant.stream" else value) for key, value in pair)
+    (other, name), (key, value) = pair_as_given
     if other == ENGINE:
         named = f"parallel.tensor {ranks}" if name == "tensor" else tr("the engine {name}", name=name)
     else:
@@ -204,4 +228,5 @@ def trained_base(extra: Mapping[str, object]) -> frozenset[str]:
 
 def _formats(quant: QuantSection) -> dict[str, Collection[str]]:
     parts = {f"quant.{part}": (form,) for part, form in quant.formats.items()}
-    return {**parts, "quant.embedding": (quant.embedding,)}
+    stream = "auto" if quant.streams else "off"  # a number of layers is refused where auto is
+    return {**parts, "quant.embedding": (quant.embedding,), "quant.stream": (stream,)}

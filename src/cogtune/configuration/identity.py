@@ -54,6 +54,7 @@ MAY_CHANGE = frozenset(
         "train.resume",
         "quant.embedding",
         "quant.fp8_layouts",
+        "quant.stream",
         "eval.steps",
         "eval.batch_size",
         "eval.patience",

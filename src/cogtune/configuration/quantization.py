@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from cogtune.configuration.values import Section
+from cogtune.configuration.values import Section, Stream
 
 PARTS = {"experts": "model.layers.", "tower": "model.vision.transformer."}
 """Keys of the section that stand for a part of the model, with the prefixes of its linear layers' names."""
@@ -42,6 +42,16 @@ class QuantSection(Section):
         description="Where the token embedding stays. host: in host memory, 1.05 GB less on the GPU; rows are sent as"
         " they are needed.",
     )
+    stream: Stream = Field(
+        default="off",
+        description="Frozen layers that wait in host memory and are copied to the GPU just in time, in every pass. N:"
+        " so many decoder layers stay on the GPU, and as large a share of the tower's. auto: as many as fit. off: all.",
+    )
+
+    @property
+    def streams(self) -> bool:
+        """Return whether layers may be streamed from host memory."""
+        return self.stream != "off"
 
     @property
     def formats(self) -> dict[str, str]:

@@ -144,6 +144,15 @@ def recomputed_layers(policy: str | int, layers: int) -> tuple[int, ...] | None:
     return tuple(range(0, layers, policy)) if isinstance(policy, int) else None
 
 
+def resident_layers(stream: str | int, layers: int, part: int | None = None) -> int | None:
+    """Return how many of ``layers`` decoder layers ``quant.stream`` keeps on the device, or of ``part`` tower layers
+    the same share. Returns None if none is streamed, and for ``auto``, which the planner resolves.
+    """
+    if isinstance(stream, str) or stream >= layers:
+        return None
+    return stream if part is None else part * stream // layers
+
+
 def memory_budget(policy: str | int) -> int | None:
     """Return the memory budget in bytes, if ``train.gradient_checkpointing`` is a size."""
     if isinstance(policy, int) or policy in ("auto", "none", "all"):

@@ -100,6 +100,17 @@ def _switch(value: object) -> object:
     )
 
 
+def _stream(value: object) -> object:
+    """Turn YAML's false, its reading of a bare ``off``, back into off, and a number's text into the number."""
+    if value is False or value == "false":
+        return "off"
+    if isinstance(value, str) and value.strip().isdigit():
+        return int(value)
+    if value is True or (isinstance(value, str) and value not in ("off", "auto")):
+        raise ValueError(f"{str(value).lower()} is neither off, auto nor the number of layers that stay on the card")
+    return value
+
+
 def _budget(value: object) -> object:
     """Check a size or a percentage of the disk, and keep it as written."""
     if isinstance(value, str):
@@ -115,6 +126,11 @@ def _budget(value: object) -> object:
 
 
 Switch = Annotated[bool | Literal["auto", "on", "off"], BeforeValidator(_switch), Shown("auto | on | off")]
+Stream = Annotated[
+    bool | Literal["off", "auto"] | Annotated[int, Field(ge=0)],
+    BeforeValidator(_stream),
+    Shown(phrase("off | auto | whole number >= 0")),
+]
 Budget = Annotated[str, BeforeValidator(_budget), Shown(phrase("size | percentage"))]
 Recompute = Annotated[
     bool | int | str, BeforeValidator(_recompute), Shown(phrase("auto | none | all | every k-th | size"))

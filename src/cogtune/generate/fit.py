@@ -12,9 +12,10 @@ from cogtune.configuration.quantization import QuantSection
 from cogtune.errors import OutOfMemoryError
 from cogtune.language import tr
 from cogtune.plan.inference import answer, slots
-from cogtune.plan.memory import FLOAT32, outside
+from cogtune.plan.memory import outside
 from cogtune.plan.setting import Setting
 from cogtune.plan.sizes import ModelSizes
+from cogtune.plan.streaming import FLOAT32
 from cogtune.system.byte_sizes import format_size
 from cogtune.system.gpu import Gpu, is_out_of_memory
 

@@ -14,6 +14,7 @@ from cogtune.plan.local_cards import local_cards
 from cogtune.plan.plan import Plan, make_plan
 from cogtune.plan.report import lines
 from cogtune.plan.sizes import ModelSizes
+from cogtune.system.byte_sizes import parse_size
 
 
 def plan(
@@ -22,6 +23,7 @@ def plan(
     *,
     cards: int = 1,
     price: float | None = None,
+    bus: str | None = None,
     placeholders: Collection[str] = (),
 ) -> Plan:
     """Predict what a run needs on a card, and choose the fastest settings that fit, before any weight is read.
@@ -39,6 +41,7 @@ def plan(
             that is free now. If they differ, the one with the least free memory counts.
         cards: number of such cards.
         price: price of a card per hour, in any currency.
+        bus: bandwidth from host memory to the card, such as ``13GB/s``; None: the known card's.
         placeholders: keys of ``config`` that were filled in because their value is not known yet. If ``data.path`` is
             one of them, the plan assumes typical rows.
 
@@ -47,7 +50,7 @@ def plan(
 
     Raises:
         PlanError: nothing fits; the hint names the smallest card that would.
-        ConfigError: unknown card, or fewer than one card.
+        ConfigError: unknown card, fewer than one card, or a bandwidth that is none.
         SetupError: ``auto`` on a machine without a GPU.
         DataError, CheckpointError, AdapterError: the data, the model or a LoRA target does not exist.
     """
@@ -56,8 +59,26 @@ def plan(
     known = "data.path" not in placeholders
     sizes = ModelSizes.from_folder(config.model.path)
     rows = read_rows(config, sizes) if known else TYPICAL if sizes.vision_experts else TYPICAL_CLIPS
-    found = make_plan(config, choose_card(card, cards), rows, cards=cards, placeholders=placeholders, price=price)
+    chosen = choose_card(card, cards)
+    if bus is not None:
+        chosen = replace(chosen, bus=_bandwidth(bus))
+    found = make_plan(config, chosen, rows, cards=cards, placeholders=placeholders, price=price)
     return replace(found, text="\n".join(lines(found)))
+
+
+def _bandwidth(text: str) -> float:
+    """Parse bytes per second, written as ``13GB/s``."""
+    try:
+        found = parse_size(text.removesuffix("/s"))
+    except ValueError:
+        found = 0
+    if found <= 0:
+        raise ConfigError(
+            tr("--bus: found `{text}`, expected bytes per second such as 13GB/s", text=text),
+            hint=tr("PCIe 4 with 16 lanes reaches about 24GB/s, with 8 lanes 13GB/s"),
+            code="config-value",
+        )
+    return float(found)
 
 
 def choose_card(name: str = "auto", count: int = 1) -> Card:

@@ -121,6 +121,10 @@ others: least squares over the rows of sweep-batch, sweep-text, sweep-rank, card
 speed and eight-cards (H200, compiled), rounded. `tests/unit/plan/test_measured.py` holds the plan to those rows.
 """
 
+COPY_SLOWDOWN = 0.024
+"""Share of a copy's time by which products beside it become slower: matrix products of the decoder's shapes beside
+copies from pinned memory at 55.1 GB/s, on one H200 (docs/log.md, streamed layers)."""
+
 FP8_SPEEDUP = {"experts": 1.5, "tower": 1.85}
 """Speed of fp8 against bfloat16 products, rounding included, fitted to the fp8 rows of speed-h200.json (steps with fp8
 experts took 109 to 128 ms there).

@@ -14,6 +14,9 @@ from cogtune.language import tr
 from cogtune.system.byte_sizes import GIB, MIB, format_size, parse_size
 from cogtune.system.gpu import Gpu
 
+PCIE3, PCIE4, PCIE5 = 12e9, 24e9, 48e9
+PCIE4_HALF = 13e9
+"""Eight lanes, as small cards have."""
 DESKTOP = round(0.45 * GIB)
 """Share of a card's memory that is never free: reserved by the driver, or used by a desktop."""
 
@@ -23,8 +26,9 @@ class Card(Gpu):
     """A GPU model, or one GPU of this machine.
 
     ``memory`` and ``free`` in bytes; peaks in operations and bytes per second (dense bfloat16, or float16 on a card
-    without bfloat16); ``link``: bandwidth to another card, one direction. ``holders``: the processes that use a real
-    card's memory, from `cogtune.plan.local_cards`.
+    without bfloat16); ``link``: bandwidth to another card, one direction; ``bus``: from pinned host memory to the
+    card; ``host``: free host memory, if it is known. ``holders``: the processes that use a real card's memory, from
+    `cogtune.plan.local_cards`.
     """
 
     memory: int
@@ -33,15 +37,14 @@ class Card(Gpu):
     link: float
     measured: bool = False
     free: int | None = None
+    bus: float = PCIE4
+    host: int | None = None
     holders: tuple[str, ...] = ()
 
     @property
     def usable(self) -> int:
         """Return what one process may use, CUDA context included: the free memory if it is known."""
         return self.memory - DESKTOP if self.free is None else self.free
-
-
-PCIE3, PCIE4, PCIE5 = 12e9, 24e9, 48e9
 
 
 def _card(
@@ -52,29 +55,33 @@ def _card(
     gigabytes: float,
     link: float,
     *,
+    bus: float | None = None,
     measured: bool = False,
 ) -> Card:
-    return Card(name, capability, mebibytes * MIB, tflops * 1e12, gigabytes * 1e9, link, measured)
+    peaks = tflops * 1e12, gigabytes * 1e9
+    return Card(name, capability, mebibytes * MIB, *peaks, link, measured, bus=link if bus is None else bus)
 
 
 CARDS = (
+    _card("RTX 3050 6GB", (8, 6), 6144, 27, 168, PCIE4_HALF),
+    _card("RTX 4060 8GB", (8, 9), 8188, 60, 272, PCIE4_HALF),
     _card("RTX 3060 12GB", (8, 6), 12288, 51, 360, PCIE4),
     _card("RTX 4070 12GB", (8, 9), 12282, 117, 504, PCIE4),
     _card("T4 16GB", (7, 5), 15360, 65, 320, PCIE3),
-    _card("V100 16GB", (7, 0), 16384, 125, 900, 75e9),
+    _card("V100 16GB", (7, 0), 16384, 125, 900, 75e9, bus=PCIE3),
     _card("RTX 4080 16GB", (8, 9), 16376, 195, 717, PCIE4),
     _card("A10 24GB", (8, 6), 23028, 125, 600, PCIE4),
     _card("L4 24GB", (8, 9), 23034, 121, 300, PCIE4),
     _card("RTX 3090 24GB", (8, 6), 24576, 71, 936, PCIE4),
     _card("RTX 4090 24GB", (8, 9), 24564, 165, 1008, PCIE4),
-    _card("V100 32GB", (7, 0), 32768, 125, 900, 75e9),
+    _card("V100 32GB", (7, 0), 32768, 125, 900, 75e9, bus=PCIE3),
     _card("RTX 5090 32GB", (12, 0), 32607, 210, 1792, PCIE5),
-    _card("A100 40GB", (8, 0), 40960, 312, 1555, 250e9),
+    _card("A100 40GB", (8, 0), 40960, 312, 1555, 250e9, bus=PCIE4),
     _card("L40S 48GB", (8, 9), 46068, 362, 864, PCIE4),
     _card("RTX A6000 48GB", (8, 6), 49140, 155, 768, PCIE4),
-    _card("A100 80GB", (8, 0), 81920, 312, 2039, 250e9),
-    _card("H100 80GB", (9, 0), 81559, 989, 3350, 360e9, measured=True),
-    _card("H200 141GB", (9, 0), 143771, 989, 4800, 360e9, measured=True),
+    _card("A100 80GB", (8, 0), 81920, 312, 2039, 250e9, bus=PCIE4),
+    _card("H100 80GB", (9, 0), 81559, 989, 3350, 360e9, bus=55.1e9, measured=True),
+    _card("H200 141GB", (9, 0), 143771, 989, 4800, 360e9, bus=55.1e9, measured=True),
 )
 """In order of memory, then speed. Source: the vendors' data sheets (dense rates with float32 accumulation)."""
 

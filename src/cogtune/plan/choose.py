@@ -13,14 +13,16 @@ from dataclasses import dataclass, replace
 from cogtune.configuration.engine_rules import CHOICES, refusal
 from cogtune.configuration.quantization import QuantSection
 from cogtune.plan.cards import CARDS, DESKTOP, Card
-from cogtune.plan.memory import Memory, predict
+from cogtune.plan.memory import Memory, fill, outside, predict
 from cogtune.plan.setting import Setting, Tower
 from cogtune.plan.time import StepTime, step_time
-from cogtune.system.byte_sizes import MIB
+from cogtune.system.byte_sizes import GIB, MIB
 
 MOST_ROWS = 512
 GATHERED_MARGIN = 0.1
 AS_FAST = 1.001
+TYPICAL_HOST = 24 * GIB
+"""Free host memory of a machine of 32 GB, for cards of machines that are not known."""
 MARGIN_SHARE, MARGIN = 0.01, 256 * MIB
 """Bytes of the budget left free if possible: predictions are not exact, and rows differ in length."""
 
@@ -47,6 +49,37 @@ def checkpointing(setting: Setting, budget: int) -> Setting | None:
         else:
             low = middle + 1
     return setting.with_recomputed(low)
+
+
+def streaming(setting: Setting, budget: int, *, settled: bool = False) -> Setting | None:
+    """Return ``setting`` with as many layers on the card as ``budget`` holds, and the others streamed from host memory;
+    None if streaming all of them is not enough.
+
+    Every layer is recomputed, unless it is ``settled`` which are: that frees most memory, and gives copies time.
+    """
+    layers = setting.sizes.num_hidden_layers
+    own = setting if settled else setting.with_recomputed(layers)
+    if not fits(own.streaming(0), budget):
+        return None
+    room = budget - round(MARGIN_SHARE * budget) - MARGIN
+    kept = bisect(range(layers), False, key=lambda count: not fits(own.streaming(count), room)) - 1
+    found = own.streaming(max(0, kept))
+    return replace(found, tower_resident=filling(found, room)) if found.tower == "cached" else found
+
+
+def filling(setting: Setting, budget: int, images: int | None = None) -> int | None:
+    """Return how many tower layers stay on the card while the feature cache is filled, ``images`` pictures at a time;
+    None: all.
+    """
+    blocks = setting.sizes.vision.num_hidden_layers
+
+    def is_too_large(count: int | None) -> bool:
+        whole = replace(setting, tower_resident=count)
+        return fill(whole, images).reserved + outside(replace(whole, ranks=1)) > budget
+
+    if not is_too_large(None):
+        return None
+    return max(0, bisect(range(blocks), False, key=is_too_large) - 1)
 
 
 def keeping_gathered(setting: Setting, budget: int) -> Setting:
@@ -125,10 +158,14 @@ def best(setting: Setting, card: Card, fixed: Collection[str] = ()) -> FittingSe
     """Return the fastest setting that fits ``setting.ranks`` such cards, or None; of equally fast ones the simplest.
 
     ``fixed``: dotted keys the user gave, whose values in ``setting`` stay: ``quant.experts``, ``quant.tower``,
-    ``quant.embedding``, ``train.optimizer``, ``data.cache_features``, ``parallel.engine``,
+    ``quant.embedding``, ``quant.stream``, ``train.optimizer``, ``data.cache_features``, ``parallel.engine``,
     ``train.gradient_checkpointing``.
     """
     found = [choice for family in _families(setting, fixed) if (choice := _first(family, card, fixed)) is not None]
+    if not found and "quant.stream" not in fixed:  # only then: a bus is slower than the card's memory
+        streamed = [choice for family in _families(setting, fixed) for choice in _streamed(family, card, fixed)]
+        host = TYPICAL_HOST if card.host is None else card.host
+        found = [choice for choice in streamed if choice.memory.host <= host] or streamed
     fastest = min((choice.seconds_per_row for choice in found), default=0.0)
     return next((choice for choice in found if choice.seconds_per_row <= AS_FAST * fastest), None)
 
@@ -146,6 +183,15 @@ def _first(family: Iterator[Setting], card: Card, fixed: Collection[str]) -> Fit
             fitting = keeping_gathered(fitting, card.usable)
             return FittingSetting(fitting, predict(fitting), step_time(fitting, card))
     return None
+
+
+def _streamed(family: Iterator[Setting], card: Card, fixed: Collection[str]) -> Iterator[FittingSetting]:
+    """Yield the settings of one family that fit with layers streamed from host memory."""
+    settled = "train.gradient_checkpointing" in fixed
+    for candidate in family:
+        found = streaming(candidate, card.usable, settled=settled)
+        if found is not None and is_supported(found, found.engine):
+            yield FittingSetting(found, predict(found), step_time(found, card))
 
 
 def _families(setting: Setting, fixed: Collection[str]) -> Iterator[Iterator[Setting]]:
@@ -190,11 +236,14 @@ def smallest_card(setting: Setting, fixed: Collection[str] = ()) -> tuple[int, C
     """Return the bytes that the leanest setting needs on one card, and the smallest known card that has them."""
     layers = setting.sizes.num_hidden_layers
     keep = "train.gradient_checkpointing" in fixed
-    needed = min(
-        predict(candidate if keep else candidate.with_recomputed(layers)).driver
+    least = [
+        candidate if keep else candidate.with_recomputed(layers)
         for family in _families(setting, fixed)
         for candidate in family
-    )
+    ]
+    if "quant.stream" not in fixed:
+        least += [found for candidate in least if is_supported(found := candidate.streaming(0), found.engine)]
+    needed = min(predict(candidate).driver for candidate in least)
     fp8 = "fp8" in setting.quant.formats.values()
     able = [card for card in CARDS if card.bfloat16 and card.usable >= needed and (card.fp8 or not fp8)]
     return needed + DESKTOP, min(able, key=lambda card: card.memory, default=None)

@@ -13,6 +13,7 @@ from cogtune.configuration.resolve import (
     check_formats,
     memory_budget,
     recomputed_layers,
+    resident_layers,
     resolve_dtype,
     resolve_engine,
     resolve_workers,
@@ -28,6 +29,7 @@ CHOSEN = (
     "quant.experts",
     "quant.tower",
     "quant.embedding",
+    "quant.stream",
     "train.optimizer",
     "train.gradient_checkpointing",
     "data.cache_features",
@@ -84,6 +86,8 @@ def setting_of(
         keep_gathered=_keep_gathered(config),
         offload=config.parallel.offload,
         expandable=expandable(),
+        resident=resident_layers(config.quant.stream, sizes.num_hidden_layers),
+        tower_resident=resident_layers(config.quant.stream, sizes.num_hidden_layers, sizes.vision.num_hidden_layers),
     )
     return recomputed(setting, train.gradient_checkpointing)
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from cogtune.plan.activations import decoder, glu_adapter, tower_forward
 from cogtune.plan.calibration import HOST_PROCESS, LIBRARIES
-from cogtune.plan.memory import FLOAT32, Phase, allocator, host_loading, weights
+from cogtune.plan.memory import Phase, allocator, host_loading, weights
 from cogtune.plan.setting import Setting
+from cogtune.plan.streaming import FLOAT32
 from cogtune.system.byte_sizes import MIB
 
 NEW_TOKENS = 512
@@ -27,6 +28,7 @@ def answer(setting: Setting, rows: int = 1, new_tokens: int = NEW_TOKENS) -> Pha
         setting.with_batch(rows=rows, labelled=1, images=images),
         tower="live" if images else "none",
         engine="single", ranks=1, tensor=1, offload="none", decoder=frozenset(), blocks=frozenset(),
+        resident=None, tower_resident=None,
     )  # fmt: skip
     parts = weights(own, tower=True)
     parts["adapter"] = FLOAT32 * own.adapter_parameters(trained_only=False)

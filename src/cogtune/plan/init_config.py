@@ -227,6 +227,7 @@ def take_plan(proposal: Proposal, plan: Plan) -> None:
         "quant.experts": tr("chosen by `cogtune plan`: the weights do not fit in 16 bit"),
         "quant.tower": tr("chosen by `cogtune plan`: so that the tower fits"),
         "quant.embedding": tr("chosen by `cogtune plan`: frees memory on the card"),
+        "quant.stream": tr("chosen by `cogtune plan`: layers wait in host memory until they are used"),
         "train.optimizer": tr("chosen by `cogtune plan`: 8-bit moments take less memory"),
         "train.gradient_checkpointing": tr("chosen by `cogtune plan`: recomputes only as many layers as it has to"),
         "data.cache_features": tr("chosen by `cogtune plan`: the tower runs once per picture instead of in every step"),

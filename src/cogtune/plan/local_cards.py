@@ -13,6 +13,7 @@ from cogtune.errors import SetupError
 from cogtune.language import tr
 from cogtune.plan.cards import Card, named_like
 from cogtune.system.byte_sizes import MIB
+from cogtune.system.machine import free_memory
 
 
 class Query(Protocol):
@@ -60,7 +61,7 @@ def local_cards(query: Query = nvidia_smi) -> list[Card]:
         holders = tuple(f"{app[2].rsplit('/', 1)[-1]} (pid {app[1]}): {app[3]} MiB" for app in apps if app[0] == uuid)
         major, _, minor = capability.partition(".")
         memory, usable, computes = int(total) * MIB, int(free) * MIB, (int(major), int(minor))
-        card = replace(named_like(name), name=name, capability=computes)
+        card = replace(named_like(name), name=name, capability=computes, host=free_memory())
         cards.append(replace(card, memory=memory, free=usable, holders=holders))
     if not cards:
         raise SetupError(

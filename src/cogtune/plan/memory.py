@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from cogtune.configuration.quantization import QuantSection
+from cogtune.configuration.resolve import resolve_cache_batch
 from cogtune.configuration.shapes import LOSS_CHUNK
 from cogtune.distributed.buffers import SUM_BUCKET, ZERO_BUCKET
 from cogtune.plan.activations import tower_forward
@@ -23,12 +24,10 @@ from cogtune.plan.calibration import (
 )
 from cogtune.plan.setting import BYTES, Setting, format_of
 from cogtune.plan.sharding import Gathering
-from cogtune.plan.sizes import Linear, ModelSizes, Part
+from cogtune.plan.sizes import ModelSizes, Part
 from cogtune.plan.step import peak
+from cogtune.plan.streaming import FLOAT32, Streaming, scale_bytes, weight_bytes
 from cogtune.system.byte_sizes import GIB
-
-FLOAT32 = 4
-BLOCK, NESTED = 64, 256  # bitsandbytes: weights per scale, and scales per second-level scale
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def predict(setting: Setting) -> Memory:
     """Predict the memory of a run per rank."""
     phases = [_load(setting)]
     if setting.tower == "cached":
-        phases.insert(0, fill(setting, 1 if setting.sizes.vision_experts else 24))
+        phases.insert(0, fill(setting))
     phases += [_train(setting), _evaluate(setting), _save(setting)]
     return Memory(tuple(phases), outside(setting))
 
@@ -101,41 +100,22 @@ def outside(setting: Setting) -> int:
     return CONTEXT + NCCL + (NCCL_SMALL_SUMS if sums else 0)
 
 
-def weight_bytes(linear: Linear, form: str, dtype: str) -> int:
-    """Return a linear layer's bytes in a number format: ``none`` (the model's own), ``nf4``, ``int8`` or ``fp8``."""
-    bias = linear.outputs * BYTES[dtype] if linear.bias else 0
-    count = linear.weights
-    if form == "nf4":  # 4 bits per weight
-        return count // 2 + scale_bytes(linear, form) + bias
-    if form == "int8":
-        return count + linear.outputs * FLOAT32 + bias
-    if form in ("fp8", "fp8 twice"):
-        return count * (2 if form == "fp8 twice" else 1) + linear.outputs * FLOAT32 + bias
-    return count * BYTES[dtype] + bias
-
-
-def scale_bytes(linear: Linear, form: str) -> int:
-    """Return the bytes of an NF4 weight besides its codes: one byte per block for its scale, the float32 second-level
-    scales, two code tables and an offset.
-    """
-    scales = -(-linear.weights // BLOCK) if form == "nf4" else 0
-    return scales + -(-scales // NESTED) * FLOAT32 + (16 + 256 + 1) * FLOAT32 if scales else 0
-
-
 def weights(setting: Setting, tower: bool | None = None) -> dict[str, int]:
     """Return the bytes of the frozen weights on one rank's GPU by part.
 
     ``tower``: is it loaded? (Default: if it runs live.)
     """
     found = dict(_part_bytes(setting.sizes, setting.quant, setting.dtype))
+    streamed, blocks = Streaming.of_decoder(setting), Streaming.of_tower(setting)
     divided = setting.shards * setting.tensor
     named = {
-        "experts": found["experts"] // divided,
+        "experts": found["experts"] // divided - streamed.saved,
         "embedding and head": (found["embedding"] + found["head"]) // divided,
         "GLU adapter and norms": (found["glu_adapter"] + found["other"]) // divided,
     }
     if setting.tower == "live" if tower is None else tower:
         named["vision tower"] = found["tower"] // divided + (found["conv"] + found["tower_other"]) // setting.shards
+        named["vision tower"] -= blocks.saved
     if setting.shards > 1:  # fsdp2 shards parameters; bitsandbytes' scales are not parameters
         parts = {"experts": ("experts",), "embedding and head": ("head",), "GLU adapter and norms": ("glu_adapter",)}
         parts |= {"vision tower": ("tower",)} if "vision tower" in named else {}
@@ -261,19 +241,25 @@ def _load(setting: Setting) -> Phase:
         staged += sum(
             weight_bytes(x, format_of(x, setting.quant), setting.dtype) for x in experts if ".layers.0." in x.name
         )
+    streamed = Streaming.of_decoder(setting)
+    if streamed.layers:  # a layer is complete on the card before it moves to host memory
+        staged += streamed.each
     parts["workspace"] = staged + LIBRARIES
-    return Phase("load", parts, allocator(setting).slack(staged), host_loading(setting))
+    host = host_loading(setting) | _streamed(setting, tower=setting.tower == "live")
+    return Phase("load", parts, allocator(setting).slack(staged), host)
 
 
-def fill(setting: Setting, images: int = 1) -> Phase:
-    """Predict filling the feature cache: the tower alone, ``images`` pictures at a time."""
+def fill(setting: Setting, images: int | None = None) -> Phase:
+    """Predict filling the feature cache: the tower alone, ``images`` pictures at a time (None: as runs do it)."""
+    images = resolve_cache_batch(images, frames=not setting.sizes.vision_experts)
     whole = replace(setting, engine="single", ranks=1, tensor=1)
     parts = {"vision tower": weights(whole, tower=True)["vision tower"]}
     vision = setting.sizes.vision
     pixels = images * vision.in_channels * vision.image_size**2 * (FLOAT32 + setting.width)
     running = tower_forward(setting, images)
     parts |= {"activations": running, "batch": pixels, "workspace": LIBRARIES}
-    return Phase("fill", parts, allocator(setting).slack(running + pixels), host_loading(setting))
+    host = host_loading(setting) | _streamed(setting, decoder=False, tower=True)
+    return Phase("fill", parts, allocator(setting).slack(running + pixels), host)
 
 
 def _evaluate(setting: Setting) -> Phase:
@@ -312,7 +298,14 @@ def _host_training(setting: Setting) -> dict[str, int]:
         host["optimizer"] = 3 * FLOAT32 * setting.adapter_parameters() // setting.ranks
     if setting.offload == "weights":
         host["weights"] = sum(weights(setting).values())
-    return host
+    return host | _streamed(setting, tower=setting.tower == "live")
+
+
+def _streamed(setting: Setting, *, decoder: bool = True, tower: bool) -> dict[str, int]:
+    """Return the host bytes of streamed layers; none if nothing is streamed."""
+    found = Streaming.of_decoder(setting).host if decoder else 0
+    found += Streaming.of_tower(setting).host if tower else 0
+    return {"weights": found} if found else {}
 
 
 def host_loading(setting: Setting) -> dict[str, int]:

@@ -188,6 +188,7 @@ def keys_of(setting: Setting) -> dict[str, Any]:
         "quant.experts": setting.quant.experts,
         "quant.tower": setting.quant.tower,
         "quant.embedding": setting.quant.embedding,
+        "quant.stream": _stream(setting),
         "train.optimizer": setting.optimizer,
         "train.gradient_checkpointing": policy,
     }
@@ -196,6 +197,11 @@ def keys_of(setting: Setting) -> dict[str, Any]:
     if setting.ranks > 1 and setting.tensor == 1:
         keys["parallel.engine"] = setting.engine
     return keys
+
+
+def _stream(setting: Setting) -> str | int:
+    """Return ``quant.stream`` for a setting: ``auto`` where the number of resident layers is the card's."""
+    return "off" if setting.resident is None else "auto" if setting.resident else 0
 
 
 def too_small(setting: Setting, card: Card, fixed: Collection[str]) -> PlanError:
@@ -225,7 +231,13 @@ def too_small(setting: Setting, card: Card, fixed: Collection[str]) -> PlanError
     )
 
 
-_PLAIN = {"quant.experts": "none", "quant.tower": "none", "quant.embedding": "device", "train.optimizer": "adamw"}
+_PLAIN = {
+    "quant.experts": "none",
+    "quant.tower": "none",
+    "quant.embedding": "device",
+    "quant.stream": "off",
+    "train.optimizer": "adamw",
+}
 """Default values, which the written configuration leaves out."""
 
 

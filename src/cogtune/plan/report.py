@@ -143,6 +143,9 @@ def chosen(plan: Plan) -> list[str]:
         words.append(tr("nothing recomputed"))
     if setting.quant.embedding == "host":
         words.append(tr("embedding in host memory"))
+    if setting.resident is not None:
+        streamed = layers - setting.resident
+        words.append(tr("{count} of {layers} layers streamed from host memory", count=streamed, layers=layers))
     words.append(setting.optimizer)
     if setting.tensor > 1:
         words.append(f"parallel.tensor {setting.tensor}")
@@ -176,6 +179,7 @@ def _times(plan: Plan) -> Iterator[str]:
         tr("tower"): step.tower,
         tr("dequantising weights"): step.quantisation,
         tr("waiting for other cards"): step.waiting,
+        tr("waiting for copies from host memory"): step.copying,
         tr("waiting for the host"): step.host,
     }
     said = tr(", ").join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in shares.items() if seconds >= 0.001)

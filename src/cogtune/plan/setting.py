@@ -11,7 +11,7 @@ from typing import Any, Literal
 from cogtune.adapters.targets import LINEAR, is_dead_end, is_match, match_targets
 from cogtune.configuration.engine_rules import Facts, make_facts
 from cogtune.configuration.quantization import PLAIN, QuantSection
-from cogtune.configuration.resolve import resolve_compile
+from cogtune.configuration.resolve import resident_layers, resolve_compile
 from cogtune.plan.sizes import Linear, ModelSizes
 
 Tower = Literal["live", "cached", "none"]
@@ -110,7 +110,9 @@ class Setting:
     ``decoder`` and ``blocks``: indices of the decoder and tower layers that are recomputed. ``accumulation``:
     micro-batches per step. ``expandable``: the allocator uses expandable segments. ``bucket``: elements of DeepSpeed's
     gradient buffers, if its configuration file sets them. ``keep_gathered``: layers that fsdp2 keeps gathered from
-    their first use on; None: not chosen yet, which counts as 0.
+    their first use on; None: not chosen yet, which counts as 0. ``resident``: decoder layers that stay on the card
+    while the others are streamed from host memory; None: all, and nothing is streamed. ``tower_resident``: likewise
+    the tower's layers, live or filling the feature cache.
     """
 
     sizes: ModelSizes = field(default_factory=ModelSizes)
@@ -133,6 +135,8 @@ class Setting:
     keep_gathered: int | None = None
     offload: str = "none"
     expandable: bool = True
+    resident: int | None = None
+    tower_resident: int | None = None
 
     @property
     def width(self) -> int:
@@ -177,7 +181,7 @@ class Setting:
             tower_trains=self.tower_trains,
             cached=self.tower == "cached",
             optimizer=self.optimizer,
-            quant=self.quant,
+            quant=self.quant if self.resident is None else self.quant.changed(stream="auto"),
         )
 
     @property
@@ -199,6 +203,12 @@ class Setting:
         if linear.layer == self.sizes.num_hidden_layers - 1 and linear.role != "query_key_value":
             return batch.rows * batch.labelled if linear.expert == "language" else 0
         return batch.vision_tokens(self.sizes) if linear.expert == "vision" else batch.language_tokens(self.sizes)
+
+    def streaming(self, resident: int) -> Setting:
+        """Return a copy that keeps ``resident`` decoder layers on the card, and as large a share of the tower's."""
+        layers, blocks = self.sizes.num_hidden_layers, self.sizes.vision.num_hidden_layers
+        kept = resident_layers(resident, layers), resident_layers(resident, layers, blocks)
+        return replace(self, resident=kept[0], tower_resident=kept[1])
 
     def with_batch(self, **changes: Any) -> Setting:
         return replace(self, batch=replace(self.batch, **changes))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from cogtune.plan.calibration import (
+    COPY_SLOWDOWN,
     DEEPSPEED_SECONDS,
     FP8_SPEEDUP,
     GATHERED_BANDWIDTH,
@@ -23,6 +24,7 @@ from cogtune.plan.memory import weights
 from cogtune.plan.setting import MicroBatch, Setting, format_of
 from cogtune.plan.sharding import Gathering
 from cogtune.plan.sizes import Linear
+from cogtune.plan.streaming import Streaming
 
 _PROMPTS_AT_ONCE = 8
 
@@ -40,6 +42,8 @@ class StepTime:
     waiting: float
     update: float
     launching: float = 0.0
+    copying: float = 0.0
+    """Seconds that the card waits for streamed layers from host memory."""
 
     @property
     def host(self) -> float:
@@ -48,7 +52,7 @@ class StepTime:
 
     @property
     def seconds(self) -> float:
-        return self.decoder + self.tower + self.quantisation + self.waiting + self.update + self.host
+        return self.decoder + self.tower + self.quantisation + self.waiting + self.update + self.host + self.copying
 
 
 def scaled(card: Card) -> Rates:
@@ -79,7 +83,30 @@ def step_time(setting: Setting, card: Card) -> StepTime:
     waiting = _waiting(setting, rates, micro, card.link)
     count = setting.accumulation
     launching = count * kernels(setting) * HOST.seconds
-    return StepTime(decoder * count, tower * count, unpack * count, waiting, update, launching)
+    copying = count * _copying(setting, card, decoder + unpack, tower)
+    return StepTime(decoder * count, tower * count, unpack * count, waiting, update, launching, copying)
+
+
+def _copying(setting: Setting, card: Card, decoder: float, tower: float) -> float:
+    """Return the seconds by which copying streamed layers makes a micro-batch longer.
+
+    Copies run beside a pass and slow it down a little; what takes longer than the pass is waited for. ``decoder``,
+    ``tower``: seconds of computation. Layers are copied for the forward and again for the backward pass, in which they
+    are recomputed; a frozen tower has only the first.
+    """
+    passes, tower_passes = _passes(setting), 3 if setting.tower_trains else 1
+    own, blocks = Streaming.of_decoder(setting), Streaming.of_tower(setting)
+    found = _exposed(own, card, decoder / passes) + _exposed(own, card, decoder * (passes - 1) / passes)
+    if setting.tower == "live":
+        found += _exposed(blocks, card, tower / tower_passes)
+        if tower_passes > 1:
+            found += _exposed(blocks, card, tower * (tower_passes - 1) / tower_passes)
+    return found
+
+
+def _exposed(streamed: Streaming, card: Card, computing: float) -> float:
+    copying = streamed.copied / card.bus
+    return COPY_SLOWDOWN * min(copying, computing) + max(0.0, copying - computing)
 
 
 def kernels(setting: Setting) -> int:
@@ -226,6 +253,7 @@ def schedule(setting: Setting, card: Card, *, rows: int, pictures: int, mean: Mi
     fill = 0.0
     if setting.tower == "cached":
         each = tower_seconds(setting, card, 1) + feature_bytes(setting) / disk
+        each += _exposed(Streaming.of_tower(setting), card, each)
         fill = 2 * _tower(setting) / disk + pictures * each / setting.ranks
     return Schedule(
         load=stored / disk,

@@ -1,4 +1,4 @@
-"""Facts about the machine for a measurement's record: cores, library versions, commit."""
+"""Facts about the machine: cores, free memory, library versions, commit."""
 
 from __future__ import annotations
 
@@ -9,11 +9,49 @@ from importlib import metadata
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parents[3]
+_CONTROL_GROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
+"""The folders of control groups of version 2 and 1, with their files for the limit and the use."""
 
 
 def cores() -> int:
     """Return the number of cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_memory() -> int | None:
+    """Return the bytes of host memory that this process can still take: what Linux reports as available, and what the
+    limit of its control group (a container's) leaves; None on other systems.
+    """
+    file = Path("/proc/meminfo")
+    if not file.is_file():
+        return None
+    lines = file.read_text(encoding="ascii", errors="ignore").splitlines()
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    for folder, limit, used in _CONTROL_GROUPS:
+        most, taken = (_number(folder / name) for name in (limit, used))
+        if most is not None and taken is not None:
+            found.append(max(0, most - taken + _reclaimable(folder / "memory.stat")))
+    return min(found, default=None)
+
+
+def _number(file: Path) -> int | None:
+    try:
+        text = file.read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None  # version 2 writes "max" for no limit
+
+
+def _reclaimable(file: Path) -> int:
+    """Return the bytes of cached files that a control group counts as used and gives up on demand."""
+    try:
+        lines = file.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("inactive_file ", "active_file ")))
 
 
 def versions(names: Iterable[str]) -> dict[str, str]:

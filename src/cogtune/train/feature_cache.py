@@ -36,6 +36,7 @@ from cogtune.model.compile import can_compile, compile_tower, prepare_compiling
 from cogtune.train.batches import Feed
 from cogtune.train.failures import phase
 from cogtune.train.log import console, log
+from cogtune.train.memory_plan import filling_placement
 from cogtune.train.progress import Progress
 from cogtune.train.run_inputs import Inputs
 from cogtune.train.stop_signal import StopSignal
@@ -200,8 +201,16 @@ def _loader(config: RunConfig, dtype: torch.dtype, device: torch.device, picture
     def load() -> Tower:
         if compiles:
             prepare_compiling(device)
-        quantization = QuantSection(tower=config.quant.tower)
-        vision = load_tower(config.model.path, dtype=dtype, device=device, quantization=quantization)
+        placement = filling_placement(config, load_model_config(config.model.path), device)
+        vision = load_tower(
+            config.model.path,
+            dtype=dtype,
+            device=device,
+            quantization=QuantSection(tower=config.quant.tower),
+            placement=placement,
+        )
+        if placement is not None:
+            log.info(tr("features: {streamed}", streamed=placement.describe()))
         if compiles:
             compile_tower(vision)
         return vision.features

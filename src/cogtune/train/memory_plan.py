@@ -10,18 +10,20 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from cogtune.configuration.model import CogVLM2Config
+from cogtune.configuration.resolve import recomputed_layers, resident_layers, torch_dtype
 from cogtune.configuration.run_config import RunConfig
 from cogtune.distributed.group import Group
 from cogtune.errors import OutOfMemoryError, SetupError
 from cogtune.language import tr
+from cogtune.model.layer_streaming import StreamPlacement, stream_placement
 from cogtune.plan.calibration import CONTEXT
 from cogtune.plan.cards import Card, named_like
-from cogtune.plan.choose import best, checkpointing, fits, keeping_gathered, tower_fits
+from cogtune.plan.choose import best, checkpointing, filling, fits, keeping_gathered, streaming, tower_fits
 from cogtune.plan.choose import engine as engine_for
 from cogtune.plan.data_rows import Rows
 from cogtune.plan.data_rows import summary as rows_summary
@@ -32,25 +34,55 @@ from cogtune.plan.plan import PlanError, keys_of, plan_of, too_small
 from cogtune.plan.report import compared, summary
 from cogtune.plan.setting import Setting
 from cogtune.plan.sizes import ModelSizes
+from cogtune.system.allocator import expandable
 from cogtune.system.byte_sizes import format_size
+from cogtune.system.machine import free_memory
 from cogtune.train.engines import Engine, usable
 from cogtune.train.log import log
 from cogtune.train.run_inputs import Inputs
 
 _EVERYTHING = frozenset(
-    {"quant.experts", "quant.tower", "quant.embedding", "train.optimizer", "parallel.engine", "data.cache_features"}
+    {
+        *("quant.experts", "quant.tower", "quant.embedding", "quant.stream"),
+        *("train.optimizer", "parallel.engine", "data.cache_features"),
+    }
 )
 """Keys that `cogtune plan` may choose, but a run takes from its configuration unchanged."""
+_SMALLER = ("embedding", "experts", "tower", "stream")
+"""Keys of ``quant`` that make a model smaller on its card, in the order in which they are offered."""
 
 
 @dataclass(frozen=True)
 class Layers:
-    """The decoder and tower layers that are recomputed in the backward pass, and how many decoder layers of a sharded
-    model stay gathered."""
+    """The decoder and tower layers that are recomputed in the backward pass; how many decoder layers of a sharded model
+    stay gathered; and how many decoder and tower layers stay on the card while the others are streamed (None: all)."""
 
     decoder: frozenset[int] = frozenset()
     tower: frozenset[int] = frozenset()
     gathered: int = 0
+    resident: int | None = None
+    tower_resident: int | None = None
+
+    @classmethod
+    def named(cls, config: RunConfig, model: CogVLM2Config) -> Layers:
+        """Return the layers that the configuration names; what it leaves to the planner is not recomputed and stays."""
+        layers, blocks = _depths(model)
+        policy, stream = config.train.gradient_checkpointing, config.quant.stream
+        decoder, tower = (frozenset(recomputed_layers(policy, count) or ()) for count in (layers, blocks))
+        resident, tower_resident = resident_layers(stream, layers), resident_layers(stream, layers, blocks)
+        return cls(decoder, tower, resident=resident, tower_resident=tower_resident)
+
+    def streamed(self, model: CogVLM2Config, device: torch.device) -> StreamPlacement | None:
+        """Return the placement that streams the other layers, or None if all stay on the device."""
+        layers, blocks = _depths(model)
+        kept = {"resident": self.resident, "tower_resident": self.tower_resident}
+        return stream_placement(device, layers=layers, blocks=blocks, **kept)
+
+
+def _depths(model: CogVLM2Config) -> tuple[int, int]:
+    """Return the numbers of decoder and tower layers."""
+    vision: Any = model.vision_config
+    return model.num_hidden_layers, vision.num_hidden_layers
 
 
 class MemoryPlan:
@@ -67,7 +99,13 @@ class MemoryPlan:
         """Whether the tower fits in memory during training; None if the memory is not known."""
         if self.card is None or self.setting.tower == "none":
             return None
-        return tower_fits(self.setting, self._budget)
+        if tower_fits(self.setting, self._budget):
+            return True
+        return self._streams and streaming(replace(self.setting, tower="live"), self._budget) is not None
+
+    @property
+    def _streams(self) -> bool:
+        return self.config.quant.stream == "auto"
 
     @property
     def _budget(self) -> int:
@@ -101,7 +139,8 @@ class MemoryPlan:
             plan = plan_of(self.config, self.setting, self.card, self.rows)
             self.planned = plan.to_dict()
             log.info(summary(plan))
-        return Layers(self.setting.decoder, self.setting.blocks, self.setting.keep_gathered or 0)
+        own = self.setting
+        return Layers(own.decoder, own.blocks, own.keep_gathered or 0, own.resident, own.tower_resident)
 
     def _settle(self, setting: Setting) -> Setting:
         """Return ``setting`` with as many layers recomputed as its policy says or the memory needs."""
@@ -109,11 +148,15 @@ class MemoryPlan:
         policy = self.config.train.gradient_checkpointing
         if policy == "auto" or budget_of(self.config) is not None:
             settled = checkpointing(setting, self._budget)
+            if settled is None and self._streams:
+                settled = streaming(setting, self._budget)
             if settled is not None:
                 return settled
             setting = setting.with_recomputed(setting.sizes.num_hidden_layers)
         elif fits(setting, self._budget):
             return setting
+        elif self._streams and (streamed := streaming(setting, self._budget, settled=True)) is not None:
+            return streamed
         self._refuse(setting)
         return setting
 
@@ -140,7 +183,14 @@ class MemoryPlan:
         assert self.card is not None
         room = replace(self.card, free=self._budget)
         fixed = set(_EVERYTHING)
-        for key in ("data.cache_features", "train.optimizer", "quant.embedding", "quant.experts", "quant.tower"):
+        for key in (
+            "data.cache_features",
+            "train.optimizer",
+            "quant.embedding",
+            "quant.experts",
+            "quant.tower",
+            "quant.stream",
+        ):
             fixed.discard(key)
             found = best(setting, room, fixed)
             if found is not None:
@@ -153,7 +203,7 @@ class MemoryPlan:
         return tr("{hint}; --force starts anyway", hint=too_small(smaller, room, ()).hint)
 
     def _warn_about_host(self) -> None:
-        free = _free_host_memory()
+        free = free_memory()
         needed = sum(weights(self.setting, tower=self.setting.tower != "none").values())
         if free is not None and needed > free:
             log.warning(
@@ -195,6 +245,20 @@ def check_memory(
     plan = MemoryPlan(config, rows, replace(setting, accumulation=accumulation), card, force)
     plan.check()
     return plan
+
+
+def filling_placement(config: RunConfig, model: CogVLM2Config, device: torch.device) -> StreamPlacement | None:
+    """Return the placement of the tower while the feature cache is filled, as ``quant.stream`` says; None: it stays
+    whole on the device.
+    """
+    layers, blocks = _depths(model)
+    kept = resident_layers(config.quant.stream, layers, blocks)
+    if config.quant.stream == "auto" and device.type == "cuda":
+        dtype = str(torch_dtype(config.model.dtype, device)).removeprefix("torch.")
+        sizes = ModelSizes.from_config(model.to_dict())
+        setting = Setting(sizes, quant=config.quant, tower="cached", dtype=dtype, expandable=expandable())
+        kept = filling(setting, _own_card(device).usable, config.data.cache_batch)
+    return stream_placement(device, layers=layers, resident=None, blocks=blocks, tower_resident=kept)
 
 
 def auto_engine(config: RunConfig, inputs: Inputs, group: Group) -> str:
@@ -252,7 +316,7 @@ def _own_card(device: torch.device) -> Card:
     free, total = torch.cuda.mem_get_info(device)
     name = torch.cuda.get_device_name(device)
     usable = free + torch.cuda.memory_reserved(device) + CONTEXT
-    card = replace(named_like(name), name=name, capability=torch.cuda.get_device_capability(device))
+    card = replace(named_like(name), name=name, capability=torch.cuda.get_device_capability(device), host=free_memory())
     return replace(card, memory=total, free=usable, holders=_holders(name))
 
 
@@ -273,14 +337,3 @@ def _flags(before: Setting, after: Setting) -> str:
     old, new = keys_of(before), keys_of(after)
     changed = {key: value for key, value in new.items() if old.get(key) != value}
     return " ".join(f"--{key} {value}" for key, value in changed.items())
-
-
-def _free_host_memory() -> int | None:
-    """Return the bytes that Linux reports as available; None on other systems."""
-    file = Path("/proc/meminfo")
-    if not file.is_file():
-        return None
-    for line in file.read_text(encoding="ascii", errors="ignore").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None

@@ -15,10 +15,10 @@ from cogtune.adapters.attach import attach
 from cogtune.adapters.provenance import Provenance, provenance_of
 from cogtune.checkpoint import resume_state as checkpoints
 from cogtune.checkpoint.load import load_model
+from cogtune.checkpoint.model_files import load_model_config
 from cogtune.configuration.deepspeed import apply_deepspeed
 from cogtune.configuration.resolve import (
     check_formats,
-    recomputed_layers,
     resolve_compile,
     torch_dtype,
 )
@@ -254,7 +254,7 @@ def _build(
     checkpoint = start.folder.checkpoint
     if compiles(config, engine):
         prepare_compiling(engine.device)  # compile workers start while weights load
-    model = assemble(load_base(config, engine, dtype, cached=cached), config, engine, checkpoint, layers)
+    model = assemble(load_base(config, engine, dtype, layers, cached=cached), config, engine, checkpoint, layers)
     log.info(engine.describe())
     if checkpoint is not None:
         return model, saver.restore(engine, checkpoint, start.folder.output, start.record.total_steps)
@@ -262,22 +262,30 @@ def _build(
     return model, Progress()
 
 
-def load_base(config: RunConfig, engine: Engine, dtype: torch.dtype, *, cached: bool = False) -> CogVLM2ForCausalLM:
+def load_base(
+    config: RunConfig, engine: Engine, dtype: torch.dtype, layers: Layers | None = None, *, cached: bool = False
+) -> CogVLM2ForCausalLM:
     """Load the frozen model on this rank's device, or the shard of it that the engine keeps there.
 
+    ``layers``: says which are streamed from host memory; None: as ``quant.stream`` says, and none for ``auto``.
     ``cached``: without the vision tower, for batches that contain its output.
     """
+    model = load_model_config(config.model.path)
+    streamed = (layers or Layers.named(config, model)).streamed(model, engine.device)
     with phase(phrase("loading the model"), config, engine.device), loading(config.model.path) as progress:
-        return load_model(
+        loaded = load_model(
             config.model.path,
             dtype=dtype,
             device=engine.device,
             rope_precision=config.model.rope_precision,
             vision_tower=not cached,
             quantization=config.quant,
-            placement=engine.placement,
+            placement=streamed or engine.placement,
             progress=progress,
         )
+    if streamed is not None:
+        log.info(streamed.describe())
+    return loaded
 
 
 def assemble(
@@ -318,10 +326,7 @@ def compiles(config: RunConfig, engine: Engine) -> bool:
 def _recompute(base: CogVLM2ForCausalLM, config: RunConfig, layers: Layers | None) -> None:
     """Enable activation checkpointing for ``layers`` and log it."""
     decoder, tower = len(base.model.layers), base.config.vision_config.num_hidden_layers
-    if layers is None:
-        policy = config.train.gradient_checkpointing
-        first, second = (frozenset(recomputed_layers(policy, count) or ()) for count in (decoder, tower))
-        layers = Layers(first, second)
+    layers = layers or Layers.named(config, base.config)
     if layers.decoder or layers.tower:
         counts = enable_checkpointing(base, layers.decoder, layers.tower)
         also = tr(" and {counts} of {tower} tower layers", counts=counts[1], tower=tower) if counts[1] else ""

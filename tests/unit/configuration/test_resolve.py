@@ -141,7 +141,7 @@ def test_what_was_asked_for_stays() -> None:
 
 def test_the_known_cards_compute_what_their_makers_say() -> None:
     assert {card.name for card in CARDS if not card.bfloat16} == {"T4 16GB", "V100 16GB", "V100 32GB"}
-    with_fp8 = {"RTX 4070", "RTX 4080", "L4", "RTX 4090", "RTX 5090", "L40S", "H100", "H200"}
+    with_fp8 = {"RTX 4060", "RTX 4070", "RTX 4080", "L4", "RTX 4090", "RTX 5090", "L40S", "H100", "H200"}
     assert {card.name.rpartition(" ")[0] for card in CARDS if card.fp8} == with_fp8
     assert find_card("24GiB").fp8  # of a size alone nothing is refused
 

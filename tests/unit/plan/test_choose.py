@@ -164,7 +164,7 @@ def test_of_equally_fast_settings_the_simplest_is_taken() -> None:
 
 def test_what_the_user_fixed_stays() -> None:
     card = find_card("24GiB")
-    assert best(CACHED, card, {"quant.experts"}) is None
+    assert best(CACHED, card, {"quant.experts", "quant.stream"}) is None
     kept = replace(CACHED, quant=QuantSection(experts="int8"), tower="live")
     choice = best(kept, find_card("40GiB"), {"quant.experts", "data.cache_features"})
     assert choice is not None

@@ -13,9 +13,10 @@ from cogtune.adapters.attach import attach
 from cogtune.checkpoint.random import TINY, TINY_VISION, random_model, tiny_config
 from cogtune.configuration.quantization import QuantSection
 from cogtune.configuration.run_config import LoraSection
-from cogtune.plan.memory import Memory, predict, weight_bytes
+from cogtune.plan.memory import Memory, predict
 from cogtune.plan.setting import LoraShape, Setting, adapted_names
 from cogtune.plan.sizes import Linear, ModelSizes
+from cogtune.plan.streaming import weight_bytes
 from cogtune.system.byte_sizes import GIB
 
 FULL = ModelSizes()

@@ -73,7 +73,10 @@ def test_what_does_not_fit_is_refused_with_the_nearest_plan(tmp_path: Path) -> N
     assert "--train.batch_size 1 --train.accumulation 32" in (caught.value.hint or "")
     with pytest.raises(PlanError) as caught:
         planned(tmp_path, "8GiB").check()
-    assert "12GB is the smallest" in (caught.value.hint or "")
+    assert "this fits: --quant.experts nf4 --quant.stream auto" in (caught.value.hint or "")
+    with pytest.raises(PlanError) as caught:
+        planned(tmp_path, "4GiB").check()
+    assert "6GB is the smallest" in (caught.value.hint or "")
 
 
 def test_only_free_memory_counts_and_its_holders_are_named(tmp_path: Path) -> None:
@@ -98,13 +101,13 @@ def test_a_cpu_run_is_never_refused(
     from cogtune.train.log import console
 
     run = planned(tmp_path, None)
-    monkeypatch.setattr(memory_plan, "_free_host_memory", lambda: 8 * GIB)
+    monkeypatch.setattr(memory_plan, "free_memory", lambda: 8 * GIB)
     with console(0):
         run.check()
     assert "of this machine's memory are free" in capsys.readouterr().out
     assert not run.settle(cached=False).decoder
     assert run.tower_fits is None
-    monkeypatch.setattr(memory_plan, "_free_host_memory", lambda: None)
+    monkeypatch.setattr(memory_plan, "free_memory", lambda: None)
     with console(0):
         run.check()
     assert capsys.readouterr().out == ""

@@ -26,6 +26,10 @@ class FourBitLinear(bnb.nn.Linear4bit):
 
     block_sizes: tuple[int, int, int, int]
 
+    def large_tensors(self) -> list[tuple[Any, str]]:
+        """Return where the tensors of the layer's size are: an object and its attribute each."""
+        return [(self, "weight"), (self.quant_state, "absmax")]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         # Read the state from the module: engines replace the parameter and lose its attributes.
@@ -94,6 +98,10 @@ class _Int8Product(torch.autograd.Function):
 
 class Int8Linear(bnb.nn.Linear8bitLt):
     """Linear layer with 8-bit weights and one scale per output feature; computes in its input's dtype."""
+
+    def large_tensors(self) -> list[tuple[Any, str]]:
+        """Return where the tensors of the layer's size are: an object and its attribute each; here two names of one."""
+        return [(self, "weight"), (self.state, "CB")]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         product: torch.Tensor = _Int8Product.apply(x, self.weight, self.state.SCB * (1 / 127), self.bias)

@@ -236,6 +236,11 @@ class Fp8Linear(nn.Linear):
         """Return the arguments of a product and its gradient: weight, scale, transposed weight, ones."""
         return self.weight, self.scale, self.transposed, self.ones_bits.view(torch.float32)
 
+    def large_tensors(self) -> list[tuple[Any, str]]:
+        """Return where the tensors of the layer's size are: an object and its attribute each."""
+        names = ["weight"] if self.transposed is None else ["weight", "transposed"]
+        return [(self, name) for name in names]
+
     def dequantized(self) -> torch.Tensor:
         """Return the quantised weight as float32 [O, I]."""
         return self.weight.view(FORMAT).float() * self.scale[:, None]

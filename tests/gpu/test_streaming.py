@@ -1,0 +1,144 @@
+"""Streamed layers on a GPU: copies have a stream of their own, and overwrite no layer before it has been used."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend
+
+from cogtune.adapters.attach import attach
+from cogtune.checkpoint.random import random_weights, tiny_config
+from cogtune.configuration.quantization import QuantSection
+from cogtune.configuration.run_config import LoraSection
+from cogtune.model import attention
+from cogtune.model.activation_checkpointing import enable_checkpointing
+from cogtune.model.compile import compile_layers, prepare_compiling
+from cogtune.model.layer_streaming import HostMemory, StreamPlacement, streamed_layers
+from cogtune.model.routing import Routing
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+LAYERS = 5
+BUSY = 4_000_000  # cycles, 2 ms: longer than a layer's copy of 0.5 ms
+WIDE = {"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8, "num_multi_query_heads": 2}
+FORMATS = [
+    QuantSection(),
+    QuantSection(experts="nf4", tower="nf4"),
+    QuantSection(experts="int8"),
+    QuantSection(experts="fp8", fp8_layouts="two"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _repeatable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The fused attention kernels add gradients in an order of their own."""
+    monkeypatch.setattr(attention, "_FASTEST", [SDPBackend.MATH])
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _model(quant: QuantSection, resident: int | None) -> Any:
+    if "fp8" in quant.formats.values() and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this card does not multiply fp8")
+    if {"nf4", "int8"} & set(quant.formats.values()):
+        pytest.importorskip("bitsandbytes")
+    config, device = tiny_config(num_hidden_layers=LAYERS, **WIDE), torch.device("cuda")
+    placement = None if resident is None else StreamPlacement(device, streamed_layers(resident, LAYERS), (0, 1))
+    base = random_weights(config, torch.bfloat16, device, quantization=quant, placement=placement, seed=1)
+    torch.manual_seed(4)
+    model = attach(base, LoraSection(targets=("experts",), rank=8)).train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # they start at zero, and then no gradient reaches lora_A
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def _step(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = torch.tensor([[256, *[258] * 6, *range(60, 120)], [256, *[258] * 6, *range(100, 160)]])
+    labels = torch.where(torch.arange(rows.shape[1]) > 7, rows, -100)
+    pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3)).bfloat16().cuda()
+    routing = Routing.build((rows == 258).long(), labels=labels)
+    loss = model(input_ids=rows.cuda(), labels=labels.cuda(), routing=routing, pixel_values=pixels).loss
+    loss.backward()
+    gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    model.zero_grad()
+    return loss.detach(), gradients
+
+
+def _busy(layers: Any) -> None:
+    """Make every layer's own work begin late, forward and backward, so that copies would be early."""
+
+    def wait(*_: Any) -> None:
+        torch.cuda._sleep(BUSY)
+
+    for layer in layers:
+        layer.register_forward_pre_hook(wait)
+        for parameter in layer.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(wait)
+
+
+@pytest.mark.parametrize("slow", ["copies", "computation"])
+@pytest.mark.parametrize("quant", FORMATS, ids=lambda quant: quant.experts)
+def test_a_streamed_model_trains_as_a_resident_one(quant: QuantSection, slow: str) -> None:
+    expected, model = _model(quant, None), _model(quant, 0)
+    wanted, again = _step(expected), _step(expected)
+    assert torch.equal(wanted[1], again[1]), "the test needs kernels that repeat their results"
+    if slow == "computation":
+        _busy(model.base_model.model.model.layers)
+    for chosen in ((), (0, 1, 2, 3, 4), (1, 2)):
+        enable_checkpointing(model.base_model.model, chosen)
+        for _ in range(2):
+            found = _step(model)
+            assert torch.equal(found[0], wanted[0]), chosen
+            assert torch.equal(found[1], wanted[1]), chosen
+        with torch.no_grad():
+            enable_checkpointing(model.base_model.model, ())
+
+
+@pytest.mark.parametrize("quant", FORMATS[:2], ids=lambda quant: quant.experts)
+def test_compiled_layers_stream_to_the_bit(quant: QuantSection) -> None:
+    prepare_compiling(torch.device("cuda"))
+    results = []
+    for resident in (None, 0, 2):
+        model = _model(quant, resident)
+        compile_layers(model.base_model.model)
+        for chosen in ((), (0, 1, 2, 3, 4)):
+            enable_checkpointing(model.base_model.model, chosen)
+            results.append([_step(model) for _ in range(2)][1])
+        del model
+    for place, (loss, gradients) in enumerate(results):
+        assert torch.equal(loss, results[place % 2][0])
+        assert torch.equal(gradients, results[place % 2][1])
+
+
+def test_only_two_layers_are_on_the_card() -> None:
+    before = torch.cuda.memory_allocated()
+    model = _model(QuantSection(), 0)
+    weights = {m.weight.untyped_storage() for m in model.base_model.model.model.layers.modules()
+               if isinstance(m, torch.nn.Linear) and not m.weight.requires_grad}  # fmt: skip
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in weights}
+    assert len(sizes) == 2
+    layer = min(sizes.values())
+    assert layer > 2 * 3 * 1024 * 2048 * 2
+    small = 16 * 2**20  # embedding, adapter, tower
+    assert torch.cuda.memory_allocated() - before < 2 * layer + small
+    del model, weights
+    gc.collect()
+    assert torch.cuda.memory_allocated() - before < 2**20
+
+
+def test_host_memory_is_locked_while_it_is_used() -> None:
+    memory = HostMemory(10_000_000, torch.device("cuda"))
+    content = memory.content
+    assert content.is_pinned()
+    assert content.numel() == 10_000_000
+    assert content.data_ptr() % 4096 == 0
+    del memory
+    gc.collect()
+    assert not content.is_pinned()
