@@ -20,8 +20,8 @@ from urllib.parse import unquote, urlsplit
 class FakeHub:
     """``break_after``: bytes after which each answer ends; ``stall_after``: or falls silent with the line open;
     ``ranges``: whether it can continue; ``lies``: path to the size the list claims; ``missing``: names it does not
-    know; ``status``: an error for every file; ``listing``: what it answers instead of a list;
-    ``post_status``: an error for every push."""
+    know; ``status``: an error for every file; ``listing``: what it answers instead of a list; ``only``: by part of a
+    repository's name, the files that its list has; ``post_status``: an error for every push."""
 
     files: dict[str, bytes]
     break_after: int | None = None
@@ -33,6 +33,7 @@ class FakeHub:
     status: int | None = None
     listing: object = None
     post_status: int | None = None
+    only: dict[str, tuple[str, ...]] = field(default_factory=dict)
     requests: list[tuple[str, str | None, str | None]] = field(default_factory=list)
     url: str = ""
     closing: threading.Event = field(default_factory=threading.Event)
@@ -59,7 +60,8 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
             elif hub.listing is not None:
                 self._json(hub.listing)
             elif "/tree/" in path:
-                self._json([_hf_entry(hub, name) for name in hub.files])
+                listed = next((names for part, names in hub.only.items() if part in path), tuple(hub.files))
+                self._json([_hf_entry(hub, name) for name in listed])
             else:
                 files = [
                     {"Type": "blob", "Path": name, "Size": _size(hub, name), "Sha256": _sha(hub, name)}

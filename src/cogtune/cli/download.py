@@ -18,7 +18,8 @@ Free space is checked first, every file's size (and digest, where the hub gives 
 mirror, HF_TOKEN opens gated repositories, HF_HUB_OFFLINE forbids fetching. A folder copied by hand works as well: files
 of the right size are kept. Large files that the hub's own cache holds (HF_HUB_CACHE, HF_HOME) are linked or copied from
 there; nothing is written into it. A stalled connection is opened again. The model is under the CogVLM and Llama 3
-licences, the data under CC BY-NC 4.0."""
+licences, the data under CC BY-NC 4.0. The first generation (cogvlm-...: 35 GB) is under the CogVLM licence; Vicuna's
+tokenizer, fetched into the same folder, under Llama 2's."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,9 @@ class _Flags:
     source: str = flag("hf", "The hub. Default: hf.", "hf|modelscope", choices=("hf", "modelscope"))
     variant: str = flag(
         "chat",
-        "Which model: chat, chinese-chat, int4, chinese-int4, or of clips: caption, video-chat, video-base,"
-        " visionreward-video. Default: chat.",
+        "Which model: chat, chinese-chat, int4, chinese-int4; of clips: caption, video-chat, video-base,"
+        " visionreward-video; of the first generation: cogvlm-chat, cogvlm-base-490, cogvlm-base-224,"
+        " cogvlm-grounding-generalist, cogvlm-grounding-base. Default: chat.",
         "NAME",
     )
 

@@ -91,7 +91,7 @@ def _download(
 ) -> Downloaded:
     endpoint = endpoint_of(source)
     client = Client(os.environ.get("HF_TOKEN") if source == "hf" else None, timeout)
-    listed = [f for f in list_files(client, source, endpoint, repository) if f.path not in _SKIPPED]
+    listed = _listed(client, source, endpoint, repository)
     missing = [file for file in listed if not _is_there(folder / file.path, file)]
     _require_free(folder, missing)
     present, cached = len(listed) - len(missing), _cached(repository, missing)
@@ -137,12 +137,24 @@ def _download(
     return Downloaded(folder, len(listed) - present - len(cached), present, len(cached), size)
 
 
+def _listed(client: Client, source: Source, endpoint: str, repository: Repository) -> list[RemoteFile]:
+    """Return the files of the repository, and those of the one beside it that it does not have itself."""
+    found = [f for f in list_files(client, source, endpoint, repository) if f.path not in _SKIPPED]
+    if repository.only:
+        found = [file for file in found if file.path in repository.only]
+    if repository.beside is None:
+        return found
+    there = {file.path for file in found}
+    return found + [f for f in _listed(client, source, endpoint, repository.beside) if f.path not in there]
+
+
 def _cached(repository: Repository, missing: list[RemoteFile]) -> dict[str, Path]:
     """Return the missing files that are in the hub's own cache, by their path in the repository."""
     found = {}
     for file in missing:
         if file.sha256 is not None:
-            blob = cached_file(repository.kind, repository.hf, file.sha256, file.size)
+            names = repository.hf if repository.beside is None else (*repository.hf, *repository.beside.hf)
+            blob = cached_file(repository.kind, names, file.sha256, file.size)
             if blob is not None:
                 found[file.path] = blob
     return found

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from cogtune.configuration.architectures import VIDEO_MODELS
+from cogtune.configuration.architectures import FIRST_MODELS, FIRST_TOKENIZER, VIDEO_MODELS
 from cogtune.configuration.run_config import PUBLISHED_MODEL
 
 Source = Literal["hf", "modelscope"]
@@ -15,12 +15,17 @@ MODELSCOPE_ENDPOINT = "https://www.modelscope.cn"
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository and its names, tried in order; ``kind`` as the hubs call it."""
+    """A repository and its names, tried in order; ``kind`` as the hubs call it.
+
+    ``only``: the files that are taken; empty: all. ``beside``: another repository whose files go into the same folder.
+    """
 
     name: str
     kind: Literal["model", "dataset"]
     hf: tuple[str, ...]
     modelscope: tuple[str, ...]
+    only: tuple[str, ...] = ()
+    beside: Repository | None = None
 
     def names(self, source: Source) -> tuple[str, ...]:
         return self.hf if source == "hf" else self.modelscope
@@ -37,7 +42,17 @@ VARIANTS = {
     "int4": _model("int4", f"{_CHAT}-int4"),
     "chinese-int4": _model("chinese-int4", f"{_CHAT.replace('chat', 'chinese-chat')}-int4"),
 } | {name: _model(name, repository) for name, repository in VIDEO_MODELS.items()}
-"""The model's variants: the published chat model, the Chinese one, their 4-bit copies, and the video models."""
+"""The model's variants: the published chat model, the Chinese one, their 4-bit copies, and the video models; then the
+first generation's, which come with Vicuna's tokenizer."""
+
+_VICUNA = Repository(
+    "tokenizer",
+    "model",
+    (FIRST_TOKENIZER,),
+    ("AI-ModelScope/vicuna-7b-v1.5",),
+    only=("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
+)
+VARIANTS |= {name: replace(_model(name, repository), beside=_VICUNA) for name, repository in FIRST_MODELS.items()}
 
 DATA = Repository(
     "CogVLM-SFT-311K",

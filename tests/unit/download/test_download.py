@@ -60,6 +60,18 @@ def test_every_file_arrives_and_progress_ends_at_the_total(hub, tmp_path, source
     assert hub.url in said[0]
 
 
+def test_the_first_generation_comes_with_the_other_repositorys_tokenizer(hub, tmp_path):
+    hub.files |= {"tokenizer.model": b"pieces", "README.md": b"of the model"}
+    own = {name: content for name, content in hub.files.items() if not name.startswith("tokenizer")}
+    hub.only = {"cogvlm-grounding-base-hf": tuple(own)}
+    result, said, seen = fetch(tmp_path / "model", VARIANTS["cogvlm-grounding-base"])
+    assert {file.name for file in (tmp_path / "model").iterdir()} == {*own, "tokenizer.model", "tokenizer_config.json"}
+    assert seen[-1][1] == seen[-1][2] == result.size
+    asked = [path for path, _, _ in hub.requests if "/resolve/" in path]
+    assert [path for path in asked if "vicuna-7b-v1.5" in path] == [path for path in asked if "tokenizer" in path]
+    assert fetch(tmp_path / "model", VARIANTS["cogvlm-grounding-base"])[0].fetched == 0
+
+
 def test_a_line_that_keeps_breaking_is_taken_up_where_it_stopped(hub, tmp_path):
     hub.break_after = 40_000
     fetch(tmp_path / "model")
