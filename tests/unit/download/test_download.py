@@ -64,7 +64,7 @@ def test_the_first_generation_comes_with_the_other_repositorys_tokenizer(hub, tm
     hub.files |= {"tokenizer.model": b"pieces", "README.md": b"of the model"}
     own = {name: content for name, content in hub.files.items() if not name.startswith("tokenizer")}
     hub.only = {"cogvlm-grounding-base-hf": tuple(own)}
-    result, said, seen = fetch(tmp_path / "model", VARIANTS["cogvlm-grounding-base"])
+    result, _, seen = fetch(tmp_path / "model", VARIANTS["cogvlm-grounding-base"])
     assert {file.name for file in (tmp_path / "model").iterdir()} == {*own, "tokenizer.model", "tokenizer_config.json"}
     assert seen[-1][1] == seen[-1][2] == result.size
     asked = [path for path, _, _ in hub.requests if "/resolve/" in path]
