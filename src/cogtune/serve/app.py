@@ -20,6 +20,8 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.completion_usage import CompletionUsage
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.engine import InferenceEngine
@@ -102,6 +104,7 @@ def make_app(engine: InferenceEngine, options: ServerOptions) -> FastAPI:
     app = FastAPI(title="cogtune", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(_Limited, most=options.body_bytes)
     app.add_exception_handler(Refusal, server.refuse)
+    app.add_exception_handler(HTTPException, server.refuse)
     app.add_api_route("/health", server.health, methods=["GET"])
     app.add_api_route("/metrics", server.show_metrics, methods=["GET"])
     for path, work in (("/v1/chat/completions", server.chat), ("/v1/score", server.score)):
@@ -360,9 +363,10 @@ async def _forward(number: int, answer: _Answer, merged: asyncio.Queue[tuple[int
 
 
 async def _json(request: Request) -> Any:
-    content = await request.body()
     try:
-        return json.loads(content)
+        return json.loads(await request.body())
+    except ClientDisconnect as error:
+        raise Refusal(400, "the client left before its request was whole", reason="client_gone") from error
     except (ValueError, RecursionError) as error:
         raise Refusal(400, f"the body is not JSON: {error}", reason="invalid_json") from error
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from starlette.exceptions import HTTPException
+
 from cogtune.errors import CogtuneError, InputError, OutOfMemoryError
 
 
@@ -49,6 +51,8 @@ def refusal_of(error: BaseException) -> Refusal:
     """Return the response to a request that failed with ``error``. Internal errors reveal no details."""
     if isinstance(error, Refusal):
         return error
+    if isinstance(error, HTTPException):  # no such path, or another method
+        return Refusal(error.status_code, error.detail, reason=error.detail.lower().replace(" ", "_"))
     if isinstance(error, InputError):
         return Refusal(400, str(error), reason=error.code)
     if isinstance(error, OutOfMemoryError):

@@ -174,6 +174,30 @@ def test_a_body_that_is_no_request(running: Running, content: bytes, status: int
     assert answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/chat/completions", 405), ("POST", "/v2", 404)])
+def test_no_such_route_is_an_error_object_too(running: Running, method: str, path: str, status: int) -> None:
+    answer = httpx.request(method, running.url + path, headers={"Authorization": f"Bearer {KEY}"})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (status, "invalid_request_error")
+
+
+def test_half_a_request_is_no_failure_of_the_server(running: Running, caplog: pytest.LogCaptureFixture) -> None:
+    """A client that leaves in the middle of its body."""
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 900\r\n\r\n"
+    )
+    counted = 'cogtune_requests_total{route="/v1/chat/completions",status="%d"}'
+    before = httpx.get(f"{running.url}/metrics").text.count(counted % 500)
+    with socket.create_connection(("127.0.0.1", running.port)) as raw:
+        raw.sendall(head.encode() + b'{"messages": [')
+        time.sleep(0.1)
+    deadline = time.monotonic() + 5
+    while counted % 400 not in (text := httpx.get(f"{running.url}/metrics").text) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert text.count(counted % 500) == before
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    assert _chat(running, max_tokens=2).choices
+
+
 @pytest.mark.parametrize("key", ["", "wrong", KEY + "x"])
 def test_a_key_is_needed(running: Running, key: str) -> None:
     answer = httpx.get(f"{running.url}/v1/models", headers={"Authorization": f"Bearer {key}"} if key else {})
