@@ -3,8 +3,8 @@
 OpenAI's own client asks ``cogtune serve`` on the tiny model on a CPU. One request in twenty is broken and has to be
 refused with its own status; in one of twenty the client leaves. Every other answer is compared with the one that is
 known beforehand: for greedy ones what transformers' ``generate()`` answers, for drawn ones and for closed questions
-what the engine answers when it is asked nothing else. At the end all slots have to be back, and the server's memory has to
-be what it was after the first fifth.
+what the engine answers when it is asked nothing else. At the end all slots have to be back, and the server's memory
+has to be what it was after the first fifth.
 """
 
 from __future__ import annotations
