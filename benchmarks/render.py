@@ -45,7 +45,7 @@ from benchmarks.combination_view import combinations
 from benchmarks.front_page import bars, smallest, speed
 from benchmarks.plots import drawing_of
 from benchmarks.quality_view import linears, parity, quality
-from benchmarks.views import VIEWS, markdown
+from benchmarks.views import VIEWS, markdown, samples
 from cogtune.errors import catalogue
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,7 +128,8 @@ def _table(content: dict[str, Any], name: str, chinese: bool) -> str:
     return markdown(columns, table.get("rows_zh", table["rows"]) if chinese else table["rows"])
 
 
-_NAMED = {"cards": cards, "linears": linears, "front-page-speed": speed, "front-page-cards": smallest}
+_NAMED = {"cards": cards, "linears": linears, "front-page-speed": speed, "front-page-cards": smallest,
+          "samples": samples}  # fmt: skip
 _BY_KIND = {"parity": parity, "quality": quality}
 
 

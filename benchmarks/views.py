@@ -19,6 +19,12 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
+def samples(content: dict[str, Any], chinese: bool) -> str:
+    """Some of an evaluation's questions with the answers before and after."""
+    table = content["samples"]
+    return markdown(table["columns_zh"] if chinese else table["columns"], table["rows"])
+
+
 def demo(content: dict[str, Any], chinese: bool) -> str:
     """What the demo measured, as shares of right answers, and where it ran."""
     scores, machine = content["scores"], content["machine"]

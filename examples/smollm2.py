@@ -44,6 +44,7 @@ TOWER = {
     "image_size": posters.SIDE, "patch_size": 6, "hidden_size": 256, "intermediate_size": 1024,
     "num_hidden_layers": 6, "num_heads": 4, "num_positions": (posters.SIDE // 6) ** 2 + 1,
 }  # fmt: skip
+PRETRAINED = "pretraining.json"  # written last
 LR_TOWER, LR_EXPERTS, WARM_UP = 1e-3, 3e-4, 100
 
 
@@ -138,9 +139,11 @@ def build_base(given: argparse.Namespace, base: Path) -> None:
     keys = {"model": str(base), "data": str(data), "output": str(base), "data.validation_share": 0}
     rows = cogtune.load_rows(cogtune.load_config(None, keys), processor)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    begin = time.monotonic()
     losses = pretrain(model.to(device), rows, given.steps, given.batch, given.workers)
+    found = {"seconds": time.monotonic() - begin, "losses": losses}
     model.to("cpu", torch.bfloat16).save_pretrained(base)
-    (base / "losses.json").write_text(json.dumps(losses), encoding="utf-8")
+    (base / PRETRAINED).write_text(json.dumps(found), encoding="utf-8")
 
 
 def tune(given: argparse.Namespace, base: Path) -> Any:
@@ -175,7 +178,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     given = parser.parse_args()
     base = given.output / "base"
-    if not (base / "losses.json").exists():  # written last
+    if not (base / PRETRAINED).exists():
         build_base(given, base)
     found = tune(given, base)
     print("\n".join(found.lines()))
