@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
 from cogtune.checkpoint.random import tiny_config
 from cogtune.generate.decode_steps import DecodeSteps
 from cogtune.generate.decoding import Decoding
+from cogtune.generate.text_graphs import TextGraphs
 from cogtune.model.decode import decode, prefill
 from cogtune.model.fused_decode import FusedDecode
 from cogtune.model.kernels import decode as kernels
@@ -197,6 +198,22 @@ def test_a_fused_step_with_several_adapters_is_the_eager_one(rows: tuple[int, ..
     assert _error(found, wanted) < 1e-5  # float32 sums in another order through all layers
     plain = decode(model, cache, slots, tokens, positions, lengths)
     assert _error(plain[0], wanted[0]) > 1e-3
+
+
+def test_captured_text_is_the_prefill(model: CogVLM2ForCausalLM) -> None:
+    """Two lengths through one captured pass, in two slots and behind what they hold."""
+    cache, rows = _filled(model, 4)
+    text = TextGraphs(model, cache, FusedDecode(model), None)
+    for slot, count in ((1, 9), (2, 30)):
+        _, position, length = rows[slot]
+        ids = torch.randint(10, 200, (1, count))
+        cache.put(3, cache.copy_out(slot, length))
+        wanted, _ = prefill(model, SlotView(cache, 3, length), ids, torch.zeros_like(ids), start=position)
+        found = text.prefill(slot, ids[0].tolist(), position, length, -1)
+        assert _error(found, wanted) < 1e-5  # float32 sums in another order through all layers
+        end = length + count
+        assert _error(cache.keys[:, slot, :, :end], cache.keys[:, 3, :, :end]) < 1e-5
+        assert _error(cache.values[:, slot, :, :end], cache.values[:, 3, :, :end]) < 1e-5
 
 
 def test_narrow_heads_are_left_to_the_modules() -> None:

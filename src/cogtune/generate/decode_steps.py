@@ -14,6 +14,7 @@ import torch
 
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.sampling import SamplingRows, choose
+from cogtune.generate.text_graphs import TextGraphs
 from cogtune.model.decode import decode
 from cogtune.model.kernels import kernel_available
 from cogtune.model.slots import SlotCache
@@ -21,7 +22,11 @@ from cogtune.model.stacked_adapters import NONE, StackedAdapters
 
 
 class DecodeSteps:
-    """Runs steps over the slots of ``cache``."""
+    """Runs steps over the slots of ``cache``.
+
+    Attributes:
+        text: prefill of text as graphs; None without graphs.
+    """
 
     _token: torch.Tensor
     _position: torch.Tensor
@@ -56,6 +61,7 @@ class DecodeSteps:
         self._host_lengths += [0] * (cache.slots - len(self._host_lengths))
         self._recorded: dict[tuple[int, bool], _Recorded] = {}
         self._memory: Any = None
+        self.text = None if self._fused is None else TextGraphs(self._model, cache, self._fused, self._adapters)
 
     def begin(
         self,

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -24,7 +25,7 @@ from cogtune.generate.at_exit import end_at_exit
 from cogtune.generate.choices import ChoiceScores, ClosedQuestion, score_choices
 from cogtune.generate.decode_steps import DecodeSteps
 from cogtune.generate.picture_cache import PictureCache, default_budget, image_digest
-from cogtune.generate.prefill import Prefill
+from cogtune.generate.prefill import AHEAD, Prefill
 from cogtune.generate.requests import AnswerText, Listener, Pending, Request, Shown
 from cogtune.language import tr
 from cogtune.model.slots import SlotCache
@@ -282,9 +283,11 @@ class InferenceEngine:
     def _admit(self) -> None:
         """Prefill the next request: one while others decode, else one per free slot."""
         with self._changed:
-            if not self._queue or len(self._active) == self.slots:
-                return
-            pending = self._queue.popleft()
+            waiting = [pending.request for pending in islice(self._queue, AHEAD)]
+            pending = self._queue.popleft() if waiting and len(self._active) < self.slots else None
+        self.prefill.prepare(waiting)
+        if pending is None:
+            return
         if pending.cancelled:
             pending.end("cancelled")
             return
@@ -296,7 +299,7 @@ class InferenceEngine:
             row = _Active(pending, self._free.pop(), text, decoding.max_new_tokens)
             self._active.append(row)
             adapter = self.prefill.adapter(pending.request.adapter)
-            logits, position, length = self.prefill.fill(pending.request, cache, row.slot, adapter)
+            logits, position, length = self.prefill.fill(pending.request, cache, row.slot, adapter, steps.text)
             first = steps.begin(row.slot, logits, position, length, decoding, pending.request.seed, adapter)
         except BaseException as error:
             if row is None:

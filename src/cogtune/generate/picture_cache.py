@@ -36,6 +36,9 @@ class PictureCache:
         """Bytes of all entries."""
         return self._bytes
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._entries
+
     def get(self, key: Hashable) -> torch.Tensor | Prefix | None:
         """Return the entry of ``key`` and mark it as used."""
         found = self._entries.get(key)

@@ -6,6 +6,7 @@ Everything here runs in the engine's thread.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,14 +15,19 @@ import torch
 from cogtune.errors import InputError
 from cogtune.generate.picture_cache import PictureCache
 from cogtune.generate.requests import Request, Shown
+from cogtune.generate.text_graphs import TextGraphs
 from cogtune.language import tr
 from cogtune.model.decode import prefill
 from cogtune.model.routing import row_positions
 from cogtune.model.slots import Prefix, SlotCache, SlotView
 from cogtune.model.stacked_adapters import NONE, StackedAdapters
+from cogtune.processing.image import normalise
+from cogtune.processing.pixels import resized_of
 from cogtune.processing.processor import CogVLM2Processor
 
 _AT_ONCE = 24  # most images of one forward pass of the tower: a clip's
+AHEAD = 3
+"""Waiting requests whose images are resized while the device works."""
 
 
 class Prefill:
@@ -39,6 +45,35 @@ class Prefill:
         adapters: StackedAdapters | None,
     ) -> None:
         self._model, self._processor, self._pictures, self._adapters = model, processor, pictures, adapters
+        self._resizing = ThreadPoolExecutor(1, "cogtune-pixels")
+        self._resized: dict[bytes, Future[torch.Tensor]] = {}
+
+    def prepare(self, waiting: Sequence[Request]) -> None:
+        """Start resizing the images of the next requests, while the device works on others."""
+        wanted = {
+            key: image
+            for request in waiting
+            for key, image in zip(request.image_keys or (), request.images, strict=False)
+            if ("features", key, NONE) not in self._pictures
+        }
+        self._resized = {
+            key: self._resized.get(key) or self._resizing.submit(self._host_pixels, image)
+            for key, image in list(wanted.items())[:_AT_ONCE]
+        }
+
+    def _host_pixels(self, image: Shown) -> torch.Tensor:
+        """Return an image's pixels as they go to the device: uint8 [S, S, 3] of a picture, float32 [3, S, S] of a
+        frame."""
+        if isinstance(image, torch.Tensor) or self._processor.config.numbered_images:
+            return self._processor.pixels(image)[0]
+        return torch.from_numpy(resized_of(image, self._processor.image_size))
+
+    def _pixels(self, key: bytes, image: Shown) -> torch.Tensor:
+        """Return an image's pixels [3, S, S] on the model's device."""
+        ahead = self._resized.pop(key, None)
+        pixels = self._host_pixels(image) if ahead is None else ahead.result()
+        pixels = pixels.to(self._model.device)
+        return normalise(pixels) if pixels.dtype == torch.uint8 else pixels
 
     def adapter(self, name: str | None) -> int:
         """Return the index of an adapter by name.
@@ -58,22 +93,37 @@ class Prefill:
         """Compute with one adapter."""
         return nullcontext() if self._adapters is None else self._adapters.using(adapter)
 
-    def fill(self, request: Request, cache: SlotCache, slot: int, adapter: int) -> tuple[torch.Tensor, int, int]:
+    def fill(
+        self, request: Request, cache: SlotCache, slot: int, adapter: int, text: TextGraphs | None
+    ) -> tuple[torch.Tensor, int, int]:
         """Prefill a slot with a prompt, copying the prefix of a known picture.
+
+        Args:
+            text: captured passes for what follows the picture; None: the model's forward pass.
 
         Returns:
             The logits behind the prompt, float32 [V], the next position, and the slot's length.
         """
         with self.using(adapter):
-            return self._fill(request, cache, slot, adapter)
+            ids = torch.tensor([request.encoded.input_ids])
+            types = torch.tensor([request.encoded.token_type_ids])
+            view = SlotView(cache, slot)
+            start = 0
+            if request.images:
+                start = self._beginning(request, ids, types, cache, view, adapter)
+            rest = slice(view.length, None)
+            if text is None or text.rows_for(ids.shape[1] - view.length, view.length) is None:
+                logits, position = prefill(self._model, view, ids[:, rest], types[:, rest], start=start)
+                return logits, position, view.length
+        words = ids[0, rest].tolist()
+        logits = text.prefill(slot, words, start, view.length, adapter)
+        return logits, start + len(words), view.length + len(words)
 
-    def _fill(self, request: Request, cache: SlotCache, slot: int, adapter: int) -> tuple[torch.Tensor, int, int]:
-        ids = torch.tensor([request.encoded.input_ids])
-        types = torch.tensor([request.encoded.token_type_ids])
-        view = SlotView(cache, slot)
-        if not request.images:
-            logits, position = prefill(self._model, view, ids, types)
-            return logits, position, view.length
+    def _beginning(
+        self, request: Request, ids: torch.Tensor, types: torch.Tensor, cache: SlotCache, view: SlotView, adapter: int
+    ) -> int:
+        """Put a prompt's columns up to the end of its last image into a slot; returns the position behind them."""
+        slot = view.slot
         assert request.image_keys is not None
         beginning = int(types[0].nonzero().max()) + 1  # up to the end of the last image
         words = tuple(ids[0, :beginning][types[0, :beginning] == 0].tolist())
@@ -86,9 +136,7 @@ class Prefill:
             features = self.features(request.images, request.image_keys, adapter)
             prefill(self._model, view, ids[:, :beginning], types[:, :beginning], features)
             self._pictures.put(key, cache.copy_out(slot, beginning))
-        start = int(row_positions(types[:, :beginning], None).max()) + 1
-        logits, position = prefill(self._model, view, ids[:, beginning:], types[:, beginning:], start=start)
-        return logits, position, view.length
+        return int(row_positions(types[:, :beginning], None).max()) + 1
 
     def features(self, images: Sequence[Shown], keys: Sequence[bytes], adapter: int) -> torch.Tensor | None:
         """Return the tower's output [N, grid * grid, width], or None without images."""
@@ -99,8 +147,8 @@ class Prefill:
         new = {key: image for image, key in zip(images, keys, strict=True) if not isinstance(kept[key], torch.Tensor)}
         for start in range(0, len(new), _AT_ONCE):
             some = list(new)[start : start + _AT_ONCE]
-            pixels = torch.cat([self._processor.pixels(new[key]) for key in some])
-            for key, one in zip(some, self._model.model.encode_images(pixels.to(self._model.device)), strict=True):
+            pixels = torch.stack([self._pixels(key, new[key]) for key in some])
+            for key, one in zip(some, self._model.model.encode_images(pixels), strict=True):
                 kept[key] = one[None]
                 self._pictures.put(("features", key, tower), one[None])
         return torch.cat([kept[key] for key in keys])  # type: ignore[misc]

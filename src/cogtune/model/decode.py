@@ -53,11 +53,12 @@ def prefill(
     else:
         routing = Routing.build(token_type_ids, keep_columns=True, vision_experts=bool(model.config.vision_experts))
     following = int(routing.positions.max()) + 1
-    routing = routing.keep_last(1).to(device)
+    # a copy that waits would wait for the vision tower too, and only then launch what follows it
+    routing = routing.keep_last(1).to(device, non_blocking=True)
     features = model.image_features_of(routing, None, image_features)
     cache: Any = view
     mask = cache_mask(cache, routing, None, view.length)
-    hidden = model.model(input_ids.to(device), routing, features, cache, mask)
+    hidden = model.model(input_ids.to(device, non_blocking=True), routing, features, cache, mask)
     view.advance(columns)
     return model.lm_head(hidden)[0].float(), following
 

@@ -209,7 +209,7 @@ class FusedDecode:
 
     def __init__(self, model: CogVLM2ForCausalLM) -> None:
         self._model = model
-        self._layers = [_Layer(layer, model.dtype) for layer in model.model.layers]
+        self.layers = [_Layer(layer, model.dtype) for layer in model.model.layers]
         self._head = Projection(model.dtype, model.lm_head)
 
     @staticmethod
@@ -237,7 +237,7 @@ class FusedDecode:
         decoder = self._model.model
         h = decoder.embed_tokens(tokens_R)
         cos, sin = (table.flatten(1).contiguous() for table in decoder.rotary(positions_R[:, None], h.dtype))
-        for index, layer in enumerate(self._layers):
+        for index, layer in enumerate(self.layers):
             keys, values, heads = cache.keys[index], cache.values[index], layer.heads
 
             def attend(qkv: torch.Tensor, keys: Any = keys, values: Any = values, heads: int = heads) -> torch.Tensor:

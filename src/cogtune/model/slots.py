@@ -103,7 +103,7 @@ class SlotView:
     """
 
     def __init__(self, cache: SlotCache, slot: int, length: int = 0) -> None:
-        self._cache, self._slot, self.length = cache, slot, length
+        self._cache, self.slot, self.length = cache, slot, length
 
     def update(self, k: torch.Tensor, v: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Write new keys and values [1, K, L, E] and return all of the slot's so far, as views [1, K, length + L, E].
@@ -115,9 +115,9 @@ class SlotView:
         if end > self._cache.columns:
             raise ValueError(f"{end} columns do not fit in a slot of {self._cache.columns}")
         keys, values = self._cache.keys[layer], self._cache.values[layer]
-        keys[self._slot, :, self.length : end] = k[0]
-        values[self._slot, :, self.length : end] = v[0]
-        return keys[self._slot : self._slot + 1, :, :end], values[self._slot : self._slot + 1, :, :end]
+        keys[self.slot, :, self.length : end] = k[0]
+        values[self.slot, :, self.length : end] = v[0]
+        return keys[self.slot : self.slot + 1, :, :end], values[self.slot : self.slot + 1, :, :end]
 
     def get_seq_length(self) -> int:
         """Return the number of filled columns."""

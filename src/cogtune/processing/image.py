@@ -127,18 +127,17 @@ def resize(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
     return np.array(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
-def normalise(resized: npt.NDArray[np.uint8]) -> torch.Tensor:
-    """Normalise, the second half of `preprocess`: float32 ``[3, size, size]`` from uint8 ``[size, size, 3]``."""
+def normalise(resized: npt.NDArray[np.uint8] | torch.Tensor) -> torch.Tensor:
+    """Normalise, the second half of `preprocess`: float32 ``[3, size, size]`` from uint8 ``[size, size, 3]``.
+
+    A tensor is normalised on its device.
+    """
     import torch
 
-    pixels = torch.from_numpy(resized).permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
-    return pixels.div_(255).sub_(_per_channel(MEAN)).div_(_per_channel(STD))
-
-
-def _per_channel(values: tuple[float, ...]) -> torch.Tensor:
-    import torch
-
-    return torch.tensor(values, dtype=torch.float32).view(3, 1, 1)
+    whole = resized if isinstance(resized, torch.Tensor) else torch.from_numpy(resized)
+    pixels = whole.permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
+    mean, std = (torch.tensor(values, dtype=torch.float32, device=whole.device).view(3, 1, 1) for values in (MEAN, STD))
+    return pixels.div_(255).sub_(mean).div_(std)
 
 
 def _open_header(path: Path, max_pixels: int | None) -> Image.Image:

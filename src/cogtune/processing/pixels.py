@@ -7,13 +7,14 @@ import re
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 
 from cogtune.errors import DataError, InputError
 from cogtune.language import tr
 from cogtune.processing.frames import preprocess_frame
-from cogtune.processing.image import preprocess, read_image, to_rgb
+from cogtune.processing.image import normalise, read_image, resize, to_rgb
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 
@@ -35,6 +36,19 @@ def pixels_of(image: Any, size: int, *, frame: bool = False) -> torch.Tensor:
                    size=size)
             )  # fmt: skip
         return image
+    return preprocess_frame(np.array(_opened(image)), size) if frame else normalise(resized_of(image, size))
+
+
+def resized_of(image: Any, size: int) -> npt.NDArray[np.uint8]:
+    """Return a picture, as `pixels_of` takes it, before it is normalised: uint8 ``[size, size, 3]``.
+
+    Raises:
+        InputError, DataError: as `pixels_of` does.
+    """
+    return resize(_opened(image), size)
+
+
+def _opened(image: Any) -> Image.Image:
     if isinstance(image, (str, os.PathLike)):
         path = os.fspath(image)
         if isinstance(path, str) and _ADDRESS.match(path):
@@ -43,12 +57,10 @@ def pixels_of(image: Any, size: int, *, frame: bool = False) -> torch.Tensor:
                 hint=tr("download the picture and give its path, or open it with PIL and give the image"),
                 code="image-url",
             )
-        picture = read_image(path)
-    elif isinstance(image, Image.Image):
-        picture = to_rgb(image, getattr(image, "filename", "") or tr("the picture given"))
-    else:
-        raise InputError(
-            tr("the picture is a {name}, not a PIL image or a path", name=type(image).__name__),
-            hint=tr("for an array use PIL.Image.fromarray(array)"),
-        )
-    return preprocess_frame(np.array(picture), size) if frame else preprocess(picture, size)
+        return read_image(path)
+    if isinstance(image, Image.Image):
+        return to_rgb(image, getattr(image, "filename", "") or tr("the picture given"))
+    raise InputError(
+        tr("the picture is a {name}, not a PIL image or a path", name=type(image).__name__),
+        hint=tr("for an array use PIL.Image.fromarray(array)"),
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from cogtune.generate.engine import InferenceEngine
 from cogtune.generate.generator import Ask, Generator
 from cogtune.generate.picture_cache import PictureCache, image_digest
 from cogtune.generate.requests import Request
+from cogtune.generate.text_graphs import TextGraphs
+from cogtune.model.extend import PlainLayer
 from cogtune.processing.processor import CogVLM2Processor
 
 DECODING = Decoding(max_new_tokens=24)
@@ -79,6 +82,34 @@ def test_whatever_comes_and_goes_meanwhile(
         assert (whole.text(), whole.token_ids) == (text, pending.token_ids)
         assert pending.finish_reason == ("length" if len(pending.token_ids) == limit else "stop")
     assert (engine.free_slots, engine.running, engine.waiting) == (3, 0, 0)
+
+
+def test_text_behind_pictures_in_passes_of_fixed_shape(
+    parts: tuple[Any, CogVLM2Processor], asks: list[Ask], wanted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, but without capturing them: the same answers. What does not fit in a pass goes through the model."""
+    layers = [PlainLayer(layer) for layer in parts[0].model.layers]
+    counted = []
+
+    class Passes(TextGraphs):
+        def prefill(self, slot: int, tokens: Any, position: int, column: int, adapter: int) -> torch.Tensor:
+            rows = self.rows_for(len(tokens), column)
+            assert rows is not None
+            counted.append(len(tokens))
+            return self.computed(rows, self.inputs(rows, slot, tokens, position, column, adapter))
+
+    use = DecodeSteps.use
+
+    def with_passes(self: DecodeSteps, cache: Any) -> None:
+        use(self, cache)
+        self.text = Passes(parts[0], cache, SimpleNamespace(layers=layers), None)
+
+    monkeypatch.setattr(DecodeSteps, "use", with_passes)
+    monkeypatch.setattr("cogtune.generate.text_graphs.ROWS", (24, 40))
+    with InferenceEngine(*parts, slots=3, columns=400) as engine:
+        assert engine.answer([_request(engine, ask) for ask in asks]) == wanted
+    lengths = [len(_request(engine, ask).encoded) for ask in asks]
+    assert 2 < len(counted) < len(lengths)
 
 
 def test_a_seed_draws_the_same_alone_and_in_company(engine: InferenceEngine, asks: list[Ask]) -> None:

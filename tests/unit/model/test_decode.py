@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogtune.checkpoint.load import load_model
 from cogtune.model.decode import decode, prefill
+from cogtune.model.extend import PlainLayer, extend
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.slots import SlotCache, SlotView
 from cogtune.processing.processor import CogVLM2Processor
@@ -73,6 +74,35 @@ def test_prefill_and_steps_give_the_logits_of_whole_forwards(
         for row, taken, found in zip(rows, new, logits, strict=True):
             torch.testing.assert_close(found, _whole(model, row, taken), rtol=1e-4, atol=1e-5)
             taken.append(int(found.argmax()))
+
+
+@pytest.mark.parametrize("padded", [0, 9])
+def test_text_of_fixed_shape_is_the_prefill(model: CogVLM2ForCausalLM, rows: list[dict[str, Any]], padded: int) -> None:
+    """Behind a picture in a slot between others; padding touches nothing that is read, and decoding goes on."""
+    cache, row = _slots(model, 3), rows[2]
+    head = int(row["token_type_ids"][0].nonzero().max()) + 1
+    wanted, position = prefill(model, SlotView(cache, 0), **row)
+    view = SlotView(cache, 1)
+    prefill(model, view, row["input_ids"][:, :head], row["token_type_ids"][:, :head], row["image_features"])
+    before = cache.keys.clone()
+    text = row["input_ids"][0, head:]
+    count, start = len(text), position - len(text)
+    length = count + padded
+    tokens = torch.cat([text, torch.zeros(padded, dtype=torch.long)])
+    layers = [PlainLayer(layer) for layer in model.model.layers]
+    at, columns = torch.arange(start, start + length), torch.arange(head, head + length)
+    found = extend(model, layers, cache, torch.tensor([1]), tokens, at, columns, torch.tensor([count - 1]))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)  # float32, another order
+    torch.testing.assert_close(
+        cache.keys[:, 1, :, : head + count], cache.keys[:, 0, :, : head + count], rtol=1e-4, atol=1e-5
+    )
+    assert torch.equal(cache.keys[:, 2], before[:, 2])
+    assert torch.equal(cache.keys[:, 1, :, :head], before[:, 1, :, :head])
+    newest = torch.tensor([int(wanted.argmax())] * 2)
+    both = decode(
+        model, cache, torch.tensor([0, 1]), newest, torch.tensor([position] * 2), torch.tensor([head + count] * 2), 96
+    )
+    torch.testing.assert_close(both[1], both[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_kept_beginning_is_the_whole_prompts_beginning(model: CogVLM2ForCausalLM, rows: list[dict[str, Any]]) -> None:
