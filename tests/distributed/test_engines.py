@@ -257,10 +257,12 @@ def test_a_bad_gradient_on_one_rank_stops_all_though_nobody_waited_for_its_norm(
     assert said[0] == said[1]
     assert said[0].startswith("4 step 3: the gradient's norm is nan although the loss is finite; the step had record")
     assert checkpoints.find_latest(launched / "spoiled")[0] == launched / "spoiled" / "checkpoint-2"
-    assert [line["step"] for line in read_metrics(launched / "spoiled")] == [1, 2]
+    assert [line["step"] for line in read_metrics(launched / "spoiled") if line["kind"] == "train"] == [1, 2]
 
 
 def test_only_rank_0_speaks_and_every_rank_has_its_log(launched: Path) -> None:
     folder = launched / "sgd"
     assert (folder / "run.rank1.log").is_file()
-    assert [line["step"] for line in read_metrics(folder)] == list(range(1, 21))
+    lines = read_metrics(folder)
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 21))
+    assert [line["kind"] for line in lines].count("start") == 1

@@ -22,6 +22,7 @@ def codes_in_source() -> set[str]:
         text = file.read_text(encoding="utf-8")
         found |= set(re.findall(r"error\[([a-z][a-z-]*)\]", text)) - {"code"}  # the docs of errors.py
         found |= set(re.findall(r"\"(doctor-[a-z0-9-]+)\"", text))
+        found |= set(re.findall(r"\"(watch-[a-z-]+)\"", text))
         found |= set(re.findall(r"render\(\"([a-z][a-z-]*)\"", text))
         for node in ast.walk(ast.parse(text)):
             value: ast.expr | None = None

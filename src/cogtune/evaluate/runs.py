@@ -28,6 +28,7 @@ class RunSummary:
     Attributes:
         values: the metrics of its answers at the best (else the last) step, in 0 to 1; ``base``: before the first.
         verdict: of its evaluation in ``eval/``, else None.
+        warnings: codes of what it warned of.
     """
 
     path: str
@@ -42,6 +43,7 @@ class RunSummary:
     values: dict[str, float]
     base: dict[str, float]
     verdict: list[str] | None
+    warnings: list[str]
     keys: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,6 +90,7 @@ def summary(run: RunFolder) -> RunSummary:
         values=last,
         base=answers.get(0, {}),
         verdict=_verdict(run.path / "eval" / RESULT_FILE),
+        warnings=[str(line.get("code")) for line in run.lines("warning")],
         keys=flat(run),
     )
 

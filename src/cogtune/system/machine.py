@@ -1,4 +1,4 @@
-"""Facts about the machine: cores, free memory, library versions, commit."""
+"""Facts about the machine: cores, host memory, library versions, commit."""
 
 from __future__ import annotations
 
@@ -52,6 +52,15 @@ def _reclaimable(file: Path) -> int:
     except OSError:
         return 0
     return sum(int(line.split()[1]) for line in lines if line.startswith(("inactive_file ", "active_file ")))
+
+
+def resident_memory() -> int | None:
+    """Return the bytes of host memory that this process holds now; None where the system has no ``/proc``."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, IndexError, ValueError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def versions(names: Iterable[str]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from peft import PeftModel
 from cogtune.adapters.attach import computed_by_peft, describe
 from cogtune.configuration.resolve import float16_warning
 from cogtune.distributed.shards import whole_numel
-from cogtune.evaluate.run_folder import energy_of, read_metrics
+from cogtune.evaluate.run_folder import METRICS_FILE, energy_of, read_metrics
 from cogtune.language import tr
 from cogtune.system.allocator import describe_allocator
 from cogtune.system.byte_sizes import format_size
@@ -139,13 +139,18 @@ def summary(output: Path, adapter: Path, progress: Progress, seconds: float) -> 
         lines.append(
             tr("best validation loss {loss:.4f}, at step {step}", loss=progress.best_loss, step=progress.best_step)
         )
-    if drawn := energy_of(read_metrics(output)):
+    recorded = read_metrics(output) if (output / METRICS_FILE).is_file() else []
+    if drawn := energy_of(recorded):
         lines.append(
             tr(
                 "energy of the cards: {energy}, {each} a sample",
                 energy=format_energy(drawn["joules"]),
                 each=format_energy(drawn["joules_per_sample"]),
             )
+        )
+    if warned := [str(line.get("code")) for line in recorded if line["kind"] == "warning"]:
+        lines.append(
+            tr("warnings on the way, with what to do, are in the report: {codes}", codes=tr(", ").join(warned))
         )
     data = "" if progress.best_loss is not None else "--data DIR "  # without validation data there is none of its own
     lines.append(tr("next: cogtune eval --adapter {adapter} {data}--against base", adapter=adapter, data=data))

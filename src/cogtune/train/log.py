@@ -19,11 +19,15 @@ from typing import Any
 
 import torch
 
+from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import CogtuneError, RunError
+from cogtune.evaluate import warning_texts
 from cogtune.evaluate.run_folder import METRICS_FILE, read_metrics
+from cogtune.evaluate.watch import Watch
 from cogtune.language import tr
 from cogtune.system import files
 from cogtune.system.file_errors import explained
+from cogtune.system.machine import free_memory, resident_memory
 from cogtune.system.terminal import visible
 from cogtune.train.status_line import status
 from cogtune.train.trackers.base import Sample, Tracker
@@ -40,6 +44,8 @@ _TAGS = {
         "samples_per_second": "speed/samples_per_second",
         "tokens_per_second": "speed/tokens_per_second",
         "memory_gib": "memory/peak_gib",
+        "host_gib": "memory/host_gib",
+        "loader_wait": "speed/loader_wait",
     },
     "validation": {"loss": "validation/loss", "perplexity": "validation/perplexity"},
     "energy": {"joules": "energy/joules", "joules_per_sample": "energy/joules_per_sample"},
@@ -125,7 +131,7 @@ def _attached(handler: logging.Handler) -> Iterator[None]:
 
 
 class Metrics:
-    """Writes the metrics on rank 0; does nothing on other ranks.
+    """Writes the metrics on rank 0, and warns of what they show (`evaluate.watch`); does nothing on other ranks.
 
     Args:
         step: the step the run resumes from. Later lines, of a run that was killed, are dropped.
@@ -140,17 +146,23 @@ class Metrics:
         self._path = output / METRICS_FILE
         with explained(self._path, late=True):
             _drop_after(self._path, step)
+            self._watch = Watch(read_metrics(output) if self._path.exists() else ())
             self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append one line ``{"kind", "step", ...}`` and show its numbers in the trackers."""
         if self._file is None:
             return
+        line = {"kind": kind, "step": step, **values}
         with explained(self._path, late=True):
-            self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self._file.write(json.dumps(line) + "\n")
             self._file.flush()
         found = {tag: values[name] for name, tag in _TAGS.get(kind, {}).items() if values.get(name) is not None}
         self.show(step, found)
+        for reason in self._watch.add(line):
+            log.warning(warning_texts.line(step, reason.code, reason.cause, reason.values))
+            self.write("warning", step, **reason.to_dict())
+            self.show(step, {f"warnings/{reason.code}": 1.0})
 
     @property
     def output(self) -> Path | None:
@@ -210,6 +222,18 @@ def _drop_after(path: Path, step: int) -> None:
         return
     kept = [json.dumps(line) + "\n" for line in read_metrics(path.parent) if step and line["step"] <= step]
     files.write_text(path, "".join(kept), durable=True)
+
+
+def limits(config: RunConfig, device: torch.device, total_steps: int) -> dict[str, float | None]:
+    """Return what a run's metrics are held against: its last step, and the memory of its device and machine in GiB."""
+    own, free = resident_memory(), free_memory()
+    norm, on_gpu = config.train.max_grad_norm, device.type == "cuda"
+    return {
+        "total_steps": total_steps,
+        "max_grad_norm": norm if math.isfinite(norm) else None,
+        "memory_gib_limit": torch.cuda.mem_get_info(device)[1] / 2**30 if on_gpu else None,
+        "host_gib_limit": None if own is None or free is None else (own + free) / 2**30,
+    }
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -102,7 +102,11 @@ class Loop:
     def _steps(self) -> None:
         progress = self.progress
         status.stage(tr("the first step: layers are compiled") if self.compiles else tr("the first step"))
-        for step in self.feed.steps(progress.position):
+        steps = self.feed.steps(progress.position)
+        while True:
+            asked = time.perf_counter()
+            step = next(steps)
+            self.reporter.batch(time.perf_counter() - asked)
             lr = current_lr(self.engine.optimizer)
             self._open = self._train(step)
             self._advance(step, self._open)
@@ -312,6 +316,9 @@ class Loop:
             return {}
         with phase("answering", self.config, self.engine.device):
             found = self.answers.run(self.engine, self.stop)
+            if found is not None and self._swaps():
+                found = self.answers.run_swapped(self.engine, self.stop, found)
+                self.progress.swapped_step = self.progress.step
         if found is None:
             return None
         step, count = self.progress.step, len(found.texts)
@@ -328,6 +335,13 @@ class Loop:
             )
         )
         return found.values
+
+    def _swaps(self) -> bool:
+        """Return whether questions are asked about other pictures too: once, at the first validation after three
+        quarters of the steps: earlier, a model that learns well may not have begun to look."""
+        progress, answers = self.progress, self.answers
+        due = progress.step > 0 and 4 * progress.step >= 3 * self.total_steps
+        return due and answers is not None and answers.can_swap and progress.swapped_step in (None, progress.step)
 
     def _epochs(self) -> float:
         """Return the number of passes over the data so far."""

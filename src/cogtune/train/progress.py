@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -14,6 +15,7 @@ from cogtune.data.sampler import Position
 from cogtune.errors import CheckpointError
 from cogtune.language import tr
 from cogtune.system.durations import format_clock
+from cogtune.system.machine import resident_memory
 from cogtune.train.engines.async_scalar import AsyncScalar
 from cogtune.train.log import Metrics, log, peak_memory_gib
 from cogtune.train.status_line import status
@@ -38,6 +40,7 @@ class Progress:
     best_step: int | None = None
     best_value: float | None = None  # of eval.metric, if that is not the loss
     validated_step: int | None = None
+    swapped_step: int | None = None  # when questions were asked about other pictures
     validations_without_better: int = 0
     skipped_steps: int = 0  # float16: gradients overflowed
     stopped_early: bool = False
@@ -62,7 +65,7 @@ class Progress:
         known = {field.name: values[field.name] for field in fields(Progress) if field.name in values}
         for name, value in known.items():
             plain = getattr(Progress, name)
-            optional = name in ("best_loss", "best_step", "best_value", "validated_step")
+            optional = name in ("best_loss", "best_step", "best_value", "validated_step", "swapped_step")
             real = "loss" in name or "value" in name
             kinds = (bool,) if isinstance(plain, bool) else (int, float) if real else (int,)
             fits = isinstance(value, kinds) and isinstance(value, bool) == (kinds == (bool,))
@@ -91,6 +94,7 @@ class _Line:
     samples: int
     tokens: int
     memory_gib: float
+    loss_max: float
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,11 @@ class Reporter:
         self._line: _Line | None = None
         self._step: _Step | None = None
         self._first: tuple[int, float] | None = None  # the first step of this process, and when it was done
+        self._highest_loss = self._highest_norm = -math.inf  # of the window's steps
+        self._zero = torch.zeros((), device=device)
+        self._norm: AsyncScalar | None = None  # of the last step, unless it is open
+        self._batch: tuple[float, AsyncScalar, AsyncScalar | None] | None = None
+        self._waited = 0.0  # seconds of the window in which the device had to wait for batches
         self._last_said = 0.0
 
     def away(self, seconds: float) -> None:
@@ -130,6 +139,21 @@ class Reporter:
         step."""
         self._window.away += seconds
         self._said.away += seconds
+
+    def batch(self, seconds: float) -> None:
+        """Call when the next step's batches are there, ``seconds`` after they were asked for.
+
+        While the device still computes, the host's waiting costs nothing. So a mark is put behind the device's work: it
+        tells later how long after the last gradient norm the device could go on.
+        """
+        self._batch = (seconds, AsyncScalar(self._zero), self._norm)
+
+    def _count_waiting(self, norm: AsyncScalar) -> None:
+        """Add what the device waited for the last batches; ``norm`` has arrived, and the mark with it."""
+        if self._batch is not None:
+            seconds, mark, before = self._batch
+            self._waited += min(seconds, max(0.0, mark.seconds_since(before or norm)))
+            self._batch = None
 
     def step(self, lr: float, epoch: float, loss: float, labels: int) -> None:
         """Call once after every optimiser step, and `arrived` before the next one's.
@@ -139,14 +163,18 @@ class Reporter:
             epoch: epochs trained so far.
             loss: the step's mean loss over its ``labels``.
         """
-        progress = self._progress
+        progress, self._norm = self._progress, None
+        self._highest_loss = max(self._highest_loss, loss)
         self._step = _Step(progress.step, epoch, lr, loss, labels, progress.samples, progress.tokens)
         if progress.step % self._every and progress.step != self._total:
             return
         loss = progress.window_loss / max(progress.window_labels, 1)
         samples, tokens = progress.samples - self._window.samples, progress.tokens - self._window.tokens
         memory = peak_memory_gib(self._device)
-        self._line = _Line(progress.step, epoch, loss, lr, progress.window_labels, samples, tokens, memory)
+        self._line = _Line(
+            progress.step, epoch, loss, lr, progress.window_labels, samples, tokens, memory, self._highest_loss
+        )
+        self._highest_loss = -math.inf
         progress.window_loss, progress.window_labels = 0.0, 0
         self._window.samples, self._window.tokens = progress.samples, progress.tokens
 
@@ -156,18 +184,27 @@ class Reporter:
         line, self._line = self._line, None
         if step is None:
             return
+        self._count_waiting(norm)
+        self._norm = norm
+        if math.isfinite(norm.value()):  # float16 skips steps whose gradients overflow
+            self._highest_norm = max(self._highest_norm, norm.value())
         if line is not None:
-            seconds = self._window.seconds(norm)
+            seconds, host = self._window.seconds(norm), resident_memory()
             values = {
                 "epoch": round(line.epoch, 4),
                 "loss": line.loss,
+                "loss_max": line.loss_max,
                 "lr": line.lr,
                 "grad_norm": norm.value(),
+                "grad_norm_max": max(self._highest_norm, norm.value()),
                 "labels": line.labels,
                 "samples_per_second": line.samples / seconds,
                 "tokens_per_second": line.tokens / seconds,
                 "memory_gib": line.memory_gib,
+                "host_gib": None if host is None else host / 2**30,
+                "loader_wait": min(1.0, self._waited / seconds),
             }
+            self._highest_norm, self._waited = -math.inf, 0.0
             self._metrics.write("train", line.step, **values)
             self._window.begin(norm)
         self._say(step, norm, due=line is not None)

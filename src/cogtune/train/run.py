@@ -45,7 +45,7 @@ from cogtune.train.energy import EnergyMeter
 from cogtune.train.engines import Engine
 from cogtune.train.engines.zero_settings import check_settings
 from cogtune.train.failures import explain_peers, phase
-from cogtune.train.log import Metrics, console, last_losses, log, log_file
+from cogtune.train.log import Metrics, console, last_losses, limits, log, log_file
 from cogtune.train.loop import Loop
 from cogtune.train.memory_plan import Layers, MemoryPlan, auto_engine, check_memory
 from cogtune.train.optim import build_optimizer
@@ -409,6 +409,7 @@ def _fit(
         energy.record()
 
     try:
+        metrics.write("start", progress.step, **limits(config, engine.device, total))
         rows = inputs.validation, inputs.answers
         loop = Loop(engine, config, start.feed, *rows, progress, total, metrics, stop, save)
         loop.compiles = compiles(config, engine)

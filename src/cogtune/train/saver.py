@@ -78,12 +78,27 @@ class Saver:
 
         with self._claim.writing():
             folder = checkpoints.save(self._output, self._progress.step, state, write_adapter)
+            self._count(folder, state.tensors)
             if better:
                 files.link(self._output / "best", folder.name)
             best = self._progress.best_step
             protect = None if best is None else checkpoints.checkpoint_path(self._output, best)
             checkpoints.rotate(self._output, self._progress.step, self._config.train.keep_checkpoints, protect)
         log.info(tr("saved {folder}", folder=folder) + (tr(" (best so far)") if better else ""))
+
+    def _count(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write the checkpoint's size, what is free beside it, and whether its weights moved, among the metrics."""
+        masters = [value for name, value in tensors.items() if name.startswith(f"{MASTER}/")]
+        second = [value for name, value in tensors.items() if name.startswith(f"{MASTER}/") and "lora_B" in name]
+        self._metrics.write(
+            "checkpoint",
+            self._progress.step,
+            bytes=sum(path.stat().st_size for path in folder.iterdir()),
+            free_bytes=shutil.disk_usage(folder).free,
+            adapter_norm=math.sqrt(sum(float(value.double().square().sum()) for value in masters)),
+            matrices=len(second),
+            zero_matrices=sum(not bool(value.any()) for value in second),
+        )
 
 
 def adapter_norms(tensors: Mapping[str, torch.Tensor]) -> dict[str, float]:

@@ -85,7 +85,8 @@ def _head(report: Report) -> str:
         lead = f"<p class=lead>{both('No answers were compared: the training had no validation questions.')}</p>"
     notes = "".join(f"<p class=note role=note>{note}</p>" for note in report.notes)
     failed = "" if report.run is None else sections.unfinished(report.run)
-    return f"<header>{switch}<h1><bdi>{shown(report.title)}</bdi></h1>{failed}{lead}{notes}</header>"
+    warned = "" if report.run is None else sections.warnings(report.run)
+    return f"<header>{switch}<h1><bdi>{shown(report.title)}</bdi></h1>{failed}{lead}{notes}{warned}</header>"
 
 
 def _section(title: str, body: str) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from cogtune.evaluate import warning_texts
 from cogtune.evaluate.report.chart import Frame, Line, line_chart
-from cogtune.evaluate.report.words import both, number, pair, plain, shown
+from cogtune.evaluate.report.words import LANGUAGES, both, number, pair, plain, shown
 from cogtune.evaluate.run_folder import RunFolder, energy_of
 from cogtune.language import phrase, speaking
 from cogtune.system.durations import format_duration
@@ -106,6 +107,27 @@ def unfinished(run: RunFolder) -> str:
         "This run did not finish: its last logged step is {step} of {total}.", step=run.steps, total=run.total_steps
     )
     return f'<div class="note worse" role=note><p><b>{text}</b></p>{why}</div>'
+
+
+def warnings(run: RunFolder) -> str:
+    """What the training warned of, with what to do; empty without warnings."""
+    items = []
+    for line in run.lines("warning"):
+        said = []
+        for language in LANGUAGES:
+            with speaking(language):
+                values = line.get("values")
+                found = warning_texts.texts(
+                    str(line.get("code")), str(line.get("cause")), values if isinstance(values, dict) else {}
+                )
+            said += [None if found is None else f"{shown(found[0])}<br><small>{shown(found[1])}</small>"]
+        if said[0] is not None and said[1] is not None:
+            step = both("step {step}", step=line["step"])
+            items.append(f"<li><b>{step}</b>: {pair(said[0], said[1])} <code>{shown(line['code'])}</code></li>")
+    if not items:
+        return ""
+    title = f"<p><b>{both('The training warned of this:')}</b></p>"
+    return f'<div class="note worse" role=note>{title}<ul>{"".join(items)}</ul></div>'
 
 
 def curves(run: RunFolder, other: RunFolder | None = None) -> str:
