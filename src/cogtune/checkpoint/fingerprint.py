@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
-from cogtune.checkpoint.model_files import read_header, shard_files
+from cogtune.checkpoint.model_files import shard_files, tensors_of
+from cogtune.checkpoint.stream import StoredTensor
 from cogtune.configuration.shapes import TOWER
 from cogtune.errors import CheckpointError
 from cogtune.language import tr
@@ -36,15 +36,12 @@ def model_fingerprint(path: str | Path) -> str:
         if (folder / name).is_file():
             digest.update(name.encode() + b"\0" + (folder / name).read_bytes())
     for shard in sorted(shard_files(folder)):
-        header = read_header(folder / shard)
-        size = (folder / shard).stat().st_size
-        payload = _payload(header)
         with (folder / shard).open("rb") as file:
-            for name, entry in sorted(header.items()):
-                first, last = entry["data_offsets"]
-                digest.update(f"{name} {entry['dtype']} {entry['shape']}\n".encode())
-                file.seek(size - payload + max(first, (first + last - _PROBE) // 2))
-                digest.update(file.read(min(_PROBE, last - first)))
+            for tensor in sorted(tensors_of(folder / shard), key=lambda tensor: tensor.name):
+                size = tensor.stop - tensor.start
+                digest.update(_described(tensor))
+                file.seek(tensor.start + max(0, (size - _PROBE) // 2))
+                digest.update(file.read(min(_PROBE, size)))
     return digest.hexdigest()
 
 
@@ -61,16 +58,15 @@ def tower_fingerprint(folder: str | Path) -> str:
         CheckpointError: a folder without readable shards, or whose shards hold no tower.
     """
     root, digest, found = Path(folder), hashlib.sha256(), 0
-    shards = {shard: read_header(root / shard) for shard in shard_files(root)}
-    places = sorted((name, shard) for shard, header in shards.items() for name in header if name.startswith(TOWER))
-    starts = {shard: (root / shard).stat().st_size - _payload(header) for shard, header in shards.items()}
-    for name, shard in places:
-        entry, found = shards[shard][name], found + 1
-        first, last = entry["data_offsets"]
-        digest.update(f"{name} {entry['dtype']} {entry['shape']}\n".encode())
-        with (root / shard).open("rb") as file:
-            for offset, length in _blocks(last - first):
-                file.seek(starts[shard] + first + offset)
+    tensors = [tensor for shard in shard_files(root) for tensor in tensors_of(root / shard)]
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.name, tensor.file.name)):
+        if not tensor.name.startswith(TOWER):
+            continue
+        found += 1
+        digest.update(_described(tensor))
+        with tensor.file.open("rb") as file:
+            for offset, length in _blocks(tensor.stop - tensor.start):
+                file.seek(tensor.start + offset)
                 digest.update(file.read(length))
     if not found:
         raise CheckpointError(
@@ -81,8 +77,8 @@ def tower_fingerprint(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _payload(header: dict[str, dict[str, Any]]) -> int:
-    return max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+def _described(tensor: StoredTensor) -> bytes:
+    return f"{tensor.name} {tensor.dtype} {list(tensor.shape)}\n".encode()
 
 
 def _blocks(size: int) -> list[tuple[int, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from transformers import GenerationConfig
 
 from cogtune.checkpoint.stream import StoredTensor, find_stored
+from cogtune.checkpoint.torch_file import read_torch_file
 from cogtune.configuration.architectures import refuse_adapter, refuse_foreign
 from cogtune.configuration.config_json import GENERATION_KEYS, known_part, read_object
 from cogtune.configuration.model import CogVLM2Config
@@ -31,6 +33,10 @@ _LONGEST_HEADER = 100_000_000
 """The safetensors library's own limit, in bytes."""
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+PICKLED_INDEX_NAME = "pytorch_model.bin.index.json"
+PICKLED_NAME = "pytorch_model.bin"
+_LAYOUTS = ((INDEX_NAME, SINGLE_NAME), (PICKLED_INDEX_NAME, PICKLED_NAME))
+"""Index and single file of a folder's weights; the first that is there is read."""
 ROUTES = phrase(
     "fetch it with `cogtune download model --output cogvlm2` (from Hugging Face) or `cogtune"
     " download model --source modelscope --output cogvlm2`, then pass that folder"
@@ -123,7 +129,8 @@ def whole_folder(model: str | Path) -> Path:
 
 
 def shard_files(folder: Path) -> dict[str, list[str]]:
-    """Map each shard file's name to the names of the tensors it should hold (empty for a single file without an index).
+    """Map each weight file's name to the names of the tensors it should hold (empty for a single file without an
+    index). Where a folder has safetensors files and ``.bin`` files, it is the former.
 
     Raises:
         CheckpointError: neither an index nor a single weight file, an index that is not valid JSON or names a file
@@ -132,6 +139,8 @@ def shard_files(folder: Path) -> dict[str, list[str]]:
     shards = _listed_shards(folder)
     missing = sorted(name for name in shards if not (folder / name).is_file())
     if missing:
+        present = _present(folder)
+        other = next((name for name in present if name in _LAYOUTS[1] and INDEX_NAME in present), None)
         raise CheckpointError(
             tr(
                 "{folder}: {count} of {files} shards are missing: {names}",
@@ -140,38 +149,75 @@ def shard_files(folder: Path) -> dict[str, list[str]]:
                 files=len(shards),
                 names=", ".join(missing[:8]),
             ),
-            hint=tr(ROUTES),
+            hint=tr(ROUTES)
+            if other is None
+            else tr("fetch them; or move {index} away, and {other} is read instead", index=INDEX_NAME, other=other),
             code="checkpoint-shards",
         )
     return shards
 
 
+def unread_weights(folder: Path) -> list[str]:
+    """Return the weight files of a folder that nothing reads, because it has others that come first."""
+    read = shard_files(folder)
+    return [name for name in _weight_files(folder) if name not in read]
+
+
+def _weight_files(folder: Path) -> list[str]:
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    return [name for name in names if re.fullmatch(r"(model.*\.safetensors|pytorch_model.*\.bin)", name)]
+
+
+def _present(folder: Path) -> list[str]:
+    return [name for layout in _LAYOUTS for name in layout if (folder / name).is_file()]
+
+
 def _listed_shards(folder: Path) -> dict[str, list[str]]:
-    index = folder / INDEX_NAME
-    if index.is_file():
-        try:
-            weight_map: dict[str, str] = dict(json.loads(read_text(index))["weight_map"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CheckpointError(
-                tr("{index}: not a weight index: {error}", index=index, error=error),
-                hint=tr(ROUTES),
-                code="checkpoint-index",
-            ) from error
-        shards: dict[str, list[str]] = {}
-        for name, file in weight_map.items():
-            inside(folder, file, named_by=index, error=CheckpointError)
-            shards.setdefault(file, []).append(name)
-        return shards
-    if (folder / SINGLE_NAME).is_file():
-        return {SINGLE_NAME: []}
-    raise CheckpointError(
+    first = next(iter(_present(folder)), None)
+    if first is None:
+        raise _no_weights(folder)
+    if first in (SINGLE_NAME, PICKLED_NAME):
+        return {first: []}
+    index = folder / first
+    try:
+        weight_map: dict[str, str] = dict(json.loads(read_text(index))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            tr("{index}: not a weight index: {error}", index=index, error=error),
+            hint=tr(ROUTES),
+            code="checkpoint-index",
+        ) from error
+    shards: dict[str, list[str]] = {}
+    for name, file in weight_map.items():
+        inside(folder, file, named_by=index, error=CheckpointError)
+        shards.setdefault(file, []).append(name)
+    return shards
+
+
+def _no_weights(folder: Path) -> CheckpointError:
+    expected = tr(
+        "expected {index_name} with its shards, or {single_name}, or {pickled_index} or {pickled}",
+        index_name=INDEX_NAME,
+        single_name=SINGLE_NAME,
+        pickled_index=PICKLED_INDEX_NAME,
+        pickled=PICKLED_NAME,
+    )
+    if not folder.is_dir() or not (found := _weight_files(folder)):
+        return CheckpointError(
+            tr("{folder}: no weights; {expected}", folder=folder, expected=expected),
+            hint=tr(ROUTES),
+            code="checkpoint-shards",
+        )
+    index = INDEX_NAME if found[0].endswith(".safetensors") else PICKLED_INDEX_NAME
+    return CheckpointError(
         tr(
-            "{folder}: no weights; expected {index_name} with its shards, or {single_name}",
+            "{folder}: {count} weight files ({name}...) without the index that says what they should hold; {expected}",
             folder=folder,
-            index_name=INDEX_NAME,
-            single_name=SINGLE_NAME,
+            count=len(found),
+            name=found[0],
+            expected=expected,
         ),
-        hint=tr(ROUTES),
+        hint=tr("copy {index} from where the files came from", index=index),
         code="checkpoint-shards",
     )
 
@@ -217,6 +263,15 @@ def _payload(header: dict[str, dict[str, Any]]) -> int:
     return end
 
 
+def tensors_of(file: Path) -> list[StoredTensor]:
+    """Return the tensors of a safetensors file, or of a file that ``torch.save`` wrote, in the order of their bytes.
+
+    Raises:
+        CheckpointError: as `read_header` and `read_torch_file`.
+    """
+    return find_stored(file, read_header(file)) if file.suffix == ".safetensors" else read_torch_file(file)
+
+
 def check_folder(folder: Path) -> None:
     """Check that every shard exists, is complete and holds the tensors that the index lists.
 
@@ -225,7 +280,7 @@ def check_folder(folder: Path) -> None:
     """
     files = shard_files(folder)
     for name, expected in files.items():
-        absent = sorted(set(expected) - set(read_header(folder / name)))
+        absent = sorted(set(expected) - {tensor.name for tensor in tensors_of(folder / name)})
         if absent:
             raise CheckpointError(
                 tr(
@@ -243,7 +298,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     found: dict[str, StoredTensor] = {}
     for shard, names in sorted(shard_files(folder).items()):
         listed = set(names)
-        for tensor in find_stored(folder / shard, read_header(folder / shard)):
+        for tensor in tensors_of(folder / shard):
             if tensor.name not in found or tensor.name in listed:
                 found[tensor.name] = tensor
     return found

@@ -82,6 +82,16 @@ def find_stored(file: Path, header: dict[str, dict[str, Any]]) -> list[StoredTen
     return sorted(found, key=lambda tensor: tensor.start)
 
 
+def read_whole(tensor: StoredTensor) -> torch.Tensor:
+    """Return a tensor on the CPU in its stored dtype.
+
+    Raises:
+        CheckpointError: as `stream`.
+    """
+    ((_, value),) = stream([tensor], lambda name: torch.device("cpu"))
+    return value
+
+
 def stream(
     tensors: Sequence[StoredTensor], device_for: Callable[[str], torch.device]
 ) -> Iterator[tuple[StoredTensor, torch.Tensor]]:
