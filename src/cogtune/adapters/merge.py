@@ -31,11 +31,18 @@ from cogtune.adapters.model_layout import (
     tokenizer_folder,
     write_model_files,
 )
-from cogtune.adapters.provenance import PROVENANCE_NAME, changed_settings, read_provenance, write_provenance
+from cogtune.adapters.plain_weights import PlainFile, PlainWeights
+from cogtune.adapters.provenance import (
+    FORMAT_KEYS,
+    PROVENANCE_NAME,
+    changed_settings,
+    read_provenance,
+    write_provenance,
+)
 from cogtune.adapters.rounding import NEAREST, STOCHASTIC, Survival, generator_for, round_stochastic
 from cogtune.adapters.safetensors_rows import CHUNK, DTYPES, SafetensorsFile
 from cogtune.adapters.targets import region
-from cogtune.checkpoint.model_files import INDEX_NAME, check_folder, load_model_config, shard_files, whole_folder
+from cogtune.checkpoint.model_files import INDEX_NAME, PICKLED_INDEX_NAME, check_folder, load_model_config, whole_folder
 from cogtune.checkpoint.stream import StoredTensor
 from cogtune.errors import AdapterError, CheckpointError, ConfigError, DiskFullError, OutputFolderError
 from cogtune.language import tr
@@ -132,18 +139,23 @@ def _merge(
 ) -> MergeReport:
     rounding, layout, given = form
     check_folder(base)
-    shards = sorted(shard_files(base))
+    weights = PlainWeights(base)
+    shards = weights.shards
     others, left_out = _other_files(base, shards)
     others = [name for name in others if is_copied(name, layout)]
+    left_out = [name for name in left_out if name != PICKLED_INDEX_NAME or not weights.changed]
     for name in [*shards, *others]:
         _require_own(base, name)
     files_of = read_adapter(adapter)
     wanted = expected_shapes(load_model_config(base), files_of)
-    changes, provenance = read_changes(files_of, _tensors(base, shards), wanted), read_provenance(adapter)
+    changes, provenance = read_changes(files_of, _tensors(weights), wanted), read_provenance(adapter)
     tokenizer = tokenizer_folder(base, given, provenance)
-    if tokenizer is not None and provenance is not None:  # the merged folder has it
-        settings = {key: value for key, value in provenance.settings.items() if key != "model.tokenizer"}
-        provenance = replace(provenance, settings=settings)
+    # what the merged folder has itself: the tokenizer, and plain numbers instead of the base's 4 bits
+    own = {"model.tokenizer"} if tokenizer is not None else set()
+    own |= set(FORMAT_KEYS) if weights.packed else set()
+    if provenance is not None and own:
+        kept = {key: value for key, value in provenance.settings.items() if key not in own}
+        provenance = replace(provenance, settings=kept)
     notes = _notes(base, files_of.base, left_out)
     if provenance is not None and (changed_keys := changed_settings(provenance)):
         notes.append(
@@ -153,8 +165,16 @@ def _merge(
                 settings=changed_keys,
             )
         )
+    if weights.packed:
+        notes.append(
+            tr(
+                "the base's {count} 4-bit weights are dequantised: the merged model has plain numbers and is larger,"
+                " and loads without bitsandbytes",
+                count=len(weights.packed),
+            )
+        )
     survival = Survival()
-    size = sum((base / name).stat().st_size for name in [*shards, *others])
+    size = weights.size() + sum((base / name).stat().st_size for name in others)
     with _partial(output, size, notes) as folder:
         changed = copied = 0
         for name in others:
@@ -166,22 +186,24 @@ def _merge(
             write_model_files(base, folder, provenance, tokenizer)
         elif tokenizer is not None:
             copy_files(tokenizer, folder)
+        if weights.changed:
+            weights.write_plain_files(folder)
         for number, shard in enumerate(shards, start=1):
             lock.require()
-            with SafetensorsFile(base / shard) as source, SafetensorsFile(adapter / WEIGHTS_NAME) as factors:
-                count = _write_shard(source, folder / shard, changes, factors, (rounding, survival))
+            with weights.open(shard) as source, SafetensorsFile(adapter / WEIGHTS_NAME) as factors:
+                count = _write_shard(source, folder / weights.target(shard), changes, factors, (rounding, survival))
             changed, copied = changed + count, copied + len(source.tensors) - count
             progress(
                 tr(
                     "{shard} ({number} of {shards}): {count} of {tensors} tensors changed",
-                    shard=shard,
+                    shard=weights.target(shard),
                     number=number,
                     shards=len(shards),
                     count=count,
                     tensors=len(source.tensors),
                 )
             )
-        if INDEX_NAME in others:
+        if INDEX_NAME in others and not weights.changed:
             _copy(base / INDEX_NAME, folder / INDEX_NAME)
     kept = survival.shares()
     return MergeReport(output, changed, copied, size, tuple(notes), kept, tuple(_warnings(kept, rounding)))
@@ -204,16 +226,16 @@ def _warnings(kept: dict[str, float], rounding: str) -> Iterator[str]:
             )
 
 
-def _tensors(base: Path, shards: list[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _tensors(weights: PlainWeights) -> dict[str, tuple[str, tuple[int, ...]]]:
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for shard in shards:
-        with SafetensorsFile(base / shard) as source:
+    for shard in weights.shards:
+        with weights.open(shard) as source:
             found |= {name: (tensor.dtype, tensor.shape) for name, tensor in source.tensors.items()}
     return found
 
 
 def _write_shard(
-    source: SafetensorsFile,
+    source: SafetensorsFile | PlainFile,
     target: Path,
     changes: Changes,
     factors: SafetensorsFile,
@@ -236,7 +258,7 @@ def _write_shard(
 
 def _write_changed(
     stream: BinaryIO,
-    source: SafetensorsFile,
+    source: SafetensorsFile | PlainFile,
     tensor: StoredTensor,
     changes: Changes,
     factors: SafetensorsFile,

@@ -69,5 +69,7 @@ def write_model_files(base: Path, folder: Path, provenance: Provenance | None, t
         config.template_version = processor.encoder.template = template
     if precision == "float32":  # the other value means: as the base says
         config.rope_precision = precision
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # a merged model's weights are plain numbers
     write_config(config, folder)
     processor.save_pretrained(folder)

@@ -14,6 +14,7 @@ from typing import BinaryIO
 import torch
 
 from cogtune.checkpoint.model_files import read_header
+from cogtune.checkpoint.stream import DTYPES as STORED
 from cogtune.checkpoint.stream import StoredTensor, find_stored
 from cogtune.language import tr
 
@@ -61,27 +62,30 @@ class SafetensorsFile:
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
         """Return rows ``first`` to ``last`` (exclusive) of a tensor in its own dtype: [rows, ...]."""
-        tensor = self.tensors[name]
-        dtype = DTYPES[tensor.dtype]
-        last = tensor.rows if last is None else last
-        row_bytes = tensor.width * dtype.itemsize
-        content = self._bytes(tensor.start + first * row_bytes, tensor.start + last * row_bytes)
-        flat = torch.frombuffer(bytearray(content), dtype=dtype) if content else torch.empty(0, dtype=dtype)
-        return flat.reshape(last - first, *tensor.shape[1:]) if tensor.shape else flat.reshape(())
+        return read_rows(self._stream, self.tensors[name], first, last)
 
     def _bytes(self, start: int, stop: int) -> bytes:
-        self._stream.seek(start)
-        content = b""
-        while len(content) < stop - start:
-            piece = self._stream.read(stop - start - len(content))
-            if not piece:
-                raise EOFError(
-                    tr(
-                        "{path}: ended at byte {start}, {stop} expected",
-                        path=self.path,
-                        start=start + len(content),
-                        stop=stop,
-                    )
-                )
-            content = piece if not content else content + piece
-        return content
+        return _bytes(self._stream, self.path, start, stop)
+
+
+def read_rows(stream: BinaryIO, tensor: StoredTensor, first: int = 0, last: int | None = None) -> torch.Tensor:
+    """Return rows ``first`` to ``last`` (exclusive) of a tensor in an open file, in its own dtype: [rows, ...]."""
+    dtype = STORED[tensor.dtype]
+    last = tensor.rows if last is None else last
+    row_bytes = tensor.width * dtype.itemsize
+    content = _bytes(stream, tensor.file, tensor.start + first * row_bytes, tensor.start + last * row_bytes)
+    flat = torch.frombuffer(bytearray(content), dtype=dtype) if content else torch.empty(0, dtype=dtype)
+    return flat.reshape(last - first, *tensor.shape[1:]) if tensor.shape else flat.reshape(())
+
+
+def _bytes(stream: BinaryIO, path: Path, start: int, stop: int) -> bytes:
+    stream.seek(start)
+    content = b""
+    while len(content) < stop - start:
+        piece = stream.read(stop - start - len(content))
+        if not piece:
+            raise EOFError(
+                tr("{path}: ended at byte {start}, {stop} expected", path=path, start=start + len(content), stop=stop)
+            )
+        content = piece if not content else content + piece
+    return content
