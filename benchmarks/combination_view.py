@@ -15,7 +15,7 @@ ROWS = {
     "lora.targets": ("experts", "vision-tower"),
     "data.turns": ("all", "one_random"),
     "data.cache_features": ("off", "on"),
-    "quant.experts": ("none", "nf4", "int8", "fp8"),
+    "quant.experts": ("none", "nf4", "fp4", "int8", "fp8"),
     "quant.embedding": ("device", "host"),
     "quant.stream": ("off", "auto"),
     "train.optimizer": ("adamw", "sgd", "adamw8bit"),

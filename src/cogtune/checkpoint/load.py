@@ -7,7 +7,9 @@ as they are read (`checkpoint.stream`), quantised if asked, and passed unit by u
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,9 @@ from cogtune.checkpoint.model_files import (
     check_folder,
     load_model_config,
     read_generation_config,
+    shard_files,
     stored_tensors,
+    unread_weights,
     whole_folder,
 )
 from cogtune.checkpoint.place import Builder, Cutting, Placement, require_filled
@@ -28,9 +32,14 @@ from cogtune.checkpoint.quantize import device_for, mark_for_adapters, require_p
 from cogtune.checkpoint.stream import StoredTensor, stream
 from cogtune.configuration.quantization import PLAIN, QuantSection
 from cogtune.configuration.shapes import TOWER, VISION
+from cogtune.language import tr
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.pretrained import require_exact
 from cogtune.model.vision import VisionModel
+
+log = logging.getLogger("cogtune")
+
+_told: set[str] = set()
 
 Progress = Callable[[int, int], None]
 """Told the bytes that were read and all that will be."""
@@ -131,6 +140,14 @@ def _folder(path: str | Path) -> Path:
     load_model_config(path)  # report its errors first
     folder = whole_folder(path)
     check_folder(folder)
+    unread = unread_weights(folder)
+    if unread and str(folder) not in _told:
+        _told.add(str(folder))
+        read = next(iter(shard_files(folder)))
+        log.warning(
+            "%s",
+            tr("{folder}: {read} is read, {unread} beside it is not", folder=folder, read=read, unread=unread[0]),
+        )
     return folder
 
 
@@ -148,6 +165,7 @@ def _fill(
     stored = stored_tensors(folder)
     wanted = {prefix + name: tuple(value.shape) for name, value in root.state_dict().items()}
     layers = stored_4bit.find(stored)
+    stored_4bit.check_asked(str(folder), stored, quantization)
     plain = {name: tensor for name, tensor in stored.items() if stored_4bit.owner(name, layers) is None}
     require_exact(str(folder), _compare(wanted, plain, layers, whole=_is_skipped(wanted)))
     cutting = placement if isinstance(placement, Cutting) else None
@@ -208,9 +226,19 @@ def _read_parts(
 ) -> None:
     """Read only this process's shard of each tensor."""
     for file in dict.fromkeys(tensor.file for tensor in tensors):
-        with safe_open(str(file), framework="pt") as source:
+        with _sliced(file) as source:
             for tensor in tensors:
                 if tensor.file == file:
-                    part = cutting.read(tensor.name, source.get_slice(tensor.name))
+                    part = cutting.read(tensor.name, source(tensor.name))
                     builder.add(tensor.name, part.contiguous().to(place(tensor.name)))
                     count.add(tensor)
+
+
+@contextmanager
+def _sliced(file: Path) -> Iterator[Callable[[str], Any]]:
+    """Yield a function that returns a tensor of a file by name, of which only the slices taken are read."""
+    if file.suffix == ".safetensors":
+        with safe_open(str(file), framework="pt") as source:
+            yield source.get_slice
+    else:  # `check_folder` has looked at what its pickle imports
+        yield torch.load(file, map_location="cpu", mmap=True, weights_only=True).__getitem__

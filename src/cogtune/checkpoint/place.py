@@ -57,7 +57,7 @@ class Builder:
         quantization: QuantSection | None,
         placement: Placement | None,
     ) -> None:
-        self._root, self._prefix, self._dtype, self._placement = root, prefix, dtype, placement
+        self._root, self._prefix, self.dtype, self._placement = root, prefix, dtype, placement
         self._quantization = quantization or PLAIN
         names = list(root.state_dict())
         self._layers = Counter(name.rpartition(".")[0] for name in names)  # module path -> number of missing tensors
@@ -70,7 +70,7 @@ class Builder:
         name = name.removeprefix(self._prefix)
         path, _, key = name.rpartition(".")
         module = self._root.get_submodule(path)
-        put(module, key, value.to(self._dtype) if value.is_floating_point() else value)
+        put(module, key, value.to(self.dtype) if value.is_floating_point() else value)
         self.added(name, path)
 
     def replace(self, path: str, layer: nn.Module) -> None:

@@ -11,12 +11,12 @@ import importlib.util
 import torch
 from torch import nn
 
-from cogtune.configuration.quantization import QuantSection
+from cogtune.configuration.quantization import FOUR_BIT, QuantSection
 from cogtune.errors import SetupError
 from cogtune.language import tr
 from cogtune.model.quantized.host_embedding import HostEmbedding
 
-_FROM_BITSANDBYTES = ("nf4", "int8")
+_FROM_BITSANDBYTES = (*FOUR_BIT, "int8")
 
 
 def require_packages(quant: QuantSection) -> None:
@@ -44,8 +44,8 @@ def device_for(quant: QuantSection, name: str, device: torch.device) -> torch.de
 
 
 def quantize_linear(layer: nn.Linear, form: str, *, keep_transposed: bool = False) -> nn.Module:
-    """Quantise a frozen layer to ``form`` (nf4, int8 or fp8) on its device. ``keep_transposed``: keep fp8's transposed
-    weight."""
+    """Quantise a frozen layer to ``form`` (nf4, fp4, int8 or fp8) on its device. ``keep_transposed``: keep fp8's
+    transposed weight."""
     if form == "fp8":
         from cogtune.model.quantized.fp8 import Fp8Linear
 
@@ -53,7 +53,7 @@ def quantize_linear(layer: nn.Linear, form: str, *, keep_transposed: bool = Fals
         return Fp8Linear.from_weight(layer.weight.data, bias, keep_transposed=keep_transposed)
     from cogtune.model.quantized import bnb_linear  # it imports bitsandbytes
 
-    return bnb_linear.to_nf4(layer) if form == "nf4" else bnb_linear.to_int8(layer)
+    return bnb_linear.to_four_bit(layer, form) if form in FOUR_BIT else bnb_linear.to_int8(layer)
 
 
 def require_bitsandbytes(what: str) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cogtune.configuration.architectures import completed
+from cogtune.configuration.quantization import FOUR_BIT
 from cogtune.errors import CheckpointError
 from cogtune.language import phrase, tr
 from cogtune.system.reading import read_text
@@ -61,7 +62,7 @@ DTYPE: Check = (
     phrase("float32, bfloat16 or float16"),
 )
 QUANTISED: Check = (
-    lambda value: value is None or (isinstance(value, dict) and value.get("quant_method") == "bitsandbytes"),
+    lambda value: value is None or (isinstance(value, dict) and isinstance(value.get("quant_method"), str)),
     phrase('null, or a mapping with "quant_method": "bitsandbytes"'),
 )
 SECTION: Check = (lambda value: value is None or isinstance(value, dict), phrase("a mapping"))
@@ -115,6 +116,8 @@ _QUIET = {
     "problem_type",
 }  # fmt: skip
 """Left out without a word: the published file has them, or transformers wrote its own defaults."""
+
+_METHODS = {"gptq": "GPTQ", "awq": "AWQ", "hqq": "HQQ", "aqlm": "AQLM", "eetq": "EETQ", "quanto": "Quanto"}
 
 _told: set[tuple[str, ...]] = set()
 _NAMED = 8
@@ -170,6 +173,7 @@ def known_part(values: Mapping[str, Any], keys: Mapping[str, Check], file: objec
     if isinstance(known.get("vision_config"), dict):
         known["vision_config"] = known_part(known["vision_config"], VISION_KEYS, file)
     _check_ids(known, file)
+    _check_quantised(known.get("quantization_config"), file)
     return known
 
 
@@ -191,6 +195,28 @@ def _check_ids(known: Mapping[str, Any], file: object) -> None:
         for one in value if isinstance(value, list) else [value]:
             if one is not None and one >= size:
                 raise wrong_value(file, key, value, tr("less than vocab_size, {size}", size=size))
+
+
+def _check_quantised(found: Mapping[str, Any] | None, file: object) -> None:
+    """Check that weights are stored in the model's own format or in bitsandbytes' 4 bits."""
+    if found is None:
+        return
+    method = str(found["quant_method"])
+    if method != "bitsandbytes":
+        named = _METHODS.get(method.lower(), method[:80])
+    elif found.get("load_in_8bit"):
+        named = tr("bitsandbytes in 8 bits (load_in_8bit)")
+    elif found.get("load_in_4bit") and found.get("bnb_4bit_quant_type", "fp4") not in FOUR_BIT:
+        raise wrong_value(file, "bnb_4bit_quant_type", found["bnb_4bit_quant_type"], tr(", ").join(FOUR_BIT))
+    else:
+        return
+    raise CheckpointError(
+        tr("{file}: the weights are stored quantised by {named}; expected was bitsandbytes' 4 bits, or none at all",
+           file=file, named=named),
+        hint=tr("take the unquantised model with --quant.experts nf4, int8 or fp8, which quantises while loading; or"
+                " the published 4-bit folder, `cogtune download model --variant int4`"),
+        code="checkpoint-quantised",
+    )  # fmt: skip
 
 
 def _tell(left: list[str], file: object) -> None:

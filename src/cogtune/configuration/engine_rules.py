@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 
-from cogtune.configuration.quantization import PARTS, QuantSection
+from cogtune.configuration.quantization import FOUR_BIT, PARTS, QuantSection
 from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import ConfigError
 from cogtune.language import phrase, tr
@@ -82,7 +82,7 @@ RULES = (
     Rule(
         ("zero3", "tensor"),
         tuple(f"quant.{part}" for part in PARTS),
-        ("nf4", "int8", "fp8"),
+        (*FOUR_BIT, "int8", "fp8"),
         phrase("it shards weights, and supports that only in the model's own number format"),
         phrase("ddp or zero2 with it (each rank holds all frozen weights), or fsdp2 with nf4"),
     ),
@@ -90,7 +90,7 @@ RULES = (
         ("fsdp2",),
         tuple(f"quant.{part}" for part in PARTS),
         ("int8", "fp8"),
-        phrase("it shards weights, and supports that only in the model's own number format and in nf4"),
+        phrase("it shards weights, and supports that only in the model's own number format and in 4 bits"),
         phrase("ddp or zero2 with it (each rank holds all frozen weights), or fsdp2 with nf4"),
     ),
     Rule(

@@ -1,15 +1,23 @@
-"""Number formats of the frozen weights: the ``quant`` section, used to load, plan and query a model.
+"""Number formats of the frozen weights: the ``quant`` section, used to load, plan and query a model, and what a folder
+says of weights that are stored quantised.
 
 Needs no torch. To add a quantised part, add a field here and its layers' names to `PARTS`.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from pydantic import Field
 
 from cogtune.configuration.values import Section, Stream
+from cogtune.errors import ConfigError
+from cogtune.language import tr
+
+FOUR_BIT = ("nf4", "fp4")
+"""Formats of bitsandbytes with 4 bits a weight; they differ in the 16 values that the codes stand for."""
 
 PARTS = {"experts": "model.layers.", "tower": "model.vision.transformer."}
 """Keys of the section that stand for a part of the model, with the prefixes of its linear layers' names."""
@@ -23,13 +31,13 @@ def part_of(name: str) -> str | None:
 class QuantSection(Section):
     """Frozen weights in fewer bits, quantised while the model loads. The published files stay as they are."""
 
-    experts: Literal["none", "nf4", "int8", "fp8"] = Field(
+    experts: Literal["none", "nf4", "fp4", "int8", "fp8"] = Field(
         default="none",
-        description="Number format of both experts' linear layers. nf4: 4 bits, double quantised; int8: 8 bits, a scale"
-        " per output (both by bitsandbytes); fp8: 8 bits that newer cards also multiply faster. LoRA on top computes"
-        " in model.dtype.",
+        description="Number format of both experts' linear layers. nf4: 4 bits, double quantised; fp4: the same with"
+        " the coarser values of the published -int4 folders, which keep theirs; int8: 8 bits, a scale per output (all"
+        " by bitsandbytes); fp8: 8 bits that newer cards also multiply faster. LoRA on top computes in model.dtype.",
     )
-    tower: Literal["none", "nf4", "int8", "fp8"] = Field(
+    tower: Literal["none", "nf4", "fp4", "int8", "fp8"] = Field(
         default="none", description="Linear layers of the vision tower, live or filling the feature cache."
     )
     fp8_layouts: Literal["one", "two"] = Field(
@@ -70,6 +78,54 @@ class QuantSection(Section):
     def keeps_transposed(self, name: str) -> bool:
         """Return whether the fp8 weight of layer ``name`` is kept in both layouts."""
         return self.fp8_layouts == "two" and part_of(name) == "experts" and self.experts == "fp8"
+
+
+@dataclass(frozen=True)
+class StoredFormat:
+    """What ``quantization_config`` in a folder's ``config.json`` says of its linear layers.
+
+    Attributes:
+        kind: one of `FOUR_BIT`.
+        nested: are the scales quantised again, to 8 bits? Else they are float32, one per block of 64 weights.
+        kept: modules that are not quantised.
+    """
+
+    kind: str
+    nested: bool
+    kept: tuple[str, ...] = ("lm_head",)
+
+    def holds(self, name: str) -> bool:
+        """Return whether the linear layer ``name`` is stored quantised."""
+        return not any(f".{module}." in f".{name}." for module in self.kept)
+
+
+PUBLISHED_INT4 = StoredFormat("fp4", nested=False)
+"""Of ``cogvlm2-llama3-chat-19B-int4`` and its Chinese twin."""
+
+
+def stored_format(config: Mapping[str, Any]) -> StoredFormat | None:
+    """Return the format in which a parsed ``config.json`` says that weights are stored; None: not quantised."""
+    found = config.get("quantization_config") or {}
+    if not found.get("load_in_4bit"):
+        return None
+    kept = found.get("llm_int8_skip_modules") or ("lm_head",)
+    kind, nested = found.get("bnb_4bit_quant_type", "fp4"), bool(found.get("bnb_4bit_use_double_quant"))
+    return StoredFormat(str(kind), nested, tuple(map(str, kept)))
+
+
+def stored_by_name(model: str) -> StoredFormat | None:
+    """Return the format of a published model by its name, for one whose files are not at hand."""
+    return PUBLISHED_INT4 if model.rstrip("/").endswith("-int4") else None
+
+
+def stored_otherwise(where: str, part: str, asked: str, stored: str) -> ConfigError:
+    """Return the error for a format that was asked for where weights are stored in another 4-bit format."""
+    return ConfigError(
+        tr("quant.{part} {asked}: the weights in {where} are stored in {stored} and stay so", part=part, asked=asked,
+           where=where, stored=stored),
+        hint=tr("leave quant.{part} out, or take the unquantised model", part=part),
+        code="config-combination",
+    )  # fmt: skip
 
 
 PLAIN = QuantSection()

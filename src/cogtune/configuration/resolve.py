@@ -7,9 +7,12 @@ decides by disk space and repetitions of pictures whether features are cached.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from cogtune.configuration.quantization import QuantSection
+from cogtune.configuration.config_json import read_model_json
+from cogtune.configuration.load import Config, explicit_values, with_values
+from cogtune.configuration.quantization import PARTS, QuantSection, stored_by_name, stored_format, stored_otherwise
 from cogtune.configuration.training_sections import ParallelSection
 from cogtune.errors import SetupError
 from cogtune.language import tr
@@ -77,6 +80,24 @@ def float16_warning(dtype: str) -> str | None:
         " model was trained in bfloat16 and its activations can exceed float16's range: the loss"
         " can become NaN, and the run then stops"
     )
+
+
+def as_stored(config: Config, model: str | Path) -> Config:
+    """Return ``config`` with the formats in which the folder ``model`` stores weights quantised; they stay so.
+
+    Raises:
+        CheckpointError: its ``config.json`` is not valid.
+        ConfigError: another format was asked for.
+    """
+    file = Path(model).expanduser() / "config.json"
+    stored = stored_format(read_model_json(file)) if file.is_file() else stored_by_name(str(model))
+    if stored is None:
+        return config
+    for key, value in explicit_values(config).items():
+        section, _, part = key.partition(".")
+        if section == "quant" and part in PARTS and value not in ("none", stored.kind):
+            raise stored_otherwise(str(model), part, value, stored.kind)
+    return with_values(config, {f"quant.{part}": stored.kind for part in PARTS})
 
 
 def check_formats(quant: QuantSection, gpu: Gpu | None) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from cogtune.configuration.quantization import QuantSection
+from cogtune.configuration.quantization import FOUR_BIT, QuantSection
 from cogtune.errors import OutOfMemoryError
 from cogtune.language import tr
 from cogtune.plan.inference import answer, slots
@@ -46,7 +46,7 @@ def candidates(quant: QuantSection, given: Collection[str]) -> Iterator[tuple[Qu
     """Yield ``quant`` with more and more of `_LEANER`, and which settings changed; keys of ``given`` stay."""
     found, changed = quant, list[str]()
     for name, value in _LEANER:
-        if f"quant.{name}" not in given and getattr(found, name) != value:
+        if f"quant.{name}" not in given and getattr(found, name) not in (value, *FOUR_BIT):
             found, changed = found.changed(**{name: value}), [*changed, f"quant.{name} {value}"]
             yield found, changed
 
@@ -104,7 +104,7 @@ def supported(quant: QuantSection, gpu: Gpu | None, given: Collection[str]) -> t
 
 def smaller_formats(quant: QuantSection) -> str:
     """Return the flags that make the model smaller than ``quant`` does, for a hint."""
-    flags = [f"--quant.{name} {value}" for name, value in _LEANER[:2] if getattr(quant, name) != value]
+    flags = [f"--quant.{name} {value}" for name, value in _LEANER[:2] if getattr(quant, name) not in FOUR_BIT]
     if not flags and quant.embedding != "host":
         flags = ["--quant.embedding host"]
     if flags:

@@ -22,7 +22,7 @@ from cogtune.checkpoint.quantize import require_packages
 from cogtune.configuration.answer_config import AnswerConfig
 from cogtune.configuration.engine_rules import check_tensor
 from cogtune.configuration.load import explicit_values, load_answer_config
-from cogtune.configuration.resolve import check_formats, torch_dtype
+from cogtune.configuration.resolve import as_stored, check_formats, torch_dtype
 from cogtune.distributed import environment
 from cogtune.distributed.group import TensorGroup
 from cogtune.errors import ConfigError
@@ -177,6 +177,8 @@ def resolve(
     tensor, name = config.parallel.tensor, config.generate.device
     given = frozenset(explicit_values(config))
     require_same_settings(config, named)
+    config = as_stored(config, model)
+    given |= frozenset(explicit_values(config)) if ModelSizes.from_folder(model).stored else frozenset()
     config, notes = inherit(config, folders[0] if folders else Path(model).expanduser(), formats=tensor == 1)
     if tensor > 1:
         check_tensor(config.quant, tensor)

@@ -27,7 +27,7 @@ RESERVE = 2 * GIB
 """Free memory of each GPU that is reserved for activations, cache and libraries."""
 
 
-_BYTES = {"nf4": 0.53, "int8": 1.01, "fp8": 1.01}
+_BYTES = {"nf4": 0.53, "fp4": 0.57, "int8": 1.01, "fp8": 1.01}
 """Bytes per weight, including its share of the scales."""
 
 

@@ -16,6 +16,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from cogtune.configuration.quantization import FOUR_BIT
 from cogtune.model.kernels import decode as kernels
 from cogtune.model.kernels.slot_attention import NARROWEST_HEAD, slot_attention
 from cogtune.model.modeling import CogVLM2ForCausalLM, RMSNorm
@@ -34,7 +35,7 @@ def weight_of(layer: Any) -> kernels.Weight | None:
     if isinstance(layer, Fp8Linear):
         return kernels.Weight(kernels.FP8, layer.weight, (layer.out_features, layer.in_features), layer.scale)
     state: Any = getattr(layer, "quant_state", None)
-    if state is not None and state.quant_type == "nf4" and state.blocksize == 64:
+    if state is not None and state.quant_type in FOUR_BIT and state.blocksize == 64:
         outer = state.state2 if state.nested else None
         return kernels.Weight(
             kernels.NF4,

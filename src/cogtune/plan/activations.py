@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
+from cogtune.configuration.quantization import FOUR_BIT
 from cogtune.configuration.shapes import LOSS_CHUNK
 from cogtune.plan.setting import LoraShape, Setting, shares
 from cogtune.plan.sizes import EXPERTS, Linear, ModelSizes
@@ -260,13 +261,14 @@ class _DecoderLayer:
     def _workspace(self) -> int:
         """Return the temporary bytes of the largest quantised linear.
 
-        nf4: the dequantised weight. int8: the dequantised weight and the product in float32. fp8: the transposed weight
-        and the rounded input (uncompiled, rounding goes through float32).
+        nf4, fp4: the dequantised weight. int8: the dequantised weight and the product in float32. fp8: the transposed
+        weight and the rounded input (uncompiled, rounding goes through float32).
         """
         weight, product = self.hidden * self.setting.sizes.intermediate_size, self._widest()
         product *= self.setting.sizes.intermediate_size
         rounding = product if self.setting.compiled else 2 * FLOAT32 * product
-        found = {"nf4": weight * self.c, "int8": weight * self.c + product * FLOAT32, "fp8": weight + rounding}
+        found = {"int8": weight * self.c + product * FLOAT32, "fp8": weight + rounding}
+        found |= dict.fromkeys(FOUR_BIT, weight * self.c)
         return found.get(self.setting.quant.experts, 0)
 
 
@@ -287,7 +289,7 @@ def tower_forward(setting: Setting, images: float | None = None) -> int:
 
 def _unpacked_in_tower(setting: Setting) -> int:
     vision = setting.sizes.vision
-    return vision.hidden_size * vision.intermediate_size * setting.width * (setting.quant.tower in ("nf4", "int8"))
+    return vision.hidden_size * vision.intermediate_size * setting.width * (setting.quant.tower in (*FOUR_BIT, "int8"))
 
 
 def tower_block(setting: Setting) -> Kept:

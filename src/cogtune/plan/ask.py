@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
+from cogtune.configuration.resolve import as_stored
 from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import ConfigError
 from cogtune.language import tr
@@ -57,6 +58,7 @@ def plan(
     if cards < 1:
         raise ConfigError(tr("cards: found {cards}, expected at least 1", cards=cards), code="config-value")
     known = "data.path" not in placeholders
+    config = as_stored(config, config.model.path)
     sizes = ModelSizes.from_folder(config.model.path)
     rows = read_rows(config, sizes) if known else TYPICAL if sizes.vision_experts else TYPICAL_CLIPS
     chosen = choose_card(card, cards)

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 from cogtune.configuration.engine_rules import CHOICES, refusal
-from cogtune.configuration.quantization import QuantSection
+from cogtune.configuration.quantization import FOUR_BIT, QuantSection
 from cogtune.plan.cards import CARDS, DESKTOP, Card
 from cogtune.plan.memory import Memory, fill, outside, predict
 from cogtune.plan.setting import Setting, Tower
@@ -219,7 +219,7 @@ def _leaner(setting: Setting, fixed: Collection[str]) -> Iterator[Setting]:
     moments.
     """
     towers = [setting.quant.tower]
-    if setting.tower != "none" and setting.quant.experts == "nf4" and "quant.tower" not in fixed:
+    if setting.tower != "none" and setting.quant.experts in FOUR_BIT and "quant.tower" not in fixed:
         towers = ["none", "nf4"]
     embeddings = [setting.quant.embedding] if "quant.embedding" in fixed else ["device", "host"]
     optimizers = [setting.optimizer]

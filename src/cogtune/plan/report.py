@@ -106,10 +106,12 @@ def _after_training(plan: Plan) -> Iterator[str]:
 
 def _leaner(setting: Setting, room: int) -> str:
     """Return the first flags with which answering fits, or those that need least memory."""
-    lean = setting.quant.changed(experts="nf4", tower="nf4")
-    flags, reserved = "--quant.experts nf4 --quant.tower nf4", answer(replace(setting, quant=lean)).reserved
+    lean, flags = setting.quant, ""
+    if setting.sizes.stored is None:
+        lean, flags = lean.changed(experts="nf4", tower="nf4"), "--quant.experts nf4 --quant.tower nf4"
+    reserved = answer(replace(setting, quant=lean)).reserved
     if reserved + CONTEXT > room:
-        lean, flags = lean.changed(embedding="host"), f"{flags} --quant.embedding host"
+        lean, flags = lean.changed(embedding="host"), f"{flags} --quant.embedding host".strip()
         reserved = answer(replace(setting, quant=lean)).reserved
     return tr("with {flags} it takes {size:.1f}", flags=flags, size=reserved / GIB)
 
@@ -131,7 +133,7 @@ def summary(plan: Plan) -> str:
 def chosen(plan: Plan) -> list[str]:
     """Describe the chosen settings in words."""
     setting, layers = plan.setting, plan.setting.sizes.num_hidden_layers
-    form = {"none": setting.dtype, "nf4": "NF4", "int8": "int8", "fp8": "fp8"}
+    form = {"none": setting.dtype, "nf4": "NF4", "fp4": "FP4", "int8": "int8", "fp8": "fp8"}
     words = [tr("experts in {form}", form=form.get(setting.quant.experts, setting.quant.experts))]
     if setting.tower == "cached":
         words.append(tr("features cached"))

@@ -54,7 +54,12 @@ S400 = MicroBatch()
 
 
 def format_of(linear: Linear, quant: QuantSection) -> str:
-    """Return a linear layer's number format: ``none`` is the model's own; ``fp8 twice`` keeps a transposed copy too."""
+    """Return a linear layer's number format: ``none`` is the model's own; ``fp8 twice`` keeps a transposed copy too.
+
+    What a folder stores quantised stays so.
+    """
+    if linear.stored is not None:
+        return linear.stored.kind
     return "fp8 twice" if quant.keeps_transposed(linear.name) else quant.format_of(linear.name)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from cogtune.configuration.quantization import QuantSection
+from cogtune.configuration.quantization import FOUR_BIT, QuantSection
 from cogtune.distributed.buffers import ZERO3_LAYERS_AHEAD
 from cogtune.plan.setting import BYTES, Setting, format_of
 from cogtune.plan.sizes import Linear, ModelSizes
@@ -42,7 +42,7 @@ def unit_bytes(linears: Iterable[Linear], quant: QuantSection, dtype: str) -> in
     for linear in linears:
         form = format_of(linear, quant)
         # NF4 packs two weights into a byte; int8 and fp8 take one byte per weight
-        each = linear.weights // 2 if form == "nf4" else linear.weights * (c if form == "none" else 1)
+        each = linear.weights // 2 if form in FOUR_BIT else linear.weights * (c if form == "none" else 1)
         found += each + (linear.outputs * c if linear.bias else 0)
     return found
 

@@ -6,14 +6,14 @@ A test compares names, shapes and parameter counts with the real model on the me
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from cogtune.configuration.architectures import FIRST_MODELS, VIDEO_MODELS, completed, reads_clips, refuse_foreign
 from cogtune.configuration.config_json import read_model_json
-from cogtune.configuration.quantization import part_of
+from cogtune.configuration.quantization import StoredFormat, part_of, stored_by_name, stored_format
 from cogtune.configuration.shapes import Shape, VisionShape
 
 Part = Literal["experts", "tower", "glu_adapter", "head", "embedding", "conv", "other", "tower_other"]
@@ -29,7 +29,7 @@ class Linear:
     """One linear layer: its name in the model, its sizes and its place.
 
     ``layer``: index in the decoder or the tower. ``expert``: one of `EXPERTS` in the decoder. ``role``: unique within a
-    layer (and expert), such as ``gate_proj``.
+    layer (and expert), such as ``gate_proj``. ``stored``: the format of a weight that the folder holds quantised.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Linear:
     layer: int | None = None
     expert: str = ""
     role: str = ""
+    stored: StoredFormat | None = None
 
     @cached_property
     def part(self) -> Part:
@@ -62,6 +63,9 @@ _WITH_BIAS = ("vision", "query_key_value")
 class ModelSizes(Shape):
     """The sizes in ``config.json``, and what follows from them."""
 
+    stored: StoredFormat | None = None
+    """The format of linear layers that are stored quantised."""
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelSizes:
         """Return the sizes in a parsed ``config.json``; missing fields have the published model's values."""
@@ -72,13 +76,15 @@ class ModelSizes(Shape):
         return cls(
             **own,
             vision_experts=not reads_clips(config),
+            stored=stored_format(config),
             vision=VisionShape(**own_vision, cell=1 if config.get("generation") == 1 else 2),
         )
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ModelSizes:
         """Return the sizes of a model folder; those of the published model for a hub id or a folder that is
-        not there yet, by its name: a video model's, a first-generation model's, or the picture models'.
+        not there yet, by its name: a video model's, a first-generation model's, a 4-bit folder's, or the picture
+        models'.
 
         Raises:
             CheckpointError: the folder of another architecture.
@@ -88,7 +94,7 @@ class ModelSizes(Shape):
             name = str(folder).rstrip("/").rpartition("/")[2]
             if name in FIRST_MODELS.values():
                 return FIRST_224 if "224" in name else FIRST
-            return VIDEO if name in VIDEO_MODELS.values() else cls()
+            return VIDEO if name in VIDEO_MODELS.values() else cls(stored=stored_by_name(name))
         refuse_foreign(folder)
         return cls.from_config(read_model_json(file))
 
@@ -119,7 +125,11 @@ class ModelSizes(Shape):
     @cached_property
     def linears(self) -> tuple[Linear, ...]:
         """All linear layers in the model's order."""
-        return (*self._decoder_linears(), *self._vision_linears(), self._head())
+        return tuple(map(self._as_stored, (*self._decoder_linears(), *self._vision_linears(), self._head())))
+
+    def _as_stored(self, linear: Linear) -> Linear:
+        held = self.stored is not None and self.stored.holds(linear.name)
+        return replace(linear, stored=self.stored) if held else linear
 
     def _head(self) -> Linear:
         return Linear("lm_head", self.hidden_size, self.vocab_size, False)
@@ -165,7 +175,7 @@ class ModelSizes(Shape):
     def decoder_layers(self) -> tuple[dict[tuple[str, str], Linear], ...]:
         """The linears of each decoder layer, by expert and role."""
         found: list[dict[tuple[str, str], Linear]] = [{} for _ in range(self.num_hidden_layers)]
-        for linear in self._decoder_linears():
+        for linear in map(self._as_stored, self._decoder_linears()):
             assert linear.layer is not None
             found[linear.layer][linear.expert, linear.role] = linear
         return tuple(found)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cogtune.configuration.quantization import FOUR_BIT
 from cogtune.plan.setting import BYTES, Setting, format_of
 from cogtune.plan.sizes import Linear
 
@@ -19,10 +20,11 @@ BUFFERS = 2
 
 
 def weight_bytes(linear: Linear, form: str, dtype: str) -> int:
-    """Return a linear layer's bytes in a number format: ``none`` (the model's own), ``nf4``, ``int8`` or ``fp8``."""
+    """Return a linear layer's bytes in a number format: ``none`` (the model's own), ``nf4``, ``fp4``, ``int8`` or
+    ``fp8``."""
     bias = linear.outputs * BYTES[dtype] if linear.bias else 0
     count = linear.weights
-    if form == "nf4":  # 4 bits per weight
+    if form in FOUR_BIT:
         return count // 2 + scale_bytes(linear, form) + bias
     if form == "int8":
         return count + linear.outputs * FLOAT32 + bias
@@ -32,17 +34,20 @@ def weight_bytes(linear: Linear, form: str, dtype: str) -> int:
 
 
 def scale_bytes(linear: Linear, form: str) -> int:
-    """Return the bytes of an NF4 weight besides its codes: one byte per block for its scale, the float32 second-level
-    scales, two code tables and an offset.
+    """Return the bytes of a 4-bit weight besides its codes: one byte per block for its scale, the float32 second-level
+    scales, two code tables and an offset; or, stored without the second level, a float32 per block and one table.
     """
-    scales = -(-linear.weights // BLOCK) if form == "nf4" else 0
+    scales = -(-linear.weights // BLOCK) if form in FOUR_BIT else 0
+    if linear.stored is not None and not linear.stored.nested:
+        return (scales + 16) * FLOAT32
     return scales + -(-scales // NESTED) * FLOAT32 + (16 + 256 + 1) * FLOAT32 if scales else 0
 
 
 def large_bytes(linear: Linear, form: str, dtype: str) -> int:
     """Return the bytes of a linear layer that are streamed."""
-    each = {"nf4": linear.weights // 2 + -(-linear.weights // BLOCK), "int8": linear.weights, "fp8": linear.weights}
-    each["fp8 twice"] = 2 * linear.weights
+    each = {"int8": linear.weights, "fp8": linear.weights, "fp8 twice": 2 * linear.weights}
+    scale = FLOAT32 if linear.stored is not None and not linear.stored.nested else 1
+    each |= dict.fromkeys(FOUR_BIT, linear.weights // 2 + scale * -(-linear.weights // BLOCK))
     return each.get(form, linear.weights * BYTES[dtype])
 
 

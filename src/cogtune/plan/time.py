@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from cogtune.configuration.quantization import FOUR_BIT
 from cogtune.plan.calibration import (
     COPY_SLOWDOWN,
     DEEPSPEED_SECONDS,
@@ -174,12 +175,12 @@ def tower_seconds(setting: Setting, card: Card, images: float | None = None) -> 
     matmul = sum(2 * x.weights * patches / _rate(setting, x, rates).matmul for x in linears)
     attention = vision.num_hidden_layers * 4 * count * vision.hidden_size * vision.num_positions**2
     stream = rates.tower_bytes * patches * vision.num_hidden_layers * vision.hidden_size / 1792
-    unpack = rates.unpack_seconds * sum(x.weights for x in linears) if setting.quant.tower == "nf4" else 0.0
+    unpack = rates.unpack_seconds * sum(x.weights for x in linears) if setting.quant.tower in FOUR_BIT else 0.0
     return matmul + attention / rates.tower_attention + stream / rates.memory + unpack
 
 
 def _unpacking(setting: Setting, rates: Rates) -> float:
-    if setting.quant.experts not in ("nf4", "int8"):
+    if setting.quant.experts not in (*FOUR_BIT, "int8"):
         return 0.0
     return _passes(setting) * rates.unpack_seconds * setting.sizes.parameters("experts") / setting.tensor
 

@@ -17,7 +17,7 @@ from cogtune.configuration.deepspeed import apply_deepspeed
 from cogtune.configuration.load import with_values
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.configuration.quantization import QuantSection
-from cogtune.configuration.resolve import resolve_cache_batch, resolve_compile, resolve_workers, torch_dtype
+from cogtune.configuration.resolve import as_stored, resolve_cache_batch, resolve_compile, resolve_workers, torch_dtype
 from cogtune.configuration.run_config import RunConfig
 from cogtune.data.records import ImageRef
 from cogtune.data.split import read_and_split
@@ -107,6 +107,7 @@ def fill_cache(config: RunConfig) -> FillReport:
             apply_deepspeed(config, world_size=environment.world_size())[0], {"data.cache_features": "on"}
         )
         model_config = load_model_config(config.model.path)
+        config = as_stored(config, config.model.path)
         _refuse_trained_tower(model_config, config)
         split = read_and_split(config.data, config.train.seed, **reading_rules(config.model.path))
         for line in split.report.lines():

@@ -18,6 +18,7 @@ from cogtune.checkpoint.load import load_model
 from cogtune.checkpoint.model_files import load_model_config
 from cogtune.configuration.deepspeed import apply_deepspeed
 from cogtune.configuration.resolve import (
+    as_stored,
     check_formats,
     resolve_compile,
     torch_dtype,
@@ -136,6 +137,7 @@ def _train(config: RunConfig, dry_run: bool, force: bool) -> TrainResult:
         config, warnings = apply_deepspeed(config, world_size=environment.world_size())
         for line in warnings:
             log.warning(line)
+        config = as_stored(config, config.model.path)
         name = engines.choose(config)
         check_settings(config, name)
         check_packages(config)

@@ -18,6 +18,7 @@ from cogtune.configuration.run_config import LoraSection
 from cogtune.errors import CheckpointError, SetupError
 from cogtune.model.quantized.host_embedding import HostEmbedding
 from tests.support.batches import picture_batch
+from tests.support.packed import packed_shards
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -177,42 +178,10 @@ def test_without_bitsandbytes_the_error_says_what_to_install(
     assert 'pip install "cogtune[quant]"' in str(caught.value.hint)
 
 
-def stored_packed(base: Path, folder: Path, kind: str) -> dict[str, torch.Tensor]:
-    """``base`` as transformers saves it when bitsandbytes has quantised its linear layers; returns what their weights
-    stand for."""
-    from safetensors.torch import load_file, save_file
-
-    from cogtune.checkpoint.model_files import INDEX_NAME
-
-    meant, written, index = {}, {}, json.loads((base / INDEX_NAME).read_text())
-    for file in sorted(base.glob("*.safetensors")):
-        for name, value in load_file(file).items():
-            linear = value.ndim == 2 and name.endswith(".weight") and "embed" not in name and name != "lm_head.weight"
-            if not linear or "position" in name:
-                written[name] = value
-                continue
-            layer = bnb.nn.Linear4bit(*reversed(value.shape), bias=False, quant_type=kind, compute_dtype=torch.bfloat16)
-            layer.load_state_dict({"weight": value}, strict=False)
-            layer = layer.to("cpu")
-            meant[name] = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-            written |= {f"{name.removesuffix('weight')}{key}": part for key, part in layer.state_dict().items()}
-    folder.mkdir()
-    config = json.loads((base / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind}
-    (folder / "config.json").write_text(json.dumps(config))
-    names = sorted(written)
-    for number, part in enumerate((names[::2], names[1::2])):
-        save_file({name: written[name].contiguous() for name in part}, folder / f"part{number}.safetensors")
-        index["weight_map"] |= dict.fromkeys(part, f"part{number}.safetensors")
-    index["weight_map"] = {name: index["weight_map"][name] for name in names}
-    (folder / INDEX_NAME).write_text(json.dumps(index))
-    return meant
-
-
 @pytest.mark.parametrize("kind", ["fp4", "nf4"])
 def test_a_folder_in_bitsandbytes_layout_loads(tiny_checkpoint: Path, tmp_path: Path, kind: str) -> None:
     """The parts of a layer lie in both files."""
-    meant = stored_packed(tiny_checkpoint, tmp_path / "packed", kind)
+    meant = packed_shards(tiny_checkpoint, tmp_path / "packed", kind)
     model = load_model(tmp_path / "packed")
     plain = load_model(tiny_checkpoint)
     for name, value in meant.items():
@@ -228,7 +197,7 @@ def test_a_folder_in_bitsandbytes_layout_loads(tiny_checkpoint: Path, tmp_path: 
 
 
 def test_a_packed_layer_of_another_shape_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    stored_packed(tiny_checkpoint, tmp_path / "packed", "fp4")
+    packed_shards(tiny_checkpoint, tmp_path / "packed", "fp4")
     config = json.loads((tmp_path / "packed" / "config.json").read_text())
     (tmp_path / "packed" / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
     with pytest.raises(CheckpointError, match=r"down_proj.*has shape \[64, 96\], expected \[64, 128\]"):

@@ -48,5 +48,7 @@ def test_every_value_reaches_loading_and_planning() -> None:
 
 
 def test_a_format_that_a_part_does_not_have_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"quant.tower: found text 'int4', expected none \| nf4 \| int8 \| fp8"):
+    with pytest.raises(
+        ConfigError, match=r"quant.tower: found text 'int4', expected none \| nf4 \| fp4 \| int8 \| fp8"
+    ):
         load_config(None, NEEDED | {"quant.tower": "int4"})

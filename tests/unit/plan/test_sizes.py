@@ -8,6 +8,7 @@ from torch import nn
 
 from cogtune import CogVLM2Config, CogVLM2ForCausalLM
 from cogtune.adapters.targets import TARGET_SETS, is_match, resolve_targets
+from cogtune.checkpoint.model_files import stored_tensors
 from cogtune.checkpoint.random import (
     TINY,
     TINY_VISION,
@@ -20,8 +21,10 @@ from cogtune.checkpoint.random import (
     write_published_config,
 )
 from cogtune.errors import AdapterError
+from cogtune.plan.memory import weights
 from cogtune.plan.setting import LoraShape, Setting, adapted_names
 from cogtune.plan.sizes import FIRST, FIRST_224, VIDEO, ModelSizes
+from tests.support.packed import int4_folder
 
 
 def meta_model(config: CogVLM2Config) -> CogVLM2ForCausalLM:
@@ -85,6 +88,28 @@ def test_a_first_generation_model_is_planned_as_one_by_folder_and_by_hub_name(tm
     # family specification 9.2
     assert (FIRST.parameters(), FIRST_224.parameters()) == (17_639_685_376, 17_637_948_928)
     assert (FIRST.image_tokens, FIRST_224.image_tokens, FIRST.qkv_width) == (1227, 258, 12288)
+
+
+def test_a_4_bit_folder_is_counted_as_it_is_stored(tmp_path) -> None:
+    """The published file has 12.5 GB: every linear layer but the head with a float32 scale per 64 weights, the rest in
+    16 bits (family specification: 12.528 GB)."""
+    published = ModelSizes.from_folder("zai-org/cogvlm2-llama3-chinese-chat-19B-int4")
+    held = weights(Setting(sizes=published, dtype="float16"))
+    assert sum(held.values()) == pytest.approx(12.528e9, rel=2e-4)
+    assert ModelSizes.from_folder("zai-org/cogvlm2-llama3-chat-19B").stored is None
+    pytest.importorskip("bitsandbytes")
+    base = make_tiny(tmp_path / "tiny")
+    for kind, nested in (("fp4", False), ("nf4", True)):
+        int4_folder(base, tmp_path / kind, kind, nested=nested)
+        found = ModelSizes.from_folder(tmp_path / kind)
+        stored = stored_tensors(tmp_path / kind)
+        state = sum(".quant_state." in name for name in stored)
+        assert state == sum(linear.stored is not None for linear in found.linears)
+        held = [t for name, t in stored.items() if ".quant_state." not in name and "inv_freq" not in name]
+        size = sum(tensor.stop - tensor.start for tensor in held)
+        # nested: the offset of the scales is in the JSON of the state, and counts as a float32
+        offsets = 4 * state if nested else 0
+        assert sum(weights(Setting(sizes=found, dtype="float16")).values()) == size + offsets
 
 
 @pytest.mark.parametrize(

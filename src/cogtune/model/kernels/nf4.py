@@ -1,4 +1,4 @@
-"""Dequantisation of bitsandbytes' NF4 weights, for GPUs with Triton. Imported only there.
+"""Dequantisation of bitsandbytes' 4-bit weights (NF4, FP4), for GPUs with Triton. Imported only there.
 
 One pass: codes, scales and the scales' own scales are read once, and the weight is written once.
 """
@@ -35,16 +35,17 @@ def _kernel(packed, absmax, code, outer_absmax, outer_code, offset, out, blocks,
 
 
 def dequantize_nf4(
-    packed: torch.Tensor, state: tuple[Any, ...], sizes: tuple[int, int, int, int], dtype: torch.dtype, use: int = 0
+    packed: torch.Tensor, state: tuple[Any, ...], sizes: tuple[int, ...], dtype: torch.dtype, use: int = 0
 ) -> torch.Tensor:
     """Return the weight [rows, columns] in ``dtype``, bit-identical to bitsandbytes' dequantisation.
 
     ``packed``: uint8, rows * columns / 2 of them; ``state``: scales of the blocks (float32, or uint8 with scales of
     their own), code, and for the latter the outer scales, the outer code and the offset, else None. ``sizes``: rows,
-    columns, values of a block, blocks of an outer one. Calls of another ``use`` are kept apart by a compiler.
+    columns, values of a block, blocks of an outer one; what follows is not read. Calls of another ``use`` are kept
+    apart by a compiler.
     """
     absmax, code, outer_absmax, outer_code, offset = state
-    rows, columns, blocksize, outer_blocksize = sizes
+    rows, columns, blocksize, outer_blocksize = sizes[:4]
     out = torch.empty(rows, columns, dtype=dtype, device=packed.device)
     blocks = rows * columns // blocksize
     nested = outer_absmax is not None

@@ -22,9 +22,9 @@ from cogtune.model.quantized.nf4 import block_sizes, dequantises, nf4_linear
 
 
 class FourBitLinear(bnb.nn.Linear4bit):
-    """Linear layer with 4-bit weights and double-quantised scales; computes in its input's dtype."""
+    """Linear layer with 4-bit weights, NF4 or FP4; computes in its input's dtype."""
 
-    block_sizes: tuple[int, int, int, int]
+    block_sizes: tuple[int, int, int, int, int]
 
     def large_tensors(self) -> list[tuple[Any, str]]:
         """Return where the tensors of the layer's size are: an object and its attribute each."""
@@ -39,12 +39,12 @@ class FourBitLinear(bnb.nn.Linear4bit):
         return product
 
 
-def to_nf4(layer: nn.Linear) -> FourBitLinear:
-    """Quantise ``layer`` to NF4 with double quantisation, on its device. The storage dtype is the layer's, as sharding
-    needs."""
-    found = _four_bit(layer.in_features, layer.out_features, "nf4", layer.weight.dtype)
+def to_four_bit(layer: nn.Linear, kind: str = "nf4") -> FourBitLinear:
+    """Quantise ``layer`` to ``kind`` (nf4 or fp4) with double quantisation, on its device. The storage dtype is the
+    layer's, as sharding needs."""
+    found = _four_bit(layer.in_features, layer.out_features, kind, layer.weight.dtype)
     found.weight = bnb.nn.Params4bit(
-        layer.weight.data, requires_grad=False, quant_type="nf4", quant_storage=layer.weight.dtype, module=found
+        layer.weight.data, requires_grad=False, quant_type=kind, quant_storage=layer.weight.dtype, module=found
     ).to(layer.weight.device)
     found.block_sizes = block_sizes(found.quant_state)
     note_whole_numel(found.weight, layer.weight.numel())
@@ -52,18 +52,21 @@ def to_nf4(layer: nn.Linear) -> FourBitLinear:
     return found
 
 
-def from_stored(parts: dict[str, torch.Tensor], shape: torch.Size, device: torch.device) -> FourBitLinear:
-    """Build a 4-bit layer without bias from the tensors of bitsandbytes' serialised layout.
+def from_stored(parts: dict[str, torch.Tensor], shape: torch.Size, dtype: torch.dtype) -> FourBitLinear:
+    """Build a 4-bit layer without bias from the tensors of bitsandbytes' serialised layout, on their device.
 
-    ``parts`` is keyed by the name behind ``.weight`` (the weight itself is ``""``).
+    ``parts`` is keyed by the name behind ``.weight`` (the weight itself is ``""``). The codes are viewed in ``dtype``,
+    the model's, as `to_four_bit` stores them.
 
     Raises:
         ValueError: the tensors describe a layer of another shape.
     """
-    data, stats = parts[""], {f"weight.{name}": value for name, value in parts.items() if name}
+    whole = parts[""].view(torch.uint8).flatten()
+    data = (whole.view(dtype) if whole.numel() % dtype.itemsize == 0 else whole).view(-1, 1)
+    stats = {f"weight.{name}": value for name, value in parts.items() if name}
     kind = next(name for name in parts if name.startswith("quant_state.bitsandbytes__")).rpartition("__")[2]
     found = _four_bit(shape[1], shape[0], kind, data.dtype)
-    found.weight = bnb.nn.Params4bit.from_prequantized(data, stats, device=device, module=found)
+    found.weight = bnb.nn.Params4bit.from_prequantized(data, stats, device=data.device, module=found)
     if found.quant_state.shape != shape:
         raise ValueError(f"has shape {list(found.quant_state.shape)}, expected {list(shape)}")
     found.block_sizes = block_sizes(found.quant_state)

@@ -1,7 +1,8 @@
-"""Products with bitsandbytes' NF4 weights: dequantise the weight with one kernel, then multiply at full speed.
+"""Products with bitsandbytes' 4-bit weights: dequantise the weight with one kernel, then multiply at full speed.
 
 Shapes: M tokens, I input and O output features. A weight [O, I] has bitsandbytes' storage layout: two 4-bit codes per
-byte, the first in the upper half, one scale per 64 values, and these scales in 8 bits with scales of their own.
+byte, the first in the upper half, one scale per 64 values, and these scales in float32 or in 8 bits with scales of
+their own. NF4 and FP4 differ only in the 16 values of the codes.
 
 For more than a few tokens, dequantising to the computation's dtype and calling a library product is fastest. So the
 forward and backward pass each dequantise the weight and never keep it. With Triton one kernel does this in half the
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from cogtune.configuration.quantization import FOUR_BIT
 from cogtune.model.kernels import HAS_TRITON, kernel_available
 
 _FEW = 16  # most tokens for which bitsandbytes' fused kernel reads less memory (decoding)
@@ -31,7 +33,7 @@ def _fits_kernel(x: torch.Tensor, sizes: Sequence[int]) -> bool:
 def _weight(x: torch.Tensor, state: tuple[Any, ...], sizes: Sequence[int], use: int) -> torch.Tensor:
     """Dequantise the weight [O, I] to x's dtype. ``absmax`` is float32 per block, or uint8 with scales of its own."""
     packed, absmax, code, outer_absmax, outer_code, offset = state
-    rows, columns, blocksize, outer_blocksize = sizes
+    rows, columns, blocksize, outer_blocksize, kind = sizes
     if _fits_kernel(x, sizes):
         made: torch.Tensor = dequantize_nf4(
             packed, state[1:], (rows, columns, blocksize, outer_blocksize), x.dtype, use
@@ -48,7 +50,7 @@ def _weight(x: torch.Tensor, state: tuple[Any, ...], sizes: Sequence[int], use: 
         shape=torch.Size((rows, columns)),
         code=code,
         blocksize=blocksize,
-        quant_type="nf4",
+        quant_type=FOUR_BIT[kind],
         dtype=x.dtype,
     )
     out: torch.Tensor = bnb.dequantize_4bit(packed.view(-1, 1), described)
@@ -128,14 +130,16 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
 _linear.register_autograd(_backward, setup_context=_remember)
 
 
-def block_sizes(state: Any) -> tuple[int, int, int, int]:
-    """Return rows, columns, block size and outer block size of a weight that a bitsandbytes quant state describes."""
+def block_sizes(state: Any) -> tuple[int, int, int, int, int]:
+    """Return rows, columns, block size, outer block size and format (an index in `FOUR_BIT`) of a weight that a
+    bitsandbytes quant state describes."""
     rows, columns = state.shape
-    return rows, columns, state.blocksize, state.state2.blocksize if state.nested else 1
+    outer = state.state2.blocksize if state.nested else 1
+    return rows, columns, state.blocksize, outer, FOUR_BIT.index(state.quant_type)
 
 
 def nf4_linear(
-    x: torch.Tensor, packed: torch.Tensor, state: Any, bias: torch.Tensor | None, sizes: tuple[int, int, int, int]
+    x: torch.Tensor, packed: torch.Tensor, state: Any, bias: torch.Tensor | None, sizes: tuple[int, ...]
 ) -> torch.Tensor:
     """Multiply x [..., I] by a weight packed by bitsandbytes, in storage of any dtype, and add a bias: [..., O].
 
@@ -156,10 +160,10 @@ def nf4_linear(
 
 
 def dequantises(x: torch.Tensor, state: Any) -> bool:
-    """Return whether the whole weight is dequantised for this input: on a GPU, NF4, and more than a few tokens.
+    """Return whether the whole weight is dequantised for this input: on a GPU, 4 bits, and more than a few tokens.
 
     For a few decoded tokens bitsandbytes' fused kernel reads the packed weight once.
     """
-    if not (x.is_cuda and state.quant_type == "nf4"):
+    if not (x.is_cuda and state.quant_type in FOUR_BIT):
         return False
     return (x.requires_grad and torch.is_grad_enabled()) or x.numel() > _FEW * x.shape[-1]

@@ -8,7 +8,7 @@ from torch import nn
 
 pytest.importorskip("bitsandbytes")
 
-from cogtune.model.quantized.bnb_linear import to_int8, to_nf4
+from cogtune.model.quantized.bnb_linear import to_four_bit, to_int8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -17,7 +17,7 @@ from cogtune.model.quantized.bnb_linear import to_int8, to_nf4
 def test_a_compiled_layer_passes_the_gradient_on(form: str, bias: bool, dtype: torch.dtype) -> None:
     """torch 2.11 lost it, without a word, where a function ended in a conversion that changes nothing."""
     torch.manual_seed(0)
-    layer = {"int8": to_int8, "nf4": to_nf4}[form](nn.Linear(128, 192, bias=bias).to(dtype))
+    layer = {"int8": to_int8, "nf4": to_four_bit}[form](nn.Linear(128, 192, bias=bias).to(dtype))
     compiled = torch.compile(layer, backend="aot_eager", dynamic=True)
     results = []
     for function in (layer, compiled):

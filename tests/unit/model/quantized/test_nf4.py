@@ -104,4 +104,4 @@ def test_it_is_chosen_on_a_gpu_for_more_than_a_few_tokens() -> None:
     assert dequantises(on_gpu(400), state)
     assert dequantises(on_gpu(1, gradient=True), state)
     assert not dequantises(on_gpu(1), state)
-    assert not dequantises(on_gpu(400), SimpleNamespace(quant_type="fp4"))
+    assert not dequantises(on_gpu(400), SimpleNamespace(quant_type="int2"))
