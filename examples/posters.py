@@ -79,9 +79,9 @@ def draw(rng: random.Random, words: tuple[str, ...]) -> Poster:
     background = tuple(rng.randint(200, 255) for _ in range(3))
     image = Image.new("RGB", (SIDE, SIDE), background)
     pen, word = ImageDraw.Draw(image), rng.choice(words)
-    font = ImageFont.load_default(size=rng.randint(17, 20))
-    left = rng.randint(2, max(2, SIDE - 4 - int(pen.textlength(word, font=font))))
-    pen.text((left, rng.randint(2, 14)), word, fill=tuple(rng.randint(0, 90) for _ in range(3)), font=font)
+    font = ImageFont.load_default(size=rng.randint(18, 20))
+    at = (SIDE / 2 + rng.randint(-4, 4), rng.randint(18, 24))
+    pen.text(at, word, fill=tuple(rng.randint(0, 90) for _ in range(3)), font=font, anchor="mm")
     forms = rng.sample(FORMS, rng.randint(1, 3))
     shapes = tuple((rng.choice(list(COLORS)), form) for form in forms)
     for place, (color, form) in enumerate(shapes):
