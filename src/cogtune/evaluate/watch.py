@@ -31,6 +31,7 @@ _STARVED, _STARVED_LINES = 0.5, 5
 _CREEPING_LINES, _CREEPING_FIT, _CREEPING_SHARE = 20, 0.9, 0.05
 _SLOWER, _SLOWER_LINES = 0.5, 8
 _FILLING = 4  # checkpoints that say how fast
+_FAR = 20  # what was seen is taken to go on for so many times as long, and no longer
 
 
 @dataclass(frozen=True)
@@ -246,8 +247,8 @@ def _creeping(watch: Watch) -> Finding | None:
         slope, fit = _line(points)
         rises = sum(one[1] < other[1] for one, other in pairwise(points))
         steady = fit > _CREEPING_FIT and 2 * rises > len(points) and now - first > _CREEPING_SHARE * first
-        if steady and now + slope * (total - step) > limit:
-            full = step + (limit - now) / slope
+        full = step + (limit - now) / slope if slope > 0 else math.inf
+        if steady and full < min(total, step + _FAR * (step - points[0][0])):
             values = {"now": now, "rate": 1000 * slope, "limit": limit, "full": math.ceil(full)}
             return Finding("watch-memory-creeping", cause, int(step), values)
     return None
@@ -293,10 +294,10 @@ def _filling(watch: Watch) -> Finding | None:
     falling = all(one > other for one, other in pairwise(spaces))
     if total is None or len(spaces) < _FILLING or not falling:
         return None
-    rate = (spaces[0] - spaces[-1]) / max(1, line["step"] - recent[0]["step"])
-    if free - rate * (total - line["step"]) > size:
+    seen = max(1, line["step"] - recent[0]["step"])
+    full = line["step"] + max(0.0, free - size) * seen / (spaces[0] - spaces[-1])
+    if full > min(total, line["step"] + _FAR * seen):
         return None
-    full = line["step"] + max(0.0, free - size) / rate
     return Finding("watch-disk-filling", "falling", line["step"], {**values, "full": math.ceil(full)})
 
 

@@ -67,12 +67,12 @@ def made(values: Iterable[float], name: str = "loss", **others: Any) -> list[dic
 
 def test_memory_that_levels_off_or_fits_is_no_leak() -> None:
     """A line to the limit is one; the same growth with a shorter way to go, and growth that slows down, are not."""
-    start = {"kind": "start", "step": 0, "total_steps": 10_000, "host_gib_limit": 20.0}
+    start = {"kind": "start", "step": 0, "total_steps": 5_000, "host_gib_limit": 20.0}
     grows = made([5 + 0.05 * number for number in range(60)], "host_gib")
     assert judged([start, *grows])["watch-memory-creeping"] == (390, "host")
     assert judged([{**start, "total_steps": 1_000}, *grows]) == {}
     assert judged([start, *made([8 - 3 * 0.9**number for number in range(60)], "host_gib")]) == {}
-    device = {"kind": "start", "step": 0, "total_steps": 10_000, "memory_gib_limit": 20.0}
+    device = {"kind": "start", "step": 0, "total_steps": 5_000, "memory_gib_limit": 20.0}
     assert judged([device, *made([5 + 0.05 * number for number in range(60)], "memory_gib")]).keys() == {
         "watch-memory-creeping"
     }
