@@ -8,6 +8,7 @@ step, are the base's.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from cogtune.evaluate.questions import Asked, files_of, join, swapped
 from cogtune.evaluate.run_folder import ANSWERS_FOLDER
 from cogtune.evaluate.watch import FEW_QUESTIONS
 from cogtune.language import tr
+from cogtune.processing.frames import Frame
 from cogtune.processing.processor import CogVLM2Processor
 from cogtune.system import files
 from cogtune.system.file_errors import explained
@@ -43,6 +45,7 @@ LOSS = "loss"
 _AT_ONCE = 8  # prompts of a batch
 _SHOWN = 4  # questions that trackers show
 _SIDE = 256  # pixels of their pictures
+_STRIP = 4  # frames of a clip among them
 _SPARE = 0.5  # share of a GPU's free memory that their keys and values may take
 _ALIKE = 0.75  # share of one right answer above which a model that always gives it may well look at the pictures
 
@@ -215,18 +218,14 @@ class AnswerCheck:
     def samples(self, found: Answered) -> list[Sample]:
         """Return the first questions with their right answers, the model's, and their first images."""
         if self._pictures is None:
-            self._pictures = [self._picture(question.images) for question in self.asked.questions[:_SHOWN]]
+            exif = self.config.data.exif
+            self._pictures = [sample_picture(question.images, exif) for question in self.asked.questions[:_SHOWN]]
         return [
             Sample(f"answers/sample {place}", question.question, " | ".join(question.references), text, picture)
             for place, (question, text, picture) in enumerate(
                 zip(self.asked.questions, found.texts, self._pictures, strict=False)
             )
         ]
-
-    def _picture(self, images: Sequence[ImageRef]) -> npt.NDArray[np.uint8] | None:
-        """The first image as the model sees it, uint8 [H, W, 3], small."""
-        squares = shown_squares(images[:1], _SIDE, exif=self.config.data.exif)
-        return next((np.asarray(square.convert("RGB")) for square, _ in squares), None)
 
     def record(self, metrics: Metrics, step: int, found: Answered) -> None:
         """Write a step's answers, their values among the metrics, and samples for trackers. Rank 0 writes."""
@@ -245,6 +244,14 @@ class AnswerCheck:
         metrics.write("answers", step, records=len(found.texts), seconds=found.seconds, values=found.values, **told)
         scalars = {f"answers/{name}": value for name, value in found.values.items()}
         metrics.show(step, scalars, self.samples(found) if metrics.shown else ())
+
+
+def sample_picture(images: Sequence[ImageRef], exif: str = "ignore") -> npt.NDArray[np.uint8] | None:
+    """Return the first image as the model sees it, or frames of a clip side by side, uint8 [H, W, 3]; None without."""
+    frames = [image for image in images if isinstance(image, Frame)]
+    shown = frames[:: math.ceil(len(frames) / _STRIP)] if frames else images[:1]
+    squares = [square.convert("RGB") for square, _ in shown_squares(shown, _SIDE, exif=exif)]
+    return np.hstack([np.asarray(square) for square in squares]) if squares else None
 
 
 def answers_file(output: Path, step: int) -> Path:

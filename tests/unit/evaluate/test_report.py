@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -18,6 +21,8 @@ from cogtune.evaluate.report.chart import Frame, Line, line_chart
 from cogtune.evaluate.report.load import report_of, write_report
 from cogtune.evaluate.report.page import render
 from cogtune.evaluate.runs import differing, find_runs
+from cogtune.processing.clip import read_clip
+from cogtune.processing.frames import Sampling
 from tests.support.data_folders import write_lines
 
 NASTY = '<script>alert(1)</script><img src=x onerror=alert(2)> \x1b[31mred\x1b[0m "quotes" \u202egnp.exe & 中文'
@@ -173,6 +178,27 @@ def test_boxes_are_drawn_over_the_picture(tmp_path: Path) -> None:
     page = (tmp_path / "eval" / "report.html").read_text(encoding="utf-8")
     assert '<rect class="right" x="0.0" y="0.0" width="112.0" height="56.0"/>' in page
     assert '<rect class="given" x="0.0" y="0.0" width="112.0" height="100.8"/>' in page
+    assert 'class="legend boxes"' in page
+
+
+def test_a_clip_is_a_strip_of_frames_without_boxes(tmp_path: Path) -> None:
+    """Its four frames at even distances, with a gap between them, across the whole card."""
+    from tests.support.clips import shade, write_clip  # skips where there is no PyAV
+
+    clip = write_clip(tmp_path / "clip.mp4", 24, size=(96, 64))
+    row = {"id": "d/1", "video": str(clip), "image": str(clip), "turn": 0, "question": "What?", "answer": "[[0,0,9,9]]",
+           "reference": "[[0,0,500,500]]"}  # fmt: skip
+    cogtune.evaluate(predictions=write_lines(tmp_path / "p.jsonl", [row]), output=tmp_path / "eval")
+    page = (tmp_path / "eval" / "report.html").read_text(encoding="utf-8")
+    assert "<article tabindex=0 class=film" in page
+    assert "<rect" not in page
+    source = re.search(r'href="data:image/webp;base64,([^"]+)"', page)
+    assert source is not None
+    strip = np.asarray(Image.open(io.BytesIO(base64.b64decode(source[1]))).convert("L"), dtype=float)
+    width = strip.shape[1] / 4
+    shades = [strip[8:-8, int((place + 0.3) * width) : int((place + 0.7) * width)].mean() for place in range(4)]
+    frames = read_clip(clip, Sampling("uniform", 4)).frames
+    assert shades == pytest.approx([shade(frame.index) for frame in frames], abs=6)  # two lossy codecs
 
 
 def test_a_folder_that_is_neither_is_refused(tmp_path: Path) -> None:

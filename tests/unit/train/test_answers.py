@@ -12,7 +12,9 @@ from cogtune.errors import ConfigError
 from cogtune.evaluate.run_folder import read_metrics
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.loading import load_generator
-from cogtune.train.answers import AnswerCheck, Answered, answers_file
+from cogtune.processing.clip import read_clip
+from cogtune.processing.frames import Sampling
+from cogtune.train.answers import AnswerCheck, Answered, answers_file, sample_picture
 from cogtune.train.log import Metrics
 from cogtune.train.run import train
 from tests.support.training import make_config, write_data
@@ -115,6 +117,17 @@ def test_tensorboard_shows_values_and_samples(
     assert {"final/train_loss", "final/answers_exact"} <= set(tags["scalars"])
     assert b"lr: 0.001" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
     assert b"What colour is picture 0?" in text.tensor_proto.string_val[0]
+
+
+def test_a_clip_is_shown_as_frames_side_by_side(tmp_path: Path) -> None:
+    from tests.support.clips import shade, write_clip  # skips where there is no PyAV
+
+    clip = read_clip(write_clip(tmp_path / "clip.mp4", 24), Sampling("uniform", 8))
+    strip = sample_picture(clip.frames)
+    assert strip is not None
+    assert strip.shape == (256, 4 * 256, 3)
+    shades = [float(strip[:, place * 256 : (place + 1) * 256].mean()) for place in range(4)]
+    assert shades == pytest.approx([shade(clip.frames[index].index) for index in (0, 2, 4, 6)], abs=4)  # the codec's
 
 
 def test_a_run_that_starts_over_has_the_first_answers_once(tmp_path: Path) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 _MARKS = (1, 2, 5)
 _BOTTOM = 34
+_LETTER = 10  # pixels of a figure in a label, at the size that small screens show
 
 Points = Sequence[tuple[float, float]]
 
@@ -66,6 +67,8 @@ def line_chart(lines: Sequence[Line], frame: Frame, *, log: bool = False, named:
     last = max(x for line in lines for x, _ in line.points)
     axes = {side: _axis([y for line in lines if line.right == side for _, y in line.points], log)
             for side in {line.right for line in lines}}  # fmt: skip
+    longest = max((len(f"{mark:g}") for mark in axes[False].marks), default=0) if False in axes else 0
+    frame = replace(frame, left=max(frame.left, _LETTER * longest + 10))
 
     def x(value: float) -> float:
         return frame.left + (frame.width - frame.left - frame.right) * value / last

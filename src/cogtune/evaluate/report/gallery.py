@@ -15,6 +15,7 @@ BUDGET = 7_000_000  # bytes of the gallery; the page stays under 10 MB
 _MOST = 1200  # cards; more are slow to lay out
 _TIE = 1e-9
 _LONGEST = 1500  # characters of a text
+_BOXES = '<p class="legend boxes"><span><i></i>{}</span><span><i class=given></i>{}</span></p>'
 CHANGES = {
     "worse": phrase("worse"),
     "better": phrase("better"),
@@ -50,7 +51,9 @@ def gallery(records: Sequence[dict[str, Any]], names: Sequence[str], metric: str
     if len(cards) < len(judged):
         counts = {"shown": len(cards), "count": len(judged)}
         left = f"<p>{both('{shown} of {count} records are shown.', **counts)}</p>"
-    body = f"<div class=cards id=cards>{''.join(cards)}</div>"
+    keys = f"<p class=keys><kbd>j</kbd> <kbd>k</kbd> {both('next, previous card')} <kbd>/</kbd> {both('text')}</p>"
+    boxes = "" if '<rect class="' not in "".join(cards) else _BOXES.format(both("right answer"), names[0])
+    body = f"{keys}{boxes}<div class=cards id=cards>{''.join(cards)}</div>"
     return f"{pictures.definitions()}{_controls(kinds, types)}{left}{body}"
 
 
@@ -80,9 +83,10 @@ def _card(record: dict[str, Any], change: str, names: Sequence[str], metric: str
         for name, answer, value in zip(names, record["answers"], values, strict=True)
     )
     references = " | ".join(dict.fromkeys(record["references"]))
-    kind = str(record.get("type", ""))
+    kind, drawn = str(record.get("type", "")), _shown_pictures(record, pictures)
+    film = " class=film" if any(map(pictures.is_film, record["images"])) else ""
     return (
-        f'<article tabindex=0 data-change="{change}" data-type="{shown(kind)}">{_shown_pictures(record, pictures)}<div>'
+        f'<article tabindex=0{film} data-change="{change}" data-type="{shown(kind)}">{drawn}<div>'
         f'<p class="change {change}"><span aria-hidden=true>{_SIGNS[change]}</span> {both(CHANGES[change])}</p>'
         f"<h4><bdi>{_cut(record['question'])}</bdi></h4>"
         f"<dl><div class=reference><dt>{both('right answer')}</dt><dd><bdi>{_cut(references)}</bdi></dd></div>"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from cogtune.evaluate.verdict import GROUP_NAMES
 from cogtune.language import language, phrase
 from cogtune.system import files
 
+_CODE = re.compile("`([^`<]+)`")
 _ASSETS = Path(__file__).parent / "assets"
 _NAMES = {"tuned": phrase("tuned"), "base": phrase("base")}
 _CONTROLS = {"blank": phrase("{name}, pictures blanked"), "swap": phrase("{name}, pictures swapped")}
@@ -83,7 +85,8 @@ def _head(report: Report) -> str:
         lead = "".join(f"<p class=lead>{line}</p>" for line in lines)
     elif report.run is not None:
         lead = f"<p class=lead>{both('No answers were compared: the training had no validation questions.')}</p>"
-    notes = "".join(f"<p class=note role=note>{note}</p>" for note in report.notes)
+    marked = [_CODE.sub(r"<code>\1</code>", note) for note in report.notes]
+    notes = "".join(f"<p class=note role=note>{note}</p>" for note in marked)
     failed = "" if report.run is None else sections.unfinished(report.run)
     warned = "" if report.run is None else sections.warnings(report.run)
     return f"<header>{switch}<h1><bdi>{shown(report.title)}</bdi></h1>{failed}{lead}{notes}{warned}</header>"
@@ -133,7 +136,8 @@ def _values(result: dict[str, Any]) -> str:
     """Every metric of every model, with intervals, and differences with their certainty."""
     metrics = result["metrics"]
     heads = "".join(
-        f"<th scope=col>{both(find_metric(one['name']).title)}<br><small>{one['values'][0]['records']:,}</small></th>"
+        f"<th scope=col>{both(find_metric(one['name']).title)}"
+        f"<br><small>{both('{count:,} answers', count=one['values'][0]['records'])}</small></th>"
         for one in metrics
     )
     rows = []
@@ -170,8 +174,10 @@ def _difference(metric: dict[str, Any], place: int) -> str:
     if place == 0:
         return ""
     found = metric["differences"][place - 1]
-    sure = both("certain") if found["certain"] else both("could be chance")
-    return f"<br><small>{_signed(-found['value'])}, {sure}</small>"
+    points = _signed(-found["value"])
+    if found["certain"]:
+        return f"<br><small>{both('{points} against the first row: certain', points=points)}</small>"
+    return f"<br><small>{both('{points} against the first row: could be chance', points=points)}</small>"
 
 
 def _signed(value: float) -> str:

@@ -20,16 +20,18 @@ SIDE = 224
 _QUALITY = 72
 _CORNERS = 1000  # boxes are in thousandths of the picture
 _STRIP = 4  # frames of a clip
+_GAPS = 48  # a gap between frames is this part of their width
 _TINY = 96  # pixels below which a picture is shown pixel by pixel
 
 
 @dataclass(frozen=True)
 class Small:
-    """A small picture: its ``data:`` address and its size."""
+    """A small picture: its ``data:`` address, its size, and how many frames of a clip it shows side by side."""
 
     source: str
     width: int
     height: int
+    frames: int = 1
 
 
 @dataclass
@@ -56,6 +58,8 @@ class Pictures:
         small = self.add(path)
         if small is None:
             return ""
+        if small.frames > 1:
+            boxes = ()  # they are those of one picture
         sides = small.width / _CORNERS, small.height / _CORNERS
         rectangles = "".join(
             f'<rect class="{style}" x="{x0 * sides[0]:.1f}" y="{y0 * sides[1]:.1f}" width="{(x1 - x0) * sides[0]:.1f}"'
@@ -68,6 +72,11 @@ class Pictures:
         size = f'viewBox="0 0 {small.width} {small.height}" width="{small.width}" height="{small.height}"'
         opening = f'<svg class="picture{tiny}" {size} role="img" aria-label="{label}">'
         return f'{opening}<use href="#p{number}"/>{rectangles}</svg>'
+
+    def is_film(self, path: str) -> bool:
+        """Whether a picture that was added shows frames of a clip."""
+        small = self.found.get(path)
+        return small is not None and small.frames > 1
 
     def definitions(self) -> str:
         """Return the pictures themselves, which take no room on the page."""
@@ -90,7 +99,9 @@ def thumbnail(path: Path) -> Small | None:
     picture.thumbnail((SIDE * min(2, len(frames)), SIDE))
     buffer = io.BytesIO()
     picture.save(buffer, "WEBP", lossless=tiny, quality=_QUALITY)
-    return Small(f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}", *picture.size)
+    return Small(
+        f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}", *picture.size, len(frames)
+    )
 
 
 def _frames(path: Path) -> list[Image.Image]:
@@ -112,7 +123,8 @@ def _side_by_side(frames: Sequence[Image.Image]) -> Image.Image:
     if len(frames) == 1:
         return frames[0]
     width, height = frames[0].size
-    strip = Image.new("RGB", (width * len(frames), height), "white")
+    gap = max(1, width // _GAPS)
+    strip = Image.new("RGB", ((width + gap) * len(frames) - gap, height), "gray")
     for place, frame in enumerate(frames):
-        strip.paste(frame, (place * width, 0))
+        strip.paste(frame, (place * (width + gap), 0))
     return strip

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from cogtune.errors import ConfigError
 from cogtune.evaluate import warning_texts
+from cogtune.evaluate.metrics import find_metric
 from cogtune.evaluate.report.chart import Frame, Line, line_chart
 from cogtune.evaluate.report.words import LANGUAGES, both, number, pair, plain, shown
 from cogtune.evaluate.run_folder import RunFolder, energy_of
@@ -21,7 +23,7 @@ _LIBRARIES = ("cogtune", "python", "torch", "transformers", "peft", "cuda")
 def table(rows: Sequence[tuple[str, str]]) -> str:
     """Return names and values, both HTML, as a table."""
     body = "".join(f"<tr><th scope=row>{name}</th><td>{value}</td></tr>" for name, value in rows if value)
-    return f"<div class=wide><table>{body}</table></div>"
+    return f"<div class=wide><table class=facts>{body}</table></div>"
 
 
 def span(seconds: float) -> str:
@@ -162,10 +164,17 @@ def _answers(run: RunFolder) -> str:
     lines = run.lines("answers")
     names = list(dict.fromkeys(name for line in lines for name in line.get("values", {})))[: len(_STYLES)]
     drawn = [
-        (shown(name), [(line["step"], 100 * line["values"][name]) for line in lines if name in line["values"]])
+        (_metric(name), [(line["step"], 100 * line["values"][name]) for line in lines if name in line["values"]])
         for name in names
     ]
     return chart(phrase("answers to validation questions, points"), drawn)
+
+
+def _metric(name: str) -> str:
+    try:
+        return both(find_metric(name).title)
+    except ConfigError:  # of a run of another version
+        return shown(name)
 
 
 def chart(title: str, lines: Sequence[tuple[str, Sequence[tuple[float, float]]]], *, log: bool = False) -> str:
@@ -179,7 +188,7 @@ def chart(title: str, lines: Sequence[tuple[str, Sequence[tuple[float, float]]]]
         Line("", _STYLES[place % len(_STYLES)], points, dots=len(points) <= 24)
         for place, (_, points) in enumerate(lines)
     ]
-    svg = line_chart(drawn, Frame(plain(title), 560, 220), log=log)
+    svg = line_chart(drawn, Frame(plain(title), 560, 220, right=24), log=log)
     named = [(line.style, name) for line, (name, _) in zip(drawn, lines, strict=True) if name]
     legend = "".join(f'<span><i class="{style}"></i>{name}</span>' for style, name in named)
     return f"<figure><figcaption>{both(title)}</figcaption>{svg}<p class=legend>{legend}</p></figure>"

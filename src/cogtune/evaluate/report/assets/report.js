@@ -12,7 +12,7 @@
   const own = (navigator.language || "").toLowerCase().startsWith("zh") ? "zh" : page.lang;
   speak(asked === "zh" || asked === "en" ? asked : own);
 
-  // The gallery: cards that answer to all filters; j and k go from card to card, / to the text field.
+  // The gallery: cards that answer to all filters; j and k go from card to card, / to the text field, Escape out of it.
   const form = document.getElementById("filter");
   if (!form) return;
   const cards = Array.from(document.querySelectorAll("#cards > article"));
@@ -37,6 +37,7 @@
   kind.addEventListener("change", apply);
   text.addEventListener("input", apply);
   form.addEventListener("submit", (event) => event.preventDefault());
+  text.addEventListener("keydown", (event) => { if (event.key === "Escape") text.blur(); });
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) return;
     if (event.key === "/") {
