@@ -50,6 +50,9 @@ Write a random checkpoint in the published layout: 39 GB in 8 shards with index,
 Its answers are meaningless; its sizes, names and files are those of the published one."""
 
 
+_CAP = "Let the GPU's allocator have no more than this."
+
+
 @dataclass(frozen=True)
 class _Tiny:
     tiny: bool = flag(False, "A model of 200,000 parameters instead of the full size.")
@@ -69,7 +72,7 @@ class _TrainFlags(_Steps):
     features: str = flag("live", "cached: the tower's output is given; live: it runs. Default: live.", "KIND")
     variant: tuple[str, ...] = flag((), "NAME key=value ...: a row of the table.", "TEXT")
     rounds: int = flag(1, "Times to go through all variants.", "N", least=1)
-    cap: str | None = flag(None, "Let the GPU's allocator have no more than this.", "SIZE")
+    cap: str | None = flag(None, _CAP, "SIZE")
 
 
 @dataclass(frozen=True)
@@ -89,11 +92,13 @@ class _DecodeFlags(_Tiny):
     tokens: int = flag(64, "Length of the answer. Default: 64.", "N", least=8)
     rows: str = flag("1", "How many answers at once, several joined by commas. Default: 1.", "N,N")
     with_adapter: bool = flag(False, "With an adapter of the lora section.")
+    cap: str | None = flag(None, _CAP, "SIZE")
 
 
 @dataclass(frozen=True)
 class _FillFlags(_Tiny):
     pictures: int = flag(32, "Pictures to compute. Default: 32.", "N", least=1)
+    cap: str | None = flag(None, _CAP, "SIZE")
     side: int = flag(1344, "Their size in pixels. Default: 1344.", "N", least=8)
 
 
@@ -135,11 +140,15 @@ class _MakeFlags:
 
 
 def _train(flags: _TrainFlags, line: Arguments) -> None:
-    if flags.cap is not None:
+    _cap(flags.cap)
+    _measure(list(flags.variant), flags, line, features=flags.features, rounds=flags.rounds)
+
+
+def _cap(size: str | None) -> None:
+    if size is not None:
         from cogtune.bench.clock import cap_memory
 
-        cap_memory(flags.cap)
-    _measure(list(flags.variant), flags, line, features=flags.features, rounds=flags.rounds)
+        cap_memory(size)
 
 
 def _sweep(flags: _SweepFlags, line: Arguments) -> None:
@@ -190,6 +199,7 @@ def _decode(flags: _DecodeFlags, line: Arguments) -> None:
         )
     own = _own(flags)
     adapter = own.pop("with_adapter")
+    _cap(own.pop("cap"))
     measure_decoding(
         _config(line, flags.tiny), _results("decode", flags.json), **(own | {"rows": counts}), adapter=adapter
     )
@@ -198,7 +208,9 @@ def _decode(flags: _DecodeFlags, line: Arguments) -> None:
 def _fill(flags: _FillFlags, line: Arguments) -> None:
     from cogtune.bench.filling import measure_filling
 
-    measure_filling(_config(line, flags.tiny), _results("fill", flags.json), **_own(flags))
+    own = _own(flags)
+    _cap(own.pop("cap"))
+    measure_filling(_config(line, flags.tiny), _results("fill", flags.json), **own)
 
 
 def _captions(flags: _CaptionsFlags, line: Arguments) -> None:
