@@ -57,7 +57,7 @@ def measure(results: Results, path: str, pictures: int, slots: int, side: int) -
     config = load_config(None, {"model.path": path, "data.path": "none", "train.output": "none"})
     place = engines.start(config)
     dtype = torch.bfloat16 if place.device.type == "cuda" else torch.float32
-    model = build_base(config, place, dtype, cached=False)
+    model = build_base(config, place, dtype, cached=False, answers=True)
     processor = CogVLM2Processor(_Tokenizer(int(model.config.bos_token_id)), model.config)
     model.generation_config.eos_token_id = None
     generator = torch.Generator().manual_seed(0)

@@ -56,7 +56,7 @@ def measure_captioning(
     engine = engines.start(config)
     device, dtype = engine.device, torch_dtype(config.model.dtype, engine.device)
     reset_peak(device)
-    model = build_base(config, engine, dtype, cached=False)
+    model = build_base(config, engine, dtype, cached=False, answers=True)
     if not model.config.numbered_images:
         raise ConfigError(tr("captions need a video model"), hint=tr("--model random-video"), code="config-value")
     model.generation_config.eos_token_id = None

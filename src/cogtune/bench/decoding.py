@@ -37,7 +37,7 @@ def measure_decoding(
     device, dtype = engine.device, torch_dtype(config.model.dtype, engine.device)
     reset_peak(device)
     began = time.perf_counter()
-    model = build_base(config, engine, dtype, cached=False)
+    model = build_base(config, engine, dtype, cached=False, answers=True)
     if adapter:
         model = _adapted(model, config)
     wait(device)

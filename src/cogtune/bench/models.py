@@ -17,6 +17,7 @@ from cogtune.checkpoint.random import (
 )
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.configuration.run_config import RunConfig
+from cogtune.model.layer_streaming import answering_placement
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.train.engines.base import Engine
 from cogtune.train.memory_plan import Layers
@@ -38,14 +39,22 @@ def model_config(path: str) -> CogVLM2Config:
     return RANDOM[path]() if path in RANDOM else load_model_config(path)
 
 
-def build_base(config: RunConfig, engine: Engine, dtype: torch.dtype, *, cached: bool) -> CogVLM2ForCausalLM:
-    """Build the frozen base, quantised and sharded for ``config`` and ``engine``; ``cached``: without its tower."""
+def build_base(
+    config: RunConfig, engine: Engine, dtype: torch.dtype, *, cached: bool, answers: bool = False
+) -> CogVLM2ForCausalLM:
+    """Build the frozen base, quantised and sharded for ``config`` and ``engine``; ``cached``: without its tower.
+
+    ``answers``: ``quant.stream`` streams what it does in answering.
+    """
+    quantization, sizes = config.quant, model_config(config.model.path)
+    if answers:
+        streamed = answering_placement(quantization, sizes, engine.device)
+    else:
+        streamed = Layers.named(config, sizes).streamed(sizes, engine.device)
     if config.model.path not in RANDOM:
-        return load_base(config, engine, dtype, cached=cached)
-    quantization = config.quant
+        return load_base(config, engine, dtype, streamed, cached=cached)
     require_packages(quantization)
-    sizes = model_config(config.model.path)
     if config.model.rope_precision == "float32":  # the other value means: as the configuration says
         sizes.rope_precision = config.model.rope_precision
-    placement = Layers.named(config, sizes).streamed(sizes, engine.device) or engine.placement
+    placement = streamed or engine.placement
     return random_weights(sizes, dtype, engine.device, tower=not cached, quantization=quantization, placement=placement)

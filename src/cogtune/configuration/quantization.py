@@ -53,7 +53,8 @@ class QuantSection(Section):
     stream: Stream = Field(
         default="off",
         description="Frozen layers that wait in host memory and are copied to the GPU just in time, in every pass. N:"
-        " so many decoder layers stay on the GPU, and as large a share of the tower's. auto: as many as fit. off: all.",
+        " so many decoder layers stay on the GPU, and as large a share of the tower's. auto: as many as fit. off: all."
+        " Answering streams the vision experts and the tower.",
     )
 
     @property
@@ -66,7 +67,7 @@ class QuantSection(Section):
         """Return the number format of each part in `PARTS`."""
         return {"experts": self.experts, "tower": self.tower}
 
-    def changed(self, **values: str) -> QuantSection:
+    def changed(self, **values: str | int) -> QuantSection:
         """Return a copy with some keys changed."""
         return QuantSection.model_validate(self.model_dump() | values)
 

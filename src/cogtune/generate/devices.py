@@ -81,7 +81,7 @@ def spread(
     if _fits(config, quant, dtype, devices):
         return quant, []
     for found, changed in candidates(quant, given):
-        if _fits(config, found, dtype, devices):
+        if not found.streams and _fits(config, found, dtype, devices):
             names = ", ".join(changed)
             return found, [tr("the model does not fit on these devices in its formats: taking {names}", names=names)]
     return quant, []

@@ -19,7 +19,7 @@ from cogtune.plan.streaming import FLOAT32
 from cogtune.system.byte_sizes import format_size
 from cogtune.system.gpu import Gpu, is_out_of_memory
 
-_LEANER = (("experts", "nf4"), ("tower", "nf4"), ("embedding", "host"))
+_LEANER = (("experts", "nf4"), ("tower", "nf4"), ("embedding", "host"), ("stream", "auto"))
 """Settings that make a model smaller, in the order in which they are tried: largest saving first."""
 
 
@@ -38,6 +38,8 @@ def needed(
         columns: most tokens of a prompt with its answer; None: those of an example with one picture.
     """
     setting = Setting(sizes=sizes, quant=quant, dtype=dtype)
+    if quant.streams:
+        setting = setting.streaming(0 if isinstance(quant.stream, str) else quant.stream)
     phase = answer(setting, rows=rows) if columns is None else slots(setting, rows, columns)
     return phase.reserved + FLOAT32 * adapter + outside(setting)
 
@@ -70,10 +72,20 @@ def fit(
         rows: questions answered at once.
         columns: as in `needed`.
     """
+
+    def settled(asked: QuantSection) -> QuantSection:
+        """Resolve ``quant.stream auto``: as few layers as have to be."""
+        if asked.stream != "auto":
+            return asked
+        those = [asked.changed(stream=count) for count in range(sizes.num_hidden_layers, -1, -1)]
+        return next((each for each in those if needed(sizes, each, dtype, adapter, rows, columns) <= free), those[-1])
+
+    quant = settled(quant)
     plain = needed(sizes, quant, dtype, adapter, rows, columns)
     if plain <= free:
         return quant, []
-    for found, changed in candidates(quant, given):
+    for lean, changed in candidates(quant, given):
+        found = settled(lean)
         size = needed(sizes, found, dtype, adapter, rows, columns)
         if size <= free:
             told = tr("{plain} would be needed and {free} are free", plain=format_size(plain), free=format_size(free))
@@ -105,8 +117,9 @@ def supported(quant: QuantSection, gpu: Gpu | None, given: Collection[str]) -> t
 def smaller_formats(quant: QuantSection) -> str:
     """Return the flags that make the model smaller than ``quant`` does, for a hint."""
     flags = [f"--quant.{name} {value}" for name, value in _LEANER[:2] if getattr(quant, name) not in FOUR_BIT]
-    if not flags and quant.embedding != "host":
-        flags = ["--quant.embedding host"]
+    for name, value in _LEANER[2:]:
+        if not flags and getattr(quant, name) in ("device", "off"):
+            flags = [f"--quant.{name} {value}"]
     if flags:
         return tr("try {flags}", flags=" ".join(flags))
     return tr("keep some layers in host memory (--device cuda:0,cpu), or take a card with more memory")

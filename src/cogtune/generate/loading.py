@@ -34,6 +34,7 @@ from cogtune.generate.tensor_parallel import TensorParallelGenerator, check_laun
 from cogtune.generate.transformers_generator import TransformersGenerator
 from cogtune.language import tr
 from cogtune.model.device_map import DeviceMap
+from cogtune.model.layer_streaming import StreamPlacement, answering_placement
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.tensor_parallel import SplitModel, check_sizes
 from cogtune.plan.sizes import ModelSizes
@@ -264,7 +265,10 @@ def load_resolved(choice: Resolved, progress: Callable[[str], None] = lambda lin
     )
     device_map = _device_map(choice)
     with explained_loading(choice.model, choice.device, choice.config.quant):
-        model = _load_base(choice, device_map, progress)
+        streamed = _streamed(choice) if device_map is None else None
+        model = _load_base(choice, device_map or streamed, progress)
+        if streamed is not None:
+            progress(streamed.describe())
         if device_map is not None:
             progress(device_map.describe())
             device_map.connect(model)
@@ -333,6 +337,12 @@ def _load_base(choice: Resolved, placement: Placement | None, progress: Callable
         placement=placement,
         progress=told,
     )
+
+
+def _streamed(choice: Resolved) -> StreamPlacement | None:
+    """Return the placement that streams vision experts and tower as ``quant.stream`` says, or None."""
+    model = load_model_config(choice.model)
+    return answering_placement(choice.config.quant, model, choice.device)
 
 
 def _device_map(choice: Resolved) -> DeviceMap | None:

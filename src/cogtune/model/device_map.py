@@ -90,6 +90,15 @@ def plan_device_map(
     Raises:
         SetupError: the devices cannot hold the model, or quantised layers would have to be offloaded.
     """
+    if quantization.streams:
+        raise SetupError(
+            tr(
+                "quant.stream {stream} streams layers to one device, and --device names several",
+                stream=quantization.stream,
+            ),
+            hint=tr("leave it out, or use one device"),
+            code="config-combination",
+        )
     if quantization.embedding == "host" or (host and quantization.experts != "none"):
         what = "quant.embedding host" if quantization.embedding == "host" else f"quant.experts {quantization.experts}"
         raise SetupError(

@@ -10,12 +10,15 @@ So it does not matter whether a layer recomputes its activations or keeps them.
 
 Small tensors (norms, biases, scales per output, code tables) stay on the device. On a CPU the same code runs with
 synchronous copies.
+
+Answering reads a decoder layer's language expert for every token and its vision expert once per picture. So there only
+the vision experts, the tower and the GLU adapter are streamed, and tokens are decoded at full speed.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +26,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from cogtune.configuration.model import CogVLM2Config
+from cogtune.configuration.quantization import QuantSection
+from cogtune.configuration.resolve import resident_layers
 from cogtune.errors import SetupError
 from cogtune.language import phrase, tr
 from cogtune.system.byte_sizes import format_size
@@ -44,14 +50,37 @@ def streamed_layers(resident: int, layers: int) -> tuple[int, ...]:
 
 
 def stream_placement(
-    device: torch.device, *, layers: int, resident: int | None, blocks: int = 0, tower_resident: int | None = None
+    device: torch.device,
+    *,
+    layers: int,
+    resident: int | None,
+    blocks: int = 0,
+    tower_resident: int | None = None,
+    answers: bool = False,
 ) -> StreamPlacement | None:
     """Return the placement of a model with ``layers`` decoder and ``blocks`` tower layers, of which so many stay on
-    the device (None: all); None if nothing is streamed.
+    the device (None: all); None if nothing is streamed. ``answers``: as in `StreamPlacement`.
     """
     decoder = () if resident is None else streamed_layers(resident, layers)
     tower = () if tower_resident is None else streamed_layers(tower_resident, blocks)
-    return StreamPlacement(device, decoder, tower) if decoder or tower else None
+    return StreamPlacement(device, decoder, tower, answers=answers) if decoder or tower else None
+
+
+def answering_placement(quant: QuantSection, model: CogVLM2Config, device: torch.device) -> StreamPlacement | None:
+    """Return the placement of a model that answers, as ``quant.stream`` says; None if nothing is streamed.
+
+    A model without vision experts streams its tower only.
+    """
+    vision: Any = model.vision_config
+    layers, blocks = model.num_hidden_layers, vision.num_hidden_layers
+    return stream_placement(
+        device,
+        layers=layers,
+        resident=resident_layers(quant.stream, layers) if model.vision_experts else None,
+        blocks=blocks,
+        tower_resident=resident_layers(quant.stream, layers, blocks),
+        answers=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -74,12 +103,41 @@ class _Tensor:
             setattr(self.owner, self.name, view)
 
 
-def _large_tensors(layer: nn.Module) -> Iterator[_Tensor]:
-    """Yield the weights of a layer's linear layers and what belongs to them in size, such as 4-bit blocks' scales."""
-    for module in layer.modules():
-        if isinstance(module, nn.Linear):
+def _large_tensors(layer: nn.Module, part: str = "") -> Iterator[_Tensor]:
+    """Yield the weights of a layer's linear layers and what belongs to them in size, such as 4-bit blocks' scales.
+
+    ``part``: only of linear layers with this in their names.
+    """
+    for name, module in layer.named_modules():
+        if isinstance(module, nn.Linear) and part in name:
             places: Iterable[tuple[Any, str]] = getattr(module, "large_tensors", lambda m=module: [(m, "weight")])()
             yield from (_Tensor(owner, name) for owner, name in places)
+
+
+class _Packed:
+    """Large tensors side by side in one block of bytes."""
+
+    def __init__(self, tensors: Sequence[_Tensor]) -> None:
+        places: dict[int, int] = {}  # address -> offset; two names of one tensor share a place
+        self.size = 0
+        for tensor in tensors:
+            address = tensor.value.data_ptr()
+            if address not in places:
+                places[address] = self.size
+                self.size += -(-tensor.value.nbytes // _ALIGNED) * _ALIGNED
+        self._tensors = [(tensor, places[tensor.value.data_ptr()]) for tensor in tensors]
+
+    def to_host(self, device: torch.device) -> HostMemory:
+        """Copy the tensors' content to host memory that ``device`` copies from."""
+        home = HostMemory(self.size, device)
+        for tensor, start in self._tensors:
+            _view(home.content, start, tensor.value).copy_(tensor.value.detach())
+        return home
+
+    def use(self, block: torch.Tensor) -> None:
+        """Let the tensors be views of ``block``."""
+        for tensor, start in self._tensors:
+            tensor.replace(_view(block, start, tensor.value))
 
 
 class LayerStream:
@@ -88,10 +146,14 @@ class LayerStream:
     Args:
         device: where the layers compute.
         count: how many layers will be passed to `take`.
+        part: stream only linear layers with this in their names.
+        idle: tells by a layer's arguments whether it will not use them.
     """
 
-    def __init__(self, device: torch.device, count: int) -> None:
-        self._device, self._count = device, count
+    def __init__(
+        self, device: torch.device, count: int, part: str = "", idle: Callable[[Any], bool] = lambda args: False
+    ) -> None:
+        self._device, self._count, self._part, self._idle = device, count, part, idle
         self._home: dict[int, HostMemory] = {}  # by position: a layer's tensors as bytes
         self._buffers: list[torch.Tensor] = []
         self._held: list[int | None] = [None] * BUFFERS
@@ -112,24 +174,10 @@ class LayerStream:
         Raises:
             SetupError: the layers do not fit in free host memory, or differ in size.
         """
-        tensors = list(_large_tensors(layer))
-        places: dict[int, int] = {}  # address of a tensor -> its offset; two names of one tensor share a place
-        size = 0
-        for tensor in tensors:
-            address = tensor.value.data_ptr()
-            if address not in places:
-                places[address] = size
-                size += -(-tensor.value.nbytes // _ALIGNED) * _ALIGNED
-        self._prepare(size)
-        home, buffer = HostMemory(size, self._device), self._buffers[position % BUFFERS]
-        for tensor in tensors:
-            value = tensor.value.detach()
-            start = places[value.data_ptr()]
-            _view(home.content, start, value).copy_(value)
-        for tensor in tensors:
-            start = places[tensor.value.data_ptr()]
-            tensor.replace(_view(buffer, start, tensor.value))
-        self._home[position] = home
+        packed = _Packed(list(_large_tensors(layer, self._part)))
+        self._prepare(packed.size)
+        self._home[position] = packed.to_host(self._device)
+        packed.use(self._buffers[position % BUFFERS])
         layer.register_forward_pre_hook(partial(self._before, position))
         layer.register_forward_hook(partial(self._after, position))
 
@@ -157,6 +205,8 @@ class LayerStream:
 
     def _before(self, position: int, layer: nn.Module, args: Any) -> None:
         """Forward pre-hook: fetch the layer, and prefetch the next one."""
+        if self._idle(args):
+            return
         if self._in_backward == position and torch.is_grad_enabled():
             self._enter(position, None)  # the layer recomputes its activations; `_turn` has prefetched
             return
@@ -223,17 +273,46 @@ class _Turn(torch.autograd.Function):
         return gradient, None, None
 
 
+class _Visitor:
+    """A module that is used once per picture: its large tensors are on the device only while it computes."""
+
+    def __init__(self, device: torch.device, module: nn.Module) -> None:
+        self._device, self._packed = device, _Packed(list(_large_tensors(module)))
+        self.home = self._packed.to_host(device)
+        self._packed.use(self.home.content)
+        module.register_forward_pre_hook(self._arrive)
+        module.register_forward_hook(self._leave, always_call=True)
+
+    def _arrive(self, module: nn.Module, args: Any) -> None:
+        self._packed.use(self.home.content.to(self._device, non_blocking=True))
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._packed.use(self.home.content)
+
+
+def _is_text(args: Any) -> bool:
+    """Return whether a decoder layer's arguments are of text behind a prefix, for which no vision expert is called."""
+    return bool(args[4].decoding)
+
+
 class StreamPlacement:
     """Places a model that is loaded: everything on ``device``, and the streamed layers moved on when complete.
 
     Args:
         decoder, tower: indices of the streamed decoder and tower layers, from `streamed_layers`.
+        answers: of decoder layers stream the vision expert only, and keep the GLU adapter in host memory too. The model
+            then cannot train.
     """
 
-    def __init__(self, device: torch.device, decoder: Sequence[int], tower: Sequence[int] = ()) -> None:
-        self._device = device
+    def __init__(
+        self, device: torch.device, decoder: Sequence[int], tower: Sequence[int] = (), *, answers: bool = False
+    ) -> None:
+        self._device, self._answers = device, answers
         parts = {"model.layers": decoder, "model.vision.transformer.layers": tower}
         self._streams = {path: LayerStream(device, len(indices)) for path, indices in parts.items()}
+        if answers:
+            self._streams["model.layers"] = LayerStream(device, len(decoder), "vision", _is_text)
+        self._visitors: list[_Visitor] = []
         self._positions = {
             f"{path}.{index}": (path, position)
             for path, indices in parts.items()
@@ -250,11 +329,14 @@ class StreamPlacement:
         if found is not None:
             path, position = found
             self._streams[path].take(position, module)
+        elif self._answers and unit_name == "model.vision.linear_proj":
+            self._visitors.append(_Visitor(self._device, module))
 
     @property
     def host_bytes(self) -> int:
         """Bytes of host memory that the streamed layers take."""
-        return sum(stream.host_bytes for stream in self._streams.values())
+        visiting = sum(visitor.home.content.numel() for visitor in self._visitors)
+        return visiting + sum(stream.host_bytes for stream in self._streams.values())
 
     def describe(self) -> str:
         """Return a one-line description for the user."""

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from cogtune.plan.activations import decoder, glu_adapter, tower_forward
 from cogtune.plan.calibration import HOST_PROCESS, LIBRARIES
-from cogtune.plan.memory import Phase, allocator, host_loading, weights
+from cogtune.plan.memory import GLU_ADAPTER, Phase, allocator, host_loading, weights
 from cogtune.plan.setting import Setting
-from cogtune.plan.streaming import FLOAT32
+from cogtune.plan.streaming import FLOAT32, Streaming, large_bytes
 from cogtune.system.byte_sizes import MIB
 
 NEW_TOKENS = 512
@@ -28,15 +28,24 @@ def answer(setting: Setting, rows: int = 1, new_tokens: int = NEW_TOKENS) -> Pha
         setting.with_batch(rows=rows, labelled=1, images=images),
         tower="live" if images else "none",
         engine="single", ranks=1, tensor=1, offload="none", decoder=frozenset(), blocks=frozenset(),
-        resident=None, tower_resident=None,
     )  # fmt: skip
-    parts = weights(own, tower=True)
+    parts = weights(replace(own, resident=None), tower=True)
+    experts, visiting = Streaming.of_vision_experts(own), 0
+    if own.resident is not None:
+        glu = [linear for linear in own.sizes.linears if linear.part == "glu_adapter"]
+        visiting = sum(large_bytes(linear, "none", own.dtype) for linear in glu)
+        less = {"experts": experts.saved, GLU_ADAPTER: visiting}
+        parts |= {name: parts[name] - size for name, size in less.items()}
     parts["adapter"] = FLOAT32 * own.adapter_parameters(trained_only=False)
     cache = _cache(own, own.batch.tokens(own.sizes) + rows * new_tokens)
     parts["keys and values"] = cache
-    passing = max(_first_pass(own), _tower(own) - cache)  # the tower has finished before the KV cache is allocated
+    # the tower has finished before the KV cache is allocated
+    passing = max(_first_pass(own, visiting), _tower(own) - cache)
     parts["workspace"] = passing + LIBRARIES
-    return Phase("answer", parts, allocator(own).slack(passing), host_loading(own))
+    host = host_loading(own)
+    if streamed := experts.host + Streaming.of_tower(own).host + visiting:
+        host["weights"] = streamed
+    return Phase("answer", parts, allocator(own).slack(passing), host)
 
 
 def slots(setting: Setting, count: int, columns: int) -> Phase:
@@ -68,8 +77,10 @@ def _tower(setting: Setting) -> int:
     return pixels + tower_forward(setting)
 
 
-def _first_pass(setting: Setting) -> int:
+def _first_pass(setting: Setting, visiting: int = 0) -> int:
     """Return the temporary bytes of the prefill: the GLU adapter, a decoder layer, or the last token's logits.
+
+    ``visiting``: bytes of the GLU adapter's weights, where they are on the card only while it computes.
 
     The logits exist in the model's format, in float32, and sorted or scaled for sampling.
     """
@@ -77,7 +88,7 @@ def _first_pass(setting: Setting) -> int:
     features = round(batch.rows * batch.images * sizes.grid_tokens * sizes.vision.hidden_size * setting.width)
     layer = max(layer.forward for layer in decoder(setting))
     logits = batch.rows * sizes.vocab_size * (setting.width + 3 * FLOAT32)
-    return features + max(glu_adapter(setting).forward, layer, logits)
+    return features + max(glu_adapter(setting).forward + visiting, layer, logits)
 
 
 def merge(setting: Setting) -> Phase:

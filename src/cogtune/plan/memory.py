@@ -10,6 +10,7 @@ from cogtune.configuration.quantization import QuantSection
 from cogtune.configuration.resolve import resolve_cache_batch
 from cogtune.configuration.shapes import LOSS_CHUNK
 from cogtune.distributed.buffers import SUM_BUCKET, ZERO_BUCKET
+from cogtune.language import phrase
 from cogtune.plan.activations import tower_forward
 from cogtune.plan.calibration import (
     CONTEXT,
@@ -28,6 +29,8 @@ from cogtune.plan.sizes import ModelSizes, Part
 from cogtune.plan.step import peak
 from cogtune.plan.streaming import FLOAT32, Streaming, scale_bytes, weight_bytes
 from cogtune.system.byte_sizes import GIB
+
+GLU_ADAPTER = phrase("GLU adapter and norms")
 
 
 @dataclass(frozen=True)
@@ -111,13 +114,13 @@ def weights(setting: Setting, tower: bool | None = None) -> dict[str, int]:
     named = {
         "experts": found["experts"] // divided - streamed.saved,
         "embedding and head": (found["embedding"] + found["head"]) // divided,
-        "GLU adapter and norms": (found["glu_adapter"] + found["other"]) // divided,
+        GLU_ADAPTER: (found["glu_adapter"] + found["other"]) // divided,
     }
     if setting.tower == "live" if tower is None else tower:
         named["vision tower"] = found["tower"] // divided + (found["conv"] + found["tower_other"]) // setting.shards
         named["vision tower"] -= blocks.saved
     if setting.shards > 1:  # fsdp2 shards parameters; bitsandbytes' scales are not parameters
-        parts = {"experts": ("experts",), "embedding and head": ("head",), "GLU adapter and norms": ("glu_adapter",)}
+        parts = {"experts": ("experts",), "embedding and head": ("head",), GLU_ADAPTER: ("glu_adapter",)}
         parts |= {"vision tower": ("tower",)} if "vision tower" in named else {}
         for name, whole in parts.items():
             scales = sum(scale_bytes(x, format_of(x, setting.quant)) for x in setting.sizes.linears if x.part in whole)

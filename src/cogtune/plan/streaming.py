@@ -64,6 +64,12 @@ class Streaming:
         return cls._of(setting, setting.resident, layers, list(setting.sizes.decoder_layers[0].values()))
 
     @classmethod
+    def of_vision_experts(cls, setting: Setting) -> Streaming:
+        """Return what answering streams of the decoder."""
+        own = [linear for (expert, _), linear in setting.sizes.decoder_layers[0].items() if expert == "vision"]
+        return cls._of(setting, setting.resident, setting.sizes.num_hidden_layers, own)
+
+    @classmethod
     def of_tower(cls, setting: Setting) -> Streaming:
         own = [linear for linear in setting.sizes.linears if linear.part == "tower" and linear.layer == 0]
         return cls._of(setting, setting.tower_resident, setting.sizes.vision.num_hidden_layers, own)

@@ -75,8 +75,8 @@ class Layers:
     def streamed(self, model: CogVLM2Config, device: torch.device) -> StreamPlacement | None:
         """Return the placement that streams the other layers, or None if all stay on the device."""
         layers, blocks = _depths(model)
-        kept = {"resident": self.resident, "tower_resident": self.tower_resident}
-        return stream_placement(device, layers=layers, blocks=blocks, **kept)
+        own = self.resident, self.tower_resident
+        return stream_placement(device, layers=layers, resident=own[0], blocks=blocks, tower_resident=own[1])
 
 
 def _depths(model: CogVLM2Config) -> tuple[int, int]:

@@ -35,6 +35,7 @@ from cogtune.generate.last_run import write_last_run
 from cogtune.language import phrase, tr
 from cogtune.model.activation_checkpointing import enable_checkpointing
 from cogtune.model.compile import can_compile, compile_layers, prepare_compiling
+from cogtune.model.layer_streaming import StreamPlacement
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.system import files
 from cogtune.system.file_errors import is_disk_full
@@ -256,7 +257,9 @@ def _build(
     checkpoint = start.folder.checkpoint
     if compiles(config, engine):
         prepare_compiling(engine.device)  # compile workers start while weights load
-    model = assemble(load_base(config, engine, dtype, layers, cached=cached), config, engine, checkpoint, layers)
+    streamed = layers.streamed(load_model_config(config.model.path), engine.device)
+    base = load_base(config, engine, dtype, streamed, cached=cached)
+    model = assemble(base, config, engine, checkpoint, layers)
     log.info(engine.describe())
     if checkpoint is not None:
         return model, saver.restore(engine, checkpoint, start.folder.output, start.record.total_steps)
@@ -265,15 +268,18 @@ def _build(
 
 
 def load_base(
-    config: RunConfig, engine: Engine, dtype: torch.dtype, layers: Layers | None = None, *, cached: bool = False
+    config: RunConfig,
+    engine: Engine,
+    dtype: torch.dtype,
+    streamed: StreamPlacement | None = None,
+    *,
+    cached: bool = False,
 ) -> CogVLM2ForCausalLM:
     """Load the frozen model on this rank's device, or the shard of it that the engine keeps there.
 
-    ``layers``: says which are streamed from host memory; None: as ``quant.stream`` says, and none for ``auto``.
-    ``cached``: without the vision tower, for batches that contain its output.
+    ``streamed``: moves layers to host memory. ``cached``: without the vision tower, for batches that contain its
+    output.
     """
-    model = load_model_config(config.model.path)
-    streamed = (layers or Layers.named(config, model)).streamed(model, engine.device)
     with phase(phrase("loading the model"), config, engine.device), loading(config.model.path) as progress:
         loaded = load_model(
             config.model.path,

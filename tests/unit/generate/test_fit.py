@@ -15,7 +15,7 @@ from cogtune.cli.main import main
 from cogtune.configuration.load import load_answer_config
 from cogtune.configuration.quantization import PLAIN, QuantSection
 from cogtune.errors import OutOfMemoryError
-from cogtune.generate import loading
+from cogtune.generate import devices, loading
 from cogtune.generate.fit import explained_loading, fit, needed, smaller_formats, supported
 from cogtune.model.slots import SlotCache
 from cogtune.plan.cards import find_card
@@ -53,7 +53,7 @@ def test_the_nearest_formats_that_fit_are_taken_and_said(memory: str, changed: d
 
 
 def test_a_key_that_was_given_stays_and_a_lack_is_said_before_loading() -> None:
-    given = frozenset({"quant.experts", "quant.tower", "quant.embedding"})
+    given = frozenset({"quant.experts", "quant.tower", "quant.embedding", "quant.stream"})
     quant, line = fitted("24GiB", given=given)
     assert quant == PLAIN
     assert line.startswith("warning: ")
@@ -75,7 +75,23 @@ def test_the_hint_names_what_is_not_used_yet() -> None:
     assert smaller_formats(PLAIN) == "try --quant.experts nf4 --quant.tower nf4"
     assert smaller_formats(QuantSection(experts="nf4")) == "try --quant.tower nf4"
     assert smaller_formats(FOUR_BITS) == "try --quant.embedding host"
-    assert "card with more memory" in smaller_formats(FOUR_BITS.changed(embedding="host"))
+    assert smaller_formats(FOUR_BITS.changed(embedding="host")) == "try --quant.stream auto"
+    assert "card with more memory" in smaller_formats(FOUR_BITS.changed(embedding="host", stream=0))
+
+
+def test_layers_are_streamed_where_four_bits_do_not_fit() -> None:
+    own = {"given": frozenset[str](), "adapter": 0, "rows": 1, "columns": 2912}
+    found, (line,) = fit(ModelSizes(), PLAIN, "bfloat16", free=8 * GIB, **own)
+    assert (found.experts, found.tower, found.embedding) == ("nf4", "nf4", "host")
+    assert "quant.stream auto" in line
+    assert 0 < found.stream < 32
+    size = needed(ModelSizes(), found, "bfloat16", 0, 1, 2912)
+    assert 7.5 * GIB < size <= 8 * GIB
+    asked = FOUR_BITS.changed(stream="auto")
+    assert fit(ModelSizes(), asked, "bfloat16", free=40 * GIB, **own) == (FOUR_BITS.changed(stream=32), [])
+    kept, (line,) = fit(ModelSizes(), FOUR_BITS, "bfloat16", free=8 * GIB, **(own | {"given": {"quant.stream"}}))
+    assert kept == FOUR_BITS
+    assert "may not fit" in line
 
 
 @pytest.mark.parametrize(
@@ -130,7 +146,7 @@ def test_a_run_s_formats_are_taken_and_then_the_nearest_that_fit(
     assert resolved.config.quant == FOUR_BITS
     assert resolved.notes[0] == "as in training: quant.experts nf4, model.dtype bfloat16"
     assert "taking quant.tower nf4" in resolved.notes[1]
-    fixed = {"quant.tower": "none", "quant.embedding": "device"}
+    fixed = {"quant.tower": "none", "quant.embedding": "device", "quant.stream": "off"}
     kept = loading.resolve(load_answer_config(None, {"adapter": folder, "device": "cpu"} | fixed))
     assert kept.config.quant == QuantSection(experts="nf4")
     assert kept.notes[1].startswith("warning: ")
@@ -194,8 +210,8 @@ def test_several_devices_take_the_nearest_formats_that_fit(monkeypatch: pytest.M
     config = CogVLM2Config()
 
     def spread(free: int, given: frozenset[str] = frozenset()) -> tuple[QuantSection, list[str]]:
-        monkeypatch.setattr(loading, "free_memory", lambda device: free)
-        return loading._spread(config, PLAIN, torch.bfloat16, cards, given)
+        monkeypatch.setattr(devices, "free_memory", lambda device: free)
+        return devices.spread(config, PLAIN, torch.bfloat16, cards, given)
 
     assert spread(40 * GIB) == (PLAIN, [])
     found, notes = spread(16 * GIB)
