@@ -117,6 +117,7 @@ def test_compiled_layers_stream_to_the_bit(quant: QuantSection) -> None:
         assert torch.equal(gradients, results[place % 2][1])
 
 
+@pytest.mark.alone
 def test_only_two_layers_are_on_the_card() -> None:
     before = torch.cuda.memory_allocated()
     model = _model(QuantSection(), 0)
@@ -133,6 +134,7 @@ def test_only_two_layers_are_on_the_card() -> None:
     assert torch.cuda.memory_allocated() - before < 2**20
 
 
+@pytest.mark.alone
 def test_host_memory_is_locked_while_it_is_used() -> None:
     memory = HostMemory(10_000_000, torch.device("cuda"))
     content = memory.content

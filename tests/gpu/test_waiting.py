@@ -22,7 +22,11 @@ from cogtune.train.optim import step_if_finite
 from cogtune.train.run import train
 from tests.support.training import make_config, write_data
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.alone,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 STEADY = 5  # by then nothing is done for the first time
 BUSY = 400_000_000  # cycles: 0.2 s at 2 GHz, more on any slower card
