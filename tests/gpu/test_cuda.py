@@ -169,18 +169,34 @@ def test_fp8_layers_agree_with_the_rounded_operands(rows: int, keep_transposed: 
 
 
 @pytest.mark.parametrize("nested", [True, False])
-def test_the_kernel_for_nf4_makes_what_bitsandbytes_makes(nested: bool) -> None:
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_the_kernel_for_4_bits_makes_what_bitsandbytes_makes(kind: str, nested: bool) -> None:
     bnb = pytest.importorskip("bitsandbytes")
     from cogtune.model.kernels.nf4 import dequantize_nf4
     from cogtune.model.quantized.nf4 import block_sizes
 
     packed, state = bnb.functional.quantize_4bit(
-        torch.randn(192, 320, device="cuda", dtype=torch.bfloat16), quant_type="nf4", compress_statistics=nested
+        torch.randn(192, 320, device="cuda", dtype=torch.bfloat16), quant_type=kind, compress_statistics=nested
     )
     outer = state.state2 if nested else None
     stored = (state.absmax, state.code, *((outer.absmax, outer.code, state.offset) if outer else (None, None, None)))
     found = dequantize_nf4(packed, stored, block_sizes(state), torch.bfloat16)
     assert torch.equal(found, bnb.functional.dequantize_4bit(packed, state))
+
+
+def test_the_published_4_bit_folder_computes_the_same_on_the_device(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from cogtune.checkpoint.load import load_model
+    from tests.support.batches import picture_batch
+    from tests.support.packed import int4_folder
+
+    int4_folder(tiny_checkpoint, tmp_path / "int4")
+    batch = picture_batch()
+    with torch.no_grad():
+        wanted = load_model(tmp_path / "int4")(**batch).logits
+        model = load_model(tmp_path / "int4", device="cuda")
+        found = model(**{name: value.cuda() for name, value in batch.items()}).logits
+    torch.testing.assert_close(found.cpu(), wanted, rtol=1e-3, atol=1e-3)  # float32 sums in another order
 
 
 @pytest.mark.parametrize("scaled", [True, False])

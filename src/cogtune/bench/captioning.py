@@ -22,7 +22,7 @@ from cogtune.bench.models import build_base
 from cogtune.bench.report import Results
 from cogtune.configuration.resolve import torch_dtype
 from cogtune.configuration.run_config import DataFolder, DataSection, RunConfig
-from cogtune.data.pixels import tower_inputs
+from cogtune.data.pixels import reader_pool, tower_inputs
 from cogtune.data.records import Question
 from cogtune.errors import ConfigError
 from cogtune.generate.decoding import Decoding
@@ -122,7 +122,7 @@ def _write(path: Path, seed: int, size: tuple[int, int], seconds: int) -> Path:
 
 def _requests(processor: CogVLM2Processor, questions: Sequence[Question], decoding: Decoding) -> list[Request]:
     size = processor.image_size
-    with ThreadPoolExecutor(cores()) as pool:
+    with reader_pool(cores()) as pool:
         pixels = list(pool.map(lambda question: tuple(tower_inputs(question.images, size)), questions))
     return [Request(processor.encode(QUESTION, images=len(images)), images, decoding) for images in pixels]
 
@@ -164,7 +164,7 @@ def _decode_alone(
     results: Results, shared: dict[str, Any], questions: Sequence[Question], processor: CogVLM2Processor
 ) -> None:
     began = time.perf_counter()
-    with ThreadPoolExecutor(cores()) as pool:
+    with reader_pool(cores()) as pool:
         frames = sum(pool.map(lambda one: len(list(tower_inputs(one.images, processor.image_size))), questions))
     seconds = time.perf_counter() - began
     _add(results, "decoding", shared | {"frames": frames, "cores": cores()}, len(questions), seconds, None)

@@ -58,6 +58,8 @@ def _measure_group(
     for variant in group:
         try:
             if bench is None:
+                if is_main():  # whatever kills the process leaves a line about what it did
+                    print(tr("# {name}: loading the model", name=variant.name), flush=True)
                 bench = Bench(variant, cached=all(other.cached for other in group))
                 if is_main():
                     print(

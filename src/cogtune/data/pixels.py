@@ -5,7 +5,9 @@ Shapes: S the side of the tower's input.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock, Thread
 from typing import TYPE_CHECKING
 
 from PIL import Image
@@ -17,6 +19,32 @@ from cogtune.processing.image import preprocess, read_image
 
 if TYPE_CHECKING:
     import torch
+
+
+def reader_pool(threads: int, start: Callable[[], object] | None = None) -> ThreadPoolExecutor:
+    """Return threads that read images side by side; each calls ``start`` first.
+
+    torch divides an operation among as many threads as there are cores. Readers on all cores would each do that, and
+    their helpers, spinning while they wait, would take the cores from each other and from whoever feeds the device. So
+    a reader computes alone; other threads keep their number.
+    """
+    return ThreadPoolExecutor(threads, "cogtune-decode", _begin_reading, (start,))
+
+
+_BEGINNING = Lock()
+
+
+def _begin_reading(start: Callable[[], object] | None) -> None:
+    import torch
+
+    with _BEGINNING:
+        others = torch.get_num_threads()
+        torch.set_num_threads(1)  # of this thread, and of those that begin from now on
+        restore = Thread(target=torch.set_num_threads, args=(others,))  # which ends this for the latter
+        restore.start()
+        restore.join()
+    if start is not None:
+        start()
 
 
 def tower_inputs(

@@ -17,6 +17,7 @@ from itertools import groupby
 
 import torch
 
+from cogtune.data.pixels import reader_pool
 from cogtune.data.records import ImageRef, file_of
 from cogtune.errors import CogtuneError, DataError
 from cogtune.features.file_format import relative_error
@@ -105,7 +106,7 @@ class Filler:
         self._tower, self._store, self._index, self._settings, self._device = tower, store, index, settings, device
         # threads start on CUDA device 0, where pinning memory would create a context
         choose = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
-        self._readers = ThreadPoolExecutor(max(1, settings.workers), "cogtune-decode", choose)
+        self._readers = reader_pool(max(1, settings.workers), choose)
         self._writers = ThreadPoolExecutor(2, "cogtune-write")
         self._decoded = self._decode(images)
         self._waiting: list[Decoded] = []

@@ -11,13 +11,13 @@ so that neither the batch size nor an interruption changes a digit of their prob
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
 from cogtune.configuration.input_sections import SourceSection
-from cogtune.data.pixels import tower_inputs
+from cogtune.data.pixels import reader_pool, tower_inputs
 from cogtune.data.records import ImageRef, Question
 from cogtune.errors import DataError, InputError
 from cogtune.generate.asked import trees
@@ -122,7 +122,7 @@ class Predictor:
         self._told = len(self.answers) + len(self.bad)
         self._ahead = generator.queue_ahead * options.batch_size
         self._images: dict[tuple[ImageRef, ...], Future[tuple[Shown, ...]]] = {}
-        self._readers = ThreadPoolExecutor(cores(), "cogtune-decode")
+        self._readers = reader_pool(cores())
 
     def run(self) -> PredictReport:
         """Answer what the file does not contain yet.
