@@ -4,12 +4,20 @@
 
 Pictures are noise of 1,344 pixels and their questions random characters; an answer takes all its tokens. Closed
 questions are scored in one pass. The picture cache is as large as a user's would be, so a picture is computed once.
+
+    python -m benchmarks.answers in-training.json --model random --training
+
+What ``eval.generate`` costs instead: 16 questions answered with 64 tokens each by a model that is being trained, as
+every validation of a run does it, beside what the planner says.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +27,25 @@ from PIL import Image
 from cogtune.bench.clock import memory_gib, reset_peak, wait
 from cogtune.bench.models import build_base
 from cogtune.bench.report import Results, shown_command
-from cogtune.bench.rows import CharacterTokenizer
+from cogtune.bench.rows import CharacterTokenizer, Preset, synthetic_rows
 from cogtune.configuration.load import load_config
+from cogtune.configuration.model import CogVLM2Config
+from cogtune.configuration.run_config import RunConfig
 from cogtune.generate.choices import ClosedQuestion
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.generator import Ask, Generator
 from cogtune.generate.transformers_generator import TransformersGenerator
+from cogtune.plan.cards import named_like
+from cogtune.plan.data_rows import Rows
+from cogtune.plan.from_config import setting_of
+from cogtune.plan.setting import MicroBatch
+from cogtune.plan.sizes import ModelSizes
+from cogtune.plan.time import answering_seconds
 from cogtune.processing.processor import CogVLM2Processor
 from cogtune.train import engines
+from cogtune.train.answers import AnswerCheck
+from cogtune.train.run import assemble
+from cogtune.train.stop_signal import StopSignal
 
 QUESTIONS, TOKENS, CLOSED = 3, 48, 59
 
@@ -45,7 +64,13 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=32)
     parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--side", type=int, default=1344)
+    parser.add_argument("--training", action="store_true", help="what eval.generate costs, beside its plan")
     chosen = parser.parse_args()
+    if chosen.training:
+        words = [f"--model {chosen.model}", "--training"]
+        results = Results("answers", f"python -m benchmarks.answers {shown_command(words)}", chosen.file)
+        measure_in_training(results, chosen.model, chosen.side)
+        return
     words = [f"--model {chosen.model}", f"--pictures {chosen.pictures}", f"--slots {chosen.slots}"]
     results = Results("answers", f"python -m benchmarks.answers {shown_command(words)}", chosen.file)
     measure(results, chosen.model, chosen.pictures, chosen.slots, chosen.side)
@@ -78,6 +103,53 @@ def measure(results: Results, path: str, pictures: int, slots: int, side: int) -
     closed = [ClosedQuestion(f"{n} is it a picture?", ("yes", "no")) for n in range(CLOSED)]
     one.score(images[2], closed)
     _row(results, "59 closed questions, new picture", lambda: one.score(images[3], closed), CLOSED, place.device)
+
+
+def measure_in_training(results: Results, path: str, side: int) -> None:
+    """A row for each time that the questions are answered, with the tower and with its output cached."""
+    config = load_config(None, {"model.path": path, "data.path": "none", "train.output": "none"})
+    engine = engines.start(config)
+    dtype = torch.bfloat16 if engine.device.type == "cuda" else torch.float32
+    base = build_base(config, engine, dtype, cached=False)
+    assemble(base, config, engine)
+    engine.module.train()
+    model, shape = base.config, Preset(1, 1, 40, config.eval.max_new_tokens)
+    processor = CogVLM2Processor(_Tokenizer(int(model.bos_token_id)), model)
+    name = torch.cuda.get_device_name() if engine.device.type == "cuda" else ""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = synthetic_rows(shape, config.eval.generate, model, Path(folder), side=side)
+        for cached in (False, True):
+            if cached:
+                features = torch.randn(model.grid**2, model.vision_config.hidden_size).to(dtype)
+                rows.use_features(partial(_same, features))
+            check = AnswerCheck(rows, processor, config)
+            for number in (1, 2, 3):  # the first has kernels to choose
+                found = check.run(engine, StopSignal())
+                assert found is not None
+                row = {
+                    "name": f"{'features cached' if cached else 'tower live'}, time {number}",
+                    "questions": len(found.texts),
+                    "tokens": config.eval.max_new_tokens,
+                    "planned_seconds": round(_planned(config, model, cached, name), 2) if name else None,
+                    "seconds": round(found.seconds, 2),
+                }
+                results.add(row)
+                print(*row.values(), flush=True)
+
+
+def _same(features: torch.Tensor, image: object) -> torch.Tensor:
+    return features
+
+
+def _planned(config: RunConfig, model: CogVLM2Config, cached: bool, card: str) -> float:
+    """The seconds that a plan of such a run names."""
+    tokens, found = config.eval.max_new_tokens, named_like(card)
+    mean = MicroBatch(rows=1, images=1, text=40 + tokens, labelled=tokens)
+    setting = setting_of(
+        config, Rows(1, 1, mean, mean), ranks=1, card=found, sizes=ModelSizes.from_config(model.to_dict())
+    )
+    setting = replace(setting, tower="cached" if cached else "live")
+    return answering_seconds(setting, found, questions=config.eval.generate, tokens=tokens, mean=mean)
 
 
 def _row(results: Results, name: str, work: Any, questions: int, device: torch.device) -> None:
