@@ -121,6 +121,7 @@ class _Packed:
         places: dict[int, int] = {}  # address -> offset; two names of one tensor share a place
         self.size = 0
         for tensor in tensors:
+            assert tensor.value.is_contiguous(), tensor.name
             address = tensor.value.data_ptr()
             if address not in places:
                 places[address] = self.size

@@ -268,8 +268,8 @@ def schedule(setting: Setting, card: Card, *, rows: int, pictures: int, mean: Mi
 def answering_seconds(setting: Setting, card: Card, *, questions: int, tokens: int, mean: MicroBatch) -> float:
     """Return the seconds of answering validation questions once: prompts in batches, then token after token.
 
-    A token reads one expert of every layer, and gathers what is sharded; its kernels are launched one by one. An
-    estimate: none of this was measured.
+    A token reads one expert of every layer, and gathers or copies what is sharded or streamed; its kernels are launched
+    one by one. An estimate: none of this was measured.
     """
     if not questions:
         return 0.0
@@ -281,7 +281,7 @@ def answering_seconds(setting: Setting, card: Card, *, questions: int, tokens: i
         forward += tower_seconds(own, card) / own.batch.rows / setting.tensor
     read = setting.sizes.parameters("experts") * setting.width / 2 / setting.tensor / rates.memory
     launched = setting.sizes.num_hidden_layers * HOST.layer * HOST.seconds / 3
-    token = max(read, launched) + traffic(setting)[0] / 2 / card.link
+    token = max(read, launched, Streaming.of_decoder(setting).copied / card.bus) + traffic(setting)[0] / 2 / card.link
     return -(-questions // (rows * ranks)) * (rows * forward + (max(1, tokens) - 1) * token)
 
 

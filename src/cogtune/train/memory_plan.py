@@ -20,7 +20,7 @@ from cogtune.configuration.run_config import RunConfig
 from cogtune.distributed.group import Group
 from cogtune.errors import OutOfMemoryError, SetupError
 from cogtune.language import tr
-from cogtune.model.layer_streaming import StreamPlacement, stream_placement
+from cogtune.model.layer_streaming import StreamPlacement, require_host_memory, stream_placement
 from cogtune.plan.calibration import CONTEXT
 from cogtune.plan.cards import Card, named_like
 from cogtune.plan.choose import best, checkpointing, filling, fits, keeping_gathered, streaming, tower_fits
@@ -34,6 +34,7 @@ from cogtune.plan.plan import PlanError, keys_of, plan_of, too_small
 from cogtune.plan.report import compared, summary
 from cogtune.plan.setting import Setting
 from cogtune.plan.sizes import ModelSizes
+from cogtune.plan.streaming import Streaming
 from cogtune.system.allocator import expandable
 from cogtune.system.byte_sizes import format_size
 from cogtune.system.machine import free_memory
@@ -86,10 +87,14 @@ def _depths(model: CogVLM2Config) -> tuple[int, int]:
 
 
 class MemoryPlan:
-    """The memory plan of a run on its card. ``card`` is None on a CPU. All its decisions are the same on every rank."""
+    """The memory plan of a run on its card. ``card`` is None on a CPU; ``processes`` run on this machine. All its
+    decisions are the same on every rank.
+    """
 
-    def __init__(self, config: RunConfig, rows: Rows, setting: Setting, card: Card | None, force: bool) -> None:
-        self.config, self.rows, self.card, self.force = config, rows, card, force
+    def __init__(
+        self, config: RunConfig, rows: Rows, setting: Setting, card: Card | None, force: bool, processes: int = 1
+    ) -> None:
+        self.config, self.rows, self.card, self.force, self._processes = config, rows, card, force, processes
         self.setting = setting
         self.planned: dict[str, Any] | None = None
         """The plan that the run was started with, as ``plan.json`` keeps it; None on a CPU."""
@@ -123,7 +128,7 @@ class MemoryPlan:
         if self.card is None:
             self._warn_about_host()
             return
-        self._settle(_leanest_tower(self.config, self.setting))
+        self._require_host(self._settle(_leanest_tower(self.config, self.setting)))
 
     def settle(self, cached: bool) -> Layers:
         """Choose the layers to recompute, now that it is known whether features are cached, and log the plan in one
@@ -159,6 +164,18 @@ class MemoryPlan:
             return streamed
         self._refuse(setting)
         return setting
+
+    def _require_host(self, setting: Setting) -> None:
+        """Refuse streamed layers that this machine's free memory cannot hold, for all its processes.
+
+        Raises:
+            SetupError: it cannot.
+        """
+        each = Streaming.of_decoder(setting).host
+        if setting.tower == "live":
+            each += Streaming.of_tower(setting).host
+        if not self.force:
+            require_host_memory(self._processes * each)
 
     def _refuse(self, setting: Setting) -> None:
         assert self.card is not None
@@ -242,7 +259,7 @@ def check_memory(
     setting = setting_of(config, rows, ranks=group.processes, local_ranks=group.local_size, card=card)
     if engine.name != "tensor":
         setting = replace(setting, engine=engine.name)
-    plan = MemoryPlan(config, rows, replace(setting, accumulation=accumulation), card, force)
+    plan = MemoryPlan(config, rows, replace(setting, accumulation=accumulation), card, force, group.local_size)
     plan.check()
     return plan
 

@@ -11,7 +11,7 @@ from cogtune.configuration.load import load_config
 from cogtune.configuration.run_config import RunConfig
 from cogtune.plan.calibration import CONTEXT
 from cogtune.plan.cards import find_card
-from cogtune.plan.choose import checkpointing, fits
+from cogtune.plan.choose import checkpointing, fits, streaming
 from cogtune.plan.data_rows import Rows
 from cogtune.plan.from_config import setting_of
 from cogtune.plan.memory import fill
@@ -43,7 +43,10 @@ def test_published_settings() -> None:
 
 
 CARDS = {
+    "lora-6gb": ("RTX 3050 6GB", 1),
+    "lora-8gb": ("RTX 4060", 1),
     "lora-12gb": ("RTX 4070", 1),
+    "lora-12gb-bf16": ("RTX 4070", 1),
     "lora-16gb": ("RTX 4080", 1),
     "lora-24gb": ("A10", 1),
     "lora-32gb": ("RTX 5090", 1),
@@ -66,6 +69,10 @@ def test_the_planner_says_that_a_recipe_fits_its_card(name: str) -> None:
     setting = setting_of(config, Rows(1000, 1000, row, row), ranks=count, card=find_card(card))
     setting = replace(setting, expandable=True)  # as the command line has it
     room = find_card(card).usable
+    if config.quant.stream == "auto":
+        found = streaming(setting, room, settled=True)
+        assert found is not None
+        setting = found
     if config.train.gradient_checkpointing == "auto":
         assert checkpointing(setting, room) is not None
     else:
