@@ -20,7 +20,7 @@ FITTING_TORCHVISION = @$(@D)/bin/python -c 'import torchvision' >/dev/null 2>&1 
 TEST_EXTRAS := deepspeed,quant,data,metrics,track,serve,video,sentencepiece,demo,dev
 ALL_EXTRAS := deepspeed,quant,data,metrics,track,serve,web,video,sentencepiece,demo,dev
 
-.PHONY: demo test test-unit test-parity test-integration test-distributed test-docs test-fuzz test-gpu test-oldest fuzz lint format \
+.PHONY: demo test test-unit test-parity test-integration test-distributed test-docs test-fuzz test-gpu test-oldest test-vllm fuzz lint format \
 	render check-extras clean help
 
 help:            ## this list
@@ -55,13 +55,20 @@ test-oldest: $(OLDEST)/.installed ## the model's tests with the oldest declared 
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" $(OLDEST)/bin/python tests/run_tiers.py \
 		--json benchmarks/results/oldest.json oldest
 
+test-vllm: ## the plug-in for vLLM against generate(), on a CPU, in an environment of its own (3 GB)
+	scripts/make-venv.sh .venv-vllm demo /dev/null $(call PINNED,torch) $(call PINNED,torchvision)
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -e 'contrib/vllm[cpu,dev]'
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	cd contrib/vllm && OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 \
+		../../.venv-vllm/bin/python -m pytest -q $(ARGS)
+
 check-extras: ## all extras together in a fresh environment, then pip check; writes benchmarks/results/extras.json
 	rm -rf .venv-extras
 	scripts/make-venv.sh .venv-extras $(ALL_EXTRAS) constraints.txt $(call PINNED,torch) $(call PINNED,torchvision)
 	.venv-extras/bin/python scripts/check_extras.py benchmarks/results/extras.json
 
 clean: ## remove environments, caches and build products; results and outputs stay
-	rm -rf $(VENV) $(OLDEST) .venv-extras build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(OLDEST) .venv-extras .venv-vllm build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed-test: $(SETUP_FILES)
