@@ -11,7 +11,7 @@ from torch.nn import functional
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from cogtune.checkpoint.random import tiny_config
+from cogtune.checkpoint.random import tiny_config, tiny_first_config
 from cogtune.generate.decode_steps import DecodeSteps
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.text_graphs import TextGraphs
@@ -117,10 +117,11 @@ def test_stacked_adapters(dtype: torch.dtype, rows: int, count: int) -> None:
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("length", [0, 1, 63, 64, 255, 256, 257, 1000])
-def test_attention_over_slots(dtype: torch.dtype, length: int) -> None:
+@pytest.mark.parametrize("groups", [2, 8], ids=["grouped", "full"])
+def test_attention_over_slots(dtype: torch.dtype, length: int, groups: int) -> None:
     """Every boundary of blocks and parts; slots that are not asked for stay as they were."""
     torch.manual_seed(length)
-    heads, groups, width, columns = 8, 2, 32, 1100
+    heads, width, columns = 8, 32, 1100
     keys, values = (torch.randn(4, groups, columns, width, device="cuda").to(dtype) for _ in range(2))
     before = keys.clone(), values.clone()
     qkv = torch.randn(3, (heads + 2 * groups) * width, device="cuda").to(dtype)
@@ -142,10 +143,14 @@ def test_attention_over_slots(dtype: torch.dtype, length: int) -> None:
         assert torch.equal(keys[slot], before[0][slot])
 
 
-@pytest.fixture(scope="module")
-def model() -> CogVLM2ForCausalLM:
+@pytest.fixture(scope="module", params=["second", "first"])
+def model(request: pytest.FixtureRequest) -> CogVLM2ForCausalLM:
+    """A tiny model of each generation; heads of 32 are the narrowest that kernels take."""
     torch.manual_seed(0)
-    wide = tiny_config(num_attention_heads=2, num_multi_query_heads=1)  # heads of 32, the narrowest that kernels take
+    if request.param == "first":
+        wide = tiny_first_config(num_attention_heads=2, num_multi_query_heads=2)
+    else:
+        wide = tiny_config(num_attention_heads=2, num_multi_query_heads=1)
     return CogVLM2ForCausalLM(wide).eval().to("cuda")
 
 

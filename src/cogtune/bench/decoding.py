@@ -12,6 +12,7 @@ from cogtune.adapters.attach import attach
 from cogtune.bench.clock import memory_gib, reset_peak, wait
 from cogtune.bench.models import build_base
 from cogtune.bench.report import Results
+from cogtune.bench.rows import text_ids
 from cogtune.configuration.resolve import torch_dtype
 from cogtune.configuration.run_config import RunConfig
 from cogtune.generate.decode_steps import DecodeSteps
@@ -145,7 +146,8 @@ def _add(
 def _prompt(model: CogVLM2ForCausalLM, context: int, device: torch.device) -> dict[str, torch.Tensor]:
     config, generator = model.config, torch.Generator().manual_seed(0)
     text = max(1, context - 1 - config.num_image_tokens)
-    words = torch.randint(0, int(config.bos_token_id), (text,), generator=generator)
+    known = text_ids(config)
+    words = torch.randint(known.start, known.stop, (text,), generator=generator)
     image = torch.full((config.num_image_tokens,), int(config.pad_token_id))
     ids = torch.cat([torch.tensor([int(config.bos_token_id)]), image, words])[None]
     types = torch.zeros_like(ids)

@@ -94,14 +94,21 @@ def preset(name: str) -> Preset:
     return found
 
 
+def text_ids(config: CogVLM2Config) -> range:
+    """Return the ids of text: those below the special tokens, or above them where they come first (CogVLM)."""
+    every = (config.bos_token_id, *config.eos_token_ids, config.pad_token_id)
+    specials = [token for token in every if token is not None]
+    return range(min(specials)) if min(specials) > 0 else range(max(specials) + 1, config.vocab_size)
+
+
 class CharacterTokenizer:
     """A tokenizer with one token per character, with the two call forms that processing uses."""
 
-    def __init__(self, vocabulary: int) -> None:
-        self._vocabulary = vocabulary
+    def __init__(self, ids: range) -> None:
+        self._ids = ids
 
     def encode(self, text: str, *, add_special_tokens: bool, verbose: bool) -> list[int]:
-        return [ord(character) * 2_654_435_761 % 2**32 % self._vocabulary for character in text]
+        return [self._ids[ord(character) * 2_654_435_761 % 2**32 % len(self._ids)] for character in text]
 
     def __call__(self, texts: Sequence[str], *, add_special_tokens: bool, verbose: bool) -> dict[str, list[list[int]]]:
         ids = [self.encode(text, add_special_tokens=add_special_tokens, verbose=verbose) for text in texts]
@@ -122,9 +129,8 @@ def synthetic_rows(shape: Preset, count: int, config: CogVLM2Config, folder: Pat
                 template=_TEMPLATE,
             )
         )
-    specials = (config.bos_token_id, *config.eos_token_ids, config.pad_token_id)
     encoder = Encoder(
-        CharacterTokenizer(min(token for token in specials if token is not None)),
+        CharacterTokenizer(text_ids(config)),
         num_image_tokens=config.num_image_tokens,
         bos_id=int(config.bos_token_id or 0),
         eos_id=config.eos_token_ids[0],

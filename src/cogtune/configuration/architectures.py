@@ -47,6 +47,7 @@ _FIRST_DEFAULTS: dict[str, Any] = {
     "rope_theta": 10000.0, "pad_token_id": 0,
 }  # fmt: skip
 _FIRST_TOWER = {"image_size": 490, "num_positions": 1226}
+_SMALL_TOWER = {"image_size": 224, "num_positions": 257}
 
 _TRANSFORMERS = phrase("transformers has this model itself: load it with AutoModelForImageTextToText")
 _OTHERS = phrase("ms-swift and LLaMA-Factory train it")
@@ -104,6 +105,19 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
         return dict(config)
     found = _FIRST_DEFAULTS | {"num_multi_query_heads": config.get("num_attention_heads", 32)} | dict(config)
     return found | {"vision_config": _FIRST_TOWER | (config.get("vision_config") or {})}
+
+
+def config_by_name(model: object) -> dict[str, Any]:
+    """Return what is known of ``config.json`` from a published model's name alone; empty for CogVLM2's picture models,
+    whose values are the defaults, and for other names."""
+    name = str(model).rstrip("/").rpartition("/")[2]
+    if name in VIDEO_MODELS.values():
+        return {"architectures": [FRAMES], "vision_config": _SMALL_TOWER}
+    if name not in FIRST_MODELS.values():
+        return {}
+    known = {"architectures": [PICTURES], "bos_token_id": 1, "eos_token_id": 2}
+    known["template_version"] = "chat" if name == FIRST_MODELS["cogvlm-chat"] else "base"
+    return completed(known | ({"vision_config": _SMALL_TOWER} if "224" in name else {}))
 
 
 def reads_clips(config: Mapping[str, Any]) -> bool:

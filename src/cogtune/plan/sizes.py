@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from cogtune.configuration.architectures import FIRST_MODELS, VIDEO_MODELS, completed, reads_clips, refuse_foreign
+from cogtune.configuration.architectures import completed, config_by_name, reads_clips, refuse_foreign
 from cogtune.configuration.config_json import read_model_json
 from cogtune.configuration.quantization import StoredFormat, part_of, stored_by_name, stored_format
 from cogtune.configuration.shapes import Shape, VisionShape
@@ -83,7 +83,7 @@ class ModelSizes(Shape):
     @classmethod
     def from_folder(cls, folder: str | Path) -> ModelSizes:
         """Return the sizes of a model folder; those of the published model for a hub id or a folder that is
-        not there yet, by its name: a video model's, a first-generation model's, a 4-bit folder's, or the picture
+        not there yet, by its name: a video model's, a first-generation model's, a 4-bit folder's, or CogVLM2's picture
         models'.
 
         Raises:
@@ -91,10 +91,7 @@ class ModelSizes(Shape):
         """
         file = Path(folder) / "config.json"
         if not file.is_file():
-            name = str(folder).rstrip("/").rpartition("/")[2]
-            if name in FIRST_MODELS.values():
-                return FIRST_224 if "224" in name else FIRST
-            return VIDEO if name in VIDEO_MODELS.values() else cls(stored=stored_by_name(name))
+            return replace(cls.from_config(config_by_name(folder)), stored=stored_by_name(str(folder)))
         refuse_foreign(folder)
         return cls.from_config(read_model_json(file))
 
@@ -205,10 +202,3 @@ class ModelSizes(Shape):
 
 VIDEO = ModelSizes(vision_experts=False, vision=VisionShape(image_size=224, num_positions=257))
 """The four published video models."""
-_FIRST: dict[str, Any] = {
-    "vocab_size": 32000, "intermediate_size": 11008, "num_multi_query_heads": 32, "generation": 1,
-}  # fmt: skip
-FIRST = ModelSizes(**_FIRST, vision=VisionShape(image_size=490, num_positions=1226, cell=1))
-"""The first generation's published models."""
-FIRST_224 = ModelSizes(**_FIRST, vision=VisionShape(image_size=224, num_positions=257, cell=1))
-"""``cogvlm-base-224-hf``."""

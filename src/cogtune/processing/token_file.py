@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cogtune.configuration.architectures import reads_clips
+from cogtune.configuration.architectures import config_by_name, reads_clips
 from cogtune.configuration.config_json import read_model_json
 from cogtune.configuration.shapes import BOS_ID, EOS_ID, PAD_ID, VisionShape
 from cogtune.errors import CheckpointError
@@ -85,7 +85,7 @@ def find_token_file(model: str | None, template: str | None = None, tokenizer_of
         SetupError: it is a SentencePiece model, and sentencepiece is missing.
     """
     folder = None if model is None else _local_folder(model)
-    config = _config(folder)
+    config = _config(folder) or config_by_name(model)
     source = folder if tokenizer_of is None else _local_folder(tokenizer_of)
     tokenizer = None if source is None else _tokenizer(source)
     vision = config.get("vision_config") or {}

@@ -14,7 +14,12 @@ from safetensors.torch import load_file
 from cogtune.bench.checkpoint import make_checkpoint, plan_shards
 from cogtune.checkpoint.load import load_model
 from cogtune.checkpoint.model_files import INDEX_NAME, load_model_config
-from cogtune.checkpoint.random import published_config, published_video_config, write_published_config
+from cogtune.checkpoint.random import (
+    published_config,
+    published_first_config,
+    published_video_config,
+    write_published_config,
+)
 from cogtune.errors import DiskFullError, OutputFolderError
 from cogtune.processing.processor import CogVLM2Processor
 from tests.support.batches import picture_batch
@@ -46,6 +51,13 @@ def test_the_video_preset_has_the_published_shards() -> None:
     files = [4_976_699_712, 4_999_803_504, 4_915_917_160, 4_956_242_104, 4_115_863_248, 1_050_673_280]
     for shard, size in zip(shards, files, strict=True):
         assert 0 <= size - sum(2 * math.prod(shape) for shape in shard.values()) < 150 * (len(shard) + 1)
+
+
+def test_the_first_preset_has_the_published_size() -> None:
+    shards = plan_shards(published_first_config())
+    total = sum(2 * math.prod(shape) for shard in shards for shape in shard.values())
+    assert total == 2 * 17_639_685_376 + 32 * 128  # and the layers' copies of the rotary table
+    assert len(shards) == 8
 
 
 def test_its_configuration_lacks_the_keys_that_the_published_one_lacks(tmp_path: Path) -> None:

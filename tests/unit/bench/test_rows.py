@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from cogtune.bench.rows import PRESETS, answers_of, preset, synthetic_batches
-from cogtune.checkpoint.random import tiny_config
+from cogtune.bench.rows import PRESETS, answers_of, preset, synthetic_batches, text_ids
+from cogtune.checkpoint.random import published_config, published_first_config, tiny_config
 from cogtune.errors import ConfigError
 
 IMAGE = 6
@@ -64,3 +64,8 @@ def test_unknown_shapes(name: str) -> None:
 def test_a_question_too_short_for_the_template(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="template"):
         _batch(tmp_path, "text=20")
+
+
+def test_text_has_no_special_token() -> None:
+    assert text_ids(published_config()) == range(128000)
+    assert text_ids(published_first_config()) == range(3, 32000)

@@ -23,7 +23,8 @@ from cogtune.checkpoint.random import (
 from cogtune.errors import AdapterError
 from cogtune.plan.memory import weights
 from cogtune.plan.setting import LoraShape, Setting, adapted_names
-from cogtune.plan.sizes import FIRST, FIRST_224, VIDEO, ModelSizes
+from cogtune.plan.sizes import VIDEO, ModelSizes
+from cogtune.processing.token_file import find_token_file
 from tests.support.packed import int4_folder
 
 
@@ -39,7 +40,7 @@ def meta_model(config: CogVLM2Config) -> CogVLM2ForCausalLM:
         (tiny_config(), ModelSizes.from_config({**TINY, "vision_config": TINY_VISION})),
         (published_video_config(), VIDEO),
         (tiny_video_config(), ModelSizes.from_config(tiny_video_config().to_dict())),
-        (published_first_config(), FIRST),
+        (published_first_config(), ModelSizes.from_folder("THUDM/cogvlm-chat-hf")),
         (tiny_first_config(), ModelSizes.from_config(tiny_first_config().to_dict())),
     ],
     ids=["full", "tiny", "video", "tiny-video", "first", "tiny-first"],
@@ -82,12 +83,22 @@ def test_a_first_generation_model_is_planned_as_one_by_folder_and_by_hub_name(tm
     model = meta_model(published_first_config())
     write_published_config(tmp_path, model.config)
     assert "generation" not in (tmp_path / "config.json").read_text()  # the published file has no such key
-    assert ModelSizes.from_folder(tmp_path) == FIRST
-    assert ModelSizes.from_folder("THUDM/cogvlm-chat-hf") == ModelSizes.from_folder("cogvlm-grounding-base-hf") == FIRST
-    assert ModelSizes.from_folder("THUDM/cogvlm-base-224-hf") == FIRST_224
-    # family specification 9.2
-    assert (FIRST.parameters(), FIRST_224.parameters()) == (17_639_685_376, 17_637_948_928)
-    assert (FIRST.image_tokens, FIRST_224.image_tokens, FIRST.qkv_width) == (1227, 258, 12288)
+    first, small = ModelSizes.from_folder(tmp_path), ModelSizes.from_folder("THUDM/cogvlm-base-224-hf")
+    for name in ("THUDM/cogvlm-chat-hf", "cogvlm-grounding-base-hf", "ZhipuAI/cogvlm-base-490-hf"):
+        assert ModelSizes.from_folder(name) == first
+    # the published totals
+    assert (first.parameters(), small.parameters()) == (17_639_685_376, 17_637_948_928)
+    assert (first.image_tokens, small.image_tokens, first.qkv_width) == (1227, 258, 12288)
+
+
+def test_rows_are_planned_by_a_hub_name_alone() -> None:
+    for name, tokens, side, template in (
+        ("THUDM/cogvlm-chat-hf", 1227, 490, "chat"), ("THUDM/cogvlm-base-224-hf", 258, 224, "base"),
+        ("THUDM/cogvlm2-llama3-caption", 66, 224, "chat"), ("THUDM/cogvlm2-llama3-chat-19B", 2306, 1344, "chat"),
+    ):  # fmt: skip
+        found = find_token_file(name)
+        assert (found.num_image_tokens, found.image_size, found.template) == (tokens, side, template)
+        assert found.reads_clips == (tokens == 66)
 
 
 def test_a_4_bit_folder_is_counted_as_it_is_stored(tmp_path) -> None:
