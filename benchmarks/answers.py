@@ -27,7 +27,7 @@ from PIL import Image
 from cogtune.bench.clock import memory_gib, reset_peak, wait
 from cogtune.bench.models import build_base
 from cogtune.bench.report import Results, shown_command
-from cogtune.bench.rows import CharacterTokenizer, Preset, synthetic_rows
+from cogtune.bench.rows import CharacterTokenizer, Preset, synthetic_rows, text_ids
 from cogtune.configuration.load import load_config
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.configuration.run_config import RunConfig
@@ -83,7 +83,7 @@ def measure(results: Results, path: str, pictures: int, slots: int, side: int) -
     place = engines.start(config)
     dtype = torch.bfloat16 if place.device.type == "cuda" else torch.float32
     model = build_base(config, place, dtype, cached=False, answers=True)
-    processor = CogVLM2Processor(_Tokenizer(int(model.config.bos_token_id)), model.config)
+    processor = CogVLM2Processor(_Tokenizer(text_ids(model.config)), model.config)
     model.generation_config.eos_token_id = None
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 256, (pictures, side, side, 3), generator=generator, dtype=torch.uint8).numpy()
@@ -114,7 +114,7 @@ def measure_in_training(results: Results, path: str, side: int) -> None:
     assemble(base, config, engine)
     engine.module.train()
     model, shape = base.config, Preset(1, 1, 40, config.eval.max_new_tokens)
-    processor = CogVLM2Processor(_Tokenizer(int(model.bos_token_id)), model)
+    processor = CogVLM2Processor(_Tokenizer(text_ids(model)), model)
     name = torch.cuda.get_device_name() if engine.device.type == "cuda" else ""
     with tempfile.TemporaryDirectory() as folder:
         rows = synthetic_rows(shape, config.eval.generate, model, Path(folder), side=side)
