@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -101,8 +102,9 @@ def test_a_streamed_model_trains_as_a_resident_one(quant: QuantSection, slow: st
             enable_checkpointing(model.base_model.model, ())
 
 
-@pytest.mark.parametrize("quant", FORMATS[:2], ids=lambda quant: quant.experts)
-def test_compiled_layers_stream_to_the_bit(quant: QuantSection) -> None:
+def test_compiled_layers_stream_to_the_bit() -> None:
+    """In NF4, whose kernel the compiler launches itself, where bitsandbytes is installed."""
+    quant = FORMATS[1 if importlib.util.find_spec("bitsandbytes") else 0]
     prepare_compiling(torch.device("cuda"))
     results = []
     for resident in (None, 0, 2):
@@ -122,8 +124,8 @@ def test_only_two_layers_are_on_the_card() -> None:
     before = torch.cuda.memory_allocated()
     model = _model(QuantSection(), 0)
     weights = {m.weight.untyped_storage() for m in model.base_model.model.model.layers.modules()
-               if isinstance(m, torch.nn.Linear) and not m.weight.requires_grad}  # fmt: skip
-    sizes = {storage.data_ptr(): storage.nbytes() for storage in weights}
+               if isinstance(m, torch.nn.Linear) and m.weight.dtype == torch.bfloat16}  # fmt: skip
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in weights}  # adapters are float32
     assert len(sizes) == 2
     layer = min(sizes.values())
     assert layer > 2 * 3 * 1024 * 2048 * 2

@@ -17,6 +17,7 @@ the vision experts, the tower and the GLU adapter are streamed, and tokens are d
 
 from __future__ import annotations
 
+import mmap
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,6 @@ from cogtune.system.machine import free_memory
 
 BUFFERS = 2
 _ALIGNED = 256  # bytes; compiled kernels read 16 at a time
-_PAGE = 4096
 _LESS = phrase("free host memory, keep more layers on the card (a larger quant.stream), or use fewer bits")
 
 
@@ -362,13 +362,12 @@ class HostMemory:
         if device.type != "cuda":
             self.content = torch.empty(size, dtype=torch.uint8)
             return
-        locked = -(-size // _PAGE) * _PAGE
-        memory = torch.empty(locked + _PAGE, dtype=torch.uint8)
-        start = -memory.data_ptr() % _PAGE  # whole pages of its own, which no other allocation shares
-        self.content = memory[start : start + size]
-        torch.cuda.init()
+        pages = mmap.mmap(-1, max(size, 1))  # whole pages of its own, which no other allocation shares
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            pages.madvise(mmap.MADV_HUGEPAGE)  # fewer to lock
+        self.content = torch.frombuffer(pages, dtype=torch.uint8, count=size)
         driver: Any = torch.cuda.cudart()
-        if int(driver.cudaHostRegister(self.content.data_ptr(), locked, 0)) != 0:
+        if int(driver.cudaHostRegister(self.content.data_ptr(), size, 0)) != 0:
             raise SetupError(
                 tr("quant.stream: the driver refuses to lock {size} more of host memory", size=format_size(size)),
                 hint=tr(_LESS),
