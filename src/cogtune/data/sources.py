@@ -180,7 +180,7 @@ def _refuse_repeats(entries: Iterable[_Entry]) -> None:
             if real in seen:
                 raise DataError(
                     tr("{path}: named twice in data.path", path=path),
-                    hint=tr("to see its records more often, give it a weight: {{path: DIR, weight: 2}}"),
+                    hint=tr("to see its records more often, give it a weight (docs/guides/data.md)"),
                     code="data-duplicate-id",
                 )
             seen.add(real)

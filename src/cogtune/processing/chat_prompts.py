@@ -172,7 +172,7 @@ def _pictures(talks: list[Conversation], images: Any) -> list[list[Any]]:
             count = sum(image is not None for image in of_talk)
             raise InputError(
                 tr("the messages show {parts} pictures, and {count} are given", parts=len(talk.images), count=count),
-                hint=tr('give each in its part, {{"type": "image", "image": ...}}, or all as images=[...]'),
+                hint=tr('give each in its part, {"type": "image", "image": ...}, or all as images=[...]'),
                 code="conversation",
             )
     return found

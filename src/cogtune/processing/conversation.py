@@ -81,7 +81,7 @@ def _message(number: int, message: Any) -> tuple[str, str, list[Any]]:
     if role is None or others or not isinstance(parts, (list, tuple)):
         raise InputError(
             tr("message {number} is {message:.120}", number=number, message=repr(message)),
-            hint=tr('a message is {{"role": "system", "user" or "assistant", "content": a text or a list of parts}}'),
+            hint=tr('a message is {"role": "system", "user" or "assistant", "content": a text or a list of parts}'),
             code="conversation",
         )
     texts, images = [], []
@@ -105,7 +105,7 @@ def _picture(part: Mapping[str, Any]) -> Any:
     if "base64" in part:
         raise InputError(
             tr("the picture of a message is base64, which is not read here"),
-            hint=tr('give a PIL image or a path: {{"type": "image", "image": ...}}'),
+            hint=tr('give a PIL image or a path: {"type": "image", "image": ...}'),
             code="conversation",
         )
     found = next((part[key] for key in _PICTURE_KEYS if part.get(key) is not None), None)
