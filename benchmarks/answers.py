@@ -122,7 +122,7 @@ def measure_in_training(results: Results, path: str, side: int) -> None:
             if cached:
                 features = torch.randn(model.grid**2, model.vision_config.hidden_size).to(dtype)
                 rows.use_features(partial(_same, features))
-            check = AnswerCheck(rows, processor, config)
+            check = AnswerCheck({"": rows}, processor, config)
             for number in (1, 2, 3):  # the first has kernels to choose
                 found = check.run(engine, StopSignal())
                 assert found is not None

@@ -120,7 +120,7 @@ def test_validation_sums_every_record_once(tiny_checkpoint: Path, data: list[Pat
             eval__batch_size=size,
         )
         train(config)
-        rows = read_inputs(config).validation
+        rows = read_inputs(config).validation[""]
         total, labels = row_sums(config, rows)
         line = next(line for line in read_metrics(tmp_path / f"out{size}") if line["kind"] == "validation")
         assert line["labels"] == labels
@@ -153,7 +153,7 @@ def test_the_output_folder_holds_what_was_promised(
     assert (output / "adapter" / "adapter_config.json").is_file()
     assert (output / "last").resolve().name == f"checkpoint-{result.steps}"
     assert (output / "best").resolve().name == f"checkpoint-{result.best_step}"
-    assert result.best_loss == min(losses(output, "validation"))
+    assert (result.best_metric, result.best_value) == ("loss", min(losses(output, "validation")))
     assert not list(output.glob(".*"))
     assert "vision-experts-attention: 3 modules" in said
     assert "not trained" in said

@@ -118,7 +118,7 @@ class Bench:
         )
         losses = _Losses()
         save, feeding = (lambda best: None), cast(Any, feed)
-        Loop(self.engine, config, feeding, None, None, Progress(), feed.total, losses, StopSignal(), save).run()
+        Loop(self.engine, config, feeding, {}, None, Progress(), feed.total, losses, StopSignal(), save).run()
         timing = feed.finish()
         timing.losses = losses.values
         return timing

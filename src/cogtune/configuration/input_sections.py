@@ -7,7 +7,17 @@ from typing import Literal
 
 from pydantic import Field
 
-from cogtune.configuration.values import Budget, DataFormat, Folders, Paths, Section, Share, Switch, Text
+from cogtune.configuration.values import (
+    Budget,
+    DataFormat,
+    Folders,
+    Paths,
+    Section,
+    Share,
+    Switch,
+    Text,
+    ValidationFolders,
+)
 
 PUBLISHED_MODEL = "THUDM/cogvlm2-llama3-chat-19B"
 """The published checkpoint's name on the hub, as its own commands use it."""
@@ -130,8 +140,10 @@ class DataSection(SourceSection):
         description="Training data: folders or files; several by a list or by repeating the flag; each may be"
         " {path: ..., weight: ...}.",
     )
-    validation: Paths = Field(
-        default=(), description="Folders or files for validation, instead of a share of the data."
+    validation: ValidationFolders = Field(
+        default=(),
+        description="Folders or files for validation, instead of a share of the data. {seen: DIR, unseen: DIR} makes"
+        " sets with names, measured each by itself.",
     )
     validation_share: Share = Field(
         default=0.05,
@@ -202,3 +214,9 @@ class DataSection(SourceSection):
         description="Pictures per forward pass of the tower while the feature cache is filled. null: one, or 24"
         " frames.",
     )
+
+    @property
+    def validation_sets(self) -> dict[str, tuple[Path, ...]]:
+        """The paths of each validation set by its name, "" for the only one; empty where a share is taken."""
+        names = dict.fromkeys(folder.name for folder in self.validation)
+        return {name: tuple(one.path for one in self.validation if one.name == name) for name in names}

@@ -97,8 +97,8 @@ class EvalSection(Section):
     generate: int = Field(
         default=16,
         ge=0,
-        description="Validation questions that are answered before the first step and at every validation, greedily,"
-        " and compared with the right answers. 0: none.",
+        description="Questions of each validation set that are answered before the first step and at every validation,"
+        " greedily, and compared with the right answers. 0: none.",
     )
     max_new_tokens: int = Field(default=64, ge=1, description="Most tokens of such an answer; a longer one is cut.")
     metrics: Names = Field(
@@ -107,7 +107,8 @@ class EvalSection(Section):
     )
     metric: Text = Field(
         default="loss",
-        description="What chooses the best checkpoint and stops early: loss, or a metric of the answers.",
+        description="What chooses the best checkpoint and stops early: loss, or a metric of the answers; of one"
+        " validation set: NAME/loss, NAME/METRIC.",
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -10,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from cogtune.configuration.field_types import Shown
 from cogtune.configuration.problems import explain
-from cogtune.language import phrase
+from cogtune.language import phrase, tr
 from cogtune.system.byte_sizes import parse_size
 
 DataFormat = Literal[
@@ -63,6 +64,42 @@ class DataFolder(Section):
     )
 
 
+class ValidationFolder(Section):
+    """One source of validation data, and the set that it belongs to."""
+
+    path: Path = Field(description="Folder with images/ and labels/, or a file in a known format.")
+    name: str = Field(default="", description="The validation set that it is part of. Empty: there is one set.")
+
+
+def _by_name(value: object) -> object:
+    """Turn ``{seen: folder, unseen: [folder, folder]}`` into a list of folders with names."""
+    found: list[object] = []
+    for item in _listed(value):
+        if isinstance(item, Mapping) and "path" not in item:
+            found += [{"path": path, "name": name} for name, paths in item.items() for path in _listed(paths)]
+        else:
+            found.append(item)
+    return tuple(found) if isinstance(value, Mapping | list | tuple | str | Path | BaseModel) else value
+
+
+def _listed(value: object) -> Sequence[object]:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _all_named(items: tuple[ValidationFolder, ...]) -> tuple[ValidationFolder, ...]:
+    """Check the names of validation sets: all have one or none, of letters that metrics and tags may have."""
+    _no_repeats(tuple(str(item.path) for item in items))
+    names = {item.name for item in items}
+    wrong = sorted(name for name in names if name and not re.fullmatch(r"[\w.-]+", name))
+    if wrong:
+        raise ValueError(
+            tr("`{name}` is no name of a validation set: it takes letters, digits, `_`, `-` and `.`", name=wrong[0])
+        )
+    if len(names) > 1 and "" in names:
+        raise ValueError(tr("some validation sets have a name and others have none"))
+    return items
+
+
 Text = Annotated[str, Field(min_length=1)]
 Names = Annotated[tuple[Text, ...], BeforeValidator(_one_or_many), AfterValidator(_no_repeats)]
 Trackers = Annotated[
@@ -73,6 +110,8 @@ Trackers = Annotated[
 Paths = Annotated[tuple[Path, ...], BeforeValidator(_one_or_many), AfterValidator(_no_repeats)]
 Folder = Annotated[DataFolder, BeforeValidator(_as_folder), Shown(phrase("path or {path, weight}"))]
 Folders = Annotated[tuple[Folder, ...], BeforeValidator(_one_or_many)]
+HeldOut = Annotated[ValidationFolder, BeforeValidator(_as_folder), Shown(phrase("path or {name: path}"))]
+ValidationFolders = Annotated[tuple[HeldOut, ...], BeforeValidator(_by_name), AfterValidator(_all_named)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 

@@ -170,14 +170,19 @@ def _read(
     report.fingerprint = read.fingerprint
     found = len(problems.found)
     if data.validation:
-        validation, own, own_problems = collect_sources(data, data.validation, done, decodes=decodes, **model)
-        _take(report, own, own_problems, len(validation), data)
-        try:
-            refuse_overlap(examples, validation)
-        except DataError as error:
-            report.add("error", error.code, "", error.message)
-            report.hint(error)
-        return examples, validation, found + len(own_problems.found)
+        validation: list[Example] = []
+        for name, paths in data.validation_sets.items():
+            held, own, own_problems = collect_sources(data, paths, done, decodes=decodes, **model)
+            _take(report, own, own_problems, len(held), data)
+            try:
+                refuse_overlap(examples, held)
+            except DataError as error:
+                report.add("error", error.code, "", error.message)
+                report.hint(error)
+            if name:
+                report.notes.append(tr("validation set {name}: {count} pictures and texts", name=name, count=len(held)))
+            validation, found = validation + held, found + len(own_problems.found)
+        return examples, validation, found
     train, validation = split(examples, data.validation_share, seed)
     if examples and not train:
         what = tr(

@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cogtune.data.records import Example, file_of
@@ -21,21 +21,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DataSplit:
-    """The data of a run. ``validation_report`` is None unless validation has its own folders."""
+    """The data of a run.
+
+    Attributes:
+        sets: the examples of each validation set by its name; "" is the only one.
+        validation_reports: of sets that have their own folders.
+    """
 
     train: list[Example]
-    validation: list[Example]
+    sets: dict[str, list[Example]]
     report: DataReport
-    validation_report: DataReport | None = None
+    validation_reports: dict[str, DataReport] = field(default_factory=dict)
+
+    @property
+    def validation(self) -> list[Example]:
+        """The examples of all validation sets."""
+        return [example for examples in self.sets.values() for example in examples]
 
     def to_dict(self) -> dict[str, object]:
         """Return counts and fingerprints for ``data.json``."""
-        own = self.validation_report
+        own = {name: report.to_dict() for name, report in self.validation_reports.items()}
         return {
             **self.report.to_dict(),
             "train_pictures": len(self.train),
             "validation_pictures": len(self.validation),
-            "validation": None if own is None else own.to_dict(),
+            "validation": own.get("", own) or None,
         }
 
 
@@ -67,9 +77,12 @@ def read_and_split(data: DataSection, seed: int, *, max_images: int = 1, clips: 
     """
     examples, report = read_sources(data, max_images=max_images, clips=clips)
     if data.validation:
-        validation, own_report = read_sources(data, data.validation, max_images=max_images, clips=clips)
-        refuse_overlap(examples, validation)
-        return DataSplit(examples, validation, report, own_report)
+        sets: dict[str, list[Example]] = {}
+        reports: dict[str, DataReport] = {}
+        for name, paths in data.validation_sets.items():
+            sets[name], reports[name] = read_sources(data, paths, max_images=max_images, clips=clips)
+            refuse_overlap(examples, sets[name])
+        return DataSplit(examples, sets, report, reports)
     train, validation = split(examples, data.validation_share, seed)
     if not train:
         raise DataError(
@@ -100,7 +113,7 @@ def read_and_split(data: DataSection, seed: int, *, max_images: int = 1, clips: 
                 asked=data.validation_share * len(examples),
             )
         )
-    return DataSplit(train, validation, report)
+    return DataSplit(train, {"": validation} if validation else {}, report)
 
 
 def _is_far(chosen: int, examples: int, share: float) -> bool:

@@ -24,6 +24,7 @@ DIMENSIONS = {
     "language": phrase("language"),
     "folder": phrase("folder"),
     "turn": phrase("turn"),
+    "set": phrase("validation set"),
 }
 LENGTHS = (phrase("1 word"), phrase("2 to 5 words"), phrase("6 to 20 words"), phrase("over 20 words"))
 YES_NO = phrase("yes or no")
@@ -31,8 +32,11 @@ LANGUAGES = (phrase("Chinese"), phrase("not Chinese"))
 TURNS = (phrase("first"), phrase("later"))
 
 
-def groups(questions: Sequence[Question]) -> dict[str, dict[str, list[int]]]:
-    """Return, for each kind of group that divides the records, group -> positions of its records, largest first."""
+def groups(questions: Sequence[Question], sets: Sequence[str] = ()) -> dict[str, dict[str, list[int]]]:
+    """Return, for each kind of group that divides the records, group -> positions of its records, largest first.
+
+    ``sets``: the validation set of each record, if there are several.
+    """
     ways: dict[str, Callable[[Question], str]] = {
         "type": question_type, "length": _length, "language": _language, "folder": _folder,
         "turn": lambda question: TURNS[min(question.turn, 1)],
@@ -46,6 +50,8 @@ def groups(questions: Sequence[Question]) -> dict[str, dict[str, list[int]]]:
             divided = _divided([ways[way](question) for question in questions])
             if len(divided) > 1:
                 found[way] = divided
+    if len(set(sets)) > 1:
+        found["set"] = _divided(sets)
     return found
 
 

@@ -53,7 +53,7 @@ class Scored:
 
 def compare(asked: Asked, models: Sequence[Answers], choice: Choice, seed: int = 0) -> list[Scored]:
     """Score every model by every metric of ``choice``; the first model is compared with each other."""
-    divided = groups(asked.questions)
+    divided = groups(asked.questions, asked.sets)
     return [_scored(asked, models, chosen, divided, seed) for chosen in choice.metrics]
 
 

@@ -32,7 +32,7 @@ def held_out(adapter: Path | None) -> tuple[list[Example], tuple[str, ...], str]
             hint=tr("give --data DIR with records that were not trained on"),
             code="data-split",
         )
-    paths = tuple(map(str, config.data.validation or [entry.path for entry in config.data.path]))
+    paths = tuple(str(entry.path) for entry in config.data.validation or config.data.path)
     note = tr(
         "no --data: the {count} pictures that {folder} kept for validation are asked",
         count=len(split.validation),

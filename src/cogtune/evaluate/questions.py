@@ -19,6 +19,7 @@ class Asked:
         unanswered: questions of the data without a right answer.
         joined: questions that are another one's further right answer: the same words about the same pictures.
         aside: id and turn of both.
+        sets: the validation set of each question, if there are any with names.
     """
 
     questions: list[Question]
@@ -26,6 +27,7 @@ class Asked:
     unanswered: int = 0
     joined: int = 0
     aside: frozenset[tuple[str, int]] = frozenset()
+    sets: tuple[str, ...] = ()
 
     @property
     def references(self) -> list[tuple[str, ...]]:

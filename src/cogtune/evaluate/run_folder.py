@@ -91,10 +91,40 @@ class RunFolder:
         names = sorted((self.path / ANSWERS_FOLDER).glob("step-*.jsonl"))
         return {int(name.stem.removeprefix("step-")): name for name in names if name.stem[5:].isdigit()}
 
+    @property
+    def best(self) -> tuple[int | None, str, float | None]:
+        """The best checkpoint's step, what chose it, and its value; as far as it came, of a run that did not finish."""
+        result = self.result or {}
+        metric = str(result.get("best_metric") or self.value("eval.metric") or "loss")
+        if result:
+            value = result.get("best_value", result.get("best_loss") if metric == "loss" else None)
+            return result.get("best_step"), metric, value
+        chosen = [line for line in self.lines("validation") if line.get("best")]
+        if not chosen:
+            return None, metric, None
+        step = chosen[-1]["step"]
+        return step, metric, self._value_at(step, metric)
+
+    def _value_at(self, step: int, metric: str) -> float | None:
+        name, _, plain = metric.rpartition("/")
+        for line in self.metrics:
+            if line["step"] == step and line.get("kind") == "answers" and plain != "loss":
+                return (line.get("values") or {}).get(metric)
+            if line["step"] == step and line.get("kind") == "validation" and plain == "loss":
+                return ((line.get("sets") or {}).get(name) or {} if name else line).get("loss")
+        return None
+
     def value(self, key: str) -> Any:
         """The value of a dotted key."""
         section, _, name = key.partition(".")
         return (self.config.get(section) or {}).get(name)
+
+
+def shown_value(metric: str, value: float | None) -> str:
+    """Return a value of ``eval.metric`` as text: a loss in nats, other metrics in points (hundredths)."""
+    if value is None:
+        return ""
+    return f"{value:.4f}" if metric.rpartition("/")[2] == "loss" else f"{100 * value:.1f}"
 
 
 def is_run(folder: Path) -> bool:

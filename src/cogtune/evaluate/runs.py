@@ -10,7 +10,7 @@ from typing import Any
 
 from cogtune.errors import DataError
 from cogtune.evaluate.result import RESULT_FILE
-from cogtune.evaluate.run_folder import RunFolder, is_run, read_run
+from cogtune.evaluate.run_folder import RunFolder, is_run, read_run, shown_value
 from cogtune.evaluate.text import visible
 from cogtune.language import aligned, phrase, tr
 from cogtune.system.durations import format_duration
@@ -39,7 +39,8 @@ class RunSummary:
     seconds: float | None
     loss: float | None
     best_step: int | None
-    best_loss: float | None
+    best_metric: str
+    best_value: float | None
     values: dict[str, float]
     base: dict[str, float]
     verdict: list[str] | None
@@ -72,9 +73,7 @@ def summary(run: RunFolder) -> RunSummary:
     """Return what a list of runs shows of one."""
     result = run.result
     losses = run.lines("train")
-    validations = run.lines("validation")
-    best = min(validations, key=lambda line: line["loss"], default=None)
-    best_step = (result or {}).get("best_step") or (best or {}).get("step")
+    best_step, best_metric, best_value = run.best
     answers = {line["step"]: line["values"] for line in run.lines("answers")}
     last = answers.get(best_step) or (answers[max(answers)] if answers else {})
     return RunSummary(
@@ -86,7 +85,8 @@ def summary(run: RunFolder) -> RunSummary:
         seconds=run.seconds,
         loss=losses[-1]["loss"] if losses else None,
         best_step=best_step,
-        best_loss=(result or {}).get("best_loss") or (best or {}).get("loss"),
+        best_metric=best_metric,
+        best_value=best_value,
         values=last,
         base=answers.get(0, {}),
         verdict=_verdict(run.path / "eval" / RESULT_FILE),
@@ -121,7 +121,7 @@ def lines(runs: Sequence[RunSummary]) -> list[str]:
             f"{run.step}/{run.total_steps}",
             "" if run.seconds is None else format_duration(run.seconds),
             _number(run.loss),
-            _number(run.best_loss),
+            _best(run),
             *(_change(run, name) for name in metrics),
         ]
         for run in runs
@@ -138,6 +138,12 @@ def lines(runs: Sequence[RunSummary]) -> list[str]:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
+
+
+def _best(run: RunSummary) -> str:
+    """The value that chose the best checkpoint, with its metric's name unless that is the loss."""
+    value = shown_value(run.best_metric, run.best_value)
+    return value if run.best_metric == "loss" or not value else f"{run.best_metric} {value}"
 
 
 def _change(run: RunSummary, name: str) -> str:

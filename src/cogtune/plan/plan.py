@@ -170,7 +170,7 @@ def _answering(config: RunConfig, setting: Setting, card: Card, rows: Rows) -> f
     """Return the seconds of answering ``eval.generate`` questions; 0 without validation."""
     section, validates = config.eval, bool(config.data.validation) or config.data.validation_share > 0
     tokens = min(section.max_new_tokens, round(rows.mean.labelled) + 1)
-    questions = section.generate if validates else 0
+    questions = section.generate * max(1, len(config.data.validation_sets)) if validates else 0
     return answering_seconds(setting, card, questions=questions, tokens=tokens, mean=rows.mean)
 
 

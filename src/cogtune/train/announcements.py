@@ -22,7 +22,7 @@ from cogtune.system.energy import format_energy
 from cogtune.train import output_folder
 from cogtune.train.engines import Engine
 from cogtune.train.log import first_loss, last_losses, log
-from cogtune.train.progress import LINE_EVERY, Progress
+from cogtune.train.progress import LINE_EVERY, Progress, best_so_far
 from cogtune.train.run_inputs import Inputs
 from cogtune.train.status_line import status
 
@@ -135,10 +135,8 @@ def summary(output: Path, adapter: Path, progress: Progress, seconds: float) -> 
                 last=last,
             )
         )
-    if progress.best_loss is not None:
-        lines.append(
-            tr("best validation loss {loss:.4f}, at step {step}", loss=progress.best_loss, step=progress.best_step)
-        )
+    if progress.best_step is not None:
+        lines.append(best_so_far(progress))
     recorded = read_metrics(output) if (output / METRICS_FILE).is_file() else []
     if drawn := energy_of(recorded):
         lines.append(
@@ -152,7 +150,7 @@ def summary(output: Path, adapter: Path, progress: Progress, seconds: float) -> 
         lines.append(
             tr("warnings on the way, with what to do, are in the report: {codes}", codes=tr(", ").join(warned))
         )
-    data = "" if progress.best_loss is not None else "--data DIR "  # without validation data there is none of its own
+    data = "" if progress.best_step is not None else "--data DIR "  # without validation data there is none of its own
     lines.append(tr("next: cogtune eval --adapter {adapter} {data}--against base", adapter=adapter, data=data))
     lines.append(tr("      cogtune chat --adapter {adapter} --image PICTURE", adapter=adapter))
     return lines

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,11 @@ from torch.compiler import set_stance
 from cogtune.configuration.run_config import RunConfig
 from cogtune.data.dataset import TrainRows
 from cogtune.data.pixels import shown_squares
-from cogtune.data.records import ImageRef
+from cogtune.data.records import ImageRef, Question
 from cogtune.errors import ConfigError
-from cogtune.evaluate.choose import Choice, choose
-from cogtune.evaluate.metric import Metric, statistics_of
-from cogtune.evaluate.questions import Asked, files_of, join, swapped
+from cogtune.evaluate.choose import Chosen, choose
+from cogtune.evaluate.metric import Metric, References, statistics_of
+from cogtune.evaluate.questions import Asked, files_of, join, number, swapped
 from cogtune.evaluate.run_folder import ANSWERS_FOLDER
 from cogtune.evaluate.watch import FEW_QUESTIONS
 from cogtune.language import tr
@@ -69,7 +69,8 @@ class AnswerCheck:
     """Asks the same few validation questions again and again.
 
     Args:
-        rows: the validation rows, whose budgets and pictures (or their cached features) are used.
+        rows: the validation rows by the name of their set, whose budgets and pictures (or their cached features) are
+            used. A set with a name has it before its metrics: ``NAME/exact``.
         processor: decodes answers, and knows the tokens that end them.
 
     Raises:
@@ -77,18 +78,27 @@ class AnswerCheck:
         SetupError: its package is not installed.
     """
 
-    def __init__(self, rows: TrainRows, processor: CogVLM2Processor, config: RunConfig) -> None:
-        self.rows, self.processor, self.config = rows, processor, config
-        self.asked = chosen_questions(rows, config.eval.generate)
-        wanted = config.eval.metric
-        names = config.eval.metrics
-        if wanted != LOSS and names and wanted not in names:
-            names = (wanted, *names)
-        self.choice: Choice = choose(names or (() if wanted == LOSS else (wanted,)), self.asked.references)
-        self._scorers = [
-            one.metric.scorer([self.asked.references[place] for place in one.places]) for one in self.choice.metrics
-        ]
-        self._prompts = [rows.prompt(question) for question in self.asked.questions]
+    def __init__(self, rows: Mapping[str, TrainRows], processor: CogVLM2Processor, config: RunConfig) -> None:
+        self.processor, self.config = processor, config
+        questions: list[Question] = []
+        self.sets: list[str] = []
+        self.notes: list[str] = []
+        self._rows: list[TrainRows] = []
+        self._scored: dict[str, tuple[Chosen, int]] = {}
+        for name, held in rows.items():
+            asked, first = chosen_questions(held, config.eval.generate), len(questions)
+            choice = choose(_wanted(config, name), asked.references)
+            self._scored |= {label(name, one.metric.name): (one, first) for one in choice.metrics}
+            self.notes += [note for note in choice.notes if note not in self.notes]
+            questions += asked.questions
+            self.sets += [name] * len(asked.questions)
+            self._rows += [held] * len(asked.questions)
+        self.asked = number(questions)
+        self._scorers = {
+            name: one.metric.scorer(self._references(one, first)) for name, (one, first) in self._scored.items()
+        }
+        self._prompts = [held.prompt(question) for held, question in zip(self._rows, questions, strict=True)]
+        self._nothing = next(iter(rows.values())).empty_prompt()
         self._pictures: list[npt.NDArray[np.uint8] | None] | None = None  # of the first questions, once they are shown
         self._ends = torch.tensor(sorted(set(processor.config.eos_token_ids)))
         self._shown = [question.images for question in self.asked.questions]
@@ -96,8 +106,12 @@ class AnswerCheck:
 
     @property
     def metrics(self) -> dict[str, Metric]:
-        """The metrics that are computed, by name."""
-        return {one.metric.name: one.metric for one in self.choice.metrics}
+        """The metrics that are computed, by name: ``exact``, or ``NAME/exact`` of a set with a name."""
+        return {name: one.metric for name, (one, _) in self._scored.items()}
+
+    def _references(self, one: Chosen, first: int) -> list[References]:
+        """The right answers that a metric is about; its set's questions begin at ``first``."""
+        return [self.asked.references[first + place] for place in one.places]
 
     def run(self, engine: Engine, stop: StopSignal) -> Answered | None:
         """Answer every question once, over all ranks; None if a signal asked to stop. Collective."""
@@ -147,10 +161,10 @@ class AnswerCheck:
 
     def _values(self, texts: Sequence[str]) -> dict[str, float]:
         values = {}
-        for one, scorer in zip(self.choice.metrics, self._scorers, strict=True):
-            references = [self.asked.references[place] for place in one.places]
-            sums = statistics_of(one.metric, [texts[place] for place in one.places], references, scorer).sum(0)
-            values[one.metric.name] = float(one.metric.value(sums))
+        for name, (one, first) in self._scored.items():
+            given = [texts[first + place] for place in one.places]
+            sums = statistics_of(one.metric, given, self._references(one, first), self._scorers[name]).sum(0)
+            values[name] = float(one.metric.value(sums))
         return values
 
     def _batch_size(self, engine: Engine) -> int:
@@ -197,7 +211,7 @@ class AnswerCheck:
         ]
 
     def _inputs(self, places: Sequence[int], images: Sequence[Sequence[ImageRef]]) -> dict[str, torch.Tensor]:
-        prompts = [self._prompts[place] for place in places] or [self.rows.empty_prompt()]
+        prompts = [self._prompts[place] for place in places] or [self._nothing]
         rows = [
             {"input_ids": torch.tensor([one.input_ids]), "token_type_ids": torch.tensor([one.token_type_ids]),
              "attention_mask": torch.ones(1, len(one), dtype=torch.int64)}
@@ -205,7 +219,7 @@ class AnswerCheck:
         ]  # fmt: skip
         pixels, features = [], []
         for place in places:
-            shown = self.rows.pictures(images[place])
+            shown = self._rows[place].pictures(images[place])
             pixels += shown[0]
             features += shown[1]
         inputs: dict[str, torch.Tensor] = dict(self.processor.pad_left(rows))
@@ -232,8 +246,9 @@ class AnswerCheck:
         if metrics.output is None:
             return
         lines = []
-        for question, text in zip(self.asked.questions, found.texts, strict=True):
-            row = {"id": question.id, "turn": question.turn, "images": files_of(question.images),
+        for name, question, text in zip(self.sets, self.asked.questions, found.texts, strict=True):
+            own = {"set": name} if name else {}
+            row = {**own, "id": question.id, "turn": question.turn, "images": files_of(question.images),
                    "question": question.question, "references": list(question.references), "answer": text}  # fmt: skip
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
         path = answers_file(metrics.output, step)
@@ -267,14 +282,44 @@ def chosen_questions(rows: TrainRows, count: int) -> Asked:
     asked = join(rows.questions())
     places = list(range(len(asked.questions)))
     if len(places) > count:
-        places = [number * len(places) // count for number in range(count)]
+        places = [at * len(places) // count for at in range(count)]
     chosen = [asked.questions[place] for place in places if not rows.is_left_out(asked.questions[place].images)]
     return asked if len(chosen) == len(asked.questions) else join(chosen)
 
 
-def check_metric(config: RunConfig, check: AnswerCheck | None) -> None:
-    """Raise ConfigError if the best checkpoint is to be chosen by answers, and none are given."""
-    if config.eval.metric != LOSS and check is None:
+def label(name: str, metric: str) -> str:
+    """How a metric of a validation set is called; the only set has no name."""
+    return f"{name}/{metric}" if name else metric
+
+
+def _wanted(config: RunConfig, name: str) -> tuple[str, ...]:
+    """The metrics that are asked for a validation set; none: those that fit."""
+    own, _, wanted = config.eval.metric.rpartition("/")
+    names = config.eval.metrics
+    if wanted == LOSS or own != name or wanted in names:
+        return names
+    return (wanted, *names)
+
+
+def check_metric(config: RunConfig, sets: Collection[str]) -> None:
+    """Check that ``eval.metric``, which chooses the best checkpoint, is one of the validation ``sets``.
+
+    Raises:
+        ConfigError: no such set; several sets and none is named; or answers are needed, and none are given.
+    """
+    own, _, wanted = config.eval.metric.rpartition("/")
+    named = [name for name in sets if name]
+    if (own and own not in sets) or (named and not own and wanted != LOSS):
+        raise ConfigError(
+            tr("eval.metric {metric} is of no validation set", metric=config.eval.metric)
+            if own
+            else tr("eval.metric {metric}: there are several validation sets", metric=config.eval.metric),
+            hint=tr("these are: {names}", names=tr(", ").join(label(name, wanted) for name in named))
+            if named
+            else tr("data.validation gives sets their names (docs/guides/data.md)"),
+            code="config-combination",
+        )
+    if wanted != LOSS and not (sets and config.eval.generate):
         raise ConfigError(
             tr("eval.metric {metric} needs answers to validation questions", metric=config.eval.metric),
             hint=tr("set eval.generate to a number of questions, and keep validation data"),

@@ -234,9 +234,9 @@ def _demand(config: RunConfig, inputs: Inputs, feed: Feed, progress: Progress, t
         if count:
             showings += count * len(shown)
             images.update(shown)
-    if inputs.validation is not None and steps:
+    if steps:
         validations = -(-steps // (config.eval.steps or config.train.save_steps))
-        for shown in inputs.validation.images:
+        for shown in (images for held in inputs.validation.values() for images in held.images):
             showings += validations * len(shown)
             images.update(shown)
     return showings, images

@@ -211,6 +211,12 @@ def last_losses(output: Path) -> tuple[float | None, float | None]:
     return found.get("train"), found.get("validation")
 
 
+def validation_loss(output: Path, step: int) -> float | None:
+    """Return the validation loss at a step of a run's metrics; None if there is none."""
+    lines = read_metrics(output) if (output / METRICS_FILE).is_file() else []
+    return next((line.get("loss") for line in lines if line["kind"] == "validation" and line["step"] == step), None)
+
+
 def first_loss(output: Path) -> float | None:
     """Return the first training loss of a run's metrics; None if there is none."""
     lines = read_metrics(output) if (output / METRICS_FILE).is_file() else []

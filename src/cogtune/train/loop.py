@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,17 +24,17 @@ from cogtune.configuration.shapes import IGNORED_LABEL
 from cogtune.data.dataset import TrainRows
 from cogtune.errors import CogtuneError, NonFiniteError
 from cogtune.language import phrase, tr
-from cogtune.train.answers import LOSS, AnswerCheck
+from cogtune.train.answers import LOSS, AnswerCheck, label
 from cogtune.train.batches import Batch, Feed, SkippedRows, StepBatches, to_device
 from cogtune.train.engines.async_scalar import AsyncScalar
 from cogtune.train.engines.base import Engine, StepResult
 from cogtune.train.failures import bad_gradient, check_losses, phase
 from cogtune.train.log import Metrics, log
 from cogtune.train.optim import build_schedule, current_lr
-from cogtune.train.progress import Progress, Reporter
+from cogtune.train.progress import Progress, Reporter, best_so_far
 from cogtune.train.status_line import status
 from cogtune.train.stop_signal import StopSignal
-from cogtune.train.validation import validate
+from cogtune.train.validation import Validation, validate
 
 _MOST_SKIPPED_IN_A_ROW = 50  # float16: by then the loss scale has fallen by 2^50
 
@@ -51,6 +51,7 @@ class Loop:
     """Trains until ``total_steps``, an early stop or a signal.
 
     Args:
+        validation: rows by the name of their set; empty: there is no validation.
         answers: asks validation questions; None: none are asked.
         save: writes a checkpoint of the current progress; ``best`` says that it is the best one so far.
     """
@@ -60,7 +61,7 @@ class Loop:
         engine: Engine,
         config: RunConfig,
         feed: Feed,
-        validation: TrainRows | None,
+        validation: Mapping[str, TrainRows],
         answers: AnswerCheck | None,
         progress: Progress,
         total_steps: int,
@@ -75,7 +76,7 @@ class Loop:
         self.compiles = False
         self._left_out = SkippedRows(config, lambda: len(feed.rows), engine.group.size)
         self._left_out_of_validation = SkippedRows(
-            config, lambda: 0 if validation is None else len(validation), engine.group.size
+            config, lambda: sum(map(len, validation.values())), engine.group.size
         )
         self._skipped_in_a_row = 0
         self._open: StepReport | None = None
@@ -90,7 +91,7 @@ class Loop:
         self.reporter = Reporter(self.metrics, progress, self.total_steps, self.config.log.steps, engine.device)
         self.stop.wait_for_step()
         engine.module.train()
-        if self.validation is not None and self._validation_due() and progress.validated_step != progress.step:
+        if self.validation and self._validation_due() and progress.validated_step != progress.step:
             self._pause()  # a signal interrupted this step's validation, which may decide the best checkpoint
         if progress.step < self.total_steps and not progress.stopped_early:
             try:
@@ -217,7 +218,7 @@ class Loop:
         last = progress.step == self.total_steps
         due = last or progress.step % train.save_steps == 0
         stopping = self.engine.group.any(self.stop.number is not None)
-        validates = self.validation is not None and self._validation_due() and not stopping
+        validates = bool(self.validation) and self._validation_due() and not stopping
         if not (due or stopping or validates or progress.stopped_early):
             return
         self._close()
@@ -244,34 +245,54 @@ class Loop:
 
     def _validate(self) -> bool:
         """Measure the loss on validation data and answer questions; return whether the model is the best so far."""
-        if self.validation is None:
-            return False
+        found: dict[str, Validation] = {}
         with phase("validation", self.config, self.engine.device):
-            found = validate(self.engine, self.validation, self.config, self.stop, self._left_out_of_validation)
-        if found is None:
-            return False
+            for name, rows in self.validation.items():
+                one = validate(self.engine, rows, self.config, self.stop, self._left_out_of_validation)
+                if one is None:
+                    return False
+                found[name] = one
         values = self._answer()
-        if values is None:
+        if values is None or not found:
             return False
-        progress = self.progress
+        progress, whole = self.progress, Validation.over(found.values())
+        values = values | {label(name, LOSS): one.loss for name, one in found.items()} | {LOSS: whole.loss}
         progress.validated_step = progress.step
-        better = self._is_better(found.loss, values)
+        better = self._is_better(values)
         if better:
-            progress.best_loss, progress.best_step, progress.validations_without_better = found.loss, progress.step, 0
-            progress.best_value = values.get(self.config.eval.metric)
+            progress.best_step, progress.validations_without_better = progress.step, 0
+            progress.best_metric, progress.best_value = self.config.eval.metric, values[self.config.eval.metric]
         else:
             progress.validations_without_better += 1
+        named = {name: one.to_dict() for name, one in found.items() if name}
         self.metrics.write(
-            "validation", progress.step, loss=found.loss, perplexity=found.perplexity, labels=found.labels, best=better
+            "validation", progress.step, **whole.to_dict(), best=better, **({"sets": named} if named else {})
         )
+        self.metrics.show(progress.step, {f"validation/{name}/loss": one.loss for name, one in found.items() if name})
+        self._say_validation(found, whole, better)
+        return better
+
+    def _say_validation(self, found: Mapping[str, Validation], whole: Validation, better: bool) -> None:
+        """Log the losses, and an early stop."""
+        progress = self.progress
+        if "" not in found:
+            shown = "  ".join(f"{label(name, LOSS)} {one.loss:.4f}" for name, one in found.items())
+            log.info(
+                tr(
+                    "step {step}/{total_steps}  {values}",
+                    step=progress.step,
+                    total_steps=self.total_steps,
+                    values=shown,
+                )
+            )
         log.info(
             tr(
                 "step {step}/{total_steps}  validation loss {loss:.4f}  perplexity {perplexity:.3f}  ({note})",
                 step=progress.step,
                 total_steps=self.total_steps,
-                loss=found.loss,
-                perplexity=found.perplexity,
-                note=tr("best so far") if better else self._best(),
+                loss=whole.loss,
+                perplexity=whole.perplexity,
+                note=tr("best so far") if better else best_so_far(progress),
             )
         )
         patience = self.config.eval.patience
@@ -284,31 +305,14 @@ class Loop:
                     metric=self.config.eval.metric,
                 )
             )
-        return better
 
-    def _is_better(self, loss: float, values: dict[str, float]) -> bool:
-        """Return whether ``eval.metric`` is better than at every earlier validation."""
+    def _is_better(self, values: Mapping[str, float]) -> bool:
+        """Return whether ``eval.metric`` is better than at every earlier validation that was judged by it."""
         progress, name = self.progress, self.config.eval.metric
-        if name == LOSS:
-            return progress.best_loss is None or loss < progress.best_loss
-        assert self.answers is not None
-        if progress.best_value is None:
+        if progress.best_value is None or progress.best_metric != name:
             return True
-        higher = self.answers.metrics[name].higher
+        higher = self.answers is not None and name in self.answers.metrics and self.answers.metrics[name].higher
         return values[name] > progress.best_value if higher else values[name] < progress.best_value
-
-    def _best(self) -> str:
-        progress = self.progress
-        if progress.best_value is not None:
-            return tr(
-                "best {metric} {value:.1f} at step {best_step}",
-                metric=self.config.eval.metric,
-                value=100 * progress.best_value,
-                best_step=progress.best_step,
-            )
-        return tr(
-            "best {best_loss:.4f} at step {best_step}", best_loss=progress.best_loss, best_step=progress.best_step
-        )
 
     def _answer(self) -> dict[str, float] | None:
         """Answer validation questions and write their values; empty without questions, None after a signal."""

@@ -66,7 +66,7 @@ class RunIdentity:
         return lines
 
 
-_RESULT = {"step", "best_step", "best_loss"}
+_RESULT = {"step", "best_step"}
 
 
 def _is_default(key: str, value: Any) -> bool:

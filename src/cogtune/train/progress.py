@@ -13,6 +13,7 @@ import torch
 
 from cogtune.data.sampler import Position
 from cogtune.errors import CheckpointError
+from cogtune.evaluate.run_folder import shown_value
 from cogtune.language import tr
 from cogtune.system.durations import format_clock
 from cogtune.system.machine import resident_memory
@@ -36,9 +37,9 @@ class Progress:
     labels: int = 0
     window_loss: float = 0.0  # summed over labels since the last line of the log
     window_labels: int = 0
-    best_loss: float | None = None
     best_step: int | None = None
-    best_value: float | None = None  # of eval.metric, if that is not the loss
+    best_metric: str | None = None  # what chose it: eval.metric
+    best_value: float | None = None  # of that metric, then
     validated_step: int | None = None
     swapped_step: int | None = None  # when questions were asked about other pictures
     validations_without_better: int = 0
@@ -63,10 +64,16 @@ class Progress:
         if not isinstance(values, dict):
             raise damaged(checkpoint, "progress", values)
         known = {field.name: values[field.name] for field in fields(Progress) if field.name in values}
+        if "best_loss" in values and known.get("best_value") is None:  # written before metrics could choose
+            known |= {"best_metric": "loss", "best_value": values["best_loss"]}
         for name, value in known.items():
             plain = getattr(Progress, name)
-            optional = name in ("best_loss", "best_step", "best_value", "validated_step", "swapped_step")
+            optional = name in ("best_step", "best_metric", "best_value", "validated_step", "swapped_step")
             real = "loss" in name or "value" in name
+            if name == "best_metric":
+                if value is not None and not isinstance(value, str):
+                    raise damaged(checkpoint, f"progress.{name}", value)
+                continue
             kinds = (bool,) if isinstance(plain, bool) else (int, float) if real else (int,)
             fits = isinstance(value, kinds) and isinstance(value, bool) == (kinds == (bool,))
             if not (value is None if optional and not fits else fits and (value >= 0 or "loss" in name)):
@@ -80,6 +87,13 @@ def damaged(checkpoint: Path, key: str, value: object) -> CheckpointError:
         tr("{path}: {key} is {value!a:.60}, which no run writes", path=checkpoint / "state.json", key=key, value=value),
         hint=tr("give another checkpoint of that run, or that run's output folder"),
     )
+
+
+def best_so_far(progress: Progress) -> str:
+    """Return which checkpoint is the best, and by which value."""
+    value = shown_value(progress.best_metric or "loss", progress.best_value)
+    return tr("best {metric} {value} at step {best_step}", metric=progress.best_metric, value=value,
+              best_step=progress.best_step)  # fmt: skip
 
 
 @dataclass(frozen=True)

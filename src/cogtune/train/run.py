@@ -29,7 +29,7 @@ from cogtune.distributed.group import Group
 from cogtune.errors import DataError, DiskFullError
 from cogtune.evaluate.report.load import REPORT_FILE, report_of
 from cogtune.evaluate.report.page import write
-from cogtune.evaluate.run_folder import PLAN_FILE, energy_of, read_metrics
+from cogtune.evaluate.run_folder import PLAN_FILE, energy_of, read_metrics, read_run
 from cogtune.features.reader import FeatureReader
 from cogtune.generate.last_run import write_last_run
 from cogtune.language import phrase, tr
@@ -67,7 +67,8 @@ class TrainResult:
     Attributes:
         output, adapter: the run's folder, and the adapter's folder in it; no adapter after a dry run.
         steps: optimiser steps completed, including those before a resume.
-        best_step, best_loss: of the checkpoint with the best validation loss, which is the adapter's.
+        best_step: of the best checkpoint, which is the adapter's; ``best_metric`` chose it (``eval.metric``), with
+            ``best_value`` (a loss in nats, other metrics in 0 to 1).
         loss: mean training loss per label over the last ``log.steps`` steps, in nats.
         validation_loss: of the last validation. Both are None if nothing was trained or validated.
     """
@@ -76,7 +77,8 @@ class TrainResult:
     adapter: Path | None
     steps: int
     best_step: int | None = None
-    best_loss: float | None = None
+    best_metric: str | None = None
+    best_value: float | None = None
     loss: float | None = None
     validation_loss: float | None = None
 
@@ -183,7 +185,7 @@ def _features(
     reader = feature_cache.ensure(
         config, inputs, start.feed, engine.group.flat(), dtype, progress, start.record.total_steps, tower_fits
     )
-    for rows in filter(None, (inputs.rows, inputs.validation)):
+    for rows in (inputs.rows, *inputs.validation.values()):
         rows.use_features(reader)
     try:
         yield reader
@@ -235,7 +237,8 @@ def _nothing_to_do(start: RunStart, dry_run: bool, group: Group) -> TrainResult:
     result = start.folder.result
     adapter = start.folder.output / saver.ADAPTER_FOLDER
     losses = group.on_main(lambda: last_losses(start.folder.output))
-    return TrainResult(start.folder.output, adapter, result["step"], result["best_step"], result["best_loss"], *losses)
+    best = group.on_main(lambda: read_run(start.folder.output).best)
+    return TrainResult(start.folder.output, adapter, result["step"], *best, *losses)
 
 
 def _write_beside(config: RunConfig, inputs: Inputs, engine: Engine, start: RunStart) -> None:
@@ -354,7 +357,7 @@ def _leave_result(config: RunConfig, start: RunStart, progress: Progress) -> tup
     output, model = start.folder.output, config.model
     with start.claim.writing():
         adapter, which, step = saver.export_adapter(output, progress)
-        best = {"best_step": progress.best_step, "best_loss": progress.best_loss}
+        best = {name: getattr(progress, name) for name in ("best_step", "best_metric", "best_value")}
         result = {"adapter": f"the {which} checkpoint's, step {step}", "step": progress.step, **best}
         result |= energy_of(read_metrics(output))
         output_folder.write_record(output, output_folder.finished(start.record, result))
@@ -434,4 +437,5 @@ def _fit(
     for line in engine.group.on_main(lambda: summary(output, adapter, progress, time.perf_counter() - began)):
         log.info(line)
     losses = engine.group.on_main(lambda: last_losses(output))
-    return TrainResult(output, adapter, progress.step, progress.best_step, progress.best_loss, *losses)
+    chosen = progress.best_step, progress.best_metric, progress.best_value
+    return TrainResult(output, adapter, progress.step, *chosen, *losses)

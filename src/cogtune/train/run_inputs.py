@@ -39,20 +39,24 @@ _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tok
 
 @dataclass(frozen=True)
 class Inputs:
-    """Rows to train on and, if there are any, to validate on, with the questions that are answered; and the identity
-    by which a later start recognises the run."""
+    """Rows to train on and, if there are any, to validate on (by the name of their set; "" is the only one), with the
+    questions that are answered; and the identity by which a later start recognises the run."""
 
     split: DataSplit
     rows: TrainRows
-    validation: TrainRows | None
+    validation: dict[str, TrainRows]
     identity: RunIdentity
     answers: AnswerCheck | None = None
 
     def data_json(self) -> dict[str, Any]:
         """Return the content of ``data.json``."""
-        validation = None if self.validation is None else self.validation.report.to_dict()
-        lengths = {"train": _histogram(self.rows), "validation": self.validation and _histogram(self.validation)}
-        rows = {"train_rows": self.rows.report.to_dict(), "validation_rows": validation, "row_lengths": lengths}
+        held = {name: rows.report.to_dict() for name, rows in self.validation.items()}
+        lengths = {name: _histogram(rows) for name, rows in self.validation.items()}
+        rows = {
+            "train_rows": self.rows.report.to_dict(),
+            "validation_rows": held.get("", held) or None,
+            "row_lengths": {"train": _histogram(self.rows), "validation": lengths.get("", lengths) or None},
+        }
         return {**self.split.to_dict(), **rows}
 
     def counts(self) -> dict[str, int]:
@@ -70,16 +74,23 @@ class Inputs:
         """Return the data report for the console."""
         lines = [tr("data: {line}", line=line) for line in self.split.report.lines()]
         lines += [tr("training: {line}", line=line) for line in self.rows.report.lines()]
-        if self.validation is None:
+        if not self.validation:
             return [*lines, tr("validation: none")]
-        lines += [tr("validation: {line}", line=line) for line in self.validation.report.lines()]
+        for name, held in self.validation.items():
+            for line in held.report.lines():
+                told = (
+                    tr("validation {name}: {line}", name=name, line=line)
+                    if name
+                    else tr("validation: {line}", line=line)
+                )
+                lines.append(told)
         if self.answers is not None:
             names = tr(", ").join(self.answers.metrics)
             count = len(self.answers.asked.questions)
             lines.append(
                 tr("answers: {count} validation questions at each validation ({names})", count=count, names=names)
             )
-            lines += self.answers.choice.notes
+            lines += self.answers.notes
         return lines
 
 
@@ -123,14 +134,13 @@ def read_inputs(config: RunConfig) -> Inputs:
             examples, encoder, config.data, processor.image_size, seed=config.train.seed, required=required
         )
 
-    validation = rows(split.validation, False) if split.validation else None
-    if validation is not None and len(validation) == 0:
-        log.warning(tr("validation is empty: none of its answers fits data.max_input_len and data.max_output_len"))
-        validation = None
-    answers = None
-    if validation is not None and config.eval.generate:
-        answers = AnswerCheck(validation, processor, config)
-    check_metric(config, answers)
+    validation = {name: rows(examples, False) for name, examples in split.sets.items() if examples}
+    for name in [name for name, held in validation.items() if len(held) == 0]:
+        empty = tr("validation is empty: none of its answers fits data.max_input_len and data.max_output_len")
+        log.warning(tr("validation {name}: {line}", name=name, line=empty) if name else empty)
+        del validation[name]
+    check_metric(config, validation)
+    answers = AnswerCheck(validation, processor, config) if validation and config.eval.generate else None
     return Inputs(split, rows(split.train, True), validation, _identity(config, base, split), answers)
 
 
@@ -139,7 +149,10 @@ def _identity(config: RunConfig, base: Path, data: DataSplit) -> RunIdentity:
     fingerprints = {
         "model.path": model_fingerprint(base),
         "data.path": data.report.fingerprint,
-        "data.validation": data.validation_report.fingerprint if data.validation_report is not None else "",
+        "data.validation": " ".join(
+            f"{name}={report.fingerprint}" if name else report.fingerprint
+            for name, report in data.validation_reports.items()
+        ),
         "lora.start_from": adapter_fingerprint(config.lora.start_from) if config.lora.start_from is not None else "",
     }
     if config.model.tokenizer is not None:

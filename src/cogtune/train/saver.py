@@ -26,7 +26,7 @@ from cogtune.errors import CheckpointError
 from cogtune.language import tr
 from cogtune.system import files
 from cogtune.train.engines.base import MASTER, Engine
-from cogtune.train.log import Metrics, last_losses, log
+from cogtune.train.log import Metrics, last_losses, log, validation_loss
 from cogtune.train.output_folder import Claim, RunRecord, record_of
 from cogtune.train.progress import Progress, damaged
 
@@ -73,7 +73,7 @@ class Saver:
             with _masters(self._engine, self._model, state.tensors):
                 save_adapter(self._model, folder)
             write_provenance(folder, self._provenance)
-            losses = {"best validation so far": self._progress.best_loss}
+            losses = {"validation, last": last_losses(self._output)[1]}
             write_card(folder, self._provenance, losses, self._progress.step)
 
         with self._claim.writing():
@@ -131,7 +131,7 @@ def restore(engine: Engine, checkpoint: Path, output: Path, total_steps: int) ->
     engine.load_state(state.tensors, _engine_counters(state, checkpoint))
     progress = Progress.of(state.counters, checkpoint)
     if checkpoint.parent.resolve() != output.resolve():  # the best checkpoint is in the other run's folder
-        progress.best_loss = progress.best_step = None
+        progress.best_step = progress.best_metric = progress.best_value = None
     if (
         record_of(state.counters, checkpoint).total_steps < total_steps
     ):  # the user wants more than the run that stopped early
@@ -183,18 +183,19 @@ def export_adapter(output: Path, progress: Progress) -> tuple[Path, str, int]:
         for name in (CONFIG_NAME, WEIGHTS_NAME, PROVENANCE_NAME):
             if (source / name).is_file() or name != PROVENANCE_NAME:  # an earlier version's checkpoint has none
                 shutil.copyfile(source / name, folder / name)
-        _write_card(output, folder, checkpoints.step_of(source), progress.best_loss)
+        _write_card(output, folder, checkpoints.step_of(source))
         _keep_others(output / ADAPTER_FOLDER, folder)
     return output / ADAPTER_FOLDER, kind, checkpoints.step_of(source)
 
 
-def _write_card(output: Path, folder: Path, step: int, best_loss: float | None) -> None:
+def _write_card(output: Path, folder: Path, step: int) -> None:
     """The result's model card, unless the user has written one."""
     there, provenance = output / ADAPTER_FOLDER / CARD_NAME, read_provenance(folder)
     if provenance is None or (there.exists() and not is_own_card(there)):
         return
     train, validation = last_losses(output)
-    losses = {"training, last": train, "validation, last": validation, "validation, best": best_loss}
+    own = validation_loss(output, step)
+    losses = {"training, last": train, "validation, last": validation, "validation, of this checkpoint": own}
     write_card(folder, provenance, losses, step)
 
 

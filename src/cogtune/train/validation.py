@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,18 @@ class Validation:
     @property
     def perplexity(self) -> float:
         return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    def to_dict(self) -> dict[str, float]:
+        """Plain values for the metrics."""
+        return {"loss": self.loss, "perplexity": self.perplexity, "labels": self.labels}
+
+    @staticmethod
+    def over(parts: Collection[Validation]) -> Validation:
+        """Return the mean over the labels of several sets."""
+        labels = sum(part.labels for part in parts)
+        if len(parts) == 1:
+            return next(iter(parts))
+        return Validation(sum(part.loss * part.labels for part in parts) / labels, labels)
 
 
 def validate(

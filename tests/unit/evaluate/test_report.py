@@ -39,7 +39,7 @@ def make_run(folder: Path, *, finished: bool = True, answers: bool = True, lr: f
     )
     run: dict[str, Any] = {"total_steps": 20, "batch_size": 1, "ranks": 1, "accumulation": 2}
     if finished:
-        run["result"] = {"step": 20, "best_step": 20, "best_loss": 0.5, "adapter": "the best"}
+        run["result"] = {"step": 20, "best_step": 20, "best_metric": "loss", "best_value": 0.5, "adapter": "the best"}
     (folder / "run.json").write_text(json.dumps(run))
     data = {"bad": {NASTY: 3}, "bad_examples": [NASTY], "repaired": {"trailing comma": 1}, "train_pictures": 5,
             "validation_pictures": 2, "turns": 9, "row_lengths": {"train": {"ranges": {"128-255": 4, "256-511": 1}}},

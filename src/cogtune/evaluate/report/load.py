@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def _evaluated_answers(folder: Path) -> list[dict[str, Any]]:
 
 def _compared(run: RunFolder, sides: Sequence[tuple[str, list[dict[str, Any]]]]) -> Evaluation:
     """Compare answers to the questions that all sides answered."""
-    by_key = [{(row["id"], row["turn"], row["question"]): row for row in rows} for _, rows in sides]
+    by_key = [{(row.get("set", ""), row["id"], row["turn"], row["question"]): row for row in rows} for _, rows in sides]
     keys = [key for key in by_key[0] if all(key in rows for rows in by_key)]
     if not keys:
         raise DataError(
@@ -113,7 +114,7 @@ def _compared(run: RunFolder, sides: Sequence[tuple[str, list[dict[str, Any]]]])
             hint=tr("compare them on one data set: `cogtune eval --adapter A --against B --data DIR`"),
             code="predictions-other-data",
         )
-    asked = number([_question(by_key[0][key]) for key in keys])
+    asked = replace(number([_question(by_key[0][key]) for key in keys]), sets=tuple(str(key[0]) for key in keys))
     names = [one for one in run.value("eval.metrics") or () if one]
     choice = choose(names, asked.references)
     names_and_rows = zip((name for name, _ in sides), by_key, strict=True)

@@ -153,6 +153,10 @@ def _points(lines: Sequence[dict[str, Any]], key: str) -> list[tuple[float, floa
 def _loss(run: RunFolder, other: RunFolder | None) -> str:
     lines = [(both("training"), _points(run.lines("train"), "loss")),
              (both("validation"), _points(run.lines("validation"), "loss"))]  # fmt: skip
+    held = run.lines("validation")
+    for one in dict.fromkeys(one for line in held for one in line.get("sets") or ()):
+        points = [(line["step"], line["sets"][one]["loss"]) for line in held if one in (line.get("sets") or {})]
+        lines.append((f"{both('validation')} {shown(one)}", points))
     if other is not None:
         name = shown(other.path.name)
         lines += [(f"{both('training')} {name}", _points(other.lines("train"), "loss")),
@@ -204,11 +208,14 @@ def data_report(run: RunFolder) -> str:
     for template, counts in counted:
         for kind, count in (counts or {}).items():
             rows.append((both(template, kind=str(kind)), number(count, 0)))
-    for section, name in (("train_rows", phrase("training")), ("validation_rows", phrase("validation"))):
-        found = data.get(section) or {}
+    held = data.get("validation_rows") or {}
+    sets = {"": held} if "rows" in held else held
+    parts = [(both("training"), data.get("train_rows") or {})]
+    parts += [(f"{both('validation')} {shown(str(name))}".rstrip(), found) for name, found in sets.items()]
+    for name, found in parts:
         for key, template in _CUT.items():
             if found.get(key):
-                rows.append((f"{both(name)}: {both(template)}", number(found[key], 0)))
+                rows.append((f"{name}: {both(template)}", number(found[key], 0)))
     if data.get("turned"):
         rows.append(
             (both("pictures with an EXIF orientation ({exif})", exif=str(data.get("exif"))), number(data["turned"], 0))
