@@ -49,8 +49,9 @@ def _weight(kind: int, weight: torch.Tensor) -> tuple[kernels.Weight, torch.Tens
         return kernels.Weight(kind, whole, shape, scale), whole.double() * scale.double()[:, None]
     bnb = pytest.importorskip("bitsandbytes.functional")
     packed, state = bnb.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+    words = packed.view(torch.uint8).flatten().view(torch.int32)
     stored = kernels.Weight(
-        kind, packed.view(torch.uint8), shape, state.absmax, state.code, state.state2.absmax, state.state2.code,
+        kind, words, shape, state.absmax, state.code, state.state2.absmax, state.state2.code,
         state.offset.reshape(1), state.state2.blocksize,
     )  # fmt: skip
     return stored, bnb.dequantize_4bit(packed, state).double()

@@ -39,7 +39,7 @@ def weight_of(layer: Any) -> kernels.Weight | None:
         outer = state.state2 if state.nested else None
         return kernels.Weight(
             kernels.NF4,
-            layer.weight.data.view(torch.uint8),
+            layer.weight.data.view(torch.uint8).flatten().view(torch.int32),
             (state.shape[0], state.shape[1]),
             state.absmax,
             state.code,

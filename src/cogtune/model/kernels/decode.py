@@ -15,137 +15,12 @@ import torch
 import triton
 import triton.language as tl
 
+from cogtune.model.kernels.vector import dense, gated_product, is_owned, launch_options, packed, split, taken, waited
+
 PLAIN, FP8, INT8, NF4 = 0, 1, 2, 3
 MOST_ROWS, MOST_GATED_ROWS = 16, 64
 """Most rows of `linear` for which it is faster than library kernels (docs/log.md, 2026-11-30): of one product, and of
 two that share their input."""
-
-
-@triton.jit
-def _taken(x, weight, at, mask, normed: tl.constexpr):
-    """Return inputs in float32, times the norm's weight if there is one, and the inputs' squares."""
-    plain = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-    values = plain
-    if normed:
-        values = plain * tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
-    return values, plain * plain
-
-
-@triton.jit
-def _scales(absmax, outer, table, offset, first, blocks: tl.constexpr, per_outer: tl.constexpr, nested: tl.constexpr):
-    """Return the scales of ``blocks`` adjacent blocks of 64 values; ``first`` [N, 1] is the first block's index."""
-    at = first + tl.arange(0, blocks)[None, :]
-    scale = tl.load(absmax + at)
-    if nested:
-        scale = tl.load(table + scale.to(tl.int32)) * tl.load(outer + at // per_outer) + tl.load(offset)
-    return scale
-
-
-@triton.jit
-def _dense(x, norm, weight, n, k0, ins: tl.constexpr, block_k: tl.constexpr, kind: tl.constexpr,
-           normed: tl.constexpr):  # fmt: skip
-    """Return products [block_n, 1] of one row with ``block_k`` columns of the weight, and its sum of squares [1]."""
-    k = k0 + tl.arange(0, block_k)
-    inside = k < ins
-    values, squares = _taken(x, norm, k, inside, normed)
-    stored = tl.load(weight + (n * ins)[:, None] + k[None, :], mask=inside[None, :], other=0)
-    if kind == 1:
-        stored = stored.to(tl.float8e4nv, bitcast=True)
-    return tl.sum(stored.to(tl.float32) * values[None, :], 1)[:, None], tl.zeros([1], tl.float32) + tl.sum(squares, 0)
-
-
-@triton.jit
-def _packed(x, norm, weight, code, absmax, outer, table, offset, n, k0, ins: tl.constexpr, groups: tl.constexpr,
-            per_outer: tl.constexpr, nested: tl.constexpr, normed: tl.constexpr):  # fmt: skip
-    """Like `_dense` for an NF4 weight, but per block of 64 values: [block_n, groups] and [groups]. Reducing over the
-    blocks in every iteration would cost more than the iteration itself."""
-    byte = tl.arange(0, groups)[:, None] * 32 + tl.arange(0, 32)[None, :]
-    j = k0 // 2 + byte
-    even, squares = _taken(x, norm, 2 * j, j >= 0, normed)
-    odd, others = _taken(x, norm, 2 * j + 1, j >= 0, normed)
-    both = tl.load(weight + (n * (ins // 2))[:, None, None] + j[None, :, :]).to(tl.int32)
-    products = tl.load(code + (both >> 4)) * even[None, :, :] + tl.load(code + (both & 15)) * odd[None, :, :]
-    first = (n * (ins // 64) + k0 // 64)[:, None]
-    scale = _scales(absmax, outer, table, offset, first, groups, per_outer, nested)
-    return tl.sum(products, 2) * scale, tl.sum(squares + others, 1)
-
-
-@triton.jit
-def _is_owned(n, adapters, each: tl.constexpr, stacked: tl.constexpr):
-    """Return whether feature n of stacked first matrices belongs to a row's adapter. With two stacks that share their
-    input, the second one follows the first."""
-    return (n // each) % stacked == adapters
-
-
-@triton.jit
-def _added(found, small, second, adapters, at, rank: tl.constexpr, each: tl.constexpr):
-    """Return one row's products plus its update [block_n]. Of several adapters only the row's own is read."""
-    start = 0
-    if each < rank:
-        start = tl.load(adapters) * each
-    if start >= 0:
-        r = start + tl.arange(0, each)
-        update = tl.load(second + at[:, None] * rank + r[None, :]).to(tl.float32)
-        found += tl.sum(update * tl.load(small + r).to(tl.float32)[None, :], 1)
-    return found
-
-
-@triton.jit
-def _vector(x, norm, w0, s0, w1, s1, out, residual, small0, second0, small1, second1, adapters, code, outer0, outer1,
-            table, offset0, offset1, outs, eps, ins: tl.constexpr, rank: tl.constexpr, each: tl.constexpr,
-            stacked: tl.constexpr, kind: tl.constexpr, gated: tl.constexpr, adds: tl.constexpr, normed: tl.constexpr,
-            per_outer: tl.constexpr, nested: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr):  # fmt: skip
-    n = (tl.program_id(0) * block_n + tl.arange(0, block_n)).to(tl.int64)
-    inside = n < outs
-    at = tl.where(inside, n, 0)
-    if stacked > 0:
-        owned = _is_owned(n, tl.load(adapters), each, stacked)
-        if tl.max(owned.to(tl.int32), 0) == 0:
-            tl.store(out + n, tl.zeros([block_n], out.dtype.element_ty), mask=inside)
-            return
-    columns: tl.constexpr = block_k // 64 if kind == 3 else 1
-    sums0 = tl.zeros([block_n, columns], tl.float32)
-    sums1 = tl.zeros([block_n, columns], tl.float32)
-    square = tl.zeros([columns], tl.float32)
-    for k0 in range(0, ins, block_k):
-        if kind == 3:
-            part, squares = _packed(x, norm, w0, code, s0, outer0, table, offset0, at, k0, ins, columns, per_outer,
-                                    nested, normed)  # fmt: skip
-        else:
-            part, squares = _dense(x, norm, w0, at, k0, ins, block_k, kind, normed)
-        sums0 += part
-        square += squares
-        if gated:
-            if kind == 3:
-                part, squares = _packed(x, norm, w1, code, s1, outer1, table, offset1, at, k0, ins, columns, per_outer,
-                                        nested, normed)  # fmt: skip
-            else:
-                part, squares = _dense(x, norm, w1, at, k0, ins, block_k, kind, normed)
-            sums1 += part
-    first = tl.sum(sums0, 1)
-    second = tl.sum(sums1, 1)
-    if normed:
-        scale = tl.rsqrt(tl.sum(square, 0) / ins + eps)
-        first *= scale
-        second *= scale
-    if kind == 1 or kind == 2:
-        first *= tl.load(s0 + at)
-        if gated:
-            second *= tl.load(s1 + at)
-    if rank > 0:
-        first = _added(first, small0, second0, adapters, at, rank, each)
-        if gated:
-            second = _added(second, small1, second1, adapters, at, rank, each)
-    kept = out.dtype.element_ty
-    found = first
-    if gated:
-        gate = first.to(kept).to(tl.float32)
-        found = (gate / (1 + tl.exp(-gate))).to(kept).to(tl.float32) * second.to(kept).to(tl.float32)
-    if adds:
-        found = found.to(kept).to(tl.float32) + tl.load(residual + at).to(tl.float32)
-    if stacked > 0:
-        found = tl.where(_is_owned(n, tl.load(adapters), each, stacked), found, 0.0)
-    tl.store(out + n, found.to(kept), mask=inside)
 
 
 @triton.jit
@@ -186,7 +61,8 @@ def _added_rows(found, small, second, at, r, rows, small_stride, rank: tl.conste
 def _few(x, w0, s0, w1, s1, out, residual, small0, second0, small1, second1, adapters, rows, outs, small_stride,
          ins: tl.constexpr, rank: tl.constexpr, each: tl.constexpr, stacked: tl.constexpr, kind: tl.constexpr,
          gated: tl.constexpr, adds: tl.constexpr, exact: tl.constexpr, block_r: tl.constexpr, block_n: tl.constexpr,
-         block_k: tl.constexpr):  # fmt: skip
+         block_k: tl.constexpr, early: tl.constexpr):  # fmt: skip
+    waited(early)
     n = (tl.program_id(0) * block_n + tl.arange(0, block_n)).to(tl.int64)
     r = tl.arange(0, block_r)
     inside = (n < outs)[None, :] & (r < rows)[:, None]
@@ -194,7 +70,7 @@ def _few(x, w0, s0, w1, s1, out, residual, small0, second0, small1, second1, ada
     place = r.to(tl.int64)[:, None] * outs + n[None, :]
     if stacked > 0:
         own = tl.load(adapters + r, mask=r < rows, other=-1)
-        owned = _is_owned(n[None, :], own[:, None], each, stacked)
+        owned = is_owned(n[None, :], own[:, None], each, stacked)
         if tl.max(tl.max(owned.to(tl.int32), 1), 0) == 0:
             tl.store(out + place, tl.zeros([block_r, block_n], out.dtype.element_ty), mask=inside)
             return
@@ -215,28 +91,29 @@ def _few(x, w0, s0, w1, s1, out, residual, small0, second0, small1, second1, ada
     kept = out.dtype.element_ty
     found = first
     if gated:
-        gate = first.to(kept).to(tl.float32)
-        found = (gate / (1 + tl.exp(-gate))).to(kept).to(tl.float32) * second.to(kept).to(tl.float32)
+        found = gated_product(first, second, kept)
     if adds:
         found = found.to(kept).to(tl.float32) + tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
     if stacked > 0:
-        found = tl.where(_is_owned(n[None, :], tl.load(adapters + r, mask=r < rows, other=-1)[:, None], each, stacked),
+        found = tl.where(is_owned(n[None, :], tl.load(adapters + r, mask=r < rows, other=-1)[:, None], each, stacked),
                          found, 0.0)  # fmt: skip
     tl.store(out + place, found.to(kept), mask=inside)
 
 
 @triton.jit
-def _norm(x, weight, out, eps, width: tl.constexpr, block: tl.constexpr):
+def _norm(x, weight, out, eps, width: tl.constexpr, block: tl.constexpr, early: tl.constexpr):
+    waited(early)
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, block)
     inside = d < width
-    values, squares = _taken(x + row * width, weight, d, inside, True)
+    values, squares = taken(x + row * width, weight, d, inside, True)
     normed = values * tl.rsqrt(tl.sum(squares, 0) / width + eps)
     tl.store(out + row * width + d, normed.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _gate(first, second, out, total, block: tl.constexpr):
+def _gate(first, second, out, total, block: tl.constexpr, early: tl.constexpr):
+    waited(early)
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = at < total
     gate = tl.load(first + at, mask=inside, other=0.0).to(tl.float32)
@@ -249,8 +126,8 @@ class Weight:
     """A frozen weight [O, I] as its layer stores it.
 
     Args:
-        kind: `PLAIN`, `FP8` (uint8 bits), `INT8` or `NF4` (two codes a byte).
-        data: [O, I], or for NF4 the packed codes.
+        kind: `PLAIN`, `FP8` (uint8 bits), `INT8` or `NF4`.
+        data: [O, I], or for NF4 words of 8 codes, int32.
         scale: float32 [O] for fp8 and int8; NF4's block scales, float32 or uint8.
         code: NF4's 16 values.
         outer, table, offset: NF4, for scales in 8 bits: their own scales, their 256 values, their offset.
@@ -324,65 +201,85 @@ def linear(
     rank = 0 if updates is None else updates[0][0].shape[1]
     small0, second0 = (x, x) if updates is None else updates[0]
     small1, second1 = (small0, second0) if updates is None or len(updates) == 1 else updates[1]
-    each = rank if stack is None else stack.each
-    stacked = 0 if stack is None or updates is not None else stack.n
-    adapters = x if stack is None else stack.adapters
-    tile = _tiles(rows, features, width, weight.kind, gated is not None) | (tiles or {})
-    grid = (triton.cdiv(features, tile["block_n"]),)
     products = (
         weight.data, weight.scale, other.data, other.scale, out, x if residual is None else residual, small0, second0,
-        small1, second1, adapters,
+        small1, second1, x if stack is None else stack.adapters,
     )  # fmt: skip
-    options = {
-        "ins": width, "rank": rank, "each": each, "stacked": stacked, "kind": weight.kind, "gated": gated is not None,
-        "adds": residual is not None, **tile,
+    options: dict[str, Any] = {
+        "ins": width, "rank": rank, "each": rank if stack is None else stack.each, "gated": gated is not None,
+        "adds": residual is not None, **launch_options(x),
     }  # fmt: skip
+    stacked = 0 if stack is None or updates is not None else stack.n
     if rows == 1:
+        tile = _row_tiles(features, weight.kind, gated is not None) | (tiles or {})
+        grid = (triton.cdiv(features, tile["rows"] * tile["warps"]),)
+        options |= tile | {"num_warps": tile["warps"]}
         before, eps = (x, 0.0) if norm is None else norm
-        stored = (weight.code, weight.outer, other.outer, weight.table, weight.offset, other.offset)
-        _vector[grid](
-            x, before, *products, *stored, features, eps, normed=norm is not None, per_outer=weight.per_outer,
-            nested=weight.nested, **options,
-        )  # fmt: skip
+        if weight.kind == NF4:
+            stored = (weight.code, weight.outer, other.outer, weight.table, weight.offset, other.offset)
+            permuted = options.pop("permuted", x.is_cuda)
+            packed[grid](
+                _split(x, norm), *products, *stored, features, per_outer=weight.per_outer, nested=weight.nested,
+                permuted=permuted, **options,
+            )  # fmt: skip
+        else:
+            dense[grid](
+                x, before, *products, features, eps, normed=norm is not None, kind=weight.kind, stacked=stacked,
+                **options,
+            )  # fmt: skip
         return out
     if norm is not None:
         x = root_mean_square_norm(x, *norm)
+    tile = _tiles(rows, features, gated is not None) | (tiles or {})
     exact = "ieee" if x.dtype == torch.float32 else "tf32"
     block_r = max(16, triton.next_power_of_2(rows))
-    _few[grid](x, *products, rows, features, small0.stride(0), exact=exact, block_r=block_r, **options)
+    _few[(triton.cdiv(features, tile["block_n"]),)](
+        x, *products, rows, features, small0.stride(0), exact=exact, block_r=block_r, kind=weight.kind, stacked=stacked,
+        **options, **tile,
+    )  # fmt: skip
+    return out
+
+
+def _split(x: torch.Tensor, norm: tuple[torch.Tensor, float] | None) -> torch.Tensor:
+    """Return a row [1, I] as NF4's product takes it; see `vector.split`."""
+    weight, eps = (x, 0.0) if norm is None else norm
+    width = x.shape[1]
+    out = torch.empty(width, dtype=torch.float32, device=x.device)
+    split[(1,)](
+        x, weight, out, eps, width=width, normed=norm is not None, block=triton.next_power_of_2(width),
+        num_warps=16, **launch_options(x),
+    )  # fmt: skip
     return out
 
 
 def root_mean_square_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Return the norm [R, I] of the rows of x [R, I] times ``weight`` [I], rounded once."""
     out, width = torch.empty_like(x), x.shape[1]
-    _norm[(x.shape[0],)](x, weight, out, eps, width=width, block=triton.next_power_of_2(width), num_warps=8)
+    block = triton.next_power_of_2(width)
+    _norm[(x.shape[0],)](x, weight, out, eps, width=width, block=block, num_warps=8, **launch_options(x))
     return out
 
 
 def silu_product(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Return silu(first) * second [R, O] of contiguous tensors, in one launch; silu is rounded as torch rounds it."""
-    out = torch.empty_like(first)
-    _gate[(triton.cdiv(first.numel(), 2048),)](first, second, out, first.numel(), block=2048, num_warps=8)
+    out, total = torch.empty_like(first), first.numel()
+    _gate[(triton.cdiv(total, 2048),)](first, second, out, total, block=2048, num_warps=8, **launch_options(first))
     return out
 
 
-def _tiles(rows: int, features: int, width: int, kind: int, gated: bool) -> dict[str, int]:
+def _tiles(rows: int, features: int, gated: bool) -> dict[str, int]:
     """Return the tile sizes that were fastest on an H200 for this model's shapes (docs/log.md, 2026-11-30)."""
     if rows > 16:
         block_n, block_k, warps, stages = (64, 64, 4, 4) if gated else (32, 128, 4, 4)
-    elif rows > 1:
-        block_n, block_k, warps, stages = (64, 128, 4, 4) if gated or features > 65536 else (16, 256, 2, 4)
-    elif features <= 512:  # the first matrix of an update
-        block_n, block_k, warps, stages = 1, 4096, 8, 1
-    elif features > 65536:
-        block_n, block_k, warps, stages = 4, 512, 2, 3
-    elif kind == PLAIN:
-        block_n, block_k, warps, stages = (16, 256, 4, 1) if gated else (4, 1024 if width > 8192 else 2048, 4, 3)
-    elif kind == NF4:
-        block_n, block_k, warps, stages = 8, 512, 2, 2
     else:
-        block_n, block_k, warps, stages = (8, 512, 2, 2) if gated else (8 if features > 4096 else 4, 2048, 4, 2)
-    if kind == NF4:
-        block_k = min(block_k, width & -width)  # divides the width
+        block_n, block_k, warps, stages = (64, 128, 4, 4) if gated or features > 65536 else (16, 256, 2, 4)
     return {"block_n": block_n, "block_k": block_k, "num_warps": warps, "num_stages": stages}
+
+
+def _row_tiles(features: int, kind: int, gated: bool) -> dict[str, int]:
+    """Like `_tiles`, for one row: features of a warp, warps, and columns that a warp holds at a time."""
+    if kind == NF4:
+        return {"rows": 2 if gated else 4, "warps": 4}
+    if features <= 512:  # the first matrix of an update
+        return {"rows": 1, "warps": 1, "block_k": 2048, "unroll": 1}
+    return {"rows": 1 if gated else 2, "warps": 4, "block_k": 1024 if kind == PLAIN else 2048, "unroll": 1}

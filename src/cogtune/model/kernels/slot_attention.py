@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from cogtune.model.kernels.vector import launch_options, waited
+
 PART = 256  # columns per attention program; fixed, so that a row's result does not depend on the number of rows
 _BLOCK = 64
 NARROWEST_HEAD = 32  # tl.dot multiplies halves of a head, and needs 16 columns
@@ -20,7 +22,8 @@ NARROWEST_HEAD = 32  # tl.dot multiplies halves of a head, and needs 16 columns
 @triton.jit
 def _attend(qkv, cos, sin, keys, values, slots, lengths, context, largest, total, scale, row_stride, slot_stride,
             head_stride, num_slots, parts, heads: tl.constexpr, groups: tl.constexpr, width: tl.constexpr,
-            part: tl.constexpr, block: tl.constexpr, exact: tl.constexpr):  # fmt: skip
+            part: tl.constexpr, block: tl.constexpr, exact: tl.constexpr, early: tl.constexpr):  # fmt: skip
+    waited(early)
     row, group, number = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot = tl.load(slots + row).to(tl.int64)
     if slot >= num_slots:
@@ -90,7 +93,8 @@ def _attend(qkv, cos, sin, keys, values, slots, lengths, context, largest, total
 
 @triton.jit
 def _combine(context, largest, total, slots, lengths, out, num_slots, parts, heads: tl.constexpr, width: tl.constexpr,
-             part: tl.constexpr, most_parts: tl.constexpr):  # fmt: skip
+             part: tl.constexpr, most_parts: tl.constexpr, early: tl.constexpr):  # fmt: skip
+    waited(early)
     row, head = tl.program_id(0), tl.program_id(1)
     if tl.load(slots + row) >= num_slots:
         return
@@ -135,14 +139,15 @@ def slot_attention(
     largest = torch.empty(rows * heads * parts, dtype=torch.float32, device=qkv.device)
     total = torch.empty_like(largest)
     out = torch.empty(rows, heads * width, dtype=qkv.dtype, device=qkv.device)
+    launch = launch_options(qkv)
     exact = "ieee" if qkv.dtype == torch.float32 else "tf32"
     _attend[(rows, groups, parts)](
         qkv, cos, sin, keys, values, slots, lengths, context, largest, total, width**-0.5, qkv.stride(0),
         keys.stride(0), keys.stride(1), num_slots, parts, heads=heads, groups=groups, width=width, part=PART,
-        block=_BLOCK, exact=exact, num_warps=4,
+        block=_BLOCK, exact=exact, num_warps=4, **launch,
     )  # fmt: skip
     _combine[(rows, heads)](
         context, largest, total, slots, lengths, out, num_slots, parts, heads=heads, width=width, part=PART,
-        most_parts=triton.next_power_of_2(parts), num_warps=4,
+        most_parts=triton.next_power_of_2(parts), num_warps=4, **launch,
     )  # fmt: skip
     return out

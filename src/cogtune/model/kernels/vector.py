@@ -1,0 +1,293 @@
+"""Products of one row with weights in their storage format, for a decode step of one answer. Imported only with Triton.
+
+Such a product is bandwidth-bound: every weight is read once. A program has a few output features; its warps hold whole
+rows of a tile, so that sums stay in registers until the end. On cards that support it a program starts while the kernel
+before it still runs, loads its first weights, and only then waits for its input (programmatic dependent launch).
+
+Shapes: I input and O output features.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+def launch_options(x: torch.Tensor) -> dict[str, bool]:
+    """Return how a kernel with `waited` is launched on ``x``: before the last one has ended, where that works."""
+    early = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return {"early": True, "launch_pdl": True} if early else {"early": False}
+
+
+@triton.jit
+def taken(x, weight, at, mask, normed: tl.constexpr):
+    """Return inputs in float32, times the norm's weight if there is one, and the inputs' squares."""
+    plain = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    values = plain
+    if normed:
+        values = plain * tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
+    return values, plain * plain
+
+
+@triton.jit
+def waited(early: tl.constexpr):
+    """Let the next kernel start, and wait for the results of those before this one."""
+    if early:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit
+def is_owned(n, adapters, each: tl.constexpr, stacked: tl.constexpr):
+    """Return whether feature n of stacked first matrices belongs to a row's adapter. With two stacks that share their
+    input, the second one follows the first."""
+    return (n // each) % stacked == adapters
+
+
+@triton.jit
+def _added(found, small, second, adapters, at, rank: tl.constexpr, each: tl.constexpr):
+    """Return a row's products plus its update, [warps, rows]. Of several adapters only the row's own is read."""
+    start = 0
+    if each < rank:
+        start = tl.load(adapters) * each
+    if start >= 0:
+        r = start + tl.arange(0, each)
+        update = tl.load(second + at[:, :, None] * rank + r[None, None, :]).to(tl.float32)
+        found += tl.sum(update * tl.load(small + r).to(tl.float32)[None, None, :], 2)
+    return found
+
+
+@triton.jit
+def _features(outs, rows: tl.constexpr, warps: tl.constexpr):
+    """Return this program's output features [warps, rows], and which of them exist.
+
+    Triton gives the dimensions of a tile to threads in the order of their addresses' contiguity, ties from the first
+    on. So the warps' dimension comes first.
+    """
+    first = tl.program_id(0) * rows * warps
+    n = (first + tl.arange(0, warps)[:, None] * rows + tl.arange(0, rows)[None, :]).to(tl.int64)
+    return n, n < outs
+
+
+@triton.jit
+def gated_product(gate, up, kept: tl.constexpr):
+    """Return silu(gate) * up, each rounded to ``kept`` as its layer would."""
+    gate = gate.to(kept).to(tl.float32)
+    return (gate / (1 + tl.exp(-gate))).to(kept).to(tl.float32) * up.to(kept).to(tl.float32)
+
+
+@triton.jit
+def _finished(found, other, residual, small0, second0, small1, second1, adapters, at, rank: tl.constexpr,
+              each: tl.constexpr, gated: tl.constexpr, adds: tl.constexpr, kept: tl.constexpr):  # fmt: skip
+    """Return the results from the sums: with updates, gate and residual, as asked."""
+    if rank > 0:
+        found = _added(found, small0, second0, adapters, at, rank, each)
+        if gated:
+            other = _added(other, small1, second1, adapters, at, rank, each)
+    if gated:
+        found = gated_product(found, other, kept)
+    if adds:
+        found = found.to(kept).to(tl.float32) + tl.load(residual + at).to(tl.float32)
+    return found
+
+
+@triton.jit
+def _stored(weight, at, k, ins: tl.constexpr, block_k: tl.constexpr):
+    pointers = weight + (at * ins)[:, :, None] + k[None, None, :]
+    if ins % block_k == 0:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(k < ins)[None, None, :], other=0)
+
+
+@triton.jit
+def _wide(stored, kind: tl.constexpr):
+    if kind == 1:
+        stored = stored.to(tl.float8e4nv, bitcast=True)
+    return stored.to(tl.float32)
+
+
+@triton.jit
+def _inputs(x, norm, k, ins: tl.constexpr, normed: tl.constexpr, warps: tl.constexpr):
+    """Return inputs and their squares [warps, 1, block_k]: in the weights' layout, so warps exchange nothing."""
+    at = k[None, None, :] + tl.zeros([warps, 1, 1], tl.int32)
+    return taken(x, norm, at, at < ins, normed)
+
+
+@triton.jit
+def dense(x, norm, w0, s0, w1, s1, out, residual, small0, second0, small1, second1, adapters, outs, eps,
+          ins: tl.constexpr, rank: tl.constexpr, each: tl.constexpr, stacked: tl.constexpr, kind: tl.constexpr,
+          gated: tl.constexpr, adds: tl.constexpr, normed: tl.constexpr, rows: tl.constexpr, warps: tl.constexpr,
+          block_k: tl.constexpr, unroll: tl.constexpr, early: tl.constexpr):  # fmt: skip
+    """A row times a weight of 16 bits, fp8 or int8, or two of them; see `decode.linear`."""
+    n, inside = _features(outs, rows, warps)
+    at = tl.where(inside, n, 0)
+    k = tl.max_contiguous(tl.arange(0, block_k), 8)  # 8 values a thread, of 8 bits too: the layout of 8 inputs
+    kept = out.dtype.element_ty
+    if stacked > 0:
+        waited(early)
+        owned = is_owned(n, tl.load(adapters), each, stacked)
+        if tl.max(tl.max(owned.to(tl.int32), 1), 0) == 0:
+            tl.store(out + n, tl.zeros([warps, rows], kept), mask=inside)
+            return
+    first = _stored(w0, at, k, ins, block_k)
+    second = first
+    if gated:
+        second = _stored(w1, at, k, ins, block_k)
+    if stacked == 0:
+        waited(early)
+    values, squares = _inputs(x, norm, k, ins, normed, warps)
+    sums0 = _wide(first, kind) * values
+    sums1 = sums0
+    if gated:
+        sums1 = _wide(second, kind) * values
+    for k0 in tl.range(block_k, ins, block_k, loop_unroll_factor=unroll):
+        first = _stored(w0, at, k0 + k, ins, block_k)
+        if gated:
+            second = _stored(w1, at, k0 + k, ins, block_k)
+        values, more = _inputs(x, norm, k0 + k, ins, normed, warps)
+        squares += more
+        sums0 += _wide(first, kind) * values
+        if gated:
+            sums1 += _wide(second, kind) * values
+    found = tl.sum(sums0, 2)
+    other = found
+    if gated:
+        other = tl.sum(sums1, 2)
+    if normed:
+        scale = tl.rsqrt(tl.sum(squares, 2) / ins + eps)
+        found *= scale
+        other *= scale
+    if kind == 1 or kind == 2:
+        found *= tl.load(s0 + at)
+        if gated:
+            other *= tl.load(s1 + at)
+    found = _finished(found, other, residual, small0, second0, small1, second1, adapters, at, rank, each, gated, adds,
+                      kept)  # fmt: skip
+    if stacked > 0:
+        found = tl.where(owned, found, 0.0)
+    tl.store(out + n, found.to(kept), mask=inside)
+
+
+@triton.jit
+def split(x, norm, out, eps, width: tl.constexpr, normed: tl.constexpr, block: tl.constexpr, early: tl.constexpr):
+    """Prepare a row for `packed`: float32, normed, as 8 rows, one for each of the 4-bit codes of a word."""
+    d = tl.arange(0, block)
+    inside = d < width
+    waited(early)
+    values, squares = taken(x, norm, d, inside, normed)
+    if normed:
+        values *= tl.rsqrt(tl.sum(squares, 0) / width + eps)
+    # a byte's upper code comes first
+    tl.store(out + ((d % 8) ^ 1) * (width // 8) + d // 8, values, mask=inside)
+
+
+@triton.jit
+def _scales(absmax, outer, table, offset, block, per_outer: tl.constexpr, nested: tl.constexpr):
+    """Return the scales of blocks of 64 values."""
+    scale = tl.load(absmax + block)
+    if nested:
+        scale = tl.load(table + scale.to(tl.int32)) * tl.load(outer + block // per_outer) + tl.load(offset)
+    return scale
+
+
+_VALUES: tl.constexpr = tl.constexpr("""{
+.reg .b32 m, s, a, b, l, h, p, q;
+.reg .b16 c, d;
+and.b32 m, $8, 0x77777777;
+shr.u32 s, $8, 1;
+and.b32 s, s, 0x44444444;
+or.b32 s, s, 0x32103210;
+prmt.b32 a, 0x52339200, 0x00d4ea8d, m;
+prmt.b32 b, 0x68e02618, 0x00c9800d, m;
+prmt.b32 l, a, b, s;
+prmt.b32 a, 0xb6b8b9bc, 0x00adb1b4, m;
+prmt.b32 b, 0x3533312d, 0x3c393837, m;
+prmt.b32 h, a, b, s;
+prmt.b32 p, l, h, 0x5140;
+prmt.b32 q, l, h, 0x7362;
+mov.b32 {c, d}, p;
+cvt.f32.f16 $0, c;
+cvt.f32.f16 $1, d;
+mov.b32 {c, d}, q;
+cvt.f32.f16 $2, c;
+cvt.f32.f16 $3, d;
+shr.u32 m, m, 16;
+shr.u32 s, s, 16;
+prmt.b32 a, 0x52339200, 0x00d4ea8d, m;
+prmt.b32 b, 0x68e02618, 0x00c9800d, m;
+prmt.b32 l, a, b, s;
+prmt.b32 a, 0xb6b8b9bc, 0x00adb1b4, m;
+prmt.b32 b, 0x3533312d, 0x3c393837, m;
+prmt.b32 h, a, b, s;
+prmt.b32 p, l, h, 0x5140;
+prmt.b32 q, l, h, 0x7362;
+mov.b32 {c, d}, p;
+cvt.f32.f16 $4, c;
+cvt.f32.f16 $5, d;
+mov.b32 {c, d}, q;
+cvt.f32.f16 $6, c;
+cvt.f32.f16 $7, d;
+}""")
+"""NF4's 16 values in float16, looked up by byte permutations: no memory is read for them. Low and high bytes of values
+0 to 7 and 8 to 15 are selected by a code's lower three bits, and one of the two by its upper bit."""
+
+
+@triton.jit
+def _halves(words, x0, x1, x2, x3, x4, x5, x6, x7, code, permuted: tl.constexpr):
+    """Return the sums of 32 products each, [32, warps, rows], from words of 8 codes [32, warps, rows, 4]."""
+    if permuted:
+        v0, v1, v2, v3, v4, v5, v6, v7 = tl.inline_asm_elementwise(
+            _VALUES, "=f,=f,=f,=f,=f,=f,=f,=f,r", [words], dtype=(tl.float32,) * 8, is_pure=True, pack=1)  # fmt: skip
+    else:
+        v0, v1 = tl.load(code + (words & 15)), tl.load(code + ((words >> 4) & 15))
+        v2, v3 = tl.load(code + ((words >> 8) & 15)), tl.load(code + ((words >> 12) & 15))
+        v4, v5 = tl.load(code + ((words >> 16) & 15)), tl.load(code + ((words >> 20) & 15))
+        v6, v7 = tl.load(code + ((words >> 24) & 15)), tl.load(code + ((words >> 28) & 15))
+    return tl.sum(v0 * x0 + v1 * x1 + v2 * x2 + v3 * x3 + v4 * x4 + v5 * x5 + v6 * x6 + v7 * x7, 3)
+
+
+@triton.jit
+def packed(xs, w0, s0, w1, s1, out, residual, small0, second0, small1, second1, adapters, code, outer0, outer1, table,
+           offset0, offset1, outs, ins: tl.constexpr, rank: tl.constexpr, each: tl.constexpr, gated: tl.constexpr,
+           adds: tl.constexpr, per_outer: tl.constexpr, nested: tl.constexpr, rows: tl.constexpr, warps: tl.constexpr,
+           permuted: tl.constexpr, early: tl.constexpr):  # fmt: skip
+    """A row, prepared by `split`, times an NF4 weight of words of 8 codes, or two of them; see `decode.linear`.
+
+    A thread has 4 adjacent words of each of its weight's rows: half a block with a scale of its own.
+    """
+    n, inside = _features(outs, rows, warps)
+    at = tl.where(inside, n, 0)
+    kept = out.dtype.element_ty
+    whole: tl.constexpr = ins // 8
+    half = tl.arange(0, 32)
+    word = (half[:, None] * 4 + tl.arange(0, 4)[None, :])[:, None, None, :] + tl.zeros([1, warps, 1, 1], tl.int32)
+    start = (at * whole)[None, :, :, None]
+    sums0 = tl.zeros([32, warps, rows], tl.float32)
+    sums1 = tl.zeros([32, warps, rows], tl.float32)
+    waited(early)
+    for k0 in range(0, whole, 128):
+        there = k0 + word < whole
+        first = tl.load(w0 + start + (k0 + word), mask=there, other=0)
+        second = first
+        if gated:
+            second = tl.load(w1 + start + (k0 + word), mask=there, other=0)
+        x = xs + k0 + word
+        x0, x1 = tl.load(x, mask=there, other=0.0), tl.load(x + whole, mask=there, other=0.0)
+        x2, x3 = tl.load(x + 2 * whole, mask=there, other=0.0), tl.load(x + 3 * whole, mask=there, other=0.0)
+        x4, x5 = tl.load(x + 4 * whole, mask=there, other=0.0), tl.load(x + 5 * whole, mask=there, other=0.0)
+        x6, x7 = tl.load(x + 6 * whole, mask=there, other=0.0), tl.load(x + 7 * whole, mask=there, other=0.0)
+        block = (at * (ins // 64))[None, :, :] + tl.minimum((k0 + half * 4) // 8, ins // 64 - 1)[:, None, None]
+        sums0 += (_halves(first, x0, x1, x2, x3, x4, x5, x6, x7, code, permuted)
+                  * _scales(s0, outer0, table, offset0, block, per_outer, nested))  # fmt: skip
+        if gated:
+            sums1 += (_halves(second, x0, x1, x2, x3, x4, x5, x6, x7, code, permuted)
+                      * _scales(s1, outer1, table, offset1, block, per_outer, nested))  # fmt: skip
+    found = tl.sum(sums0, 0)
+    other = found
+    if gated:
+        other = tl.sum(sums1, 0)
+    found = _finished(found, other, residual, small0, second0, small1, second1, adapters, at, rank, each, gated, adds,
+                      kept)  # fmt: skip
+    tl.store(out + n, found.to(kept), mask=inside)
