@@ -77,6 +77,7 @@ ENGLISH = {
     "processing/sentencepiece_file.py": r"^Question: What|^The quick",
     "serve/app.py": r"",
     "serve/metrics.py": r"",
+    "serve/clips.py": r"",
     "serve/pictures.py": r"",
     "serve/protocol.py": r"",
     "serve/refusals.py": r"",

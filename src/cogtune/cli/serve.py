@@ -60,12 +60,16 @@ def _serve(flags: _Flags, line: Arguments) -> None:
 
     import uvicorn
 
+    from cogtune.checkpoint.model_files import reading_rules
     from cogtune.generate.engine import InferenceEngine
     from cogtune.generate.loading import resolve
+    from cogtune.processing.clip import require_pyav
     from cogtune.serve.app import make_app
 
     resolved = resolve(config, rows=flags.slots, columns=flags.columns, adapters=named)
     config = resolved.config
+    if reading_rules(resolved.model)["clips"]:
+        require_pyav()
     name = flags.name or Path(resolved.adapter or resolved.model).expanduser().resolve().name
     if name in named:
         raise ConfigError(

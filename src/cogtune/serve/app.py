@@ -28,9 +28,10 @@ from cogtune.generate.engine import InferenceEngine
 from cogtune.generate.history import prompt_limit
 from cogtune.generate.requests import Pending
 from cogtune.generate.requests import Request as Question
+from cogtune.serve.clips import check_kind, open_clips
 from cogtune.serve.metrics import Metrics
 from cogtune.serve.pictures import PictureLimits, open_pictures
-from cogtune.serve.protocol import ChatCall, read_chat, read_score
+from cogtune.serve.protocol import ChatCall, ScoreCall, read_chat, read_score
 from cogtune.serve.refusals import Refusal, refusal_of
 
 log = logging.getLogger("cogtune.serve")
@@ -200,7 +201,7 @@ class _Server:
         call = read_score(await _json(request))
         adapter = self._adapter(call.model)
         self._check_room(1)
-        images = await run_in_threadpool(open_pictures, call.images, self.options.pictures)
+        images = await run_in_threadpool(self._images, call)
         found = await run_in_threadpool(self.engine.score, images, call.questions, self.options.template, adapter)
         answers = [
             {"question": question.query, "choices": list(scores.choices), "best": scores.best,
@@ -217,7 +218,7 @@ class _Server:
         call = read_chat(await _json(request), self.options.decoding, self.options.most_tokens)
         adapter = self._adapter(call.model)
         self._check_room(call.answers)
-        images = await run_in_threadpool(open_pictures, call.images, self.options.pictures)
+        images = await run_in_threadpool(self._images, call)
         questions = self._questions(call, images, adapter)
         answers = [_Answer(self.engine, question) for question in questions]
         self.metrics.prompt_tokens.inc(len(questions[0].encoded))
@@ -226,6 +227,12 @@ class _Server:
             events = self._events(call, answers, deadline, began)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         return await self._whole(request, answers, deadline, began)
+
+    def _images(self, call: ChatCall | ScoreCall) -> tuple[Any, ...]:
+        """Return a request's pictures, or the frames of its clip."""
+        processor, limits = self.engine.processor, self.options.pictures
+        check_kind(call.images, call.clips, reads_clips=processor.config.numbered_images)
+        return open_clips(call.clips, limits, processor) if call.clips else open_pictures(call.images, limits)
 
     def _questions(self, call: ChatCall, images: tuple[Any, ...], adapter: str | None) -> list[Question]:
         processor = self.engine.processor

@@ -58,7 +58,7 @@ def open_pictures(addresses: Sequence[str], limits: PictureLimits) -> tuple[Imag
     Raises:
         Refusal: 400 for data that is no picture, a source that is not allowed, or a picture that is too large.
     """
-    opened = [_opened(_content(address, limits)) for address in addresses]
+    opened = [_opened(content_of(address, limits)) for address in addresses]
     pixels = sum(image.width * image.height for image in opened)
     if pixels > limits.pixels:
         raise bad_request("messages", f"the pictures have {pixels} pixels together; at most {limits.pixels}")
@@ -79,58 +79,67 @@ def _opened(content: bytes) -> Image.Image:
         raise bad_request("messages", f"the picture cannot be read: {error}", "image-unreadable") from error
 
 
-def _content(address: str, limits: PictureLimits) -> bytes:
+def content_of(address: str, limits: PictureLimits, what: str = "picture") -> bytes:
+    """Return the file behind an address: of a data URL, or fetched from an allowed host.
+
+    Args:
+        what: ``picture`` or ``clip``, for messages.
+
+    Raises:
+        Refusal: 400, as `open_pictures`.
+    """
     scheme = address[:16].partition(":")[0].lower()
     if scheme == "data":
-        return _from_data_url(address, limits)
+        return _from_data_url(address, limits, what)
     if scheme in ("http", "https"):
-        return _fetched(address, limits)
-    raise bad_request("messages", f"a picture is a data: URL{'' if limits.hosts else ', nothing else'}", "image-url")
+        return _fetched(address, limits, what)
+    raise bad_request("messages", f"a {what} is a data: URL{'' if limits.hosts else ', nothing else'}", "image-url")
 
 
-def _from_data_url(address: str, limits: PictureLimits) -> bytes:
+def _from_data_url(address: str, limits: PictureLimits, what: str) -> bytes:
     head, comma, text = address.partition(",")
     if not comma or not head.lower().endswith(";base64"):
-        raise bad_request("messages", "a data URL of a picture is data:image/...;base64,...", "image-url")
+        kind = "video" if what == "clip" else "image"
+        raise bad_request("messages", f"a data URL of a {what} is data:{kind}/...;base64,...", "image-url")
     if len(text) > limits.bytes * 4 // 3 + 4:
-        raise _too_large(limits)
+        raise _too_large(limits, what)
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise bad_request("messages", f"the picture's base64 is wrong: {error}", "image-url") from error
+        raise bad_request("messages", f"the {what}'s base64 is wrong: {error}", "image-url") from error
 
 
-def _too_large(limits: PictureLimits) -> Refusal:
-    return bad_request("messages", f"the picture's file is larger than {limits.bytes // _MIB} MiB", "image-too-large")
+def _too_large(limits: PictureLimits, what: str) -> Refusal:
+    return bad_request("messages", f"the {what}'s file is larger than {limits.bytes // _MIB} MiB", "image-too-large")
 
 
-def _fetched(address: str, limits: PictureLimits) -> bytes:
+def _fetched(address: str, limits: PictureLimits, what: str) -> bytes:
     deadline = time.monotonic() + limits.seconds
     for _ in range(_REDIRECTS + 1):
         parts = urlsplit(address)
         try:
             host, port = (parts.hostname or "").rstrip(".").lower(), parts.port
         except ValueError as error:
-            raise bad_request("messages", f"the picture's address is wrong: {error}", "image-url") from error
+            raise bad_request("messages", f"the {what}'s address is wrong: {error}", "image-url") from error
         if parts.scheme not in ("http", "https") or host not in limits.hosts or parts.username is not None:
-            raise bad_request("messages", f"pictures are not fetched from {host or address[:40]!r}", "image-host")
+            raise bad_request("messages", f"{what}s are not fetched from {host or address[:40]!r}", "image-host")
         connection = _connected(host, port, parts.scheme == "https", deadline)
         try:
-            path = parts.path or "/"
-            connection.request("GET", path + (f"?{parts.query}" if parts.query else ""), headers={"Accept": "image/*"})
+            path, kind = parts.path or "/", "video/*" if what == "clip" else "image/*"
+            connection.request("GET", path + (f"?{parts.query}" if parts.query else ""), headers={"Accept": kind})
             answer = connection.getresponse()
             target = answer.getheader("Location")
             if answer.status in (301, 302, 303, 307, 308) and target:
                 address = urljoin(address, target)
                 continue
             if answer.status != 200:
-                raise bad_request("messages", f"{host} answers {answer.status} for the picture", "image-fetch")
-            return _read_some(answer, limits, deadline)
+                raise bad_request("messages", f"{host} answers {answer.status} for the {what}", "image-fetch")
+            return _read_some(answer, limits, deadline, what)
         except (OSError, http.client.HTTPException) as error:
-            raise bad_request("messages", f"the picture did not come from {host}: {error}", "image-fetch") from error
+            raise bad_request("messages", f"the {what} did not come from {host}: {error}", "image-fetch") from error
         finally:
             connection.close()
-    raise bad_request("messages", f"more than {_REDIRECTS} redirects on the way to the picture", "image-fetch")
+    raise bad_request("messages", f"more than {_REDIRECTS} redirects on the way to the {what}", "image-fetch")
 
 
 def _connected(host: str, port: int | None, secure: bool, deadline: float) -> http.client.HTTPConnection:
@@ -160,12 +169,12 @@ def _is_global(address: str) -> bool:
     return (mapped or found).is_global and not found.is_multicast
 
 
-def _read_some(answer: http.client.HTTPResponse, limits: PictureLimits, deadline: float) -> bytes:
+def _read_some(answer: http.client.HTTPResponse, limits: PictureLimits, deadline: float, what: str) -> bytes:
     content = bytearray()
     while piece := answer.read(65536):
         content += piece
         if len(content) > limits.bytes:
-            raise _too_large(limits)
+            raise _too_large(limits, what)
         if time.monotonic() > deadline:
-            raise bad_request("messages", "the picture took too long to arrive", "image-fetch")
+            raise bad_request("messages", f"the {what} took too long to arrive", "image-fetch")
     return bytes(content)

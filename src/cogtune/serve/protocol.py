@@ -52,11 +52,12 @@ MOST_ANSWERS, MOST_STOPS = 16, 8
 
 @dataclass(frozen=True)
 class Message:
-    """One turn: its text, and the addresses of its images."""
+    """One turn: its text, and the addresses of its images and clips."""
 
     role: str
     text: str
     images: tuple[str, ...] = ()
+    clips: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class ChatCall:
     """A parsed chat request.
 
     Attributes:
-        question, history, images: as for a generator; images are still URLs.
+        question, history, images, clips: as for a generator; images and clips are still URLs.
         answers: how many (OpenAI's ``n``); answer i uses the seed ``seed`` + i.
     """
 
@@ -78,6 +79,7 @@ class ChatCall:
     answers: int
     stream: bool
     include_usage: bool
+    clips: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class ScoreCall:
 
     model: str | None
     images: tuple[str, ...]
+    clips: tuple[str, ...]
     questions: tuple[ClosedQuestion, ...]
 
 
@@ -105,7 +108,7 @@ def read_chat(body: Any, default: Decoding, most_tokens: int) -> ChatCall:
             raise bad_request(name, f"{name} is not supported here; leave it out", "unsupported_field")
         if name not in _NEUTRAL and name not in _OWN and name not in _NOTED:
             raise bad_request(name, f"there is no field {name!r}", "unknown_field")
-    question, history, images = _conversation(fields.get("messages"))
+    question, history, images, clips = _conversation(fields.get("messages"))
     stream = _boolean(fields, "stream")
     return ChatCall(
         model=_text_or_none(fields, "model"),
@@ -118,18 +121,20 @@ def read_chat(body: Any, default: Decoding, most_tokens: int) -> ChatCall:
         answers=_whole(fields, "n", 1, MOST_ANSWERS) or 1,
         stream=stream,
         include_usage=_include_usage(fields.get("stream_options"), stream),
+        clips=clips,
     )
 
 
 def read_score(body: Any) -> ScoreCall:
-    """Parse a body of ``/v1/score``: ``{"image": address, "questions": [{"question", "choices"}, ...]}``.
+    """Parse a body of ``/v1/score``: ``{"image": address, "questions": [{"question", "choices"}, ...]}``, or
+    with ``video`` instead of ``image``.
 
     Raises:
         Refusal: 400, naming the field.
     """
     fields = _mapping(body, None)
-    _refuse_unknown(fields, ("model", "image", "questions"), "")
-    image = _text_or_none(fields, "image")
+    _refuse_unknown(fields, ("model", "image", "video", "questions"), "")
+    image, video = _text_or_none(fields, "image"), _text_or_none(fields, "video")
     given = fields.get("questions")
     if not isinstance(given, list) or not given:
         raise bad_request("questions", "questions is a list of at least one {question, choices}")
@@ -149,11 +154,12 @@ def read_score(body: Any) -> ScoreCall:
         ):
             raise bad_request(where, f"{where}.choices is a list of different texts, at least one")
         questions.append(ClosedQuestion(query, tuple(choices)))
-    return ScoreCall(_text_or_none(fields, "model"), () if image is None else (image,), tuple(questions))
+    images, clips = (() if address is None else (address,) for address in (image, video))
+    return ScoreCall(_text_or_none(fields, "model"), images, clips, tuple(questions))
 
 
-def _conversation(messages: Any) -> tuple[str, tuple[tuple[str, str], ...], tuple[str, ...]]:
-    """Return the last question, the turns before it, and all images, from OpenAI's list of messages."""
+def _conversation(messages: Any) -> tuple[str, tuple[tuple[str, str], ...], tuple[str, ...], tuple[str, ...]]:
+    """Return the last question, the turns before it, all images and all clips, from OpenAI's list of messages."""
     if not isinstance(messages, list) or not messages:
         raise bad_request("messages", "messages is a list of at least one message")
     turns = [_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
@@ -167,7 +173,7 @@ def _conversation(messages: Any) -> tuple[str, tuple[tuple[str, str], ...], tupl
         if merged and turn.role == merged[-1].role == "user":
             last = merged.pop()
             text = "\n".join(part for part in (last.text, turn.text) if part)
-            turn = Message("user", text, last.images + turn.images)
+            turn = Message("user", text, last.images + turn.images, last.clips + turn.clips)
         merged.append(turn)
     expected = ["user" if place % 2 == 0 else "assistant" for place in range(len(merged))]
     if [turn.role for turn in merged] != expected or len(merged) % 2 == 0:
@@ -176,7 +182,8 @@ def _conversation(messages: Any) -> tuple[str, tuple[tuple[str, str], ...], tupl
     if system:
         texts[0] = f"{system}\n{texts[0]}"
     history = tuple(zip(texts[0:-1:2], texts[1:-1:2], strict=True))
-    return texts[-1], history, tuple(address for turn in merged for address in turn.images)
+    images = tuple(address for turn in merged for address in turn.images)
+    return texts[-1], history, images, tuple(address for turn in merged for address in turn.clips)
 
 
 def _message(message: Any, where: str) -> Message:
@@ -193,25 +200,31 @@ def _message(message: Any, where: str) -> Message:
         return Message(role, content)
     if not isinstance(content, list):
         raise bad_request(where, f"{where}.content is a text or a list of parts")
-    texts, images = [], []
+    texts, images, clips = [], [], []
     for number, part in enumerate(content):
         at = f"{where}.content[{number}]"
         entry = _mapping(part, at)
         if entry.get("type") == "text" and isinstance(entry.get("text"), str):
             texts.append(entry["text"])
         elif entry.get("type") == "image_url" and role == "user":
-            images.append(_address(entry.get("image_url"), at))
+            images.append(_address(entry.get("image_url"), at, "image"))
+        elif entry.get("type") == "video_url" and role == "user":
+            clips.append(_address(entry.get("video_url"), at, "video"))
         else:
             kind = entry.get("type")
-            raise bad_request(at, f"{at} is of type {kind!r}; the user sends text and image_url, others text alone")
-    return Message(role, "\n".join(texts), tuple(images))
+            raise bad_request(
+                at,
+                f"{at} is of type {kind!r}; the user sends text and image_url, or to a video model video_url, others"
+                " text alone",
+            )
+    return Message(role, "\n".join(texts), tuple(images), tuple(clips))
 
 
-def _address(value: Any, where: str) -> str:
+def _address(value: Any, where: str, kind: str) -> str:
     if isinstance(value, dict) and isinstance(value.get("url"), str) and set(value) <= {"url", "detail"}:
         address: str = value["url"]
         return address
-    raise bad_request(where, f'{where}.image_url is {{"url": "data:image/...;base64,..."}}')
+    raise bad_request(where, f'{where}.{kind}_url is {{"url": "data:{kind}/...;base64,..."}}')
 
 
 def _decoding(fields: Mapping[str, Any], default: Decoding, most_tokens: int) -> Decoding:
