@@ -10,6 +10,8 @@ from benchmarks.views import Cell, markdown
 
 CARDS = {
     "nf4-cached": ("12 GB", "lora-12gb.yaml"),
+    "nf4-streamed": ("6 GB", "lora-6gb.yaml"),
+    "bf16-streamed": ("12 GB", "lora-12gb-bf16.yaml"),
     "nf4-nf4-live": ("16 GB", None),
     "nf4-live": ("24 GB", None),
     "int8-cached": ("24 GB", None),

@@ -34,7 +34,7 @@ COMMANDS: Mapping[str, tuple[str, ...]] = {
         *_TRAIN, "--variant", "live", "--variant", "cached features=cached",
         "--variant", f"rank16 features=cached {_EXPERTS}",
         "--variant", f"fp8-cached features=cached {_FP8}", "--variant", f"fp8-live {_FP8} quant.tower=fp8",
-        "--variant", f"nf4 {_NF4}",
+        "--variant", f"nf4 {_NF4}", "--variant", f"nf4-streamed {_NF4} quant.stream=0",
     ),
     "decode": ("decode", "--model", "random", "--tokens", "32", "--rows", "1,16,64"),
 }  # fmt: skip

@@ -51,8 +51,12 @@ def _pair(
 
 
 _HOST = ("--quant.embedding", "host")
+_STREAMED = (*_CACHED, *_RECOMPUTE, *_HOST, "--quant.stream", "0")
 ROWS: dict[str, FitRow] = dict([
     *_pair("nf4-cached", (*_NF4, *_CACHED, *_RECOMPUTE, *_HOST), 11, ("--train.optimizer", "adamw8bit")),
+    ("nf4-streamed-r8", FitRow((*_TRAIN, *_NF4, *_STREAMED, *_RANK8), 5)),
+    ("nf4-streamed-r16", FitRow((*_TRAIN, *_NF4, *_STREAMED, *_RANK16), 7)),
+    ("bf16-streamed-r8", FitRow((*_TRAIN, *_STREAMED, *_RANK8), 11)),
     *_pair("nf4-nf4-live", (*_NF4, "--quant.tower", "nf4", *_RECOMPUTE), 15),
     *_pair("nf4-live", (*_NF4, *_RECOMPUTE), 23),
     *_pair("int8-cached", ("--quant.experts", "int8", *_CACHED, *_RECOMPUTE), 23),
