@@ -145,7 +145,8 @@ class Soak:
     def __init__(self, url: str, pid: int, chats: list[Known], closed: list[Known], seed: int) -> None:
         self.url, self.pid, self.chats, self.closed, self.seed = url, pid, chats, closed, seed
         self.tally = Tally()
-        self.broken = broken_requests(next(one for one in chats if len(one.body["messages"][0]["content"]) == 2))
+        plain = (one for one in chats if one.body["temperature"] == 0)
+        self.broken = broken_requests(next(one for one in plain if len(one.body["messages"][0]["content"]) == 2))
         self.http = httpx.AsyncClient(base_url=url, timeout=120)
         self.client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=120)
 

@@ -33,9 +33,11 @@ from cogtune.serve.metrics import Metrics
 from cogtune.serve.pictures import PictureLimits, open_pictures
 from cogtune.serve.protocol import ChatCall, ScoreCall, read_chat, read_score
 from cogtune.serve.refusals import Refusal, refusal_of
+from cogtune.system.byte_sizes import format_size
 
 log = logging.getLogger("cogtune.serve")
 MIB = 2**20
+_DRAINED = 4  # times the largest body is read of one that is too large
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,13 @@ class _Limited:
         async def counted() -> Any:
             nonlocal seen
             message = await receive()
-            if message["type"] == "http.request":
+            seen += len(message.get("body", b""))
+            if seen <= self.most:
+                return message
+            while message.get("more_body") and seen < _DRAINED * self.most:  # one that still sends reads no answer
+                message = await receive()
                 seen += len(message.get("body", b""))
-                if seen > self.most:
-                    raise Refusal(413, f"the request is larger than {self.most // MIB} MiB", reason="request_too_large")
-            return message
+            raise Refusal(413, f"the request is larger than {format_size(self.most)}", reason="request_too_large")
 
         await self.app(scope, counted, send)
 
@@ -371,7 +375,12 @@ async def _forward(number: int, answer: _Answer, merged: asyncio.Queue[tuple[int
 
 async def _json(request: Request) -> Any:
     try:
-        return json.loads(await request.body())
+        content = await request.body()
+        text = content.decode(json.detect_encoding(content))
+        value = json.loads(text)
+        if "\\ud" in text.lower():  # half a surrogate pair is no character, and no answer could repeat it
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except ClientDisconnect as error:
         raise Refusal(400, "the client left before its request was whole", reason="client_gone") from error
     except (ValueError, RecursionError) as error:

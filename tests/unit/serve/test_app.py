@@ -164,7 +164,8 @@ def test_what_cannot_be_answered_is_said(running: Running, fields: Any, kind: An
 
 @pytest.mark.parametrize(
     ("content", "status"),
-    [(b"{half", 400), (b"", 400), (b"[]", 400), (b"\xff\xfe", 400), (b"[" * 100_000, 400), (b"{}", 400)],
+    [(b"{half", 400), (b"", 400), (b"[]", 400), (b"\xff\xfe", 400), (b"[" * 100_000, 400), (b"{}", 400),
+     (b'{"\\ud800": 1}', 400), (b'{"\xed\xa0\x80": 1}', 400)],
 )  # fmt: skip
 def test_a_body_that_is_no_request(running: Running, content: bytes, status: int) -> None:
     answer = httpx.post(
@@ -222,6 +223,11 @@ def test_a_large_body_is_refused(start: Start) -> None:
     with pytest.raises(openai.APIStatusError) as caught:
         _chat(small, messages=_messages("x" * 5000, picture=False))
     assert caught.value.status_code == 413
+    with httpx.Client(base_url=small.url, headers={"Authorization": f"Bearer {KEY}"}) as one:
+        for size in (3000, 200_000):  # one that is read to its end, and one that is not
+            answer = one.post("/v1/chat/completions", content=b" " * size)
+            assert (answer.status_code, answer.headers["connection"]) == (413, "close")
+            assert one.get("/health").status_code == 200
 
 
 def _slow_down(running: Running, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
