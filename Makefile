@@ -20,7 +20,7 @@ FITTING_TORCHVISION = @$(@D)/bin/python -c 'import torchvision' >/dev/null 2>&1 
 TEST_EXTRAS := deepspeed,quant,data,metrics,track,serve,video,sentencepiece,demo,dev
 ALL_EXTRAS := deepspeed,quant,data,metrics,track,serve,web,video,sentencepiece,demo,dev
 
-.PHONY: demo test test-unit test-parity test-integration test-distributed test-docs test-fuzz test-gpu test-oldest test-vllm fuzz lint format \
+.PHONY: demo test test-unit test-parity test-integration test-distributed test-docs test-fuzz test-gpu test-oldest test-vllm test-web fuzz lint format \
 	render check-extras clean help
 
 help:            ## this list
@@ -34,6 +34,9 @@ test: $(VENV)/.installed-test lint ## set up, then lint, types, import contracts
 
 test-unit test-parity test-integration test-distributed test-docs test-fuzz test-gpu: test-%: $(VENV)/.installed-test
 	$(TEST_ENV) $(BIN)/python tests/run_tiers.py $* $(ARGS)
+
+test-web: $(VENV)/.installed-web ## the page of `cogtune web`, driven by a real browser; wants chromium on the PATH
+	$(TEST_ENV) $(BIN)/python tests/run_tiers.py web $(ARGS)
 
 fuzz: $(VENV)/.installed-test ## 100,000 broken inputs of every kind; writes benchmarks/results/fuzz.json
 	$(TEST_ENV) $(BIN)/python -m tests.fuzz --output benchmarks/results/fuzz.json $(ARGS)
@@ -79,6 +82,11 @@ $(VENV)/.installed-test: $(SETUP_FILES)
 
 $(VENV)/.installed-demo: $(SETUP_FILES)
 	scripts/make-venv.sh $(VENV) demo constraints.txt $(call PINNED,torch) $(call PINNED,torchvision)
+	@touch $@
+
+$(VENV)/.installed-web: $(VENV)/.installed-test
+	scripts/make-venv.sh $(VENV) $(TEST_EXTRAS),web constraints.txt $(call PINNED,torch) $(call PINNED,torchvision)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt playwright
 	@touch $@
 
 $(OLDEST)/.installed: $(SETUP_FILES) constraints-oldest.txt

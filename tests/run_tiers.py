@@ -29,6 +29,7 @@ TIERS = {
     "fuzz": ["tests/fuzz"],
     "gpu": ["tests/gpu"],
     "gpu-alone": ["tests/gpu"],  # what looks at the whole process or card: waits, addresses, locked memory
+    "web": ["tests/web"],
     # What depends on the versions of transformers and peft: the model, its files, its adapters.
     "oldest": ["tests/unit/model", "tests/unit/checkpoint", "tests/unit/adapters", "tests/parity"],
 }
@@ -41,7 +42,7 @@ MAX_ON_A_CARD = 5  # each holds a context and up to a few GiB
 def workers(tier: str) -> int:
     """Processes for a tier; distributed tests start two ranks each, GPU tests share one card and wait for compilers."""
     cores = os.cpu_count() or 1
-    if tier == "gpu-alone":
+    if tier in ("gpu-alone", "web"):
         return 0
     if tier == "gpu":
         return min(cores // 3, MAX_ON_A_CARD)

@@ -81,6 +81,8 @@ ENGLISH = {
     "serve/pictures.py": r"",
     "serve/protocol.py": r"",
     "serve/refusals.py": r"",
+    "web/guard.py": r"",  # HTTP answers, before there is a page
+    "web/page.py": r"[<{]",  # HTML and CSS
     "system/file_errors.py": r"os error",
     "system/gpu.py": r"can't allocate memory",
     "train/engines/zero.py": r"is deprecated",

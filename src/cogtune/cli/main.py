@@ -39,6 +39,7 @@ COMMANDS = {
     "runs": "report",
     "compare": "report",
     "serve": "serve",
+    "web": "web",
     "merge": "merge",
     "export": "export",
     "data check": "data_check",
@@ -69,11 +70,6 @@ _MEANT = {
     "cache": "data cache", "benchmark": "bench", "estimate": "plan", "memory": "plan", "config": "init", "new": "init",
 }  # fmt: skip
 """Other tools' names for commands."""
-
-_PLANNED = {
-    "web": phrase("`cogtune chat` answers in the terminal"),
-}
-"""Commands that do not exist yet, and what to use today."""
 
 _BUG_REPORT = phrase("this is a bug in cogtune; please report it with the lines above")
 
@@ -158,8 +154,6 @@ def _unknown(name: str) -> InputError:
             hint=tr("`cogtune --help` lists both"),
             code="usage",
         )
-    if name in _PLANNED:
-        return InputError(tr("`cogtune {name}` does not exist yet", name=name), hint=tr(_PLANNED[name]), code="usage")
     near = difflib.get_close_matches(name, [*COMMANDS, *GROUPS], n=1, cutoff=0.7)
     meant = _MEANT.get(name, near[0] if near else None)
     hint = tr("`cogtune --help` lists the commands")

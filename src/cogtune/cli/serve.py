@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import ipaddress
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogtune.cli.answering import DECODING_KEYS, MODEL_KEYS, load, note
 from cogtune.cli.command import Command, flag
+from cogtune.cli.listening import keys_of, named_adapters, require_key, require_packages
 from cogtune.cli.options import Arguments
-from cogtune.errors import ConfigError, SetupError
+from cogtune.errors import ConfigError
 from cogtune.language import english, tr
 
 if TYPE_CHECKING:
@@ -20,7 +18,6 @@ if TYPE_CHECKING:
     from cogtune.generate.generator import Generator
     from cogtune.serve.app import ServerOptions
 
-KEY_VARIABLE = "COGTUNE_API_KEY"
 _ABOUT = """\
 Answer over HTTP, as OpenAI's API does: /v1/chat/completions (also as a stream), /v1/models, /v1/score for closed
 questions, /health, /metrics. Pictures come as data URLs.
@@ -53,9 +50,9 @@ class _Flags:
 def _serve(flags: _Flags, line: Arguments) -> None:
     from cogtune.configuration.load import load_answer_config
 
-    alone, named = _adapters(flags.adapter)
+    alone, named = named_adapters(flags.adapter)
     config = load_answer_config(line.config, line.overrides | alone)
-    keys = _keys(flags)
+    keys = keys_of(flags.api_key_file)
     _check(config, flags, keys)
 
     import uvicorn
@@ -132,77 +129,16 @@ def _options(
     )
 
 
-def _adapters(given: tuple[str, ...]) -> tuple[dict[str, list[str]], dict[str, Path]]:
-    """Return ``--adapter`` as a configuration value if it is one folder, and the named folders."""
-    if len(given) == 1 and (Path(given[0]).expanduser().is_dir() or "=" not in given[0]):
-        return {"generate.adapter": [given[0]]}, {}
-    named: dict[str, Path] = {}
-    for text in given:
-        name, equals, folder = text.partition("=")
-        if not equals or not name or not folder or name in named:
-            raise ConfigError(
-                tr("--adapter {text}: several adapters have different names", text=text),
-                hint=tr("write --adapter NAME=DIR for each"),
-                code="config-value",
-            )
-        named[name] = Path(folder)
-    return {}, named
-
-
-def _keys(flags: _Flags) -> tuple[str, ...]:
-    """Read API keys from file and environment, never from a flag, which every user of the machine can see."""
-    text = os.environ.get(KEY_VARIABLE, "")
-    if flags.api_key_file is not None:
-        try:
-            text += "\n" + flags.api_key_file.expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                tr("--api-key-file {api_key_file}: {error}", api_key_file=flags.api_key_file, error=error),
-                code="config-value",
-            ) from error
-        if not text.strip():
-            raise ConfigError(
-                tr("--api-key-file {api_key_file} holds no key", api_key_file=flags.api_key_file), code="config-value"
-            )
-    return tuple(dict.fromkeys(key.strip() for key in text.splitlines() if key.strip()))
-
-
 def _check(config: AnswerConfig, flags: _Flags, keys: tuple[str, ...]) -> None:
     """Check the settings before loading, which takes minutes."""
-    missing = [name for name in ("fastapi", "uvicorn", "openai", "prometheus_client") if not _is_there(name)]
-    if missing:
-        raise SetupError(
-            tr("cogtune serve needs {missing}", missing=", ".join(missing)),
-            hint='pip install "cogtune[serve]"',
-            code="no-server-packages",
-        )
+    require_packages("serve", "serve", ("fastapi", "uvicorn", "openai", "prometheus_client"))
     if config.parallel.tensor > 1:
         raise ConfigError(
             tr("serve answers with a model on one device, not with --parallel.tensor"),
             hint=tr("start one server a card, behind a load balancer"),
             code="config-combination",
         )
-    if not keys and not _is_loopback(flags.host):
-        raise ConfigError(
-            tr("--host {host} can be reached from other machines, and there is no API key", host=flags.host),
-            hint=tr(
-                "give --api-key-file PATH or {key_variable}, or leave --host at 127.0.0.1", key_variable=KEY_VARIABLE
-            ),
-            code="serve-open",
-        )
-
-
-def _is_there(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return bool(ipaddress.ip_address(host).is_loopback)
-    except ValueError:
-        return False
+    require_key(flags.host, keys)
 
 
 COMMANDS = (

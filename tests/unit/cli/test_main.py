@@ -60,7 +60,7 @@ def test_every_command_of_every_file_is_registered() -> None:
             module = importlib.import_module(f"cogtune.cli.{path.stem}")
             found |= {command.name: path.stem for command in module.COMMANDS}
     assert found == commands.COMMANDS
-    assert not commands.COMMANDS.keys() & (commands._PLANNED.keys() | commands._MEANT.keys())
+    assert not commands.COMMANDS.keys() & commands._MEANT.keys()
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,12 +117,6 @@ def test_wrong_usage_is_exit_2_and_says_what_was_meant(
     assert captured.out == ""
     assert captured.err.startswith(message)
     assert not hint or f"\nhint: {hint}" in captured.err
-
-
-@pytest.mark.parametrize("name", sorted(commands._PLANNED))
-def test_a_command_that_is_planned_says_so(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([name, "--port", "80"]) == 2
-    assert capsys.readouterr().err.startswith(f"error[usage]: `cogtune {name}` does not exist yet\nhint: ")
 
 
 @pytest.mark.parametrize("name", [*commands.COMMANDS, *commands.GROUPS])
