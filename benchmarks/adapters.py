@@ -35,20 +35,22 @@ def main() -> None:
     parser.add_argument("--model", default="random", help="random, random-tiny, or a checkpoint folder")
     parser.add_argument("--context", type=int, default=2400)
     parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--rows", default="1,16,32")
     chosen = parser.parse_args()
     words = [f"--model {chosen.model}", f"--context {chosen.context}", f"--tokens {chosen.tokens}"]
+    words.append(f"--rows {chosen.rows}")
     results = Results("adapters", f"python -m benchmarks.adapters {shown_command(words)}", chosen.file)
-    measure(results, chosen.model, chosen.context, chosen.tokens)
+    measure(results, chosen.model, chosen.context, chosen.tokens, [int(rows) for rows in chosen.rows.split(",")])
 
 
 @torch.no_grad()
-def measure(results: Results, path: str, context: int, tokens: int) -> None:
+def measure(results: Results, path: str, context: int, tokens: int, batches: list[int]) -> None:
     """The rows of the result, each printed as it ends: one adapter is compared with none, others with one alone."""
     config = load_config(None, {"model.path": path, "data.path": "none", "train.output": "none"})
     place = engines.start(config)
     dtype = torch.bfloat16 if place.device.type == "cuda" else torch.float32
     model = build_base(config, place, dtype, cached=True).eval()
-    for rows in (1, 16, 32):
+    for rows in batches:
         base = _row(results, "base alone", model, None, rows, 0, context, tokens, None)
         for targets in ("vision-experts", "experts"):
             adapters = _adapters(model, targets, 1)
@@ -97,16 +99,7 @@ def _row(
     against: float | None,
     loaded: int | None = None,
 ) -> float:
-    cache = SlotCache(model.config, rows, context + 4 * tokens, model.dtype, model.device)
-    steps = DecodeSteps(model, cache, graphs=model.device.type == "cuda", adapters=adapters)
-    logits = torch.zeros(model.config.vocab_size, device=model.device)
-    for slot in range(rows):
-        steps.begin(slot, logits, 100, context, Decoding(), 0, NONE if adapters is None else slot % count)
-    taking, times = list(range(rows)), []
-    for _ in range(tokens):
-        wait(model.device)
-        times.append(_seconds(lambda: steps.step(taking, False), model.device))
-    milliseconds = 1000 * sorted(times)[len(times) // 2]
+    milliseconds = step_milliseconds(model, adapters, rows, count, context, tokens)
     loss = None if against is None else round(100 * (1 - against / milliseconds), 2)
     name = f"{targets} x{rows}, {count} adapters used of {loaded or count}"
     results.add({
@@ -116,6 +109,22 @@ def _row(
     })  # fmt: skip
     print(f"{name}: {milliseconds:.3f} ms a step, {loss} % fewer tokens/s than what it is compared with", flush=True)
     return milliseconds
+
+
+def step_milliseconds(
+    model: Any, adapters: StackedAdapters | None, rows: int, count: int, context: int, tokens: int
+) -> float:
+    """Return the median time of a decode step of ``rows`` rows with ``count`` adapters in turn, in milliseconds."""
+    cache = SlotCache(model.config, rows, context + 4 * tokens, model.dtype, model.device)
+    steps = DecodeSteps(model, cache, graphs=model.device.type == "cuda", adapters=adapters)
+    logits = torch.zeros(model.config.vocab_size, device=model.device)
+    for slot in range(rows):
+        steps.begin(slot, logits, 100, context, Decoding(), 0, NONE if adapters is None else slot % count)
+    taking, times = list(range(rows)), []
+    for _ in range(tokens):
+        wait(model.device)
+        times.append(_seconds(lambda: steps.step(taking, False), model.device))
+    return 1000 * sorted(times)[len(times) // 2]
 
 
 def _seconds(work: Any, device: torch.device) -> float:

@@ -206,6 +206,12 @@ def test_a_fused_step_with_several_adapters_is_the_eager_one(rows: tuple[int, ..
     assert _error(plain[0], wanted[0]) > 1e-3
 
 
+def test_embeddings_are_read_from_host_memory() -> None:
+    table = torch.randn(300, 96).to(torch.bfloat16).pin_memory()
+    ids = torch.tensor([5, 299, 0, 5], device="cuda")
+    assert torch.equal(kernels.embedding_rows(ids, table).cpu(), table[ids.cpu()])
+
+
 def test_captured_text_is_the_prefill(model: CogVLM2ForCausalLM) -> None:
     """Two lengths through one captured pass, in two slots and behind what they hold."""
     cache, rows = _filled(model, 4)

@@ -23,7 +23,7 @@ class TextGraphs:
     """Captured passes over the slots of ``cache``.
 
     Args:
-        fused: the decode step's layers.
+        fused: the decode step's embedding and layers.
     """
 
     def __init__(self, model: Any, cache: SlotCache, fused: Any, adapters: StackedAdapters | None) -> None:
@@ -79,7 +79,8 @@ class TextGraphs:
         """Compute a pass; returns the logits."""
         tokens, positions, columns, adapters = inputs[: 4 * rows].view(4, rows).unbind()
         slot, last = inputs[4 * rows : 4 * rows + 1], inputs[4 * rows + 1 :]
-        given = (self._model, self._fused.layers, self._cache, slot, tokens, positions, columns, last)
+        fused = self._fused
+        given = (self._model, fused.embed, fused.layers, self._cache, slot, tokens, positions, columns, last)
         if self._adapters is None:
             return extend(*given)
         with self._adapters.rows(adapters):

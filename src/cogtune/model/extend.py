@@ -40,6 +40,7 @@ class PlainLayer:
 @torch.no_grad()
 def extend(
     model: CogVLM2ForCausalLM,
+    embed: Callable[[torch.Tensor], torch.Tensor],
     layers: Sequence[Callable[[torch.Tensor, Attend], torch.Tensor]],
     cache: SlotCache,
     slot: torch.Tensor,
@@ -51,6 +52,7 @@ def extend(
     """Write the keys and values of text tokens into a slot, and return what follows them.
 
     Args:
+        embed: the token embedding.
         layers: the decoder's, `PlainLayer` or fused ones.
         slot: int64 [1].
         columns_L: adjacent columns of the slot, all below C; each token sees those before it and its own.
@@ -64,7 +66,7 @@ def extend(
     attention: Any = decoder.layers[0].self_attn
     heads, groups, width = attention.num_heads, attention.num_kv_heads, attention.head_dim
     each = heads // groups
-    h = decoder.embed_tokens(tokens_L)
+    h = embed(tokens_L)
     cos, sin = decoder.rotary(positions_L[:, None], h.dtype)
     visible = torch.arange(cache.columns, device=h.device) <= columns_L[:, None]
     visible = visible.repeat(each, 1)  # the query heads of a group are further rows: nothing is repeated for them

@@ -215,14 +215,22 @@ class FusedDecode:
 
     @staticmethod
     def fits(model: CogVLM2ForCausalLM) -> bool:
-        """Return whether the kernels support ``model``: the norms are the model's own, the embedding is on the GPU, and
-        heads are as wide as `slot_attention` needs."""
+        """Return whether the kernels support ``model``: the norms are the model's own, and heads are as wide as
+        `slot_attention` needs."""
         layers: Any = model.model.layers
         if model.config.head_dim < NARROWEST_HEAD:
             return False
         norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
         plain = all(type(norm) is RMSNorm for norm in (*norms, model.model.norm))
-        return plain and not isinstance(model.model.embed_tokens, HostEmbedding)
+        return plain
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings [R, D] of tokens [R], without waiting for the host."""
+        tokens: Any = self._model.model.embed_tokens
+        found: torch.Tensor = (
+            kernels.embedding_rows(ids, tokens.table) if isinstance(tokens, HostEmbedding) else tokens(ids)
+        )
+        return found
 
     @torch.no_grad()
     def __call__(
@@ -236,7 +244,7 @@ class FusedDecode:
         """Return logits float32 [R, V], as `decode` does. A row whose slot is out of range (S or more) reads and writes
         nothing."""
         decoder = self._model.model
-        h = decoder.embed_tokens(tokens_R)
+        h = self.embed(tokens_R)
         cos, sin = (table.flatten(1).contiguous() for table in decoder.rotary(positions_R[:, None], h.dtype))
         for index, layer in enumerate(self.layers):
             keys, values, heads = cache.keys[index], cache.values[index], layer.heads

@@ -101,7 +101,8 @@ class StackedAdapters:
         self._of_tower = [any(_in_tower(module) for module in adapter) for adapter in adapters]
         for module in dict.fromkeys(module for adapter in adapters for module in adapter):
             base: Any = model.get_submodule(module)
-            place: dict[str, Any] = {"device": base.weight.device, "dtype": getattr(model, "dtype", torch.float32)}
+            # not the weight's device: layers may be streamed from host memory
+            place: dict[str, Any] = {"device": getattr(model, "device", None), "dtype": getattr(model, "dtype", None)}
             stacked = [
                 (adapter[module][0].to(**place), adapter[module][1].to(**place)) if module in adapter else None
                 for adapter in adapters

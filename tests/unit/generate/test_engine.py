@@ -102,7 +102,8 @@ def test_text_behind_pictures_in_passes_of_fixed_shape(
 
     def with_passes(self: DecodeSteps, cache: Any) -> None:
         use(self, cache)
-        self.text = Passes(parts[0], cache, SimpleNamespace(layers=layers), None)
+        fused = SimpleNamespace(layers=layers, embed=parts[0].model.embed_tokens)
+        self.text = Passes(parts[0], cache, fused, None)
 
     monkeypatch.setattr(DecodeSteps, "use", with_passes)
     monkeypatch.setattr("cogtune.generate.text_graphs.ROWS", (24, 40))

@@ -91,7 +91,17 @@ def test_text_of_fixed_shape_is_the_prefill(model: CogVLM2ForCausalLM, rows: lis
     tokens = torch.cat([text, torch.zeros(padded, dtype=torch.long)])
     layers = [PlainLayer(layer) for layer in model.model.layers]
     at, columns = torch.arange(start, start + length), torch.arange(head, head + length)
-    found = extend(model, layers, cache, torch.tensor([1]), tokens, at, columns, torch.tensor([count - 1]))
+    found = extend(
+        model,
+        model.model.embed_tokens,
+        layers,
+        cache,
+        torch.tensor([1]),
+        tokens,
+        at,
+        columns,
+        torch.tensor([count - 1]),
+    )
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)  # float32, another order
     torch.testing.assert_close(
         cache.keys[:, 1, :, : head + count], cache.keys[:, 0, :, : head + count], rtol=1e-4, atol=1e-5

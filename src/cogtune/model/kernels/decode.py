@@ -112,6 +112,15 @@ def _norm(x, weight, out, eps, width: tl.constexpr, block: tl.constexpr, early: 
 
 
 @triton.jit
+def _row(ids, table, out, width: tl.constexpr, block: tl.constexpr, early: tl.constexpr):
+    waited(early)
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, block)
+    stored = tl.load(table + tl.load(ids + row) * width + d, mask=d < width, other=0.0)
+    tl.store(out + row * width + d, stored, mask=d < width)
+
+
+@triton.jit
 def _gate(first, second, out, total, block: tl.constexpr, early: tl.constexpr):
     waited(early)
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
@@ -211,7 +220,7 @@ def linear(
     }  # fmt: skip
     stacked = 0 if stack is None or updates is not None else stack.n
     if rows == 1:
-        tile = _row_tiles(features, weight.kind, gated is not None) | (tiles or {})
+        tile = row_tiles(features, width, weight.kind, gated is not None) | (tiles or {})
         grid = (triton.cdiv(features, tile["rows"] * tile["warps"]),)
         options |= tile | {"num_warps": tile["warps"]}
         before, eps = (x, 0.0) if norm is None else norm
@@ -260,6 +269,14 @@ def root_mean_square_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> 
     return out
 
 
+def embedding_rows(ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Return rows [R, D] of ``table`` [V, D] in page-locked host memory, read by the GPU itself: nothing waits."""
+    rows, width = ids.shape[0], table.shape[1]
+    out = torch.empty(rows, width, dtype=table.dtype, device=ids.device)
+    _row[(rows,)](ids, table, out, width=width, block=triton.next_power_of_2(width), **launch_options(ids))
+    return out
+
+
 def silu_product(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Return silu(first) * second [R, O] of contiguous tensors, in one launch; silu is rounded as torch rounds it."""
     out, total = torch.empty_like(first), first.numel()
@@ -276,8 +293,8 @@ def _tiles(rows: int, features: int, gated: bool) -> dict[str, int]:
     return {"block_n": block_n, "block_k": block_k, "num_warps": warps, "num_stages": stages}
 
 
-def _row_tiles(features: int, kind: int, gated: bool) -> dict[str, int]:
-    """Like `_tiles`, for one row: features of a warp, warps, and columns that a warp holds at a time."""
+def row_tiles(features: int, width: int, kind: int, gated: bool) -> dict[str, int]:
+    """Like `_tiles`, for one row: features of a warp, warps, and the columns that it holds at a time."""
     if kind == NF4:
         return {"rows": 2 if gated else 4, "warps": 4}
     if features <= 512:  # the first matrix of an update
