@@ -81,9 +81,9 @@ def drawn(count: int = 300) -> Records:
     return [(one.image, one.conversations(draw)) for one in made]
 
 
-def shuffled() -> Records:
+def shuffled(count: int = 400) -> Records:
     """easy-VQA with every picture exchanged for another one: nothing can be learnt from it."""
-    found, draw = vqa(), random.Random(3)
+    found, draw = vqa(count), random.Random(3)
     pictures = [picture for picture, _ in found]
     draw.shuffle(pictures)
     return [(picture, asked) for picture, (_, asked) in zip(pictures, found, strict=True)]
@@ -187,9 +187,9 @@ RUNS: dict[str, Run] = {
                           ("watch-loss-spike",)),
     "frozen": Run("an optimiser that changes nothing", vqa, {"train.max_steps": 120}, ("watch-adapter-unchanged",),
                   frozen),
-    "by heart": Run("30 pictures, 60 times", lambda: vqa(30),
-                    {"train.max_steps": None, "train.epochs": 60, "train.batch_size": 8, "eval.steps": 15},
-                    ("watch-overfitting",)),
+    "by heart": Run("40 pictures with answers about others, 60 times", lambda: shuffled(40),
+                    {"train.max_steps": None, "train.epochs": 60, "train.batch_size": 8, "eval.steps": 30,
+                     "data.validation_share": 0.3}, ("watch-overfitting",)),
     "large pictures": Run("pictures of 2 million pixels, no workers", large,
                           {"train.max_steps": 60, "train.batch_size": 2, "log.steps": 2, "data.workers": 0},
                           ("watch-loader-starved",)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from torch.utils.data import Dataset
 from cogtune.configuration.shapes import IGNORED_LABEL, TREE_ROOT
 from cogtune.data.budget import Budget, BudgetReport, Sample
 from cogtune.data.pixels import tower_inputs
-from cogtune.data.records import Example, ImageRef, Question
+from cogtune.data.records import Example, ImageRef, Question, next_images
 from cogtune.data.rows import RowPlan, RowShape, encode_sample, plan_rows, shape_of
 from cogtune.errors import ConfigError, DataError
 from cogtune.language import phrase, tr
@@ -199,6 +200,20 @@ class TrainRows(Dataset[RowSample]):
     def use_features(self, features: Features | None) -> None:
         """From now on, take images' features from ``features``; no image file is decoded."""
         self._features = features
+
+    def exchanged(self, most: int) -> tuple[TrainRows, TrainRows]:
+        """Return up to ``most`` rows with images, at even distances, and the same rows about other rows' images.
+
+        Rows that have no partner with as many images are left out. Call it after `use_features`.
+        """
+        shown = [plan for plan in self._plans if self._examples[plan.example].images]
+        chosen = shown if len(shown) <= most else [shown[at * len(shown) // most] for at in range(most)]
+        images = next_images(self._examples[plan.example].images for plan in chosen)
+        chosen = [plan for plan in chosen if images[(own := self._examples[plan.example].images)] != own]
+        rows, others = copy.copy(self), copy.copy(self)
+        rows._plans = others._plans = chosen
+        others._examples = [replace(one, images=images.get(one.images, one.images)) for one in self._examples]
+        return rows, others
 
     @property
     def weights(self) -> list[float]:

@@ -92,3 +92,12 @@ def iter_questions(examples: Iterable[Example]) -> Iterator[Question]:
                 right = turn.references or ((turn.answer,) if turn.answer else ())
                 asked = (conversation.id, number, example.images, turn.question, turn.answer or None)
                 yield Question(*asked, pairs[:number], right, turn.choices)
+
+
+def next_images(shown: Iterable[tuple[ImageRef, ...]]) -> dict[tuple[ImageRef, ...], tuple[ImageRef, ...]]:
+    """Map the images of each record to those of the next one with as many and others; without one, to themselves."""
+    groups: dict[int, dict[tuple[ImageRef, ...], None]] = {}
+    for images in shown:
+        groups.setdefault(len(images), {})[images] = None
+    listed = [list(group) for group in groups.values()]
+    return {images: group[(at + 1) % len(group)] for group in listed for at, images in enumerate(group)}

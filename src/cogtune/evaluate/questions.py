@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cogtune.data.records import Example, ImageRef, Question, file_of, iter_questions
+from cogtune.data.records import Example, ImageRef, Question, file_of, iter_questions, next_images
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,7 @@ def swapped(questions: Iterable[Question]) -> list[Question]:
     A record without pictures stays as it is; so does one that has no partner.
     """
     asked = list(questions)
-    shown: dict[int, list[tuple[ImageRef, ...]]] = {}
-    for question in asked:
-        group = shown.setdefault(len(question.images), [])
-        if question.images not in group[-1:] and question.images not in group:
-            group.append(question.images)
-    following = {
-        images: group[(place + 1) % len(group)] for group in shown.values() for place, images in enumerate(group)
-    }
+    following = next_images(question.images for question in asked)
     return [replace(question, images=following[question.images]) for question in asked]
 
 

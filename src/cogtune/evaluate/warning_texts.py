@@ -67,7 +67,10 @@ _TEXTS: dict[tuple[str, str], tuple[str, str]] = {
         ),
     ),
     ("watch-picture-ignored", ""): (
-        phrase("all {asked:.0f} answers stay the same when the questions are asked about other questions' pictures"),
+        phrase(
+            "the validation loss is no better with the right pictures ({own:.4f}) than with other records'"
+            " ({other:.4f}; {rows:.0f} rows)"
+        ),
         phrase(
             "the model does not look: are pictures and answers matched? `cogtune data preview` shows them, and `cogtune"
             " eval --control swap` measures it on all questions"

@@ -18,6 +18,7 @@ Lines = Sequence[dict[str, Any]]
 
 _FLAT_LINES, _FLAT_STEPS, _FLAT_MOST = 20, 100, 400
 _FLAT_SHARE = 0.03  # of the loss: less is no movement
+_HELD_SHARE = 0.005  # the same of the validation loss
 _LEARNT = 0.2  # nats per token: a loss below it has nowhere to go
 _LOW_LR, _NO_GRADIENT = 2e-6, 1e-6
 _RECENT = 20  # lines that say what is usual
@@ -25,8 +26,7 @@ _SPIKE, _SPIKE_NATS = 4.0, 1.0
 _STAYS, _STAYS_RISE, _STAYS_NATS = 6, 1.5, 0.3
 _EXPLODING, _EXPLODED = 10.0, 100.0
 _WORSE, _WORSE_LAST, _TRAINED_ON = 1.05, 1.1, 0.95
-FEW_QUESTIONS = 12
-"""Fewer answers about swapped pictures can all stay the same by chance."""
+_FEW_ROWS, _LOOKS = 8, 1.02
 _STARVED, _STARVED_LINES = 0.5, 5
 _CREEPING_LINES, _CREEPING_FIT, _CREEPING_SHARE = 20, 0.9, 0.05
 _SLOWER, _SLOWER_LINES = 0.5, 8
@@ -111,7 +111,7 @@ def _numbers(lines: Lines, name: str) -> list[float]:
 
 
 def _flat_loss(watch: Watch) -> Finding | None:
-    """The loss of the last quarter is, by all that its noise allows, that of the first."""
+    """The loss of the last quarter is that of the first, by all that its noise allows, or by the validation loss."""
     lines = watch.all("train")
     losses, step = _numbers(lines, "loss"), lines[-1]["step"]
     if not _FLAT_LINES <= len(losses) <= _FLAT_MOST or step < _FLAT_STEPS:
@@ -120,7 +120,10 @@ def _flat_loss(watch: Watch) -> Finding | None:
     first, last = max(losses[0], fmean(losses[:part])), fmean(losses[-part:])
     jumps = [one - other for one, other in pairwise(losses)]
     error = math.sqrt(fmean(jump * jump for jump in jumps) / part)  # of the difference of two means
-    if first < _LEARNT or abs(first - last) + 2 * error > _FLAT_SHARE * first:
+    moved, still = abs(first - last), _FLAT_SHARE * first
+    held = _numbers(watch.all("validation"), "loss")  # the same records each time, so without noise
+    held_still = len(held) >= 3 and abs(held[0] - held[-1]) < _HELD_SHARE * held[0] and moved < max(still, 2 * error)
+    if first < _LEARNT or not (held_still or moved + 2 * error < still):
         return None
     rates, norms = _numbers(lines, "lr"), _numbers(lines, "grad_norm")
     cause = "other"
@@ -216,12 +219,12 @@ def _overfitting(watch: Watch) -> Finding | None:
 
 
 def _picture_ignored(watch: Watch) -> Finding | None:
-    """Every answer stays the same when the question is asked about another question's picture."""
-    line = watch.all("answers")[-1]
-    asked, same = _number(line, "swapped"), _number(line, "swapped_same")
-    if asked is None or asked < FEW_QUESTIONS or same != asked:
+    """The loss is no lower with the right pictures than with those of other records."""
+    line = watch.all("validation")[-1]
+    own, other, rows = (_number(line, name) for name in ("own_pictures", "other_pictures", "exchanged"))
+    if own is None or other is None or rows is None or rows < _FEW_ROWS or other > _LOOKS * own:
         return None
-    return Finding("watch-picture-ignored", "", line["step"], {"asked": asked})
+    return Finding("watch-picture-ignored", "", line["step"], {"own": own, "other": other, "rows": rows})
 
 
 def _starved(watch: Watch) -> Finding | None:
@@ -311,8 +314,7 @@ _DETECTORS: dict[str, tuple[tuple[str, Callable[[Watch], Finding | None]], ...]]
         ("watch-memory-creeping", _creeping),
         ("watch-throughput", _slowing),
     ),
-    "validation": (("watch-overfitting", _overfitting),),
-    "answers": (("watch-picture-ignored", _picture_ignored),),
+    "validation": (("watch-overfitting", _overfitting), ("watch-picture-ignored", _picture_ignored)),
     "checkpoint": (("watch-adapter-unchanged", _unchanged), ("watch-disk-filling", _filling)),
 }
 CODES = tuple(dict.fromkeys(code for looks in _DETECTORS.values() for code, _ in looks))

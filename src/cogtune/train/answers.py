@@ -10,9 +10,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,8 @@ from cogtune.data.records import ImageRef, Question
 from cogtune.errors import ConfigError
 from cogtune.evaluate.choose import Chosen, choose
 from cogtune.evaluate.metric import Metric, References, statistics_of
-from cogtune.evaluate.questions import Asked, files_of, join, number, swapped
+from cogtune.evaluate.questions import Asked, files_of, join, number
 from cogtune.evaluate.run_folder import ANSWERS_FOLDER
-from cogtune.evaluate.watch import FEW_QUESTIONS
 from cogtune.language import tr
 from cogtune.processing.frames import Frame
 from cogtune.processing.processor import CogVLM2Processor
@@ -47,22 +45,15 @@ _SHOWN = 4  # questions that trackers show
 _SIDE = 256  # pixels of their pictures
 _STRIP = 4  # frames of a clip among them
 _SPARE = 0.5  # share of a GPU's free memory that their keys and values may take
-_ALIKE = 0.75  # share of one right answer above which a model that always gives it may well look at the pictures
 
 
 @dataclass(frozen=True)
 class Answered:
-    """A model's answers at one step: their values by metric, and the time they took.
-
-    Attributes:
-        swapped: how many of the questions were asked again about another question's pictures, and how many of these
-            had the same answer; None: none were.
-    """
+    """A model's answers at one step: their values by metric, and the time they took."""
 
     values: dict[str, float]
     texts: list[str]
     seconds: float
-    swapped: tuple[int, int] | None = None
 
 
 class AnswerCheck:
@@ -101,8 +92,6 @@ class AnswerCheck:
         self._nothing = next(iter(rows.values())).empty_prompt()
         self._pictures: list[npt.NDArray[np.uint8] | None] | None = None  # of the first questions, once they are shown
         self._ends = torch.tensor(sorted(set(processor.config.eos_token_ids)))
-        self._shown = [question.images for question in self.asked.questions]
-        self._others = [question.images for question in swapped(self.asked.questions)]
 
     @property
     def metrics(self) -> dict[str, Metric]:
@@ -116,33 +105,11 @@ class AnswerCheck:
     def run(self, engine: Engine, stop: StopSignal) -> Answered | None:
         """Answer every question once, over all ranks; None if a signal asked to stop. Collective."""
         began = time.perf_counter()
-        texts = self._texts(engine, stop, self._shown)
+        texts = self._texts(engine, stop)
         return None if texts is None else Answered(self._values(texts), texts, time.perf_counter() - began)
 
-    @property
-    def can_swap(self) -> bool:
-        """Whether answers about other pictures can tell that the model ignores them: enough questions, and right
-        answers that are not all alike."""
-        places = self._swappable()
-        right = Counter(self.asked.references[place][0] for place in places)
-        return len(places) >= FEW_QUESTIONS and max(right.values()) <= _ALIKE * len(places)
-
-    def run_swapped(self, engine: Engine, stop: StopSignal, found: Answered) -> Answered | None:
-        """Ask every question again about another question's pictures, and count the answers that stay as in ``found``;
-        None if a signal asked to stop. Collective."""
-        began = time.perf_counter()
-        texts = self._texts(engine, stop, self._others)
-        if texts is None:
-            return None
-        places = self._swappable()
-        same = sum(texts[place] == found.texts[place] for place in places)
-        return replace(found, swapped=(len(places), same), seconds=found.seconds + time.perf_counter() - began)
-
-    def _swappable(self) -> list[int]:
-        return [at for at, (own, other) in enumerate(zip(self._shown, self._others, strict=True)) if own != other]
-
-    def _texts(self, engine: Engine, stop: StopSignal, shown: Sequence[Sequence[ImageRef]]) -> list[str] | None:
-        """Answer every question once about these pictures, over all ranks; None if a signal asked to stop."""
+    def _texts(self, engine: Engine, stop: StopSignal) -> list[str] | None:
+        """Answer every question once, over all ranks; None if a signal asked to stop."""
         group, count = engine.group, len(self._prompts)
         size = self._batch_size(engine)
         mine: dict[int, str] = {}
@@ -153,7 +120,7 @@ class AnswerCheck:
                     if group.any(stop.number is not None):
                         return None
                     places = range(start + group.rank * size, min(start + (group.rank + 1) * size, count))
-                    mine |= dict(zip(places, self._decode(engine, list(places), shown), strict=True))
+                    mine |= dict(zip(places, self._decode(engine, list(places)), strict=True))
         finally:
             engine.module.train()
         found = {place: text for part in group.gather(mine) for place, text in part.items()}
@@ -181,10 +148,10 @@ class AnswerCheck:
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return min(engine.group.gather(max(1, min(_AT_ONCE, int(_SPARE * free / each)))))
 
-    def _decode(self, engine: Engine, places: Sequence[int], images: Sequence[Sequence[ImageRef]]) -> list[str]:
+    def _decode(self, engine: Engine, places: Sequence[int]) -> list[str]:
         """Answer these questions greedily; without one, keep the other ranks company with a row that says nothing."""
         device = engine.device
-        inputs = self._inputs(places, images)
+        inputs = self._inputs(places)
         ids, types, mask = (inputs.pop(name).to(device) for name in ("input_ids", "token_type_ids", "attention_mask"))
         pictures = {name: value.to(device) for name, value in inputs.items()}
         ends = self._ends.to(device)
@@ -210,7 +177,7 @@ class AnswerCheck:
             self.processor.decode([token for token in row if token not in stops]).strip() for row in rows[: len(places)]
         ]
 
-    def _inputs(self, places: Sequence[int], images: Sequence[Sequence[ImageRef]]) -> dict[str, torch.Tensor]:
+    def _inputs(self, places: Sequence[int]) -> dict[str, torch.Tensor]:
         prompts = [self._prompts[place] for place in places] or [self._nothing]
         rows = [
             {"input_ids": torch.tensor([one.input_ids]), "token_type_ids": torch.tensor([one.token_type_ids]),
@@ -219,7 +186,7 @@ class AnswerCheck:
         ]  # fmt: skip
         pixels, features = [], []
         for place in places:
-            shown = self._rows[place].pictures(images[place])
+            shown = self._rows[place].pictures(self.asked.questions[place].images)
             pixels += shown[0]
             features += shown[1]
         inputs: dict[str, torch.Tensor] = dict(self.processor.pad_left(rows))
@@ -255,8 +222,7 @@ class AnswerCheck:
         with explained(path, late=True):
             path.parent.mkdir(exist_ok=True)
             files.write_text(path, "".join(lines))
-        told = {} if found.swapped is None else dict(zip(("swapped", "swapped_same"), found.swapped, strict=True))
-        metrics.write("answers", step, records=len(found.texts), seconds=found.seconds, values=found.values, **told)
+        metrics.write("answers", step, records=len(found.texts), seconds=found.seconds, values=found.values)
         scalars = {f"answers/{name}": value for name, value in found.values.items()}
         metrics.show(step, scalars, self.samples(found) if metrics.shown else ())
 

@@ -34,7 +34,7 @@ from cogtune.train.optim import build_schedule, current_lr
 from cogtune.train.progress import Progress, Reporter, best_so_far
 from cogtune.train.status_line import status
 from cogtune.train.stop_signal import StopSignal
-from cogtune.train.validation import Validation, validate
+from cogtune.train.validation import Validation, exchange_pictures, validate
 
 _MOST_SKIPPED_IN_A_ROW = 50  # float16: by then the loss scale has fallen by 2^50
 
@@ -252,8 +252,9 @@ class Loop:
                 if one is None:
                     return False
                 found[name] = one
+            others = self._exchange_pictures()
         values = self._answer()
-        if values is None or not found:
+        if values is None or others is None or not found:
             return False
         progress, whole = self.progress, Validation.over(found.values())
         values = values | {label(name, LOSS): one.loss for name, one in found.items()} | {LOSS: whole.loss}
@@ -265,12 +266,25 @@ class Loop:
         else:
             progress.validations_without_better += 1
         named = {name: one.to_dict() for name, one in found.items() if name}
-        self.metrics.write(
-            "validation", progress.step, **whole.to_dict(), best=better, **({"sets": named} if named else {})
-        )
+        more = others | ({"sets": named} if named else {})
+        self.metrics.write("validation", progress.step, **whole.to_dict(), best=better, **more)
         self.metrics.show(progress.step, {f"validation/{name}/loss": one.loss for name, one in found.items() if name})
         self._say_validation(found, whole, better)
         return better
+
+    def _exchange_pictures(self) -> dict[str, float] | None:
+        """Measure with other pictures; nothing if it is not time, None after a signal.
+
+        Once in a run, at the first validation after three quarters of the steps: earlier, a model that learns well may
+        not have begun to look.
+        """
+        progress = self.progress
+        if 4 * progress.step < 3 * self.total_steps or progress.exchanged_step not in (None, progress.step):
+            return {}
+        progress.exchanged_step = progress.step
+        return exchange_pictures(
+            self.engine, self.validation.values(), self.config, self.stop, self._left_out_of_validation
+        )
 
     def _say_validation(self, found: Mapping[str, Validation], whole: Validation, better: bool) -> None:
         """Log the losses, and an early stop."""
@@ -320,9 +334,6 @@ class Loop:
             return {}
         with phase("answering", self.config, self.engine.device):
             found = self.answers.run(self.engine, self.stop)
-            if found is not None and self._swaps():
-                found = self.answers.run_swapped(self.engine, self.stop, found)
-                self.progress.swapped_step = self.progress.step
         if found is None:
             return None
         step, count = self.progress.step, len(found.texts)
@@ -339,13 +350,6 @@ class Loop:
             )
         )
         return found.values
-
-    def _swaps(self) -> bool:
-        """Return whether questions are asked about other pictures too: once, at the first validation after three
-        quarters of the steps: earlier, a model that learns well may not have begun to look."""
-        progress, answers = self.progress, self.answers
-        due = progress.step > 0 and 4 * progress.step >= 3 * self.total_steps
-        return due and answers is not None and answers.can_swap and progress.swapped_step in (None, progress.step)
 
     def _epochs(self) -> float:
         """Return the number of passes over the data so far."""

@@ -41,7 +41,7 @@ class Progress:
     best_metric: str | None = None  # what chose it: eval.metric
     best_value: float | None = None  # of that metric, then
     validated_step: int | None = None
-    swapped_step: int | None = None  # when questions were asked about other pictures
+    exchanged_step: int | None = None  # when rows were measured with other pictures
     validations_without_better: int = 0
     skipped_steps: int = 0  # float16: gradients overflowed
     stopped_early: bool = False
@@ -68,7 +68,7 @@ class Progress:
             known |= {"best_metric": "loss", "best_value": values["best_loss"]}
         for name, value in known.items():
             plain = getattr(Progress, name)
-            optional = name in ("best_step", "best_metric", "best_value", "validated_step", "swapped_step")
+            optional = name in ("best_step", "best_metric", "best_value", "validated_step", "exchanged_step")
             real = "loss" in name or "value" in name
             if name == "best_metric":
                 if value is not None and not isinstance(value, str):

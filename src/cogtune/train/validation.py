@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,8 @@ from cogtune.data.dataset import TrainRows
 from cogtune.train.batches import SkippedRows, to_device, validation_batches
 from cogtune.train.engines.base import Engine
 from cogtune.train.stop_signal import StopSignal
+
+_EXCHANGED = 64  # rows of a validation set that are measured with other pictures
 
 
 @dataclass(frozen=True)
@@ -63,3 +65,24 @@ def validate(
         engine.module.train()
     loss, count = engine.group.sum([float(total), labels])
     return Validation(loss / count, int(count)) if count else None
+
+
+def exchange_pictures(
+    engine: Engine, sets: Iterable[TrainRows], config: RunConfig, stop: StopSignal, left_out: SkippedRows
+) -> dict[str, float] | None:
+    """Measure some rows with their own pictures and with each other's: does the model look?
+
+    Returns:
+        Both losses and the number of rows, for the metrics; the number alone if no rows have pictures; None after a
+        signal.
+    """
+    pairs = [pair for rows in sets if len((pair := rows.exchanged(_EXCHANGED))[0])]
+    losses: list[float] = []
+    for side in zip(*pairs, strict=True):
+        found = [validate(engine, rows, config, stop, left_out) for rows in side]
+        known = [one for one in found if one is not None]
+        if len(known) < len(found):
+            return None
+        losses.append(Validation.over(known).loss)
+    count = sum(len(own) for own, _ in pairs)
+    return dict(zip(("own_pictures", "other_pictures"), losses, strict=False)) | {"exchanged": count}

@@ -116,7 +116,16 @@ def test_a_loss_that_is_low_from_the_start_need_not_move() -> None:
 JSON = st.one_of(st.none(), st.booleans(), st.floats(), st.integers(), st.text(max_size=3), st.just([]))
 NAMES = (
     *("loss", "loss_max", "lr", "grad_norm", "host_gib", "loader_wait", "samples_per_second", "free_bytes", "bytes"),
-    *("total_steps", "host_gib_limit", "swapped", "swapped_same", "adapter_norm", "matrices", "zero_matrices"),
+    *(
+        "total_steps",
+        "host_gib_limit",
+        "own_pictures",
+        "other_pictures",
+        "exchanged",
+        "adapter_norm",
+        "matrices",
+        "zero_matrices",
+    ),
 )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cogtune.cli.main import main
 from cogtune.configuration.load import load_config
@@ -18,6 +19,7 @@ from cogtune.evaluate.run_folder import read_metrics
 from cogtune.train.answers import AnswerCheck, Answered, answers_file
 from cogtune.train.progress import Progress
 from cogtune.train.run import train
+from cogtune.train.run_inputs import read_inputs
 from tests.support.training import make_config, write_data
 
 
@@ -156,3 +158,40 @@ def test_the_check_counts_each(
     said = capsys.readouterr().out
     assert "validation set near: 5 pictures and texts" in said
     assert "validation set far: 3 pictures and texts" in said
+
+
+def test_rows_with_other_pictures_are_the_same_but_for_these(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = write_data(tmp_path / "held", 4, text_only=2)
+    config = make_config(tiny_checkpoint, [folder, tmp_path / "held.jsonl"], tmp_path / "out")
+    rows = read_inputs(config).rows
+    own, other = rows.exchanged(64)
+    assert len(own) == len(other) == 4, "texts have no picture to exchange"
+    for at in range(4):
+        one, two = own[at], other[at]
+        assert one.row == two.row
+        assert not torch.equal(one.pixel_values[0], two.pixel_values[0])
+    shown = [own[at].pixel_values[0] for at in range(4)]
+    assert all(torch.equal(other[at].pixel_values[0], shown[(at + 1) % 4]) for at in range(4))
+    assert [len(side) for side in rows.exchanged(3)] == [3, 3]
+    alone, _ = read_inputs(
+        make_config(tiny_checkpoint, write_data(tmp_path / "one", 1), tmp_path / "o")
+    ).rows.exchanged(9)
+    assert len(alone) == 0, "a single picture has no partner"
+
+
+@pytest.mark.parametrize("cached", ["off", "on"])
+def test_once_late_in_a_run_rows_are_measured_with_other_pictures(
+    tiny_checkpoint: Path, folders: dict[str, Path], tmp_path: Path, cached: str
+) -> None:
+    """The oracle: the whole loss of the sets' rows, all of which have pictures; and an untrained model that does not
+    look, because what it trains cannot reach the pictures, has the same with others'."""
+    more = {"train__max_steps": 8, "eval__steps": 1, "eval__generate": 0, "data__cache_features": cached}
+    train(configured(tiny_checkpoint, folders, tmp_path / "out", train__lr=1e-30, **more))
+    found = {line["step"]: line for line in lines(tmp_path / "out", "validation")}
+    assert [step for step, line in found.items() if "exchanged" in line] == [6]
+    line = found[6]
+    assert line["exchanged"] == 8
+    assert line["own_pictures"] == pytest.approx(line["loss"], rel=1e-6)
+    assert line["other_pictures"] != line["own_pictures"]
+    (warned,) = [one for one in lines(tmp_path / "out", "warning") if one["code"] == "watch-picture-ignored"]
+    assert (warned["step"], warned["values"]["rows"]) == (6, 8)
