@@ -10,19 +10,18 @@ killed merge leaves neither an index nor the final name, so it cannot be loaded,
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
-
-import torch
 
 from cogtune.adapters.adapter_folder import WEIGHTS_NAME, find_adapter, find_base, read_adapter
 from cogtune.adapters.attach import expected_shapes
-from cogtune.adapters.merge_arithmetic import Changes, read_changes
+from cogtune.adapters.merge_arithmetic import read_changes
+from cogtune.adapters.merged_shards import ShardWriter, is_packed
 from cogtune.adapters.model_layout import (
     PUBLISHED,
     TRANSFORMERS,
@@ -31,7 +30,7 @@ from cogtune.adapters.model_layout import (
     tokenizer_folder,
     write_model_files,
 )
-from cogtune.adapters.plain_weights import PlainFile, PlainWeights
+from cogtune.adapters.plain_weights import PlainWeights
 from cogtune.adapters.provenance import (
     FORMAT_KEYS,
     PROVENANCE_NAME,
@@ -39,20 +38,21 @@ from cogtune.adapters.provenance import (
     read_provenance,
     write_provenance,
 )
-from cogtune.adapters.rounding import NEAREST, STOCHASTIC, Survival, generator_for, round_stochastic
-from cogtune.adapters.safetensors_rows import CHUNK, DTYPES, SafetensorsFile
-from cogtune.adapters.targets import region
+from cogtune.adapters.rounding import NEAREST, STOCHASTIC, Survival
+from cogtune.adapters.safetensors_rows import CHUNK, SafetensorsFile
 from cogtune.checkpoint.model_files import INDEX_NAME, PICKLED_INDEX_NAME, check_folder, load_model_config, whole_folder
-from cogtune.checkpoint.stream import StoredTensor
-from cogtune.errors import AdapterError, CheckpointError, ConfigError, DiskFullError, OutputFolderError
+from cogtune.checkpoint.quantize import require_packages
+from cogtune.configuration.quantization import EIGHT_BIT, QuantSection, written_format
+from cogtune.errors import CheckpointError, ConfigError, DiskFullError, OutputFolderError
 from cogtune.language import tr
 from cogtune.processing.model_folder import copy_files
 from cogtune.system import files
 from cogtune.system.file_errors import explained
 from cogtune.system.locks import Lock, lock_beside
 
-BLOCK_BYTES = 32 * 2**20
-"""Size of a block of rows in float32."""
+_CONFIG = "config.json"
+_BYTES_PACKED = {"nf4": 0.53, "int8": 1.01, "fp8": 1.01}
+"""Bytes a weight, with its scales."""
 MOST_KEPT = 0.9
 """Share of the update below which a merge warns."""
 
@@ -90,6 +90,7 @@ def merge(
     rounding: str = NEAREST,
     layout: str = PUBLISHED,
     tokenizer: str | Path | None = None,
+    quant: str = "none",
 ) -> MergeReport:
     """Merge ``adapter`` into ``base`` and write the full model to the new folder ``output``.
 
@@ -108,9 +109,12 @@ def merge(
         rounding: ``nearest``, as peft rounds, or ``stochastic``, which keeps small updates; see `adapters.rounding`.
         layout: ``published``, or ``transformers`` for transformers' Auto classes; see `adapters.model_layout`.
         tokenizer: the folder of the tokenizer, for a base without one; None: the one that the training used.
+        quant: nf4, int8 or fp8: store the linear layers of both experts and of the tower so, for this package's loader.
+            What is quantised is the exact sum. Memory then holds one shard of the result.
 
     Raises:
-        ConfigError: another rounding or layout.
+        ConfigError: another rounding, layout or format, or a rounding with a format.
+        SetupError: the format needs bitsandbytes, which is missing.
         CheckpointError: the base is not a complete model folder, or has links to files outside it.
         AdapterError: the adapter cannot be merged, is for another base, or makes a tensor that is not finite.
         OutputFolderError: ``output`` exists, cannot be written, or another process writes it.
@@ -120,13 +124,14 @@ def merge(
         raise ConfigError(
             tr("rounding is {rounding}; it is nearest or stochastic", rounding=rounding), code="config-value"
         )
+    _check_quant(quant, rounding)
     check_layout(layout)
     adapter, output = find_adapter(adapter), Path(output)
     base = whole_folder(find_base(adapter) if base is None else base)
     _require_new(output, base)
     with lock_beside(output, tr("choose another --output"), progress) as lock:
         _require_new(output, base)  # another merge may have finished meanwhile
-        return _merge(base, adapter, output, progress, lock, (rounding, layout, tokenizer))
+        return _merge(base, adapter, output, progress, lock, (rounding, layout, tokenizer, quant))
 
 
 def _merge(
@@ -135,9 +140,9 @@ def _merge(
     output: Path,
     progress: Callable[[str], None],
     lock: Lock,
-    form: tuple[str, str, str | Path | None],
+    form: tuple[str, str, str | Path | None, str],
 ) -> MergeReport:
-    rounding, layout, given = form
+    rounding, layout, given, quant = form
     check_folder(base)
     weights = PlainWeights(base)
     shards = weights.shards
@@ -152,7 +157,7 @@ def _merge(
     tokenizer = tokenizer_folder(base, given, provenance)
     # what the merged folder has itself: the tokenizer, and plain numbers instead of the base's 4 bits
     own = {"model.tokenizer"} if tokenizer is not None else set()
-    own |= set(FORMAT_KEYS) if weights.packed else set()
+    own |= set(FORMAT_KEYS) if weights.packed or quant != "none" else set()
     if provenance is not None and own:
         kept = {key: value for key, value in provenance.settings.items() if key not in own}
         provenance = replace(provenance, settings=kept)
@@ -165,7 +170,15 @@ def _merge(
                 settings=changed_keys,
             )
         )
-    if weights.packed:
+    if quant != "none":
+        notes.append(
+            tr(
+                "the linear layers of experts and tower are stored in {quant}: answers are those of quant.experts and"
+                " quant.tower {quant}",
+                quant=quant,
+            )
+        )
+    elif weights.packed:
         notes.append(
             tr(
                 "the base's {count} 4-bit weights are dequantised: the merged model has plain numbers and is larger,"
@@ -174,7 +187,8 @@ def _merge(
             )
         )
     survival = Survival()
-    size = weights.size() + sum((base / name).stat().st_size for name in others)
+    size = sum((base / name).stat().st_size for name in others)
+    size += weights.size() if quant == "none" else _packed_size(weights, quant)
     with _partial(output, size, notes) as folder:
         changed = copied = 0
         for name in others:
@@ -188,25 +202,72 @@ def _merge(
             copy_files(tokenizer, folder)
         if weights.changed:
             weights.write_plain_files(folder)
+        places: dict[str, tuple[str, int]] = {}
         for number, shard in enumerate(shards, start=1):
             lock.require()
+            target = weights.target(shard)
             with weights.open(shard) as source, SafetensorsFile(adapter / WEIGHTS_NAME) as factors:
-                count = _write_shard(source, folder / weights.target(shard), changes, factors, (rounding, survival))
+                writer = ShardWriter(changes, factors, rounding, quant, survival)
+                count, held = writer.write(source, folder / target)
             changed, copied = changed + count, copied + len(source.tensors) - count
+            places |= {name: (target, each) for name, each in held.items()}
             progress(
                 tr(
                     "{shard} ({number} of {shards}): {count} of {tensors} tensors changed",
-                    shard=weights.target(shard),
+                    shard=target,
                     number=number,
                     shards=len(shards),
                     count=count,
                     tensors=len(source.tensors),
                 )
             )
-        if INDEX_NAME in others and not weights.changed:
+        if quant != "none":
+            _write_packed_files(folder, places, quant)
+            size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+        elif INDEX_NAME in others and not weights.changed:
             _copy(base / INDEX_NAME, folder / INDEX_NAME)
     kept = survival.shares()
     return MergeReport(output, changed, copied, size, tuple(notes), kept, tuple(_warnings(kept, rounding)))
+
+
+def _check_quant(quant: str, rounding: str) -> None:
+    known = ("none", "nf4", *EIGHT_BIT)
+    if quant not in known:
+        raise ConfigError(
+            tr("quant is {quant}; it is {known}", quant=quant, known=tr(" or ").join(known)), code="config-value"
+        )
+    if quant != "none" and rounding != NEAREST:
+        raise ConfigError(
+            tr("rounding {rounding} is to the base's number format, and quant {quant} stores another one",
+               rounding=rounding, quant=quant),
+            hint=tr("leave out one of them; with quant the exact sum is quantised"),
+            code="config-contradiction",
+        )  # fmt: skip
+    require_packages(QuantSection.model_validate({"experts": quant}))
+
+
+def _packed_size(weights: PlainWeights, quant: str) -> int:
+    """Return the bytes of the shards with their linear layers in ``quant``, a little generously."""
+    found = 0
+    for shard in weights.shards:
+        with weights.open(shard) as source:
+            for name, tensor in source.tensors.items():
+                packs = is_packed(name, tensor.shape)
+                each = _BYTES_PACKED[quant] * tensor.rows * tensor.width if packs else tensor.stop - tensor.start
+                found += int(each) + 4096
+    return found
+
+
+def _write_packed_files(folder: Path, places: dict[str, tuple[str, int]], quant: str) -> None:
+    """Write the index of a folder with quantised layers, and say their format in its configuration."""
+    if len({shard for shard, _ in places.values()}) > 1:
+        index = {
+            "metadata": {"total_size": sum(size for _, size in places.values())},
+            "weight_map": {name: shard for name, (shard, _) in sorted(places.items())},
+        }
+        files.write_json(folder / INDEX_NAME, index, indent=2, durable=True)
+    config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    files.write_json(folder / _CONFIG, config | {"quantization_config": written_format(quant)}, indent=2, durable=True)
 
 
 def _warnings(kept: dict[str, float], rounding: str) -> Iterator[str]:
@@ -232,77 +293,6 @@ def _tensors(weights: PlainWeights) -> dict[str, tuple[str, tuple[int, ...]]]:
         with weights.open(shard) as source:
             found |= {name: (tensor.dtype, tensor.shape) for name, tensor in source.tensors.items()}
     return found
-
-
-def _write_shard(
-    source: SafetensorsFile | PlainFile,
-    target: Path,
-    changes: Changes,
-    factors: SafetensorsFile,
-    rounding: tuple[str, Survival],
-) -> int:
-    """Write one shard; return how many of its tensors changed."""
-    changed = 0
-    with target.open("xb") as stream:
-        stream.write(source.prefix())
-        for name, tensor in source.tensors.items():
-            if name in changes:
-                changed += 1
-                _write_changed(stream, source, tensor, changes, factors, rounding)
-            else:
-                for chunk in source.chunks(tensor):
-                    stream.write(chunk)
-    files.sync(target)
-    return changed
-
-
-def _write_changed(
-    stream: BinaryIO,
-    source: SafetensorsFile | PlainFile,
-    tensor: StoredTensor,
-    changes: Changes,
-    factors: SafetensorsFile,
-    rounding: tuple[str, Survival],
-) -> None:
-    way, survival = rounding
-    dtype = DTYPES[tensor.dtype]
-    change = changes.weights.get(tensor.name)
-    generator = generator_for(tensor.name) if way == STOCHASTIC and dtype.itemsize == 2 else None
-    step = max(1, BLOCK_BYTES // (4 * max(tensor.width, 1)))
-    for first in range(0, tensor.rows, step):
-        last = min(first + step, tensor.rows)
-        copy = changes.copies.get(tensor.name)
-        rows = source.read(tensor.name, first, last) if copy is None else factors.read(copy, first, last)
-        if tensor.name in changes.replaced:
-            wide = factors.read(changes.replaced[tensor.name], first, last).float()
-        elif change is not None:
-            wide = change.apply(rows, first, factors)
-        else:
-            wide = changes.biases[tensor.name].apply_bias(rows, first, factors)
-        narrow = (wide.to(dtype) if generator is None else round_stochastic(wide, dtype, generator)).contiguous()
-        survival.add(_region(tensor.name), rows, wide, narrow)
-        if not bool(torch.isfinite(narrow).all()):
-            raise AdapterError(
-                tr(
-                    "{name}: not finite after merging (rows {first} to {last}, stored as {dtype})",
-                    name=tensor.name,
-                    first=first,
-                    last=last - 1,
-                    dtype=tensor.dtype,
-                ),
-                hint=tr(
-                    "the adapter holds NaN or values too large for that format; use an earlier checkpoint of the run"
-                ),
-                code="adapter-non-finite",
-            )
-        stream.write(narrow.view(torch.uint8).numpy().tobytes())
-
-
-def _region(name: str) -> str:
-    """Return the region of a tensor as training reports it; its module where it is in none."""
-    module = name.rpartition(".")[0]
-    found = region(module)
-    return module if found == "other" else found
 
 
 def _other_files(base: Path, shards: list[str]) -> tuple[list[str], list[str]]:

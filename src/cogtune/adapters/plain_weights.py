@@ -1,7 +1,7 @@
 """A base's weight files as safetensors files of plain numbers, read in rows: what a merge adds to and copies from.
 
 A safetensors file is that already. The tensors of a ``.bin`` file lie in another order and without that header, and a
-layer that is stored in 4 bits is several tensors: both get the header that such a file has, and the layer one weight,
+layer that is stored quantised is several tensors: both get the header that such a file has, and the layer one weight,
 dequantised one layer at a time to the format that its quantisation was made from.
 """
 
@@ -28,7 +28,7 @@ class PlainWeights:
 
     Attributes:
         changed: does a copy of the folder differ from it besides the adapter's changes (other files, plain numbers)?
-        packed: names of the weights that are stored in 4 bits.
+        packed: names of the weights that are stored quantised.
     """
 
     def __init__(self, base: Path) -> None:
@@ -37,7 +37,7 @@ class PlainWeights:
         self.shards = sorted(shard_files(base))
         self.changed = bool(self.packed) or any(not name.endswith(".safetensors") for name in self.shards)
         if self.packed:
-            stored_4bit.require_for(self.packed)
+            stored_4bit.require_for(self._stored)
 
     def open(self, shard: str) -> SafetensorsFile | PlainFile:
         """Return the open file ``shard``."""
@@ -87,7 +87,7 @@ class PlainFile:
     """A weight file of any kind in the form of `SafetensorsFile`; its tensors lie as their copies will.
 
     Raises:
-        CheckpointError: as `tensors_of`; or the parts of a 4-bit layer do not make one.
+        CheckpointError: as `tensors_of`; or the parts of a quantised layer do not make one.
     """
 
     def __init__(self, path: Path, stored: Mapping[str, StoredTensor], packed: set[str]) -> None:
@@ -100,8 +100,8 @@ class PlainFile:
             if stored[tensor.name].file != path or (owner is not None and owner != tensor.name):
                 continue
             if owner is not None:
-                state = stored_4bit.read_state(owner, stored)
-                tensor = replace(tensor, dtype=_NAMES[state.dtype], shape=tuple(state.shape))
+                dtype, shape = stored_4bit.whole_form(owner, stored)
+                tensor = replace(tensor, dtype=_NAMES[dtype], shape=shape)
             size = DTYPES[tensor.dtype].itemsize * tensor.rows * tensor.width
             self.tensors[tensor.name] = replace(tensor, start=end, stop=end + size)
             end += size

@@ -58,7 +58,7 @@ class Builder:
         placement: Placement | None,
     ) -> None:
         self._root, self._prefix, self.dtype, self._placement = root, prefix, dtype, placement
-        self._quantization = quantization or PLAIN
+        self.quantization = quantization or PLAIN
         names = list(root.state_dict())
         self._layers = Counter(name.rpartition(".")[0] for name in names)  # module path -> number of missing tensors
         self._units = find_units(root)
@@ -96,7 +96,7 @@ class Builder:
 
     def _complete_layer(self, path: str) -> None:
         layer = self._root.get_submodule(path)
-        changed = convert(self._quantization, self._prefix + path, layer)
+        changed = convert(self.quantization, self._prefix + path, layer)
         if changed is not layer:
             self._root.set_submodule(path, changed)
 

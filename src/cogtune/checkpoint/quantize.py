@@ -56,6 +56,27 @@ def quantize_linear(layer: nn.Linear, form: str, *, keep_transposed: bool = Fals
     return bnb_linear.to_four_bit(layer, form) if form in FOUR_BIT else bnb_linear.to_int8(layer)
 
 
+def stored_parts(form: str, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Quantise the weight called ``name`` [O, I] float32 to the tensors that a folder stores; see
+    `checkpoint.stored_4bit`.
+
+    Loading them gives the layer that `quantize_linear` makes of the same weight.
+    """
+    if form == "fp8":
+        from cogtune.model.quantized.fp8 import quantize_rows
+
+        codes, scale = quantize_rows(weight)
+        return {name: codes.view(torch.uint8), f"{name}.scale.fp8": scale[:, 0].contiguous()}
+    from bitsandbytes import functional
+
+    if form == "int8":
+        codes, largest, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
+        return {name: codes, f"{name}.scale.int8": largest}
+    codes, state = functional.quantize_4bit(weight, quant_type=form, compress_statistics=True)
+    state.dtype = torch.bfloat16  # what it is dequantised to; the codes are those of the exact weight
+    return {name: codes, **{f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}}
+
+
 def require_bitsandbytes(what: str) -> None:
     """Raise SetupError, with the command to type, if bitsandbytes is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:

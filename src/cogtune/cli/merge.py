@@ -40,6 +40,13 @@ class _Flags:
         "WAY",
         choices=("nearest", "stochastic"),
     )
+    quant: str = flag(
+        "none",
+        "Store the linear layers of experts and tower in this format: a quarter (nf4) or half of the size, loaded by"
+        " cogtune without quantising again. What is quantised is the exact sum.",
+        "FORMAT",
+        choices=("none", "nf4", "int8", "fp8"),
+    )
     layout: str = flag(
         "published",
         "Files beside the weights: the base's own, or those that transformers' Auto classes read.",
@@ -61,6 +68,7 @@ def _merge(flags: _Flags, line: Arguments) -> None:
         rounding=flags.rounding,
         layout=flags.layout,
         tokenizer=flags.tokenizer,
+        quant=flags.quant,
     )
     for text in report.notes:
         note(tr("note: {text}", text=text))
@@ -90,6 +98,7 @@ COMMANDS = (
             "cogtune merge --adapter OUT --output MERGED",
             "cogtune merge --model BASE --adapter OUT/adapter --output MERGED",
             "cogtune merge --adapter OUT --output MERGED --rounding stochastic",
+            "cogtune merge --adapter OUT --output MERGED --quant nf4",
             "cogtune merge --adapter OUT --output MERGED --layout transformers",
         ),
         run=_merge,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cogtune.configuration.architectures import completed
-from cogtune.configuration.quantization import FOUR_BIT
+from cogtune.configuration.quantization import EIGHT_BIT, FOUR_BIT, OWN_METHOD
 from cogtune.errors import CheckpointError
 from cogtune.language import phrase, tr
 from cogtune.system.reading import read_text
@@ -198,10 +198,14 @@ def _check_ids(known: Mapping[str, Any], file: object) -> None:
 
 
 def _check_quantised(found: Mapping[str, Any] | None, file: object) -> None:
-    """Check that weights are stored in the model's own format or in bitsandbytes' 4 bits."""
+    """Check that weights are stored in the model's own format, in bitsandbytes' 4 bits, or as a merge wrote them."""
     if found is None:
         return
     method = str(found["quant_method"])
+    if method == OWN_METHOD:
+        if found.get("format") not in EIGHT_BIT:
+            raise wrong_value(file, "quantization_config.format", found.get("format"), tr(", ").join(EIGHT_BIT))
+        return
     if method != "bitsandbytes":
         named = _METHODS.get(method.lower(), method[:80])
     elif found.get("load_in_8bit"):

@@ -19,6 +19,9 @@ from cogtune.language import tr
 FOUR_BIT = ("nf4", "fp4")
 """Formats of bitsandbytes with 4 bits a weight; they differ in the 16 values that the codes stand for."""
 
+EIGHT_BIT = ("int8", "fp8")
+"""Formats with 8 bits a weight and a scale per output feature."""
+
 PARTS = {"experts": "model.layers.", "tower": "model.vision.transformer."}
 """Keys of the section that stand for a part of the model, with the prefixes of its linear layers' names."""
 
@@ -86,7 +89,7 @@ class StoredFormat:
     """What ``quantization_config`` in a folder's ``config.json`` says of its linear layers.
 
     Attributes:
-        kind: one of `FOUR_BIT`.
+        kind: one of `FOUR_BIT` or `EIGHT_BIT`.
         nested: are the scales quantised again, to 8 bits? Else they are float32, one per block of 64 weights.
         kept: modules that are not quantised.
     """
@@ -107,11 +110,30 @@ PUBLISHED_INT4 = StoredFormat("fp4", nested=False)
 def stored_format(config: Mapping[str, Any]) -> StoredFormat | None:
     """Return the format in which a parsed ``config.json`` says that weights are stored; None: not quantised."""
     found = config.get("quantization_config") or {}
+    if found.get("quant_method") == OWN_METHOD:
+        return StoredFormat(str(found["format"]), nested=True, kept=_KEPT)
     if not found.get("load_in_4bit"):
         return None
     kept = found.get("llm_int8_skip_modules") or ("lm_head",)
     kind, nested = found.get("bnb_4bit_quant_type", "fp4"), bool(found.get("bnb_4bit_use_double_quant"))
     return StoredFormat(str(kind), nested, tuple(map(str, kept)))
+
+
+OWN_METHOD = "cogtune"
+"""``quant_method`` of folders in `EIGHT_BIT` formats, which `cogtune merge` writes."""
+_KEPT = ("lm_head", "linear_proj")
+"""Parts of the names of the linear layers in none of `PARTS`."""
+
+
+def written_format(kind: str) -> dict[str, Any]:
+    """Return the ``quantization_config`` of a folder whose linear layers in `PARTS` are stored in ``kind``."""
+    if kind in EIGHT_BIT:
+        return {"quant_method": OWN_METHOD, "format": kind}
+    return {
+        "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": kind,
+        "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": list(_KEPT),
+    }  # fmt: skip
 
 
 def stored_by_name(model: str) -> StoredFormat | None:
@@ -120,7 +142,7 @@ def stored_by_name(model: str) -> StoredFormat | None:
 
 
 def stored_otherwise(where: str, part: str, asked: str, stored: str) -> ConfigError:
-    """Return the error for a format that was asked for where weights are stored in another 4-bit format."""
+    """Return the error for a format that was asked for where weights are stored in another one."""
     return ConfigError(
         tr("quant.{part} {asked}: the weights in {where} are stored in {stored} and stay so", part=part, asked=asked,
            where=where, stored=stored),

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogtune.adapters import merge as merging
-from cogtune.adapters import safetensors_rows
+from cogtune.adapters import merged_shards, safetensors_rows
 from cogtune.adapters.attach import load_adapter
 from cogtune.adapters.merge import merge
 from cogtune.checkpoint.load import load_model
@@ -124,7 +124,7 @@ def test_merging_twice_gives_the_same_bytes_whatever_the_block_size(
     merge(adapter, tmp_path / "one", base)
     merge(adapter, tmp_path / "two", base)
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
-    monkeypatch.setattr(merging, "BLOCK_BYTES", 5000)
+    monkeypatch.setattr(merged_shards, "BLOCK_BYTES", 5000)
     merge(adapter, tmp_path / "small", base)
     for shard in base.glob("*.safetensors"):
         one, small = load_file(tmp_path / "one" / shard.name), load_file(tmp_path / "small" / shard.name)
@@ -148,7 +148,7 @@ class LargestTensor(TorchDispatchMode):
 
 def test_memory_holds_blocks_of_rows_not_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     block = 64 * 1024
-    monkeypatch.setattr(merging, "BLOCK_BYTES", block)
+    monkeypatch.setattr(merged_shards, "BLOCK_BYTES", block)
     for module in (safetensors_rows, merging):
         monkeypatch.setattr(module, "CHUNK", block)
     base, folder = tmp_path / "base", tmp_path / "adapter"
@@ -183,7 +183,7 @@ def test_memory_holds_blocks_of_rows_not_shards(tmp_path: Path, monkeypatch: pyt
 def test_an_interrupted_merge_leaves_nothing(
     error: BaseException, base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = merging._write_shard, []
+    real, calls = merged_shards.ShardWriter.write, []
 
     def fail_at_second(*args: Any) -> int:
         calls.append(1)
@@ -191,7 +191,7 @@ def test_an_interrupted_merge_leaves_nothing(
             raise error
         return real(*args)
 
-    monkeypatch.setattr(merging, "_write_shard", fail_at_second)
+    monkeypatch.setattr(merged_shards.ShardWriter, "write", fail_at_second)
     wanted = DiskFullError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(wanted):
         merge(adapter, tmp_path / "merged", base)

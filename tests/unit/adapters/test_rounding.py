@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cogtune.adapters import merge as merging
+from cogtune.adapters import merged_shards as merging
 from cogtune.adapters.merge import merge
 from cogtune.adapters.rounding import Survival, generator_for, round_stochastic
 from cogtune.checkpoint.random import make_tiny

@@ -114,11 +114,23 @@ class Int8Linear(bnb.nn.Linear8bitLt):
 def to_int8(layer: nn.Linear) -> Int8Linear:
     """Quantise ``layer`` to 8 bits on its device: each output feature's largest weight becomes 127."""
     rounded, largest, _ = bnb.functional.int8_vectorwise_quant(layer.weight.data.to(torch.float16))
-    found = Int8Linear(layer.in_features, layer.out_features, bias=False, has_fp16_weights=False, device="meta")
-    found.weight = bnb.nn.Int8Params(rounded, requires_grad=False, has_fp16_weights=False)
+    found = _int8(rounded, largest)
+    found.bias = _frozen(layer.bias)
+    return found
+
+
+def int8_from_codes(codes: torch.Tensor, largest: torch.Tensor) -> Int8Linear:
+    """Build an 8-bit layer without bias from integers int8 [O, I] and what 127 stands for in each row, float32 [O]."""
+    found = _int8(codes, largest)
+    found.bias = None
+    return found
+
+
+def _int8(codes: torch.Tensor, largest: torch.Tensor) -> Int8Linear:
+    found = Int8Linear(codes.shape[1], codes.shape[0], bias=False, has_fp16_weights=False, device="meta")
+    found.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False)
     found.weight.CB = found.weight.SCB = None
     found.state.CB, found.state.SCB = found.weight.data, largest
-    found.bias = _frozen(layer.bias)
     return found
 
 

@@ -214,15 +214,24 @@ class Fp8Linear(nn.Linear):
         Raises:
             SetupError: a GPU that does not multiply fp8.
         """
-        require_fp8(gpu_of(weight.device))
-        layer = cls(weight.shape[1], weight.shape[0], bias is not None, device="meta", dtype=torch.bfloat16)
         quantized, scale = quantize_rows(weight.detach())
-        bits = quantized.view(torch.uint8)
-        layer.weight = nn.Parameter(bits, requires_grad=False)
+        layer = cls.from_codes(quantized.view(torch.uint8), scale[:, 0].contiguous(), keep_transposed=keep_transposed)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
-        layer.register_buffer("scale_bits", scale[:, 0].contiguous().view(torch.int32))
-        ones = torch.ones(weight.shape[1], dtype=torch.float32, device=weight.device)
+        return layer
+
+    @classmethod
+    def from_codes(cls, bits: torch.Tensor, scale: torch.Tensor, *, keep_transposed: bool = False) -> Fp8Linear:
+        """Build a layer without bias from the bit patterns uint8 [O, I] and scales float32 [O] of its weight.
+
+        Raises:
+            SetupError: a GPU that does not multiply fp8.
+        """
+        require_fp8(gpu_of(bits.device))
+        layer = cls(bits.shape[1], bits.shape[0], False, device="meta", dtype=torch.bfloat16)
+        layer.weight = nn.Parameter(bits, requires_grad=False)
+        layer.register_buffer("scale_bits", scale.view(torch.int32))
+        ones = torch.ones(bits.shape[1], dtype=torch.float32, device=bits.device)
         layer.register_buffer("ones_bits", ones.view(torch.int32), persistent=False)
         layer.register_buffer("transposed", bits.t().contiguous() if keep_transposed else None)
         return layer
