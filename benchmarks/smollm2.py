@@ -24,7 +24,7 @@ KINDS = {
 }
 """Types of question, as `cogtune.evaluate` names them, and what they ask."""
 WORDS = {"known-words": ("words of the training", "训练中的单词"), "new-words": ("new words", "新单词")}
-WINDOW = 100
+WINDOW = 50
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -33,19 +33,23 @@ def read(folder: Path) -> dict[str, Any]:
     found = json.loads((folder / "run" / "eval" / "eval.json").read_text(encoding="utf-8"))
     lines = (folder / "run" / "eval" / "records.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
-    losses = pretraining.pop("losses")
-    windows = [losses[start : start + WINDOW] for start in range(0, len(losses), WINDOW)]
-    curve = [round(sum(window) / len(window), 4) for window in windows]
+    curves = {name: pretraining.pop(name) for name in ("names", "losses")}
     return {
         **provenance("python examples/smollm2.py && python -m benchmarks.smollm2 smollm2 RESULT"),
         "card": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "pretraining": {**pretraining, "steps": len(losses), f"loss_every_{WINDOW}": curve},
+        "pretraining": {**pretraining, **{name: _means(curve) for name, curve in curves.items()}, "window": WINDOW},
         "verdict": found["verdict"],
         "data": {key: found["data"][key] for key in ("questions", "pictures")},
         "metrics": found["metrics"],
         "table": shares(records),
         "samples": samples(records),
     }
+
+
+def _means(curve: list[float]) -> list[float]:
+    """Means over windows of steps."""
+    windows = [curve[start : start + WINDOW] for start in range(0, len(curve), WINDOW)]
+    return [round(sum(window) / len(window), 4) for window in windows]
 
 
 def _words(record: dict[str, Any]) -> str:

@@ -7,15 +7,16 @@
 
 1. The language experts are SmolLM2's weights, the vision experts a copy of them, as CogVLM2 itself was started from
    Llama 3. A small vision tower starts from random weights.
-2. Tower and vision experts learn to describe and read drawn posters. The language model stays frozen, so without a
-   picture the model still answers as SmolLM2 does.
+2. The tower learns to name what drawn posters show; then tower and vision experts learn to describe and read them. The
+   language model stays frozen, so without a picture the model still answers as SmolLM2 does.
 3. `cogtune.train` fine-tunes the result with LoRA on questions that it was never asked, and `cogtune.evaluate`
    compares it with its base: on words of the training, and on words that the task's training never showed.
 
 About ten minutes on one large GPU. `--llama` takes any other model of Llama's architecture.
 
 1. 语言专家用 SmolLM2 的权重，视觉专家是它的副本，CogVLM2 当初也是这样从 Llama 3 开始的；小视觉塔从随机权重开始。
-2. 视觉塔和视觉专家学习描述、朗读画出的海报。语言模型保持冻结，所以没有图片时，回答与 SmolLM2 相同。
+2. 视觉塔先学习说出海报上有什么，然后和视觉专家一起学习描述、朗读海报。语言模型保持冻结，所以没有图片时，回答与
+   SmolLM2 相同。
 3. `cogtune.train` 用 LoRA 在没问过的问题上微调，`cogtune.evaluate` 与基座比较：
    一组用训练里的单词，一组用任务训练中没有出现过的单词。
 
@@ -42,10 +43,11 @@ from cogtune import CogVLM2Config, CogVLM2ForCausalLM, CogVLM2Processor
 
 TOWER = {
     "image_size": posters.SIDE, "patch_size": 6, "hidden_size": 256, "intermediate_size": 1024,
-    "num_hidden_layers": 6, "num_heads": 4, "num_positions": (posters.SIDE // 6) ** 2 + 1,
+    "num_hidden_layers": 4, "num_heads": 4, "num_positions": (posters.SIDE // 6) ** 2 + 1,
 }  # fmt: skip
 PRETRAINED = "pretraining.json"  # written last
-LR_TOWER, LR_EXPERTS, WARM_UP = 1e-3, 3e-4, 100
+LONGEST = 256  # tokens of a row / 一行的 token 数
+LR_TOWER, LR_EXPERTS, WARM_UP = 1e-3, 3e-4, 50
 
 
 def read_llama(path: Path | None) -> tuple[Any, Any]:
@@ -95,39 +97,64 @@ def as_cogvlm2(llama: Any, tokenizer: Any) -> tuple[CogVLM2ForCausalLM, CogVLM2P
     return model, CogVLM2Processor(tokenizer, config)
 
 
-def pretrain(model: CogVLM2ForCausalLM, rows: Any, steps: int, batch: int, workers: int) -> list[float]:
-    """Train everything that only image tokens use; return the losses. / 只训练图像 token 用到的部分，返回损失。"""
-    experts, tower = [], []
-    for name, weight in model.named_parameters():
-        weight.requires_grad_("vision" in name)
-        if weight.requires_grad:
-            (experts if ".layers." in name and ".vision." not in name else tower).append(weight)
-    optimizer = torch.optim.AdamW([{"params": tower, "lr": LR_TOWER}, {"params": experts, "lr": LR_EXPERTS}],
-                                  betas=(0.9, 0.98), weight_decay=0.01)  # fmt: skip
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
-    )
+class Learning:
+    """AdamW with warm-up and cosine decay; prints the loss. / 带预热和余弦衰减的 AdamW，并打印损失。"""
+
+    def __init__(self, what: str, groups: list[dict[str, Any]], steps: int) -> None:
+        self.what, self.steps, self.begin = what, steps, time.monotonic()
+        self.losses: list[float] = []
+        self.weights = [weight for group in groups for weight in group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: min(1, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
+        )
+
+    def step(self, loss: torch.Tensor) -> bool:
+        """Take a step; return whether there are more. / 走一步，返回是否还有下一步。"""
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.losses.append(float(loss.detach()))
+        done, seconds = len(self.losses), time.monotonic() - self.begin
+        if done % 50 == 0 or done == self.steps:
+            print(f"{self.what}: step {done}/{self.steps}  loss {self.losses[-1]:.4f}  {seconds:.0f} s", flush=True)
+        return done < self.steps
+
+
+def learn_names(model: CogVLM2ForCausalLM, rows: Any, steps: int, batch: int, workers: int) -> list[float]:
+    """Teach the tower which tokens a picture's answers have, in any order: a start for image tokens that the language
+    model can read. / 教视觉塔说出图片的回答里有哪些 token（不论顺序），让语言模型一开始就能读懂图像 token。"""
+    pictures, answers = [], []
+    for data in DataLoader(rows, 64, collate_fn=cogtune.collate_rows, num_workers=workers):
+        pictures.append(data["pixel_values"])
+        answers.append(torch.nn.functional.pad(data["labels"], (0, LONGEST - data["labels"].shape[1]), value=-100))
+    pixels, labels = torch.cat(pictures).to(model.device), torch.cat(answers).to(model.device)
+    learning = Learning("names", [{"params": [*model.model.vision.parameters()], "lr": LR_TOWER}], steps)
+    while True:
+        chosen = torch.randint(len(pixels), (batch,), device=model.device)
+        ids = labels[chosen]
+        said = torch.zeros(batch, model.config.vocab_size, device=model.device)
+        said.scatter_add_(1, ids.clamp(min=0), (ids >= 0).float()).clamp_(max=1)
+        seen = model.model.vision(model.model.encode_images(pixels[chosen])).mean(1)
+        named = model.lm_head(model.model.norm(seen)).log_softmax(-1)
+        if not learning.step(-((named * said).sum(1) / said.sum(1)).mean()):
+            return learning.losses
+
+
+def learn_to_describe(model: CogVLM2ForCausalLM, rows: Any, steps: int, batch: int, workers: int) -> list[float]:
+    """Train everything that only image tokens use. / 训练只有图像 token 用到的部分。"""
+    tower = [*model.model.vision.parameters()]
+    experts = [weight for name, weight in model.named_parameters() if ".vision_" in name]
+    groups = [{"params": tower, "lr": LR_TOWER / 2}, {"params": experts, "lr": LR_EXPERTS}]
     loader = DataLoader(rows, batch, shuffle=True, collate_fn=cogtune.collate_rows, num_workers=workers,
                         drop_last=True, persistent_workers=workers > 0)  # fmt: skip
-    torch.set_float32_matmul_precision("high")
-    model.train()
-    losses: list[float] = []
-    begin = time.monotonic()
-    while len(losses) < steps:
+    learning = Learning("descriptions", groups, steps)
+    while True:
         for data in loader:
-            loss = model(**data.to(model.device)).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_([*experts, *tower], 1.0)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            losses.append(float(loss.detach()))
-            if len(losses) % 50 == 0 or len(losses) == steps:
-                spent = time.monotonic() - begin
-                print(f"step {len(losses)}/{steps}  loss {losses[-1]:.4f}  {spent:.0f} s", flush=True)
-            if len(losses) == steps:
-                break
-    return losses
+            if not learning.step(model(**data.to(model.device)).loss):
+                return learning.losses
 
 
 def build_base(given: argparse.Namespace, base: Path) -> None:
@@ -135,13 +162,19 @@ def build_base(given: argparse.Namespace, base: Path) -> None:
     data = posters.write(given.output / "posters", given.posters, seed=1, task=False)
     torch.manual_seed(1)
     model, processor = as_cogvlm2(*read_llama(given.llama))
+    for name, weight in model.named_parameters():
+        weight.requires_grad_("vision" in name)
     processor.save_pretrained(base)
     keys = {"model": str(base), "data": str(data), "output": str(base), "data.validation_share": 0}
     rows = cogtune.load_rows(cogtune.load_config(None, keys), processor)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_float32_matmul_precision("high")
     begin = time.monotonic()
-    losses = pretrain(model.to(device), rows, given.steps, given.batch, given.workers)
-    found = {"seconds": time.monotonic() - begin, "losses": losses}
+    model.to(device).train()
+    names = learn_names(model, rows, given.name_steps, given.batch, given.workers)
+    losses = learn_to_describe(model, rows, given.steps, given.batch, given.workers)
+    found = {"seconds": time.monotonic() - begin, "posters": given.posters, "batch": given.batch, "names": names,
+             "losses": losses}  # fmt: skip
     model.to("cpu", torch.bfloat16).save_pretrained(base)
     (base / PRETRAINED).write_text(json.dumps(found), encoding="utf-8")
 
@@ -156,12 +189,12 @@ def tune(given: argparse.Namespace, base: Path) -> Any:
         for name, words in (("known-words", known), ("new-words", tuple(sorted(posters.NEW))))
     ]
     keys = {"model": str(base), "data": str(train), "output": str(given.output / "run"), "train.epochs": given.epochs,
-            "train.batch_size": 16, "train.lr": 5e-4, "lora.targets": "experts", "data.validation_share": 0.05,
-            "data.cache_features": "off"}  # fmt: skip
+            "train.batch_size": 32, "train.lr": 1e-3, "train.compile": False, "lora.targets": "experts",
+            "data.validation_share": 0.05, "data.cache_features": "off"}  # fmt: skip
     result = cogtune.train(cogtune.load_config(None, keys))
     return cogtune.evaluate(
         tests, adapter=result.adapter, against="base", metrics=("exact", "token_f1"),
-        output=given.output / "run" / "eval", keys={"max-new-tokens": 24, "batch-size": 64}, say=print,
+        output=given.output / "run" / "eval", keys={"max-new-tokens": 24, "batch-size": 128}, say=print,
     )  # fmt: skip
 
 
@@ -170,12 +203,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("smollm2"))
     parser.add_argument("--llama", type=Path, help="a folder or a .gguf file / 目录或 .gguf 文件")
-    parser.add_argument("--posters", type=int, default=40_000)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--posters", type=int, default=20_000)
+    parser.add_argument("--name-steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--workers", type=int, default=8)
-    parser.add_argument("--task-posters", type=int, default=2000)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--task-posters", type=int, default=1000)
+    parser.add_argument("--epochs", type=int, default=4)
     given = parser.parse_args()
     base = given.output / "base"
     if not (base / PRETRAINED).exists():

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -32,12 +35,31 @@ def run(words: list[str], **environment: str) -> str:
 def test_reading_digits(tmp_path: Path) -> None:
     pytest.importorskip("jiwer")
     said = run(
-        [str(EXAMPLES / "read_digits.py"), "--output", str(tmp_path), "--pictures", "40", "--epochs", "1"]
+        [str(EXAMPLES / "read_digits.py"), "--output", str(tmp_path), "--pictures", "40", "--epochs", "1", "--drawn"]
     )  # fmt: skip
     assert "points of CER" in said
     assert (tmp_path / "run" / "report.html").is_file()
     result = json.loads((tmp_path / "run" / "eval" / "eval.json").read_text(encoding="utf-8"))
     assert [one["name"] for one in result["metrics"]] == ["cer", "exact"]
+
+
+def test_rows_of_a_file_of_digits(tmp_path: Path) -> None:
+    """MNIST's form: 784 pixels and the digit. Digit D is a block of D + 1 columns; the test has copies of its own."""
+    pixels = np.zeros((20, 785), dtype=int)
+    for place in range(20):
+        digit = place // 2 if place % 10 else 0
+        pixels[place, :784].reshape(28, 28)[4:24, 4 : 5 + digit] = 255
+        pixels[place, 784] = digit
+    np.savetxt(tmp_path / "digits.csv.gz", pixels, delimiter=",", fmt="%d")
+    example = runpy.run_path(str(EXAMPLES / "read_digits.py"))
+    for_training, for_test = example["mnist_rows"](tmp_path / "digits.csv.gz")
+    rng = random.Random(0)
+    for _ in range(20):
+        picture, text = for_training(rng)
+        black = (np.asarray(picture.convert("L")) == 0).any(axis=0).sum()
+        assert 1 <= len(text) <= 3
+        assert black == sum(int(digit) + 1 for digit in text)
+    assert {for_test(rng)[1].strip("0") for _ in range(20)} == {""}, "each tenth digit of the file, and no other"
 
 
 def test_the_notebook(tmp_path: Path) -> None:
@@ -67,22 +89,11 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_language_model_that_learns_to_see_and_then_a_task(tmp_path: Path, llama: Path) -> None:
-    sizes = [
-        "--posters",
-        "16",
-        "--steps",
-        "3",
-        "--batch",
-        "4",
-        "--workers",
-        "0",
-        "--task-posters",
-        "20",
-        "--epochs",
-        "1",
-    ]
+    sizes = ["--posters", "16", "--name-steps", "2", "--steps", "3", "--batch", "4", "--workers", "0"]
+    sizes += ["--task-posters", "20", "--epochs", "1"]
     said = run([str(EXAMPLES / "smollm2.py"), "--output", str(tmp_path), "--llama", str(llama), *sizes])
-    assert "step 3/3" in said
+    assert "names: step 2/2" in said
+    assert "descriptions: step 3/3" in said
     assert "known-words/images" in said
     assert "new-words/images" in said
     assert (tmp_path / "run" / "report.html").is_file()
