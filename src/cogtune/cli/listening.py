@@ -78,6 +78,16 @@ def require_packages(command: str, extra: str, packages: Sequence[str]) -> None:
         )
 
 
+def allow_connections() -> None:
+    """Let this process have as many connections open as its hard limit of files allows; often 1,024 at first."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def _is_loopback(host: str) -> bool:
     if host == "localhost":
         return True

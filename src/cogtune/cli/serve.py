@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from cogtune.cli.answering import DECODING_KEYS, MODEL_KEYS, load, note
 from cogtune.cli.command import Command, flag
-from cogtune.cli.listening import keys_of, named_adapters, require_key, require_packages
+from cogtune.cli.listening import allow_connections, keys_of, named_adapters, require_key, require_packages
 from cogtune.cli.options import Arguments
 from cogtune.errors import ConfigError
 from cogtune.language import english, tr
@@ -93,6 +93,7 @@ def _serve(flags: _Flags, line: Arguments) -> None:
     if not keys:
         note(tr("no API key is asked for: only this machine reaches it"))
     patience = int(flags.timeout)
+    allow_connections()
     with english():  # what clients get: its readers are not this machine's
         uvicorn.run(app, host=flags.host, port=flags.port, log_level="warning", timeout_graceful_shutdown=patience)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cogtune.cli.answering import DECODING_KEYS, MODEL_KEYS, load, note
 from cogtune.cli.command import Command, flag
-from cogtune.cli.listening import keys_of, named_adapters, require_key, require_packages
+from cogtune.cli.listening import allow_connections, keys_of, named_adapters, require_key, require_packages
 from cogtune.cli.options import Arguments
 from cogtune.errors import AdapterError, ConfigError
 from cogtune.language import tr
@@ -83,6 +83,7 @@ def _web(flags: _Flags, line: Arguments) -> None:
         note(tr("the page is at http://{host}:{port}", host=flags.host, port=flags.port))
         if not keys:
             note(tr("no API key is asked for: only this machine reaches it"))
+        allow_connections()
         uvicorn.run(app, host=flags.host, port=flags.port, log_level="warning", timeout_graceful_shutdown=5)
         generator.close()
 

@@ -123,6 +123,7 @@ class _Server:
         self.engine, self.options = engine, options
         self.metrics = Metrics(engine)
         self.closing = False
+        self._scoring = 0
         self._began = int(time.time())
         self._digests = [hashlib.sha256(key.encode()).digest() for key in options.keys]
 
@@ -195,18 +196,26 @@ class _Server:
         return None
 
     def _check_room(self, asked: int) -> None:
-        if self.engine.waiting + asked > self.options.most_waiting:
-            raise Refusal(
-                429, f"{self.engine.waiting} requests wait already", reason="queue_full", retry_after=1 + asked
-            )
+        """Refuse a request beyond the queue's limit: before its pictures are opened, and again when it would join.
+
+        Many may be in between.
+        """
+        waiting = self.engine.waiting + self._scoring
+        if waiting + asked > self.options.most_waiting:
+            raise Refusal(429, f"{waiting} requests wait already", reason="queue_full", retry_after=1 + asked)
 
     async def score(self, request: Request) -> Response:
         """Closed questions about a picture, in one pass."""
-        call = read_score(await _json(request))
+        call = read_score(await _json(request, self.options.seconds))
         adapter = self._adapter(call.model)
         self._check_room(1)
         images = await run_in_threadpool(self._images, call)
-        found = await run_in_threadpool(self.engine.score, images, call.questions, self.options.template, adapter)
+        self._check_room(1)
+        self._scoring += 1
+        try:
+            found = await run_in_threadpool(self.engine.score, images, call.questions, self.options.template, adapter)
+        finally:
+            self._scoring -= 1
         answers = [
             {"question": question.query, "choices": list(scores.choices), "best": scores.best,
              "probabilities": list(scores.probabilities), "log_probabilities": list(scores.log_probabilities)}
@@ -219,11 +228,12 @@ class _Server:
     async def chat(self, request: Request) -> Response:
         """A chat completion, whole or as a stream."""
         began = time.perf_counter()
-        call = read_chat(await _json(request), self.options.decoding, self.options.most_tokens)
+        call = read_chat(await _json(request, self.options.seconds), self.options.decoding, self.options.most_tokens)
         adapter = self._adapter(call.model)
         self._check_room(call.answers)
         images = await run_in_threadpool(self._images, call)
         questions = self._questions(call, images, adapter)
+        self._check_room(call.answers)
         answers = [_Answer(self.engine, question) for question in questions]
         self.metrics.prompt_tokens.inc(len(questions[0].encoded))
         deadline = began + self.options.seconds
@@ -373,14 +383,16 @@ async def _forward(number: int, answer: _Answer, merged: asyncio.Queue[tuple[int
         merged.put_nowait((number, None))
 
 
-async def _json(request: Request) -> Any:
+async def _json(request: Request, seconds: float) -> Any:
     try:
-        content = await request.body()
+        content = await asyncio.wait_for(request.body(), seconds)
         text = content.decode(json.detect_encoding(content))
         value = json.loads(text)
         if "\\ud" in text.lower():  # half a surrogate pair is no character, and no answer could repeat it
             json.dumps(value, ensure_ascii=False).encode()
         return value
+    except TimeoutError as error:
+        raise Refusal(408, f"the request did not arrive within {seconds:g} s", reason="timeout") from error
     except ClientDisconnect as error:
         raise Refusal(400, "the client left before its request was whole", reason="client_gone") from error
     except (ValueError, RecursionError) as error:

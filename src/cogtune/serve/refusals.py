@@ -39,7 +39,7 @@ class Refusal(Exception):
     def headers(self) -> dict[str, str]:
         """Return the headers of this response."""
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
-        if self.status == 413:
+        if self.status in (408, 413):
             headers["Connection"] = "close"  # the rest of the body may still be on its way
         return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
 

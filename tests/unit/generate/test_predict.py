@@ -19,6 +19,7 @@ from cogtune.generate.decoding import Decoding
 from cogtune.generate.generator import Ask
 from cogtune.generate.predict import PredictOptions, Predictor, PredictReport
 from cogtune.generate.predictions_file import AnswerSettings, PredictionFile, record
+from cogtune.generate.predictions_table import lines_file, write_table
 from cogtune.system import files
 from tests.support.answering import FakeGenerator
 from tests.support.data_folders import dialogue, section, write_folder, write_image, write_lines
@@ -329,3 +330,21 @@ def test_closed_questions_that_are_too_many_for_one_pass_take_several(setup: Set
     assert [line["answer"] for line in setup.lines()] == ["x"] * 5 + [None] + ["x"] * 2
     assert [line.get("error") for line in setup.lines()][5] == "question-too-long"
     assert max(map(len, generator.batches)) == 2
+
+
+def test_a_full_disk_loses_no_line_of_a_table(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    setup.output = setup.output.with_name("answers.csv.jsonl")
+    table = setup.output.with_name("answers.csv")
+    setup.run()
+    assert lines_file(table) == setup.output
+    with monkeypatch.context() as patched:
+        patched.setattr("cogtune.generate.predictions_table._csv", full)
+        with pytest.raises(DiskFullError):
+            write_table(table, setup.output)
+    assert not table.exists()
+    assert len(setup.lines()) == 8
+    write_table(table, setup.output)
+    assert len(table.read_text(encoding="utf-8").splitlines()) == 9

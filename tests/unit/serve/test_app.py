@@ -7,7 +7,9 @@ import shutil
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -330,6 +332,66 @@ def test_an_error_of_the_engine_is_no_leak_and_no_end(running: Running, monkeypa
         _chat(running)
     assert "private detail" not in str(caught.value)
     assert _chat(running, max_tokens=2).choices
+
+
+def test_a_request_that_finds_no_memory_fails_alone(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the prefill only that one, in a decode step those that take part in it; the next ones are answered."""
+
+    def full(*_: Any, **__: Any) -> None:
+        monkeypatch.undo()
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    for place, name in ((DecodeSteps, "step"), (DecodeSteps, "begin")):
+        monkeypatch.setattr(place, name, full)
+        with pytest.raises(openai.APIStatusError) as caught:
+            _chat(running)
+        assert (caught.value.status_code, caught.value.response.headers["retry-after"]) == (503, "5")
+        assert caught.value.code == "out-of-memory"
+        assert running.free()
+        assert _chat(running, max_tokens=2).choices
+
+
+def test_a_slow_client_holds_up_nobody(start: Start) -> None:
+    """Neither one whose request arrives a byte at a time, nor one that does not read its answer."""
+    patient = start(seconds=1.0)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: %d\r\n\r\n"
+    body = json.dumps({"messages": _messages(picture=False), "stream": True, "max_tokens": 100}).encode()
+    with socket.create_connection(("127.0.0.1", patient.port)) as slow, \
+            socket.create_connection(("127.0.0.1", patient.port)) as deaf:  # fmt: skip
+        slow.sendall(head.encode() % 500 + b"{")
+        deaf.sendall(head.encode() % len(body) + body)
+        assert _chat(patient, max_tokens=2).choices
+        assert patient.free()
+        slow.settimeout(20)
+        answer = b""
+        while piece := slow.recv(4096):
+            answer += piece
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"did not arrive within 1 s" in answer
+
+
+def test_a_thousand_connections_each_get_an_answer(start: Start) -> None:
+    crowded = start(slots=2, most_waiting=4)
+    body = json.dumps({"messages": _messages(picture=False), "max_tokens": 1}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer {KEY}\r\n"
+    request = head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    with ExitStack() as stack:
+        opened = [stack.enter_context(socket.create_connection(("127.0.0.1", crowded.port), 60)) for _ in range(1000)]
+        for one in opened:
+            one.sendall(request)
+        answers = [_all_of(one) for one in opened]
+    status = Counter(answer.split(b" ", 2)[1] for answer in answers)
+    assert status.keys() == {b"200", b"429"}
+    assert all(b"retry-after" in answer.lower() for answer in answers if b" 429 " in answer[:20])
+    assert crowded.free()
+    assert _chat(crowded, max_tokens=2).choices
+
+
+def _all_of(connection: socket.socket) -> bytes:
+    found = b""
+    while piece := connection.recv(65536):
+        found += piece
+    return found
 
 
 def test_a_shutdown_finishes_what_was_accepted(start: Start) -> None:
