@@ -28,6 +28,11 @@ class GenerateSection(Section):
         description="cpu, cuda, cuda:1, ... auto: the first GPU, or the CPU. Layers are spread over several:"
         " cuda:0,cuda:1, or all; with cpu as the last, those that do not fit wait in host memory.",
     )
+    offload: bool = Field(
+        default=False,
+        description="Keep the embedding, the vision tower and the vision experts in host memory, and copy them to the"
+        " GPU for each new picture: quant.stream 0 and quant.embedding host. NF4 then answers on a card of 8 GB.",
+    )
     max_new_tokens: int | None = Field(
         default=None, ge=1, description="Most tokens of an answer. null: 2048 in a chat, 512 elsewhere."
     )

@@ -30,6 +30,7 @@ ANSWER_ALIASES = {
     "data": "data.path",
     "adapter": "generate.adapter",
     "device": "generate.device",
+    "offload": "generate.offload",
     "max-new-tokens": "generate.max_new_tokens",
     "max-input-len": "generate.max_input_len",
     "greedy": "generate.greedy",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from cogtune.configuration.answer_config import AnswerConfig
+from cogtune.configuration.load import explicit_values, with_values
 from cogtune.configuration.model import CogVLM2Config
 from cogtune.configuration.quantization import QuantSection
 from cogtune.distributed import environment
@@ -102,3 +104,22 @@ def map_for(
     cards = [device for device in devices if device.type == "cuda"]
     free = [(card, free_memory(card) or 0) for card in cards]
     return plan_device_map(config, free, host=len(cards) < len(devices), dtype=dtype, quantization=quant)
+
+
+def offloading(config: AnswerConfig) -> AnswerConfig:
+    """Return ``config`` with ``quant.stream 0`` and ``quant.embedding host`` for ``generate.offload``.
+
+    Raises:
+        ConfigError: another value of ``quant.stream`` is set too.
+    """
+    if not config.generate.offload:
+        return config
+    given = explicit_values(config)
+    stream = given.get("quant.stream", 0)
+    if stream != 0:
+        raise ConfigError(
+            tr("--offload is quant.stream 0, and quant.stream is {stream}", stream=stream),
+            hint=tr("leave one of the two out"),
+            code="config-contradiction",
+        )
+    return with_values(config, {"quant.stream": 0, "quant.embedding": given.get("quant.embedding", "host")})

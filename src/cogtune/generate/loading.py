@@ -27,7 +27,7 @@ from cogtune.distributed import environment
 from cogtune.distributed.group import TensorGroup
 from cogtune.errors import ConfigError
 from cogtune.generate.decoding import Decoding
-from cogtune.generate.devices import choose_devices, map_for, spread
+from cogtune.generate.devices import choose_devices, map_for, offloading, spread
 from cogtune.generate.fit import explained_loading, fit, free_memory, parameters, supported
 from cogtune.generate.generator import Generator
 from cogtune.generate.tensor_parallel import TensorParallelGenerator, check_launched, start
@@ -53,6 +53,7 @@ GENERATOR_KEYS = (
     "quant.",
     "generate.adapter",
     "generate.device",
+    "generate.offload",
     "generate.max_new_tokens",
     "generate.greedy",
     "generate.temperature",
@@ -176,6 +177,7 @@ def resolve(
             )
         model = find_base(folders[0])
     tensor, name = config.parallel.tensor, config.generate.device
+    config = offloading(config)
     given = frozenset(explicit_values(config))
     require_same_settings(config, named)
     config = as_stored(config, model)

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from cogtune import CogVLM2Config
 from cogtune.adapters.provenance import Provenance, write_provenance
 from cogtune.cli.main import main
 from cogtune.configuration.load import load_answer_config
 from cogtune.configuration.quantization import PLAIN, QuantSection
-from cogtune.errors import OutOfMemoryError
+from cogtune.errors import ConfigError, OutOfMemoryError
 from cogtune.generate import devices, loading
 from cogtune.generate.fit import explained_loading, fit, needed, smaller_formats, supported
 from cogtune.model.slots import SlotCache
@@ -219,3 +220,24 @@ def test_several_devices_take_the_nearest_formats_that_fit(monkeypatch: pytest.M
     assert "quant.experts nf4" in notes[0]
     assert spread(2 * GIB) == (PLAIN, [])
     assert spread(16 * GIB, frozenset({"quant.experts"}))[0].experts == "none"
+
+
+def test_offloaded_four_bits_answer_within_7_2_gib() -> None:
+    """One answer of up to 512 tokens, and one or two slots of 2,900 tokens."""
+    lean = FOUR_BITS.changed(stream=0, embedding="host")
+    for rows, columns in ((1, None), (1, 2900), (2, 2900)):
+        assert needed(SIZES, lean, "bfloat16", 0, rows, columns) < 7.2 * GIB
+    assert needed(SIZES, FOUR_BITS, "bfloat16", 0, 1) > 10 * GIB
+
+
+def test_offload_is_one_flag(tiny_checkpoint: Path) -> None:
+    """The same answer as with everything on the device; a second word about the same is refused."""
+    keys = {"device": "cpu", "max-new-tokens": 12}
+    picture = Image.new("RGB", (9, 9), (200, 10, 10))
+    plain = loading.load_generator(tiny_checkpoint, keys=keys).answer(picture, "What is it?")
+    said: list[str] = []
+    offloaded = loading.load_generator(tiny_checkpoint, keys=keys | {"offload": True}, progress=said.append)
+    assert offloaded.answer(picture, "What is it?") == plain
+    assert any("streamed from" in line for line in said)
+    with pytest.raises(ConfigError, match=r"--offload is quant.stream 0, and quant.stream is 1"):
+        loading.load_generator(tiny_checkpoint, keys=keys | {"offload": True, "quant.stream": 1})
