@@ -107,6 +107,21 @@ class SourceSection(Section):
         default="Please describe this video in detail.",
         description="For a video model: the question put before a caption of a clip.",
     )
+    box_question: Text = Field(
+        default="Can you point out {expression} in the image and provide the bounding boxes of its location?",
+        description="The question put before the box of a referring expression; {expression} is its place.",
+    )
+    boxes: Literal["auto", "thousandths", "pixels", "fractions"] = Field(
+        default="auto",
+        description="What the numbers of boxes are. auto: in records with a bbox, what the file's numbers and pictures"
+        " show; in texts, [[x0,y0,x1,y1]] in thousandths, as the model writes them. The others are also read from four"
+        " numbers in single brackets.",
+    )
+    box_form: Literal["auto", "corners", "size"] = Field(
+        default="auto",
+        description="A record's bbox: corners (x0, y0, x1, y1) or size (x, y, width, height, as in COCO). auto: what"
+        " the file's numbers and pictures show.",
+    )
     frames: Literal["chat", "base", "fps", "uniform"] = Field(
         default="chat",
         description="For a video model: which frames of a clip it sees. chat: one a second, as every published script"

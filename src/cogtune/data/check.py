@@ -150,6 +150,13 @@ def check(
     _repeated(report, examples, validation, contents, data)
     _lengths(report, examples, data, tokens, lambda done, total: tell("texts", done, total))
     _dominant_answer(report)
+    if report.counts.get("boxes") and not tokens.writes_boxes:
+        what = tr(
+            "{count} boxes, and this model was not trained to write them, so it needs many; of this family those called"
+            " cogvlm-grounding were: cogtune download model --variant cogvlm-grounding-generalist",
+            count=report.counts["boxes"],
+        )
+        report.add("warning", "boxes-unknown", "", what)
     if not examples and not found:
         report.add("error", "data-nothing-left", "", tr("nothing to train on"))
     report.seconds = time.monotonic() - began
@@ -197,6 +204,8 @@ def _take(report: CheckReport, read: DataReport, problems: Problems, examples: i
     """Report problems: as errors if they would stop training, else as warnings."""
     for key in ("pictures", "conversations", "turns", "text_only", "frames", "turned", "animated", "deep", "special"):
         report.counts[key] = report.counts.get(key, 0) + int(getattr(read, key))
+    if read.boxes:
+        report.counts["boxes"] = report.counts.get("boxes", 0) + read.boxes
     report.counts["bad"] = report.counts.get("bad", 0) + sum(problems.lost.values())
     report.sources += [asdict(source) for source in read.sources]
     report.notes += [*read.remarks(), *(tr("note: {note}", note=note) for note in read.notes)]

@@ -24,7 +24,8 @@ from cogtune.language import tr
 from cogtune.processing.picture_formats import is_deep, open_header, unknown_picture
 from cogtune.system.reading import open_file
 
-_ORIENTATION = 0x0112
+ORIENTATION = 0x0112
+"""EXIF's tag for how a picture is to be turned."""
 # Formats whose header shows whether there is more than one frame.
 _ANIMATED = ("GIF", "PNG", "WEBP")
 _END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND", "GIF": b";"}
@@ -120,7 +121,7 @@ def _is_turned(image: Image.Image) -> bool:
     """Return whether a viewer would rotate or mirror the picture, from the header alone."""
     if "exif" not in image.info and image.format != "TIFF":
         return False
-    return image.getexif().get(_ORIENTATION, 1) in range(2, 9)
+    return image.getexif().get(ORIENTATION, 1) in range(2, 9)
 
 
 def _decode(path: Path) -> None:

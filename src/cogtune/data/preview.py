@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 from cogtune.configuration.shapes import IGNORED_LABEL, TREE_ROOT
-from cogtune.data.budget import Budget
+from cogtune.data.boxes import Box, find_boxes
+from cogtune.data.budget import Budget, Sample
 from cogtune.data.records import Example, ImageRef, file_of
 from cogtune.data.rows import encode_sample, plan_rows
 from cogtune.errors import DataError
@@ -21,6 +23,8 @@ from cogtune.processing.tree import Row, build_tree
 
 if TYPE_CHECKING:
     from cogtune.configuration.run_config import DataSection
+
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 Kind = Literal["context", "trained", "special", "picture"]
 
@@ -52,7 +56,8 @@ class Segment:
 
 @dataclass(frozen=True)
 class RowPreview:
-    """One row. ``dropped``: answers of its example that training leaves out, over all rows of the example."""
+    """One row. ``dropped``: answers of its example that training leaves out, over all rows of the example; ``boxes``:
+    those in its texts, in thousandths of the picture."""
 
     key: str
     images: tuple[ImageRef, ...]
@@ -61,6 +66,7 @@ class RowPreview:
     tokens: int
     trained: int
     dropped: int
+    boxes: tuple[Box, ...] = ()
 
     def counts(self) -> str:
         """Say how many tokens it has and how many are trained."""
@@ -101,9 +107,18 @@ def preview_rows(
             sources = dict.fromkeys(example.conversations[sample.conversation].source for sample in plan.samples)
             labelled = sum(label != IGNORED_LABEL for label in row.labels)
             segments = tuple(_segments(row, pieces))
-            yield RowPreview(example.key, example.images, tuple(sources), segments, len(row), labelled, dropped)
+            boxes = tuple(dict.fromkeys(_boxes_of(example, plan.samples)))
+            yield RowPreview(example.key, example.images, tuple(sources), segments, len(row), labelled, dropped, boxes)
         if not plans:
             yield RowPreview(example.key, example.images, (example.conversations[0].source,), (), 0, 0, dropped)
+
+
+def _boxes_of(example: Example, samples: Sequence[Sample]) -> Iterator[Box]:
+    """Yield the boxes in the questions and answers that a row trains."""
+    for sample in samples:
+        turn = example.conversations[sample.conversation].turns[sample.turn]
+        for text in (turn.question, turn.answer):
+            yield from find_boxes(text)
 
 
 def _is_named(example: Example, record: str) -> bool:
@@ -141,6 +156,8 @@ class _Pieces:
     def __init__(self, tokens: TokenFile) -> None:
         self._tokenizer: Any = tokens.tokenizer
         self._bytes = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
+        # SentencePiece's pieces are text, and its bytes have tokens of their own
+        self._pieces = bool(getattr(self._tokenizer.model, "byte_fallback", False))
         self._special = {id_ for id_, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
 
     def split(self, ids: Sequence[int], *, trained: bool) -> Iterator[Token]:
@@ -168,6 +185,9 @@ class _Pieces:
             return f"<{id_}>"
         if id_ in self._special:
             return str(piece)
+        if self._pieces:
+            byte = _BYTE.fullmatch(piece)
+            return bytes([int(byte[1], 16)]) if byte else str(piece).replace("\u2581", " ").encode()
         if not all(symbol in self._bytes for symbol in piece):
             return str(piece).encode()
         return bytes(self._bytes[symbol] for symbol in piece)

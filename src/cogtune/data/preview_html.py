@@ -7,8 +7,9 @@ import html
 import io
 from collections.abc import Iterable, Sequence
 
-from PIL import Image
+from PIL import Image, ImageDraw
 
+from cogtune.data.boxes import Box
 from cogtune.data.picture_headers import turned_note
 from cogtune.data.pixels import shown_squares
 from cogtune.data.preview import RowPreview, Segment, Token
@@ -100,15 +101,30 @@ def _token(token: Token) -> str:
 def _figures(row: RowPreview, exif: str, bit_depth: str) -> str:
     if not row.images:
         return f"<figure><figcaption>{tr('no picture')}</figcaption></figure>"
-    return images_html(row.images, exif, bit_depth)
+    return images_html(row.images, exif, bit_depth, row.boxes)
 
 
-def images_html(images: Sequence[ImageRef], exif: str, bit_depth: str = "clip") -> str:
-    """Return what the model sees: a picture's square, or a clip's frames as a strip."""
+def images_html(images: Sequence[ImageRef], exif: str, bit_depth: str = "clip", boxes: Sequence[Box] = ()) -> str:
+    """Return what the model sees: a picture's square with ``boxes`` drawn on it, or a clip's frames as a strip."""
     strip = len(images) > 1
-    shown = shown_squares(images, _STRIP_SIDE if strip else _SIDE, exif=exif, bit_depth=bit_depth)
+    shown: Iterable[tuple[Image.Image, str]] = shown_squares(
+        images, _STRIP_SIDE if strip else _SIDE, exif=exif, bit_depth=bit_depth
+    )
+    if boxes and not strip:
+        shown = [(_with_boxes(square, boxes), size) for square, size in shown]
     figures = [_figure(image, square, size, exif) for image, (square, size) in zip(images, shown, strict=True)]
     return f'<div class="strip">{"".join(figures)}</div>' if strip else "".join(figures)
+
+
+def _with_boxes(square: Image.Image, boxes: Sequence[Box]) -> Image.Image:
+    """Draw boxes (thousandths) on a copy of a picture, each in a colour of its own on white."""
+    drawn = square.convert("RGB")
+    pen = ImageDraw.Draw(drawn)
+    for number, box in enumerate(boxes):
+        corners = [value * side / 1000 for value, side in zip(box, drawn.size * 2, strict=True)]
+        pen.rectangle(corners, outline="white", width=4)
+        pen.rectangle(corners, outline=_BRANCHES[number % len(_BRANCHES)], width=2)
+    return drawn
 
 
 def _figure(image: ImageRef, square: Image.Image, size: str, exif: str) -> str:

@@ -47,6 +47,15 @@ HINTS: dict[str, str] = {
     "image-url": phrase("fetch the pictures, and name the files in the data; nothing is fetched while training"),
     "image-marker": phrase("a record has one picture, and <image> at most once, in a question"),
     "several-images": phrase("the model sees one picture: split the record, or join its pictures to one"),
+    "box-unit": phrase(
+        "name what the numbers are: data.boxes (pixels, fractions or thousandths) and data.box_form (corners or size)"
+    ),
+    "box-form": phrase("a box is four numbers; several are a list of such"),
+    "box-inverted": phrase("correct the box; data.box_form says whether it ends in a corner or a size"),
+    "box-empty": phrase("correct the box, or remove the record"),
+    "box-outside": phrase(
+        "correct the box; data.boxes says what its numbers are, and width and height beside it in which size it counts"
+    ),
     "media": phrase("leave such records out"),
     "media-clips": phrase("use a video model for clips: cogtune download model --variant caption"),
     "media-pictures": phrase("use a model of pictures for them: cogtune download model"),

@@ -23,13 +23,22 @@ def file_of(image: ImageRef) -> Path:
 
 
 @dataclass(frozen=True, slots=True)
+class RawBoxes:
+    """Boxes as a record's numbers give them; ``size``: width and height that the record says of its picture."""
+
+    boxes: tuple[tuple[float, float, float, float], ...]
+    size: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Turn:
     """One question and its answer, as written in the label (never stripped or rewrapped).
 
     ``trained``: False for an answer that the data marks as not to be trained; it is history for later ones.
     ``references``: every right answer, repeated as often as people gave it, where the data has several. Evaluation
     compares with them; the answer alone is trained. ``choices``: the answers that a closed question allows, where
-    they were asked for and the data has some.
+    they were asked for and the data has some. ``boxes``: the answer's, until the pictures are known
+    (`cogtune.data.grounding`).
     """
 
     question: str
@@ -37,6 +46,7 @@ class Turn:
     trained: bool = True
     references: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
+    boxes: RawBoxes | None = None
 
 
 @dataclass(frozen=True, slots=True)

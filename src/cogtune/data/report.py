@@ -59,7 +59,8 @@ class DataReport:
     conversations whose text spells a special token; ``tagged``: those about a picture with a tag that looks like its
     marker, ``first_tag`` where the first stands and what it is; ``signs``: records by what was done to them (`SIGNS`);
     ``untrained``: answers that are history only; ``pointed``: conversations without a picture whose text points to one;
-    ``unreadable``: pictures of records that were kept although they cannot be read, and what is wrong with them.
+    ``unreadable``: pictures of records that were kept although they cannot be read, and what is wrong with them;
+    ``boxes``: in questions and answers.
     """
 
     sources: list[SourceReport] = field(default_factory=list)
@@ -86,11 +87,19 @@ class DataReport:
     pointed: int = 0
     first_pointed: tuple[str, str] = ("", "")
     unreadable: dict[tuple[ImageRef, ...], DataError] = field(default_factory=dict)
+    boxes: int = 0
 
     def count_sign(self, sign: str, count: int) -> None:
         """Add ``count`` records of which `SIGNS` says something."""
         if count:
             self.signs[sign] = self.signs.get(sign, 0) + count
+
+    def recount(self, examples: Iterable[Example]) -> None:
+        """Count the last source anew, after some of its records were left out."""
+        last = self.sources[-1]
+        self.sources[-1] = SourceReport(last.path, last.labels, last.weight)
+        for example in examples:
+            self.sources[-1].count(example)
 
     def count_header(self, header: PictureHeader) -> None:
         self.turned += header.turned
@@ -158,6 +167,8 @@ class DataReport:
             lines.append(tr("{animated} pictures are animated: the first frame is used", animated=self.animated))
         if self.deep and self.bit_depth == "scale":
             lines.append(tr("{count} pictures have more than 8 bits a channel: scaled to 8", count=self.deep))
+        if self.boxes:
+            lines.append(tr("{count} boxes in questions and answers", count=self.boxes))
         lines += [tr(SIGNS[sign], count=count) for sign, count in self.signs.items()]
         if self.untrained:
             lines.append(tr("{count} answers are marked as not to be trained: history only", count=self.untrained))

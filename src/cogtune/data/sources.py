@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cogtune.data.formats.detect import Source, find_sources
 from cogtune.data.formats.item import RecordRules
+from cogtune.data.grounding import Settings, convert_boxes
 from cogtune.data.picture_headers import Decodes
 from cogtune.data.picture_paths import Places, default_extract_dir
 from cogtune.data.problems import Problem, Problems
@@ -125,7 +126,15 @@ def collect_sources(
             if entry.source.form == "folder"
             else RecordsReader(entry.source.form, entry.source.files, names=files, rules=rules, places=places, **common)
         )
-        examples += reader.read(problems, report, done)
+        found = reader.read(problems, report, done)
+        if not clips:
+            before = problems.lost.total()
+            found, lines, boxes = convert_boxes(found, Settings(data.boxes, data.box_form, data.exif), problems, root)
+            report.notes += lines
+            report.boxes += boxes
+            if problems.lost.total() > before:
+                report.recount(found)
+        examples += found
     if data.image_root and not places.used:
         raise Problem(
             "image-root", str(data.image_root[0]), tr("data.image_root is given, and no record uses it")
@@ -141,7 +150,16 @@ def collect_sources(
 def _rules(data: SourceSection, max_images: int, open_questions: bool, clips: bool) -> RecordRules:
     sampling = Sampling(data.frames, data.max_frames, data.frame_rate) if clips else None
     question = data.clip_question if clips else data.caption_question
-    return RecordRules(question, data.system, max_images, open_questions, sampling, data.split, data.labels)
+    return RecordRules(
+        question,
+        data.system,
+        max_images,
+        open_questions,
+        sampling,
+        data.split,
+        data.labels,
+        box_question=data.box_question,
+    )
 
 
 def _other_kind(source: Source, clips: bool) -> Problem:

@@ -1,30 +1,12 @@
-"""Boxes in answers, as grounding models of this family write them: ``[[x0,y0,x1,y1]]``, several joined by ``;``.
-
-Coordinates are whole thousandths of the picture's width and height.
-"""
+"""How much boxes of answers overlap the right ones; `cogtune.data.boxes` finds them in texts."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
-Box = tuple[float, float, float, float]
+from cogtune.data.boxes import Box, find_boxes
 
-_GROUP = re.compile(r"\[\[([\d.,;\s]+)\]\]")
-
-
-def find_boxes(text: str) -> list[Box]:
-    """Return the boxes of a text in order; a group that is not four numbers, or has no area, is none."""
-    found = []
-    for group in _GROUP.findall(text):
-        for part in group.split(";"):
-            try:
-                numbers = [float(number) for number in part.split(",")]
-            except ValueError:
-                continue
-            if len(numbers) == 4 and numbers[0] < numbers[2] and numbers[1] < numbers[3]:
-                found.append((numbers[0], numbers[1], numbers[2], numbers[3]))
-    return found
+__all__ = ["Box", "find_boxes", "matched_overlaps", "overlap"]
 
 
 def overlap(one: Box, other: Box) -> float:

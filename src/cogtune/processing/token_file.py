@@ -30,7 +30,8 @@ class TokenFile:
     """A tokenizer for `Encoder`, with the model sizes that decide lengths.
 
     ``exact`` is False if there is no tokenizer file and tokens are estimated. ``image_size`` in pixels.
-    ``reads_clips``: the model is a video model, whose images are a clip's frames.
+    ``reads_clips``: the model is a video model, whose images are a clip's frames. ``writes_boxes``: it can be one of
+    those that were trained to, or trained from: the first generation's base and grounding models.
     """
 
     tokenizer: Any
@@ -42,6 +43,7 @@ class TokenFile:
     eos_id: int
     image_id: int
     reads_clips: bool = False
+    writes_boxes: bool = False
 
     def __call__(self, texts: list[str], *, add_special_tokens: bool, verbose: bool = False) -> dict[str, Any]:
         if not self.exact:
@@ -98,6 +100,7 @@ def find_token_file(model: str | None, template: str | None = None, tokenizer_of
         exact=tokenizer is not None,
         template=template or ("chat" if clips else str(config.get("template_version", "chat"))),
         reads_clips=clips,
+        writes_boxes=config.get("generation") == 1 and config.get("template_version") == "base",
         num_image_tokens=shape.image_tokens,
         image_size=shape.image_size,
         bos_id=int(config.get("bos_token_id", BOS_ID)),

@@ -9,6 +9,8 @@
 | caption | ``caption``, ``captions``, ``text``; its question is ``data.caption_question`` |
 | possible answers, for `cogtune predict --choices data` | ``choices`` |
 | picture | ``image``, ``images``, ``file_name`` |
+
+A question or a referring expression with a box in place of an answer: `cogtune.data.formats.grounded`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from cogtune.data.formats.grounded import columns_of, is_grounded, read_grounded
 from cogtune.data.formats.item import Content, RecordRules
 from cogtune.data.formats.messages import Message, content_of, read_conversation
 from cogtune.data.formats.pictures import keys_text, picture_sources, refuse_unread
@@ -38,6 +41,8 @@ def is_flat(keys: Collection[str]) -> bool:
 
 def missing(keys: Collection[str], *, open_questions: bool) -> bool:
     """Return whether these columns (in lower case) lack the texts of a record."""
+    if columns_of(keys, QUESTIONS, (*ANSWERS, *CAPTIONS), open_boxes=open_questions):
+        return False
     if any(key in keys for key in QUESTIONS):
         return not open_questions and not any(key in keys for key in (*ANSWERS, *CAPTIONS))
     return not open_questions and not any(key in keys for key in CAPTIONS)
@@ -60,7 +65,15 @@ def read_flat(record: Any, rules: RecordRules, form: str) -> Content:
     identity = None if is_blank(row.get("id")) else identity_of(row)
     asked = _one_of(row, QUESTIONS)
     used: list[str] = ["id", *asked]
-    if asked:
+    if is_grounded(row, QUESTIONS, (*ANSWERS, *CAPTIONS), open_boxes=rules.open_questions):
+        dialogues, used = read_grounded(row, QUESTIONS, rules.box_question)
+        used += ["id"]
+        if not pictures:
+            raise BadRecordError("image-path", tr("a box or an expression, and no picture"))
+        refuse_unread(row, [*used, *PICTURES], pictures, form)
+        rules.check_images(len(pictures))
+        content = Content(dialogues, picture_sources(pictures), identity)
+    elif asked:
         messages, more = _messages(row, asked, rules)
         used += more
         refuse_unread(row, [*used, *PICTURES], pictures, form)

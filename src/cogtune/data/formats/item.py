@@ -65,7 +65,7 @@ class RecordRules:
     ``open_questions``: a last question needs no answer (for prediction). ``clips``: for a video model, whose records
     name one clip each, how its frames are chosen. ``split`` and ``labels`` as in `SourceSection`. ``choices``: read the
     possible answers of questions. ``keep_unreadable``: a record whose pictures cannot be read is kept, and told apart
-    (`Problems.unreadable`).
+    (`Problems.unreadable`). ``box_question``: asks for the box of an expression.
     """
 
     caption_question: str | None
@@ -77,6 +77,7 @@ class RecordRules:
     labels: str = "auto"
     choices: bool = False
     keep_unreadable: bool = False
+    box_question: str = ""
 
     def answer(self, value: Any) -> str:
         """The checked answer of a row; empty where it is missing and may be.
