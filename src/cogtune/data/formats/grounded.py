@@ -96,9 +96,8 @@ def _boxes(value: Any, key: str) -> tuple[Box, ...]:
 
 
 def _size(row: Mapping[str, Any]) -> tuple[float, float] | None:
-    values = [row.get(key) for key in SIZES]
     try:
-        width, height = (float(value) for value in values if not is_blank(value))
+        width, height = (float(row.get(key) or 0) for key in SIZES)
     except (TypeError, ValueError):
         return None
     return (width, height) if width > 0 and height > 0 and math.isfinite(width * height) else None
