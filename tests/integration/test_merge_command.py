@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch
 from cogtune.checkpoint.random import make_tiny
 from cogtune.cli.main import main
 from tests.support.adapters import write_adapter
-from tests.support.data_folders import write_image
+from tests.support.data_folders import dialogue, write_folder, write_image
 
 
 def test_the_merged_model_answers_as_the_adapter_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,6 +33,38 @@ def test_the_merged_model_answers_as_the_adapter_does(tmp_path: Path, capsys: py
     answer = ask("--model", tmp_path / "merged")
     assert answer == ask("--model", base, "--adapter", run)
     assert answer != ask("--model", base)
+
+
+def test_stored_answers_are_asked_again_directly_and_through_the_server(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = make_tiny(tmp_path / "base", dtype=torch.float32)  # in bfloat16 a near tie could fall the other way
+    write_adapter(base, tmp_path / "run" / "adapter", size=0.1)
+    data = write_folder(tmp_path / "data", {"a": [dialogue("a0?", "A0", "a1?", "A1"), dialogue("b0?", "B0")]})
+    stored = tmp_path / "stored.jsonl"
+    words = ["--model", base, "--adapter", tmp_path / "run", "--data", data, "--output", stored, "--max-new-tokens", 6]
+    assert main(["predict", *map(str, words), "--device", "cpu"]) == 0
+
+    def merged(name: str) -> tuple[int, str]:
+        capsys.readouterr()
+        words = ["merge", "--adapter", tmp_path / "run", "--output", tmp_path / name, "--check", stored]
+        code = main([str(word) for word in words])
+        return code, capsys.readouterr().out
+
+    assert merged("same") == (0, ANY)
+    code, said = merged("again")
+    assert "2 of 2 stored answers are given again, directly and served" in said
+    lines = stored.read_text(encoding="utf-8").splitlines()
+    changed = json.loads(lines[0]) | {"answer": "something else"}
+    stored.write_text("\n".join([json.dumps(changed), *lines[1:]]) + "\n", encoding="utf-8")
+    code, said = merged("other")
+    assert code == 1
+    assert "1 of 2 stored answers are not given again" in said
+    assert "merged: a0?" in said
+    assert "served: a0?" in said
+    assert (tmp_path / "other" / "config.json").is_file()
+    stored.with_name("stored.jsonl.meta.json").unlink()
+    assert merged("without settings")[0] != 0
 
 
 def test_wrong_input_is_exit_2_and_nothing_is_written(

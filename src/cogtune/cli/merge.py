@@ -47,6 +47,13 @@ class _Flags:
         "FORMAT",
         choices=("none", "nf4", "int8", "fp8"),
     )
+    check: Path | None = flag(
+        None,
+        "Then ask the first questions of this file again, which `cogtune predict` wrote with the adapter: directly and"
+        " through the server. The command fails if an answer differs; the merged model stays.",
+        "PREDICTIONS",
+    )
+    check_count: int = flag(16, "How many of them.", "N", least=1)
     layout: str = flag(
         "published",
         "Files beside the weights: the base's own, or those that transformers' Auto classes read.",
@@ -55,7 +62,7 @@ class _Flags:
     )
 
 
-def _merge(flags: _Flags, line: Arguments) -> None:
+def _merge(flags: _Flags, line: Arguments) -> int:
     with contextlib.redirect_stdout(sys.stderr):  # some libraries log to stdout when first imported
         from cogtune.adapters.merge import merge
         from cogtune.features.choose import size_text
@@ -86,7 +93,29 @@ def _merge(flags: _Flags, line: Arguments) -> None:
             size=size_text(report.bytes),
         )
     )
+    if flags.check is not None and not _same_answers(flags):
+        return 1
     note(tr("next: cogtune chat --model {output}", output=flags.output))
+    return 0
+
+
+def _same_answers(flags: _Flags) -> bool:
+    with contextlib.redirect_stdout(sys.stderr):
+        from cogtune.serve.self_check import check_answers
+
+    assert flags.check is not None
+    found = check_answers(flags.output, flags.check, flags.check_count, note)
+    print("\n".join(found.lines()))
+    if found.differences:
+        note(
+            tr(
+                "rounding changes an answer now and then; compare the merged model with `cogtune eval --model {output}"
+                " --data DATA --against {predictions}`",
+                output=flags.output,
+                predictions=flags.check,
+            )
+        )
+    return not found.differences
 
 
 COMMANDS = (
@@ -99,6 +128,7 @@ COMMANDS = (
             "cogtune merge --model BASE --adapter OUT/adapter --output MERGED",
             "cogtune merge --adapter OUT --output MERGED --rounding stochastic",
             "cogtune merge --adapter OUT --output MERGED --quant nf4",
+            "cogtune merge --adapter OUT --output MERGED --check predictions.jsonl",
             "cogtune merge --adapter OUT --output MERGED --layout transformers",
         ),
         run=_merge,
