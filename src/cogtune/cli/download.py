@@ -38,6 +38,7 @@ class _Flags:
 def _download(flags: _Flags, line: Arguments) -> None:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+    from cogtune.configuration.quantization import stored_by_name
     from cogtune.download.fetch import download
     from cogtune.download.sources import DATA, VARIANTS
     from cogtune.errors import ConfigError
@@ -73,6 +74,14 @@ def _download(flags: _Flags, line: Arguments) -> None:
         cached=cached,
     )
     print(tr("{folder}: {counts}, {size:.2f} GB", folder=result.folder, counts=counts, size=result.size / 1e9))
+    if what == "model" and stored_by_name(repository.hf[0]) is not None:
+        print(
+            tr(
+                "its weights are in 4 bits (fp4) and load as they are, without a quant key; bitsandbytes is needed:"
+                ' pip install "cogtune[quant]"'
+            ),
+            file=sys.stderr,
+        )
     if what == "data":
         print(tr("unpack it: unzip {folder}/CogVLM-SFT-311K.zip -d {folder}", folder=folder), file=sys.stderr)
 

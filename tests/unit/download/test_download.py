@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 
+from cogtune.checkpoint.load import load_model
 from cogtune.cli.main import main
 from cogtune.download import transfer
 from cogtune.download.fetch import download
@@ -16,6 +17,7 @@ from cogtune.download.sources import DATA, VARIANTS
 from cogtune.errors import CheckpointError, DiskFullError, DownloadError, InputError, OutputFolderError, RunError
 from tests.support.fake_hub import FakeHub, serving
 from tests.support.lock_holder import holder, kill
+from tests.support.packed import int4_folder
 
 CHAT = VARIANTS["chat"]
 
@@ -360,6 +362,20 @@ def test_the_command(hub, tmp_path, monkeypatch, capsys):
     assert any("/api/datasets/" in path for path, *_ in hub.requests)
     assert main(["download", "weights"]) == 2
     assert "model, data" in capsys.readouterr().err
+
+
+def test_the_4_bit_folder_is_fetched_checked_and_said_to_load(tiny_checkpoint, hub, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    int4_folder(tiny_checkpoint, tmp_path / "published")
+    hub.files.clear()
+    hub.files.update({file.name: file.read_bytes() for file in (tmp_path / "published").iterdir()})
+    assert main(["download", "model", "--variant", "chinese-int4", "--output", str(tmp_path / "m")]) == 0
+    assert "4 bits (fp4) and load as they are" in capsys.readouterr().err
+    assert load_model(tmp_path / "m")
+    (tmp_path / "m" / "pytorch_model.bin").unlink()
+    hub.files["pytorch_model.bin"] = b"not what was published"
+    assert main(["download", "model", "--variant", "int4", "--output", str(tmp_path / "m")]) != 0
+    assert "error[checkpoint-truncated]" in capsys.readouterr().err
 
 
 def test_no_network_names_the_ways_out(tmp_path, monkeypatch):
