@@ -108,7 +108,8 @@ def _refuse_bad(report: CheckReport) -> None:
     if report.ok:
         return
     shown = "\n  ".join(f"{f.where}: {f.what}" if f.where else f.what for f in report.errors[:_SHOWN])
-    count = len(report.errors)
+    count, code = len(report.errors), report.errors[0].code
+    general = tr("`cogtune data check` lists them all; --data.on_bad skip leaves bad records out")
     raise DataError(
         tr(
             "training would stop: {count} problem{s} in the data, first:\n  {shown}",
@@ -116,8 +117,8 @@ def _refuse_bad(report: CheckReport) -> None:
             s="" if count == 1 else "s",
             shown=shown,
         ),
-        hint=tr("`cogtune data check` lists them all; --data.on_bad skip leaves bad records out"),
-        code=report.errors[0].code,
+        hint=report.hints.get(code, general) if count == 1 else general,
+        code=code,
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cogtune.configuration.architectures import config_by_name, reads_clips
+from cogtune.configuration.architectures import config_by_name, reads_clips, refuse_foreign
 from cogtune.configuration.config_json import read_model_json
 from cogtune.configuration.shapes import BOS_ID, EOS_ID, PAD_ID, VisionShape
 from cogtune.errors import CheckpointError
@@ -83,7 +83,7 @@ def find_token_file(model: str | None, template: str | None = None, tokenizer_of
         tokenizer_of: where the tokenizer is (``model.tokenizer``), if not with the model.
 
     Raises:
-        CheckpointError: the file exists and cannot be read.
+        CheckpointError: the file exists and cannot be read, or the folder is another architecture's.
         SetupError: it is a SentencePiece model, and sentencepiece is missing.
     """
     folder = None if model is None else _local_folder(model)
@@ -134,6 +134,7 @@ def _config(folder: Path | None) -> dict[str, Any]:
     file = None if folder is None else folder / "config.json"
     if file is None or not file.is_file():
         return {}
+    refuse_foreign(file.parent)
     return read_model_json(file)
 
 

@@ -15,7 +15,12 @@ from cogtune.errors import CheckpointError
 from cogtune.plan.sizes import ModelSizes
 from cogtune.processing.token_file import find_token_file
 
-READERS: list[Callable[[Path], object]] = [load_model_config, CogVLM2Processor.from_pretrained, ModelSizes.from_folder]
+READERS: list[Callable[[Path], object]] = [
+    load_model_config,
+    CogVLM2Processor.from_pretrained,
+    ModelSizes.from_folder,
+    lambda folder: find_token_file(str(folder)),
+]
 
 
 def _named(folder: Path, architecture: str) -> Path:
@@ -24,7 +29,7 @@ def _named(folder: Path, architecture: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("read", READERS, ids=["checkpoint", "processor", "plan"])
+@pytest.mark.parametrize("read", READERS, ids=["checkpoint", "processor", "plan", "data check"])
 @pytest.mark.parametrize(
     ("architecture", "said", "instead"),
     [
