@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cogtune.adapters.adapter_folder import find_adapter, find_base
+from cogtune.adapters.provenance import inherit
 from cogtune.checkpoint.model_files import reading_rules
 from cogtune.configuration.answer_config import AnswerConfig
 from cogtune.configuration.load import load_answer_config
@@ -146,6 +147,7 @@ class _Questions:
     paths: tuple[str, ...]
     answers: dict[int, str] | None = None
     notes: tuple[str, ...] = ()
+    exif: str = "ignore"
 
     def described(self) -> dict[str, Any]:
         """What was asked, for the record."""
@@ -154,12 +156,15 @@ class _Questions:
             "fingerprint": self.fingerprint,
             "unanswered": self.asked.unanswered,
             "joined": self.asked.joined,
+            **({"exif": self.exif} if self.exif != "ignore" else {}),
         }
 
 
 def _read(config: AnswerConfig, sides: Sequence[Contestant], say: Say) -> _Questions:
     """Read the data, or, where only predictions are compared and no data is named, the first file."""
     notes: tuple[str, ...] = ()
+    if config.generate.adapter is not None:  # pictures, and with them boxes, as the model sees them
+        config, _ = inherit(config, find_adapter(config.generate.adapter))
     if config.data.path:
         examples, report = read_sources(config.data, open_questions=True, **_rules(sides))
         for line in report.lines():
@@ -175,7 +180,7 @@ def _read(config: AnswerConfig, sides: Sequence[Contestant], say: Say) -> _Quest
     else:
         examples, paths, note = held_out(config.generate.adapter)
         notes = (note,)
-    return _Questions(_some(collect(examples)), fingerprint(examples), paths, notes=notes)
+    return _Questions(_some(collect(examples)), fingerprint(examples), paths, notes=notes, exif=config.data.exif)
 
 
 def _rules(sides: Sequence[Contestant]) -> dict[str, Any]:

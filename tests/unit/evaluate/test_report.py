@@ -20,6 +20,7 @@ from cogtune.errors import DataError
 from cogtune.evaluate.report.chart import Frame, Line, line_chart
 from cogtune.evaluate.report.load import report_of, write_report
 from cogtune.evaluate.report.page import render
+from cogtune.evaluate.report.pictures import Pictures
 from cogtune.evaluate.runs import differing, find_runs
 from cogtune.processing.clip import read_clip
 from cogtune.processing.frames import Sampling
@@ -241,3 +242,14 @@ def test_runs_are_listed_and_compared(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_a_chart_of_zeros_is_drawn() -> None:
     svg = line_chart([Line("", "one", [(0.0, 0.0), (5.0, 0.0)])], Frame("zeros"))
     assert re.search(r'points="52.0,226.0 708.0,226.0"', svg)
+
+
+def test_a_picture_with_boxes_lies_as_the_model_saw_it(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (400, 200), "white").save(tmp_path / "w.png", exif=exif)
+    for way, size in (("ignore", 'width="112.0" height="56.0"'), ("apply", 'width="56.0" height="112.0"')):
+        pictures = Pictures(way)
+        assert f'<rect class="right" x="0.0" y="0.0" {size}/>' in pictures.drawn(
+            str(tmp_path / "w.png"), "w", [("right", [(0, 0, 500, 500)])]
+        )

@@ -26,17 +26,20 @@ CHANGES = {
 _SIGNS = {"worse": "▼", "better": "▲", "same": "=", "right": "✓", "wrong": "✗"}
 
 
-def gallery(records: Sequence[dict[str, Any]], names: Sequence[str], metric: str, higher: bool) -> str:
+def gallery(
+    records: Sequence[dict[str, Any]], names: Sequence[str], metric: str, higher: bool, exif: str = "ignore"
+) -> str:
     """Return the gallery's controls and cards.
 
     Args:
         records: lines of ``records.jsonl``.
         names: HTML of the models' names, in the order of the answers.
         metric: the one whose values sort the cards; ``higher``: whether more is better.
+        exif: as the model saw the pictures.
     """
     judged = [(record, *_judged(record, metric, higher)) for record in records]
     judged.sort(key=lambda one: one[2])
-    pictures = Pictures()
+    pictures = Pictures(exif)
     cards, size = [], 0
     for record, change, _ in judged[:_MOST]:
         card = _card(record, change, names, metric, pictures)

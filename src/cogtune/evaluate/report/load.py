@@ -121,7 +121,9 @@ def _compared(run: RunFolder, sides: Sequence[tuple[str, list[dict[str, Any]]]])
     models = [Answers(name, [rows[key]["answer"] for key in keys]) for name, rows in names_and_rows]
     paths = [str(one.get("path")) if isinstance(one, dict) else str(one) for one in run.value("data.path") or ()]
     fingerprint = str(run.data.get("fingerprint", ""))
-    data = {"paths": paths, "fingerprint": fingerprint, "unanswered": 0, "joined": 0}
+    data: dict[str, Any] = {"paths": paths, "fingerprint": fingerprint, "unanswered": 0, "joined": 0}
+    if run.value("data.exif") == "apply":
+        data["exif"] = "apply"
     return Evaluation(asked, models, compare(asked, models, choice), data, choice.notes)
 
 

@@ -105,7 +105,8 @@ def _body(report: Report) -> list[tuple[str, str]]:
     if report.result is not None and report.records:
         first = report.result["metrics"][0]
         names = [_name(model) for model in report.result["models"]]
-        shown_cards = gallery(report.records, names, first["name"], first["higher_is_better"])
+        exif = str(report.result["data"].get("exif", "ignore"))
+        shown_cards = gallery(report.records, names, first["name"], first["higher_is_better"], exif)
         parts.append((phrase("Pictures, questions, answers"), shown_cards))
         parts.append((phrase("Lengths of answers"), _lengths(report)))
     if report.run is not None:

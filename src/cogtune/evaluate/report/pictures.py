@@ -41,15 +41,17 @@ class Pictures:
     Attributes:
         found: by path; None for one that cannot be read.
         size: bytes of all.
+        exif: what is done with an EXIF orientation, as in `read_image`.
     """
 
+    exif: str = "ignore"
     found: dict[str, Small | None] = field(default_factory=dict)
     size: int = 0
 
     def add(self, path: str) -> Small | None:
         """Return a picture, read at its first use."""
         if path not in self.found:
-            small = self.found[path] = thumbnail(Path(path))
+            small = self.found[path] = thumbnail(Path(path), self.exif)
             self.size += len(small.source) if small else 0
         return self.found[path]
 
@@ -88,10 +90,10 @@ class Pictures:
         return f'<svg width="0" height="0" aria-hidden="true" class="store"><defs>{images}</defs></svg>'
 
 
-def thumbnail(path: Path) -> Small | None:
+def thumbnail(path: Path, exif: str = "ignore") -> Small | None:
     """Return a picture, at most `SIDE` pixels wide and high, or frames of a clip side by side; None without either."""
     try:
-        frames = _frames(path)
+        frames = _frames(path, exif)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, CogtuneError):
         return None
     picture = _side_by_side(frames)
@@ -104,14 +106,14 @@ def thumbnail(path: Path) -> Small | None:
     )
 
 
-def _frames(path: Path) -> list[Image.Image]:
+def _frames(path: Path, exif: str) -> list[Image.Image]:
     """Return a picture, or a few frames of a clip or animation at even distances."""
     if is_clip(path):
         return [Image.fromarray(frame) for frame in decode(read_clip(path, Sampling("uniform", _STRIP)).frames)]
     with Image.open(path) as found:
         count = min(_STRIP, getattr(found, "n_frames", 1))
         if count == 1:
-            return [read_image(path).convert("RGB")]
+            return [read_image(path, exif=exif).convert("RGB")]
         frames = []
         for place in range(count):
             found.seek(place * getattr(found, "n_frames", 1) // count)
