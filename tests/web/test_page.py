@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from PIL import Image
 
@@ -287,3 +291,33 @@ def test_it_fits_a_phone(browser: Any, address: str) -> None:
     visit.page.wait_for_timeout(300)
     assert visit.page.evaluate("document.documentElement.scrollWidth") <= 390
     visit.context.close()
+
+
+def test_the_command_starts_it_and_cleans_up(tiny_checkpoint: Path, picture: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tiny_checkpoint, tmp_path / "cats" / "adapter", size=0.4)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "uploads").mkdir()
+    command = [sys.executable, "-m", "cogtune", "web", "--model", str(tiny_checkpoint), "--adapter", str(adapter)]
+    more = ["--data", str(picture.parent), "--port", str(port), "--device", "cpu"]
+    environment = os.environ | {"TMPDIR": str(tmp_path / "uploads")}
+    process = subprocess.Popen([*command, *more], stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            try:
+                page = httpx.get(f"http://127.0.0.1:{port}/en/", timeout=10)
+                break
+            except httpx.HTTPError:
+                time.sleep(0.2)
+        assert page.status_code == 200
+        assert "cats" in page.text
+        assert list((tmp_path / "uploads").glob("cogtune-web-*"))
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+    finally:
+        process.kill()
+    assert process.stderr is not None
+    assert "Traceback" not in process.stderr.read()
+    assert not list((tmp_path / "uploads").glob("cogtune-web-*"))

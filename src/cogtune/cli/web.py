@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -84,6 +85,7 @@ def _web(flags: _Flags, line: Arguments) -> None:
         if not keys:
             note(tr("no API key is asked for: only this machine reaches it"))
         allow_connections()
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what follows is done after either signal
         uvicorn.run(app, host=flags.host, port=flags.port, log_level="warning", timeout_graceful_shutdown=5)
         generator.close()
 

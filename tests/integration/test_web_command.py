@@ -1,0 +1,71 @@
+"""``cogtune web`` up to its page, which `tests/web` looks at in a browser."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from cogtune.cli import web
+from cogtune.cli.main import main
+from cogtune.configuration.load import load_answer_config
+from tests.support.adapters import write_adapter
+from tests.support.data_folders import dialogue, write_folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--host", "0.0.0.0"), "there is no API key"),
+        (("--max-upload", "12"), "--max-upload: `12` is not a size"),
+        (("--adapter", "a=x", "--adapter", "y"), "--adapter y: several adapters have different names"),
+        (("--parallel.tensor", "2"), "not with --parallel.tensor"),
+        (("--data", "nowhere"), "nowhere"),
+    ],
+)
+def test_what_is_wrong_is_said_before_loading(
+    flags: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COGTUNE_API_KEY", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace())
+    assert main(["web", "--model", "nowhere-else", *flags]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_its_package_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["web", "--model", "nowhere"]) == 2
+    assert 'pip install "cogtune[web]"' in capsys.readouterr().err
+
+
+def test_an_adapter_stands_beside_its_base_unless_it_cannot(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_adapter(tiny_checkpoint, tmp_path / "cats" / "adapter", size=0.4).parent
+    dora = write_adapter(tiny_checkpoint, tmp_path / "dora" / "adapter", size=0.4, dora=True)
+    flags = web._Flags()
+    config = load_answer_config(None, {"generate.adapter": [str(run)], "generate.device": ["cpu"]})
+    resolved, generator, sides = web._sides(flags, config, {})
+    assert list(sides) == [tiny_checkpoint.name, "cats"]
+    texts = [side.answer(None, "Hello there") for side in sides.values()]
+    assert texts[0] != texts[1]
+    options = (resolved.config.data.max_pixels, generator.slots)
+    assert options == (flags.max_request_pixels, flags.slots)
+    generator.close()
+    config = load_answer_config(None, {"generate.adapter": [str(dora)], "generate.device": ["cpu"]})
+    _, alone, sides = web._sides(flags, config, {})
+    assert list(sides) == ["dora"]
+    assert "the base is not shown beside it: " in capsys.readouterr().err
+    alone.close()
+
+
+def test_examples_are_spread_over_the_data_and_copied(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    data = write_folder(tmp_path / "data", {f"p{n:02}": dialogue(f"q{n}?", "a") for n in range(30)})
+    config = load_answer_config(None, {"model.path": [str(tiny_checkpoint)], "data.path": [str(data)]})
+    examples = web._examples(config)
+    assert [question for _, question in examples][:3] == ["q0?", "q2?", "q4?"]
+    assert len(examples) == 12
+    copies = web._copied(examples, tmp_path / "page")
+    assert all(path.read_bytes() == old.read_bytes() for (path, _), (old, _) in zip(copies, examples, strict=True))
