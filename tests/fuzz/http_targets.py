@@ -72,7 +72,9 @@ class HttpTarget:
 
         folder = make_tiny(place.fixed / "tiny", seed=0)
         processor = CogVLM2Processor.from_pretrained(folder)
-        self.engine = InferenceEngine(load_model(folder), processor, slots=4, columns=400)
+        model = load_model(folder)
+        model.config.max_position_embeddings = 1000  # one long text takes seconds otherwise
+        self.engine = InferenceEngine(model, processor, slots=4, columns=400)
         limits = PictureLimits(pixels=20_000, bytes=50_000)
         options = ServerOptions(
             "tiny", decoding=Decoding(2), most_tokens=3, seconds=20, body_bytes=60_000, keys=(KEY,), pictures=limits
