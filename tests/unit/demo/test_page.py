@@ -35,7 +35,8 @@ def test_it_shows_scores_baselines_answers_and_times(record: dict[str, Any], tmp
               "blind": ["square", "yes"]}  # fmt: skip
     measured = {name: score(answers, pictures) for name, answers in scores.items()}
     text = render(demo_report(RunFolder(tmp_path), tmp_path, pictures, measured, record))
-    for shown in ("100.0", "50.0", "always “no”: 0.0 % right", "what &lt;shape&gt;?", "a small &lt;red&gt; circle",
+    for shown in ("100.0", "50.0", "always “no”: 0.0 % right", "总是回答“no”：0.0 % 正确",
+                  "what &lt;shape&gt;?", "a small &lt;red&gt; circle",
                   "is it &lt;b&gt;?", "(right: no)", "picture 00007", "A CPU, 2 cores"):  # fmt: skip
         assert shown in text
     assert text.count("data:image/webp;base64,") == 1
