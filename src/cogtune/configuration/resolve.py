@@ -167,8 +167,10 @@ def recomputed_layers(policy: str | int, layers: int) -> tuple[int, ...] | None:
 
 def resident_layers(stream: str | int, layers: int, part: int | None = None) -> int | None:
     """Return how many of ``layers`` decoder layers ``quant.stream`` keeps on the device, or of ``part`` tower layers
-    the same share. Returns None if none is streamed, and for ``auto``, which the planner resolves.
+    the same share: 0 for ``all``. Returns None if none is streamed, and for ``auto``, which the planner resolves.
     """
+    if stream == "all":
+        return 0
     if isinstance(stream, str) or stream >= layers:
         return None
     return stream if part is None else part * stream // layers

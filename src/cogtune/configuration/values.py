@@ -145,8 +145,10 @@ def _stream(value: object) -> object:
         return "off"
     if isinstance(value, str) and value.strip().isdigit():
         return int(value)
-    if value is True or (isinstance(value, str) and value not in ("off", "auto")):
-        raise ValueError(f"{str(value).lower()} is neither off, auto nor the number of layers that stay on the card")
+    if value is True or (isinstance(value, str) and value not in ("off", "auto", "all")):
+        raise ValueError(
+            f"{str(value).lower()} is neither off, auto, all nor the number of layers that stay on the card"
+        )
     return value
 
 
@@ -166,9 +168,9 @@ def _budget(value: object) -> object:
 
 Switch = Annotated[bool | Literal["auto", "on", "off"], BeforeValidator(_switch), Shown("auto | on | off")]
 Stream = Annotated[
-    bool | Literal["off", "auto"] | Annotated[int, Field(ge=0)],
+    bool | Literal["off", "auto", "all"] | Annotated[int, Field(ge=0)],
     BeforeValidator(_stream),
-    Shown(phrase("off | auto | whole number >= 0")),
+    Shown(phrase("off | auto | all | whole number >= 0")),
 ]
 Budget = Annotated[str, BeforeValidator(_budget), Shown(phrase("size | percentage"))]
 Recompute = Annotated[

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from cogtune.errors import InputError, OutOfMemoryError, RunError
+from cogtune.errors import ConfigError, InputError, OutOfMemoryError, RunError
 from cogtune.generate.at_exit import end_at_exit
 from cogtune.generate.choices import ChoiceScores, ClosedQuestion, score_choices
 from cogtune.generate.decode_steps import DecodeSteps
@@ -28,6 +28,7 @@ from cogtune.generate.picture_cache import PictureCache, default_budget, image_d
 from cogtune.generate.prefill import AHEAD, Prefill
 from cogtune.generate.requests import AnswerText, Listener, Pending, Request, Shown
 from cogtune.language import tr
+from cogtune.model.layer_streaming import streams_language
 from cogtune.model.slots import SlotCache
 from cogtune.model.stacked_adapters import StackedAdapters
 from cogtune.processing.processor import CogVLM2Processor
@@ -85,8 +86,17 @@ class InferenceEngine:
         graphs: bool | None = None,
         adapters: StackedAdapters | None = None,
     ) -> None:
-        self.adapters = adapters
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if streams_language(self.model):
+            raise ConfigError(
+                tr(
+                    "quant.stream all streams whole layers, and answers are computed here from the language experts"
+                    " alone"
+                ),
+                hint=tr("use quant.stream 0, which streams the vision experts and the tower"),
+                code="config-combination",
+            )
+        self.adapters = adapters
         self.processor = processor
         self.model.eval()
         config = self.model.config

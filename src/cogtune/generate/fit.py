@@ -48,7 +48,8 @@ def candidates(quant: QuantSection, given: Collection[str]) -> Iterator[tuple[Qu
     """Yield ``quant`` with more and more of `_LEANER`, and which settings changed; keys of ``given`` stay."""
     found, changed = quant, list[str]()
     for name, value in _LEANER:
-        if f"quant.{name}" not in given and getattr(found, name) not in (value, *FOUR_BIT):
+        kept = name == "stream" and found.streams
+        if f"quant.{name}" not in given and not kept and getattr(found, name) not in (value, *FOUR_BIT):
             found, changed = found.changed(**{name: value}), [*changed, f"quant.{name} {value}"]
             yield found, changed
 
@@ -120,6 +121,8 @@ def smaller_formats(quant: QuantSection) -> str:
     for name, value in _LEANER[2:]:
         if not flags and getattr(quant, name) in ("device", "off"):
             flags = [f"--quant.{name} {value}"]
+    if not flags and quant.stream != "all":
+        flags = ["--quant.stream all"]
     if flags:
         return tr("try {flags}", flags=" ".join(flags))
     return tr("keep some layers in host memory (--device cuda:0,cpu), or take a card with more memory")

@@ -89,6 +89,12 @@ class Resolved:
     adapters: Mapping[str, Path] = field(default_factory=dict)
 
     @property
+    def by_layers(self) -> bool:
+        """Whether the model computes only when its layers are called, which `InferenceEngine` does not do: spread over
+        devices, or with streamed language experts."""
+        return bool(self.others) or self.config.quant.stream == "all"
+
+    @property
     def tensor(self) -> int:
         """Number of tensor-parallel processes."""
         return self.config.parallel.tensor
@@ -193,7 +199,7 @@ def resolve(
             hint=tr("leave one of the two out"),
             code="config-combination",
         )
-    if named and (tensor > 1 or others):
+    if named and (tensor > 1 or others or config.quant.stream == "all"):
         raise ConfigError(
             tr("several adapters beside each other need the whole model on one device"),
             hint=tr("name one --device, without --parallel.tensor"),
@@ -281,7 +287,7 @@ def load_resolved(choice: Resolved, progress: Callable[[str], None] = lambda lin
             progress(tr("with the adapters {names}", names=tr(", ").join(choice.adapters)))
             adapters = stack_adapters(model, choice.adapters)
             return Generator(model, processor, **_default_decoding(choice), adapters=adapters)
-        kind = Generator if device_map is None else TransformersGenerator
+        kind = TransformersGenerator if choice.by_layers else Generator
         return kind(model, processor, **_default_decoding(choice))
 
 

@@ -12,7 +12,8 @@ Small tensors (norms, biases, scales per output, code tables) stay on the device
 synchronous copies.
 
 Answering reads a decoder layer's language expert for every token and its vision expert once per picture. So there only
-the vision experts, the tower and the GLU adapter are streamed, and tokens are decoded at full speed.
+the vision experts, the tower and the GLU adapter are streamed, and tokens are decoded at full speed. On a very small
+card the language experts are streamed too, on their own, once per token.
 """
 
 from __future__ import annotations
@@ -57,29 +58,32 @@ def stream_placement(
     blocks: int = 0,
     tower_resident: int | None = None,
     answers: bool = False,
+    language: bool = False,
 ) -> StreamPlacement | None:
     """Return the placement of a model with ``layers`` decoder and ``blocks`` tower layers, of which so many stay on
-    the device (None: all); None if nothing is streamed. ``answers``: as in `StreamPlacement`.
+    the device (None: all); None if nothing is streamed. ``answers``, ``language``: as in `StreamPlacement`.
     """
     decoder = () if resident is None else streamed_layers(resident, layers)
     tower = () if tower_resident is None else streamed_layers(tower_resident, blocks)
-    return StreamPlacement(device, decoder, tower, answers=answers) if decoder or tower else None
+    return StreamPlacement(device, decoder, tower, answers=answers, language=language) if decoder or tower else None
 
 
 def answering_placement(quant: QuantSection, model: CogVLM2Config, device: torch.device) -> StreamPlacement | None:
     """Return the placement of a model that answers, as ``quant.stream`` says; None if nothing is streamed.
 
-    A model without vision experts streams its tower only.
+    A model without vision experts streams its tower only, unless the language experts are to be streamed.
     """
+    everything = quant.stream == "all"
     vision: Any = model.vision_config
     layers, blocks = model.num_hidden_layers, vision.num_hidden_layers
     return stream_placement(
         device,
         layers=layers,
-        resident=resident_layers(quant.stream, layers) if model.vision_experts else None,
+        resident=resident_layers(quant.stream, layers) if model.vision_experts or everything else None,
         blocks=blocks,
         tower_resident=resident_layers(quant.stream, layers, blocks),
         answers=True,
+        language=everything,
     )
 
 
@@ -179,6 +183,7 @@ class LayerStream:
         self._prepare(packed.size)
         self._home[position] = packed.to_host(self._device)
         packed.use(self._buffers[position % BUFFERS])
+        layer.streamed_parts = [*getattr(layer, "streamed_parts", []), self._part]  # type: ignore[assignment]
         layer.register_forward_pre_hook(partial(self._before, position))
         layer.register_forward_hook(partial(self._after, position))
 
@@ -260,6 +265,12 @@ class LayerStream:
         self._held[slot] = position
 
 
+def streams_language(model: Any) -> bool:
+    """Return whether a model's language experts are on the device only while their layers are called."""
+    parts = [part for layer in model.model.layers for part in getattr(layer, "streamed_parts", ())]
+    return any(part in "language" for part in parts)  # "" is all
+
+
 class _Turn(torch.autograd.Function):
     """The identity; its backward pass is the first operation of a layer's."""
 
@@ -303,16 +314,26 @@ class StreamPlacement:
         decoder, tower: indices of the streamed decoder and tower layers, from `streamed_layers`.
         answers: of decoder layers stream the vision expert only, and keep the GLU adapter in host memory too. The model
             then cannot train.
+        language: stream their language experts as well, each expert for itself.
     """
 
     def __init__(
-        self, device: torch.device, decoder: Sequence[int], tower: Sequence[int] = (), *, answers: bool = False
+        self,
+        device: torch.device,
+        decoder: Sequence[int],
+        tower: Sequence[int] = (),
+        *,
+        answers: bool = False,
+        language: bool = False,
     ) -> None:
         self._device, self._answers = device, answers
         parts = {"model.layers": decoder, "model.vision.transformer.layers": tower}
-        self._streams = {path: LayerStream(device, len(indices)) for path, indices in parts.items()}
+        self._streams = {path: [LayerStream(device, len(indices))] for path, indices in parts.items()}
         if answers:
-            self._streams["model.layers"] = LayerStream(device, len(decoder), "vision", _is_text)
+            experts = [LayerStream(device, len(decoder), "vision", _is_text)]
+            if language:
+                experts.append(LayerStream(device, len(decoder), "language"))
+            self._streams["model.layers"] = experts
         self._visitors: list[_Visitor] = []
         self._positions = {
             f"{path}.{index}": (path, position)
@@ -329,7 +350,8 @@ class StreamPlacement:
         found = self._positions.get(unit_name)
         if found is not None:
             path, position = found
-            self._streams[path].take(position, module)
+            for stream in self._streams[path]:
+                stream.take(position, module)
         elif self._answers and unit_name == "model.vision.linear_proj":
             self._visitors.append(_Visitor(self._device, module))
 
@@ -337,7 +359,7 @@ class StreamPlacement:
     def host_bytes(self) -> int:
         """Bytes of host memory that the streamed layers take."""
         visiting = sum(visitor.home.content.numel() for visitor in self._visitors)
-        return visiting + sum(stream.host_bytes for stream in self._streams.values())
+        return visiting + sum(stream.host_bytes for part in self._streams.values() for stream in part)
 
     def describe(self) -> str:
         """Return a one-line description for the user."""

@@ -30,7 +30,7 @@ def answer(setting: Setting, rows: int = 1, new_tokens: int = NEW_TOKENS) -> Pha
         engine="single", ranks=1, tensor=1, offload="none", decoder=frozenset(), blocks=frozenset(),
     )  # fmt: skip
     parts = weights(replace(own, resident=None), tower=True)
-    experts, visiting = Streaming.of_vision_experts(own), 0
+    experts, visiting = Streaming.of_experts(own), 0
     if own.resident is not None:
         glu = [linear for linear in own.sizes.linears if linear.part == "glu_adapter"]
         visiting = sum(large_bytes(linear, "none", own.dtype) for linear in glu)

@@ -64,9 +64,10 @@ class Streaming:
         return cls._of(setting, setting.resident, layers, list(setting.sizes.decoder_layers[0].values()))
 
     @classmethod
-    def of_vision_experts(cls, setting: Setting) -> Streaming:
-        """Return what answering streams of the decoder."""
-        own = [linear for (expert, _), linear in setting.sizes.decoder_layers[0].items() if expert == "vision"]
+    def of_experts(cls, setting: Setting) -> Streaming:
+        """Return what answering streams of the decoder: the vision experts, or all (``quant.stream all``)."""
+        layer, everything = setting.sizes.decoder_layers[0], setting.quant.stream == "all"
+        own = [linear for (expert, _), linear in layer.items() if everything or expert == "vision"]
         return cls._of(setting, setting.resident, setting.sizes.num_hidden_layers, own)
 
     @classmethod

@@ -77,7 +77,10 @@ def test_the_hint_names_what_is_not_used_yet() -> None:
     assert smaller_formats(QuantSection(experts="nf4")) == "try --quant.tower nf4"
     assert smaller_formats(FOUR_BITS) == "try --quant.embedding host"
     assert smaller_formats(FOUR_BITS.changed(embedding="host")) == "try --quant.stream auto"
-    assert "card with more memory" in smaller_formats(FOUR_BITS.changed(embedding="host", stream=0))
+    assert smaller_formats(FOUR_BITS.changed(embedding="host", stream=0)) == "try --quant.stream all"
+    assert "card with more memory" in smaller_formats(FOUR_BITS.changed(embedding="host", stream="all"))
+    least = needed(SIZES, FOUR_BITS.changed(embedding="host", stream="all"), "bfloat16", 0, 1, 2912)
+    assert least < 3.5 * GIB
 
 
 def test_layers_are_streamed_where_four_bits_do_not_fit() -> None:

@@ -54,6 +54,22 @@ def test_streamed_answers_are_the_resident_ones(base: Path, monkeypatch: pytest.
         assert bool(fetched) == (stream != "auto"), "on a CPU there is nothing to free"
 
 
+def test_streamed_language_experts_answer_the_same_and_only_through_their_layers(base: Path) -> None:
+    from cogtune.generate.engine import InferenceEngine
+    from cogtune.generate.transformers_generator import TransformersGenerator
+
+    generator = load_generator(base, keys={"device": "cpu", "quant.stream": "all", "max-new-tokens": 12})
+    plain = load_generator(base, keys={"device": "cpu", "max-new-tokens": 12})
+    assert isinstance(generator, TransformersGenerator)
+    picture = Image.new("RGB", (9, 9), "red")
+    for query in ("What is it?", "And now?"):
+        assert generator.answer(picture, query) == plain.answer(picture, query)
+    weights = [m.weight for m in generator.model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    assert len({weight.untyped_storage().data_ptr() for weight in weights}) == 4, "two buffers for each expert"
+    with pytest.raises(ConfigError, match=r"quant\.stream all streams whole layers"):
+        InferenceEngine(generator.model, generator.processor)
+
+
 def test_streaming_is_refused_by_name_where_it_has_no_meaning(base: Path) -> None:
     from cogtune.checkpoint.model_files import load_model_config
     from cogtune.configuration.answer_config import AnswerConfig
