@@ -11,10 +11,14 @@ import pytest
 
 from cogtune.cli import shares
 from cogtune.cli.main import main
+from cogtune.features import index
 from cogtune.generate.choices import ClosedQuestion
 from cogtune.generate.loading import load_generator
+from cogtune.model.modeling import CogVLM2Model
+from cogtune.train.feature_cache import fill_cache
 from tests.support.adapters import write_adapter
 from tests.support.data_folders import dialogue, write_folder, write_label, write_lines
+from tests.support.training import make_config
 
 
 @pytest.fixture
@@ -50,6 +54,41 @@ def test_batches_of_any_size_give_the_same_file_and_an_interrupted_one_is_contin
     assert "continuing after 2 answers" in capsys.readouterr().out
     assert predict(tiny_checkpoint, data, tmp_path / "all.jsonl") == 0
     assert "complete, 5 answers; nothing to do" in capsys.readouterr().out
+
+
+def test_pictures_in_trainings_cache_need_no_tower(
+    tiny_checkpoint: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same file as with the tower. A damaged one's picture is computed; with an adapter on the tower all are."""
+    cache, computed = tmp_path / "cache", []
+    encode = CogVLM2Model.encode_images
+    monkeypatch.setattr(
+        CogVLM2Model, "encode_images", lambda self, pixels: (computed.append(len(pixels)), encode(self, pixels))[1]
+    )
+    assert predict(tiny_checkpoint, data, tmp_path / "live.jsonl", "--data.cache_dir", cache) == 0
+    assert (computed, "training's cache" in capsys.readouterr().out) == ([1, 1], False)
+    monkeypatch.setattr(index, "_SETTLED_NANOSECONDS", 0)  # the pictures are as new as this test
+    fill_cache(make_config(tiny_checkpoint, data, tmp_path / "unused", data__cache_dir=cache))
+    computed.clear()
+    assert predict(tiny_checkpoint, data, tmp_path / "cached.jsonl", "--data.cache_dir", cache) == 0
+    assert "2 of 2 pictures have features in training's cache" in capsys.readouterr().out
+    assert computed == []
+    assert (tmp_path / "cached.jsonl").read_bytes() == (tmp_path / "live.jsonl").read_bytes()
+    features = next(cache.glob("*/??/[!.]*"))
+    content = bytearray(features.read_bytes())
+    content[-9] ^= 255
+    features.write_bytes(content)
+    assert predict(tiny_checkpoint, data, tmp_path / "damaged.jsonl", "--data.cache_dir", cache) == 0
+    assert computed == [1]
+    assert (tmp_path / "damaged.jsonl").read_bytes() == (tmp_path / "live.jsonl").read_bytes()
+    computed.clear()
+    adapter = write_adapter(tiny_checkpoint, tmp_path / "adapter", targets=("vision-tower",), size=0.3)
+    assert predict(tiny_checkpoint, data, tmp_path / "a.jsonl", "--data.cache_dir", cache, "--adapter", adapter) == 0
+    assert computed == [1, 1]
 
 
 def test_another_adapter_setting_or_data_is_refused_by_name(

@@ -142,6 +142,7 @@ def _here(
     unreadable: Mapping[tuple[ImageRef, ...], DataError],
 ) -> PredictReport:
     """Answer in this process."""
+    from cogtune.generate.cached_features import open_cached
     from cogtune.generate.predict import Predictor
 
     if file.done:
@@ -149,7 +150,12 @@ def _here(
     generator = load(resolved)
     progress = ProgressLine(_unit(resolved))
     sources = resolved.config.data
-    found = Predictor(generator, questions, file, sources, decoding, options, progress, unreadable).run()
+    pictures = {image for question in questions for image in question.images}
+    cached = open_cached(resolved, pictures)
+    if cached is not None:
+        there, total = len(cached.digests), len(pictures)
+        print(tr("{there} of {total} pictures have features in training's cache", there=there, total=total))
+    found = Predictor(generator, questions, file, sources, decoding, options, progress, unreadable, cached).run()
     generator.close()
     return found
 

@@ -142,6 +142,11 @@ class SourceSection(Section):
         le=1,
         description="With on_bad skip: the run stops when more than this share of the records is bad.",
     )
+    cache_dir: Path | None = Field(
+        default=None,
+        description="Folder of the feature cache; runs and users may share it. null: cogtune/features in"
+        " $XDG_CACHE_HOME, else in ~/.cache.",
+    )
     max_pixels: int = Field(
         default=178_956_970, ge=1, description="Pictures with more pixels are refused as decompression bombs."
     )
@@ -207,11 +212,6 @@ class DataSection(SourceSection):
         default="auto",
         description="Keep what the frozen vision tower computes of each picture on disk and train from it, without the"
         " tower. auto: where that fits the budget and saves work or makes the run fit. off: it runs in every step.",
-    )
-    cache_dir: Path | None = Field(
-        default=None,
-        description="Folder of the feature cache; runs and users may share it. null: cogtune/features in"
-        " $XDG_CACHE_HOME, else in ~/.cache.",
     )
     cache_dtype: Literal["auto", "bfloat16", "float8"] = Field(
         default="auto",

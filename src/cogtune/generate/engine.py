@@ -26,7 +26,7 @@ from cogtune.generate.choices import ChoiceScores, ClosedQuestion, score_choices
 from cogtune.generate.decode_steps import DecodeSteps
 from cogtune.generate.picture_cache import PictureCache, default_budget, image_digest
 from cogtune.generate.prefill import AHEAD, Prefill
-from cogtune.generate.requests import AnswerText, Listener, Pending, Request, Shown
+from cogtune.generate.requests import AnswerText, Features, Listener, Pending, Request, Shown
 from cogtune.language import tr
 from cogtune.model.layer_streaming import streams_language
 from cogtune.model.slots import SlotCache
@@ -154,7 +154,7 @@ class InferenceEngine:
             )
         if request.image_keys is None:
             # here, not in the thread that keeps the device busy
-            request = replace(request, image_keys=tuple(image_digest(image) for image in request.images))
+            request = replace(request, image_keys=tuple(map(_key, request.images)))
         pending = Pending(request, listener)
         with self._changed:
             self._take(self._queue, pending)
@@ -173,7 +173,7 @@ class InferenceEngine:
             InputError: no choices, equal ones, more tokens than fit, or no such adapter.
         """
         index = self.prefill.adapter(adapter)
-        keys = [image_digest(image) for image in images]
+        keys = [_key(image) for image in images]
 
         def work() -> list[ChoiceScores]:
             with self.prefill.using(index):
@@ -376,6 +376,11 @@ class InferenceEngine:
             if error is None:
                 row.pending.push(row.text.finish())
             row.pending.end(reason, error)
+
+
+def _key(image: Shown) -> bytes:
+    """Return what an image is known by."""
+    return image.key if isinstance(image, Features) else image_digest(image)
 
 
 def _end_tokens(model: Any) -> frozenset[int]:

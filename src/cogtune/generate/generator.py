@@ -23,7 +23,7 @@ from cogtune.generate.choices import ChoiceScores, ClosedQuestion
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.engine import InferenceEngine
 from cogtune.generate.history import Turns
-from cogtune.generate.requests import Request, Shown
+from cogtune.generate.requests import Features, Request, Shown
 from cogtune.generate.stream import Answer
 from cogtune.model.stacked_adapters import StackedAdapters
 from cogtune.processing.clip import is_clip, refuse_picture
@@ -31,8 +31,8 @@ from cogtune.processing.encode import Encoded
 from cogtune.processing.image import read_image
 from cogtune.processing.processor import CogVLM2Processor
 
-Picture = Image.Image | torch.Tensor | str | os.PathLike[str]
-"""A PIL image, a file's path, or an image as the tower takes it, float32 [3, S, S]."""
+Picture = Image.Image | torch.Tensor | Features | str | os.PathLike[str]
+"""A PIL image, a file's path, an image as the tower takes it, float32 [3, S, S], or what the tower computed of it."""
 Images = Picture | Sequence[Picture] | None
 Ask = tuple[Images, str, Turns]
 """Images (one, several in order, or None), question, and the earlier (question, answer) pairs."""
@@ -226,7 +226,7 @@ class Generator:
 
     def _opened(self, image: Picture) -> Shown:
         """Return an image, decoding a path; the same object for a file of this call or of the previous one."""
-        if isinstance(image, Image.Image | torch.Tensor):
+        if isinstance(image, Image.Image | torch.Tensor | Features):
             return image
         if self.processor.config.numbered_images:
             refuse_picture(image)
@@ -250,4 +250,4 @@ def listed(images: Images) -> list[Picture]:
     """Return one, several or no images as a list."""
     if images is None:
         return []
-    return [images] if isinstance(images, Image.Image | torch.Tensor | str | os.PathLike) else list(images)
+    return [images] if isinstance(images, Image.Image | torch.Tensor | Features | str | os.PathLike) else list(images)

@@ -21,12 +21,13 @@ from cogtune.data.pixels import reader_pool, tower_inputs
 from cogtune.data.records import ImageRef, Question
 from cogtune.errors import DataError, InputError
 from cogtune.generate.asked import trees
+from cogtune.generate.cached_features import CachedFeatures
 from cogtune.generate.choices import ClosedQuestion
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.generator import Ask, Generator
 from cogtune.generate.history import fit_history, prompt_limit
 from cogtune.generate.predictions_file import Extra, PredictionFile
-from cogtune.generate.requests import Shown
+from cogtune.generate.requests import Features, Shown
 from cogtune.generate.stream import Answer
 from cogtune.language import tr
 from cogtune.processing.frames import Frame
@@ -92,7 +93,7 @@ class PredictReport:
 class Predictor:
     """Answers ``questions`` with ``generator`` into ``file``; ``data`` says how pictures are read.
 
-    ``unreadable``: images that are known to be, and why.
+    ``unreadable``: images that are known to be, and why. ``cached``: what the tower computed of images before.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Predictor:
         options: PredictOptions,
         on_progress: OnProgress = lambda done, total: None,
         unreadable: Mapping[tuple[ImageRef, ...], DataError] = MappingProxyType({}),
+        cached: CachedFeatures | None = None,
     ) -> None:
         self.generator = generator
         self.questions = questions
@@ -114,6 +116,7 @@ class Predictor:
         self.options = options
         self.on_progress = on_progress
         self.unreadable = unreadable
+        self.cached = cached
         self.answers: dict[int, str] = file.done | {p: text for p, text in file.pending.items() if p >= file.next}
         self.extra: dict[int, Extra] = dict(file.pending_extra)
         self.report = PredictReport(questions=len(questions), earlier=len(self.answers))
@@ -297,13 +300,19 @@ class Predictor:
     def _opened(self, images: tuple[ImageRef, ...]) -> tuple[Shown, ...]:
         size = self.generator.processor.image_size
         if isinstance(images[0], Frame):
-            return tuple(tower_inputs(images, size))
+            known = [features for image in images if (features := self._cached(image)) is not None]
+            return tuple(known) if len(known) == len(images) else tuple(tower_inputs(images, size))
         limits: dict[str, Any] = {
             "max_pixels": self.data.max_pixels,
             "exif": self.data.exif,
             "bit_depth": self.data.bit_depth,
         }
-        return tuple(read_image(image, **limits) for image in images if not isinstance(image, Frame))
+        return tuple(
+            self._cached(image) or read_image(image, **limits) for image in images if not isinstance(image, Frame)
+        )
+
+    def _cached(self, image: ImageRef) -> Features | None:
+        return None if self.cached is None else self.cached.find(image)
 
     def _fail(self, place: int, error: DataError) -> None:
         """Count a question that cannot be asked, and later turns that depend on it; or raise."""

@@ -11,10 +11,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from PIL import Image
 
 from cogtune.errors import InputError
 from cogtune.generate.picture_cache import PictureCache
-from cogtune.generate.requests import Request, Shown
+from cogtune.generate.requests import Features, Request, Shown
 from cogtune.generate.text_graphs import TextGraphs
 from cogtune.language import tr
 from cogtune.model.decode import prefill
@@ -54,21 +55,21 @@ class Prefill:
             key: image
             for request in waiting
             for key, image in zip(request.image_keys or (), request.images, strict=False)
-            if ("features", key, NONE) not in self._pictures
+            if ("features", key, NONE) not in self._pictures and not isinstance(image, Features)
         }
         self._resized = {
             key: self._resized.get(key) or self._resizing.submit(self._host_pixels, image)
             for key, image in list(wanted.items())[:_AT_ONCE]
         }
 
-    def _host_pixels(self, image: Shown) -> torch.Tensor:
+    def _host_pixels(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
         """Return an image's pixels as they go to the device: uint8 [S, S, 3] of a picture, float32 [3, S, S] of a
         frame."""
         if isinstance(image, torch.Tensor) or self._processor.config.numbered_images:
             return self._processor.pixels(image)[0]
         return torch.from_numpy(resized_of(image, self._processor.image_size))
 
-    def _pixels(self, key: bytes, image: Shown) -> torch.Tensor:
+    def _pixels(self, key: bytes, image: Image.Image | torch.Tensor) -> torch.Tensor:
         """Return an image's pixels [3, S, S] on the model's device."""
         ahead = self._resized.pop(key, None)
         pixels = self._host_pixels(image) if ahead is None else ahead.result()
@@ -144,7 +145,12 @@ class Prefill:
             return None
         tower = adapter if self._adapters is not None and self._adapters.changes_features(adapter) else NONE
         kept = {key: self._pictures.get(("features", key, tower)) for key in keys}
-        new = {key: image for image, key in zip(images, keys, strict=True) if not isinstance(kept[key], torch.Tensor)}
+        new: dict[bytes, Image.Image | torch.Tensor] = {}
+        for image, key in zip(images, keys, strict=True):
+            if isinstance(image, Features):  # at most 8 MB: sent again rather than kept
+                kept[key] = image.values[None].to(self._model.device, self._model.dtype, non_blocking=True)
+            elif not isinstance(kept[key], torch.Tensor):
+                new[key] = image
         for start in range(0, len(new), _AT_ONCE):
             some = list(new)[start : start + _AT_ONCE]
             pixels = torch.stack([self._pixels(key, new[key]) for key in some])

@@ -15,8 +15,17 @@ from cogtune.generate.stream import Answer, TextPieces
 from cogtune.processing.encode import Encoded
 from cogtune.processing.processor import CogVLM2Processor
 
-Shown = Image.Image | torch.Tensor
-"""An image: as a file holds it, or as the tower takes it, float32 [3, S, S]."""
+
+@dataclass(frozen=True)
+class Features:
+    """What the tower computed of an image before: ``values`` [grid * grid, width], under a ``key`` of its pixels."""
+
+    key: bytes
+    values: torch.Tensor
+
+
+Shown = Image.Image | torch.Tensor | Features
+"""An image: as a file holds it, as the tower takes it, float32 [3, S, S], or what the tower computed of it."""
 Listener = Callable[[str | BaseException | None], None]
 
 
