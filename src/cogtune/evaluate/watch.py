@@ -162,12 +162,12 @@ def _highest(line: dict[str, Any], name: str) -> float:
 
 
 def _exploding(watch: Watch) -> Finding | None:
-    """Gradients far above what was usual and above the norm that they are scaled down to."""
+    """Gradients far above what was usual, and above 1 or the smaller norm that they are scaled down to."""
     lines = [line for line in watch.all("train")[-_RECENT - 5 :] if _number(line, "grad_norm") is not None]
     if len(lines) < 15:
         return None
     usual = median(_numbers(lines[:-5], "grad_norm"))
-    limit = max(usual, watch.limit("max_grad_norm") or 1.0)
+    limit = max(usual, min(1.0, watch.limit("max_grad_norm") or 1.0))
     last = [_highest(line, "grad_norm") for line in lines[-5:]]
     often = sum(norm > _EXPLODING * limit for norm in last) >= 3
     if not often and last[-1] <= _EXPLODED * limit:
