@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 from cogtune.cli.main import main
 from cogtune.generate.choices import ClosedQuestion
 from cogtune.generate.loading import load_generator
+from cogtune.train.run import train
 from tests.support.adapters import write_adapter
 from tests.support.data_folders import dialogue, write_folder, write_label
+from tests.support.training import make_config
 
 
 @pytest.fixture
@@ -120,6 +123,20 @@ def test_an_adapter_for_another_base_is_refused(
     other = make_tiny(tmp_path / "other", seed=1, hidden_size=32)
     assert evaluate(other, adapter, data, tmp_path / "out") == 2
     assert "error[" in capsys.readouterr().err
+
+
+def test_an_adapter_on_another_base_of_the_same_shapes_is_warned_of(
+    tiny_checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It fits, and answers badly. A copy of the right base elsewhere is the right base."""
+    from cogtune.checkpoint.random import make_tiny
+
+    adapter = train(make_config(tiny_checkpoint, data, tmp_path / "run", train__max_steps=1)).adapter
+    assert adapter is not None
+    other, copy = make_tiny(tmp_path / "other", seed=1), shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    for base, warned in ((other, 1), (copy, 0), (tiny_checkpoint, 0)):
+        assert evaluate(base, adapter, data, tmp_path / f"out-{base.name}") == 0
+        assert capsys.readouterr().out.count(f"was trained on {tiny_checkpoint}; {base} has other weights") == warned
 
 
 def test_closed_questions_are_answered_by_the_likeliest_choice(

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cogtune.checkpoint.fingerprint import model_fingerprint
 from cogtune.configuration.answer_config import AnswerConfig
 from cogtune.configuration.architectures import FIRST_TOKENIZER
 from cogtune.configuration.load import explicit_values, from_entries, with_values
@@ -92,6 +93,30 @@ def _base(model: str, fingerprint: str) -> dict[str, str]:
         "fingerprint": fingerprint if there else None,
     }
     return {key: value for key, value in known.items() if value is not None}
+
+
+def other_base(folder: Path, model: str) -> list[str]:
+    """Return a line that says so if the adapter was trained on another base than the folder ``model``, as far as its
+    file tells: one of the same shapes takes the adapter, and answers badly.
+
+    Raises:
+        AdapterError: as `read_provenance` does.
+    """
+    provenance, path = read_provenance(folder), Path(model).expanduser()
+    trained = {} if provenance is None else provenance.base
+    if "fingerprint" not in trained or not path.is_dir() or trained.get("path") == str(path.absolute()):
+        return []
+    if model_fingerprint(path) == trained["fingerprint"]:
+        return []
+    return [
+        tr(
+            "warning: the adapter {adapter} was trained on {trained}; {model} has other weights or files, so the"
+            " answers may be worse than they were there",
+            adapter=folder,
+            trained=trained.get("hub") or trained.get("path") or tr("another base"),
+            model=model,
+        )
+    ]
 
 
 def write_provenance(folder: Path, provenance: Provenance) -> None:

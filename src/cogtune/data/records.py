@@ -99,7 +99,7 @@ def iter_questions(examples: Iterable[Example]) -> Iterator[Question]:
         for conversation in example.conversations:
             pairs = tuple((turn.question, turn.answer) for turn in conversation.turns)
             for number, turn in enumerate(conversation.turns):
-                right = turn.references or ((turn.answer,) if turn.answer else ())
+                right = turn.references or ((turn.answer,) if turn.answer.strip() else ())
                 asked = (conversation.id, number, example.images, turn.question, turn.answer or None)
                 yield Question(*asked, pairs[:number], right, turn.choices)
 

@@ -67,6 +67,8 @@ def answer(
     """
     assert contestant.config is not None
     resolved = resolve(contestant.config)
+    for line in resolved.notes:
+        say(line)
     section, sources = contestant.config.generate, resolved.config.data
     decoding = _greedy(section.max_new_tokens)
     options = PredictOptions(section.batch_size, section.own_history, section.max_input_len, bad=sources.on_bad)

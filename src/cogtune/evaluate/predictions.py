@@ -24,7 +24,7 @@ def read_predictions(path: Path, asked: Asked | None) -> tuple[list[Question], d
     if asked is None:
         own = [
             Question(row["id"], row["turn"], _images(row["image"]), row["question"], row["reference"], (),
-                     (row["reference"],) if row["reference"] else ())
+                     (row["reference"],) if (row["reference"] or "").strip() else ())
             for _, row in rows
         ]  # fmt: skip
         return own, {place: row["answer"] for place, (_, row) in enumerate(rows)}
@@ -65,6 +65,7 @@ def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
             wrong = [name for name, kind in kinds.items() if not isinstance(row[name], kind)]
             row.setdefault("reference", None)
             row.setdefault("image", row.get("video"))
+            wrong += [] if row["reference"] is None or isinstance(row["reference"], str) else ["reference"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             wrong = [f"{type(error).__name__}: {error}"]
         if wrong:

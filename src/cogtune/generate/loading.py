@@ -12,7 +12,7 @@ import torch
 
 from cogtune.adapters.adapter_folder import adapter_shapes, find_adapter, find_base
 from cogtune.adapters.attach import load_adapter
-from cogtune.adapters.provenance import inherit, require_same_settings
+from cogtune.adapters.provenance import inherit, other_base, require_same_settings
 from cogtune.adapters.stacking import stack_adapters
 from cogtune.adapters.tensor_parallel import split_adapter
 from cogtune.checkpoint.load import load_model
@@ -189,6 +189,7 @@ def resolve(
     config = as_stored(config, model)
     given |= frozenset(explicit_values(config)) if ModelSizes.from_folder(model).stored else frozenset()
     config, notes = inherit(config, folders[0] if folders else Path(model).expanduser(), formats=tensor == 1)
+    notes += [line for folder in folders for line in other_base(folder, model)]
     if tensor > 1:
         check_tensor(config.quant, tensor)
     check_launched(tensor)

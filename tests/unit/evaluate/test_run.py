@@ -114,6 +114,8 @@ def test_the_data_that_was_predicted_is_taken(tmp_path):
      (lambda rows: [*rows, "{"], r":41: not a prediction record", "predictions-other-data"),
      (lambda rows: [*rows, "[1]"], r":41: not a prediction record", "predictions-other-data"),
      (lambda rows: [*rows, '{"id": "x"}'], r":41: not a prediction record", "predictions-other-data"),
+     (lambda rows: [*rows[:2], rows[2].replace('"reference": "', '"reference": ["'). replace('"}', '"]}')],
+      r":3: not a prediction record \(reference\)", "predictions-other-data"),
      (lambda rows: rows[:30], "half.jsonl has no answer to 10 of 40 questions; the first is set/15#0",
       "predictions-incomplete")],
 )  # fmt: skip
@@ -158,9 +160,9 @@ def test_a_missing_package_is_named_or_its_metric_left_out(tmp_path, two, monkey
 
 
 def test_records_without_a_right_answer_are_counted(tmp_path):
-    file = predictions(tmp_path / "some.jsonl", ["cat"] * 4, ["cat", None, "cat", ""])
+    file = predictions(tmp_path / "some.jsonl", ["cat"] * 5, ["cat", None, "cat", "", " \n"])
     found = evaluated(tmp_path, predictions=file)
-    assert (len(found.asked.questions), found.data["unanswered"]) == (2, 2)
+    assert (len(found.asked.questions), found.data["unanswered"]) == (2, 3)
     none = predictions(tmp_path / "none.jsonl", ["cat"], [None])
     with pytest.raises(DataError, match=r"no question has an answer to compare with \(1 have none\)"):
         evaluated(tmp_path, predictions=none)

@@ -155,7 +155,8 @@ def _loss(run: RunFolder, other: RunFolder | None) -> str:
              (both("validation"), _points(run.lines("validation"), "loss"))]  # fmt: skip
     held = run.lines("validation")
     for one in dict.fromkeys(one for line in held for one in line.get("sets") or ()):
-        points = [(line["step"], line["sets"][one]["loss"]) for line in held if one in (line.get("sets") or {})]
+        parts = [{**(line.get("sets") or {}).get(one, {}), "step": line["step"]} for line in held]
+        points = _points(parts, "loss")
         lines.append((f"{both('validation')} {shown(one)}", points))
     if other is not None:
         name = shown(other.path.name)
