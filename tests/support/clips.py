@@ -28,14 +28,18 @@ def write_clip(
     times: Sequence[float] | None = None,
     pixels: str = "yuv420p",
     options: dict[str, str] | None = None,
+    transfer: int | None = None,
 ) -> Path:
-    """Write a clip of grey frames (width, height = ``size``), each of `shade`'s brightness."""
+    """Write a clip of grey frames (width, height = ``size``), each of `shade`'s brightness. ``transfer``: FFmpeg's
+    number of the transfer function that the file claims."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, options=options or {})
         stream.width, stream.height, stream.pix_fmt = *size, pixels
         base = Fraction(1, 1000)
         stream.codec_context.time_base = base
+        if transfer is not None:
+            stream.codec_context.color_trc = transfer
         for index in range(frames):
             picture = np.full((size[1], size[0], 3), shade(index), np.uint8)
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pixels)

@@ -42,13 +42,14 @@ class PictureHeader:
     """Result of a header check; ``size`` in bytes.
 
     ``turned``: EXIF asks for a rotation; ``animated``: more than one frame, of which only the first is used; ``deep``:
-    more than 8 bits a channel.
+    more than 8 bits a channel; ``hdr``: a clip of high dynamic range.
     """
 
     size: int
     turned: bool = False
     animated: bool = False
     deep: bool = False
+    hdr: bool = False
 
 
 class Decodes:

@@ -164,7 +164,7 @@ class RecordsReader:
                 refuse_other_kind(path, clips=self.rules.clips is not None)
                 if self.rules.clips is not None:
                     clip = read_clip(path, self.rules.clips, max_pixels=self.max_pixels)
-                    group.frames, header = clip.frames, PictureHeader(clip.size)
+                    group.frames, header = clip.frames, PictureHeader(clip.size, hdr=clip.hdr)
                     group.headers.append(header)
                     continue
                 if not _is_file(path):

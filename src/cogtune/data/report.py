@@ -55,12 +55,12 @@ class DataReport:
     """Counts over all sources. ``bad``: records left out, by problem; ``repaired``: files, by kind of repair.
 
     ``turned``: pictures with an EXIF orientation, which ``exif`` says what to do with; ``animated``: those of which
-    only the first frame is seen; ``frames``: those of all clips, which ``pictures`` then counts; ``special``:
-    conversations whose text spells a special token; ``tagged``: those about a picture with a tag that looks like its
-    marker, ``first_tag`` where the first stands and what it is; ``signs``: records by what was done to them (`SIGNS`);
-    ``untrained``: answers that are history only; ``pointed``: conversations without a picture whose text points to one;
-    ``unreadable``: pictures of records that were kept although they cannot be read, and what is wrong with them;
-    ``boxes``: in questions and answers.
+    only the first frame is seen; ``frames``: those of all clips, which ``pictures`` then counts; ``hdr``: clips of
+    high dynamic range; ``special``: conversations whose text spells a special token; ``tagged``: those about a
+    picture with a tag that looks like its marker, ``first_tag`` where the first stands and what it is; ``signs``:
+    records by what was done to them (`SIGNS`); ``untrained``: answers that are history only; ``pointed``:
+    conversations without a picture whose text points to one; ``unreadable``: pictures of records that were kept
+    although they cannot be read, and what is wrong with them; ``boxes``: in questions and answers.
     """
 
     sources: list[SourceReport] = field(default_factory=list)
@@ -79,6 +79,7 @@ class DataReport:
     turned: int = 0
     animated: int = 0
     deep: int = 0
+    hdr: int = 0
     special: int = 0
     tagged: int = 0
     first_tag: tuple[str, str] = ("", "")
@@ -105,6 +106,7 @@ class DataReport:
         self.turned += header.turned
         self.animated += header.animated
         self.deep += header.deep
+        self.hdr += header.hdr
 
     def close(self, examples: Iterable[Example]) -> None:
         """Sum the sources, count special tokens in the texts, and compute the fingerprint."""
@@ -210,6 +212,13 @@ class DataReport:
                 count=self.deep,
             )
             found.append(("deep-pictures", "", what))
+        if self.hdr:
+            what = tr(
+                "{count} clips are HDR (PQ or HLG): the model sees them pale, as the published code does; convert them:"
+                " ffmpeg -i FILE -vf zscale=t=linear,tonemap=hable,zscale=t=bt709:m=bt709:r=tv,format=yuv420p SDR.mp4",
+                count=self.hdr,
+            )
+            found.append(("hdr-clips", "", what))
         if self.conversations and self.text_only / self.conversations > _MOSTLY:
             share = tr(
                 "{conversations} of {self_conversations} conversations have a picture",

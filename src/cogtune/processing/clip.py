@@ -28,6 +28,7 @@ SUFFIXES = (
 
 _FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,apng,h264,hevc,ivf"
 """FFmpeg's demuxers that may open a file: none that reads further files, such as a playlist's."""
+_HDR = (16, 18)  # FFmpeg's numbers of the transfer functions PQ (SMPTE 2084) and HLG (ARIB B67)
 _LONGEST_GROUP = 10.0  # seconds; over a larger gap decoding starts again at the key frame before the next wanted frame
 _OUT_OF_ORDER = 64  # most packets between a frame's place in the file and in time, where packets have no decoding time
 
@@ -48,7 +49,8 @@ def is_clip(name: str | os.PathLike[str]) -> bool:
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip's chosen frames, and what is known of the file. ``seconds``: the last frame's time that was read."""
+    """A clip's chosen frames, and what is known of the file. ``seconds``: the last frame's time that was read. ``hdr``:
+    its brightness is coded for high dynamic range (PQ, HLG), and read as if it were not."""
 
     frames: tuple[Frame, ...]
     size: int
@@ -57,6 +59,7 @@ class Clip:
     rate: float
     seconds: float
     rotation: int = 0
+    hdr: bool = False
 
 
 def read_clip(path: str | Path, sampling: Sampling, *, max_pixels: int | None = None) -> Clip:
@@ -83,7 +86,8 @@ def read_clip(path: str | Path, sampling: Sampling, *, max_pixels: int | None = 
         times = np.array([(stamp - start) * float(stream.time_base) for stamp in stamps], dtype=np.float32)
         chosen = sampling.choose(times, rate)
         frames = tuple(Frame(path, index, stamps[index]) for index in chosen)
-        return Clip(frames, path.stat().st_size, height, width, rate, float(times[-1]))
+        hdr = getattr(stream.codec_context, "color_trc", None) in _HDR
+        return Clip(frames, path.stat().st_size, height, width, rate, float(times[-1]), hdr=hdr)
 
 
 def decode(frames: Sequence[Frame]) -> Iterator[npt.NDArray[np.uint8]]:

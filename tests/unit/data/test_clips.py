@@ -304,3 +304,19 @@ def test_check_and_preview(tmp_path, put) -> None:
     assert text.count("<img") == 2
     assert "<figcaption>7</figcaption>" in text
     assert list(preview_rows(examples, section(tmp_path / "set"), tokens, 1, "b.mp4"))
+
+
+def test_clips_of_high_dynamic_range_are_a_warning(tmp_path) -> None:
+    folder = make_tiny(tmp_path / "model", vision_experts=False)
+    options = {"x265-params": "log-level=none:pools=none"}
+    for number, transfer in enumerate((16, 18, 1)):
+        write_clip(
+            tmp_path / "set" / "videos" / f"{number}.mp4", 8, codec="libx265", pixels="yuv420p10le", options=options,
+            size=(64, 64), transfer=transfer,
+        )  # fmt: skip
+        (tmp_path / "set" / "labels").mkdir(exist_ok=True)
+        (tmp_path / "set" / "labels" / f"{number}.txt").write_text("A thing moves.")
+    report = check(section(tmp_path / "set"), 0, find_token_file(str(folder)))
+    (found,) = [finding for finding in report.warnings if finding.code == "hdr-clips"]
+    assert found.what.startswith("2 clips are HDR")
+    assert "tonemap" in found.what

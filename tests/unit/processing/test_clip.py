@@ -37,6 +37,11 @@ def near(found: list[int], indices: list[int]) -> bool:
         ("a.avi", "mpeg4", "yuv420p"),
         ("a.mov", "libx265", "yuv420p"),
         ("10bit.mp4", "libx265", "yuv420p10le"),
+        ("10bit.mkv", "libx265", "yuv422p10le"),
+        ("editing.mov", "prores_ks", "yuv422p10le"),
+        ("grey16.mkv", "ffv1", "gray16le"),
+        ("alpha.mkv", "ffv1", "yuva420p"),
+        ("full-range.avi", "mjpeg", "yuvj422p"),
         ("a.ts", "libx264", "yuv420p"),
         ("av1.mp4", "libsvtav1", "yuv420p"),
     ],
@@ -51,6 +56,26 @@ def test_codecs_and_containers(tmp_path, name: str, codec: str, pixels: str) -> 
     assert [frame.index for frame in found.frames] == [0, 8, 16]
     assert near(greys(path), [0, 8, 16])
     assert near(greys(path, BASE), [int(n) for n in np.linspace(0, 19, 24)])
+
+
+def test_interlaced_frames_are_woven(tmp_path) -> None:
+    """Both fields of a frame together, whole frames by number: as the published code reads them."""
+    path = write_clip(tmp_path / "a.mp4", 20, options={"x264-params": "interlaced=1"}, size=(64, 64), rate=25)
+    with av.open(str(path)) as container:
+        assert next(container.decode(video=0)).interlaced_frame
+    found = read_clip(path, BASE)
+    assert found.rate == 25
+    assert near([int(frame.mean().round()) for frame in decode(found.frames)], [int(n) for n in np.linspace(0, 19, 24)])
+
+
+@pytest.mark.parametrize(("transfer", "hdr"), [(16, True), (18, True), (1, False), (None, False)])
+def test_high_dynamic_range_is_told(tmp_path, transfer: int | None, hdr: bool) -> None:
+    options = {"x265-params": "log-level=none:pools=none", "crf": "10"}
+    path = write_clip(
+        tmp_path / "a.mp4", 20, codec="libx265", pixels="yuv420p10le", options=options, size=(64, 64), transfer=transfer
+    )
+    assert read_clip(path, CHAT).hdr is hdr
+    assert near(greys(path), [0, 8, 16])  # its codes as they are: no tone mapping, as in the published code
 
 
 def test_only_the_wanted_groups_are_decoded(tmp_path, monkeypatch) -> None:
