@@ -82,6 +82,7 @@ def _wait(url: str, process: subprocess.Popen[str]) -> None:
         (("--host", "example.org"), "there is no API key"),
         (("--api-key-file", "nowhere.txt"), "--api-key-file nowhere.txt"),
         (("--slots", "0"), "--slots"),
+        (("--max-body", "12"), "--max-body: `12` is not a size"),
         (("--parallel.tensor", "2"), "not with --parallel.tensor"),
         (("--adapter", "a=x", "--adapter", "y"), "--adapter y: several adapters have different names"),
         (("--adapter", "a=x", "--adapter", "a=y"), "--adapter a=y: several adapters have different names"),

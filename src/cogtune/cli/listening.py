@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cogtune.errors import ConfigError, SetupError
 from cogtune.language import tr
+from cogtune.system.byte_sizes import parse_size
 
 KEY_VARIABLE = "COGTUNE_API_KEY"
 """API keys, one a line."""
@@ -53,6 +54,18 @@ def keys_of(file: Path | None) -> tuple[str, ...]:
         if not text.strip():
             raise ConfigError(tr("--api-key-file {api_key_file} holds no key", api_key_file=file), code="config-value")
     return tuple(dict.fromkeys(key.strip() for key in text.splitlines() if key.strip()))
+
+
+def bytes_of(name: str, size: str) -> int:
+    """Return the bytes that the flag ``name`` asks for.
+
+    Raises:
+        ConfigError: not a size.
+    """
+    try:
+        return parse_size(size)
+    except ValueError as error:
+        raise ConfigError(tr("{name}: {error}", name=name, error=error), code="config-value") from error
 
 
 def require_key(host: str, keys: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from cogtune.cli.answering import DECODING_KEYS, MODEL_KEYS, load, note
 from cogtune.cli.command import Command, flag
-from cogtune.cli.listening import allow_connections, keys_of, named_adapters, require_key, require_packages
+from cogtune.cli.listening import allow_connections, bytes_of, keys_of, named_adapters, require_key, require_packages
 from cogtune.cli.options import Arguments
 from cogtune.errors import ConfigError
 from cogtune.language import english, tr
@@ -54,6 +54,7 @@ def _serve(flags: _Flags, line: Arguments) -> None:
     config = load_answer_config(line.config, line.overrides | alone)
     keys = keys_of(flags.api_key_file)
     _check(config, flags, keys)
+    body = bytes_of("--max-body", flags.max_body)
 
     import uvicorn
 
@@ -79,7 +80,7 @@ def _serve(flags: _Flags, line: Arguments) -> None:
     engine = InferenceEngine(
         generator.model, generator.processor, slots=flags.slots, columns=columns, adapters=generator.adapters
     )
-    app = make_app(engine, _options(config, flags, keys, generator, name))
+    app = make_app(engine, _options(config, flags, keys, generator, name, body))
     note(
         tr(
             "serving {name} on http://{host}:{port}/v1: {slots} answers at once, {columns} tokens each",
@@ -99,17 +100,12 @@ def _serve(flags: _Flags, line: Arguments) -> None:
 
 
 def _options(
-    config: AnswerConfig, flags: _Flags, keys: tuple[str, ...], generator: Generator, name: str
+    config: AnswerConfig, flags: _Flags, keys: tuple[str, ...], generator: Generator, name: str, body: int
 ) -> ServerOptions:
     from cogtune.generate.decoding import Decoding
     from cogtune.serve.app import ServerOptions
     from cogtune.serve.pictures import PictureLimits
-    from cogtune.system.byte_sizes import parse_size
 
-    try:
-        body = parse_size(flags.max_body)
-    except ValueError as error:
-        raise ConfigError(tr("--max-body: {error}", error=error), code="config-value") from error
     pixels = flags.max_request_pixels
     if config.data.max_pixels is not None:
         pixels = min(pixels, config.data.max_pixels)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cogtune.cli.answering import DECODING_KEYS, MODEL_KEYS, load, note
 from cogtune.cli.command import Command, flag
-from cogtune.cli.listening import allow_connections, keys_of, named_adapters, require_key, require_packages
+from cogtune.cli.listening import allow_connections, bytes_of, keys_of, named_adapters, require_key, require_packages
 from cogtune.cli.options import Arguments
 from cogtune.errors import AdapterError, ConfigError
 from cogtune.language import tr
@@ -53,17 +53,13 @@ class _Flags:
 
 def _web(flags: _Flags, line: Arguments) -> None:
     from cogtune.configuration.load import load_answer_config
-    from cogtune.system.byte_sizes import parse_size
 
     alone, named = named_adapters(flags.adapter)
     config = load_answer_config(line.config, line.overrides | alone)
     keys = keys_of(flags.api_key_file)
     require_packages("web", "web", ("gradio",))
     require_key(flags.host, keys)
-    try:
-        most = parse_size(flags.max_upload)
-    except ValueError as error:
-        raise ConfigError(tr("--max-upload: {error}", error=error), code="config-value") from error
+    most = bytes_of("--max-upload", flags.max_upload)
     if config.parallel.tensor > 1:
         raise ConfigError(
             tr("the page answers with a model on one device, not with --parallel.tensor"), code="config-combination"
