@@ -306,14 +306,14 @@ def soak(requests: int, concurrency: int, seed: int) -> dict[str, Any]:
         "seed": seed,
         "seconds": round(seconds, 1),
         "kinds": dict(tally.done.most_common()),
-        "known answers": len(chats) + len(closed),
+        "known_answers": len(chats) + len(closed),
         "wrong": tally.wrong[:20],
-        "wrong in all": len(tally.wrong),
-        "slots in use at the end": in_use,
-        "exit code after SIGTERM": ended,
-        "seconds of a request, median and 99 %": [round(times[len(times) * share // 100], 3) for share in (50, 99)],
-        "resident MiB, first to last": [round(value / 2**20, 1) for value in tally.memory],
-        "growth of memory": round(growth(tally.memory), 4),
+        "wrong_count": len(tally.wrong),
+        "slots_in_use": in_use,
+        "exit_code": ended,
+        "request_seconds": [round(times[len(times) * share // 100], 3) for share in (50, 99)],
+        "resident_mib": [round(value / 2**20, 1) for value in tally.memory],
+        "memory_growth": round(growth(tally.memory), 4),
     }
 
 
@@ -328,16 +328,16 @@ def main() -> int:
     rows = [[name, count] for name, count in found["kinds"].items()]
     table = {"columns": ["request", "number"], "columns_zh": ["请求", "数量"], "rows": rows}
     command = f"python -m benchmarks.soak --requests {options.requests} --concurrency {options.concurrency}"
-    write_result(options.json, {**circumstances(command), "limit of growth": GROWTH, **found, "table": table})
-    print(json.dumps({name: value for name, value in found.items() if name != "resident MiB, first to last"}, indent=1))
+    write_result(options.json, {**circumstances(command), "memory_growth_limit": GROWTH, **found, "table": table})
+    print(json.dumps({name: value for name, value in found.items() if name != "resident_mib"}, indent=1))
     return 0 if is_good(found) else 1
 
 
 def is_good(found: dict[str, Any]) -> bool:
     """Return whether everything was as it has to be; after SIGTERM a server ends by that signal."""
-    whole = not found["wrong in all"] and not found["slots in use at the end"]
-    ended = found["exit code after SIGTERM"] in (0, -signal.SIGTERM)
-    return whole and ended and found["growth of memory"] <= GROWTH
+    whole = not found["wrong_count"] and not found["slots_in_use"]
+    ended = found["exit_code"] in (0, -signal.SIGTERM)
+    return whole and ended and found["memory_growth"] <= GROWTH
 
 
 if __name__ == "__main__":
