@@ -24,6 +24,8 @@ def answer(setting: Setting, rows: int = 1, new_tokens: int = NEW_TOKENS) -> Pha
     KV cache of prompt and answer, and the largest temporary tensors of the prefill.
     """
     images = 0 if setting.tower == "none" else math.ceil(setting.batch.images)
+    if setting.resident is not None:  # here the tower keeps the same share; in a run, what filling the cache allows
+        setting = setting.streaming(setting.resident)
     own = replace(
         setting.with_batch(rows=rows, labelled=1, images=images),
         tower="live" if images else "none",

@@ -106,14 +106,17 @@ def _after_training(plan: Plan) -> Iterator[str]:
 
 def _leaner(setting: Setting, room: int) -> str:
     """Return the first flags with which answering fits, or those that need least memory."""
-    lean, flags = setting.quant, ""
-    if setting.sizes.stored is None:
-        lean, flags = lean.changed(experts="nf4", tower="nf4"), "--quant.experts nf4 --quant.tower nf4"
-    reserved = answer(replace(setting, quant=lean)).reserved
-    if reserved + CONTEXT > room:
-        lean, flags = lean.changed(embedding="host"), f"{flags} --quant.embedding host".strip()
-        reserved = answer(replace(setting, quant=lean)).reserved
-    return tr("with {flags} it takes {size:.1f}", flags=flags, size=reserved / GIB)
+    lean, flags, reserved = setting.quant, list[str](), 0
+    four_bits = {"experts": "nf4", "tower": "nf4"} if setting.sizes.stored is None else {}
+    for changes in (four_bits, {"embedding": "host"}, {"stream": 0}, {"stream": "all"}):
+        lean = lean.changed(**changes)
+        flags = [*flags, *(f"--quant.{name} {value}" for name, value in changes.items())]
+        own = replace(setting, quant=lean)
+        reserved = answer(own.streaming(0) if lean.streams else own).reserved
+        if reserved + CONTEXT <= room:
+            break
+    said = [flag for flag in flags if flag != "--quant.stream 0" or flags[-1] == flag]
+    return tr("with {flags} it takes {size:.1f}", flags=" ".join(said), size=reserved / GIB)
 
 
 def summary(plan: Plan) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -108,6 +109,17 @@ def test_a_slow_bus_costs_time_and_a_fast_one_hides_behind_computation() -> None
     slow = replace(card, bus=13e9)
     exposed = step_time(NF4.streaming(0), slow)
     assert exposed.seconds == pytest.approx(2 * 30 * Streaming.of_decoder(NF4.streaming(0)).each / 13e9, rel=0.05)
+
+
+def test_what_answering_takes_afterwards_is_said_with_the_flags_that_fit() -> None:
+    config = load_config(None, {"model": "base", "data": "data", "output": "out"})
+    asked = {"placeholders": ["model.path", "data.path"]}
+    for card, stream, most in (("6GiB", "all", 4.8), ("8GiB", "0", 6.8)):
+        text = plan(config, card=card, **asked).text
+        found = re.search(r"--quant\.embedding host --quant\.stream (\w+) it takes (\d\.\d)", text)
+        assert found is not None
+        assert found[1] == stream
+        assert float(found[2]) < most
 
 
 def test_the_bus_is_a_flag_of_the_plan() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from cogtune.checkpoint.random import published_config
 from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import OutOfMemoryError, SetupError
 from cogtune.model import layer_streaming
@@ -106,6 +107,22 @@ def test_streamed_layers_have_to_fit_in_host_memory(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(layer_streaming, "free_memory", lambda: 2 * GIB)
     with pytest.raises(SetupError, match=r"keeps .* in host memory, and 2.0 GiB are free"):
         run.check()
+
+
+def test_the_tower_keeps_as_many_layers_as_filling_leaves_room_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a card the free memory decides; a number of layers is taken as it is, and a CPU has nothing to save."""
+    chosen: list[dict[str, Any]] = []
+    monkeypatch.setattr(memory_plan, "stream_placement", lambda device, **counts: chosen.append(counts))
+    monkeypatch.setattr(memory_plan, "_own_card", lambda device: find_card("6GiB"))
+    monkeypatch.setattr(memory_plan, "torch_dtype", lambda asked, device: torch.bfloat16)
+    for stream, device in (("auto", "cuda"), (8, "cuda"), ("off", "cuda"), ("auto", "cpu")):
+        config = make_config(tmp_path, tmp_path, tmp_path / "out", quant__stream=stream)
+        memory_plan.filling_placement(config, published_config(), torch.device(device))
+    kept = [counts["tower_resident"] for counts in chosen]
+    assert 0 < kept[0] < 63
+    assert kept[1:] == [63 * 8 // 32, None, None]
 
 
 def test_a_cpu_run_is_never_refused(
