@@ -14,7 +14,15 @@ if TYPE_CHECKING:
     from cogtune.generate.generator import Generator
     from cogtune.generate.loading import Resolved
 
-MODEL_KEYS = ("model.", "quant.", "parallel.tensor", "generate.adapter", "generate.device", "generate.offload")
+MODEL_KEYS = (
+    "model.",
+    "quant.",
+    "parallel.tensor",
+    "generate.adapter",
+    "generate.merge",
+    "generate.device",
+    "generate.offload",
+)
 """Keys that choose the model and its place."""
 DECODING_KEYS = tuple(
     f"generate.{name}"

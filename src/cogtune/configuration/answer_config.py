@@ -23,6 +23,11 @@ class GenerateSection(Section):
     adapter: Path | None = Field(
         default=None, description="Adapter folder, or the output folder of a training. null: the base model alone."
     )
+    merge: bool = Field(
+        default=False,
+        description="Add the adapter to the weights in memory. Answers then take the base's time, and are rounded as a"
+        " merged model's; the layers that the adapter changes must not be quantised.",
+    )
     device: Text = Field(
         default="auto",
         description="cpu, cuda, cuda:1, ... auto: the first GPU, or the CPU. Layers are spread over several:"

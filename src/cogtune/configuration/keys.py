@@ -29,6 +29,7 @@ ANSWER_ALIASES = {
     "tokenizer": "model.tokenizer",
     "data": "data.path",
     "adapter": "generate.adapter",
+    "merge": "generate.merge",
     "device": "generate.device",
     "offload": "generate.offload",
     "max-new-tokens": "generate.max_new_tokens",

@@ -123,3 +123,17 @@ def offloading(config: AnswerConfig) -> AnswerConfig:
             code="config-contradiction",
         )
     return with_values(config, {"quant.stream": 0, "quant.embedding": given.get("quant.embedding", "host")})
+
+
+def require_mergeable(config: AnswerConfig, *, has_adapter: bool) -> None:
+    """Refuse ``generate.merge`` where it would do nothing: without one adapter, or on a model in parts.
+
+    Raises:
+        ConfigError: so it is.
+    """
+    if config.generate.merge and (not has_adapter or config.parallel.tensor > 1):
+        raise ConfigError(
+            tr("--merge adds one adapter to a model on one device"),
+            hint=tr("give one --adapter without a name, and no --parallel.tensor; or leave --merge out"),
+            code="config-combination",
+        )

@@ -12,6 +12,7 @@ import torch
 
 from cogtune.adapters.adapter_folder import adapter_shapes, find_adapter, find_base
 from cogtune.adapters.attach import load_adapter
+from cogtune.adapters.merge_in_memory import merge_in_memory
 from cogtune.adapters.provenance import inherit, other_base, require_same_settings
 from cogtune.adapters.stacking import stack_adapters
 from cogtune.adapters.tensor_parallel import split_adapter
@@ -27,7 +28,7 @@ from cogtune.distributed import environment
 from cogtune.distributed.group import TensorGroup
 from cogtune.errors import ConfigError
 from cogtune.generate.decoding import Decoding
-from cogtune.generate.devices import choose_devices, map_for, offloading, spread
+from cogtune.generate.devices import choose_devices, map_for, offloading, require_mergeable, spread
 from cogtune.generate.fit import explained_loading, fit, free_memory, parameters, supported
 from cogtune.generate.generator import Generator
 from cogtune.generate.tensor_parallel import TensorParallelGenerator, check_launched, start
@@ -49,22 +50,10 @@ _SAID_EVERY = 15
 """Seconds between lines about a model that loads."""
 
 GENERATOR_KEYS = (
-    "model.",
-    "quant.",
-    "generate.adapter",
-    "generate.device",
-    "generate.offload",
-    "generate.max_new_tokens",
-    "generate.greedy",
-    "generate.temperature",
-    "generate.top_",
-    "data.exif",
-    "data.bit_depth",
-    "data.max_pixels",
-    "data.frames",
-    "data.max_frames",
-    "data.frame_rate",
-)
+    "model.", "quant.", "generate.adapter", "generate.merge", "generate.device", "generate.offload",
+    "generate.max_new_tokens", "generate.greedy", "generate.temperature", "generate.top_", "data.exif",
+    "data.bit_depth", "data.max_pixels", "data.frames", "data.max_frames", "data.frame_rate",
+)  # fmt: skip
 """Prefixes of the keys that a `Generator` uses; the others belong to a chat or a data set."""
 
 
@@ -193,6 +182,7 @@ def resolve(
     if tensor > 1:
         check_tensor(config.quant, tensor)
     check_launched(tensor)
+    require_mergeable(config, has_adapter=adapter is not None)
     device, *others = choose_devices(name)
     if tensor > 1 and others:
         raise ConfigError(
@@ -284,6 +274,8 @@ def load_resolved(choice: Resolved, progress: Callable[[str], None] = lambda lin
         if choice.adapter is not None:
             progress(tr("with the adapter in {adapter}", adapter=choice.adapter))
             model = load_adapter(model, choice.adapter)
+            if choice.config.generate.merge:
+                model = merge_in_memory(model, choice.adapter)
         if choice.adapters:
             progress(tr("with the adapters {names}", names=tr(", ").join(choice.adapters)))
             adapters = stack_adapters(model, choice.adapters)

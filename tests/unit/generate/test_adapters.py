@@ -164,3 +164,20 @@ def test_an_adapter_of_another_base_is_refused(tiny_checkpoint: Path, folders: d
         stack_adapters(load_model(tiny_checkpoint), {"good": folders["all"], "dora": dora})
     assert caught.value.code == "adapter-stack"
     assert str(dora) in str(caught.value.hint)
+
+
+def test_one_adapter_merged_in_memory(
+    tiny_checkpoint: Path, folders: dict[str, Path], asks: list[Ask], wanted: Any
+) -> None:
+    """Its answers, from a model of plain layers; without one adapter there is nothing to merge."""
+    keys = {"device": "cpu", "merge": True}
+    generator = cogtune.load_generator(adapter=folders["all"], keys=keys)
+    assert generator.answer_batch(asks, DECODING) == wanted["all"]
+    assert not any("lora" in name for name, _ in generator.model.named_parameters())
+    generator.close()
+    with pytest.raises(ConfigError, match="--merge adds one adapter"):
+        cogtune.load_generator(tiny_checkpoint, keys=keys)
+    with pytest.raises(ConfigError, match="--merge adds one adapter"):
+        cogtune.load_generator(adapters={"all": folders["all"]}, keys=keys)
+    with pytest.raises(AdapterError, match="which is quantised and cannot be merged"):
+        cogtune.load_generator(adapter=folders["all"], keys=keys | {"quant.experts": "int8"})
