@@ -21,6 +21,7 @@ from __future__ import annotations
 import mmap
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -214,7 +215,9 @@ class LayerStream:
         if self._idle(args):
             return
         if self._in_backward == position and torch.is_grad_enabled():
-            self._enter(position, None)  # the layer recomputes its activations; `_turn` has prefetched
+            # The layer recomputes its activations, in which transformers before 5.24 runs hooks again; `turn` has
+            # prefetched.
+            self._enter(position, None)
             return
         self._in_backward = None
         behind = position + 1
@@ -386,7 +389,8 @@ class HostMemory:
             return
         pages = mmap.mmap(-1, max(size, 1))  # whole pages of its own, which no other allocation shares
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            pages.madvise(mmap.MADV_HUGEPAGE)  # fewer to lock
+            with suppress(OSError):  # a kernel without huge pages
+                pages.madvise(mmap.MADV_HUGEPAGE)  # fewer to lock
         self.content = torch.frombuffer(pages, dtype=torch.uint8, count=size)
         driver: Any = torch.cuda.cudart()
         if int(driver.cudaHostRegister(self.content.data_ptr(), size, 0)) != 0:
