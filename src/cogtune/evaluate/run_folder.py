@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from cogtune.errors import DataError
+from cogtune.errors import CogtuneError, DataError
 from cogtune.language import tr
 
 RUN_FILE = "run.json"
@@ -198,3 +199,22 @@ def _log(path: Path) -> tuple[str, float | None, str | None]:
     if last[2] in ("ERROR", "CRITICAL"):
         error = "\n".join([last[3], *lines[number + 1 : number + _ERROR_LINES]])
     return stamped[0][1][1], (times[1] - times[0]).total_seconds(), error
+
+
+@contextmanager
+def undamaged(folder: Path) -> Iterator[None]:
+    """Turn what goes wrong inside the block, over values of a folder's files that no run writes, into a DataError."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, CogtuneError):
+            raise
+        raise DataError(
+            tr(
+                "{path}: one of its files has values that no run writes ({error})",
+                path=folder,
+                error=f"{type(error).__name__}: {error}",
+            ),
+            hint=tr("copy the folder again from where it was made, or leave it out"),
+            code="not-a-run",
+        ) from error

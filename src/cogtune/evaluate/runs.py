@@ -10,7 +10,7 @@ from typing import Any
 
 from cogtune.errors import DataError
 from cogtune.evaluate.result import RESULT_FILE
-from cogtune.evaluate.run_folder import RunFolder, is_run, read_run, shown_value
+from cogtune.evaluate.run_folder import RunFolder, is_run, read_run, shown_value, undamaged
 from cogtune.evaluate.text import visible
 from cogtune.language import aligned, phrase, tr
 from cogtune.system.durations import format_duration
@@ -70,11 +70,22 @@ def find_runs(folder: Path) -> list[RunSummary]:
 
 
 def summary(run: RunFolder) -> RunSummary:
-    """Return what a list of runs shows of one."""
+    """Return what a list of runs shows of one.
+
+    Raises:
+        DataError: one of its files has values that no run writes.
+    """
+    with undamaged(run.path):
+        return _summary(run)
+
+
+def _summary(run: RunFolder) -> RunSummary:
     result = run.result
     losses = run.lines("train")
     best_step, best_metric, best_value = run.best
-    answers = {line["step"]: line["values"] for line in run.lines("answers")}
+    answers = {
+        line["step"]: {name: float(value) for name, value in line["values"].items()} for line in run.lines("answers")
+    }
     last = answers.get(best_step) or (answers[max(answers)] if answers else {})
     return RunSummary(
         path=str(run.path),
@@ -83,10 +94,10 @@ def summary(run: RunFolder) -> RunSummary:
         total_steps=run.total_steps,
         started=run.started,
         seconds=run.seconds,
-        loss=losses[-1]["loss"] if losses else None,
+        loss=float(losses[-1]["loss"]) if losses else None,
         best_step=best_step,
         best_metric=best_metric,
-        best_value=best_value,
+        best_value=None if best_value is None else float(best_value),
         values=last,
         base=answers.get(0, {}),
         verdict=_verdict(run.path / "eval" / RESULT_FILE),

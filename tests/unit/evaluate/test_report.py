@@ -208,6 +208,26 @@ def test_a_folder_that_is_neither_is_refused(tmp_path: Path) -> None:
     assert caught.value.code == "not-a-run"
 
 
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [("metrics.jsonl", '{"kind": "validation", "step": 2, "loss": 1.0, "sets": {"a": 3}}'),
+     ("metrics.jsonl", '{"kind": "answers", "step": 2, "values": {"exact": "all"}}'),
+     ("metrics.jsonl", '{"kind": "warning", "step": 2, "code": "watch-loss-flat", "cause": "lr", "values": [1]}'),
+     ("data.json", '{"bad": 3}'), ("data.json", '{"train_rows": [], "row_lengths": 4, "train_pictures": "x"}'),
+     ("run.json", '{"result": {"step": "x", "best_step": [], "best_value": "y"}, "total_steps": "z"}')],
+)  # fmt: skip
+def test_values_that_no_run_writes_are_no_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, text: str
+) -> None:
+    """What can be shown is shown, in a report and a list; else the folder is named."""
+    make_run(tmp_path / "run")
+    (tmp_path / "run" / file).write_text(text + "\n", encoding="utf-8")
+    for words in (["report", "run"], ["runs", "."], ["compare", "run", "run"]):
+        code = main([words[0], *(str(tmp_path / word) for word in words[1:])])
+        error = capsys.readouterr().err
+        assert (code, "error[not-a-run]" in error, "Traceback" in error) in ((0, False, False), (2, True, False)), error
+
+
 def test_many_records_stay_below_ten_megabytes(tmp_path: Path) -> None:
     rows = [{"id": f"d/{at}", "image": None, "turn": 0, "question": "What? " * 200, "answer": "x" * 4000,
              "reference": "cat"} for at in range(1500)]  # fmt: skip

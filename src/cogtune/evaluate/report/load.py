@@ -17,7 +17,7 @@ from cogtune.evaluate.questions import number
 from cogtune.evaluate.report.page import Report, write
 from cogtune.evaluate.report.words import both
 from cogtune.evaluate.result import RECORDS_FILE, RESULT_FILE, Evaluation
-from cogtune.evaluate.run_folder import RunFolder, is_run, read_run
+from cogtune.evaluate.run_folder import RunFolder, is_run, read_run, undamaged
 from cogtune.language import tr
 
 REPORT_FILE = "report.html"
@@ -49,7 +49,8 @@ def report_of(folder: Path, against: Path | None = None) -> Report:
 def write_report(folder: Path, against: Path | None = None, file: Path | None = None) -> Path:
     """Write a folder's report to ``file``, or into the folder, and return its path."""
     path = file or folder / REPORT_FILE
-    write(path, report_of(folder, against))
+    with undamaged(folder):
+        write(path, report_of(folder, against))
     return path
 
 
