@@ -15,10 +15,8 @@ from itertools import product
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image
-
 from cogtune.data.boxes import GROUP, LARGEST, Box, box_text, group_of
-from cogtune.data.picture_headers import ORIENTATION
+from cogtune.data.picture_headers import ORIENTATION, in_threads
 from cogtune.data.problems import BadRecordError, Problem, Problems
 from cogtune.data.records import Conversation, Example, RawBoxes, Turn
 from cogtune.language import phrase, tr
@@ -109,22 +107,29 @@ def convert_boxes(
 
 def _pictures(examples: Sequence[Example], settings: Settings) -> dict[object, _Picture]:
     """Return the pictures of examples with boxes; those that cannot be read are known to whoever reads them."""
-    found: dict[object, _Picture] = {}
+    wanted: dict[Path, None] = {}
     mark = "[[" if settings.unit == "auto" else "["
     for example in examples:
-        if len(example.images) != 1 or isinstance(example.images[0], Frame):
+        image = example.images[0] if len(example.images) == 1 else None
+        if image is None or isinstance(image, Frame):
             continue
         texts = (text for talk in example.conversations for turn in talk.turns for text in (turn.question, turn.answer))
         records = any(turn.boxes is not None for talk in example.conversations for turn in talk.turns)
         if records or any(mark in text for text in texts):
-            try:
-                with open_header(example.images[0]) as image:
-                    orientation = int(image.getexif().get(ORIENTATION, 1))
-                    turned = orientation if orientation in range(2, 9) else 1
-                    found[example.images[0]] = _Picture(*image.size, turned)
-            except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError):
-                continue
-    return found
+            wanted[image] = None
+    sizes = zip(wanted, in_threads(_picture, wanted), strict=True)
+    return {image: size for image, size in sizes if size is not None}
+
+
+def _picture(path: Path) -> _Picture | None:
+    try:
+        with open_header(path) as image:
+            orientation = int(image.getexif().get(ORIENTATION, 1))
+            return _Picture(*image.size, orientation if orientation in range(2, 9) else 1)
+    except MemoryError:
+        raise
+    except Exception:  # Pillow's plugins answer broken headers with nearly any exception
+        return None
 
 
 def _meaning(

@@ -113,6 +113,8 @@ def test_a_records_own_size_is_what_its_pixels_count_in(pictures: Path) -> None:
         ([4, 2, 20, "x"], "data-box-form", "four numbers"),
         ([[4, 2, 20, 10], [1, 2]], "data-box-form", "four numbers"),
         ("[1, 2, 3", "data-box-form", "four numbers"),
+        ([4, 2, 10**400, 10], "data-box-form", "four numbers"),
+        ([4, 2, float("nan"), 10], "data-box-form", "four numbers"),
     ],
 )
 def test_a_box_that_is_none_is_named_and_counted(pictures: Path, box: Any, code: str, said: str) -> None:

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from cogtune.language import tr
 BOXES = ("bbox", "bboxes", "box", "boxes")
 EXPRESSIONS = ("expression", "expressions", "sent", "sents", "sentence", "sentences", "phrase", "phrases")
 SIZES = ("width", "height")
+_FARTHEST = 1e9
 EXPRESSION = "{expression}"
 """The place of the expression in ``data.box_question``."""
 
@@ -88,7 +88,7 @@ def _boxes(value: Any, key: str) -> tuple[Box, ...]:
     for box in boxes:
         numbers = list(box) if isinstance(box, list | tuple) else []
         plain = all(isinstance(one, int | float) and not isinstance(one, bool) for one in numbers)
-        if len(numbers) != 4 or not plain or not all(math.isfinite(one) for one in numbers):
+        if len(numbers) != 4 or not plain or not all(-_FARTHEST < one < _FARTHEST for one in numbers):
             what = tr('"{key}" is {value}, four numbers were expected', key=key, value=shown(box))
             raise BadRecordError("box-form", what)
         found.append((float(numbers[0]), float(numbers[1]), float(numbers[2]), float(numbers[3])))
@@ -98,6 +98,6 @@ def _boxes(value: Any, key: str) -> tuple[Box, ...]:
 def _size(row: Mapping[str, Any]) -> tuple[float, float] | None:
     try:
         width, height = (float(row.get(key) or 0) for key in SIZES)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
-    return (width, height) if width > 0 and height > 0 and math.isfinite(width * height) else None
+    return (width, height) if 0 < width < _FARTHEST and 0 < height < _FARTHEST else None
