@@ -13,10 +13,13 @@ import pytest
 
 from cogtune import CogVLM2Processor
 from cogtune.checkpoint.random import tiny_first_config, write_published_config
+from cogtune.data.preview import preview_rows
+from cogtune.data.sources import read_sources
 from cogtune.errors import CheckpointError, SetupError
 from cogtune.generate.stream import TextPieces
 from cogtune.processing.sentencepiece_file import read_sentencepiece
 from cogtune.processing.token_file import find_token_file
+from tests.support.data_folders import section, write_lines
 from tests.support.tokenizers import SENTENCES, sentencepiece_model, tiny_tokenizer, write_sentencepiece
 
 TEXTS = (
@@ -158,3 +161,13 @@ def test_files_that_are_no_such_tokenizer(base: Path, vicuna: Path) -> None:
     file.write_bytes(made.getvalue())
     with pytest.raises(CheckpointError, match="not a SentencePiece model like Llama's"):
         CogVLM2Processor.from_pretrained(base, tokenizer=vicuna)
+
+
+def test_the_preview_shows_characters(base: Path, vicuna: Path, tmp_path: Path) -> None:
+    line = {"question": "Where is the tree?", "answer": "图 A red bus."}
+    data = section(write_lines(tmp_path / "d.jsonl", [line]))
+    tokens = find_token_file(str(base), tokenizer_of=str(vicuna))
+    (row,) = preview_rows(read_sources(data)[0], data, tokens, 1)
+    shown = [token for segment in row.segments for token in segment.tokens]
+    assert "".join(token.text for token in shown) == "<s> Question: Where is the tree? Answer: 图 A red bus.</s>"
+    assert [token.count for token in shown if token.text == "图"] == [3]
