@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from cogtune.checkpoint.random import random_model, tiny_config
 from cogtune.evaluate.run_folder import read_metrics
 from cogtune.train.feature_cache import fill_cache
 from cogtune.train.run import train
@@ -50,6 +51,17 @@ def test_cached_training_is_live_training(
     apart = sum(float((weights["cached"][n] - value).norm()) ** 2 for n, value in weights["live"].items()) ** 0.5
     whole = sum(float(value.norm()) ** 2 for n, value in weights["live"].items() if "lora_B" in n) ** 0.5
     assert apart <= moved * whole
+
+
+def test_features_do_not_depend_on_the_pictures_beside() -> None:
+    """In float32, to its rounding: cuDNN's TF32, which it takes for some batch sizes, is off by 3e-4."""
+    model = random_model(tiny_config(), seed=0).cuda()
+    pixels = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)).cuda()
+    with torch.no_grad():
+        whole = model.model.encode_images(pixels)
+        for size in (1, 2, 3):
+            parts = torch.cat([model.model.encode_images(part) for part in pixels.split(size)])
+            assert float((parts - whole).norm() / whole.norm()) < 2e-6
 
 
 def test_the_towers_memory_is_given_back(tiny_checkpoint: Path, data: Path, tmp_path: Path) -> None:

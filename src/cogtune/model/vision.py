@@ -11,6 +11,8 @@ cacheable output, `VisionModel.features`.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -24,6 +26,20 @@ from cogtune.model.quantized.fp8 import Fp8Linear
 
 if HAS_TRITON:
     from cogtune.model.kernels import add_norm
+
+
+def _convolutions_in(dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Return a context in which convolutions of ``dtype`` are computed in it.
+
+    By default torch lets cuDNN round float32 operands to TF32's 10 bits, and cuDNN does for some batch sizes and not
+    for others: the tower's output then differs by 2.6e-4 between a picture alone and beside another (docs/log.md).
+    """
+    cudnn = torch.backends.cudnn
+    if dtype != torch.float32:
+        return nullcontext()
+    kept = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
+    found: AbstractContextManager[None] = cudnn.flags(**kept, allow_tf32=False)
+    return found
 
 
 class PatchEmbedding(nn.Module):
@@ -186,8 +202,9 @@ class VisionModel(nn.Module):
         """Return the tower's cacheable output [N, Q, W] from pixels [N, 3, side, side]."""
         if not self.has_tower:
             raise ValueError("this model was loaded without its vision tower: give image_features, not pixel_values")
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.tower_trains()):
-            x = self.transformer(self.patch_embedding(pixel_values.to(self.patch_embedding.proj.weight.dtype)))
+        dtype = self.patch_embedding.proj.weight.dtype
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.tower_trains()), _convolutions_in(dtype):
+            x = self.transformer(self.patch_embedding(pixel_values.to(dtype)))
             if self.conv is None:
                 return x[:, 1:]
             images, patches, width = x.shape

@@ -243,3 +243,15 @@ def test_only_preparing_changes_the_compiler_of_the_process() -> None:
         prepare_compiling(torch.device("cpu"))
         compile_layers(_model(num_hidden_layers=1), "eager")
         assert (compiler.optimize_ddp, compiler.specialize_float, compiler.recompile_limit) == (False, True, 64)
+
+
+@pytest.mark.parametrize(("dtype", "rounds"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_the_towers_float32_convolutions_are_not_rounded(dtype, rounds):
+    """cuDNN may otherwise take TF32, for some batch sizes; a GPU test compares the outputs."""
+    model = random_model(tiny_config(), seed=0).to(dtype)
+    seen = []
+    for module in (model.model.vision.patch_embedding.proj, model.model.vision.conv):
+        module.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    model.model.encode_images(torch.randn(1, 3, 8, 8))
+    assert seen == [rounds, rounds]
+    assert torch.backends.cudnn.allow_tf32
