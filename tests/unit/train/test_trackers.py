@@ -139,12 +139,19 @@ def test_one_that_fails_does_not_end_the_run_and_is_given_up_loudly(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(opening, "find_spec", lambda name: True)
-    monkeypatch.setattr(opening, "_open", lambda package, run: Recorder(run, lambda call: call > 2))
+    found: list[Recorder] = []
+
+    def opened(package: Any, run: TrackedRun) -> Recorder:
+        found.append(Recorder(run, lambda call: call > 2))
+        return found[-1]
+
+    monkeypatch.setattr(opening, "_open", opened)
     assert train(configured(tiny_checkpoint, tmp_path, ["wandb"], train__max_steps=6)).steps == 6
     log = (tmp_path / "out" / "run.log").read_text()
     assert "WARNING wandb: a report could not be delivered; training goes on: no answer to call 3" in log
     assert "wandb: 3 reports in a row failed; it gets no more of this run: no answer to call 5" in log
     assert "reports were lost; metrics.jsonl has all numbers" in log
+    assert (found[0].calls, found[0].outcome) == (5, "finished")  # called three times in vain, then only closed
 
 
 @pytest.mark.parametrize(("raised", "outcome"), [(RunError("broken"), "failed"), (KeyboardInterrupt(), "stopped")])
