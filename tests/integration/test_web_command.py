@@ -7,11 +7,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
+from cogtune.checkpoint.random import make_tiny
 from cogtune.cli import web
 from cogtune.cli.main import main
 from cogtune.configuration.load import load_answer_config
+from cogtune.errors import DataError
+from cogtune.processing.processor import CogVLM2Processor
 from tests.support.adapters import write_adapter
+from tests.support.clips import write_clip
 from tests.support.data_folders import dialogue, write_folder
 
 
@@ -69,3 +74,19 @@ def test_examples_are_spread_over_the_data_and_copied(tiny_checkpoint: Path, tmp
     assert len(examples) == 12
     copies = web._copied(examples, tmp_path / "page")
     assert all(path.read_bytes() == old.read_bytes() for (path, _), (old, _) in zip(copies, examples, strict=True))
+
+
+def test_the_page_shows_what_the_model_sees(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    """Of a clip its frames; a file of the other kind is refused by name."""
+    clip, picture = tmp_path / "clip.mp4", tmp_path / "red.png"
+    write_clip(clip, 40)
+    Image.new("RGB", (30, 20), "red").save(picture)
+    video = make_tiny(tmp_path / "video", vision_experts=False, eos_token_id=257)
+    config = load_answer_config(None, {})
+    for model, shown, refused in ((video, clip, picture), (tiny_checkpoint, picture, clip)):
+        generator = SimpleNamespace(processor=CogVLM2Processor.from_pretrained(model))
+        seen = web._eyes(generator, config)(shown)
+        assert all(isinstance(one, Image.Image) for one in seen)
+        assert (len(seen) > 1) == (model == video)
+        with pytest.raises(DataError):
+            web._eyes(generator, config)(refused)

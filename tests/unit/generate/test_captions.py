@@ -13,6 +13,8 @@ from cogtune.data.records import Question, file_of
 from cogtune.data.sources import read_sources
 from cogtune.errors import OutputFolderError
 from cogtune.generate.captions import write_captions
+from cogtune.generate.choices import ClosedQuestion
+from cogtune.generate.loading import load_generator
 from cogtune.generate.shares import Share, join, parse_share, refuse_other_parts, remove_parts
 from cogtune.processing.frames import Frame
 from tests.support.clips import write_clip
@@ -124,3 +126,14 @@ def test_shares_are_checked(text: str) -> None:
     with pytest.raises(Exception, match="expected K/N such as 0/4"):
         parse_share(text)
     assert parse_share("1/3") == Share(1, 3)
+
+
+def test_closed_questions_about_clips_share_a_pass(model, clips, tmp_path) -> None:
+    words = ("--choices", "good,bad", "--question", "Is it?")
+    rows = predict(model, clips, tmp_path / "out.jsonl", *words)
+    assert all(row["choices"] == ["good", "bad"] and row["answer"] in row["choices"] for row in rows)
+    first = next(row for row in rows if str(row["video"]).endswith("0.mp4"))
+    generator = load_generator(model, keys={"device": "cpu"})
+    (alone,) = generator.score(first["video"], [ClosedQuestion("Is it?", ("good", "bad"))])
+    generator.close()
+    assert first["probabilities"] == pytest.approx(alone.probabilities, abs=1e-6)
