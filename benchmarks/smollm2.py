@@ -1,12 +1,14 @@
 """What ``examples/smollm2.py`` found, as a result file.
 
 ``python -m benchmarks.smollm2 smollm2 benchmarks/results/smollm2-h200.json`` reads the example's output folder
-``smollm2``, on the machine that made it.
+``smollm2``, on the machine that made it. Flags that the example was given come behind, for the record.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import runpy
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -27,7 +29,7 @@ WORDS = {"known-words": ("words of the training", "训练中的单词"), "new-wo
 WINDOW = 50
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read(folder: Path, flags: list[str]) -> dict[str, Any]:
     """The content of the result file."""
     pretraining = json.loads((folder / "base" / "pretraining.json").read_text(encoding="utf-8"))
     found = json.loads((folder / "run" / "eval" / "eval.json").read_text(encoding="utf-8"))
@@ -35,12 +37,13 @@ def read(folder: Path) -> dict[str, Any]:
     records = [json.loads(line) for line in lines]
     curves = {name: pretraining.pop(name) for name in ("names", "losses")}
     return {
-        **provenance("python examples/smollm2.py && python -m benchmarks.smollm2 smollm2 RESULT"),
+        **provenance(" ".join(["python examples/smollm2.py", *flags])),
         "card": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "pretraining": {**pretraining, **{name: _means(curve) for name, curve in curves.items()}, "window": WINDOW},
         "verdict": found["verdict"],
         "data": {key: found["data"][key] for key in ("questions", "pictures")},
         "metrics": found["metrics"],
+        "words_said": words_said(records),
         "table": shares(records),
         "samples": samples(records),
     }
@@ -76,6 +79,19 @@ def shares(records: list[dict[str, Any]]) -> dict[str, Any]:
     return {"columns": columns[0], "columns_zh": columns[1], "rows": rows[0], "rows_zh": rows[1]}
 
 
+def words_said(records: list[dict[str, Any]]) -> dict[str, int]:
+    """Of the answers that say a word and its kind: the kind is that word's, and the word is the poster's."""
+    known = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "posters.py"))["KINDS"]
+    found = {"answers": 0, "kind_of_the_word_said": 0, "word_of_the_poster": 0}
+    for record in records:
+        said = re.fullmatch(r"It says (\w+), and an? \w+ is (.*)\.", record["answers"][0])
+        if record["type"] == "what kind" and said is not None:
+            found["answers"] += 1
+            found["kind_of_the_word_said"] += known.get(said[1]) == said[2]
+            found["word_of_the_poster"] += f"says {said[1]}," in record["references"][0]
+    return found
+
+
 def samples(records: list[dict[str, Any]]) -> dict[str, Any]:
     """The first record of each kind and set of words that is not about an earlier one's word or picture."""
     rows: list[list[str]] = []
@@ -95,9 +111,9 @@ def samples(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    folder, result = map(Path, sys.argv[1:])
+    folder, result = map(Path, sys.argv[1:3])
     result.parent.mkdir(parents=True, exist_ok=True)
-    result.write_text(json.dumps(read(folder), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    result.write_text(json.dumps(read(folder, sys.argv[3:]), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
