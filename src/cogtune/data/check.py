@@ -150,6 +150,7 @@ def check(
     _repeated(report, examples, validation, contents, data)
     _lengths(report, examples, data, tokens, lambda done, total: tell("texts", done, total))
     _dominant_answer(report)
+    _spelled(report, [*examples, *validation], tokens.short_specials())
     if report.counts.get("boxes") and not tokens.writes_boxes:
         what = tr(
             "{count} boxes, and this model was not trained to write them, so it needs many; of this family those called"
@@ -221,6 +222,25 @@ def _take(report: CheckReport, read: DataReport, problems: Problems, examples: i
         if error.code == "data-bad-share":
             report.add("error", error.code, "", error.message.split(tr("; the first"))[0])
             report.hint(error)
+
+
+def _spelled(report: CheckReport, examples: Sequence[Example], specials: Sequence[str]) -> None:
+    """Warn of texts that spell a special token, which the tokenizer takes for the token itself."""
+    found = [
+        (talk.source, special)
+        for example in examples if specials
+        for talk in example.conversations
+        for special in specials
+        if any(special in text for turn in talk.turns for text in (turn.question, turn.answer))
+    ]  # fmt: skip
+    if found:
+        what = tr(
+            "{count} conversations spell a special token such as {token}, which this tokenizer takes for the token"
+            " itself",
+            count=len({source for source, _ in found}),
+            token=found[0][1],
+        )
+        report.add("warning", "special-tokens", found[0][0], what)
 
 
 def _describe(report: CheckReport, examples: Sequence[Example]) -> None:

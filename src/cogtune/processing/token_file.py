@@ -55,6 +55,13 @@ class TokenFile:
         ids: list[int] = self([text], add_special_tokens=add_special_tokens)["input_ids"][0]
         return ids
 
+    def short_specials(self) -> tuple[str, ...]:
+        """Return the texts of a SentencePiece tokenizer's special tokens: ``<s>`` and the like, which a text may spell
+        without meaning them."""
+        if not self.exact or not getattr(self.tokenizer.model, "byte_fallback", False):
+            return ()
+        return tuple(token.content for token in self.tokenizer.get_added_tokens_decoder().values() if token.special)
+
     def encoder(self) -> Encoder:
         """Return this model's encoder; if ``exact`` is False, its sequences have approximately the right length."""
         return Encoder(

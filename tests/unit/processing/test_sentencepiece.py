@@ -13,6 +13,7 @@ import pytest
 
 from cogtune import CogVLM2Processor
 from cogtune.checkpoint.random import tiny_first_config, write_published_config
+from cogtune.data.check import check
 from cogtune.data.preview import preview_rows
 from cogtune.data.sources import read_sources
 from cogtune.errors import CheckpointError, SetupError
@@ -171,3 +172,14 @@ def test_the_preview_shows_characters(base: Path, vicuna: Path, tmp_path: Path) 
     shown = [token for segment in row.segments for token in segment.tokens]
     assert "".join(token.text for token in shown) == "<s> Question: Where is the tree? Answer: 图 A red bus.</s>"
     assert [token.count for token in shown if token.text == "图"] == [3]
+
+
+def test_a_check_names_texts_that_spell_a_special_token(base: Path, vicuna: Path, tmp_path: Path) -> None:
+    lines = [{"question": "What is struck out?", "answer": text} for text in ("<s>old</s>", "<sold>")]
+    data = section(write_lines(tmp_path / "d.jsonl", lines), validation_share=0.0)
+    (found,) = [
+        one for one in check(data, 0, find_token_file(str(base), tokenizer_of=str(vicuna))).warnings
+        if one.code == "special-tokens"
+    ]  # fmt: skip
+    assert "1 conversations spell" in found.what
+    assert "d.jsonl:1" in found.where
