@@ -44,7 +44,9 @@ RESULTS = Path(__file__).parent / "results"
 FILE = RESULTS / "curves.json"
 _KINDS = ("start", "train", "answers", "validation", "checkpoint")
 """Kinds of lines in the order in which they are written at a step."""
-_DIGITS = 5
+_DIGITS = 4
+_UNUSED = ("kind", "values", "sets", "epoch", "labels", "memory_gib")
+"""What no warning looks at, on a CPU."""
 Records = list[tuple[Image.Image, list[tuple[str, str]]]]
 
 
@@ -177,13 +179,15 @@ RUNS: dict[str, Run] = {
                      {**_LONG, "train.lr": 3e-4, "train.schedule": "linear"}, _BLIND),
     "exchanged pictures": Run("every picture exchanged for another one's", shuffled, {**_LONG, "train.batch_size": 16},
                               _BLIND),
-    "learning rate of 1e-8": Run("nothing is learnt", vqa, {**_LONG, "train.lr": 1e-8}, ("watch-loss-flat",)),
-    "a rate that grows to 0.2": Run("a hundred times the right rate: the loss rises above what needs no picture", vqa,
-                                    {**_LONG, "train.lr": 0.2, "train.warmup_ratio": 0.8}, _BLIND),
+    "learning rate of 1e-8": Run("a learning rate of 1e-8: nothing is learnt", vqa, {**_LONG, "train.lr": 1e-8},
+                                 ("watch-loss-flat",)),
+    "a rate that grows to 0.2": Run("a hundred times the right rate: the loss rises and stays up", vqa,
+                                    {**_LONG, "train.lr": 0.2, "train.warmup_ratio": 0.8},
+                                    ("watch-loss-spike", *_BLIND)),
     "no clipping": Run("SGD, a rate that grows until it is too high, gradients not clipped", vqa,
                        {**_LONG, "train.optimizer": "sgd", "train.lr": 2.0, "train.max_grad_norm": 1e9,
                         "train.warmup_ratio": 1.0, "log.steps": 1},
-                       ("watch-gradient-exploding", "watch-loss-spike", *_BLIND)),
+                       ("watch-gradient-exploding", "watch-loss-spike")),
     "one odd record": Run("a record of nonsense in good data", odd, {**_LONG, "train.batch_size": 8},
                           ("watch-loss-spike",)),
     "frozen": Run("an optimiser that changes nothing", vqa, {"train.max_steps": 120}, ("watch-adapter-unchanged",),
@@ -191,7 +195,7 @@ RUNS: dict[str, Run] = {
     "by heart": Run("40 pictures with answers about others, 60 times", lambda: shuffled(40),
                     {"train.max_steps": None, "train.epochs": 60, "train.batch_size": 8, "eval.steps": 30,
                      "data.validation_share": 0.3}, ("watch-overfitting",)),
-    "large pictures": Run("pictures of 2 million pixels, no workers", large,
+    "large pictures": Run("pictures of 2 million pixels, no loading processes", large,
                           {"train.max_steps": 60, "train.batch_size": 2, "log.steps": 2, "data.workers": 0},
                           ("watch-loader-starved",)),
     "a leak": Run("a megabyte a row is not given back, in a long run on a machine with 8 GiB", vqa,
@@ -199,9 +203,26 @@ RUNS: dict[str, Run] = {
                   leaking, 160),
     "slower and slower": Run("every step waits 0.6 s from step 100 on", vqa, {"train.max_steps": 150, "log.steps": 4},
                              ("watch-throughput",), slowing),
-    "a full disk": Run("40 GiB less between two checkpoints", vqa,
-                       {"train.max_steps": 60, "train.save_steps": 10}, ("watch-disk-filling",), filling),
+    "a full disk": Run("40 GiB less between two checkpoints; 60 steps are too few to learn to look", vqa,
+                       {"train.max_steps": 60, "train.save_steps": 10}, ("watch-disk-filling", *_BLIND), filling),
 }  # fmt: skip
+
+
+CHINESE = {
+    "too short": "步数只有六分之一：损失下降，但只降到不看图片也能达到的水平",
+    "exchanged pictures": "每张图片都换成了另一张",
+    "learning rate of 1e-8": "学习率 1e-8：什么也学不到",
+    "a rate that grows to 0.2": "学习率升到正确值的一百倍：损失上升后不再回落",
+    "no clipping": "SGD，学习率不断升高直到过高，梯度不裁剪",
+    "one odd record": "正常数据中有一条乱码记录",
+    "frozen": "优化器什么也不改变",
+    "by heart": "40 张图片配上别的图片的回答，重复 60 遍",
+    "large pictures": "两百万像素的图片，没有加载进程",
+    "a leak": "8 GiB 内存的机器上的长时间训练，每行泄漏一兆字节",
+    "slower and slower": "从第 100 步起每步多等 0.6 秒",
+    "a full disk": "两个检查点之间磁盘减少 40 GiB；60 步不足以学会看图",
+}
+"""What the bad runs do, for the Chinese page."""
 
 
 def write_data(records: Records, target: Path) -> Path:
@@ -254,8 +275,8 @@ def packed(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Lines as a table for each kind, numbers rounded."""
     found: dict[str, Any] = {}
     for kind in _KINDS:
-        own = [{key: value for key, value in line.items() if key != "values"} for line in lines if line["kind"] == kind]
-        names = [key for key in dict.fromkeys(key for line in own for key in line) if key != "kind"]
+        own = [line for line in lines if line["kind"] == kind]
+        names = [key for key in dict.fromkeys(key for line in own for key in line) if key not in _UNUSED]
         if own:
             found[kind] = {"columns": names, "rows": [[_short(name, line.get(name)) for name in names] for line in own]}
     return found
@@ -279,8 +300,8 @@ def unpacked(found: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def recorded() -> Iterator[tuple[str, tuple[str, ...], list[dict[str, Any]]]]:
     """Yield name, expected codes and lines of every run, those of ``quality.json`` included."""
-    for row in json.loads(FILE.read_text(encoding="utf-8"))["rows"] if FILE.is_file() else ():
-        yield row["name"], tuple(row["expected"]), unpacked(row["lines"])
+    for row in json.loads(FILE.read_text(encoding="utf-8"))["rows"]:
+        yield row["name"], RUNS[row["name"]].expected, unpacked(row["lines"])
     for file in ("quality", "quality-cache"):
         for row in json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))["rows"]:
             lines = [
@@ -299,18 +320,22 @@ def judged(lines: Sequence[dict[str, Any]]) -> dict[str, tuple[int, str]]:
 
 def table() -> dict[str, Any]:
     """The warnings of every run, and the counts."""
-    rows, good, steps, false, missed, others = [], 0, 0, 0, 0, 0
+    rows, rows_zh, good, steps, false, missed, others = list[Any](), list[Any](), 0, 0, 0, 0, 0
     for name, expected, lines in recorded():
         found = judged(lines)
         if expected:
             missed += sum(code not in found for code in expected)
             others += sum(code not in expected for code in found)
-            rows.append([name, ", ".join(f"`{code}` at step {step}" for code, (step, _) in found.items())])
+            said = ", ".join(f"`{code}` ({step})" for code, (step, _) in found.items())
+            last = max(line["step"] for line in lines)
+            rows.append([RUNS[name].about, last, said])
+            rows_zh.append([CHINESE[name], last, said])
         else:
             good, steps, false = good + 1, steps + max(line["step"] for line in lines), false + len(found)
     return {
         "good_runs": good, "good_steps": steps, "false_alarms": false, "bad_runs": len(rows), "missed": missed,
-        "others": others, "columns": ["bad run", "warning"], "columns_zh": ["出问题的运行", "警告"], "rows": rows,
+        "others": others, "columns": ["bad run", "steps", "warned of (at step)"], "rows": rows,
+        "columns_zh": ["出问题的训练", "步数", "警告（步）"], "rows_zh": rows_zh,
     }  # fmt: skip
 
 
@@ -318,6 +343,7 @@ def make(names: Sequence[str], together: int) -> None:
     """Train the named runs, each in its own process, and keep their metrics."""
     kept = json.loads(FILE.read_text(encoding="utf-8"))["rows"] if FILE.exists() else []
     rows, lock = {row["name"]: row for row in kept}, Lock()
+    header = {"kind": "curves", **circumstances(f"python -m benchmarks.curves make --together {together}")}
 
     def one(name: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -329,21 +355,20 @@ def make(names: Sequence[str], together: int) -> None:
                 print(name, (Path(folder) / "log").read_text()[-2000:])
                 return
             lines = json.loads(file.read_text(encoding="utf-8"))
-        run = RUNS[name]
         with lock:
-            rows[name] = {"name": name, "about": run.about, "expected": run.expected, "lines": packed(lines)}
+            rows[name] = {"name": name, "about": RUNS[name].about, "lines": packed(lines)}
             print(f"{name}: {time.monotonic() - began:.0f} s, {judged(lines)}", flush=True)
-            _write([rows[name] for name in RUNS if name in rows])
+            _write(header, [rows[name] for name in RUNS if name in rows])
 
     with ThreadPoolExecutor(together) as pool:
         list(pool.map(one, names))
 
 
-def _write(rows: Sequence[Any]) -> None:
-    """Write the runs, one a line."""
-    record = {"kind": "curves", **circumstances("python -m benchmarks.curves make"), "rows": rows}
+def _write(header: Mapping[str, Any], rows: Sequence[Any]) -> None:
+    """Write the runs, and the table of what is said of them."""
+    FILE.write_text(json.dumps({**header, "rows": rows}, ensure_ascii=False) + "\n", encoding="utf-8")
+    record = {**header, "rows": rows, "table": table()}
     FILE.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
-    FILE.write_text(json.dumps({**record, "table": table()}, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -363,7 +388,15 @@ def main() -> None:
     else:
         for name, expected, lines in recorded():
             print(f"{name}: {judged(lines)}{'' if expected else ' (good)'}")
-        _write(json.loads(FILE.read_text(encoding="utf-8"))["rows"])
+        found = json.loads(FILE.read_text(encoding="utf-8"))
+        header = {key: value for key, value in found.items() if key not in ("rows", "table")}
+        _write(
+            header,
+            [
+                {**row, "about": RUNS[row["name"]].about, "lines": packed(unpacked(row["lines"]))}
+                for row in found["rows"]
+            ],
+        )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ _RECENT = 20  # lines that say what is usual
 _SPIKE, _SPIKE_NATS = 4.0, 1.0
 _STAYS, _STAYS_RISE, _STAYS_NATS = 6, 1.5, 0.3
 _EXPLODING, _EXPLODED = 10.0, 100.0
-_WORSE, _WORSE_LAST, _TRAINED_ON = 1.05, 1.1, 0.95
+_WORSE, _WORSE_LAST, _WORSE_NATS, _TRAINED_ON = 1.05, 1.1, 0.02, 0.95
 _FEW_ROWS, _LOOKS = 8, 1.02
 _STARVED, _STARVED_LINES = 0.5, 5
 _CREEPING_LINES, _CREEPING_FIT, _CREEPING_SHARE = 20, 0.9, 0.05
@@ -206,7 +206,8 @@ def _overfitting(watch: Watch) -> Finding | None:
         return None
     best = min(range(len(losses)), key=losses.__getitem__)
     last = losses[-3:]
-    rising = last[0] > _WORSE * losses[best] and last[0] < last[1] < last[2] > _WORSE_LAST * losses[best]
+    rising = last[0] > _WORSE * losses[best] and last[0] < last[1] < last[2]
+    rising = rising and last[2] > max(_WORSE_LAST * losses[best], losses[best] + _WORSE_NATS)
     if best > len(losses) - 4 or not rising:
         return None
     step, trained = lines[best]["step"], watch.all("train")
