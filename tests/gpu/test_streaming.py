@@ -129,7 +129,7 @@ def test_only_two_layers_are_on_the_card() -> None:
     assert len(sizes) == 2
     layer = min(sizes.values())
     assert layer > 2 * 3 * 1024 * 2048 * 2
-    small = 16 * 2**20  # embedding, adapter, tower
+    small = 24 * 2**20  # embedding, GLU adapter, adapter, tower
     assert torch.cuda.memory_allocated() - before < 2 * layer + small
     del model, weights
     gc.collect()

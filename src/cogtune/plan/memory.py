@@ -15,6 +15,7 @@ from cogtune.plan.activations import tower_forward
 from cogtune.plan.calibration import (
     CONTEXT,
     EXPANDABLE,
+    FILLING,
     HOST_PROCESS,
     HOST_WORKER,
     LIBRARIES,
@@ -260,7 +261,7 @@ def fill(setting: Setting, images: int | None = None) -> Phase:
     vision = setting.sizes.vision
     pixels = images * vision.in_channels * vision.image_size**2 * (FLOAT32 + setting.width)
     running = tower_forward(setting, images)
-    parts |= {"activations": running, "batch": pixels, "workspace": LIBRARIES}
+    parts |= {"activations": running, "batch": pixels, "workspace": LIBRARIES + FILLING}
     host = host_loading(setting) | _streamed(setting, decoder=False, tower=True)
     return Phase("fill", parts, allocator(setting).slack(running + pixels), host)
 

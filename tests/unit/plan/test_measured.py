@@ -11,7 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.planned import FILES, Measured, main, measured
+from benchmarks.planned import FILES, RESULTS, Measured, main, measured
+from cogtune.configuration.quantization import QuantSection
+from cogtune.plan.memory import fill
+from cogtune.plan.setting import Setting
+from cogtune.system.byte_sizes import GIB
 
 ROWS = [row for name in FILES if name != "fit-h100" for row in measured(name)]
 ROWS += [row for row in measured("fit-h100") if row.name == "nf4-cached-r8"]  # the others: torch's default segments
@@ -43,6 +47,14 @@ def test_memory_is_as_measured(row: Measured) -> None:
 def test_a_step_takes_as_long_as_measured(row: Measured) -> None:
     met = abs(row.off()["ms"]) <= 0.1
     assert met == ((row.file, row.name) not in NOT_MET), f"{row.plan['ms']:.0f} ms, measured {row.ms:.0f}"
+
+
+@pytest.mark.parametrize("name", ["fill-h100", "fill-h200", "fill-uncompiled-h200", "fill-fp8-h100", "fill-fp8-h200"])
+def test_filling_takes_as_much_as_measured(name: str) -> None:
+    (row,) = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+    setting = Setting(quant=QuantSection(tower="fp8" if "fp8" in name else "none"), tower="cached")
+    off = fill(setting, row["batch"]).reserved / GIB / row["peak_reserved_gib"] - 1
+    assert -MOST_SHORT <= off <= MOST_OFF, f"{100 * off:+.1f} %"
 
 
 def test_every_engine_was_measured() -> None:
