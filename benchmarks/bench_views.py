@@ -283,6 +283,7 @@ def view_of(content: dict[str, Any]) -> Callable[[dict[str, Any], bool], str] | 
         "cards": many,
         "decode": decoding,
         "answers": numbers,
+        "adapters": numbers,
         "captions": captions,
         "fill": numbers,
         "loader": numbers,

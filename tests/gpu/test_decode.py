@@ -86,12 +86,11 @@ def test_products(dtype: torch.dtype, kind: int, rows: int, features: int, width
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("rows", [1, 5, 16, 40])
-@pytest.mark.parametrize("count", [3, 16])
-def test_stacked_adapters(dtype: torch.dtype, rows: int, count: int) -> None:
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_stacked_adapters(dtype: torch.dtype, rows: int) -> None:
     """Each row gets its own adapter's update, and the base's product alone without one."""
     torch.manual_seed(0)
-    features, width, each = 200, 512, 16
+    features, width, each, count = 200, 512, 16, 11
     x, norm = torch.randn(rows, width, device="cuda").to(dtype), torch.rand(width, device="cuda").to(dtype)
     (one, first), (two, second) = (
         _weight(kernels.PLAIN, torch.randn(features, width, device="cuda").to(dtype) / 16) for _ in range(2)

@@ -222,11 +222,11 @@ def linear(
     if rows == 1:
         tile = row_tiles(features, width, weight.kind, gated is not None) | (tiles or {})
         grid = (triton.cdiv(features, tile["rows"] * tile["warps"]),)
-        options |= tile | {"num_warps": tile["warps"]}
+        options |= {"num_warps": tile["warps"]} | tile
         before, eps = (x, 0.0) if norm is None else norm
         if weight.kind == NF4:
             stored = (weight.code, weight.outer, other.outer, weight.table, weight.offset, other.offset)
-            permuted = options.pop("permuted", x.is_cuda)
+            permuted = options.pop("permuted", x.is_cuda and x.dtype != torch.float32)  # of float16 values
             packed[grid](
                 _split(x, norm), *products, *stored, features, per_outer=weight.per_outer, nested=weight.nested,
                 permuted=permuted, **options,
@@ -297,6 +297,6 @@ def row_tiles(features: int, width: int, kind: int, gated: bool) -> dict[str, in
     """Like `_tiles`, for one row: features of a warp, warps, and the columns that it holds at a time."""
     if kind == NF4:
         return {"rows": 2 if gated else 4, "warps": 4}
-    if features <= 512:  # the first matrix of an update
-        return {"rows": 1, "warps": 1, "block_k": 2048, "unroll": 1}
+    if features <= 512:  # the first matrix of an update: all warps share a feature
+        return {"rows": 1, "warps": 1, "block_k": 4096, "unroll": 1, "num_warps": 8}
     return {"rows": 1 if gated else 2, "warps": 4, "block_k": 1024 if kind == PLAIN else 2048, "unroll": 1}

@@ -16,8 +16,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 def launch_options(x: torch.Tensor) -> dict[str, bool]:
-    """Return how a kernel with `waited` is launched on ``x``: before the last one has ended, where that works."""
-    early = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    """Return how a kernel with `waited` is launched on x [R, ...]: before the last one has ended, where that works.
+
+    With several rows steps are slower so (docs/log.md, 2026-11-30).
+    """
+    early = x.is_cuda and x.shape[0] == 1 and torch.cuda.get_device_capability(x.device) >= (9, 0)
     return {"early": True, "launch_pdl": True} if early else {"early": False}
 
 
