@@ -35,6 +35,7 @@ from cogtune.generate.choices import ClosedQuestion
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.generator import Ask, Generator
 from cogtune.generate.transformers_generator import TransformersGenerator
+from cogtune.model.compile import prepare_compiling
 from cogtune.plan.cards import named_like
 from cogtune.plan.data_rows import Rows
 from cogtune.plan.from_config import setting_of
@@ -44,7 +45,7 @@ from cogtune.plan.time import answering_seconds
 from cogtune.processing.processor import CogVLM2Processor
 from cogtune.train import engines
 from cogtune.train.answers import AnswerCheck
-from cogtune.train.run import assemble
+from cogtune.train.run import assemble, compiles
 from cogtune.train.stop_signal import StopSignal
 
 QUESTIONS, TOKENS, CLOSED = 3, 48, 59
@@ -111,6 +112,8 @@ def measure_in_training(results: Results, path: str, side: int) -> None:
     engine = engines.start(config)
     dtype = torch.bfloat16 if engine.device.type == "cuda" else torch.float32
     base = build_base(config, engine, dtype, cached=False)
+    if compiles(config, engine):
+        prepare_compiling(engine.device)
     assemble(base, config, engine)
     engine.module.train()
     model, shape = base.config, Preset(1, 1, 40, config.eval.max_new_tokens)
@@ -130,7 +133,7 @@ def measure_in_training(results: Results, path: str, side: int) -> None:
                     "name": f"{'features cached' if cached else 'tower live'}, time {number}",
                     "questions": len(found.texts),
                     "tokens": config.eval.max_new_tokens,
-                    "planned_seconds": round(_planned(config, model, cached, name), 2) if name else None,
+                    "planned_seconds": round(planned_answering(config, model, cached, name), 2) if name else None,
                     "seconds": round(found.seconds, 2),
                 }
                 results.add(row)
@@ -141,7 +144,7 @@ def _same(features: torch.Tensor, image: object) -> torch.Tensor:
     return features
 
 
-def _planned(config: RunConfig, model: CogVLM2Config, cached: bool, card: str) -> float:
+def planned_answering(config: RunConfig, model: CogVLM2Config, cached: bool, card: str) -> float:
     """The seconds that a plan of such a run names."""
     tokens, found = config.eval.max_new_tokens, named_like(card)
     mean = MicroBatch(rows=1, images=1, text=40 + tokens, labelled=tokens)

@@ -28,6 +28,7 @@ from cogtune.plan.sizes import Linear
 from cogtune.plan.streaming import Streaming
 
 _PROMPTS_AT_ONCE = 8
+_ADAPTER_KERNELS = 3  # of a linear layer's adapter in a forward pass: two products, and what adds them
 
 
 @dataclass(frozen=True)
@@ -269,18 +270,20 @@ def answering_seconds(setting: Setting, card: Card, *, questions: int, tokens: i
     """Return the seconds of answering validation questions once: prompts in batches, then token after token.
 
     A token reads one expert of every layer, and gathers or copies what is sharded or streamed; its kernels are launched
-    one by one. An estimate: none of this was measured.
+    one by one, and layers run uncompiled.
     """
     if not questions:
         return 0.0
     own, rates = setting.with_batch(images=mean.images, text=mean.text, labelled=mean.labelled), scaled(card)
+    own = replace(own, compile=False)
     ranks = setting.ranks // setting.tensor
     rows = min(_PROMPTS_AT_ONCE, -(-questions // ranks))
     forward = _decoder(own, rates) / _passes(own) / own.batch.rows / setting.tensor
     if setting.tower == "live":
         forward += tower_seconds(own, card) / own.batch.rows / setting.tensor
     read = setting.sizes.parameters("experts") * setting.width / 2 / setting.tensor / rates.memory
-    launched = setting.sizes.num_hidden_layers * HOST.layer * HOST.seconds / 3
+    adapted = sum("vision" not in name for name in setting.trained)
+    launched = (setting.sizes.num_hidden_layers * HOST.layer / 3 + adapted * _ADAPTER_KERNELS) * HOST.seconds
     token = max(read, launched, Streaming.of_decoder(setting).copied / card.bus) + traffic(setting)[0] / 2 / card.link
     return -(-questions // (rows * ranks)) * (rows * forward + (max(1, tokens) - 1) * token)
 

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.answers import planned_answering
 from benchmarks.planned import FILES, RESULTS, Measured, main, measured
+from cogtune.bench.models import model_config
+from cogtune.configuration.load import load_config
 from cogtune.configuration.quantization import QuantSection
 from cogtune.plan.memory import fill
 from cogtune.plan.setting import Setting
@@ -88,3 +91,14 @@ def test_a_file_of_bench_is_read_as_it_was_measured(tmp_path: Path, capsys: pyte
     assert {(row.setting.quant.experts, row.setting.expandable) for row in found} == {("nf4", False)}
     main([str(file)])
     assert "of 10.00" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["tower-live", "features-cached"])
+def test_answering_in_training_takes_what_was_measured(cached: bool) -> None:
+    """Its first time chooses kernels and is not planned. Live, pictures are read and resized meanwhile."""
+    record = json.loads((RESULTS / "answers-training-h200.json").read_text(encoding="utf-8"))
+    start = "features cached" if cached else "tower live"
+    found = [row["seconds"] for row in record["rows"] if row["name"].startswith(start)][1:]
+    config = load_config(None, {"model.path": "random", "data.path": "none", "train.output": "none"})
+    planned = planned_answering(config, model_config("random"), cached, record["card"])
+    assert planned == pytest.approx(sum(found) / len(found), rel=0.05)
