@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
 import struct
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -21,6 +23,7 @@ from tests.fuzz.data_targets import FORMATS
 from tests.fuzz.harness import Input, Place, Session
 from tests.fuzz.mutations import TEXTS, json_text, mutate_bytes, mutate_tree
 from tests.support.adapters import write_adapter
+from tests.support.packed import pickled_folder
 from tests.support.training import make_config, write_data
 
 NAMES = ("../neighbour/thesis.txt", "/etc/passwd", "model.safetensors", "../../input", "", ".", "a\0b", "x" * 300)
@@ -45,6 +48,8 @@ def spoil(rng: Random, file: Path, words: tuple[Any, ...]) -> None:
         file.mkdir()
     elif file.suffix == ".safetensors" and choice < 0.75:
         file.write_bytes(other_header(rng, data, words))
+    elif file.suffix == ".bin" and choice < 0.75:
+        file.write_bytes(other_pickle(rng, data))
     elif file.suffix == ".json" and choice < 0.88:
         try:
             tree = json.loads(data)
@@ -77,6 +82,21 @@ def other_header(rng: Random, data: bytes, words: tuple[Any, ...]) -> bytes:
     return struct.pack("<Q", max(size, 0)) + head + (payload if rng.random() < 0.9 else payload[:-3])
 
 
+def other_pickle(rng: Random, data: bytes) -> bytes:
+    """Change a member of a file of ``torch.save``, mostly its pickle, and write the zip again."""
+    try:
+        source = zipfile.ZipFile(io.BytesIO(data))
+        chosen = rng.choice([name for name in source.namelist() if name.endswith("data.pkl") or rng.random() < 0.1])
+        parts = {name: source.read(name) for name in source.namelist()}
+    except Exception:  # an earlier mutation has left no zip
+        return mutate_bytes(rng, data)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED if rng.random() < 0.05 else zipfile.ZIP_STORED) as target:
+        for name, content in parts.items():
+            target.writestr(name, mutate_bytes(rng, content) if name == chosen else content)
+    return buffer.getvalue()
+
+
 @dataclass
 class ModelTarget:
     """A model folder: configuration, index, headers, tokenizer."""
@@ -85,7 +105,7 @@ class ModelTarget:
     weight: int = 4
 
     def prepare(self, place: Place) -> None:
-        self.base = make_tiny(place.fixed / "base", seed=0)
+        self.base = self.made(place)
         self.words = _words(
             self.base / "config.json", self.base / "tokenizer.json", self.base / "tokenizer_config.json"
         )
@@ -94,13 +114,16 @@ class ModelTarget:
         shutil.copyfile(FORMATS / "llava.json", place.fixed / "llava.json")
         load_generator(self.base)
 
+    def made(self, place: Place) -> Path:
+        return make_tiny(place.fixed / "base", seed=0)
+
     def write(self, given: Input, place: Place) -> None:
         folder = place.input / "base"
         linked(self.base, folder)
         for mutation in given.mutations():
+            likely = {".safetensors": 1, ".bin": 12}
             weights = [
-                1 if path.suffix == ".safetensors" else 6 if path.name == "config.json" else 3
-                for path in sorted(self.base.iterdir())
+                likely.get(path.suffix, 6 if path.name == "config.json" else 3) for path in sorted(self.base.iterdir())
             ]
             name = mutation.choices(sorted(path.name for path in self.base.iterdir()), weights)[0]
             spoil(mutation, folder / name, (*self.words, *NAMES))
@@ -122,6 +145,17 @@ class ModelTarget:
                 return load_generator(base, keys={"max-new-tokens": "2"}).answer(str(picture), "What is it?")
 
             session.attempt(answered, "load_generator")
+
+
+@dataclass
+class PickledTarget(ModelTarget):
+    """A model folder whose weights are in one ``.bin`` file."""
+
+    name: str = "model folder of .bin"
+    weight: int = 1
+
+    def made(self, place: Place) -> Path:
+        return pickled_folder(make_tiny(place.fixed / "plain", seed=0), place.fixed / "base")
 
 
 @dataclass
@@ -246,4 +280,4 @@ def _words(*files: Path) -> tuple[Any, ...]:
     return (*list(found)[:150], *TEXTS[:6], 0, 1, -1, 2**31, 0.5, True)
 
 
-TARGETS = (ModelTarget(), AdapterTarget(), ResumeTarget())
+TARGETS = (ModelTarget(), PickledTarget(), AdapterTarget(), ResumeTarget())

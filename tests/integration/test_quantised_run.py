@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from cogtune.errors import ConfigError, OutputFolderError
 from cogtune.evaluate.run_folder import read_metrics
 from cogtune.train import engines
 from cogtune.train.run import train
+from tests.support.packed import int4_folder
 from tests.support.training import make_config, write_data
 
 pytest.importorskip("bitsandbytes")
@@ -86,6 +88,30 @@ def test_what_was_trained_on_four_bits_answers_from_four_bits(
         "answers of other weights must not be mixed in"
     )
     assert "quant.experts" in capsys.readouterr().err
+
+
+def test_the_published_4_bit_folder_from_download_to_merge(
+    tiny_checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "int4"
+    int4_folder(tiny_checkpoint, base)
+    words = ("--model", str(base), "--data", str(data), "--data.cache_dir", str(tmp_path / "cache"))
+    run = ("train", *words, "--output", str(tmp_path / "run"), "--data.workers", "0", "--lora.rank", "4")
+    assert main([*run, "--train.max_steps", "3", "--data.cache_features", "on"]) == 0
+    written = json.loads((tmp_path / "run" / "adapter" / "cogtune.json").read_text())
+    assert (written["settings"]["quant.experts"], written["settings"]["quant.tower"]) == ("fp4", "fp4")
+    assert main([*run, "--quant.experts", "nf4"]) == 2
+    assert "are stored in fp4 and stay so" in capsys.readouterr().err
+    answers = []
+    for name, model in (("unmerged", ("--adapter", str(tmp_path / "run"))), ("merged", ("--model", "MERGED"))):
+        if name == "merged":
+            assert main(["merge", "--adapter", str(tmp_path / "run"), "--output", str(tmp_path / "merged")]) == 0
+            model = ("--model", str(tmp_path / "merged"))
+        file = tmp_path / f"{name}.jsonl"
+        assert main(["predict", *model, "--data", str(data), "--output", str(file), "--max-new-tokens", "3"]) == 0
+        answers.append(len(file.read_text().splitlines()))
+    assert answers == [15, 15]
+    assert "quant.experts" not in capsys.readouterr().err.split("merged:")[-1], "the merged model is plain"
 
 
 @pytest.mark.parametrize(
