@@ -1,4 +1,5 @@
-"""Batches from worker processes or from this one; an error in a worker is raised here with its own type."""
+"""Batches, or the frames of clips, from worker processes or from this one; an error in a worker is raised or given here
+with its own type."""
 
 from __future__ import annotations
 
@@ -8,13 +9,17 @@ import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader
 
 from cogtune.data.collate import collate
 from cogtune.data.dataset import RowIndex, RowSample, TrainRows
+from cogtune.data.pixels import tower_inputs
+from cogtune.data.records import ImageRef
 from cogtune.data.sampler import EpochSampler
-from cogtune.errors import CogtuneError
+from cogtune.errors import CogtuneError, DataError
 from cogtune.model.routing import GPU_COLUMNS
 
 
@@ -42,6 +47,52 @@ def batches(
         if isinstance(batch, CogtuneError):
             raise batch
         yield batch
+
+
+def clips_ahead(
+    clips: Sequence[Sequence[ImageRef]], size: int, *, ahead: int, workers: int
+) -> Iterator[tuple[torch.Tensor, ...] | DataError]:
+    """Yield the frames of each clip in order, float32 [3, S, S] each, or why they cannot be decoded.
+
+    Worker processes decode up to ``ahead`` clips beyond the one that is taken. Threads would be enough to decode, but
+    the Python of many of them stands in the way of the thread that feeds the device.
+
+    Raises:
+        SetupError: PyAV is not installed.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        _Clips(clips, size),  # type: ignore[arg-type]
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        prefetch_factor=-(-ahead // workers),
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),
+    )
+    for found in loader:
+        if isinstance(found, CogtuneError) and not isinstance(found, DataError):
+            raise found
+        yield found if isinstance(found, DataError) else tuple(torch.from_numpy(found))
+
+
+class _Clips:
+    """The decoded frames of clips, as arrays: sent through a pipe they need no shared memory, which may be small."""
+
+    def __init__(self, clips: Sequence[Sequence[ImageRef]], size: int) -> None:
+        self._clips, self._size = clips, size
+
+    def __len__(self) -> int:
+        return len(self._clips)
+
+    def __getitem__(self, index: int) -> npt.NDArray[np.float32] | CogtuneError:
+        try:
+            return torch.stack(list(tower_inputs(self._clips[index], self._size))).numpy()
+        except CogtuneError as error:
+            return error
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
 
 
 class _Guarded:

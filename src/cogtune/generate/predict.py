@@ -10,14 +10,14 @@ so that neither the batch size nor an interruption changes a digit of their prob
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
 from cogtune.configuration.input_sections import SourceSection
-from cogtune.data.pixels import reader_pool, tower_inputs
+from cogtune.data.loader import clips_ahead
+from cogtune.data.pixels import tower_inputs
 from cogtune.data.records import ImageRef, Question
 from cogtune.errors import DataError, InputError
 from cogtune.generate.asked import trees
@@ -37,6 +37,8 @@ from cogtune.system.machine import cores
 OnProgress = Callable[[int, int], None]
 _HORIZON = 16
 """How far questions run ahead of the file, in multiples of those in progress."""
+_DECODERS = 8
+"""Most processes that decode clips: two keep up with a card, the others shorten the wait for the first."""
 _DIGITS = 6
 """Of a probability in the file; a seventh would be rounding."""
 
@@ -124,8 +126,9 @@ class Predictor:
         self._trees = trees(questions, own_history=options.own_history)
         self._told = len(self.answers) + len(self.bad)
         self._ahead = generator.queue_ahead * options.batch_size
-        self._images: dict[tuple[ImageRef, ...], Future[tuple[Shown, ...]]] = {}
-        self._readers = reader_pool(cores())
+        self._images: dict[tuple[ImageRef, ...], tuple[Shown, ...] | DataError] = {}
+        self._coming: dict[tuple[ImageRef, ...], None] = {}
+        self._decoding: Iterator[tuple[Shown, ...] | DataError] | None = None
 
     def run(self) -> PredictReport:
         """Answer what the file does not contain yet.
@@ -140,7 +143,7 @@ class Predictor:
             try:
                 self._answer_all()
             finally:
-                self._readers.shutdown(wait=False, cancel_futures=True)
+                self._decoding = None  # which ends its processes
                 later = {p: text for p, text in self.answers.items() if p >= self.file.next}
                 self.file.keep_for_later(later, self.extra)
             self.file.finish()
@@ -268,40 +271,30 @@ class Predictor:
         return images, question.question, kept
 
     def _read(self, place: int) -> tuple[Shown, ...]:
-        """Read an example's images once for all its questions: the same objects, so the tower runs once too.
-
-        Clips are decoded ahead, in threads.
-        """
+        """Read an example's images once for all its questions: the same objects, so the tower runs once too."""
         images = self.questions[place].images
         if not images:
             return ()
         if images in self.unreadable:
             raise self.unreadable[images]
-        for question in self.questions[place : place + self._ahead]:
-            if question.images == images or isinstance(next(iter(question.images), None), Frame):
-                self._begin(question.images)
-        return self._images[images].result()
+        if images not in self._images:
+            try:
+                self._keep(images, self._opened(images))
+            except DataError as error:
+                self._keep(images, error)
+        found = self._images[images]
+        if isinstance(found, DataError):
+            raise found
+        return found
 
-    def _begin(self, images: tuple[ImageRef, ...]) -> None:
-        if images in self._images:
-            return
-        kept = list(self._images)[-2 * self._ahead :]
-        self._images = {key: self._images[key] for key in kept}
-        if isinstance(images[0], Frame):
-            self._images[images] = self._readers.submit(self._opened, images)
-            return
-        done: Future[tuple[Shown, ...]] = Future()
-        self._images[images] = done
-        try:
-            done.set_result(self._opened(images))
-        except DataError as error:
-            done.set_exception(error)
+    def _keep(self, images: tuple[ImageRef, ...], found: tuple[Shown, ...] | DataError) -> None:
+        self._images[images] = found
+        while len(self._images) > 2 * self._ahead:
+            self._images.pop(next(iter(self._images)))
 
     def _opened(self, images: tuple[ImageRef, ...]) -> tuple[Shown, ...]:
-        size = self.generator.processor.image_size
         if isinstance(images[0], Frame):
-            known = [features for image in images if (features := self._cached(image)) is not None]
-            return tuple(known) if len(known) == len(images) else tuple(tower_inputs(images, size))
+            return self._known(images) or self._decoded(images)
         limits: dict[str, Any] = {
             "max_pixels": self.data.max_pixels,
             "exif": self.data.exif,
@@ -310,6 +303,36 @@ class Predictor:
         return tuple(
             self._cached(image) or read_image(image, **limits) for image in images if not isinstance(image, Frame)
         )
+
+    def _known(self, images: tuple[ImageRef, ...]) -> tuple[Shown, ...]:
+        """Return a clip's cached features, if all its frames have some."""
+        found = [features for image in images if (features := self._cached(image)) is not None]
+        return tuple(found) if len(found) == len(images) else ()
+
+    def _decoded(self, images: tuple[ImageRef, ...]) -> tuple[Shown, ...]:
+        """Return a clip's frames. Clips are decoded ahead in the order of the questions, in other processes."""
+        size = self.generator.processor.image_size
+        if self._decoding is None:
+            self._coming = dict.fromkeys(self._clips_to_come())
+            workers = min(_DECODERS, max(1, cores() - 1), len(self._coming))
+            self._decoding = clips_ahead(list(self._coming), size, ahead=self._ahead, workers=workers)
+        while images in self._coming:
+            key = next(iter(self._coming))
+            del self._coming[key]
+            frames = next(self._decoding)
+            if key == images:
+                if isinstance(frames, DataError):
+                    raise frames
+                return frames
+            self._keep(key, frames)  # asked for later: its turn waits for another
+        return tuple(tower_inputs(images, size))  # passed by already, and no longer kept
+
+    def _clips_to_come(self) -> Iterator[tuple[ImageRef, ...]]:
+        for place in range(self.file.next, len(self.questions)):
+            images = self.questions[place].images
+            open_ = place not in self.answers and place not in self.bad and images not in self.unreadable
+            if open_ and images and isinstance(images[0], Frame) and not self._known(images):
+                yield images
 
     def _cached(self, image: ImageRef) -> Features | None:
         return None if self.cached is None else self.cached.find(image)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
+import pytest
 import torch
 
+from cogtune.data import loader
 from cogtune.data.pixels import reader_pool, tower_inputs
+from cogtune.errors import DataError
 from cogtune.processing.clip import read_clip
 from cogtune.processing.frames import Sampling
 from tests.support.clips import write_clip
@@ -37,3 +43,27 @@ def test_the_frames_of_many_clips_at_once_are_those_of_each_alone(tmp_path: Path
         together = list(pool.map(lambda frames: torch.stack(list(tower_inputs(frames, 32))), clips * 2))
     for found, expected in zip(together, alone * 2, strict=True):
         assert torch.equal(found, expected)
+
+
+def test_clips_are_decoded_ahead_in_order_and_not_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one clip is in use, ``ahead`` more are decoded, and their number never grows beyond that."""
+    clips = [read_clip(write_clip(tmp_path / f"{n:02}.mp4", 8 + n), Sampling()).frames for n in range(12)]
+    (tmp_path / "02.mp4").unlink()
+    (tmp_path / "begun").mkdir()
+
+    def marked(images: Any, size: int) -> Iterator[torch.Tensor]:
+        (tmp_path / "begun" / images[0].path.name).touch()
+        yield from tower_inputs(images, size)
+
+    monkeypatch.setattr(loader, "tower_inputs", marked)  # the workers are forks of this process
+    found = loader.clips_ahead(clips, 32, ahead=4, workers=2)
+    for taken, (clip, frames) in enumerate(zip(clips, found, strict=True), start=1):
+        if taken == 3:
+            assert isinstance(frames, DataError)
+            assert frames.code == "clip-missing"
+        else:
+            assert torch.equal(torch.stack(frames), torch.stack(list(tower_inputs(clip, 32))))
+        expected, deadline = min(taken + 4, 12), time.monotonic() + 20
+        while len(list((tmp_path / "begun").iterdir())) < expected and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(list((tmp_path / "begun").iterdir())) == expected
