@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import cogtune
 from cogtune.adapters.provenance import inherit, read_provenance
@@ -15,6 +17,7 @@ from cogtune.checkpoint.load import load_model
 from cogtune.configuration.load import load_answer_config
 from cogtune.errors import CheckpointError, OutputFolderError
 from cogtune.processing.tokenizer import write_byte_tokenizer
+from tests.support.data_folders import write_lines
 from tests.support.training import make_config, write_data
 
 
@@ -93,3 +96,22 @@ def test_a_strangers_tokenizer_is_not_fetched(folder: Path, tmp_path: Path) -> N
         config, said = inherit(load_answer_config(None, {}), name)
         assert config.model.tokenizer == taken
         assert any("someone/else" in line for line in said) == (taken is None)
+
+
+def test_boxes_are_evaluated_in_the_picture_that_training_saw(folder: Path, tmp_path: Path) -> None:
+    """The adapter was trained on pictures turned upright, and the evaluation names nothing."""
+    shutil.copytree(folder / "run/adapter", tmp_path / "adapter")
+    written = json.loads((tmp_path / "adapter/cogtune.json").read_text())
+    written["settings"]["data.exif"] = "apply"
+    (tmp_path / "adapter/cogtune.json").write_text(json.dumps(written))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 20), "white").save(tmp_path / "0.png", exif=exif)
+    record = {"image": "0.png", "expression": "it", "bbox": [0, 0, 10, 10], "width": 40, "height": 20}
+    write_lines(tmp_path / "refs.jsonl", [record])
+    keys = {"data.boxes": "pixels", "data.box_form": "corners", "max-new-tokens": 2}
+    found = cogtune.evaluate(tmp_path / "refs.jsonl", adapter=tmp_path / "adapter", output=tmp_path / "eval", keys=keys)
+    (line,) = (tmp_path / "eval/records.jsonl").read_text().splitlines()
+    assert json.loads(line)["references"] == ["[[500,000,999,250]]"]  # the stored picture's corner, turned to the right
+    assert found.to_dict()["data"]["exif"] == "apply"
+    assert found.value("box_accuracy") == 0
