@@ -27,7 +27,7 @@ TRAINING, DECODING = 0.03, 0.05
 _TRAIN = ("train", "--model", "random", "--steps", "12", "--warmup", "3")
 _EXPERTS = "lora.targets=experts lora.rank=16"
 _FP8 = "quant.experts=fp8 quant.fp8_layouts=two"
-_NF4 = "features=cached quant.experts=nf4 train.gradient_checkpointing=all"
+_NF4 = "features=cached quant.experts=nf4 quant.embedding=host train.gradient_checkpointing=all"
 COMMANDS: Mapping[str, tuple[str, ...]] = {
     "baseline": (*_TRAIN[:3], "--steps", "5", "--warmup", "1", "--variant", "baseline"),
     "steps": (
