@@ -28,7 +28,7 @@ _EXPLODING, _EXPLODED = 10.0, 100.0
 _WORSE, _WORSE_LAST, _WORSE_NATS, _TRAINED_ON = 1.05, 1.1, 0.02, 0.95
 _FEW_ROWS, _LOOKS = 8, 1.02
 _STARVED, _STARVED_LINES = 0.5, 5
-_CREEPING_LINES, _CREEPING_FIT, _CREEPING_SHARE = 20, 0.9, 0.05
+_CREEPING_LINES, _CREEPING_MOST, _CREEPING_FIT, _CREEPING_SHARE = 20, 1000, 0.9, 0.05
 _SLOWER, _SLOWER_LINES = 0.5, 8
 _FILLING = 4  # checkpoints that say how fast
 _FAR = 20  # what was seen is taken to go on for so many times as long, and no longer
@@ -238,7 +238,7 @@ def _starved(watch: Watch) -> Finding | None:
 
 def _creeping(watch: Watch) -> Finding | None:
     """Memory that rises on a straight line, and reaches its limit before the last step."""
-    lines, total = watch.own("train"), watch.limit("total_steps")
+    lines, total = watch.own("train")[-_CREEPING_MOST:], watch.limit("total_steps")
     half = lines[len(lines) // 2 :]
     if total is None or len(half) < _CREEPING_LINES:
         return None
