@@ -87,6 +87,7 @@ $(VENV)/.installed-demo: $(SETUP_FILES)
 $(VENV)/.installed-web: $(VENV)/.installed-test
 	scripts/make-venv.sh $(VENV) $(TEST_EXTRAS),web constraints.txt $(call PINNED,torch) $(call PINNED,torchvision)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt playwright
+	$(FITTING_TORCHVISION)
 	@touch $@
 
 $(OLDEST)/.installed: $(SETUP_FILES) constraints-oldest.txt
