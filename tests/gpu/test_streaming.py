@@ -18,7 +18,8 @@ from cogtune.configuration.run_config import LoraSection
 from cogtune.model import attention
 from cogtune.model.activation_checkpointing import enable_checkpointing
 from cogtune.model.compile import compile_layers, prepare_compiling
-from cogtune.model.layer_streaming import HostMemory, StreamPlacement, streamed_layers
+from cogtune.model.host_memory import HostMemory
+from cogtune.model.layer_streaming import StreamPlacement, streamed_layers
 from cogtune.model.routing import Routing
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -20,7 +20,8 @@ from cogtune.configuration.run_config import RunConfig
 from cogtune.distributed.group import Group
 from cogtune.errors import OutOfMemoryError, SetupError
 from cogtune.language import tr
-from cogtune.model.layer_streaming import StreamPlacement, require_host_memory, stream_placement
+from cogtune.model.host_memory import require_host_memory
+from cogtune.model.layer_streaming import StreamPlacement, stream_placement
 from cogtune.plan.calibration import CONTEXT
 from cogtune.plan.cards import Card, named_like
 from cogtune.plan.choose import best, checkpointing, filling, fits, keeping_gathered, streaming, tower_fits

@@ -17,7 +17,7 @@ from cogtune.checkpoint.random import random_weights, tiny_config
 from cogtune.configuration.quantization import QuantSection
 from cogtune.configuration.run_config import LoraSection
 from cogtune.errors import SetupError
-from cogtune.model import layer_streaming
+from cogtune.model import host_memory
 from cogtune.model.activation_checkpointing import enable_checkpointing
 from cogtune.model.compile import compile_layers, compiled_graphs, prepare_compiling
 from cogtune.model.layer_streaming import LayerStream, StreamPlacement, streamed_layers
@@ -186,7 +186,7 @@ def test_weights_leave_the_device() -> None:
 
 
 def test_too_little_host_memory_is_said_before_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer_streaming, "free_memory", lambda: 1000)
+    monkeypatch.setattr(host_memory, "free_memory", lambda: 1000)
     with pytest.raises(SetupError, match=r"keeps .* in host memory, and 1000 B are free") as caught:
         _base(FORMATS[0], _placement())
     assert caught.value.code == "host-memory"

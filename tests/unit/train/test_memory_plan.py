@@ -13,7 +13,7 @@ import torch
 from cogtune.checkpoint.random import published_config
 from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import OutOfMemoryError, SetupError
-from cogtune.model import layer_streaming
+from cogtune.model import host_memory
 from cogtune.plan.calibration import CONTEXT
 from cogtune.plan.cards import find_card
 from cogtune.plan.data_rows import TYPICAL
@@ -99,12 +99,12 @@ def test_force_starts_anyway_and_says_so(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_streamed_layers_have_to_fit_in_host_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = planned(tmp_path, "8GiB", quant__experts="nf4", quant__stream="auto", data__cache_features="on")
-    monkeypatch.setattr(layer_streaming, "free_memory", lambda: 8 * GIB)
+    monkeypatch.setattr(host_memory, "free_memory", lambda: 8 * GIB)
     run.check()
     layers = run.settle(cached=True)
     assert 0 < (layers.resident or 0) < 32
     assert len(layers.decoder) == 32
-    monkeypatch.setattr(layer_streaming, "free_memory", lambda: 2 * GIB)
+    monkeypatch.setattr(host_memory, "free_memory", lambda: 2 * GIB)
     with pytest.raises(SetupError, match=r"keeps .* in host memory, and 2.0 GiB are free"):
         run.check()
 
