@@ -83,10 +83,10 @@ def test_answering_is_planned_too(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_does_not_fit_exits_2_and_names_a_card_that_would(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--card", "8GiB"]) == 2
+    assert main(["plan", "--card", "4GiB"]) == 2
     said = capsys.readouterr().err
     assert "error[plan-does-not-fit]" in said
-    assert "12GB is the smallest" in said
+    assert "RTX 3050 6GB is the smallest" in said
 
 
 def test_the_users_keys_stay(capsys: pytest.CaptureFixture[str]) -> None:
