@@ -11,7 +11,7 @@ from cogtune.language import chinese as twins
 ROWS = {
     "parallel.offload": ("none", "weights", "optimizer"),
     "lora.dora": ("false", "true"),
-    "lora.extra": ("modules_to_save", "trainable_token_indices", "bias"),
+    "lora.extra": ("modules_to_save", "trainable_token_indices", "bias", "init_lora_weights"),
     "lora.targets": ("experts", "vision-tower"),
     "data.turns": ("all", "one_random"),
     "data.cache_features": ("off", "on"),

@@ -109,12 +109,10 @@ def merge(
         rounding: ``nearest``, as peft rounds, or ``stochastic``, which keeps small updates; see `adapters.rounding`.
         layout: ``published``, or ``transformers`` for transformers' Auto classes; see `adapters.model_layout`.
         tokenizer: the folder of the tokenizer, for a base without one; None: the one that the training used.
-        quant: nf4, int8 or fp8: store the linear layers of both experts and of the tower so, for this package's loader.
-            What is quantised is the exact sum. Memory then holds one shard of the result.
+        quant: ``nf4``, ``int8`` or ``fp8``: the exact sums of linear layers are stored so; memory holds one shard.
 
     Raises:
-        ConfigError: another rounding, layout or format, or a rounding with a format.
-        SetupError: the format needs bitsandbytes, which is missing.
+        ConfigError, SetupError: another rounding, layout or format; or the format needs a package that is missing.
         CheckpointError: the base is not a complete model folder, or has links to files outside it.
         AdapterError: the adapter cannot be merged, is for another base, or makes a tensor that is not finite.
         OutputFolderError: ``output`` exists, cannot be written, or another process writes it.

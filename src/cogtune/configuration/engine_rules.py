@@ -49,6 +49,9 @@ Pair = tuple[tuple[str, str], tuple[str, str]]
 
 _TRAIN_BASE = ("modules_to_save", "trainable_token_indices", "bias")
 """Fields of peft's LoraConfig, in ``lora.extra``, that make base weights trainable."""
+_START = "init_lora_weights"
+_LEAVE_BASE = (None, True, False, "gaussian", "orthogonal")
+"""Values of `_START` that neither read nor change base weights."""
 
 RULES = (
     Rule(
@@ -121,6 +124,14 @@ RULES = (
         _TRAIN_BASE,
         phrase("it makes base weights trainable, and streamed weights are frozen"),
         phrase("quant.stream off with it, or train adapters only"),
+        with_key="quant.stream",
+    ),
+    Rule(
+        ("auto",),
+        ("lora.extra",),
+        (_START,),
+        phrase("this start reads and changes base weights, when streamed layers are not on the card"),
+        phrase("quant.stream off with it, or leave init_lora_weights out"),
         with_key="quant.stream",
     ),
     Rule(
@@ -222,8 +233,10 @@ def make_facts(
 
 
 def trained_base(extra: Mapping[str, object]) -> frozenset[str]:
-    """Return the fields of ``lora.extra`` that make base weights trainable."""
-    return frozenset(name for name in _TRAIN_BASE if extra.get(name) and extra[name] != "none")
+    """Return the fields of ``lora.extra`` that make base weights trainable, or change them at the start."""
+    found = frozenset(name for name in _TRAIN_BASE if extra.get(name) and extra[name] != "none")
+    changes = extra.get("init_lora_weights") not in _LEAVE_BASE
+    return found | ({_START} if changes else frozenset())
 
 
 def _formats(quant: QuantSection) -> dict[str, Collection[str]]:

@@ -50,14 +50,12 @@ def export_adapter(adapter: str | Path, output: str | Path) -> ExportReport:
         >>> print(report.notes)
 
     Args:
-        adapter: the output folder of a training, or an adapter folder. A training's has its curves and, if it was
-            evaluated into ``OUTPUT/eval``, its results on the card.
+        adapter: an adapter folder, or a training's output, whose curves and ``eval`` results then are on the card.
         output: the new folder; it must not exist.
 
     Raises:
         AdapterError: there is no adapter, or it is damaged.
-        OutputFolderError: ``output`` exists, or cannot be written.
-        DiskFullError: the disk is full; nothing is left behind.
+        OutputFolderError, DiskFullError: ``output`` exists or cannot be written; nothing is left behind.
     """
     source, output = find_adapter(adapter), Path(output)
     read_adapter(source)
