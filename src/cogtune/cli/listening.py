@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import ipaddress
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -78,6 +79,20 @@ def require_key(host: str, keys: Sequence[str]) -> None:
             ),
             code="serve-open",
         )
+
+
+def require_free(host: str, port: int) -> None:
+    """Raise ConfigError if nothing can listen there; loading the model, which takes long, comes after."""
+    try:
+        place = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        socket.create_server((str(place[4][0]), port), family=place[0]).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ConfigError(
+            tr("--host {host} --port {port}: nothing can listen there: {reason}", host=host, port=port, reason=reason),
+            hint=tr("give an address of this machine and a free port up to 65535"),
+            code="config-value",
+        ) from error
 
 
 def require_packages(command: str, extra: str, packages: Sequence[str]) -> None:

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 
 from cogtune.cli.answering import DECODING_KEYS, MODEL_KEYS, load, note
 from cogtune.cli.command import Command, flag
-from cogtune.cli.listening import allow_connections, bytes_of, keys_of, named_adapters, require_key, require_packages
+from cogtune.cli.listening import (
+    allow_connections,
+    bytes_of,
+    keys_of,
+    named_adapters,
+    require_free,
+    require_key,
+    require_packages,
+)
 from cogtune.cli.options import Arguments
 from cogtune.errors import ConfigError
 from cogtune.language import english, tr
@@ -44,7 +52,7 @@ class _Flags:
     timeout: float = flag(120.0, "Most seconds for a request.", "N", least=0.1)
     max_body: str = flag("32MiB", "Largest request body.", "SIZE")
     max_request_pixels: int = flag(40_000_000, "Most pixels of a request's pictures together.", "N", least=1)
-    allow_image_host: tuple[str, ...] = flag((), "Host that pictures may be fetched from; several times.", "HOST")
+    allow_image_host: tuple[str, ...] = flag((), "Host that pictures may be fetched from.", "HOST")
 
 
 def _serve(flags: _Flags, line: Arguments) -> None:
@@ -136,6 +144,7 @@ def _check(config: AnswerConfig, flags: _Flags, keys: tuple[str, ...]) -> None:
             code="config-combination",
         )
     require_key(flags.host, keys)
+    require_free(flags.host, flags.port)
 
 
 COMMANDS = (

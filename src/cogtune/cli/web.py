@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from cogtune.cli.answering import DECODING_KEYS, MODEL_KEYS, load, note
 from cogtune.cli.command import Command, flag
-from cogtune.cli.listening import allow_connections, bytes_of, keys_of, named_adapters, require_key, require_packages
+from cogtune.cli.listening import (
+    allow_connections,
+    bytes_of,
+    keys_of,
+    named_adapters,
+    require_free,
+    require_key,
+    require_packages,
+)
 from cogtune.cli.options import Arguments
 from cogtune.errors import AdapterError, ConfigError
 from cogtune.language import tr
@@ -59,6 +67,7 @@ def _web(flags: _Flags, line: Arguments) -> None:
     keys = keys_of(flags.api_key_file)
     require_packages("web", "web", ("gradio",))
     require_key(flags.host, keys)
+    require_free(flags.host, flags.port)
     most = bytes_of("--max-upload", flags.max_upload)
     if config.parallel.tensor > 1:
         raise ConfigError(
