@@ -9,6 +9,7 @@ from unittest.mock import ANY
 import pytest
 import torch
 
+from cogtune.checkpoint.fingerprint import adapter_fingerprint
 from cogtune.checkpoint.random import make_tiny
 from cogtune.cli.main import main
 from tests.support.adapters import write_adapter
@@ -83,3 +84,24 @@ def test_wrong_input_is_exit_2_and_nothing_is_written(
         assert main([str(word) for word in arguments]) == 2
         assert message in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_file_to_check_with_is_looked_at_before_the_merge(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = write_adapter(tiny_checkpoint, tmp_path / "adapter", targets=["language_expert_dense"])
+    stored = tmp_path / "stored.jsonl"
+    meta = stored.with_name("stored.jsonl.meta.json")
+    words = ["--model", tiny_checkpoint, "--adapter", adapter, "--output", tmp_path / "merged", "--check", stored]
+    own = adapter_fingerprint(adapter)
+    for decides, said in (
+        (None, "no such file"),
+        ({"adapter": own}, "cannot be read"),
+        ({"adapter": None, "max-new-tokens": 4}, "not those of the adapter"),
+        ({"adapter": own, "max-new-tokens": 4, "choices": ["yes", "no"]}, "chosen among --choices"),
+    ):
+        if decides is not None:
+            meta.write_text(json.dumps({"decides": decides}), encoding="utf-8")
+        assert main(["merge", *map(str, words)]) == 2
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "merged").exists()

@@ -178,7 +178,7 @@ def test_choices_are_scored_as_one_tree_whatever_the_batch_size_and_the_start(
         assert cut.read_bytes() == content
     assert predict(tiny_checkpoint, data, cut, "--choices", "A0,no") == 2
     assert "choices: " in capsys.readouterr().err
-    for wrong in ("yes", "yes,yes"):
+    for wrong in ("yes", "yes,yes", "", ","):
         assert predict(tiny_checkpoint, data, tmp_path / "x.jsonl", "--choices", wrong) == 2
         assert "at least two different ones" in capsys.readouterr().err
 

@@ -122,7 +122,7 @@ def merge(
         raise ConfigError(
             tr("rounding is {rounding}; it is nearest or stochastic", rounding=rounding), code="config-value"
         )
-    _check_quant(quant, rounding)
+    _check_quant(quant, rounding, layout)
     check_layout(layout)
     adapter, output = find_adapter(adapter), Path(output)
     base = whole_folder(find_base(adapter) if base is None else base)
@@ -228,7 +228,7 @@ def _merge(
     return MergeReport(output, changed, copied, size, tuple(notes), kept, tuple(_warnings(kept, rounding)))
 
 
-def _check_quant(quant: str, rounding: str) -> None:
+def _check_quant(quant: str, rounding: str, layout: str) -> None:
     known = ("none", "nf4", *EIGHT_BIT)
     if quant not in known:
         raise ConfigError(
@@ -239,6 +239,13 @@ def _check_quant(quant: str, rounding: str) -> None:
             tr("rounding {rounding} is to the base's number format, and quant {quant} stores another one",
                rounding=rounding, quant=quant),
             hint=tr("leave out one of them; with quant the exact sum is quantised"),
+            code="config-contradiction",
+        )  # fmt: skip
+    if quant != "none" and layout == "transformers":
+        raise ConfigError(
+            tr("layout transformers is for transformers' Auto classes, and they do not read weights in {quant}",
+               quant=quant),
+            hint=tr("leave out one of them; cogtune alone loads quantised weights"),
             code="config-contradiction",
         )  # fmt: skip
     require_packages(QuantSection.model_validate({"experts": quant}))

@@ -67,6 +67,10 @@ def _merge(flags: _Flags, line: Arguments) -> int:
         from cogtune.adapters.merge import merge
         from cogtune.features.choose import size_text
 
+    if flags.check is not None:
+        from cogtune.serve.self_check import require_checkable
+
+        require_checkable(flags.check, flags.adapter)
     report = merge(
         flags.adapter,
         flags.output,

@@ -67,7 +67,7 @@ def _predict(flags: _Flags, line: Arguments) -> None:
     if not config.data.path:
         raise ConfigError(tr("no data is named"), hint=tr("give --data DIR"), code="config-missing")
     choices = names_of(flags.choices)
-    if choices and choices != (_OWN,):
+    if flags.choices and choices != (_OWN,):
         require_choices(choices)
 
     from cogtune.checkpoint.model_files import reading_rules

@@ -146,9 +146,8 @@ def _stream(value: object) -> object:
     if isinstance(value, str) and value.strip().isdigit():
         return int(value)
     if value is True or (isinstance(value, str) and value not in ("off", "auto", "all")):
-        raise ValueError(
-            f"{str(value).lower()} is neither off, auto, all nor the number of layers that stay on the card"
-        )
+        shown = "true" if value is True else value
+        raise ValueError(f"{shown} is neither off, auto, all nor the number of layers that stay on the card")
     return value
 
 

@@ -61,9 +61,10 @@ def plan(
     config = as_stored(config, config.model.path)
     sizes = ModelSizes.from_folder(config.model.path)
     rows = read_rows(config, sizes) if known else TYPICAL if sizes.vision_experts else TYPICAL_CLIPS
+    rate = None if bus is None else _bandwidth(bus)
     chosen = choose_card(card, cards)
-    if bus is not None:
-        chosen = replace(chosen, bus=_bandwidth(bus))
+    if rate is not None:
+        chosen = replace(chosen, bus=rate)
     found = make_plan(config, chosen, rows, cards=cards, placeholders=placeholders, price=price)
     return replace(found, text="\n".join(lines(found)))
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cogtune.adapters.adapter_folder import find_adapter
+from cogtune.checkpoint.fingerprint import adapter_fingerprint
 from cogtune.data.records import Question
 from cogtune.errors import ConfigError, DataError
 from cogtune.evaluate.predictions import read_predictions
@@ -105,17 +107,53 @@ def check_answers(
     return SelfCheck(len(chosen), serves, tuple(differences))
 
 
-def _keys(predictions: Path) -> dict[str, Any]:
-    """Return the settings that the stored answers were given with."""
+def require_checkable(predictions: Path, adapter: Path) -> None:
+    """Check a predictions file before the merge, which takes long.
+
+    Args:
+        predictions: as for `check_answers`.
+        adapter: the adapter that is merged, or the output folder of its training.
+
+    Raises:
+        AdapterError: no adapter. ConfigError: answers that were drawn at random, chosen, or another adapter's.
+        DataError: not a predictions file.
+    """
+    decides = _decides(predictions)
+    _keys(predictions)
+    if decides.get("choices"):
+        raise ConfigError(
+            tr("{path}: its answers were chosen among --choices; --check asks in words", path=predictions),
+            hint=tr("predict without --choices"),
+            code="config-value",
+        )
+    if decides.get("adapter") != adapter_fingerprint(find_adapter(adapter)):
+        raise ConfigError(
+            tr("{path}: its answers are not those of the adapter in {adapter}", path=predictions, adapter=adapter),
+            hint=tr("make it with `cogtune predict --adapter {adapter}`", adapter=adapter),
+            code="config-value",
+        )
+
+
+def _decides(predictions: Path) -> Mapping[str, Any]:
+    """Return what decided the stored answers."""
     meta = predictions.with_name(predictions.name + ".meta.json")
+    hint = tr("`cogtune predict` writes it beside its answers; keep both")
+    lines = predictions.with_name(predictions.name + ".jsonl")
+    if lines.is_file():
+        hint = tr("give the lines that the table was made of: {lines}", lines=lines)
+    if not meta.is_file():
+        raise DataError(tr("{meta}: no such file", meta=meta), hint=hint)
     try:
         decides: Mapping[str, Any] = json.loads(meta.read_text(encoding="utf-8"))["decides"]
-        tokens = int(decides["max-new-tokens"])
+        int(decides["max-new-tokens"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            tr("{meta}: cannot be read: {error}", meta=meta, error=error),
-            hint=tr("`cogtune predict` writes it beside its answers; keep both"),
-        ) from error
+        raise DataError(tr("{meta}: cannot be read: {error}", meta=meta, error=error), hint=hint) from error
+    return decides
+
+
+def _keys(predictions: Path) -> dict[str, Any]:
+    """Return the settings that the stored answers were given with."""
+    decides = _decides(predictions)
     if decides.get("temperature") or decides.get("sample"):
         raise ConfigError(
             tr("{path}: its answers were drawn at random, and are not given again", path=predictions),
@@ -123,7 +161,7 @@ def _keys(predictions: Path) -> dict[str, Any]:
             code="config-value",
         )
     taken = {key: decides[key] for key in _TAKEN if decides.get(key) is not None}
-    return taken | {"max-new-tokens": tokens}
+    return taken | {"max-new-tokens": int(decides["max-new-tokens"])}
 
 
 async def _served(generator: Generator, questions: list[Question], tokens: int) -> list[str]:

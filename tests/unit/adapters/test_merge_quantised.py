@@ -112,7 +112,11 @@ def test_chat_takes_the_format_of_the_folder(tiny_checkpoint, adapter, tmp_path,
 
 @pytest.mark.parametrize(
     ("changes", "said"),
-    [({"quant": "int4"}, "int4"), ({"quant": "nf4", "rounding": "stochastic"}, "rounding stochastic")],
+    [
+        ({"quant": "int4"}, "int4"),
+        ({"quant": "nf4", "rounding": "stochastic"}, "rounding stochastic"),
+        ({"quant": "int8", "layout": "transformers"}, "layout transformers"),
+    ],
 )
 def test_what_makes_no_sense_is_refused(tiny_checkpoint, adapter, tmp_path, changes, said):
     with pytest.raises(ConfigError, match=said):
