@@ -148,7 +148,7 @@ def _here(
     if file.done:
         print(tr("{output}: continuing after {done} answers", output=file.path, done=len(file.done)))
     generator = load(resolved)
-    progress = ProgressLine(_unit(resolved))
+    progress = ProgressLine(_unit(resolved), len(file.done | file.pending))
     sources = resolved.config.data
     pictures = {image for question in questions for image in question.images}
     cached = open_cached(resolved, pictures)

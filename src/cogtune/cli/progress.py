@@ -54,10 +54,11 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 class ProgressLine:
     """A line on stderr: rewritten in place on a terminal, else one line every half minute."""
 
-    def __init__(self, unit: str) -> None:
+    def __init__(self, unit: str, first: int | None = None) -> None:
+        """``first``: how many an earlier start finished; by default, what the first call tells."""
         self._unit = unit
         self._start = self._last = time.monotonic()
-        self._first: int | None = None
+        self._first = first
         self._terminal = sys.stderr.isatty()
 
     def __call__(self, done: int, total: int) -> None:

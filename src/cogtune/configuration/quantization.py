@@ -56,8 +56,9 @@ class QuantSection(Section):
     stream: Stream = Field(
         default="off",
         description="Frozen layers that wait in host memory and are copied to the GPU just in time, in every pass. N:"
-        " so many decoder layers stay on the GPU, and as large a share of the tower's. auto: as many as fit. off: all."
-        " Answering streams the vision experts and the tower; all: the language experts too, for each token.",
+        " so many decoder layers stay on the GPU, and as large a share of the tower's. auto: as many as fit. off: no"
+        " layer waits. Answering streams the vision experts and the tower; all: the language experts too, for each"
+        " token.",
     )
 
     @property
