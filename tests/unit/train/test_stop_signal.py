@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 
 import pytest
 
@@ -29,15 +28,7 @@ def test_a_signal_later_is_noted_and_a_second_ctrl_c_does_not_wait() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.fixture
-def _terminal() -> Iterator[None]:
-    """The tests themselves may run under nohup, which is respected."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
-@pytest.mark.usefixtures("_terminal")
+@pytest.mark.usefixtures("terminal")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_lost_terminal_stops_as_sigterm_does(number: int) -> None:
     with StopSignal(), pytest.raises(Stopped, match=signal.Signals(number).name) as caught:
