@@ -7,10 +7,12 @@ tokens are generated than the longest right answer has, end token included.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from PIL import Image
 
 from cogtune.demo.easyvqa import VqaPicture
@@ -76,11 +78,23 @@ def measure(generator: Generator, pictures: Sequence[VqaPicture], *, blank: bool
     # equal questions about equal pictures have equal answers, and blank pictures are all equal
     distinct = list({(id(ask[0]), ask[1]): ask for ask in asks}.values())
     answers: dict[tuple[int, str], str] = {}
-    for start in range(0, len(distinct), BATCH):
-        some = distinct[start : start + BATCH]
-        for (shown, question, _), answer in zip(some, generator.answer_batch(some, decoding), strict=True):
-            answers[id(shown), question] = answer
+    with _one_thread():
+        for start in range(0, len(distinct), BATCH):
+            some = distinct[start : start + BATCH]
+            for (shown, question, _), answer in zip(some, generator.answer_batch(some, decoding), strict=True):
+                answers[id(shown), question] = answer
     return score([answers[id(shown), question] for shown, question, _ in asks], pictures)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch compute with one thread: sharing this model's small products costs more than it gains (docs/log.md)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _longest(generator: Generator, pictures: Iterable[VqaPicture]) -> int:
