@@ -114,6 +114,31 @@ def make_checkpoint(
     return Written(folder, total, len(weight_map), len(shards), time.perf_counter() - began)
 
 
+def make_outline(folder: Path, *, preset: str = "full") -> Path:
+    """Write one of `PRESETS` into the new folder ``folder`` with holes in place of weights, and return it.
+
+    Every check of a folder passes, and it takes a few MB of disk. For measurements of what comes before and after
+    loading; whoever loads it has to put other weights in place, because all of these are 0.
+    """
+    config = PRESETS[preset]()
+    shards = plan_shards(config, 150_000 if preset.startswith("tiny") else SHARD_LIMIT)
+    folder.mkdir(parents=True)
+    weight_map: dict[str, str] = {}
+    for number, shapes in enumerate(shards, start=1):
+        name, end, header = f"model-{number:05}-of-{len(shards):05}.safetensors", 0, dict[str, Any]()
+        for tensor, shape in sorted(shapes.items()):
+            begin, end = end, end + 2 * math.prod(shape)
+            header[tensor] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
+        text = json.dumps(header).encode()
+        with (folder / name).open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + end)
+        weight_map |= dict.fromkeys(shapes, name)
+    total = sum(2 * math.prod(shape) for shapes in shards for shape in shapes.values())
+    _write_small_files(folder, config, weight_map, total)
+    return folder
+
+
 def _require_room(folder: Path, total: int) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputFolderError(
