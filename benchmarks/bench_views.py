@@ -38,6 +38,34 @@ def train(content: dict[str, Any], chinese: bool) -> str:
     return f"{markdown(columns, cells)}\n\n{_breakdown(rows, chinese)}{caption(content, chinese)}"
 
 
+def peer(content: dict[str, Any], chinese: bool) -> str:
+    """Another trainer's steps on a model of its own beside cogtune's: per position and per operation."""
+    cells: list[list[Cell]] = []
+    for row in content["rows"]:
+        name = "，".join(_PEER_ZH.get(part, part) for part in row["name"].split(", ")) if chinese else row["name"]
+        if "error" in row:
+            cells.append([f"`{name}`", _short(row["error"]), *["-"] * 7])
+            continue
+        cells.append([
+            f"`{name}`", f"{row['median_ms']:.1f}", f"{row['min_ms']:.1f} - {row['max_ms']:.1f}", row["batch_size"],
+            f"{row['tokens']:,}", f"{row['tokens_per_second']:,.0f}", f"{row['tflop_per_step']:.1f}",
+            "-" if row["lora_mfu"] is None else f"{100 * row['lora_mfu']:.1f} %", f"{row['reserved_gib']:.1f}",
+        ])  # fmt: skip
+    columns = (
+        ["训练步", "中位数（毫秒）", "最小 - 最大", "样本数", "位置数", "位置/秒", "每步 TFLOP", "LoRA-MFU",
+         "显存占用（PyTorch 保留，GiB）"]
+        if chinese
+        else ["step", "median, ms", "min - max", "samples", "positions", "positions/s", "TFLOP a step", "LoRA-MFU",
+              "reserved, GiB"]
+    )  # fmt: skip
+    return f"{markdown(columns, cells)}\n\n{caption(content, chinese)}"
+
+
+_PEER_ZH = {
+    "recomputed": "重算", "all linears": "所有线性层", "4 rows": "4 个样本", "8 rows": "8 个样本", "compiled": "编译",
+}  # fmt: skip
+
+
 def _breakdown(rows: Sequence[dict[str, Any]], chinese: bool) -> str:
     """Where a step's time goes, as far as it was profiled."""
     profiled = [row for row in rows if row.get("breakdown_ms")]
@@ -287,6 +315,7 @@ def view_of(content: dict[str, Any]) -> Callable[[dict[str, Any], bool], str] | 
         "captions": captions,
         "fill": numbers,
         "loader": numbers,
+        "peer": peer,
     }.get(kind)
 
 
