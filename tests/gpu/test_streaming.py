@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,12 +15,17 @@ from cogtune.adapters.attach import attach
 from cogtune.checkpoint.random import random_weights, tiny_config
 from cogtune.configuration.quantization import QuantSection
 from cogtune.configuration.run_config import LoraSection
+from cogtune.generate.decode_steps import DecodeSteps
+from cogtune.generate.decoding import Decoding
 from cogtune.model import attention
 from cogtune.model.activation_checkpointing import enable_checkpointing
 from cogtune.model.compile import compile_layers, prepare_compiling
+from cogtune.model.decode import prefill, prefill_hidden
+from cogtune.model.head_offload import fetch_head, set_aside_head
 from cogtune.model.host_memory import HostMemory
 from cogtune.model.layer_streaming import StreamPlacement, streamed_layers
 from cogtune.model.routing import Routing
+from cogtune.model.slots import SlotCache, SlotView
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -118,6 +123,68 @@ def test_compiled_layers_stream_to_the_bit() -> None:
     for place, (loss, gradients) in enumerate(results):
         assert torch.equal(loss, results[place % 2][0])
         assert torch.equal(gradients, results[place % 2][1])
+
+
+@torch.no_grad()
+def _answer(model: Any, seed: int, step: Callable[[], None]) -> tuple[torch.Tensor, list[int]]:
+    """The logits behind a picture and five words, and seven tokens; ``step`` is called before each of them."""
+    cache = SlotCache(model.config, 1, 64, torch.bfloat16, torch.device("cuda"))
+    steps, words = DecodeSteps(model, cache, graphs=True), torch.arange(60, 65)[None]
+    picture = torch.tensor([[256, *[258] * 6]])
+    for _ in range(2):  # the second time the captured step is replayed
+        set_aside_head(model)
+        pixels = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(seed)).bfloat16().cuda()
+        view = SlotView(cache, 0)
+        features = model.model.encode_images(pixels)
+        _, position = prefill_hidden(model, view, picture, (picture == 258).long(), features)
+        logits, position = prefill(model, view, words, torch.zeros_like(words), start=position)
+        found = [int(steps.begin(0, logits, position, view.length, Decoding(max_new_tokens=9), 0))]
+        for _ in range(6):
+            step()
+            found.append(int(steps.step([0], False)[0]))
+    return logits, found
+
+
+def test_a_head_that_comes_back_elsewhere_gives_the_same_answers() -> None:
+    """Captured steps read the head where it was; if it is somewhere else they are captured anew."""
+    config = tiny_config(num_hidden_layers=LAYERS, vocab_size=4096, **WIDE)
+    device, everything = torch.device("cuda"), streamed_layers(0, LAYERS)
+    placement = StreamPlacement(device, everything, (0, 1), answers=True, head=True)
+    resident = random_weights(config, torch.bfloat16, device, seed=1).eval()
+    model = random_weights(config, torch.bfloat16, device, placement=placement, seed=1).eval()
+    places, kept = set[int](), list[torch.Tensor]()
+
+    def moved() -> None:
+        set_aside_head(model)
+        kept.append(torch.empty(model.lm_head.weight.nbytes, dtype=torch.uint8, device=device))  # in its place
+        places.add(fetch_head(model))
+
+    for seed in (3, 5):
+        wanted = _answer(resident, seed, lambda: None)
+        for step in (lambda: None, moved):
+            found = _answer(model, seed, step)
+            assert torch.equal(found[0], wanted[0])
+            assert found[1] == wanted[1]
+    assert len(places) > 6
+
+
+@pytest.mark.alone
+def test_the_head_and_the_buffers_are_not_on_the_card_together() -> None:
+    """At their own turn each takes the place of the other."""
+    config = tiny_config(num_hidden_layers=LAYERS, vocab_size=8192, **WIDE)
+    device, everything = torch.device("cuda"), streamed_layers(0, LAYERS)
+    placement = StreamPlacement(device, everything, (0, 1), answers=True, head=True)
+    model = random_weights(config, torch.bfloat16, device, placement=placement, seed=1).eval()
+    before = torch.cuda.memory_allocated()
+    fetch_head(model)
+    head = torch.cuda.memory_allocated() - before
+    assert head >= model.lm_head.weight.nbytes
+    with torch.no_grad():
+        model.model.encode_images(torch.randn(1, 3, 8, 8, device=device))
+    buffers = torch.cuda.memory_allocated() - before
+    assert 0 < buffers < head
+    fetch_head(model)
+    assert abs(torch.cuda.memory_allocated() - before - head) < 2**20
 
 
 @pytest.mark.alone

@@ -16,6 +16,7 @@ from cogtune.generate.decoding import Decoding
 from cogtune.generate.sampling import SamplingRows, choose
 from cogtune.generate.text_graphs import TextGraphs
 from cogtune.model.decode import decode
+from cogtune.model.head_offload import fetch_head, head_offload
 from cogtune.model.kernels import kernel_available
 from cogtune.model.slots import SlotCache
 from cogtune.model.stacked_adapters import NONE, StackedAdapters
@@ -25,7 +26,8 @@ class DecodeSteps:
     """Runs steps over the slots of ``cache``.
 
     Attributes:
-        text: prefill of text as graphs; None without graphs.
+        text: prefill of text as graphs; None without graphs, and where the head waits in host memory meanwhile: those
+            passes keep memory of their own, and end with the head.
     """
 
     _token: torch.Tensor
@@ -59,9 +61,16 @@ class DecodeSteps:
         self._adapter[-1] = NONE
         self._sampling = SamplingRows(*state[4:])
         self._host_lengths += [0] * (cache.slots - len(self._host_lengths))
+        self._forget()
+        self.text = None
+        if self._fused is not None and head_offload(self._model) is None:
+            self.text = TextGraphs(self._model, cache, self._fused, self._adapters)
+
+    def _forget(self, head: int = 0) -> None:
+        """Forget captured steps. ``head``: where the next ones read the head, if it comes and goes."""
         self._recorded: dict[tuple[int, bool], _Recorded] = {}
         self._memory: Any = None
-        self.text = None if self._fused is None else TextGraphs(self._model, cache, self._fused, self._adapters)
+        self._head = head
 
     def begin(
         self,
@@ -99,6 +108,9 @@ class DecodeSteps:
             self._host_lengths[slot] += 1
         if self._fused is None:
             return self._computed(torch.tensor(slots, device=self._token.device), columns, sample)
+        head = fetch_head(self._model)
+        if head != self._head:
+            self._forget(head)
         rows = 1 << (len(slots) - 1).bit_length()
         recorded = self._recorded.get((rows, sample))
         if recorded is None:

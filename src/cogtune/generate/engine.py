@@ -28,7 +28,7 @@ from cogtune.generate.picture_cache import PictureCache, default_budget, image_d
 from cogtune.generate.prefill import AHEAD, Prefill
 from cogtune.generate.requests import AnswerText, Features, Listener, Pending, Request, Shown
 from cogtune.language import tr
-from cogtune.model.layer_streaming import streams_language
+from cogtune.model.layer_streaming import is_streamed, streams_language
 from cogtune.model.slots import SlotCache
 from cogtune.model.stacked_adapters import StackedAdapters
 from cogtune.processing.processor import CogVLM2Processor
@@ -69,8 +69,8 @@ class InferenceEngine:
     Args:
         slots: the most answers that are computed at once. Memory for them is taken when they are first needed.
         columns: the most tokens of prompt and answer together; by default all the model's context.
-        picture_budget: bytes for what is kept of pictures. None: a quarter of what is free on a GPU now, 1 GiB
-            elsewhere.
+        picture_budget: bytes for what is kept of pictures: on the device, or in host memory if layers are streamed from
+            there. None: a quarter of what is free on a GPU now, or 1 GiB of host memory.
         graphs: replay decode steps as CUDA graphs. None: on a GPU.
         adapters: in place on ``model``; each request names one or none. What is kept of a picture is kept for each.
     """
@@ -106,7 +106,9 @@ class InferenceEngine:
         self._cache: SlotCache | None = None
         self._graphs = device.type == "cuda" if graphs is None else graphs
         self._steps: DecodeSteps | None = None
-        self.pictures = PictureCache(default_budget(device) if picture_budget is None else picture_budget)
+        host = is_streamed(self.model)
+        budget = default_budget(device, host) if picture_budget is None else picture_budget
+        self.pictures = PictureCache(budget, host)
         self.prefill = Prefill(self.model, processor, self.pictures, adapters)
         self._free: list[int] = []
         self._active: list[_Active] = []

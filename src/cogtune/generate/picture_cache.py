@@ -17,16 +17,16 @@ from cogtune.model.slots import Prefix
 from cogtune.system.byte_sizes import GIB
 
 
-def default_budget(device: torch.device) -> int:
-    """Return a quarter of what is free on a GPU now; 1 GiB elsewhere."""
-    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else GIB
+def default_budget(device: torch.device, host: bool = False) -> int:
+    """Return a quarter of what is free on a GPU now; 1 GiB elsewhere and in host memory."""
+    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" and not host else GIB
 
 
 class PictureCache:
-    """An LRU cache of tensors and prefixes within ``budget`` bytes."""
+    """An LRU cache of tensors and prefixes within ``budget`` bytes, where they are or in host memory (``host``)."""
 
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
+    def __init__(self, budget: int, host: bool = False) -> None:
+        self.budget, self._host = budget, host
         self.hits = self.misses = 0
         self._entries: OrderedDict[Hashable, torch.Tensor | Prefix] = OrderedDict()
         self._bytes = 0
@@ -54,6 +54,8 @@ class PictureCache:
         self.drop(key)
         if entry.nbytes > self.budget:
             return
+        if self._host:
+            entry = entry.cpu()
         self._entries[key] = entry
         self._bytes += entry.nbytes
         while self._bytes > self.budget:

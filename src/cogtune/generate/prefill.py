@@ -18,7 +18,8 @@ from cogtune.generate.picture_cache import PictureCache
 from cogtune.generate.requests import Features, Request, Shown
 from cogtune.generate.text_graphs import TextGraphs
 from cogtune.language import tr
-from cogtune.model.decode import prefill
+from cogtune.model.decode import prefill, prefill_hidden
+from cogtune.model.head_offload import set_aside_head
 from cogtune.model.routing import row_positions
 from cogtune.model.slots import Prefix, SlotCache, SlotView
 from cogtune.model.stacked_adapters import NONE, StackedAdapters
@@ -105,6 +106,7 @@ class Prefill:
         Returns:
             The logits behind the prompt, float32 [V], the next position, and the slot's length.
         """
+        set_aside_head(self._model)  # of a model on a small card
         with self.using(adapter):
             ids = torch.tensor([request.encoded.input_ids])
             types = torch.tensor([request.encoded.token_type_ids])
@@ -135,7 +137,7 @@ class Prefill:
             view.advance(kept.columns)
         else:
             features = self.features(request.images, request.image_keys, adapter)
-            prefill(self._model, view, ids[:, :beginning], types[:, :beginning], features)
+            prefill_hidden(self._model, view, ids[:, :beginning], types[:, :beginning], features)
             self._pictures.put(key, cache.copy_out(slot, beginning))
         return int(row_positions(types[:, :beginning], None).max()) + 1
 
@@ -157,4 +159,5 @@ class Prefill:
             for key, one in zip(some, self._model.model.encode_images(pixels), strict=True):
                 kept[key] = one[None]
                 self._pictures.put(("features", key, tower), one[None])
-        return torch.cat([kept[key] for key in keys])  # type: ignore[misc]
+        there = {key: one.to(self._model.device) for key, one in kept.items() if isinstance(one, torch.Tensor)}
+        return torch.cat([there[key] for key in keys])

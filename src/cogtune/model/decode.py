@@ -44,6 +44,20 @@ def prefill(
     Raises:
         ValueError: images behind a prefix, or features that do not fit the image tokens.
     """
+    hidden, following = prefill_hidden(model, view, input_ids, token_type_ids, image_features, start)
+    return model.lm_head(hidden)[0].float(), following
+
+
+@torch.no_grad()
+def prefill_hidden(
+    model: CogVLM2ForCausalLM,
+    view: SlotView,
+    input_ids: torch.Tensor,
+    token_type_ids: torch.Tensor,
+    image_features: torch.Tensor | None = None,
+    start: int = 0,
+) -> tuple[torch.Tensor, int]:
+    """Do as `prefill` without the head: return the last column's final hidden state [1, D] and the next position."""
     columns = input_ids.shape[1]
     device = model.device
     if view.length:
@@ -60,7 +74,7 @@ def prefill(
     mask = cache_mask(cache, routing, None, view.length)
     hidden = model.model(input_ids.to(device, non_blocking=True), routing, features, cache, mask)
     view.advance(columns)
-    return model.lm_head(hidden)[0].float(), following
+    return hidden, following
 
 
 @torch.no_grad()

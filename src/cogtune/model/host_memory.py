@@ -1,19 +1,23 @@
-"""Host memory that a GPU copies from beside its computation, and the check that there is enough of it."""
+"""Weights in host memory that a GPU copies from beside its computation, and the check that there is enough of it."""
 
 from __future__ import annotations
 
 import mmap
 import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from cogtune.errors import SetupError
 from cogtune.language import phrase, tr
 from cogtune.system.byte_sizes import format_size
 from cogtune.system.machine import free_memory
 
+_ALIGNED = 256  # bytes; compiled kernels read 16 at a time
 _LESS = phrase("free host memory, keep more layers on the card (a larger quant.stream), or use fewer bits")
 
 
@@ -64,3 +68,81 @@ def require_host_memory(size: int) -> None:
             hint=tr(_LESS),
             code="host-memory",
         )
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A large frozen tensor of a layer, by the object and attribute that hold it."""
+
+    owner: Any
+    name: str
+
+    @property
+    def value(self) -> torch.Tensor:
+        found: torch.Tensor = getattr(self.owner, self.name)
+        return found
+
+    def replace(self, view: torch.Tensor) -> None:
+        """Put ``view`` in its place; a parameter stays the same object."""
+        if isinstance(self.value, nn.Parameter):
+            self.value.data = view
+        else:
+            setattr(self.owner, self.name, view)
+
+
+def large_tensors(layer: nn.Module, part: str = "") -> Iterator[_Tensor]:
+    """Yield the weights of a layer's linear layers and what belongs to them in size, such as 4-bit blocks' scales.
+
+    ``part``: only of linear layers with this in their names.
+    """
+    for name, module in layer.named_modules():
+        if isinstance(module, nn.Linear) and part in name:
+            places: Iterable[tuple[Any, str]] = getattr(module, "large_tensors", lambda m=module: [(m, "weight")])()
+            yield from (_Tensor(owner, name) for owner, name in places)
+
+
+class Packed:
+    """Large tensors side by side in one block of bytes."""
+
+    def __init__(self, tensors: Sequence[_Tensor]) -> None:
+        places: dict[int, int] = {}  # address -> offset; two names of one tensor share a place
+        self.size = 0
+        for tensor in tensors:
+            assert tensor.value.is_contiguous(), tensor.name
+            address = tensor.value.data_ptr()
+            if address not in places:
+                places[address] = self.size
+                self.size += -(-tensor.value.nbytes // _ALIGNED) * _ALIGNED
+        self._tensors = [(tensor, places[tensor.value.data_ptr()]) for tensor in tensors]
+
+    def to_host(self, device: torch.device) -> HostMemory:
+        """Copy the tensors' content to host memory that ``device`` copies from."""
+        home = HostMemory(self.size, device)
+        for tensor, start in self._tensors:
+            _view(home.content, start, tensor.value).copy_(tensor.value.detach())
+        return home
+
+    def use(self, block: torch.Tensor) -> None:
+        """Let the tensors be views of ``block``."""
+        for tensor, start in self._tensors:
+            tensor.replace(_view(block, start, tensor.value))
+
+    def set_aside(self, device: torch.device) -> None:
+        """Let the tensors be stand-ins on ``device``: of the same shapes, and of one element's memory.
+
+        Code that asks a parameter for its device or shape gets the right answer; nothing may read the values.
+        """
+        one: dict[torch.dtype, torch.Tensor] = {}
+        for tensor, _ in self._tensors:
+            like = tensor.value
+            if like.dtype not in one:
+                one[like.dtype] = torch.zeros(1, dtype=like.dtype, device=device)
+            tensor.replace(one[like.dtype].expand(like.shape))
+
+
+def _view(buffer: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of ``buffer`` from ``start`` on as a tensor like ``like``, which is contiguous.
+
+    ``.data`` gives it a version counter of its own: autograd may save it, and the buffer is overwritten on purpose.
+    """
+    return buffer[start : start + like.nbytes].view(like.dtype).view(like.shape).data

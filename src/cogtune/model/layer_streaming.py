@@ -12,14 +12,15 @@ Small tensors (norms, biases, scales per output, code tables) stay on the device
 synchronous copies.
 
 Answering reads a decoder layer's language expert for every token and its vision expert once per picture. So there only
-the vision experts, the tower and the GLU adapter are streamed, and tokens are decoded at full speed. On a very small
-card the language experts are streamed too, on their own, once per token.
+the vision experts, the tower and the GLU adapter are streamed, and tokens are decoded at full speed. If no layer stays,
+the head waits too while pictures are computed (`model.head_offload`). On a very small card the language experts are
+streamed as well, on their own, once per token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,11 +32,11 @@ from cogtune.configuration.quantization import QuantSection
 from cogtune.configuration.resolve import resident_layers
 from cogtune.errors import SetupError
 from cogtune.language import tr
-from cogtune.model.host_memory import HostMemory, require_host_memory
+from cogtune.model.head_offload import HeadOffload
+from cogtune.model.host_memory import HostMemory, Packed, large_tensors, require_host_memory
 from cogtune.system.byte_sizes import format_size
 
 BUFFERS = 2
-_ALIGNED = 256  # bytes; compiled kernels read 16 at a time
 
 
 def streamed_layers(resident: int, layers: int) -> tuple[int, ...]:
@@ -56,19 +57,23 @@ def stream_placement(
     tower_resident: int | None = None,
     answers: bool = False,
     language: bool = False,
+    head: bool = False,
 ) -> StreamPlacement | None:
     """Return the placement of a model with ``layers`` decoder and ``blocks`` tower layers, of which so many stay on
-    the device (None: all); None if nothing is streamed. ``answers``, ``language``: as in `StreamPlacement`.
+    the device (None: all); None if nothing is streamed. ``answers``, ``language``, ``head``: as in `StreamPlacement`.
     """
     decoder = () if resident is None else streamed_layers(resident, layers)
     tower = () if tower_resident is None else streamed_layers(tower_resident, blocks)
-    return StreamPlacement(device, decoder, tower, answers=answers, language=language) if decoder or tower else None
+    if not (decoder or tower):
+        return None
+    return StreamPlacement(device, decoder, tower, answers=answers, language=language, head=head)
 
 
 def answering_placement(quant: QuantSection, model: CogVLM2Config, device: torch.device) -> StreamPlacement | None:
     """Return the placement of a model that answers, as ``quant.stream`` says; None if nothing is streamed.
 
-    A model without vision experts streams its tower only, unless the language experts are to be streamed.
+    A model without vision experts streams its tower only, unless the language experts are to be streamed. Where every
+    layer is streamed but those, the head comes and goes.
     """
     everything = quant.stream == "all"
     vision: Any = model.vision_config
@@ -81,65 +86,8 @@ def answering_placement(quant: QuantSection, model: CogVLM2Config, device: torch
         tower_resident=resident_layers(quant.stream, layers, blocks),
         answers=True,
         language=everything,
+        head=not everything and resident_layers(quant.stream, layers) == 0,
     )
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    """A large frozen tensor of a layer, by the object and attribute that hold it."""
-
-    owner: Any
-    name: str
-
-    @property
-    def value(self) -> torch.Tensor:
-        found: torch.Tensor = getattr(self.owner, self.name)
-        return found
-
-    def replace(self, view: torch.Tensor) -> None:
-        """Put ``view`` in its place; a parameter stays the same object."""
-        if isinstance(self.value, nn.Parameter):
-            self.value.data = view
-        else:
-            setattr(self.owner, self.name, view)
-
-
-def _large_tensors(layer: nn.Module, part: str = "") -> Iterator[_Tensor]:
-    """Yield the weights of a layer's linear layers and what belongs to them in size, such as 4-bit blocks' scales.
-
-    ``part``: only of linear layers with this in their names.
-    """
-    for name, module in layer.named_modules():
-        if isinstance(module, nn.Linear) and part in name:
-            places: Iterable[tuple[Any, str]] = getattr(module, "large_tensors", lambda m=module: [(m, "weight")])()
-            yield from (_Tensor(owner, name) for owner, name in places)
-
-
-class _Packed:
-    """Large tensors side by side in one block of bytes."""
-
-    def __init__(self, tensors: Sequence[_Tensor]) -> None:
-        places: dict[int, int] = {}  # address -> offset; two names of one tensor share a place
-        self.size = 0
-        for tensor in tensors:
-            assert tensor.value.is_contiguous(), tensor.name
-            address = tensor.value.data_ptr()
-            if address not in places:
-                places[address] = self.size
-                self.size += -(-tensor.value.nbytes // _ALIGNED) * _ALIGNED
-        self._tensors = [(tensor, places[tensor.value.data_ptr()]) for tensor in tensors]
-
-    def to_host(self, device: torch.device) -> HostMemory:
-        """Copy the tensors' content to host memory that ``device`` copies from."""
-        home = HostMemory(self.size, device)
-        for tensor, start in self._tensors:
-            _view(home.content, start, tensor.value).copy_(tensor.value.detach())
-        return home
-
-    def use(self, block: torch.Tensor) -> None:
-        """Let the tensors be views of ``block``."""
-        for tensor, start in self._tensors:
-            tensor.replace(_view(block, start, tensor.value))
 
 
 class LayerStream:
@@ -150,18 +98,28 @@ class LayerStream:
         count: how many layers will be passed to `take`.
         part: stream only linear layers with this in their names.
         idle: tells by a layer's arguments whether it will not use them.
+        head: the head that the buffers take turns with; None: they stay on the device.
     """
 
     def __init__(
-        self, device: torch.device, count: int, part: str = "", idle: Callable[[Any], bool] = lambda args: False
+        self,
+        device: torch.device,
+        count: int,
+        part: str = "",
+        idle: Callable[[Any], bool] = lambda args: False,
+        head: HeadOffload | None = None,
     ) -> None:
-        self._device, self._count, self._part, self._idle = device, count, part, idle
+        self._device, self._count, self._part, self._idle, self._head = device, count, part, idle, head
         self._home: dict[int, HostMemory] = {}  # by position: a layer's tensors as bytes
+        self._packed: dict[int, Packed] = {}
+        self._size = 0
         self._buffers: list[torch.Tensor] = []
         self._held: list[int | None] = [None] * BUFFERS
         self._copied: list[torch.cuda.Event | None] = [None] * BUFFERS
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._in_backward: int | None = None
+        if head is not None:
+            head.alternate(self)
 
     @property
     def host_bytes(self) -> int:
@@ -176,35 +134,65 @@ class LayerStream:
         Raises:
             SetupError: the layers do not fit in free host memory, or differ in size.
         """
-        packed = _Packed(list(_large_tensors(layer, self._part)))
+        packed = Packed(list(large_tensors(layer, self._part)))
         self._prepare(packed.size)
         self._home[position] = packed.to_host(self._device)
-        packed.use(self._buffers[position % BUFFERS])
+        if self._head is None:
+            packed.use(self._buffers[position % BUFFERS])
+        else:
+            self._packed[position] = packed
+            packed.set_aside(self._device)
         layer.streamed_parts = [*getattr(layer, "streamed_parts", []), self._part]  # type: ignore[assignment]
         layer.register_forward_pre_hook(partial(self._before, position))
         layer.register_forward_hook(partial(self._after, position))
 
     def _prepare(self, size: int) -> None:
-        """Allocate the buffers for layers of ``size`` bytes, when the first layer comes."""
-        if self._buffers:
-            if self._buffers[0].numel() != size:
+        """Prepare for layers of ``size`` bytes, when the first one comes."""
+        if self._home:
+            if self._size != size:
                 raise SetupError(
                     tr(
                         "quant.stream: a layer takes {size} and the one before it {other}: layers that share buffers"
                         " have one size",
                         size=format_size(size),
-                        other=format_size(self._buffers[0].numel()),
+                        other=format_size(self._size),
                     ),
                     hint=tr("use quant.stream off with this base, whose layers have different number formats"),
                     code="config-combination",
                 )
             return
         require_host_memory(self._count * size)
-        for _ in range(min(BUFFERS, self._count)):
-            buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
-            if self._stream is not None:
-                buffer.record_stream(self._stream)  # freed memory waits for copies that are under way
-            self._buffers.append(buffer)
+        self._size = size
+        if self._head is None:
+            self._buffers = self._allocated()
+            for buffer in self._buffers:
+                if self._stream is not None:
+                    buffer.record_stream(self._stream)  # freed memory waits for copies that are under way
+        elif self._stream is not None:  # the same, for memory that `release` frees without a wait of the host
+            weakref.finalize(self, torch.cuda.synchronize, self._device).atexit = False
+
+    def _allocated(self) -> list[torch.Tensor]:
+        count = min(BUFFERS, self._count)
+        return [torch.empty(self._size, dtype=torch.uint8, device=self._device) for _ in range(count)]
+
+    def _take_buffers(self) -> None:
+        """Take the buffers anew, after `release`; the head makes room."""
+        assert self._head is not None
+        self._head.set_aside()
+        self._buffers = self._allocated()
+        for position, packed in self._packed.items():
+            packed.use(self._buffers[position % BUFFERS])
+
+    def release(self) -> None:
+        """Give the buffers back; the next fetch takes them anew. Copies that are under way are waited for."""
+        if not self._buffers:
+            return
+        for copied in self._copied:
+            if copied is not None:
+                torch.cuda.current_stream(self._device).wait_event(copied)
+        for packed in self._packed.values():
+            packed.set_aside(self._device)
+        self._buffers, self._held, self._copied = [], [None] * BUFFERS, [None] * BUFFERS
 
     def _before(self, position: int, layer: nn.Module, args: Any) -> None:
         """Forward pre-hook: fetch the layer, and prefetch the next one."""
@@ -216,10 +204,10 @@ class LayerStream:
             self._enter(position, None)
             return
         self._in_backward = None
-        behind = position + 1
-        if behind == self._count:
-            behind = 0  # the next pass; in training a backward pass comes first, which begins with what is here
-        self._enter(position, None if behind == 0 and torch.is_grad_enabled() else behind)
+        behind: int | None = position + 1
+        if behind == self._count:  # the next pass; in training a backward pass comes first, with what is here
+            behind = None if torch.is_grad_enabled() or self._head is not None else 0
+        self._enter(position, behind)
 
     def _after(self, position: int, layer: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         """Forward hook: mark the output, so that the backward pass fetches the layer first."""
@@ -248,6 +236,8 @@ class LayerStream:
         slot = position % BUFFERS
         if self._held[slot] == position:
             return
+        if not self._buffers:
+            self._take_buffers()
         self._held[slot] = None
         home, buffer = self._home[position].content, self._buffers[slot]
         if self._stream is None:
@@ -264,10 +254,20 @@ class LayerStream:
         self._held[slot] = position
 
 
+def is_streamed(model: Any) -> bool:
+    """Return whether any decoder or tower layer of a model waits in host memory."""
+    return bool(_streamed_parts(model))
+
+
 def streams_language(model: Any) -> bool:
     """Return whether a model's language experts are on the device only while their layers are called."""
-    parts = [part for layer in model.model.layers for part in getattr(layer, "streamed_parts", ())]
-    return any(part in "language" for part in parts)  # "" is all
+    return any(part in "language" for part in _streamed_parts(model, tower=False))  # "" is all
+
+
+def _streamed_parts(model: Any, tower: bool = True) -> list[str]:
+    vision = model.model.vision
+    blocks = vision.transformer.layers if tower and vision.has_tower else []
+    return [part for layer in (*model.model.layers, *blocks) for part in getattr(layer, "streamed_parts", ())]
 
 
 class _Turn(torch.autograd.Function):
@@ -288,7 +288,7 @@ class _Visitor:
     """A module that is used once per picture: its large tensors are on the device only while it computes."""
 
     def __init__(self, device: torch.device, module: nn.Module) -> None:
-        self._device, self._packed = device, _Packed(list(_large_tensors(module)))
+        self._device, self._packed = device, Packed(list(large_tensors(module)))
         self.home = self._packed.to_host(device)
         self._packed.use(self.home.content)
         module.register_forward_pre_hook(self._arrive)
@@ -314,6 +314,7 @@ class StreamPlacement:
         answers: of decoder layers stream the vision expert only, and keep the GLU adapter in host memory too. The model
             then cannot train.
         language: stream their language experts as well, each expert for itself.
+        head: the head waits in host memory while pictures are computed; only with ``answers``.
     """
 
     def __init__(
@@ -324,15 +325,18 @@ class StreamPlacement:
         *,
         answers: bool = False,
         language: bool = False,
+        head: bool = False,
     ) -> None:
         self._device, self._answers = device, answers
+        self._head = HeadOffload(device) if head else None
         parts = {"model.layers": decoder, "model.vision.transformer.layers": tower}
-        self._streams = {path: [LayerStream(device, len(indices))] for path, indices in parts.items()}
+        layers = [LayerStream(device, len(decoder))]
         if answers:
-            experts = [LayerStream(device, len(decoder), "vision", _is_text)]
+            layers = [LayerStream(device, len(decoder), "vision", _is_text, self._head)]
             if language:
-                experts.append(LayerStream(device, len(decoder), "language"))
-            self._streams["model.layers"] = experts
+                layers.append(LayerStream(device, len(decoder), "language"))
+        blocks = [LayerStream(device, len(tower), head=self._head)]
+        self._streams = dict(zip(parts, (layers, blocks), strict=True))
         self._visitors: list[_Visitor] = []
         self._positions = {
             f"{path}.{index}": (path, position)
@@ -352,12 +356,24 @@ class StreamPlacement:
             for stream in self._streams[path]:
                 stream.take(position, module)
         elif self._answers and unit_name == "model.vision.linear_proj":
+            self._before_pictures(module)
             self._visitors.append(_Visitor(self._device, module))
+        elif self._head is not None and unit_name == "model.vision.patch_embedding":
+            self._before_pictures(module)
+        elif self._head is not None and unit_name == "lm_head":
+            self._head.take(module)
+
+    def _before_pictures(self, module: nn.Module) -> None:
+        """Let the head make room before ``module`` computes."""
+        head = self._head
+        if head is not None:
+            module.register_forward_pre_hook(lambda module, args: head.set_aside())
 
     @property
     def host_bytes(self) -> int:
         """Bytes of host memory that the streamed layers take."""
         visiting = sum(visitor.home.content.numel() for visitor in self._visitors)
+        visiting += 0 if self._head is None else self._head.host_bytes
         return visiting + sum(stream.host_bytes for part in self._streams.values() for stream in part)
 
     def describe(self) -> str:
@@ -367,11 +383,3 @@ class StreamPlacement:
             count=len(self._positions),
             size=format_size(self.host_bytes),
         )
-
-
-def _view(buffer: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
-    """Return the bytes of ``buffer`` from ``start`` on as a tensor like ``like``, which is contiguous.
-
-    ``.data`` gives it a version counter of its own: autograd may save it, and the buffer is overwritten on purpose.
-    """
-    return buffer[start : start + like.nbytes].view(like.dtype).view(like.shape).data

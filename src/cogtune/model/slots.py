@@ -95,6 +95,10 @@ class Prefix:
         """Size in bytes."""
         return self.keys.nbytes + self.values.nbytes
 
+    def cpu(self) -> Prefix:
+        """Return a copy in host memory."""
+        return Prefix(self.keys.cpu(), self.values.cpu())
+
 
 class SlotView:
     """One slot as the cache of a forward pass, with the methods of transformers' caches that the model uses.

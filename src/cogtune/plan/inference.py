@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from cogtune.plan.activations import decoder, glu_adapter, tower_forward
 from cogtune.plan.calibration import HOST_PROCESS, LIBRARIES
-from cogtune.plan.memory import GLU_ADAPTER, Phase, allocator, host_loading, weights
+from cogtune.plan.memory import GLU_ADAPTER, HEAD, TOWER, Phase, allocator, host_loading, weights
 from cogtune.plan.setting import Setting
 from cogtune.plan.streaming import FLOAT32, Streaming, large_bytes
 from cogtune.system.byte_sizes import MIB
@@ -21,7 +21,8 @@ def answer(setting: Setting, rows: int = 1, new_tokens: int = NEW_TOKENS) -> Pha
     """Return the memory of generating answers to ``rows`` prompts in one batch on one card.
 
     Every prompt is as long as the setting's rows and has its images. The card holds the whole model with the tower, the
-    KV cache of prompt and answer, and the largest temporary tensors of the prefill.
+    KV cache of prompt and answer, and the largest temporary tensors of the prefill. Where all layers are streamed but
+    the language experts, it holds the head or what a picture needs (`model.head_offload`), whichever is more.
     """
     images = 0 if setting.tower == "none" else math.ceil(setting.batch.images)
     if setting.resident is not None:  # here the tower keeps the same share; in a run, what filling the cache allows
@@ -41,11 +42,21 @@ def answer(setting: Setting, rows: int = 1, new_tokens: int = NEW_TOKENS) -> Pha
     parts["adapter"] = FLOAT32 * own.adapter_parameters(trained_only=False)
     cache = _cache(own, own.batch.tokens(own.sizes) + rows * new_tokens)
     parts["keys and values"] = cache
+    blocks, head = Streaming.of_tower(own), 0
     # the tower has finished before the KV cache is allocated
     passing = max(_first_pass(own, visiting), _tower(own) - cache)
+    if own.resident == 0 and own.quant.stream != "all":
+        head = own.sizes.parameters("head") * own.width
+        passing = max(_first_pass(own, visiting), _tower(own))  # a slot is allocated before
+        buffers = experts.buffers + blocks.buffers
+        if passing + buffers > head + _logits(own):  # the peak is at a picture, while the head waits in host memory
+            less = {HEAD: head}
+        else:
+            less, passing = {"experts": experts.buffers, TOWER: blocks.buffers}, _logits(own)
+        parts |= {name: parts[name] - size for name, size in less.items() if name in parts}
     parts["workspace"] = passing + LIBRARIES
     host = host_loading(own)
-    if streamed := experts.host + Streaming.of_tower(own).host + visiting:
+    if streamed := experts.host + blocks.host + visiting + head:
         host["weights"] = streamed
     return Phase("answer", parts, allocator(own).slack(passing), host)
 
@@ -84,13 +95,17 @@ def _first_pass(setting: Setting, visiting: int = 0) -> int:
 
     ``visiting``: bytes of the GLU adapter's weights, where they are on the card only while it computes.
 
-    The logits exist in the model's format, in float32, and sorted or scaled for sampling.
     """
     batch, sizes = setting.batch, setting.sizes
     features = round(batch.rows * batch.images * sizes.grid_tokens * sizes.vision.hidden_size * setting.width)
     layer = max(layer.forward for layer in decoder(setting))
-    logits = batch.rows * sizes.vocab_size * (setting.width + 3 * FLOAT32)
-    return features + max(glu_adapter(setting).forward + visiting, layer, logits)
+    return features + max(glu_adapter(setting).forward + visiting, layer, _logits(setting))
+
+
+def _logits(setting: Setting) -> int:
+    """Return the bytes of the last tokens' logits: in the model's format, in float32, and sorted or scaled for
+    sampling."""
+    return setting.batch.rows * setting.sizes.vocab_size * (setting.width + 3 * FLOAT32)
 
 
 def merge(setting: Setting) -> Phase:

@@ -32,6 +32,7 @@ from cogtune.plan.streaming import FLOAT32, Streaming, scale_bytes, weight_bytes
 from cogtune.system.byte_sizes import GIB
 
 GLU_ADAPTER = phrase("GLU adapter and norms")
+HEAD, TOWER = phrase("embedding and head"), phrase("vision tower")
 
 
 @dataclass(frozen=True)
@@ -114,15 +115,15 @@ def weights(setting: Setting, tower: bool | None = None) -> dict[str, int]:
     divided = setting.shards * setting.tensor
     named = {
         "experts": found["experts"] // divided - streamed.saved,
-        "embedding and head": (found["embedding"] + found["head"]) // divided,
+        HEAD: (found["embedding"] + found["head"]) // divided,
         GLU_ADAPTER: (found["glu_adapter"] + found["other"]) // divided,
     }
     if setting.tower == "live" if tower is None else tower:
-        named["vision tower"] = found["tower"] // divided + (found["conv"] + found["tower_other"]) // setting.shards
-        named["vision tower"] -= blocks.saved
+        named[TOWER] = found["tower"] // divided + (found["conv"] + found["tower_other"]) // setting.shards
+        named[TOWER] -= blocks.saved
     if setting.shards > 1:  # fsdp2 shards parameters; bitsandbytes' scales are not parameters
-        parts = {"experts": ("experts",), "embedding and head": ("head",), GLU_ADAPTER: ("glu_adapter",)}
-        parts |= {"vision tower": ("tower",)} if "vision tower" in named else {}
+        parts = {"experts": ("experts",), HEAD: ("head",), GLU_ADAPTER: ("glu_adapter",)}
+        parts |= {TOWER: ("tower",)} if TOWER in named else {}
         for name, whole in parts.items():
             scales = sum(scale_bytes(x, format_of(x, setting.quant)) for x in setting.sizes.linears if x.part in whole)
             named[name] += scales - scales // setting.shards
@@ -257,7 +258,7 @@ def fill(setting: Setting, images: int | None = None) -> Phase:
     """Predict filling the feature cache: the tower alone, ``images`` pictures at a time (None: as runs do it)."""
     images = resolve_cache_batch(images, frames=not setting.sizes.vision_experts)
     whole = replace(setting, engine="single", ranks=1, tensor=1)
-    parts = {"vision tower": weights(whole, tower=True)["vision tower"]}
+    parts = {TOWER: weights(whole, tower=True)[TOWER]}
     vision = setting.sizes.vision
     pixels = images * vision.in_channels * vision.image_size**2 * (FLOAT32 + setting.width)
     running = tower_forward(setting, images)

@@ -88,6 +88,11 @@ class Streaming:
         return self.layers * self.each
 
     @property
+    def buffers(self) -> int:
+        """Bytes of the layers that are on the card at a time."""
+        return min(self.layers, BUFFERS) * self.each
+
+    @property
     def saved(self) -> int:
         """Bytes that the card holds less than without streaming."""
         return max(0, self.layers - BUFFERS) * self.each

@@ -17,9 +17,10 @@ from cogtune.plan import streaming as planned
 from cogtune.plan.ask import plan
 from cogtune.plan.cards import find_card
 from cogtune.plan.choose import best, filling, fits, streaming
+from cogtune.plan.inference import answer, slots
 from cogtune.plan.memory import fill, predict
 from cogtune.plan.plan import keys_of
-from cogtune.plan.setting import LoraShape, Setting, adapted_names
+from cogtune.plan.setting import LoraShape, MicroBatch, Setting, adapted_names
 from cogtune.plan.sizes import ModelSizes
 from cogtune.plan.streaming import Streaming
 from cogtune.plan.time import step_time
@@ -120,6 +121,30 @@ def test_what_answering_takes_afterwards_is_said_with_the_flags_that_fit() -> No
         assert found is not None
         assert found[1] == stream
         assert float(found[2]) < most
+
+
+def test_a_6_gb_card_answers_with_the_head_or_a_picture_on_it() -> None:
+    """With a slot of 2,592 columns, as `cogtune bench decode` has it."""
+    quant = QuantSection(experts="nf4", tower="nf4", embedding="host", stream=0)
+    dialogue = Setting(quant=quant, batch=MicroBatch(text=94, labelled=1))
+    found, stays = (slots(dialogue.streaming(count), 1, 2592) for count in (0, 1))
+    assert found.reserved < 5.2 * GIB
+    head = 128256 * 4096 * 2
+    assert stays.parts["embedding and head"] - found.parts["embedding and head"] == head
+    assert found.host_bytes - stays.host_bytes > head
+    text = slots(Setting(quant=quant, batch=MicroBatch(images=0, text=2000), tower="none").streaming(0), 1, 2592)
+    assert text.reserved <= found.reserved
+
+
+def test_long_answers_of_many_rows_peak_at_the_head() -> None:
+    """Then the buffers are gone: what is left of the experts are those that every token reads."""
+    quant = QuantSection(experts="nf4", tower="nf4", embedding="host", stream=0)
+    own = Setting(quant=quant, batch=MicroBatch(images=0, text=100), tower="none").streaming(0)
+    phase = answer(own, rows=1)
+    each = Streaming.of_experts(own).each
+    whole = answer(replace(own, resident=None, tower_resident=None, quant=quant.changed(stream="off")))
+    assert whole.parts["experts"] - phase.parts["experts"] == 32 * each
+    assert phase.parts["embedding and head"] == whole.parts["embedding and head"]
 
 
 def test_the_bus_is_a_flag_of_the_plan() -> None:
