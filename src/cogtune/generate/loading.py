@@ -341,9 +341,20 @@ def _load_base(choice: Resolved, placement: Placement | None, progress: Callable
 
 
 def _streamed(choice: Resolved) -> StreamPlacement | None:
-    """Return the placement that streams vision experts and tower as ``quant.stream`` says, or None."""
-    model = load_model_config(choice.model)
-    return answering_placement(choice.config.quant, model, choice.device)
+    """Return the placement that streams vision experts and tower as ``quant.stream`` says, or None.
+
+    Raises:
+        ConfigError: an adapter is to be added to weights that come and go.
+    """
+    model, config = load_model_config(choice.model), choice.config
+    found = answering_placement(config.quant, model, choice.device)
+    if found is not None and config.generate.merge:
+        raise ConfigError(
+            tr("--merge changes weights on the device, and quant.stream copies them from host memory each time"),
+            hint=tr("leave out --merge, or keep every layer on the device (quant.stream off)"),
+            code="config-combination",
+        )
+    return found
 
 
 def _device_map(choice: Resolved) -> DeviceMap | None:
