@@ -20,7 +20,7 @@ from cogtune.bench.clock import memory_gib, wait
 from cogtune.bench.models import build_base
 from cogtune.bench.report import Results, shown_command
 from cogtune.configuration.load import load_config
-from cogtune.generate.decode_steps import DecodeSteps
+from cogtune.generate.decode_steps import Begun, DecodeSteps
 from cogtune.generate.decoding import Decoding
 from cogtune.model.slots import SlotCache
 from cogtune.model.stacked_adapters import NONE, StackedAdapters, StackedLinear
@@ -118,8 +118,9 @@ def step_milliseconds(
     cache = SlotCache(model.config, rows, context + 4 * tokens, model.dtype, model.device)
     steps = DecodeSteps(model, cache, graphs=model.device.type == "cuda", adapters=adapters)
     logits = torch.zeros(model.config.vocab_size, device=model.device)
-    for slot in range(rows):
-        steps.begin(slot, logits, 100, context, Decoding(), 0, NONE if adapters is None else slot % count)
+    each = [NONE if adapters is None else slot % count for slot in range(rows)]
+    begun = [Begun(slot, 100, context, Decoding(), adapter=one) for slot, one in enumerate(each)]
+    steps.begin(logits.expand(rows, -1), begun)
     taking, times = list(range(rows)), []
     for _ in range(tokens):
         wait(model.device)

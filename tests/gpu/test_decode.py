@@ -12,9 +12,9 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from cogtune.checkpoint.random import tiny_config, tiny_first_config
-from cogtune.generate.decode_steps import DecodeSteps
+from cogtune.generate.decode_steps import Begun, DecodeSteps
 from cogtune.generate.decoding import Decoding
-from cogtune.generate.text_graphs import TextGraphs
+from cogtune.generate.text_graphs import Text, TextGraphs
 from cogtune.model.decode import decode, prefill
 from cogtune.model.fused_decode import FusedDecode
 from cogtune.model.kernels import decode as kernels
@@ -212,19 +212,26 @@ def test_embeddings_are_read_from_host_memory() -> None:
 
 
 def test_captured_text_is_the_prefill(model: CogVLM2ForCausalLM) -> None:
-    """Two lengths through one captured pass, in two slots and behind what they hold."""
+    """One text, then two at once (a pass of four), of several lengths, in slots and behind what they hold."""
     cache, rows = _filled(model, 4)
-    text = TextGraphs(model, cache, FusedDecode(model), None)
-    for slot, count in ((1, 9), (2, 30)):
-        _, position, length = rows[slot]
-        ids = torch.randint(10, 200, (1, count))
-        cache.put(3, cache.copy_out(slot, length))
-        wanted, _ = prefill(model, SlotView(cache, 3, length), ids, torch.zeros_like(ids), start=position)
-        found = text.prefill(slot, ids[0].tolist(), position, length, -1)
-        assert _error(found, wanted) < 1e-5  # float32 sums in another order through all layers
-        end = length + count
-        assert _error(cache.keys[:, slot, :, :end], cache.keys[:, 3, :, :end]) < 1e-5
-        assert _error(cache.values[:, slot, :, :end], cache.values[:, 3, :, :end]) < 1e-5
+    graphs = TextGraphs(model, cache, FusedDecode(model), None)
+    for some in ([(1, 9)], [(2, 30), (0, 4)], [(1, 50)]):
+        texts, wanted = [], []
+        for slot, count in some:
+            _, position, length = rows[slot]
+            ids = torch.randint(10, 200, (1, count))
+            cache.put(3, cache.copy_out(slot, length))
+            logits, _ = prefill(model, SlotView(cache, 3, length), ids, torch.zeros_like(ids), start=position)
+            wanted.append((logits, cache.copy_out(3, length + count)))
+            texts.append(Text(slot, ids[0].tolist(), position, length, -1))
+        found = graphs.prefill(texts)
+        for row, (slot, _) in enumerate(some):
+            logits, whole = wanted[row]
+            assert _error(found[row], logits) < 1e-5  # float32 sums in another order through all layers
+            mine = cache.copy_out(slot, whole.columns)
+            assert _error(mine.keys, whole.keys) < 1e-5
+            assert _error(mine.values, whole.values) < 1e-5
+    assert set(graphs._recorded) == {(1, 64), (4, 64)}
 
 
 def test_narrow_heads_are_left_to_the_modules() -> None:
@@ -239,7 +246,8 @@ def test_captured_steps_give_the_eager_tokens(model: CogVLM2ForCausalLM) -> None
         cache, rows = _filled(model, 3)
         steps = DecodeSteps(model, cache, graphs=graphs)
         drawing = Decoding(max_new_tokens=20, sample=True, temperature=0.8, top_p=0.9)
-        tokens = [[int(steps.begin(slot, *row, drawing, seed=slot))] for slot, row in enumerate(rows)]
+        begun = [Begun(slot, *row[1:], drawing, seed=slot) for slot, row in enumerate(rows)]
+        tokens = steps.begin(torch.stack([row[0] for row in rows]), begun)[:, None].tolist()
         for step in range(12):
             taking = [0, 1, 2] if step % 3 else [2, 0]
             for slot, token in zip(taking, steps.step(taking, True).tolist(), strict=True):

@@ -15,7 +15,7 @@ from cogtune.bench.report import Results
 from cogtune.bench.rows import text_ids
 from cogtune.configuration.resolve import torch_dtype
 from cogtune.configuration.run_config import RunConfig
-from cogtune.generate.decode_steps import DecodeSteps
+from cogtune.generate.decode_steps import Begun, DecodeSteps
 from cogtune.generate.decoding import Decoding
 from cogtune.language import tr
 from cogtune.model.decode import prefill, prefill_hidden
@@ -83,7 +83,8 @@ def _measure_steps(
     greedy = Decoding(max_new_tokens=tokens)
 
     def begin(count: int) -> list[int]:
-        found = [int(steps.begin(slot, logits, position, ids.shape[1], greedy, 0)) for slot in range(count)]
+        begun = [Begun(slot, position, ids.shape[1], greedy) for slot in range(count)]
+        found: list[int] = steps.begin(logits.expand(count, -1), begun).tolist()
         steps.step(list(range(count)), False)  # the first run also captures the graph
         return found
 
@@ -91,7 +92,7 @@ def _measure_steps(
         begin(count)
         times = [_timed(lambda count=count: steps.step(list(range(count)), False), device) for _ in range(tokens)]
         _add(results, f"engine x{count}", shared, count, 1000 * sorted(times)[len(times) // 2], device)
-    answer = [int(steps.begin(0, logits, position, ids.shape[1], greedy, 0))]
+    answer = [int(steps.begin(logits[None], [Begun(0, position, ids.shape[1], greedy)]))]
     answer += [int(steps.step([0], False)[0]) for _ in range(tokens)]
     same = next(
         (place for place, pair in enumerate(zip(answer, oracle, strict=True)) if pair[0] != pair[1]), tokens + 1

@@ -21,7 +21,7 @@ from cogtune.generate.generator import Ask, Generator
 from cogtune.language import phrase
 from cogtune.processing.image import read_image
 
-BATCH = 512
+BATCH, SLOTS = 512, 64
 _FREQUENT = phrase("most frequent answer to each question")
 KINDS = (phrase("yes or no"), phrase("shape"), phrase("colour"))
 
@@ -78,6 +78,7 @@ def measure(generator: Generator, pictures: Sequence[VqaPicture], *, blank: bool
     # equal questions about equal pictures have equal answers, and blank pictures are all equal
     distinct = list({(id(ask[0]), ask[1]): ask for ask in asks}.values())
     answers: dict[tuple[int, str], str] = {}
+    generator.slots = SLOTS  # this model's slots are small, and a step of 64 rows costs little more than one of 8
     with _one_thread():
         for start in range(0, len(distinct), BATCH):
             some = distinct[start : start + BATCH]

@@ -7,8 +7,9 @@ per power-of-two number of rows is captured on first use. Rows that pad a graph 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,6 +21,41 @@ from cogtune.model.head_offload import fetch_head, head_offload
 from cogtune.model.kernels import kernel_available
 from cogtune.model.slots import SlotCache
 from cogtune.model.stacked_adapters import NONE, StackedAdapters
+
+
+class Begun(NamedTuple):
+    """A prefilled slot: the next position, the number of columns that it holds, and how its answer is decoded.
+
+    ``adapter``: index of the one that computes.
+    """
+
+    slot: int
+    position: int
+    length: int
+    decoding: Decoding
+    seed: int = 0
+    adapter: int = NONE
+
+
+class CopiedTokens:
+    """Tokens [R] on their way from the device, whose work goes on meanwhile."""
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self._arrived: Any = None
+        if not tokens.is_cuda:
+            self._tokens = tokens.clone()
+            return
+        self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+        self._tokens.copy_(tokens, non_blocking=True)
+        self._arrived = torch.cuda.Event()
+        self._arrived.record()
+
+    def wait(self) -> list[int]:
+        """Return them."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        found: list[int] = self._tokens.tolist()
+        return found
 
 
 class DecodeSteps:
@@ -72,31 +108,23 @@ class DecodeSteps:
         self._memory: Any = None
         self._head = head
 
-    def begin(
-        self,
-        slot: int,
-        logits_V: torch.Tensor,
-        position: int,
-        length: int,
-        decoding: Decoding,
-        seed: int,
-        adapter: int = NONE,
-    ) -> torch.Tensor:
-        """Start a prefilled slot: sample its first token [1] and store its decoding state."""
+    def begin(self, logits_RV: torch.Tensor, begun: Sequence[Begun]) -> torch.Tensor:
+        """Start prefilled slots: sample their first tokens [R], and store their decoding state."""
         device = self._token.device
-        temperature = decoding.temperature if decoding.sample else 0.0
-        whole = torch.tensor([position, length, decoding.top_k, seed, 0, adapter]).to(device, non_blocking=True)
-        parts = torch.tensor([temperature, decoding.top_p]).to(device, non_blocking=True)
-        rows = SamplingRows(parts[:1], parts[1:], whole[2:3], whole[3:4], whole[4:5])
-        token = choose(logits_V[None], rows if decoding.sample else None)
-        self._host_lengths[slot] = length
-        where = slice(slot, slot + 1)
-        self._token[where], self._position[where], self._length[where] = token, whole[0:1], whole[1:2]
-        self._adapter[where] = whole[5:6]
+        numbers = [(one.slot, one.position, one.length, one.adapter, one.decoding.top_k, one.seed, 0) for one in begun]
+        settings = [(one.decoding.temperature if one.decoding.sample else 0.0, one.decoding.top_p) for one in begun]
+        where, position, length, adapter, *drawn = torch.tensor(numbers).to(device, non_blocking=True).unbind(1)
+        temperature, top_p = torch.tensor(settings).to(device, non_blocking=True).unbind(1)
+        rows = SamplingRows(temperature, top_p, *drawn)
+        tokens = choose(logits_RV, rows if any(one.decoding.sample for one in begun) else None)
+        for one in begun:
+            self._host_lengths[one.slot] = one.length
+        self._token[where], self._position[where], self._length[where] = tokens, position, length
+        self._adapter[where] = adapter
         state = self._sampling
         state.temperature[where], state.top_p[where], state.top_k[where] = rows.temperature, rows.top_p, rows.top_k
         state.seed[where], state.step[where] = rows.seed, rows.step + 1
-        return token
+        return tokens
 
     def step(self, slots: list[int], sample: bool) -> torch.Tensor:
         """Return the next token of each of ``slots`` [R].

@@ -1,38 +1,41 @@
 """The engine: requests in, answers out, many at once, each as if it were alone.
 
 A request waits in a queue, gets a slot of keys and values, is prefilled, and then takes part in every decode step until
-its answer ends; others join and leave meanwhile. Between two steps at most one request is prefilled, so that a new
-picture holds up the answers under way once, not until the queue is empty. The host reads a step's tokens while the
-device works on the next step: an answer that has ended costs one token too many, and no step waits for the host.
+its answer ends; others join and leave meanwhile. Between two steps a few requests are prefilled together: no more than
+the tokens of one new picture, which holds up the answers under way once, not until the queue is empty. The host reads a
+step's tokens while the device works on the next step: an answer that has ended costs one token too many, and no step
+waits for the host.
 
 One thread owns the model and the device. `InferenceEngine.submit` and what it returns may be used from any thread.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypeVar
 
 import torch
 
-from cogtune.errors import ConfigError, InputError, OutOfMemoryError, RunError
+from cogtune.errors import ConfigError, OutOfMemoryError, RunError
 from cogtune.generate.at_exit import end_at_exit
 from cogtune.generate.choices import ChoiceScores, ClosedQuestion, score_choices
-from cogtune.generate.decode_steps import DecodeSteps
+from cogtune.generate.decode_steps import Begun, CopiedTokens, DecodeSteps
 from cogtune.generate.picture_cache import PictureCache, default_budget, image_digest
-from cogtune.generate.prefill import AHEAD, Prefill
-from cogtune.generate.requests import AnswerText, Features, Listener, Pending, Request, Shown
+from cogtune.generate.prefill import AHEAD, Placed, Prefill
+from cogtune.generate.requests import AnswerText, Features, Listener, Pending, Request, Shown, check
 from cogtune.language import tr
 from cogtune.model.layer_streaming import is_streamed, streams_language
 from cogtune.model.slots import SlotCache
 from cogtune.model.stacked_adapters import StackedAdapters
 from cogtune.processing.processor import CogVLM2Processor
 
+log = logging.getLogger("cogtune")
 _IDLE = 5.0  # idle seconds after which the thread ends
 _COLUMNS = 512  # slots grow by this many columns
 Result = TypeVar("Result")
@@ -47,20 +50,6 @@ class _Active:
     text: AnswerText
     wanted: int
     launched: int = 1
-
-
-@dataclass(eq=False)
-class _Flight:
-    """Tokens being copied from the device, and the requests they belong to."""
-
-    tokens: torch.Tensor
-    rows: list[_Active]
-    arrived: Any = field(default=None)
-
-    def wait(self) -> list[int]:
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return self.tokens.tolist()
 
 
 class InferenceEngine:
@@ -112,7 +101,7 @@ class InferenceEngine:
         self.prefill = Prefill(self.model, processor, self.pictures, adapters)
         self._free: list[int] = []
         self._active: list[_Active] = []
-        self._flights: deque[_Flight] = deque()
+        self._flights: deque[tuple[CopiedTokens, list[_Active]]] = deque()
         self._queue: deque[Pending] = deque()
         self._work: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
@@ -128,32 +117,11 @@ class InferenceEngine:
                 not wait.
 
         Raises:
-            InputError: prompt and answer do not fit in a slot, or tokens and picture do not go together.
+            InputError: prompt and answer do not fit in a slot, tokens and picture do not go together, or no text.
             RunError: the engine is closed.
         """
         self.prefill.adapter(request.adapter)
-        length = len(request.encoded)
-        if length + request.decoding.max_new_tokens > self.columns:
-            raise InputError(
-                tr(
-                    "the prompt has {length} tokens; with an answer of up to {max_new_tokens} that is more"
-                    " than the {columns} there is room for",
-                    length=length,
-                    max_new_tokens=request.decoding.max_new_tokens,
-                    columns=self.columns,
-                ),
-                hint=tr("shorten the question or its history, or lower --max-new-tokens"),
-                code="question-too-long",
-            )
-        places = sum(request.encoded.token_type_ids) // self.model.config.num_image_tokens
-        if places != len(request.images):
-            raise InputError(
-                tr(
-                    "the prompt has places for {places} images, {images} are given",
-                    places=places,
-                    images=len(request.images),
-                )
-            )
+        check(request, self.columns, self.model.config.num_image_tokens)
         if request.image_keys is None:
             # here, not in the thread that keeps the device busy
             request = replace(request, image_keys=tuple(map(_key, request.images)))
@@ -278,62 +246,89 @@ class InferenceEngine:
         except BaseException as error:
             explained = _explained(error, len(self._active))
             flights, self._flights = self._flights, deque()
-            waiting = {id(row): row for flight in flights for row in flight.rows} | {id(r): r for r in self._active}
-            for row in waiting.values():
+            for row in dict.fromkeys([*(row for _, rows in flights for row in rows), *self._active]):
                 self._release(row, None, explained)
 
     def _turn(self) -> None:
-        """Admit at most one request, start a decode step, and read the tokens of the step before it."""
+        """Admit requests, start a decode step, and read the tokens of the step before it."""
         while self._work:
             self._work.popleft()()
         self._admit()
         if rows := [row for row in self._active if row.launched < row.wanted]:
             self._launch(rows)
         while len(self._flights) > 1 or (self._flights and not rows):
-            self._collect(self._flights.popleft())
+            self._collect(*self._flights.popleft())
 
     def _admit(self) -> None:
-        """Prefill the next request: one while others decode, else one per free slot."""
+        """Prefill the first waiting requests, as many as go together, in free slots."""
+        free = self.free_slots
         with self._changed:
-            waiting = [pending.request for pending in islice(self._queue, AHEAD)]
-            pending = self._queue.popleft() if waiting and len(self._active) < self.slots else None
-        self.prefill.prepare(waiting)
-        if pending is None:
-            return
-        if pending.cancelled:
-            pending.end("cancelled")
-            return
-        decoding = pending.request.decoding
-        row = None
-        try:
-            cache, steps = self._room(len(pending.request.encoded) + decoding.max_new_tokens)
-            text = AnswerText(self.processor, pending.request.stop)
-            row = _Active(pending, self._free.pop(), text, decoding.max_new_tokens)
-            self._active.append(row)
-            adapter = self.prefill.adapter(pending.request.adapter)
-            logits, position, length = self.prefill.fill(pending.request, cache, row.slot, adapter, steps.text)
-            first = steps.begin(row.slot, logits, position, length, decoding, pending.request.seed, adapter)
-        except BaseException as error:
-            if row is None:
-                pending.end(None, _explained(error, 1))
-            else:
-                self._release(row, None, _explained(error, 1))
-            return
-        self._flights.append(self._flight(first, [row]))
+            waiting = [pending.request for pending in islice(self._queue, free + AHEAD)]
+        count = self.prefill.together(waiting[:free]) if free and waiting else 0
+        with self._changed:
+            taken = [self._queue.popleft() for _ in range(count)]
+        self.prefill.prepare(waiting[: count + AHEAD])
+        for pending in taken:
+            if pending.cancelled:
+                pending.end("cancelled")
+        if batch := [pending for pending in taken if not pending.done]:
+            self._begin(batch)
 
-    def _room(self, columns: int) -> tuple[SlotCache, DecodeSteps]:
-        """Return a cache with a free slot of at least ``columns``, creating or growing it if necessary."""
+    def _begin(self, batch: list[Pending]) -> None:
+        """Prefill requests together; if that fails, one after another, so that none fails because of another one."""
+        try:
+            self._begin_together(batch)
+            return
+        except BaseException as error:
+            if len(batch) == 1:
+                batch[0].end(None, _explained(error, 1))
+                return
+            log.warning(
+                tr(
+                    "{count} questions could not begin together, so each is tried alone: {error}",
+                    count=len(batch),
+                    error=str(error) or type(error).__name__,
+                )
+            )
+        for pending in batch:  # here the error is gone, and what its frames held on the device
+            self._begin([pending])
+
+    def _begin_together(self, batch: list[Pending]) -> None:
+        limits = [pending.request.decoding.max_new_tokens for pending in batch]
+        columns = max(len(one.request.encoded) + limit for one, limit in zip(batch, limits, strict=True))
+        cache, steps = self._room(len(batch), columns)
+        texts = [AnswerText(self.processor, pending.request.stop) for pending in batch]
+        rows = [_Active(*each) for each in zip(batch, [self._free.pop() for _ in batch], texts, limits, strict=True)]
+        self._active += rows
+        try:
+            placed = [
+                Placed(row.pending.request, row.slot, self.prefill.adapter(row.pending.request.adapter)) for row in rows
+            ]
+            logits, ends = self.prefill.fill(placed, cache, steps.text)
+            begun = [
+                Begun(slot, *end, request.decoding, request.seed, adapter)
+                for (request, slot, adapter), end in zip(placed, ends, strict=True)
+            ]
+            self._flights.append((CopiedTokens(steps.begin(logits, begun)), rows))
+        except BaseException:
+            for row in rows:
+                self._active.remove(row)
+                self._free.append(row.slot)
+            raise
+
+    def _room(self, count: int, columns: int) -> tuple[SlotCache, DecodeSteps]:
+        """Return a cache with ``count`` free slots of at least ``columns``, creating or growing it if necessary."""
         columns = min(-(-columns // _COLUMNS) * _COLUMNS, self.columns)
+        slots = min(1 << (len(self._active) + count - 1).bit_length(), self.slots)
         if self._cache is None or self._steps is None:
-            self._cache = SlotCache(self.model.config, 1, columns, self.model.dtype, self.model.device)
+            self._cache = SlotCache(self.model.config, slots, columns, self.model.dtype, self.model.device)
             self._steps = DecodeSteps(self.model, self._cache, graphs=self._graphs, adapters=self.adapters)
-            self._free = [0]
-        elif not self._free or columns > self._cache.columns:
+            self._free = list(range(slots))
+        elif len(self._free) < count or columns > self._cache.columns:
             before = self._cache.slots
-            slots = before if self._free else min(2 * before, self.slots)
-            self._cache = self._cache.resized(slots, max(columns, self._cache.columns))
+            self._cache = self._cache.resized(max(slots, before), max(columns, self._cache.columns))
             self._steps.use(self._cache)
-            self._free += range(before, slots)
+            self._free += range(before, self._cache.slots)
         return self._cache, self._steps
 
     def _launch(self, rows: list[_Active]) -> None:
@@ -341,20 +336,11 @@ class InferenceEngine:
         tokens = self._steps.step([row.slot for row in rows], any(row.pending.request.decoding.sample for row in rows))
         for row in rows:
             row.launched += 1
-        self._flights.append(self._flight(tokens, rows))
+        self._flights.append((CopiedTokens(tokens), rows))
 
-    def _flight(self, tokens: torch.Tensor, rows: list[_Active]) -> _Flight:
-        if not tokens.is_cuda:
-            return _Flight(tokens.clone(), rows)
-        there = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-        there.copy_(tokens, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        return _Flight(there, rows, arrived)
-
-    def _collect(self, flight: _Flight) -> None:
+    def _collect(self, tokens: CopiedTokens, rows: list[_Active]) -> None:
         """Hand a step's tokens to their answers; finished answers free their slots."""
-        for token, row in zip(flight.wait(), flight.rows, strict=False):
+        for token, row in zip(tokens.wait(), rows, strict=False):
             pending = row.pending
             if pending.done:
                 continue

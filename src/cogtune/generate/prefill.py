@@ -1,14 +1,14 @@
-"""Prefill of one request into its slot: the picture's part, which is kept for later requests, and its text.
+"""Prefill of requests into their slots: the pictures' parts, which are kept for later requests, and their texts.
 
 Everything here runs in the engine's thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -16,9 +16,9 @@ from PIL import Image
 from cogtune.errors import InputError
 from cogtune.generate.picture_cache import PictureCache
 from cogtune.generate.requests import Features, Request, Shown
-from cogtune.generate.text_graphs import TextGraphs
+from cogtune.generate.text_graphs import Text, TextGraphs
 from cogtune.language import tr
-from cogtune.model.decode import prefill, prefill_hidden
+from cogtune.model.decode import prefill, prefill_hidden, prefill_pictures, prefill_texts
 from cogtune.model.head_offload import set_aside_head
 from cogtune.model.routing import row_positions
 from cogtune.model.slots import Prefix, SlotCache, SlotView
@@ -28,8 +28,18 @@ from cogtune.processing.pixels import resized_of
 from cogtune.processing.processor import CogVLM2Processor
 
 _AT_ONCE = 24  # most images of one forward pass of the tower: a clip's
+_IMAGE_TOKENS_AT_ONCE = 2560  # most of several requests' new images: no more memory than for a full-size picture
+_TEXT_AT_ONCE = 1024  # most tokens of several requests' texts, padding included: less than a full-size picture
 AHEAD = 3
 """Waiting requests whose images are resized while the device works."""
+
+
+class Placed(NamedTuple):
+    """A request in its slot, with the index of its adapter."""
+
+    request: Request
+    slot: int
+    adapter: int
 
 
 class Prefill:
@@ -47,6 +57,7 @@ class Prefill:
         adapters: StackedAdapters | None,
     ) -> None:
         self._model, self._processor, self._pictures, self._adapters = model, processor, pictures, adapters
+        self._images_at_once = min(_AT_ONCE, _IMAGE_TOKENS_AT_ONCE // model.config.num_image_tokens)
         self._resizing = ThreadPoolExecutor(1, "cogtune-pixels")
         self._resized: dict[bytes, Future[torch.Tensor]] = {}
 
@@ -95,51 +106,110 @@ class Prefill:
         """Compute with one adapter."""
         return nullcontext() if self._adapters is None else self._adapters.using(adapter)
 
+    def together(self, waiting: Sequence[Request]) -> int:
+        """Return how many of the first requests are prefilled at once, at least one: their texts, padded to the
+        longest, and the images that are new have few enough tokens.
+        """
+        widest = images = 0
+        new: set[Hashable] = set()
+        for count, request in enumerate(waiting):
+            widest = max(widest, len(request.text))
+            key = _key(request)
+            if key not in self._pictures and key not in new:
+                new.add(key)
+                images += len(request.images)
+            many = images > self._images_at_once or (count + 1) * widest > _TEXT_AT_ONCE
+            if many and count:
+                return count
+        return len(waiting)
+
     def fill(
-        self, request: Request, cache: SlotCache, slot: int, adapter: int, text: TextGraphs | None
-    ) -> tuple[torch.Tensor, int, int]:
-        """Prefill a slot with a prompt, copying the prefix of a known picture.
+        self, placed: Sequence[Placed], cache: SlotCache, graphs: TextGraphs | None
+    ) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+        """Prefill slots with their prompts, copying the prefix of known pictures.
 
         Args:
-            text: captured passes for what follows the picture; None: the model's forward pass.
+            graphs: captured passes for what follows the picture; None: the model's forward pass.
 
         Returns:
-            The logits behind the prompt, float32 [V], the next position, and the slot's length.
+            The logits behind the prompts, float32 [R, V], and each one's next position and its slot's length.
         """
         set_aside_head(self._model)  # of a model on a small card
-        with self.using(adapter):
-            ids = torch.tensor([request.encoded.input_ids])
-            types = torch.tensor([request.encoded.token_type_ids])
-            view = SlotView(cache, slot)
-            start = 0
-            if request.images:
-                start = self._beginning(request, ids, types, cache, view, adapter)
-            rest = slice(view.length, None)
-            if text is None or text.rows_for(ids.shape[1] - view.length, view.length) is None:
-                logits, position = prefill(self._model, view, ids[:, rest], types[:, rest], start=start)
-                return logits, position, view.length
-        words = ids[0, rest].tolist()
-        logits = text.prefill(slot, words, start, view.length, adapter)
-        return logits, start + len(words), view.length + len(words)
+        found = self._beginnings(placed, cache)
+        texts = [Text(one.slot, one.request.text, *found[one.slot], one.adapter) for one in placed]
+        logits = [self._behind(some, cache, graphs) for some in ([texts] if graphs is None else graphs.groups(texts))]
+        ends = [(text.position + len(text.tokens), text.length + len(text.tokens)) for text in texts]
+        return logits[0] if len(logits) == 1 else torch.cat(logits), ends
 
-    def _beginning(
-        self, request: Request, ids: torch.Tensor, types: torch.Tensor, cache: SlotCache, view: SlotView, adapter: int
-    ) -> int:
-        """Put a prompt's columns up to the end of its last image into a slot; returns the position behind them."""
-        slot = view.slot
-        assert request.image_keys is not None
-        beginning = int(types[0].nonzero().max()) + 1  # up to the end of the last image
-        words = tuple(ids[0, :beginning][types[0, :beginning] == 0].tolist())
-        key = ("prefix", request.image_keys, words, adapter)
-        kept = self._pictures.get(key)
-        if isinstance(kept, Prefix):
-            cache.put(slot, kept)
-            view.advance(kept.columns)
-        else:
-            features = self.features(request.images, request.image_keys, adapter)
-            prefill_hidden(self._model, view, ids[:, :beginning], types[:, :beginning], features)
-            self._pictures.put(key, cache.copy_out(slot, beginning))
-        return int(row_positions(types[:, :beginning], None).max()) + 1
+    def _behind(self, texts: Sequence[Text], cache: SlotCache, graphs: TextGraphs | None) -> torch.Tensor:
+        """Append texts in one pass; returns the logits behind them [R, V]."""
+        slots, tokens, positions, lengths, adapters = zip(*texts, strict=True)
+        if graphs is not None and graphs.shape_for([len(some) for some in tokens]) is not None:
+            return graphs.prefill(texts).clone()
+        if len(texts) == 1:
+            ids = torch.tensor(tokens)
+            with self.using(adapters[0]):
+                view = SlotView(cache, slots[0], lengths[0])
+                return prefill(self._model, view, ids, torch.zeros_like(ids), start=positions[0])[0][None]
+        with self._using_each(adapters, max(map(len, tokens))):
+            hidden = prefill_texts(self._model, cache, slots, tokens, positions, lengths)
+        with self._using_each(adapters, 1):
+            found: torch.Tensor = self._model.lm_head(hidden).float()
+            return found
+
+    def _using_each(self, adapters: Sequence[int], tokens: int) -> AbstractContextManager[None]:
+        """Compute rows of so many tokens each with its own adapter."""
+        if self._adapters is None or len(set(adapters)) == 1:
+            return self.using(adapters[0])
+        of_rows = torch.tensor(adapters).to(self._model.device, non_blocking=True)
+        return self._adapters.rows(of_rows.repeat_interleave(tokens))
+
+    def _beginnings(self, placed: Sequence[Placed], cache: SlotCache) -> dict[int, tuple[int, int]]:
+        """Put prompts' columns up to the end of their last images into the slots; returns the position behind them and
+        their number, by slot.
+        """
+        found = {one.slot: (0, 0) for one in placed}
+        new: dict[Hashable, list[Placed]] = {}
+        for one in placed:
+            key = _key(one.request)
+            kept = self._pictures.get(key) if one.request.images else None
+            if isinstance(kept, Prefix):
+                cache.put(one.slot, kept)
+                found[one.slot] = kept.position, kept.columns
+            elif one.request.images:
+                new.setdefault(key, []).append(one)
+        alike: dict[Hashable, list[Hashable]] = {}
+        for key, (first, *_) in new.items():
+            types = tuple(first.request.encoded.token_type_ids[: first.request.beginning])
+            alike.setdefault((first.adapter, types), []).append(key)
+        for keys in alike.values():
+            firsts = [new[key][0] for key in keys]
+            position = self._new_pictures(firsts, cache)
+            for key, first in zip(keys, firsts, strict=True):
+                prefix = cache.copy_out(first.slot, first.request.beginning, position)
+                self._pictures.put(key, prefix)
+                for one in new[key]:
+                    found[one.slot] = position, prefix.columns
+                for one in new[key][1:]:
+                    kept = self._pictures.get(key)
+                    cache.put(one.slot, kept if isinstance(kept, Prefix) else prefix)  # it may be too large to keep
+        return found
+
+    def _new_pictures(self, placed: Sequence[Placed], cache: SlotCache) -> int:
+        """Compute the beginnings of prompts with images at the same places; returns the position behind them."""
+        requests, adapter = [one.request for one in placed], placed[0].adapter
+        end = requests[0].beginning
+        ids = torch.tensor([request.encoded.input_ids[:end] for request in requests])
+        types = torch.tensor([request.encoded.token_type_ids[:end] for request in requests])
+        images = [image for request in requests for image in request.images]
+        with self.using(adapter):
+            features = self.features(images, [key for one in requests for key in one.image_keys or ()], adapter)
+            assert features is not None
+            if len(placed) == 1:
+                prefill_hidden(self._model, SlotView(cache, placed[0].slot), ids, types, features)
+            else:
+                prefill_pictures(self._model, cache, [one.slot for one in placed], ids, types, features)
+        return int(row_positions(types[:1], None).max()) + 1
 
     def features(self, images: Sequence[Shown], keys: Sequence[bytes], adapter: int) -> torch.Tensor | None:
         """Return the tower's output [N, grid * grid, width], or None without images."""
@@ -156,8 +226,14 @@ class Prefill:
         for start in range(0, len(new), _AT_ONCE):
             some = list(new)[start : start + _AT_ONCE]
             pixels = torch.stack([self._pixels(key, new[key]) for key in some])
-            for key, one in zip(some, self._model.model.encode_images(pixels), strict=True):
-                kept[key] = one[None]
-                self._pictures.put(("features", key, tower), one[None])
+            for key, one in zip(some, self._model.model.encode_images(pixels).split(1), strict=True):
+                own = one.clone() if len(some) > 1 else one  # a part would keep the whole in memory
+                kept[key] = own
+                self._pictures.put(("features", key, tower), own)
         there = {key: one.to(self._model.device) for key, one in kept.items() if isinstance(one, torch.Tensor)}
         return torch.cat([there[key] for key in keys])
+
+
+def _key(request: Request) -> Hashable:
+    """Return what a prompt's columns up to the end of its last image are kept under."""
+    return ("prefix", request.image_keys, request.beginning_text, request.adapter)

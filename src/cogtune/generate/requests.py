@@ -6,13 +6,16 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from PIL import Image
 
+from cogtune.errors import InputError
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.stream import Answer, TextPieces
-from cogtune.processing.encode import Encoded
+from cogtune.language import tr
+from cogtune.processing.encode import IMAGE, TEXT, Encoded
 from cogtune.processing.processor import CogVLM2Processor
 
 
@@ -50,6 +53,55 @@ class Request:
     stop: tuple[str, ...] = ()
     image_keys: tuple[bytes, ...] | None = None
     adapter: str | None = None
+
+    @cached_property
+    def beginning(self) -> int:
+        """Number of tokens up to the end of the last image, 0 without one."""
+        types = self.encoded.token_type_ids
+        return len(types) - types[::-1].index(IMAGE) if self.images else 0
+
+    @cached_property
+    def beginning_text(self) -> tuple[int, ...]:
+        """The tokens of text up to the end of the last image."""
+        pairs = zip(self.encoded.input_ids[: self.beginning], self.encoded.token_type_ids, strict=False)
+        return tuple(token for token, kind in pairs if kind == TEXT)
+
+    @property
+    def text(self) -> list[int]:
+        """The tokens behind the last image."""
+        return self.encoded.input_ids[self.beginning :]
+
+
+def check(request: Request, columns: int, num_image_tokens: int) -> None:
+    """Refuse a request that cannot be answered in slots of so many ``columns``.
+
+    Raises:
+        InputError: prompt and answer do not fit, tokens and images do not go together, or there is no text.
+    """
+    length = len(request.encoded)
+    if length + request.decoding.max_new_tokens > columns:
+        raise InputError(
+            tr(
+                "the prompt has {length} tokens; with an answer of up to {max_new_tokens} that is more"
+                " than the {columns} there is room for",
+                length=length,
+                max_new_tokens=request.decoding.max_new_tokens,
+                columns=columns,
+            ),
+            hint=tr("shorten the question or its history, or lower --max-new-tokens"),
+            code="question-too-long",
+        )
+    places = sum(request.encoded.token_type_ids) // num_image_tokens
+    if places != len(request.images):
+        raise InputError(
+            tr(
+                "the prompt has places for {places} images, {images} are given",
+                places=places,
+                images=len(request.images),
+            )
+        )
+    if not request.text:
+        raise InputError(tr("the question is empty: nothing follows the last image"), hint=tr("ask something"))
 
 
 class Pending(Answer):

@@ -9,6 +9,7 @@ vocabulary, L tokens of a prompt.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from cogtune.model.attention import cache_mask
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.rope import rotate
 from cogtune.model.routing import Routing
-from cogtune.model.slots import SlotCache, SlotView
+from cogtune.model.slots import SlotCache, SlotRows, SlotView
 
 
 @torch.no_grad()
@@ -75,6 +76,61 @@ def prefill_hidden(
     hidden = model.model(input_ids.to(device, non_blocking=True), routing, features, cache, mask)
     view.advance(columns)
     return hidden, following
+
+
+@torch.no_grad()
+def prefill_pictures(
+    model: CogVLM2ForCausalLM,
+    cache: SlotCache,
+    slots: Sequence[int],
+    input_ids: torch.Tensor,
+    token_type_ids: torch.Tensor,
+    image_features: torch.Tensor,
+) -> None:
+    """Begin several empty slots with pictures, in one forward pass.
+
+    Args:
+        input_ids, token_type_ids: int64 [B, L] on the CPU; the types of all rows are equal.
+        image_features: [N, grid * grid, vision hidden], the rows' images one after another.
+    """
+    routing = Routing.build(token_type_ids, keep_columns=True, vision_experts=bool(model.config.vision_experts))
+    routing = routing.keep_last(1).to(model.device, non_blocking=True)
+    features = model.image_features_of(routing, None, image_features)
+    rows: Any = SlotRows(cache, slots, [0] * len(slots), input_ids.shape[1])
+    # no mask: rows of one length without padding are causal
+    model.model(input_ids.to(model.device, non_blocking=True), routing, features, rows, None)
+
+
+@torch.no_grad()
+def prefill_texts(
+    model: CogVLM2ForCausalLM,
+    cache: SlotCache,
+    slots: Sequence[int],
+    texts: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    lengths: Sequence[int],
+) -> torch.Tensor:
+    """Append a text to each of several slots in one forward pass, padded to the longest.
+
+    Args:
+        texts: their tokens, at least one each.
+        starts: positions of the first tokens.
+        lengths: number of columns that each slot holds; with its text, fewer than C.
+
+    Returns:
+        The final hidden state of each text's last token [R, D].
+    """
+    width = max(map(len, texts))
+    ids = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts])
+    last = torch.tensor([row * width + len(text) - 1 for row, text in enumerate(texts)])
+    routing = Routing.decode(torch.tensor(starts)[:, None] + torch.arange(width))
+    rows: Any = SlotRows(cache, slots, lengths, width)
+    device = model.device
+    # every token through the last layer: adapters of each row are chosen for all tokens of the pass
+    hidden: torch.Tensor = model.model(
+        ids.to(device, non_blocking=True), routing.to(device, non_blocking=True), None, rows, rows.visible
+    )
+    return hidden.index_select(0, last.to(device, non_blocking=True))
 
 
 @torch.no_grad()

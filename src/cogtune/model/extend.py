@@ -1,10 +1,11 @@
-"""Text behind what a slot holds, in one pass of fixed shape: the prefill of a question about a known picture.
+"""Text behind what slots hold, in one pass of fixed shape: the prefill of questions about known pictures.
 
 `model.decode.prefill` computes the same with the model's forward pass, whose shapes and launches depend on the prompt.
 Here every size is fixed and nothing is synchronised with the host, so that the pass can be captured as a CUDA graph.
-Rows that pad it write columns behind the text, which nothing reads before a decode step overwrites them.
+Tokens that pad it are written behind the text or in a slot's last column, which no prompt fills; nothing reads them
+before a decode step overwrites them.
 
-Shapes: L rows (tokens of one slot), S slots, C columns, H query and K key/value heads, E head width, V vocabulary.
+Shapes: R rows (slots) of L tokens, S slots, C columns, H query and K key/value heads, E head width, D hidden.
 """
 
 from __future__ import annotations
@@ -43,45 +44,53 @@ def extend(
     embed: Callable[[torch.Tensor], torch.Tensor],
     layers: Sequence[Callable[[torch.Tensor, Attend], torch.Tensor]],
     cache: SlotCache,
-    slot: torch.Tensor,
-    tokens_L: torch.Tensor,
-    positions_L: torch.Tensor,
-    columns_L: torch.Tensor,
-    last: torch.Tensor,
+    slots_R: torch.Tensor,
+    tokens_RL: torch.Tensor,
+    positions_R: torch.Tensor,
+    lengths_R: torch.Tensor,
+    last_R: torch.Tensor,
 ) -> torch.Tensor:
-    """Write the keys and values of text tokens into a slot, and return what follows them.
+    """Write the keys and values of text tokens into slots, and return what follows them.
 
     Args:
         embed: the token embedding.
         layers: the decoder's, `PlainLayer` or fused ones.
-        slot: int64 [1].
-        columns_L: adjacent columns of the slot, all below C; each token sees those before it and its own.
-        last: int64 [1], the row of the text's last token; rows behind it are padding.
+        slots_R: each row's slot; equal ones belong to equal rows.
+        positions_R: of each row's first token; the others follow.
+        lengths_R: number of columns that each slot holds. A token sees them, and those of its row up to its own.
+        last_R: place of each text's last token in its row; what is behind it is padding.
 
     Returns:
-        The logits behind the last token, float32 [V].
+        The final hidden state of each text's last token [R, D].
     """
     decoder = model.model
-    rows = tokens_L.shape[0]
+    rows, count = tokens_RL.shape
+    tokens = rows * count
     attention: Any = decoder.layers[0].self_attn
     heads, groups, width = attention.num_heads, attention.num_kv_heads, attention.head_dim
     each = heads // groups
-    h = embed(tokens_L)
-    cos, sin = decoder.rotary(positions_L[:, None], h.dtype)
-    visible = torch.arange(cache.columns, device=h.device) <= columns_L[:, None]
-    visible = visible.repeat(each, 1)  # the query heads of a group are further rows: nothing is repeated for them
-    slots = slot.expand(rows)
+    h = embed(tokens_RL.flatten())
+    steps = torch.arange(count, device=h.device)
+    cos, sin = decoder.rotary((positions_R[:, None] + steps).view(tokens, 1), h.dtype)
+    columns = (lengths_R[:, None] + steps).clamp(max=cache.columns - 1)
+    visible = torch.arange(cache.columns, device=h.device) <= columns[..., None]
+    # the query heads of a group are further queries: nothing is repeated for them
+    visible = visible.repeat(1, each, 1)[:, None]
+    slots, columns = slots_R[:, None].expand(rows, count).flatten(), columns.flatten()
     for index, layer in enumerate(layers):
         keys, values = cache.keys[index], cache.values[index]
 
         def attended(qkv: torch.Tensor, keys: torch.Tensor = keys, values: torch.Tensor = values) -> torch.Tensor:
-            q, k, v = qkv.view(rows, -1, 1, width).split([heads, groups, groups], dim=1)
-            keys[slots, :, columns_L] = rotate(k, cos, sin)[:, :, 0]
-            values[slots, :, columns_L] = v[:, :, 0]
-            q = rotate(q, cos, sin).view(rows, groups, each, width).permute(1, 2, 0, 3).reshape(groups, -1, width)
-            mine = keys.index_select(0, slot), values.index_select(0, slot)
-            context = attend(q[None], *mine, visible[None, None], lengths_vary=True)
-            return context.view(groups, each, rows, width).permute(2, 0, 1, 3).reshape(rows, heads * width)
+            q, k, v = qkv.view(tokens, -1, 1, width).split([heads, groups, groups], dim=1)
+            keys[slots, :, columns] = rotate(k, cos, sin)[:, :, 0]
+            values[slots, :, columns] = v[:, :, 0]
+            q = rotate(q, cos, sin).view(rows, count, groups, each, width).permute(0, 2, 3, 1, 4)
+            mine = keys.index_select(0, slots_R), values.index_select(0, slots_R)
+            context = attend(q.reshape(rows, groups, each * count, width), *mine, visible, lengths_vary=True)
+            context = context.view(rows, groups, each, count, width).permute(0, 3, 1, 2, 4)
+            return context.reshape(tokens, heads * width)
 
         h = layer(h, attended)
-    return model.lm_head(decoder.norm(h.index_select(0, last)))[0].float()
+    last = last_R + torch.arange(rows, device=h.device) * count
+    found: torch.Tensor = decoder.norm(h.index_select(0, last))
+    return found

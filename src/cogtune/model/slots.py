@@ -2,12 +2,14 @@
 
 Shapes: N layers, S slots, C columns of a slot, K key/value heads, E head width, L new columns.
 
-Prefill fills a slot through a `SlotView`, the cache object that the model's forward pass writes to. Then each decode
-step adds one column (``model.decode``). Columns beyond a slot's length hold stale values that attention never reads.
+Prefill fills a slot through a `SlotView`, or several through `SlotRows`: the cache objects that the model's forward
+pass writes to. Then each decode step adds one column (``model.decode``). Columns beyond a slot's length hold stale
+values that attention never reads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,9 +64,9 @@ class SlotCache:
             setattr(found, name, new)
         return found
 
-    def copy_out(self, slot: int, columns: int) -> Prefix:
-        """Return a copy of a slot's first columns."""
-        return Prefix(self.keys[:, slot, :, :columns].clone(), self.values[:, slot, :, :columns].clone())
+    def copy_out(self, slot: int, columns: int, position: int = 0) -> Prefix:
+        """Return a copy of a slot's first columns. ``position``: the one behind them."""
+        return Prefix(self.keys[:, slot, :, :columns].clone(), self.values[:, slot, :, :columns].clone(), position)
 
     def put(self, slot: int, prefix: Prefix) -> None:
         """Begin a slot with a kept prefix.
@@ -80,10 +82,14 @@ class SlotCache:
 
 @dataclass(frozen=True)
 class Prefix:
-    """Keys and values of a sequence's first columns (for example, a picture's), each [N, K, L, E], kept for reuse."""
+    """Keys and values of a sequence's first columns (for example, a picture's), each [N, K, L, E], kept for reuse.
+
+    ``position`` is the one of the token behind them.
+    """
 
     keys: torch.Tensor
     values: torch.Tensor
+    position: int = 0
 
     @property
     def columns(self) -> int:
@@ -97,7 +103,7 @@ class Prefix:
 
     def cpu(self) -> Prefix:
         """Return a copy in host memory."""
-        return Prefix(self.keys.cpu(), self.values.cpu())
+        return Prefix(self.keys.cpu(), self.values.cpu(), self.position)
 
 
 class SlotView:
@@ -134,3 +140,42 @@ class SlotView:
     def advance(self, columns: int) -> None:
         """Count ``columns`` new ones as filled."""
         self.length += columns
+
+
+class SlotRows:
+    """Several slots as the cache of one forward pass: row r goes to ``slots[r]``, behind its ``lengths[r]`` columns.
+
+    Rows may be padded behind their tokens. What padding writes lies behind a row's tokens, or in a slot's last column,
+    which no prompt fills; a decode step overwrites it before it is read.
+
+    Args:
+        columns: L, the new columns of every row.
+
+    Attributes:
+        visible: bool [B, 1, L, C'], which of the first C' columns each new one sees.
+    """
+
+    def __init__(self, cache: SlotCache, slots: Sequence[int], lengths: Sequence[int], columns: int) -> None:
+        device = cache.keys.device
+        self._cache, self._new = cache, columns
+        self._span = min(max(lengths) + columns, cache.columns)
+        at = torch.tensor(lengths)[:, None] + torch.arange(columns)
+        self._at = at.clamp(max=cache.columns - 1).to(device, non_blocking=True)
+        self._slots = torch.tensor(slots).to(device, non_blocking=True)
+        self.visible = (torch.arange(self._span, device=device) <= self._at[..., None])[:, None]
+
+    def update(self, k: torch.Tensor, v: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write new keys and values [B, K, L, E] and return copies of the slots' first columns, [B, K, C', E]."""
+        found = []
+        for new, whole in ((k, self._cache.keys[layer]), (v, self._cache.values[layer])):
+            whole[self._slots[:, None], :, self._at] = new.transpose(1, 2)
+            found.append(whole[:, :, : self._span].index_select(0, self._slots))
+        return found[0], found[1]
+
+    def get_seq_length(self) -> int:
+        """Return 0: each row has a length of its own, which ``visible`` knows."""
+        return 0
+
+    def get_mask_sizes(self, columns: int, layer: int) -> tuple[int, int]:
+        """Return how many columns ``columns`` new ones see, and the first of them."""
+        return self._span, 0

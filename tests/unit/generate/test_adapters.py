@@ -73,13 +73,16 @@ def _request(engine: InferenceEngine, ask: Ask, adapter: str | None) -> Request:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_whatever_adapters_its_neighbours_use(engine: InferenceEngine, asks: list[Ask], wanted: Any, seed: int) -> None:
+def test_whatever_adapters_its_neighbours_use(
+    engine: InferenceEngine, asks: list[Ask], wanted: Any, seed: int, caplog: pytest.LogCaptureFixture
+) -> None:
     """All questions with all adapters and the base, in a random order: five at once, of mixed adapters."""
     pairs = [(place, name) for place in range(len(asks)) for name in wanted]
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
     pairs = [pairs[place] for place in order]
     found = engine.answer([_request(engine, asks[place], name) for place, name in pairs])
     assert found == [wanted[name][place] for place, name in pairs]
+    assert not caplog.records  # of different adapters, yet prefilled together
     assert len({tuple(answers) for answers in wanted.values()}) == len(wanted)  # the adapters differ
 
 

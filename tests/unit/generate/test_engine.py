@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +16,7 @@ import torch
 from PIL import Image
 
 from cogtune.errors import InputError, OutOfMemoryError, RunError
+from cogtune.generate import prefill as prefilling
 from cogtune.generate.choices import ClosedQuestion, score_choices
 from cogtune.generate.decode_steps import DecodeSteps
 from cogtune.generate.decoding import Decoding
@@ -19,7 +24,7 @@ from cogtune.generate.engine import InferenceEngine
 from cogtune.generate.generator import Ask, Generator
 from cogtune.generate.picture_cache import PictureCache, image_digest
 from cogtune.generate.requests import Request
-from cogtune.generate.text_graphs import TextGraphs
+from cogtune.generate.text_graphs import Text, TextGraphs
 from cogtune.model.extend import PlainLayer
 from cogtune.processing.processor import CogVLM2Processor
 
@@ -92,11 +97,11 @@ def test_text_behind_pictures_in_passes_of_fixed_shape(
     counted = []
 
     class Passes(TextGraphs):
-        def prefill(self, slot: int, tokens: Any, position: int, column: int, adapter: int) -> torch.Tensor:
-            rows = self.rows_for(len(tokens), column)
-            assert rows is not None
-            counted.append(len(tokens))
-            return self.computed(rows, self.inputs(rows, slot, tokens, position, column, adapter))
+        def prefill(self, texts: Sequence[Text]) -> torch.Tensor:
+            shape = self.shape_for([len(text.tokens) for text in texts])
+            assert shape is not None
+            counted.append(len(texts))
+            return self.computed(self.inputs(shape, texts))[: len(texts)]
 
     use = DecodeSteps.use
 
@@ -106,11 +111,100 @@ def test_text_behind_pictures_in_passes_of_fixed_shape(
         self.text = Passes(parts[0], cache, fused, None)
 
     monkeypatch.setattr(DecodeSteps, "use", with_passes)
-    monkeypatch.setattr("cogtune.generate.text_graphs.ROWS", (24, 40))
-    with InferenceEngine(*parts, slots=3, columns=400) as engine:
-        assert engine.answer([_request(engine, ask) for ask in asks]) == wanted
-    lengths = [len(_request(engine, ask).encoded) for ask in asks]
-    assert 2 < len(counted) < len(lengths)
+    monkeypatch.setattr("cogtune.generate.text_graphs.SHAPES", ((1, 24), (3, 24), (1, 40)))
+    with InferenceEngine(*parts, slots=6, columns=400) as engine:
+        with _held(engine):
+            running = [engine.submit(_request(engine, ask)) for ask in asks]
+        assert [pending.text() for pending in running] == wanted
+    lengths = [len(_request(engine, ask).text) for ask in asks]
+    assert sum(counted) == sum(length <= 40 for length in lengths) < len(lengths)
+    assert max(counted) > 1
+
+
+@contextmanager
+def _held(engine: InferenceEngine) -> Iterator[None]:
+    """Keep the engine's thread busy, so that what is submitted meanwhile waits together."""
+    busy, free = threading.Event(), threading.Event()
+
+    def work() -> None:
+        busy.set()
+        free.wait()
+
+    thread = threading.Thread(target=engine.run, args=(work,))
+    thread.start()
+    busy.wait()
+    yield
+    free.set()
+    thread.join()
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_waiting_requests_are_prefilled_together(
+    parts: tuple[Any, CogVLM2Processor],
+    asks: list[Ask],
+    wanted: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    known: bool,
+) -> None:
+    """In one pass over their texts, and one over the pictures that are new, each once: the answers are as if alone."""
+    passes: list[tuple[str, int]] = []
+
+    def counted(name: str, compute: Any, *given: Any, **options: Any) -> Any:
+        passes.append((name, 1 if name == "prefill" else len(given[2])))
+        return compute(*given, **options)
+
+    for name in ("prefill", "prefill_pictures", "prefill_texts"):
+        monkeypatch.setattr(prefilling, name, partial(counted, name, getattr(prefilling, name)))
+    with InferenceEngine(*parts, slots=8, columns=400) as engine:
+        if known:
+            engine.answer([_request(engine, asks[0]), _request(engine, asks[2])])
+            passes.clear()
+        with _held(engine):
+            running = [engine.submit(_request(engine, ask)) for ask in asks]
+            running[1].cancel()
+        texts = [pending.text() for pending in running]
+    assert texts[:1] + texts[2:] == wanted[:1] + wanted[2:]
+    assert (texts[1], running[1].finish_reason) == ("", "cancelled")
+    assert passes == ([] if known else [("prefill_pictures", 2)]) + [("prefill_texts", 5)]
+
+
+def test_what_is_prefilled_together_has_a_limit(
+    engine: InferenceEngine, asks: list[Ask], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts padded to the longest, and images that are new; the first request is never too much."""
+    requests = [
+        replace(_request(engine, ask), image_keys=tuple(map(image_digest, () if ask[0] is None else (ask[0],))))
+        for ask in asks
+    ]
+    lengths = [len(request.text) for request in requests]
+    assert engine.prefill.together(requests) == len(requests)
+    monkeypatch.setattr(prefilling, "_TEXT_AT_ONCE", 2 * max(lengths[:2]))
+    assert engine.prefill.together(requests) == 2
+    monkeypatch.setattr(prefilling, "_TEXT_AT_ONCE", 1)
+    assert engine.prefill.together(requests) == 1
+    monkeypatch.setattr(prefilling, "_TEXT_AT_ONCE", 1000)
+    monkeypatch.setattr(engine.prefill, "_images_at_once", 1)
+    assert engine.prefill.together(requests) == 2  # the third one's picture is the second that is new
+    engine.answer([requests[0]])
+    assert engine.prefill.together(requests) == len(requests)
+
+
+@pytest.mark.parametrize("broken", [0, 2])
+def test_a_request_that_fails_takes_no_other_with_it(
+    engine: InferenceEngine, asks: list[Ask], wanted: list[str], broken: int
+) -> None:
+    """Prefilled together, they fail together; then each is tried alone."""
+    requests = [_request(engine, ask) for ask in asks[:3]]
+    requests[broken] = replace(requests[broken], images=(torch.zeros(5),))  # no image
+    with _held(engine):
+        running = [engine.submit(request) for request in requests]
+    for place, pending in enumerate(running):
+        if place == broken:
+            with pytest.raises(InputError, match="not a PIL image"):
+                pending.text()
+        else:
+            assert pending.text() == wanted[place]
+    assert engine.free_slots == 3
 
 
 def test_a_seed_draws_the_same_alone_and_in_company(engine: InferenceEngine, asks: list[Ask]) -> None:
@@ -157,6 +251,9 @@ def test_what_does_not_go_together_is_refused(engine: InferenceEngine, asks: lis
     encoded = engine.processor.encode("What?", images=1)
     with pytest.raises(InputError, match="places for 1 images, 0 are given"):
         engine.submit(Request(encoded, (), DECODING))
+    encoded = engine.processor.encode("", images=1, template="base")
+    with pytest.raises(InputError, match="nothing follows the last image"):
+        engine.submit(Request(encoded, (asks[0][0],), DECODING))
     engine.close()
     with pytest.raises(RunError, match="closed"):
         engine.submit(_request(engine, asks[0]))

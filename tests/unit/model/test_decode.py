@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogtune.checkpoint.load import load_model
-from cogtune.model.decode import decode, prefill
+from cogtune.model.decode import decode, prefill, prefill_pictures, prefill_texts
 from cogtune.model.extend import PlainLayer, extend
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.slots import SlotCache, SlotView
@@ -87,21 +87,12 @@ def test_text_of_fixed_shape_is_the_prefill(model: CogVLM2ForCausalLM, rows: lis
     before = cache.keys.clone()
     text = row["input_ids"][0, head:]
     count, start = len(text), position - len(text)
-    length = count + padded
     tokens = torch.cat([text, torch.zeros(padded, dtype=torch.long)])
     layers = [PlainLayer(layer) for layer in model.model.layers]
-    at, columns = torch.arange(start, start + length), torch.arange(head, head + length)
-    found = extend(
-        model,
-        model.model.embed_tokens,
-        layers,
-        cache,
-        torch.tensor([1]),
-        tokens,
-        at,
-        columns,
-        torch.tensor([count - 1]),
-    )
+    numbers = (torch.tensor([number]) for number in (start, head, count - 1))
+    embed = model.model.embed_tokens
+    found = extend(model, embed, layers, cache, torch.tensor([1]), tokens[None], *numbers)
+    found = model.lm_head(found)[0]
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)  # float32, another order
     torch.testing.assert_close(
         cache.keys[:, 1, :, : head + count], cache.keys[:, 0, :, : head + count], rtol=1e-4, atol=1e-5
@@ -113,6 +104,69 @@ def test_text_of_fixed_shape_is_the_prefill(model: CogVLM2ForCausalLM, rows: lis
         model, cache, torch.tensor([0, 1]), newest, torch.tensor([position] * 2), torch.tensor([head + count] * 2), 96
     )
     torch.testing.assert_close(both[1], both[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_texts_of_several_slots_in_one_pass(
+    model: CogVLM2ForCausalLM, rows: list[dict[str, Any]], captured: bool
+) -> None:
+    """Behind two pictures and in an empty slot, in any order; the padding of the longest slot goes to its last column.
+    Then decoding goes on. ``captured``: in the pass of fixed shape, whose last row repeats another.
+    """
+    lone, cache = _slots(model, 3), _slots(model, 4)
+    slots, texts, starts, lengths, wanted = [3, 0, 2], [], [], [], []
+    order = [2, 1, 0]
+    for slot, row in zip(slots, order, strict=True):
+        view = SlotView(lone, row)
+        logits, position = prefill(model, view, **rows[row])
+        ids, types = rows[row]["input_ids"], rows[row]["token_type_ids"]
+        head = int(types[0].nonzero().max()) + 1 if types.any() else 0
+        if head:
+            cache.put(slot, lone.copy_out(row, head))
+        texts.append(ids[0, head:].tolist())
+        starts.append(position - len(texts[-1]))
+        lengths.append(head)
+        wanted.append((logits, position, view.length))
+    small = SlotCache.__new__(SlotCache)  # of so few columns that padding does not fit behind every text
+    small.keys, small.values = (
+        whole[:, :, :, : max(end for *_, end in wanted) + 1] for whole in (cache.keys, cache.values)
+    )
+    if captured:
+        layers = [PlainLayer(layer) for layer in model.model.layers]
+        width = max(map(len, texts)) + 3
+        tokens = torch.tensor([text + [0] * (width - len(text)) for text in texts])
+        given = [slots, starts, lengths, [len(text) - 1 for text in texts]]
+        where, at, held, last = (torch.tensor([*numbers, numbers[0]]) for numbers in given)
+        tokens = torch.cat([tokens, tokens[:1]])
+        found = extend(model, model.model.embed_tokens, layers, small, where, tokens, at, held, last)[:3]
+    else:
+        found = prefill_texts(model, small, slots, texts, starts, lengths)
+    found = model.lm_head(found)
+    for logits, slot, row, (alone, _, end) in zip(found, slots, order, wanted, strict=True):
+        torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-5)  # float32, another order
+        torch.testing.assert_close(cache.keys[:, slot, :, :end], lone.keys[:, row, :, :end], rtol=1e-4, atol=1e-5)
+    assert not cache.keys[:, 1].any()
+    at, held = (torch.tensor([one[place] for one in wanted]) for place in (1, 2))
+    newest = found.argmax(-1)
+    alone = decode(model, lone, torch.tensor(order), newest, at, held)
+    together = decode(model, cache, torch.tensor(slots), newest, at, held)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_pictures_of_several_slots_in_one_pass(model: CogVLM2ForCausalLM, rows: list[dict[str, Any]]) -> None:
+    lone, cache = _slots(model, 2), _slots(model, 3)
+    head = 1 + model.config.num_image_tokens
+    for slot, row in enumerate((rows[0], rows[2])):
+        prefill(model, SlotView(lone, slot), row["input_ids"][:, :head], row["token_type_ids"][:, :head],
+                row["image_features"])  # fmt: skip
+    ids, types = (
+        torch.cat([row[name][:, :head] for row in (rows[0], rows[2])]) for name in ("input_ids", "token_type_ids")
+    )
+    prefill_pictures(model, cache, [2, 0], ids, types, torch.cat([row["image_features"] for row in (rows[0], rows[2])]))
+    for slot, alone in ((2, 0), (0, 1)):
+        for one, other in ((cache.keys, lone.keys), (cache.values, lone.values)):
+            torch.testing.assert_close(one[:, slot, :, :head], other[:, alone, :, :head], rtol=1e-4, atol=1e-5)
+    assert not cache.keys[:, 1].any()
 
 
 def test_a_kept_beginning_is_the_whole_prompts_beginning(model: CogVLM2ForCausalLM, rows: list[dict[str, Any]]) -> None:
