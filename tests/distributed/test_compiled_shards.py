@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.launching import launch, torchrun
+from tests.support.launching import run_ranks
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -22,7 +22,7 @@ def test_sharded_layers_compile_whole_and_compute_the_same(tmp_path: Path) -> No
         steps = ["--steps", "3", "--warmup", "1"]
         for length in (40, 52, 61):
             steps += ["--variant", f"{length} preset=text={length}"]
-        launched = launch(torchrun("-m", "cogtune", "bench", "train", *flags, *steps))
+        launched = run_ranks("tests.support.compiled_bench", "bench", "train", *flags, *steps)
         assert launched.code == 0, launched.output
         return json.loads(file.read_text())["rows"]
 

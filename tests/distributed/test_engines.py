@@ -25,7 +25,7 @@ from cogtune.evaluate.run_folder import read_metrics
 from cogtune.train.answers import answers_file
 from cogtune.train.run import train
 from tests.support.engine_cases import LEFT_OUT, LENGTHS, MOVED, STOP_AT, make_case
-from tests.support.launching import launch, torchrun
+from tests.support.launching import run_ranks
 from tests.support.training import make_config, write_data
 
 pytestmark = pytest.mark.timeout(900)  # a launch runs many cases, here beside other programs
@@ -80,7 +80,7 @@ def launched(
         pytest.importorskip("deepspeed")
     (output / "engine").write_text(request.param)
     arguments = [str(word) for word in (tiny_checkpoint, data, output, request.param)]
-    launched = launch(torchrun("-m", "tests.support.engine_cases", *arguments, ranks=RANKS))
+    launched = run_ranks("tests.support.engine_cases", *arguments, ranks=RANKS)
     assert launched.code == 0, launched.output
     return output
 

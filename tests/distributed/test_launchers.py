@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from cogtune.evaluate.run_folder import read_metrics
-from tests.support.launching import cogtune_launch, deepspeed, launch, torchrun
+from tests.support.launching import cogtune_launch, deepspeed, launch, run_ranks, torchrun
 from tests.support.lock_holder import holder, kill
 from tests.support.training import write_data
 
@@ -55,14 +55,14 @@ def test_torchrun(tiny_checkpoint: Path, folder: Path, tmp_path: Path) -> None:
 def test_a_launch_into_a_folder_that_is_being_written(tiny_checkpoint: Path, folder: Path, tmp_path: Path) -> None:
     """Every rank ends, and the cause is said; the lock of a killed process is taken over by rank 0 for all."""
     output = tmp_path / "out"
-    words = ["-m", "cogtune", "train", *train_flags(tiny_checkpoint, folder, output)]
+    words = ["train", *train_flags(tiny_checkpoint, folder, output)]
     with holder(output) as other:
-        launched = launch(torchrun(*words), timeout=SECONDS_TO_FAIL)
+        launched = run_ranks("cogtune", *words, timeout=SECONDS_TO_FAIL)
         assert launched.code != 0
         assert f"error[output-in-use]: {output}: in use by process {other.pid}" in launched.output
         assert not list(output.glob("[!.]*"))
         kill(other)
-    launched = launch(torchrun(*words))
+    launched = run_ranks("cogtune", *words)
     assert launched.code == 0, launched.output
     assert launched.output.count(f"taking over from process {other.pid}") == 1
     assert not (output / ".cogtune.lock").exists()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launching import launch, torchrun
+from tests.support.launching import run_ranks
 from tests.support.training import write_data
 
 pytestmark = pytest.mark.timeout(600)
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.timeout(600)
 def test_three_ranks_go_on_to_the_same_bits(tiny_checkpoint: Path, tmp_path: Path) -> None:
     write_data(tmp_path / "data", 12)
     words = [str(word) for word in (tiny_checkpoint, tmp_path / "data", tmp_path, "ddp")]
-    launched = launch(torchrun("-m", "tests.support.resumed_cases", *words, ranks=3))
+    launched = run_ranks("tests.support.resumed_cases", *words, ranks=3)
     assert launched.code == 0, launched.output
     for name in ("adapter_model.safetensors", "optimizer.safetensors", "rng.safetensors"):
         whole, resumed = (tmp_path / case / "last" / name for case in ("whole", "resumed"))

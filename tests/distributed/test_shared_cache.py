@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.support.launching import launch, torchrun
+from tests.support.launching import run_ranks
 from tests.support.shared_filling import run
 from tests.support.training import write_data
 
@@ -23,7 +23,7 @@ def output(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     for number in range(8):  # so that no two are the same
         Image.new("RGB", (12, 10), (number * 30, 90, 200)).save(data / "images" / f"{number:03}.png")
     words = [str(word) for word in (tiny_checkpoint, data, folder)]
-    launched = launch(torchrun("-m", "tests.support.shared_filling", *words))
+    launched = run_ranks("tests.support.shared_filling", *words)
     assert launched.code == 0, launched.output
     run(tiny_checkpoint, data, folder, "alone", "on", train__batch_size=4)
     return folder

@@ -14,7 +14,7 @@ from cogtune.cli.main import main
 from cogtune.configuration.run_config import LoraSection
 from cogtune.generate.transformers_generator import TransformersGenerator
 from tests.support import tensor_cases
-from tests.support.launching import launch, torchrun
+from tests.support.launching import run_ranks
 from tests.support.training import write_data
 
 Results = dict[str, Any]
@@ -32,7 +32,7 @@ def found(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
             torch.nn.init.normal_(value, std=0.1, generator=generator)
     save_adapter(model, folder / "adapter")
     words = [str(tiny_checkpoint), str(folder / "adapter"), str(folder / "two")]
-    launched = launch(torchrun("-m", "tests.support.tensor_cases", *words))
+    launched = run_ranks("tests.support.tensor_cases", *words)
     assert launched.code == 0, launched.output
     tensor_cases.main(tiny_checkpoint, folder / "adapter", folder / "one")
     ranks = [torch.load(folder / f"two.rank{rank}.pt") for rank in (0, 1)]
@@ -108,7 +108,7 @@ def test_predict_on_two_ranks_writes_what_one_device_writes(
     words += ["--temperature", "1", "--batch-size", "4", "--output"]
     assert main([*words, str(tmp_path / "one.jsonl")]) == 0
     for end in ("6 of 6 questions answered", "nothing to do"):
-        again = launch(torchrun("-m", "cogtune", *words, str(tmp_path / "two.jsonl"), "--parallel.tensor", "2"))
+        again = run_ranks("cogtune", *words, str(tmp_path / "two.jsonl"), "--parallel.tensor", "2")
         assert again.code == 0, again.output
         assert again.output.count(end) == 1, again.output
     assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()

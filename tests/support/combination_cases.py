@@ -29,6 +29,7 @@ COVERED = {
     "lora.targets": ("experts", "vision-tower"),
     "data.cache_features": ("off", "on"),
     "quant.experts": ("none", "nf4", "int8", "fp8"),
+    "quant.stream": ("off", "auto"),
 }
 """The keys whose values are run two by two, wherever no rule refuses them."""
 
@@ -71,8 +72,8 @@ def name_of(combination: Combination) -> str:
 
 
 def reference_of(combination: Combination) -> Combination:
-    """The same on one device."""
-    return {**combination, ENGINE: "single", "parallel.offload": "none"}
+    """The same on one device, with every layer there."""
+    return {**combination, ENGINE: "single", "parallel.offload": "none", "quant.stream": "off"}
 
 
 def make_run(base: Path, data: Path, output: Path, combination: Combination) -> RunConfig:
@@ -89,6 +90,8 @@ def make_run(base: Path, data: Path, output: Path, combination: Combination) -> 
         "data__turns": combination["data.turns"],
         "data__cache_features": combination["data.cache_features"],
         "quant__experts": combination["quant.experts"],
+        # a CPU has room for all layers, so auto streams none: keep none there, as a full card would
+        "quant__stream": {"off": "off", "auto": "0"}[combination["quant.stream"]],
         "data__cache_dir": str(output / "cache"),
     }
     if engine == "tensor":
