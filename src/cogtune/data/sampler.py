@@ -21,11 +21,12 @@ _WINDOW, _BLOCK = 512, 16
 class EpochSampler:
     """Batches of ``(epoch, row)`` for one rank; None is a filler row. Use it as a DataLoader's ``batch_sampler``.
 
-    A global batch is the next ``world_size * batch_size`` rows of the epoch's order, rank 0's rows first. A step is the
-    next ``accumulation`` global batches, fewer at the end of an epoch. All ranks yield the same number of batches,
-    since engines communicate in each of them; only an epoch's last global batch can hold fillers. With ``most_tokens``,
-    a rank's rows of a step are the same but are cut into batches of at most that many tokens; a rank with fewer batches
-    than another gets filler batches.
+    A global batch is the next ``world_size * batch_size`` rows of the epoch's order. A step is the next
+    ``accumulation`` global batches, fewer at the end of an epoch. Its rows are dealt to the ranks so that each has about
+    as many tokens; without ``lengths``, rank 0 has the first rows of every global batch. All ranks yield the same
+    number of batches, since engines communicate in each of them; only an epoch's last step can hold fillers. With
+    ``most_tokens``, a rank's rows of a step are the same but are cut into batches of at most that many tokens; a rank
+    with fewer batches than another gets filler batches.
 
     A position is ``(epoch, rows already taken from it over all ranks)``, so it is valid for any number of ranks.
 
@@ -34,7 +35,7 @@ class EpochSampler:
         epochs: iteration ends before this epoch.
         start: the first position, after a resume for example.
         shuffle: False keeps the rows in their own order, for validation.
-        lengths: tokens of every row; required by the next two.
+        lengths: tokens of every row; with several ranks each step's rows are dealt by it. Required by the next two.
         by_length: put rows of similar length next to each other.
         most_tokens: token limit of a batch, instead of ``batch_size`` rows; a longer row is a batch of its own.
     """
@@ -129,14 +130,9 @@ class EpochSampler:
 
     def _cut(self, epoch: int, taken: int, rank: int) -> list[list[RowIndex | None]]:
         """Return a rank's batches in the step that starts after ``taken`` rows."""
-        order = self.order(epoch)
-        # this rank's slice of every global batch of the step
-        parts = [
-            order[base + rank * self.batch_size :][: self.batch_size].tolist()
-            for base in range(taken, min(taken + self.step_rows, len(order)), self.global_batch)
-        ]
+        parts = self._share(self.order(epoch)[taken:][: self.step_rows], rank)
         batches: list[list[RowIndex | None]] = []
-        # fixed number of rows: the slices are the batches, filled up with None
+        # fixed number of rows: the parts are the batches, filled up with None
         if self.most_tokens is None:
             for part in parts:
                 batches.append([(epoch, row) for row in part])
@@ -152,6 +148,21 @@ class EpochSampler:
             batches[-1].append((epoch, row))
             room -= length
         return batches
+
+    def _share(self, rows: npt.NDArray[np.int64], rank: int) -> list[list[int]]:
+        """Return a rank's rows of a step, batch by batch.
+
+        With lengths, several ranks get rows that take about as long: sorted, they are dealt from rank 0 to the last and
+        back again. Otherwise each rank has its slice of every global batch.
+        """
+        starts = range(0, len(rows), self.global_batch)
+        if self.world_size == 1 or not self._lengths.size:
+            return [rows[start + rank * self.batch_size :][: self.batch_size].tolist() for start in starts]
+        turn = 2 * self.world_size
+        place = np.arange(len(rows)) % turn
+        dealt = rows[np.argsort(-self._lengths[rows], kind="stable")]
+        own = dealt[(place == rank) | (place == turn - 1 - rank)].tolist()
+        return [own[first * self.batch_size :][: self.batch_size] for first in range(len(starts))]
 
     def _counts(self, epoch: int) -> npt.NDArray[np.int64]:
         """Return how often each row is shown in an epoch."""

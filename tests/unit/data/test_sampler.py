@@ -121,6 +121,37 @@ def test_grouping_keeps_every_row_once_and_depends_on_nothing_else() -> None:
     assert steps > 0.7 * anything
 
 
+@pytest.mark.parametrize("by_length", [False, True])
+@pytest.mark.parametrize(("ranks", "batch", "accumulation"), [(8, 4, 1), (4, 1, 4), (3, 2, 2)])
+def test_ranks_of_a_step_have_about_as_many_tokens(ranks: int, batch: int, accumulation: int, by_length: bool) -> None:
+    """The step's rows are those of the order, and only who has them changes; no rank waits long for another."""
+    samplers = [
+        EpochSampler(
+            1300, batch, rank, ranks, seed=3, lengths=LENGTHS, by_length=by_length, accumulation=accumulation
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
+    order, position, feeds = samplers[0].order(0).tolist(), (0, 0), [iter(sampler) for sampler in samplers]
+    longest = mean = 0.0
+    while position[0] == 0:
+        taken = position[1]
+        count, position = samplers[0].step(position)
+        own = [[row for _ in range(count) for row in next(feed)] for feed in feeds]
+        assert {len(rows) for rows in own} == {count * batch}
+        dealt = [[row[1] for row in rows if row is not None] for rows in own]
+        assert sorted(chain(*dealt)) == sorted(order[taken : None if position[0] else position[1]])
+        assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+        tokens = [sum(LENGTHS[row] for row in rows) for rows in dealt]
+        longest, mean = longest + max(tokens), mean + sum(tokens) / ranks
+    assert longest < 1.1 * mean
+    assert all(next(feed, None) is None for feed in feeds)
+
+
+def test_one_rank_keeps_the_order() -> None:
+    rows = list(EpochSampler(40, 3, seed=3, lengths=LENGTHS[:40]))
+    assert rows == list(EpochSampler(40, 3, seed=3))
+
+
 @pytest.mark.parametrize(("ranks", "rows", "accumulation"), [(1, 8, 1), (2, 2, 2), (1, 1, 8), (4, 2, 1)])
 def test_a_token_budget_cuts_the_same_steps(ranks: int, rows: int, accumulation: int) -> None:
     """A step has the same rows, whatever the budget; no batch is over it but for a single long row; every rank gets as
