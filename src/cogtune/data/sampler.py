@@ -22,8 +22,8 @@ class EpochSampler:
     """Batches of ``(epoch, row)`` for one rank; None is a filler row. Use it as a DataLoader's ``batch_sampler``.
 
     A global batch is the next ``world_size * batch_size`` rows of the epoch's order. A step is the next
-    ``accumulation`` global batches, fewer at the end of an epoch. Its rows are dealt to the ranks so that each has about
-    as many tokens; without ``lengths``, rank 0 has the first rows of every global batch. All ranks yield the same
+    ``accumulation`` global batches, fewer at the end of an epoch. Its rows are dealt to the ranks so that each has
+    about as many tokens; without ``lengths``, rank 0 has the first rows of every global batch. All ranks yield the same
     number of batches, since engines communicate in each of them; only an epoch's last step can hold fillers. With
     ``most_tokens``, a rank's rows of a step are the same but are cut into batches of at most that many tokens; a rank
     with fewer batches than another gets filler batches.
