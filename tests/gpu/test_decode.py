@@ -29,6 +29,9 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
 """Norm-wise: sums in another order; bfloat16 rounds inputs of the next operation and the result (2^-9 each)."""
 
 
+FP4 = -1  # read by the same kernel, with other values
+
+
 def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
@@ -48,21 +51,23 @@ def _weight(kind: int, weight: torch.Tensor) -> tuple[kernels.Weight, torch.Tens
         whole = (weight.float() / scale[:, None]).round().to(torch.int8)
         return kernels.Weight(kind, whole, shape, scale), whole.double() * scale.double()[:, None]
     bnb = pytest.importorskip("bitsandbytes.functional")
-    packed, state = bnb.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+    packed, state = bnb.quantize_4bit(
+        weight, compress_statistics=True, quant_type="nf4" if kind == kernels.NF4 else "fp4"
+    )
     words = packed.view(torch.uint8).flatten().view(torch.int32)
     stored = kernels.Weight(
-        kind, words, shape, state.absmax, state.code, state.state2.absmax, state.state2.code,
+        kernels.NF4, words, shape, state.absmax, state.code, state.state2.absmax, state.state2.code,
         state.offset.reshape(1), state.state2.blocksize,
     )  # fmt: skip
     return stored, bnb.dequantize_4bit(packed, state).double()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("kind", [kernels.PLAIN, kernels.FP8, kernels.INT8, kernels.NF4])
+@pytest.mark.parametrize("kind", [kernels.PLAIN, kernels.FP8, kernels.INT8, kernels.NF4, FP4])
 @pytest.mark.parametrize("rows", [1, 7, 16, 64])
 @pytest.mark.parametrize(("features", "width"), [(96, 256), (1000, 1536)])
 def test_products(dtype: torch.dtype, kind: int, rows: int, features: int, width: int) -> None:
-    if kind == kernels.NF4 and rows > 1:
+    if kind in (kernels.NF4, FP4) and rows > 1:
         pytest.skip("one row only")
     torch.manual_seed(0)
     x, norm = torch.randn(rows, width, device="cuda").to(dtype), torch.rand(width, device="cuda").to(dtype)

@@ -21,6 +21,12 @@ PLAIN, FP8, INT8, NF4 = 0, 1, 2, 3
 MOST_ROWS, MOST_GATED_ROWS = 16, 64
 """Most rows of `linear` for which it is faster than library kernels (docs/log.md, 2026-11-30): of one product, and of
 two that share their input."""
+MOST_FEATURES = 65536
+"""Most features of a row's product for `vector.dense`; of more, as a model's head has, `_few` reads them faster."""
+
+
+LATE: dict[str, int] = {"early": False, "launch_pdl": False}
+"""For a product that is slower if it starts before its input is there."""
 
 
 @triton.jit
@@ -135,7 +141,7 @@ class Weight:
     """A frozen weight [O, I] as its layer stores it.
 
     Args:
-        kind: `PLAIN`, `FP8` (uint8 bits), `INT8` or `NF4`.
+        kind: `PLAIN`, `FP8` (uint8 bits), `INT8` or `NF4` (any 16 values of ``code``).
         data: [O, I], or for NF4 words of 8 codes, int32.
         scale: float32 [O] for fp8 and int8; NF4's block scales, float32 or uint8.
         code: NF4's 16 values.
@@ -158,10 +164,19 @@ class Weight:
         self.kind, self.data, self.shape, self.per_outer, self.nested = kind, data, shape, per_outer, outer is not None
         none = data  # placeholder: arguments that the kernel does not read must still be tensors
         self.scale = none if scale is None else scale
-        self.code = none if code is None else code
+        self.code, self.words = (none, none) if code is None else (code, _lookup(code))
         self.outer = none if outer is None else outer
         self.table = none if table is None else table
         self.offset = none if offset is None else offset
+
+
+def _lookup(code: torch.Tensor) -> torch.Tensor:
+    """Return 16 values as `vector.packed` looks them up [9, 32]: float16's low bytes in 4 words, its high bytes in 4,
+    and the selection that takes the first of two words. Every lane has a copy: values that a compiler knows to be the
+    same for all lanes go to registers that byte permutations cannot read."""
+    halves = code.to(torch.float16).view(torch.uint8).view(16, 2)
+    words = halves.t().contiguous().view(torch.int32).flatten()
+    return torch.cat([words, torch.full_like(words[:1], 0x32103210)])[:, None].repeat(1, 32)
 
 
 Update = tuple[torch.Tensor, torch.Tensor]
@@ -219,17 +234,18 @@ def linear(
         "adds": residual is not None, **launch_options(x),
     }  # fmt: skip
     stacked = 0 if stack is None or updates is not None else stack.n
-    if rows == 1:
+    if rows == 1 and (features <= MOST_FEATURES or weight.kind == NF4):
         tile = row_tiles(features, width, weight.kind, gated is not None) | (tiles or {})
         grid = (triton.cdiv(features, tile["rows"] * tile["warps"]),)
         options |= {"num_warps": tile["warps"]} | tile
         before, eps = (x, 0.0) if norm is None else norm
         if weight.kind == NF4:
-            stored = (weight.code, weight.outer, other.outer, weight.table, weight.offset, other.offset)
-            permuted = options.pop("permuted", x.is_cuda and x.dtype != torch.float32)  # of float16 values
+            halves = x.is_cuda and x.dtype != torch.float32
+            code = weight.words if halves else weight.code
+            stored = (code, weight.outer, other.outer, weight.table, weight.offset, other.offset)
             packed[grid](
-                _split(x, norm), *products, *stored, features, per_outer=weight.per_outer, nested=weight.nested,
-                permuted=permuted, **options,
+                _split(x, norm, halves), *products, *stored, features, per_outer=weight.per_outer,
+                nested=weight.nested, halves=halves, **options,
             )  # fmt: skip
         else:
             dense[grid](
@@ -249,14 +265,14 @@ def linear(
     return out
 
 
-def _split(x: torch.Tensor, norm: tuple[torch.Tensor, float] | None) -> torch.Tensor:
+def _split(x: torch.Tensor, norm: tuple[torch.Tensor, float] | None, halves: bool) -> torch.Tensor:
     """Return a row [1, I] as NF4's product takes it; see `vector.split`."""
     weight, eps = (x, 0.0) if norm is None else norm
     width = x.shape[1]
-    out = torch.empty(width, dtype=torch.float32, device=x.device)
+    out = torch.empty(width, dtype=torch.int32 if halves else torch.float32, device=x.device)
     split[(1,)](
-        x, weight, out, eps, width=width, normed=norm is not None, block=triton.next_power_of_2(width),
-        num_warps=16, **launch_options(x),
+        x, weight, out, eps, width=width, normed=norm is not None, halves=halves,
+        block=triton.next_power_of_2(width), num_warps=16, **launch_options(x),
     )  # fmt: skip
     return out
 
@@ -289,14 +305,19 @@ def _tiles(rows: int, features: int, gated: bool) -> dict[str, int]:
     if rows > 16:
         block_n, block_k, warps, stages = (64, 64, 4, 4) if gated else (32, 128, 4, 4)
     else:
-        block_n, block_k, warps, stages = (64, 128, 4, 4) if gated or features > 65536 else (16, 256, 2, 4)
+        block_n, block_k, warps, stages = (64, 128, 4, 4) if gated or features > MOST_FEATURES else (16, 256, 2, 4)
     return {"block_n": block_n, "block_k": block_k, "num_warps": warps, "num_stages": stages}
 
 
 def row_tiles(features: int, width: int, kind: int, gated: bool) -> dict[str, int]:
     """Like `_tiles`, for one row: features of a warp, warps, and the columns that it holds at a time."""
-    if kind == NF4:
-        return {"rows": 2 if gated else 4, "warps": 4}
-    if features <= 512:  # the first matrix of an update: all warps share a feature
+    if features <= 512 and kind != NF4:  # the first matrix of an update: all warps share a feature
         return {"rows": 1, "warps": 1, "block_k": 4096, "unroll": 1, "num_warps": 8}
-    return {"rows": 1 if gated else 2, "warps": 4, "block_k": 1024 if kind == PLAIN else 2048, "unroll": 1}
+    if kind == NF4:
+        return {"rows": 1, "warps": 8} | (LATE if width > 8192 else {})
+    if kind == PLAIN:
+        few = gated or width > 8192
+        return {"rows": 1, "warps": 2 if few else 4, "block_k": 1024 if few else 512, "unroll": 1 if few else 2}
+    if gated:
+        return {"rows": 1, "warps": 4, "block_k": 4096, "unroll": 1}
+    return {"rows": 2, "warps": 2, "block_k": 1024 if width > 8192 else 2048, "unroll": 1}

@@ -15,7 +15,6 @@ import triton.language as tl
 from cogtune.model.kernels.vector import launch_options, waited
 
 PART = 256  # columns per attention program; fixed, so that a row's result does not depend on the number of rows
-_BLOCK = 64
 NARROWEST_HEAD = 32  # tl.dot multiplies halves of a head, and needs 16 columns
 
 
@@ -144,7 +143,7 @@ def slot_attention(
     _attend[(rows, groups, parts)](
         qkv, cos, sin, keys, values, slots, lengths, context, largest, total, width**-0.5, qkv.stride(0),
         keys.stride(0), keys.stride(1), num_slots, parts, heads=heads, groups=groups, width=width, part=PART,
-        block=_BLOCK, exact=exact, num_warps=4, **launch,
+        block=64 if qkv.dtype == torch.float32 else 128, exact=exact, num_warps=4, **launch,
     )  # fmt: skip
     _combine[(rows, heads)](
         context, largest, total, slots, lengths, out, num_slots, parts, heads=heads, width=width, part=PART,
