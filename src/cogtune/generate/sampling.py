@@ -8,6 +8,7 @@ Shapes: R rows, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ class SamplingRows:
 
 def choose(logits_RV: torch.Tensor, rows: SamplingRows | None) -> torch.Tensor:
     """Return the chosen tokens, int64 [R]. ``rows`` None: every row is greedy, and nothing is sorted."""
-    likeliest = logits_RV.argmax(-1)
+    likeliest = _likeliest(logits_RV)
     if rows is None:
         return likeliest
     draws = rows.temperature > 0
@@ -34,6 +35,15 @@ def choose(logits_RV: torch.Tensor, rows: SamplingRows | None) -> torch.Tensor:
     allowed = _allowed(logits, rows)
     noisy = (logits + _gumbel(rows.seed, rows.step, logits.shape[1])).masked_fill(~allowed, -torch.inf)
     return torch.where(draws, noisy.argmax(-1), likeliest)
+
+
+def _likeliest(logits_RV: torch.Tensor) -> torch.Tensor:
+    """Return the first maximum of each row, in two passes: a GPU reduces a long row with too few threads in one."""
+    rows, vocabulary = logits_RV.shape
+    parts = math.gcd(vocabulary, 512)
+    largest, places = logits_RV.view(rows, parts, -1).max(-1)
+    part = largest.argmax(-1, keepdim=True)
+    return torch.add(places.gather(1, part), part, alpha=vocabulary // parts).flatten()
 
 
 def _allowed(logits_RV: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
