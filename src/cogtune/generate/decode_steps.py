@@ -8,6 +8,7 @@ per power-of-two number of rows is captured on first use. Rows that pad a graph 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -58,6 +59,9 @@ class CopiedTokens:
         return found
 
 
+_TOKEN, _ADAPTER, _STEP = 0, 3, 6
+
+
 class DecodeSteps:
     """Runs steps over the slots of ``cache``.
 
@@ -66,11 +70,8 @@ class DecodeSteps:
             passes keep memory of their own, and end with the head.
     """
 
-    _token: torch.Tensor
-    _position: torch.Tensor
-    _length: torch.Tensor
-    _adapter: torch.Tensor
-    _sampling: SamplingRows
+    _whole: torch.Tensor  # [7, S + 1], of every slot: newest token, position, length, adapter, top_k, seed, step
+    _parts: torch.Tensor  # [2, S + 1]: temperature, top_p
 
     def __init__(self, model: Any, cache: SlotCache, *, graphs: bool, adapters: StackedAdapters | None = None) -> None:
         self._model = model
@@ -82,20 +83,14 @@ class DecodeSteps:
     def use(self, cache: SlotCache) -> None:
         """Switch to another cache, at least as large, that starts with the content of the last one."""
         rows, device = cache.slots + 1, cache.keys.device  # the last row is the spare slot that pads a graph
-        kinds = (torch.int64,) * 4 + (torch.float32,) * 2 + (torch.int64,) * 3
-        state = [torch.zeros(rows, dtype=kind, device=device) for kind in kinds]
+        whole = torch.zeros(7, rows, dtype=torch.int64, device=device)
+        parts = torch.zeros(2, rows, device=device)
         if self._host_lengths:
-            sampling = self._sampling
-            before = (
-                self._token, self._position, self._length, self._adapter, sampling.temperature, sampling.top_p,
-                sampling.top_k, sampling.seed, sampling.step,
-            )  # fmt: skip
-            for new, old in zip(state, before, strict=True):
-                new[: old.shape[0] - 1] = old[:-1]
-        self._cache = cache
-        self._token, self._position, self._length, self._adapter = state[:4]
-        self._adapter[-1] = NONE
-        self._sampling = SamplingRows(*state[4:])
+            kept = self._whole.shape[1] - 1
+            whole[:, :kept], parts[:, :kept] = self._whole[:, :-1], self._parts[:, :-1]
+        whole[_ADAPTER, -1] = NONE
+        self._cache, self._whole, self._parts = cache, whole, parts
+        self._step_adds = torch.tensor([[0], [1], [1], [0], [0], [0], [1]], device=device)
         self._host_lengths += [0] * (cache.slots - len(self._host_lengths))
         self._forget()
         self.text = None
@@ -110,20 +105,18 @@ class DecodeSteps:
 
     def begin(self, logits_RV: torch.Tensor, begun: Sequence[Begun]) -> torch.Tensor:
         """Start prefilled slots: sample their first tokens [R], and store their decoding state."""
-        device = self._token.device
-        numbers = [(one.slot, one.position, one.length, one.adapter, one.decoding.top_k, one.seed, 0) for one in begun]
+        device = self._whole.device
+        where = torch.tensor([one.slot for one in begun]).to(device, non_blocking=True)
+        numbers = [(0, one.position, one.length, one.adapter, one.decoding.top_k, one.seed, 0) for one in begun]
         settings = [(one.decoding.temperature if one.decoding.sample else 0.0, one.decoding.top_p) for one in begun]
-        where, position, length, adapter, *drawn = torch.tensor(numbers).to(device, non_blocking=True).unbind(1)
-        temperature, top_p = torch.tensor(settings).to(device, non_blocking=True).unbind(1)
-        rows = SamplingRows(temperature, top_p, *drawn)
-        tokens = choose(logits_RV, rows if any(one.decoding.sample for one in begun) else None)
+        whole = torch.tensor(numbers).t().contiguous().to(device, non_blocking=True)
+        parts = torch.tensor(settings).t().contiguous().to(device, non_blocking=True)
+        tokens = choose(logits_RV, _sampling(whole, parts) if any(one.decoding.sample for one in begun) else None)
         for one in begun:
             self._host_lengths[one.slot] = one.length
-        self._token[where], self._position[where], self._length[where] = tokens, position, length
-        self._adapter[where] = adapter
-        state = self._sampling
-        state.temperature[where], state.top_p[where], state.top_k[where] = rows.temperature, rows.top_p, rows.top_k
-        state.seed[where], state.step[where] = rows.seed, rows.step + 1
+        whole[_TOKEN] = tokens
+        whole[_STEP] += 1
+        self._whole[:, where], self._parts[:, where] = whole, parts
         return tokens
 
     def step(self, slots: list[int], sample: bool) -> torch.Tensor:
@@ -135,7 +128,7 @@ class DecodeSteps:
         for slot in slots:
             self._host_lengths[slot] += 1
         if self._fused is None:
-            return self._computed(torch.tensor(slots, device=self._token.device), columns, sample)
+            return self._computed(torch.tensor(slots, device=self._whole.device), columns, sample)
         head = fetch_head(self._model)
         if head != self._head:
             self._forget(head)
@@ -150,7 +143,7 @@ class DecodeSteps:
 
     def _record(self, rows: int, sample: bool) -> _Recorded:
         """Capture a step of ``rows`` rows, after two warm-up runs on the spare slot that compile its kernels."""
-        slots = torch.full((rows,), self._cache.slots, device=self._token.device)
+        slots = torch.full((rows,), self._cache.slots, device=self._whole.device)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -165,31 +158,22 @@ class DecodeSteps:
         return _Recorded(graph, slots, tokens)
 
     def _computed(self, slots_R: torch.Tensor, columns: int | None, sample: bool) -> torch.Tensor:
-        if self._adapters is None:
-            return self._chosen(slots_R, columns, sample)
-        with self._adapters.rows(self._adapter[slots_R]):
-            return self._chosen(slots_R, columns, sample)
-
-    def _chosen(self, slots_R: torch.Tensor, columns: int | None, sample: bool) -> torch.Tensor:
-        tokens, positions, lengths = self._token[slots_R], self._position[slots_R], self._length[slots_R]
-        if self._fused is not None:
-            logits = self._fused(self._cache, slots_R, tokens, positions, lengths)
-        else:
-            logits = decode(self._model, self._cache, slots_R, tokens, positions, lengths, columns)
-        state = self._sampling
-        rows = None
-        if sample:
-            rows = SamplingRows(
-                state.temperature[slots_R],
-                state.top_p[slots_R],
-                state.top_k[slots_R],
-                state.seed[slots_R],
-                state.step[slots_R],
-            )
-        chosen = choose(logits, rows)
-        self._token[slots_R], self._position[slots_R], self._length[slots_R] = chosen, positions + 1, lengths + 1
-        state.step[slots_R] += 1
+        whole = self._whole[:, slots_R]
+        with nullcontext() if self._adapters is None else self._adapters.rows(whole[_ADAPTER]):
+            tokens, positions, lengths = whole[:3]
+            if self._fused is not None:
+                logits = self._fused(self._cache, slots_R, tokens, positions, lengths)
+            else:
+                logits = decode(self._model, self._cache, slots_R, tokens, positions, lengths, columns)
+        chosen = choose(logits, _sampling(whole, self._parts[:, slots_R]) if sample else None)
+        whole = whole + self._step_adds
+        whole[_TOKEN] = chosen
+        self._whole[:, slots_R] = whole
         return chosen
+
+
+def _sampling(whole: torch.Tensor, parts: torch.Tensor) -> SamplingRows:
+    return SamplingRows(parts[0], parts[1], *whole[4:])
 
 
 @dataclass(frozen=True)
