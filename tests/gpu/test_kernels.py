@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from cogtune.configuration.model import CogVLM2VisionConfig
 from cogtune.model import qkv_rope, swiglu, vision
 from cogtune.model.kernels import HAS_TRITON
 from cogtune.model.qkv_rope import rotate_into_rows
@@ -156,6 +157,27 @@ def test_adapted_experts_compute_the_same_with_the_kernel(dropout: float, monkey
     wanted_loss, wanted = run()
     assert loss == pytest.approx(wanted_loss, rel=1e-5)
     assert _error(found, wanted) < 1e-4
+
+
+@pytest.mark.parametrize("mean", [0.0, -1.0])
+def test_a_gelu_inside_its_product_is_as_exact_as_one_behind_it(mean: float) -> None:
+    """The tower's MLP, compiled and not, against float64; a bias of ``mean`` moves the GELU's inputs."""
+    torch.manual_seed(0)
+    mlp = vision.VisionMLP(CogVLM2VisionConfig(hidden_size=192, intermediate_size=1000)).cuda().bfloat16()
+    mlp.requires_grad_(False)
+    nn.init.normal_(mlp.fc1.weight, std=192**-0.5)
+    nn.init.normal_(mlp.fc1.bias, mean=mean, std=0.1)
+    x = _noise(2, 301, 192)
+    assert vision._fits_epilogue(mlp.fc1, x)
+    wanted = functional.gelu(functional.linear(x.double(), mlp.fc1.weight.double(), mlp.fc1.bias.double()))
+    found = torch.compile(vision._product_with_gelu, fullgraph=True, dynamic=True)(mlp.fc1, x)
+    assert torch.equal(found, vision._product_with_gelu(mlp.fc1, x))
+    # the tanh form adds to the rounding of the result, but the sums are not rounded before
+    assert _error(found, wanted) < _error(functional.gelu(mlp.fc1(x)), wanted)
+    assert _error(mlp(x), functional.linear(wanted, mlp.fc2.weight.double(), mlp.fc2.bias.double())) < 5e-3
+    mlp.fc1.weight.requires_grad_()
+    mlp(x).sum().backward()  # a gradient goes the ordinary way
+    assert mlp.fc1.weight.grad is not None
 
 
 @pytest.mark.parametrize("width", [32, 1000, 1792])

@@ -175,7 +175,10 @@ def tower_seconds(setting: Setting, card: Card, images: float | None = None) -> 
     linears = [x for x in setting.sizes.linears if x.part == "tower"]
     matmul = sum(2 * x.weights * patches / _rate(setting, x, rates).matmul for x in linears)
     attention = vision.num_hidden_layers * 4 * count * vision.hidden_size * vision.num_positions**2
-    stream = rates.tower_bytes * patches * vision.num_hidden_layers * vision.hidden_size / 1792
+    streamed = rates.tower_bytes * vision.hidden_size / 1792
+    if setting.dtype == "bfloat16" and setting.quant.tower == "none":  # the first product of an MLP applies the GELU
+        streamed -= 2 * vision.intermediate_size * setting.width
+    stream = streamed * patches * vision.num_hidden_layers
     unpack = rates.unpack_seconds * sum(x.weights for x in linears) if setting.quant.tower in FOUR_BIT else 0.0
     return matmul + attention / rates.tower_attention + stream / rates.memory + unpack
 

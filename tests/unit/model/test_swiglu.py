@@ -13,6 +13,7 @@ from cogtune.adapters.attach import attach
 from cogtune.checkpoint.random import random_model, tiny_config
 from cogtune.configuration.run_config import LoraSection
 from cogtune.model import swiglu as module
+from cogtune.model import vision
 from cogtune.model.compile import compile_layers, prepare_compiling
 from cogtune.model.quantized.fp8 import Fp8Linear, frozen_gated_mlp
 from cogtune.model.swiglu import GatedProduct
@@ -67,6 +68,18 @@ def test_a_frozen_fp8_tower_rounds_behind_its_gelu() -> None:
     mlp(x).sum().backward()
     assert x.grad is not None
     assert float(x.grad.norm()) > 0
+
+
+def test_a_gelu_inside_its_product_is_one_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operator that a GPU in bfloat16 uses; on a CPU it has the exact GELU."""
+    torch.manual_seed(0)
+    mlp = VisionMLP(tiny_config().vision_config).requires_grad_(False)  # type: ignore[arg-type]
+    x = torch.randn(2, 5, mlp.fc1.in_features)
+    wanted = mlp(x)
+    assert not vision._fits_epilogue(mlp.fc1, x)
+    monkeypatch.setattr(vision, "_fits_epilogue", lambda layer, x: True)
+    assert torch.equal(mlp(x), wanted)
+    assert torch.equal(torch.compile(mlp, backend="aot_eager", fullgraph=True, dynamic=True)(x), wanted)
 
 
 @pytest.mark.parametrize("joined", [True, False])
