@@ -6,7 +6,9 @@ positions between two marks, and 401 tokens of text follow: 2,707 positions, as 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,7 +51,7 @@ def configuration(tiny: bool = False) -> Any:
 
     decoder, tower = (TINY_DECODER, TINY_TOWER) if tiny else (DECODER, TOWER)
     first = 508 if tiny else 151652
-    marks = {"vision_start": first, "vision_end": first + 1, "image": first + 3, "video": 0 if tiny else first + 4}
+    marks = {"vision_start": first, "vision_end": first + 1, "image": first + 3, "video": 2 if tiny else first + 4}
     return Qwen3VLConfig(
         text_config=decoder, vision_config=tower, tie_word_embeddings=False,
         **{f"{name}_token_id": number for name, number in marks.items()},
@@ -65,6 +67,73 @@ def random_model(config: Any, device: torch.device, attention: str = "sdpa") -> 
         return Qwen3VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
 
 
+def tokenizer(config: Any) -> Any:
+    """A tokenizer with a word for each token and the model's marks."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    marks = {
+        "image_token": ("<|image_pad|>", config.image_token_id),
+        "vision_start_token": ("<|vision_start|>", config.vision_start_token_id),
+        "vision_end_token": ("<|vision_end|>", config.vision_end_token_id),
+        "video_token": ("<|video_pad|>", config.video_token_id),
+    }
+    special = {number: word for word, number in marks.values()} | {0: "<|im_end|>", 1: "<|endoftext|>"}
+    words = {special.get(number, f"w{number}"): number for number in range(config.text_config.vocab_size)}
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<|endoftext|>")), unk_token="<|endoftext|>",
+        eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=[word for word, _ in marks.values()],
+    )  # fmt: skip
+    for name, (word, number) in marks.items():
+        setattr(made, name, word)
+        setattr(made, f"{name}_id", number)
+    return made
+
+
+def write_processor(config: Any, folder: Path) -> None:
+    """Write the model's tokenizer and picture processor."""
+    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    tower = config.vision_config
+    sizes = {"patch_size": tower.patch_size, "merge_size": tower.spatial_merge_size}
+    Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**sizes, temporal_patch_size=tower.temporal_patch_size),
+        tokenizer=tokenizer(config), video_processor=Qwen3VLVideoProcessor(), chat_template="{{ messages }}",
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def write_model(config: Any, folder: Path) -> None:
+    """Write the folder that a trainer loads the model from: the weights are zeros, in a file that takes no space."""
+    from transformers import Qwen3VLForConditionalGeneration
+
+    with torch.device("meta"):
+        model = Qwen3VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+    config.architectures, config.dtype = [type(model).__name__], torch.bfloat16
+    config.save_pretrained(folder)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in model.state_dict().items():
+        begin, end = end, end + 2 * tensor.numel()
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+def fill(model: Any) -> None:
+    """Put random weights in the place of what was loaded, norms at one and biases at zero."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.02)
+            else:
+                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+
+
 def batch(config: Any, rows: int, device: torch.device, *, grid: int = GRID, seed: int = 0) -> dict[str, torch.Tensor]:
     """A collated batch, as the model's processor gives it.
 
@@ -75,7 +144,7 @@ def batch(config: Any, rows: int, device: torch.device, *, grid: int = GRID, see
     positions = (grid // tower.spatial_merge_size) ** 2
     values = tower.in_channels * tower.temporal_patch_size * tower.patch_size**2
     start, picture, end = config.vision_start_token_id, config.image_token_id, config.vision_end_token_id
-    text = torch.randint(1, start, (rows, TEXT), generator=generator)
+    text = torch.randint(3, start, (rows, TEXT), generator=generator)
     head = torch.tensor([start, *positions * [picture], end]).expand(rows, -1)
     ids = torch.cat([head, text], dim=1)
     labels = ids.clone()

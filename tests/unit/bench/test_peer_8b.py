@@ -55,6 +55,16 @@ def test_a_step_goes_back_through_the_decoder_and_not_the_tower():
     assert step_flops(flops, live_tower=True) == pytest.approx(98.95e12, rel=1e-3)
 
 
+def test_the_folder_holds_every_weight_and_takes_no_space(tmp_path: Path):
+    config = qwen3_vl.configuration(tiny=True)
+    qwen3_vl.write_model(config, tmp_path)
+    model = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert all(not parameter.any() for parameter in model.parameters())
+    qwen3_vl.fill(model)
+    assert all(parameter.any() for name, parameter in model.named_parameters() if not name.endswith("bias"))
+    assert (tmp_path / "model.safetensors").stat().st_blocks * 512 < 50_000
+
+
 def test_our_variants_are_settings_that_exist():
     variants = parse_variants(peer_8b.OURS, {}, preset="s400", cached=False)
     assert [variant.cached for variant in variants] == 3 * [False, True]
