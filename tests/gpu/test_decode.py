@@ -148,6 +148,35 @@ def test_attention_over_slots(dtype: torch.dtype, length: int, groups: int) -> N
         assert torch.equal(keys[slot], before[0][slot])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("length", [0, 62, 254, 255, 256, 1000])
+@pytest.mark.parametrize("groups", [2, 8], ids=["grouped", "full"])
+def test_attention_of_adjacent_tokens(dtype: torch.dtype, length: int, groups: int) -> None:
+    """Each of four sees the slot's columns, those before it and its own; parts begin among them."""
+    torch.manual_seed(length)
+    heads, width, columns, rows = 8, 32, 1100, 4
+    keys, values = (torch.randn(3, groups, columns, width, device="cuda").to(dtype) for _ in range(2))
+    before = keys.clone(), values.clone()
+    qkv = torch.randn(rows, (heads + 2 * groups) * width, device="cuda").to(dtype)
+    angle = torch.rand(rows, width // 2, device="cuda") * 6
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    slots, lengths = torch.full((rows,), 1, device="cuda"), length + torch.arange(rows, device="cuda")
+    found = slot_attention(qkv, cos, sin, keys, values, slots, lengths, heads, adjacent=True)
+    q, k, v = qkv.double().view(rows, -1, 1, width).split([heads, groups, groups], 1)
+    q, k = (rotate(part, cos.double()[:, None, None], sin.double()[:, None, None]) for part in (q, k))
+    whole_keys = torch.cat([before[0][1, :, :length].double(), k[:, :, 0].transpose(0, 1)], 1)
+    whole_values = torch.cat([before[1][1, :, :length].double(), v[:, :, 0].transpose(0, 1)], 1)
+    for row in range(rows):
+        seen = slice(0, length + row + 1)
+        wanted = functional.scaled_dot_product_attention(
+            q[row], whole_keys[:, seen], whole_values[:, seen], enable_gqa=True
+        )
+        assert _error(found[row], wanted.flatten()) < TOLERANCE[dtype]
+    assert _error(keys[1, :, : length + rows], whole_keys) < TOLERANCE[dtype]
+    assert torch.equal(values[1, :, : length + rows].double(), whole_values)
+    assert torch.equal(keys[[0, 2]], before[0][[0, 2]])
+
+
 @pytest.fixture(scope="module", params=["second", "first"])
 def model(request: pytest.FixtureRequest) -> CogVLM2ForCausalLM:
     """A tiny model of each generation; heads of 32 are the narrowest that kernels take."""
@@ -259,3 +288,25 @@ def test_captured_steps_give_the_eager_tokens(model: CogVLM2ForCausalLM) -> None
                 tokens[slot].append(token)
         answers.append(tokens)
     assert answers[0] == answers[1]
+
+
+def test_captured_guesses_are_the_plain_steps(model: CogVLM2ForCausalLM) -> None:
+    """Right, partly right, wrong and too few guesses, between plain steps: the tokens of plain steps alone."""
+    cache, rows = _filled(model, 3)
+    logits, position, length = rows[1]
+    begun = [Begun(1, position, length, Decoding(max_new_tokens=40))]
+    steps = DecodeSteps(model, cache, graphs=True)
+    wanted = steps.begin(logits[None], begun).tolist()
+    while len(wanted) < 30:
+        wanted += steps.step([1], False).tolist()
+    found = steps.begin(logits[None], begun).tolist()
+    for turn in range(9):
+        right = wanted[len(found) : len(found) + 3]
+        first, second = ((token + 1) % 200 for token in right[:2])
+        guesses = (right, [right[0], second, second], [first], right[:2])[turn % 4]
+        new = steps.look_up(1, guesses, 3)
+        assert len(new) == (4, 2, 1, 3)[turn % 4]
+        found += new
+        if turn == 4:
+            found += steps.step([1], False).tolist()
+    assert found == wanted[: len(found)]

@@ -99,6 +99,10 @@ def _measure_steps(
     )
     results.rows[-1]["tokens_as_generate"] = f"{same} of {tokens + 1}"
     print(tr("the first {same} of {tokens} tokens are those of generate()", same=same, tokens=tokens + 1))
+    begin(1)  # what a step with guesses costs, whatever they are
+    steps.look_up(0, [1, 2, 3], 3)
+    times = [_timed(lambda: steps.look_up(0, [1, 2, 3], 3), device) for _ in range(tokens // 2)]
+    _add(results, "engine x1, 3 guesses", shared, 1, 1000 * sorted(times)[len(times) // 2], device)
 
 
 def _fill(

@@ -26,7 +26,16 @@ MODEL_KEYS = (
 """Keys that choose the model and its place."""
 DECODING_KEYS = tuple(
     f"generate.{name}"
-    for name in ("max_new_tokens", "max_input_len", "greedy", "temperature", "top_p", "top_k", "seed")
+    for name in (
+        "max_new_tokens",
+        "max_input_len",
+        "greedy",
+        "temperature",
+        "top_p",
+        "top_k",
+        "seed",
+        "prompt_lookup_num_tokens",
+    )
 )
 """Keys that choose how it answers."""
 

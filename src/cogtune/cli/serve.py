@@ -86,7 +86,12 @@ def _serve(flags: _Flags, line: Arguments) -> None:
     generator = load(resolved)
     columns = min(flags.columns, generator.processor.config.most_tokens)
     engine = InferenceEngine(
-        generator.model, generator.processor, slots=flags.slots, columns=columns, adapters=generator.adapters
+        generator.model,
+        generator.processor,
+        slots=flags.slots,
+        columns=columns,
+        adapters=generator.adapters,
+        guesses=generator.guesses,
     )
     app = make_app(engine, _options(config, flags, keys, generator, name, body))
     note(

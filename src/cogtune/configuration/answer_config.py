@@ -66,6 +66,14 @@ class GenerateSection(Section):
     seed: int | None = Field(
         default=None, ge=0, description="Makes sampling repeatable. null: 0 for a data set, none in a chat."
     )
+    prompt_lookup_num_tokens: int = Field(
+        default=0,
+        ge=0,
+        le=15,
+        description="Prompt look-up decoding: guess this many tokens in each step, from what followed the same tokens"
+        " before in the prompt or the answer, while one greedy answer is under way alone. It stays the same, but for"
+        " rounding; one that repeats much (JSON, tables, an earlier answer) takes fewer steps. 0: none; 3 suits most.",
+    )
     batch_size: int = Field(default=8, ge=1, description="Questions of a data set answered at once.")
     own_history: bool = Field(
         default=False,

@@ -3,11 +3,13 @@
 For every slot the device holds the newest token, its position, the slot's length, its adapter and the sampling
 settings. A step reads them, decodes, samples and writes them back; the host only says which slots take part. One graph
 per power-of-two number of rows is captured on first use. Rows that pad a graph use a spare slot that holds no request.
+
+A step with guesses (`generate.prompt_lookup`) decodes adjacent tokens of one slot and keeps those guessed right.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -99,7 +101,7 @@ class DecodeSteps:
 
     def _forget(self, head: int = 0) -> None:
         """Forget captured steps. ``head``: where the next ones read the head, if it comes and goes."""
-        self._recorded: dict[tuple[int, bool], _Recorded] = {}
+        self._recorded: dict[tuple[int, str], _Recorded] = {}
         self._memory: Any = None
         self._head = head
 
@@ -129,47 +131,102 @@ class DecodeSteps:
             self._host_lengths[slot] += 1
         if self._fused is None:
             return self._computed(torch.tensor(slots, device=self._whole.device), columns, sample)
+        rows = 1 << (len(slots) - 1).bit_length()
+        filled = slots + [self._cache.slots] * (rows - len(slots))
+        kind = "sampled" if sample else "greedy"
+        return self._replayed(kind, filled, lambda inputs: self._computed(inputs, None, sample))[: len(slots)]
+
+    def fits(self, slot: int, guesses: int) -> bool:
+        """Return whether a slot has room for its newest token and so many guesses behind it."""
+        return self._host_lengths[slot] + guesses < self._cache.columns
+
+    def look_up(self, slot: int, guesses: Sequence[int], most: int) -> list[int]:
+        """Take a greedy slot's step with guesses of the tokens behind its newest one; waits for the result.
+
+        Args:
+            most: guesses that every step has room for (`fits`); what is missing is filled up.
+
+        Returns:
+            The next tokens: those guessed right, and one more.
+        """
+        columns = self._host_lengths[slot] + 1 + most
+        numbers = [slot, *guesses, *[-1] * (most - len(guesses))]
+        if self._fused is None:
+            found = self._verified(torch.tensor(numbers, device=self._whole.device), columns)
+        else:
+            found = self._replayed("guessed", numbers, lambda inputs: self._verified(inputs, None))
+        *tokens, right = CopiedTokens(found).wait()
+        self._host_lengths[slot] += right + 1
+        return tokens[: right + 1]
+
+    def _replayed(
+        self, kind: str, numbers: Sequence[int], compute: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """Replay a captured step with other inputs; capture it on first use."""
         head = fetch_head(self._model)
         if head != self._head:
             self._forget(head)
-        rows = 1 << (len(slots) - 1).bit_length()
-        recorded = self._recorded.get((rows, sample))
+        recorded = self._recorded.get((len(numbers), kind))
         if recorded is None:
-            recorded = self._recorded[rows, sample] = self._record(rows, sample)
-        filled = slots + [self._cache.slots] * (rows - len(slots))
-        recorded.slots.copy_(torch.tensor(filled).pin_memory(), non_blocking=True)
+            recorded = self._recorded[len(numbers), kind] = self._record(len(numbers), compute)
+        recorded.inputs.copy_(torch.tensor(numbers).pin_memory(), non_blocking=True)
         recorded.graph.replay()
-        return recorded.tokens[: len(slots)]
+        return recorded.tokens
 
-    def _record(self, rows: int, sample: bool) -> _Recorded:
-        """Capture a step of ``rows`` rows, after two warm-up runs on the spare slot that compile its kernels."""
-        slots = torch.full((rows,), self._cache.slots, device=self._whole.device)
+    def _record(self, count: int, compute: Callable[[torch.Tensor], torch.Tensor]) -> _Recorded:
+        """Capture a step, after two warm-up runs on the spare slot that compile its kernels."""
+        inputs = torch.full((count,), self._cache.slots, device=self._whole.device)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):
-                self._computed(slots, None, sample)
+                compute(inputs)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # other threads may allocate meanwhile, for pictures for example; that is not part of the step
         with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            tokens = self._computed(slots, None, sample)
+            tokens = compute(inputs)
         self._memory = graph.pool()
-        return _Recorded(graph, slots, tokens)
+        return _Recorded(graph, inputs, tokens)
 
     def _computed(self, slots_R: torch.Tensor, columns: int | None, sample: bool) -> torch.Tensor:
         whole = self._whole[:, slots_R]
-        with nullcontext() if self._adapters is None else self._adapters.rows(whole[_ADAPTER]):
-            tokens, positions, lengths = whole[:3]
-            if self._fused is not None:
-                logits = self._fused(self._cache, slots_R, tokens, positions, lengths)
-            else:
-                logits = decode(self._model, self._cache, slots_R, tokens, positions, lengths, columns)
+        logits = self._logits(slots_R, whole[:4], columns)
         chosen = choose(logits, _sampling(whole, self._parts[:, slots_R]) if sample else None)
         whole = whole + self._step_adds
         whole[_TOKEN] = chosen
         self._whole[:, slots_R] = whole
         return chosen
+
+    def _verified(self, inputs: torch.Tensor, columns: int | None) -> torch.Tensor:
+        """Decode a slot's newest token and guesses behind it; returns the token chosen behind each, and the number of
+        guesses that were right.
+
+        Args:
+            inputs: the slot, then the guesses, -1 where there is none.
+        """
+        slot, guesses = inputs[:1], inputs[1:]
+        whole = self._whole[:, slot]
+        rows = whole[:4].repeat(1, inputs.shape[0])
+        rows[_TOKEN, 1:] = guesses.clamp(min=0)
+        rows[1:3] += torch.arange(inputs.shape[0], device=inputs.device)
+        chosen = choose(self._logits(slot.repeat(inputs.shape[0]), rows, columns, adjacent=True), None)
+        right = (chosen[:-1] == guesses).long().cumprod(0).sum(0, keepdim=True)
+        whole = whole + self._step_adds * (right + 1)
+        whole[_TOKEN] = chosen[right]
+        self._whole[:, slot] = whole
+        return torch.cat([chosen, right])
+
+    def _logits(
+        self, slots_R: torch.Tensor, rows_R: torch.Tensor, columns: int | None, *, adjacent: bool = False
+    ) -> torch.Tensor:
+        """Return the logits [R, V] behind tokens; ``rows_R`` [4, R]: token, position, length, adapter."""
+        tokens, positions, lengths, adapters = rows_R
+        with nullcontext() if self._adapters is None else self._adapters.rows(adapters):
+            if self._fused is None:
+                return decode(self._model, self._cache, slots_R, tokens, positions, lengths, columns)
+            found: torch.Tensor = self._fused(self._cache, slots_R, tokens, positions, lengths, adjacent=adjacent)
+            return found
 
 
 def _sampling(whole: torch.Tensor, parts: torch.Tensor) -> SamplingRows:
@@ -178,10 +235,10 @@ def _sampling(whole: torch.Tensor, parts: torch.Tensor) -> SamplingRows:
 
 @dataclass(frozen=True)
 class _Recorded:
-    """A captured step: its input tensors for slots and its output tokens."""
+    """A captured step: its inputs (slots, or a slot and guesses) and its output."""
 
     graph: Any
-    slots: torch.Tensor
+    inputs: torch.Tensor
     tokens: torch.Tensor
 
 

@@ -16,19 +16,21 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from typing import Any, TypeVar
 
 import torch
 
 from cogtune.errors import ConfigError, OutOfMemoryError, RunError
+from cogtune.generate.active import Active, end_tokens
 from cogtune.generate.at_exit import end_at_exit
 from cogtune.generate.choices import ChoiceScores, ClosedQuestion, score_choices
 from cogtune.generate.decode_steps import Begun, CopiedTokens, DecodeSteps
 from cogtune.generate.picture_cache import PictureCache, default_budget, image_digest
 from cogtune.generate.prefill import AHEAD, Placed, Prefill
-from cogtune.generate.requests import AnswerText, Features, Listener, Pending, Request, Shown, check
+from cogtune.generate.prompt_lookup import PromptLookup
+from cogtune.generate.requests import Features, Listener, Pending, Request, Shown, check
 from cogtune.language import tr
 from cogtune.model.layer_streaming import is_streamed, streams_language
 from cogtune.model.slots import SlotCache
@@ -41,17 +43,6 @@ _COLUMNS = 512  # slots grow by this many columns
 Result = TypeVar("Result")
 
 
-@dataclass(eq=False)
-class _Active:
-    """A request with a slot."""
-
-    pending: Pending
-    slot: int
-    text: AnswerText
-    wanted: int
-    launched: int = 1
-
-
 class InferenceEngine:
     """Answers requests with ``model`` (plain or with adapters in place) and its ``processor``.
 
@@ -62,6 +53,10 @@ class InferenceEngine:
             there. None: a quarter of what is free on a GPU now, or 1 GiB of host memory.
         graphs: replay decode steps as CUDA graphs. None: on a GPU.
         adapters: in place on ``model``; each request names one or none. What is kept of a picture is kept for each.
+        guesses: tokens that are guessed by prompt look-up while a greedy answer is the only one under way; 0: none.
+
+    Attributes:
+        guessed, guessed_right: how many guesses steps had, and how many were right.
     """
 
     def __init__(
@@ -74,6 +69,7 @@ class InferenceEngine:
         picture_budget: int | None = None,
         graphs: bool | None = None,
         adapters: StackedAdapters | None = None,
+        guesses: int = 0,
     ) -> None:
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
         if streams_language(self.model):
@@ -86,6 +82,7 @@ class InferenceEngine:
                 code="config-combination",
             )
         self.adapters = adapters
+        self.guesses, self.guessed, self.guessed_right = guesses, 0, 0
         self.processor = processor
         self.model.eval()
         config = self.model.config
@@ -100,14 +97,14 @@ class InferenceEngine:
         self.pictures = PictureCache(budget, host)
         self.prefill = Prefill(self.model, processor, self.pictures, adapters)
         self._free: list[int] = []
-        self._active: list[_Active] = []
-        self._flights: deque[tuple[CopiedTokens, list[_Active]]] = deque()
+        self._active: list[Active] = []
+        self._flights: deque[tuple[CopiedTokens, list[Active]]] = deque()
         self._queue: deque[Pending] = deque()
         self._work: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._closing = False
         self._thread: threading.Thread | None = None
-        self.ends = _end_tokens(self.model)
+        self.ends = end_tokens(self.model)
 
     def submit(self, request: Request, listener: Listener | None = None) -> Pending:
         """Queue a request; returns at once.
@@ -255,7 +252,10 @@ class InferenceEngine:
             self._work.popleft()()
         self._admit()
         if rows := [row for row in self._active if row.launched < row.wanted]:
-            self._launch(rows)
+            if len(rows) == 1 and rows[0].lookup is not None:
+                self._look_up(rows[0], rows[0].lookup)
+            else:
+                self._launch(rows)
         while len(self._flights) > 1 or (self._flights and not rows):
             self._collect(*self._flights.popleft())
 
@@ -297,8 +297,7 @@ class InferenceEngine:
         limits = [pending.request.decoding.max_new_tokens for pending in batch]
         columns = max(len(one.request.encoded) + limit for one, limit in zip(batch, limits, strict=True))
         cache, steps = self._room(len(batch), columns)
-        texts = [AnswerText(self.processor, pending.request.stop) for pending in batch]
-        rows = [_Active(*each) for each in zip(batch, [self._free.pop() for _ in batch], texts, limits, strict=True)]
+        rows = [Active(pending, self._free.pop(), self.processor, self.guesses) for pending in batch]
         self._active += rows
         try:
             placed = [
@@ -331,51 +330,50 @@ class InferenceEngine:
             self._free += range(before, self._cache.slots)
         return self._cache, self._steps
 
-    def _launch(self, rows: list[_Active]) -> None:
+    def _launch(self, rows: list[Active]) -> None:
         assert self._steps is not None
         tokens = self._steps.step([row.slot for row in rows], any(row.pending.request.decoding.sample for row in rows))
         for row in rows:
             row.launched += 1
         self._flights.append((CopiedTokens(tokens), rows))
 
-    def _collect(self, tokens: CopiedTokens, rows: list[_Active]) -> None:
+    def _look_up(self, row: Active, lookup: PromptLookup) -> None:
+        """Take the step of the only answer under way with guesses of its next tokens, once its newest one is here."""
+        assert self._steps is not None
+        while self._flights:
+            self._collect(*self._flights.popleft())
+        if row.pending.done:
+            return
+        guesses = lookup.guess(row.pending.token_ids)
+        if not guesses or not self._steps.fits(row.slot, lookup.most):
+            self._launch([row])
+            return
+        tokens = self._steps.look_up(row.slot, guesses, lookup.most)
+        self.guessed += len(guesses)
+        self.guessed_right += len(tokens) - 1
+        row.launched += len(tokens)
+        for token in tokens:
+            self._take_token(row, token)
+
+    def _collect(self, tokens: CopiedTokens, rows: list[Active]) -> None:
         """Hand a step's tokens to their answers; finished answers free their slots."""
         for token, row in zip(tokens.wait(), rows, strict=False):
-            pending = row.pending
-            if pending.done:
-                continue
-            if pending.cancelled:
-                self._release(row, "cancelled")
-            elif token in self.ends:
-                self._release(row, "stop")
-            else:
-                pending.token_ids.append(token)
-                pending.push(row.text.push(token))
-                if row.text.stopped:
-                    self._release(row, "stop")
-                elif len(pending.token_ids) >= row.wanted:
-                    self._release(row, "length")
+            self._take_token(row, token)
 
-    def _release(self, row: _Active, reason: str | None, error: BaseException | None = None) -> None:
+    def _take_token(self, row: Active, token: int) -> None:
+        if not row.pending.done and (reason := row.take(token, self.ends)) is not None:
+            self._release(row, reason)
+
+    def _release(self, row: Active, reason: str | None, error: BaseException | None = None) -> None:
         if row in self._active:
             self._active.remove(row)
             self._free.append(row.slot)
-        if not row.pending.done:
-            if error is None:
-                row.pending.push(row.text.finish())
-            row.pending.end(reason, error)
+        row.end(reason, error)
 
 
 def _key(image: Shown) -> bytes:
     """Return what an image is known by."""
     return image.key if isinstance(image, Features) else image_digest(image)
-
-
-def _end_tokens(model: Any) -> frozenset[int]:
-    """Return the end tokens of configuration and checkpoint."""
-    named = model.generation_config.eos_token_id
-    named = [] if named is None else [named] if isinstance(named, int) else list(named)
-    return frozenset({*model.config.eos_token_ids, *named})
 
 
 def _explained(error: BaseException, rows: int) -> BaseException:

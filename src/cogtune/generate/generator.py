@@ -58,6 +58,7 @@ class Generator:
         max_pixels: files of larger pictures are refused; None: Pillow's own limit.
         slots: the most answers that are computed at once.
         adapters: several in place on ``model`` beside each other; see `with_adapter`.
+        guesses: tokens that are guessed by prompt look-up while a greedy answer is alone; see `InferenceEngine`.
 
     Attributes:
         queue_ahead: how many questions it pays to have under way, in multiples of ``slots``.
@@ -77,6 +78,7 @@ class Generator:
         max_pixels: int | None = None,
         slots: int = 8,
         adapters: StackedAdapters | None = None,
+        guesses: int = 0,
     ) -> None:
         # peft injects its layers into the base model; its own generate() would only forward the call
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -89,7 +91,7 @@ class Generator:
         self._earlier: dict[tuple[str, int, int], Image.Image] = {}
         self.published: GenerationConfig = self.model.generation_config
         self.slots = slots
-        self.adapters = adapters
+        self.adapters, self.guesses = adapters, guesses
         self._adapter: str | None = None
         self._engine: InferenceEngine | None = None
 
@@ -125,7 +127,9 @@ class Generator:
     def engine(self) -> InferenceEngine:
         """The engine, created on first use."""
         if self._engine is None:
-            self._engine = InferenceEngine(self.model, self.processor, slots=self.slots, adapters=self.adapters)
+            self._engine = InferenceEngine(
+                self.model, self.processor, slots=self.slots, adapters=self.adapters, guesses=self.guesses
+            )
         return self._engine
 
     def with_adapter(self, name: str | None) -> Generator:

@@ -51,7 +51,8 @@ _SAID_EVERY = 15
 
 GENERATOR_KEYS = (
     "model.", "quant.", "generate.adapter", "generate.merge", "generate.device", "generate.offload",
-    "generate.max_new_tokens", "generate.greedy", "generate.temperature", "generate.top_", "data.exif",
+    "generate.max_new_tokens", "generate.greedy", "generate.temperature", "generate.top_",
+    "generate.prompt_lookup_num_tokens", "data.exif",
     "data.bit_depth", "data.max_pixels", "data.frames", "data.max_frames", "data.frame_rate",
 )  # fmt: skip
 """Prefixes of the keys that a `Generator` uses; the others belong to a chat or a data set."""
@@ -196,6 +197,12 @@ def resolve(
             hint=tr("name one --device, without --parallel.tensor"),
             code="config-combination",
         )
+    if config.generate.prompt_lookup_num_tokens and (tensor > 1 or others or config.quant.stream == "all"):
+        raise ConfigError(
+            tr("generate.prompt_lookup_num_tokens needs the whole model on one device"),
+            hint=tr("name one --device, without --parallel.tensor and quant.stream all, or leave it out"),
+            code="config-combination",
+        )
     if tensor > 1:
         check_sizes(load_model_config(model), tensor)
     dtype = torch_dtype(config.model.dtype, device)
@@ -263,6 +270,7 @@ def load_resolved(choice: Resolved, progress: Callable[[str], None] = lambda lin
         )
     )
     device_map = _device_map(choice)
+    guesses = choice.config.generate.prompt_lookup_num_tokens
     with explained_loading(choice.model, choice.device, choice.config.quant):
         streamed = _streamed(choice) if device_map is None else None
         model = _load_base(choice, device_map or streamed, progress)
@@ -279,9 +287,10 @@ def load_resolved(choice: Resolved, progress: Callable[[str], None] = lambda lin
         if choice.adapters:
             progress(tr("with the adapters {names}", names=tr(", ").join(choice.adapters)))
             adapters = stack_adapters(model, choice.adapters)
-            return Generator(model, processor, **_default_decoding(choice), adapters=adapters)
-        kind = TransformersGenerator if choice.by_layers else Generator
-        return kind(model, processor, **_default_decoding(choice))
+            return Generator(model, processor, **_default_decoding(choice), adapters=adapters, guesses=guesses)
+        if choice.by_layers:
+            return TransformersGenerator(model, processor, **_default_decoding(choice))
+        return Generator(model, processor, **_default_decoding(choice), guesses=guesses)
 
 
 def check_shown(choice: Resolved, path: Path) -> None:

@@ -146,7 +146,7 @@ def decode(
     """Return logits float32 [R, V] after each row's newest token, and write its keys and values into its slot.
 
     Args:
-        slots_R: each row's slot, all different.
+        slots_R: each row's slot. Rows of one slot are adjacent tokens, and see those before them.
         tokens_R: the newest tokens, which the slots do not hold yet.
         positions_R: their positions.
         lengths_R: number of columns that each slot holds, all below C; the new one is written behind them.

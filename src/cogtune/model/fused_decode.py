@@ -240,9 +240,11 @@ class FusedDecode:
         tokens_R: torch.Tensor,
         positions_R: torch.Tensor,
         lengths_R: torch.Tensor,
+        *,
+        adjacent: bool = False,
     ) -> torch.Tensor:
         """Return logits float32 [R, V], as `decode` does. A row whose slot is out of range (S or more) reads and writes
-        nothing."""
+        nothing. ``adjacent``: the rows are tokens of one slot, one behind the other."""
         decoder = self._model.model
         h = self.embed(tokens_R)
         cos, sin = (table.flatten(1).contiguous() for table in decoder.rotary(positions_R[:, None], h.dtype))
@@ -250,7 +252,7 @@ class FusedDecode:
             keys, values, heads = cache.keys[index], cache.values[index], layer.heads
 
             def attend(qkv: torch.Tensor, keys: Any = keys, values: Any = values, heads: int = heads) -> torch.Tensor:
-                return slot_attention(qkv, cos, sin, keys, values, slots_R, lengths_R, heads)
+                return slot_attention(qkv, cos, sin, keys, values, slots_R, lengths_R, heads, adjacent=adjacent)
 
             h = layer(h, attend)
         return self._head(h, norm=decoder.norm).float()

@@ -22,4 +22,6 @@ class Metrics:
         self.first = Histogram("first_piece_seconds", "From a request's arrival to the first text.", **made)
         Gauge("running", "Answers being computed.", **made).set_function(lambda: engine.running)
         Gauge("waiting", "Requests without a slot yet.", **made).set_function(lambda: engine.waiting)
+        Gauge("guessed_tokens", "Guessed by prompt look-up.", **made).set_function(lambda: engine.guessed)
+        Gauge("guessed_tokens_right", "Of these, right.", **made).set_function(lambda: engine.guessed_right)
         Gauge("picture_cache_bytes", "Memory of kept pictures.", **made).set_function(lambda: engine.pictures.nbytes)

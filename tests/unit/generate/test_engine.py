@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import partial, partialmethod
 from types import SimpleNamespace
 from typing import Any
 
@@ -205,6 +205,60 @@ def test_a_request_that_fails_takes_no_other_with_it(
         else:
             assert pending.text() == wanted[place]
     assert engine.free_slots == 3
+
+
+@pytest.mark.parametrize("guesses", [1, 3])
+def test_guesses_leave_answers_as_they_are(
+    parts: tuple[Any, CogVLM2Processor], asks: list[Ask], wanted: list[str], guesses: int
+) -> None:
+    """One after another, where steps have guesses, and together, where they have none; sampled ones never have any."""
+    drawing = Decoding(max_new_tokens=16, sample=True, temperature=1.5)
+    with InferenceEngine(*parts, slots=3, columns=400) as plain:
+        tokens = [plain.submit(_request(plain, ask)) for ask in asks]
+        drawn = plain.answer([_request(plain, asks[0], drawing, seed=3)])
+        ids = [pending.token_ids for pending in tokens if pending.text() is not None]
+    with InferenceEngine(*parts, slots=3, columns=400, guesses=guesses) as engine:
+        for ask, text, wanted_ids in zip(asks, wanted, ids, strict=True):
+            pending = engine.submit(_request(engine, ask))
+            assert (pending.text(), pending.token_ids) == (text, wanted_ids)
+        assert 0 < engine.guessed_right < engine.guessed
+        before = engine.guessed
+        assert engine.answer([_request(engine, asks[0], drawing, seed=3)]) == drawn
+        assert engine.guessed == before
+        short = engine.submit(_request(engine, asks[1], Decoding(max_new_tokens=7)))
+        long = engine.submit(_request(engine, asks[2]))
+        other = engine.submit(_request(engine, asks[4]))
+        short.text()
+        assert (short.token_ids, short.finish_reason) == (ids[1][:7], "length")
+        assert (long.text(), other.text()) == (wanted[2], wanted[4])
+        stop = wanted[1][5:8]
+        ended = engine.submit(_request(engine, asks[1], stop=(stop,)))
+        assert ended.text() == wanted[1][: wanted[1].find(stop)].rstrip()
+        assert engine.free_slots == 3
+
+
+def test_guesses_take_no_more_steps_than_they_save(
+    parts: tuple[Any, CogVLM2Processor], asks: list[Ask], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every right guess is a step less; a slot without room for all guesses takes plain steps."""
+    counted: dict[str, int] = {}
+
+    def count(name: str, compute: Any, *given: Any) -> Any:
+        counted[name] = counted.get(name, 0) + 1
+        return compute(*given)
+
+    for name in ("step", "look_up"):
+        monkeypatch.setattr(DecodeSteps, name, partialmethod(partial(count, name, getattr(DecodeSteps, name))))
+    length = len(parts[1].encode(asks[1][1], asks[1][2], images=0))
+    for columns in (400, length + 40):
+        counted.clear()
+        with InferenceEngine(*parts, slots=1, columns=columns, guesses=3) as engine:
+            pending = engine.submit(_request(engine, asks[1], Decoding(max_new_tokens=40)))
+            pending.text()
+        steps = counted["step"] + counted["look_up"]
+        # the first token is the prefill's; a step after the end and one for the end token may come
+        assert len(pending.token_ids) - 1 <= steps + engine.guessed_right <= len(pending.token_ids) + 3
+        assert counted["look_up"] > 0
 
 
 def test_a_seed_draws_the_same_alone_and_in_company(engine: InferenceEngine, asks: list[Ask]) -> None:

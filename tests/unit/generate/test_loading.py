@@ -135,3 +135,11 @@ def test_a_generator_follows_the_keys_it_is_made_with(run: Path, tmp_path: Path)
             load_generator(adapter=run, keys={key: value})
     with pytest.raises(ConfigError, match=r"unknown key `quant\.expert`"):
         load_generator(adapter=run, keys={"quant": {"expert": None}})
+
+
+def test_guesses_need_the_engine(run: Path) -> None:
+    """And get there; a model that answers by ``generate()`` refuses them."""
+    keys = {"device": "cpu", "generate.prompt_lookup_num_tokens": 3}
+    assert load_generator(adapter=run, keys=keys).engine.guesses == 3
+    with pytest.raises(ConfigError, match="needs the whole model on one device"):
+        resolve(adapter=run, **keys, **{"quant.stream": "all"})
