@@ -19,6 +19,7 @@ from cogtune.generate.decode_steps import DecodeSteps
 from cogtune.generate.decoding import Decoding
 from cogtune.model import attention
 from cogtune.model.activation_checkpointing import enable_checkpointing
+from cogtune.model.activation_offloading import BLOCK, ActivationOffloading
 from cogtune.model.compile import compile_layers, prepare_compiling
 from cogtune.model.decode import prefill, prefill_hidden
 from cogtune.model.head_offload import fetch_head, set_aside_head
@@ -123,6 +124,55 @@ def test_compiled_layers_stream_to_the_bit() -> None:
     for place, (loss, gradients) in enumerate(results):
         assert torch.equal(loss, results[place % 2][0])
         assert torch.equal(gradients, results[place % 2][1])
+
+
+@pytest.mark.parametrize("slow", ["copies", "computation"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_saved_inputs_that_wait_in_host_memory_change_no_bit(compiled: bool, slow: str) -> None:
+    prepare_compiling(torch.device("cuda"))
+    results = []
+    for offloading, resident in ((None, None), (ActivationOffloading(torch.device("cuda")), None),
+                                 (ActivationOffloading(torch.device("cuda")), 0)):  # fmt: skip
+        model = _model(FORMATS[0], resident)
+        if compiled:
+            compile_layers(model.base_model.model)
+        if slow == "computation":
+            _busy(model.base_model.model.model.layers)
+        enable_checkpointing(model.base_model.model, offloading=offloading)
+        results += [_step(model) for _ in range(3)]
+        del model
+    for loss, gradients in results:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(gradients, results[0][1])
+
+
+def _held(model: Any, offloading: ActivationOffloading | None, words: int) -> tuple[int, int]:
+    """Bytes on the card between the two passes of a step, and the most there were, besides what was there before."""
+    enable_checkpointing(model.base_model.model, offloading=offloading)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    row = torch.tensor([[256, *[60 + place % 60 for place in range(words)]]])
+    labels = torch.where(torch.arange(words + 1) > words - 8, row, -100)
+    routing = Routing.build(torch.zeros_like(row), labels=labels)
+    loss = model(input_ids=row.cuda(), labels=labels.cuda(), routing=routing).loss
+    held = torch.cuda.memory_allocated() - before
+    loss.backward()
+    model.zero_grad()
+    return held, torch.cuda.max_memory_allocated() - before
+
+
+@pytest.mark.alone
+def test_one_saved_input_is_on_the_card_at_a_time_besides_the_layers_own() -> None:
+    model, words = _model(FORMATS[0], None), 6000
+    entry = (words + 1) * 1024 * 2
+    _held(model, None, words)  # libraries take their workspaces
+    kept, most = _held(model, None, words)
+    offloading = ActivationOffloading(torch.device("cuda"))
+    for _ in range(2):
+        left, least = _held(model, offloading, words)
+        assert kept - left > (LAYERS - 1.5) * entry
+        assert most - least > (LAYERS - 4) * entry
+    assert offloading.host_bytes == LAYERS * BLOCK
 
 
 @torch.no_grad()

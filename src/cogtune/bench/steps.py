@@ -22,6 +22,7 @@ from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import ConfigError
 from cogtune.language import tr
 from cogtune.model.activation_checkpointing import enable_checkpointing
+from cogtune.model.activation_offloading import ActivationOffloading
 from cogtune.model.compile import prepare_compiling
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.train import engines
@@ -151,4 +152,5 @@ def set_recomputed(base: CogVLM2ForCausalLM, config: RunConfig) -> None:
     policy, tower = config.train.gradient_checkpointing, base.config.vision_config.num_hidden_layers
     decoder = recomputed_layers(policy, len(base.model.layers))
     if decoder is not None:
-        enable_checkpointing(base, decoder, recomputed_layers(policy, tower))
+        offloading = ActivationOffloading(base.device) if config.train.activation_offloading else None
+        enable_checkpointing(base, decoder, recomputed_layers(policy, tower), offloading=offloading)

@@ -14,7 +14,7 @@ from cogtune.language import tr
 
 BASELINE = "baseline"
 _OWN = ("preset", "features")
-_SHARED = ("batch_size", "accumulation")
+_SHARED = ("batch_size", "accumulation", "activation_offloading")
 """Settings of ``train`` in which two variants of one assembled model may differ, besides recomputation."""
 
 

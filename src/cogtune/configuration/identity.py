@@ -52,6 +52,7 @@ MAY_CHANGE = frozenset(
         "train.save_steps",
         "train.keep_checkpoints",
         "train.gradient_checkpointing",
+        "train.activation_offloading",
         "train.compile",
         "train.restart",
         "train.resume",

@@ -113,6 +113,8 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
             warmup_steps=train.warmup_steps,
             max_steps=train.max_steps,
         )
+    if train.activation_offloading and train.gradient_checkpointing == "none":
+        yield tr("train.activation_offloading is about recomputed layers, but train.gradient_checkpointing is none")
     for name in ("betas", "eps"):
         if train.optimizer == "sgd" and getattr(train, name) != _default(TrainSection, name):
             yield tr("train.{name} belongs to adamw, but train.optimizer is sgd", name=name)

@@ -71,6 +71,11 @@ class TrainSection(Section):
         " memory, up to a third more time. auto: as few as the free memory needs. A number k: every k-th layer. A size"
         " such as 30GiB: as few as keep the run under it. true and false mean all and none.",
     )
+    activation_offloading: bool = Field(
+        default=False,
+        description="What a recomputed layer keeps, its input, waits in host memory until the backward pass: less"
+        " memory for long rows and large batches. Copies run beside computation.",
+    )
     compile: Literal["auto"] | bool = Field(
         default="auto",
         description="Compile the layers with torch.compile: faster steps after a slower first one. auto: on a GPU with"

@@ -12,7 +12,8 @@ from collections.abc import Collection
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
+
+from cogtune.model.activation_offloading import ActivationOffloading, OffloadingLayer
 
 
 def first_layers(count: int, layers: int) -> tuple[int, ...]:
@@ -21,15 +22,21 @@ def first_layers(count: int, layers: int) -> tuple[int, ...]:
 
 
 def enable_checkpointing(
-    model: PreTrainedModel, decoder: Collection[int] | None = None, tower: Collection[int] | None = None
+    model: PreTrainedModel,
+    decoder: Collection[int] | None = None,
+    tower: Collection[int] | None = None,
+    *,
+    offloading: ActivationOffloading | None = None,
 ) -> tuple[int, int]:
     """Recompute these decoder and tower layers (None: all of them); every other layer keeps its activations.
+
+    ``offloading``: takes what recomputed layers save to host memory.
 
     Tower layers count only while the tower trains: a frozen one runs without gradients and keeps nothing. Returns how
     many decoder and tower layers will be recomputed.
     """
     layers, vision = model.model.layers, model.model.vision
-    blocks: list[GradientCheckpointingLayer] = []
+    blocks: list[OffloadingLayer] = []
     if getattr(vision, "transformer", None) is not None and vision.tower_trains():
         blocks = list(vision.transformer.layers)
     # store and replay the RNG state of each layer only if a layer uses it
@@ -42,13 +49,15 @@ def enable_checkpointing(
     # That call also makes the embedding's output require a gradient, which only reentrant checkpointing needs. Undo it,
     # so that the first layer computes no input gradient.
     model.disable_input_require_grads()
+    for layer in (*layers, *blocks):
+        layer.offloading = offloading
     counts = _choose(list(layers), decoder), _choose(blocks, tower)
     if not blocks and getattr(vision, "transformer", None) is not None:
         _choose(list(vision.transformer.layers), ())
     return counts
 
 
-def _choose(layers: list[GradientCheckpointingLayer], chosen: Collection[int] | None) -> int:
+def _choose(layers: list[OffloadingLayer], chosen: Collection[int] | None) -> int:
     """Set each layer's public switch, which transformers' `GradientCheckpointingLayer` reads at every call."""
     switches = [chosen is None or index in chosen for index in range(len(layers))]
     for layer, switch in zip(layers, switches, strict=True):

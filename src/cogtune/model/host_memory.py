@@ -18,7 +18,14 @@ from cogtune.system.byte_sizes import format_size
 from cogtune.system.machine import free_memory
 
 _ALIGNED = 256  # bytes; compiled kernels read 16 at a time
-_LESS = phrase("free host memory, keep more layers on the card (a larger quant.stream), or use fewer bits")
+STREAM, OFFLOADING = "quant.stream", "train.activation_offloading"
+_LESS = {
+    STREAM: phrase("free host memory, keep more layers on the card (a larger quant.stream), or use fewer bits"),
+    OFFLOADING: phrase(
+        "free host memory, use fewer or shorter rows (train.batch_size, data.max_row_tokens), or leave"
+        " train.activation_offloading out"
+    ),
+}
 
 
 class HostMemory:
@@ -27,11 +34,14 @@ class HostMemory:
     Memory is registered with the driver rather than taken from torch's pinned allocator, which rounds a layer up to a
     power of two.
 
+    Args:
+        key: the configuration key that asks for it, for a message.
+
     Raises:
         SetupError: the driver refuses to lock so much memory.
     """
 
-    def __init__(self, size: int, device: torch.device) -> None:
+    def __init__(self, size: int, device: torch.device, key: str = STREAM) -> None:
         if device.type != "cuda":
             self.content = torch.empty(size, dtype=torch.uint8)
             return
@@ -43,8 +53,8 @@ class HostMemory:
         driver: Any = torch.cuda.cudart()
         if int(driver.cudaHostRegister(self.content.data_ptr(), size, 0)) != 0:
             raise SetupError(
-                tr("quant.stream: the driver refuses to lock {size} more of host memory", size=format_size(size)),
-                hint=tr(_LESS),
+                tr("{key}: the driver refuses to lock {size} more of host memory", key=key, size=format_size(size)),
+                hint=tr(_LESS[key]),
                 code="host-memory",
             )
         weakref.finalize(self, _unlock, driver, self.content, device).atexit = False
@@ -55,17 +65,18 @@ def _unlock(driver: Any, content: torch.Tensor, device: torch.device) -> None:
     driver.cudaHostUnregister(content.data_ptr())
 
 
-def require_host_memory(size: int) -> None:
-    """Raise SetupError if ``size`` bytes are more than the host has free."""
+def require_host_memory(size: int, key: str = STREAM) -> None:
+    """Raise SetupError if ``size`` bytes, which ``key`` asks for, are more than the host has free."""
     free = free_memory()
     if free is not None and size > free:
         raise SetupError(
             tr(
-                "quant.stream keeps {size} of weights in host memory, and {free} are free",
+                "{key} keeps {size} in host memory, and {free} are free",
+                key=key,
                 size=format_size(size),
                 free=format_size(free),
             ),
-            hint=tr(_LESS),
+            hint=tr(_LESS[key]),
             code="host-memory",
         )
 

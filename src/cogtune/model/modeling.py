@@ -23,10 +23,10 @@ from transformers import (
     GenerationMixin,
 )
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from cogtune.configuration.model import CogVLM2Config
+from cogtune.model.activation_offloading import OffloadingLayer
 from cogtune.model.attention import ExpertAttention, by_expert, cache_mask, row_mask
 from cogtune.model.forward_inputs import (
     PublishedImages,
@@ -102,7 +102,7 @@ class ExpertMLP(nn.Module):
         return by_expert(x_TD, num_vision, self.vision_mlp, self.language_mlp, text_only=text_only)
 
 
-class DecoderLayer(GradientCheckpointingLayer):
+class DecoderLayer(OffloadingLayer):
     """Pre-norm attention and MLP around the residual stream. With ``kept``, only those tokens' outputs are computed
     (the last layer needs no others), while every token still contributes its key and value."""
 

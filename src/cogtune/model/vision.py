@@ -17,10 +17,10 @@ from typing import TypeGuard
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cogtune.configuration.model import CogVLM2Config, CogVLM2VisionConfig
 from cogtune.configuration.shapes import TOWER_PARTS
+from cogtune.model.activation_offloading import OffloadingLayer
 from cogtune.model.attention import attend
 from cogtune.model.kernels import HAS_TRITON, kernel_available
 from cogtune.model.quantized.fp8 import Fp8Linear
@@ -139,7 +139,7 @@ def _fits_kernel(x: torch.Tensor, update: torch.Tensor, norm: nn.Module) -> bool
     return whole and not trains and width <= add_norm.WIDEST and x.dtype == update.dtype
 
 
-class VisionLayer(GradientCheckpointingLayer):
+class VisionLayer(OffloadingLayer):
     """x + LN(attention(x)), then x + LN(MLP(x)). Autocast computes norms in float32; they are cast back to x's
     dtype."""
 

@@ -88,6 +88,7 @@ def setting_of(
         expandable=expandable(),
         resident=resident_layers(config.quant.stream, sizes.num_hidden_layers),
         tower_resident=resident_layers(config.quant.stream, sizes.num_hidden_layers, sizes.vision.num_hidden_layers),
+        offloading=train.activation_offloading,
     )
     return recomputed(setting, train.gradient_checkpointing)
 

@@ -27,11 +27,13 @@ from cogtune.plan.calibration import (
 from cogtune.plan.setting import BYTES, Setting, format_of
 from cogtune.plan.sharding import Gathering
 from cogtune.plan.sizes import ModelSizes, Part
-from cogtune.plan.step import peak
+from cogtune.plan.step import offloaded, peak
 from cogtune.plan.streaming import FLOAT32, Streaming, scale_bytes, weight_bytes
-from cogtune.system.byte_sizes import GIB
+from cogtune.system.byte_sizes import GIB, MIB
 
 GLU_ADAPTER = phrase("GLU adapter and norms")
+OFFLOADED_BLOCK = 16 * MIB
+"""Host memory of saved inputs is taken in multiples of this."""
 HEAD, TOWER = phrase("embedding and head"), phrase("vision tower")
 
 
@@ -303,7 +305,14 @@ def _host_training(setting: Setting) -> dict[str, int]:
         host["optimizer"] = 3 * FLOAT32 * setting.adapter_parameters() // setting.ranks
     if setting.offload == "weights":
         host["weights"] = sum(weights(setting).values())
+    if inputs := offloaded_bytes(setting):
+        host["activations"] = inputs
     return host | _streamed(setting, tower=setting.tower == "live")
+
+
+def offloaded_bytes(setting: Setting) -> int:
+    """Return the pinned host memory of saved inputs (``setting.offloading``), which is taken in blocks."""
+    return sum(-(-size // OFFLOADED_BLOCK) * OFFLOADED_BLOCK for size in offloaded(setting))
 
 
 def _streamed(setting: Setting, *, decoder: bool = True, tower: bool) -> dict[str, int]:

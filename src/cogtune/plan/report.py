@@ -144,6 +144,8 @@ def chosen(plan: Plan) -> list[str]:
         words.append(tr("live tower in {form}", form=form.get(setting.quant.tower, setting.quant.tower)))
     if setting.decoder:
         words.append(tr("{count} of {layers} layers recomputed", count=len(setting.decoder), layers=layers))
+        if setting.offloading:
+            words.append(tr("their inputs in host memory"))
     else:
         words.append(tr("nothing recomputed"))
     if setting.quant.embedding == "host":

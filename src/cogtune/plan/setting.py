@@ -117,7 +117,8 @@ class Setting:
     gradient buffers, if its configuration file sets them. ``keep_gathered``: layers that fsdp2 keeps gathered from
     their first use on; None: not chosen yet, which counts as 0. ``resident``: decoder layers that stay on the card
     while the others are streamed from host memory; None: all, and nothing is streamed. ``tower_resident``: likewise
-    the tower's layers, live or filling the feature cache.
+    the tower's layers, live or filling the feature cache. ``offloading``: saved inputs of recomputed layers wait in
+    host memory.
     """
 
     sizes: ModelSizes = field(default_factory=ModelSizes)
@@ -142,6 +143,7 @@ class Setting:
     expandable: bool = True
     resident: int | None = None
     tower_resident: int | None = None
+    offloading: bool = False
 
     @property
     def width(self) -> int:

@@ -42,7 +42,8 @@ class Moment:
 def moments(setting: Setting) -> list[Moment]:
     """Return the moments of one micro-batch that can be the peak. With accumulation, all gradients exist throughout."""
     layers = decoder(setting)
-    kept = [_kept(layer, index in setting.decoder) for index, layer in enumerate(layers)]
+    kept = [_kept(layer, index in setting.decoder, setting.offloading) for index, layer in enumerate(layers)]
+    moving = max((each.entry for each in layers), default=0) if setting.offloading and setting.decoder else 0
     gradients = 4 * setting.adapter_parameters()
     before = gradients if setting.accumulation > 1 else 0
     ends, gathering = head(setting), Gathering(setting)
@@ -57,7 +58,7 @@ def moments(setting: Setting) -> list[Moment]:
         found.append(Moment(f"forward {index}", running, before, 0, needs, gathered=gathering.forward(index)))
         running += kept[index]
     loss = max(ends.forward, ends.backward)
-    found.append(Moment("loss", running, before, ends.saved, loss, gathered=gathering.loss()))
+    found.append(Moment("loss", running + moving, before, ends.saved, loss, gathered=gathering.loss()))
     for index, layer in reversed(list(enumerate(layers))):
         running -= kept[index]
         recomputed = index in setting.decoder
@@ -66,7 +67,8 @@ def moments(setting: Setting) -> list[Moment]:
         share = gradients if setting.accumulation > 1 else round(gradients * (len(layers) - index) / len(layers))
         if layer.saved:
             whole = gathering.backward(index)
-            found.append(Moment(f"backward {index}", running + own, share, 0, layer.backward, again, whole))
+            ahead = moving if index - 1 in setting.decoder else 0  # the next input is coming
+            found.append(Moment(f"backward {index}", running + own + ahead, share, 0, layer.backward, again, whole))
     if vision.backward:
         found.append(Moment("vision backward", held, gradients, 0, vision.backward))
     return found
@@ -83,8 +85,19 @@ def end_of_forward(setting: Setting) -> int:
     return loss.activations + loss.logits
 
 
-def _kept(layer: Kept, recomputed: bool) -> int:
-    return layer.entry if recomputed else layer.saved
+def offloaded(setting: Setting) -> list[int]:
+    """Return the bytes of each input that waits in host memory during a step (``setting.offloading``)."""
+    if not setting.offloading:
+        return []
+    blocks = len(setting.blocks) if setting.tower == "live" and setting.tower_trains else 0
+    inputs = [layer.entry for index, layer in enumerate(decoder(setting)) if index in setting.decoder]
+    return [size for size in inputs + blocks * [tower_block(setting).entry] if size]
+
+
+def _kept(layer: Kept, recomputed: bool, offloading: bool) -> int:
+    if not recomputed:
+        return layer.saved
+    return 0 if offloading else layer.entry
 
 
 def _vision(setting: Setting) -> Kept:
@@ -98,6 +111,7 @@ def _vision(setting: Setting) -> Kept:
         return Kept(adapter.entry, adapter.saved, adapter.backward, max(tower_forward(setting), adapter.forward))
     block, blocks = tower_block(setting), setting.sizes.vision.num_hidden_layers
     recomputed = len(setting.blocks)
-    saved = recomputed * block.entry + (blocks - recomputed) * block.saved
+    inputs = min(recomputed, 2) if setting.offloading else recomputed
+    saved = inputs * block.entry + (blocks - recomputed) * block.saved
     again = block.saved if recomputed else 0
     return Kept(0, adapter.saved + saved, again + block.backward, max(block.forward, adapter.forward))

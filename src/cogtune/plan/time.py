@@ -25,6 +25,7 @@ from cogtune.plan.memory import weights
 from cogtune.plan.setting import MicroBatch, Setting, format_of
 from cogtune.plan.sharding import Gathering
 from cogtune.plan.sizes import Linear
+from cogtune.plan.step import offloaded
 from cogtune.plan.streaming import Streaming
 
 _PROMPTS_AT_ONCE = 8
@@ -94,11 +95,14 @@ def _copying(setting: Setting, card: Card, decoder: float, tower: float) -> floa
 
     Copies run beside a pass and slow it down a little; what takes longer than the pass is waited for. ``decoder``,
     ``tower``: seconds of computation. Layers are copied for the forward and again for the backward pass, in which they
-    are recomputed; a frozen tower has only the first.
+    are recomputed; a frozen tower has only the first. Saved inputs that wait in host memory leave in the first and come
+    back in the second.
     """
     passes, tower_passes = _passes(setting), 3 if setting.tower_trains else 1
-    own, blocks = Streaming.of_decoder(setting), Streaming.of_tower(setting)
-    found = _exposed(own, card, decoder / passes) + _exposed(own, card, decoder * (passes - 1) / passes)
+    own, blocks = Streaming.of_decoder(setting).copied, Streaming.of_tower(setting).copied
+    inputs = sum(offloaded(setting))  # to the host beside the forward pass's copies, and back behind the backward's
+    found = _exposed(max(own, inputs), card, decoder / passes)
+    found += _exposed(own + inputs, card, decoder * (passes - 1) / passes)
     if setting.tower == "live":
         found += _exposed(blocks, card, tower / tower_passes)
         if tower_passes > 1:
@@ -106,8 +110,8 @@ def _copying(setting: Setting, card: Card, decoder: float, tower: float) -> floa
     return found
 
 
-def _exposed(streamed: Streaming, card: Card, computing: float) -> float:
-    copying = streamed.copied / card.bus
+def _exposed(copied: int, card: Card, computing: float) -> float:
+    copying = copied / card.bus
     return COPY_SLOWDOWN * min(copying, computing) + max(0.0, copying - computing)
 
 
@@ -258,7 +262,7 @@ def schedule(setting: Setting, card: Card, *, rows: int, pictures: int, mean: Mi
     fill = 0.0
     if setting.tower == "cached":
         each = tower_seconds(setting, card, 1) + feature_bytes(setting) / disk
-        each += _exposed(Streaming.of_tower(setting), card, each)
+        each += _exposed(Streaming.of_tower(setting).copied, card, each)
         fill = 2 * _tower(setting) / disk + pictures * each / setting.ranks
     return Schedule(
         load=stored / disk,

@@ -122,4 +122,6 @@ def next_setting(name: str, config: RunConfig) -> str:
         return tr("--train.batch_size 1 --train.accumulation {rows} (the same global batch)", rows=rows)
     if config.data.max_row_tokens is None:
         return tr("--data.max_row_tokens 4096 (splits a picture's questions over rows)")
+    if not config.train.activation_offloading and name != "validation":
+        return "--train.activation_offloading true"
     return tr("a smaller data.max_row_tokens, data.max_input_len or lora.rank, or a card with more memory")

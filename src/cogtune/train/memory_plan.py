@@ -20,7 +20,7 @@ from cogtune.configuration.run_config import RunConfig
 from cogtune.distributed.group import Group
 from cogtune.errors import OutOfMemoryError, SetupError
 from cogtune.language import tr
-from cogtune.model.host_memory import require_host_memory
+from cogtune.model.host_memory import OFFLOADING, require_host_memory
 from cogtune.model.layer_streaming import StreamPlacement, stream_placement
 from cogtune.plan.calibration import CONTEXT
 from cogtune.plan.cards import Card, named_like
@@ -30,7 +30,7 @@ from cogtune.plan.data_rows import Rows
 from cogtune.plan.data_rows import summary as rows_summary
 from cogtune.plan.from_config import budget_of, setting_of
 from cogtune.plan.local_cards import local_cards
-from cogtune.plan.memory import predict, weights
+from cogtune.plan.memory import offloaded_bytes, predict, weights
 from cogtune.plan.plan import PlanError, keys_of, plan_of, too_small
 from cogtune.plan.report import compared, summary
 from cogtune.plan.setting import Setting
@@ -167,7 +167,7 @@ class MemoryPlan:
         return setting
 
     def _require_host(self, setting: Setting) -> None:
-        """Refuse streamed layers that this machine's free memory cannot hold, for all its processes.
+        """Refuse streamed layers and saved inputs that this machine's free memory cannot hold, for all its processes.
 
         Raises:
             SetupError: it cannot.
@@ -175,8 +175,11 @@ class MemoryPlan:
         each = Streaming.of_decoder(setting).host
         if setting.tower == "live":
             each += Streaming.of_tower(setting).host
-        if not self.force:
-            require_host_memory(self._processes * each)
+        if self.force:
+            return
+        require_host_memory(self._processes * each)
+        if inputs := offloaded_bytes(setting):
+            require_host_memory(self._processes * (each + inputs), OFFLOADING)
 
     def _refuse(self, setting: Setting) -> None:
         assert self.card is not None

@@ -34,6 +34,7 @@ from cogtune.features.reader import FeatureReader
 from cogtune.generate.last_run import write_last_run
 from cogtune.language import phrase, tr
 from cogtune.model.activation_checkpointing import enable_checkpointing
+from cogtune.model.activation_offloading import ActivationOffloading
 from cogtune.model.compile import can_compile, compile_layers, prepare_compiling
 from cogtune.model.layer_streaming import StreamPlacement
 from cogtune.model.modeling import CogVLM2ForCausalLM
@@ -339,7 +340,8 @@ def _recompute(base: CogVLM2ForCausalLM, config: RunConfig, layers: Layers | Non
     decoder, tower = len(base.model.layers), base.config.vision_config.num_hidden_layers
     layers = layers or Layers.named(config, base.config)
     if layers.decoder or layers.tower:
-        counts = enable_checkpointing(base, layers.decoder, layers.tower)
+        offloading = ActivationOffloading(base.device) if config.train.activation_offloading else None
+        counts = enable_checkpointing(base, layers.decoder, layers.tower, offloading=offloading)
         also = tr(" and {counts} of {tower} tower layers", counts=counts[1], tower=tower) if counts[1] else ""
         log.info(
             tr(
@@ -349,6 +351,10 @@ def _recompute(base: CogVLM2ForCausalLM, config: RunConfig, layers: Layers | Non
                 also=also,
             )
         )
+        if offloading is not None:
+            log.info(tr("their inputs wait in host memory until then (train.activation_offloading)"))
+    elif config.train.activation_offloading:
+        log.info(tr("no layer is recomputed: train.activation_offloading has nothing to move"))
 
 
 def _leave_result(config: RunConfig, start: RunStart, progress: Progress) -> tuple[Path, str, int]:

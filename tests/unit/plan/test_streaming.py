@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from cogtune.plan.ask import plan
 from cogtune.plan.cards import find_card
 from cogtune.plan.choose import best, filling, fits, streaming
 from cogtune.plan.inference import answer, slots
-from cogtune.plan.memory import fill, predict
+from cogtune.plan.memory import OFFLOADED_BLOCK, fill, predict
 from cogtune.plan.plan import keys_of
 from cogtune.plan.setting import LoraShape, MicroBatch, Setting, adapted_names
 from cogtune.plan.sizes import ModelSizes
@@ -136,6 +137,23 @@ def test_a_6_gb_card_answers_with_the_head_or_a_picture_on_it() -> None:
     assert text.reserved <= found.reserved
 
 
+def test_saved_inputs_in_host_memory_leave_two_on_the_card() -> None:
+    """At eight unquantised rows they are nearly half of what a streamed step takes."""
+    kept = replace(NF4, quant=QuantSection(embedding="host"), batch=MicroBatch(rows=8)).streaming(0)
+    away = replace(kept, offloading=True)
+    entry = 8 * (2304 + 402) * 4096 * 2
+    saved = predict(kept).phase("train").parts["activations"] - predict(away).phase("train").parts["activations"]
+    assert 28 * entry <= saved <= 31 * entry
+    assert predict(away).reserved < 8 * GIB
+    assert predict(away).host - predict(kept).host == 32 * -(-entry // OFFLOADED_BLOCK) * OFFLOADED_BLOCK
+    card = find_card("h200")
+    slower = step_time(away, card).seconds / step_time(kept, card).seconds
+    assert 1 < slower < 1.02
+    assert step_time(away, replace(card, bus=8e9)).copying > step_time(kept, replace(card, bus=8e9)).copying
+    none = replace(away, decoder=frozenset())
+    assert predict(none).phase("train").parts == predict(replace(none, offloading=False)).phase("train").parts
+
+
 def test_long_answers_of_many_rows_peak_at_the_head() -> None:
     """Then the buffers are gone: what is left of the experts are those that every token reads."""
     quant = QuantSection(experts="nf4", tower="nf4", embedding="host", stream=0)
@@ -145,6 +163,23 @@ def test_long_answers_of_many_rows_peak_at_the_head() -> None:
     whole = answer(replace(own, resident=None, tower_resident=None, quant=quant.changed(stream="off")))
     assert whole.parts["experts"] - phase.parts["experts"] == 32 * each
     assert phase.parts["embedding and head"] == whole.parts["embedding and head"]
+
+
+@pytest.mark.parametrize("page", ["docs/guides/memory.md", "docs/zh/guides/memory.md"])
+def test_the_guides_table_of_slower_buses_is_the_plan(page: str) -> None:
+    text = (Path(__file__).parents[3] / page).read_text(encoding="utf-8")
+    (head,) = re.findall(r"^\|.*55 GB/s.*$", text, re.M)
+    rates = [float(rate) for rate in re.findall(r"([\d.]+) GB/s", head)]
+    rows = re.findall(r"^\| (\w+.*) \| (NF4|bfloat16) \| (\d) \| (.*%) \|$", text, re.M)
+    assert len(rows) == 6
+    for name, form, count, shares in rows:
+        quant = QuantSection(experts="nf4" if form == "NF4" else "none", embedding="host")
+        own, card = replace(NF4, quant=quant, batch=MicroBatch(rows=int(count))), find_card(name)
+        planned = [
+            step_time(own, card).seconds / step_time(own.streaming(0), replace(card, bus=rate * 1e9)).seconds
+            for rate in rates
+        ]
+        assert [f"{100 * share:.0f} %" for share in planned] == shares.split(" | ")
 
 
 def test_the_bus_is_a_flag_of_the_plan() -> None:
