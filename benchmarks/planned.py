@@ -39,7 +39,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 FILES = (
     "two-cards-h200", "eight-cards", "speed-h200", "cards-h100", "cards-zero3-h100", "launches-h100", "speed-h100",
     "speed-again-h100", "fit-h100", "sweep-batch-h100", "sweep-text-h100", "sweep-rank-h100", "sweep-questions-h100",
-    "stream-nf4-h200", "fit-streamed-h200",
+    "stream-nf4-h200", "fit-streamed-h200", "stream-bf16-h200",
 )  # fmt: skip
 _WHOLE_PROJECTION = ("eight-cards", "speed-h200")
 """Of code whose compiled layers also kept q, k and v as they came from the projection."""

@@ -15,26 +15,30 @@ class Allocator:
     """Share of everything a step allocates beyond weights and optimiser."""
     working: float
     """Share of the tensors of one recomputed layer, which are allocated between the activations of other layers."""
+    compiled: float
+    """The same for a compiled layer, which has fewer and larger ones."""
     update: float
     """Share of the adapter's float32 size: gradients are allocated between activations. (1.8 with foreach AdamW.)"""
     fixed: int
     per_layer: int
     """Bytes per layer that keeps its activations: about twenty tensors, each in a block up to 1 MiB larger."""
 
-    def slack(self, held: int, working: int = 0, update: int = 0) -> int:
+    def slack(self, held: int, working: int = 0, update: int = 0, *, compiled: bool = False) -> int:
         """Return the bytes that are reserved and unused at the peak."""
-        return round(self.share * held + self.working * working + self.update * update + self.fixed)
+        layer = self.compiled if compiled else self.working
+        return round(self.share * held + layer * working + self.update * update + self.fixed)
 
 
-SEGMENTS = Allocator(share=0.04, working=0.58, update=1.0, fixed=100 * MIB, per_layer=9 * MIB)
+SEGMENTS = Allocator(share=0.04, working=0.58, compiled=0.58, update=1.0, fixed=100 * MIB, per_layer=9 * MIB)
 """The default allocator: one segment per large tensor. Within 5 % of every row of `cogtune bench fit` and of the NF4
 memory sweep on one H100 (torch 2.11); `python -m benchmarks.planned --segments FILE.json` compares.
 """
 
-EXPANDABLE = Allocator(share=0.02, working=0.16, update=1.0, fixed=50 * MIB, per_layer=0)
+EXPANDABLE = Allocator(share=0.02, working=0.16, compiled=0.08, update=1.0, fixed=50 * MIB, per_layer=0)
 """``expandable_segments:True``, which the command line sets. Derived by simulating the allocator on the allocations of
 a full-size step on the meta device, at every point of the memory sweep. Within 4 %, mostly 1 %, of both memory sweeps,
-the other sweeps and the rows of `cogtune bench fit` on one H100 (torch 2.11).
+the other sweeps and the rows of `cogtune bench fit` on one H100 (torch 2.11). ``compiled``: fitted to stream-bf16-h200
+(eight rows) and stream-nf4-h200.
 """
 
 

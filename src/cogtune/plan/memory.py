@@ -216,7 +216,8 @@ def _train(setting: Setting) -> Phase:
     spare = _update_bytes(setting) + FLOAT32 * setting.adapter_parameters() - moment.total
     if spare > 0:
         parts["workspace"] += spare
-    slack = gaps.slack(moment.total, moment.again, FLOAT32 * setting.adapter_parameters())
+    trained = FLOAT32 * setting.adapter_parameters()
+    slack = gaps.slack(moment.total, moment.again, trained, compiled=setting.compiled)
     slack += max(0, Gathering(setting).pool() - moment.gathered.buffers)
     return Phase("train", parts, slack, _host_training(setting))
 
