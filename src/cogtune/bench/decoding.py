@@ -66,6 +66,7 @@ def _measure_steps(
     oracle: list[int],
 ) -> None:
     device, dtype = model.device, model.dtype
+    reset_peak(device)  # what generate() left is not the engine's
     ids, types = prompt["input_ids"].cpu(), prompt["token_type_ids"].cpu()
     head = 1 + int(model.config.num_image_tokens)
     cache = SlotCache(model.config, max(rows), ids.shape[1] + 4 * tokens, dtype, device)

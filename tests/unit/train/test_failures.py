@@ -25,7 +25,20 @@ CPU = torch.device("cpu")
             "--train.batch_size 1 --train.accumulation 8",
         ),
         ("training", {"train__gradient_checkpointing": "all"}, "--data.max_row_tokens"),
-        ("training", {"train__gradient_checkpointing": "all", "data__max_row_tokens": 99}, "lora.rank"),
+        (
+            "training",
+            {"train__gradient_checkpointing": "all", "data__max_row_tokens": 99},
+            "--train.activation_offloading true",
+        ),
+        (
+            "training",
+            {
+                "train__gradient_checkpointing": "all",
+                "data__max_row_tokens": 99,
+                "train__activation_offloading": True,
+            },
+            "lora.rank",
+        ),
         ("validation", {"train__batch_size": 4}, "--eval.batch_size 1"),
         ("loading the model", {}, "more memory"),
     ],
