@@ -169,7 +169,9 @@ def run_parts(given: argparse.Namespace) -> None:
         elif part == "unsloth" and given.unsloth is not None:
             first = "import unsloth; from benchmarks.peer_8b import main; main()"  # before anything that it patches
             words[1:3] = ["-c", first]
-            _bounded(words, left, PYTHONPATH=os.pathsep.join([given.unsloth, os.environ.get("PYTHONPATH", "")]))
+            packages = os.pathsep.join([given.unsloth, os.environ.get("PYTHONPATH", "")])
+            code = str(Path(tempfile.gettempdir()) / "unsloth_compiled_cache")  # what it writes, by default here
+            _bounded(words, left, PYTHONPATH=packages, UNSLOTH_COMPILE_LOCATION=code)
         elif part != "unsloth":
             _bounded(words, left if part == "last" else 0.6 * left, ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION="true")
 

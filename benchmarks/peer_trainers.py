@@ -92,12 +92,12 @@ class Unsloth:
         from unsloth import FastVisionModel
 
         self.config, self.device = config, device
+        place = {} if device.type == "cuda" else {"device_map": {"": str(device)}}
         with tempfile.TemporaryDirectory() as folder:
             qwen3_vl.write_processor(config, Path(folder))
             qwen3_vl.write_model(config, Path(folder))
             model, self.processor = FastVisionModel.from_pretrained(
-                folder, max_seq_length=8192, dtype=torch.bfloat16, load_in_4bit=False, local_files_only=True,
-                device_map={"": str(device)},
+                folder, max_seq_length=8192, dtype=torch.bfloat16, load_in_4bit=False, local_files_only=True, **place,
             )  # fmt: skip
         qwen3_vl.fill(model)
         self.model = FastVisionModel.get_peft_model(
