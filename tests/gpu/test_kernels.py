@@ -89,6 +89,25 @@ def test_an_fp8_mlp_is_its_three_layers(keep_transposed: bool, compiled: bool) -
         assert _error(results[1][1], results[0][1]) < 2e-2
 
 
+@fp8_card
+def test_an_fp8_tower_rounds_as_its_layers_do() -> None:
+    """Compiled, with every input rounded by a kernel of its own, against the layers one by one without kernels."""
+    torch.manual_seed(0)
+    config = CogVLM2VisionConfig(hidden_size=192, num_heads=2, intermediate_size=1008)
+    layer = vision.VisionLayer(config).cuda().bfloat16().requires_grad_(False)
+    for part in (layer.attention, layer.mlp):
+        for name, linear in list(part.named_children()):
+            setattr(part, name, Fp8Linear.from_weight(linear.weight, linear.bias))
+    x = _noise(2, 301, 192)
+    with torch._dynamo.config.patch(specialize_float=True):  # as prepare_compiling does
+        found = torch.compile(vision.VisionLayer.compute, fullgraph=True, dynamic=True)(layer, x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fp8, "kernel_available", lambda x: False)
+        wanted = layer.compute(x)
+    # the same numbers are rounded; now and then one of them goes to the next fp8 number
+    assert _error(found - x, wanted - x) < 1e-2
+
+
 @pytest.mark.parametrize(
     ("ranks", "dtype", "bound", "compiled"),
     [

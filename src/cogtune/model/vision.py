@@ -73,10 +73,18 @@ class VisionAttention(nn.Module):
 
     def forward(self, x_NPW: torch.Tensor) -> torch.Tensor:
         images, patches, _ = x_NPW.shape
-        qkv = self.query_key_value(x_NPW).view(images, patches, 3, self.num_heads, self.head_dim)
+        qkv = _apply(self.query_key_value, x_NPW).view(images, patches, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         context = attend(q, k, v)
-        return self.dense(context.transpose(1, 2).flatten(2))
+        return _apply(self.dense, context.transpose(1, 2).flatten(2))
+
+
+def _apply(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Return layer(x). The tower's inputs come from kernels of its own, so an fp8 layer rounds them by one as well."""
+    if isinstance(layer, Fp8Linear) and not (torch.is_grad_enabled() and x.requires_grad):
+        return layer.of_rows(x)
+    result: torch.Tensor = layer(x)
+    return result
 
 
 class VisionMLP(nn.Module):
@@ -90,7 +98,7 @@ class VisionMLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if _fits_epilogue(self.fc1, x):
             return self.fc2(_product_with_gelu(self.fc1, x))
-        inner = self.fc1(x)
+        inner = _apply(self.fc1, x)
         if isinstance(self.fc2, Fp8Linear) and not inner.requires_grad:
             return self.fc2.of_gelu(inner)
         return self.fc2(functional.gelu(inner))

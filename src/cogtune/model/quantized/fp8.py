@@ -259,10 +259,25 @@ class Fp8Linear(nn.Linear):
         flat = x.flatten(0, -2)
         if flat.shape[0] == 0:
             return x.new_zeros(*x.shape[:-1], self.out_features)
-        quantized, scale = rounded_gelu(flat)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        product = scaled_product(quantized, self.weight.view(FORMAT), scale, self.scale[:, None], bias, x.dtype)
-        return product.view(*x.shape[:-1], self.out_features)
+        return self._of_rounded(rounded_gelu(flat), x)
+
+    def of_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output for x [..., I]. Has no gradient.
+
+        In a compiled layer `forward` leaves the rounding to the compiler, which fuses it with what makes x. Where that
+        is no generated kernel, one pass over x by a kernel of its own is faster.
+        """
+        flat = x.flatten(0, -2)
+        if not _fits_kernel(flat) or flat.shape[0] == 0:
+            return self(x)
+        return self._of_rounded(fp8.quantize_on_gpu(flat.contiguous(), None, FORMAT, LARGEST, _SMALLEST), x)
+
+    def _of_rounded(self, rounded: tuple[torch.Tensor, torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+        """Return the output [..., O] for rounded rows, in the dtype and leading dimensions of ``like``."""
+        bias = None if self.bias is None else self.bias.to(like.dtype)
+        scales = rounded[1], self.scale[:, None]
+        product = scaled_product(rounded[0], self.weight.view(FORMAT), *scales, bias, like.dtype)
+        return product.view(*like.shape[:-1], self.out_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.flatten(0, -2)
