@@ -129,6 +129,11 @@ def test_a_head_that_comes_and_goes_is_where_it_says(base: Path) -> None:
         set_aside_head(model)
         assert model.lm_head.weight.shape == expected.lm_head.weight.shape
         assert torch.equal(model.lm_head(hidden), expected.lm_head(hidden)), "a call fetches it"
+    seen: list[int] = []
+    model.model.layers[0].register_forward_hook(lambda *_: seen.append(_on_device(model.lm_head)))
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[256, 65, 66]]))
+    assert seen == [4], "a layer's buffers take its place, whoever calls"
 
 
 def test_known_pictures_wait_in_host_memory(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
