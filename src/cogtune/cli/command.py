@@ -130,6 +130,17 @@ class Command:
         Raises:
             ConfigError: the words are wrong; and whatever the command raises.
         """
+        if self.keys != "answer":
+            return self._called(words)
+        from cogtune.configuration.problems import running
+
+        before = running.set(f"cogtune {self.name}")
+        try:
+            return self._called(words)
+        finally:
+            running.reset(before)
+
+    def _called(self, words: list[str]) -> int:
         flags = list(own_flags(self.flags))
         line = split_arguments(
             words,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,9 +73,15 @@ def explain(
     return ConfigError("\n  ".join(lines), hint=hint, code=_code(problems, missing, unknown))
 
 
+running: ContextVar[str | None] = ContextVar("running", default=None)
+"""The command under way, ``cogtune web`` for example, if its help lists the keys of an `AnswerConfig`."""
+
+
 def keys_hint(model: type[BaseModel]) -> str:
     """Return a hint where to look up the keys."""
     command = getattr(model, "command", "cogtune train")
+    if command == "cogtune predict":
+        command = running.get() or command
     return tr("`{command} --help` lists every key with its type, default and meaning", command=command)
 
 

@@ -210,6 +210,12 @@ def test_a_rank_leaves_its_error_where_torchrun_looks_for_it(
     assert "error[run]" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["chat", "predict", "eval", "serve", "web"])
+def test_the_help_that_is_named_is_the_commands_own(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--no-such-thing-at-all", "1"]) == 2
+    assert f"hint: `cogtune {name} --help` lists every key" in capsys.readouterr().err
+
+
 def test_a_broken_library_is_refused_before_a_command_that_needs_it(monkeypatch, capsys):
     monkeypatch.setattr("importlib.metadata.version", lambda name: "5.1.0" if name == "transformers" else "99")
     assert main(["chat", "--model", "nowhere"]) == 2
