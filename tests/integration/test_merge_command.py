@@ -97,11 +97,12 @@ def test_a_file_to_check_with_is_looked_at_before_the_merge(
     for decides, said in (
         (None, "no such file"),
         ({"adapter": own}, "cannot be read"),
-        ({"adapter": None, "max-new-tokens": 4}, "not those of the adapter"),
+        ({"adapter": None, "max-new-tokens": 4}, f"those of out/checkpoint-9, not of the adapter in {adapter}"),
         ({"adapter": own, "max-new-tokens": 4, "choices": ["yes", "no"]}, "chosen among --choices"),
     ):
         if decides is not None:
-            meta.write_text(json.dumps({"decides": decides}), encoding="utf-8")
+            made = {"adapter": "out/checkpoint-9"}
+            meta.write_text(json.dumps({"decides": decides, "made_with": made}), encoding="utf-8")
         assert main(["merge", *map(str, words)]) == 2
         assert said in capsys.readouterr().err
         assert not (tmp_path / "merged").exists()

@@ -118,7 +118,8 @@ def require_checkable(predictions: Path, adapter: Path) -> None:
         AdapterError: no adapter. ConfigError: answers that were drawn at random, chosen, or another adapter's.
         DataError: not a predictions file.
     """
-    decides = _decides(predictions)
+    meta = _meta(predictions)
+    decides: Mapping[str, Any] = meta["decides"]
     _keys(predictions)
     if decides.get("choices"):
         raise ConfigError(
@@ -128,14 +129,19 @@ def require_checkable(predictions: Path, adapter: Path) -> None:
         )
     if decides.get("adapter") != adapter_fingerprint(find_adapter(adapter)):
         raise ConfigError(
-            tr("{path}: its answers are not those of the adapter in {adapter}", path=predictions, adapter=adapter),
-            hint=tr("make it with `cogtune predict --adapter {adapter}`", adapter=adapter),
+            tr(
+                "{path}: its answers are those of {other}, not of the adapter in {adapter}, whose weights differ",
+                path=predictions,
+                other=(meta.get("made_with") or {}).get("adapter") or tr("the base model"),
+                adapter=adapter,
+            ),
+            hint=tr("merge that one, or make the file with `cogtune predict --adapter {adapter}`", adapter=adapter),
             code="config-value",
         )
 
 
-def _decides(predictions: Path) -> Mapping[str, Any]:
-    """Return what decided the stored answers."""
+def _meta(predictions: Path) -> Mapping[str, Any]:
+    """Return what decided the stored answers, and what they were made with."""
     meta = predictions.with_name(predictions.name + ".meta.json")
     hint = tr("`cogtune predict` writes it beside its answers; keep both")
     lines = predictions.with_name(predictions.name + ".jsonl")
@@ -144,16 +150,16 @@ def _decides(predictions: Path) -> Mapping[str, Any]:
     if not meta.is_file():
         raise DataError(tr("{meta}: no such file", meta=meta), hint=hint)
     try:
-        decides: Mapping[str, Any] = json.loads(meta.read_text(encoding="utf-8"))["decides"]
-        int(decides["max-new-tokens"])
+        found: Mapping[str, Any] = json.loads(meta.read_text(encoding="utf-8"))
+        int(found["decides"]["max-new-tokens"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(tr("{meta}: cannot be read: {error}", meta=meta, error=error), hint=hint) from error
-    return decides
+    return found
 
 
 def _keys(predictions: Path) -> dict[str, Any]:
     """Return the settings that the stored answers were given with."""
-    decides = _decides(predictions)
+    decides = _meta(predictions)["decides"]
     if decides.get("temperature") or decides.get("sample"):
         raise ConfigError(
             tr("{path}: its answers were drawn at random, and are not given again", path=predictions),
