@@ -176,6 +176,17 @@ def resident_layers(stream: str | int, layers: int, part: int | None = None) -> 
     return stream if part is None else part * stream // layers
 
 
+def stream_note(stream: str | int, layers: int) -> str | None:
+    """Return what to say of a number of layers that streams none; None: it streams some, or is no number."""
+    if isinstance(stream, str) or stream < layers:
+        return None
+    return tr(
+        "quant.stream {stream}: the model has {layers} decoder layers, so all stay on the device and none is streamed",
+        stream=stream,
+        layers=layers,
+    )
+
+
 def memory_budget(policy: str | int) -> int | None:
     """Return the memory budget in bytes, if ``train.gradient_checkpointing`` is a size."""
     if isinstance(policy, int) or policy in ("auto", "none", "all"):

@@ -23,7 +23,7 @@ from cogtune.checkpoint.quantize import require_packages
 from cogtune.configuration.answer_config import AnswerConfig
 from cogtune.configuration.engine_rules import check_tensor
 from cogtune.configuration.load import explicit_values, load_answer_config
-from cogtune.configuration.resolve import as_stored, check_formats, torch_dtype
+from cogtune.configuration.resolve import as_stored, check_formats, stream_note, torch_dtype
 from cogtune.distributed import environment
 from cogtune.distributed.group import TensorGroup
 from cogtune.errors import ConfigError
@@ -256,6 +256,9 @@ def load_resolved(choice: Resolved, progress: Callable[[str], None] = lambda lin
     """
     for line in choice.notes:
         progress(line)
+    unused = stream_note(choice.config.quant.stream, load_model_config(choice.model).num_hidden_layers)
+    if unused is not None:
+        progress(unused)
     if choice.tensor > 1:
         group = start(choice.device)
         assert group is not None

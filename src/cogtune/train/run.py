@@ -21,6 +21,7 @@ from cogtune.configuration.resolve import (
     as_stored,
     check_formats,
     resolve_compile,
+    stream_note,
     torch_dtype,
 )
 from cogtune.configuration.run_config import RunConfig
@@ -261,7 +262,10 @@ def _build(
     checkpoint = start.folder.checkpoint
     if compiles(config, engine):
         prepare_compiling(engine.device)  # compile workers start while weights load
-    streamed = layers.streamed(load_model_config(config.model.path), engine.device)
+    shapes = load_model_config(config.model.path)
+    streamed = layers.streamed(shapes, engine.device)
+    if (line := stream_note(config.quant.stream, shapes.num_hidden_layers)) is not None:
+        log.info(line)
     base = load_base(config, engine, dtype, streamed, cached=cached)
     model = assemble(base, config, engine, checkpoint, layers)
     log.info(engine.describe())

@@ -137,6 +137,14 @@ def test_a_generator_follows_the_keys_it_is_made_with(run: Path, tmp_path: Path)
         load_generator(adapter=run, keys={"quant": {"expert": None}})
 
 
+def test_more_resident_layers_than_there_are_is_said(run: Path) -> None:
+    for stream, said in ((99, True), (2, True), (1, False), ("off", False)):
+        lines: list[str] = []
+        load_generator(adapter=run, keys={"device": "cpu", "quant.stream": stream}, progress=lines.append).close()
+        text = f"quant.stream {stream}: the model has 2 decoder layers, so all stay on the device"
+        assert any(text in line for line in lines) == said
+
+
 def test_guesses_need_the_engine(run: Path) -> None:
     """And get there; a model that answers by ``generate()`` refuses them."""
     keys = {"device": "cpu", "generate.prompt_lookup_num_tokens": 3}
