@@ -68,6 +68,12 @@ def _predict(flags: _Flags, line: Arguments) -> None:
         raise ConfigError(tr("no data is named"), hint=tr("give --data DIR"), code="config-missing")
     choices = names_of(flags.choices)
     if flags.choices and choices != (_OWN,):
+        if _OWN in choices:
+            raise ConfigError(
+                tr("--choices {choices}: data means those that the records name", choices=",".join(choices)),
+                hint=tr("--choices data alone; a choice that is this word has to be named in the records"),
+                code="config-value",
+            )
         require_choices(choices)
 
     from cogtune.checkpoint.model_files import reading_rules

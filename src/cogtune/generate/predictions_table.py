@@ -10,24 +10,32 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from cogtune.errors import OutputFolderError, SetupError
+from cogtune.errors import ConfigError, OutputFolderError, SetupError
 from cogtune.language import tr
 from cogtune.system import files
 from cogtune.system.file_errors import explained
 from cogtune.system.reading import read_bytes
 
-TABLES = (".csv", ".parquet")
+LINES, TABLES = ".jsonl", (".csv", ".parquet")
 
 
 def lines_file(output: Path) -> Path:
     """Return the file that answers go to line by line: ``output`` itself, or the JSON lines beside a table.
 
     Raises:
-        SetupError: Parquet without pyarrow. OutputFolderError: a table that was not made of such lines.
+        ConfigError: the name has no ending that says what to write. SetupError: Parquet without pyarrow.
+        OutputFolderError: a table that was not made of such lines.
     """
-    if output.suffix.lower() not in TABLES:
+    kind = output.suffix.lower()
+    if kind not in (LINES, *TABLES):
+        raise ConfigError(
+            tr("--output {output}: a name that ends in .jsonl, .csv or .parquet was expected", output=output),
+            hint=tr("for JSON lines: --output {output}", output=output.with_suffix(LINES)),
+            code="config-value",
+        )
+    if kind == LINES:
         return output
-    if output.suffix.lower() == ".parquet" and find_spec("pyarrow") is None:
+    if kind == ".parquet" and find_spec("pyarrow") is None:
         raise SetupError(
             tr("Parquet files are written with pyarrow, which is not installed"),
             hint=tr('install it: pip install "cogtune[data]"'),
