@@ -76,7 +76,7 @@ def test_the_tower_sees_an_image_once(generator: Generator, red: Image.Image, mo
     generator.answer_batch([(first, "one", []), (first, "two", []), (other, "three", [])], SHORT)
     generator.answer_batch([(other.copy(), "four", []), (None, "five", []), (first, "six", [])], SHORT)
     list(generator.stream(first.copy(), "seven", decoding=SHORT))
-    assert seen == [1, 1]
+    assert sum(seen) == 2
 
 
 def test_questions_about_several_images(
