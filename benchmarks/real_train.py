@@ -3,7 +3,7 @@
     python -m benchmarks.real_train real-train-h200.json
 
 A folder of generated pictures (JPEG and PNG, of many sizes) with one question each, 320 to 960 text tokens, 640 in the
-mean, is trained on for a few epochs at the full size, with features from the cache and with the tower. Everything is
+mean, is trained on for a few epochs at the full size, with features from the cache, then with the tower. Everything is
 a user's run: data, workers, plan, feature cache, loop, metrics, TensorBoard, adapter. Only the weights are random,
 made on the card instead of read from 39 GB of files. For each of the two there are three rows:
 
@@ -148,26 +148,22 @@ def made_beforehand(config: RunConfig, steps: int, *, cached: bool, dtype: torch
     return [step.batches[0] for step in islice(Feed(rows, config, group, 1).steps((0, 0)), steps)]
 
 
-def bench_rows(base: str, work: Path, epoch: int, run: RunConfig, *, live_steps: int) -> list[dict[str, Any]]:
+def bench_rows(base: str, work: Path, run: RunConfig, steps: int, *, cached: bool) -> Iterator[dict[str, Any]]:
     """Measure the bench's fixed shape and the run's own batches on one assembled model."""
     overrides = {"model.path": [base], "train.batch_size": ["2"]}
-    variants = parse_variants(
-        [f"{name} features={name}" for name in ("cached", "live")], overrides, preset=f"text={TEXT}", cached=False
-    )
-    bench, found = Bench(variants[0]), []
-    for variant in variants:
-        steps = 10 if variant.cached else 6
-        batches = bench.batches(variant, work / "bench")
-        timing = bench.run(variant, batches, warm=3, steps=steps)
-        row = _row(f"bench, {variant.name}", timing, batches, 1000 * timing.median)
-        times = [round(1000 * seconds, 1) for seconds in timing.steps]
-        found.append(row | {"first_step_s": round(timing.first, 2), "times_ms": times, "shapes": 1})
-        found.append(_same_batches(bench, variant, run, epoch, 2 * epoch if variant.cached else live_steps))
-    return found
+    features = "cached" if cached else "live"
+    variant = parse_variants([f"{features} features={features}"], overrides, preset=f"text={TEXT}", cached=cached)[0]
+    bench = Bench(variant, cached=cached)
+    batches = bench.batches(variant, work / "bench")
+    timing = bench.run(variant, batches, warm=3, steps=10 if cached else 6)
+    row = _row(f"bench, {features}", timing, batches, 1000 * timing.median)
+    times = [round(1000 * seconds, 1) for seconds in timing.steps]
+    yield row | {"first_step_s": round(timing.first, 2), "times_ms": times, "shapes": 1}
+    yield _same_batches(bench, variant, run, steps)
 
 
-def _same_batches(bench: Bench, variant: Variant, run: RunConfig, epoch: int, steps: int) -> dict[str, Any]:
-    """Run the run's own batches: the mean of the last epoch's steps, and what a step of a new shape takes longer."""
+def _same_batches(bench: Bench, variant: Variant, run: RunConfig, steps: int) -> dict[str, Any]:
+    """Run the run's own batches: the mean of the second half's steps, and what a step of a new shape takes longer."""
     batches = made_beforehand(run, steps, cached=variant.cached, dtype=bench.dtype)
     timing = bench.run(variant, batches, warm=1, steps=steps - 1)
     times, seen = [1000 * seconds for seconds in timing.steps], {shape_of(batches[0])}
@@ -175,8 +171,8 @@ def _same_batches(bench: Bench, variant: Variant, run: RunConfig, epoch: int, st
     for batch, ms in zip(batches[1:], times, strict=True):
         (again if shape_of(batch) in seen else first).append(ms / _tokens([batch]))
         seen.add(shape_of(batch))
-    last = times[-epoch:]
-    row = _row(f"same batches, {variant.name}", timing, batches[-epoch:], statistics.mean(last))
+    half = steps // 2
+    row = _row(f"same batches, {variant.name}", timing, batches[-half:], statistics.mean(times[-half:]))
     usual = statistics.median(again) if again else 0.0
     mean = _tokens(batches) / len(batches)
     extra = [round((each - usual) * mean, 1) for each in first] if again else []
@@ -217,28 +213,29 @@ def train_row(name: str, config: RunConfig, epoch: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure(results: Results, preset: str, rows: int, epochs: int, live_epochs: int, folder: Path) -> None:
-    """Add the six rows and print each."""
+def measure(results: Results, preset: str, rows: int, epochs: int, kinds: Sequence[str], folder: Path) -> None:
+    """Add three rows for each of ``kinds`` and print each."""
     began, epoch = time.perf_counter(), rows // 2
     base, data = make_outline(folder / "base", preset=preset), write_data(folder / "data", rows)
-    first = run_config(base, data, folder / "cached", **{"train.epochs": epochs, "data.cache_features": "on"})
-    lengths = load_rows(first).lengths
-    results.record["data"] = {
-        "rows": rows, "pictures": Counter(path.suffix for path in (data / "images").iterdir()),
-        "sizes": SIZES, "mean_row": sum(lengths) / rows, "shortest": min(lengths), "longest": max(lengths),
-        "made_s": round(time.perf_counter() - began, 1),
-    }  # fmt: skip
     name = "random" if preset == "full" else f"random-{preset}"
-    for row in bench_rows(name, folder, epoch, first, live_steps=live_epochs * epoch):
-        results.add(row)
-        print(_said(row), flush=True)
-    _release()
-    with random_base():
-        results.add(train_row("train, cached", first, epoch))
+    for kind in kinds:
+        keys = {"train.epochs": epochs, "data.cache_features": "on" if kind == "cached" else "off"}
+        config = run_config(base, data, folder / kind, **keys)
+        if "data" not in results.record:
+            lengths = load_rows(config).lengths
+            results.record["data"] = {
+                "rows": rows, "pictures": Counter(path.suffix for path in (data / "images").iterdir()),
+                "sizes": SIZES, "mean_row": sum(lengths) / rows, "shortest": min(lengths), "longest": max(lengths),
+                "made_s": round(time.perf_counter() - began, 1),
+            }  # fmt: skip
+        for row in bench_rows(name, folder / f"bench-{kind}", config, 2 * epoch, cached=kind == "cached"):
+            results.add(row)
+            print(_said(row), flush=True)
         _release()
-        keys = {"train.epochs": live_epochs, "data.cache_features": "off"}
-        results.add(train_row("train, live", run_config(base, data, folder / "live", **keys), epoch))
-    print(_as_table(results.rows))
+        with random_base():
+            results.add(train_row(f"train, {kind}", config, epoch))
+        _release()
+        print(_as_table(results.rows), flush=True)
 
 
 def _release() -> None:
@@ -270,14 +267,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("--preset", choices=("full", "tiny"), default="full", help="the size of the model")
-    parser.add_argument("--rows", type=int, default=24, help="pictures, with a question each; a multiple of 8")
-    parser.add_argument("--epochs", type=int, default=3, help="of the run with cached features; the first is warm-up")
-    parser.add_argument("--live-epochs", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=16, help="pictures, with a question each; a multiple of 8")
+    parser.add_argument("--epochs", type=int, default=3, help="of the runs; the first is warm-up")
+    parser.add_argument("--features", choices=("cached", "live", "both"), default="both")
     chosen = parser.parse_args()
-    words = [f"--preset {chosen.preset}", f"--rows {chosen.rows}"]
-    results = Results("real-train", f"python -m benchmarks.real_train {shown_command(words)}", chosen.file)
+    words = [f"--{name} {getattr(chosen, name)}" for name in ("preset", "rows", "epochs", "features")]
+    results = Results(
+        "real-train", f"python -m benchmarks.real_train {shown_command(' '.join(words).split())}", chosen.file
+    )
+    kinds = ("cached", "live") if chosen.features == "both" else (chosen.features,)
     with tempfile.TemporaryDirectory() as folder:
-        measure(results, chosen.preset, chosen.rows, chosen.epochs, chosen.live_epochs, Path(folder))
+        measure(results, chosen.preset, chosen.rows, chosen.epochs, kinds, Path(folder))
 
 
 if __name__ == "__main__":
