@@ -49,7 +49,7 @@ class Routing:
     ancestors: torch.Tensor | None = None  # bool [B, G + 1, G + 1]: a segment sees itself and its ancestors
     prefix: int = 0  # in a tree: number of leading columns before any row branches, where causal attention is correct
     row_mask: torch.Tensor | None = None  # bool [B, S] real columns; None unless the layout has padding to hide
-    empty: torch.Tensor | None = None  # bool [B*S, 1] columns without a token; None where every column has one
+    empty: torch.Tensor | None = None  # bool [B*S, 1] columns without a token; None where there can be none
     kept: torch.Tensor | None = None  # [K] sorted indices, ascending, of tokens whose last hidden state is needed
     num_vision_kept: int = 0
     # The kept tokens as rows of Q queries, for the last layer's attention; None if they fill over half of the columns.
@@ -293,7 +293,8 @@ class _Builder:
         if self.tree and not self._is_chain():
             extra |= self._tree_tensors(cell, columns)
             extra["prefix"] = 0 if keep_columns else self._unbranched() // column_multiple * column_multiple
-        if batch * columns > self.num_tokens:
+        # Where lengths are rounded up, also for rows that fill their columns: to the compiler it is one kind of step.
+        if batch * columns > self.num_tokens or column_multiple > 1:
             empty = np.ones((batch * columns, 1), bool)
             empty[cell] = False
             extra["empty"] = torch.from_numpy(empty)

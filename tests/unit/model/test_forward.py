@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from cogtune import CogVLM2ForCausalLM
 from cogtune.adapters.attach import attach
 from cogtune.checkpoint.random import random_model, tiny_config
 from cogtune.configuration.run_config import LoraSection
-from cogtune.model.compile import compile_layers, prepare_compiling
-from cogtune.model.routing import Routing
+from cogtune.model.compile import compile_layers, compiled_graphs, prepare_compiling, uncollected
+from cogtune.model.routing import GPU_COLUMNS, Routing
 
 BOS, IMAGE = 256, 258
 
@@ -143,6 +144,37 @@ def test_layers_compile_without_a_break_and_agree() -> None:
         found_loss, found = _loss_and_gradients(model, inputs)
         torch.testing.assert_close(found_loss, loss)
         torch.testing.assert_close(found, gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_that_fill_their_columns_are_no_kind_of_their_own() -> None:
+    """On a GPU one row in 64 does; a run would stop in the middle to compile its layers once more."""
+    model, graphs = _model(), compiled_graphs()
+    prepare_compiling(torch.device("cpu"))
+    compile_layers(model, "eager")
+    for length in (100, 77, 128):
+        ids = torch.full((2, length), 65)
+        labels = torch.where(torch.arange(length) < length - 20, -100, ids)
+        routing = Routing.build(torch.zeros_like(ids), labels=labels, column_multiple=GPU_COLUMNS)
+        model(ids, labels=labels, routing=routing).loss.backward()
+        assert routing.num_columns == 128
+        if length == 100:
+            graphs = compiled_graphs()
+    assert compiled_graphs() == graphs
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_collector_pauses_for_a_block_and_is_as_before(enabled: bool) -> None:
+    before = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with uncollected():
+            assert not gc.isenabled()
+        assert gc.isenabled() == enabled
+        with pytest.raises(ZeroDivisionError), uncollected():
+            _ = 1 / 0
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()
 
 
 def test_to_the_compiler_a_layers_numbers_are_constants() -> None:
