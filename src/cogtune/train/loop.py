@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from cogtune.configuration.shapes import IGNORED_LABEL
 from cogtune.data.dataset import TrainRows
 from cogtune.errors import CogtuneError, NonFiniteError
 from cogtune.language import phrase, tr
+from cogtune.model.compile import compiled_graphs, uncollected
 from cogtune.train.answers import LOSS, AnswerCheck, label
 from cogtune.train.batches import Batch, Feed, SkippedRows, StepBatches, to_device
 from cogtune.train.engines.async_scalar import AsyncScalar
@@ -102,14 +104,20 @@ class Loop:
 
     def _steps(self) -> None:
         progress = self.progress
-        status.stage(tr("the first step: layers are compiled") if self.compiles else tr("the first step"))
+        if self.compiles:
+            status.stage(tr("the first step: layers are compiled"), _compiling(compiled_graphs()))
+        else:
+            status.stage(tr("the first step"))
+        first = self.compiles
         steps = self.feed.steps(progress.position)
         while True:
             asked = time.perf_counter()
             step = next(steps)
             self.reporter.batch(time.perf_counter() - asked)
             lr = current_lr(self.engine.optimizer)
-            self._open = self._train(step)
+            with uncollected() if first else nullcontext():
+                self._open = self._train(step)
+            first = False
             self._advance(step, self._open)
             self.reporter.step(lr, self._epochs(), self._open.loss, self._open.labels)
             if self._open.result.decided is not None:
@@ -355,6 +363,16 @@ class Loop:
         """Return the number of passes over the data so far."""
         rows = self.feed.rows_in_epoch(self.progress.epoch)
         return self.progress.epoch + (self.progress.rows_taken / rows if rows else 0.0)
+
+
+def _compiling(before: int) -> Callable[[], str]:
+    """Return what says how many kinds of layers the compiler has taken up; ``before``: its graphs until now."""
+
+    def detail() -> str:
+        kinds = compiled_graphs() - before
+        return tr(" (kind {kinds})", kinds=kinds) if kinds else ""
+
+    return detail
 
 
 def _labels(batches: list[Batch]) -> int:

@@ -159,6 +159,8 @@ def _train(config: RunConfig, dry_run: bool, force: bool) -> TrainResult:
             result = _nothing_to_do(start, dry_run, engine.group)
             engine.group.close()
             return result
+        if compiles(config, engine):
+            prepare_compiling(engine.device)  # its workers start while features are computed and weights load
         stack.enter_context(start.claim.naming_last_state())
         engine.group.on_main(lambda: _write_beside(config, inputs, engine, start))
         stack.enter_context(log_file(start.folder.output, engine.group.process))
@@ -260,8 +262,6 @@ def _build(
     """Load base and adapter and build the optimiser in the engine; restore the checkpoint to resume from, if there is
     one."""
     checkpoint = start.folder.checkpoint
-    if compiles(config, engine):
-        prepare_compiling(engine.device)  # compile workers start while weights load
     shapes = load_model_config(config.model.path)
     streamed = layers.streamed(shapes, engine.device)
     if (line := stream_note(config.quant.stream, shapes.num_hidden_layers)) is not None:
@@ -324,6 +324,7 @@ def assemble(
             saver.restore_adapter(model, checkpoint)
         _recompute(base, config, layers)
         if compiles(config, engine):
+            status.stage(tr("waiting for the processes that compile"))
             compile_layers(base, symbolic_sizes=engine.symbolic_sizes)
             log.info(tr("layers are compiled at their first use (train.compile); the first step takes longer"))
         say_what_trains(model)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ class StatusLine:
         self._live: Live | None = None
         self._text, self._since = "", 0.0
         self._counts = False
+        self._detail: Callable[[], str] | None = None
 
     @property
     def active(self) -> bool:
@@ -37,11 +38,14 @@ class StatusLine:
 
     def show(self, text: str) -> None:
         """Show ``text`` from now on; an empty text hides the line."""
-        self._text, self._counts = text, False
+        self._text, self._counts, self._detail = text, False, None
 
-    def stage(self, text: str) -> None:
-        """Show ``text`` with the time that passes until something else is shown."""
-        self._text, self._since, self._counts = text, time.monotonic(), True
+    def stage(self, text: str, detail: Callable[[], str] | None = None) -> None:
+        """Show ``text`` with the time that passes until something else is shown.
+
+        ``detail``: returns what is shown behind the text; it is called again and again, in another thread.
+        """
+        self._text, self._since, self._counts, self._detail = text, time.monotonic(), True, detail
 
     @contextmanager
     def on_terminal(self) -> Iterator[None]:
@@ -65,8 +69,9 @@ class StatusLine:
     def _render(self) -> Text:
         from rich.text import Text
 
-        text = self._text
+        text, detail = self._text, self._detail
         if self._counts and text:
+            text += "" if detail is None else detail()
             text = f"{text}  {format_clock(time.monotonic() - self._since)}"
         return Text(visible(text), no_wrap=True, overflow="ellipsis", style="cyan")
 

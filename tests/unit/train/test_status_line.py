@@ -53,6 +53,22 @@ def test_a_stage_counts_its_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "validating  0:00:01" in terminal.getvalue()
 
 
+def test_a_stage_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal, kinds = terminal_of(monkeypatch), [1]
+    line = StatusLine()
+    with line.on_terminal():
+        line.stage("compiling", lambda: f" (kind {kinds[0]})")
+        time.sleep(0.4)
+        kinds[0] = 2
+        time.sleep(0.4)
+        line.show("step 1")
+        time.sleep(0.4)
+    shown = terminal.getvalue()
+    assert "compiling (kind 1)  0:00:00" in shown
+    assert "compiling (kind 2)" in shown
+    assert "step 1 (kind" not in shown
+
+
 def test_elsewhere_nothing_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     with status.on_terminal():
         status.show("step 3")
