@@ -40,6 +40,7 @@ from cogtune.model.forward_inputs import (
     route,
 )
 from cogtune.model.generation import CogVLM2Generation
+from cogtune.model.kernels import HAS_TRITON, inference_kernel_available
 from cogtune.model.loss import head_loss, token_loss
 from cogtune.model.pretrained import CogVLM2PreTrainedModel
 from cogtune.model.published_calls import PublishedCalls
@@ -47,6 +48,9 @@ from cogtune.model.rope import inverse_frequencies, rotary_tables
 from cogtune.model.routing import Routing
 from cogtune.model.swiglu import swiglu_mlp
 from cogtune.model.vision import VisionModel
+
+if HAS_TRITON:
+    from cogtune.model.kernels import decode
 
 
 @dataclass
@@ -72,6 +76,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        whole = x.dim() == 2 and self.weight.shape == x.shape[1:]  # an engine may have sharded the weight
+        if whole and inference_kernel_available(x, self.weight):
+            return decode.root_mean_square_norm(x, self.weight, self.eps)
         wide = x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (self.weight.float() * normed).to(x.dtype)

@@ -18,11 +18,11 @@ from torch import nn
 from torch.nn import functional
 
 from cogtune.model.compiler_workarounds import add_product, cast_unless_same
-from cogtune.model.kernels import HAS_TRITON, kernel_available
+from cogtune.model.kernels import HAS_TRITON, inference_kernel_available, kernel_available
 from cogtune.model.quantized.fp8 import Fp8Linear, frozen_gated_mlp
 
 if HAS_TRITON:
-    from cogtune.model.kernels import swiglu
+    from cogtune.model.kernels import decode, swiglu
 
 _WIDEST_RANK = 64  # the fused kernel keeps an update's blocks on chip with its tile; wider ones run layer by layer
 
@@ -63,7 +63,13 @@ def swiglu_mlp(gate: nn.Module, up: nn.Module, down: nn.Module, x: torch.Tensor)
         known = [update for update in updates if update is not None]
         if len(known) == 3:
             return _updated([cast(Adapted, layer) for layer in (gate, up, down)], known, x)
-    found: torch.Tensor = down(functional.silu(gate(x)) * up(x))
+    first, second = gate(x), up(x)
+    if inference_kernel_available(first, second) and second.is_contiguous():
+        product = decode.silu_product(first, second)
+    else:
+        product = functional.silu(first) * second
+    del first, second
+    found: torch.Tensor = down(product)
     return found
 
 
