@@ -122,6 +122,7 @@ def _trained(
     adapter: Any = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train some steps by TRL's trainer, and return a row of what was measured."""
+    import trl
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -150,6 +151,7 @@ def _trained(
     allocated, reserved, _ = memory_gib(device)
     trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     return _rates(config, batches[0], times, rows, device) | {
+        "trl": trl.__version__,
         "trained_parameters": trained,
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()) - trained,
         "first_step_s": round(marks.first, 3),
