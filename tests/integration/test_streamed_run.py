@@ -1,4 +1,5 @@
-"""A run with streamed layers is the run without: the same losses and weights, and either continues the other."""
+"""A run with streamed layers, or with saved inputs in host memory, is the run without: the same losses and weights, and
+either continues the other."""
 
 from __future__ import annotations
 
@@ -53,6 +54,7 @@ def test_a_streamed_run_is_the_resident_one_and_continues_it(base: Path, data: P
     train(make_config(base, data, tmp_path / "resident", **live))
     train(make_config(base, data, tmp_path / "streamed", **live, quant__stream=0))
     again = {"train__resume": tmp_path / "resident" / "checkpoint-2", "quant__stream": 2}
+    again["train__activation_offloading"] = True
     train(make_config(base, data, tmp_path / "continued", **live, **again))
     state, adapter = Path("checkpoint-4") / "optimizer.safetensors", Path("adapter") / "adapter_model.safetensors"
     for other in ("streamed", "continued"):
