@@ -94,6 +94,8 @@ def make_run(base: Path, data: Path, output: Path, combination: Combination) -> 
         "quant__stream": {"off": "off", "auto": "0"}[combination["quant.stream"]],
         "data__cache_dir": str(output / "cache"),
     }
+    if engine != "single" and combination["data.turns"] == "all":  # which changes no loss, so it covers every pair too
+        values |= {"train__gradient_checkpointing": "all", "train__activation_offloading": True}
     if engine == "tensor":
         values["parallel__tensor"] = 2
     elif engine != "single":
