@@ -77,7 +77,12 @@ class EpochSampler:
         self._lengths = np.asarray([] if lengths is None else lengths, dtype=np.int64)
         even = weights is None or all(weight == 1 for weight in weights)
         self._weights = None if even else np.asarray(weights, dtype=np.float64)
+        self._remember()
+
+    def _remember(self) -> None:
+        """Keep what was computed of the last epochs: it is asked for at every step and looks at every row."""
         self._order = lru_cache(maxsize=2)(self._make_order)
+        self._size = lru_cache(maxsize=2)(lambda epoch: int(self._counts(epoch).sum()))
 
     @property
     def global_batch(self) -> int:
@@ -90,7 +95,7 @@ class EpochSampler:
 
     def rows_in_epoch(self, epoch: int) -> int:
         """Return the rows of an epoch; with fractional weights it varies a little between epochs."""
-        return len(self._counts(epoch)) if self._weights is None else int(self._counts(epoch).sum())
+        return self.num_rows if self._weights is None else self._size(epoch)
 
     @property
     def step_rows(self) -> int:
@@ -195,8 +200,8 @@ class EpochSampler:
         return np.asarray(np.random.PCG64(entropy).random_raw(count), dtype=np.uint64)
 
     def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in self.__dict__.items() if name != "_order"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_order", "_size")}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
-        self._order = lru_cache(maxsize=2)(self._make_order)
+        self._remember()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ class Feed:
         self._group = group
 
     def steps_in_epoch(self, epoch: int) -> int:
-        return self._sampler((0, 0), 1).steps_in_epoch(epoch)
+        return self._epochs.steps_in_epoch(epoch)
 
     def total_steps(self) -> int:
         """Return ``train.max_steps``, or the steps of ``train.epochs``; 0 if small weights leave those epochs empty."""
@@ -55,11 +56,11 @@ class Feed:
         return min(train.max_steps or steps, steps) if steps == 0 else train.max_steps or steps
 
     def rows_in_epoch(self, epoch: int) -> int:
-        return self._sampler((0, 0), 1).rows_in_epoch(epoch)
+        return self._epochs.rows_in_epoch(epoch)
 
     def shown(self, start: Position, steps: int) -> npt.NDArray[np.int64]:
         """Return how often each row is trained on in the next ``steps`` steps, over all ranks."""
-        sampler = self._sampler((0, 0), 1)
+        sampler = self._epochs
         counts = np.zeros(len(self.rows), dtype=np.int64)
         (epoch, taken), step_rows = start, sampler.step_rows
         while steps > 0:
@@ -83,6 +84,11 @@ class Feed:
             if len(step) == count:
                 yield StepBatches(step, after)
                 position, step, count = after, [], 0
+
+    @cached_property
+    def _epochs(self) -> EpochSampler:
+        """What is asked about whole epochs, at every step. Making a sampler looks at every row."""
+        return self._sampler((0, 0), 1)
 
     def _sampler(self, start: Position, epochs: int) -> EpochSampler:
         train, group = self._config.train, self._group
