@@ -196,6 +196,9 @@ def many(content: dict[str, Any], chinese: bool) -> str:
                 f"{_number(peak, 0)} ({_number(predicted, 0)})", _number(row["host_anonymous_gib"], 1),
                 f"{_number(row.get('start_s'), 0)} / {_number(row.get('save_s'), 1)}", "",
             ])  # fmt: skip
+        elif (answered := _answered(row, chinese)) is not None:
+            gain = f"{scaling[row['name']]:.2f}x" if row["name"] in scaling else "-"
+            cells.append([name, row["ranks"], "-", answered, gain, *["-"] * 4, ""])
     columns = (
         ["行", "卡数", "每步行数", "样本/秒", "相对一张卡", "一步，毫秒（预测）", "每卡峰值，MiB（预测）", "主机，GiB",
          "启动 / 保存（秒）", "备注"]
@@ -218,6 +221,12 @@ def many(content: dict[str, Any], chinese: bool) -> str:
     return "\n\n".join(
         [*parts, *content.get("notes", {}).get("zh" if chinese else "en", []), caption(content, chinese)]
     )
+
+
+def _answered(row: dict[str, Any], chinese: bool) -> str | None:
+    """Return the rate of a row that answers, with its unit; None for another row."""
+    units = {"answers_per_second": ("answers/s", "答案/秒"), "tokens_per_second": ("tokens/s", "token/秒")}
+    return next((f"{row[key]:.1f} {unit[chinese]}" for key, unit in units.items() if key in row), None)
 
 
 def numbers(content: dict[str, Any], chinese: bool) -> str:

@@ -1,14 +1,17 @@
-"""The published table beside ours, on any number of cards of one host:
+"""The published table beside ours, and what several cards gain, on any number of cards of one host:
 ``python -m benchmarks.eight_cards OUT.json --model BASE [--cards N] [--seconds LIMIT] [--only ROW ...]``.
 
-Every row is a training run as a user starts it, on the same records, watched from outside (`benchmarks.watched`) and
-written as it ends. Called again, only what OUT lacks or what failed runs, so rows may be spread over several calls on
-one machine; ``--seconds`` ends a call in time. BASE is made (random, at the published sizes) where it does not exist.
+Every row is a run as a user starts it, on the same records, watched from outside (`benchmarks.watched`) and written as
+it ends; the most important ones come first, and rows that answer are in `benchmarks.answer_rows`. Called again, only
+what OUT lacks or what failed runs, so rows may be spread over several calls on one machine; ``--seconds`` ends a call
+in time. BASE is made (random, at the published sizes) where it does not exist.
 
 Records are S400: a picture whose features are in the cache, a prompt of 200 tokens and an answer of 200; one row a
 card, rank 8 on ``vision_expert_query_key_value``, no dropout, one rate, seed and order; a row's name says where it
 differs. ``published`` is the published script's own command line, with ZeRO-2, on the same records with the same flags.
-``single`` is one card alone, for the scaling of the others; ``cache`` fills the feature cache on all cards.
+``single`` is one card alone, for the scaling of the others (``single-b4`` of those with four rows a card); ``cache``
+fills the feature cache on all cards. ``fsdp2-nf4-11gib`` is `cogtune bench train` on every rank, since only that can
+pretend that a card is smaller.
 """
 
 from __future__ import annotations
@@ -16,13 +19,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,8 @@ from typing import Any
 import torch
 
 from benchmarks import watched
-from cogtune.bench.data_folder import dialogue, write_folder
+from benchmarks.answer_rows import ANSWER_ROWS, TOKENS, free_port
+from cogtune.bench.data_folder import write_letters
 from cogtune.bench.report import circumstances, shown_command, write_result
 from cogtune.evaluate.run_folder import read_metrics
 
@@ -51,6 +54,7 @@ class Row:
     published: bool = False
     alone: bool = False  # one card
     live: bool = False
+    cap: str | None = None  # by `cogtune bench train`, with no card larger than this
 
     @property
     def data(self) -> str:
@@ -64,15 +68,28 @@ def _engine(name: str, *more: str, **options: Any) -> Row:
 ROWS: dict[str, Row] = {
     "single": Row(alone=True),
     "published": Row(published=True),
-    "ddp": _engine("ddp"),
+    "tensor2-b1": Row(("--parallel.tensor", "2")),  # on more cards, with DDP over pairs
     "fsdp2": _engine("fsdp2"),
+    "fsdp2-nf4-11gib": _engine(
+        "fsdp2", "--quant.experts", "nf4", "--train.gradient_checkpointing", "22", "--parallel.keep_gathered", "0",
+        cap="11GiB",
+    ),
     "zero3": _engine("zero3"),
+    "single-b4": Row(batch=4, alone=True),
+    "fsdp2-b4": _engine("fsdp2", batch=4),
+    "zero3-b4": _engine("zero3", batch=4),
+    "ddp": _engine("ddp"),
     "fsdp2-nf4": _engine("fsdp2", "--quant.experts", "nf4"),
     "tensor2": Row(("--parallel.tensor", "2"), batch=2),  # two cards hold a model, so it gets two rows
     "512+512": _engine("ddp", text=(512, 512)),
     "live": _engine("ddp", live=True),
     "512+512-live": _engine("zero2", text=(512, 512), live=True),  # what the published figure of memory is for
-}
+}  # fmt: skip
+BASELINES = {
+    "single": None, "single-b4": None, "fsdp2-b4": "single-b4", "zero3-b4": "single-b4", "decode": None,
+    "decode-tensor": "decode", "predict": None, "predict-cards": "predict", "serve": None, "serve-cards": "serve",
+}  # fmt: skip
+"""The row of one card that another is held to; ``single`` where nothing stands."""
 ALIKE = ("published", "ddp", "fsdp2", "zero3")
 LOSSES_AGREE = 0.02
 """Twenty steps of bfloat16: each engine sums gradients in another order, AdamW's first steps have the size of their
@@ -108,40 +125,65 @@ class Machine:
         """A folder in the published layout: a picture and one conversation for every row of every step."""
         folder = self.work / row.data
         if not folder.exists():
-            write_records(folder, STEPS * self.cards, row.text)
+            self._write(folder, STEPS * self.cards, row.text)
         return folder
 
+    def questions(self, count: int) -> Path:
+        """A folder of short questions, each about a picture of its own."""
+        folder = self.work / f"questions-{count}"
+        if not folder.exists():
+            self._write(folder, count, (TEMPLATE + 20, TOKENS))
+        return folder
 
-def write_records(folder: Path, count: int, text: tuple[int, int]) -> None:
-    """Different letters in every record, so that another order gives other losses."""
-    draw = random.Random(0)
-
-    def letters(number: int) -> str:
-        return "".join(draw.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(number))
-
-    question, answer = text[0] - TEMPLATE, text[1] - 1  # the end token is the answer's last
-    partial = folder.with_name(f"{folder.name}.partial")
-    write_folder(partial, {f"{i:05d}": dialogue(letters(question), letters(answer)) for i in range(count)})
-    partial.rename(folder)
+    def _write(self, folder: Path, count: int, text: tuple[int, int]) -> None:
+        partial = folder.with_name(f"{folder.name}.partial")
+        write_letters(partial, count, text[0] - TEMPLATE, text[1] - 1)  # the end token is the answer's last
+        partial.rename(folder)
 
 
 def run_row(name: str, machine: Machine) -> dict[str, Any]:
     """Launch a row; its numbers, or how it failed."""
+    left = min(ROW_SECONDS, machine.deadline - time.monotonic())
+    if name in ANSWER_ROWS:
+        run, alone = ANSWER_ROWS[name]
+        return {
+            "name": name,
+            "ranks": 1 if alone else machine.cards,
+            **run(machine, 1 if alone else machine.cards, left),
+        }
     row = ROWS[name]
     with tempfile.TemporaryDirectory(dir=machine.work) as folder:
         output, log = Path(folder) / "out", Path(folder) / "console.log"
-        words = _published(row, machine, output) if row.published else _own(row, machine, output)
-        left = min(ROW_SECONDS, machine.deadline - time.monotonic())
-        plan = _plan(row, machine)
-        seen = watched.run(words, ROOT, machine.environment(), left, log)
+        make = _published if row.published else _own if row.cap is None else _bench
+        words = make(row, machine, output)
+        with ThreadPoolExecutor(1) as beside:  # while the run starts
+            planned = beside.submit(_plan, row, machine)
+            seen = watched.run(words, ROOT, machine.environment(), left, log)
+            plan = planned.result()
         found = {
             "name": name,
             "command": shown_command([word.replace(str(machine.work), "WORK") for word in words]),
             "wall_s": round(seen.seconds, 1),
         }
         if seen.code != 0:
-            return {**found, "error": _cause(seen)}
-        return {**found, **_numbers(row, machine, output, seen), "plan": plan}
+            return {**found, "error": cause(seen)}
+        numbers = _benched if row.cap is not None else _numbers
+        return {**found, **numbers(row, machine, output, seen), "plan": plan}
+
+
+def _benched(row: Row, machine: Machine, output: Path, seen: watched.Watched) -> dict[str, Any]:
+    """The numbers of `cogtune bench train`, under the names of a run's."""
+    (found,) = json.loads(output.read_text(encoding="utf-8"))["rows"]
+    if "error" in found:
+        return {"error": found["error"]}
+    keep = ("ranks", "samples_per_second", "median_ms", "times_ms", "losses", "peak_reserved_gib", "allocated_gib")
+    return {
+        **{key: found[key] for key in keep},
+        "rows_per_step": found["ranks"] * found["batch_size"],
+        "card_mib": seen.card_mib[: machine.cards],
+        "host_anonymous_gib": round(seen.host_anonymous_gib, 2),
+        "every": 1,
+    }
 
 
 def _numbers(row: Row, machine: Machine, output: Path, seen: watched.Watched) -> dict[str, Any]:
@@ -193,21 +235,21 @@ def _own(row: Row, machine: Machine, output: Path) -> list[str]:
     return [sys.executable, "-m", "cogtune", "train", *keys, "--train.output", str(output)]
 
 
+def _bench(row: Row, machine: Machine, output: Path) -> list[str]:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(machine.cards)]
+    model = ["--tiny"] if machine.small else ["--model", "random", "--cap", str(row.cap)]
+    words = [sys.executable, *launch, "-m", "cogtune", "bench", "train", *model, "--features", "cached"]
+    return [*words, "--train.batch_size", str(row.batch), *row.keys, "--json", str(output)]
+
+
 def _published(row: Row, machine: Machine, output: Path) -> list[str]:
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]  # the command `deepspeed`, wherever it is installed
     count = "--num_accelerators" if machine.small else "--num_gpus"
-    words = [*launcher, count, str(machine.cards), "--master_port", str(_free_port()), "peft_lora.py"]
+    words = [*launcher, count, str(machine.cards), "--master_port", str(free_port()), "peft_lora.py"]
     own = ["--ds_config", "ds_config.yaml", "--model_path", str(machine.model)]
     own += ["--dataset_path", str(machine.data(row)), "--save_path", str(output), "--lora_dropout", "0"]
     own += ["--max_input_len", "512", "--max_output_len", "512", "--batch_size", "1", "--num_epochs", "1"]
     return [*words, *own, "--train_dataset_rate", "1", "--lr", "1e-4", "--save_step", str(STEPS)]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def _plan(row: Row, machine: Machine) -> dict[str, Any]:
@@ -241,10 +283,10 @@ def fill_cache(machine: Machine) -> dict[str, Any]:
     words += ["--train.output", "OUT", "--train.compile", "false"]
     seen = watched.run(words, ROOT, machine.environment(), ROW_SECONDS, machine.work / "cache.log")
     found = {"name": "cache", "ranks": machine.cards, "wall_s": round(time.monotonic() - began, 1)}
-    return {**found, "card_mib": seen.card_mib} if seen.code == 0 else {**found, "error": _cause(seen)}
+    return {**found, "card_mib": seen.card_mib} if seen.code == 0 else {**found, "error": cause(seen)}
 
 
-def _cause(seen: watched.Watched) -> str:
+def cause(seen: watched.Watched) -> str:
     if seen.code is None:
         return f"not done after {seen.seconds:.0f} s: {seen.output[-500:]}"
     start = max(seen.output.find("error["), 0) or max(len(seen.output) - 1500, 0)
@@ -254,13 +296,12 @@ def _cause(seen: watched.Watched) -> str:
 def compare(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Scaling against one card of the same machine, and whether the engines' losses agree over the first twenty steps:
     step by step, and with the published command line over its own windows of ten steps."""
-    by_name = {row["name"]: row for row in rows if "samples_per_second" in row}
-    single = by_name.get("single")
+    rates = {row["name"]: rate for row in rows if (rate := rate_of(row)) is not None}
+    held_to = {name: BASELINES.get(name, "single") for name in rates}
     scaling = {
-        name: round(row["samples_per_second"] / single["samples_per_second"], 3)
-        for name, row in by_name.items()
-        if single is not None and name != "single"
+        name: round(rates[name] / rates[one], 3) for name, one in held_to.items() if one is not None and one in rates
     }
+    by_name = {row["name"]: row for row in rows if "samples_per_second" in row}
     alike = {name: by_name[name] for name in ALIKE if name in by_name}
     steps = [row["losses"][:COMPARED] for row in alike.values() if row["every"] == 1]
     windows = [_windows(row)[: COMPARED // WINDOW] for row in alike.values()]
@@ -268,6 +309,12 @@ def compare(rows: list[dict[str, Any]]) -> dict[str, Any]:
     agree = None if worst is None else worst <= LOSSES_AGREE
     return {"scaling": scaling, "losses": {"compared": list(alike), "steps": COMPARED, "largest_difference": worst,
             "allowed": LOSSES_AGREE, "agree": agree}}  # fmt: skip
+
+
+def rate_of(row: dict[str, Any]) -> float | None:
+    """Samples, answers or tokens a second, whatever the row counts."""
+    keys = ("samples_per_second", "answers_per_second", "tokens_per_second")
+    return next((row[key] for key in keys if key in row), None)
 
 
 def _windows(row: dict[str, Any]) -> list[float]:
@@ -296,7 +343,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cards", type=int, default=max(1, torch.cuda.device_count()))
     parser.add_argument("--work", type=Path, help="records and cache; kept there for a further call")
     parser.add_argument("--seconds", type=float, default=86400.0, help="no row runs longer than so far into this call")
-    parser.add_argument("--only", nargs="*", default=[], choices=list(ROWS), metavar="ROW")
+    parser.add_argument("--only", nargs="*", default=[], choices=[*ROWS, *ANSWER_ROWS], metavar="ROW")
     parser.add_argument("--small", action="store_true", help="a tiny model on CPU ranks, to try the script")
     given = parser.parse_args(arguments)
     work = (given.work or Path(tempfile.mkdtemp())).absolute()
@@ -312,7 +359,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     def write(row: dict[str, Any]) -> None:
         record["rows"] = [*(other for other in record["rows"] if other["name"] != row["name"]), row]
-        order = ["cache", *ROWS]
+        order = ["cache", *ROWS, *ANSWER_ROWS]
         record["rows"].sort(key=lambda row: order.index(row["name"]))
         record.update(compare(record["rows"]))
         write_result(given.output, record)
@@ -322,7 +369,7 @@ def main(arguments: list[str] | None = None) -> None:
     filled = fill_cache(machine)  # in a later call it finds all of them, or fills the cache of another machine
     if not any(row["name"] == "cache" and "error" not in row for row in record["rows"]):
         write(filled)
-    for name in given.only or ROWS:
+    for name in given.only or [*ROWS, *ANSWER_ROWS]:
         if any(row["name"] == name and "error" not in row for row in record["rows"]):
             continue
         if machine.deadline - time.monotonic() < 20:
@@ -336,7 +383,8 @@ def _line(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{row['name']:12} FAILED after {row['wall_s']:.0f} s: {row['error']}"
     if "samples_per_second" not in row:
-        return f"{row['name']:12} {row['wall_s']:.0f} s, {row['card_mib']} MiB"
+        shown = {key: value for key, value in row.items() if key not in ("name", "command")}
+        return f"{row['name']:12} {shown}"
     plan = row["plan"]
     return (
         f"{row['name']:12} {row['samples_per_second']:8.2f} samples/s  {row['median_ms']:8.1f} ms (plan "

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 
 from cogtune.data.sampler import Position
+from cogtune.distributed import environment
 from cogtune.errors import ConfigError
 from cogtune.language import tr
 from cogtune.model.compile import compiled_graphs
 from cogtune.system.byte_sizes import GIB, parse_size
+from cogtune.system.gpu import own_device
 from cogtune.train.batches import Batch, StepBatches
 
 
@@ -180,7 +182,7 @@ def host_memory_gib() -> dict[str, float]:
 
 
 def cap_memory(size: str) -> None:
-    """Limit this process's allocator to ``size`` of the first GPU, as if the card were smaller.
+    """Limit this process's allocator to ``size`` of its GPU, as if the card were smaller.
 
     Raises:
         ConfigError: not a size, more than the card has, or no GPU.
@@ -191,7 +193,8 @@ def cap_memory(size: str) -> None:
         raise ConfigError(tr("--cap: {error}", error=error)) from error
     if not torch.cuda.is_available():
         raise ConfigError(tr("--cap bounds a GPU's memory, and there is no GPU"), hint=tr("leave --cap out"))
-    total = torch.cuda.mem_get_info()[1]
+    card = own_device(environment.local_rank())
+    total = torch.cuda.mem_get_info(card)[1]
     if wanted > total:
         raise ConfigError(tr("--cap is {size}, but the card has {total:.1f} GiB", size=size, total=total / GIB))
-    torch.cuda.set_per_process_memory_fraction(wanted / total)
+    torch.cuda.set_per_process_memory_fraction(wanted / total, card)

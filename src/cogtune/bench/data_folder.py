@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,19 @@ def write_label(path: Path, record: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
     return path
+
+
+def write_letters(root: Path, count: int, question: int, answer: int) -> Path:
+    """Fill ``root`` with ``count`` pictures, each with a question and an answer of that many random letters.
+
+    They differ between records, so that another order gives other losses.
+    """
+    draw = random.Random(0)
+
+    def letters(number: int) -> str:
+        return "".join(draw.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(number))
+
+    return write_folder(root, {f"{i:05d}": dialogue(letters(question), letters(answer)) for i in range(count)})
 
 
 def write_folder(

@@ -32,8 +32,8 @@ def measure_decoding(
     """Generate answers to prompts of one picture and text, ``context`` positions in total; greedy, no end token.
 
     First ``generate()``, the oracle, at two lengths, so that the time per token excludes the prefill. Then the engine's
-    parts: a new picture, a question about a known one, and decode steps for each number of ``rows``. With ``adapter``,
-    the model has a LoRA of ``config.lora`` with random weights.
+    parts, where it takes part: a new picture, a question about a known one, and decode steps for each number of
+    ``rows``. With ``adapter``, the model has a LoRA of ``config.lora`` with random weights.
     """
     engine = engines.start(config)
     device, dtype = engine.device, torch_dtype(config.model.dtype, engine.device)
@@ -52,7 +52,9 @@ def measure_decoding(
     oracle = _answer(model, prompt, 1 + tokens)[0, context:].tolist()
     milliseconds = 1000 * (long - short) / (tokens - tokens // 8)
     _add(results, "generate()", shared | {"prefill_ms": round(1000 * first, 1)}, 1, milliseconds, device)
-    if config.quant.stream != "all":  # the engine's steps read language experts outside of their layers' calls
+    # the engine's steps read language experts outside of their layers' calls, where neither streaming nor the sums of
+    # tensor parallelism hook in
+    if config.quant.stream != "all" and config.parallel.tensor == 1:
         _measure_steps(model, prompt, results, shared, rows, tokens, oracle)
 
 

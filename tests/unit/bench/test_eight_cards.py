@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import eight_cards, watched
+from benchmarks import answer_rows, eight_cards, watched
 
 
 def _row(name: str, rate: float, losses: list[float], every: int = 1) -> dict[str, Any]:
@@ -26,6 +26,20 @@ def test_scaling_and_agreement() -> None:
     assert found["losses"]["largest_difference"] == pytest.approx(0.01)
     assert found["losses"]["agree"] is True
     assert eight_cards.compare([*rows, _row("zero3", 1.0, [12.0, 11.6])])["losses"]["agree"] is False
+
+
+def test_a_row_is_held_to_the_row_of_one_card_that_it_is_alike() -> None:
+    rows = [_row("single", 5.0, []), _row("single-b4", 6.0, []), _row("fsdp2-b4", 11.4, []), _row("fsdp2", 9.0, [])]
+    rows += [{"name": "decode", "tokens_per_second": 40.0}, {"name": "decode-tensor", "tokens_per_second": 60.0}]
+    rows += [{"name": "predict-cards", "answers_per_second": 16.0}]  # its row of one card has not run yet
+    assert eight_cards.compare(rows)["scaling"] == {"fsdp2-b4": 1.9, "fsdp2": 1.8, "decode-tensor": 1.5}
+
+
+def test_answers_are_counted_while_every_process_answers() -> None:
+    """One starts two seconds later and ends two seconds later; each answers five a second."""
+    looks = [(float(when), [min(5 * when, 30), max(0, min(5 * (when - 2), 30))]) for when in range(10)]
+    assert answer_rows._rate([(0.0, [0]), *looks], 2) == {"answers": 60, "answers_per_second": 10.0}
+    assert "too few" in answer_rows._rate([(0.0, [0, 0]), (1.0, [30, 0]), (2.0, [30, 30])], 2)["error"]
 
 
 def test_the_published_command_is_compared_over_its_windows() -> None:
@@ -58,7 +72,7 @@ def test_called_again_it_runs_only_what_lacks_or_failed(tmp_path: Path, monkeypa
     eight_cards.main([*words, "ddp"])
     assert ran == ["single", "zero3", "zero3", "ddp"]
     rows = json.loads(file.read_text())["rows"]
-    assert [row["name"] for row in rows] == ["cache", "single", "ddp", "zero3"]
+    assert [row["name"] for row in rows] == ["cache", "single", "zero3", "ddp"]
     assert not any("error" in row for row in rows)
     eight_cards.main([*words, "fsdp2", "--seconds", "1"])  # no time: nothing is begun
     assert ran[4:] == []
@@ -84,7 +98,7 @@ def test_every_rows_words_are_a_configuration_and_the_published_ones_mean_the_sa
     differ = {key for part in ("data", "train") for key, value in ours[part].items() if value != theirs[part][key]}
     # 40 steps either way: one says so, the other gives as many records; features are found in the cache
     assert differ == {"max_steps", "epochs", "cache_features", "labels"} & differ | {"max_steps", "cache_features"}
-    assert {configs[name].train.batch_size for name in configs} == {1, 2}
+    assert {configs[name].train.batch_size for name in configs} == {1, 2, 4}
 
 
 def test_a_command_is_watched_and_ended_in_time(tmp_path: Path) -> None:
@@ -171,5 +185,5 @@ def test_a_table_of_several_calls_names_each(tmp_path: Path, monkeypatch: pytest
     eight_cards.main([*common, "ddp", "zero3", "fsdp2"])
     content = json.loads(output.read_text())
     assert ran == ["ddp", "zero3", "zero3", "fsdp2"]
-    assert [row["name"] for row in content["rows"]] == ["cache", "ddp", "fsdp2", "zero3"]
+    assert [row["name"] for row in content["rows"]] == ["cache", "fsdp2", "zero3", "ddp"]
     assert [run["command"].rpartition("--only ")[2] for run in content["runs"]] == ["ddp zero3", "ddp zero3 fsdp2"]

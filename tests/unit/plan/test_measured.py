@@ -16,6 +16,7 @@ from benchmarks.planned import FILES, RESULTS, Measured, main, measured
 from cogtune.bench.models import model_config
 from cogtune.configuration.load import load_config
 from cogtune.configuration.quantization import QuantSection
+from cogtune.plan.choose import engine
 from cogtune.plan.memory import fill
 from cogtune.plan.setting import Setting
 from cogtune.system.byte_sizes import GIB
@@ -67,6 +68,29 @@ def test_every_engine_was_measured() -> None:
     known = {"single", "ddp", "zero2", "zero3", "fsdp2", "tensor"}
     assert {of(row) for row in ROWS} == known
     assert {of(row) for row in ROWS if row.file == "eight-cards" and not row.setting.decoder} == known
+
+
+@pytest.mark.parametrize("file", ["two-cards-h200", "eight-cards", "cards-h100"])
+def test_auto_takes_the_engine_that_was_measured_the_fastest(file: str) -> None:
+    """Where all fit; and none that `auto` never takes, zero3 and tensor parallelism, was faster for a sample."""
+    first = next(row for row in measured(file) if row.setting.engine == "ddp" and row.setting.tensor == 1)
+    like = {"adapter": first.setting.adapter, "quant": first.setting.quant, "tower": first.setting.tower}
+    text = first.setting.batch.text
+
+    def of_a_sample(row: Measured) -> float:
+        assert row.ms is not None
+        return row.ms * row.setting.tensor / row.setting.batch.rows
+
+    rows = [
+        row
+        for row in measured(file)
+        if row.setting.ranks == 2
+        and row.setting.batch.text == text
+        and {key: getattr(row.setting, key) for key in like} == like
+    ]
+    assert len({row.setting.engine for row in rows}) >= 3
+    chosen = engine(first.setting, first.card, 2)
+    assert chosen == min(rows, key=of_a_sample).setting.engine
 
 
 def test_a_file_of_bench_is_read_as_it_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
