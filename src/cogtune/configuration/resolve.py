@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 _MOST_WORKERS = 8
 # One core for the training process and one for its backward pass.
 _RESERVED_CORES = 2
-_UNCOMPILED = ("zero3", "tensor")
-"""Engines whose layers ``auto`` does not compile, because they have collectives inside a layer."""
+_UNCOMPILED = ("zero3",)
+"""Engines whose layers ``auto`` does not compile: DeepSpeed's hooks run inside a layer."""
 
 
 def resolve_cache_batch(asked: int | None, *, frames: bool) -> int:

@@ -52,14 +52,15 @@ def test_what_the_keys_say_is_in_the_setting(tmp_path: Path) -> None:
     assert (setting.adapter.dropout, len(setting.adapter.names)) == (0.1, 64)
 
 
-def test_ranks_that_share_a_model_are_not_compiled_by_themselves() -> None:
-    """A plan said otherwise and was 5 GiB short. Ranks of one model alone average no gradients."""
+def test_ranks_that_share_a_model_are_compiled_as_a_run_compiles_them() -> None:
+    """A plan that took uncompiled layers for compiled ones was 5 GiB short. Ranks of one model alone average no
+    gradients."""
     shared = setting_of(load_config(None, NEEDED | {"parallel.tensor": "2"}), TYPICAL, ranks=2, card=REFERENCE)
-    assert (shared.engine, shared.tensor, shared.compiled) == ("single", 2, False)
+    assert (shared.engine, shared.tensor, shared.compiled) == ("single", 2, True)
     two_models = setting_of(load_config(None, NEEDED | {"parallel.tensor": "2"}), TYPICAL, ranks=4, card=REFERENCE)
-    assert (two_models.engine, two_models.tensor, two_models.compiled) == ("ddp", 2, False)
-    asked = NEEDED | {"parallel.tensor": "2", "train.compile": "true"}
-    assert setting_of(load_config(None, asked), TYPICAL, ranks=2, card=REFERENCE).compiled
+    assert (two_models.engine, two_models.tensor, two_models.compiled) == ("ddp", 2, True)
+    asked = NEEDED | {"parallel.tensor": "2", "train.compile": "false"}
+    assert not setting_of(load_config(None, asked), TYPICAL, ranks=2, card=REFERENCE).compiled
 
 
 def test_buffers_and_kept_layers_are_as_asked_for(tmp_path: Path) -> None:
