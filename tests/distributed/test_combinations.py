@@ -21,6 +21,7 @@ from tests.support.combination_cases import (
     covering,
     make_run,
     name_of,
+    offloads,
     pairs_in,
     reference_of,
     refused_pairs,
@@ -75,6 +76,7 @@ def test_a_combination_gives_the_single_device_s_losses(output: Path, combinatio
     assert len(reference) == len(found) == 2
     log = (output / name_of(combination) / "run.log").read_text()
     assert ("layers are streamed from" in log) == (combination["quant.stream"] == "auto")
+    assert ("their inputs wait in host memory" in log) == offloads(combination)
     assert found[0] == pytest.approx(reference[0], rel=2e-6)
     assert found[1] == pytest.approx(reference[1], rel=1e-3 if combination["quant.experts"] == "fp8" else 2e-6)
 

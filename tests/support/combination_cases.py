@@ -76,6 +76,12 @@ def reference_of(combination: Combination) -> Combination:
     return {**combination, ENGINE: "single", "parallel.offload": "none", "quant.stream": "off"}
 
 
+def offloads(combination: Combination) -> bool:
+    """Do saved inputs wait in host memory? That changes no loss, so half of the runs have it and compare with one that
+    has not."""
+    return combination[ENGINE] != "single" and combination["data.turns"] == "all"
+
+
 def make_run(base: Path, data: Path, output: Path, combination: Combination) -> RunConfig:
     """Two steps of two rows, on however many ranks hold the model."""
     engine = combination[ENGINE]
@@ -94,7 +100,7 @@ def make_run(base: Path, data: Path, output: Path, combination: Combination) -> 
         "quant__stream": {"off": "off", "auto": "0"}[combination["quant.stream"]],
         "data__cache_dir": str(output / "cache"),
     }
-    if engine != "single" and combination["data.turns"] == "all":  # which changes no loss, so it covers every pair too
+    if offloads(combination):
         values |= {"train__gradient_checkpointing": "all", "train__activation_offloading": True}
     if engine == "tensor":
         values["parallel__tensor"] = 2
