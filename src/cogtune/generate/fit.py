@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -100,6 +101,33 @@ def fit(
             ]
     told = tr("{plain} are planned for, and {free} are free", plain=format_size(plain), free=format_size(free))
     return quant, [tr("warning: {told}; it may not fit: {spare}", told=told, spare=smaller_formats(quant))]
+
+
+def fit_rows(
+    sizes: ModelSizes,
+    quant: QuantSection,
+    dtype: str,
+    *,
+    free: int,
+    given: Collection[str],
+    adapter: int,
+    rows: int,
+    columns: int | None = None,
+) -> tuple[QuantSection, int, list[str]]:
+    """As `fit`, with fewer ``rows`` where no formats fit with so many: half, a quarter, ..., one.
+
+    Returns:
+        The formats, the rows, and notes for the user.
+    """
+    own: dict[str, Any] = {"free": free, "given": given, "adapter": adapter, "columns": columns}
+    for fewer in (rows >> halvings for halvings in range(rows.bit_length())):
+        found, lines = fit(sizes, quant, dtype, rows=fewer, **own)
+        if needed(sizes, found, dtype, adapter, fewer, columns) <= free:
+            if fewer < rows:
+                lines = [*lines, tr("{rows} answers at once do not fit: {fewer} at a time", rows=rows, fewer=fewer)]
+            return found, fewer, lines
+    found, lines = fit(sizes, quant, dtype, rows=rows, **own)
+    return found, rows, lines
 
 
 def supported(quant: QuantSection, gpu: Gpu | None, given: Collection[str]) -> tuple[QuantSection, list[str]]:

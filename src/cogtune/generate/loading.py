@@ -29,7 +29,7 @@ from cogtune.distributed.group import TensorGroup
 from cogtune.errors import ConfigError
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.devices import choose_devices, map_for, offloading, require_mergeable, spread
-from cogtune.generate.fit import explained_loading, fit, free_memory, parameters, supported
+from cogtune.generate.fit import explained_loading, fit, fit_rows, free_memory, parameters, supported
 from cogtune.generate.generator import Generator
 from cogtune.generate.tensor_parallel import TensorParallelGenerator, check_launched, start
 from cogtune.generate.transformers_generator import TransformersGenerator
@@ -207,8 +207,6 @@ def resolve(
         check_sizes(load_model_config(model), tensor)
     dtype = torch_dtype(config.model.dtype, device)
     if tensor == 1:
-        if rows is None:
-            rows = config.generate.batch_size if config.data.path else 1
         config, more = _fitted(config, model, folders, dtype, (device, *others), given, rows, columns)
         notes += more
     require_packages(config.quant)
@@ -223,26 +221,27 @@ def _fitted(
     dtype: torch.dtype,
     devices: tuple[torch.device, ...],
     given: frozenset[str],
-    rows: int,
+    rows: int | None,
     columns: int | None,
 ) -> tuple[AnswerConfig, list[str]]:
-    """``config`` with number formats that the devices compute in and have the memory for."""
+    """``config`` with number formats that the devices compute in and have the memory for; and with fewer answers at
+    once, if none have it for ``generate.batch_size``."""
     quant, lines = supported(config.quant, gpu_of(devices[0]), given)
     free = free_memory(devices[0])
     if len(devices) > 1:
         quant, more = spread(load_model_config(model), quant, dtype, devices, given)
         lines += more
     elif free is not None:
-        quant, more = fit(
-            ModelSizes.from_folder(model),
-            quant,
-            str(dtype).removeprefix("torch."),
-            free=free,
-            given=given,
-            adapter=sum(parameters(adapter_shapes(adapter)) for adapter in adapters),
-            rows=rows,
-            columns=columns,
-        )
+        own = ModelSizes.from_folder(model), quant, str(dtype).removeprefix("torch.")
+        sizes: dict[str, Any] = {"free": free, "given": given, "columns": columns}
+        sizes["adapter"] = sum(parameters(adapter_shapes(adapter)) for adapter in adapters)
+        if rows is None and config.data.path and "generate.batch_size" not in given:
+            asked = config.generate.batch_size
+            quant, fewer, more = fit_rows(*own, rows=asked, **sizes)
+            config = config.model_copy(update={"generate": config.generate.model_copy(update={"batch_size": fewer})})
+        else:
+            at_once = config.generate.batch_size if config.data.path else 1
+            quant, more = fit(*own, rows=at_once if rows is None else rows, **sizes)
         lines += more
     return config.model_copy(update={"quant": quant}), lines
 

@@ -17,7 +17,7 @@ from cogtune.configuration.load import load_answer_config
 from cogtune.configuration.quantization import PLAIN, QuantSection
 from cogtune.errors import ConfigError, OutOfMemoryError
 from cogtune.generate import devices, loading
-from cogtune.generate.fit import explained_loading, fit, needed, smaller_formats, supported
+from cogtune.generate.fit import explained_loading, fit, fit_rows, needed, smaller_formats, supported
 from cogtune.model.slots import SlotCache
 from cogtune.plan.cards import find_card
 from cogtune.plan.sizes import ModelSizes
@@ -154,6 +154,19 @@ def test_a_run_s_formats_are_taken_and_then_the_nearest_that_fit(
     kept = loading.resolve(load_answer_config(None, {"adapter": folder, "device": "cpu"} | fixed))
     assert kept.config.quant == QuantSection(experts="nf4")
     assert kept.notes[1].startswith("warning: ")
+
+
+def test_fewer_answers_at_once_where_no_formats_hold_all() -> None:
+    """On a card of 6 GB that nothing else uses, and on one where even one answer is too many."""
+    own: dict[str, Any] = {"given": frozenset(), "adapter": 0, "columns": 2912}
+    found, rows, lines = fit_rows(SIZES, PLAIN, "bfloat16", free=round(5.75 * GIB), rows=8, **own)
+    assert (found.experts, found.stream, rows) == ("nf4", 0, 1)
+    assert lines[-1] == "8 answers at once do not fit: 1 at a time"
+    assert fit_rows(SIZES, PLAIN, "bfloat16", free=80 * GIB, rows=8, **own) == (PLAIN, 8, [])
+    assert fit_rows(SIZES, FOUR_BITS, "bfloat16", free=8 * GIB, rows=8, **own)[1] in (2, 4)
+    _, rows, lines = fit_rows(SIZES, PLAIN, "bfloat16", free=2 * GIB, rows=8, **own)
+    assert rows == 8
+    assert "warning" in lines[-1]
 
 
 def test_slots_are_planned_by_their_tokens() -> None:
