@@ -56,6 +56,17 @@ def test_batches_of_any_size_give_the_same_file_and_an_interrupted_one_is_contin
     assert "complete, 5 answers; nothing to do" in capsys.readouterr().out
 
 
+def test_guesses_that_are_never_made_are_said(
+    tiny_checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    look_up = ("--generate.prompt_lookup_num_tokens", 3, "--batch-size")
+    for rows, more, said in ((1, (), None), (2, (), "2 answers are under way"), (1, ("--temperature", 1), "sampled")):
+        assert predict(tiny_checkpoint, data, tmp_path / f"{said}.jsonl", *look_up, rows, *more) == 0
+        err = capsys.readouterr().err
+        assert ("prompt_lookup_num_tokens" in err) == (said is not None)
+        assert said is None or said in err
+
+
 def test_pictures_in_trainings_cache_need_no_tower(
     tiny_checkpoint: Path,
     data: Path,
@@ -267,7 +278,9 @@ def test_a_bad_picture_is_a_counted_line(
     assert predict(tiny_checkpoint, data, good) == 0
     (data / "images" / "c.jpg").write_bytes(b"no picture")
     assert predict(tiny_checkpoint, data, output) == 0
-    assert "2 could not be asked" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 could not be asked" in said
+    assert said.count("c.jpg") == 1  # two questions, one picture
     found = records(output)
     assert [line.get("error") for line in found] == [None] * 3 + ["image-unreadable"] * 2
     assert found[:3] == records(good)[:3]

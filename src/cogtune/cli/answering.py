@@ -11,6 +11,8 @@ from cogtune.errors import ConfigError
 from cogtune.language import tr
 
 if TYPE_CHECKING:
+    from cogtune.configuration.answer_config import GenerateSection
+    from cogtune.generate.decoding import Decoding
     from cogtune.generate.generator import Generator
     from cogtune.generate.loading import Resolved
 
@@ -66,3 +68,24 @@ def load(resolved: Resolved) -> Generator:
 def note(text: str) -> None:
     """Print a note, separate from the answers."""
     print(text, file=sys.stderr, flush=True)
+
+
+def tell_unused_guesses(section: GenerateSection, decoding: Decoding, rows: int = 1) -> None:
+    """Say where prompt look-up guesses nothing. ``rows``: questions answered at once."""
+    if not section.prompt_lookup_num_tokens:
+        return
+    if decoding.sample:
+        note(
+            tr(
+                "generate.prompt_lookup_num_tokens: answers are sampled here, and only greedy ones are guessed"
+                " (--greedy)"
+            )
+        )
+    elif rows > 1:
+        note(
+            tr(
+                "generate.prompt_lookup_num_tokens: {rows} answers are under way together, and guesses are made while"
+                " one is alone (--batch-size 1)",
+                rows=rows,
+            )
+        )

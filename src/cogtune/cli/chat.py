@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cogtune.cli.answering import DECODING_KEYS, MODEL_KEYS, load, note
+from cogtune.cli.answering import DECODING_KEYS, MODEL_KEYS, load, note, tell_unused_guesses
 from cogtune.cli.command import Command, flag
 from cogtune.cli.options import Arguments
 from cogtune.language import tr
@@ -56,6 +56,7 @@ def _chat(flags: _Flags, line: Arguments) -> None:
         check_shown(resolved, flags.image.expanduser())
     generator = load(resolved)
     decoding = Decoding.from_section(section, max_new_tokens=2048, published=generator.published)
+    tell_unused_guesses(section, decoding)
     if section.seed is not None:
         torch.manual_seed(section.seed)
     chat = Chat(

@@ -11,7 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cogtune.cli.answering import DECODING_KEYS, MODEL_KEYS, load, names_of, note, require_choices
+from cogtune.cli.answering import (
+    DECODING_KEYS,
+    MODEL_KEYS,
+    load,
+    names_of,
+    note,
+    require_choices,
+    tell_unused_guesses,
+)
 from cogtune.cli.command import Command, flag
 from cogtune.cli.options import Arguments
 from cogtune.cli.progress import ProgressLine
@@ -116,6 +124,7 @@ def _predict(flags: _Flags, line: Arguments) -> None:
         if share is None:
             print("\n".join(report.lines()))
             _tell_choices(questions, choices)
+            tell_unused_guesses(section, decoding, section.batch_size)
         if free_memory(resolved.device) is not None:  # memory depends on the longest question, of all shares alike
             most = longest(asked_of(examples), resolved.model, config, decoding.max_new_tokens)
             resolved = resolve(asked, columns=most)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cogtune.cli.answering import DECODING_KEYS, MODEL_KEYS, load, note
+from cogtune.cli.answering import DECODING_KEYS, MODEL_KEYS, load, note, tell_unused_guesses
 from cogtune.cli.command import Command, flag
 from cogtune.cli.listening import (
     allow_connections,
@@ -93,7 +93,9 @@ def _serve(flags: _Flags, line: Arguments) -> None:
         adapters=generator.adapters,
         guesses=generator.guesses,
     )
-    app = make_app(engine, _options(config, flags, keys, generator, name, body))
+    options = _options(config, flags, keys, generator, name, body)
+    tell_unused_guesses(config.generate, options.decoding)
+    app = make_app(engine, options)
     note(
         tr(
             "serving {name} on http://{host}:{port}/v1: {slots} answers at once, {columns} tokens each",

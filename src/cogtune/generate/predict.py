@@ -349,7 +349,8 @@ class Predictor:
         self.bad.update(range(place, later))
         if self.options.bad == "line":
             self.extra.update((one, {"error": error.code}) for one in range(place, later))
-        self.report.skipped_examples = [*self.report.skipped_examples, error.message][:5]
+        # questions about one picture share its error, which names the first
+        self.report.skipped_examples = list(dict.fromkeys([*self.report.skipped_examples, error.message]))[:5]
         allowed = self.data.max_bad_share * len(self.questions)
         if self.options.bad == "skip" and len(self.bad) > allowed:
             raise DataError(
