@@ -63,13 +63,13 @@ def swiglu_mlp(gate: nn.Module, up: nn.Module, down: nn.Module, x: torch.Tensor)
         known = [update for update in updates if update is not None]
         if len(known) == 3:
             return _updated([cast(Adapted, layer) for layer in (gate, up, down)], known, x)
-    first, second = gate(x), up(x)
-    if inference_kernel_available(first, second) and second.is_contiguous():
-        product = decode.silu_product(first, second)
+    inner = gate(x)
+    if inference_kernel_available(inner):
+        inner = decode.silu_product(inner, up(x))
     else:
-        product = functional.silu(first) * second
-    del first, second
-    found: torch.Tensor = down(product)
+        inner = functional.silu(inner)
+        inner = inner * up(x)
+    found: torch.Tensor = down(inner)
     return found
 
 

@@ -20,8 +20,7 @@ def inference_kernel_available(x: torch.Tensor, *weights: torch.Tensor) -> bool:
 
     Compiled layers have their own kernels; so has a decode step for one row. A kernel runs on the current GPU.
     """
-    if not kernel_available(x) or torch.compiler.is_compiling() or x.shape[0] < 2:
+    if not kernel_available(x) or torch.compiler.is_compiling() or torch.is_grad_enabled() or x.shape[0] < 2:
         return False
-    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights))
     there = torch.device("cuda", torch.cuda.current_device())
-    return not trains and x.is_contiguous() and all(tensor.device == there for tensor in (x, *weights))
+    return x.is_contiguous() and all(tensor.device == there for tensor in (x, *weights))
