@@ -15,7 +15,7 @@ from cogtune.adapters.attach import attach
 from cogtune.checkpoint.random import random_weights, tiny_config
 from cogtune.configuration.quantization import QuantSection
 from cogtune.configuration.run_config import LoraSection
-from cogtune.generate.decode_steps import DecodeSteps
+from cogtune.generate.decode_steps import Begun, DecodeSteps
 from cogtune.generate.decoding import Decoding
 from cogtune.model import attention
 from cogtune.model.activation_checkpointing import enable_checkpointing
@@ -126,8 +126,11 @@ def test_compiled_layers_stream_to_the_bit() -> None:
         assert torch.equal(gradients, results[place % 2][1])
 
 
-@pytest.mark.parametrize("slow", ["copies", "computation"])
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    ("compiled", "slow"),
+    [(False, "copies"), (False, "computation"), (True, "computation")],
+    ids=["copies", "computation", "compiled"],
+)
 def test_saved_inputs_that_wait_in_host_memory_change_no_bit(compiled: bool, slow: str) -> None:
     prepare_compiling(torch.device("cuda"))
     results = []
@@ -188,10 +191,10 @@ def _answer(model: Any, seed: int, step: Callable[[], None]) -> tuple[torch.Tens
         features = model.model.encode_images(pixels)
         _, position = prefill_hidden(model, view, picture, (picture == 258).long(), features)
         logits, position = prefill(model, view, words, torch.zeros_like(words), start=position)
-        found = [int(steps.begin(0, logits, position, view.length, Decoding(max_new_tokens=9), 0))]
+        found = steps.begin(logits[None], [Begun(0, position, view.length, Decoding(max_new_tokens=9))]).tolist()
         for _ in range(6):
             step()
-            found.append(int(steps.step([0], False)[0]))
+            found += steps.step([0], False).tolist()
     return logits, found
 
 
@@ -209,12 +212,10 @@ def test_a_head_that_comes_back_elsewhere_gives_the_same_answers() -> None:
         kept.append(torch.empty(model.lm_head.weight.nbytes, dtype=torch.uint8, device=device))  # in its place
         places.add(fetch_head(model))
 
-    for seed in (3, 5):
-        wanted = _answer(resident, seed, lambda: None)
-        for step in (lambda: None, moved):
-            found = _answer(model, seed, step)
-            assert torch.equal(found[0], wanted[0])
-            assert found[1] == wanted[1]
+    for seed, step in ((3, lambda: None), (5, moved)):
+        wanted, found = _answer(resident, seed, lambda: None), _answer(model, seed, step)
+        assert torch.equal(found[0], wanted[0])
+        assert found[1] == wanted[1]
     assert len(places) > 6
 
 
@@ -225,12 +226,17 @@ def test_the_head_and_the_buffers_are_not_on_the_card_together() -> None:
     device, everything = torch.device("cuda"), streamed_layers(0, LAYERS)
     placement = StreamPlacement(device, everything, (0, 1), answers=True, head=True)
     model = random_weights(config, torch.bfloat16, device, placement=placement, seed=1).eval()
+    pixels = torch.randn(1, 3, 8, 8, device=device)
+    with torch.no_grad():
+        model.model.encode_images(pixels)  # libraries take their workspaces
+    fetch_head(model)
+    set_aside_head(model)
     before = torch.cuda.memory_allocated()
     fetch_head(model)
     head = torch.cuda.memory_allocated() - before
     assert head >= model.lm_head.weight.nbytes
     with torch.no_grad():
-        model.model.encode_images(torch.randn(1, 3, 8, 8, device=device))
+        model.model.encode_images(pixels)
     buffers = torch.cuda.memory_allocated() - before
     assert 0 < buffers < head
     fetch_head(model)
