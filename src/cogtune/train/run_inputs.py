@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -160,15 +161,23 @@ def _identity(config: RunConfig, base: Path, data: DataSplit) -> RunIdentity:
     return RunIdentity(identity(config), fingerprints)
 
 
-def versions(device: torch.device) -> dict[str, Any]:
-    """Return the content of ``versions.json``."""
-    import cogtune
-
-    found: dict[str, Any] = {"cogtune": cogtune.__version__, "python": platform.python_version()}
+@cache
+def _library_versions() -> dict[str, str | None]:
+    """Return each library's version, or None if it is not installed; reading them takes a tenth of a second."""
+    found: dict[str, str | None] = {}
     for name in _LIBRARIES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
+    return found
+
+
+def versions(device: torch.device) -> dict[str, Any]:
+    """Return the content of ``versions.json``."""
+    import cogtune
+
+    found: dict[str, Any] = {"cogtune": cogtune.__version__, "python": platform.python_version()}
+    found |= _library_versions()
     cuda = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {**found, "cuda": torch.version.cuda, "device": cuda or platform.machine(), "system": platform.platform()}
