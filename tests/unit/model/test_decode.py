@@ -110,16 +110,19 @@ def test_text_of_fixed_shape_is_the_prefill(model: CogVLM2ForCausalLM, rows: lis
 def test_texts_of_several_slots_in_one_pass(
     model: CogVLM2ForCausalLM, rows: list[dict[str, Any]], captured: bool
 ) -> None:
-    """Behind two pictures and in an empty slot, in any order; the padding of the longest slot goes to its last column.
-    Then decoding goes on. ``captured``: in the pass of fixed shape, whose last row repeats another.
+    """Behind two pictures and the longest in an empty slot, in any order; padding that does not fit goes to a slot's
+    last column. Then decoding goes on. ``captured``: in the pass of fixed shape, whose last row repeats another.
     """
     lone, cache = _slots(model, 3), _slots(model, 4)
     slots, texts, starts, lengths, wanted = [3, 0, 2], [], [], [], []
     order = [2, 1, 0]
     for slot, row in zip(slots, order, strict=True):
         view = SlotView(lone, row)
-        logits, position = prefill(model, view, **rows[row])
-        ids, types = rows[row]["input_ids"], rows[row]["token_type_ids"]
+        given = rows[row]
+        if not given["token_type_ids"].any():
+            given = given | {name: given[name].repeat(1, 3) for name in ("input_ids", "token_type_ids")}
+        logits, position = prefill(model, view, **given)
+        ids, types = given["input_ids"], given["token_type_ids"]
         head = int(types[0].nonzero().max()) + 1 if types.any() else 0
         if head:
             cache.put(slot, lone.copy_out(row, head))
@@ -135,8 +138,8 @@ def test_texts_of_several_slots_in_one_pass(
         layers = [PlainLayer(layer) for layer in model.model.layers]
         width = max(map(len, texts)) + 3
         tokens = torch.tensor([text + [0] * (width - len(text)) for text in texts])
-        given = [slots, starts, lengths, [len(text) - 1 for text in texts]]
-        where, at, held, last = (torch.tensor([*numbers, numbers[0]]) for numbers in given)
+        numbers = [slots, starts, lengths, [len(text) - 1 for text in texts]]
+        where, at, held, last = (torch.tensor([*each, each[0]]) for each in numbers)
         tokens = torch.cat([tokens, tokens[:1]])
         found = extend(model, model.model.embed_tokens, layers, small, where, tokens, at, held, last)[:3]
     else:
