@@ -31,14 +31,15 @@ RANK = 16
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path)
+    parser.add_argument("file", type=Path, nargs="?")
     parser.add_argument("--model", default="random", help="random, random-tiny, or a checkpoint folder")
     parser.add_argument("--context", type=int, default=2400)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rows", default="1,16,32")
     chosen = parser.parse_args()
-    words = [f"--model {chosen.model}", f"--context {chosen.context}", f"--tokens {chosen.tokens}"]
-    words.append(f"--rows {chosen.rows}")
+    words = [
+        word for name in ("model", "context", "tokens", "rows") for word in (f"--{name}", str(getattr(chosen, name)))
+    ]
     results = Results("adapters", f"python -m benchmarks.adapters {shown_command(words)}", chosen.file)
     measure(results, chosen.model, chosen.context, chosen.tokens, [int(rows) for rows in chosen.rows.split(",")])
 

@@ -60,7 +60,7 @@ class _Tokenizer(CharacterTokenizer):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path)
+    parser.add_argument("file", type=Path, nargs="?")
     parser.add_argument("--model", default="random", help="random, random-tiny, or a checkpoint folder")
     parser.add_argument("--pictures", type=int, default=32)
     parser.add_argument("--slots", type=int, default=16)
@@ -68,11 +68,11 @@ def main() -> None:
     parser.add_argument("--training", action="store_true", help="what eval.generate costs, beside its plan")
     chosen = parser.parse_args()
     if chosen.training:
-        words = [f"--model {chosen.model}", "--training"]
+        words = ["--model", chosen.model, "--training"]
         results = Results("answers", f"python -m benchmarks.answers {shown_command(words)}", chosen.file)
         measure_in_training(results, chosen.model, chosen.side)
         return
-    words = [f"--model {chosen.model}", f"--pictures {chosen.pictures}", f"--slots {chosen.slots}"]
+    words = ["--model", chosen.model, "--pictures", str(chosen.pictures), "--slots", str(chosen.slots)]
     results = Results("answers", f"python -m benchmarks.answers {shown_command(words)}", chosen.file)
     measure(results, chosen.model, chosen.pictures, chosen.slots, chosen.side)
 

@@ -33,10 +33,10 @@ _BYTES = 1 << 29  # of weights that a captured run reads: ten times the cache
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path)
+    parser.add_argument("file", type=Path, nargs="?")
     parser.add_argument("--formats", default="bf16,nf4,fp8")
     chosen = parser.parse_args()
-    words = [f"--formats {chosen.formats}"]
+    words = ["--formats", chosen.formats]
     results = Results("decode-products", f"python -m benchmarks.decode_products {shown_command(words)}", chosen.file)
     for name in chosen.formats.split(","):
         kind = FORMATS[name]

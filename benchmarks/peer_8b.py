@@ -121,9 +121,13 @@ def add(results: Results, row: dict[str, Any]) -> None:
     print(f"{row['name']}: {text}, LoRA-MFU {row.get('lora_mfu')}, {row.get('reserved_gib')} GiB reserved", flush=True)
 
 
-def opened(file: Path, *, adding: bool) -> Results:
+def opened(file: Path | None, *, adding: bool) -> Results:
     """The result file, new or as an earlier command left it."""
-    before = json.loads(file.read_text(encoding="utf-8")) if adding and file.is_file() else {"rows": [], "versions": {}}
+    before = (
+        json.loads(file.read_text(encoding="utf-8"))
+        if adding and file and file.is_file()
+        else {"rows": [], "versions": {}}
+    )
     results = Results("peer", "python -m benchmarks.peer_8b", file)
     results.record["versions"] |= versions(LIBRARIES) | before["versions"]  # trl's is the one of its own rows
     results.record["rows"] = before["rows"]
@@ -132,7 +136,7 @@ def opened(file: Path, *, adding: bool) -> Results:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path)
+    parser.add_argument("file", type=Path, nargs="?")
     parser.add_argument("--parts", nargs="+", choices=(*TRL, "unsloth", *OURS), default=PARTS)
     parser.add_argument("--add", action="store_true", help="keep the file's other rows")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no part after so many")

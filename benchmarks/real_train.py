@@ -265,16 +265,15 @@ def _as_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path)
+    parser.add_argument("file", type=Path, nargs="?")
     parser.add_argument("--preset", choices=("full", "tiny"), default="full", help="the size of the model")
     parser.add_argument("--rows", type=int, default=16, help="pictures, with a question each; a multiple of 8")
     parser.add_argument("--epochs", type=int, default=3, help="of the runs; the first is warm-up")
     parser.add_argument("--features", choices=("cached", "live", "both"), default="both")
     chosen = parser.parse_args()
-    words = [f"--{name} {getattr(chosen, name)}" for name in ("preset", "rows", "epochs", "features")]
-    results = Results(
-        "real-train", f"python -m benchmarks.real_train {shown_command(' '.join(words).split())}", chosen.file
-    )
+    names = ("preset", "rows", "epochs", "features")
+    words = [word for name in names for word in (f"--{name}", str(getattr(chosen, name)))]
+    results = Results("real-train", f"python -m benchmarks.real_train {shown_command(words)}", chosen.file)
     kinds = ("cached", "live") if chosen.features == "both" else (chosen.features,)
     with tempfile.TemporaryDirectory() as folder:
         measure(results, chosen.preset, chosen.rows, chosen.epochs, kinds, Path(folder))

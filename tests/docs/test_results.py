@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
+import runpy
+import shlex
 from fnmatch import fnmatch
 
 import pytest
@@ -25,6 +28,27 @@ def test_results_are_json_objects_that_say_how_they_were_made():
     for file in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
         assert {"command", "date"} <= content.keys(), file.name
+
+
+def test_a_shown_command_is_taken_by_its_script(monkeypatch):
+    """Not run: the script stops where it has parsed its arguments."""
+
+    class Parsed(Exception):
+        pass
+
+    def stop(*given):
+        parse(*given)
+        raise Parsed
+
+    parse = argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^`python -m (benchmarks\.\w+) ?(.*)`$", text, re.MULTILINE)
+    assert shown
+    for script, words in shown:
+        monkeypatch.setattr("sys.argv", [script, *shlex.split(words)])
+        with pytest.raises(Parsed):
+            runpy.run_module(script, run_name="__main__")
 
 
 @pytest.mark.parametrize("page", ["README.md", "README_zh.md"])
