@@ -37,7 +37,7 @@ class GenerateSection(Section):
         default=False,
         description="Keep the embedding, the vision tower and the vision experts in host memory, and copy them to the"
         " GPU for each new picture, and the head for each answer: quant.stream 0 and quant.embedding host. NF4 then"
-        " answers in 5 GiB.",
+        " answers in 5.2 GiB.",
     )
     max_new_tokens: int | None = Field(
         default=None, ge=1, description="Most tokens of an answer. null: 2048 in a chat, 512 elsewhere."
