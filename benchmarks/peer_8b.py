@@ -55,8 +55,8 @@ named. ``trl, recomputed, 8 rows`` is how it trains when nothing is set but the 
 replaces functions of the model's module, so other rows of TRL's come before it or in another process."""
 UNSLOTH: Rows = {
     "unsloth, all linears": {},
-    "unsloth, all linears, recomputed": {"recomputed": "unsloth"},
     "unsloth, all linears, 4 rows": {"rows": 4},
+    "unsloth, all linears, recomputed": {"recomputed": "unsloth"},
 }
 """Unsloth's rows, on all linear layers of the decoder; ``recomputed`` is its default."""
 OURS: dict[str, list[str]] = {
@@ -73,17 +73,21 @@ def run_peers(results: Results, rows: Rows, *, tiny: bool, steps: int) -> None:
     """Measure another trainer's rows; one that fails keeps its error."""
     device = torch.device("cpu" if tiny else "cuda")
     config, grid = qwen3_vl.configuration(tiny), 8 if tiny else qwen3_vl.GRID
-    loaded = Unsloth(config, device) if rows is UNSLOTH else None
+    loaded: Unsloth | None = None
     for name, setting in rows.items():
         given = {key: value for key, value in setting.items() if key != "steps"}
         shown = {key: value for key, value in given.items() if key != "rows"}
         row: dict[str, Any] = {"name": name, "trainer": name.split(",")[0], "model": "Qwen3-VL-8B", "settings": shown}
         count = setting.get("steps", steps)
         try:
-            if loaded is None:
-                row |= measure_trl(config, device, given, steps=count, grid=grid)
+            if rows is UNSLOTH:
+                mode = given.get("recomputed", False)
+                if loaded is None or loaded.recomputed != mode:
+                    loaded = None  # frees the model before the next one
+                    loaded = Unsloth(config, device, mode)
+                row |= loaded.measure(given.get("rows", 1), steps=count, grid=grid)
             else:
-                row |= loaded.measure(given, steps=count, grid=grid)
+                row |= measure_trl(config, device, given, steps=count, grid=grid)
         except Exception as error:
             traceback.print_exc(limit=-6)
             row |= {"error": f"{type(error).__name__}: {str(error)[:300]}"}

@@ -83,38 +83,36 @@ def measure_trl(
 
 
 class Unsloth:
-    """A model that unsloth has loaded and given an adapter; its rows share it.
+    """A model that unsloth has loaded and given an adapter, on all linear layers of the decoder.
 
     Unsloth loads from a folder, which is made here with zeros for weights; random ones then take their place.
+    ``recomputed``: how, as unsloth names it, or False.
     """
 
-    def __init__(self, config: Any, device: torch.device) -> None:
+    def __init__(self, config: Any, device: torch.device, recomputed: Any) -> None:
         from unsloth import FastVisionModel
 
-        self.config, self.device = config, device
+        self.config, self.device, self.recomputed = config, device, recomputed
         place = {} if device.type == "cuda" else {"device_map": {"": str(device)}}
         with tempfile.TemporaryDirectory() as folder:
             qwen3_vl.write_processor(config, Path(folder))
             qwen3_vl.write_model(config, Path(folder))
             model, self.processor = FastVisionModel.from_pretrained(
-                folder, max_seq_length=8192, dtype=torch.bfloat16, load_in_4bit=False, local_files_only=True, **place,
+                folder, max_seq_length=8192, dtype=torch.bfloat16, load_in_4bit=False, local_files_only=True,
+                use_gradient_checkpointing=recomputed, **place,
             )  # fmt: skip
         qwen3_vl.fill(model)
         self.model = FastVisionModel.get_peft_model(
             model, r=RANK, lora_alpha=ALPHA, lora_dropout=0, bias="none", finetune_vision_layers=False,
             finetune_language_layers=True, finetune_attention_modules=True, finetune_mlp_modules=True,
+            use_gradient_checkpointing=recomputed,
         )  # fmt: skip
-        self._mode = FastVisionModel.for_training
 
-    def measure(self, setting: Mapping[str, Any], *, steps: int, grid: int) -> dict[str, Any]:
-        """A row. ``setting``: ``rows``, and ``recomputed`` as unsloth names it."""
+    def measure(self, rows: int, *, steps: int, grid: int) -> dict[str, Any]:
+        """A row of the comparison, with so many samples a step."""
         reset_peak(self.device)
-        given = dict(setting)
-        recomputed = given.pop("recomputed", False)
-        self._mode(self.model, use_gradient_checkpointing=recomputed)
-        given["gradient_checkpointing"] = bool(recomputed)
-        row = _trained(self.config, self.model, self.processor, self.device, given, steps=steps, grid=grid)
-        return row | {"recomputes": bool(getattr(self.model, "is_gradient_checkpointing", False))}
+        given = {"rows": rows, "gradient_checkpointing": bool(self.recomputed)}
+        return _trained(self.config, self.model, self.processor, self.device, given, steps=steps, grid=grid)
 
 
 def _trained(
@@ -135,8 +133,9 @@ def _trained(
         trainer = SFTTrainer(
             model=model,
             args=SFTConfig(
-                output_dir=folder, per_device_train_batch_size=rows, max_steps=total, logging_steps=total,
-                save_strategy="no", report_to="none", disable_tqdm=True, remove_unused_columns=False,
+                output_dir=folder, per_device_train_batch_size=rows, gradient_accumulation_steps=1,
+                max_steps=total, logging_steps=total, save_strategy="no", report_to="none", disable_tqdm=True,
+                remove_unused_columns=False,
                 dataset_kwargs={"skip_prepare_dataset": True}, dataloader_pin_memory=False,
                 max_length=None, use_cpu=device.type == "cpu", **{"gradient_checkpointing": False} | given,
             ),
