@@ -75,6 +75,15 @@ def _wait(url: str, process: subprocess.Popen[str]) -> None:
     raise AssertionError(f"the server did not start: {process.stderr.read() if process.stderr else ''}")
 
 
+def test_layers_that_the_engine_does_not_call_are_refused_before_loading(
+    tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "--model", str(tiny_checkpoint), "--port", "0", "--quant.stream", "all"]) == 2
+    told = capsys.readouterr().err
+    assert "not with quant.stream all" in told
+    assert "loading" not in told
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

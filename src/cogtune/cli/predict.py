@@ -124,11 +124,12 @@ def _predict(flags: _Flags, line: Arguments) -> None:
         if share is None:
             print("\n".join(report.lines()))
             _tell_choices(questions, choices)
-            tell_unused_guesses(section, decoding, section.batch_size)
         if free_memory(resolved.device) is not None:  # memory depends on the longest question, of all shares alike
             most = longest(asked_of(examples), resolved.model, config, decoding.max_new_tokens)
             resolved = resolve(asked, columns=most)
             config = resolved.config
+        if share is None:
+            tell_unused_guesses(section, decoding, config.generate.batch_size)
         settings = answer_settings(resolved, decoding, options, report.fingerprint, report.exif, report.bit_depth)
         settings.decides.update(_deciding(flags, questions, choices))
         file = PredictionFile(output, settings, questions, lock)

@@ -74,6 +74,12 @@ def _serve(flags: _Flags, line: Arguments) -> None:
 
     resolved = resolve(config, rows=flags.slots, columns=flags.columns, adapters=named)
     config = resolved.config
+    if resolved.by_layers:
+        raise ConfigError(
+            tr("serve answers with the language experts on one device, not with quant.stream all or several devices"),
+            hint=tr("use quant.stream 0, which streams the vision experts and the tower, or name one --device"),
+            code="config-combination",
+        )
     if reading_rules(resolved.model)["clips"]:
         require_pyav()
     name = flags.name or Path(resolved.adapter or resolved.model).expanduser().resolve().name

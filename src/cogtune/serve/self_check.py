@@ -128,14 +128,16 @@ def require_checkable(predictions: Path, adapter: Path) -> None:
             code="config-value",
         )
     if decides.get("adapter") != adapter_fingerprint(find_adapter(adapter)):
+        other = (meta.get("made_with") or {}).get("adapter")
+        made = tr("make the file with `cogtune predict --adapter {adapter}`", adapter=adapter)
         raise ConfigError(
             tr(
                 "{path}: its answers are those of {other}, not of the adapter in {adapter}, whose weights differ",
                 path=predictions,
-                other=(meta.get("made_with") or {}).get("adapter") or tr("the base model"),
+                other=other or tr("the base model"),
                 adapter=adapter,
             ),
-            hint=tr("merge that one, or make the file with `cogtune predict --adapter {adapter}`", adapter=adapter),
+            hint=tr("merge that one, or {made}", made=made) if other else made,
             code="config-value",
         )
 
