@@ -98,11 +98,14 @@ def test_a_file_to_check_with_is_looked_at_before_the_merge(
         (None, "no such file"),
         ({"adapter": own}, "cannot be read"),
         ({"adapter": None, "max-new-tokens": 4}, f"those of out/checkpoint-9, not of the adapter in {adapter}"),
+        ({"adapter": "none", "max-new-tokens": 4, "made_with": None}, "those of the base model"),
         ({"adapter": own, "max-new-tokens": 4, "choices": ["yes", "no"]}, "chosen among --choices"),
     ):
         if decides is not None:
-            made = {"adapter": "out/checkpoint-9"}
+            made = decides.pop("made_with", {"adapter": "out/checkpoint-9"})
             meta.write_text(json.dumps({"decides": decides, "made_with": made}), encoding="utf-8")
         assert main(["merge", *map(str, words)]) == 2
-        assert said in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert said in told
+        assert ("merge that one" in told) == ("checkpoint-9" in said)
         assert not (tmp_path / "merged").exists()
