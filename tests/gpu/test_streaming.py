@@ -234,7 +234,7 @@ def test_the_head_and_the_buffers_are_not_on_the_card_together() -> None:
     before = torch.cuda.memory_allocated()
     fetch_head(model)
     head = torch.cuda.memory_allocated() - before
-    assert head >= model.lm_head.weight.nbytes
+    assert abs(head - model.lm_head.weight.nbytes) < 2**20  # small tensors of libraries come and go
     with torch.no_grad():
         model.model.encode_images(pixels)
     buffers = torch.cuda.memory_allocated() - before

@@ -61,9 +61,10 @@ class ActivationOffloading:
     @contextmanager
     def saving(self, x: torch.Tensor) -> Iterator[None]:
         """Take ``x`` to host memory if it is saved for the backward pass inside the block; nothing else."""
+        place, shape = x.data_ptr(), x.shape  # not x itself: the graph keeps the hooks, and with them all they refer to
 
         def pack(tensor: torch.Tensor) -> Any:
-            same = tensor.data_ptr() == x.data_ptr() and tensor.shape == x.shape
+            same = tensor.data_ptr() == place and tensor.shape == shape
             return self._send(tensor.detach()) if same else tensor
 
         with saved_tensors_hooks(pack, self._bring):

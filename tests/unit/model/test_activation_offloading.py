@@ -6,6 +6,7 @@ compiled layers.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -111,6 +112,19 @@ def test_only_what_a_layer_saves_leaves_the_device(monkeypatch: pytest.MonkeyPat
     _step(model)
     hidden = model.base_model.model.config.hidden_size
     assert sent == LAYERS * [torch.Size([2 * 11, hidden])]
+
+
+def test_what_left_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing keeps an input between the passes, not the hooks that the graph keeps either."""
+    inputs: list[weakref.ref[torch.Tensor]] = []
+    saving = ActivationOffloading.saving
+    monkeypatch.setattr(ActivationOffloading, "saving", lambda own, x: inputs.append(weakref.ref(x)) or saving(own, x))
+    model = _model(targets=("experts",))
+    _offloading(model)
+    loss = _loss(model)
+    assert len(inputs) == LAYERS
+    assert not any(each() is not None for each in inputs)
+    loss.backward()
 
 
 def test_host_memory_is_looked_at_before_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
