@@ -5,8 +5,9 @@
 
 Each run trains the demo's tiny model for one or two hundred steps as ``cogtune train`` does, in a process of its own;
 `RUNS` says what each does well or badly. Some bad runs are made by a patch, which stands there too. The metrics are
-kept in ``results/curves.json``, rounded, a table for each kind of line. Nine more good runs come from ``quality.json``
-and ``quality-cache.json``, which have losses alone. Needs easy-vqa.
+kept in ``results/curves.json``, rounded, a table for each kind of line. More good runs, of which
+only the loss was kept, come from ``losses.json`` (the demo's task on nine number formats) and ``quality.json``. Needs
+easy-vqa.
 """
 
 from __future__ import annotations
@@ -299,17 +300,21 @@ def unpacked(found: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def recorded() -> Iterator[tuple[str, tuple[str, ...], list[dict[str, Any]]]]:
-    """Yield name, expected codes and lines of every run, those of ``quality.json`` included."""
+    """Yield name, expected codes and lines of every run, good ones of which only the loss was kept included."""
     for row in json.loads(FILE.read_text(encoding="utf-8"))["rows"]:
         yield row["name"], RUNS[row["name"]].expected, unpacked(row["lines"])
-    for file in ("quality", "quality-cache"):
-        for row in json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))["rows"]:
-            lines = [
-                {"kind": kind, "step": step, "loss": loss}
-                for kind, points in row["curves"].items()
-                for step, loss in points
-            ]
-            yield f"{file}: {row['name']}", (), sorted(lines, key=lambda line: (line["step"], line["kind"]))
+    for name, curves in _losses():
+        lines = [{"kind": kind, "step": step, "loss": loss} for kind, points in curves.items() for step, loss in points]
+        yield name, (), sorted(lines, key=lambda line: (line["step"], line["kind"]))
+
+
+def _losses() -> Iterator[tuple[str, dict[str, list[list[float]]]]]:
+    """Yield good runs of which only the loss was kept, by kind of line."""
+    for row in json.loads((RESULTS / "losses.json").read_text(encoding="utf-8"))["rows"]:
+        yield f"losses: {row['name']}", row["curves"]
+    for row in json.loads((RESULTS / "quality.json").read_text(encoding="utf-8"))["rows"]:
+        for run in row.get("seeds", ()):
+            yield f"quality: {row['name']} {run['seed']}", {"train": run["curve"]}
 
 
 def judged(lines: Sequence[dict[str, Any]]) -> dict[str, tuple[int, str]]:
@@ -333,7 +338,8 @@ def table() -> dict[str, Any]:
         else:
             good, steps, false = good + 1, steps + max(line["step"] for line in lines), false + len(found)
     return {
-        "good_runs": good, "good_steps": steps, "false_alarms": false, "bad_runs": len(rows), "missed": missed,
+        "good_runs": good, "losses_alone": sum(1 for _ in _losses()), "good_steps": steps, "false_alarms": false,
+        "bad_runs": len(rows), "missed": missed,
         "others": others, "columns": ["bad run", "steps", "warned of (at step)"], "rows": rows,
         "columns_zh": ["出问题的训练", "步数", "警告（步）"], "rows_zh": rows_zh,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The committed drawings of results, by their kind: sweeps, and training curves of quantised weights."""
+"""The committed drawings of results: sweeps."""
 
 from __future__ import annotations
 
@@ -12,13 +12,10 @@ _SWEPT = {
     "questions": "questions on one picture",
     "rank": "LoRA rank",
 }
-_COLOURS = ("#000000", "#a51d2d", "#c64600", "#1a5fb4", "#26a269", "#813d9c", "#63452c")
 
 
 def drawing_of(content: dict[str, Any]) -> str | None:
     """The drawing that belongs to a result file; None for one without."""
-    if content.get("kind") == "quality":
-        return _curves(content)
     return _sweep(content) if "series" in content.get("check", {}) else None
 
 
@@ -38,22 +35,8 @@ def _sweep(content: dict[str, Any]) -> str:
     ], frame)  # fmt: skip
 
 
-def _curves(content: dict[str, Any]) -> str:
-    """Training loss as thin lines and validation loss as thicker ones with dots, of every row that has them."""
-    frame = Frame(
-        "Loss by optimiser step", 640, 340, left=50, right=110, top=30, bottom=40,
-        title="loss: training (thin), validation (dots)", below="optimiser steps",
-    )  # fmt: skip
-    rows = [row for row in content["rows"] if "error" not in row]
-    coloured = [(row, _COLOURS[number % len(_COLOURS)]) for number, row in enumerate(rows)]
-    lines = [Line(row["name"], "", row["curves"]["validation"], dots=True, colour=colour, width=1.6)
-             for row, colour in coloured]  # fmt: skip
-    lines += [Line("", "", row["curves"]["train"], colour=colour, width=0.6) for row, colour in coloured]
-    return _file(lines, frame, log=True, named=True)
-
-
-def _file(lines: list[Line], frame: Frame, **options: bool) -> str:
+def _file(lines: list[Line], frame: Frame) -> str:
     """On white, a mark a line."""
-    text = line_chart(lines, frame, **options).replace("><", ">\n<")
+    text = line_chart(lines, frame).replace("><", ">\n<")
     start = text.index("\n") + 1
     return f'{text[:start]}<rect width="{frame.width}" height="{frame.height}" fill="#fff"/>\n{text[start:]}\n'

@@ -44,7 +44,7 @@ from benchmarks.card_view import cards
 from benchmarks.combination_view import combinations
 from benchmarks.front_page import bars, smallest, speed
 from benchmarks.plots import drawing_of
-from benchmarks.quality_view import linears, parity, quality
+from benchmarks.quality_view import cached, linears, parity, quality, text_loss
 from benchmarks.views import VIEWS, markdown, samples
 from cogtune.errors import catalogue
 
@@ -128,9 +128,9 @@ def _table(content: dict[str, Any], name: str, chinese: bool) -> str:
     return markdown(columns, table.get("rows_zh", table["rows"]) if chinese else table["rows"])
 
 
-_NAMED = {"cards": cards, "linears": linears, "front-page-speed": speed, "front-page-cards": smallest,
+_NAMED = {"cached": cached, "cards": cards, "linears": linears, "front-page-speed": speed, "front-page-cards": smallest,
           "samples": samples}  # fmt: skip
-_BY_KIND = {"parity": parity, "quality": quality}
+_BY_KIND = {"parity": parity, "quality": quality, "text-loss": text_loss}
 
 
 def plots(results: Path = RESULTS) -> dict[Path, str]:

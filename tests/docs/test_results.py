@@ -8,10 +8,13 @@ import re
 import runpy
 import shlex
 from fnmatch import fnmatch
+from statistics import NormalDist
 
+import numpy as np
 import pytest
 
 from benchmarks import render as rendering
+from benchmarks.quality_view import difference, packed
 from tests.docs.pages import ROOT, name
 
 PAGES = list(rendering.pages())
@@ -240,24 +243,58 @@ def test_many_cards_show_scaling_and_the_worst_card(tmp_path):
     assert "differ by at most 0.0100" in text
 
 
-def quality_row(name, accuracy, **more):
-    curves = {"train": [[10, 1.0], [20, 0.5]], "validation": [[20, 0.6]]}
-    return {"name": name, "changes": {} if name == "plain" else {"quant.experts": name}, "dtype": "bfloat16",
-            "accuracy": accuracy, "on_plain_weights": accuracy, "total": 100, "loss": {"last": 0.5, "validation": 0.6},
-            "curves": curves, "commit": "abcdef0123456", **more}  # fmt: skip
+def seed_rows(right, losses):
+    """Seeds of a row by which of its answers are right."""
+    return [{"seed": number, "steps": 20, "accuracy": sum(hits) / len(hits), "loss": loss,
+             "right": packed(np.array(hits, bool))}
+            for number, (hits, loss) in enumerate(zip(right, losses, strict=True))]  # fmt: skip
 
 
-def test_right_answers_on_quantised_weights_are_compared_with_the_plain_row(tmp_path):
-    rows = [quality_row("nf4", 0.97), quality_row("plain", 0.98), {"name": "x", "changes": {"a": "b"}, "error": "oh"}]
+def quality_row(name, right):
+    changes = {} if name == "plain" else {"quant.experts": name}
+    seeds = seed_rows(right, [0.1, 0.2, 0.3][: len(right)])
+    return {"name": name, "changes": changes, "dtype": "bfloat16", "total": len(right[0]), "seeds": seeds,
+            "untuned": {"accuracy": 0.5, "loss": 0.25}, "settings": {"train": {"batch_size": 32}}}  # fmt: skip
+
+
+def test_number_formats_are_compared_with_the_plain_row(tmp_path):
+    plain = [[1] * 90 + [0] * 10] * 3
+    worse = [[1] * 80 + [0] * 20, [1] * 80 + [0] * 20, [0] + [1] * 79 + [0] * 20]
+    # the gap is 10 drawings and a third of one: 1.96 * 0.3022 / 10 for drawings, 2.776 * 0.0033 for seeds
+    rows = [quality_row("nf4", worse), quality_row("plain", plain), {"name": "x", "changes": {"a": "b"}, "error": "oh"}]
     bench_file(tmp_path, "quality", "quality", rows)
     text = shown(tmp_path, "quality")
-    assert "| `quant.experts=nf4` | bfloat16 | 97.00 % | -1.00 | 97.00 % |" in text
-    assert "| not quantised | bfloat16 | 98.00 % | - |" in text
+    assert "| `quant.experts=nf4` | 50.00 % (0.2500) | 79.67 % (79.00 - 80.00) | -10.33 ± 6.00 | 0.2000" in text
+    assert "| not quantised | 50.00 % (0.2500) | 90.00 % (90.00 - 90.00) | - |" in text
     assert "| oh |" in text
-    assert "Commits of the rows" not in text
-    ((_, drawing),) = rendering.plots(tmp_path).items()
-    assert drawing.count("<circle") == 2
-    assert drawing.count("<polyline") == 4
+    assert "trained on 640 drawings, tested on 100; after training the mean of 3 seeds" in text
+    assert "±7.9 points" in text
+    only = rendering.render("<!-- result: quality cached --><!-- end -->", tmp_path)
+    assert "not quantised" in only
+    assert "nf4" not in only
+    row = quality_row("nf4", worse[:1])
+    assert difference(row, quality_row("plain", plain[:1])) == (pytest.approx(-10), None)
+
+
+def test_the_interval_of_a_difference_holds_the_true_one_as_often_as_it_says():
+    each = [NormalDist().cdf(1.5 * share / (2 + 0.15**2) ** 0.5) for share in (0.9, 1.0)]
+    true, rng, held = 100 * (each[0] - each[1]), np.random.default_rng(0), 0
+    for _ in range(200):
+        hard, shares = rng.normal(size=500), rng.normal([[0.9], [1.0]], 0.1, size=(2, 3))
+        sides = [[hard + rng.normal(size=500) < 1.5 * share for share in shares[side]] for side in (0, 1)]
+        points, half = difference(*(quality_row(name, sides[side]) for side, name in enumerate(("nf4", "plain"))))
+        held += abs(points - true) < half
+    assert held >= 180
+
+
+def test_a_language_models_loss_is_shown_by_format(tmp_path):
+    row = {"format": "none", "dtype": "float32", "loss": 2.5, "perplexity": 12.18, "passages": [2.4, 2.6]}
+    more = {"format": "nf4", "more": {"loss": 0.1, "half": 0.02}}
+    bench_file(tmp_path, "text-loss", "text-loss", [row, row | more], tokens=512)
+    text = shown(tmp_path, "text-loss")
+    assert "| not quantised | float32 | 2.5000 | 12.18 | - |" in text
+    assert "| `nf4` | float32 | 2.5000 | 12.18 | +0.1000 ± 0.0200 |" in text
+    assert "512 tokens of 2 passages" in text
 
 
 def test_errors_are_shown_by_layer_or_by_linear_layer(tmp_path):
