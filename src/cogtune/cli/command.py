@@ -162,8 +162,14 @@ class Command:
         values: dict[str, Any] = {flag.field: True for flag in flags if flag.name in line.switches}
         for flag in flags:
             texts = [text for name in (flag.name, *flag.also) for text in line.values.get(name, ())]
+            if len(texts) > 1 and not flag.many:
+                raise ConfigError(
+                    tr("{flag} is given {texts} times", flag=f"--{flag.name}", texts=len(texts)),
+                    hint=tr("it takes one value; keep one"),
+                    code="usage",
+                )
             if texts:
-                values[flag.field] = tuple(map(flag.read, texts)) if flag.many else flag.read(texts[-1])
+                values[flag.field] = tuple(map(flag.read, texts)) if flag.many else flag.read(texts[0])
             elif flag.required:
                 raise self._missing(flag.usage)
         return self.flags(**values)

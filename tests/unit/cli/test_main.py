@@ -99,6 +99,7 @@ def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["download"], "error[config-missing]: missing: model|data", "`cogtune download --help` shows examples"),
         (["merge", "--adapter", "a"], "error[config-missing]: missing: --output DIR", "`cogtune merge --help`"),
         (["merge", "--adapter"], "error[usage]: --adapter needs a value", ""),
+        (["chat", "--image", "a", "--image", "b"], "error[usage]: --image is given 2 times", "it takes one value"),
         (["plan", "--cards", "0"], "error[config-value]: --cards: found `0`, expected a whole number >= 1", ""),
         (["download", "model", "--source", "ftp"], "error[config-value]: --source: found `ftp`, expected hf or", ""),
         (["train", "--batch-size", "2"], "error[config-unknown-key]: ", "did you mean `--train.batch_size`?"),
