@@ -182,7 +182,11 @@ def _size(proposal: Proposal, report: CheckReport, cards: int, kept: float, smal
         "train.accumulation",
         accumulation,
         tr(
-            "{together} rows per step: {steps} steps an epoch of {rows} rows", together=together, steps=steps, rows=rows
+            "{together} row{s} per step: {steps} steps an epoch of {rows} rows",
+            together=together,
+            s="" if together == 1 else "s",
+            steps=steps,
+            rows=rows,
         ),
     )
     if small:

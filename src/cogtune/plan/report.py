@@ -43,7 +43,11 @@ def lines(plan: Plan) -> Iterator[str]:
     yield ""
     yield from _after_training(plan)
     yield ""
-    yield tr("largest batch that fits, all layers recomputed: {rows} rows of that length", rows=plan.largest)
+    yield tr(
+        "largest batch that fits, all layers recomputed: {rows} row{s} of that length",
+        rows=plan.largest,
+        s="" if plan.largest == 1 else "s",
+    )
     yield from _times(plan)
     yield _headed(tr("disk"), _disk(plan))
     if plan.cost is not None:
