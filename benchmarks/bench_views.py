@@ -62,7 +62,7 @@ def peer(content: dict[str, Any], chinese: bool) -> str:
 
 
 _PEER_ZH = {
-    "recomputed": "重算", "all linears": "所有线性层", "4 rows": "4 个样本", "8 rows": "8 个样本", "compiled": "编译",
+    "recomputed": "重计算", "all linears": "所有线性层", "4 rows": "4 个样本", "8 rows": "8 个样本", "compiled": "编译",
 }  # fmt: skip
 
 
