@@ -49,7 +49,8 @@ def peer(content: dict[str, Any], chinese: bool) -> str:
         cells.append([
             f"`{name}`", f"{row['median_ms']:.1f}", f"{row['min_ms']:.1f} - {row['max_ms']:.1f}", row["batch_size"],
             f"{row['tokens']:,}", f"{row['tokens_per_second']:,.0f}", f"{row['tflop_per_step']:.1f}",
-            "-" if row["lora_mfu"] is None else f"{100 * row['lora_mfu']:.1f} %", f"{row['reserved_gib']:.1f}",
+            "-" if row["lora_mfu"] is None else f"{100 * row['lora_mfu']:.1f} %",
+            _number(row.get("reserved_gib"), 1),
         ])  # fmt: skip
     columns = (
         ["训练步", "中位数（毫秒）", "最小 - 最大", "样本数", "位置数", "位置/秒", "每步 TFLOP", "LoRA-MFU",
