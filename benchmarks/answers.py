@@ -45,7 +45,7 @@ from cogtune.plan.time import answering_seconds
 from cogtune.processing.processor import CogVLM2Processor
 from cogtune.train import engines
 from cogtune.train.answers import AnswerCheck
-from cogtune.train.run import assemble, compiles
+from cogtune.train.model_setup import assemble, compiles
 from cogtune.train.stop_signal import StopSignal
 
 QUESTIONS, TOKENS, CLOSED = 3, 48, 59

@@ -124,7 +124,7 @@ def random_base() -> Iterator[None]:
         return vision
 
     with (
-        mock.patch("cogtune.train.run.load_model", model),
+        mock.patch("cogtune.train.model_setup.load_model", model),
         mock.patch("cogtune.train.feature_cache.load_tower", tower),
     ):
         yield

@@ -36,7 +36,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cogtune.train.run.build_optimizer", one_kernel)
+    monkeypatch.setattr("cogtune.train.model_setup.build_optimizer", one_kernel)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def whole(tiny_checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFa
     """The folder of a run to which nothing happened, and in which the host looked at every norm at once."""
     output = tmp_path_factory.mktemp("whole") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cogtune.train.run.build_optimizer", one_kernel)
+        patch.setattr("cogtune.train.model_setup.build_optimizer", one_kernel)
         patch.setattr(single, "skips_on_device", lambda optimizer: False)
         train(config(tiny_checkpoint, data, output))
     return output

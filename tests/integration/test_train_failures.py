@@ -135,7 +135,7 @@ def test_out_of_memory_while_loading(
     def exhaust(*args: Any, **options: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("cogtune.train.run.load_model", exhaust)
+    monkeypatch.setattr("cogtune.train.model_setup.load_model", exhaust)
     with pytest.raises(OutOfMemoryError, match="while loading the model"):
         train(make_config(tiny_checkpoint, data, tmp_path / "out"))
 

@@ -312,7 +312,7 @@ def test_a_dry_run_writes_nothing_and_reads_no_weights(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("cogtune.train.run.load_model", lambda *a, **k: pytest.fail("weights were read"))
+    monkeypatch.setattr("cogtune.train.model_setup.load_model", lambda *a, **k: pytest.fail("weights were read"))
     result = train(make_config(tiny_checkpoint, data, tmp_path / "out", train__batch_size=4), dry_run=True)
     assert result.adapter is None
     assert not (tmp_path / "out").exists()

@@ -12,8 +12,8 @@ from functools import partial
 
 from cogtune.cli.main import main
 from cogtune.model.compile import compile_layers
-from cogtune.train import run
+from cogtune.train import model_setup
 
 if __name__ == "__main__":
-    run.compile_layers = partial(compile_layers, backend="aot_eager")
+    model_setup.compile_layers = partial(compile_layers, backend="aot_eager")
     sys.exit(main(sys.argv[1:]))

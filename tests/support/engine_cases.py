@@ -19,7 +19,7 @@ import torch
 from cogtune.cli.main import guarded
 from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import NonFiniteError, Stopped
-from cogtune.train import batches, loop, run
+from cogtune.train import batches, loop, model_setup
 from cogtune.train.engines.single import SingleEngine
 from cogtune.train.run import train
 from tests.support.training import make_config, one_kernel
@@ -139,21 +139,21 @@ def _stop_and_go_on(config: RunConfig) -> None:
 
 def _spoil_a_gradient_on_rank_1(config: RunConfig) -> None:
     """In the third step, where the host looks at a norm only during the next step: both ranks must stop."""
-    backward, build = SingleEngine.backward, run.build_optimizer
+    backward, build = SingleEngine.backward, model_setup.build_optimizer
     calls: list[int] = []
 
     def spoil(self: SingleEngine, loss: torch.Tensor) -> None:
         calls.append(1)
         backward(self, loss * float("nan") if len(calls) == 3 and os.environ["RANK"] == "1" else loss)
 
-    SingleEngine.backward, run.build_optimizer = spoil, one_kernel  # type: ignore[method-assign, assignment]
+    SingleEngine.backward, model_setup.build_optimizer = spoil, one_kernel  # type: ignore[method-assign, assignment]
     try:
         train(config)
     except NonFiniteError as error:
         config.train.output.with_suffix(f".rank{os.environ['RANK']}").write_text(f"{len(calls)} {error.message}")
         return
     finally:
-        SingleEngine.backward, run.build_optimizer = backward, build  # type: ignore[method-assign]
+        SingleEngine.backward, model_setup.build_optimizer = backward, build  # type: ignore[method-assign]
     raise AssertionError("a gradient of nan was trained on")
 
 

@@ -21,7 +21,7 @@ from cogtune.model.layer_streaming import answering_placement
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.train.engines.base import Engine
 from cogtune.train.memory_plan import Layers
-from cogtune.train.run import load_base
+from cogtune.train.model_setup import load_base
 
 RANDOM = {
     "random": published_config,

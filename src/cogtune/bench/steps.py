@@ -29,9 +29,9 @@ from cogtune.train import engines
 from cogtune.train.batches import Batch
 from cogtune.train.log import Metrics
 from cogtune.train.loop import Loop
+from cogtune.train.model_setup import assemble, compiles
 from cogtune.train.optim import build_optimizer
 from cogtune.train.progress import Progress
-from cogtune.train.run import assemble, compiles
 from cogtune.train.stop_signal import StopSignal
 
 DIFFERENT_BATCHES = 4

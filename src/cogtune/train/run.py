@@ -5,56 +5,43 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 
-from cogtune.adapters.attach import attach
 from cogtune.adapters.provenance import Provenance, provenance_of
 from cogtune.checkpoint import resume_state as checkpoints
-from cogtune.checkpoint.load import load_model
-from cogtune.checkpoint.model_files import load_model_config
 from cogtune.configuration.deepspeed import apply_deepspeed
-from cogtune.configuration.resolve import (
-    as_stored,
-    check_formats,
-    resolve_compile,
-    stream_note,
-    torch_dtype,
-)
+from cogtune.configuration.resolve import as_stored, check_formats, torch_dtype
 from cogtune.configuration.run_config import RunConfig
 from cogtune.distributed import environment
 from cogtune.distributed.group import Group
-from cogtune.errors import DataError, DiskFullError
+from cogtune.errors import DiskFullError
 from cogtune.evaluate.report.load import REPORT_FILE, report_of
 from cogtune.evaluate.report.page import write
 from cogtune.evaluate.run_folder import PLAN_FILE, energy_of, read_metrics, read_run
 from cogtune.features.reader import FeatureReader
 from cogtune.generate.last_run import write_last_run
-from cogtune.language import phrase, tr
-from cogtune.model.activation_checkpointing import enable_checkpointing
-from cogtune.model.activation_offloading import ActivationOffloading
-from cogtune.model.compile import can_compile, compile_layers, prepare_compiling
-from cogtune.model.layer_streaming import StreamPlacement
-from cogtune.model.modeling import CogVLM2ForCausalLM
+from cogtune.language import tr
+from cogtune.model.compile import prepare_compiling
 from cogtune.system import files
 from cogtune.system.file_errors import is_disk_full
 from cogtune.system.gpu import gpu_of
 from cogtune.train import engines, feature_cache, output_folder, saver
-from cogtune.train.announcements import announce, loading, say_what_trains, summary
-from cogtune.train.batches import Feed
+from cogtune.train.announcements import announce, summary
 from cogtune.train.energy import EnergyMeter
 from cogtune.train.engines import Engine
 from cogtune.train.engines.zero_settings import check_settings
-from cogtune.train.failures import explain_peers, phase
+from cogtune.train.failures import explain_peers
 from cogtune.train.log import Metrics, console, last_losses, limits, log, log_file
 from cogtune.train.loop import Loop
-from cogtune.train.memory_plan import Layers, MemoryPlan, auto_engine, check_memory
-from cogtune.train.optim import build_optimizer
+from cogtune.train.memory_plan import MemoryPlan, auto_engine, check_memory
+from cogtune.train.model_setup import build_model, compiles
 from cogtune.train.progress import Progress
 from cogtune.train.run_inputs import Inputs, read_inputs, versions
+from cogtune.train.run_start import RunStart, run_start
 from cogtune.train.status_line import status
 from cogtune.train.stop_signal import StopSignal
 from cogtune.train.trackers.opening import Trackers, check_packages
@@ -83,16 +70,6 @@ class TrainResult:
     best_value: float | None = None
     loss: float | None = None
     validation_loss: float | None = None
-
-
-@dataclass(frozen=True)
-class RunStart:
-    """Where to write, where to start, and how many steps remain."""
-
-    folder: output_folder.Start
-    record: output_folder.RunRecord
-    feed: Feed
-    claim: output_folder.Claim
 
 
 def train(config: RunConfig, *, dry_run: bool = False, force: bool = False) -> TrainResult:
@@ -150,7 +127,7 @@ def _train(config: RunConfig, dry_run: bool, force: bool) -> TrainResult:
         engine = engines.start(config, name, lambda group: auto_engine(config, inputs, group))
         dtype = torch_dtype(config.model.dtype, engine.device)
         check_formats(config.quant, gpu_of(engine.device))
-        start = stack.enter_context(_run_start(config, inputs, engine, dry_run))
+        start = stack.enter_context(run_start(config, inputs, engine, dry_run))
         memory: MemoryPlan | None = None
         if not start.folder.finished:
             memory = check_memory(config, inputs, engine, start.record.accumulation, force=force)
@@ -172,7 +149,7 @@ def _train(config: RunConfig, dry_run: bool, force: bool) -> TrainResult:
         with _features(config, inputs, engine, dtype, start, memory.tower_fits) as reader:
             layers = memory.settle(cached=reader is not None)
             engine.group.on_main(lambda: _write_plan(start, memory))
-            model, progress = _build(config, engine, dtype, start, layers, cached=reader is not None)
+            model, progress = build_model(config, engine, dtype, start, layers, cached=reader is not None)
             result = _fit(config, inputs, engine, model, start, progress, stop, trackers)
         engine.group.close()
         return result
@@ -198,42 +175,6 @@ def _features(
             reader.release()
 
 
-@contextmanager
-def _run_start(config: RunConfig, inputs: Inputs, engine: Engine, dry_run: bool) -> Iterator[RunStart]:
-    """Inspect the output folder on rank 0 and decide how to start; every rank gets the decision or raises the same
-    error."""
-    claim = output_folder.Claim(config, log.warning)
-
-    def decide() -> tuple[output_folder.Start, output_folder.RunRecord, list[str]]:
-        if dry_run or output_folder.is_finished(claim.output):
-            found = look()
-            if dry_run or found[0].finished:
-                return found
-        claim.take()
-        return look()
-
-    def look() -> tuple[output_folder.Start, output_folder.RunRecord, list[str]]:
-        output = claim.output
-        stored = output_folder.read_record(output)
-        basis = stored
-        if stored is None and config.train.resume is not None:
-            basis = output_folder.resume_source(config.train.resume)[1]
-        ranks = engine.group.size
-        accumulation, messages = output_folder.derive_accumulation(config, ranks, basis)
-        total = Feed(inputs.rows, config, engine.group, accumulation).total_steps()
-        if total == 0:
-            raise DataError(tr("no row is left to train on: data.path's weights are below 1 and drew none"))
-        resumed = None if config.train.resume is None else str(config.train.resume)
-        now = output_folder.RunRecord(inputs.identity, config.train.batch_size, accumulation, ranks, total, resumed)
-        return output_folder.decide(config, output, now, stored), now, messages
-
-    with claim:
-        folder, record, messages = engine.group.on_main(decide)
-        folder = replace(folder, messages=[*folder.messages, *messages])
-        claim.output = folder.output
-        yield RunStart(folder, record, Feed(inputs.rows, config, engine.group, record.accumulation), claim)
-
-
 def _nothing_to_do(start: RunStart, dry_run: bool, group: Group) -> TrainResult:
     if dry_run:
         log.info(tr("dry run: stopping before weights are loaded"))
@@ -254,112 +195,6 @@ def _write_beside(config: RunConfig, inputs: Inputs, engine: Engine, start: RunS
         files.write_text(output / "config.yaml", config.to_yaml())
         files.write_json(output / "data.json", inputs.data_json(), durable=True)
         files.write_json(output / "versions.json", versions(engine.device), durable=True)
-
-
-def _build(
-    config: RunConfig, engine: Engine, dtype: torch.dtype, start: RunStart, layers: Layers, *, cached: bool
-) -> tuple[PeftModel, Progress]:
-    """Load base and adapter and build the optimiser in the engine; restore the checkpoint to resume from, if there is
-    one."""
-    checkpoint = start.folder.checkpoint
-    shapes = load_model_config(config.model.path)
-    streamed = layers.streamed(shapes, engine.device)
-    if (line := stream_note(config.quant.stream, shapes.num_hidden_layers)) is not None:
-        log.info(line)
-    base = load_base(config, engine, dtype, streamed, cached=cached)
-    model = assemble(base, config, engine, checkpoint, layers)
-    log.info(engine.describe())
-    if checkpoint is not None:
-        return model, saver.restore(engine, checkpoint, start.folder.output, start.record.total_steps)
-    saver.seed_dropout(engine, 0)
-    return model, Progress()
-
-
-def load_base(
-    config: RunConfig,
-    engine: Engine,
-    dtype: torch.dtype,
-    streamed: StreamPlacement | None = None,
-    *,
-    cached: bool = False,
-) -> CogVLM2ForCausalLM:
-    """Load the frozen model on this rank's device, or the shard of it that the engine keeps there.
-
-    ``streamed``: moves layers to host memory. ``cached``: without the vision tower, for batches that contain its
-    output.
-    """
-    with phase(phrase("loading the model"), config, engine.device), loading(config.model.path) as progress:
-        loaded = load_model(
-            config.model.path,
-            dtype=dtype,
-            device=engine.device,
-            rope_precision=config.model.rope_precision,
-            vision_tower=not cached,
-            quantization=config.quant,
-            placement=streamed or engine.placement,
-            progress=progress,
-        )
-    if streamed is not None:
-        log.info(streamed.describe())
-    return loaded
-
-
-def assemble(
-    base: CogVLM2ForCausalLM,
-    config: RunConfig,
-    engine: Engine,
-    checkpoint: Path | None = None,
-    layers: Layers | None = None,
-) -> PeftModel:
-    """Add adapter, activation checkpointing, compilation and optimiser to ``base``, wrapped by ``engine`` for its first
-    step.
-
-    ``checkpoint``: a training checkpoint whose adapter replaces the fresh one. ``layers``: the layers to recompute;
-    None: as ``train.gradient_checkpointing`` says, and none if it leaves the choice to the planner.
-    """
-    torch.manual_seed(config.train.seed)  # the adapter's first weights: the same on every rank
-    with phase(phrase("attaching the adapter"), config, engine.device):
-        model = attach(base, config.lora, building=engine.attaching(base))
-        if checkpoint is not None:
-            saver.restore_adapter(model, checkpoint)
-        _recompute(base, config, layers)
-        if compiles(config, engine):
-            status.stage(tr("waiting for the processes that compile"))
-            compile_layers(base, symbolic_sizes=engine.symbolic_sizes)
-            log.info(tr("layers are compiled at their first use (train.compile); the first step takes longer"))
-        say_what_trains(model)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if layers is not None:
-            engine.gathered_layers = layers.gathered
-        engine.wrap(model, build_optimizer(trained, config.train, fused=engine.fuses_optimizer))
-    return model
-
-
-def compiles(config: RunConfig, engine: Engine) -> bool:
-    """Return whether the layers of this run are compiled."""
-    return resolve_compile(config.train.compile, engine.name, able=can_compile(engine.device))
-
-
-def _recompute(base: CogVLM2ForCausalLM, config: RunConfig, layers: Layers | None) -> None:
-    """Enable activation checkpointing for ``layers`` and log it."""
-    decoder, tower = len(base.model.layers), base.config.vision_config.num_hidden_layers
-    layers = layers or Layers.named(config, base.config)
-    if layers.decoder or layers.tower:
-        offloading = ActivationOffloading(base.device) if config.train.activation_offloading else None
-        counts = enable_checkpointing(base, layers.decoder, layers.tower, offloading=offloading)
-        also = tr(" and {counts} of {tower} tower layers", counts=counts[1], tower=tower) if counts[1] else ""
-        log.info(
-            tr(
-                "recomputing {counts} of {decoder} decoder layers{also} in the backward pass",
-                counts=counts[0],
-                decoder=decoder,
-                also=also,
-            )
-        )
-        if offloading is not None:
-            log.info(tr("their inputs wait in host memory until then (train.activation_offloading)"))
-    elif config.train.activation_offloading:
-        log.info(tr("no layer is recomputed: train.activation_offloading has nothing to move"))
 
 
 def _leave_result(config: RunConfig, start: RunStart, progress: Progress) -> tuple[Path, str, int]:

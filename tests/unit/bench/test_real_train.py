@@ -13,7 +13,7 @@ from cogtune.bench.rows import preset, synthetic_rows
 from cogtune.checkpoint.model_files import load_model_config, stored_tensors
 from cogtune.data.training_rows import load_rows
 from cogtune.train import engines
-from cogtune.train.run import load_base
+from cogtune.train.model_setup import load_base
 
 
 def test_an_outline_is_a_checkpoint_with_holes_in_place_of_weights(tmp_path: Path) -> None:

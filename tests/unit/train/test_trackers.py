@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from cogtune.errors import RunError, SetupError
-from cogtune.train import run as run_module
+from cogtune.train import model_setup
 from cogtune.train.loop import Loop
 from cogtune.train.run import train
 from cogtune.train.trackers import delivery, opening
@@ -126,7 +126,7 @@ def test_one_that_cannot_be_opened_stops_a_new_run_before_its_model_is_loaded_an
     monkeypatch.setattr(opening, "_open", refused)
     monkeypatch.setattr(opening, "find_spec", lambda name: True)
     with monkeypatch.context() as inside:
-        inside.setattr(run_module, "load_base", lambda *a, **k: pytest.fail("the model was loaded"))
+        inside.setattr(model_setup, "load_base", lambda *a, **k: pytest.fail("the model was loaded"))
         with pytest.raises(SetupError, match=r"wandb cannot be opened: no API key") as found:
             train(configured(tiny_checkpoint, tmp_path, ["wandb"]))
     assert "wandb login" in str(found.value.hint)
