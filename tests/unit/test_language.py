@@ -81,6 +81,7 @@ ENGLISH = {
     "serve/pictures.py": r"",
     "serve/protocol.py": r"",
     "serve/refusals.py": r"",
+    "serve/request_body.py": r"",
     "web/guard.py": r"",  # HTTP answers, before there is a page
     "web/page.py": r"[<{]",  # HTML and CSS
     "system/file_errors.py": r"os error",

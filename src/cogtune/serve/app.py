@@ -21,23 +21,21 @@ from openai.types.completion_usage import CompletionUsage
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.engine import InferenceEngine
 from cogtune.generate.history import prompt_limit
-from cogtune.generate.requests import Pending
 from cogtune.generate.requests import Request as Question
+from cogtune.serve.answer import Answer, forward
 from cogtune.serve.clips import check_kind, open_clips
 from cogtune.serve.metrics import Metrics
 from cogtune.serve.pictures import PictureLimits, open_pictures
 from cogtune.serve.protocol import ChatCall, ScoreCall, read_chat, read_score
 from cogtune.serve.refusals import Refusal, refusal_of
-from cogtune.system.byte_sizes import format_size
+from cogtune.serve.request_body import LimitedBody, read_json
 
 log = logging.getLogger("cogtune.serve")
 MIB = 2**20
-_DRAINED = 4  # times the largest body is read of one that is too large
 
 
 @dataclass(frozen=True)
@@ -68,31 +66,6 @@ class ServerOptions:
     pictures: PictureLimits = field(default_factory=PictureLimits)
 
 
-class _Limited:
-    """ASGI middleware that refuses a body above the limit while it arrives, whatever its header says."""
-
-    def __init__(self, app: Any, most: int) -> None:
-        self.app, self.most = app, most
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        seen = 0
-
-        async def counted() -> Any:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen <= self.most:
-                return message
-            while message.get("more_body") and seen < _DRAINED * self.most:  # one that still sends reads no answer
-                message = await receive()
-                seen += len(message.get("body", b""))
-            raise Refusal(413, f"the request is larger than {format_size(self.most)}", reason="request_too_large")
-
-        await self.app(scope, counted, send)
-
-
 def make_app(engine: InferenceEngine, options: ServerOptions) -> FastAPI:
     """Return the application of a running engine; it closes the engine at shutdown.
 
@@ -107,7 +80,7 @@ def make_app(engine: InferenceEngine, options: ServerOptions) -> FastAPI:
         await run_in_threadpool(engine.close)
 
     app = FastAPI(title="cogtune", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(_Limited, most=options.body_bytes)
+    app.add_middleware(LimitedBody, most=options.body_bytes)
     app.add_exception_handler(Refusal, server.refuse)
     app.add_exception_handler(HTTPException, server.refuse)
     app.add_api_route("/health", server.health, methods=["GET"])
@@ -206,7 +179,7 @@ class _Server:
 
     async def score(self, request: Request) -> Response:
         """Closed questions about a picture, in one pass."""
-        call = read_score(await _json(request, self.options.seconds))
+        call = read_score(await read_json(request, self.options.seconds))
         adapter = self._adapter(call.model)
         self._check_room(1)
         images = await run_in_threadpool(self._images, call)
@@ -228,13 +201,15 @@ class _Server:
     async def chat(self, request: Request) -> Response:
         """A chat completion, whole or as a stream."""
         began = time.perf_counter()
-        call = read_chat(await _json(request, self.options.seconds), self.options.decoding, self.options.most_tokens)
+        call = read_chat(
+            await read_json(request, self.options.seconds), self.options.decoding, self.options.most_tokens
+        )
         adapter = self._adapter(call.model)
         self._check_room(call.answers)
         images = await run_in_threadpool(self._images, call)
         questions = self._questions(call, images, adapter)
         self._check_room(call.answers)
-        answers = [_Answer(self.engine, question) for question in questions]
+        answers = [Answer(self.engine, question) for question in questions]
         self.metrics.prompt_tokens.inc(len(questions[0].encoded))
         deadline = began + self.options.seconds
         if call.stream:
@@ -268,7 +243,7 @@ class _Server:
             for number in range(call.answers)
         ]
 
-    async def _whole(self, request: Request, answers: list[_Answer], deadline: float, began: float) -> Response:
+    async def _whole(self, request: Request, answers: list[Answer], deadline: float, began: float) -> Response:
         gone = asyncio.ensure_future(_gone(request))
         texts = asyncio.gather(*(answer.text() for answer in answers))
         try:
@@ -295,12 +270,12 @@ class _Server:
         return JSONResponse(completion.model_dump(exclude_unset=True))
 
     async def _events(
-        self, call: ChatCall, answers: list[_Answer], deadline: float, began: float
+        self, call: ChatCall, answers: list[Answer], deadline: float, began: float
     ) -> AsyncIterator[bytes]:
         """Server-sent events; whatever ends them, the slots are given back."""
         about = {**_about(self._name(answers)), "object": "chat.completion.chunk"}
         merged: asyncio.Queue[tuple[int, str | None]] = asyncio.Queue()
-        tasks = [asyncio.ensure_future(_forward(number, answer, merged)) for number, answer in enumerate(answers)]
+        tasks = [asyncio.ensure_future(forward(number, answer, merged)) for number, answer in enumerate(answers)]
 
         def event(number: int, delta: dict[str, Any], reason: str | None = None) -> bytes:
             choice = {"index": number, "delta": delta, "finish_reason": reason}
@@ -334,69 +309,15 @@ class _Server:
                 task.cancel()
             self._note(answers, began)
 
-    def _name(self, answers: list[_Answer]) -> str:
+    def _name(self, answers: list[Answer]) -> str:
         return answers[0].pending.request.adapter or self.options.model
 
-    def _note(self, answers: list[_Answer], began: float) -> None:
+    def _note(self, answers: list[Answer], began: float) -> None:
         self.metrics.tokens.inc(sum(len(answer.pending.token_ids) for answer in answers))
         self.metrics.seconds.labels("/v1/chat/completions").observe(time.perf_counter() - began)
         for answer in answers:
             if answer.first is not None:
                 self.metrics.first.observe(answer.first - began)
-
-
-class _Answer:
-    """A pending answer whose pieces arrive in the event loop, without a thread per answer."""
-
-    def __init__(self, engine: InferenceEngine, question: Question) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._pieces: asyncio.Queue[str | BaseException | None] = asyncio.Queue()
-        self.first: float | None = None
-        self.pending: Pending = engine.submit(question, listener=self._listen)
-
-    def _listen(self, item: str | BaseException | None) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._pieces.put_nowait, item)
-
-    async def pieces(self) -> AsyncIterator[str]:
-        """The texts; raises what ended the answer."""
-        while True:
-            item = await self._pieces.get()
-            if isinstance(item, BaseException):
-                raise item
-            if item is None:
-                return
-            if item:
-                self.first = self.first or time.perf_counter()
-                yield item
-
-    async def text(self) -> str:
-        """The whole answer."""
-        return "".join([piece async for piece in self.pieces()])
-
-
-async def _forward(number: int, answer: _Answer, merged: asyncio.Queue[tuple[int, str | None]]) -> None:
-    try:
-        async for piece in answer.pieces():
-            merged.put_nowait((number, piece))
-    finally:
-        merged.put_nowait((number, None))
-
-
-async def _json(request: Request, seconds: float) -> Any:
-    try:
-        content = await asyncio.wait_for(request.body(), seconds)
-        text = content.decode(json.detect_encoding(content))
-        value = json.loads(text)
-        if "\\ud" in text.lower():  # half a surrogate pair is no character, and no answer could repeat it
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
-    except TimeoutError as error:
-        raise Refusal(408, f"the request did not arrive within {seconds:g} s", reason="timeout") from error
-    except ClientDisconnect as error:
-        raise Refusal(400, "the client left before its request was whole", reason="client_gone") from error
-    except (ValueError, RecursionError) as error:
-        raise Refusal(400, f"the body is not JSON: {error}", reason="invalid_json") from error
 
 
 async def _gone(request: Request) -> None:
@@ -413,7 +334,7 @@ def _about(model: str) -> dict[str, Any]:
     return {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
 
 
-def _usage(answers: list[_Answer]) -> dict[str, int]:
+def _usage(answers: list[Answer]) -> dict[str, int]:
     prompt = len(answers[0].pending.request.encoded)
     completion = sum(len(answer.pending.token_ids) for answer in answers)
     usage = CompletionUsage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
