@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from cogtune.configuration.answer_config import GenerateSection
     from cogtune.generate.decoding import Decoding
     from cogtune.generate.generator import Generator
-    from cogtune.generate.loading import Resolved
+    from cogtune.generate.resolve import Resolved
 
 MODEL_KEYS = (
     "model.",

@@ -46,7 +46,8 @@ def _chat(flags: _Flags, line: Arguments) -> None:
 
     from cogtune.generate.chat import Chat
     from cogtune.generate.decoding import Decoding
-    from cogtune.generate.loading import check_shown, follow, resolve
+    from cogtune.generate.loading import check_shown, follow
+    from cogtune.generate.resolve import resolve
 
     resolved = resolve(config)
     section, data = resolved.config.generate, resolved.config.data

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from cogtune.data.records import Example, ImageRef, Question
     from cogtune.errors import DataError
     from cogtune.generate.decoding import Decoding
-    from cogtune.generate.loading import Resolved
     from cogtune.generate.predict import PredictOptions, PredictReport
     from cogtune.generate.predictions_file import PredictionFile
+    from cogtune.generate.resolve import Resolved
 
 _ABOUT = """\
 Answer every question of a data set: JSON lines in the data's order.
@@ -90,10 +90,11 @@ def _predict(flags: _Flags, line: Arguments) -> None:
     from cogtune.generate.asked import longest
     from cogtune.generate.decoding import Decoding
     from cogtune.generate.fit import free_memory
-    from cogtune.generate.loading import dismiss, follow, resolve
+    from cogtune.generate.loading import dismiss, follow
     from cogtune.generate.predict import PredictOptions
     from cogtune.generate.predictions_file import PredictionFile
     from cogtune.generate.predictions_table import lines_file, write_table
+    from cogtune.generate.resolve import resolve
     from cogtune.generate.shares import parse_share
     from cogtune.system.locks import lock_beside
 

@@ -68,7 +68,7 @@ def _serve(flags: _Flags, line: Arguments) -> None:
 
     from cogtune.checkpoint.model_files import reading_rules
     from cogtune.generate.engine import InferenceEngine
-    from cogtune.generate.loading import resolve
+    from cogtune.generate.resolve import resolve
     from cogtune.processing.clip import require_pyav
     from cogtune.serve.app import make_app
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from cogtune.configuration.answer_config import AnswerConfig
     from cogtune.generate.generator import Generator
-    from cogtune.generate.loading import Resolved
+    from cogtune.generate.resolve import Resolved
     from cogtune.web.page import PageOptions
 
 _EXAMPLES = 12
@@ -103,7 +103,7 @@ def _sides(
     One adapter is put beside its base too; if it is of a kind that cannot be, it answers alone, and a note says so.
     """
     from cogtune.adapters.adapter_folder import find_adapter, find_base
-    from cogtune.generate.loading import resolve
+    from cogtune.generate.resolve import resolve
 
     given = config.generate.adapter
     rows = flags.slots

@@ -18,9 +18,10 @@ from cogtune.evaluate.questions import blanked, swapped
 from cogtune.generate.answer_settings import answer_settings
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.generator import Generator
-from cogtune.generate.loading import Resolved, load_resolved, resolve
+from cogtune.generate.loading import load_resolved
 from cogtune.generate.predict import OnProgress, PredictOptions, Predictor
 from cogtune.generate.predictions_file import PredictionFile
+from cogtune.generate.resolve import Resolved, resolve
 from cogtune.language import tr
 from cogtune.system import files
 from cogtune.system.locks import Lock

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from cogtune.checkpoint.fingerprint import adapter_fingerprint, model_fingerprint
 from cogtune.generate.decoding import Decoding
-from cogtune.generate.loading import Resolved
 from cogtune.generate.predict import PredictOptions
 from cogtune.generate.predictions_file import AnswerSettings
+from cogtune.generate.resolve import Resolved
 from cogtune.processing.model_folder import tokenizer_digest
 
 

@@ -20,8 +20,8 @@ from cogtune.features.lookup import look_up
 from cogtune.features.ownership import is_cache
 from cogtune.features.store import FeatureCacheError, Store, default_folder
 from cogtune.features.variant import make_variant
-from cogtune.generate.loading import Resolved
 from cogtune.generate.requests import Features
+from cogtune.generate.resolve import Resolved
 
 
 class CachedFeatures:

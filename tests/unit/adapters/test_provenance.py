@@ -25,7 +25,8 @@ from cogtune.adapters.provenance import (
 )
 from cogtune.configuration.load import load_answer_config
 from cogtune.errors import AdapterError
-from cogtune.generate.loading import load_generator, resolve
+from cogtune.generate.loading import load_generator
+from cogtune.generate.resolve import resolve
 from cogtune.train.run import train
 from tests.support.adapters import write_adapter
 from tests.support.training import make_config, write_data

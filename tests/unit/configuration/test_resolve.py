@@ -24,7 +24,7 @@ from cogtune.configuration.resolve import (
 from cogtune.configuration.run_config import ParallelSection
 from cogtune.distributed.group import Group
 from cogtune.errors import SetupError
-from cogtune.generate.loading import resolve
+from cogtune.generate.resolve import resolve
 from cogtune.plan.cards import CARDS, REFERENCE, Card, find_card
 from cogtune.plan.data_rows import TYPICAL
 from cogtune.plan.from_config import setting_of

@@ -16,7 +16,7 @@ from cogtune.cli.main import main
 from cogtune.configuration.load import load_answer_config
 from cogtune.configuration.quantization import PLAIN, QuantSection
 from cogtune.errors import ConfigError, OutOfMemoryError
-from cogtune.generate import devices, loading
+from cogtune.generate import devices, loading, resolve
 from cogtune.generate.fit import explained_loading, fit, fit_rows, needed, smaller_formats, supported
 from cogtune.model.slots import SlotCache
 from cogtune.plan.cards import find_card
@@ -144,14 +144,14 @@ def test_a_run_s_formats_are_taken_and_then_the_nearest_that_fit(
     pytest.importorskip("bitsandbytes")
     folder = write_adapter(tiny_checkpoint, tmp_path / "adapter")
     write_provenance(folder, Provenance({"quant.experts": "nf4", "model.dtype": "bfloat16"}))
-    monkeypatch.setattr(loading.ModelSizes, "from_folder", lambda folder: SIZES)
-    monkeypatch.setattr(loading, "free_memory", lambda device: 15 * GIB)
-    resolved = loading.resolve(load_answer_config(None, {"adapter": folder, "device": "cpu"}))
+    monkeypatch.setattr(resolve.ModelSizes, "from_folder", lambda folder: SIZES)
+    monkeypatch.setattr(resolve, "free_memory", lambda device: 15 * GIB)
+    resolved = resolve.resolve(load_answer_config(None, {"adapter": folder, "device": "cpu"}))
     assert resolved.config.quant == FOUR_BITS
     assert resolved.notes[0] == "as in training: quant.experts nf4, model.dtype bfloat16"
     assert "taking quant.tower nf4" in resolved.notes[1]
     fixed = {"quant.tower": "none", "quant.embedding": "device", "quant.stream": "off"}
-    kept = loading.resolve(load_answer_config(None, {"adapter": folder, "device": "cpu"} | fixed))
+    kept = resolve.resolve(load_answer_config(None, {"adapter": folder, "device": "cpu"} | fixed))
     assert kept.config.quant == QuantSection(experts="nf4")
     assert kept.notes[1].startswith("warning: ")
 
@@ -190,9 +190,9 @@ def planned(command: list[str], monkeypatch: pytest.MonkeyPatch, free: int = 80 
     def stop(*given: Any, **options: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(loading, "fit", noted)
+    monkeypatch.setattr(resolve, "fit", noted)
     monkeypatch.setattr(loading, "load_model", stop)
-    for module in ("cogtune.generate.loading", "cogtune.generate.fit"):
+    for module in ("cogtune.generate.resolve", "cogtune.generate.fit"):
         monkeypatch.setattr(f"{module}.free_memory", lambda device: free)
     assert main(command) == 1
     return asked

@@ -16,8 +16,9 @@ from cogtune.errors import AdapterError, ConfigError, InputError, SetupError
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.devices import choose_devices
 from cogtune.generate.last_run import LastRun, read_last_run, state_file, write_last_run
-from cogtune.generate.loading import Resolved, load_generator
-from cogtune.generate.loading import resolve as resolve_config
+from cogtune.generate.loading import load_generator
+from cogtune.generate.resolve import Resolved
+from cogtune.generate.resolve import resolve as resolve_config
 from tests.support.adapters import write_adapter
 
 
