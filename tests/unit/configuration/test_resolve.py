@@ -164,8 +164,8 @@ def test_engines(values: dict[str, Any], ranks: int, launched: bool, by_deepspee
     assert resolve_engine(section, ranks, launched=launched, by_deepspeed=by_deepspeed) == name
 
 
-def test_layers_are_compiled_where_no_collective_is_inside_and_kernels_can_be_made() -> None:
-    compiled = {"single": True, "ddp": True, "zero2": True, "fsdp2": True, "zero3": False, "tensor": False}
+def test_layers_are_compiled_where_the_engine_gains_and_kernels_can_be_made() -> None:
+    compiled = {"single": True, "ddp": True, "zero2": True, "fsdp2": True, "zero3": False, "tensor": True}
     for engine, expected in compiled.items():
         assert resolve_compile("auto", engine, able=True) == expected
         assert not resolve_compile("auto", engine, able=False)
