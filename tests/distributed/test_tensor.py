@@ -12,7 +12,6 @@ from cogtune.adapters.attach import attach, save_adapter
 from cogtune.checkpoint.load import load_model
 from cogtune.cli.main import main
 from cogtune.configuration.run_config import LoraSection
-from cogtune.generate.transformers_generator import TransformersGenerator
 from tests.support import tensor_cases
 from tests.support.launching import run_ranks
 from tests.support.training import write_data
@@ -97,6 +96,17 @@ def test_answers(found: tuple[Results, list[Results]]) -> None:
         assert torch.equal(rank["answers"]["logits"], ranks[0]["answers"]["logits"])
 
 
+def test_the_engine_answers_as_on_one_device(found: tuple[Results, list[Results]]) -> None:
+    """Its steps call the matrices one by one, past the hooks that sum; what one device answers is ``generate()``'s."""
+    single, ranks = found
+    expected = dict(single["engine"])
+    assert expected["new"] == expected["known"] == expected.pop("generate")
+    assert expected["stopped"]
+    assert expected["stopped"] != expected["new"][0]
+    assert expected["drawn"] != expected["new"]
+    assert ranks[0]["engine"] == expected
+
+
 def test_a_fresh_adapter_is_the_one_that_one_device_draws(found: tuple[Results, list[Results]]) -> None:
     single, ranks = found
     for rank in ranks:
@@ -110,9 +120,8 @@ def test_parts_read_from_the_files_are_those_cut_from_the_model(found: tuple[Res
 def test_predict_on_two_ranks_writes_what_one_device_writes(
     found: tuple[Results, list[Results]], tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sampled answers, so that random numbers have to agree; a second call finds nothing to do and ends. One device
-    answers through ``generate()`` here, as a split model does: the engine draws each answer by a seed of its own."""
-    monkeypatch.setattr("cogtune.generate.loading.Generator", TransformersGenerator)
+    """Sampled answers, so that random numbers have to agree, more questions than slots, and two on each picture; a
+    second call finds nothing to do and ends."""
     data = write_data(tmp_path / "data", 3)
     words = ["predict", "--model", str(tiny_checkpoint), "--data", str(data), "--max-new-tokens", "5"]
     words += ["--temperature", "1", "--batch-size", "4", "--output"]

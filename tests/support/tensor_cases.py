@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peft import PeftModel
+from PIL import Image
 from safetensors import safe_open
 
 from cogtune.adapters.attach import attach, load_adapter
@@ -25,10 +26,16 @@ from cogtune.checkpoint.model_files import shard_files
 from cogtune.configuration.quantization import QuantSection
 from cogtune.configuration.run_config import LoraSection
 from cogtune.distributed.group import TensorGroup
+from cogtune.generate.decoding import Decoding
+from cogtune.generate.generator import Generator
+from cogtune.generate.requests import Request
+from cogtune.generate.tensor_parallel import TensorParallelGenerator
+from cogtune.generate.transformers_generator import TransformersGenerator
 from cogtune.model.activation_checkpointing import enable_checkpointing
 from cogtune.model.compile import compile_layers, prepare_compiling
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.tensor_parallel import SplitModel
+from cogtune.processing.processor import CogVLM2Processor
 
 EVERYWHERE = ("experts", "glu-adapter", "vision-tower", "lm_head")
 
@@ -45,6 +52,7 @@ def main(base: Path, adapter: Path, output: Path) -> None:
         "bfloat16": gradients(base, adapter, group, torch.bfloat16),
         "nf4": gradients(base, adapter, group, torch.float32, quantization=QuantSection(experts="nf4", tower="int8")),
         "answers": answers(base, adapter, group),
+        "engine": engine_answers(base, adapter, group),
         "first": first_adapter(base, group),
         "read": read_parts(base, group),
     }
@@ -140,6 +148,40 @@ def answers(base: Path, adapter: Path, group: TensorGroup) -> dict[str, torch.Te
     found["sampled"] = model.generate(**inputs, **{**options, "do_sample": True})
     with torch.no_grad():
         found["logits"] = model(**inputs).logits
+    return found
+
+
+def engine_answers(base: Path, adapter: Path, group: TensorGroup) -> dict[str, Any]:
+    """Texts through the engine, with fewer slots than questions: new pictures, known ones, drawn, and with a stop text.
+
+    The first rank's, and one device's, which says what ``generate()`` answers too.
+    """
+    model, split = load(base, group, torch.float32)
+    wrapped, _ = put_on(model, split, adapter, 0.0)
+    processor = CogVLM2Processor.from_pretrained(base)
+    found: dict[str, Any] = {}
+    if group.size > 1:
+        generator: Generator = TensorParallelGenerator(wrapped.eval(), processor, slots=3)
+        if group.rank:
+            assert isinstance(generator, TensorParallelGenerator)
+            generator.follow()
+            return found
+    else:
+        generator = Generator(wrapped.eval(), processor, slots=3)
+    colours = [Image.new("RGB", (40, 30), colour) for colour in ("red", "navy")]
+    asks: list[Any] = [(colours[0], "what?"), (None, "who are you"), (colours[1], "and this?"), (colours[0], "why")]
+    greedy = Decoding(max_new_tokens=7)
+    if group.size == 1:
+        oracle = TransformersGenerator(wrapped, processor)
+        found["generate"] = [oracle.answer(*ask, decoding=greedy) for ask in asks]
+    found["new"] = generator.answer_batch(asks, greedy)
+    found["known"] = generator.answer_batch(asks, greedy)
+    drawn = Decoding(max_new_tokens=7, sample=True, temperature=1.0, top_p=0.9)
+    found["drawn"] = generator.answer_batch(asks, drawn, seeds=[1, 2, 3, 4])
+    encoded, images, wanted = generator._asked(asks[0], greedy)
+    stop = next(mark for mark in found["new"][0] if mark != found["new"][0][0])
+    found["stopped"] = generator.engine.submit(Request(encoded, images, wanted, stop=(stop,))).text()
+    generator.close()
     return found
 
 

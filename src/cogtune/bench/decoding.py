@@ -15,13 +15,14 @@ from cogtune.bench.report import Results
 from cogtune.bench.rows import text_ids
 from cogtune.configuration.resolve import torch_dtype
 from cogtune.configuration.run_config import RunConfig
-from cogtune.generate.decode_steps import Begun, DecodeSteps
+from cogtune.generate.decode_steps import Begun, DecodeSteps, captures
 from cogtune.generate.decoding import Decoding
 from cogtune.language import tr
 from cogtune.model.decode import prefill, prefill_hidden
 from cogtune.model.head_offload import set_aside_head
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.slots import SlotCache, SlotView
+from cogtune.model.tensor_parallel import group_of
 from cogtune.train import engines
 
 
@@ -52,9 +53,8 @@ def measure_decoding(
     oracle = _answer(model, prompt, 1 + tokens)[0, context:].tolist()
     milliseconds = 1000 * (long - short) / (tokens - tokens // 8)
     _add(results, "generate()", shared | {"prefill_ms": round(1000 * first, 1)}, 1, milliseconds, device)
-    # the engine's steps read language experts outside of their layers' calls, where neither streaming nor the sums of
-    # tensor parallelism hook in
-    if config.quant.stream != "all" and config.parallel.tensor == 1:
+    # the engine's steps read language experts outside of their layers' calls, where streaming does not hook in
+    if config.quant.stream != "all":
         _measure_steps(model, prompt, results, shared, rows, tokens, oracle)
 
 
@@ -67,12 +67,12 @@ def _measure_steps(
     tokens: int,
     oracle: list[int],
 ) -> None:
-    device, dtype = model.device, model.dtype
+    device = model.device
     reset_peak(device)  # what generate() left is not the engine's
     ids, types = prompt["input_ids"].cpu(), prompt["token_type_ids"].cpu()
     head = 1 + int(model.config.num_image_tokens)
-    cache = SlotCache(model.config, max(rows), ids.shape[1] + 4 * tokens, dtype, device)
-    steps = DecodeSteps(model, cache, graphs=device.type == "cuda")
+    cache = SlotCache.of(model, max(rows), ids.shape[1] + 4 * tokens)
+    steps = DecodeSteps(model, cache, graphs=captures(model))
     for _ in range(2):
         new = _timed(lambda: _fill(model, cache, ids[:, :head], types[:, :head], prompt["pixel_values"]), device)
         set_aside_head(model)  # as for every prompt
@@ -102,6 +102,8 @@ def _measure_steps(
     )
     results.rows[-1]["tokens_as_generate"] = f"{same} of {tokens + 1}"
     print(tr("the first {same} of {tokens} tokens are those of generate()", same=same, tokens=tokens + 1))
+    if group_of(model) is not None:
+        return  # `generate.prompt_lookup_num_tokens` needs the whole model on one device
     begin(1)  # what a step with guesses costs, whatever they are
     steps.look_up(0, [1, 2, 3], 3)
     times = [_timed(lambda: steps.look_up(0, [1, 2, 3], 3), device) for _ in range(tokens // 2)]

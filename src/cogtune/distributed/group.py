@@ -196,6 +196,16 @@ class TensorGroup:
         """Return the all-reduced sum of the ranks' tensors as a new tensor, bit-identical on every rank."""
         return _all_reduce(x, self._number)
 
+    def sum_in_place(self, x: torch.Tensor) -> torch.Tensor:
+        """Do as `sum` without a copy and outside of compiled layers: ``x``, which is contiguous, becomes the sum."""
+        dist.all_reduce(x, group=self.process_group)
+        return x
+
+    def agree(self, x: torch.Tensor) -> torch.Tensor:
+        """Overwrite ``x``, which is contiguous, with the first rank's values, and return it."""
+        dist.broadcast(x, group=self.process_group, group_src=0)
+        return x
+
     def gather(self, x: torch.Tensor) -> list[torch.Tensor]:
         """All-gather: return every rank's tensor (all of one shape), in rank order."""
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]

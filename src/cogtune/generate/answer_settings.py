@@ -21,7 +21,7 @@ def answer_settings(
     """
     config = resolved.config
     sampled: dict[str, int] = {"seed": options.seed} if decoding.sample else {}
-    if decoding.sample and (resolved.tensor > 1 or resolved.by_layers):
+    if decoding.sample and resolved.by_layers:
         sampled["batch-size"] = options.batch_size  # a model that is spread over devices samples per batch, not per row
     decides = {
         "model": model_fingerprint(resolved.model),

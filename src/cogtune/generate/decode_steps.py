@@ -24,6 +24,7 @@ from cogtune.model.head_offload import fetch_head, head_offload
 from cogtune.model.kernels import kernel_available
 from cogtune.model.slots import SlotCache
 from cogtune.model.stacked_adapters import NONE, StackedAdapters
+from cogtune.model.tensor_parallel import group_of
 
 
 class Begun(NamedTuple):
@@ -78,6 +79,7 @@ class DecodeSteps:
     def __init__(self, model: Any, cache: SlotCache, *, graphs: bool, adapters: StackedAdapters | None = None) -> None:
         self._model = model
         self._adapters = adapters
+        self._group = group_of(model)
         self._fused = _fused(model) if graphs else None
         self._host_lengths: list[int] = []
         self.use(cache)
@@ -113,7 +115,8 @@ class DecodeSteps:
         settings = [(one.decoding.temperature if one.decoding.sample else 0.0, one.decoding.top_p) for one in begun]
         whole = torch.tensor(numbers).t().contiguous().to(device, non_blocking=True)
         parts = torch.tensor(settings).t().contiguous().to(device, non_blocking=True)
-        tokens = choose(logits_RV, _sampling(whole, parts) if any(one.decoding.sample for one in begun) else None)
+        sampling = _sampling(whole, parts) if any(one.decoding.sample for one in begun) else None
+        tokens = self._chosen(logits_RV, sampling)
         for one in begun:
             self._host_lengths[one.slot] = one.length
         whole[_TOKEN] = tokens
@@ -192,7 +195,7 @@ class DecodeSteps:
     def _computed(self, slots_R: torch.Tensor, columns: int | None, sample: bool) -> torch.Tensor:
         whole = self._whole[:, slots_R]
         logits = self._logits(slots_R, whole[:4], columns)
-        chosen = choose(logits, _sampling(whole, self._parts[:, slots_R]) if sample else None)
+        chosen = self._chosen(logits, _sampling(whole, self._parts[:, slots_R]) if sample else None)
         whole = whole + self._step_adds
         whole[_TOKEN] = chosen
         self._whole[:, slots_R] = whole
@@ -210,12 +213,17 @@ class DecodeSteps:
         rows = whole[:4].repeat(1, inputs.shape[0])
         rows[_TOKEN, 1:] = guesses.clamp(min=0)
         rows[1:3] += torch.arange(inputs.shape[0], device=inputs.device)
-        chosen = choose(self._logits(slot.repeat(inputs.shape[0]), rows, columns, adjacent=True), None)
+        chosen = self._chosen(self._logits(slot.repeat(inputs.shape[0]), rows, columns, adjacent=True), None)
         right = (chosen[:-1] == guesses).long().cumprod(0).sum(0, keepdim=True)
         whole = whole + self._step_adds * (right + 1)
         whole[_TOKEN] = chosen[right]
         self._whole[:, slot] = whole
         return torch.cat([chosen, right])
+
+    def _chosen(self, logits_RV: torch.Tensor, rows: SamplingRows | None) -> torch.Tensor:
+        """Return the chosen tokens [R]; ranks that share the model take the first one's."""
+        tokens = choose(logits_RV, rows)
+        return tokens if self._group is None else self._group.agree(tokens)
 
     def _logits(
         self, slots_R: torch.Tensor, rows_R: torch.Tensor, columns: int | None, *, adjacent: bool = False
@@ -240,6 +248,12 @@ class _Recorded:
     graph: Any
     inputs: torch.Tensor
     tokens: torch.Tensor
+
+
+def captures(model: Any) -> bool:
+    """Return whether steps of ``model`` are replayed as CUDA graphs: on a GPU, unless ranks share the model. Their sums
+    inside of a graph have not run on cards yet (docs/log.md, 2026-11-30)."""
+    return model.device.type == "cuda" and group_of(model) is None
 
 
 def _fused(model: Any) -> Any:

@@ -26,14 +26,15 @@ from cogtune.errors import ConfigError, OutOfMemoryError, RunError
 from cogtune.generate.active import Active, end_tokens
 from cogtune.generate.at_exit import end_at_exit
 from cogtune.generate.choices import ChoiceScores, ClosedQuestion, score_choices
-from cogtune.generate.decode_steps import Begun, CopiedTokens, DecodeSteps
-from cogtune.generate.picture_cache import PictureCache, default_budget, image_digest
-from cogtune.generate.prefill import AHEAD, Placed, Prefill
+from cogtune.generate.decode_steps import CopiedTokens
+from cogtune.generate.lockstep import LeadingWork
+from cogtune.generate.picture_cache import image_digest
+from cogtune.generate.prefill import AHEAD
 from cogtune.generate.prompt_lookup import PromptLookup
-from cogtune.generate.requests import Features, Listener, Pending, Request, Shown, check
+from cogtune.generate.requests import Features, Listener, Pending, Request, Resized, Shown, check
+from cogtune.generate.slot_work import SlotWork
 from cogtune.language import tr
-from cogtune.model.layer_streaming import is_streamed, streams_language
-from cogtune.model.slots import SlotCache
+from cogtune.model.layer_streaming import streams_language
 from cogtune.model.stacked_adapters import StackedAdapters
 from cogtune.processing.processor import CogVLM2Processor
 
@@ -51,9 +52,11 @@ class InferenceEngine:
         columns: the most tokens of prompt and answer together; by default all the model's context.
         picture_budget: bytes for what is kept of pictures: on the device, or in host memory if layers are streamed from
             there. None: a quarter of what is free on a GPU now, or 1 GiB of host memory.
-        graphs: replay decode steps as CUDA graphs. None: on a GPU.
+        graphs: replay decode steps as CUDA graphs. None: as `captures` says.
         adapters: in place on ``model``; each request names one or none. What is kept of a picture is kept for each.
         guesses: tokens that are guessed by prompt look-up while a greedy answer is the only one under way; 0: none.
+        leads: ``model`` is the first rank's shard, and the other ranks are in `lockstep.follow`; without ``adapters``,
+            ``guesses`` and closed questions.
 
     Attributes:
         guessed, guessed_right: how many guesses steps had, and how many were right.
@@ -70,6 +73,7 @@ class InferenceEngine:
         graphs: bool | None = None,
         adapters: StackedAdapters | None = None,
         guesses: int = 0,
+        leads: bool = False,
     ) -> None:
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
         if streams_language(self.model):
@@ -81,21 +85,18 @@ class InferenceEngine:
                 hint=tr("use quant.stream 0, which streams the vision experts and the tower"),
                 code="config-combination",
             )
-        self.adapters = adapters
         self.guesses, self.guessed, self.guessed_right = guesses, 0, 0
         self.processor = processor
         self.model.eval()
         config = self.model.config
         self.columns = config.most_tokens if columns is None else columns
-        device = self.model.device
         self.slots = slots
-        self._cache: SlotCache | None = None
-        self._graphs = device.type == "cuda" if graphs is None else graphs
-        self._steps: DecodeSteps | None = None
-        host = is_streamed(self.model)
-        budget = default_budget(device, host) if picture_budget is None else picture_budget
-        self.pictures = PictureCache(budget, host)
-        self.prefill = Prefill(self.model, processor, self.pictures, adapters)
+        settings: dict[str, Any] = {"picture_budget": picture_budget, "graphs": graphs}
+        if leads:
+            self.work: SlotWork = LeadingWork(self.model, processor, **settings)
+        else:
+            self.work = SlotWork(self.model, processor, **settings, adapters=adapters)
+        self.prefill, self.pictures = self.work.prefill, self.work.pictures
         self._free: list[int] = []
         self._active: list[Active] = []
         self._flights: deque[tuple[CopiedTokens, list[Active]]] = deque()
@@ -232,6 +233,8 @@ class InferenceEngine:
                         self._thread = None
                         return
                 self._guarded(self._turn)
+                if self.work.failed is not None:
+                    self._give_up(self.work.failed)
 
     def _busy(self) -> bool:
         return bool(self._queue or self._work or self._active or self._flights)
@@ -245,6 +248,14 @@ class InferenceEngine:
             flights, self._flights = self._flights, deque()
             for row in dict.fromkeys([*(row for _, rows in flights for row in rows), *self._active]):
                 self._release(row, None, explained)
+
+    def _give_up(self, error: BaseException) -> None:
+        """Close, and end what waits: the ranks no longer compute together."""
+        with self._changed:
+            self._closing = True
+            waiting, self._queue = self._queue, deque()
+        for pending in waiting:
+            pending.end(None, error)
 
     def _turn(self) -> None:
         """Admit requests, start a decode step, and read the tokens of the step before it."""
@@ -280,8 +291,9 @@ class InferenceEngine:
             self._begin_together(batch)
             return
         except BaseException as error:
-            if len(batch) == 1:
-                batch[0].end(None, _explained(error, 1))
+            if len(batch) == 1 or self.work.failed is not None:
+                for pending in batch:
+                    pending.end(None, _explained(error, len(batch)))
                 return
             log.warning(
                 tr(
@@ -296,59 +308,47 @@ class InferenceEngine:
     def _begin_together(self, batch: list[Pending]) -> None:
         limits = [pending.request.decoding.max_new_tokens for pending in batch]
         columns = max(len(one.request.encoded) + limit for one, limit in zip(batch, limits, strict=True))
-        cache, steps = self._room(len(batch), columns)
+        self._room(len(batch), columns)
         rows = [Active(pending, self._free.pop(), self.processor, self.guesses) for pending in batch]
         self._active += rows
         try:
-            placed = [
-                Placed(row.pending.request, row.slot, self.prefill.adapter(row.pending.request.adapter)) for row in rows
-            ]
-            logits, ends = self.prefill.fill(placed, cache, steps.text)
-            begun = [
-                Begun(slot, *end, request.decoding, request.seed, adapter)
-                for (request, slot, adapter), end in zip(placed, ends, strict=True)
-            ]
-            self._flights.append((CopiedTokens(steps.begin(logits, begun)), rows))
+            tokens = self.work.begin([row.pending.request for row in rows], [row.slot for row in rows])
+            self._flights.append((CopiedTokens(tokens), rows))
         except BaseException:
             for row in rows:
                 self._active.remove(row)
                 self._free.append(row.slot)
             raise
 
-    def _room(self, count: int, columns: int) -> tuple[SlotCache, DecodeSteps]:
-        """Return a cache with ``count`` free slots of at least ``columns``, creating or growing it if necessary."""
+    def _room(self, count: int, columns: int) -> None:
+        """Have ``count`` free slots of at least ``columns``, and create them or let them grow if necessary."""
         columns = min(-(-columns // _COLUMNS) * _COLUMNS, self.columns)
         slots = min(1 << (len(self._active) + count - 1).bit_length(), self.slots)
-        if self._cache is None or self._steps is None:
-            self._cache = SlotCache(self.model.config, slots, columns, self.model.dtype, self.model.device)
-            self._steps = DecodeSteps(self.model, self._cache, graphs=self._graphs, adapters=self.adapters)
-            self._free = list(range(slots))
-        elif len(self._free) < count or columns > self._cache.columns:
-            before = self._cache.slots
-            self._cache = self._cache.resized(max(slots, before), max(columns, self._cache.columns))
-            self._steps.use(self._cache)
-            self._free += range(before, self._cache.slots)
-        return self._cache, self._steps
+        there = self.work.cache
+        before, wide = (0, 0) if there is None else (there.slots, there.columns)
+        if len(self._free) < count or columns > wide:
+            self.work.room(max(slots, before), max(columns, wide))
+            self._free += range(before, max(slots, before))
 
     def _launch(self, rows: list[Active]) -> None:
-        assert self._steps is not None
-        tokens = self._steps.step([row.slot for row in rows], any(row.pending.request.decoding.sample for row in rows))
+        tokens = self.work.step([row.slot for row in rows], any(row.pending.request.decoding.sample for row in rows))
         for row in rows:
             row.launched += 1
         self._flights.append((CopiedTokens(tokens), rows))
 
     def _look_up(self, row: Active, lookup: PromptLookup) -> None:
         """Take the step of the only answer under way with guesses of its next tokens, once its newest one is here."""
-        assert self._steps is not None
+        steps = self.work.steps
+        assert steps is not None
         while self._flights:
             self._collect(*self._flights.popleft())
         if row.pending.done:
             return
         guesses = lookup.guess(row.pending.token_ids)
-        if not guesses or not self._steps.fits(row.slot, lookup.most):
+        if not guesses or not steps.fits(row.slot, lookup.most):
             self._launch([row])
             return
-        tokens = self._steps.look_up(row.slot, guesses, lookup.most)
+        tokens = steps.look_up(row.slot, guesses, lookup.most)
         self.guessed += len(guesses)
         self.guessed_right += len(tokens) - 1
         row.launched += len(tokens)
@@ -371,8 +371,10 @@ class InferenceEngine:
         row.end(reason, error)
 
 
-def _key(image: Shown) -> bytes:
+def _key(image: Shown | Resized) -> bytes:
     """Return what an image is known by."""
+    if isinstance(image, Resized):
+        return image_digest(image.values)
     return image.key if isinstance(image, Features) else image_digest(image)
 
 

@@ -59,6 +59,7 @@ class Generator:
         slots: the most answers that are computed at once.
         adapters: several in place on ``model`` beside each other; see `with_adapter`.
         guesses: tokens that are guessed by prompt look-up while a greedy answer is alone; see `InferenceEngine`.
+        leads: whether other ranks hold the rest of ``model``; see `InferenceEngine`.
 
     Attributes:
         queue_ahead: how many questions it pays to have under way, in multiples of ``slots``.
@@ -79,6 +80,7 @@ class Generator:
         slots: int = 8,
         adapters: StackedAdapters | None = None,
         guesses: int = 0,
+        leads: bool = False,
     ) -> None:
         # peft injects its layers into the base model; its own generate() would only forward the call
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -91,7 +93,7 @@ class Generator:
         self._earlier: dict[tuple[str, int, int], Image.Image] = {}
         self.published: GenerationConfig = self.model.generation_config
         self.slots = slots
-        self.adapters, self.guesses = adapters, guesses
+        self.adapters, self.guesses, self._leads = adapters, guesses, leads
         self._adapter: str | None = None
         self._engine: InferenceEngine | None = None
 
@@ -128,7 +130,12 @@ class Generator:
         """The engine, created on first use."""
         if self._engine is None:
             self._engine = InferenceEngine(
-                self.model, self.processor, slots=self.slots, adapters=self.adapters, guesses=self.guesses
+                self.model,
+                self.processor,
+                slots=self.slots,
+                adapters=self.adapters,
+                guesses=self.guesses,
+                leads=self._leads,
             )
         return self._engine
 

@@ -242,7 +242,7 @@ def _load_part(choice: Resolved, group: TensorGroup, progress: Callable[[str], N
         split_adapter(model, split)
     else:
         split.connect(model)
-    return TensorParallelGenerator(model, processor, group=group, **_default_decoding(choice))
+    return TensorParallelGenerator(model, processor, **_default_decoding(choice))
 
 
 def follow(choice: Resolved) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from PIL import Image
 
 from cogtune.errors import InputError
 from cogtune.generate.picture_cache import PictureCache
-from cogtune.generate.requests import Features, Request, Shown
+from cogtune.generate.requests import Features, Request, Resized, Shown
 from cogtune.generate.text_graphs import Text, TextGraphs
 from cogtune.language import tr
 from cogtune.model.decode import prefill, prefill_hidden, prefill_pictures, prefill_texts
@@ -32,6 +33,9 @@ _IMAGE_TOKENS_AT_ONCE = 2560  # most of several requests' new images: no more me
 _TEXT_AT_ONCE = 1024  # most tokens of several requests' texts, padding included: less than a full-size picture
 AHEAD = 3
 """Waiting requests whose images are resized while the device works."""
+
+
+Pixels = Image.Image | torch.Tensor | Resized
 
 
 class Placed(NamedTuple):
@@ -74,18 +78,37 @@ class Prefill:
             for key, image in list(wanted.items())[:_AT_ONCE]
         }
 
-    def _host_pixels(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
+    def with_pixels(self, requests: Sequence[Request]) -> list[Request]:
+        """Return requests whose new images are resized, to be computed here and on other ranks."""
+        kept = Resized(torch.empty(0))
+        new: dict[bytes, Features | Resized] = {}
+        for request in requests:
+            if _key(request) not in self._pictures:
+                for key, image in zip(request.image_keys or (), request.images, strict=True):
+                    if key not in new:
+                        new[key] = image if isinstance(image, Features) else Resized(self._ahead(key, image))
+        shown = [
+            [kept if _key(one) in self._pictures else new[key] for key in one.image_keys or ()] for one in requests
+        ]
+        return [replace(one, images=tuple(images)) for one, images in zip(requests, shown, strict=True)]
+
+    def _host_pixels(self, image: Pixels) -> torch.Tensor:
         """Return an image's pixels as they go to the device: uint8 [S, S, 3] of a picture, float32 [3, S, S] of a
         frame."""
+        if isinstance(image, Resized):
+            return image.values
         if isinstance(image, torch.Tensor) or self._processor.config.numbered_images:
             return self._processor.pixels(image)[0]
         return torch.from_numpy(resized_of(image, self._processor.image_size))
 
-    def _pixels(self, key: bytes, image: Image.Image | torch.Tensor) -> torch.Tensor:
-        """Return an image's pixels [3, S, S] on the model's device."""
+    def _ahead(self, key: bytes, image: Pixels) -> torch.Tensor:
+        """Do as `_host_pixels`, for which `prepare` may have begun."""
         ahead = self._resized.pop(key, None)
-        pixels = self._host_pixels(image) if ahead is None else ahead.result()
-        pixels = pixels.to(self._model.device)
+        return self._host_pixels(image) if ahead is None else ahead.result()
+
+    def _pixels(self, key: bytes, image: Pixels) -> torch.Tensor:
+        """Return an image's pixels [3, S, S] on the model's device."""
+        pixels = self._ahead(key, image).to(self._model.device)
         return normalise(pixels) if pixels.dtype == torch.uint8 else pixels
 
     def adapter(self, name: str | None) -> int:
@@ -211,13 +234,13 @@ class Prefill:
                 prefill_pictures(self._model, cache, [one.slot for one in placed], ids, types, features)
         return int(row_positions(types[:1], None).max()) + 1
 
-    def features(self, images: Sequence[Shown], keys: Sequence[bytes], adapter: int) -> torch.Tensor | None:
+    def features(self, images: Sequence[Shown | Resized], keys: Sequence[bytes], adapter: int) -> torch.Tensor | None:
         """Return the tower's output [N, grid * grid, width], or None without images."""
         if not images:
             return None
         tower = adapter if self._adapters is not None and self._adapters.changes_features(adapter) else NONE
         kept = {key: self._pictures.get(("features", key, tower)) for key in keys}
-        new: dict[bytes, Image.Image | torch.Tensor] = {}
+        new: dict[bytes, Pixels] = {}
         for image, key in zip(images, keys, strict=True):
             if isinstance(image, Features):  # at most 8 MB: sent again rather than kept
                 kept[key] = image.values[None].to(self._model.device, self._model.dtype, non_blocking=True)

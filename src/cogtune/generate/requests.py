@@ -27,6 +27,14 @@ class Features:
     values: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Resized:
+    """An image as it goes to the device: uint8 [S, S, 3] or float32 [3, S, S]; empty where what was computed of it is
+    kept."""
+
+    values: torch.Tensor
+
+
 Shown = Image.Image | torch.Tensor | Features
 """An image: as a file holds it, as the tower takes it, float32 [3, S, S], or what the tower computed of it."""
 Listener = Callable[[str | BaseException | None], None]
@@ -47,7 +55,7 @@ class Request:
     """
 
     encoded: Encoded
-    images: tuple[Shown, ...]
+    images: tuple[Shown | Resized, ...]
     decoding: Decoding
     seed: int = 0
     stop: tuple[str, ...] = ()

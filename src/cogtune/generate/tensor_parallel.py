@@ -1,25 +1,25 @@
 """Answering with a tensor-parallel model (``parallel.tensor``).
 
-Rank 0 reads, asks and writes as if alone. It broadcasts every call on the model first, and the other ranks repeat it
-with the same inputs, the same random numbers and the same end.
+Rank 0 reads, asks and writes as if alone. Its engine says what is computed, and the other ranks compute it with it
+(`generate.lockstep`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import StoppingCriteria
 
 from cogtune.distributed.environment import world_size
 from cogtune.distributed.group import TensorGroup, connect
 from cogtune.errors import ConfigError
-from cogtune.generate.decoding import Decoding
-from cogtune.generate.transformers_generator import TransformersGenerator
+from cogtune.generate.choices import ChoiceScores, ClosedQuestion
+from cogtune.generate.generator import Generator, Images
+from cogtune.generate.lockstep import announced, follow
+from cogtune.generate.transformers_generator import closed_questions_refused
 from cogtune.language import tr
 
 _PATIENCE = timedelta(days=7)  # a chat waits for its user
@@ -54,7 +54,7 @@ def check_launched(size: int) -> None:
 def start(device: torch.device, *, needed: bool = True) -> TensorGroup | None:
     """Meet the other processes; returns None if rank 0 has nothing to do (``needed``)."""
     group = join(device)
-    return group if _announced({} if needed else None) is not None else None
+    return group if announced({} if needed else None) is not None else None
 
 
 def join(device: torch.device) -> TensorGroup:
@@ -63,79 +63,26 @@ def join(device: torch.device) -> TensorGroup:
     return TensorGroup(dist.get_rank(), dist.get_world_size())
 
 
-class TensorParallelGenerator(TransformersGenerator):
-    """A generator on every rank: rank 0 uses it, the other ranks `follow`."""
+class TensorParallelGenerator(Generator):
+    """A generator on every rank: the first one uses it, the others `follow`."""
 
-    def __init__(self, model: Any, processor: Any, *, group: TensorGroup, **ways: Any) -> None:
-        super().__init__(model, processor, **ways)
-        self.group = group
-        self._broken = False
+    def __init__(self, model: Any, processor: Any, **ways: Any) -> None:
+        super().__init__(model, processor, leads=True, **ways)
 
     def follow(self) -> None:
-        """Repeat what rank 0 runs until it is done."""
-        while (call := _announced(None)) is not None:
-            _set_random(call.pop("random"), self.device)
-            if "pixels" in call:
-                super()._features_of(call["pixels"].to(self.device))
-            else:
-                inputs = {name: value.to(self.device) for name, value in call["inputs"].items()}
-                stops = {"stopping_criteria": [_CommonStop(None)]} if call["stops"] else {}
-                super()._generate(inputs, call["decoding"], **stops)
+        """Repeat what the first rank computes until it is done."""
+        follow(self.model, self.processor)
 
     def close(self) -> None:
-        """Let the others end. After a failed call the launcher ends them."""
-        if self.group.rank == 0 and not self._broken:
-            _announced(None)
+        """End the engine, and let the others end. After a failed call the launcher ends them."""
+        super().close()
+        if self._engine is None or self._engine.work.failed is None:
+            announced(None)
 
-    def _features_of(self, pixels: torch.Tensor) -> torch.Tensor:
-        with self._together(pixels=pixels.cpu()):
-            return super()._features_of(pixels)
+    def score(self, images: Images, questions: Sequence[ClosedQuestion]) -> list[ChoiceScores]:
+        """Closed questions need the model in one place, so this always raises.
 
-    def _generate(self, inputs: dict[str, torch.Tensor], decoding: Decoding, **options: Any) -> torch.Tensor:
-        criteria = options.pop("stopping_criteria", None)
-        if criteria is not None:
-            options["stopping_criteria"] = [_CommonStop(criteria)]
-        on_cpu = {name: value.cpu() for name, value in inputs.items()}
-        with self._together(inputs=on_cpu, decoding=decoding, stops=criteria is not None):
-            return super()._generate(inputs, decoding, **options)
-
-    @contextmanager
-    def _together(self, **call: Any) -> Iterator[None]:
-        _announced({**call, "random": _get_random(self.device)})
-        try:
-            yield
-        except BaseException:
-            self._broken = True
-            raise
-
-
-class _CommonStop(StoppingCriteria):
-    """A stopping criterion: all ranks ask at every token whether rank 0 wants to stop."""
-
-    def __init__(self, criteria: Sequence[StoppingCriteria] | None) -> None:
-        self._criteria = criteria
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        wish = torch.zeros(input_ids.shape[0], dtype=torch.uint8)
-        for criterion in self._criteria or ():
-            wish |= criterion(input_ids, scores, **kwargs).cpu().byte()
-        dist.broadcast(wish, src=0)
-        return wish.bool().to(input_ids.device)
-
-
-def _announced(call: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Broadcast rank 0's ``call`` to every rank."""
-    message = [call]
-    dist.broadcast_object_list(message, src=0, device=torch.device("cpu"))
-    return message[0]
-
-
-def _get_random(device: torch.device) -> dict[str, torch.Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    return {**states, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
-
-
-def _set_random(states: dict[str, torch.Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
+        Raises:
+            SetupError: always.
+        """
+        raise closed_questions_refused()

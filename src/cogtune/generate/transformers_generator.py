@@ -1,5 +1,5 @@
 """Answers through transformers' ``generate()``: the engine's test oracle, and the way to answer with models that are
-spread over several devices or processes.
+spread over several devices, or whose layers are streamed.
 """
 
 from __future__ import annotations
@@ -87,11 +87,7 @@ class TransformersGenerator(Generator):
         Raises:
             SetupError: always.
         """
-        raise SetupError(
-            tr("closed questions are answered by a model on one device"),
-            hint=tr("leave out --parallel.tensor and name one --device"),
-            code="config-combination",
-        )
+        raise closed_questions_refused()
 
     def compute(self, batch: _Batch) -> list[str]:
         """Compute a batch's answers once."""
@@ -150,6 +146,15 @@ class TransformersGenerator(Generator):
         """Drop the end token and the padding after it."""
         ends = set(self._generation_config(GREEDY).eos_token_id)
         return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
+
+
+def closed_questions_refused() -> SetupError:
+    """Return the error of a model that is spread over devices or processes."""
+    return SetupError(
+        tr("closed questions are answered by a model on one device"),
+        hint=tr("leave out --parallel.tensor and name one --device"),
+        code="config-combination",
+    )
 
 
 @dataclass(eq=False)

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import Cache
 
 from cogtune.configuration.model import CogVLM2Config
+from cogtune.distributed.group import TensorGroup
 from cogtune.model.qkv_rope import rotate_into_rows
 from cogtune.model.rope import RotaryEmbedding, rotate
 from cogtune.model.routing import Routing
@@ -114,7 +115,13 @@ def attend(
 
 
 class ExpertAttention(nn.Module):
-    """Grouped-query attention over rows, with separate projections for each expert."""
+    """Grouped-query attention over rows, with separate projections for each expert.
+
+    Attributes:
+        tensor_group: the ranks that share its heads; None: it is whole.
+    """
+
+    tensor_group: TensorGroup | None = None
 
     def __init__(self, config: CogVLM2Config, layer_index: int) -> None:
         super().__init__()

@@ -20,6 +20,7 @@ from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.rope import rotate
 from cogtune.model.routing import Routing
 from cogtune.model.slots import SlotCache, SlotRows, SlotView
+from cogtune.model.tensor_parallel import summed
 
 
 @torch.no_grad()
@@ -173,6 +174,6 @@ def decode(
             attn_mask=visible,
             enable_gqa=heads != groups,
         )
-        h = h + attention.language_expert_dense(context.reshape(h.shape[0], heads * width))
-        h = h + layer.mlp.language_mlp(layer.post_attention_layernorm(h))
+        h = h + summed(attention, attention.language_expert_dense(context.reshape(h.shape[0], heads * width)))
+        h = h + summed(layer.mlp, layer.mlp.language_mlp(layer.post_attention_layernorm(h)))
     return model.lm_head(decoder.norm(h)).float()

@@ -19,6 +19,7 @@ from cogtune.model.attention import attend
 from cogtune.model.modeling import CogVLM2ForCausalLM
 from cogtune.model.rope import rotate
 from cogtune.model.slots import SlotCache
+from cogtune.model.tensor_parallel import summed
 
 Attend = Callable[[torch.Tensor], torch.Tensor]
 
@@ -33,8 +34,8 @@ class PlainLayer:
         layer = self._layer
         attention = layer.self_attn
         context = attend(attention.language_expert_query_key_value(layer.input_layernorm(h)))
-        h = h + attention.language_expert_dense(context)
-        found: torch.Tensor = h + layer.mlp.language_mlp(layer.post_attention_layernorm(h))
+        h = h + summed(attention, attention.language_expert_dense(context))
+        found: torch.Tensor = h + summed(layer.mlp, layer.mlp.language_mlp(layer.post_attention_layernorm(h)))
         return found
 
 

@@ -17,6 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from cogtune.configuration.quantization import FOUR_BIT
+from cogtune.distributed.group import TensorGroup
 from cogtune.model.kernels import decode as kernels
 from cogtune.model.kernels.slot_attention import NARROWEST_HEAD, slot_attention
 from cogtune.model.modeling import CogVLM2ForCausalLM, RMSNorm
@@ -24,6 +25,7 @@ from cogtune.model.quantized.fp8 import Fp8Linear
 from cogtune.model.quantized.host_embedding import HostEmbedding
 from cogtune.model.slots import SlotCache
 from cogtune.model.stacked_adapters import StackedLinear
+from cogtune.model.tensor_parallel import gathered, group_of
 
 
 def weight_of(layer: Any) -> kernels.Weight | None:
@@ -198,11 +200,18 @@ class _Layer:
         self.gate_up = Projection(dtype, mlp.gate_proj, mlp.up_proj)
         self.down = Projection(dtype, mlp.down_proj)
         self.input_norm, self.output_norm = layer.input_layernorm, layer.post_attention_layernorm
+        self._group: TensorGroup | None = attention.tensor_group
 
     def __call__(self, h: torch.Tensor, attend: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         context = attend(self.qkv(h, norm=self.input_norm))
-        h = self.dense(context, residual=h)
-        return self.down(self.gate_up(h, norm=self.output_norm), residual=h)
+        h = self._added(self.dense, context, h)
+        return self._added(self.down, self.gate_up(h, norm=self.output_norm), h)
+
+    def _added(self, last: Projection, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        """Return h plus a sublayer's last product. Of ranks that share it the first adds h, then all add up."""
+        if self._group is None:
+            return last(x, residual=h)
+        return self._group.sum_in_place(last(x, residual=h if self._group.rank == 0 else None))
 
 
 class FusedDecode:
@@ -212,6 +221,7 @@ class FusedDecode:
         self._model = model
         self.layers = [_Layer(layer, model.dtype) for layer in model.model.layers]
         self._head = Projection(model.dtype, model.lm_head)
+        self._group = group_of(model)
 
     @staticmethod
     def fits(model: CogVLM2ForCausalLM) -> bool:
@@ -230,6 +240,8 @@ class FusedDecode:
         found: torch.Tensor = (
             kernels.embedding_rows(ids, tokens.table) if isinstance(tokens, HostEmbedding) else tokens(ids)
         )
+        if self._group is not None and found.shape[1] != self._model.config.hidden_size:
+            found = gathered(found, self._group, self._model.config.hidden_size)
         return found
 
     @torch.no_grad()
@@ -255,4 +267,7 @@ class FusedDecode:
                 return slot_attention(qkv, cos, sin, keys, values, slots_R, lengths_R, heads, adjacent=adjacent)
 
             h = layer(h, attend)
-        return self._head(h, norm=decoder.norm).float()
+        logits, whole = self._head(h, norm=decoder.norm), self._model.config.vocab_size
+        if self._group is not None and logits.shape[1] != whole:  # the module's own call gathers them
+            logits = gathered(logits, self._group, whole)
+        return logits.float()

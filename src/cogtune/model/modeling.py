@@ -26,6 +26,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import ModelOutput
 
 from cogtune.configuration.model import CogVLM2Config
+from cogtune.distributed.group import TensorGroup
 from cogtune.model.activation_offloading import OffloadingLayer
 from cogtune.model.attention import ExpertAttention, by_expert, cache_mask, row_mask
 from cogtune.model.forward_inputs import (
@@ -98,7 +99,13 @@ class GatedMLP(nn.Module):
 
 
 class ExpertMLP(nn.Module):
-    """One gated MLP per expert, each applied to its own slice."""
+    """One gated MLP per expert, each applied to its own slice.
+
+    Attributes:
+        tensor_group: the ranks that share its inner columns; None: it is whole.
+    """
+
+    tensor_group: TensorGroup | None = None
 
     def __init__(self, config: CogVLM2Config) -> None:
         super().__init__()

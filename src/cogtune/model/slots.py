@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -23,20 +24,34 @@ class SlotCache:
     Args:
         config: layers, heads and head width.
         dtype, device: of the keys and values.
+        heads: K of a model that shares its heads with other ranks; None: all of them.
 
     Attributes:
         keys, values: [N, S, K, C, E].
     """
 
     def __init__(
-        self, config: CogVLM2Config, slots: int, columns: int, dtype: torch.dtype, device: torch.device | str
+        self,
+        config: CogVLM2Config,
+        slots: int,
+        columns: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        heads: int | None = None,
     ) -> None:
         if slots < 1 or columns < 1:
             raise ValueError(f"{slots} slots of {columns} columns; both have to be at least 1")
-        shape = (config.num_hidden_layers, slots, config.num_multi_query_heads, columns, config.head_dim)
+        heads = config.num_multi_query_heads if heads is None else heads
+        shape = (config.num_hidden_layers, slots, heads, columns, config.head_dim)
         # zeros, not empty: masked columns are multiplied by a probability of 0, and 0 times NaN is NaN
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    @classmethod
+    def of(cls, model: Any, slots: int, columns: int) -> SlotCache:
+        """Return a cache for ``model``, of those heads that are on this rank."""
+        heads = model.model.layers[0].self_attn.num_kv_heads
+        return cls(model.config, slots, columns, model.dtype, model.device, heads)
 
     @property
     def slots(self) -> int:

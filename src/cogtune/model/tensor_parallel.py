@@ -143,6 +143,23 @@ class SlicedDropout(nn.Dropout):
         return x * whole[..., own[0] : own[1]]
 
 
+def group_of(model: Any) -> TensorGroup | None:
+    """Return the ranks that share ``model``, or None if it is whole."""
+    found: TensorGroup | None = model.model.layers[0].self_attn.tensor_group
+    return found
+
+
+def summed(sublayer: ExpertAttention | ExpertMLP, partial: torch.Tensor) -> torch.Tensor:
+    """Return the output of a sublayer whose matrices were called one by one, past its hooks: the ranks' sum."""
+    return partial if sublayer.tensor_group is None else sublayer.tensor_group.sum(partial)
+
+
+def gathered(x: torch.Tensor, group: TensorGroup, width: int) -> torch.Tensor:
+    """Return all columns [..., width] of a layer that was cut by rows and called past its hooks."""
+    found: torch.Tensor = _Gather.apply(x, group, width)
+    return found
+
+
 def check_sizes(config: CogVLM2Config, size: int) -> None:
     """Raise ConfigError if ``size`` ranks cannot share this model evenly."""
     vision = config.vision_config
@@ -319,6 +336,8 @@ class SplitModel:
 
     def _between(self, part: nn.Module) -> None:
         """All-reduce gradients at the sublayer's input and outputs at its output."""
+        if isinstance(part, ExpertAttention | ExpertMLP):
+            part.tensor_group = self.group
         part.register_forward_pre_hook(self._copy_hook)
         part.register_forward_hook(self._sum_hook)
 

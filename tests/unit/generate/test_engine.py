@@ -359,8 +359,9 @@ def test_slots_grow_with_what_is_asked(
     with InferenceEngine(*parts, slots=4, columns=400) as engine:
         running = [engine.submit(_request(engine, ask)) for ask in (asks[4], asks[1], asks[2], asks[0], asks[5])]
         assert [pending.text() for pending in running] == [wanted[place] for place in (4, 1, 2, 0, 5)]
-        assert engine._cache is not None
-        assert (engine._cache.slots, engine._cache.columns) == (4, 144)  # the longest prompt has 115 tokens
+        cache = engine.work.cache
+        assert cache is not None
+        assert (cache.slots, cache.columns) == (4, 144)  # the longest prompt has 115 tokens
         deadline = time.monotonic() + 5
         while engine._thread is not None and time.monotonic() < deadline:
             time.sleep(0.01)
