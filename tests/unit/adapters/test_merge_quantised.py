@@ -25,6 +25,7 @@ FORMATS = ["nf4", "int8", "fp8"]
 
 @pytest.fixture(scope="module")
 def adapter(tiny_checkpoint, tmp_path_factory):
+    torch.manual_seed(0)  # of the adapter's initial weights
     return write_adapter(tiny_checkpoint, tmp_path_factory.mktemp("adapter"), targets=("experts",))
 
 
@@ -59,14 +60,15 @@ def test_an_adapter_of_zeros_gives_the_base_as_loading_quantises_it(tiny_checkpo
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_update_is_in_the_stored_weights(tiny_checkpoint, adapter, tmp_path, form):
-    """As far as the format's own rounding allows: the plain merge, quantised while it loads, is as far from it."""
+    """As far as the format's own rounding allows: the plain merge, quantised while it loads, is as far from it. The two
+    quantise sums that differ by bfloat16's rounding, which moves results by less than the format's rounding does."""
     merge(adapter, tmp_path / "plain", tiny_checkpoint)
     report = merge(adapter, tmp_path / "packed", tiny_checkpoint, quant=form)
     whole, base = load_model(tmp_path / "plain"), load_model(tiny_checkpoint)
     exact, other = logits(whole), logits(base)
     packed = logits(load_model(tmp_path / "packed"))
     loaded = logits(load_model(tmp_path / "plain", quantization=quantised(form)))
-    assert float((packed - loaded).norm()) < 0.25 * float((exact - other).norm())  # bfloat16's rounding of the sum
+    assert float((packed - loaded).norm()) < float((loaded - exact).norm())
     assert float((packed - exact).norm()) < float((packed - other).norm())
     assert report.changed == 2 * 2 * 5  # layers, experts, linear layers of each
     assert form in report.notes[0]
