@@ -106,6 +106,7 @@ class Command:
         counted: how the keys begin that mean something here; of the others a file may hold some.
         strict: whether a key that means nothing here is refused when it is typed.
         most_used: keys that the help shows first.
+        optional: keys that a run requires and this command does not, or takes from its places.
         keys_explained: whether the help lists the keys; else it names the help that does.
         needs_model: False for a command that is wanted where a library is broken.
     """
@@ -121,6 +122,7 @@ class Command:
     counted: tuple[str, ...] = ("",)
     strict: bool = False
     most_used: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
     keys_explained: bool = True
     needs_model: bool = True
 

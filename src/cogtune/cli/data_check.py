@@ -181,5 +181,6 @@ COMMANDS = (
         places=("[CONFIG.yaml|DATA]",),
         keys="run",
         counted=KEYS,
+        optional=("model.path", "data.path"),
     ),
 )

@@ -72,5 +72,6 @@ COMMANDS = (
         places=("SOURCE", "TARGET"),
         keys="run",
         counted=KEYS,
+        optional=("model.path", "data.path"),
     ),
 )

@@ -185,5 +185,6 @@ COMMANDS = (
         places=("[CONFIG.yaml|DATA]",),
         keys="run",
         counted=KEYS,
+        optional=("data.path",),
     ),
 )

@@ -127,9 +127,9 @@ def _all_keys(command: Command) -> Iterator[str]:
             yield from ("", f"{section}: {tr(first_paragraph(sections(root)[section].__doc__))}")
         flags = f"--{key.key}" if key.alias is None else f"--{key.key}, {key.alias}"
         default = tr("required") if key.required else tr("default: {value}", value=key.default)
-        shown = f"[{default}]"
+        shown = "" if key.key in command.optional else f"[{default}]"
         gap = "  " if width(f"  {flags}  <{key.type}>  {shown}") <= _WIDTH else "\n      "
-        yield f"  {flags}  <{key.type}>{gap}{shown}"
+        yield f"  {flags}  <{key.type}>{gap}{shown}".rstrip()
         yield from wrapped(tr(key.description), _WIDTH - 10, " " * 6)
 
 

@@ -120,6 +120,17 @@ def test_wrong_usage_is_exit_2_and_says_what_was_meant(
     assert not hint or f"\nhint: {hint}" in captured.err
 
 
+@pytest.mark.parametrize(
+    ("name", "needed"),
+    [("train", 3), ("data cache", 2), ("data preview", 1), ("data check", 0), ("data convert", 0)],
+)
+def test_help_calls_required_what_the_command_requires(
+    name: str, needed: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*name.split(), "--help"]) == 0
+    assert capsys.readouterr().out.count("[required]") == needed
+
+
 @pytest.mark.parametrize("name", [*commands.COMMANDS, *commands.GROUPS])
 def test_help_has_examples_on_lines_of_their_own(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """That fit a terminal, and that the command itself takes."""
