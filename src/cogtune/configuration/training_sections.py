@@ -79,7 +79,7 @@ class TrainSection(Section):
     compile: Literal["auto"] | bool = Field(
         default="auto",
         description="Compile the layers with torch.compile: faster steps after a slower first one. auto: on a GPU with"
-        " the engines single and ddp.",
+        " every engine but zero3.",
     )
     restart: bool = Field(
         default=False, description="If the output folder holds a run, start a new one in a numbered folder beside it."
