@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from cogtune.adapters.attach import attach
 from cogtune.checkpoint.random import TINY, TINY_VISION, random_model, tiny_config
 from cogtune.configuration.quantization import QuantSection
 from cogtune.configuration.run_config import LoraSection
+from cogtune.plan.calibration import CONTEXT
 from cogtune.plan.memory import Memory, predict
 from cogtune.plan.setting import LoraShape, Setting, adapted_names
 from cogtune.plan.sizes import Linear, ModelSizes
@@ -28,6 +30,36 @@ QKV = ["vision_expert_query_key_value"]
 def setting(targets: list[str], rank: int, recomputed: int = 0, **values: object) -> Setting:
     made = Setting(adapter=LoraShape(adapted_names(FULL, targets), rank), **values)
     return made.with_recomputed(recomputed) if recomputed else made
+
+
+@pytest.mark.parametrize("page", ["docs/guides/memory.md", "docs/zh/guides/memory.md"])
+def test_the_guides_table_of_parts_is_the_plan(page: str) -> None:
+    text = (Path(__file__).parents[3] / page).read_text(encoding="utf-8")
+    (table,) = re.findall(r"^\| [^|\n]+ \| bfloat16 \| [^|\n]+ \|\n\|.*\n((?:\|.*\n)+)", text, re.M)
+    shown = [[float(number) for number in re.findall(r"\d+\.\d+", row)] for row in table.splitlines()]
+    live = setting(["experts"], 16, tower="live", compile="auto")
+    small, half = (QuantSection(experts=name, tower=name, embedding="host") for name in ("nf4", "int8"))
+    whole, recomputed, four, eight = (
+        {name: size / GIB for name, size in predict(one).phase("train").parts.items()}
+        for one in (
+            live,
+            live.with_recomputed(32),
+            replace(live, quant=small, optimizer="adamw8bit"),
+            replace(live, quant=half),
+        )
+    )
+    adapters = [2 * parts["adapter"] + parts["optimizer"] for parts in (whole, four)]  # gradients are as large
+    assert [[round(x, 1) for x in row] for row in shown[:-1]] == [
+        [round(x, 1) for x in row]
+        for row in (
+            [whole["experts"], four["experts"], eight["experts"]],
+            [whole["vision tower"], four["vision tower"]],
+            [whole["embedding and head"], four["embedding and head"]],
+            adapters,
+            [whole["activations"], recomputed["activations"]],
+        )
+    ]
+    assert shown[-1][0] == CONTEXT / GIB
 
 
 @pytest.mark.parametrize("shape", [(128, 192), (96, 64)])
