@@ -19,7 +19,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from cogtune.model.host_memory import OFFLOADING, HostMemory, require_host_memory
+from cogtune.model.host_memory import OFFLOADING, HostMemory, copy_beside, require_host_memory
 from cogtune.system.byte_sizes import MIB
 
 BLOCK = 16 * MIB
@@ -79,7 +79,7 @@ class ActivationOffloading:
         if self._stream is None:
             away.content.copy_(x)
         else:
-            self._leaving = x, self._copy(away.content, x)
+            self._leaving = x, copy_beside(self._stream, away.content, x)
         return away
 
     def _bring(self, saved: Any) -> Any:
@@ -105,19 +105,8 @@ class ActivationOffloading:
         if self._stream is None:
             back.copy_(away.content)
         else:
-            away.arrived = self._copy(back, away.content)
+            away.arrived = copy_beside(self._stream, back, away.content)
         away.back = back
-
-    def _copy(self, to: torch.Tensor, source: torch.Tensor) -> torch.cuda.Event:
-        """Copy on the own stream, behind what the current stream has launched; returns the event of its end."""
-        assert self._stream is not None
-        ready, done = torch.cuda.Event(), torch.cuda.Event()
-        ready.record(torch.cuda.current_stream(self._device))
-        self._stream.wait_event(ready)
-        with torch.cuda.stream(self._stream):
-            to.copy_(source, non_blocking=True)
-            done.record(self._stream)
-        return done
 
     def _settle(self) -> None:
         """Free the input that was leaving. The current stream waits for its copy, which began a layer ago; memory that

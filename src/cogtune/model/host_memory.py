@@ -65,6 +65,21 @@ def _unlock(driver: Any, content: torch.Tensor, device: torch.device) -> None:
     driver.cudaHostUnregister(content.data_ptr())
 
 
+def copy_beside(stream: torch.cuda.Stream, to: torch.Tensor, source: torch.Tensor) -> torch.cuda.Event:
+    """Copy ``source`` to ``to`` on ``stream``, behind everything that the current stream has launched.
+
+    Returns:
+        The event of the copy's end, which whoever reads ``to``, or writes to ``source``, waits for.
+    """
+    launched, copied = torch.cuda.Event(), torch.cuda.Event()
+    launched.record(torch.cuda.current_stream(stream.device))
+    stream.wait_event(launched)
+    with torch.cuda.stream(stream):
+        to.copy_(source, non_blocking=True)
+        copied.record(stream)
+    return copied
+
+
 def require_host_memory(size: int, key: str = STREAM) -> None:
     """Raise SetupError if ``size`` bytes, which ``key`` asks for, are more than the host has free."""
     free = free_memory()

@@ -33,7 +33,7 @@ from cogtune.configuration.resolve import resident_layers
 from cogtune.errors import SetupError
 from cogtune.language import tr
 from cogtune.model.head_offload import HeadOffload
-from cogtune.model.host_memory import HostMemory, Packed, large_tensors, require_host_memory
+from cogtune.model.host_memory import HostMemory, Packed, copy_beside, large_tensors, require_host_memory
 from cogtune.system.byte_sizes import format_size
 
 BUFFERS = 2
@@ -244,13 +244,7 @@ class LayerStream:
             buffer.copy_(home)
         else:
             # The layer that used the buffer has been launched completely on the current stream: the copy waits for it.
-            used, copied = torch.cuda.Event(), torch.cuda.Event()
-            used.record(torch.cuda.current_stream(self._device))
-            self._stream.wait_event(used)
-            with torch.cuda.stream(self._stream):
-                buffer.copy_(home, non_blocking=True)
-                copied.record(self._stream)
-            self._copied[slot] = copied
+            self._copied[slot] = copy_beside(self._stream, buffer, home)
         self._held[slot] = position
 
 
