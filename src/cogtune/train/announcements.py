@@ -24,6 +24,7 @@ from cogtune.train.engines import Engine
 from cogtune.train.log import first_loss, last_losses, log
 from cogtune.train.progress import LINE_EVERY, Progress, best_so_far
 from cogtune.train.run_inputs import Inputs
+from cogtune.train.run_record import RunRecord
 from cogtune.train.status_line import status
 
 
@@ -32,7 +33,7 @@ def announce(
     engine: Engine,
     dtype: torch.dtype,
     folder: output_folder.Start,
-    record: output_folder.RunRecord,
+    record: RunRecord,
 ) -> None:
     """Log everything for which a user may want to stop the run before weights are read."""
     for line in [*inputs.lines(), *folder.messages]:

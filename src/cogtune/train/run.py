@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from cogtune.model.compile import prepare_compiling
 from cogtune.system import files
 from cogtune.system.file_errors import is_disk_full
 from cogtune.system.gpu import gpu_of
-from cogtune.train import engines, feature_cache, output_folder, saver
+from cogtune.train import engines, feature_cache, saver
 from cogtune.train.announcements import announce, summary
 from cogtune.train.energy import EnergyMeter
 from cogtune.train.engines import Engine
@@ -41,6 +41,7 @@ from cogtune.train.memory_plan import MemoryPlan, auto_engine, check_memory
 from cogtune.train.model_setup import build_model, compiles
 from cogtune.train.progress import Progress
 from cogtune.train.run_inputs import Inputs, read_inputs, versions
+from cogtune.train.run_record import write_record
 from cogtune.train.run_start import RunStart, run_start
 from cogtune.train.status_line import status
 from cogtune.train.stop_signal import StopSignal
@@ -190,7 +191,7 @@ def _write_beside(config: RunConfig, inputs: Inputs, engine: Engine, start: RunS
     """Write the files that accompany the results, the run's record first: it claims the folder for this run."""
     output = start.folder.output
     with start.claim.writing():
-        output_folder.write_record(output, start.record)
+        write_record(output, start.record)
         checkpoints.remove_leftovers(output)
         files.write_text(output / "config.yaml", config.to_yaml())
         files.write_json(output / "data.json", inputs.data_json(), durable=True)
@@ -206,7 +207,7 @@ def _leave_result(config: RunConfig, start: RunStart, progress: Progress) -> tup
         best = {name: getattr(progress, name) for name in ("best_step", "best_metric", "best_value")}
         result = {"adapter": f"the {which} checkpoint's, step {step}", "step": progress.step, **best}
         result |= energy_of(read_metrics(output))
-        output_folder.write_record(output, output_folder.finished(start.record, result))
+        write_record(output, replace(start.record, finished=True, result=result))
     write_last_run(model.path, adapter, output, template=model.template, rope_precision=model.rope_precision)
     return adapter, which, step
 

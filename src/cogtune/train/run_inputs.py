@@ -28,7 +28,7 @@ from cogtune.processing.model_folder import tokenizer_digest
 from cogtune.processing.processor import CogVLM2Processor
 from cogtune.train.answers import AnswerCheck, check_metric
 from cogtune.train.log import log
-from cogtune.train.output_folder import RunIdentity
+from cogtune.train.run_record import RunIdentity
 
 _OTHER_PARTS = (
     "modules_to_save",

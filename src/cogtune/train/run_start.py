@@ -14,6 +14,7 @@ from cogtune.train.batches import Feed
 from cogtune.train.engines import Engine
 from cogtune.train.log import log
 from cogtune.train.run_inputs import Inputs
+from cogtune.train.run_record import RunRecord
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class RunStart:
     """Where to write, where to start, and how many steps remain."""
 
     folder: output_folder.Start
-    record: output_folder.RunRecord
+    record: RunRecord
     feed: Feed
     claim: output_folder.Claim
 
@@ -32,7 +33,7 @@ def run_start(config: RunConfig, inputs: Inputs, engine: Engine, dry_run: bool) 
     error."""
     claim = output_folder.Claim(config, log.warning)
 
-    def decide() -> tuple[output_folder.Start, output_folder.RunRecord, list[str]]:
+    def decide() -> tuple[output_folder.Start, RunRecord, list[str]]:
         if dry_run or output_folder.is_finished(claim.output):
             found = look()
             if dry_run or found[0].finished:
@@ -40,7 +41,7 @@ def run_start(config: RunConfig, inputs: Inputs, engine: Engine, dry_run: bool) 
         claim.take()
         return look()
 
-    def look() -> tuple[output_folder.Start, output_folder.RunRecord, list[str]]:
+    def look() -> tuple[output_folder.Start, RunRecord, list[str]]:
         output = claim.output
         stored = output_folder.read_record(output)
         basis = stored
@@ -52,7 +53,7 @@ def run_start(config: RunConfig, inputs: Inputs, engine: Engine, dry_run: bool) 
         if total == 0:
             raise DataError(tr("no row is left to train on: data.path's weights are below 1 and drew none"))
         resumed = None if config.train.resume is None else str(config.train.resume)
-        now = output_folder.RunRecord(inputs.identity, config.train.batch_size, accumulation, ranks, total, resumed)
+        now = RunRecord(inputs.identity, config.train.batch_size, accumulation, ranks, total, resumed)
         return output_folder.decide(config, output, now, stored), now, messages
 
     with claim:

@@ -27,8 +27,9 @@ from cogtune.language import tr
 from cogtune.system import files
 from cogtune.train.engines.base import MASTER, Engine
 from cogtune.train.log import Metrics, last_losses, log, validation_loss
-from cogtune.train.output_folder import Claim, RunRecord, record_of
+from cogtune.train.output_folder import Claim
 from cogtune.train.progress import Progress, damaged
+from cogtune.train.run_record import RunRecord, record_of
 
 ADAPTER_FOLDER = "adapter"
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
