@@ -11,11 +11,11 @@ import dataclasses
 import json
 import stat
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -63,27 +63,6 @@ OLDEST_KEYS = frozenset(
 """Keys of ``adapter_config.json`` in peft 0.10 (March 2024), the oldest release that reads our adapters."""
 
 
-class LoraSettings(Protocol):
-    """The fields of the run configuration's ``lora`` section that `attach` reads."""
-
-    @property
-    def targets(self) -> Sequence[str]: ...
-    @property
-    def rank(self) -> int: ...
-    @property
-    def alpha(self) -> float: ...
-    @property
-    def dropout(self) -> float: ...
-    @property
-    def rslora(self) -> bool: ...
-    @property
-    def dora(self) -> bool: ...
-    @property
-    def start_from(self) -> Any: ...
-    @property
-    def extra(self) -> Any: ...
-
-
 @dataclass(frozen=True)
 class RegionCount:
     """The adapter's modules and parameters in one region; ``trained`` is False if they cannot influence the loss."""
@@ -94,7 +73,7 @@ class RegionCount:
     trained: bool
 
 
-def attach(model: nn.Module, lora: LoraSettings, *, building: AbstractContextManager[Any] | None = None) -> PeftModel:
+def attach(model: nn.Module, lora: LoraSection, *, building: AbstractContextManager[Any] | None = None) -> PeftModel:
     """Attach a new LoRA adapter to ``model``, or the one in ``lora.start_from``; only the adapter trains.
 
     ``building`` is a context for the step in which peft reads the base's weight shapes.
@@ -345,7 +324,7 @@ def _lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
 
 
-def check_continued(folder: Path, lora: LoraSettings) -> None:
+def check_continued(folder: Path, lora: LoraSection) -> None:
     """Check settings against an adapter that is trained further, which has its own rank and targets.
 
     A setting that differs would be ignored, so it is an error; one at its default is not compared.

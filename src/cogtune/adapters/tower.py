@@ -8,14 +8,15 @@ from pathlib import Path
 import torch
 
 from cogtune.adapters.adapter_folder import adapter_shapes
-from cogtune.adapters.attach import LoraSettings, attach
+from cogtune.adapters.attach import attach
 from cogtune.adapters.targets import is_match, resolve_targets
 from cogtune.configuration.model import CogVLM2Config
+from cogtune.configuration.run_config import LoraSection
 from cogtune.configuration.shapes import TOWER
 from cogtune.model.modeling import CogVLM2ForCausalLM
 
 
-def tower_trains(config: CogVLM2Config, lora: LoraSettings) -> bool:
+def tower_trains(config: CogVLM2Config, lora: LoraSection) -> bool:
     """Return whether anything in front of the GLU adapter would get a gradient under these settings.
 
     Raises:

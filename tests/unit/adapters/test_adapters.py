@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,10 @@ from cogtune.adapters.attach import attach, describe, load_adapter, save_adapter
 from cogtune.adapters.targets import TARGET_SETS, check_reached, resolve_targets
 from cogtune.checkpoint.load import load_model
 from cogtune.checkpoint.random import make_tiny
+from cogtune.configuration.run_config import LoraSection
 from cogtune.errors import AdapterError, ConfigError
 
-
-@dataclass
-class Lora:
-    targets: list[str] = field(default_factory=lambda: ["experts"])
-    rank: int = 4
-    alpha: float = 8.0
-    dropout: float = 0.0
-    rslora: bool = False
-    dora: bool = False
-    start_from: Path | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
+Lora = partial(LoraSection, rank=4, alpha=8.0)
 
 
 @pytest.fixture
@@ -83,7 +74,7 @@ def test_a_named_set_hits_exactly_its_modules(base: CogVLM2ForCausalLM, name: st
         expected = {f"model.vision.transformer.layers.{i}.{part}" for i in range(2) for part in parts}
     else:
         expected = {f"model.layers.{i}.{part}" for i in range(2) for part in LAYER_LINEARS[name]}
-    assert _adapted(attach(base, Lora(targets=[name]))) == expected
+    assert _adapted(attach(base, Lora(targets=(name,)))) == expected
 
 
 def test_raw_names_and_patterns(base: CogVLM2ForCausalLM) -> None:
@@ -98,7 +89,7 @@ def test_raw_names_and_patterns(base: CogVLM2ForCausalLM) -> None:
 @pytest.mark.parametrize("name", sorted(TARGET_SETS))
 def test_what_text_alone_reaches(base: CogVLM2ForCausalLM, name: str) -> None:
     """A row without a picture gives gradients where `check_reached` says so, and nowhere else."""
-    adapted = attach(base, Lora(targets=[name]))
+    adapted = attach(base, Lora(targets=(name,)))
     ids = torch.tensor([[256, 70, 71, 72, 73]])
     loss = adapted(ids, labels=ids).loss
     if loss.requires_grad:
@@ -187,7 +178,7 @@ def test_masters_are_float32_and_compute_is_the_models(tiny_checkpoint: Path) ->
 
 
 def test_round_trip_and_plain_peft_agree(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    model = attach(load_model(tiny_checkpoint), Lora(targets=["experts", "glu-adapter"])).train()
+    model = attach(load_model(tiny_checkpoint), Lora(targets=("experts", "glu-adapter"))).train()
     _train(model)
     save_adapter(model, tmp_path)
     inputs = {k: v for k, v in _batch().items() if k != "labels"}
