@@ -14,6 +14,7 @@ both follow the path from the root, and an image lies wholly inside one segment.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -66,21 +67,16 @@ class Routing:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Routing:
         """Return the same routing with its tensors on ``device``."""
-        moved: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, torch.Tensor):
-                moved[field.name] = value.to(device, non_blocking=non_blocking)
-        return replace(self, **moved)
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Routing:
         """Return the same routing in pinned host memory. A DataLoader calls this."""
-        pinned: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, torch.Tensor):
-                pinned[field.name] = value.pin_memory()
-        return replace(self, **pinned)
+        return self._moved(torch.Tensor.pin_memory)
+
+    def _moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Routing:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {name: move(x) for name, x in values.items() if isinstance(x, torch.Tensor)}
+        return replace(self, **moved)
 
     @classmethod
     def build(
