@@ -39,7 +39,8 @@ from cogtune.features.ownership import (
 )
 from cogtune.features.variant import FeatureVariant
 from cogtune.language import phrase, tr
-from cogtune.system import files, locks
+from cogtune.system import files, flock
+from cogtune.system.locks import FOLDER_LOCK
 
 _REPAIR = phrase("run the same command again: it fills what is missing and continues from the last checkpoint")
 
@@ -177,7 +178,7 @@ def foreign(path: Path) -> FeatureCacheError:
 def turn(root: Path) -> Iterator[None]:
     """Lock out other processes that measure, evict from or clear the cache."""
     mode = stat.S_IMODE(root.stat().st_mode) & 0o666 if root.is_dir() else 0o666
-    with locks.turn(root / locks.FOLDER_LOCK, mode):
+    with flock.turn(root / FOLDER_LOCK, mode):
         yield
 
 

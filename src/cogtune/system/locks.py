@@ -14,22 +14,20 @@ A process that lost its lock after all finds out in `Lock.require`, before it re
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import TracebackType
 
 from cogtune.errors import OutputFolderError, RunError
 from cogtune.language import tr
-from cogtune.system import files
+from cogtune.system import files, flock
 from cogtune.system.file_errors import explained
 from cogtune.system.processes import Process, machine_started
 
@@ -43,8 +41,6 @@ FORGOTTEN_SECONDS = 3600.0
 _POLL_SECONDS = 1.0
 _MOST = 1 << 14
 _MOST_TRIES = 100
-_FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
-_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 Say = Callable[[str], None]
 
@@ -146,7 +142,7 @@ class Lock:
         with suppress(OSError):
             if self.is_held:
                 self.path.unlink()
-        _close(self._file)
+        flock.close(self._file)
         self._file = -1
         self._remove_folders()
 
@@ -174,7 +170,7 @@ class _Taking:
             file, is_new = self._open()
             keep = False
             try:
-                locked = _flock(file)
+                locked = flock.acquire(file)
                 if locked is False:
                     raise self._in_use(self._named(file))
                 if is_new or (locked and os.fstat(file).st_nlink):  # else its holder has just removed it
@@ -193,10 +189,10 @@ class _Taking:
         for _ in range(_MOST_TRIES):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with suppress(FileExistsError, FileNotFoundError):  # the latter: the last holder has removed the folder
-                return os.open(self._path, _FLAGS | os.O_CREAT | os.O_EXCL, 0o666), True
+                return os.open(self._path, flock.FLAGS | os.O_CREAT | os.O_EXCL, 0o666), True
             with suppress(FileNotFoundError):
-                return os.open(self._path, _FLAGS), False
-        return os.open(self._path, _FLAGS | os.O_CREAT | os.O_EXCL, 0o666), True
+                return os.open(self._path, flock.FLAGS), False
+        return os.open(self._path, flock.FLAGS | os.O_CREAT | os.O_EXCL, 0o666), True
 
     def _take_away(self) -> None:
         """Without flock: remove the lock file of a dead process. It is renamed first, which only one process can do."""
@@ -309,34 +305,6 @@ class _Taking:
         )
 
 
-@contextmanager
-def turn(path: Path, mode: int = 0o666) -> Iterator[None]:
-    """Inside the block, no other process is inside a block for the same ``path``; a second one waits.
-
-    It holds among the processes of this machine, and of others if flock reaches them. Meant for short operations. There
-    is no such guarantee on a disk without flock or in a place that cannot be written.
-    """
-    file = -1
-    with suppress(OSError):
-        while True:
-            file = os.open(path, _FLAGS | os.O_CREAT, mode)
-            with suppress(PermissionError):  # owned by another user
-                os.fchmod(file, mode)
-            with suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if os.fstat(file).st_nlink:
-                break
-            _close(file)  # removed by its last holder
-            file = -1
-    try:
-        yield
-    finally:
-        if file >= 0:
-            with suppress(OSError):
-                path.unlink()
-            _close(file)
-
-
 _held: set[Lock] = set()
 """The locks of this process, which a thread renews."""
 
@@ -365,26 +333,6 @@ os.register_at_fork(after_in_child=_forget_all)
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _flock(file: int) -> bool | None:
-    """Return whether the lock was acquired; None if the disk has no flock."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # the latter over a network, by what is written of it
-        return False
-    except OSError as error:
-        if error.errno in _UNSUPPORTED:
-            return None
-        raise
-    return True
-
-
-def _close(file: int) -> None:
-    """Release flock too if a forked child has the file open."""
-    with suppress(OSError):
-        fcntl.flock(file, fcntl.LOCK_UN)
-    os.close(file)
 
 
 def _parse(content: bytes) -> Process | None:

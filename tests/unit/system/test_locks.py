@@ -20,6 +20,7 @@ import pytest
 from cogtune.errors import DiskFullError, OutputFolderError, RunError
 from cogtune.system import locks
 from cogtune.system.file_errors import explained
+from cogtune.system.flock import turn
 from cogtune.system.locks import Lock, lock_beside, lock_folder
 from cogtune.system.processes import Process
 from tests.support.lock_holder import holder, kill
@@ -289,7 +290,7 @@ def test_turns_are_taken(tmp_path: Path) -> None:
     log: list[str] = []
 
     def work(name: str) -> None:
-        with locks.turn(tmp_path / "turn"):
+        with turn(tmp_path / "turn"):
             log.append(name)
             time.sleep(0.01)
             log.append(name)
@@ -300,7 +301,7 @@ def test_turns_are_taken(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert log[::2] == log[1::2]
-    with locks.turn(tmp_path / "not" / "there"):
+    with turn(tmp_path / "not" / "there"):
         pass
 
 
