@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from cogtune.configuration.deepspeed import read_deepspeed
+from cogtune.configuration.deepspeed_file import read_deepspeed
 from cogtune.configuration.engine_rules import trained_base
 from cogtune.configuration.load import explicit_values
 from cogtune.configuration.resolve import (

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from cogtune.configuration.deepspeed import apply_deepspeed, deepspeed_settings, merge_deepspeed, read_deepspeed
+from cogtune.configuration.deepspeed import apply_deepspeed, deepspeed_settings, merge_deepspeed
+from cogtune.configuration.deepspeed_file import read_deepspeed
 from cogtune.configuration.load import load_config, with_values
 from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import ConfigError

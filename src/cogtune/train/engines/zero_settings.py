@@ -7,7 +7,8 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
-from cogtune.configuration.deepspeed import TOP_LEVEL, deepspeed_settings, read_deepspeed
+from cogtune.configuration.deepspeed import deepspeed_settings
+from cogtune.configuration.deepspeed_file import TOP_LEVEL, read_deepspeed
 from cogtune.configuration.run_config import RunConfig
 from cogtune.distributed import environment
 from cogtune.errors import ConfigError
