@@ -11,7 +11,6 @@ killed merge leaves neither an index nor the final name, so it cannot be loaded,
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from cogtune.adapters.adapter_folder import WEIGHTS_NAME, find_adapter, find_base, read_adapter
 from cogtune.adapters.attach import expected_shapes
+from cogtune.adapters.base_files import copy_file, other_files, require_own
 from cogtune.adapters.merge_arithmetic import read_changes
 from cogtune.adapters.merged_shards import ShardWriter, is_packed
 from cogtune.adapters.model_layout import (
@@ -39,7 +39,7 @@ from cogtune.adapters.provenance import (
     write_provenance,
 )
 from cogtune.adapters.rounding import NEAREST, STOCHASTIC, Survival
-from cogtune.adapters.safetensors_rows import CHUNK, SafetensorsFile
+from cogtune.adapters.safetensors_rows import SafetensorsFile
 from cogtune.checkpoint.model_files import INDEX_NAME, PICKLED_INDEX_NAME, check_folder, load_model_config, whole_folder
 from cogtune.checkpoint.quantize import require_packages
 from cogtune.configuration.quantization import EIGHT_BIT, QuantSection, written_format
@@ -55,10 +55,6 @@ _BYTES_PACKED = {"nf4": 0.53, "int8": 1.01, "fp8": 1.01}
 """Bytes a weight, with its scales."""
 MOST_KEPT = 0.9
 """Share of the update below which a merge warns."""
-
-# Other formats of the unmerged weights; next to merged shards they could be loaded by mistake.
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".bin.index.json")
-_NOT_COPIED = {".git", ".cache"}
 
 
 @dataclass(frozen=True)
@@ -144,11 +140,11 @@ def _merge(
     check_folder(base)
     weights = PlainWeights(base)
     shards = weights.shards
-    others, left_out = _other_files(base, shards)
+    others, left_out = other_files(base, shards)
     others = [name for name in others if is_copied(name, layout)]
     left_out = [name for name in left_out if name != PICKLED_INDEX_NAME or not weights.changed]
     for name in [*shards, *others]:
-        _require_own(base, name)
+        require_own(base, name)
     files_of = read_adapter(adapter)
     wanted = expected_shapes(load_model_config(base), files_of)
     changes, provenance = read_changes(files_of, _tensors(weights), wanted), read_provenance(adapter)
@@ -191,7 +187,7 @@ def _merge(
         changed = copied = 0
         for name in others:
             if name != INDEX_NAME and (name != PROVENANCE_NAME or provenance is None):  # that training's, the latest
-                _copy(base / name, folder / name)
+                copy_file(base / name, folder / name)
         if provenance is not None:
             write_provenance(folder, provenance)
         if layout == TRANSFORMERS:
@@ -223,7 +219,7 @@ def _merge(
             _write_packed_files(folder, places, quant)
             size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
         elif INDEX_NAME in others and not weights.changed:
-            _copy(base / INDEX_NAME, folder / INDEX_NAME)
+            copy_file(base / INDEX_NAME, folder / INDEX_NAME)
     kept = survival.shares()
     return MergeReport(output, changed, copied, size, tuple(notes), kept, tuple(_warnings(kept, rounding)))
 
@@ -300,44 +296,6 @@ def _tensors(weights: PlainWeights) -> dict[str, tuple[str, tuple[int, ...]]]:
     return found
 
 
-def _other_files(base: Path, shards: list[str]) -> tuple[list[str], list[str]]:
-    """Return files to copy, and weight files of other formats that are not copied; paths are relative to ``base``."""
-    copied: list[str] = []
-    left_out: list[str] = []
-    for parent, folders, names in os.walk(base):
-        folders[:] = sorted(name for name in folders if name not in _NOT_COPIED)
-        for file in sorted(names):
-            name = (Path(parent) / file).relative_to(base).as_posix()
-            if name not in shards:
-                (left_out if file.endswith(_WEIGHT_SUFFIXES) else copied).append(name)
-    return copied, left_out
-
-
-def _require_own(base: Path, name: str) -> None:
-    """Check that a copied file is inside the base folder, or in the cache of a hub that the base belongs to.
-
-    Otherwise a symbolic link in a stranger's folder could copy any file of this machine into a model that is then
-    shared.
-    """
-    home = base.resolve()
-    try:
-        path = (base / name).resolve()
-    except (OSError, RuntimeError):  # a loop of links
-        path = base / name
-    blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
-    if not path.is_file() or not (path.is_relative_to(home) or path.is_relative_to(blobs)):
-        what = (
-            tr("a link to {path}, outside the folder", path=path)
-            if path.is_file()
-            else tr("neither a file nor a link to one")
-        )
-        raise CheckpointError(
-            tr("{path}: {what}; a merge copies only files of the base itself", path=base / name, what=what),
-            hint=tr("if you put the link there: cp -rL {base} COPY, and merge with --model COPY", base=base),
-            code="unsafe-name",
-        )
-
-
 def _notes(base: Path, recorded: str | None, left_out: list[str]) -> list[str]:
     notes = []
     if recorded and Path(recorded).name != base.resolve().name and Path(recorded).resolve() != base.resolve():
@@ -399,11 +357,3 @@ def _require_space(folder: Path, size: int) -> None:
             ),
             hint=tr("free some space, or choose an --output on another disk"),
         )
-
-
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with source.open("rb") as reader, target.open("xb") as writer:
-        shutil.copyfileobj(reader, writer, CHUNK)
-    shutil.copymode(source, target)
-    files.sync(target)

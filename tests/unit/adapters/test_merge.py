@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cogtune.adapters import base_files, merged_shards, safetensors_rows
 from cogtune.adapters import merge as merging
-from cogtune.adapters import merged_shards, safetensors_rows
 from cogtune.adapters.attach import load_adapter
 from cogtune.adapters.merge import merge
 from cogtune.checkpoint.load import load_model
@@ -149,7 +149,7 @@ class LargestTensor(TorchDispatchMode):
 def test_memory_holds_blocks_of_rows_not_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     block = 64 * 1024
     monkeypatch.setattr(merged_shards, "BLOCK_BYTES", block)
-    for module in (safetensors_rows, merging):
+    for module in (safetensors_rows, base_files):
         monkeypatch.setattr(module, "CHUNK", block)
     base, folder = tmp_path / "base", tmp_path / "adapter"
     base.mkdir()
