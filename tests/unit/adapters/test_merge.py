@@ -225,7 +225,7 @@ def test_too_little_space_is_said_before_anything_is_written(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(merging.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    monkeypatch.setattr(merging, "_copy", lambda *args: pytest.fail("something was written"))
+    monkeypatch.setattr(merging, "copy_file", lambda *args: pytest.fail("something was written"))
     with pytest.raises(DiskFullError, match="the merged model needs"):
         merge(adapter, tmp_path / "merged", base)
     assert list(tmp_path.iterdir()) == []
