@@ -93,8 +93,8 @@ class DecodeSteps:
             kept = self._whole.shape[1] - 1
             whole[:, :kept], parts[:, :kept] = self._whole[:, :-1], self._parts[:, :-1]
         whole[_ADAPTER, -1] = NONE
-        self._cache, self._whole, self._parts = cache, whole, parts
         self._step_adds = torch.tensor([[0], [1], [1], [0], [0], [0], [1]], device=device)
+        self._cache, self._whole, self._parts = cache, whole, parts
         self._host_lengths += [0] * (cache.slots - len(self._host_lengths))
         self._forget()
         self.text = None

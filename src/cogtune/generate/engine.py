@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from cogtune.errors import ConfigError, OutOfMemoryError, RunError
+from cogtune.errors import ConfigError, RunError
 from cogtune.generate.active import Active, end_tokens
 from cogtune.generate.at_exit import end_at_exit
 from cogtune.generate.choices import ChoiceScores, ClosedQuestion, score_choices
@@ -32,7 +32,7 @@ from cogtune.generate.picture_cache import image_digest
 from cogtune.generate.prefill import AHEAD
 from cogtune.generate.prompt_lookup import PromptLookup
 from cogtune.generate.requests import Features, Listener, Pending, Request, Resized, Shown, check
-from cogtune.generate.slot_work import SlotWork
+from cogtune.generate.slot_work import SlotWork, explained
 from cogtune.language import tr
 from cogtune.model.layer_streaming import streams_language
 from cogtune.model.stacked_adapters import StackedAdapters
@@ -158,7 +158,7 @@ class InferenceEngine:
             try:
                 future.set_result(work())
             except BaseException as error:
-                future.set_exception(_explained(error, 1))
+                future.set_exception(explained(error, 1))
 
         with self._changed:
             self._take(self._work, done)
@@ -169,6 +169,8 @@ class InferenceEngine:
 
         The thread ends when it was idle for a while, so that an engine without references frees its memory.
         """
+        if self.work.failed is not None:
+            raise self.work.failed
         if self._closing:
             raise RunError(tr("the engine is closed: it takes no more questions"), code="engine-closed")
         queue.append(item)
@@ -244,10 +246,10 @@ class InferenceEngine:
         try:
             work()
         except BaseException as error:
-            explained = _explained(error, len(self._active))
+            failure = explained(error, len(self._active))
             flights, self._flights = self._flights, deque()
             for row in dict.fromkeys([*(row for _, rows in flights for row in rows), *self._active]):
-                self._release(row, None, explained)
+                self._release(row, None, failure)
 
     def _give_up(self, error: BaseException) -> None:
         """Close, and end what waits: the ranks no longer compute together."""
@@ -293,7 +295,7 @@ class InferenceEngine:
         except BaseException as error:
             if len(batch) == 1 or self.work.failed is not None:
                 for pending in batch:
-                    pending.end(None, _explained(error, len(batch)))
+                    pending.end(None, explained(error, len(batch)))
                 return
             log.warning(
                 tr(
@@ -376,12 +378,3 @@ def _key(image: Shown | Resized) -> bytes:
     if isinstance(image, Resized):
         return image_digest(image.values)
     return image.key if isinstance(image, Features) else image_digest(image)
-
-
-def _explained(error: BaseException, rows: int) -> BaseException:
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        return OutOfMemoryError(
-            tr("out of memory while answering {rows} question{s} at once", rows=rows, s="s" if rows > 1 else ""),
-            hint=tr("try fewer --slots, or weights in fewer bits: --quant.experts nf4 --quant.tower nf4"),
-        )
-    return error

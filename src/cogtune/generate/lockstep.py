@@ -14,9 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from cogtune.distributed.lost_peers import explain_peers
 from cogtune.generate.picture_cache import default_budget
 from cogtune.generate.requests import Request
-from cogtune.generate.slot_work import SlotWork
+from cogtune.generate.slot_work import SlotWork, explained
 from cogtune.model.layer_streaming import is_streamed
 from cogtune.processing.processor import CogVLM2Processor
 
@@ -38,26 +39,27 @@ class LeadingWork(SlotWork):
         super().__init__(model, processor, picture_budget=budget, graphs=graphs)
 
     def room(self, slots: int, columns: int) -> None:
-        with self._together("room", slots, columns):
+        with self._together(slots, "room", slots, columns):
             super().room(slots, columns)
 
     def begin(self, requests: Sequence[Request], slots: Sequence[int]) -> torch.Tensor:
         # a picture that cannot be resized fails here, before the others wait for it
         sent = self.prefill.with_pixels(requests)
-        with self._together("begin", sent, slots):
+        with self._together(len(slots), "begin", sent, slots):
             return super().begin(sent, slots)
 
     def step(self, slots: list[int], sample: bool) -> torch.Tensor:
-        with self._together("step", slots, sample):
+        with self._together(len(slots), "step", slots, sample):
             return super().step(slots, sample)
 
     @contextmanager
-    def _together(self, name: str, *arguments: Any) -> Iterator[None]:
+    def _together(self, rows: int, name: str, *arguments: Any) -> Iterator[None]:
         if self.failed is not None:
             raise self.failed
         try:
-            announced({"name": name, "arguments": arguments})
-            yield
+            with _explaining(rows):
+                announced({"rows": rows, "name": name, "arguments": arguments})
+                yield
         except BaseException as error:
             self.failed = error  # the others may be past it, or in the middle
             raise
@@ -65,17 +67,39 @@ class LeadingWork(SlotWork):
 
 @torch.no_grad()
 def follow(model: Any, processor: CogVLM2Processor) -> None:
-    """Repeat what the first rank computes until it is done."""
+    """Repeat what the first rank computes until it is done.
+
+    Raises:
+        RunError: another rank ended. OutOfMemoryError: this one's device is too small.
+    """
     settings = announced(None)
     if settings is None:
         return
     work = SlotWork(model, processor, **settings)
     while (call := announced(None)) is not None:
-        getattr(work, call["name"])(*call["arguments"])
+        with _explaining(call["rows"]):
+            getattr(work, call["name"])(*call["arguments"])
 
 
 def announced(call: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Broadcast the first rank's ``call`` to every rank; None: it is done."""
+    """Broadcast the first rank's ``call`` to every rank; None: it is done.
+
+    Raises:
+        RunError: another rank ended.
+    """
     message = [call]
-    dist.broadcast_object_list(message, src=0, device=torch.device("cpu"))
+    with _explaining(0):
+        dist.broadcast_object_list(message, src=0, device=torch.device("cpu"))
     return message[0]
+
+
+@contextmanager
+def _explaining(rows: int) -> Iterator[None]:
+    """Say of other ranks that are gone, and of a device that is full, what can be done. ``rows``: answers at once."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = explain_peers(error, logs=False) or explained(error, rows)
+        if found is error:
+            raise
+        raise found from error

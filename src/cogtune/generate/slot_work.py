@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
+from cogtune.errors import OutOfMemoryError
 from cogtune.generate.decode_steps import Begun, DecodeSteps, captures
 from cogtune.generate.picture_cache import PictureCache, default_budget
 from cogtune.generate.prefill import Placed, Prefill
 from cogtune.generate.requests import Request
+from cogtune.language import tr
 from cogtune.model.layer_streaming import is_streamed
 from cogtune.model.slots import SlotCache
 from cogtune.model.stacked_adapters import StackedAdapters
@@ -54,11 +56,12 @@ class SlotWork:
     def room(self, slots: int, columns: int) -> None:
         """Create the slots, or let them grow."""
         if self.cache is None or self.steps is None:
-            self.cache = SlotCache.of(self.model, slots, columns)
-            self.steps = DecodeSteps(self.model, self.cache, graphs=self._graphs, adapters=self.adapters)
+            cache = SlotCache.of(self.model, slots, columns)
+            self.steps = DecodeSteps(self.model, cache, graphs=self._graphs, adapters=self.adapters)
         else:
-            self.cache = self.cache.resized(slots, columns)
-            self.steps.use(self.cache)
+            cache = self.cache.resized(slots, columns)
+            self.steps.use(cache)
+        self.cache = cache  # only now: without memory for all of it, there are no more slots than before
 
     def begin(self, requests: Sequence[Request], slots: Sequence[int]) -> torch.Tensor:
         """Prefill requests in their slots, and return their first tokens [R] on the device."""
@@ -79,3 +82,16 @@ class SlotWork:
         """Return the next token of each slot [R] on the device; see `DecodeSteps.step`."""
         assert self.steps is not None
         return self.steps.step(slots, sample)
+
+
+def explained(error: BaseException, rows: int) -> BaseException:
+    """Return ``error``, or for a full device one that says what can be done. ``rows``: answers at once."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return OutOfMemoryError(
+            tr("out of memory while answering {rows} question{s} at once", rows=rows, s="s" if rows > 1 else ""),
+            hint=tr(
+                "try fewer at once (--batch-size; of a server --slots), or weights in fewer bits: --quant.experts nf4"
+                " --quant.tower nf4"
+            ),
+        )
+    return error

@@ -1,4 +1,4 @@
-"""Turn failures of a run into errors that say what to do: non-finite numbers, memory, lost peers."""
+"""Turn failures of a run into errors that say what to do: non-finite numbers, memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from cogtune.configuration.run_config import RunConfig
 from cogtune.distributed.group import Group
-from cogtune.errors import NonFiniteError, OutOfMemoryError, RunError
+from cogtune.errors import NonFiniteError, OutOfMemoryError
 from cogtune.language import tr
 from cogtune.system.gpu import is_out_of_memory
 
@@ -80,33 +80,6 @@ def phase(name: str, config: RunConfig, device: torch.device) -> Iterator[None]:
         raise OutOfMemoryError(
             tr("out of memory on {place} while {name}", place=place, name=tr(name)), hint=hint
         ) from error
-
-
-def explain_peers(error: BaseException) -> RunError | None:
-    """Return the error to show if ``error`` is about the run's other processes, otherwise None."""
-    text = str(error)
-    if any(words in text for words in ("Connection closed by peer", "Connection reset by peer", "Broken pipe")):
-        return RunError(
-            tr("another process of this run ended"),
-            hint=tr("its own message, above or in run.log or run.rankN.log, says why"),
-            code="peer-lost",
-        )
-    if any(words in text for words in ("Timed out waiting", "collective operation timeout", "Socket Timeout")):
-        return RunError(
-            tr("waited too long for the other processes of this run: {line}", line=text.splitlines()[0]),
-            hint=tr(
-                "the rank whose run.rankN.log ends first is stuck or was lost; over a network check"
-                " NCCL_SOCKET_IFNAME, and NCCL_DEBUG=INFO shows what NCCL does"
-            ),
-            code="peer-timeout",
-        )
-    if isinstance(error, torch.distributed.DistBackendError):
-        return RunError(
-            tr("the GPUs cannot exchange data: {line}", line=text.splitlines()[0]),
-            hint=tr("NCCL_DEBUG=INFO shows why; over a network check NCCL_SOCKET_IFNAME and the firewall"),
-            code="peer-backend",
-        )
-    return None
 
 
 def next_setting(name: str, config: RunConfig) -> str:

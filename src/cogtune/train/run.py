@@ -18,6 +18,7 @@ from cogtune.configuration.resolve import as_stored, check_formats, torch_dtype
 from cogtune.configuration.run_config import RunConfig
 from cogtune.distributed import environment
 from cogtune.distributed.group import Group
+from cogtune.distributed.lost_peers import explain_peers
 from cogtune.errors import DiskFullError
 from cogtune.evaluate.report.load import REPORT_FILE, report_of
 from cogtune.evaluate.report.page import write
@@ -34,7 +35,6 @@ from cogtune.train.announcements import announce, summary
 from cogtune.train.energy import EnergyMeter
 from cogtune.train.engines import Engine
 from cogtune.train.engines.zero_settings import check_settings
-from cogtune.train.failures import explain_peers
 from cogtune.train.log import Metrics, console, last_losses, limits, log, log_file
 from cogtune.train.loop import Loop
 from cogtune.train.memory_plan import MemoryPlan, auto_engine, check_memory

@@ -369,6 +369,33 @@ def test_slots_grow_with_what_is_asked(
         assert engine.answer([_request(engine, asks[3])]) == [wanted[3]]
 
 
+def test_slots_that_find_no_memory_are_no_slots(
+    parts: tuple[Any, CogVLM2Processor], asks: list[Ask], wanted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their keys and values fit, and the state of their steps does not: at the first question, and when slots grow."""
+    use, left = DecodeSteps.use, [0, 1]
+
+    def full(self: DecodeSteps, cache: Any) -> None:
+        if not left.pop(0):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        use(self, cache)
+
+    monkeypatch.setattr(DecodeSteps, "use", full)
+    with InferenceEngine(*parts, slots=4, columns=400) as engine:
+        with pytest.raises(OutOfMemoryError):
+            engine.answer([_request(engine, asks[4])])
+        assert engine.answer([_request(engine, asks[4])]) == [wanted[4]]
+        left += [0, 0, 1, 1]  # of two together, then of the second alone
+        with _held(engine):
+            running = [engine.submit(_request(engine, asks[place])) for place in (4, 0)]
+        assert running[0].text() == wanted[4]
+        with pytest.raises(OutOfMemoryError):
+            running[1].text()
+        with _held(engine):
+            running = [engine.submit(_request(engine, asks[place])) for place in (4, 0, 4)]
+        assert [pending.text() for pending in running] == [wanted[4], wanted[0], wanted[4]]
+
+
 def test_the_picture_cache_keeps_its_budget() -> None:
     cache = PictureCache(100)
     for number in range(4):

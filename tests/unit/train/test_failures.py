@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from cogtune.distributed.group import Group
+from cogtune.distributed.lost_peers import explain_peers
 from cogtune.errors import NonFiniteError, OutOfMemoryError
-from cogtune.train.failures import check_losses, explain_peers, phase
+from cogtune.train.failures import check_losses, phase
 from tests.support.training import make_config
 
 CPU = torch.device("cpu")
