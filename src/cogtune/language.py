@@ -136,7 +136,7 @@ def wrapped(shown: str, columns: int, indent: str = "") -> list[str]:
 
 
 _PIECE = re.compile(r"(?:[\u2e80-\u9fff\uff00-\uffef]|[^\s\u2e80-\u9fff\uff00-\uffef]+)[，。；：、！？）》”]*\s*|\s+")
-"""What stays together in a line: a Chinese character or a Latin word, with the punctuation and blanks behind it."""
+"""What stays together in a line: a Chinese character or a Latin word, with the punctuation and blanks after it."""
 
 
 def padded(shown: str, columns: int) -> str:

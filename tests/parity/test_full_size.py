@@ -12,7 +12,7 @@ PAYLOAD_BYTES = 39_006_214_656
 
 
 def expected_shapes() -> dict[str, list[int]]:
-    """The published names and shapes, from their patterns (spec 2.2)."""
+    """The published names and shapes, from their patterns."""
     wide, inner, fused, vocabulary = 4096, 14336, 6144, 128256
     shapes: dict[str, list[int]] = {
         "model.embed_tokens.weight": [vocabulary, wide],

@@ -36,7 +36,7 @@ def family() -> dict[str, Any]:
 
 
 def hashed_uniform(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """u in [-0.5, 0.5) per element: a 32-bit mix of crc32(name) and the flat index (spec 12)."""
+    """u in [-0.5, 0.5) per element: a 32-bit mix of crc32(name) and the flat index."""
     mask = 0xFFFFFFFF
     start = zlib.crc32(name.encode())
     x = (start + np.arange(int(np.prod(shape)), dtype=np.uint64) * np.uint64(0x9E3779B9)) & np.uint64(mask)

@@ -1,7 +1,7 @@
 """Target modules of an adapter: named sets, module names as peft matches them, and patterns.
 
 The published module names are ambiguous: ``gate_proj`` also matches the GLU adapter, ``linear_proj`` also matches a
-container, ``dense`` matches only the tower (spec 2.4). A name that matches nothing or a container is an error, and the
+container, ``dense`` matches only the tower. A name that matches nothing or a container is an error, and the
 named sets spell out suffixes that match exactly what they say.
 """
 

@@ -246,7 +246,7 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def _payload(header: dict[str, dict[str, Any]]) -> int:
-    """Return the bytes of a file's tensors, after checking that they lie one behind another and fit their shapes.
+    """Return the bytes of a file's tensors, after checking that they are contiguous and fit their shapes.
 
     Raises:
         ValueError, TypeError, KeyError: they do not.

@@ -27,7 +27,7 @@ ROPE_PRECISIONS = ("checkpoint", "float32")
 
 @strict
 class CogVLM2VisionConfig(PreTrainedConfig):
-    """The EVA2-CLIP-E tower (63 of its 64 blocks) and the 2x2 convolution behind it."""
+    """The EVA2-CLIP-E tower (63 of its 64 blocks) and the 2x2 convolution after it."""
 
     model_type = "cogvlm2_vision"
     base_config_key = "vision_config"
@@ -89,7 +89,7 @@ class CogVLM2Config(PreTrainedConfig):
     tie_word_embeddings: bool = False
     use_cache: bool = True
     generation: int = Shape.generation
-    """1: CogVLM, without a convolution behind the tower and without a bias in the vision experts."""
+    """1: CogVLM, without a convolution after the tower and without a bias in the vision experts."""
     vision_experts: bool | None = None
     """Whether image tokens have expert weights of their own. None: as ``architectures`` says."""
     vision_config: dict[str, Any] | PreTrainedConfig | None = None
@@ -183,7 +183,7 @@ class CogVLM2Config(PreTrainedConfig):
 
     @property
     def downsamples(self) -> bool:
-        """Is there a 2x2 convolution behind the tower? The first generation has none."""
+        """Whether a 2x2 convolution follows the tower. The first generation has none."""
         return self.generation != 1
 
     @property

@@ -38,7 +38,7 @@ class VisionShape:
     num_heads: int = 16
     num_positions: int = 9217
     cell: int = 2
-    """Patches along a side of a grid cell: 2 with the convolution behind the tower, 1 in the first generation."""
+    """Patches along a side of a grid cell: 2 with the convolution after the tower, 1 in the first generation."""
 
     @property
     def grid_tokens(self) -> int:
@@ -62,7 +62,7 @@ class Shape:
     num_attention_heads: int = 32
     num_multi_query_heads: int = 8
     generation: int = 2
-    """1: CogVLM, whose tower has no convolution behind it and whose vision experts have no bias."""
+    """1: CogVLM, whose tower has no convolution after it and whose vision experts have no bias."""
     vision_experts: bool = True
     """Whether image tokens have expert weights of their own; the video models have one expert for all tokens."""
     vision: VisionShape = field(default_factory=VisionShape)

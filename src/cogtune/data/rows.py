@@ -60,7 +60,7 @@ def plan_rows(fitted: FittedExample, *, head: int, limit: int | None, one_random
     """Return the rows of one example, in the order of its samples; none if it has no sample.
 
     Args:
-        head: tokens before the text (BOS, images and the texts behind them), shared by all samples of a row.
+        head: tokens before the text (BOS, images and the texts after them), shared by all samples of a row.
         limit: most tokens of a row. A single sample longer than that still gets a row (the caller refuses it).
     """
     rows: list[RowPlan] = []

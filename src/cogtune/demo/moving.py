@@ -93,7 +93,7 @@ def words() -> list[str]:
 
 
 def special_ids() -> dict[str, int]:
-    """Return the ids of special tokens, behind the text vocabulary."""
+    """Return the ids of special tokens, after the text vocabulary."""
     first = NUM_BYTES + 2 * len(words())
     return {token: first + number for number, token in enumerate((BOS, EOS, PAD, EOT))}
 

@@ -140,11 +140,11 @@ class DecodeSteps:
         return self._replayed(kind, filled, lambda inputs: self._computed(inputs, None, sample))[: len(slots)]
 
     def fits(self, slot: int, guesses: int) -> bool:
-        """Return whether a slot has room for its newest token and so many guesses behind it."""
+        """Return whether a slot has room for its newest token and so many guesses after it."""
         return self._host_lengths[slot] + guesses < self._cache.columns
 
     def look_up(self, slot: int, guesses: Sequence[int], most: int) -> list[int]:
-        """Take a greedy slot's step with guesses of the tokens behind its newest one; waits for the result.
+        """Take a greedy slot's step with guesses of the tokens after its newest one; waits for the result.
 
         Args:
             most: guesses that every step has room for (`fits`); what is missing is filled up.
@@ -202,7 +202,7 @@ class DecodeSteps:
         return chosen
 
     def _verified(self, inputs: torch.Tensor, columns: int | None) -> torch.Tensor:
-        """Decode a slot's newest token and guesses behind it; returns the token chosen behind each, and the number of
+        """Decode a slot's newest token and guesses after it; returns the token chosen after each, and the number of
         guesses that were right.
 
         Args:
@@ -228,7 +228,7 @@ class DecodeSteps:
     def _logits(
         self, slots_R: torch.Tensor, rows_R: torch.Tensor, columns: int | None, *, adjacent: bool = False
     ) -> torch.Tensor:
-        """Return the logits [R, V] behind tokens; ``rows_R`` [4, R]: token, position, length, adapter."""
+        """Return the logits [R, V] after tokens; ``rows_R`` [4, R]: token, position, length, adapter."""
         tokens, positions, lengths, adapters = rows_R
         with nullcontext() if self._adapters is None else self._adapters.rows(adapters):
             if self._fused is None:

@@ -32,7 +32,7 @@ def choose_devices(name: str) -> list[torch.device]:
         cards = [torch.device("cuda", device.index or 0) for device in devices if device.type == "cuda"]
         if not cards or len(set(cards)) < len(cards) or any(d.type != "cuda" for d in devices[:-1]):
             raise ConfigError(
-                tr("--device {name}: several devices are different GPUs, and behind them cpu or nothing", name=name),
+                tr("--device {name}: several devices are different GPUs, then cpu or nothing", name=name),
                 hint=tr("for example cuda:0,cuda:1 or cuda:0,cpu"),
                 code="config-value",
             )

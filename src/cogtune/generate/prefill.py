@@ -155,7 +155,7 @@ class Prefill:
             graphs: captured passes for what follows the picture; None: the model's forward pass.
 
         Returns:
-            The logits behind the prompts, float32 [R, V], and each one's next position and its slot's length.
+            The logits after the prompts, float32 [R, V], and each one's next position and its slot's length.
         """
         set_aside_head(self._model)  # of a model on a small card
         found = self._beginnings(placed, cache)
@@ -165,7 +165,7 @@ class Prefill:
         return logits[0] if len(logits) == 1 else torch.cat(logits), ends
 
     def _behind(self, texts: Sequence[Text], cache: SlotCache, graphs: TextGraphs | None) -> torch.Tensor:
-        """Append texts in one pass; returns the logits behind them [R, V]."""
+        """Append texts in one pass; returns the logits after them [R, V]."""
         slots, tokens, positions, lengths, adapters = zip(*texts, strict=True)
         if graphs is not None and graphs.shape_for([len(some) for some in tokens]) is not None:
             return graphs.prefill(texts).clone()
@@ -188,7 +188,7 @@ class Prefill:
         return self._adapters.rows(of_rows.repeat_interleave(tokens))
 
     def _beginnings(self, placed: Sequence[Placed], cache: SlotCache) -> dict[int, tuple[int, int]]:
-        """Put prompts' columns up to the end of their last images into the slots; returns the position behind them and
+        """Put prompts' columns up to the end of their last images into the slots; returns the position after them and
         their number, by slot.
         """
         found = {one.slot: (0, 0) for one in placed}
@@ -219,7 +219,7 @@ class Prefill:
         return found
 
     def _new_pictures(self, placed: Sequence[Placed], cache: SlotCache) -> int:
-        """Compute the beginnings of prompts with images at the same places; returns the position behind them."""
+        """Compute the beginnings of prompts with images at the same places; returns the position after them."""
         requests, adapter = [one.request for one in placed], placed[0].adapter
         end = requests[0].beginning
         ids = torch.tensor([request.encoded.input_ids[:end] for request in requests])

@@ -1,7 +1,7 @@
 """Prompt look-up: guesses of the next tokens from what followed the same tokens before, in the prompt or the answer.
 
 Answers that repeat their prompt or themselves (keys of JSON, rows of a table, an earlier answer) then take fewer steps:
-a step computes the newest token and the guesses behind it together, and keeps those that the model would have chosen.
+a step computes the newest token and the guesses after it together, and keeps those that the model would have chosen.
 The answer stays the same.
 """
 
@@ -13,7 +13,7 @@ _LONGEST = 3  # tokens that are looked up, most first; docs/log.md counts what t
 
 
 class PromptLookup:
-    """Guesses up to ``most`` tokens at a time behind ``prompt`` (its text, without images) and an answer."""
+    """Guesses up to ``most`` tokens at a time after ``prompt`` (its text, without images) and an answer."""
 
     def __init__(self, prompt: Sequence[int], most: int) -> None:
         self.most = most

@@ -76,7 +76,7 @@ class Request:
 
     @property
     def text(self) -> list[int]:
-        """The tokens behind the last image."""
+        """The tokens after the last image."""
         return self.encoded.input_ids[self.beginning :]
 
 

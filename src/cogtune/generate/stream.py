@@ -22,7 +22,7 @@ class TextPieces:
     """Turns token ids into text, one at a time.
 
     A character can take several byte-level tokens; it is emitted with the last one. White space at both ends of the
-    answer is dropped, so the joined pieces are the stripped answer. Tokens are decoded behind those before them,
+    answer is dropped, so the joined pieces are the stripped answer. Tokens are decoded together with those before them,
     because a SentencePiece tokenizer drops the space in front of a text's first word.
     """
 

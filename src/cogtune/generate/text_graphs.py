@@ -59,7 +59,7 @@ class TextGraphs:
                 start = end
 
     def prefill(self, texts: Sequence[Text]) -> torch.Tensor:
-        """Append a text to each of several slots, and return the logits behind each, float32 [R, V]; valid until the
+        """Append a text to each of several slots, and return the logits after each, float32 [R, V]; valid until the
         next call.
         """
         shape = self.shape_for([len(text.tokens) for text in texts])

@@ -74,7 +74,7 @@ class ActivationOffloading:
         self._settle()
         memory = self._memory(x.nbytes)
         away = _Away(x, memory)
-        weakref.finalize(away, self._free.append, memory).atexit = False  # the next copy to it is behind the last one
+        weakref.finalize(away, self._free.append, memory).atexit = False  # its next copy is ordered after its last
         self._away.append(weakref.ref(away))
         if self._stream is None:
             away.content.copy_(x)

@@ -30,7 +30,7 @@ def by_expert(
     """Apply each expert to its own contiguous slice.
 
     Both experts always run, with zero rows if need be, so that sharded or trained parameters join every collective on
-    every rank. ``text_only``: no rank has image tokens, as behind a cache, so only the language expert runs. A model
+    every rank. ``text_only``: no rank has image tokens, as with a cache, so only the language expert runs. A model
     without ``vision`` experts has one expert for all tokens.
     """
     if text_only or vision is None:
@@ -153,7 +153,7 @@ class ExpertAttention(nn.Module):
 
         ``mask`` is bool [B, 1, queries, S or C] (True: visible) and covers the last columns of the row: those after
         ``routing.prefix`` in a tree, otherwise all. None means causal attention over the row, or full visibility for a
-        single new column behind a cache.
+        single new column after a cache.
         """
         qkv = by_expert(
             x_TD,

@@ -38,13 +38,13 @@ def prefill(
         view: the slot. Columns that it already holds are the prompt's prefix.
         input_ids, token_type_ids: int64 [1, L] on the CPU, of the new columns only.
         image_features: [N, grid * grid, vision hidden] for the images among them; only for an empty slot.
-        start: the position of the first new column, behind a prefix.
+        start: the position of the first new column, after a prefix.
 
     Returns:
-        The logits behind the last column, float32 [V], and the position of the next column.
+        The logits after the last column, float32 [V], and the position of the next column.
 
     Raises:
-        ValueError: images behind a prefix, or features that do not fit the image tokens.
+        ValueError: images after a prefix, or features that do not fit the image tokens.
     """
     hidden, following = prefill_hidden(model, view, input_ids, token_type_ids, image_features, start)
     return model.lm_head(hidden)[0].float(), following
@@ -150,7 +150,7 @@ def decode(
         slots_R: each row's slot. Rows of one slot are adjacent tokens, and see those before them.
         tokens_R: the newest tokens, which the slots do not hold yet.
         positions_R: their positions.
-        lengths_R: number of columns that each slot holds, all below C; the new one is written behind them.
+        lengths_R: number of columns that each slot holds, all below C; the new one is written after them.
         columns: attend to the first ``columns`` only; must exceed every length. None: all of them.
     """
     decoder = model.model

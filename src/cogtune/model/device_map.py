@@ -1,6 +1,6 @@
 """Device map: a model over several GPUs, or over GPUs and host memory, for inference.
 
-Only whole decoder layers are distributed. Everything in front of them (embedding and image path) and behind them (norm
+Only whole decoder layers are distributed. Everything before them (embedding and image path) and after them (norm
 and head) is on the first device. So no residual block is split, logits come out on the device of the inputs, and hidden
 states cross devices only between layers. Inputs shared by all layers (tables, mask, routing) are copied once per device
 and forward pass.

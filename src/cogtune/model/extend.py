@@ -1,8 +1,8 @@
-"""Text behind what slots hold, in one pass of fixed shape: the prefill of questions about known pictures.
+"""Text after what slots hold, in one pass of fixed shape: the prefill of questions about known pictures.
 
 `model.decode.prefill` computes the same with the model's forward pass, whose shapes and launches depend on the prompt.
 Here every size is fixed and nothing is synchronised with the host, so that the pass can be captured as a CUDA graph.
-Tokens that pad it are written behind the text or in a slot's last column, which no prompt fills; nothing reads them
+Tokens that pad it are written after the text or in a slot's last column, which no prompt fills; nothing reads them
 before a decode step overwrites them.
 
 Shapes: R rows (slots) of L tokens, S slots, C columns, H query and K key/value heads, E head width, D hidden.
@@ -59,7 +59,7 @@ def extend(
         slots_R: each row's slot; equal ones belong to equal rows.
         positions_R: of each row's first token; the others follow.
         lengths_R: number of columns that each slot holds. A token sees them, and those of its row up to its own.
-        last_R: place of each text's last token in its row; what is behind it is padding.
+        last_R: place of each text's last token in its row; what follows is padding.
 
     Returns:
         The final hidden state of each text's last token [R, D].

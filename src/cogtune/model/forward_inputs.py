@@ -1,4 +1,4 @@
-"""Inputs of one forward pass: checked shapes, the published form of pictures, routing, and positions behind a cache."""
+"""Inputs of one forward pass: checked shapes, the published form of pictures, routing, and positions after a cache."""
 
 from __future__ import annotations
 
@@ -112,11 +112,11 @@ def is_empty(cache: Cache) -> bool:
 
 
 def refuse_images_behind_cache(input_ids: torch.Tensor, token_type_ids: torch.Tensor | None) -> None:
-    """Raise ValueError for image tokens behind a cache; images come with the prompt."""
+    """Raise ValueError for image tokens after a cache; images come with the prompt."""
     if token_type_ids is None or torch.compiler.is_compiling():
         return
     if bool((token_type_ids[:, -input_ids.shape[1] :] == 1).any()):
-        raise ValueError("new tokens behind a cache must be text (token_type_ids 0); start a new cache for a new image")
+        raise ValueError("new tokens after a cache must be text (token_type_ids 0); start a new cache for a new image")
 
 
 def next_positions(
@@ -126,7 +126,7 @@ def next_positions(
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return new text tokens' positions: as given, from the whole sequence's types, or behind the cache's last one."""
+    """Return new text tokens' positions: as given, from the whole sequence's types, or after the cache's last one."""
     new = input_ids.shape[1]
     if position_ids is not None:
         return position_ids
@@ -134,6 +134,6 @@ def next_positions(
         return row_positions(token_type_ids, attention_mask)[:, -new:]
     start: Any = getattr(cache, "next_position", None)
     if start is None:
-        raise ValueError("behind a cache this model did not fill, give position_ids or the whole row's token_type_ids")
+        raise ValueError("after a cache this model did not fill, give position_ids or the whole row's token_type_ids")
     found: torch.Tensor = start + torch.arange(new, device=input_ids.device)
     return found

@@ -256,7 +256,7 @@ class FusedDecode:
         adjacent: bool = False,
     ) -> torch.Tensor:
         """Return logits float32 [R, V], as `decode` does. A row whose slot is out of range (S or more) reads and writes
-        nothing. ``adjacent``: the rows are tokens of one slot, one behind the other."""
+        nothing. ``adjacent``: the rows are consecutive tokens of one slot."""
         decoder = self._model.model
         h = self.embed(tokens_R)
         cos, sin = (table.flatten(1).contiguous() for table in decoder.rotary(positions_R[:, None], h.dtype))

@@ -66,7 +66,7 @@ def _unlock(driver: Any, content: torch.Tensor, device: torch.device) -> None:
 
 
 def copy_beside(stream: torch.cuda.Stream, to: torch.Tensor, source: torch.Tensor) -> torch.cuda.Event:
-    """Copy ``source`` to ``to`` on ``stream``, behind everything that the current stream has launched.
+    """Copy ``source`` to ``to`` on ``stream``, after everything that the current stream has launched.
 
     Returns:
         The event of the copy's end, which whoever reads ``to``, or writes to ``source``, waits for.

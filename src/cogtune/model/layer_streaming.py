@@ -296,7 +296,7 @@ class _Visitor:
 
 
 def _is_text(args: Any) -> bool:
-    """Return whether a decoder layer's arguments are of text behind a prefix, for which no vision expert is called."""
+    """Return whether a decoder layer's arguments are of text after a prefix, for which no vision expert is called."""
     return bool(args[4].decoding)
 
 

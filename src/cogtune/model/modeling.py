@@ -69,7 +69,7 @@ class CogVLM2Output(ModelOutput):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm. The weight is applied in float32, before the cast back (spec 4.3)."""
+    """Root-mean-square norm. The weight is applied in float32, before the cast back."""
 
     def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__()
@@ -277,7 +277,7 @@ class CogVLM2ForCausalLM(CogVLM2PreTrainedModel, CogVLM2Generation, PublishedCal
                 memory.
             past_key_values (or ``cache``): a transformers cache; ``use_cache`` creates one.
             logits_to_keep: only the last columns' logits (0: all).
-            position_ids: only read behind a non-empty cache; elsewhere positions follow from the types.
+            position_ids: only read with a non-empty cache; elsewhere positions follow from the types.
             routing: built by the collator; computed here when absent.
             images: the pictures in the published code's form, a list of tensors [3, side, side] for each row.
             inputs_embeds, output_attentions, output_hidden_states, return_dict: peft and transformers pass these

@@ -3,7 +3,7 @@
 Shapes: B rows, S columns, H heads, E head width.
 
 The published model computes position, angle, cosine and sine in the dtype of ``inv_freq`` (bfloat16 as shipped), so
-integers above 256 collide; this is part of its behaviour. Source: spec 4.4, checked to the bit by the golden tables.
+integers above 256 collide; this is part of its behaviour. `tests/parity/test_golden.py` holds the tables to the bit.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ Two orders of the T tokens matter. *Packed* order is row by row, as read. *Sorte
 expert, each in packed order; hidden states live in sorted order, so every norm, projection and MLP works on two
 contiguous slices. Only attention needs rows again: ``to_rows`` and ``from_rows`` are those two gathers.
 
-The expert rule (spec 4.2): a token is the vision expert's iff it and its next token are image tokens, so the last token
-of an image run belongs to the language expert. The position rule (spec 4.5): an image takes three positions. In a tree
+The expert rule: a token is the vision expert's iff it and its next token are image tokens, so the last token
+of an image run belongs to the language expert. The position rule: an image takes three positions. In a tree
 both follow the path from the root, and an image lies wholly inside one segment.
 """
 
@@ -44,7 +44,7 @@ class Routing:
     from_rows: torch.Tensor | None  # [T] sorted -> b * S + column
     positions: torch.Tensor  # [B, S] rotary positions, 0 at padding
     image_slots: torch.Tensor  # sorted index of every image token, in row-major order
-    decoding: bool = False  # one new column behind a cache sees everything, so attention is not causal
+    decoding: bool = False  # one new column after a cache sees everything, so attention is not causal
     image_runs: tuple[int, ...] = ()  # length of every image run
     row_segments: torch.Tensor | None = None  # [B, S] segment of every token, G at padding; None: no tree
     ancestors: torch.Tensor | None = None  # bool [B, G + 1, G + 1]: a segment sees itself and its ancestors

@@ -80,7 +80,7 @@ class SlotCache:
         return found
 
     def copy_out(self, slot: int, columns: int, position: int = 0) -> Prefix:
-        """Return a copy of a slot's first columns. ``position``: the one behind them."""
+        """Return a copy of a slot's first columns. ``position``: the one after them."""
         return Prefix(self.keys[:, slot, :, :columns].clone(), self.values[:, slot, :, :columns].clone(), position)
 
     def put(self, slot: int, prefix: Prefix) -> None:
@@ -99,7 +99,7 @@ class SlotCache:
 class Prefix:
     """Keys and values of a sequence's first columns (for example, a picture's), each [N, K, L, E], kept for reuse.
 
-    ``position`` is the one of the token behind them.
+    ``position`` is the one of the token after them.
     """
 
     keys: torch.Tensor
@@ -158,9 +158,9 @@ class SlotView:
 
 
 class SlotRows:
-    """Several slots as the cache of one forward pass: row r goes to ``slots[r]``, behind its ``lengths[r]`` columns.
+    """Several slots as the cache of one forward pass: row r goes to ``slots[r]``, after its ``lengths[r]`` columns.
 
-    Rows may be padded behind their tokens. What padding writes lies behind a row's tokens, or in a slot's last column,
+    Rows may be padded on the right. What padding writes lies after a row's tokens, or in a slot's last column,
     which no prompt fills; a decode step overwrites it before it is read.
 
     Args:

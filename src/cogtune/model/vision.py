@@ -5,7 +5,7 @@ The first generation has no convolution: each patch is a grid cell.
 Shapes: N images, P patches + cls, W tower width, Q grid cells (2304 at full size, after the convolution), D hidden.
 
 The tower's norms act on each sublayer's output, before the residual; there is no norm before the first block and none
-after the last (spec 3). What the tower computes up to the convolution never changes while it is frozen: that is the
+after the last. What the tower computes up to the convolution never changes while it is frozen: that is the
 cacheable output, `VisionModel.features`.
 """
 
@@ -88,7 +88,7 @@ def _apply(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 class VisionMLP(nn.Module):
-    """fc2(gelu(fc1(x))), exact GELU."""
+    """fc2(gelu(fc1(x))), with the exact GELU unless cuBLAS applies it (`_product_with_gelu`)."""
 
     def __init__(self, config: CogVLM2VisionConfig) -> None:
         super().__init__()

@@ -34,7 +34,7 @@ class MicroBatch:
     labelled: int = 200
 
     def image_tokens(self, sizes: ModelSizes) -> int:
-        """Return the images' tokens without each one's last, which the language expert computes (spec 4.2)."""
+        """Return the images' tokens without each one's last, which the language expert computes."""
         return round(self.rows * self.images * (sizes.image_tokens - 1))
 
     def vision_tokens(self, sizes: ModelSizes) -> int:

@@ -100,7 +100,7 @@ def _copying(setting: Setting, card: Card, decoder: float, tower: float) -> floa
     """
     passes, tower_passes = _passes(setting), 3 if setting.tower_trains else 1
     own, blocks = Streaming.of_decoder(setting).copied, Streaming.of_tower(setting).copied
-    inputs = sum(offloaded(setting))  # to the host beside the forward pass's copies, and back behind the backward's
+    inputs = sum(offloaded(setting))  # to the host beside the forward pass's copies, and back after the backward's
     found = _exposed(max(own, inputs), card, decoder / passes)
     found += _exposed(own + inputs, card, decoder * (passes - 1) / passes)
     if setting.tower == "live":

@@ -113,7 +113,7 @@ class _Line:
 
 @dataclass(frozen=True)
 class _Step:
-    """A step whose gradient norm has not arrived, with the counters behind it."""
+    """A step whose gradient norm has not arrived, with the counters after it."""
 
     step: int
     epoch: float
@@ -157,8 +157,8 @@ class Reporter:
     def batch(self, seconds: float) -> None:
         """Call when the next step's batches are there, ``seconds`` after they were asked for.
 
-        While the device still computes, the host's waiting costs nothing. So a mark is put behind the device's work: it
-        tells later how long after the last gradient norm the device could go on.
+        While the device still computes, the host's waiting costs nothing. So a mark is queued after the device's work:
+        it tells later how long after the last gradient norm the device could go on.
         """
         self._batch = (seconds, AsyncScalar(self._zero), self._norm)
 

@@ -43,7 +43,7 @@ class StatusLine:
     def stage(self, text: str, detail: Callable[[], str] | None = None) -> None:
         """Show ``text`` with the time that passes until something else is shown.
 
-        ``detail``: returns what is shown behind the text; it is called again and again, in another thread.
+        ``detail``: returns what is shown after the text; it is called again and again, in another thread.
         """
         self._text, self._since, self._counts, self._detail = text, time.monotonic(), True, detail
 

@@ -1,4 +1,4 @@
-"""A decode step over slots is the model's own forward behind a cache."""
+"""A decode step over slots is the model's own forward after a cache."""
 
 from __future__ import annotations
 

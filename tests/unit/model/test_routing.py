@@ -12,7 +12,7 @@ from cogtune.model.routing import Routing, row_positions
 from tests.support.slow import slow_row
 from tests.support.trees import random_tree, tree_batch
 
-# types, positions, experts: spec 4.5, produced there by the published function
+# types, positions, experts: produced by the published function
 TABLE = {
     "image then text": ("01111110000", "0,1,2,2,2,2,3,4,5,6,7", "01111100000"),
     "text only": ("00000", "0,1,2,3,4", "00000"),

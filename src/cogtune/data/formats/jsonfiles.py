@@ -105,7 +105,7 @@ def _objects(file: Path, parse: Parse) -> Iterator[Item]:
         try:
             record, place = DECODER.raw_decode(text, place)
         except (ValueError, RecursionError, BadRecordError) as error:
-            what = tr("not valid JSON ({error}); the records behind it are not found", error=str(error))
+            what = tr("not valid JSON ({error}); the records after it are not found", error=str(error))
             yield Item(number, where, partial(_refuse, what))
             return
         yield Item(number, where, _later(record, parse, repaired=False))

@@ -184,7 +184,7 @@ Update = tuple[torch.Tensor, torch.Tensor]
 
 
 class Stack(NamedTuple):
-    """Several adapters' matrices, one behind the other: n of ``each`` ranks (a power of two, at least 16).
+    """Several adapters' matrices, concatenated: n of ``each`` ranks (a power of two, at least 16).
 
     Attributes:
         adapters: int64 [R], each row's adapter, -1 for none.

@@ -159,7 +159,7 @@ def slot_attention(
         keys, values: one layer's [S, K, C, E]; column ``lengths`` of each row's slot is written.
         slots: [R]; a row whose slot is S or more is skipped, and its result is undefined.
         lengths: [R], number of columns filled before each row's token.
-        adjacent: the rows are tokens of one slot, one behind the other; each sees those before it.
+        adjacent: the rows are consecutive tokens of one slot; each sees those before it.
 
     Returns:
         The context [R, H * E]. Only filled columns of a slot are read.

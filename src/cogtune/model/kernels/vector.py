@@ -192,7 +192,7 @@ def split(x, norm, out, eps, width: tl.constexpr, normed: tl.constexpr, halves: 
 
     Words of 8 codes are multiplied with 8 values, and a byte's upper code comes first. In float32: 8 rows [I/8], one
     for each code of a word. As ``halves``: 4 rows [I/8] of pairs in float16, times a power of two that makes the
-    largest of them at most 2, and behind them the inverse of that power.
+    largest of them at most 2, and after them the inverse of that power.
     """
     waited(early)
     if halves:

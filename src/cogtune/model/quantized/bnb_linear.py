@@ -55,7 +55,7 @@ def to_four_bit(layer: nn.Linear, kind: str = "nf4") -> FourBitLinear:
 def from_stored(parts: dict[str, torch.Tensor], shape: torch.Size, dtype: torch.dtype) -> FourBitLinear:
     """Build a 4-bit layer without bias from the tensors of bitsandbytes' serialised layout, on their device.
 
-    ``parts`` is keyed by the name behind ``.weight`` (the weight itself is ``""``). The codes are viewed in ``dtype``,
+    ``parts`` is keyed by the name after ``.weight`` (the weight itself is ``""``). The codes are viewed in ``dtype``,
     the model's, as `to_four_bit` stores them.
 
     Raises:
