@@ -16,6 +16,8 @@ from PIL import Image
 from cogtune.model.slots import Prefix
 from cogtune.system.byte_sizes import GIB
 
+_STRIP = 1 << 18  # pixels that are digested at once: memory for a whole photograph takes longer than its digest
+
 
 def default_budget(device: torch.device, host: bool = False) -> int:
     """Return a quarter of what is free on a GPU now; 1 GiB elsewhere and in host memory."""
@@ -77,7 +79,12 @@ class PictureCache:
 def image_digest(image: Image.Image | torch.Tensor) -> bytes:
     """Return a digest of an image's pixels, independent of the file."""
     if isinstance(image, torch.Tensor):
-        return hashlib.blake2b(image.contiguous().numpy().data, digest_size=16).digest()
-    head = f"{image.mode} {image.size}".encode()
-    palette = image.palette.tobytes() if image.palette is not None else b""
-    return hashlib.blake2b(head + palette + image.tobytes(), digest_size=16).digest()
+        return hashlib.sha256(image.contiguous().numpy().data).digest()
+    digest = hashlib.sha256(f"{image.mode} {image.size}".encode())
+    if image.palette is not None:
+        digest.update(image.palette.tobytes())
+    width, height = image.size
+    rows = max(1, _STRIP // max(1, width))
+    for top in range(0, height, rows):
+        digest.update(image.crop((0, top, width, min(top + rows, height))).tobytes())
+    return digest.digest()

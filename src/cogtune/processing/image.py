@@ -88,7 +88,8 @@ def to_rgb(image: Image.Image, where: str, *, exif: str = "ignore", bit_depth: s
             image = ImageOps.exif_transpose(image)
         if bit_depth == "scale" and is_deep(image):
             image = _scaled(image)
-        return image.convert("RGB")
+        # a picture without a file behind it is not copied
+        return image if image.mode == "RGB" and type(image) is Image.Image else image.convert("RGB")
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise nearly any exception for damaged data
@@ -124,7 +125,9 @@ def resize(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
     """Resize, the first half of `preprocess`: uint8 ``[size, size, 3]``. The second half depends on nothing else."""
     if image.mode != "RGB":
         image = image.convert("RGB")
-    return np.array(image.resize((size, size), Image.Resampling.BICUBIC))
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return np.array(image)
 
 
 def normalise(resized: npt.NDArray[np.uint8] | torch.Tensor) -> torch.Tensor:

@@ -420,3 +420,7 @@ def test_digests_tell_pictures_apart() -> None:
     changed = palette.copy()
     changed.putpalette([9] * 768)
     assert len({image_digest(picture) for picture in [red, *others, palette, changed]}) == 6
+    tall = Image.new("L", (64, 5000))  # more than is digested at once
+    last = tall.copy()
+    last.putpixel((63, 4999), 1)
+    assert image_digest(tall) == image_digest(tall.copy()) != image_digest(last)

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from cogtune.errors import DataError
-from cogtune.processing.image import preprocess, read_image
+from cogtune.processing.image import normalise, preprocess, read_image
 from cogtune.processing.picture_formats import known_formats
+from cogtune.processing.pixels import resized_of
 
 
 def formula(width: int, height: int, value) -> Image.Image:
@@ -65,6 +66,16 @@ def test_bit_equal_to_torchvision(size):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (123, 77, 3), dtype=np.uint8))
     for image in (UPSCALED, DOWNSCALED, noise, noise.resize((size, size))):
         assert torch.equal(preprocess(image, size), published(image))
+
+
+def test_a_picture_of_the_right_size_is_taken_as_it_is():
+    noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    found = resized_of(picture, 8)
+    assert np.array_equal(found, noise)
+    assert torch.equal(preprocess(picture, 8), normalise(noise))
+    found[:] = 0
+    assert np.array_equal(np.asarray(picture), noise)  # the user's picture is no part of it
 
 
 @pytest.mark.parametrize("suffix", ["png", "PNG", "bmp", "gif", "tiff", "TIF", "webp", "ppm", "tga", "jp2", "JPG"])
