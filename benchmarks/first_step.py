@@ -47,7 +47,7 @@ def child(model: str, features: str, batch: int) -> dict[str, Any]:
     parts["device"] = time.perf_counter() - now
     overrides = {"model.path": [model], "train.batch_size": [str(batch)]}
     variant = parse_variants([f"first features={features}"], overrides, preset="text=640", cached=True)[0]
-    bench = Bench(variant, cached=variant.cached)
+    bench = Bench(variant, cached=variant.cached, run_steps=1000)
     parts |= {"weights": bench.loading.seconds, "assembled": bench.ready - bench.loading.seconds}
     with tempfile.TemporaryDirectory() as folder:
         batches = bench.batches(variant, Path(folder))

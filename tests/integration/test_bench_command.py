@@ -20,6 +20,7 @@ from cogtune.bench.clock import Timing
 from cogtune.bench.steps import Bench
 from cogtune.bench.variants import parse_variants
 from cogtune.cli.main import main
+from cogtune.train import model_setup
 
 
 def _rows(file: Path) -> dict[str, dict[str, Any]]:
@@ -172,3 +173,13 @@ def test_work_of_cards_that_hold_one_model_is_held_to_all_their_rates(monkeypatc
     assert both["ranks"] == 2
     assert both["samples_per_second"] == alone["samples_per_second"] == 2.0
     assert both["lora_mfu"] == pytest.approx(alone["lora_mfu"] / 2, abs=1e-4)  # kept to four places
+
+
+def test_runs_of_few_steps_have_one_kind_of_layer_less_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(model_setup, "compile_layers", lambda model, **given: asked.append(given["first_as_others"]))
+    given = {"model.path": ["random-tiny"], "train.compile": ["true"]}
+    variant = parse_variants([], given, preset="text=40", cached=True)[0]
+    for steps in (9_999, 10_000, None):
+        Bench(variant, cached=True, run_steps=steps)
+    assert asked == [True, False, False]

@@ -57,8 +57,9 @@ class Loading:
 class Bench:
     """One base model with one adapter and engine, shared by variants that differ only in data and recomputation."""
 
-    def __init__(self, variant: Variant, *, cached: bool = False) -> None:
-        """``cached``: no variant uses pixels, so the tower is left out."""
+    def __init__(self, variant: Variant, *, cached: bool = False, run_steps: int | None = None) -> None:
+        """``cached``: no variant uses pixels, so the tower is left out. ``run_steps``: of the run that is measured;
+        None: so many that its first step does not count."""
         began = time.perf_counter()
         self.config, self.engine = variant.config, engines.start(variant.config)
         self.dtype = torch_dtype(variant.config.model.dtype, self.engine.device)
@@ -70,7 +71,7 @@ class Bench:
         if variant.baseline:
             self._wrap_published()
         else:
-            assemble(self.base, variant.config, self.engine)
+            assemble(self.base, variant.config, self.engine, steps=run_steps)
         self.ready = time.perf_counter() - began
         self.engine.module.train()
 
@@ -119,7 +120,9 @@ class Bench:
         )
         losses = _Losses()
         save, feeding = (lambda best: None), cast(Any, feed)
-        Loop(self.engine, config, feeding, {}, None, Progress(), feed.total, losses, StopSignal(), save).run()
+        loop = Loop(self.engine, config, feeding, {}, None, Progress(), feed.total, losses, StopSignal(), save)
+        loop.compiles = not variant.baseline and compiles(config, self.engine)
+        loop.run()
         timing = feed.finish()
         timing.losses = losses.values
         return timing

@@ -2,8 +2,8 @@
 
 Sizes are symbolic from the start, so a new length or number of pictures needs no recompilation. (In a module that FSDP
 has sharded they become symbolic at their first change: decision 15.) These differences do cause one: first layer (no
-input gradient), last layer (labelled tokens only) or another; one row or several; with or without pictures; a tree or
-none; training or not. Each of these few variants is compiled at its first use.
+input gradient, unless asked for), last layer (labelled tokens only) or another; one row or several; with or without
+pictures; a tree or none; training or not. Each of these few variants is compiled at its first use.
 
 Only a layer's ``compute`` is compiled; activation checkpointing and an engine's hooks stay outside. A forward pass with
 a key/value cache is not compiled: its lengths change with every token, and its caller may compile it as a whole.
@@ -82,7 +82,12 @@ def _start_workers() -> None:
 
 
 def compile_layers(
-    model: CogVLM2ForCausalLM, backend: str | Any = "inductor", *, fullgraph: bool = False, symbolic_sizes: bool = True
+    model: CogVLM2ForCausalLM,
+    backend: str | Any = "inductor",
+    *,
+    fullgraph: bool = False,
+    symbolic_sizes: bool = True,
+    first_as_others: bool = False,
 ) -> None:
     """Run every decoder and tower layer of ``model`` compiled from now on.
 
@@ -91,12 +96,17 @@ def compile_layers(
         backend: the compiler backend; see `torch.compile`.
         fullgraph: raise an error if a layer does not compile into one graph.
         symbolic_sizes: treat sizes as symbolic from the start. False: a size is constant until it changes.
+        first_as_others: compute the gradient of the first decoder layer's input, which nothing reads, so that the
+            layer is no variant of its own.
 
     Raises:
         RuntimeError: `prepare_compiling` was not called before.
     """
     dynamic = True if symbolic_sizes else None
     _compile(DecoderLayer, model.model.layers, backend, fullgraph, dynamic)
+    if first_as_others:
+        first: Any = model.model.layers[0]
+        first.compute = _WithInputGradient(first.compute)
     if model.model.vision.has_tower:
         _compile(VisionLayer, model.model.vision.transformer.layers, backend, fullgraph, dynamic)
 
@@ -127,6 +137,19 @@ class _Compute:
     def __call__(self, *arguments: Any) -> torch.Tensor:
         cached = len(arguments) > 5 and arguments[5] is not None
         result: torch.Tensor = (self._plain if cached else self._compiled)(*arguments)
+        return result
+
+
+class _WithInputGradient:
+    """The first layer's ``compute``, whose input needs a gradient in training as every other layer's does."""
+
+    def __init__(self, compute: Any) -> None:
+        self._compute = compute
+
+    def __call__(self, hidden: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        if torch.is_grad_enabled() and not hidden.requires_grad:
+            hidden = hidden.detach().requires_grad_()
+        result: torch.Tensor = self._compute(hidden, *arguments)
         return result
 
 

@@ -162,6 +162,34 @@ def test_rows_that_fill_their_columns_are_no_kind_of_their_own() -> None:
     assert compiled_graphs() == graphs
 
 
+def test_the_first_layer_is_the_compilers_kind_of_the_others_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its input has a gradient too, which nothing reads and which changes no other one."""
+    seen: list[bool] = []
+
+    def traced(compute: Any, **_: Any) -> Any:
+        def called(layer: torch.nn.Module, hidden: torch.Tensor, *arguments: Any) -> torch.Tensor:
+            if arguments:  # a decoder layer
+                seen.append(hidden.requires_grad)
+            found: torch.Tensor = compute(layer, hidden, *arguments)
+            return found
+
+        return called
+
+    monkeypatch.setattr(torch, "compile", traced)
+    prepare_compiling(torch.device("cpu"))
+    gradients = []
+    for asked in (False, True):
+        torch.manual_seed(0)
+        adapted = attach(_model(num_hidden_layers=3), LoraSection(dropout=0))
+        compile_layers(adapted.get_base_model(), first_as_others=asked)
+        adapted(**_batch()).loss.backward()
+        with torch.no_grad():
+            adapted(**_batch())
+        gradients.append([p.grad for p in adapted.parameters() if p.requires_grad])
+    assert seen == [False, True, True, *[False] * 3, True, True, True, *[False] * 3]
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 def test_the_collector_pauses_for_a_block_and_is_as_before(enabled: bool) -> None:
     before = gc.isenabled()
