@@ -41,6 +41,11 @@ class LimitedBody:
 
 
 async def read_json(request: Request, seconds: float) -> Any:
+    """Return a request's body, parsed.
+
+    Raises:
+        Refusal: it is not JSON, or has not arrived whole within ``seconds``.
+    """
     try:
         content = await asyncio.wait_for(request.body(), seconds)
         text = content.decode(json.detect_encoding(content))
@@ -53,4 +58,4 @@ async def read_json(request: Request, seconds: float) -> Any:
     except ClientDisconnect as error:
         raise Refusal(400, "the client left before its request was whole", reason="client_gone") from error
     except (ValueError, RecursionError) as error:
-        raise Refusal(400, f"the body is not JSON: {error}", reason="invalidread_json") from error
+        raise Refusal(400, f"the body is not JSON: {error}", reason="invalid_json") from error

@@ -165,16 +165,20 @@ def test_what_cannot_be_answered_is_said(running: Running, fields: Any, kind: An
 
 
 @pytest.mark.parametrize(
-    ("content", "status"),
-    [(b"{half", 400), (b"", 400), (b"[]", 400), (b"\xff\xfe", 400), (b"[" * 100_000, 400), (b"{}", 400),
-     (b'{"\\ud800": 1}', 400), (b'{"\xed\xa0\x80": 1}', 400)],
-)  # fmt: skip
-def test_a_body_that_is_no_request(running: Running, content: bytes, status: int) -> None:
+    ("content", "code"),
+    [
+        *((content, "invalid_json") for content in (b"{half", b"", b"\xff\xfe", b"[" * 100_000)),
+        *((content, "invalid_json") for content in (b'{"\\ud800": 1}', b'{"\xed\xa0\x80": 1}')),
+        *((content, "invalid_value") for content in (b"[]", b"{}")),
+    ],
+)
+def test_a_body_that_is_no_request(running: Running, content: bytes, code: str) -> None:
     answer = httpx.post(
         f"{running.url}/v1/chat/completions", content=content, headers={"Authorization": f"Bearer {KEY}"}
     )
-    assert answer.status_code == status
-    assert answer.json()["error"]["message"]
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (400, code)
+    assert error["message"]
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/chat/completions", 405), ("POST", "/v2", 404)])
