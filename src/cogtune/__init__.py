@@ -9,12 +9,12 @@
     >>> print(generator.answer("photo.jpg", "What is this?"))
     >>> cogtune.merge(adapter=result.adapter, output="merged")
 
-Functions: `load_config` reads a run's configuration, `plan` says what it takes, `train` fine-tunes, `evaluate` measures
-answers, `load_generator` gives a model that answers, `merge` writes a full model, and `export_adapter` a folder to give
-away; `load_rows` and `collate_rows`
-give a training's rows to a loop of one's own. Classes, to work with as with any of transformers': `CogVLM2ForCausalLM`
-(``from_pretrained`` also takes an adapter's folder), `CogVLM2Processor`, `CogVLM2Config`; and `RunConfig`, a whole
-configuration. ``help`` on each says more; docs/guides/python.md shows them at work.
+Functions: `load_config` reads a run's configuration, `plan` predicts its memory and time, `train` fine-tunes,
+`evaluate` measures answers, `load_generator` returns a model that answers, `merge` writes a full model,
+`export_adapter` a folder to give away; `load_rows` and `collate_rows` give a run's rows to a training loop of your own.
+Classes, used like those of transformers: `CogVLM2ForCausalLM` (``from_pretrained`` also takes an adapter's folder),
+`CogVLM2Processor`, `CogVLM2Config`; and `RunConfig`, a whole configuration. ``help`` on each says more;
+docs/guides/python.md shows them at work.
 
 Everything is imported on first use, so that ``import cogtune`` is quick. After it, transformers' Auto classes know
 CogVLM2.

@@ -207,7 +207,7 @@ class CogVLM2Config(PreTrainedConfig):
 
     @property
     def numbered_images(self) -> bool:
-        """Does the chat template put a number after each image, as a model of video frames expects?"""
+        """Whether the chat template puts a number after each image, as a model of video frames expects."""
         return not self.vision_experts
 
     @property

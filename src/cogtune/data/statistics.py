@@ -68,7 +68,7 @@ class Answers:
 
     @property
     def closed(self) -> bool:
-        """Does the data ask for one of a few answers? Most are short, and each occurs ten times on average."""
+        """Whether the data asks for one of a few answers: most are short, and each occurs ten times on average."""
         short = self.counts.total()
         return short > self.long and short >= 10 * len(self.counts)
 

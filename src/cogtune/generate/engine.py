@@ -186,7 +186,7 @@ class InferenceEngine:
 
     @property
     def alive(self) -> bool:
-        """Does it take requests?"""
+        """Whether it takes requests."""
         return not self._closing
 
     @property

@@ -154,12 +154,12 @@ class Pending(Answer):
 
     @property
     def done(self) -> bool:
-        """Has it ended?"""
+        """Whether it has ended."""
         return self._ended.is_set()
 
     @property
     def cancelled(self) -> bool:
-        """Was `cancel` called?"""
+        """Whether `cancel` was called."""
         return self._cancelled.is_set()
 
     def push(self, text: str) -> None:

@@ -80,7 +80,7 @@ class Answer(Iterator[str]):
     @property
     @abstractmethod
     def done(self) -> bool:
-        """Is it finished?"""
+        """Whether it is finished."""
 
     @abstractmethod
     def stop(self) -> None:
@@ -112,7 +112,7 @@ class StreamedAnswer(Answer):
 
     @property
     def done(self) -> bool:
-        """Has the thread ended?"""
+        """Whether the thread has ended."""
         return not self._thread.is_alive()
 
     def stop(self) -> None:

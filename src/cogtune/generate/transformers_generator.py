@@ -178,7 +178,7 @@ class _BatchedAnswer(Answer):
 
     @property
     def done(self) -> bool:
-        """Was its batch computed?"""
+        """Whether its batch was computed."""
         return self._batch.answers is not None
 
     def stop(self) -> None:

@@ -152,12 +152,12 @@ class Setting:
 
     @property
     def compiled(self) -> bool:
-        """Are the layers compiled? ``compile`` is ``auto`` only for cards that torch can compile for."""
+        """Whether the layers are compiled. ``compile`` is ``auto`` only for cards that torch can compile for."""
         return resolve_compile(self.compile, "tensor" if self.tensor > 1 else self.engine, able=True)
 
     @property
     def cacheable(self) -> bool:
-        """Can the tower's output come from the feature cache? Yes if there are pictures and the tower is frozen."""
+        """Whether the tower's output can come from the feature cache: there are pictures, and the tower is frozen."""
         return self.tower != "none" and not self.tower_trains
 
     @property

@@ -1,4 +1,4 @@
-"""Does a merged model answer as the adapter did? Stored answers are asked again, directly and through the server."""
+"""Check that a merged model answers as its adapter did: stored questions are asked again, directly and by HTTP."""
 
 from __future__ import annotations
 

@@ -24,17 +24,17 @@ class Gpu:
 
     @property
     def bfloat16(self) -> bool:
-        """Does it compute in bfloat16?"""
+        """Whether it computes in bfloat16."""
         return self.capability >= FIRST_WITH_BFLOAT16
 
     @property
     def fp8(self) -> bool:
-        """Does it have fp8 matrix products?"""
+        """Whether it has fp8 matrix products."""
         return self.capability >= FIRST_WITH_FP8
 
     @property
     def compiled_for(self) -> bool:
-        """Can torch's compiler generate kernels for it?"""
+        """Whether torch's compiler can generate kernels for it."""
         return self.capability >= FIRST_COMPILED_FOR
 
     def described(self) -> str:

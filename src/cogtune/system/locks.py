@@ -92,7 +92,7 @@ class Lock:
 
     @property
     def is_held(self) -> bool:
-        """Is the lock's file still this process's?"""
+        """Whether the lock's file is still this process's."""
         return self._file >= 0 and _read(self.path) == self._own
 
     def require(self) -> None:

@@ -67,12 +67,12 @@ class Process:
 
     @property
     def is_running(self) -> bool:
-        """Is the process running? Only meaningful if it is visible."""
+        """Whether the process is running. Only meaningful if it is visible."""
         return files.is_running(self.number) and self.started == _started(self.number)
 
     @property
     def is_visible(self) -> bool:
-        """Does its process number mean something here? That of another container does not."""
+        """Whether its process number means something here. That of another container does not."""
         return self.is_of_this_machine and self.processes == _processes()
 
     def __str__(self) -> str:

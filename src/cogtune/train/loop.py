@@ -43,6 +43,8 @@ _MOST_SKIPPED_IN_A_ROW = 50  # float16: by then the loss scale has fallen by 2^5
 
 @dataclass(frozen=True)
 class StepReport:
+    """A launched step: its mean loss per label in nats, and the ``records`` of each micro-batch, all on this rank."""
+
     loss: float
     labels: int
     result: StepResult
