@@ -124,7 +124,7 @@ def wrapped(shown: str, columns: int, indent: str = "") -> list[str]:
     Chinese breaks between any two characters, but for punctuation, which does not begin a line.
     """
     if width(shown) == len(shown):
-        return textwrap.wrap(shown, columns, initial_indent=indent, subsequent_indent=indent)
+        return textwrap.wrap(shown, columns, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
     lines, line = [], indent
     for piece in _PIECE.findall(shown):
         if width(line) + width(piece.rstrip()) > columns and line.strip():

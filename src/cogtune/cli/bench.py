@@ -61,15 +61,15 @@ class _Tiny:
 
 @dataclass(frozen=True)
 class _Steps(_Tiny):
-    steps: int = flag(10, "Measured steps. Default: 10.", "N", least=1)
-    warmup: int = flag(3, "Steps before the measured ones. Default: 3.", "N", least=1)
-    preset: str = flag("s400", "Shape of the rows. Default: s400.", "NAME")
+    steps: int = flag(10, "Measured steps.", "N", least=1)
+    warmup: int = flag(3, "Steps before the measured ones.", "N", least=1)
+    preset: str = flag("s400", "Shape of the rows.", "NAME")
     breakdown: bool = flag(False, "Also profile: where a step's time goes.")
 
 
 @dataclass(frozen=True)
 class _TrainFlags(_Steps):
-    features: str = flag("live", "cached: the tower's output is given; live: it runs. Default: live.", "KIND")
+    features: str = flag("live", "cached: the tower's output is given; live: it runs.", "KIND")
     variant: tuple[str, ...] = flag((), "NAME key=value ...: a row of the table.", "TEXT")
     rounds: int = flag(1, "Times to go through all variants.", "N", least=1)
     cap: str | None = flag(None, _CAP, "SIZE")
@@ -77,8 +77,8 @@ class _TrainFlags(_Steps):
 
 @dataclass(frozen=True)
 class _SweepFlags(_Tiny):
-    steps: int = flag(3, "Measured steps. Default: 3.", "N", least=1)
-    warmup: int = flag(2, "Steps before the measured ones. Default: 2.", "N", least=1)
+    steps: int = flag(3, "Measured steps.", "N", least=1)
+    warmup: int = flag(2, "Steps before the measured ones.", "N", least=1)
 
 
 @dataclass(frozen=True)
@@ -88,35 +88,35 @@ class _FitFlags(_Tiny):
 
 @dataclass(frozen=True)
 class _DecodeFlags(_Tiny):
-    context: int = flag(2400, "Positions of picture and prompt. Default: 2400.", "N")
-    tokens: int = flag(64, "Length of the answer. Default: 64.", "N", least=8)
-    rows: str = flag("1", "How many answers at once, several joined by commas. Default: 1.", "N,N")
+    context: int = flag(2400, "Positions of picture and prompt.", "N")
+    tokens: int = flag(64, "Length of the answer.", "N", least=8)
+    rows: str = flag("1", "How many answers at once, several joined by commas.", "N,N")
     with_adapter: bool = flag(False, "With an adapter of the lora section.")
     cap: str | None = flag(None, _CAP, "SIZE")
 
 
 @dataclass(frozen=True)
 class _FillFlags(_Tiny):
-    pictures: int = flag(32, "Pictures to compute. Default: 32.", "N", least=1)
+    pictures: int = flag(32, "Pictures to compute.", "N", least=1)
     cap: str | None = flag(None, _CAP, "SIZE")
-    side: int = flag(1344, "Their size in pixels. Default: 1344.", "N", least=8)
+    side: int = flag(1344, "Their size in pixels.", "N", least=8)
 
 
 @dataclass(frozen=True)
 class _CaptionsFlags(_Tiny):
-    clips: int = flag(64, "Clips to caption. Default: 64.", "N", least=2)
-    tokens: int = flag(200, "Length of a caption. Default: 200.", "N", least=2)
-    slots: int = flag(32, "How many captions at once. Default: 32.", "N", least=1)
-    size: str = flag("720x480", "Their size in pixels. Default: 720x480.", "WxH")
-    seconds: int = flag(25, "Their length; a frame a second is seen, at most 24. Default: 25.", "N", least=1)
+    clips: int = flag(64, "Clips to caption.", "N", least=2)
+    tokens: int = flag(200, "Length of a caption.", "N", least=2)
+    slots: int = flag(32, "How many captions at once.", "N", least=1)
+    size: str = flag("720x480", "Their size in pixels.", "WxH")
+    seconds: int = flag(25, "Their length; a frame a second is seen, at most 24.", "N", least=1)
 
 
 @dataclass(frozen=True)
 class _LoaderFlags(_Tiny):
-    rate: float = flag(20.0, "Samples a second to take. Default: 20.", "N", least=0.1)
-    seconds: float = flag(10.0, "For how long. Default: 10.", "N", least=0.1)
-    pictures: int = flag(64, "Different pictures. Default: 64.", "N", least=1)
-    side: int = flag(1344, "Their size in pixels. Default: 1344.", "N", least=8)
+    rate: float = flag(20.0, "Samples a second to take.", "N", least=0.1)
+    seconds: float = flag(10.0, "For how long.", "N", least=0.1)
+    pictures: int = flag(64, "Different pictures.", "N", least=1)
+    side: int = flag(1344, "Their size in pixels.", "N", least=8)
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class _LoadFlags:
 class _MakeFlags:
     preset: str = flag(
         "full",
-        "full (39 GB), video (25 GB), first (35 GB), tiny, tiny-video or tiny-first (400 kB). Default: full.",
+        "full (39 GB), video (25 GB), first (35 GB), tiny, tiny-video or tiny-first (400 kB).",
         "NAME",
         choices=("full", "video", "first", "tiny", "tiny-video", "tiny-first"),
     )

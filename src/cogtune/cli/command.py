@@ -44,13 +44,20 @@ class NoFlags:
 
 @dataclass(frozen=True)
 class Flag:
-    """One of a command's own flags. ``kind``: bool, int, float, str or Path; ``many``: it can be repeated."""
+    """One of a command's own flags.
+
+    Attributes:
+        kind: bool, int, float, str or Path.
+        many: whether it can be repeated.
+        default: as it is typed; empty if there is none.
+    """
 
     name: str
     field: str
     kind: type[Any]
     many: bool
     required: bool
+    default: str
     help: str
     metavar: str
     least: float | None
@@ -210,12 +217,20 @@ def own_flags(kind: type[Any]) -> Iterator[Flag]:
             kind=inner,
             many=many,
             required=field.default is dataclasses.MISSING,
+            default=_typed(field.default),
             help=meta["help"],
             metavar=meta["metavar"],
             least=meta["least"],
             choices=meta["choices"],
             also=meta["also"],
         )
+
+
+def _typed(default: Any) -> str:
+    """Return a flag's default as a user would type it; empty for none, and for a flag without a value."""
+    if default is dataclasses.MISSING or default is None or isinstance(default, bool | tuple):
+        return ""
+    return f"{default:g}" if isinstance(default, float) else str(default)
 
 
 def _plain(annotation: Any) -> tuple[type[Any], bool]:

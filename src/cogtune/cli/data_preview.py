@@ -31,10 +31,10 @@ _BRANCHES = ("blue", "yellow", "magenta", "cyan", "red", "bright_black")
 
 @dataclass(frozen=True)
 class _Flags:
-    count: int = flag(3, "How many pictures, from the first. Default: 3.", "N", least=0)
+    count: int = flag(3, "How many pictures, from the first.", "N", least=0)
     record: str | None = flag(None, "Show this one: a record's id, or the name of its picture's file.", "ID")
     html: Path | None = flag(None, "Write one page that needs nothing else, instead of printing.", "FILE")
-    width: int = flag(40, "Columns of the picture in the terminal. 0: none. Default: 40.", "N", least=0)
+    width: int = flag(40, "Columns of the picture in the terminal. 0: none.", "N", least=0)
 
 
 def _preview(flags: _Flags, line: Arguments) -> None:

@@ -13,7 +13,7 @@ from cogtune.cli.options import Arguments
 _OUTPUT = Path("cogtune-demo")
 _VIDEO_OUTPUT = Path("cogtune-demo-video")
 _ABOUT = """\
-Fine-tune a tiny CogVLM2 on real pictures and talk to it: the whole workflow, without GPU and network.
+Fine-tune a tiny CogVLM2 on drawn pictures and ask it about others: the whole workflow, without GPU and network.
 
 Writes easy-VQA as a data folder, measures the shipped tiny base, fine-tunes it with LoRA, measures again (also with the
 picture blanked), merges, asks three questions, and writes a page with all of it. A few minutes on two cores. Needs the
@@ -24,7 +24,7 @@ package easy-vqa (pip install easy-vqa). Run again, it continues where it was in
 
 @dataclass(frozen=True)
 class _Flags:
-    output: Path = flag(_OUTPUT, f"Folder for everything the demo writes. Default: {_OUTPUT}.", "DIR")
+    output: Path = flag(_OUTPUT, "Folder for everything the demo writes.", "DIR")
     video: bool = flag(False, "Moving shapes and the video model instead.")
 
 

@@ -25,12 +25,12 @@ tokenizer, fetched into the same folder, under Llama 2's."""
 @dataclass(frozen=True)
 class _Flags:
     output: Path | None = flag(None, "Folder for the files. Default: the repository's name.", "DIR")
-    source: str = flag("hf", "The hub. Default: hf.", "hf|modelscope", choices=("hf", "modelscope"))
+    source: str = flag("hf", "The hub.", "hf|modelscope", choices=("hf", "modelscope"))
     variant: str = flag(
         "chat",
         "Which model: chat, chinese-chat, int4, chinese-int4; of clips: caption, video-chat, video-base,"
         " visionreward-video; of the first generation: cogvlm-chat, cogvlm-base-490, cogvlm-base-224,"
-        " cogvlm-grounding-generalist, cogvlm-grounding-base. Default: chat.",
+        " cogvlm-grounding-generalist, cogvlm-grounding-base.",
         "NAME",
     )
 

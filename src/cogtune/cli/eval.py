@@ -18,7 +18,7 @@ _OUTPUT = Path("cogtune-eval")
 @dataclass(frozen=True)
 class _Flags:
     against: tuple[str, ...] = flag(
-        (), "What to compare with: base (the model without its adapter), an adapter, a model or a .jsonl file; repeat.",
+        (), "What to compare with: base (the model without its adapter), an adapter, a model or a .jsonl file.",
         "WHAT",
     )  # fmt: skip
     metrics: tuple[str, ...] = flag((), "Metrics, joined by commas; the first one decides the verdict.", "NAMES")
@@ -30,7 +30,7 @@ class _Flags:
         (), "Possible answers, joined by commas: the likeliest by its tokens' probability is the answer.", "NAMES"
     )
     predictions: Path | None = flag(None, "Evaluate this file of `cogtune predict` instead of a model.", "FILE")
-    output: Path = flag(_OUTPUT, f"Folder for answers and results. Default: {_OUTPUT}.", "DIR")
+    output: Path = flag(_OUTPUT, "Folder for answers and results.", "DIR")
     json: bool = flag(False, "Print the result as JSON on standard output.")
 
 

@@ -91,6 +91,7 @@ def _usage(command: Command, flags: Sequence[Flag]) -> str:
 def _flag_rows(command: Command, flags: Sequence[Flag]) -> Iterator[tuple[str, str]]:
     for flag in flags:
         text = tr(flag.help) + (tr(" May be repeated.") if flag.many else "")
+        text += tr(" Default: {value}.", value=flag.default) if flag.default else ""
         yield flag.usage, text + (tr(" Required.") if flag.required else "")
     if command.places and command.keys != "none" and "yaml" in command.places[0]:
         yield "--config FILE", tr("The configuration file, as the first argument.")

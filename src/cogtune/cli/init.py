@@ -32,7 +32,7 @@ _SHOWN = 3
 class _Flags:
     card: str | None = flag(None, "A size (24GiB), a name (RTX 4090), or auto: this machine's, if it has one.", "CARD")
     cards: int = flag(1, "How many such cards.", "N", least=1)
-    output: Path = flag(Path("config.yaml"), "The file to write. Default: config.yaml.", "FILE")
+    output: Path = flag(Path("config.yaml"), "The file to write.", "FILE")
     force: bool = flag(False, "Replace the file if it is there.")
 
 

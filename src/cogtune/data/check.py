@@ -79,7 +79,7 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """Would training start?"""
+        """Whether training would start."""
         return not self.errors
 
     def add(self, level: str, code: str, where: str, what: str) -> None:

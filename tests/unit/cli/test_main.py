@@ -131,6 +131,18 @@ def test_help_calls_required_what_the_command_requires(
     assert capsys.readouterr().out.count("[required]") == needed
 
 
+@pytest.mark.parametrize(
+    ("start", "end"),
+    [("--port N ", " Default: 8000."), ("--timeout N ", " Default: 120."), ("--max-body SIZE ", " Default: 32MiB."),
+     ("--allow-image-host HOST ", " May be repeated."), ("--api-key-file PATH ", " one a line.")],
+)  # fmt: skip
+def test_help_shows_the_defaults_of_a_commands_own_flags(
+    start: str, end: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["serve", "--help"])
+    assert [line.endswith(end) for line in capsys.readouterr().out.splitlines() if start in line] == [True]
+
+
 @pytest.mark.parametrize("name", [*commands.COMMANDS, *commands.GROUPS])
 def test_help_has_examples_on_lines_of_their_own(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """That fit a terminal, and that the command itself takes."""
