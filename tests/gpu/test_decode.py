@@ -76,6 +76,7 @@ def test_products(dtype: torch.dtype, kind: int, rows: int, features: int, width
     )
     residual = torch.randn(rows, features, device="cuda").to(dtype)
     small, update = torch.randn(rows, 16, device="cuda").to(dtype), torch.randn(features, 16, device="cuda").to(dtype)
+    reducing = torch.randn(16, width, device="cuda").to(dtype) / 16
     wide = x.double()
     plain, added = wide @ first.T, small.double() @ update.double().T
     normed = norm.double() * wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
@@ -86,6 +87,21 @@ def test_products(dtype: torch.dtype, kind: int, rows: int, features: int, width
         "gated": (kernels.linear(x, one, gated=two), functional.silu(plain) * (wide @ second.T)),
         "update": (kernels.linear(x, one, updates=((small, update),)), plain + added),
     }
+    reduced = wide @ reducing.double().T, normed @ reducing.double().T
+    cases |= {
+        "reduced": (kernels.reduce(x, reducing), reduced[0]),
+        "reduced, norm": (kernels.reduce(x, reducing, norm=(norm, 1e-5)), reduced[1]),
+    }
+    if kernels.reduces(rows, one):
+        small = torch.full_like(small, float("nan"))
+        reduction = kernels.Reduction(reducing, torch.zeros(1, dtype=torch.int32, device="cuda"))
+        updates = ((small, update), (small, update))
+        found = kernels.linear(x, one, norm=(norm, 1e-5), updates=updates[:1], reduction=reduction)
+        cases["reduced inside"] = (found, normed @ first.T + reduced[1] @ update.double().T)
+        reduction.arrived.zero_()
+        found = kernels.linear(x, one, gated=two, updates=updates, reduction=reduction)
+        added = reduced[0] @ update.double().T
+        cases["reduced inside, gated"] = (found, functional.silu(plain + added) * (wide @ second.T + added))
     for name, (found, wanted) in cases.items():
         assert _error(found, wanted) < TOLERANCE[dtype], name
 
@@ -100,14 +116,14 @@ def test_stacked_adapters(dtype: torch.dtype, rows: int) -> None:
     (one, first), (two, second) = (
         _weight(kernels.PLAIN, torch.randn(features, width, device="cuda").to(dtype) / 16) for _ in range(2)
     )
-    small, small_wide = _weight(kernels.PLAIN, torch.randn(2 * count * each, width, device="cuda").to(dtype) / 16)
+    small = torch.randn(2 * count * each, width, device="cuda").to(dtype) / 16
     updates = [torch.randn(features, count * each, device="cuda").to(dtype) / 4 for _ in range(2)]
     adapters = torch.arange(rows, device="cuda") % (count + 1) - 1 if rows > 1 else torch.tensor([1], device="cuda")
     stack = kernels.Stack(adapters, count, each)
     owner = torch.arange(2 * count * each, device="cuda") // each % count
     wide = norm.double() * x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-5)
-    wanted_small = (wide @ small_wide.T) * (owner == adapters[:, None])
-    found_small = kernels.linear(x, small, norm=(norm, 1e-5), stack=stack)
+    wanted_small = (wide @ small.double().T) * (owner == adapters[:, None])
+    found_small = kernels.reduce(x, small, norm=(norm, 1e-5), stack=stack)
     assert _error(found_small, wanted_small) < TOLERANCE[dtype]
     assert bool((found_small == 0)[wanted_small == 0].all())
     smalls = found_small.split(count * each, dim=1)

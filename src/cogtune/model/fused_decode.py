@@ -62,7 +62,10 @@ class Projection:
 
     Attributes:
         modules: the layers, as the model calls them.
+        arrived: see `kernels.Reduction`; must be 0 before each call.
     """
+
+    arrived: torch.Tensor
 
     def __init__(self, dtype: torch.dtype, *modules: Any) -> None:
         self.modules = modules
@@ -70,7 +73,7 @@ class Projection:
         if not all(_is_plain(module) for module in modules):
             self.weights = [None]
         self.stacks = _stacks(modules)
-        self.first: kernels.Weight | None
+        self.first: torch.Tensor | None
         self.seconds: list[torch.Tensor]
         self.first, self.seconds = _updates(modules, dtype) if self.stacks is None else self.stacks.matrices
 
@@ -102,13 +105,19 @@ class Projection:
         before = None if norm is None else (norm.weight, norm.eps)
         updates: Any = None
         stack = None if self.stacks is None else self.stacks.of_rows()
+        reduction = None
         if self.first is not None:
-            small = kernels.linear(x, self.first, norm=before, stack=stack)
+            if stack is None and kernels.reduces(len(x), weight):
+                small = x.new_empty(1, len(self.first))
+                reduction = kernels.Reduction(self.first, self.arrived)
+            else:
+                small = kernels.reduce(x, self.first, norm=before, stack=stack)
             smalls = [small] * len(self.seconds) if stack is None else small.split(stack.n * stack.each, dim=1)
             updates = tuple(zip(smalls, self.seconds, strict=True))
         return kernels.linear(
-            x, weight, norm=before, gated=gated[0] if gated else None, residual=residual, updates=updates, stack=stack
-        )
+            x, weight, norm=before, gated=gated[0] if gated else None, residual=residual, updates=updates, stack=stack,
+            reduction=reduction,
+        )  # fmt: skip
 
     def _by_modules(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         found: torch.Tensor = self.modules[0](x)
@@ -136,7 +145,7 @@ class _Stacks:
             firsts.append(module.first if stacked else torch.zeros_like(like.first))
             seconds.append(module.second if stacked else like.second.new_zeros(module.out_features, width))
         first = firsts[0] if len(firsts) == 1 else torch.cat(firsts)
-        self.matrices = kernels.Weight(kernels.PLAIN, first, (first.shape[0], first.shape[1])), seconds
+        self.matrices = first, seconds
 
     def of_rows(self) -> kernels.Stack:
         """Return the stack with the adapters of the rows that are computed now."""
@@ -158,7 +167,7 @@ def _is_plain(module: Any) -> bool:
     return not any(name in module.lora_variant or module.lora_B[name].bias is not None for name in names)
 
 
-def _updates(modules: Sequence[Any], dtype: torch.dtype) -> tuple[kernels.Weight | None, list[torch.Tensor]]:
+def _updates(modules: Sequence[Any], dtype: torch.dtype) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
     """Return the active adapters of layers that share an input, stacked into one pair of products.
 
     The first matrices are stacked by rows [rank, I]. Each layer gets its scaled second matrix [O, rank], which is 0 at
@@ -188,7 +197,7 @@ def _updates(modules: Sequence[Any], dtype: torch.dtype) -> tuple[kernels.Weight
                 second[:, at : at + small.shape[0]] = scaled.to(dtype)
             at += small.shape[0]
         seconds.append(second)
-    return kernels.Weight(kernels.PLAIN, first, (padded, first.shape[1])), seconds
+    return first, seconds
 
 
 class _Layer:
@@ -199,6 +208,7 @@ class _Layer:
         self.dense = Projection(dtype, attention.language_expert_dense)
         self.gate_up = Projection(dtype, mlp.gate_proj, mlp.up_proj)
         self.down = Projection(dtype, mlp.down_proj)
+        self.products = (self.qkv, self.dense, self.gate_up, self.down)
         self.input_norm, self.output_norm = layer.input_layernorm, layer.post_attention_layernorm
         self._group: TensorGroup | None = attention.tensor_group
 
@@ -222,6 +232,11 @@ class FusedDecode:
         self.layers = [_Layer(layer, model.dtype) for layer in model.model.layers]
         self._head = Projection(model.dtype, model.lm_head)
         self._group = group_of(model)
+        updated = [product for layer in self.layers for product in layer.products if product.first is not None]
+        updated += [self._head] if self._head.first is not None else []
+        self._arrived = torch.zeros(len(updated), dtype=torch.int32, device=model.device)
+        for place, product in enumerate(updated):
+            product.arrived = self._arrived[place : place + 1]
 
     @staticmethod
     def fits(model: CogVLM2ForCausalLM) -> bool:
@@ -259,6 +274,8 @@ class FusedDecode:
         nothing. ``adjacent``: the rows are consecutive tokens of one slot."""
         decoder = self._model.model
         h = self.embed(tokens_R)
+        if len(self._arrived):
+            self._arrived.zero_()
         cos, sin = (table.flatten(1).contiguous() for table in decoder.rotary(positions_R[:, None], h.dtype))
         for index, layer in enumerate(self.layers):
             keys, values, heads = cache.keys[index], cache.values[index], layer.heads

@@ -15,7 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
-from cogtune.model.kernels.vector import dense, gated_product, is_owned, launch_options, packed, split, taken, waited
+from cogtune.model.kernels.dependent_launch import launch_options, waited
+from cogtune.model.kernels.low_rank import reduced
+from cogtune.model.kernels.vector import dense, gated_product, packed, split, taken
 
 PLAIN, FP8, INT8, NF4 = 0, 1, 2, 3
 MOST_ROWS, MOST_GATED_ROWS = 16, 64
@@ -64,22 +66,16 @@ def _added_rows(found, small, second, at, r, rows, small_stride, rank: tl.conste
 
 
 @triton.jit
-def _few(x, w0, s0, w1, s1, out, residual, small0, second0, small1, second1, adapters, rows, outs, small_stride,
-         ins: tl.constexpr, rank: tl.constexpr, each: tl.constexpr, stacked: tl.constexpr, kind: tl.constexpr,
-         gated: tl.constexpr, adds: tl.constexpr, exact: tl.constexpr, block_r: tl.constexpr, block_n: tl.constexpr,
-         block_k: tl.constexpr, early: tl.constexpr):  # fmt: skip
+def _few(x, w0, s0, w1, s1, out, residual, small0, second0, small1, second1, rows, outs, small_stride,
+         ins: tl.constexpr, rank: tl.constexpr, each: tl.constexpr, kind: tl.constexpr, gated: tl.constexpr,
+         adds: tl.constexpr, exact: tl.constexpr, block_r: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
+         early: tl.constexpr):  # fmt: skip
     waited(early)
     n = (tl.program_id(0) * block_n + tl.arange(0, block_n)).to(tl.int64)
     r = tl.arange(0, block_r)
     inside = (n < outs)[None, :] & (r < rows)[:, None]
     at = tl.where(n < outs, n, 0)
     place = r.to(tl.int64)[:, None] * outs + n[None, :]
-    if stacked > 0:
-        own = tl.load(adapters + r, mask=r < rows, other=-1)
-        owned = is_owned(n[None, :], own[:, None], each, stacked)
-        if tl.max(tl.max(owned.to(tl.int32), 1), 0) == 0:
-            tl.store(out + place, tl.zeros([block_r, block_n], out.dtype.element_ty), mask=inside)
-            return
     first = tl.zeros([block_r, block_n], tl.float32)
     second = tl.zeros([block_r, block_n], tl.float32)
     for k0 in range(0, ins, block_k):
@@ -100,9 +96,6 @@ def _few(x, w0, s0, w1, s1, out, residual, small0, second0, small1, second1, ada
         found = gated_product(first, second, kept)
     if adds:
         found = found.to(kept).to(tl.float32) + tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
-    if stacked > 0:
-        found = tl.where(is_owned(n[None, :], tl.load(adapters + r, mask=r < rows, other=-1)[:, None], each, stacked),
-                         found, 0.0)  # fmt: skip
     tl.store(out + place, found.to(kept), mask=inside)
 
 
@@ -195,6 +188,22 @@ class Stack(NamedTuple):
     each: int
 
 
+class Reduction(NamedTuple):
+    """A [rank, I] of updates whose x A' the launch of the product computes itself, into the updates' tensor [1, rank].
+
+    Attributes:
+        arrived: int32 [1], 0 before the launch; counts the features of x A' that are there.
+    """
+
+    first: torch.Tensor
+    arrived: torch.Tensor
+
+
+def reduces(rows: int, weight: Weight) -> bool:
+    """Return whether `linear` takes a `Reduction`: of one row, whose product leaves time for it, in `vector.dense`."""
+    return rows == 1 and weight.kind != NF4 and weight.shape[0] <= MOST_FEATURES
+
+
 def linear(
     x: torch.Tensor,
     weight: Weight,
@@ -204,6 +213,7 @@ def linear(
     residual: torch.Tensor | None = None,
     updates: tuple[Update, Update] | tuple[Update] | None = None,
     stack: Stack | None = None,
+    reduction: Reduction | None = None,
     tiles: dict[str, Any] | None = None,
 ) -> torch.Tensor:
     """Return ``x W'`` [R, O] of rows x [R, I], R at most 64; of a single row if the weight is NF4.
@@ -214,9 +224,8 @@ def linear(
         gated: a second weight G; the result is then silu(x W') * (x G').
         residual: [R, O], added to the result.
         updates: low-rank updates of ``weight`` and ``gated``.
-        stack: with ``updates``, the adapters that their ranks belong to. Without, ``weight`` holds the first matrices
-            of the adapters (O is n times ``each``, or twice that for two layers that share their input), and the result
-            is 0 at features of adapters that are not the row's.
+        stack: the adapters that the ranks of ``updates`` belong to.
+        reduction: with ``updates`` that share one x A', where `reduces` allows it.
         tiles: block_n, block_k and num_warps in place of this function's choice.
     """
     rows, (features, width) = x.shape[0], weight.shape
@@ -227,30 +236,31 @@ def linear(
     small1, second1 = (small0, second0) if updates is None or len(updates) == 1 else updates[1]
     products = (
         weight.data, weight.scale, other.data, other.scale, out, x if residual is None else residual, small0, second0,
-        small1, second1, x if stack is None else stack.adapters,
+        small1, second1,
     )  # fmt: skip
+    adapters = x if stack is None else stack.adapters
     options: dict[str, Any] = {
         "ins": width, "rank": rank, "each": rank if stack is None else stack.each, "gated": gated is not None,
         "adds": residual is not None, **launch_options(x),
     }  # fmt: skip
-    stacked = 0 if stack is None or updates is not None else stack.n
     if rows == 1 and (features <= MOST_FEATURES or weight.kind == NF4):
         tile = row_tiles(features, width, weight.kind, gated is not None) | (tiles or {})
-        grid = (triton.cdiv(features, tile["rows"] * tile["warps"]),)
+        programs = triton.cdiv(features, tile["rows"] * tile["warps"])
         options |= {"num_warps": tile["warps"]} | tile
         before, eps = (x, 0.0) if norm is None else norm
         if weight.kind == NF4:
             halves = x.is_cuda and x.dtype != torch.float32
             code = weight.words if halves else weight.code
             stored = (code, weight.outer, other.outer, weight.table, weight.offset, other.offset)
-            packed[grid](
-                _split(x, norm, halves), *products, *stored, features, per_outer=weight.per_outer,
+            packed[(programs,)](
+                _split(x, norm, halves), *products, adapters, *stored, features, per_outer=weight.per_outer,
                 nested=weight.nested, halves=halves, **options,
             )  # fmt: skip
         else:
-            dense[grid](
-                x, before, *products, features, eps, normed=norm is not None, kind=weight.kind, stacked=stacked,
-                **options,
+            first, arrived = (x, x) if reduction is None else reduction
+            dense[(programs if reduction is None else programs + rank,)](
+                x, before, *products, adapters, first, arrived, features, eps, kind=weight.kind,
+                normed=norm is not None, reduces=reduction is not None, **options,
             )  # fmt: skip
         return out
     if norm is not None:
@@ -259,8 +269,30 @@ def linear(
     exact = "ieee" if x.dtype == torch.float32 else "tf32"
     block_r = max(16, triton.next_power_of_2(rows))
     _few[(triton.cdiv(features, tile["block_n"]),)](
-        x, *products, rows, features, small0.stride(0), exact=exact, block_r=block_r, kind=weight.kind, stacked=stacked,
-        **options, **tile,
+        x, *products, rows, features, small0.stride(0), exact=exact, block_r=block_r, kind=weight.kind, **options,
+        **tile,
+    )  # fmt: skip
+    return out
+
+
+def reduce(
+    x: torch.Tensor, first: torch.Tensor, *, norm: tuple[torch.Tensor, float] | None = None, stack: Stack | None = None
+) -> torch.Tensor:
+    """Return x A' [R, rank] of rows x [R, I], for the updates of `linear`.
+
+    Args:
+        first: A [rank, I]; with ``stack`` of all its adapters one behind the other, n times ``each`` ranks, or twice
+            that for two layers that share their input. The result is 0 at ranks of adapters that are not the row's.
+        norm: as for `linear`.
+    """
+    (rows, width), rank = x.shape, first.shape[0]
+    out = torch.empty(rows, rank, dtype=x.dtype, device=x.device)
+    before, eps = (x, 0.0) if norm is None else norm
+    block_r = min(2, rows)
+    reduced[(rank, triton.cdiv(rows, block_r))](
+        x, before, first, out, x if stack is None else stack.adapters, rows, rank, eps, ins=width,
+        each=rank if stack is None else stack.each, stacked=0 if stack is None else stack.n, normed=norm is not None,
+        block_r=block_r, block_k=min(4096, triton.next_power_of_2(width)), num_warps=8, **launch_options(x),
     )  # fmt: skip
     return out
 
@@ -311,8 +343,6 @@ def _tiles(rows: int, features: int, gated: bool) -> dict[str, int]:
 
 def row_tiles(features: int, width: int, kind: int, gated: bool) -> dict[str, int]:
     """Like `_tiles`, for one row: features of a warp, warps, and the columns that it holds at a time."""
-    if features <= 512 and kind != NF4:  # the first matrix of an update: all warps share a feature
-        return {"rows": 1, "warps": 1, "block_k": 4096, "unroll": 1, "num_warps": 8}
     if kind == NF4:
         return {"rows": 1, "warps": 8} | (LATE if width > 8192 else {})
     if kind == PLAIN:

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cogtune.model.kernels.vector import launch_options, waited
+from cogtune.model.kernels.dependent_launch import launch_options, waited
 
 PART = 256  # columns per attention program; fixed, so that a row's result does not depend on the number of rows
 NARROWEST_HEAD = 32  # tl.dot multiplies halves of a head, and needs 16 columns
@@ -181,7 +181,8 @@ def slot_attention(
     _attend[(rows, groups, parts)](
         qkv, cos, sin, keys, values, slots, lengths, context, largest, total, width**-0.5, qkv.stride(0),
         keys.stride(0), keys.stride(1), num_slots, parts, heads=heads, groups=groups, width=width, part=PART,
-        block=64 if qkv.dtype == torch.float32 else 128, exact=exact, written=int(adjacent), num_warps=4, **launch,
+        block=64 if qkv.dtype == torch.float32 else 128, exact=exact, written=int(adjacent), num_warps=4,
+        num_stages=3 if rows == 1 else 2, **launch,
     )  # fmt: skip
     _combine[(rows, heads)](
         context, largest, total, slots, lengths, out, num_slots, parts, heads=heads, width=width, part=PART,

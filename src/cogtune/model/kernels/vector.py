@@ -1,27 +1,19 @@
 """Products of one row with weights in their storage format, for a decode step of one answer. Imported only with Triton.
 
 Such a product is bandwidth-bound: every weight is read once. A program has a few output features; its warps hold whole
-rows of a tile, so that sums stay in registers until the end. On cards that support it a program starts while the kernel
-before it still runs, loads its first weights, and only then waits for its input (programmatic dependent launch).
+rows of a tile, so that sums stay in registers until the end. A program loads its first weights before it waits for its
+input (`kernels.dependent_launch`).
 
 Shapes: I input and O output features.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-
-def launch_options(x: torch.Tensor) -> dict[str, bool]:
-    """Return how a kernel with `waited` is launched on x [R, ...]: before the last one has ended, where that works.
-
-    With several rows steps are slower so (docs/log.md, 2026-11-30).
-    """
-    early = x.is_cuda and x.shape[0] == 1 and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    return {"early": True, "launch_pdl": True} if early else {"early": False}
+from cogtune.model.kernels.dependent_launch import waited
+from cogtune.model.kernels.low_rank import announced, awaited
 
 
 @triton.jit
@@ -32,21 +24,6 @@ def taken(x, weight, at, mask, normed: tl.constexpr):
     if normed:
         values = plain * tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
     return values, plain * plain
-
-
-@triton.jit
-def waited(early: tl.constexpr):
-    """Let the next kernel start, and wait for the results of those before this one."""
-    if early:
-        gdc_launch_dependents()
-        gdc_wait()
-
-
-@triton.jit
-def is_owned(n, adapters, each: tl.constexpr, stacked: tl.constexpr):
-    """Return whether feature n of stacked first matrices belongs to a row's adapter. With two stacks that share their
-    input, the second one follows the first."""
-    return (n // each) % stacked == adapters
 
 
 @triton.jit
@@ -73,13 +50,13 @@ def _added(found, small, update, second, adapters, at, rank: tl.constexpr, each:
 
 
 @triton.jit
-def _features(outs, rows: tl.constexpr, warps: tl.constexpr):
-    """Return this program's output features [warps, rows], and which of them exist.
+def _features(program, outs, rows: tl.constexpr, warps: tl.constexpr):
+    """Return a program's output features [warps, rows], and which of them exist.
 
     Triton gives the dimensions of a tile to threads in the order of their addresses' contiguity, ties from the first
     on. So the warps' dimension comes first.
     """
-    first = tl.program_id(0) * rows * warps
+    first = program * rows * warps
     n = (first + tl.arange(0, warps)[:, None] * rows + tl.arange(0, rows)[None, :]).to(tl.int64)
     return n, n < outs
 
@@ -130,28 +107,31 @@ def _inputs(x, norm, k, ins: tl.constexpr, normed: tl.constexpr, warps: tl.const
 
 
 @triton.jit
-def dense(x, norm, w0, s0, w1, s1, out, residual, small0, second0, small1, second1, adapters, outs, eps,
-          ins: tl.constexpr, rank: tl.constexpr, each: tl.constexpr, stacked: tl.constexpr, kind: tl.constexpr,
-          gated: tl.constexpr, adds: tl.constexpr, normed: tl.constexpr, rows: tl.constexpr, warps: tl.constexpr,
+def dense(x, norm, w0, s0, w1, s1, out, residual, small0, second0, small1, second1, adapters, reducing, arrived, outs,
+          eps, ins: tl.constexpr, rank: tl.constexpr, each: tl.constexpr, kind: tl.constexpr, gated: tl.constexpr,
+          adds: tl.constexpr, normed: tl.constexpr, reduces: tl.constexpr, rows: tl.constexpr, warps: tl.constexpr,
           block_k: tl.constexpr, unroll: tl.constexpr, early: tl.constexpr):  # fmt: skip
-    """A row times a weight of 16 bits, fp8 or int8, or two of them; see `decode.linear`."""
-    n, inside = _features(outs, rows, warps)
+    """A row times a weight of 16 bits, fp8 or int8, or two of them; see `decode.linear`.
+
+    With ``reduces`` the first ``rank`` programs compute x A', and the others wait for them after their own products.
+    A GPU starts programs in the order of their numbers, so those that are waited for always run.
+    """
+    program = tl.program_id(0)
+    if reduces:
+        if program < rank:
+            announced(x, norm, reducing, small0, arrived, program, eps, ins, normed, 256 * warps, early)
+            return
+        program -= rank
+    n, inside = _features(program, outs, rows, warps)
     at = tl.where(inside, n, 0)
     k = tl.max_contiguous(tl.arange(0, block_k), 8)  # 8 values a thread, of 8 bits too: the layout of 8 inputs
     kept = out.dtype.element_ty
-    if stacked > 0:
-        waited(early)
-        owned = is_owned(n, tl.load(adapters), each, stacked)
-        if tl.max(tl.max(owned.to(tl.int32), 1), 0) == 0:
-            tl.store(out + n, tl.zeros([warps, rows], kept), mask=inside)
-            return
     first = _stored(w0, at, k, ins, block_k)
     second = first
     if gated:
         second = _stored(w1, at, k, ins, block_k)
     update0, update1 = _second(second0, at, rank, each), _second(second1, at, rank if gated else 0, each)
-    if stacked == 0:
-        waited(early)
+    waited(early)
     values, squares = _inputs(x, norm, k, ins, normed, warps)
     sums0 = _wide(first, kind) * values
     sums1 = sums0
@@ -178,10 +158,10 @@ def dense(x, norm, w0, s0, w1, s1, out, residual, small0, second0, small1, secon
         found *= tl.load(s0 + at)
         if gated:
             other *= tl.load(s1 + at)
+    if reduces:
+        awaited(arrived, rank)
     found = _finished(found, other, residual, small0, update0, second0, small1, update1, second1, adapters, at, rank,
                       each, gated, adds, kept)  # fmt: skip
-    if stacked > 0:
-        found = tl.where(owned, found, 0.0)
     tl.store(out + n, found.to(kept), mask=inside)
 
 
@@ -316,7 +296,7 @@ def packed(xs, w0, s0, w1, s1, out, residual, small0, second0, small1, second1, 
 
     A thread has 4 adjacent words of each of its weight's rows: half a block with a scale of its own.
     """
-    n, inside = _features(outs, rows, warps)
+    n, inside = _features(tl.program_id(0), outs, rows, warps)
     at = tl.where(inside, n, 0)
     kept = out.dtype.element_ty
     whole: tl.constexpr = ins // 8
