@@ -98,29 +98,52 @@ def _about(plan: Plan) -> Iterator[str]:
 
 def _after_training(plan: Plan) -> Iterator[str]:
     """Describe what the result needs after training: a card for `chat` and `predict`, host memory for `merge`."""
-    phase, room = answer(plan.setting), plan.card.usable
+    phase = answer(plan.setting)
     tokens = plan.setting.batch.tokens(plan.setting.sizes) // plan.setting.batch.rows
     prompt = tr("one prompt of {tokens:,} tokens: {parts}", tokens=tokens, parts=parts(phase))
     yield _row(tr("answer"), f"{phase.reserved / GIB:.1f}", prompt)
-    if phase.reserved + CONTEXT > room:
-        yield _row("", "", tr("more than this card has; {leaner}", leaner=_leaner(plan.setting, room)))
+    for line in _leaner(plan, phase.reserved):
+        yield _row("", "", line)
     host = tr("on the host, {size:.1f} GiB", size=merge(plan.setting).host_bytes / GIB)
     yield _row(tr("merge"), "-", host)
 
 
-def _leaner(setting: Setting, room: int) -> str:
-    """Return the first flags with which answering fits, or those that need least memory."""
-    lean, flags, reserved = setting.quant, list[str](), 0
+def _leaner(plan: Plan, reserved: int) -> Iterator[str]:
+    """Yield the first flags with which answering fits, or those that need least memory, if ``reserved`` is too much.
+
+    A card that is not here is planned for with a desktop on it; what fits only without one is said as well.
+    """
+    card = plan.card
+    if reserved + CONTEXT <= card.usable:
+        return
+    ways = [(list[str](), reserved), *_ways(plan.setting)]
+    fitting = next((way for way in ways if way[1] + CONTEXT <= card.usable), ways[-1])
+    alone = next((way for way in ways if card.free is None and way[1] + CONTEXT <= card.memory), fitting)
+    if not alone[0]:
+        yield tr("fits if nothing else uses the card")
+    elif alone is fitting:
+        yield tr("more than this card has; {leaner}", leaner=_said(*fitting))
+    else:
+        yield tr("more than this card has; {leaner}, which fits if nothing else uses the card", leaner=_said(*alone))
+    if alone is not fitting:
+        desktop = (card.memory - card.usable) / GIB
+        yield tr("beside a desktop ({size:.2f} GiB): {leaner}", size=desktop, leaner=_said(*fitting))
+
+
+def _ways(setting: Setting) -> Iterator[tuple[list[str], int]]:
+    """Yield flags with which answering needs less and less, and the bytes that it then reserves."""
+    lean, flags = setting.quant, list[str]()
     four_bits = {"experts": "nf4", "tower": "nf4"} if setting.sizes.stored is None else {}
     for changes in (four_bits, {"embedding": "host"}, {"stream": 0}, {"stream": "all"}):
         lean = lean.changed(**changes)
-        flags = [*flags, *(f"--quant.{name} {value}" for name, value in changes.items())]
+        kept = [flag for flag in flags if not flag.startswith("--quant.stream")]
+        flags = [*kept, *(f"--quant.{name} {value}" for name, value in changes.items())]
         own = replace(setting, quant=lean)
-        reserved = answer(own.streaming(0) if lean.streams else own).reserved
-        if reserved + CONTEXT <= room:
-            break
-    said = [flag for flag in flags if flag != "--quant.stream 0" or flags[-1] == flag]
-    return tr("with {flags} it takes {size:.1f}", flags=" ".join(said), size=reserved / GIB)
+        yield flags, answer(own.streaming(0) if lean.streams else own).reserved
+
+
+def _said(flags: list[str], reserved: int) -> str:
+    return tr("with {flags} it takes {size:.1f}", flags=" ".join(flags), size=reserved / GIB)
 
 
 def summary(plan: Plan) -> str:

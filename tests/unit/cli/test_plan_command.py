@@ -82,6 +82,20 @@ def test_answering_is_planned_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert after["merge"]["host"] > 2**30
 
 
+def test_answering_on_a_small_card_is_planned_with_and_without_a_desktop(capsys: pytest.CaptureFixture[str]) -> None:
+    """As the pages have it: `quant.stream 0` where nothing else uses a card of 6 GB, else `quant.stream all`."""
+    assert main(["plan", "--card", "6GB"]) == 0
+    alone, beside = (line.split() for line in capsys.readouterr().out.splitlines() if "it takes" in line)
+    assert "--quant.stream 0 it takes 5.2, which fits if nothing else uses the card" in " ".join(alone)
+    assert " ".join(beside).startswith("beside a desktop (0.45 GiB): with --quant.experts nf4")
+    assert "--quant.stream all it takes 2.9" in " ".join(beside)
+    assert main(["plan", "--card", "6GB", "--quant.tower", "nf4", "--quant.stream", "0"]) == 0
+    said = capsys.readouterr().out
+    assert "  fits if nothing else uses the card" in said
+    assert "more than this card has" not in said
+    assert "beside a desktop (0.45 GiB): with" in said
+
+
 def test_what_does_not_fit_exits_2_and_names_a_card_that_would(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--card", "4GiB"]) == 2
     said = capsys.readouterr().err
