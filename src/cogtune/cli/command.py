@@ -157,6 +157,7 @@ class Command:
             [name for flag in flags if flag.kind is not bool for name in (flag.name, *flag.also)],
             places=len(self.places),
             keys=self.keys,
+            config=any(place.startswith("[CONFIG") for place in self.places),
         )
         needed = [place for place in self.places if not place.startswith("[")]
         if len(line.places) < len(needed):

@@ -6,6 +6,7 @@ The parser is our own because the keys come from the fields of `RunConfig` and `
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -64,6 +65,7 @@ def split_arguments(
     *,
     places: int = 1,
     keys: KeysOf = "run",
+    config: bool = True,
 ) -> Arguments:
     """Parse the words of a command line. A true/false key needs no value.
 
@@ -71,6 +73,7 @@ def split_arguments(
         switches: the command's own flags without a value.
         values: its own flags with a value.
         places: the most positional words; ``--config FILE`` also counts as the first of them.
+        config: they are files or folders, so a word behind a true/false key that can be neither is its wrong value.
 
     Raises:
         ConfigError: an unknown flag, a flag without its value, or too many words.
@@ -85,13 +88,13 @@ def split_arguments(
             continue
         flag, equals, value = word.partition("=")
         name = flag.removeprefix("--")
-        if name in switches and equals:
-            raise ConfigError(
-                tr("{flag} takes no value, found `{value}`", flag=flag, value=value),
-                hint=tr("write {flag} alone", flag=flag),
-                code="usage",
-            )
         if name in switches:
+            if equals or (rest and rest[0].lower() in _BOOLEANS):
+                raise ConfigError(
+                    tr("{flag} takes no value, found `{value}`", flag=flag, value=value if equals else rest[0]),
+                    hint=tr("write {flag} alone", flag=flag),
+                    code="usage",
+                )
             found.switches.add(name)
         elif name in values:
             found.values.setdefault(name, []).append(value if equals else _next_value(flag, rest))
@@ -100,7 +103,7 @@ def split_arguments(
         else:
             kinds = splitter.kinds(flag)
             if not equals:
-                value = "true" if "bool" in kinds and _stands_alone(kinds, rest) else _next_value(flag, rest)
+                value = "true" if "bool" in kinds and _stands_alone(kinds, rest, config) else _next_value(flag, rest)
             found.overrides.setdefault(name, []).append(value)
     return found
 
@@ -149,14 +152,18 @@ def _take_place(found: Arguments, word: str, most: int) -> None:
     found.places.append(word)
 
 
-def _stands_alone(kinds: frozenset[str], rest: Sequence[str]) -> bool:
+def _stands_alone(kinds: frozenset[str], rest: Sequence[str], config: bool) -> bool:
     """Return whether a true/false flag has no value after it.
 
-    If it also accepts text, any following word that is not a flag is its value.
+    If it also accepts text, any following word that is not a flag is its value; else one that is true, false, or with
+    ``config`` no path.
     """
     if not rest or rest[0].startswith("--"):
         return True
-    return kinds == {"bool"} and rest[0].lower() not in _BOOLEANS
+    word = rest[0].lower()
+    if kinds != {"bool"} or word in _BOOLEANS:
+        return False
+    return not config or os.sep in word or word.endswith((".yaml", ".yml", ".json")) or os.path.exists(rest[0])
 
 
 def _next_value(flag: str, rest: list[str]) -> str:

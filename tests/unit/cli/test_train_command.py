@@ -112,6 +112,28 @@ def test_help_lists_every_key_and_flag(capsys: pytest.CaptureFixture[str]) -> No
     assert max(map(len, text.split("\n"))) <= 120
 
 
+@pytest.mark.parametrize("word", ["3", "-1", "2.5", "lots", "", "99999999999999999999", "2"])
+def test_a_word_that_is_no_file_is_the_wrong_value_of_a_true_false_key(
+    word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not a configuration file that does not exist, except where its name is one."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *NEEDED, "--train.activation_offloading", word]) == 2
+    said = capsys.readouterr().err
+    assert "--train.activation_offloading: " in said
+    assert "configuration file" not in said
+    for name in ("run.yaml", "folder/run", "run.YML"):
+        assert split_arguments(["--train.restart", name]).config == name
+    (tmp_path / "run").write_text("")
+    assert split_arguments(["--train.restart", "run"]).config == "run"
+    assert split_arguments(["--train.restart", "memory"], config=False).places == ["memory"]  # of `bench sweep`
+
+
+def test_a_switch_is_not_given_true_or_false() -> None:
+    with pytest.raises(ConfigError, match="--dry-run takes no value, found `true`"):
+        split_arguments(["--dry-run", "true"], ["dry-run"])
+
+
 def test_a_key_that_is_true_false_or_a_text_takes_the_word_behind_it() -> None:
     from cogtune.cli.options import split_arguments
 
