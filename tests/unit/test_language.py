@@ -37,6 +37,9 @@ PROGRAMMING_ERRORS = {
     *("TypeError", "ValueError", "RuntimeError", "NotImplementedError", "KeyError", "AttributeError", "AssertionError")
 }
 
+VALIDATORS = ("configuration/", "system/byte_sizes.py")
+"""Where a ValueError is for users all the same: pydantic hands it on."""
+
 CODE = re.compile(r" *cogtune |({} -m )?(pip|apt) (un)?install|torchrun |{} --|--|quant\.|bold |es run$")
 """How commands, flags and styles begin, which read the same in every language."""
 
@@ -162,7 +165,7 @@ def names(template: str) -> set[str]:
     return set(re.findall(r"(?<!{){(\w+)[^{}]*}", template)) - {"s"}
 
 
-def bare(tree: ast.Module) -> Iterator[tuple[int, str]]:
+def bare(module: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
     """Yield line and text of each string that reads like a message and is no template."""
     no_message: set[int] = set()
 
@@ -180,7 +183,7 @@ def bare(tree: ast.Module) -> Iterator[tuple[int, str]]:
             name = getattr(node.func, "id", getattr(node.func, "attr", ""))
             if name in ("Field", "flag", "Command", "compile"):  # help texts are looked at where they are shown
                 leave_out(node)
-            elif name in PROGRAMMING_ERRORS:
+            elif name in PROGRAMMING_ERRORS and not (name == "ValueError" and module.startswith(VALIDATORS)):
                 leave_out(node)  # for the programmer who calls us
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr) and id(node) not in no_message:
@@ -197,7 +200,7 @@ def bare(tree: ast.Module) -> Iterator[tuple[int, str]]:
 def messages(module: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
     """Yield line and text of what `bare` finds and nothing here says is no message."""
     helps = {text for _, text in help_texts()}
-    for line, said in bare(tree):
+    for line, said in bare(module, tree):
         if said in helps or said in COMMANDS or CODE.match(said):
             continue
         if module not in ENGLISH or not re.search(ENGLISH[module], said):

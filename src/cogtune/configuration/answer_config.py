@@ -15,6 +15,7 @@ from cogtune.configuration.input_sections import AnswerModelSection, SourceSecti
 from cogtune.configuration.quantization import QuantSection
 from cogtune.configuration.training_sections import TensorSection
 from cogtune.configuration.values import Section, Text
+from cogtune.language import tr
 
 
 class GenerateSection(Section):
@@ -97,5 +98,7 @@ class AnswerConfig(Section):
         drawn = [key for key in ("temperature", "top_p", "top_k") if getattr(self.generate, key) is not None]
         if self.generate.greedy and drawn:
             names = ", ".join(f"generate.{key}" for key in drawn)
-            raise ValueError(f"generate.greedy takes the likeliest token, but {names} asks for sampling; keep one")
+            raise ValueError(
+                tr("generate.greedy takes the likeliest token, but {names} asks for sampling; keep one", names=names)
+            )
         return self

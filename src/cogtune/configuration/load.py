@@ -289,6 +289,12 @@ def _yaml(text: str, flag: str) -> Any:
     try:
         return parse_value(text)
     except ValueError as error:
+        if text.strip().lstrip("+-").isdecimal():
+            raise ConfigError(
+                tr("{flag}: no key takes a whole number as large as {text:.40}", flag=flag, text=text.strip()),
+                hint=tr("give a smaller one"),
+                code="config-value",
+            ) from error
         raise ConfigError(
             tr("{flag}: `{text}` is not a YAML value: {error}", flag=flag, text=text, error=error),
             hint=tr("put quotes around it"),

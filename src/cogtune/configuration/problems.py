@@ -64,7 +64,7 @@ def explain(
         lines.append(tr("missing: {missing}", missing=", ".join(missing)))
         short = {key: alias for alias, key in (aliases or {}).items()}
         if aliases:
-            hint = "give " + " ".join(f"--{short.get(key, key)} ..." for key in missing)
+            hint = tr("give {flags}", flags=" ".join(f"--{short.get(key, key)} ..." for key in missing))
         else:
             hint = tr("give them: they have no default")
     if near:
@@ -132,7 +132,7 @@ def _problem(key: str, detail: ErrorDetails, model: type[BaseModel], entries: Ma
     item = detail["loc"][key.count(".") + 1 :][:1]
     inside = "".join(f"[{part}]" for part in item if isinstance(part, int) and not whole)
     if detail["type"] == "value_error":
-        return f"{where}{inside}: {detail['ctx']['error']}"
+        return tr("{where}{inside}: {error}", where=where, inside=inside, error=detail["ctx"]["error"])
     if detail["type"] == "extra_forbidden":
         return tr(
             "{where}{inside}: unknown key `{loc}`, expected {expected}",

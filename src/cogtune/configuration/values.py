@@ -51,7 +51,7 @@ def _as_folder(value: object) -> object:
 def _no_repeats(items: tuple[Any, ...]) -> tuple[Any, ...]:
     repeated = sorted({str(item) for item in items if items.count(item) > 1})
     if repeated:
-        raise ValueError(f"listed twice: {', '.join(repeated)}")
+        raise ValueError(tr("listed twice: {repeated}", repeated=", ".join(repeated)))
     return items
 
 
@@ -121,13 +121,26 @@ def _recompute(value: object) -> object:
     if isinstance(value, bool) or value in ("true", "false"):
         return "all" if value in (True, "true") else "none"
     if isinstance(value, str) and value not in ("auto", "none", "all"):
-        if not value.strip().isdigit():
-            parse_size(value)
+        if not value.strip().isdecimal():
+            _require_interval_or_size(value)
             return value.strip()
         value = int(value)
     if isinstance(value, int) and value < 1:
-        raise ValueError(f"{value} is not a valid layer interval; 1 is every layer, none is no layer")
+        raise ValueError(tr("{value} is not a valid layer interval; 1 is every layer, none is no layer", value=value))
     return value
+
+
+def _require_interval_or_size(value: str) -> None:
+    try:
+        parse_size(value)
+    except ValueError as error:
+        raise ValueError(
+            tr(
+                "{value} is neither auto, none, all, the interval of recomputed layers (2: every second one), nor a"
+                " size that the run stays under, such as 30GiB",
+                value=value,
+            )
+        ) from error
 
 
 def _switch(value: object) -> object:
@@ -143,11 +156,13 @@ def _stream(value: object) -> object:
     """Turn YAML's false, its reading of a bare ``off``, back into off, and a number's text into the number."""
     if value is False or value == "false":
         return "off"
-    if isinstance(value, str) and value.strip().isdigit():
+    if isinstance(value, str) and value.strip().isdecimal():
         return int(value)
     if value is True or (isinstance(value, str) and value not in ("off", "auto", "all")):
         shown = "true" if value is True else value
-        raise ValueError(f"{shown} is neither off, auto, all nor the number of layers that stay on the card")
+        raise ValueError(
+            tr("{value} is neither off, auto, all nor the number of layers that stay on the card", value=shown)
+        )
     return value
 
 
@@ -159,7 +174,10 @@ def _budget(value: object) -> object:
             parse_size(value)
         elif not percentage.strip().replace(".", "", 1).isdigit() or not 0 < float(percentage) <= 100:
             raise ValueError(
-                f"`{value}` is not a share of the disk; write one from 1% to 100%, or a size such as 500GB"
+                tr(
+                    "`{value}` is not a share of the disk; write one from 1% to 100%, or a size such as 500GB",
+                    value=value,
+                )
             )
         return value.strip()
     return value

@@ -10,7 +10,7 @@ from cogtune.configuration.deepspeed import apply_deepspeed
 from cogtune.configuration.engine_rules import check
 from cogtune.configuration.keys import known_keys
 from cogtune.configuration.load import explicit_values
-from cogtune.configuration.resolve import float16_warning, resolve_engine
+from cogtune.configuration.resolve import float16_warning, resolve_engine, stream_note
 from cogtune.configuration.run_config import RunConfig
 from cogtune.errors import InputError
 from cogtune.language import tr
@@ -78,7 +78,8 @@ class Plan:
     @property
     def warnings(self) -> list[str]:
         """Warnings that training will print for these settings."""
-        return list(filter(None, [float16_warning(self.setting.dtype)]))
+        unused = stream_note(self.setting.quant.stream, self.setting.sizes.num_hidden_layers)
+        return list(filter(None, [float16_warning(self.setting.dtype), unused]))
 
     @property
     def estimate(self) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from cogtune.language import tr
+
 KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
 _UNITS = {"b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "tib": TIB, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]+)\s*")
@@ -18,10 +20,10 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text)
     unit = _UNITS.get(match[2].lower()) if match else None
     if match is None or unit is None:
-        raise ValueError(f"`{text}` is not a size; write a number and its unit, such as 30GiB or 30GB")
+        raise ValueError(tr("`{text}` is not a size; write a number and its unit, such as 30GiB or 30GB", text=text))
     size = round(float(match[1]) * unit)
     if size < 1:
-        raise ValueError(f"`{text}` is zero bytes; a size must be more than 0")
+        raise ValueError(tr("`{text}` is zero bytes; a size must be more than 0", text=text))
     return size
 
 

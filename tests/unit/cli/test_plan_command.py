@@ -96,6 +96,11 @@ def test_answering_on_a_small_card_is_planned_with_and_without_a_desktop(capsys:
     assert "beside a desktop (0.45 GiB): with" in said
 
 
+def test_a_number_of_streamed_layers_that_streams_none_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--card", "h100", "--quant.stream", "9" * 20]) == 0
+    assert "the model has 32 decoder layers, so all stay on the device and none is streamed" in capsys.readouterr().out
+
+
 def test_what_does_not_fit_exits_2_and_names_a_card_that_would(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--card", "4GiB"]) == 2
     said = capsys.readouterr().err

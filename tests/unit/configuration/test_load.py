@@ -429,3 +429,35 @@ def test_a_misspelt_name_in_python_is_answered_with_the_nearest(make: Callable[[
     assert caught.value.code == "config-unknown-key"
     assert caught.value.hint == f"did you mean `{near}`?"
     assert "missing" not in caught.value.message
+
+
+STREAM, OFFLOADING, LOOKUP = "quant.stream", "train.activation_offloading", "generate.prompt_lookup_num_tokens"
+LAYERS = ("is neither off, auto, all nor the number of layers that stay", "不是 off、auto、all，也不是留在显卡上的层数")
+GUESSES = ("expected whole number >= 0 and <= 15", "应为整数 >= 0 且 <= 15")
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "english", "chinese"),
+    [
+        *((STREAM, text, f"{text} {LAYERS[0]}", f"{text} {LAYERS[1]}") for text in ("-1", "2.5", "lots", "²")),
+        *((OFFLOADING, text, "expected true | false", "应为true | false") for text in ("-1", "2.5", "lots", "3")),
+        *((LOOKUP, text, *GUESSES) for text in ("-1", "2.5", "lots", "16")),
+        *((key, "9" * 20, "no key takes a whole number as large", "没有配置项接受") for key in (OFFLOADING, LOOKUP)),
+        ("train.gradient_checkpointing", "lots", "lots is neither auto, none, all, the interval", "lots 不是 auto"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_is_expected_in_both_languages(
+    key: str, text: str, english: str, chinese: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused() -> ConfigError:
+        load, needed = (load_answer_config, {"model": "base"}) if key == LOOKUP else (load_config, NEEDED)
+        with pytest.raises(ConfigError) as caught:
+            load(None, needed | {key: text})
+        return caught.value
+
+    assert refused().message.startswith(f"--{key}: ")
+    assert english in refused().message
+    assert refused().code == "config-value"
+    monkeypatch.setenv("COGTUNE_LANG", "zh")
+    assert refused().message.startswith(f"--{key}：")
+    assert chinese in refused().message
