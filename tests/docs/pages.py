@@ -27,7 +27,7 @@ class Block:
 
 def pages() -> list[Path]:
     """Every Markdown page of the project, as written."""
-    folders = ("docs", "benchmarks", "configs")
+    folders = ("docs", "benchmarks", "configs", "contrib")
     return sorted([*ROOT.glob("*.md"), *(page for name in folders for page in (ROOT / name).rglob("*.md"))])
 
 
@@ -37,10 +37,9 @@ def name(page: Path) -> str:
 
 def chinese_twin(page: Path) -> Path | None:
     """Where the Chinese version of a page for users stands; None for pages that have none."""
-    place = name(page)
-    if place in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "configs/README.md"):
-        return page.with_stem(f"{page.stem}_zh")
     parts = page.relative_to(ROOT).parts
+    if page.name in ("README.md", "CONTRIBUTING.md") and parts[0] != "docs":
+        return page.with_stem(f"{page.stem}_zh")
     if parts[0] == "docs" and parts[1] in ("guides", "concepts", "architecture.md", "errors.md", "README.md"):
         return ROOT.joinpath("docs", "zh", *parts[1:])
     return None
