@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,7 +69,9 @@ def _init(flags: _Flags, line: Arguments) -> None:
         growing.write_text(text, encoding="utf-8")
         load_config(growing)  # what was written must be a valid configuration
     print(text)
-    on = f" --card {shlex.quote(flags.card)}" if flags.card else ""
+    named = flags.card or ("24GiB" if card is None else None)  # without a card, `plan` asks for the name of one
+    on = f" --card {shlex.quote(named)}" if named else ""
+    on += f" --cards {cards}" if cards > 1 else ""
     print(tr("wrote {target}; next: cogtune plan {target}{on}, then cogtune train {target}", target=target, on=on))
 
 
@@ -128,10 +130,13 @@ def _planned(proposal: Proposal, report: CheckReport, card: Card, cards: int, im
     from cogtune.configuration.problems import Entry
     from cogtune.configuration.run_config import RunConfig
     from cogtune.plan.data_rows import summary
+    from cogtune.plan.init_config import kept_share
     from cogtune.plan.plan import make_plan
 
     config = from_entries({key: Entry(value, key) for key, value in proposal.values.items()}, RunConfig)
     rows = summary(report.shapes, report.counts["train_pictures"], image_tokens)
+    kept = kept_share(proposal, report)
+    rows = replace(rows, count=round(kept * rows.count), pictures=round(kept * rows.pictures))
     return make_plan(config, card, rows, cards=cards)
 
 

@@ -90,12 +90,14 @@ REFERENCE = next(card for card in CARDS if card.measured)
 
 
 def find_card(text: str) -> Card:
-    """Find a card by name (``h100``, ``RTX 4090``, ``A100 40GB``) or by memory alone (``24GiB``, ``24 GB``).
+    """Find a card by name (``h100``, ``RTX 4090``, ``A100 40GB``) or by memory alone (``24GiB``, ``24 GB``, ``24``).
 
     A card that is given by its memory has the rates of the slowest known card of about that size, and is assumed to
     support every number format. Vendors write GB and mean GiB, so both are read as GiB.
     """
     wanted = _plain(text)
+    if wanted.isdigit() and len(wanted) <= 2:  # 24 is a size, 4090 a name
+        text = f"{wanted}GiB"
     try:
         size = parse_size(text.lower().replace("gib", "gb").replace("gb", "gib"))
     except ValueError:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any
 
 import yaml
@@ -21,6 +20,7 @@ from cogtune.language import tr
 from cogtune.plan.plan import Plan
 from cogtune.plan.sizes import ModelSizes
 from cogtune.system.byte_sizes import format_size
+from cogtune.system.durations import format_duration
 
 _SECTIONS = ("model", "data", "lora", "quant", "train", "eval", "parallel", "log")
 # Upper limits on the number of answers, with the epochs and rank that are proposed up to them.
@@ -72,14 +72,14 @@ def propose(config: RunConfig, placeholders: Mapping[str, str], report: CheckRep
     _lengths(proposal, report)
     _orientation(proposal, report)
     _validation(proposal, report)
-    kept = _kept(proposal, report)
+    kept = kept_share(proposal, report)
     proposal.about += _about(report, kept)
     small = ModelSizes.from_folder(config.model.path).hidden_size <= _SMALL
     _size(proposal, report, cards, kept, small)
     return proposal
 
 
-def _kept(proposal: Proposal, report: CheckReport) -> float:
+def kept_share(proposal: Proposal, report: CheckReport) -> float:
     """Return how many times as much is trained with the proposed share for validation as with the one that was read."""
     train, validation = report.counts["train_pictures"], report.counts["validation_pictures"]
     if not train or "data.validation" in proposal.values:
@@ -221,7 +221,7 @@ def take_plan(proposal: Proposal, plan: Plan) -> None:
             ranks=plan.setting.ranks,
             name=plan.card.name,
             driver=format_size(plan.memory.driver),
-            time=timedelta(seconds=round(plan.seconds)),
+            time=format_duration(plan.seconds),
             value=tr(" (an estimate)") if plan.estimate else "",
         )
     )
@@ -233,7 +233,9 @@ def take_plan(proposal: Proposal, plan: Plan) -> None:
         "quant.embedding": tr("chosen by `cogtune plan`: frees memory on the card"),
         "quant.stream": tr("chosen by `cogtune plan`: layers wait in host memory until they are used"),
         "train.optimizer": tr("chosen by `cogtune plan`: 8-bit moments take less memory"),
-        "train.gradient_checkpointing": tr("chosen by `cogtune plan`: recomputes only as many layers as it has to"),
+        "train.gradient_checkpointing": tr(
+            "chosen by `cogtune plan`: recomputes as many layers as it has to, to save memory"
+        ),
         "data.cache_features": tr("chosen by `cogtune plan`: the tower runs once per picture instead of in every step"),
         "parallel.engine": tr("chosen by `cogtune plan` for these cards"),
     }

@@ -84,8 +84,27 @@ def test_the_card_decides_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main(["init", str(path), "--output", str(tmp_path / "a.yaml"), "--card", "h100", "--cards", "2"]) == 0
     printed = capsys.readouterr().out
     assert "Planned for 2 x H100" in printed
+    assert "next: cogtune plan" in printed
+    assert "--card h100 --cards 2, then" in printed
     found: dict[str, Any] = yaml.safe_load((tmp_path / "a.yaml").read_text())
     assert found["parallel"]["engine"] in ("ddp", "fsdp2")
+
+
+def test_what_it_says_to_do_next_can_be_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a card it said `cogtune plan`, which then asked for the name of one."""
+    path, target = text_set(tmp_path / "set.jsonl", 60), tmp_path / "a.yaml"
+    assert main(["init", str(path), "--output", str(target)]) == 0
+    command = capsys.readouterr().out.partition("next: cogtune ")[2].partition(", then")[0]
+    assert main(command.split()) == 0
+
+
+def test_its_time_is_the_plan_s(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It counted the rows of the default share for validation, not of the one that it proposes."""
+    path, target = text_set(tmp_path / "set.jsonl", 60), tmp_path / "a.yaml"
+    assert main(["init", str(path), "--output", str(target), "--card", "h100"]) == 0
+    said = capsys.readouterr().out.partition(" of memory, about ")[2].partition(" for the run")[0]
+    assert main(["plan", str(target), "--card", "h100"]) == 0
+    assert f"the whole run {said} without" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -217,6 +217,7 @@ def test_more_work_takes_longer_and_more_cards_go_faster() -> None:
         ("a10", "A10 24GB"),
         ("L4", "L4 24GB"),
         ("4090", "RTX 4090 24GB"),
+        ("24", "24.0 GiB card"),
         ("24GiB", "24.0 GiB card"),
         ("24 GB", "24.0 GiB card"),
     ],
