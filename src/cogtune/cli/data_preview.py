@@ -26,6 +26,7 @@ _ABOUT = """\
 Show rows as training builds them: the picture, and the tree of its questions and answers with every token coloured by
 whether it is trained. Only the model's tokenizer file is needed."""
 _TITLE = phrase("{data}: what the model sees")
+_SOURCES = 3  # named one by one; of more, the first and the last
 _BRANCHES = ("blue", "yellow", "magenta", "cyan", "red", "bright_black")
 
 
@@ -89,9 +90,10 @@ def _require_own(target: Path) -> None:
 
 def _print(rows: object, width: int, exif: str, bit_depth: str) -> None:
     console = rich_console()
-    console.print(
-        tr("grey: context; green: trained; violet: special token; underlined: every other token"), style="dim"
-    )
+    console.soft_wrap = not console.is_terminal
+    if console.is_terminal and not console.no_color:
+        legend = tr("grey: context; green: trained; violet: special token; underlined: every other token")
+        console.print(legend, style="dim")
     for row in rows:  # type: ignore[attr-defined]
         _print_row(console, row, width, exif, bit_depth)
 
@@ -100,8 +102,11 @@ def _print_row(console: Console, row: RowPreview, width: int, exif: str, bit_dep
     console.print()
     console.print(row.key, style="bold", markup=False)
     console.print(row.counts(), markup=False)
-    for source in row.sources:
+    for source in row.sources if len(row.sources) <= _SOURCES else ():
         console.print(tr("from {source}", source=source), style="dim", markup=False)
+    if len(row.sources) > _SOURCES:
+        ends = {"count": len(row.sources), "first": row.sources[0], "last": row.sources[-1]}
+        console.print(tr("from {count} places, {first} to {last}", **ends), style="dim", markup=False)
     if width:
         _print_images(console, row.images, width, exif, bit_depth)
     for segment in row.segments:
@@ -159,16 +164,18 @@ def _print_segment(console: Console, segment: Segment) -> None:
     place = f"{segment.number}"
     if segment.parent >= 0:
         place = tr("{number} after {parent}", number=segment.number, parent=segment.parent)
-    line = Text()
+    # into a pipe nothing is broken or filled up with blanks for a width that nobody has
+    indent = "" if console.is_terminal else "  " * segment.depth
+    line = Text(indent)
     line.append(tr("┃ {place}, {what}: ", place=place, what=what), style=f"bold {colour}")
     for index, token in enumerate(segment.tokens):
         if token.kind == "picture":
             line.append(tr("[picture: {count} positions]", count=token.count), style="yellow")
             continue
         style = "bold green" if token.trained else "magenta" if token.kind == "special" else "bright_black"
-        shown = visible(token.text).replace("\n", "↵\n")
+        shown = visible(token.text).replace("\n", f"↵\n{indent}")
         line.append(shown, style=f"{style} {'underline' if index % 2 else ''}".strip())
-    console.print(Padding(line, (0, 0, 0, 2 * segment.depth)))
+    console.print(Padding(line, (0, 0, 0, 2 * segment.depth)) if console.is_terminal else line)
 
 
 COMMANDS = (

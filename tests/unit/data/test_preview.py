@@ -85,6 +85,19 @@ def test_command_prints_rows(tmp_path: Path, tiny_checkpoint: Path, capsys: pyte
     assert "yes<|end_of_text|>" in printed
 
 
+def test_what_is_printed_into_a_pipe_has_no_width_and_no_talk_of_colours(
+    tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = "word " * 40
+    root = write_folder(tmp_path / "set", {"a": [dialogue(f"{asked}{n}?", "yes") for n in range(5)]})
+    assert main(["data", "preview", str(root), "--model", str(tiny_checkpoint)]) == 0
+    printed = capsys.readouterr().out
+    assert asked.strip() in printed
+    assert not any(line.endswith("  ") for line in printed.splitlines())
+    assert "violet" not in printed
+    assert "from 5 places" in printed
+
+
 def test_command_writes_one_page_that_needs_nothing_else(tmp_path: Path, tiny_checkpoint: Path) -> None:
     records = {**RECORDS, "c": dialogue("<script>alert(1)</script>", "a & b")}
     root, page = write_folder(tmp_path / "set", records), tmp_path / "preview.html"
