@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogtune.cli.command import Command, flag
 from cogtune.cli.options import Arguments
-from cogtune.language import tr
+from cogtune.language import english, tr
 
 if TYPE_CHECKING:
     from cogtune.evaluate.runs import RunSummary
@@ -38,14 +39,16 @@ def _report(flags: _Report, line: Arguments) -> None:
 def _runs(flags: _Listed, line: Arguments) -> None:
     from cogtune.evaluate.runs import find_runs
 
-    _print(find_runs(Path(line.places[0] if line.places else ".")), flags)
+    with english() if flags.json else nullcontext():
+        _print(find_runs(Path(line.places[0] if line.places else ".")), flags)
 
 
 def _compare(flags: _Listed, line: Arguments) -> None:
     from cogtune.evaluate.run_folder import read_run
     from cogtune.evaluate.runs import summary
 
-    _print([summary(read_run(Path(place))) for place in line.places], flags)
+    with english() if flags.json else nullcontext():
+        _print([summary(read_run(Path(place))) for place in line.places], flags)
 
 
 def _print(runs: list[RunSummary], flags: _Listed) -> None:

@@ -12,7 +12,7 @@ from cogtune.errors import DataError
 from cogtune.evaluate.result import RESULT_FILE
 from cogtune.evaluate.run_folder import RunFolder, is_run, read_run, shown_value, undamaged
 from cogtune.evaluate.text import visible
-from cogtune.language import aligned, phrase, tr
+from cogtune.language import aligned, language, phrase, tr
 from cogtune.system.durations import format_duration
 
 STATES = {"finished": phrase("finished"), "unfinished": phrase("unfinished"), "failed": phrase("failed")}
@@ -27,7 +27,7 @@ class RunSummary:
 
     Attributes:
         values: the metrics of its answers at the best (else the last) step, in 0 to 1; ``base``: before the first.
-        verdict: of its evaluation in ``eval/``, else None.
+        verdict: of its evaluation in ``eval/``, in the user's language, else None.
         warnings: codes of what it warned of.
     """
 
@@ -139,7 +139,9 @@ def lines(runs: Sequence[RunSummary]) -> list[str]:
     ]
     text = aligned(rows)
     for run in runs:
-        text += [f"{visible(run.path)}: {visible(sentence)}" for sentence in run.verdict or ()]
+        text += [
+            tr("{run}: {sentence}", run=visible(run.path), sentence=visible(sentence)) for sentence in run.verdict or ()
+        ]
     changed = differing(runs)
     if changed:
         text += ["", tr("settings that differ:")]
@@ -167,12 +169,12 @@ def _change(run: RunSummary, name: str) -> str:
 
 def _shown(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return visible(text if len(text) <= 40 else f"{text[:37]}...")
+    return visible(text if len(text) <= 40 else f"{text[:12]}...{text[-25:]}")  # a path's end tells more
 
 
 def _verdict(path: Path) -> list[str] | None:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["verdict"]["en"]
+        found = json.loads(path.read_text(encoding="utf-8"))["verdict"][language()]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return [str(line) for line in found]

@@ -259,6 +259,21 @@ def test_runs_are_listed_and_compared(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["report", runs[0].path]) == 0
 
 
+def test_a_list_of_runs_has_verdicts_in_the_user_s_language(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were English in a Chinese table. What programs read stays English."""
+    make_run(tmp_path / "one")
+    (tmp_path / "one" / "eval").mkdir()
+    said = {"verdict": {"en": ["tuned beats base"], "zh": ["微调后比基座好"]}}
+    (tmp_path / "one" / "eval" / "eval.json").write_text(json.dumps(said), encoding="utf-8")
+    monkeypatch.setenv("COGTUNE_LANG", "zh")
+    assert main(["runs", str(tmp_path)]) == 0
+    assert "one：微调后比基座好" in capsys.readouterr().out
+    assert main(["runs", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["runs"][0]["verdict"] == ["tuned beats base"]
+
+
 def test_a_chart_of_zeros_is_drawn() -> None:
     svg = line_chart([Line("", "one", [(0.0, 0.0), (5.0, 0.0)])], Frame("zeros"))
     assert re.search(r'points="52.0,226.0 708.0,226.0"', svg)
