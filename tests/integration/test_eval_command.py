@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,9 @@ def test_models_and_controls_answer_each_question_once_and_continue(
 ) -> None:
     output = tmp_path / "out"
     assert evaluate(tiny_checkpoint, adapter, data, output, "--control", "swap", "--control", "blank", "--json") == 0
-    found = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    assert re.findall(r"6/6 questions, ([0-9.]+)/s", printed.err).count("0.00") == 0, "a rate of answers that just came"
+    found = json.loads(printed.out)
     assert [(one["name"], one["control"]) for one in found["models"]] == [
         ("tuned", None), ("base", None), ("tuned", "swap"), ("tuned", "blank")]  # fmt: skip
     assert found["data"]["questions"] == 6

@@ -100,7 +100,8 @@ def _card(
         f"```bash\ncogtune chat --model BASE --adapter THIS_FOLDER --image photo.jpg\n```\n\nBASE is the folder of"
         f" {_code(name)}, or its name on the hub. `cogtune.json` holds template, number formats and rules for pictures"
         " of the training, and cogtune follows them. The layout is PEFT's.",
-        f"## Training\n\nLoRA: {settings}. Other than by default: {changed_settings(provenance) or 'nothing'}.",
+        f"## Training\n\nLoRA: {settings}. Settings of answers, other than the defaults:"
+        f" {changed_settings(provenance) or 'none'}.",
         f"| data | count |\n|---|---|\n{counts}".rstrip(),
         *([f"| loss, nats per label | |\n|---|---|\n{measured}".rstrip()] if measured else []),
         *([f"![Loss by step]({results.curves})"] if results.curves else []),

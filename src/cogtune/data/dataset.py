@@ -68,9 +68,10 @@ class RowsReport:
         budget = self.budget
         lines = [
             tr(
-                "{trained} answers in {rows} rows, {tokens} tokens, longest row {longest_row}",
+                "{trained} answers in {rows} row{s}, {tokens} tokens, longest row {longest_row}",
                 trained=budget.trained,
                 rows=self.rows,
+                s="" if self.rows == 1 else "s",
                 tokens=self.tokens,
                 longest_row=self.longest_row,
             )

@@ -87,7 +87,7 @@ class RecordsReader:
             if keys:
                 named = tr(", ").join(f"{key:.40}" for key, _ in keys.most_common(8))
                 report.notes.append(tr("{file}: keys that are not used: {keys}", file=file, keys=named))
-        source = SourceReport(str(self.root), self.form, self.weight)
+        source = SourceReport(str(self.files[0] if len(self.files) == 1 else self.root), self.form, self.weight)
         report.sources.append(source)
         examples = []
         total = len(groups)

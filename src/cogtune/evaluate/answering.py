@@ -90,6 +90,7 @@ def answer(
                 say(_beginning(contestant.name, control, len(questions), len(file.done)))
                 generator = generator or load(resolved)
                 told = progress(tr("questions"))
+                told(len(file.done), len(questions))
                 predictor = Predictor(generator, questions, file, sources, decoding, options, told)
                 predictor.run()
                 texts = predictor.answers

@@ -34,8 +34,9 @@ def held_out(adapter: Path | None) -> tuple[list[Example], tuple[str, ...], str]
         )
     paths = tuple(str(entry.path) for entry in config.data.validation or config.data.path)
     note = tr(
-        "no --data: the {count} pictures that {folder} kept for validation are asked",
+        "no --data: the questions are about the {count} picture{s} that {folder} kept for validation",
         count=len(split.validation),
+        s="" if len(split.validation) == 1 else "s",
         folder=config_file.parent,
     )
     return split.validation, paths, note

@@ -208,9 +208,10 @@ def _counts(asked: Asked, kinds: Mapping[Any, int]) -> str:
 
     listed = tr(", ").join(f"{tr(KIND_NAMES[kind])} {count}" for kind, count in kinds.items())
     text = tr(
-        "{count} questions with right answers about {pictures} pictures ({kinds})",
+        "{count} questions with right answers about {pictures} picture{s} ({kinds})",
         count=len(asked.questions),
         pictures=max(asked.pictures) + 1,
+        s="" if max(asked.pictures) == 0 else "s",
         kinds=listed,
     )
     if asked.joined:

@@ -18,7 +18,7 @@ from cogtune.data.records import Question
 from cogtune.errors import ConfigError, DataError
 from cogtune.evaluate.predictions import read_predictions
 from cogtune.generate.loading import load_generator
-from cogtune.language import english, tr
+from cogtune.language import english, phrase, tr
 
 if TYPE_CHECKING:
     from cogtune.generate.generator import Generator
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _TAKEN = ("model.template", "model.dtype", "model.rope_precision", "max-new-tokens")
 """Settings of a predictions file that the merged model is asked with."""
 _NAME = "merged"
+_WAYS = {"merged": phrase("merged"), "served": phrase("served")}
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class SelfCheck:
         if not differ:
             return [tr("{asked} of {asked} stored answers are given again, {ways}", asked=self.asked, ways=ways)]
         shown = [
-            tr("{way}: {question}: {found!r} instead of {stored!r}", way=one.way, question=one.question,
+            tr("{way}: {question}: {found!r} instead of {stored!r}", way=tr(_WAYS[one.way]), question=one.question,
                found=one.found, stored=one.stored)
             for one in self.differences[:5]
         ]  # fmt: skip

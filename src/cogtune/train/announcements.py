@@ -105,9 +105,10 @@ def say_what_trains(model: PeftModel) -> None:
         note = "" if count.trained else tr("  (last layer: cannot influence the loss; kept in the file, not trained)")
         log.info(
             tr(
-                "  {region}: {modules} modules, {parameters:,} parameters{note}",
+                "  {region}: {modules} module{s}, {parameters:,} parameters{note}",
                 region=count.region,
                 modules=count.modules,
+                s="" if count.modules == 1 else "s",
                 parameters=count.parameters,
                 note=note,
             )

@@ -138,6 +138,12 @@ def test_csv_with_a_byte_order_mark(form: str) -> None:
     assert pictures[1].conversations[0].source.endswith("table.csv:5")
 
 
+def test_one_file_of_records_is_counted_under_its_name() -> None:
+    """`data check table.csv` said `.: csv`."""
+    (source,) = read_sources(section(FIXTURES / "table.csv"))[1].sources
+    assert source.path == str(FIXTURES / "table.csv")
+
+
 def test_tsv_of_captions() -> None:
     assert texts(read(FIXTURES / "table.tsv")) == [("cat.png", [(CAPTION, "A cat, lying down.")])]
 
