@@ -99,6 +99,10 @@ def test_a_file_to_check_with_is_looked_at_before_the_merge(
         ({"adapter": own}, "cannot be read"),
         ({"adapter": None, "max-new-tokens": 4}, f"those of out/checkpoint-9, not of the adapter in {adapter}"),
         ({"adapter": "none", "max-new-tokens": 4, "made_with": None}, "those of the base model"),
+        (
+            {"adapter": "none", "max-new-tokens": 4, "made_with": {"adapter": str(adapter)}},
+            "before that adapter changed",
+        ),
         ({"adapter": own, "max-new-tokens": 4, "choices": ["yes", "no"]}, "chosen among --choices"),
     ):
         if decides is not None:

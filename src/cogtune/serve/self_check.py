@@ -7,6 +7,7 @@ import base64
 import importlib.util
 import json
 import mimetypes
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,9 +129,16 @@ def require_checkable(predictions: Path, adapter: Path) -> None:
             hint=tr("predict without --choices"),
             code="config-value",
         )
-    if decides.get("adapter") != adapter_fingerprint(find_adapter(adapter)):
+    own = find_adapter(adapter)
+    if decides.get("adapter") != adapter_fingerprint(own):
         other = (meta.get("made_with") or {}).get("adapter")
         made = tr("make the file with `cogtune predict --adapter {adapter}`", adapter=adapter)
+        if isinstance(other, str) and os.path.abspath(other) == os.path.abspath(own):  # trained further, or copied over
+            raise ConfigError(
+                tr("{path}: its answers are from before that adapter changed: {other}", path=predictions, other=other),
+                hint=made,
+                code="config-value",
+            )
         raise ConfigError(
             tr(
                 "{path}: its answers are those of {other}, not of the adapter in {adapter}, whose weights differ",
