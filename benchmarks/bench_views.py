@@ -38,6 +38,24 @@ def train(content: dict[str, Any], chinese: bool) -> str:
     return f"{markdown(columns, cells)}\n\n{_breakdown(rows, chinese)}{caption(content, chinese)}"
 
 
+def real_train(content: dict[str, Any], chinese: bool) -> str:
+    """A real training beside the bench of its shape."""
+    cells: list[list[Cell]] = [
+        [
+            f"`{row['name']}`", f"{row['ms']:.1f}", f"{row['samples_per_second']:.2f}",
+            f"{row['tokens_per_second']:,.0f}", f"{100 * row['data_wait_share']:.2f} %", row.get("shapes", "-"),
+            row["graphs"], f"{row['reserved_gib']:.2f}",
+        ]
+        for row in content["rows"]
+    ]  # fmt: skip
+    columns = (
+        ["行", "毫秒/步", "样本/秒", "token/秒", "等待数据", "行长种数", "编译的图", "显存占用（PyTorch 保留，GiB）"]
+        if chinese
+        else ["row", "ms/step", "samples/s", "tokens/s", "data wait", "lengths", "graphs compiled", "reserved, GiB"]
+    )
+    return f"{markdown(columns, cells)}\n\n{caption(content, chinese)}"
+
+
 def peer(content: dict[str, Any], chinese: bool) -> str:
     """Another trainer's steps on a model of its own beside cogtune's: per position and per operation."""
     cells: list[list[Cell]] = []
@@ -324,6 +342,7 @@ def view_of(content: dict[str, Any]) -> Callable[[dict[str, Any], bool], str] | 
         "adapters": numbers,
         "captions": captions,
         "fill": numbers,
+        "real-train": real_train,
         "loader": numbers,
         "peer": peer,
     }.get(kind)
