@@ -25,7 +25,8 @@ Without --model, random weights of the published sizes are made on the device. A
 baseline is our own implementation of the published step: rows padded to the script's budget, explicit masked attention,
 tokens gathered and scattered by masks, float32 logits everywhere, every layer recomputed, the tower in every step.
 
-Presets: s400, sft311k-multi, vqa10, vqa1, caption, text-only, 512+512, or a shape such as text=600 or questions=5."""
+Presets: s400, sft311k-multi, vqa10, vqa1, caption, clip24, clip24x10, text-only, 512+512, or a shape such as text=600
+or questions=5."""
 _SWEEP = """\
 Measure how cost grows with a setting. NAME is memory (batch x text, compared with the plan), text, batch, questions
 or rank. Each point is compared with the straight line between its neighbours."""
