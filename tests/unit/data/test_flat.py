@@ -186,5 +186,5 @@ def test_behind_a_damaged_printed_object_nothing_is_found(tmp_path: Path) -> Non
     error = refused(path)
     assert error.code == "data-bad-json"
     assert "record 3" in error.message
-    assert "behind it are not found" in error.message
+    assert "after it are not found" in error.message
     assert "more" not in error.message
