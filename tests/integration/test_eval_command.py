@@ -163,3 +163,8 @@ def test_closed_questions_are_answered_by_the_likeliest_choice(
     assert evaluate(tiny_checkpoint, adapter, data, output, "--choices", "yes") == 2
     assert evaluate(tiny_checkpoint, adapter, data, output, "--choices", "left,right") == 2
     assert "no right answer of the data is one of left, right" in capsys.readouterr().err
+    parts = ("--choices", "yes,no", "--quant.stream", "all")
+    assert evaluate(tiny_checkpoint, adapter, data, tmp_path / "parts", *parts) == 2
+    told = capsys.readouterr().err
+    assert "closed questions are answered by a model on one device" in told
+    assert "loading" not in told

@@ -205,6 +205,10 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_read(
         assert f"--output {tmp_path / instead}\n" in said
     assert predict(tiny_checkpoint, data, tmp_path / "x.jsonl", "--choices", "data,yes") == 2
     assert "--choices data,yes: data means those that the records name" in capsys.readouterr().err
+    assert predict(tiny_checkpoint, data, tmp_path / "x.jsonl", "--choices", "yes,no", "--quant.stream", "all") == 2
+    told = capsys.readouterr()
+    assert "leave out --parallel.tensor and --quant.stream all" in told.err
+    assert not told.out, "nothing was read or loaded"
     assert not list(tmp_path.glob("[ax]*"))
 
 

@@ -106,6 +106,8 @@ def _predict(flags: _Flags, line: Arguments) -> None:
     )
     resolved, asked = resolve(config), config
     config = resolved.config
+    if choices:
+        resolved.require_one_place()
     if follow(resolved):
         return
     share = None if flags.share is None else parse_share(flags.share)

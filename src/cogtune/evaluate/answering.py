@@ -64,10 +64,13 @@ def answer(
 
     Raises:
         OutputFolderError: a file in ``folder`` was made with other settings.
+        SetupError: choices, and a model that is not in one place.
         DataError, OutOfMemoryError, DiskFullError: as for prediction; answers so far are kept.
     """
     assert contestant.config is not None
     resolved = resolve(contestant.config)
+    if choices:
+        resolved.require_one_place()
     for line in resolved.notes:
         say(line)
     section, sources = contestant.config.generate, resolved.config.data

@@ -21,6 +21,7 @@ from cogtune.errors import ConfigError
 from cogtune.generate.devices import choose_devices, offloading, require_mergeable, spread
 from cogtune.generate.fit import fit, fit_rows, free_memory, parameters, supported
 from cogtune.generate.tensor_parallel import check_launched
+from cogtune.generate.transformers_generator import closed_questions_refused
 from cogtune.language import tr
 from cogtune.model.tensor_parallel import check_sizes
 from cogtune.plan.sizes import ModelSizes
@@ -52,6 +53,15 @@ class Resolved:
         """Whether the model computes only when its layers are called, which `InferenceEngine` does not do: spread over
         devices, or with streamed language experts."""
         return bool(self.others) or self.config.quant.stream == "all"
+
+    def require_one_place(self) -> None:
+        """Refuse closed questions of a model that is not in one place, before it is loaded.
+
+        Raises:
+            SetupError: it is spread over devices or processes, or its language experts are streamed.
+        """
+        if self.by_layers or self.tensor > 1:
+            raise closed_questions_refused()
 
     @property
     def tensor(self) -> int:

@@ -149,10 +149,10 @@ class TransformersGenerator(Generator):
 
 
 def closed_questions_refused() -> SetupError:
-    """Return the error of a model that is spread over devices or processes."""
+    """Return the error of a model that is spread over devices or processes, or that streams whole layers."""
     return SetupError(
         tr("closed questions are answered by a model on one device"),
-        hint=tr("leave out --parallel.tensor and name one --device"),
+        hint=tr("leave out --parallel.tensor and --quant.stream all, and name one --device"),
         code="config-combination",
     )
 
