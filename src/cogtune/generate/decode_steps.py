@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cogtune.generate.decoding import Decoding
-from cogtune.generate.sampling import SamplingRows, choose
+from cogtune.generate.sampling import SamplingRows, choose, seed_of
 from cogtune.generate.text_graphs import TextGraphs
 from cogtune.model.decode import decode
 from cogtune.model.head_offload import fetch_head, head_offload
@@ -111,7 +111,9 @@ class DecodeSteps:
         """Start prefilled slots: sample their first tokens [R], and store their decoding state."""
         device = self._whole.device
         where = torch.tensor([one.slot for one in begun]).to(device, non_blocking=True)
-        numbers = [(0, one.position, one.length, one.adapter, one.decoding.top_k, one.seed, 0) for one in begun]
+        numbers = [
+            (0, one.position, one.length, one.adapter, one.decoding.top_k, seed_of(one.seed), 0) for one in begun
+        ]
         settings = [(one.decoding.temperature if one.decoding.sample else 0.0, one.decoding.top_p) for one in begun]
         whole = torch.tensor(numbers).t().contiguous().to(device, non_blocking=True)
         parts = torch.tensor(settings).t().contiguous().to(device, non_blocking=True)

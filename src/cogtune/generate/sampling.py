@@ -25,6 +25,11 @@ class SamplingRows:
     step: torch.Tensor
 
 
+def seed_of(number: int) -> int:
+    """Return any whole number as a row's seed, an int64; those that fit stay as they are."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
 def choose(logits_RV: torch.Tensor, rows: SamplingRows | None) -> torch.Tensor:
     """Return the chosen tokens, int64 [R]. ``rows`` None: every row is greedy, and nothing is sorted."""
     likeliest = _likeliest(logits_RV)

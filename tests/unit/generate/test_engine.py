@@ -270,6 +270,13 @@ def test_a_seed_draws_the_same_alone_and_in_company(engine: InferenceEngine, ask
     assert engine.answer([_request(engine, asks[0], drawing, seed=12)])[0] != alone
 
 
+def test_any_whole_number_is_a_seed(engine: InferenceEngine, asks: list[Ask]) -> None:
+    """A run's seed and a question's number may add up to more than a tensor holds."""
+    drawn = Decoding(max_new_tokens=8, sample=True, top_k=2**63 - 1)
+    found = engine.answer([_request(engine, asks[4], drawn, seed=seed) for seed in (5, 2**64 + 5, 2**63, -(2**63))])
+    assert found[0] == found[1] != found[2] == found[3]
+
+
 def test_pieces_join_to_the_answer(engine: InferenceEngine, asks: list[Ask], wanted: list[str]) -> None:
     pieces = list(engine.submit(_request(engine, asks[1])))
     assert "".join(pieces) == wanted[1]
