@@ -10,14 +10,13 @@
     >>> cogtune.merge(adapter=result.adapter, output="merged")
 
 Functions: `load_config` reads a run's configuration, `plan` predicts its memory and time, `train` fine-tunes,
-`evaluate` measures answers, `load_generator` returns a model that answers, `merge` writes a full model,
+`evaluate` measures answers, `load_generator` loads a model that answers, `merge` writes a full model,
 `export_adapter` a folder to give away; `load_rows` and `collate_rows` give a run's rows to a training loop of your own.
-Classes, used like those of transformers: `CogVLM2ForCausalLM` (``from_pretrained`` also takes an adapter's folder),
+Classes as in transformers: `CogVLM2ForCausalLM` (``from_pretrained`` also takes an adapter's folder),
 `CogVLM2Processor`, `CogVLM2Config`; and `RunConfig`, a whole configuration. ``help`` on each says more;
 docs/guides/python.md shows them at work.
 
-Everything is imported on first use, so that ``import cogtune`` is quick. After it, transformers' Auto classes know
-CogVLM2.
+Everything is imported on first use. After ``import cogtune``, transformers' Auto classes know CogVLM2.
 """
 
 from __future__ import annotations

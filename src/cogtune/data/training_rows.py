@@ -54,14 +54,11 @@ def load_rows(config: RunConfig, processor: CogVLM2Processor | None = None, spli
 
 
 def collate_rows(rows: Sequence[RowSample]) -> BatchFeature:
-    """Join rows of `load_rows` into a batch for the model, padded on the right.
+    """Join rows of `load_rows`, padded on the right, into the model's arguments: int64 [B, L] (``segment_parents``:
+    [B, S]), and ``pixel_values`` float32 [N, 3, side, side] if a row has pictures.
 
     Example:
         >>> trainer = Trainer(model=model, args=args, train_dataset=rows, data_collator=cogtune.collate_rows)
-
-    Returns:
-        int64 [B, L]: ``input_ids``, ``token_type_ids``, ``attention_mask``, ``labels``, ``segment_ids``; int64 [B, S]:
-        ``segment_parents``; and, if a row has pictures, float32 [N, 3, side, side]: ``pixel_values``.
     """
     batch: dict[str, Any] = collate(rows)
     for what in batch.get("skipped", ()):
