@@ -142,3 +142,7 @@ def test_a_launcher_without_tensor_is_refused(
     assert "--parallel.tensor 3" in capsys.readouterr().err
     assert main(["chat", "--model", str(tiny_checkpoint), "--query", "x", "--parallel.tensor", "3"]) == 2
     assert "cannot be split over 3 ranks" in capsys.readouterr().err
+    words = ["predict", "--model", str(tiny_checkpoint), "--data", "x", "--output", "x.jsonl", "--cards", "2"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([*words, "--parallel.tensor", "2"]) == 2
+    assert "--cards gives each card the whole model" in capsys.readouterr().err

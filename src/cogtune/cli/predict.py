@@ -106,8 +106,7 @@ def _predict(flags: _Flags, line: Arguments) -> None:
     )
     resolved, asked = resolve(config), config
     config = resolved.config
-    if choices:
-        resolved.require_one_place()
+    _check_devices(resolved, flags.cards, choices)
     if follow(resolved):
         return
     share = None if flags.share is None else parse_share(flags.share)
@@ -150,6 +149,18 @@ def _predict(flags: _Flags, line: Arguments) -> None:
             write_table(flags.output, lines)
             if flags.captions is not None:
                 _write_captions(flags.captions, PredictionFile(output, settings, questions, lock), questions)
+
+
+def _check_devices(resolved: Resolved, cards: int, choices: tuple[str, ...]) -> None:
+    """Refuse what the model's devices cannot do, before it is loaded."""
+    if choices:
+        resolved.require_one_place()
+    if cards > 1 and resolved.tensor > 1:
+        raise ConfigError(
+            tr("--cards gives each card the whole model, and --parallel.tensor divides it"),
+            hint=tr("leave one of the two out; several launches share the work with --share K/N"),
+            code="config-combination",
+        )
 
 
 def _here(

@@ -7,6 +7,8 @@ import torch
 from cogtune.errors import RunError
 from cogtune.language import tr
 
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Connection was likely closed", "Broken pipe")
+
 
 def explain_peers(error: BaseException, *, logs: bool = True) -> RunError | None:
     """Return the error to show if ``error`` is about the launch's other processes, otherwise None.
@@ -14,7 +16,7 @@ def explain_peers(error: BaseException, *, logs: bool = True) -> RunError | None
     ``logs``: each process writes a log, which a run does and answering does not.
     """
     text = str(error)
-    if any(words in text for words in ("Connection closed by peer", "Connection reset by peer", "Broken pipe")):
+    if any(words in text for words in _LOST):
         return RunError(
             tr("another process of this run ended"),
             hint=tr("its own message, above or in run.log or run.rankN.log, says why")

@@ -18,6 +18,7 @@ from cogtune.distributed.lost_peers import explain_peers
 from cogtune.generate.picture_cache import default_budget
 from cogtune.generate.requests import Request
 from cogtune.generate.slot_work import SlotWork, explained
+from cogtune.language import tr
 from cogtune.model.layer_streaming import is_streamed
 from cogtune.processing.processor import CogVLM2Processor
 
@@ -57,7 +58,7 @@ class LeadingWork(SlotWork):
         if self.failed is not None:
             raise self.failed
         try:
-            with _explaining(rows):
+            with explaining(rows):
                 announced({"rows": rows, "name": name, "arguments": arguments})
                 yield
         except BaseException as error:
@@ -77,7 +78,7 @@ def follow(model: Any, processor: CogVLM2Processor) -> None:
         return
     work = SlotWork(model, processor, **settings)
     while (call := announced(None)) is not None:
-        with _explaining(call["rows"]):
+        with explaining(call["rows"]):
             getattr(work, call["name"])(*call["arguments"])
 
 
@@ -88,18 +89,23 @@ def announced(call: dict[str, Any] | None) -> dict[str, Any] | None:
         RunError: another rank ended.
     """
     message = [call]
-    with _explaining(0):
+    with explaining(0):
         dist.broadcast_object_list(message, src=0, device=torch.device("cpu"))
     return message[0]
 
 
 @contextmanager
-def _explaining(rows: int) -> Iterator[None]:
-    """Say of other ranks that are gone, and of a device that is full, what can be done. ``rows``: answers at once."""
+def explaining(rows: int) -> Iterator[None]:
+    """Say of other ranks that are gone, and of a device that is full, what can be done. ``rows``: answers at once.
+
+    Raises:
+        RunError, OutOfMemoryError: instead of torch's errors.
+    """
     try:
         yield
     except RuntimeError as error:
-        found = explain_peers(error, logs=False) or explained(error, rows)
+        smaller = tr("try fewer at once (--batch-size), or more cards: a larger --parallel.tensor")
+        found = explain_peers(error, logs=False) or explained(error, rows, smaller)
         if found is error:
             raise
         raise found from error

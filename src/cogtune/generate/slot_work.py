@@ -84,12 +84,18 @@ class SlotWork:
         return self.steps.step(slots, sample)
 
 
-def explained(error: BaseException, rows: int) -> BaseException:
-    """Return ``error``, or for a full device one that says what can be done. ``rows``: answers at once."""
+def explained(error: BaseException, rows: int, hint: str | None = None) -> BaseException:
+    """Return ``error``, or for a full device one that says what can be done.
+
+    Args:
+        rows: answers at once.
+        hint: what can be done; None: as for a model on one device.
+    """
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return OutOfMemoryError(
             tr("out of memory while answering {rows} question{s} at once", rows=rows, s="s" if rows > 1 else ""),
-            hint=tr(
+            hint=hint
+            or tr(
                 "try fewer at once (--batch-size; of a server --slots), or weights in fewer bits: --quant.experts nf4"
                 " --quant.tower nf4"
             ),

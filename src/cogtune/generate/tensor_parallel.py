@@ -18,7 +18,7 @@ from cogtune.distributed.group import TensorGroup, connect
 from cogtune.errors import ConfigError
 from cogtune.generate.choices import ChoiceScores, ClosedQuestion
 from cogtune.generate.generator import Generator, Images
-from cogtune.generate.lockstep import announced, follow
+from cogtune.generate.lockstep import announced, explaining, follow
 from cogtune.generate.transformers_generator import closed_questions_refused
 from cogtune.language import tr
 
@@ -52,14 +52,19 @@ def check_launched(size: int) -> None:
 
 
 def start(device: torch.device, *, needed: bool = True) -> TensorGroup | None:
-    """Meet the other processes; returns None if rank 0 has nothing to do (``needed``)."""
+    """Meet the other processes; returns None if rank 0 has nothing to do (``needed``).
+
+    Raises:
+        RunError: another one ended.
+    """
     group = join(device)
     return group if announced({} if needed else None) is not None else None
 
 
 def join(device: torch.device) -> TensorGroup:
     """Meet the other processes."""
-    connect(device, _PATIENCE)
+    with explaining(0):
+        connect(device, _PATIENCE)
     return TensorGroup(dist.get_rank(), dist.get_world_size())
 
 

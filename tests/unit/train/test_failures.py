@@ -74,6 +74,7 @@ def test_a_loss_that_is_not_finite_names_only_its_records() -> None:
     ("text", "code"),
     [
         ("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1", "peer-lost"),
+        ("Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server crash?", "peer-lost"),
         ("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv operation", "peer-timeout"),
         ("mat1 and mat2 shapes cannot be multiplied", None),
     ],
