@@ -182,9 +182,9 @@ def test_adapted_experts_compute_the_same_with_the_kernel(dropout: float, monkey
 def test_inference_outside_of_compiled_layers_uses_kernels(
     dtype: torch.dtype, bound: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Norms and gated products of a whole model with a picture, against the operators that they replace."""
+    """Norms, rotations and gated products of a whole model with a picture, against the operators that they replace."""
     from cogtune.checkpoint.random import random_model, tiny_config
-    from cogtune.model import modeling
+    from cogtune.model import modeling, qkv_rope
 
     model = random_model(tiny_config(), seed=1).to(dtype).cuda()
     ids = torch.randint(10, 200, (2, 40), generator=torch.Generator().manual_seed(3)).cuda()
@@ -192,19 +192,22 @@ def test_inference_outside_of_compiled_layers_uses_kernels(
     types[:, 1:7] = 1
     features = _noise(2, 4, 32, dtype=dtype)
     launched = []
-    norm = modeling.decode.root_mean_square_norm
+    norm, rotate, rotated = modeling.decode.root_mean_square_norm, qkv_rope._by_kernel, []
+    monkeypatch.setattr(qkv_rope, "_by_kernel", lambda *a: rotated.append(1) or rotate(*a))
     monkeypatch.setattr(modeling.decode, "root_mean_square_norm", lambda *a: launched.append(1) or norm(*a))
     with torch.no_grad():
         found = model(ids, token_type_ids=types, image_features=features).logits
     assert len(launched) == 2 * len(model.model.layers) + 1
+    assert len(rotated) == len(model.model.layers)
     with torch.no_grad(), monkeypatch.context() as patch:
-        for module in (modeling, swiglu):
+        for module in (modeling, swiglu, qkv_rope):
             patch.setattr(module, "inference_kernel_available", lambda *tensors: False)
         wanted = model(ids, token_type_ids=types, image_features=features).logits
     assert len(launched) == 2 * len(model.model.layers) + 1
     assert _error(found, wanted) < bound  # in bfloat16 a last bit here and there, carried through two layers
     model(ids, token_type_ids=types, image_features=features, labels=ids).loss.backward()  # the operators again
     assert len(launched) == 2 * len(model.model.layers) + 1
+    assert len(rotated) == len(model.model.layers)
     assert model.model.layers[0].input_layernorm.weight.grad is not None
 
 

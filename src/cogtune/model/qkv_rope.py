@@ -2,7 +2,7 @@
 
 In a layer compiled for a GPU each direction is one fused kernel. The compiler alone would generate three for the
 forward pass. In the backward pass it would rotate and concatenate the gradients in one kernel and gather them in the
-next.
+next. Without gradients the kernel runs outside of compiled layers too.
 
 Shapes: T tokens in sorted order, B rows, S columns, H query heads, K key/value heads, E head width, F fused projection
 ((H + 2K) * E: all of q, then k, then v).
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cogtune.model.kernels import HAS_TRITON, kernel_available
+from cogtune.model.kernels import HAS_TRITON, inference_kernel_available, kernel_available
 from cogtune.model.rope import rotate
 from cogtune.model.routing import Routing
 
@@ -34,6 +34,8 @@ def rotate_into_rows(
     """
     if routing.to_rows is None or routing.from_rows is None:
         return _rotated(qkv_TF, cos, sin, routing.num_rows, sizes)
+    if inference_kernel_available(qkv_TF, cos, routing.to_rows) and _fits_kernel(qkv_TF):
+        return _by_kernel(qkv_TF, cos, sin, routing.to_rows, routing.num_rows, sizes)
     found: Heads = _Heads.apply(qkv_TF, cos, sin, routing.to_rows, routing.from_rows, routing.num_rows, sizes)
     return found
 
@@ -47,6 +49,19 @@ def _rotated(
     cos, sin = cos.transpose(1, 2), sin.transpose(1, 2)
     # Keep all heads of a token adjacent in memory: attention's gradients then have the layout the backward pass reads.
     return rotate(q, cos, sin).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2), v.transpose(1, 2)
+
+
+def _by_kernel(
+    qkv_TF: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    to_rows: torch.Tensor,
+    rows: int,
+    sizes: tuple[int, int, int],
+) -> Heads:
+    """Rounds once, like the compiler's own kernel; the eager path rounds each product with a bfloat16 table."""
+    q, k, v = qkv_rope.into_rows_on_gpu(qkv_TF, cos, sin, to_rows, rows, sizes)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 class _Heads(torch.autograd.Function):
@@ -67,9 +82,7 @@ class _Heads(torch.autograd.Function):
         if not _fits_kernel(qkv):
             q, k, v = _rotated(qkv.index_select(0, to_rows), cos, sin, rows, sizes)
             return q, k, v.clone()  # a view would keep the whole projection alive
-        # Rounds once, like the compiler's own kernel; the eager path rounds each product with a bfloat16 table.
-        q, k, v = qkv_rope.into_rows_on_gpu(qkv.contiguous(), cos, sin, to_rows, rows, sizes)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return _by_kernel(qkv.contiguous(), cos, sin, to_rows, rows, sizes)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
