@@ -113,7 +113,8 @@ def test_a_slow_bus_costs_time_and_a_fast_one_hides_behind_computation() -> None
     assert exposed.seconds == pytest.approx(2 * 30 * Streaming.of_decoder(NF4.streaming(0)).each / 13e9, rel=0.05)
 
 
-def test_what_answering_takes_afterwards_is_said_with_the_flags_that_fit() -> None:
+def test_what_answering_takes_afterwards_is_said_with_the_flags_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)  # which a command sets for its process
     config = load_config(None, {"model": "base", "data": "data", "output": "out"})
     asked = {"placeholders": ["model.path", "data.path"]}
     for card, stream, most in (("6GiB", "all", 4.8), ("8GiB", "0", 6.8)):
