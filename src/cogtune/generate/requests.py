@@ -190,24 +190,24 @@ class AnswerText:
 
     def push(self, token: int) -> str:
         """Add a token and return the text that can be shown now."""
-        return self._shown(self._pieces.push(token))
+        return self._pieces.trimmed(self._before_stop(self._pieces.complete(token)))
 
     def finish(self) -> str:
         """Return the rest at the end."""
         if self.stopped:
             return ""
-        text = self._shown(self._pieces.finish())
+        text = self._before_stop(self._pieces.rest())
         rest, self._held = ("", "") if self.stopped else (self._held, "")
-        return text + rest
+        return self._pieces.trimmed(text + rest)
 
-    def _shown(self, piece: str) -> str:
+    def _before_stop(self, piece: str) -> str:
         if not self._stop:
             return piece
         text = self._held + piece
         places = [place for place in (text.find(stop) for stop in self._stop) if place >= 0]
         if places:
             self.stopped, self._held = True, ""
-            return text[: min(places)].rstrip()
+            return text[: min(places)]
         held = max(
             (size for stop in self._stop for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0
         )

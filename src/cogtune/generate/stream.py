@@ -36,6 +36,14 @@ class TextPieces:
 
     def push(self, token: int) -> str:
         """Return the text that this token completes, often none."""
+        return self.trimmed(self.complete(token))
+
+    def finish(self) -> str:
+        """Return what an answer that ends inside a character still holds."""
+        return self.trimmed(self.rest())
+
+    def complete(self, token: int) -> str:
+        """Do as `push`, with white space that may be the answer's end."""
         self._waiting.append(token)
         text = self._text()
         # a byte-level tokenizer writes one replacement character for bytes of which more are to come, a SentencePiece
@@ -44,13 +52,20 @@ class TextPieces:
         piece, self._given = whole[self._given :], len(whole)
         if whole == text:
             self._before, self._waiting, self._given = self._waiting, [], 0
-        return self._trimmed(piece)
+        return self._without_lead(piece)
 
-    def finish(self) -> str:
-        """Return what an answer that ends inside a character still holds."""
+    def rest(self) -> str:
+        """Do as `finish`, with white space at the end."""
         text = self._text() if self._waiting else ""
         piece, self._waiting, self._given = text[self._given :], [], 0
-        return self._trimmed(piece)
+        return self._without_lead(piece)
+
+    def trimmed(self, text: str) -> str:
+        """Keep white space at the end back until something follows it."""
+        text = self._spaces + text
+        kept = text.rstrip()
+        self._spaces = text[len(kept) :]
+        return kept
 
     def _text(self) -> str:
         """Return what the waiting tokens add to those before them."""
@@ -58,12 +73,10 @@ class TextPieces:
             return self._decode(self._waiting)
         return self._decode(self._before + self._waiting)[len(self._decode(self._before)) :]
 
-    def _trimmed(self, text: str) -> str:
-        text = self._spaces + text if self._begun else text.lstrip()
+    def _without_lead(self, text: str) -> str:
+        text = text if self._begun else text.lstrip()
         self._begun = self._begun or bool(text)
-        kept = text.rstrip()
-        self._spaces = text[len(kept) :]
-        return kept
+        return text
 
 
 class Answer(Iterator[str]):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from cogtune.generate.requests import AnswerText
 from cogtune.generate.stream import StreamedAnswer, TextPieces
 
 
@@ -58,6 +60,30 @@ def test_bytes_of_a_tokenizer_that_writes_a_replacement_for_each() -> None:
     pieces = TextPieces(decode_run)
     given = [pieces.push(byte) for byte in "北京".encode()]
     assert given == ["", "", "北", "", "", "京"]
+
+
+@pytest.mark.parametrize(
+    ("written", "stop", "text", "read"),
+    [
+        ("one\ntwo", "\n", "one", 4),  # the newline ends it, not the word behind it
+        ("one\n", "\n", "one", 4),
+        ("one  STOP two", "STOP", "one", 9),  # whichever way tokens cut the stop text, no space is left
+        ("one  STUFF", "STOP", "one  STUFF", 10),
+        ("\n one two", " ", "one", 6),  # white space in front is no part of an answer
+        ("one\n\n\ntwo", "\n\n", "one", 5),
+        ("one\ntwo ", "\n\n", "one\ntwo", 8),
+        ("one ST", "STOP", "one ST", 6),
+    ],
+)
+def test_a_stop_text_ends_where_it_stands(written: str, stop: str, text: str, read: int) -> None:
+    processor: Any = SimpleNamespace(decode=decode)
+    answer, found, count = AnswerText(processor, (stop,)), "", 0
+    for byte in written.encode():
+        found, count = found + answer.push(byte), count + 1
+        assert found == found.rstrip()
+        if answer.stopped:
+            break
+    assert (found + answer.finish(), count) == (text, read)
 
 
 def test_the_prompt_is_not_part_of_the_answer_and_text_comes_before_the_end() -> None:
