@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -73,10 +73,11 @@ class Prefill:
             for key, image in zip(request.image_keys or (), request.images, strict=False)
             if ("features", key, NONE) not in self._pictures and not isinstance(image, Features)
         }
-        self._resized = {
-            key: self._resized.get(key) or self._resizing.submit(self._host_pixels, image)
-            for key, image in list(wanted.items())[:_AT_ONCE]
-        }
+        with suppress(RuntimeError):  # no pool takes work once the main thread has ended; others may still ask
+            self._resized = {
+                key: self._resized.get(key) or self._resizing.submit(self._host_pixels, image)
+                for key, image in list(wanted.items())[:_AT_ONCE]
+            }
 
     def with_pixels(self, requests: Sequence[Request]) -> list[Request]:
         """Return requests whose new images are resized, to be computed here and on other ranks."""

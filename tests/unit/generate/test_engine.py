@@ -270,6 +270,16 @@ def test_a_seed_draws_the_same_alone_and_in_company(engine: InferenceEngine, ask
     assert engine.answer([_request(engine, asks[0], drawing, seed=12)])[0] != alone
 
 
+def test_questions_of_a_thread_that_outlives_the_main_one_are_answered(
+    engine: InferenceEngine, asks: list[Ask], wanted: list[str]
+) -> None:
+    """Once the main thread has ended no pool takes work: images are then resized when they are needed."""
+    engine.prefill._resizing.shutdown()
+    running = [engine.submit(_request(engine, ask)) for ask in asks]
+    assert all(pending._ended.wait(10) for pending in running)
+    assert [pending.text() for pending in running] == wanted
+
+
 def test_any_whole_number_is_a_seed(engine: InferenceEngine, asks: list[Ask]) -> None:
     """A run's seed and a question's number may add up to more than a tensor holds."""
     drawn = Decoding(max_new_tokens=8, sample=True, top_k=2**63 - 1)
