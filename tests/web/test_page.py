@@ -285,11 +285,19 @@ def test_a_file_that_is_too_large_is_not_taken(visit: Visit, tmp_path: Path) -> 
     assert visit.page.query_selector("#seen img") is None
 
 
-def test_it_fits_a_phone(browser: Any, address: str) -> None:
-    visit = Visit(browser, address)
-    visit.page.set_viewport_size({"width": 390, "height": 844})
-    visit.page.wait_for_timeout(300)
-    assert visit.page.evaluate("document.documentElement.scrollWidth") <= 390
+WHOLE = "found => found.every(one => one.scrollWidth <= one.clientWidth && one.scrollHeight <= one.clientHeight)"
+
+
+def test_it_fits_a_phone(browser: Any, start: Callable[..., str], picture: Path) -> None:
+    """Also the pictures in their frames: the sixth example and the lower edge of the shown one were out of sight."""
+    visit = Visit(browser, start(examples=[(picture, "Which colour?")] * 12))
+    visit.upload(picture)
+    visit.page.wait_for_selector("#seen img")
+    for width in (1280, 390):
+        visit.page.set_viewport_size({"width": width, "height": 844})
+        visit.page.wait_for_timeout(300)
+        assert visit.page.evaluate("document.documentElement.scrollWidth") <= width
+        assert visit.page.eval_on_selector_all("#examples .grid-wrap, #seen .grid-wrap, #seen, #clear", WHOLE)
     visit.context.close()
 
 

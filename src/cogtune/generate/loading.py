@@ -132,7 +132,7 @@ def load_resolved(choice: Resolved, progress: Callable[[str], None] = lambda lin
             if choice.config.generate.merge:
                 model = merge_in_memory(model, choice.adapter)
         if choice.adapters:
-            progress(tr("with the adapters {names}", names=tr(", ").join(choice.adapters)))
+            progress(tr("with these adapters: {names}", names=tr(", ").join(choice.adapters)))
             adapters = stack_adapters(model, choice.adapters)
             return Generator(model, processor, **_default_decoding(choice), adapters=adapters, guesses=guesses)
         if choice.by_layers:

@@ -32,6 +32,8 @@ _CSS = """
 .cogtune-scores :is(table, tr, td, th) {border: 0 !important}
 .cogtune-scores :is(td, th) {padding: 2px 8px 2px 0 !important; text-align: left; white-space: nowrap}
 .cogtune-scores td:first-child {white-space: normal; width: 20%}
+#examples .grid-container {grid-template-columns: repeat(auto-fill, minmax(max(90px, 15%), 1fr)) !important}
+#examples .grid-wrap, #seen .fixed-height {max-height: none; min-height: 0}
 footer {display: none !important}
 """
 
@@ -249,7 +251,8 @@ def _parts(page: _Page, options: PageOptions, other: str) -> None:
             suffixes = list(CLIP_SUFFIXES if options.clips else PICTURE_SUFFIXES)
             label = tr("Clip: drop one here, or click") if options.clips else tr("Picture: drop one here, or click")
             file = gr.File(label=label, file_types=suffixes, height=120, elem_id="file")
-            seen = gr.Gallery(label=tr("What the model is shown"), columns=2 if options.clips else 1, height=300,
+            seen = gr.Gallery(label=tr("What the model is shown"), columns=2 if options.clips else 1,
+                              height=300 if options.clips else "auto",
                               elem_id="seen", object_fit="contain", interactive=False, buttons=[])  # fmt: skip
         with gr.Column(scale=5, min_width=320):
             with gr.Row():
@@ -265,7 +268,7 @@ def _parts(page: _Page, options: PageOptions, other: str) -> None:
             with gr.Row():
                 ask = gr.Button(tr("Ask"), variant="primary", elem_id="ask", min_width=80)
                 stop = gr.Button(tr("Stop"), elem_id="stop", min_width=80)
-                clear = gr.Button(tr("New conversation"), elem_id="clear", min_width=120)
+                clear = gr.Button(tr("Start over"), elem_id="clear", min_width=120)
             sampling = _sampling(options)
             asked, choices, button, table = _closed_parts()
     if options.examples:
