@@ -130,10 +130,11 @@ def summary(output: Path, adapter: Path, progress: Progress, seconds: float) -> 
     if first is not None and last is not None:
         lines.append(
             tr(
-                "{steps} steps, trained for {time}; loss {first:.4f} at first, {last:.4f} at last",
+                "{steps} steps, trained for {time}; loss {first:.4f} up to step {end}, {last:.4f} at last",
                 steps=progress.step,
                 time=format_clock(seconds),
-                first=first,
+                first=first[1],
+                end=first[0],
                 last=last,
             )
         )

@@ -217,10 +217,11 @@ def validation_loss(output: Path, step: int) -> float | None:
     return next((line.get("loss") for line in lines if line["kind"] == "validation" and line["step"] == step), None)
 
 
-def first_loss(output: Path) -> float | None:
-    """Return the first training loss of a run's metrics; None if there is none."""
+def first_loss(output: Path) -> tuple[int, float] | None:
+    """Return the first training loss of a run's metrics, after the last step that it is the mean of; None without."""
     lines = read_metrics(output) if (output / METRICS_FILE).is_file() else []
-    return next((line["loss"] for line in lines if line["kind"] == "train" and line.get("loss") is not None), None)
+    trained = (line for line in lines if line["kind"] == "train" and line.get("loss") is not None)
+    return next(((line["step"], line["loss"]) for line in trained), None)
 
 
 def _drop_after(path: Path, step: int) -> None:

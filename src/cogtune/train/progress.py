@@ -92,6 +92,8 @@ def damaged(checkpoint: Path, key: str, value: object) -> CheckpointError:
 def best_so_far(progress: Progress) -> str:
     """Return which checkpoint is the best, and by which value."""
     value = shown_value(progress.best_metric or "loss", progress.best_value)
+    if (progress.best_metric or "loss") == "loss":
+        return tr("best validation loss {value} at step {best_step}", value=value, best_step=progress.best_step)
     return tr("best {metric} {value} at step {best_step}", metric=progress.best_metric, value=value,
               best_step=progress.best_step)  # fmt: skip
 
