@@ -62,15 +62,16 @@ def _print(report: CheckReport) -> None:
     counts = report.counts
     if counts:
         only = tr(", {text_only} without a picture", text_only=counts["text_only"]) if counts["text_only"] else ""
-        console.print(
-            tr(
-                "{pictures} pictures, {conversations} conversations{only}",
-                pictures=counts["pictures"],
-                conversations=counts["conversations"],
-                only=only,
-            ),
-            markup=False,
+        shown = (
+            tr("{clips} clips with {frames} frames", clips=counts["pictures"], frames=counts["frames"])
+            if counts["frames"]
+            else tr("{pictures} pictures", pictures=counts["pictures"])
         )
+        console.print(
+            tr("{shown}, {conversations} conversations{only}", shown=shown, conversations=counts["conversations"],
+               only=only),
+            markup=False,
+        )  # fmt: skip
         console.print(
             tr("{turns} questions; {bad} records cannot be used", turns=counts["turns"], bad=counts["bad"]),
             markup=False,
@@ -158,8 +159,8 @@ def _findings(console: Console, title: str, colour: str, findings: Sequence[Find
         console.print(f"{count} x {code}", style=colour, markup=False)
         chosen = [finding for finding in findings if finding.code == code]
         for finding in chosen[:_SHOWN]:
-            place = f"{finding.where}: " if finding.where else ""
-            console.print(f"  {place}{finding.what}", markup=False)
+            said = tr("{where}: {what}", where=finding.where, what=finding.what) if finding.where else finding.what
+            console.print(f"  {said}", markup=False)
         if count > _SHOWN:
             console.print(tr("  ... and {count} more (--json lists all)", count=count - _SHOWN), markup=False)
         if code in hints:

@@ -109,7 +109,9 @@ def _card(flags: _Flags) -> Card | None:
 def _refuse_bad(report: CheckReport) -> None:
     if report.ok:
         return
-    shown = "\n  ".join(f"{f.where}: {f.what}" if f.where else f.what for f in report.errors[:_SHOWN])
+    shown = "\n  ".join(
+        tr("{where}: {what}", where=f.where, what=f.what) if f.where else f.what for f in report.errors[:_SHOWN]
+    )
     count, code = len(report.errors), report.errors[0].code
     general = tr("`cogtune data check` lists them all; --data.on_bad skip leaves bad records out")
     raise DataError(

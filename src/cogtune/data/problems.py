@@ -101,7 +101,7 @@ class Problem:
         hint = tr(HINTS[self.kind])
         if skippable:
             hint = tr("{hint}; {other}", hint=hint, other=tr(SKIP_HINT))
-        return DataError(f"{self.where}: {self.what}{more}", hint=hint, code=self.code)
+        return DataError(tr("{where}: {what}", where=self.where, what=f"{self.what}{more}"), hint=hint, code=self.code)
 
 
 class BadRecordError(Exception):
@@ -149,7 +149,7 @@ class Problems:
             self.unfound_paths += problem.kind == "image-missing"
 
     def examples(self, limit: int = 5) -> list[str]:
-        return [f"{problem.where}: {problem.what}" for problem in self.found[:limit]]
+        return [tr("{where}: {what}", where=problem.where, what=problem.what) for problem in self.found[:limit]]
 
     def settle(self, good: int, on_bad: Literal["error", "skip"], max_share: float) -> None:
         """Raise unless the problems may be skipped.

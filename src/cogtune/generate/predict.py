@@ -266,7 +266,9 @@ class Predictor:
             kept, dropped = fit_history(processor.encoder, question.question, history, limit, self.generator.template)
         except DataError as error:
             where = tr("{id}, turn {turn}", id=question.id, turn=question.turn)
-            raise DataError(f"{where}: {error.message}", hint=error.hint, code=error.code) from error
+            raise DataError(
+                tr("{where}: {what}", where=where, what=error.message), hint=error.hint, code=error.code
+            ) from error
         self.report.trimmed += dropped > 0
         return images, question.question, kept
 

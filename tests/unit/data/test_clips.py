@@ -12,6 +12,7 @@ import torch
 
 from cogtune import CogVLM2ForCausalLM
 from cogtune.checkpoint.random import make_tiny, random_model, tiny_video_config
+from cogtune.cli.main import main
 from cogtune.data.check import check
 from cogtune.data.collate import collate
 from cogtune.data.dataset import TrainRows
@@ -284,7 +285,7 @@ def test_ten_captions_on_one_clip_and_clips_together_equal_each_alone(tmp_path, 
     assert abs(loss.item() - total / count) < 2e-6 * (1 + loss.item())
 
 
-def test_check_and_preview(tmp_path, put) -> None:
+def test_check_and_preview(tmp_path, put, capsys, monkeypatch) -> None:
     folder = make_tiny(tmp_path / "model", vision_experts=False)
     put(tmp_path / "set", {"a": "a.mp4", "b": "b.mp4"})
     for name in "ab":
@@ -297,6 +298,12 @@ def test_check_and_preview(tmp_path, put) -> None:
     assert found.counts["pictures"] == 3
     assert found.counts["frames"] == 7
     assert [finding.code for finding in found.warnings if "picture" in finding.code] == ["duplicate-picture"]
+    monkeypatch.setenv("COGTUNE_LANG", "zh")
+    assert main(["data", "check", str(tmp_path / "set"), "--model", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "3 段视频，7 帧，3 个对话" in said
+    assert "c.mp4：" in said
+    monkeypatch.delenv("COGTUNE_LANG")
     examples = read(tmp_path / "set")
     rows = list(preview_rows(examples, section(tmp_path / "set"), tokens, 1))
     assert len(rows[0].images) == 2
