@@ -52,6 +52,18 @@ def verdict(one: Answers, other: Answers, scored: Scored, found: Difference) -> 
         return tr(
             "{one} and {other} score the same in {metric} on all {records} answers", **names, records=found.records
         )
+    if not found.certain and found.low * found.high > 0:  # on few pictures the test sees less than the interval shows
+        return tr(
+            "{one} and {other} cannot be told apart: {points:+.1f} points of {metric} (95 % interval {low:+.1f} to"
+            " {high:+.1f}, but {differing} of {pictures} pictures differ, and p = {p:.2f} that it is chance)",
+            **names,
+            points=100 * found.value,
+            low=100 * found.low,
+            high=100 * found.high,
+            differing=found.differing,
+            pictures=found.pictures,
+            p=found.p,
+        )
     if not found.certain:
         template = phrase("{one} and {other} cannot be told apart: {points:+.1f} points of {metric} ({detail})")
         return tr(template, **names, points=100 * found.value, detail=_detail(found, found.low, found.high, "+"))
@@ -70,9 +82,9 @@ def _detail(found: Difference, low: float, high: float, sign: str) -> str:
         "pictures": found.pictures,
     }
     if found.smallest is None:
-        return tr("95 % interval {low} to {high}, from {records} answers about {pictures} pictures", **values)
+        return tr("95 % interval {low} to {high}, from {records:,} answers about {pictures:,} pictures", **values)
     return tr(
-        "95 % interval {low} to {high}; with {records} answers about {pictures} pictures, less than {smallest:.1f}"
+        "95 % interval {low} to {high}; with {records:,} answers about {pictures:,} pictures, less than {smallest:.1f}"
         " points could not be told from chance",
         **values,
         smallest=100 * found.smallest,
@@ -81,7 +93,7 @@ def _detail(found: Difference, low: float, high: float, sign: str) -> str:
 
 def _alone(model: Answers, scored: Scored) -> str:
     return tr(
-        "{one}: {metric} {value} on {records} answers about {pictures} pictures",
+        "{one}: {metric} {value} on {records:,} answers about {pictures:,} pictures",
         one=name_of(model),
         metric=tr(scored.metric.title),
         value=shown(scored.values[0]),

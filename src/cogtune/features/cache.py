@@ -72,7 +72,9 @@ class FillReport:
         """Return a few sentences for the console."""
         peak = tr(", {peak_bytes:.2f} GiB at most", peak_bytes=self.peak_bytes / 2**30) if self.peak_bytes else ""
         lines = [
-            tr(
+            tr("none computed")
+            if not self.computed
+            else tr(
                 "{computed} computed in {seconds:.1f} s, {rate:.2f} pictures/s{peak}",
                 computed=self.computed,
                 seconds=self.seconds,

@@ -51,7 +51,8 @@ def lines(plan: Plan) -> Iterator[str]:
     yield from _times(plan)
     yield _headed(tr("disk"), _disk(plan))
     if plan.cost is not None:
-        cost = tr("{cost:,.2f} for the whole run on {cards} card(s)", cost=plan.cost, cards=setting.ranks)
+        cost = tr("{cost:,.2f} for the whole run on {cards} card{s}", cost=plan.cost, cards=setting.ranks,
+                  s="" if setting.ranks == 1 else "s")  # fmt: skip
         yield _headed(tr("cost"), cost)
 
 

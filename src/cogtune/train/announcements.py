@@ -45,7 +45,7 @@ def announce(
     devices = torch.cuda.device_count()
     log.info(
         tr(
-            "engine {name} on {ranks} x {device}, {dtype}; {total_steps} steps of {global_batch} rows"
+            "engine {name} on {ranks} x {device}, {dtype}; {total_steps} steps of {global_batch} row{s}"
             " ({batch_size} per rank x {ranks} ranks x {accumulation} accumulated)",
             name=engine.name,
             ranks=record.ranks,
@@ -53,6 +53,7 @@ def announce(
             dtype=_name(dtype),
             total_steps=record.total_steps,
             global_batch=record.global_batch,
+            s="" if record.global_batch == 1 else "s",
             batch_size=record.batch_size,
             accumulation=record.accumulation,
         )

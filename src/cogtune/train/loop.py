@@ -322,13 +322,14 @@ class Loop:
         patience = self.config.eval.patience
         if patience is not None and progress.validations_without_better >= patience:
             progress.stopped_early = True
-            log.info(
-                tr(
-                    "stopping early: {patience} validations without a better {metric}",
-                    patience=patience,
-                    metric=self.config.eval.metric,
+            if progress.step < self.total_steps:
+                log.info(
+                    tr(
+                        "stopping early: {patience} validations without a better {metric}",
+                        patience=patience,
+                        metric=self.config.eval.metric,
+                    )
                 )
-            )
 
     def _is_better(self, values: Mapping[str, float]) -> bool:
         """Return whether ``eval.metric`` is better than at every earlier validation that was judged by it."""

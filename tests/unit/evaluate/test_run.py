@@ -83,6 +83,17 @@ def test_what_could_be_chance_is_not_called_better(tmp_path):
     assert found.verdict.startswith("one.jsonl and other.jsonl cannot be told apart: -10.0 points of exact match")
 
 
+def test_four_pictures_are_too_few_whatever_their_interval_says(tmp_path):
+    """It said that they cannot be told apart, and gave an interval and a smallest difference that said they can."""
+    rights = ["cat"] * 8
+    one = predictions(tmp_path / "one.jsonl", rights, rights)
+    other = predictions(tmp_path / "other.jsonl", ["dog", "cat", "dog", "cat", "dog", "cat", "dog", "dog"], rights)
+    said = evaluated(tmp_path, predictions=one, against=str(other)).verdict
+    assert "cannot be told apart: +62.5 points of exact match (95 % interval +" in said
+    assert "but 4 of 4 pictures differ, and p = 0.1" in said  # 2 of the 16 ways to swap their answers: 0.125
+    assert "could not be told from chance" not in said
+
+
 def test_predictions_of_other_data_are_refused(tmp_path, two):
     rights = ["cat"] * 40
     other = predictions(tmp_path / "other.jsonl", ["cat"] * 40, rights)
