@@ -90,6 +90,7 @@ ENGLISH = {
     "system/file_errors.py": r"os error",
     "system/gpu.py": r"can't allocate memory",
     "train/engines/zero.py": r"is deprecated",
+    "data/loader.py": r"^shared memory$|^DataLoader worker",
     "distributed/lost_peers.py": r"Connection (closed|reset|was likely closed)|Broken pipe|Timed out|operation timeout",
     "train/failures.py": r"^loading the model$",
     "train/loop.py": r"Detected call of",

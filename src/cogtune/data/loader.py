@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from cogtune.data.collate import collate
 from cogtune.data.dataset import RowIndex, RowSample, TrainRows
 from cogtune.data.pixels import tower_inputs
 from cogtune.data.records import ImageRef
 from cogtune.data.sampler import EpochSampler
-from cogtune.errors import CogtuneError, DataError
+from cogtune.errors import CogtuneError, DataError, RunError
+from cogtune.language import tr
 from cogtune.model.routing import GPU_COLUMNS
 
 
@@ -29,7 +30,7 @@ def batches(
     """Yield one collated batch per item of the sampler, in order. ``for_gpu``: in pinned memory and a GPU's layout.
 
     Raises:
-        CogtuneError: as raised while a row was built, in whichever process.
+        CogtuneError: as raised while a row was built, in whichever process; or a worker finds no shared memory.
     """
     loader: DataLoader[Any] = DataLoader(
         _Guarded(rows),  # type: ignore[arg-type]
@@ -119,7 +120,44 @@ def _collate_or_error(
         if isinstance(item, CogtuneError):
             return item
         rows.append(item)
-    return collate(rows, column_multiple, vision_experts=vision_experts)
+    batch = collate(rows, column_multiple, vision_experts=vision_experts)
+    return batch if get_worker_info() is None else _shared_or_error(batch)
+
+
+def _shared_or_error(batch: dict[str, Any]) -> dict[str, Any] | CogtuneError:
+    """Put a batch into shared memory, through which it leaves a worker. The thread that sends it would do so too, but
+    can only print an error, and the batch would be awaited for ever."""
+    try:
+        for value in (*batch.values(), *vars(batch["routing"]).values()):
+            if isinstance(value, torch.Tensor):
+                value.share_memory_()
+    except RuntimeError as error:
+        if "shared memory" not in str(error):
+            raise
+        return RunError(
+            tr("a data worker cannot pass its batch on: {error}", error=error),
+            hint=tr("docker run --shm-size 8g (or --ipc host) makes /dev/shm larger; without: --data.workers 0"),
+            code="shared-memory",
+        )
+    return batch
+
+
+def explain_worker(error: BaseException) -> RunError | None:
+    """Return the error to show if ``error`` says that a worker was killed, otherwise None.
+
+    Torch raises it between any two lines of the main thread, as a signal's handler does.
+    """
+    text = str(error)
+    if not text.startswith("DataLoader worker (pid"):
+        return None
+    return RunError(
+        tr("a data worker has ended: {text}", text=text.strip()),
+        hint=tr(
+            "killed means that host memory was full: fewer --data.workers; a bus error that /dev/shm was: docker run"
+            " --shm-size 8g, or --data.workers 0"
+        ),
+        code="data-worker",
+    )
 
 
 def _start_worker(_: int) -> None:

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from cogtune.configuration.input_sections import SourceSection
-from cogtune.data.loader import clips_ahead
+from cogtune.data.loader import clips_ahead, explain_worker
 from cogtune.data.pixels import tower_inputs
 from cogtune.data.records import ImageRef, Question
 from cogtune.errors import DataError, InputError
@@ -138,10 +138,13 @@ class Predictor:
         Raises:
             DataError: an unusable picture or question, where the options say so.
             OutOfMemoryError, DiskFullError: all earlier answers are in the file.
+            RunError: a process that decodes clips was killed.
         """
         with self.file:
             try:
                 self._answer_all()
+            except RuntimeError as error:
+                raise explain_worker(error) or error from error
             finally:
                 self._decoding = None  # which ends its processes
                 later = {p: text for p, text in self.answers.items() if p >= self.file.next}

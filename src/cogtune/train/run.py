@@ -16,6 +16,7 @@ from cogtune.checkpoint import resume_state as checkpoints
 from cogtune.configuration.deepspeed import apply_deepspeed
 from cogtune.configuration.resolve import as_stored, check_formats, torch_dtype
 from cogtune.configuration.run_config import RunConfig
+from cogtune.data.loader import explain_worker
 from cogtune.distributed import environment
 from cogtune.distributed.group import Group
 from cogtune.distributed.lost_peers import explain_peers
@@ -109,7 +110,7 @@ def train(config: RunConfig, *, dry_run: bool = False, force: bool = False) -> T
             hint=tr("free some space there and run the same command again: it continues"),
         ) from error
     except RuntimeError as error:
-        raise explain_peers(error) or error from error
+        raise explain_peers(error) or explain_worker(error) or error from error
 
 
 def _train(config: RunConfig, dry_run: bool, force: bool) -> TrainResult:

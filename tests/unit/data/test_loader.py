@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerFast
 
 from cogtune.data.collate import collate
 from cogtune.data.dataset import TrainRows
-from cogtune.data.loader import batches
+from cogtune.data.loader import batches, explain_worker
 from cogtune.data.sampler import EpochSampler
 from cogtune.data.sources import read_sources
-from cogtune.errors import DataError
+from cogtune.errors import DataError, RunError
 from cogtune.processing.encode import Encoder
 from cogtune.processing.tokenizer import write_byte_tokenizer
 from tests.support.data_folders import dialogue, section, write_folder, write_image, write_lines
@@ -89,3 +89,35 @@ def test_an_error_in_a_worker_arrives_as_it_was_raised(rows: TrainRows, tmp_path
     assert caught.value.message.startswith(str(path))
     assert caught.value.hint
     assert caught.value.code == "image-truncated"
+
+
+@pytest.mark.timeout(60)
+def test_a_batch_that_finds_no_shared_memory_is_an_error_and_not_awaited(
+    rows: TrainRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container with 64 MB of /dev/shm, where the thread that sends a batch could only print what is wrong."""
+
+    def full(*_: object) -> None:
+        raise RuntimeError(
+            "unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device (28)"
+        )
+
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)  # workers are forked, and have it too
+    with pytest.raises(RunError, match="No space left on device") as caught:
+        list(batches(rows, EpochSampler(len(rows), 2), 1))
+    assert caught.value.code == "shared-memory"
+    assert "--shm-size" in str(caught.value.hint)
+    assert len(list(batches(rows, EpochSampler(len(rows), 2), 0))) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("DataLoader worker (pid 32477) is killed by signal: Killed. ", "data-worker"),
+        ("DataLoader worker (pid(s) 20461, 20462) exited unexpectedly", "data-worker"),
+        ("mat1 and mat2 shapes cannot be multiplied", None),
+    ],
+)
+def test_a_worker_that_was_killed_is_told_from_an_error_of_our_own(text: str, code: str | None) -> None:
+    found = explain_worker(RuntimeError(text))
+    assert (found and found.code) == code
