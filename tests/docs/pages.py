@@ -26,9 +26,10 @@ class Block:
 
 
 def pages() -> list[Path]:
-    """Every Markdown page of the project, as written."""
+    """Every Markdown page of the project, as written; none of a tool's own, as pytest puts into its cache."""
     folders = ("docs", "benchmarks", "configs", "contrib")
-    return sorted([*ROOT.glob("*.md"), *(page for name in folders for page in (ROOT / name).rglob("*.md"))])
+    found = [*ROOT.glob("*.md"), *(page for name in folders for page in (ROOT / name).rglob("*.md"))]
+    return sorted(page for page in found if not any(part.startswith(".") for part in page.relative_to(ROOT).parts))
 
 
 def name(page: Path) -> str:
