@@ -121,6 +121,12 @@ def read_mapping(path: str | Path, what: str | None = None) -> dict[str, Any]:
         ConfigError: the file is missing, unreadable, not YAML, or no mapping.
     """
     path = Path(path)
+    if what is None and path.is_dir():
+        raise ConfigError(
+            tr("{path}: a folder, and a configuration file was expected", path=path),
+            hint=tr("name a folder of data by --data {path}, an adapter by --adapter {path}", path=path),
+            code="config-file",
+        )
     what = what or tr("configuration file")
     try:
         text = path.read_text("utf-8-sig") if _is_stream(path) else read_text(path, "utf-8-sig")

@@ -128,7 +128,16 @@ def summary(output: Path, adapter: Path, progress: Progress, seconds: float) -> 
     """Return what a run came to, and what to do next."""
     first, (last, _) = first_loss(output), last_losses(output)
     lines = []
-    if first is not None and last is not None:
+    if first is not None and first[0] == progress.step:
+        lines.append(
+            tr(
+                "{steps} steps, trained for {time}; loss {loss:.4f} on average",
+                steps=progress.step,
+                time=format_clock(seconds),
+                loss=first[1],
+            )
+        )
+    elif first is not None and last is not None:
         lines.append(
             tr(
                 "{steps} steps, trained for {time}; loss {first:.4f} up to step {end}, {last:.4f} at last",

@@ -209,6 +209,13 @@ def test_a_missing_file_says_what_is_there(tmp_path: Path) -> None:
     assert "cannot read" in refusal(tmp_path).message
 
 
+def test_a_folder_in_place_of_a_configuration_says_how_folders_are_named(tmp_path: Path) -> None:
+    """`cogtune train my-data` said: is a directory."""
+    with pytest.raises(ConfigError, match="a folder, and a configuration file was expected") as caught:
+        load_config(tmp_path)
+    assert f"--data {tmp_path}" in str(caught.value.hint)
+
+
 def test_a_file_of_another_encoding_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_bytes("model: {path: gr\xfcn}".encode("latin-1"))
