@@ -157,7 +157,7 @@ def find_latest(output: Path) -> tuple[Path | None, list[str]]:
         problem = find_problem(folder)
         if problem is None:
             return folder, skipped
-        skipped.append(f"{folder}: {problem}")
+        skipped.append(tr("{where}: {what}", where=folder, what=problem))
     return None, skipped
 
 

@@ -134,7 +134,7 @@ def _check(file: RemoteFile, part: Path) -> None:
     if wrong is not None:
         part.unlink()
         raise DownloadError(
-            f"{file.path}: {wrong}",
+            tr("{where}: {what}", where=file.path, what=wrong),
             hint=tr("it was removed; run the same command again, or use the other --source"),
             code="download-wrong",
         )

@@ -151,7 +151,7 @@ def _open_header(path: Path, max_pixels: int | None) -> Image.Image:
         raise _too_large(path, str(error)) from error
     except UnidentifiedImageError as error:
         raise DataError(
-            f"{path}: {unknown_picture(path)}",
+            tr("{where}: {what}", where=path, what=unknown_picture(path)),
             hint=tr(
                 "check the file, or convert it to one of {known_formats}", known_formats=", ".join(known_formats())
             ),
