@@ -260,8 +260,11 @@ class InferenceEngine:
             pending.end(None, error)
 
     def _turn(self) -> None:
-        """Admit requests, start a decode step, and read the tokens of the step before it."""
-        while self._work:
+        """Admit requests, start a decode step, and read the tokens of the step before it.
+
+        Other work is done one a step: it holds up the answers under way no longer than a prefill does.
+        """
+        if self._work:
             self._work.popleft()()
         self._admit()
         if rows := [row for row in self._active if row.launched < row.wanted]:

@@ -359,6 +359,22 @@ def test_closed_questions_are_scored_between_steps(engine: InferenceEngine, asks
         engine.score([], [ClosedQuestion("?", ())])
 
 
+def test_other_work_holds_up_answers_once_a_step(engine: InferenceEngine, asks: list[Ask], wanted: list[str]) -> None:
+    """However much of it waits, or comes meanwhile: closed questions without end leave no answer waiting."""
+    seen: list[int] = []
+
+    def again() -> None:
+        seen.append(len(pending.token_ids))
+        if len(seen) < 1000 and not pending.done:
+            engine._work.append(again)
+
+    with _held(engine):
+        pending = engine.submit(_request(engine, asks[1]))
+        engine._work.extend([again] * 3)
+    assert pending.text() == wanted[1]
+    assert len(seen) < 100
+
+
 def test_closing_finishes_what_was_accepted(parts: tuple[Any, CogVLM2Processor], asks: list[Ask]) -> None:
     engine = InferenceEngine(*parts, slots=2, columns=400)
     running = [engine.submit(_request(engine, ask)) for ask in asks]
