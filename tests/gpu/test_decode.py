@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 if not torch.cuda.is_available():
@@ -16,7 +17,7 @@ from cogtune.generate.decode_steps import Begun, DecodeSteps
 from cogtune.generate.decoding import Decoding
 from cogtune.generate.text_graphs import Text, TextGraphs
 from cogtune.model.decode import decode, prefill
-from cogtune.model.fused_decode import FusedDecode
+from cogtune.model.fused_decode import FusedDecode, weight_of
 from cogtune.model.kernels import decode as kernels
 from cogtune.model.kernels.slot_attention import slot_attention
 from cogtune.model.modeling import CogVLM2ForCausalLM
@@ -286,6 +287,13 @@ def test_captured_text_is_the_prefill(model: CogVLM2ForCausalLM) -> None:
 
 def test_narrow_heads_are_left_to_the_modules() -> None:
     assert not FusedDecode.fits(CogVLM2ForCausalLM(tiny_config()))
+
+
+def test_rows_of_broken_blocks_are_left_to_bitsandbytes() -> None:
+    from cogtune.model.quantized.bnb_linear import to_four_bit
+
+    widths = {width: weight_of(to_four_bit(nn.Linear(width, 64, bias=False, device="cuda"))) for width in (96, 128)}
+    assert {width: weight is None for width, weight in widths.items()} == {96: True, 128: False}
 
 
 def test_captured_steps_give_the_eager_tokens(model: CogVLM2ForCausalLM) -> None:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cogtune.checkpoint.model_files import INDEX_NAME, PICKLED_INDEX_NAME, PICKLED_NAME
+from tests.support.four_bit import four_bit_values
 
 _NOT_WEIGHTS = ("*.safetensors", INDEX_NAME)
 
@@ -40,7 +41,7 @@ def packed(
         )
         layer.load_state_dict({"weight": narrow}, strict=False)
         layer = layer.to("cpu")
-        meant[name] = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        meant[name] = four_bit_values(layer.weight.data, layer.weight.quant_state)
         written |= {f"{name.removesuffix('weight')}{key}": part for key, part in layer.state_dict().items()}
     return written, meant
 

@@ -126,8 +126,9 @@ def dequantise(weight: str, stored: Mapping[str, StoredTensor]) -> torch.Tensor:
     state, codes = read_state(weight, stored), read_whole(stored[weight]).view(torch.uint8).view(-1, 1)
     if codes.numel() != -(-state.shape.numel() // 2):
         raise _no_layer(weight, ValueError(f"{codes.numel()} bytes for {list(state.shape)}"))
+    shape, state.shape = state.shape, torch.Size((state.shape.numel(),))  # flat: see `model.quantized.nf4.dequantises`
     whole: torch.Tensor = dequantize_4bit(codes, state)
-    return whole
+    return whole.view(shape)
 
 
 class Collector:

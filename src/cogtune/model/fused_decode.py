@@ -37,7 +37,7 @@ def weight_of(layer: Any) -> kernels.Weight | None:
     if isinstance(layer, Fp8Linear):
         return kernels.Weight(kernels.FP8, layer.weight, (layer.out_features, layer.in_features), layer.scale)
     state: Any = getattr(layer, "quant_state", None)
-    if state is not None and state.quant_type in FOUR_BIT and state.blocksize == 64:
+    if state is not None and state.quant_type in FOUR_BIT and state.blocksize == 64 and state.shape[1] % 64 == 0:
         outer = state.state2 if state.nested else None
         return kernels.Weight(
             kernels.NF4,

@@ -21,6 +21,7 @@ from cogtune.configuration.run_config import LoraSection
 from cogtune.errors import CheckpointError, ConfigError
 from tests.support.adapters import write_adapter
 from tests.support.batches import picture_batch
+from tests.support.four_bit import four_bit_values
 from tests.support.packed import int4_folder, packed_shards, pickled_folder
 
 
@@ -60,13 +61,13 @@ def test_a_merge_into_bin_files_is_the_merge_into_safetensors_files(tiny_checkpo
 
 def test_the_published_4_bit_folder_stays_in_4_bits(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Logits and LoRA gradients are those of the dequantised weights: float32, only the order of sums differs."""
-    bnb = pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes")
     meant = int4_folder(tiny_checkpoint, tmp_path / "int4")
     model, plain = load_model(tmp_path / "int4"), load_model(tmp_path / "int4")
     for name, value in meant.items():
         layer = model.get_submodule(name.removesuffix(".weight"))
         assert (layer.quant_state.quant_type, layer.quant_state.nested) == ("fp4", False)
-        assert torch.equal(bnb.functional.dequantize_4bit(layer.weight.data, layer.quant_state).float(), value.float())
+        assert torch.equal(four_bit_values(layer.weight.data, layer.quant_state).float(), value.float())
         linear = torch.nn.Linear(*reversed(value.shape), bias=layer.bias is not None)
         linear.weight.data, linear.bias = value.float(), layer.bias
         plain.set_submodule(name.removesuffix(".weight"), linear.requires_grad_(False))

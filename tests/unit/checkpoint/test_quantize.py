@@ -18,6 +18,7 @@ from cogtune.configuration.run_config import LoraSection
 from cogtune.errors import CheckpointError, SetupError
 from cogtune.model.quantized.host_embedding import HostEmbedding
 from tests.support.batches import picture_batch
+from tests.support.four_bit import four_bit_values
 from tests.support.packed import packed_shards
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -38,9 +39,9 @@ def held_bytes(module: nn.Module) -> int:
 
 
 def dequantised(layer: nn.Module) -> torch.Tensor:
-    """By bitsandbytes' own functions, which the layers' forward does not use."""
+    """By other ways than the layers' forward."""
     if isinstance(layer, bnb.nn.Linear4bit):
-        return bnb.functional.dequantize_4bit(layer.weight.data, layer.quant_state)
+        return four_bit_values(layer.weight.data, layer.quant_state)
     return bnb.functional.int8_vectorwise_dequant(layer.weight.data, layer.state.SCB)
 
 

@@ -47,14 +47,14 @@ def _weight(x: torch.Tensor, state: tuple[Any, ...], sizes: Sequence[int], use: 
         )
     described = bnb.QuantState(
         absmax=absmax,
-        shape=torch.Size((rows, columns)),
+        shape=torch.Size((rows * columns,)),  # flat: see `dequantises`
         code=code,
         blocksize=blocksize,
         quant_type=FOUR_BIT[kind],
         dtype=x.dtype,
     )
     out: torch.Tensor = bnb.dequantize_4bit(packed.view(-1, 1), described)
-    return out
+    return out.view(rows, columns)
 
 
 class _Product(torch.autograd.Function):
@@ -160,10 +160,13 @@ def nf4_linear(
 
 
 def dequantises(x: torch.Tensor, state: Any) -> bool:
-    """Return whether the whole weight is dequantised for this input: on a GPU, 4 bits, and more than a few tokens.
+    """Return whether the whole weight is dequantised for this input: in 4 bits, always on a CPU, and on a GPU for more
+    than a few tokens.
 
-    For a few decoded tokens bitsandbytes' fused kernel reads the packed weight once.
+    For a few decoded tokens bitsandbytes' fused kernel reads the packed weight once. On a CPU with AVX-512 bitsandbytes
+    0.50 begins a block with every row of a weight, where blocks go on over rows that are no multiple of them; told of
+    one long row it does not.
     """
-    if not (x.is_cuda and state.quant_type in FOUR_BIT):
+    if state.quant_type not in FOUR_BIT:
         return False
-    return (x.requires_grad and torch.is_grad_enabled()) or x.numel() > _FEW * x.shape[-1]
+    return not x.is_cuda or (x.requires_grad and torch.is_grad_enabled()) or x.numel() > _FEW * x.shape[-1]

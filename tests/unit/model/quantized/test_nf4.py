@@ -10,7 +10,10 @@ import torch
 
 bnb = pytest.importorskip("bitsandbytes")
 
+from cogtune.configuration.quantization import FOUR_BIT  # noqa: E402
+from cogtune.model.quantized.bnb_linear import to_four_bit  # noqa: E402
 from cogtune.model.quantized.nf4 import block_sizes, dequantises, nf4_linear  # noqa: E402
+from tests.support.four_bit import four_bit_values  # noqa: E402
 
 
 def _layer(*, bias: bool, nested: bool, dtype: torch.dtype = torch.float32) -> Any:
@@ -42,28 +45,34 @@ def _run(layer: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return out.detach(), x.grad
 
 
-def _slowly(layer: Any) -> torch.Tensor:
-    """The weight from its codes and scales, value by value as the format is described."""
-    state = layer.weight.quant_state
-    scale = state.absmax
-    if state.nested:
-        outer = state.state2
-        block = torch.arange(scale.shape[0]) // outer.blocksize
-        scale = outer.code[scale.int()] * outer.absmax[block] + state.offset
-    flat = layer.weight.data.flatten()
-    values = state.code[torch.stack([flat >> 4, flat & 15], dim=1).flatten().int()]
-    return (values * scale[torch.arange(values.shape[0]) // state.blocksize]).view(state.shape)
-
-
 @pytest.mark.parametrize("nested", [True, False])
 def test_the_product_is_with_the_values_the_codes_stand_for(nested: bool) -> None:
     layer = _layer(bias=False, nested=nested)
     x = torch.randn(20, 128)
     out, gradient = _run(_Ours(layer), x)
-    weight = _slowly(layer)
+    weight = four_bit_values(layer.weight.data, layer.weight.quant_state)
     torch.testing.assert_close(out, x @ weight.T, rtol=1e-5, atol=1e-5)
     wanted = torch.linspace(-1, 1, out.numel()).view(out.shape) @ weight
     torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FOUR_BIT)
+@pytest.mark.parametrize(("outputs", "inputs"), [(8, 128), (24, 96), (3, 200)])
+def test_blocks_of_values_go_on_over_rows(form: str, outputs: int, inputs: int) -> None:
+    """bitsandbytes 0.50 on a CPU with AVX-512 begins one with every row, if it is told of rows: 27 % error, not 9 %."""
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(inputs, outputs, bias=False)
+    layer = to_four_bit(plain, form)
+    weight = four_bit_values(layer.weight.data, layer.weight.quant_state)
+    # 16 values for a normal distribution: 9 % in NF4, 12 % in FP4
+    assert float((weight - plain.weight.detach()).norm() / plain.weight.detach().norm()) < 0.15
+    for rows in (1, 20):
+        out, gradient = _run(layer, torch.eye(rows, inputs))
+        torch.testing.assert_close(out, weight.T[:rows])
+        upstream = torch.linspace(-1, 1, out.numel()).view(out.shape)
+        torch.testing.assert_close(gradient, upstream @ weight, rtol=1e-5, atol=1e-5)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(torch.eye(rows, inputs)), weight.T[:rows])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -94,13 +103,13 @@ def test_no_dequantised_weight_is_kept_and_a_compiled_layer_is_one_graph() -> No
     torch.testing.assert_close(_run(compiled, x.detach()), _run(layer, x.detach()))
 
 
-def test_it_is_chosen_on_a_gpu_for_more_than_a_few_tokens() -> None:
+def test_it_is_chosen_on_a_cpu_and_for_more_than_a_few_tokens_on_a_gpu() -> None:
     state = SimpleNamespace(quant_type="nf4")
 
     def on_gpu(rows: int, gradient: bool = False) -> Any:
         return SimpleNamespace(is_cuda=True, requires_grad=gradient, shape=(rows, 8), numel=lambda: rows * 8)
 
-    assert not dequantises(torch.zeros(400, 8), state)
+    assert dequantises(torch.zeros(1, 8), state)
     assert dequantises(on_gpu(400), state)
     assert dequantises(on_gpu(1, gradient=True), state)
     assert not dequantises(on_gpu(1), state)
