@@ -26,7 +26,6 @@ _ABOUT = """\
 Show rows as training builds them: the picture, and the tree of its questions and answers with every token coloured by
 whether it is trained. Only the model's tokenizer file is needed."""
 _TITLE = phrase("{data}: what the model sees")
-_SOURCES = 3  # named one by one; of more, the first and the last
 _BRANCHES = ("blue", "yellow", "magenta", "cyan", "red", "bright_black")
 
 
@@ -102,11 +101,8 @@ def _print_row(console: Console, row: RowPreview, width: int, exif: str, bit_dep
     console.print()
     console.print(row.key, style="bold", markup=False)
     console.print(row.counts(), markup=False)
-    for source in row.sources if len(row.sources) <= _SOURCES else ():
-        console.print(tr("from {source}", source=source), style="dim", markup=False)
-    if len(row.sources) > _SOURCES:
-        ends = {"count": len(row.sources), "first": row.sources[0], "last": row.sources[-1]}
-        console.print(tr("from {count} places, {first} to {last}", **ends), style="dim", markup=False)
+    for place in row.places():
+        console.print(tr("from {source}", source=place), style="dim", markup=False)
     if width:
         _print_images(console, row.images, width, exif, bit_depth)
     for segment in row.segments:

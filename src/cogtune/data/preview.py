@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cogtune.configuration.run_config import DataSection
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+_NAMED = 3  # places of a row that are named one by one
 
 Kind = Literal["context", "trained", "special", "picture"]
 
@@ -74,6 +75,13 @@ class RowPreview:
         if self.dropped:
             said = tr("{said}; {count} answers left out for their length", said=said, count=self.dropped)
         return said
+
+    def places(self) -> tuple[str, ...]:
+        """Say where its conversations stand: each of a few, the first and the last of many."""
+        if len(self.sources) <= _NAMED:
+            return self.sources
+        ends = {"count": len(self.sources), "first": self.sources[0], "last": self.sources[-1]}
+        return (tr("{count} places, {first} to {last}", **ends),)
 
 
 def preview_rows(

@@ -70,7 +70,7 @@ def page(rows: Iterable[RowPreview], *, title: str, exif: str = "ignore", bit_de
 
 
 def _row(row: RowPreview, exif: str, bit_depth: str) -> str:
-    about = f"{', '.join(row.sources)}: {row.counts()}"
+    about = tr("{where}: {what}", where=tr(", ").join(row.places()), what=row.counts())
     children: dict[int, list[Segment]] = {}
     for segment in row.segments:
         children.setdefault(segment.parent, []).append(segment)
