@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from cogtune.system.durations import format_clock
-from cogtune.system.terminal import visible
+from cogtune.system.terminal import protected, raw, visible
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -56,10 +56,10 @@ class StatusLine:
         from rich.console import Console
         from rich.live import Live
 
-        console = Console()
+        console = Console(file=raw(sys.stdout), soft_wrap=True)  # soft: a long path is one line, and can be copied
         self._text = ""
         live = Live(console=console, refresh_per_second=_PER_SECOND, transient=True, get_renderable=self._render)
-        with live:
+        with live, protected():  # what is printed passes through rich, which would obey data's escapes
             self._live = live
             try:
                 yield

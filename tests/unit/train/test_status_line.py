@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from cogtune.system.terminal import protected
 from cogtune.train.log import console, log
 from cogtune.train.status_line import StatusLine, status
 
@@ -42,6 +43,22 @@ def test_the_line_stands_below_what_is_printed_and_goes_at_the_end(monkeypatch: 
     assert "x" * 60 not in shown, "one line"
     assert not line.active
     assert shown.endswith("\x1b[2K"), "erased"
+
+
+def test_below_the_command_line_too_its_escapes_are_obeyed_and_those_of_data_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    r"""Every training on a terminal was full of `\u001b[2K`: what protects the streams took rich's for data's."""
+    terminal = terminal_of(monkeypatch)
+    with protected(), console(0):
+        status.show("step 3 \x1b[31m")
+        log.info("a name \x1b]0;title\x07 \x9b31m and " + "a long path/" * 9)
+        time.sleep(0.6)
+    shown = terminal.getvalue()
+    assert "\\u001b[2K" not in shown
+    assert shown.endswith("\x1b[2K"), "erased"
+    assert "a name \\u001b]0;title\\u0007 \\u009b31m and " + "a long path/" * 9 in shown, "shown, and not broken"
+    assert "step 3 \\u001b[31m" in shown
 
 
 def test_a_stage_counts_its_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
