@@ -28,10 +28,9 @@ from cogtune.generate.at_exit import end_at_exit
 from cogtune.generate.choices import ChoiceScores, ClosedQuestion, score_choices
 from cogtune.generate.decode_steps import CopiedTokens
 from cogtune.generate.lockstep import LeadingWork
-from cogtune.generate.picture_cache import image_digest
 from cogtune.generate.prefill import AHEAD
 from cogtune.generate.prompt_lookup import PromptLookup
-from cogtune.generate.requests import Features, Listener, Pending, Request, Resized, Shown, check
+from cogtune.generate.requests import Listener, Pending, Request, Shown, check, key_of
 from cogtune.generate.slot_work import SlotWork, explained
 from cogtune.language import tr
 from cogtune.model.layer_streaming import streams_language
@@ -122,7 +121,7 @@ class InferenceEngine:
         check(request, self.columns, self.model.config.num_image_tokens)
         if request.image_keys is None:
             # here, not in the thread that keeps the device busy
-            request = replace(request, image_keys=tuple(map(_key, request.images)))
+            request = replace(request, image_keys=tuple(map(key_of, request.images)))
         pending = Pending(request, listener)
         with self._changed:
             self._take(self._queue, pending)
@@ -140,21 +139,40 @@ class InferenceEngine:
         Raises:
             InputError: no choices, equal ones, more tokens than fit, or no such adapter.
         """
+        return self.submit_score(images, questions, template, adapter).result()
+
+    def submit_score(
+        self,
+        images: Sequence[Shown],
+        questions: Sequence[ClosedQuestion],
+        template: str | None = None,
+        adapter: str | None = None,
+    ) -> Future[list[ChoiceScores]]:
+        """Queue what `score` computes; returns at once. Until it begins it can be cancelled.
+
+        Raises:
+            InputError: no such adapter. RunError: the engine is closed.
+        """
         index = self.prefill.adapter(adapter)
-        keys = [_key(image) for image in images]
+        keys = [key_of(image) for image in images]
 
         def work() -> list[ChoiceScores]:
             with self.prefill.using(index):
                 features = self.prefill.features(images, keys, index)
                 return score_choices(self.model, self.processor.encoder, questions, features, template)
 
-        return self.run(work)
+        return self._submit_work(work)
 
     def run(self, work: Callable[[], Result]) -> Result:
         """Run ``work`` between two steps, in the thread that owns the model; returns what it returns."""
+        return self._submit_work(work).result()
+
+    def _submit_work(self, work: Callable[[], Result]) -> Future[Result]:
         future: Future[Result] = Future()
 
         def done() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
                 future.set_result(work())
             except BaseException as error:
@@ -162,7 +180,7 @@ class InferenceEngine:
 
         with self._changed:
             self._take(self._work, done)
-        return future.result()
+        return future
 
     def _take(self, queue: deque[Any], item: Any) -> None:
         """Queue work for the thread, and start the thread if necessary.
@@ -374,10 +392,3 @@ class InferenceEngine:
             self._active.remove(row)
             self._free.append(row.slot)
         row.end(reason, error)
-
-
-def _key(image: Shown | Resized) -> bytes:
-    """Return what an image is known by."""
-    if isinstance(image, Resized):
-        return image_digest(image.values)
-    return image.key if isinstance(image, Features) else image_digest(image)

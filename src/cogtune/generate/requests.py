@@ -13,6 +13,7 @@ from PIL import Image
 
 from cogtune.errors import InputError
 from cogtune.generate.decoding import Decoding
+from cogtune.generate.picture_cache import image_digest
 from cogtune.generate.stream import Answer, TextPieces
 from cogtune.language import tr
 from cogtune.processing.encode import IMAGE, TEXT, Encoded
@@ -78,6 +79,13 @@ class Request:
     def text(self) -> list[int]:
         """The tokens after the last image."""
         return self.encoded.input_ids[self.beginning :]
+
+
+def key_of(image: Shown | Resized) -> bytes:
+    """Return what an image is known by."""
+    if isinstance(image, Resized):
+        return image_digest(image.values)
+    return image.key if isinstance(image, Features) else image_digest(image)
 
 
 def check(request: Request, columns: int, num_image_tokens: int) -> None:

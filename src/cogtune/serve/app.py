@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -36,6 +36,7 @@ from cogtune.serve.request_body import LimitedBody, read_json
 
 log = logging.getLogger("cogtune.serve")
 MIB = 2**20
+Awaited = TypeVar("Awaited")
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,7 @@ class _Server:
 
     async def score(self, request: Request) -> Response:
         """Closed questions about a picture, in one pass."""
+        deadline = time.perf_counter() + self.options.seconds
         call = read_score(await read_json(request, self.options.seconds))
         adapter = self._adapter(call.model)
         self._check_room(1)
@@ -186,7 +188,9 @@ class _Server:
         self._check_room(1)
         self._scoring += 1
         try:
-            found = await run_in_threadpool(self.engine.score, images, call.questions, self.options.template, adapter)
+            asked = images, call.questions, self.options.template, adapter
+            scores_of = await run_in_threadpool(self.engine.submit_score, *asked)
+            found = await self._in_time(request, asyncio.wrap_future(scores_of), deadline)
         finally:
             self._scoring -= 1
         answers = [
@@ -244,18 +248,10 @@ class _Server:
         ]
 
     async def _whole(self, request: Request, answers: list[Answer], deadline: float, began: float) -> Response:
-        gone = asyncio.ensure_future(_gone(request))
-        texts = asyncio.gather(*(answer.text() for answer in answers))
         try:
-            waited: set[asyncio.Future[Any]] = {gone, texts}
-            await asyncio.wait(waited, timeout=_left(deadline), return_when=asyncio.FIRST_COMPLETED)
-            if not texts.done():
-                reason = "the client is gone" if gone.done() else f"no answer within {self.options.seconds:g} s"
-                raise Refusal(504, reason, reason="timeout")
-            found = texts.result()
+            texts = asyncio.gather(*(answer.text() for answer in answers))
+            found = await self._in_time(request, texts, deadline)
         finally:
-            for task in (gone, texts):
-                task.cancel()
             for answer in answers:
                 answer.pending.cancel()
         self._note(answers, began)
@@ -268,6 +264,24 @@ class _Server:
             ],
         })  # fmt: skip
         return JSONResponse(completion.model_dump(exclude_unset=True))
+
+    async def _in_time(self, request: Request, work: asyncio.Future[Awaited], deadline: float) -> Awaited:
+        """Return what ``work`` does; it is cancelled if that takes too long or its client leaves.
+
+        Raises:
+            Refusal: 504.
+        """
+        gone = asyncio.ensure_future(_gone(request))
+        try:
+            waited: set[asyncio.Future[Any]] = {gone, work}
+            await asyncio.wait(waited, timeout=_left(deadline), return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                reason = "the client is gone" if gone.done() else f"no answer within {self.options.seconds:g} s"
+                raise Refusal(504, reason, reason="timeout")
+            return work.result()
+        finally:
+            for task in (gone, work):
+                task.cancel()
 
     async def _events(
         self, call: ChatCall, answers: list[Answer], deadline: float, began: float

@@ -224,6 +224,27 @@ def test_closed_questions(running: Running) -> None:
     assert (found["best"], answer.json()["calibrated"]) == (wanted.best, False)
 
 
+def test_closed_questions_that_are_late_or_left_are_not_computed(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    late = start(seconds=0.5)
+    scored = []
+    monkeypatch.setattr("cogtune.generate.engine.score_choices", lambda *_: scored.append(1))
+    body = {"questions": [{"question": "Is it red?", "choices": ["yes", "no"]}]}
+    headers = {"Authorization": f"Bearer {KEY}"}
+    free = threading.Event()
+    busy = threading.Thread(target=late.engine.run, args=(free.wait,))
+    busy.start()
+    try:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{late.url}/v1/score", json=body, headers=headers, timeout=0.2)
+        answer = httpx.post(f"{late.url}/v1/score", json=body, headers=headers, timeout=10)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+    finally:
+        free.set()
+        busy.join()
+    late.engine.run(lambda: None)
+    assert not scored
+
+
 def test_a_large_body_is_refused(start: Start) -> None:
     small = start(body_bytes=2000)
     with pytest.raises(openai.APIStatusError) as caught:
