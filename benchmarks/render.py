@@ -90,6 +90,8 @@ def render(text: str, results: Path = RESULTS, *, chinese: bool = False) -> str:
             return f"{match[1]}{_value(content, path, match['format'] or '', name)}{end}"
         return f"{match[1]}\n{_table(content, match['format'] or name, chinese)}\n{end}"
 
+    for name in re.findall(r"<!-- result\??: [\w-][^>]*-->", MARK.sub("", text)):
+        raise StaleMarkError(f"{name} is no mark: write NAME, NAME VIEW or NAME.PATH FORMAT, and <!-- end --> after it")
     text = COMBINATIONS_MARK.sub(lambda match: f"{match[1]}\n{combinations(chinese)}\n{match[2]}", MARK.sub(fill, text))
     return ERRORS_MARK.sub(lambda match: _errors(match, chinese), text)
 

@@ -105,6 +105,12 @@ def test_rendering_twice_changes_nothing(results):
     assert rendering.render(once, results) == once
 
 
+@pytest.mark.parametrize("text", ["<!-- result?: sample.tuned:.1f -->8<!-- end -->", "<!-- result: sample -->8"])
+def test_what_is_nearly_a_mark_is_an_error(results, text):
+    with pytest.raises(rendering.StaleMarkError, match="is no mark"):
+        rendering.render(text, results)
+
+
 @pytest.mark.parametrize("mark", ["missing", "sample.tuned.recall", "sample.runs.3.seconds"])
 def test_a_mark_that_names_nothing_is_an_error(results, mark):
     with pytest.raises(rendering.StaleMarkError, match=mark.split(".")[0]):
