@@ -33,6 +33,7 @@ from cogtune.generate.loading import load_generator
 from cogtune.language import padded, phrase, tr
 from cogtune.system.locks import FOLDER_LOCK, lock_folder
 from cogtune.train.run import train
+from cogtune.train.status_line import status
 
 MARKER = ".cogtune-demo"  # marks a demo's folder, in which a rerun may continue
 Say = Callable[[str], None]
@@ -132,16 +133,17 @@ def _run(
     with results.phase(phrase("writing easy-VQA as a data folder"), say):
         _write_data(folders, results, say)
     with results.phase(phrase("the untuned base"), say):
-        _measure(results, "base", load_generator(BASE), say)
+        base = load_generator(BASE)
+        results.scores["base"] = _measure(results, base, tr("on held-out test pictures"), say)
     with results.phase(phrase("fine-tuning"), say):
         config = settings(folders, changes or {})
         adapter = train(config).adapter
         results.metrics = read_metrics(folders.run)
     tuned = load_generator(BASE, adapter=adapter)
     with results.phase(phrase("the tuned model"), say):
-        _measure(results, "tuned", tuned, say)
+        results.scores["tuned"] = _measure(results, tuned, tr("on held-out test pictures"), say)
     with results.phase(phrase("the tuned model, pictures blanked"), say):
-        results.scores["blind"] = _said(measure(tuned, results.test, blank=True), tr("with every picture blanked"), say)
+        results.scores["blind"] = _measure(results, tuned, tr("with every picture blanked"), say, blank=True)
     with results.phase(phrase("merging"), say):
         if not folders.merged.exists():
             merge(folders.run / "adapter", folders.merged, BASE, say)
@@ -201,11 +203,10 @@ def _write_data(folders: Folders, results: DemoResults, say: Say) -> None:
         )
 
 
-def _measure(results: DemoResults, name: str, generator: Generator, say: Say) -> None:
-    results.scores[name] = _said(measure(generator, results.test), tr("on held-out test pictures"), say)
-
-
-def _said(found: Score, what: str, say: Say) -> Score:
+def _measure(results: DemoResults, generator: Generator, what: str, say: Say, *, blank: bool = False) -> Score:
+    with status.on_terminal():
+        status.stage(tr("asking {count:,} questions", count=_questions(results.test)))
+        found = measure(generator, results.test, blank=blank)
     kinds = tr(", ").join(f"{tr(kind)} {100 * right / total:.1f} %" for kind, (right, total) in found.by_kind.items())
     say(
         tr(
