@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cogtune.adapters.provenance import read_provenance, shown
+from cogtune.configuration.quantization import QuantSection, StoredFormat
 from cogtune.errors import AdapterError
 from cogtune.language import tr
 
@@ -242,6 +243,31 @@ def adapter_shapes(folder: Path) -> dict[str, list[int]]:
         AdapterError: as `read_adapter` does.
     """
     return read_adapter(folder).shapes
+
+
+def require_unquantised(folder: Path, quant: QuantSection, stored: StoredFormat | None) -> None:
+    """Refuse to merge an adapter in memory, before anything is loaded, where that would fail.
+
+    Args:
+        folder: the adapter's.
+        quant: number formats of the base; ``stored``: those of its folder, None if it is not quantised.
+
+    Raises:
+        AdapterError: the adapter changes a layer that will be quantised.
+    """
+    for name in adapter_shapes(folder):
+        module, found, _ = name.removeprefix(PREFIX).partition(".lora_A.")
+        if found and quant.format_of(module) != "none" and (stored is None or stored.holds(module)):
+            raise quantised_layer(folder, module)
+
+
+def quantised_layer(folder: Path, name: str) -> AdapterError:
+    """Return the error for an adapter that cannot be merged in memory."""
+    return AdapterError(
+        tr("{folder}: it changes {name}, which is quantised and cannot be merged", folder=folder, name=name),
+        hint=tr("leave --merge out, or that layer unquantised"),
+        code="adapter-merge",
+    )
 
 
 def base_name(folder: Path) -> str | None:

@@ -8,8 +8,7 @@ from typing import Any
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
-from cogtune.errors import AdapterError
-from cogtune.language import tr
+from cogtune.adapters.adapter_folder import quantised_layer
 
 
 def merge_in_memory(model: PeftModel, folder: Path) -> Any:
@@ -22,9 +21,5 @@ def merge_in_memory(model: PeftModel, folder: Path) -> Any:
     for name, layer in layers:
         weight = layer.get_base_layer().weight
         if not weight.is_floating_point() or getattr(layer.get_base_layer(), "quant_state", None) is not None:
-            raise AdapterError(
-                tr("{folder}: it changes {name}, which is quantised and cannot be merged", folder=folder, name=name),
-                hint=tr("leave --merge out, or that layer unquantised"),
-                code="adapter-merge",
-            )
+            raise quantised_layer(folder, name)
     return model.merge_and_unload()

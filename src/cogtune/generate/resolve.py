@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cogtune.adapters.adapter_folder import adapter_shapes, find_adapter, find_base
+from cogtune.adapters.adapter_folder import adapter_shapes, find_adapter, find_base, require_unquantised
 from cogtune.adapters.provenance import inherit, other_base, require_same_settings
 from cogtune.checkpoint.model_files import load_model_config
 from cogtune.checkpoint.quantize import require_packages
@@ -146,6 +146,8 @@ def resolve(
     if tensor == 1:
         config, more = _fitted(config, model, folders, dtype, (device, *others), given, rows, columns)
         notes += more
+    if config.generate.merge and adapter is not None:
+        require_unquantised(adapter, config.quant, ModelSizes.from_folder(model).stored)
     require_packages(config.quant)
     check_formats(config.quant, gpu_of(device))
     return Resolved(config, model, adapter, dtype, device, tuple(others), tuple(notes), named)

@@ -13,9 +13,11 @@ from PIL import Image
 
 import cogtune
 from cogtune.adapters.attach import load_adapter
+from cogtune.adapters.merge_in_memory import merge_in_memory
 from cogtune.adapters.provenance import PROVENANCE_NAME, Provenance, write_provenance
 from cogtune.adapters.stacking import stack_adapters
 from cogtune.checkpoint.load import load_model
+from cogtune.configuration.quantization import QuantSection
 from cogtune.errors import AdapterError, ConfigError, InputError
 from cogtune.generate.choices import ClosedQuestion
 from cogtune.generate.decoding import Decoding
@@ -27,6 +29,7 @@ from cogtune.processing.processor import CogVLM2Processor
 from tests.support.adapters import write_adapter
 
 DECODING = Decoding(max_new_tokens=16)
+INT8 = QuantSection(experts="int8")
 KINDS: dict[str, dict[str, Any]] = {
     "vision": {"targets": ("vision-experts",), "seed": 1, "size": 0.2},
     "all": {"targets": ("experts",), "rank": 8, "seed": 2, "size": 0.2},
@@ -182,5 +185,9 @@ def test_one_adapter_merged_in_memory(
         cogtune.load_generator(tiny_checkpoint, keys=keys)
     with pytest.raises(ConfigError, match="--merge adds one adapter"):
         cogtune.load_generator(adapters={"all": folders["all"]}, keys=keys)
+    said: list[str] = []
     with pytest.raises(AdapterError, match="which is quantised and cannot be merged"):
-        cogtune.load_generator(adapter=folders["all"], keys=keys | {"quant.experts": "int8"})
+        cogtune.load_generator(adapter=folders["all"], keys=keys | {"quant.experts": "int8"}, progress=said.append)
+    assert not said, "before it is loaded"
+    with pytest.raises(AdapterError, match="which is quantised and cannot be merged"):
+        merge_in_memory(load_adapter(load_model(tiny_checkpoint, quantization=INT8), folders["all"]), folders["all"])
