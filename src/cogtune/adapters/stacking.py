@@ -16,6 +16,7 @@ from cogtune.adapters.merge_arithmetic import Change, read_changes
 from cogtune.errors import AdapterError
 from cogtune.language import tr
 from cogtune.model.stacked_adapters import StackedAdapters, Update
+from cogtune.system.terminal import typed
 
 
 def stack_adapters(model: Any, folders: Mapping[str, str | Path]) -> StackedAdapters:
@@ -85,6 +86,6 @@ def _unstackable(adapter: AdapterFolder, reason: str) -> AdapterError:
             folder=adapter.folder,
             reason=reason,
         ),
-        hint=tr("give this adapter alone: --adapter {folder}", folder=adapter.folder),
+        hint=tr("give this adapter alone: --adapter {folder}", folder=typed(adapter.folder)),
         code="adapter-stack",
     )

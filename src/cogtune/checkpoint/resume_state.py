@@ -35,6 +35,7 @@ from cogtune.language import phrase, tr
 from cogtune.system import files
 from cogtune.system.file_errors import is_disk_full
 from cogtune.system.names import name_problem
+from cogtune.system.terminal import typed
 
 MANIFEST = "MANIFEST.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -96,7 +97,7 @@ def load(folder: Path) -> TrainingState:
             tr("{folder}: not a usable training checkpoint: {problem}", folder=folder, problem=problem),
             hint=tr(
                 "to train this adapter further, without the optimiser's state: --adapter {folder}; or {another}",
-                folder=folder,
+                folder=typed(folder),
                 another=tr(_ANOTHER),
             )
             if adapter

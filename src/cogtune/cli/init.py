@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from cogtune.cli.options import Arguments
 from cogtune.cli.progress import progress_bar
 from cogtune.errors import ConfigError, DataError, OutputFolderError, SetupError
 from cogtune.language import tr
+from cogtune.system.terminal import typed
 
 if TYPE_CHECKING:
     from cogtune.configuration.run_config import RunConfig
@@ -70,9 +70,11 @@ def _init(flags: _Flags, line: Arguments) -> None:
         load_config(growing)  # what was written must be a valid configuration
     print(text)
     named = flags.card or ("24GiB" if card is None else None)  # without a card, `plan` asks for the name of one
-    on = f" --card {shlex.quote(named)}" if named else ""
+    on = f" --card {typed(named)}" if named else ""
     on += f" --cards {cards}" if cards > 1 else ""
-    print(tr("wrote {target}; next: cogtune plan {target}{on}, then cogtune train {target}", target=target, on=on))
+    print(
+        tr("wrote {target}; next: cogtune plan {target}{on}, then cogtune train {target}", target=typed(target), on=on)
+    )
 
 
 def _configuration(line: Arguments) -> tuple[RunConfig, dict[str, str]]:

@@ -11,6 +11,7 @@ from cogtune.cli.answering import note
 from cogtune.cli.command import Command, flag
 from cogtune.cli.options import Arguments
 from cogtune.language import tr
+from cogtune.system.terminal import typed
 
 _ABOUT = """\
 Merge an adapter into its base: a full model in the published layout.
@@ -99,7 +100,7 @@ def _merge(flags: _Flags, line: Arguments) -> int:
     )
     if flags.check is not None and not _same_answers(flags):
         return 1
-    note(tr("next: cogtune chat --model {output}", output=flags.output))
+    note(tr("next: cogtune chat --model {output}", output=typed(flags.output)))
     return 0
 
 
@@ -115,8 +116,8 @@ def _same_answers(flags: _Flags) -> bool:
             tr(
                 "rounding changes an answer now and then; compare the merged model with `cogtune eval --model {output}"
                 " --data DATA --against {predictions}`",
-                output=flags.output,
-                predictions=flags.check,
+                output=typed(flags.output),
+                predictions=typed(flags.check),
             )
         )
     return not found.differences

@@ -13,6 +13,7 @@ import yaml
 from cogtune.errors import ConfigError
 from cogtune.language import tr
 from cogtune.system.reading import read_text
+from cogtune.system.terminal import typed
 
 
 class _Loader(yaml.SafeLoader):
@@ -124,7 +125,7 @@ def read_mapping(path: str | Path, what: str | None = None) -> dict[str, Any]:
     if what is None and path.is_dir():
         raise ConfigError(
             tr("{path}: a folder, and a configuration file was expected", path=path),
-            hint=tr("name a folder of data by --data {path}, an adapter by --adapter {path}", path=path),
+            hint=tr("name a folder of data by --data {path}, an adapter by --adapter {path}", path=typed(path)),
             code="config-file",
         )
     what = what or tr("configuration file")

@@ -32,6 +32,7 @@ from cogtune.generate.generator import Generator
 from cogtune.generate.loading import load_generator
 from cogtune.language import padded, phrase, tr
 from cogtune.system.locks import FOLDER_LOCK, lock_folder
+from cogtune.system.terminal import typed
 from cogtune.train.run import train
 from cogtune.train.status_line import status
 
@@ -280,7 +281,7 @@ def _say_where(folders: Folders, record: dict[str, Any], say: Say) -> None:
         (tr("page"), folders.page),
         (tr("adapter"), folders.run / "adapter"),
         (tr("merged model"), folders.merged),
-        ("TensorBoard", f"tensorboard --logdir={folders.run}"),
-        (tr("talk to it"), f"cogtune chat --model {folders.merged}"),
+        ("TensorBoard", f"tensorboard --logdir={typed(folders.run)}"),
+        (tr("talk to it"), f"cogtune chat --model {typed(folders.merged)}"),
     ):
         say(f"{padded(name, 14)}{place}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from cogtune.adapters.adapter_folder import CONFIG_NAME
 from cogtune.errors import DownloadError, InputError
 from cogtune.language import tr
+from cogtune.system.terminal import typed
 
 _NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 _OF_LLAMA_3 = re.compile(r"llama-?3", re.I)
@@ -28,7 +29,8 @@ def push(folder: Path, name: str, *, public: bool = False) -> str:
         raise DownloadError(
             tr("HF_HUB_OFFLINE is set: nothing is uploaded"),
             hint=tr(
-                "the folder is written; unset HF_HUB_OFFLINE and push again with --adapter {folder}", folder=folder
+                "the folder is written; unset HF_HUB_OFFLINE and push again with --adapter {folder}",
+                folder=typed(folder),
             ),
             code="hub-push",
         )
@@ -45,7 +47,7 @@ def push(folder: Path, name: str, *, public: bool = False) -> str:
         hint = (
             tr("set HF_TOKEN to a token that may write there")
             if status in (401, 403)
-            else tr("the folder is written; push again with --adapter {folder}", folder=folder)
+            else tr("the folder is written; push again with --adapter {folder}", folder=typed(folder))
         )
         raise DownloadError(
             tr("{name}: the hub refuses: {error}", name=name, error=str(error).splitlines()[0]),
@@ -55,7 +57,7 @@ def push(folder: Path, name: str, *, public: bool = False) -> str:
     except (httpx.HTTPError, OSError, ValueError) as error:
         raise DownloadError(
             tr("{name}: the upload failed: {error}", name=name, error=error),
-            hint=tr("the folder is written; push again with --adapter {folder}", folder=folder),
+            hint=tr("the folder is written; push again with --adapter {folder}", folder=typed(folder)),
             code="hub-push",
         ) from error
     return str(address)

@@ -25,6 +25,7 @@ from cogtune.language import english, tr
 from cogtune.system import files
 from cogtune.system.file_errors import explained
 from cogtune.system.locks import lock_beside
+from cogtune.system.terminal import typed
 
 CURVES_NAME = "curves.svg"
 _LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "MODEL_LICENSE", "NOTICE", "USE_POLICY.md")
@@ -124,8 +125,8 @@ def _card(folder: Path, source: Path, provenance: Provenance | None, run: RunFol
             tr(
                 "there is no evaluation in {folder}: its card says nothing about answers; `cogtune eval --data ..."
                 " --adapter {run} --against base --output {folder}` makes one",
-                folder=run.path / "eval",
-                run=run.path,
+                folder=typed(run.path / "eval"),
+                run=typed(run.path),
             )
         )
     with english():

@@ -20,6 +20,7 @@ from cogtune.errors import ConfigError, DataError
 from cogtune.evaluate.predictions import read_predictions
 from cogtune.generate.loading import load_generator
 from cogtune.language import english, phrase, tr
+from cogtune.system.terminal import typed
 
 if TYPE_CHECKING:
     from cogtune.generate.generator import Generator
@@ -132,7 +133,7 @@ def require_checkable(predictions: Path, adapter: Path) -> None:
     own = find_adapter(adapter)
     if decides.get("adapter") != adapter_fingerprint(own):
         other = (meta.get("made_with") or {}).get("adapter")
-        made = tr("make the file with `cogtune predict --adapter {adapter}`", adapter=adapter)
+        made = tr("make the file with `cogtune predict --adapter {adapter}`", adapter=typed(adapter))
         if isinstance(other, str) and os.path.abspath(other) == os.path.abspath(own):  # trained further, or copied over
             raise ConfigError(
                 tr("{path}: its answers are from before that adapter changed: {other}", path=predictions, other=other),

@@ -11,6 +11,7 @@ import errno
 import io
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,6 +26,11 @@ _ERRORS = "cogtune-escape"
 def visible(text: str) -> str:
     r"""Return ``text`` with every active character as JSON writes it: ``\u001b``, which leaves JSON's meaning."""
     return _ACTIVE.sub(lambda found: _escaped(found.group()), text)
+
+
+def typed(value: object) -> str:
+    """Return a path or a word as it is typed in a shell, for a command that a message names."""
+    return shlex.quote(str(value))
 
 
 def _escaped(text: str) -> str:

@@ -19,6 +19,7 @@ from cogtune.system.allocator import describe_allocator
 from cogtune.system.byte_sizes import format_size
 from cogtune.system.durations import format_clock
 from cogtune.system.energy import format_energy
+from cogtune.system.terminal import typed
 from cogtune.train import output_folder
 from cogtune.train.engines import Engine
 from cogtune.train.log import first_loss, last_losses, log
@@ -163,7 +164,8 @@ def summary(output: Path, adapter: Path, progress: Progress, seconds: float) -> 
         lines.append(
             tr("warnings on the way, with what to do, are in the report: {codes}", codes=tr(", ").join(warned))
         )
+    place = typed(adapter)
     data = "" if progress.best_step is not None else "--data DIR "  # without validation data there is none of its own
-    lines.append(tr("next: cogtune eval --adapter {adapter} {data}--against base", adapter=adapter, data=data))
-    lines.append(tr("      cogtune chat --adapter {adapter} --image PICTURE", adapter=adapter))
+    lines.append(tr("next: cogtune eval --adapter {adapter} {data}--against base", adapter=place, data=data))
+    lines.append(tr("      cogtune chat --adapter {adapter} --image PICTURE", adapter=place))
     return lines

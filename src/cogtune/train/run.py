@@ -31,6 +31,7 @@ from cogtune.model.compile import prepare_compiling
 from cogtune.system import files
 from cogtune.system.file_errors import is_disk_full
 from cogtune.system.gpu import gpu_of
+from cogtune.system.terminal import typed
 from cogtune.train import engines, feature_cache, saver
 from cogtune.train.announcements import announce, summary
 from cogtune.train.energy import EnergyMeter
@@ -234,7 +235,7 @@ def _write_report(output: Path) -> None:
             tr(
                 "the report could not be written ({error}); `cogtune report {output}` tries again",
                 error=error,
-                output=output,
+                output=typed(output),
             )
         )
 

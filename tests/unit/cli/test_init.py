@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +93,10 @@ def test_the_card_decides_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 def test_what_it_says_to_do_next_can_be_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without a card it said `cogtune plan`, which then asked for the name of one."""
-    path, target = text_set(tmp_path / "set.jsonl", 60), tmp_path / "a.yaml"
+    path, target = text_set(tmp_path / "set.jsonl", 60), tmp_path / "a run.yaml"
     assert main(["init", str(path), "--output", str(target)]) == 0
     command = capsys.readouterr().out.partition("next: cogtune ")[2].partition(", then")[0]
-    assert main(command.split()) == 0
+    assert main(shlex.split(command)) == 0
 
 
 def test_its_time_is_the_plan_s(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
