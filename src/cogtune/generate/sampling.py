@@ -67,9 +67,10 @@ def _gumbel(seed_R: torch.Tensor, step_R: torch.Tensor, vocabulary: int) -> torc
     """Return Gumbel noise, float32 [R, V], from a hash of (seed, step, token) as a uniform number."""
     token = torch.arange(vocabulary, device=seed_R.device)
     mixed = _mix(_mix(seed_R * -0x61C8864680B583EB + step_R)[:, None] + token)
-    # 24 bits: exact in float32, and never 0 or 1
-    uniform = ((mixed & 0xFFFFFF).float() + 0.5) * 2.0**-24
-    return -torch.log(-torch.log(uniform))
+    # From one less the uniform number: float32 holds that exactly where noise is largest. The number itself rounds to 1
+    # there, which is infinite noise: a token that is chosen whatever its logit.
+    complement = ((~mixed & 0xFFFFFF).float() + 0.5) * 2.0**-24
+    return -torch.log(-torch.log1p(-complement.clamp(max=1 - 2.0**-24)))
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from cogtune.generate import sampling
 from cogtune.generate.sampling import SamplingRows, choose
 
 VOCABULARY = 50
@@ -49,6 +50,21 @@ def test_draws_follow_transformers_distribution(rule: tuple[float, float, int]) 
     found = torch.bincount(choose(logits.expand(draws, -1), rows), minlength=VOCABULARY) / draws
     assert not found[wanted == 0].any()
     assert ((found - wanted).abs() <= 5 * (wanted * (1 - wanted) / draws).sqrt() + 1e-9).all()
+
+
+def test_noise_is_gumbels_formula_up_to_the_last_of_its_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vocabulary has 128,256 tokens, so the largest of 2^24 numbers comes up once in 131 draws."""
+    numbers = torch.tensor([0, 1, 2**23 - 1, 2**23 + 1, 2**24 - 4, 2**24 - 3, 2**24 - 2, 2**24 - 1])
+    monkeypatch.setattr(sampling, "_mix", lambda x: numbers.expand(1, -1) if x.ndim > 1 else x)
+    uniform = (numbers.double() + 0.5) / 2**24
+    rows = _rows((1.0, 1.0, 0))
+    found = sampling._gumbel(rows.seed, rows.step, len(numbers))[0]
+    # the smallest numbers have float32's precision near 1: half a unit of 2^-24, 0.04 of noise that never wins
+    torch.testing.assert_close(found[2:].double(), -(-uniform.log()).log()[2:], rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[:2].double(), -(-uniform.log()).log()[:2], rtol=0, atol=0.05)
+    certain = torch.zeros(1, len(numbers))
+    certain[0, 0] = 40.0  # e^40 times as likely as the others
+    assert choose(certain, rows).tolist() == [0]
 
 
 def test_a_row_draws_the_same_in_any_company() -> None:
