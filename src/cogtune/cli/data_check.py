@@ -139,11 +139,11 @@ def _histogram(console: Console, title: str, histogram: Histogram) -> None:
 
 def _texts(console: Console, report: CheckReport) -> None:
     total = max(1, sum(report.languages.values()))
-    parts = [f"{name} {100 * count / total:.1f} %" for name, count in report.languages.items()]
-    console.print(tr("\nscripts of the texts: {parts}", parts=", ".join(parts)), markup=False)
+    parts = [f"{tr(name)} {100 * count / total:.1f} %" for name, count in report.languages.items()]
+    console.print(tr("\nscripts of the texts: {parts}", parts=tr(", ").join(parts)), markup=False)
     if report.closed.closed:
         answers = report.closed.to_dict(8)
-        shares = ", ".join(f"{answer} {100 * share:.1f} %" for answer, share in answers["shares"].items())
+        shares = tr(", ").join(f"{answer} {100 * share:.1f} %" for answer, share in answers["shares"].items())
         console.print(
             tr("{different} different short answers: {shares}", different=answers["different"], shares=shares),
             markup=False,

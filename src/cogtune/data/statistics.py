@@ -8,17 +8,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from cogtune.language import phrase
+
 _EDGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _SCRIPTS = {
-    "Japanese": re.compile(r"[\u3040-\u30ff]"),
-    "Korean": re.compile(r"[\uac00-\ud7af]"),
-    "Chinese": re.compile(r"[\u3400-\u9fff]"),
-    "Cyrillic": re.compile(r"[\u0400-\u04ff]"),
-    "Arabic": re.compile(r"[\u0600-\u06ff]"),
-    "Devanagari": re.compile(r"[\u0900-\u097f]"),
-    "Thai": re.compile(r"[\u0e00-\u0e7f]"),
-    "Latin": re.compile(r"[A-Za-z\u00c0-\u024f]"),
+    phrase("Japanese"): re.compile(r"[\u3040-\u30ff]"),
+    phrase("Korean"): re.compile(r"[\uac00-\ud7af]"),
+    phrase("Chinese"): re.compile(r"[\u3400-\u9fff]"),
+    phrase("Cyrillic"): re.compile(r"[\u0400-\u04ff]"),
+    phrase("Arabic"): re.compile(r"[\u0600-\u06ff]"),
+    phrase("Devanagari"): re.compile(r"[\u0900-\u097f]"),
+    phrase("Thai"): re.compile(r"[\u0e00-\u0e7f]"),
+    phrase("Latin"): re.compile(r"[A-Za-z\u00c0-\u024f]"),
 }
+_NO_SCRIPT = phrase("none")
 _CLOSED_WORDS, _CLOSED_CHARACTERS = 3, 24
 _TRACKED = 100_000
 
@@ -87,12 +90,12 @@ class Answers:
 def script_of(text: str) -> str:
     """Return the script of most of the text's letters; kana mean Japanese, ``none`` means no letters."""
     if text.isascii():
-        return "Latin" if _SCRIPTS["Latin"].search(text) else "none"
+        return "Latin" if _SCRIPTS["Latin"].search(text) else _NO_SCRIPT
     counts = {name: len(pattern.findall(text)) for name, pattern in _SCRIPTS.items()}
     if counts["Japanese"]:
         counts["Japanese"] += counts.pop("Chinese")
     best = max(counts, key=counts.__getitem__)
-    return best if counts[best] else "none"
+    return best if counts[best] else _NO_SCRIPT
 
 
 def scripts(texts: Iterable[str]) -> Counter[str]:

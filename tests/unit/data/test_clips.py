@@ -303,6 +303,7 @@ def test_check_and_preview(tmp_path, put, capsys, monkeypatch) -> None:
     said = capsys.readouterr().out
     assert "3 段视频，7 帧，3 个对话" in said
     assert "c.mp4：" in said
+    assert "拉丁字母 100.0 %" in said
     monkeypatch.delenv("COGTUNE_LANG")
     examples = read(tmp_path / "set")
     rows = list(preview_rows(examples, section(tmp_path / "set"), tokens, 1))
