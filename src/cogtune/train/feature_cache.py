@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -33,6 +32,7 @@ from cogtune.features.store import default_folder
 from cogtune.features.variant import make_variant
 from cogtune.language import phrase, tr
 from cogtune.model.compile import can_compile, compile_tower, prepare_compiling
+from cogtune.system.durations import format_duration
 from cogtune.train.batches import Feed
 from cogtune.train.failures import phase
 from cogtune.train.log import console, log
@@ -178,7 +178,7 @@ def fill(config: RunConfig, cache: FeatureCache, group: Group, dtype: torch.dtyp
             to_compute=cache.lookup.to_compute,
             size=group.size,
             type=device.type,
-            time=timedelta(seconds=round(each * share)),
+            time=format_duration(each * share),
         )
     )
     settings = FillSettings(
