@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,6 +92,32 @@ def test_the_folder_is_small_whole_and_says_what_it_is(tiny_checkpoint, adapter,
     config = json.loads((tmp_path / "fp8" / "config.json").read_text())
     assert config["quantization_config"] == {"quant_method": "cogtune", "format": "fp8"}
     assert ModelSizes.from_config(config).stored.kind == "fp8"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_what_another_merge_dequantises_errs_by_the_formats_own_rounding(tiny_checkpoint, still, tmp_path, form):
+    """Weight by weight against those that were quantised; a whole model's results would hide a scale 1 % off."""
+    merge(still, tmp_path / "packed", tiny_checkpoint, quant=form)
+    merge(still, tmp_path / "plain", tmp_path / "packed")
+    exact, found, parts = weights(tiny_checkpoint), weights(tmp_path / "plain"), set(weights(tmp_path / "packed"))
+    packed = {name.partition(".weight.")[0] + ".weight" for name in parts if ".weight." in name}
+    assert len(packed) > 20
+    for name in packed:
+        wanted, off = exact[name].double(), (found[name].double() - exact[name].double()).abs()
+        # what is dequantised is stored in bfloat16
+        largest, rounding = wanted.abs().amax(1, keepdim=True), wanted.abs() / 256
+        if form == "int8":  # half of a step: 127 of them are the row's largest weight
+            assert (off <= largest / 254 + rounding).all(), name
+        elif form == "fp8":  # half of a unit of three bits, or of the smallest number
+            assert (off <= torch.maximum(wanted.abs() / 16, largest / 448 * 2**-10) + rounding).all(), name
+        else:  # 16 values for a normal distribution
+            assert float(off.norm() / wanted.norm()) < 0.1, name
+        scale = float((found[name].double() * wanted).sum() / wanted.square().sum())
+        assert scale == pytest.approx(1, abs=0.02 if form == "nf4" else 5e-3), name
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from statistics import NormalDist, stdev
 
 import numpy as np
 import pytest
@@ -53,6 +55,28 @@ def test_the_test_is_the_exact_count_of_swaps():
     assert mixed.p == 10 / 16
     assert not mixed.certain
     assert mixed.differing == 4
+
+
+@pytest.mark.parametrize(("better", "worse"), [(12, 8), (15, 5), (20, 0)])
+def test_of_too_many_swaps_to_count_the_test_draws_as_coins_fall(better, worse):
+    """Pictures that one model alone has right are a coin each: the sign test's share, by binomial coefficients.
+
+    Four standard deviations of 5,000 draws are 0.03 at most. It is never 0.
+    """
+    one, other = ([*first, *[1] * 20] for first in ([1] * better + [0] * worse, [0] * better + [1] * worse))
+    found = difference(ratio, scores(*one), scores(*other), list(range(40)))
+    count = better + worse
+    wanted = sum(math.comb(count, n) for n in range(count + 1) if abs(2 * n - count) >= better - worse) / 2**count
+    assert found.p == pytest.approx(wanted, abs=4 * math.sqrt(wanted * (1 - wanted) / 5000) + 1 / 5000)
+    assert found.p > 0
+
+
+def test_of_few_pictures_the_interval_is_as_wide_as_students():
+    """Ten values of a normal distribution: 2.2622 standard errors; the tail of 5,000 draws scatters by 3 % a seed."""
+    values = [NormalDist().inv_cdf((place + 0.5) / 10) for place in range(10)]
+    found = [estimate(ratio, scores(*values), list(range(10)), seed) for seed in range(6)]
+    half = sum((one.high - one.low) / 2 for one in found) / len(found)
+    assert half == pytest.approx(2.2622 * stdev(values) / math.sqrt(10), rel=0.03)
 
 
 def test_equal_answers_and_a_single_picture_say_nothing():

@@ -40,6 +40,12 @@ def test_schedules_fall_from_one_and_the_last_step_still_learns(schedule: str) -
     assert factor(10) == pytest.approx(0, abs=1e-12)
 
 
+def test_cosine_is_a_quarter_down_after_a_third() -> None:
+    """cos(60 degrees) = 1/2, after three steps of warm-up."""
+    factor = lr_factor(section(schedule="cosine", warmup_steps=3), 15)
+    assert [factor(step) for step in (3, 7, 9, 11)] == pytest.approx([1, 0.75, 0.5, 0.25])
+
+
 def test_linear_without_warmup_is_the_published_demos_schedule() -> None:
     factor = lr_factor(section(schedule="linear", warmup_ratio=0), 8)
     assert [factor(step) for step in range(8)] == [1 - step / 8 for step in range(8)]
