@@ -109,7 +109,8 @@ def test_a_special_file_is_refused(tmp_path: Path, kind: str) -> None:
         file.mkdir()
     else:
         file.symlink_to({"device": "/dev/zero", "loop": file.name}[kind])
-    with pytest.raises(ConfigError, match=r"c\.yaml: cannot read"):
+    said = "a folder, and a configuration file was expected" if kind == "folder" else "cannot read"
+    with pytest.raises(ConfigError, match=rf"c\.yaml: {said}"):
         read_mapping(file)
 
 

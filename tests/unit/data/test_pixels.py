@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Thread
+from threading import Barrier, Thread
 from typing import Any
 
 import pytest
@@ -23,9 +23,11 @@ def test_readers_compute_alone_and_nobody_else_does() -> None:
     before, called = torch.get_num_threads(), []
     torch.set_num_threads(3)
     try:
-        with reader_pool(4, lambda: called.append(1)) as pool:
+        # all begin before one reads: a thread that begins at the same time as a reader may get its number
+        together = Barrier(4, timeout=60)
+        with reader_pool(4, lambda: called.append(together.wait())) as pool:
             assert set(pool.map(lambda _: torch.get_num_threads(), range(32))) == {1}
-            assert 1 <= len(called) <= 4
+            assert len(called) == 4
             assert torch.get_num_threads() == 3
             seen: list[int] = []
             later = Thread(target=lambda: seen.append(torch.get_num_threads()))
