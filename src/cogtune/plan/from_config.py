@@ -89,6 +89,7 @@ def setting_of(
         resident=resident_layers(config.quant.stream, sizes.num_hidden_layers),
         tower_resident=resident_layers(config.quant.stream, sizes.num_hidden_layers, sizes.vision.num_hidden_layers),
         offloading=train.activation_offloading,
+        cache_dtype=config.data.cache_dtype,
     )
     return recomputed(setting, train.gradient_checkpointing)
 

@@ -118,7 +118,7 @@ class Setting:
     their first use on; None: not chosen yet, which counts as 0. ``resident``: decoder layers that stay on the card
     while the others are streamed from host memory; None: all, and nothing is streamed. ``tower_resident``: likewise
     the tower's layers, live or filling the feature cache. ``offloading``: saved inputs of recomputed layers wait in
-    host memory.
+    host memory. ``cache_dtype``: of stored features; auto: the computation's.
     """
 
     sizes: ModelSizes = field(default_factory=ModelSizes)
@@ -144,6 +144,7 @@ class Setting:
     resident: int | None = None
     tower_resident: int | None = None
     offloading: bool = False
+    cache_dtype: str = "auto"
 
     @property
     def width(self) -> int:

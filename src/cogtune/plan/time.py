@@ -22,7 +22,7 @@ from cogtune.plan.calibration import (
 )
 from cogtune.plan.cards import REFERENCE, Card
 from cogtune.plan.memory import weights
-from cogtune.plan.setting import MicroBatch, Setting, format_of
+from cogtune.plan.setting import BYTES, MicroBatch, Setting, format_of
 from cogtune.plan.sharding import Gathering
 from cogtune.plan.sizes import Linear
 from cogtune.plan.step import offloaded
@@ -296,8 +296,10 @@ def answering_seconds(setting: Setting, card: Card, *, questions: int, tokens: i
 
 
 def feature_bytes(setting: Setting) -> int:
-    """Return the bytes of one picture in the feature cache."""
-    return setting.sizes.grid_tokens * setting.sizes.vision.hidden_size * 2
+    """Return the bytes of one picture in the feature cache; in float8, 128 values share a float32 scale."""
+    stored = setting.dtype if setting.cache_dtype == "auto" else setting.cache_dtype
+    values = setting.sizes.grid_tokens * setting.sizes.vision.hidden_size
+    return values + values // 32 if stored == "float8" else values * BYTES[stored]
 
 
 def checkpoint_bytes(setting: Setting) -> int:

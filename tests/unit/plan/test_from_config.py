@@ -9,10 +9,12 @@ import pytest
 from cogtune.configuration.load import load_config
 from cogtune.data.rows import RowShape
 from cogtune.errors import SetupError
+from cogtune.features.file_format import Layout
 from cogtune.plan.cards import REFERENCE, find_card
 from cogtune.plan.data_rows import TYPICAL, summary
 from cogtune.plan.from_config import budget_of, fixed_keys, setting_of
 from cogtune.plan.plan import make_plan
+from cogtune.plan.time import feature_bytes
 
 NEEDED = {"model": "base", "data": "pictures", "output": "out"}
 
@@ -50,6 +52,16 @@ def test_what_the_keys_say_is_in_the_setting(tmp_path: Path) -> None:
     assert (setting.tower, setting.optimizer, setting.compiled, setting.eval_rows) == ("cached", "sgd", False, 5)
     assert (setting.engine, setting.ranks, setting.bucket, setting.accumulation) == ("zero2", 2, 1000, 2)
     assert (setting.adapter.dropout, len(setting.adapter.names)) == (0.1, 64)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("stored", ["auto", "bfloat16", "float8"])
+def test_a_picture_takes_the_bytes_of_its_file(stored: str, dtype: str) -> None:
+    flags = {"data.cache_features": "on", "data.cache_dtype": stored, "model.dtype": dtype}
+    setting = setting_of(load_config(None, NEEDED | flags), TYPICAL, card=REFERENCE)
+    layout = Layout(setting.sizes.grid_tokens, setting.sizes.vision.hidden_size, dtype if stored == "auto" else stored)
+    # the file has a header of some hundred bytes besides
+    assert feature_bytes(setting) == pytest.approx(layout.file_bytes, rel=1e-3)
 
 
 def test_ranks_that_share_a_model_are_compiled_as_a_run_compiles_them() -> None:
